@@ -1,0 +1,57 @@
+"""Where text comes from and how it is cut into samples."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from new_llm.config.errors import UserError
+from new_llm.config.sections import section, short
+
+
+@section
+class DataConfig:
+    """The data section of an experiment."""
+
+    source: str = "pile"
+    """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl, .jsonl.zst or
+    .parquet file, or a folder of such files."""
+    tokenizer: str = "auto"
+    """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is the Pile or
+    WikiText-2, else a BPE trained on the source's training split."""
+    tokenizer_vocab_size: Annotated[int, Field(ge=300)] = 8192
+    """Entries of a BPE that is trained here."""
+    text_field: str = "text"
+    """The field of a .jsonl or Parquet record that holds the text."""
+    num_samples: Annotated[int | None, Field(gt=0), short("--samples")] = 5000
+    """Training samples; None: all that the source holds."""
+    seq_length: Annotated[int, Field(ge=2), short("--seq-length")] = 256
+    """Tokens in a sample, all of one document."""
+    segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 4
+    """Segments in a sample; gradients run through all of them."""
+    order: Literal["stream", "shuffled"] = "stream"
+    """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent samples
+    that start from empty memory."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the documents that is kept for validation."""
+    max_documents: Annotated[int | None, Field(ge=2)] = None
+    """Documents read from the source at most; None: as many as num_samples needs."""
+    reversal_pairs: bool = True
+    """Add the forward sentences of the reversal pairs to the training set."""
+    cache_dir: Path | None = None
+    """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
+    pile_name: str = "monology/pile-uncopyrighted"
+    """Hub name of the Pile."""
+    wikitext_name: str = "Salesforce/wikitext"
+    """Hub name of WikiText; its configuration is wikitext-2-raw-v1."""
+    hub_tokenizer: str = "EleutherAI/pythia-70m"
+    """Hub name of the tokenizer that auto tries first for hub sources."""
+    hub_timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """How long to wait for the hub before it counts as out of reach."""
+
+    def __post_init__(self) -> None:
+        if self.seq_length % self.segments_per_sample:
+            raise UserError(
+                f"data.seq_length: {self.seq_length} is no multiple of data.segments_per_sample "
+                f"({self.segments_per_sample})"
+            )

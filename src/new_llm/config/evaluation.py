@@ -1,0 +1,35 @@
+"""How a trained model is measured."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from new_llm.config.errors import UserError
+from new_llm.config.sections import section
+
+
+@section
+class EvalConfig:
+    """The eval section of an experiment."""
+
+    context: Annotated[int, Field(ge=2)] = 2048
+    """Tokens in a sliding window."""
+    stride: Annotated[int, Field(gt=0)] = 512
+    """Tokens from one sliding window to the next; at most the context."""
+    position_edges: tuple[int, ...] = (0, 16, 32, 64, 96)
+    """Where the ranges of perplexity by position begin; the last one ends with the sample."""
+    max_tokens: Annotated[int | None, Field(gt=0)] = None
+    """Validation tokens that are scored at most; None: all."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Windows evaluated at once."""
+    reversal: bool = True
+    """Measure the reversal curse."""
+    reversal_batch_size: Annotated[int, Field(gt=0)] = 128
+    """Short sentences evaluated at once."""
+
+    def __post_init__(self) -> None:
+        if self.stride > self.context:
+            raise UserError(f"eval.stride: {self.stride} is over eval.context ({self.context}): tokens would be skipped")
+        edges = self.position_edges
+        if not edges or edges[0] != 0 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise UserError(f"eval.position_edges: {list(edges)} must begin with 0 and rise")

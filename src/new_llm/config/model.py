@@ -1,0 +1,114 @@
+"""The shape of a model and the options of its memory."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from new_llm.config.errors import UserError
+from new_llm.config.sections import section, short
+
+
+class ModelType(StrEnum):
+    """A kind of model that `create_model` and the experiment know."""
+
+    PYTHIA = "pythia"
+    INFINI = "infini"
+    MULTI_MEMORY = "multi_memory"
+    HIERARCHICAL = "hierarchical"
+
+
+COMMON_MEMORY_OPTIONS = ("use_delta_rule", "num_memory_heads", "gate_init", "memory_epsilon")
+
+# Which of `MemoryConfig`'s options each model takes. Every model also takes `segment_length`.
+MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
+    ModelType.PYTHIA: (),
+    ModelType.INFINI: (
+        *COMMON_MEMORY_OPTIONS,
+        "num_memory_banks",
+        "segments_per_bank",
+        "use_alibi",
+        "alibi_scale",
+    ),
+    ModelType.MULTI_MEMORY: (*COMMON_MEMORY_OPTIONS, "num_memories"),
+    ModelType.HIERARCHICAL: (*COMMON_MEMORY_OPTIONS, "num_memories"),
+}
+
+
+@section
+class PythiaConfig:
+    """The shape of a Pythia (GPT-NeoX) model; the defaults are EleutherAI/pythia-70m's.
+
+    Names are those of Hugging Face's `GPTNeoXConfig`.
+    """
+
+    vocab_size: Annotated[int, Field(gt=0)] = 50304
+    """Rows of the embedding and of the head."""
+    hidden_size: Annotated[int, Field(gt=0)] = 512
+    """Width D of the residual stream."""
+    num_hidden_layers: Annotated[int, Field(gt=0)] = 6
+    """Layers; in a memory model the first is the memory layer."""
+    num_attention_heads: Annotated[int, Field(gt=0)] = 8
+    """Heads of softmax attention."""
+    intermediate_size: Annotated[int, Field(gt=0)] = 2048
+    """Width of the MLP."""
+    max_position_embeddings: Annotated[int, Field(gt=0)] = 2048
+    """The longest segment that rotary positions are meant for, in tokens."""
+    rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of each head's width that is rotated."""
+    rotary_emb_base: Annotated[float, Field(gt=1)] = 10000.0
+    """Base of the rotary wavelengths."""
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """ε of every LayerNorm."""
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the normal initialisation."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size: {self.hidden_size} is no multiple of num_attention_heads ({self.num_attention_heads})"
+            )
+
+
+@section
+class MemoryConfig:
+    """The options of the memory layers; which model takes which is in `MODEL_OPTIONS`."""
+
+    use_delta_rule: bool = True
+    """Write only what the memory does not hold yet (v − r) instead of v."""
+    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
+    """Memory heads H; None: 1 for infini (one head as wide as the model), num_attention_heads for the others."""
+    num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4
+    """Independent memories of multi_memory and hierarchical models."""
+    num_memory_banks: Annotated[int, Field(gt=0), short("--num-memory-banks")] = 1
+    """Banks of an infini layer, written in turn."""
+    segments_per_bank: Annotated[int, Field(gt=0), short("--segments-per-bank")] = 4
+    """Segments written into one bank before the next."""
+    use_alibi: Annotated[bool, short("--alibi")] = False
+    """Decay an infini layer's memory at every segment's write by exp(−slope · alibi_scale)."""
+    alibi_scale: Annotated[float, Field(ge=0), short("--alibi-scale")] = 1.0
+    """Scale of the decay."""
+    gate_init: float = 0.0
+    """Initial β; the gate towards memory is sigmoid(β) a head."""
+    memory_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """ε: the least divisor of a read."""
+
+
+@section
+class ModelConfig(PythiaConfig, MemoryConfig):
+    """The model section of an experiment: one shape and one set of memory options for all compared models."""
+
+    vocab_size: Annotated[int | None, Field(gt=0)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
+    segment_length: Annotated[int | None, Field(gt=0), short("--segment-length")] = None
+    """Tokens in a segment; None: data.seq_length / data.segments_per_sample."""
+
+    def shape(self, vocab_size: int) -> PythiaConfig:
+        """The shape that all models of the experiment share."""
+        names = PythiaConfig.__dataclass_fields__
+        values = {name: getattr(self, name) for name in names} | {"vocab_size": self.vocab_size or vocab_size}
+        return PythiaConfig(**values)
+
+    def options(self, model_type: ModelType) -> dict[str, Any]:
+        """The memory options that one model type takes, as keywords of `create_model`."""
+        return {name: getattr(self, name) for name in MODEL_OPTIONS[model_type]}

@@ -1,0 +1,56 @@
+"""What every configuration section shares: validation on construction and short flags.
+
+A section is a dataclass whose fields carry their range (pydantic) and, where it has one, their short flag (tyro), so
+that Python, YAML and the command line accept and refuse the same values.
+"""
+
+import dataclasses
+import functools
+from typing import Any, TypeVar, dataclass_transform
+
+import tyro
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from new_llm.config.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
+def section(kind: type[T]) -> type[T]:
+    """Make a validated, keyword-only dataclass; bad values are a `UserError` of one line."""
+    made = pydantic_dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)(kind)
+    validate = made.__init__
+    place = getattr(kind, "place_keywords", None)  # a section may say where a keyword of its parts belongs
+
+    @functools.wraps(validate)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            validate(self, *args, **(place(kwargs) if place else kwargs))
+        except ValidationError as error:
+            raise describe_validation_error(error, kind.__name__) from None
+
+    made.__init__ = __init__
+    return made
+
+
+
+def short(*flags: str) -> Any:
+    """A field's flags beside its long one: `num_samples` is `--data.num-samples` and `--samples`."""
+    return tyro.conf.arg(aliases=list(flags))
+
+
+def describe_validation_error(error: ValidationError, where: str) -> UserError:
+    """One line for everything that a configuration got wrong, each fault by the field's name."""
+    faults: list[str] = []
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
+        name = ".".join(path) or "the configuration"
+        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            faults.append(f"unknown key {name!r}")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            own_words = fault["type"] == "value_error"  # raised by a section, which names the field itself
+            faults.append(message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {fault['input']!r})")
+    return UserError(f"{where}: " + "; ".join(faults))

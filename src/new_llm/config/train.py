@@ -1,0 +1,47 @@
+"""How a model is trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from new_llm.config.sections import section, short
+
+
+@section
+class TrainConfig:
+    """The train section of an experiment."""
+
+    num_epochs: Annotated[int, Field(gt=0), short("--epochs")] = 30
+    """Passes over the training samples at most."""
+    patience: Annotated[int, Field(ge=0)] = 1
+    """Epochs without a better validation loss before training stops; 0: never stop early."""
+    batch_size: Annotated[int, Field(gt=0), short("--batch-size")] = 8
+    """Samples in a batch (rows)."""
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    """Batches summed into one optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0), short("--lr")] = 1e-4
+    """Peak learning rate of everything but the gates."""
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """Peak learning rate of the memory gates and bank weights, which hardly move at the model's."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's decay of weight matrices; gates, norms and biases have none."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradients' running mean."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the gradients' running square."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's divisor floor."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the first epoch's steps over which the learning rate rises."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The cosine ends at this share of the peak."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where the machine computes in it, else fp32."""
+    compile: bool = False
+    """torch.compile the layers."""
+    log_every_steps: Annotated[int, Field(gt=0)] = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    checkpoint_every_steps: Annotated[int, Field(gt=0)] = 500
+    """Optimizer steps between two checkpoints; one is also written after every epoch."""
