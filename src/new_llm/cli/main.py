@@ -1,0 +1,74 @@
+"""The command `new-llm`: finds the sub-command, and turns bad input into one line and exit code 2."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from new_llm import __version__
+from new_llm.config.errors import UserError
+
+# Modules are imported only when their command is asked for, so that help never waits for torch.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "experiment": ("new_llm.cli.experiment", "train some models on identical data and compare them"),
+    "memory": ("new_llm.cli.memory", "fill, show, merge and compare memory files"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (2: bad input, 130: interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        print(describe_commands())
+        return 0
+    if given[0] == "--version":
+        print(__version__)
+        return 0
+    if given[0] not in COMMANDS:
+        return complain(f"unknown command {given[0]!r}; allowed are {', '.join(COMMANDS)}")
+    module, _ = COMMANDS[given[0]]
+    try:
+        return importlib.import_module(module).run(given[1:])
+    except UserError as error:
+        if debug:
+            raise
+        return complain(str(error))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("new-llm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone; keep Python from complaining about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def complain(message: str) -> int:
+    """Say in one line what was wrong; the exit code of bad input."""
+    print(f"new-llm: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def describe_commands() -> str:
+    """The help of the command itself."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: new-llm COMMAND [OPTIONS]",
+            "",
+            "A laboratory for language models with compressive memory.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "new-llm COMMAND --help shows a command's options; --debug shows the traceback of an error; --version.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""`create_model`: a model of the family by its name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from new_llm.config import MODEL_OPTIONS, ModelType, PythiaConfig
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.transformer import TransformerLM
+
+
+def build_pythia_layer(config: PythiaConfig) -> PythiaLayer:
+    """One softmax layer of the configured shape."""
+    return PythiaLayer(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        rotary_pct=config.rotary_pct,
+        rotary_emb_base=config.rotary_emb_base,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def _build_memory_layer(kind: Callable[..., Layer]) -> Callable[..., Layer]:
+    def build(config: PythiaConfig, **options: Any) -> Layer:
+        return kind(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            layer_norm_eps=config.layer_norm_eps,
+            **options,
+        )
+
+    return build
+
+
+FIRST_LAYERS: dict[ModelType, Callable[..., Layer]] = {
+    ModelType.PYTHIA: build_pythia_layer,
+    ModelType.INFINI: _build_memory_layer(InfiniLayer),
+    ModelType.MULTI_MEMORY: _build_memory_layer(MultiMemoryLayer),
+    ModelType.HIERARCHICAL: _build_memory_layer(HierarchicalLayer),
+}
+"""What each model's first layer is; the others are Pythia layers."""
+
+
+def create_model(
+    model_type: str | ModelType,
+    config: PythiaConfig | None = None,
+    *,
+    segment_length: int | None = None,
+    **options: Any,
+) -> TransformerLM:
+    """A model of the family with fresh weights from torch's global generator.
+
+    Args:
+        model_type: pythia, infini, multi_memory or hierarchical.
+        config: the shape; None: pythia-70m's.
+        segment_length: tokens in a segment; None: max_position_embeddings.
+        options: memory options of the model type; see `MODEL_OPTIONS` and `MemoryConfig`.
+
+    Raises:
+        ValueError: an unknown model type or option, or a value out of range: names what is allowed.
+    """
+    try:
+        kind = ModelType(model_type)
+    except ValueError:
+        raise ValueError(
+            f"model_type: {str(model_type)!r} is unknown; allowed are {', '.join(ModelType)}"
+        ) from None
+    allowed = MODEL_OPTIONS[kind]
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"{kind} takes no option {', '.join(unknown)}; allowed are {', '.join((*allowed, 'segment_length'))}"
+        )
+    config = config or PythiaConfig()
+    length = config.max_position_embeddings if segment_length is None else segment_length
+    if not 1 <= length <= config.max_position_embeddings:
+        raise ValueError(
+            f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
+            f"({config.max_position_embeddings})"
+        )
+    layers = [FIRST_LAYERS[kind](config, **options)]
+    layers += [build_pythia_layer(config) for _ in range(config.num_hidden_layers - 1)]
+    return TransformerLM(
+        layers,
+        vocab_size=config.vocab_size,
+        segment_length=length,
+        layer_norm_eps=config.layer_norm_eps,
+        initializer_range=config.initializer_range,
+    )

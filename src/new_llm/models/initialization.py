@@ -1,0 +1,27 @@
+"""Every initialisation of the project, in one table.
+
+| parameter | initial value |
+|---|---|
+| weights of linear layers, embedding, head | normal(0, initializer_range), as GPT-NeoX |
+| biases | 0 |
+| LayerNorm | weight 1, bias 0 |
+| memory gate β | gate_init (set by the layer) |
+| bank weights | 0: all banks weigh the same (set by the layer) |
+"""
+
+from torch import nn
+
+
+def initialize_weights(model: nn.Module, initializer_range: float) -> None:
+    """Draw the weights of a model, in the order of its modules, from torch's global generator.
+
+    Models that differ only in parameters without randomness (gates) get the same weights from the same seed.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,23 @@
+"""The layers that a model is composed of: one block each."""
+
+from new_llm.models.layers.base import LAYER_KINDS, Attention, Layer, Segments, Step, register_layer
+from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
+from new_llm.models.layers.hierarchical import HierarchicalLayer
+from new_llm.models.layers.infini import InfiniLayer
+from new_llm.models.layers.multi_memory import MultiMemoryLayer
+from new_llm.models.layers.pythia import PythiaLayer
+
+__all__ = [
+    "LAYER_KINDS",
+    "Attention",
+    "CompressiveAttention",
+    "HierarchicalLayer",
+    "InfiniLayer",
+    "Layer",
+    "MemoryLayer",
+    "MultiMemoryLayer",
+    "PythiaLayer",
+    "Segments",
+    "Step",
+    "register_layer",
+]

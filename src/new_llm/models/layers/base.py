@@ -1,0 +1,197 @@
+"""What every layer is: x + Attention(LN1 x) + MLP(LN2 x), with a core that keeps nothing.
+
+Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step, D hidden size.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from new_llm.models.state import MemoryState
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What a layer must know of a call's tokens beside their hidden states.
+
+    Attributes:
+        valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real.
+        write_last: whether the last segment's write is wanted; without it the returned memory lacks that segment.
+    """
+
+    valid: Tensor | None = None
+    write_last: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a layer must know of tokens that continue open segments.
+
+    Attributes:
+        offsets: tokens that each row's segment already holds, [B], int64.
+        positions: positions of the new tokens inside their segments, [B, T], int64.
+        valid: real tokens, [B, T] bool, on the left; None: all are real.
+        longest: tokens in the longest row's segment after this step.
+        segment_length: tokens of a whole segment.
+    """
+
+    offsets: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    longest: int
+    segment_length: int
+
+
+class Attention(nn.Module):
+    """The part of a layer that mixes tokens. Subclasses implement both paths with the same result."""
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Whole segments, [B, n, S, D], in one pass; see `Layer.forward`."""
+        raise NotImplementedError  # abstract: every layer kind defines it
+
+    def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
+        """Some more tokens, [B, T, D], of open segments; see `Layer.step`."""
+        raise NotImplementedError  # abstract: every layer kind defines it
+
+    def end_segments(
+        self, opened: Any, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[Any, MemoryState | None]:
+        """Close the segments of rows `ended`; see `Layer.end_segments`."""
+        raise NotImplementedError  # abstract: every layer kind defines it
+
+
+class MLP(nn.Module):
+    """W2 GELU(W1 x), with GPT-NeoX's parameter names and the exact GELU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(hidden_size, intermediate_size)
+        self.dense_4h_to_h = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden)))
+
+
+class Layer(nn.Module):
+    """x + Attention(LN1 x) + MLP(LN2 x): GPT-NeoX's parallel residual around any attention.
+
+    Args:
+        attention: the part that mixes tokens.
+        hidden_size: D.
+        intermediate_size: width of the MLP.
+        layer_norm_eps: ε of both LayerNorms.
+    """
+
+    kind: ClassVar[str]
+    """The layer's name in configurations, reports and files."""
+    settings: dict[str, Any]
+    """The constructor's arguments, from which a saved model is made again; set by `register_layer`."""
+
+    def __init__(
+        self, attention: Attention, *, hidden_size: int, intermediate_size: int, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.attention = attention
+        self.mlp = MLP(hidden_size, intermediate_size)
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Read whole segments; the memory is the only path from one to the next.
+
+        Args:
+            hidden: [B, n, S, D], or [B, S, D] for one segment.
+            memory: each row's memory before the first segment (rows B); None: empty, or the layer has none.
+            segments: which tokens are real; None: all, and all segments are written.
+
+        Returns:
+            The new hidden states, in hidden's shape, and the memory after the last segment.
+        """
+        if hidden.dim() == 3:
+            whole, memory = self(hidden.unsqueeze(1), memory, segments)
+            return whole.squeeze(1), memory
+        mixed, memory = self.attention(self.input_layernorm(hidden), memory, segments or Segments())
+        return self._add(hidden, mixed), memory
+
+    def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
+        """Read some more tokens of open segments, with the result of `forward` for the whole segment.
+
+        Args:
+            hidden: [B, T, D].
+            opened: what the layer keeps of the open segments; None: they are empty. It is used up by the call.
+            memory: each row's memory before the open segment.
+            step: where the tokens stand.
+
+        Returns:
+            The new hidden states [B, T, D] and what the layer keeps now.
+        """
+        mixed, opened = self.attention.step(self.input_layernorm(hidden), opened, memory, step)
+        return self._add(hidden, mixed), opened
+
+    def end_segments(
+        self, opened: Any, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[Any, MemoryState | None]:
+        """Write and clear the open segments of some rows.
+
+        Args:
+            opened: what `step` returned.
+            memory: each row's memory before the open segment.
+            ended: rows whose segment ends here, [B] bool.
+
+        Returns:
+            What the layer keeps now, and the memory after the write.
+        """
+        return self.attention.end_segments(opened, memory, ended)
+
+    def _add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden
+
+
+LayerType = TypeVar("LayerType", bound=type[Layer])
+LAYER_KINDS: dict[str, type[Layer]] = {}
+"""The layer classes by their kind."""
+
+
+def register_layer(layer_type: LayerType) -> LayerType:
+    """Class decorator: models with such layers can be saved and loaded.
+
+    The layer's arguments are kept as `settings`, so they must be plain values.
+
+    Raises:
+        ValueError: another class has this kind.
+    """
+    if LAYER_KINDS.setdefault(layer_type.kind, layer_type) is not layer_type:
+        raise ValueError(f"layer kind {layer_type.kind!r} is taken by {LAYER_KINDS[layer_type.kind].__name__}")
+    initialize = layer_type.__init__
+    signature = inspect.signature(initialize)
+
+    @functools.wraps(initialize)
+    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        initialize(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        self.settings = dict(list(bound.arguments.items())[1:])
+
+    layer_type.__init__ = __init__
+    return layer_type
+
+
+def check_divides(what: str, number: int, hidden_size: int) -> int:
+    """The width of a head.
+
+    Raises:
+        ValueError: the number of heads is not positive or does not divide the hidden size.
+    """
+    if number <= 0 or hidden_size % number:
+        raise ValueError(f"{what}: {number} does not divide hidden_size {hidden_size}")
+    return hidden_size // number

@@ -1,0 +1,308 @@
+"""What all memory layers share: local linear attention, a gate, and the recurrence over segments.
+
+Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H, N memories or banks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides
+from new_llm.models.ops import (
+    feature_map,
+    local_linear_attention,
+    read_memories,
+    sum_outer_products,
+    write_memory,
+)
+from new_llm.models.state import MemoryFacts, MemoryState, choose_rows, find_written_memory
+
+CHUNK_LENGTH = 1024
+"""Tokens up to which local attention is one masked product; beyond, it runs in chunks of this length."""
+
+
+@dataclass(frozen=True)
+class OpenSegment:
+    """Running sums over the tokens of an open segment, of constant size.
+
+    Attributes:
+        products: Σ kᵀv, [B, H, K, V], which local attention reads.
+        keys: Σ k, [B, H, K].
+        writes: Σ kᵀ(v − r), [B, H, K, V], which the segment's end adds to the memory; without the delta rule the same
+            tensor as `products`.
+        num_tokens: tokens summed, [B].
+    """
+
+    products: Tensor
+    keys: Tensor
+    writes: Tensor
+    num_tokens: Tensor
+
+
+class CompressiveAttention(Attention):
+    """g A_mem + (1 − g) A_loc with g = sigmoid(β) a head; a kind of layer says how A_mem mixes its memories.
+
+    Source: Infini-attention, arXiv:2404.07143, section 2, with linear attention in place of the local softmax.
+
+    Args:
+        hidden_size: D.
+        num_memory_heads: H, which divides D.
+        num_memories: N.
+        segments_per_memory: segments written into one memory before the next.
+        use_delta_rule: write v − r in place of v.
+        gate_init: the initial β.
+        epsilon: ε, the least divisor of a read.
+        decay: w of each head, H numbers; None: 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_memory_heads: int,
+        *,
+        num_memories: int,
+        segments_per_memory: int,
+        use_delta_rule: bool,
+        gate_init: float,
+        epsilon: float,
+        decay: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_size = check_divides("num_memory_heads", num_memory_heads, hidden_size)
+        for name, value in (("num_memories", num_memories), ("segments_per_memory", segments_per_memory)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is not positive")
+        if not epsilon > 0:
+            raise ValueError(f"memory_epsilon: {epsilon} is not positive")
+        self.num_memory_heads = num_memory_heads
+        self.num_memories = num_memories
+        self.segments_per_memory = segments_per_memory
+        self.use_delta_rule = use_delta_rule
+        self.epsilon = epsilon
+        self.decay = None if decay is None else tuple(decay)
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
+
+    # What a kind of layer defines
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
+        raise NotImplementedError  # abstract: every memory layer defines it
+
+    # The core over whole segments
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Local attention of all segments at once, then the recurrence of the memory over the segments."""
+        q, k, v = self._project(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            q, k = feature_map(q), feature_map(k)
+            local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH)
+            if segments.valid is not None:  # masked keys are zero, so that they add nothing to M and z
+                k = k * segments.valid[:, :, None, :, None]
+            reads: list[Tensor] = []
+            num_segments = hidden.shape[1]
+            for i in range(num_segments):
+                reads.append(torch.zeros_like(v[:, i]) if memory is None else self.read(q[:, i], memory))
+                if i + 1 < num_segments or segments.write_last:
+                    valid = None if segments.valid is None else segments.valid[:, i]
+                    memory = self._write(k[:, i], v[:, i], memory, valid)
+            mixed = self._gate(torch.stack(reads, dim=1), local)
+        return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_memory_heads, 3 * self.head_size))
+        q, k, v = mixed.transpose(-2, -3).chunk(3, dim=-1)
+        return q, k, v
+
+    def _gate(self, from_memory: Tensor, local: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate).to(local.dtype)[:, None, None]
+        return gate * from_memory + (1 - gate) * local
+
+    # Writing
+
+    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
+        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        shape = (self.num_memories, self.num_memory_heads, self.head_size, self.head_size)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return MemoryState.empty(rows, shape, dtype=dtype, device=like.device)
+
+    def _write(self, k: Tensor, v: Tensor, memory: MemoryState | None, valid: Tensor | None) -> MemoryState:
+        """Write one segment, features [B, H, S, K] and values [B, H, S, V], into the memory whose turn it is."""
+        is_empty = memory is None
+        if memory is None:
+            memory = self.empty_memory(k.shape[0], v)
+        count = torch.full_like(memory.num_segments, k.shape[2]) if valid is None else valid.sum(-1)
+        current, norm = self._current(memory)
+        written = write_memory(
+            k,
+            v,
+            current,
+            norm,
+            use_delta_rule=self.use_delta_rule and not is_empty,
+            epsilon=self.epsilon,
+            decay=None if is_empty else self._decay_like(norm),
+        )
+        if self.num_memories == 1 and valid is None and not memory.frozen[0]:
+            return MemoryState(
+                memories=written[0].unsqueeze(1),
+                norms=written[1].unsqueeze(1),
+                num_tokens=memory.num_tokens + count.unsqueeze(1),
+                num_segments=memory.num_segments + 1,
+                frozen=memory.frozen,
+            )
+        return self._replace(memory, *written, count)
+
+    def _decay_like(self, norm: Tensor) -> Tensor | None:
+        """w as a tensor of the memory's precision, which the model's need not be."""
+        return None if self.decay is None else norm.new_tensor(self.decay)
+
+    def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
+        if self.num_memories == 1:
+            return memory.memories[:, 0], memory.norms[:, 0]
+        rows = torch.arange(memory.rows, device=memory.norms.device)
+        index = find_written_memory(memory.num_segments, self.segments_per_memory, memory.frozen)
+        return memory.memories[rows, index], memory.norms[rows, index]
+
+    def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
+        """Put a row's written memory back where the row read any token, [B] `count`, and count the segment."""
+        has_tokens = count > 0
+        num_segments = memory.num_segments + has_tokens
+        if all(memory.frozen):
+            return MemoryState(memory.memories, memory.norms, memory.num_tokens, num_segments, memory.frozen)
+        index = find_written_memory(memory.num_segments, self.segments_per_memory, memory.frozen)
+        slots = torch.arange(self.num_memories, device=index.device)
+        chosen = (slots == index.unsqueeze(1)) & has_tokens.unsqueeze(1)  # [B, N]
+        return MemoryState(
+            memories=torch.where(chosen[..., None, None, None], written.unsqueeze(1), memory.memories),
+            norms=torch.where(chosen[..., None, None], norm.unsqueeze(1), memory.norms),
+            num_tokens=memory.num_tokens + chosen * count.unsqueeze(1),
+            num_segments=num_segments,
+            frozen=memory.frozen,
+        )
+
+    # The core over tokens that continue open segments
+
+    def step(
+        self, hidden: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
+    ) -> tuple[Tensor, OpenSegment]:
+        """The segment's write can be summed as it goes, since r reads the memory of before the segment."""
+        q, k, v = self._project(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            q, k = feature_map(q), feature_map(k)
+            if step.valid is not None:
+                k = k * step.valid[:, None, :, None]
+            sums = None if opened is None else (opened.products, opened.keys)
+            local = local_linear_attention(
+                q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH, initial_sums=sums
+            )
+            from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
+            opened = self._sum_step(k, v, opened, memory, step)
+            mixed = self._gate(from_memory, local)
+        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), opened
+
+    def _sum_step(
+        self, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
+    ) -> OpenSegment:
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
+        products = writes = sum_outer_products(k, v, dtype)
+        keys = k.sum(-2, dtype=dtype)
+        if self.use_delta_rule and memory is not None:
+            current, norm = self._current(memory)
+            held = read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=self.epsilon)
+            writes = sum_outer_products(k, v - held, dtype)
+        if opened is None:
+            return OpenSegment(products, keys, writes, count)
+        return OpenSegment(
+            opened.products + products, opened.keys + keys, opened.writes + writes, opened.num_tokens + count
+        )
+
+    def end_segments(
+        self, opened: OpenSegment | None, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[OpenSegment | None, MemoryState | None]:
+        """Add the ended rows' sums to the memory whose turn it is, and begin anew."""
+        if opened is None:
+            return opened, memory
+        if memory is None:
+            memory = self.empty_memory(ended.shape[0], opened.products)
+        current, norm = self._current(memory)
+        decay = self._decay_like(norm)
+        if decay is not None:
+            current, norm = current * decay[:, None, None], norm * decay[:, None]
+        count = opened.num_tokens * ended
+        memory = self._replace(memory, current + opened.writes, norm + opened.keys, count)
+        zero = OpenSegment(*(torch.zeros_like(t) for t in (opened.products, opened.keys, opened.writes, count)))
+        cleared = OpenSegment(
+            *(choose_rows(ended, getattr(zero, name), getattr(opened, name)) for name in OpenSegment.__annotations__)
+        )
+        return cleared, memory
+
+
+class MemoryLayer(Layer):
+    """A layer around `CompressiveAttention`: what it adds is the description of its memory."""
+
+    attention: CompressiveAttention
+    key_prefix: ClassVar[str] = ""
+    """What stands before `memories` in the keys of the layer's state."""
+    index_key: ClassVar[str]
+    """The key of the memory that is written next."""
+
+    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
+        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        return self.attention.empty_memory(rows, like)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of one memory (M and z of all N) in the layer's precision, float32 at least."""
+        n, heads, width = self.attention.num_memories, self.attention.num_memory_heads, self.attention.head_size
+        dtype = torch.promote_types(self.attention.gate.dtype, torch.float32)
+        return n * heads * (width * width + width) * dtype.itemsize
+
+    @property
+    def memory_facts(self) -> MemoryFacts:
+        """What the layer's memory dictionary says beside its tensors."""
+        attention = self.attention
+        return MemoryFacts(
+            layer_kind=self.kind,
+            key_prefix=self.key_prefix,
+            index_key=self.index_key,
+            use_delta_rule=attention.use_delta_rule,
+            additive=not attention.use_delta_rule and attention.decay is None,
+            segments_per_memory=attention.segments_per_memory,
+        )
+
+    def gate_values(self) -> list[float]:
+        """g = sigmoid(β) of each head."""
+        return torch.sigmoid(self.attention.gate.detach().float()).tolist()
+
+
+def compute_alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes 2^(−8i/H), i = 1 … H; for H no power of 2 as ALiBi interleaves them.
+
+    Source: ALiBi, arXiv:2108.12409, section 3 and its published code for other numbers of heads.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    if power < num_heads:
+        slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: num_heads - power]
+    return slopes
+
+
+def describe_memory_options(layer: Any) -> dict[str, Any]:
+    """Settings of a memory layer that a memory file records."""
+    attention = layer.attention
+    return {
+        "num_memories": attention.num_memories,
+        "num_memory_heads": attention.num_memory_heads,
+        "head_size": attention.head_size,
+        "segments_per_memory": attention.segments_per_memory,
+        "use_delta_rule": attention.use_delta_rule,
+        "decay": None if attention.decay is None else list(attention.decay),
+    }

@@ -1,0 +1,62 @@
+"""The hierarchical layer: fine memories, their sum as a coarse one, and a learned gate that expands from coarse to fine."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from new_llm.models.layers.base import register_layer
+from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer
+from new_llm.models.ops import read_memories
+from new_llm.models.state import MemoryState
+
+EXPANSION_RATIO = 4
+"""The expansion gate's hidden width is D over this."""
+
+
+class ExpansionGate(nn.Module):
+    """p = sigmoid(W2 GELU(W1 x + b1) + b2), D → D/4 → 1 for each token."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense_in = nn.Linear(hidden_size, hidden_size // EXPANSION_RATIO)
+        self.dense_out = nn.Linear(hidden_size // EXPANSION_RATIO, 1)
+
+    def forward(self, coarse: Tensor) -> Tensor:
+        """[B, S, D] to [B, S, 1]."""
+        hidden = F.gelu(self.dense_in(coarse.to(self.dense_in.weight.dtype)))
+        return torch.sigmoid(self.dense_out(hidden)).to(coarse.dtype)
+
+
+class HierarchicalAttention(MultiMemoryAttention):
+    """A_mem = p · fine + (1 − p) · coarse: fine is multi-memory's read, coarse a read of the sum of its memories."""
+
+    def __init__(self, hidden_size: int, num_memory_heads: int, **options: Any) -> None:
+        super().__init__(hidden_size, num_memory_heads, **options)
+        self.expansion_gate = ExpansionGate(hidden_size)
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """[B, H, S, K] to [B, H, S, V]."""
+        coarse = read_memories(
+            q,
+            memory.memories.sum(1, keepdim=True),
+            memory.norms.sum(1, keepdim=True),
+            epsilon=self.epsilon,
+        )
+        p = self.expansion_gate(coarse.transpose(1, 2).flatten(2)).unsqueeze(1)  # [B, 1, S, 1]
+        return p * super().read(q, memory) + (1 - p) * coarse
+
+
+@register_layer
+class HierarchicalLayer(MultiMemoryLayer):
+    """Multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion gate.
+
+    p = sigmoid(MLP(coarse read)) a token says how far to look into the fine memories. Arguments are
+    `MultiMemoryLayer`'s.
+    """
+
+    kind: ClassVar[str] = "hierarchical"
+    key_prefix: ClassVar[str] = "fine_"
+    attention_type: ClassVar[type[CompressiveAttention]] = HierarchicalAttention

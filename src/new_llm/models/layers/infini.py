@@ -1,0 +1,119 @@
+"""The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from new_llm.config import MemoryConfig, PythiaConfig
+from new_llm.models.layers.base import check_divides, register_layer
+from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer, compute_alibi_slopes
+from new_llm.models.ops import read_memories
+from new_llm.models.state import MemoryState
+
+
+class InfiniAttention(CompressiveAttention):
+    """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); one bank has no weights."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_memory_heads: int,
+        *,
+        num_memory_banks: int,
+        segments_per_bank: int,
+        use_delta_rule: bool,
+        use_alibi: bool,
+        alibi_scale: float,
+        gate_init: float,
+        epsilon: float,
+    ) -> None:
+        check_divides("num_memory_heads", num_memory_heads, hidden_size)
+        slopes = compute_alibi_slopes(num_memory_heads)
+        decay = [math.exp(-slope * alibi_scale) for slope in slopes] if use_alibi else None
+        super().__init__(
+            hidden_size,
+            num_memory_heads,
+            num_memories=num_memory_banks,
+            segments_per_memory=segments_per_bank,
+            use_delta_rule=use_delta_rule,
+            gate_init=gate_init,
+            epsilon=epsilon,
+            decay=decay,
+        )
+        self.bank_weights = None
+        if num_memory_banks > 1:
+            self.bank_weights = nn.Parameter(torch.zeros(num_memory_heads, num_memory_banks))
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """[B, H, S, K] to [B, H, S, V]; all banks are mixed, an empty one adds 0."""
+        weights = None
+        if self.bank_weights is not None:
+            weights = self.bank_weights.to(memory.norms.dtype).softmax(-1).t()[None, :, :, None]
+        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
+
+
+@register_layer
+class InfiniLayer(MemoryLayer):
+    """Infini-attention (arXiv:2404.07143) with linear attention in place of the local softmax; no positions.
+
+    M ← w M + Σ σ(k)ᵀ(v − r) at each segment's end, A_mem = σ(q) M / max(σ(q) z, ε) before it.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of the model's softmax layers; the memory has `num_memory_heads`.
+        intermediate_size: width of the MLP.
+        num_memory_heads: H; one head is as wide as the model.
+        num_memory_banks: banks, written in turn.
+        segments_per_bank: segments written into one bank before the next.
+        use_delta_rule: write v − r in place of v.
+        use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
+        alibi_scale: scale of the decay.
+        gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
+        memory_epsilon: ε, the least divisor of a read.
+        layer_norm_eps: ε of the LayerNorms.
+
+    Raises:
+        ValueError: heads that do not divide the hidden size, or a count that is not positive.
+    """
+
+    kind: ClassVar[str] = "infini"
+    index_key: ClassVar[str] = "current_bank"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        num_memory_heads: int | None = None,
+        num_memory_banks: int = MemoryConfig.num_memory_banks,
+        segments_per_bank: int = MemoryConfig.segments_per_bank,
+        use_delta_rule: bool = MemoryConfig.use_delta_rule,
+        use_alibi: bool = MemoryConfig.use_alibi,
+        alibi_scale: float = MemoryConfig.alibi_scale,
+        gate_init: float = MemoryConfig.gate_init,
+        memory_epsilon: float = MemoryConfig.memory_epsilon,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+    ) -> None:
+        if alibi_scale < 0:
+            raise ValueError(f"alibi_scale: {alibi_scale} is negative")
+        attention = InfiniAttention(
+            hidden_size,
+            1 if num_memory_heads is None else num_memory_heads,
+            num_memory_banks=num_memory_banks,
+            segments_per_bank=segments_per_bank,
+            use_delta_rule=use_delta_rule,
+            use_alibi=use_alibi,
+            alibi_scale=alibi_scale,
+            gate_init=gate_init,
+            epsilon=memory_epsilon,
+        )
+        super().__init__(
+            attention,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.num_heads = num_heads

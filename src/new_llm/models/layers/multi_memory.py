@@ -1,0 +1,76 @@
+"""The multi-memory layer: independent memories, written in turn, selected token by token."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from new_llm.config import MemoryConfig, PythiaConfig
+from new_llm.models.layers.base import register_layer
+from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
+from new_llm.models.ops import read_memories, select_memories
+from new_llm.models.state import MemoryState
+
+
+class MultiMemoryAttention(CompressiveAttention):
+    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled memories of σ(q)·(z_m / n_m) / √K."""
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """[B, H, S, K] to [B, H, S, V]."""
+        weights = select_memories(q, memory.norms, memory.num_tokens)
+        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
+
+
+@register_layer
+class MultiMemoryLayer(MemoryLayer):
+    """Several independent memories, a segment each in turn; a read selects among them by attention to their z.
+
+    Selection has no parameters, and each token's weights look at the past alone.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of the model's softmax layers.
+        intermediate_size: width of the MLP.
+        num_memories: memories M.
+        num_memory_heads: H; None: `num_heads`.
+        use_delta_rule: write v − r in place of v.
+        gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
+        memory_epsilon: ε, the least divisor of a read.
+        layer_norm_eps: ε of the LayerNorms.
+
+    Raises:
+        ValueError: heads that do not divide the hidden size, or a count that is not positive.
+    """
+
+    kind: ClassVar[str] = "multi_memory"
+    index_key: ClassVar[str] = "current_memory_idx"
+    attention_type: ClassVar[type[CompressiveAttention]] = MultiMemoryAttention
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        num_memories: int = MemoryConfig.num_memories,
+        num_memory_heads: int | None = None,
+        use_delta_rule: bool = MemoryConfig.use_delta_rule,
+        gate_init: float = MemoryConfig.gate_init,
+        memory_epsilon: float = MemoryConfig.memory_epsilon,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+    ) -> None:
+        attention = self.attention_type(
+            hidden_size,
+            num_heads if num_memory_heads is None else num_memory_heads,
+            num_memories=num_memories,
+            segments_per_memory=1,
+            use_delta_rule=use_delta_rule,
+            gate_init=gate_init,
+            epsilon=memory_epsilon,
+        )
+        super().__init__(
+            attention,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.num_heads = num_heads

@@ -1,0 +1,137 @@
+"""The Pythia layer: GPT-NeoX's softmax attention with partial rotary positions, inside the segment."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from new_llm.config import PythiaConfig
+from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides, register_layer
+from new_llm.models.rope import apply_rotary, compute_rotary_angles
+from new_llm.models.state import MemoryState
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of the open segments, [B, heads, capacity + 1, K]; `step` fills them in place.
+
+    The last slot takes what is masked. A slot is always filled before it is read, so none need be cleared.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class SoftmaxAttention(Attention):
+    """softmax(q kᵀ / √K) v over the earlier tokens of the segment, positions from 0 at its start."""
+
+    def __init__(self, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_size = check_divides("num_heads", num_heads, hidden_size)
+        self.rotary_dim = int(self.head_size * rotary_pct)
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_pct: {rotary_pct} of heads {self.head_size} wide rotates {self.rotary_dim} dimensions, "
+                "an even number is needed"
+            )
+        self.rotary_emb_base = rotary_emb_base
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """All segments in one call. Padding is on the right, where causality already hides it."""
+        batch, num_segments, length, width = hidden.shape
+        positions = torch.arange(length, device=hidden.device)
+        q, k, v = self._project(hidden.view(batch * num_segments, length, width), positions)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
+
+    def step(
+        self, hidden: Tensor, opened: KeyValueCache | None, memory: MemoryState | None, step: Step
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Attend to the cache and to the new tokens, which join it."""
+        q, k, v = self._project(hidden, step.positions.unsqueeze(1))
+        cache = self._grow(opened, k, step)
+        slots = step.positions[:, None, :, None]
+        if step.valid is not None:  # masked tokens go to the spare slot at the end, which is never read
+            slots = torch.where(step.valid[:, None, :, None], slots, cache.keys.shape[2] - 1)
+        index = slots.expand(-1, k.shape[1], -1, k.shape[3])
+        cache.keys.scatter_(2, index, k)
+        cache.values.scatter_(2, index, v)
+        seen = torch.arange(step.longest, device=hidden.device)[None, None, None, :]
+        mask = seen <= step.positions[:, None, :, None]
+        keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
+        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
+
+    def end_segments(
+        self, opened: KeyValueCache | None, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[KeyValueCache | None, MemoryState | None]:
+        """Nothing to write: the next segment overwrites the slots before it reads them."""
+        return opened, memory
+
+    def _project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, _ = hidden.shape
+        mixed = self.query_key_value(hidden).view(batch, length, self.num_heads, 3 * self.head_size)
+        q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
+        if self.rotary_dim:
+            cos, sin = compute_rotary_angles(positions, self.rotary_dim, self.rotary_emb_base, q.dtype)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return q, k, v
+
+    def _grow(self, opened: KeyValueCache | None, k: Tensor, step: Step) -> KeyValueCache:
+        """A cache with room for the longest row: capacity doubles, up to a segment."""
+        capacity = 0 if opened is None else opened.keys.shape[2] - 1
+        if opened is not None and capacity >= step.longest:
+            return opened
+        new_capacity = min(step.segment_length, max(step.longest, 2 * capacity))
+        keys, values = (k.new_zeros(*k.shape[:2], new_capacity + 1, k.shape[3]) for _ in range(2))
+        if opened is not None:
+            keys[:, :, :capacity] = opened.keys[:, :, :capacity]
+            values[:, :, :capacity] = opened.values[:, :, :capacity]
+        return KeyValueCache(keys, values)
+
+
+@register_layer
+class PythiaLayer(Layer):
+    """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of softmax attention.
+        intermediate_size: width of the MLP.
+        rotary_pct: share of each head that is rotated.
+        rotary_emb_base: base of the rotary wavelengths.
+        layer_norm_eps: ε of the LayerNorms.
+
+    Raises:
+        ValueError: the heads do not divide the hidden size, or an odd number of dimensions would be rotated.
+    """
+
+    kind: ClassVar[str] = "pythia"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        rotary_pct: float = PythiaConfig.rotary_pct,
+        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+    ) -> None:
+        attention = SoftmaxAttention(hidden_size, num_heads, rotary_pct, rotary_emb_base)
+        super().__init__(
+            attention,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.num_heads = num_heads
+
+

@@ -1,0 +1,67 @@
+"""The one owner of label alignment: which token each position is to predict."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""A label that asks for no prediction, as in Hugging Face's models."""
+
+
+@dataclass(frozen=True)
+class LossStatistics:
+    """What a loss was measured on.
+
+    Attributes:
+        num_tokens: tokens that were predicted.
+        total_nll: their summed negative log-likelihood, nats.
+    """
+
+    num_tokens: int
+    total_nll: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(total NLL / tokens); NaN where nothing was predicted."""
+        return float(torch.tensor(self.total_nll / self.num_tokens).exp()) if self.num_tokens else float("nan")
+
+
+def align_labels(labels: Tensor, num_positions: int) -> Tensor:
+    """The target of position t is the token at t + 1.
+
+    Args:
+        labels: the tokens themselves, not shifted (Hugging Face's convention), [B, T] or [B, T + 1]; the extra column
+            holds the token after the last position, which otherwise has no target. -100 asks for no prediction.
+        num_positions: T, the positions of the input.
+
+    Returns:
+        Targets [B, T], -100 where a position has none.
+
+    Raises:
+        ValueError: labels have neither T nor T + 1 columns.
+    """
+    if labels.shape[1] == num_positions + 1:
+        return labels[:, 1:]
+    if labels.shape[1] == num_positions:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    raise ValueError(
+        f"labels of {labels.shape[1]} columns for {num_positions} input tokens: "
+        f"{num_positions} or {num_positions + 1} are allowed"
+    )
+
+
+def compute_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(logits)[target], in float32 or wider; 0 where the target is -100.
+
+    Args:
+        logits: [B, T, Z].
+        targets: aligned by `align_labels`, [B, T].
+
+    Returns:
+        Nats, [B, T].
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view_as(targets)

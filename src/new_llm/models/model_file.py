@@ -1,0 +1,104 @@
+"""A model as a folder: `model.safetensors` (weights) and `model.json` (structure). No code is ever stored or run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from new_llm.config import UserError
+from new_llm.config.atomic import write_atomically, write_text_atomically
+from new_llm.models.layers import LAYER_KINDS
+from new_llm.models.transformer import TransformerLM
+
+WEIGHTS_FILE = "model.safetensors"
+STRUCTURE_FILE = "model.json"
+FORMAT_VERSION = 1
+
+
+def describe_model(model: TransformerLM) -> dict[str, Any]:
+    """The structure that `build_model` makes the model from: plain values.
+
+    Raises:
+        ValueError: a layer of a class that is not registered.
+    """
+    for index, layer in enumerate(model.layers):
+        if LAYER_KINDS.get(layer.kind) is not type(layer):
+            raise ValueError(f"layer {index}: {type(layer).__name__} is not registered; decorate it with register_layer")
+    return {
+        "format_version": FORMAT_VERSION,
+        "vocab_size": model.vocab_size,
+        "segment_length": model.segment_length,
+        "layer_norm_eps": model.final_layer_norm.eps,
+        "layers": [{"kind": layer.kind, **layer.settings} for layer in model.layers],
+    }
+
+
+def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
+    """A model with fresh weights of the described structure; `where` names its origin in errors.
+
+    Raises:
+        UserError: another format version, an unknown layer kind, or arguments that the layer refuses.
+    """
+    if not isinstance(structure, dict) or structure.get("format_version") != FORMAT_VERSION:
+        found = structure.get("format_version") if isinstance(structure, dict) else type(structure).__name__
+        raise UserError(f"{where}: format version {found!r}, this program reads {FORMAT_VERSION}")
+    try:
+        layers = []
+        for entry in structure["layers"]:
+            settings = dict(entry)
+            kind = settings.pop("kind")
+            if kind not in LAYER_KINDS:
+                raise UserError(f"{where}: unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
+            layers.append(LAYER_KINDS[kind](**settings))
+        return TransformerLM(
+            layers,
+            vocab_size=structure["vocab_size"],
+            segment_length=structure["segment_length"],
+            layer_norm_eps=structure["layer_norm_eps"],
+        )
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a model description: {error}") from None
+
+
+def save_model(model: TransformerLM, folder: Path) -> None:
+    """Write a model's weights and structure; each file is whole or not there."""
+    structure = describe_model(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder / WEIGHTS_FILE) as temporary:
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_text_atomically(folder / STRUCTURE_FILE, json.dumps(structure, indent=2))
+
+
+def load_model(folder: Path) -> TransformerLM:
+    """Make a model from `save_model`'s folder, on the CPU, in the dtype it was saved in.
+
+    Raises:
+        UserError: a file is missing or broken, or the weights are not the structure's.
+    """
+    path = folder / STRUCTURE_FILE
+    try:
+        structure = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file: {error}") from None
+    model = build_model(structure, str(path))
+    if "embed_in.weight" in tensors:
+        model.to(tensors["embed_in.weight"].dtype)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{folder / WEIGHTS_FILE}: weights do not fit {STRUCTURE_FILE}: {message}") from None
+    return model

@@ -1,0 +1,164 @@
+"""Read and write compressive memories.
+
+Legend: B rows, N memories (or banks), H heads, S tokens, K key width, V value width. Keys and queries are features σ(·).
+M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], float32 or wider whatever the dtype of q, k and v.
+"""
+
+import torch
+from torch import Tensor
+
+
+def read_memories(
+    q: Tensor, memories: Tensor, norms: Tensor, *, epsilon: float, weights: Tensor | None = None
+) -> Tensor:
+    """A = Σ_n w_n (q M_n) / max(q z_n, ε); an empty memory (M = 0, z = 0) reads 0.
+
+    Source: Infini-attention, arXiv:2404.07143, eq. 3. The weights and divisors are folded into the queries, so that one
+    product reads all memories. In 16 bits each M is scaled by the mean of its z first, so that no growth overflows.
+
+    Args:
+        q: features of the queries, [B, H, S, K].
+        memories: M, [B, N, H, K, V].
+        norms: z, [B, N, H, K].
+        epsilon: ε, the least divisor.
+        weights: w, broadcastable to [B, N, H, S]; None: 1.
+
+    Returns:
+        [B, H, S, V] in q's dtype.
+
+    Raises:
+        ValueError: the widths of q and the memories differ.
+    """
+    if q.shape[-1] != memories.shape[-2]:
+        raise ValueError(f"queries of width {q.shape[-1]} can't read a memory with keys of width {memories.shape[-2]}")
+    wide_q = q.to(norms.dtype)
+    divisors = torch.einsum("bhsk,bnhk->bnhs", wide_q, norms).clamp_min(epsilon)
+    coefficients = divisors.reciprocal() if weights is None else weights / divisors
+    if q.dtype != memories.dtype:
+        scale = norms.mean(-1).clamp_min(epsilon)  # [B, N, H]
+        memories = memories / scale[..., None, None]
+        coefficients = coefficients * scale.unsqueeze(-1)
+    scaled_q = (wide_q.unsqueeze(1) * coefficients.unsqueeze(-1)).to(q.dtype)  # [B, N, H, S, K]
+    if memories.shape[1] == 1:
+        return scaled_q[:, 0] @ memories[:, 0].to(q.dtype)
+    all_q = scaled_q.permute(0, 2, 3, 1, 4).flatten(-2)  # [B, H, S, N·K]
+    all_memories = memories.transpose(1, 2).flatten(2, 3).to(q.dtype)  # [B, H, N·K, V]
+    return all_q @ all_memories
+
+
+def read_memories_naive(
+    q: Tensor, memories: Tensor, norms: Tensor, *, epsilon: float, weights: Tensor | None = None
+) -> Tensor:
+    """The equation of `read_memories`, memory by memory and token by token."""
+    rows, num_memories, heads = memories.shape[:3]
+    result = torch.zeros(*q.shape[:3], memories.shape[-1], dtype=q.dtype)
+    if weights is None:
+        weights = torch.ones((), dtype=q.dtype)
+    weights = weights.expand(rows, num_memories, heads, q.shape[2])
+    for b in range(rows):
+        for h in range(heads):
+            for t in range(q.shape[2]):
+                for n in range(num_memories):
+                    divisor = max(float(q[b, h, t] @ norms[b, n, h]), epsilon)
+                    result[b, h, t] += weights[b, n, h, t] * (q[b, h, t] @ memories[b, n, h]) / divisor
+    return result
+
+
+def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
+    """w = softmax over the non-empty memories of q·(z_n / c_n) / √K, token by token; c_n the tokens memory n has seen.
+
+    Each token's weights depend on that token and on the past alone: nothing is averaged over time.
+
+    Args:
+        q: features of the queries, [B, H, S, K].
+        norms: z, [B, N, H, K].
+        num_tokens: c, [B, N]; 0 means an empty memory.
+
+    Returns:
+        [B, N, H, S] in z's dtype; where all memories are empty the weights are equal (and what they weigh is 0).
+    """
+    mean_keys = norms / num_tokens.clamp_min(1).to(norms.dtype)[..., None, None]
+    scores = torch.einsum("bhsk,bnhk->bnhs", q.to(norms.dtype), mean_keys) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill((num_tokens == 0)[..., None, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=1)
+
+
+def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
+    """The equation of `select_memories`, token by token."""
+    rows, heads, length, width = q.shape
+    weights = torch.zeros(rows, norms.shape[1], heads, length, dtype=norms.dtype)
+    for b in range(rows):
+        filled = [n for n in range(norms.shape[1]) if num_tokens[b, n] > 0] or list(range(norms.shape[1]))
+        for h in range(heads):
+            for t in range(length):
+                scores = torch.stack(
+                    [q[b, h, t] @ norms[b, n, h] / max(float(num_tokens[b, n]), 1.0) / width**0.5 for n in filled]
+                )
+                for n, weight in zip(filled, torch.softmax(scores, 0), strict=True):
+                    weights[b, n, h, t] = weight
+    return weights
+
+
+def sum_outer_products(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_t k_tᵀ v_t in `dtype` (the memory's): [..., S, K] and [..., S, V] to [..., K, V]."""
+    return k.to(dtype).transpose(-1, -2) @ v.to(dtype)
+
+
+def write_memory(
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    norm: Tensor,
+    *,
+    use_delta_rule: bool,
+    epsilon: float,
+    decay: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """M ← w M + Σ_t k_tᵀ (v_t − r_t),  z ← w z + Σ_t k_t;  r_t = k_t M / max(k_t z, ε) with the delta rule, else 0.
+
+    Source: Infini-attention, arXiv:2404.07143, eqs. 4 and 5. A whole segment reads the memory as it was before it.
+
+    Args:
+        k: features of the keys, [B, H, S, K]; a row of zeros takes its token out.
+        v: values, [B, H, S, V].
+        memory: M, [B, H, K, V].
+        norm: z, [B, H, K].
+        use_delta_rule: write what the memory does not hold yet.
+        epsilon: ε, the least divisor.
+        decay: w, [H]; None: 1.
+
+    Returns:
+        The new M and z; the old ones are untouched.
+    """
+    if use_delta_rule:
+        v = v - read_memories(k, memory.unsqueeze(1), norm.unsqueeze(1), epsilon=epsilon)
+    new_memory = sum_outer_products(k, v, memory.dtype)
+    new_norm = k.sum(-2, dtype=norm.dtype)
+    if decay is not None:
+        memory, norm = memory * decay[:, None, None], norm * decay[:, None]
+    return memory + new_memory, norm + new_norm
+
+
+def write_memory_naive(
+    k: Tensor,
+    v: Tensor,
+    memory: Tensor,
+    norm: Tensor,
+    *,
+    use_delta_rule: bool,
+    epsilon: float,
+    decay: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The equations of `write_memory`, token by token."""
+    rows, heads, length, _ = k.shape
+    w = torch.ones(heads, dtype=memory.dtype) if decay is None else decay
+    new_memory, new_norm = memory * w[:, None, None], norm * w[:, None]
+    for b in range(rows):
+        for h in range(heads):
+            for t in range(length):
+                key, value = k[b, h, t], v[b, h, t]
+                if use_delta_rule:
+                    value = value - key @ memory[b, h] / max(float(key @ norm[b, h]), epsilon)
+                new_memory[b, h] += torch.outer(key, value)
+                new_norm[b, h] += key
+    return new_memory, new_norm

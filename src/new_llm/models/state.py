@@ -1,0 +1,303 @@
+"""The memory of one layer as a value: made, reset by rows, summed over rows, written down as plain tensors.
+
+Legend: R rows (1 where all rows of a batch share one memory), N memories or banks, H heads, K key width, V value width.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATE_VERSION = 1
+"""Version of the layer dictionaries of `get_memory_state`."""
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """One layer's memory. Tensors are never changed in place, so that a state can be kept and shared.
+
+    Attributes:
+        memories: M, [R, N, H, K, V], float32 or wider.
+        norms: z, [R, N, H, K], likewise; zero means an empty memory.
+        num_tokens: tokens that each memory has seen, [R, N], int64.
+        num_segments: segments that this layer has read, [R], int64; says which memory is written next.
+        frozen: which memories are read but not written, N booleans.
+    """
+
+    memories: Tensor
+    norms: Tensor
+    num_tokens: Tensor
+    num_segments: Tensor
+    frozen: tuple[bool, ...]
+
+    @classmethod
+    def empty(
+        cls, rows: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device
+    ) -> "MemoryState":
+        """A state of `rows` empty memories of shape (N, H, K, V)."""
+        return cls(
+            memories=torch.zeros(rows, *shape, dtype=dtype, device=device),
+            norms=torch.zeros(rows, *shape[:3], dtype=dtype, device=device),
+            num_tokens=torch.zeros(rows, shape[0], dtype=torch.int64, device=device),
+            num_segments=torch.zeros(rows, dtype=torch.int64, device=device),
+            frozen=(False,) * shape[0],
+        )
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.memories.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, K, V)."""
+        return tuple(self.memories.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of M and z."""
+        return sum(t.numel() * t.element_size() for t in (self.memories, self.norms))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "frozen"}
+
+    def _map(self, function: Any) -> "MemoryState":
+        return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "MemoryState":
+        """The same on another device, M and z in another dtype."""
+        return self._map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+    def clone(self) -> "MemoryState":
+        """A detached copy."""
+        return self._map(lambda t: t.detach().clone())
+
+    def detach(self) -> "MemoryState":
+        """The same values without their history."""
+        return self._map(lambda t: t.detach())
+
+    def expand(self, rows: int) -> "MemoryState":
+        """One shared memory as a view for every row."""
+        return self if self.rows == rows else self._map(lambda t: t.expand(rows, *t.shape[1:]))
+
+    def select_rows(self, chosen: Tensor, other: "MemoryState") -> "MemoryState":
+        """Rows of this state where `chosen` [R] is True, else of the other."""
+        mine, others = self._tensors(), other._tensors()
+        return replace(self, **{name: choose_rows(chosen, mine[name], others[name]) for name in mine})
+
+    def emptied(self) -> "MemoryState":
+        """Every memory but the frozen ones empty; with nothing frozen the state of a new layer."""
+        frozen = torch.tensor(self.frozen, device=self.norms.device)
+
+        def keep_frozen(t: Tensor) -> Tensor:
+            return torch.where(frozen.view(1, -1, *[1] * (t.dim() - 2)), t, torch.zeros_like(t))
+
+        return replace(
+            self,
+            memories=keep_frozen(self.memories),
+            norms=keep_frozen(self.norms),
+            num_tokens=keep_frozen(self.num_tokens),
+            num_segments=torch.zeros_like(self.num_segments),
+        )
+
+    def add_changes(self, rows: "MemoryState") -> "MemoryState":
+        """Sum what each row of `rows` changed, starting from this shared state (R = 1), into it.
+
+        Segments are counted in time, not over rows: rows of one call advance together, so the count becomes the
+        largest, and memories that are written in turn stay in turn.
+        """
+        if rows.rows == 1:
+            return rows
+        return replace(
+            self,
+            memories=self.memories + (rows.memories - self.memories).sum(0, keepdim=True),
+            norms=self.norms + (rows.norms - self.norms).sum(0, keepdim=True),
+            num_tokens=self.num_tokens + (rows.num_tokens - self.num_tokens).sum(0, keepdim=True),
+            num_segments=rows.num_segments.amax(0, keepdim=True),
+        )
+
+
+def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`yes` where the row is chosen [R], else `no`; both [R, ...]."""
+    return torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """What a layer's memory dictionary says beside its tensors.
+
+    Attributes:
+        layer_kind: the layer's kind.
+        key_prefix: what stands before `memories` in the dictionary's keys.
+        index_key: the key of the memory that is written next.
+        use_delta_rule: whether writes subtract what the memory holds.
+        additive: whether memories of different texts add (no delta rule, no decay).
+        segments_per_memory: segments written into one memory before the next.
+    """
+
+    layer_kind: str
+    key_prefix: str
+    index_key: str
+    use_delta_rule: bool
+    additive: bool
+    segments_per_memory: int
+
+    @property
+    def memory_keys(self) -> tuple[str, str]:
+        """The keys of M and z."""
+        return f"{self.key_prefix}memories", f"{self.key_prefix}memory_norms"
+
+
+def find_written_memory(num_segments: Tensor, segments_per_memory: int, frozen: tuple[bool, ...]) -> Tensor:
+    """Which memory the next segment is written to: (segments read // segments_per_memory) mod N.
+
+    Frozen memories are left out of the turn. With all frozen the answer is 0, and nothing may be written.
+
+    Args:
+        num_segments: [R], int64.
+        segments_per_memory: segments before the next memory's turn.
+        frozen: N booleans.
+
+    Returns:
+        [R], int64.
+    """
+    open_memories = [n for n, is_frozen in enumerate(frozen) if not is_frozen] or [0]
+    turn = (num_segments // segments_per_memory) % len(open_memories)
+    if len(open_memories) == len(frozen):
+        return turn
+    return torch.tensor(open_memories, device=num_segments.device)[turn]
+
+
+def state_to_dict(state: MemoryState, facts: MemoryFacts, *, per_row: bool) -> dict[str, Any]:
+    """Plain CPU tensors, numbers and strings; tensors of a shared memory have no row dimension."""
+
+    def plain(t: Tensor) -> Tensor:
+        return (t if per_row else t.squeeze(0)).detach().to("cpu", copy=True)
+
+    memories_key, norms_key = facts.memory_keys
+    return {
+        "layer_kind": facts.layer_kind,
+        "version": STATE_VERSION,
+        "use_delta_rule": facts.use_delta_rule,
+        "additive": facts.additive,
+        "segments_per_memory": facts.segments_per_memory,
+        memories_key: plain(state.memories),
+        norms_key: plain(state.norms),
+        facts.index_key: plain(find_written_memory(state.num_segments, facts.segments_per_memory, state.frozen)),
+        "segment_counter": plain(state.num_segments),
+        "token_counts": plain(state.num_tokens),
+        "frozen": torch.tensor(state.frozen),
+    }
+
+
+def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: MemoryState, where: str) -> MemoryState:
+    """Read `state_to_dict`'s result for a layer whose empty memory is `empty` (one row).
+
+    Raises:
+        ValueError: another version, layer kind, set of keys, shape or setting, or values that are not finite.
+    """
+    memories_key, norms_key = facts.memory_keys
+    memories = entry.get(memories_key) if isinstance(entry, dict) else None
+    per_row = isinstance(memories, Tensor) and memories.dim() == 5
+    rows = memories.shape[0] if isinstance(memories, Tensor) and per_row else 1
+    check_same_layer(entry, state_to_dict(empty.expand(rows), facts, per_row=per_row), where, "this model")
+
+    def restore(key: str, like: Tensor) -> Tensor:
+        value = entry[key].to(like.device, like.dtype, copy=True)
+        return value if per_row else value.unsqueeze(0)
+
+    state = MemoryState(
+        memories=restore(memories_key, empty.memories),
+        norms=restore(norms_key, empty.norms),
+        num_tokens=restore("token_counts", empty.num_tokens),
+        num_segments=restore("segment_counter", empty.num_segments),
+        frozen=tuple(bool(value) for value in entry["frozen"]),
+    )
+    for key, value in ((memories_key, state.memories), (norms_key, state.norms)):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{where}: {key} holds NaN or infinite values")
+    if bool((state.num_tokens < 0).any()) or bool((state.num_segments < 0).any()):
+        raise ValueError(f"{where}: negative token or segment counts")
+    return state
+
+
+def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    """Add the memories of machines that read different texts from empty: M = Σ M_i, z = Σ z_i.
+
+    Exact where memories add, that is without the delta rule and without decay: the result equals one machine that read
+    all texts as rows of one batch with a shared memory.
+
+    Args:
+        states: what `get_memory_state` returned on each machine.
+
+    Returns:
+        A state for `set_memory_state`.
+
+    Raises:
+        ValueError: no states, different layers or shapes, or a memory that does not add.
+    """
+    if not states:
+        raise ValueError("merge_memory_states needs at least one state")
+    for number, state in enumerate(states):
+        if set(state) != set(states[0]):
+            raise ValueError(
+                f"state {number} has memory layers {sorted(state)}, state 0 has {sorted(states[0])}: they can't merge"
+            )
+        for index, entry in state.items():
+            where = f"layer {index} of state {number}"
+            check_same_layer(entry, states[0][index], where, "state 0")
+            if not entry["additive"]:
+                raise ValueError(
+                    f"{where} was written with the delta rule or with decay: such memories do not add; "
+                    "use use_delta_rule=False without use_alibi"
+                )
+    return {index: _merge_layer([state[index] for state in states]) for index in states[0]}
+
+
+def _merge_layer(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    first = entries[0]
+    merged = dict(first)
+    frozen = first["frozen"]
+    counter = torch.stack([entry["segment_counter"] for entry in entries]).amax(0)
+    merged["segment_counter"] = counter
+    for key in first:
+        if key.endswith(("memories", "memory_norms")) or key == "token_counts":
+            values = torch.stack([entry[key] for entry in entries])
+            # Frozen memories are the same knowledge on every machine, which counts once.
+            axis = 0 if first["segment_counter"].dim() == 0 else 1
+            kept = frozen.view(*[1] * axis, -1, *[1] * (first[key].dim() - axis - 1))
+            if not bool(((values == values[0]) | ~kept).all()):
+                raise ValueError(f"{key}: the states hold different frozen memories: they can't merge")
+            merged[key] = torch.where(kept, values[0], values.sum(0))
+        elif key.startswith("current_"):
+            merged[key] = find_written_memory(counter, first["segments_per_memory"], tuple(frozen.tolist()))
+    return merged
+
+
+def check_same_layer(entry: dict[str, Any], expected: dict[str, Any], where: str, whose: str) -> None:
+    """Refuse a layer dictionary of another version, layer kind, set of keys or shape.
+
+    Raises:
+        ValueError: says which of them differs and what was expected.
+    """
+    if not isinstance(entry, dict) or "layer_kind" not in entry or "version" not in entry:
+        raise ValueError(f"{where}: not a memory state of a layer (no layer_kind and version)")
+    for key, what in (("version", "version"), ("layer_kind", "layer kind")):
+        if entry[key] != expected[key]:
+            raise ValueError(f"{where}: {what} {entry[key]!r}, {whose} has {expected[key]!r}")
+    if set(entry) != set(expected):
+        raise ValueError(f"{where}: keys {sorted(set(entry) ^ set(expected))} do not match {whose}")
+    for key, value in expected.items():
+        found = entry[key]
+        if isinstance(value, Tensor):
+            if not isinstance(found, Tensor):
+                raise ValueError(f"{where}: {key} is no tensor")
+            if value.shape != found.shape:
+                raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, {whose} {tuple(value.shape)}")
+            if value.is_floating_point() != found.is_floating_point():
+                raise ValueError(f"{where}: {key} has dtype {found.dtype}, {whose} {value.dtype}")
+            if key == "frozen" and whose == "state 0" and not torch.equal(value, found):
+                raise ValueError(f"{where}: other memories are frozen than in {whose}")
+        elif value != found:
+            raise ValueError(f"{where}: {key} is {found!r}, {whose} has {value!r}")

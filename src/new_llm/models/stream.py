@@ -1,0 +1,139 @@
+"""Reading a text in pieces of any size, with the result of reading it whole."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from new_llm.models.layers import Step
+from new_llm.models.padding import mark_valid, plan_packing
+
+if TYPE_CHECKING:
+    from new_llm.models.transformer import TransformerLM
+
+
+class MemoryStream:
+    """Token-by-token reading with constant memory: logits equal the parallel path's however the text is cut.
+
+    Softmax layers keep keys and values of the open segment (at most S tokens), memory layers running sums of constant
+    size. At a segment's end the memory is written and the open segment is empty again. Rows may stand at different
+    places: masked tokens take none. No gradients flow here; training uses the parallel path.
+
+    The stream starts from a copy of the model's held memory and leaves the held memory alone until
+    `close(update_memory=True)`.
+
+    Args:
+        model: the model that reads.
+        batch_size: rows B.
+    """
+
+    def __init__(self, model: "TransformerLM", batch_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is not positive")
+        self.model = model
+        self.batch_size = batch_size
+        self.device = model.embed_in.weight.device
+        self.memories = model._rows_of_memory(batch_size, self.device)
+        self.opened: list[Any] = [None] * len(model.layers)
+        self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
+        self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
+        self._is_closed = False
+
+    @torch.no_grad()
+    def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, Z] of the next tokens [B, T]; masked tokens are passed over.
+
+        Raises:
+            ValueError: the stream is closed, another number of rows, or ids outside the vocabulary.
+        """
+        return self.model.embed_out(self.feed_hidden(input_ids, attention_mask))
+
+    @torch.no_grad()
+    def feed_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As `feed`, the hidden states before the head, [B, T, D]."""
+        from new_llm.models.transformer import check_input_ids
+
+        if self._is_closed:
+            raise ValueError("the stream is closed: open another")
+        check_input_ids(input_ids, self.model.vocab_size)
+        if input_ids.shape[0] != self.batch_size:
+            raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size}")
+        packing = plan_packing(attention_mask, input_ids)
+        if packing is None:
+            lengths = torch.full((self.batch_size,), input_ids.shape[1])
+            return self._feed_packed(input_ids, lengths)
+        return packing.unpack(self._feed_packed(packing.pack(input_ids), packing.lengths.cpu()))
+
+    def _feed_packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Feed every row up to its segment's end again and again; whole segments together take the parallel path."""
+        segment_length = self.model.segment_length
+        hidden: Tensor | None = None
+        fed = torch.zeros_like(lengths)
+        while bool((fed < lengths).any()):
+            left = lengths - fed
+            whole = int(left[0]) // segment_length * segment_length
+            if whole and not self.offsets.any() and bool((left == left[0]).all()) and bool((fed == fed[0]).all()):
+                begin = int(fed[0])
+                piece = self._run_whole(input_ids[:, begin : begin + whole])
+                taken = torch.full_like(fed, whole)
+            else:
+                taken = torch.minimum(left, segment_length - self.offsets)
+                piece = self._run_open(input_ids, fed, taken)
+            if hidden is None:
+                hidden = piece.new_zeros(*input_ids.shape, piece.shape[-1])
+            self._put(hidden, piece, fed, taken)
+            fed = fed + taken
+        self.num_tokens = self.num_tokens + lengths
+        if hidden is None:  # every token was masked
+            hidden = torch.zeros_like(self.model.embed_in(input_ids))
+        return hidden
+
+    def close(self, *, update_memory: bool = False) -> None:
+        """End the stream; with `update_memory` an open segment is written too and the model holds the result."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if update_memory:
+            self._end_segments(self.offsets > 0)
+            self.model._hold(self.memories)
+
+    def _run_whole(self, input_ids: Tensor) -> Tensor:
+        hidden, self.memories = self.model.run_segments(input_ids, self.memories, write_last=True)
+        return hidden
+
+    def _run_open(self, input_ids: Tensor, fed: Tensor, taken: Tensor) -> Tensor:
+        longest = int(taken.max())
+        columns = (fed.unsqueeze(1) + torch.arange(longest)).clamp(max=input_ids.shape[1] - 1)
+        offsets, counts = self.offsets.to(self.device), taken.to(self.device)
+        step = Step(
+            offsets=offsets,
+            positions=offsets.unsqueeze(1) + torch.arange(longest, device=self.device),
+            valid=None if bool((taken == longest).all()) else mark_valid(counts, longest),
+            longest=int((self.offsets + taken).max()),
+            segment_length=self.model.segment_length,
+        )
+        hidden = self.model.embed_in(input_ids.gather(1, columns.to(self.device)))
+        for index, (layer, memory) in enumerate(zip(self.model.layers, self.memories, strict=True)):
+            hidden, self.opened[index] = layer.step(hidden, self.opened[index], memory, step)
+        self.offsets = self.offsets + taken
+        self._end_segments(self.offsets == self.model.segment_length)
+        return self.model.final_layer_norm(hidden)
+
+    def _end_segments(self, ended: Tensor) -> None:
+        if not bool(ended.any()):
+            return
+        rows = ended.to(self.device)
+        for index, layer in enumerate(self.model.layers):
+            self.opened[index], self.memories[index] = layer.end_segments(
+                self.opened[index], self.memories[index], rows
+            )
+        self.offsets = torch.where(ended, 0, self.offsets)
+
+    def _put(self, hidden: Tensor, piece: Tensor, fed: Tensor, taken: Tensor) -> None:
+        if bool((taken == taken[0]).all()) and bool((fed == fed[0]).all()):
+            begin = int(fed[0])
+            hidden[:, begin : begin + piece.shape[1]] = piece
+            return
+        for row in range(self.batch_size):
+            begin, count = int(fed[row]), int(taken[row])
+            hidden[row, begin : begin + count] = piece[row, :count]

@@ -1,0 +1,240 @@
+"""The language model: an embedding, any list of layers, a head, and the memory it holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from new_llm.config import PythiaConfig
+from new_llm.models.held_memory import HeldMemory, LayerMemories
+from new_llm.models.initialization import initialize_weights
+from new_llm.models.layers import Layer, Segments
+from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
+from new_llm.models.padding import Packing, mark_valid, plan_packing
+from new_llm.models.stream import MemoryStream
+
+
+class TransformerLM(HeldMemory):
+    """A causal language model of any mix of Pythia and memory layers.
+
+    A call's tokens are cut into segments of `segment_length` from the call's start. Every layer works inside the
+    segment; memory is the only path from one segment to the next. One call of n segments gives the logits of n calls
+    of one segment with the memory carried.
+
+    Args:
+        layers: the layers, all of one hidden size.
+        vocab_size: rows Z of the embedding and the head.
+        segment_length: tokens S in a segment.
+        layer_norm_eps: ε of the final LayerNorm.
+        initializer_range: standard deviation of the initial weights.
+
+    Raises:
+        ValueError: no layers, layers of different sizes, or a length that is not positive.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        vocab_size: int = PythiaConfig.vocab_size,
+        segment_length: int = PythiaConfig.max_position_embeddings,
+        *,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+        initializer_range: float = PythiaConfig.initializer_range,
+    ) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("layers: at least one layer is needed")
+        sizes = sorted({layer.hidden_size for layer in layers})
+        if len(sizes) > 1:
+            raise ValueError(f"layers: hidden sizes {sizes} differ; all layers need one")
+        for name, value in (("vocab_size", vocab_size), ("segment_length", segment_length)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is not positive")
+        self.vocab_size = vocab_size
+        self.segment_length = segment_length
+        self.embed_in = nn.Embedding(vocab_size, sizes[0])
+        self.layers = nn.ModuleList(layers)
+        self.final_layer_norm = nn.LayerNorm(sizes[0], eps=layer_norm_eps)
+        self.embed_out = nn.Linear(sizes[0], vocab_size, bias=False)
+        initialize_weights(self, initializer_range)
+        self.reset_memory()
+
+    # Calls
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+    ) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            input_ids: [B, T] token ids; T may be any number of segments.
+            attention_mask: [B, T], 1 or True at real tokens; the others are neither read nor written, and take no place
+                in a segment. Their logits mean nothing.
+            update_memory: hold what the call wrote; otherwise the held memory stays bit for bit as it was.
+
+        Returns:
+            [B, T, Z].
+
+        Raises:
+            ValueError: ids of another shape or outside the vocabulary, or a batch that does not fit the memory's rows.
+        """
+        return self.embed_out(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory))
+
+    def compute_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+    ) -> Tensor:
+        """The hidden states before the head, [B, T, D]; arguments as in `forward`."""
+        check_input_ids(input_ids, self.vocab_size)
+        memories = self._rows_of_memory(input_ids.shape[0], input_ids.device)
+        packing = plan_packing(attention_mask, input_ids)
+        packed = input_ids if packing is None else packing.pack(input_ids)
+        hidden, memories = self.run_segments(packed, memories, packing, write_last=update_memory)
+        if update_memory:
+            self._hold(memories)
+        return hidden if packing is None else packing.unpack(hidden)
+
+    def run_segments(
+        self, input_ids: Tensor, memories: LayerMemories, packing: Packing | None = None, *, write_last: bool
+    ) -> tuple[Tensor, LayerMemories]:
+        """The functional core: tokens and memories to hidden states and new memories. It keeps nothing.
+
+        Args:
+            input_ids: [B, T], real tokens on the left.
+            memories: each layer's memory, with B rows.
+            packing: how many tokens of each row are real; None: all.
+            write_last: also write the last segment.
+
+        Returns:
+            Hidden states after the final LayerNorm [B, T, D], and each layer's memory.
+        """
+        batch, num_tokens = input_ids.shape
+        num_segments = -(-num_tokens // self.segment_length)
+        length = num_tokens if num_segments == 1 else self.segment_length
+        missing = num_segments * length - num_tokens
+        hidden = self.embed_in(F.pad(input_ids, (0, missing)) if missing else input_ids)
+        valid = None
+        if packing is not None:
+            valid = mark_valid(packing.lengths, num_segments * length)
+        elif missing and write_last:
+            valid = mark_valid(torch.full((batch,), num_tokens, device=input_ids.device), num_segments * length)
+        segments = Segments(
+            valid=None if valid is None else valid.view(batch, num_segments, length), write_last=write_last
+        )
+        hidden = hidden.view(batch, num_segments, length, -1)
+        new_memories: LayerMemories = []
+        for layer, memory in zip(self.layers, memories, strict=True):
+            hidden, new_memory = layer(hidden, memory, segments)
+            new_memories.append(new_memory)
+        hidden = hidden.flatten(1, 2)[:, :num_tokens]
+        return self.final_layer_norm(hidden), new_memories
+
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+    ) -> Tensor:
+        """The loss of the token after each position, [B, T] float32 nats; 0 where there is no target.
+
+        Args:
+            input_ids: [B, T].
+            labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
+            attention_mask: [B, T]; a masked token is no target either.
+            update_memory: as in `forward`.
+        """
+        losses, _ = self._losses_and_targets(input_ids, labels, attention_mask, update_memory)
+        return losses
+
+    def compute_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+    ) -> tuple[Tensor, LossStatistics]:
+        """The mean loss of all predicted tokens, and what it was measured on; arguments as in `token_losses`.
+
+        Raises:
+            ValueError: no token is predicted.
+        """
+        losses, targets = self._losses_and_targets(input_ids, labels, attention_mask, update_memory)
+        num_tokens = int((targets != IGNORE_INDEX).sum())
+        if num_tokens == 0:
+            raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
+        total = losses.sum()
+        return total / num_tokens, LossStatistics(num_tokens=num_tokens, total_nll=float(total.detach()))
+
+    def _losses_and_targets(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool
+    ) -> tuple[Tensor, Tensor]:
+        targets = align_labels(labels, input_ids.shape[1])
+        if attention_mask is not None:
+            mask = attention_mask.to(torch.bool)
+            masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # no loss at a masked token, nor for one
+            targets = targets.masked_fill(masked, IGNORE_INDEX)
+        logits = self(input_ids, attention_mask, update_memory=update_memory)
+        return compute_token_losses(logits, targets), targets
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights (safetensors) and structure (JSON) to a folder; see `model_file.save_model`."""
+        from new_llm.models.model_file import save_model
+
+        save_model(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TransformerLM":
+        """Make a model again from the folder that `save` wrote; see `model_file.load_model`."""
+        from new_llm.models.model_file import load_model
+
+        return load_model(Path(folder))
+
+    def open_stream(self, batch_size: int = 1) -> MemoryStream:
+        """Begin to read token by token, in pieces of any size, from the held memory; see `MemoryStream`."""
+        return MemoryStream(self, batch_size)
+
+    # Facts
+
+    def num_parameters(self) -> dict[str, Any]:
+        """Parameters: `total`, `embedding`, `lm_head`, `transformer` (layers and final LayerNorm), `per_layer` (list)."""
+        per_layer = [count_parameters(layer) for layer in self.layers]
+        embedding, head = count_parameters(self.embed_in), count_parameters(self.embed_out)
+        total = count_parameters(self)
+        return {
+            "total": total,
+            "embedding": embedding,
+            "lm_head": head,
+            "transformer": total - embedding - head,
+            "per_layer": per_layer,
+        }
+
+    def gate_values(self) -> dict[str, list[float]]:
+        """g of each memory layer's heads, by the layer's name in the state dict."""
+        return {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids of another shape or, where that costs no synchronisation, outside the vocabulary.
+
+    Raises:
+        ValueError: not [B, T] integers with B, T ≥ 1, or an id outside 0 … vocab_size − 1.
+    """
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: [batch, tokens] integers with at least "
+            "one token are needed"
+        )
+    if input_ids.device.type == "cpu":
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids: ids from {int(low)} to {int(high)}; the model knows 0 to {vocab_size - 1}")
