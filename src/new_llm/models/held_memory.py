@@ -24,6 +24,7 @@ class HeldMemory(nn.Module):
     """
 
     layers: nn.ModuleList
+    segment_length: int
 
     def __init__(self) -> None:
         super().__init__()

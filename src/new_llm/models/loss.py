@@ -56,12 +56,11 @@ def compute_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """−log softmax(logits)[target], in float32 or wider; 0 where the target is -100.
 
     Args:
-        logits: [B, T, Z].
-        targets: aligned by `align_labels`, [B, T].
+        logits: [N, Z].
+        targets: aligned by `align_labels`, [N].
 
     Returns:
-        Nats, [B, T].
+        Nats, [N].
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.view_as(targets)
+    return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -74,6 +74,21 @@ def save_model(model: TransformerLM, folder: Path) -> None:
     write_text_atomically(folder / STRUCTURE_FILE, json.dumps(structure, indent=2))
 
 
+def read_structure(folder: Path) -> Any:
+    """What `model.json` in a folder holds, which `build_model` checks.
+
+    Raises:
+        UserError: it is missing or no JSON.
+    """
+    path = folder / STRUCTURE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
 def load_model(folder: Path) -> TransformerLM:
     """Make a model from `save_model`'s folder, on the CPU, in the dtype it was saved in.
 
@@ -81,12 +96,7 @@ def load_model(folder: Path) -> TransformerLM:
         UserError: a file is missing or broken, or the weights are not the structure's.
     """
     path = folder / STRUCTURE_FILE
-    try:
-        structure = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    structure = read_structure(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError:

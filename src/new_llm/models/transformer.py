@@ -16,6 +16,9 @@ from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, comp
 from new_llm.models.padding import Packing, mark_valid, plan_packing
 from new_llm.models.stream import MemoryStream
 
+SCORED_ROWS = 2048
+"""Rows of logits that an evaluation holds at once; more would only take memory."""
+
 
 class TransformerLM(HeldMemory):
     """A causal language model of any mix of Pythia and memory layers.
@@ -25,7 +28,7 @@ class TransformerLM(HeldMemory):
     of one segment with the memory carried.
 
     Args:
-        layers: the layers, all of one hidden size.
+        layers: the layers, all of one hidden size; their weights are drawn anew.
         vocab_size: rows Z of the embedding and the head.
         segment_length: tokens S in a segment.
         layer_norm_eps: ε of the final LayerNorm.
@@ -178,8 +181,20 @@ class TransformerLM(HeldMemory):
             mask = attention_mask.to(torch.bool)
             masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # no loss at a masked token, nor for one
             targets = targets.masked_fill(masked, IGNORE_INDEX)
-        logits = self(input_ids, attention_mask, update_memory=update_memory)
-        return compute_token_losses(logits, targets), targets
+        hidden = self.compute_hidden(input_ids, attention_mask, update_memory=update_memory)
+        wanted = targets != IGNORE_INDEX
+        if bool(wanted.all()):
+            return self._score_hidden(hidden.flatten(0, 1), targets.flatten()).view_as(targets), targets
+        # The head is the widest product of a small model: it runs where a loss is asked for alone.
+        losses = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return losses.masked_scatter(wanted, self._score_hidden(hidden[wanted], targets[wanted])), targets
+
+    def _score_hidden(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Losses of rows [N, D], in pieces where no gradient needs their logits."""
+        if torch.is_grad_enabled() or len(hidden) <= SCORED_ROWS:
+            return compute_token_losses(self.embed_out(hidden), targets)
+        pieces = zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True)
+        return torch.cat([compute_token_losses(self.embed_out(rows), wanted) for rows, wanted in pieces])
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors) and structure (JSON) to a folder; see `model_file.save_model`."""

@@ -94,6 +94,14 @@ class CompressiveAttention(Attention):
         """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
         raise NotImplementedError  # abstract: every memory layer defines it
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train at the gates' learning rate, without decay."""
+        return [self.gate]
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Matrices that train at the model's learning rate, but without decay."""
+        return []
+
     # The core over whole segments
 
     def forward(

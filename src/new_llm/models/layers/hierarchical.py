@@ -37,6 +37,10 @@ class HierarchicalAttention(MultiMemoryAttention):
         super().__init__(hidden_size, num_memory_heads, **options)
         self.expansion_gate = ExpansionGate(hidden_size)
 
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The expansion gate."""
+        return list(self.expansion_gate.parameters())
+
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]."""
         coarse = read_memories(

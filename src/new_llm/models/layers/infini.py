@@ -46,6 +46,10 @@ class InfiniAttention(CompressiveAttention):
         if num_memory_banks > 1:
             self.bank_weights = nn.Parameter(torch.zeros(num_memory_heads, num_memory_banks))
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """β and the bank weights."""
+        return [self.gate] if self.bank_weights is None else [self.gate, self.bank_weights]
+
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]; all banks are mixed, an empty one adds 0."""
         weights = None

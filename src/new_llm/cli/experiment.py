@@ -1,0 +1,102 @@
+"""`new-llm experiment`: the configuration's fields as flags, the experiment, its report."""
+
+import argparse
+import dataclasses
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+
+from new_llm.config import ExperimentConfig, load_config
+
+DESCRIPTION = """Train some models on identical data, measure them, and write a report.
+
+Examples:
+  new-llm experiment --config configs/quick.yaml
+  new-llm experiment --models pythia infini multi_memory hierarchical
+  new-llm experiment --models infini --data.source my_text.txt --samples 1000 --epochs 3
+  new-llm experiment --name my-run --resume
+
+Without --config and --data.source it is the reference experiment on the Pile."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExperimentArguments:
+    """The command's own options, and the configuration's fields beside them."""
+
+    config: Path | None = None
+    """A YAML file with the settings to begin from; flags override it."""
+    resume: bool = False
+    """Go on with the run that --name names, where it was interrupted."""
+    experiment: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parsed = parse_arguments(arguments)
+    # Everything below imports torch; help and bad flags have been answered by now.
+    from rich.console import Console
+
+    from new_llm.experiments import run_experiment
+    from new_llm.experiments.record import REPORT_FILE
+    from new_llm.report.html import write_report
+    from new_llm.report.tables import render_summary_table
+    from new_llm.training import TrainingError, TrainingInterrupted
+
+    def report(results: dict[str, Any], folder: Path) -> None:
+        write_report(results, folder / REPORT_FILE)
+
+    console = Console(stderr=True)
+    try:
+        results = run_experiment(
+            exp_config=parsed.experiment, resume=parsed.resume, console=console, on_results=report
+        )
+    except TrainingInterrupted as stopped:
+        console.print(f"{stopped}\ngo on with: new-llm experiment --name NAME --resume", highlight=False, soft_wrap=True)
+        return 130
+    except TrainingError as error:
+        print(f"new-llm: {error}", file=sys.stderr)
+        return 1
+    folder = Path(results["folder"])
+    Console().print(render_summary_table(results))
+    print(f"results: {folder / 'results.json'}\nreport:  {folder / REPORT_FILE}")
+    return 0
+
+
+def parse_arguments(arguments: list[str]) -> ExperimentArguments:
+    """Defaults from --config, or with --resume from the run itself; flags override them.
+
+    Raises:
+        UserError: the configuration file or a value is bad.
+        SystemExit: help was asked for, or a flag is unknown.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--name")
+    first.add_argument("--runs-dir", type=Path, default=ExperimentConfig.runs_dir)
+    known, _ = first.parse_known_args(arguments)
+    base = ExperimentConfig()
+    if known.config is not None:
+        base = load_config(known.config)
+        if base.name is None and not known.resume:
+            base = dataclasses.replace(base, name=name_run(known.config.stem))
+    elif known.resume and known.name is not None:
+        base = load_config(known.runs_dir / known.name / "config.yaml")
+    return tyro.cli(
+        ExperimentArguments,
+        args=arguments,
+        prog="new-llm experiment",
+        description=DESCRIPTION,
+        default=ExperimentArguments(experiment=base),
+        config=(tyro.conf.EnumChoicesFromValues,),
+    )
+
+
+def name_run(stem: str) -> str:
+    """A run's name from its configuration's and the time."""
+    return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+

@@ -1,0 +1,1 @@
+"""Data: sources of documents, tokenizers, token caches, splits and batches."""

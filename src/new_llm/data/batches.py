@@ -1,0 +1,182 @@
+"""Batches: which samples a row reads, in what order, and where its memory must be emptied."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from new_llm.data.tokens import TokenSplit, count_samples
+
+IGNORED_LABEL = -100
+SUBSET_STREAM = 2**32 - 1  # keeps the choice of samples apart from every epoch's order
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows of T tokens; a row holds tokens of one document, padded at the right."""
+
+    input_ids: Tensor
+    """[B, T] int64; 0 where padded."""
+    labels: Tensor
+    """[B, T + 1] int64, unshifted: the input ids, then the document's next token; -100 where none is."""
+    attention_mask: Tensor | None
+    """[B, T] bool: real tokens; None where all are."""
+    resets: Tensor
+    """[B] bool: this row starts a document or an independent sample, from an empty memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan(Sequence[Batch]):
+    """One epoch's batches, each built from the memory-mapped tokens when it is asked for."""
+
+    split: TokenSplit
+    seq_length: int
+    starts: NDArray[np.int64]
+    """[num_samples]: where each sample begins in split.tokens."""
+    lengths: NDArray[np.int64]
+    """[num_samples]: its tokens, 2 to seq_length."""
+    has_next: NDArray[np.bool_]
+    """[num_samples]: its document goes on, so its last token has a target."""
+    rows: NDArray[np.int64]
+    """[num_batches, batch_size]: the sample of each row; -1: none."""
+    resets: NDArray[np.bool_]
+    """[num_batches, batch_size]: `Batch.resets`."""
+    keep_empty_rows: bool
+    """A row without a sample stays, all masked (stream), or is left out (shuffled)."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the epoch."""
+        return len(self.starts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in the epoch."""
+        return int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        samples, resets = self.rows[index], self.resets[index]
+        if not self.keep_empty_rows:
+            samples, resets = samples[samples >= 0], resets[samples >= 0]
+        is_real = samples >= 0
+        starts = np.where(is_real, self.starts[samples], 0)[:, None]
+        lengths = np.where(is_real, self.lengths[samples], 0)[:, None]
+        has_next = is_real & self.has_next[samples]
+        columns = np.arange(self.seq_length + 1)
+        has_token = columns < lengths + has_next[:, None]
+        positions = np.minimum(starts + columns, len(self.split.tokens) - 1)
+        tokens = np.asarray(self.split.tokens[positions]).astype(np.int64)
+        mask = columns[:-1] < lengths
+        return Batch(
+            input_ids=torch.from_numpy(np.where(mask, tokens[:, :-1], 0)),
+            labels=torch.from_numpy(np.where(has_token, tokens, IGNORED_LABEL)),
+            attention_mask=None if mask.all() else torch.from_numpy(mask),
+            resets=torch.from_numpy(resets.copy()),
+        )
+
+
+def plan_batches(
+    split: TokenSplit,
+    *,
+    seq_length: int,
+    batch_size: int,
+    order: Literal["stream", "shuffled"],
+    seed: int,
+    epoch: int,
+    num_samples: int | None = None,
+) -> BatchPlan:
+    """Plan one epoch: every sample is used exactly once.
+
+    A pure function of its arguments, so that a run resumes at any batch. A sample is seq_length tokens of one
+    document; the document's tail is a shorter one, if it has at least 2 tokens.
+
+    Args:
+        split: the documents.
+        seq_length: tokens in a sample, T.
+        batch_size: rows, B.
+        order: `stream` shuffles the documents each epoch, lays their samples end to end and cuts the list
+            into B contiguous ranges, one a row; where ranges differ by one, the shorter rows end all masked.
+            `shuffled` permutes the samples: each starts from empty memory, and the last batch may have fewer
+            rows.
+        seed: of the subset and, with the epoch, of the order.
+        epoch: which pass this is.
+        num_samples: take this many samples, the same in every epoch: the pinned documents first, then whole
+            documents in a seeded order, the last one cut; None: all.
+
+    Raises:
+        ValueError: an argument is out of range, or the split holds no sample.
+    """
+    if seq_length < 2 or batch_size < 1 or (num_samples is not None and num_samples < 1):
+        raise ValueError(
+            f"seq_length {seq_length} (>= 2), batch_size {batch_size}, num_samples {num_samples} (>= 1)"
+        )
+    if order not in ("stream", "shuffled"):
+        raise ValueError(f"order {order!r} is neither stream nor shuffled")
+    rng = np.random.default_rng([seed, epoch])
+    documents, counts = _choose_samples(split, seq_length, seed, num_samples)
+    shuffled = rng.permutation(len(documents))
+    documents, counts = documents[shuffled], counts[shuffled]
+
+    document = np.repeat(documents, counts)
+    total = len(document)
+    if not total:
+        raise ValueError(
+            f"the split holds no sample: no document has 2 tokens or more ({split.num_documents} documents)"
+        )
+    sample_in_document = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = split.offsets[document] + sample_in_document * seq_length
+    ends = split.offsets[document + 1]
+    lengths = np.minimum(ends - starts, seq_length)
+
+    num_batches = -(-total // batch_size)
+    rows = np.full((num_batches, batch_size), -1, dtype=np.int64)
+    if order == "stream":
+        steps, row = _cut_ranges(total, batch_size)
+        rows[steps, row] = np.arange(total)
+        resets = np.zeros_like(rows, dtype=bool)
+        resets[steps, row] = np.concatenate([[True], document[1:] != document[:-1]])
+        resets[0] = True
+    else:
+        rows.reshape(-1)[:total] = rng.permutation(total)
+        resets = np.ones_like(rows, dtype=bool)
+    return BatchPlan(
+        split, seq_length, starts, lengths, starts + lengths < ends, rows, resets, order == "stream"
+    )
+
+
+def _choose_samples(
+    split: TokenSplit, seq_length: int, seed: int, num_samples: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The documents of the subset and how many samples of each, the same for every epoch."""
+    counts = count_samples(np.diff(split.offsets), seq_length)
+    documents = np.arange(split.num_documents)
+    if num_samples is not None:
+        pinned = split.num_pinned_documents
+        others = np.random.default_rng([seed, SUBSET_STREAM]).permutation(documents[pinned:])
+        documents = np.concatenate([documents[:pinned], others])
+        before = np.cumsum(counts[documents]) - counts[documents]
+        counts = np.minimum(counts[documents], np.maximum(num_samples - before, 0))
+    return documents[counts > 0], counts[counts > 0]
+
+
+def _cut_ranges(total: int, batch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut positions 0..total-1 into contiguous ranges, equal but for one: each position's step and row."""
+    short, num_long = divmod(total, batch_size)
+    sizes = short + (np.arange(batch_size) < num_long)
+    row = np.repeat(np.arange(batch_size), sizes)
+    return np.arange(total) - (np.cumsum(sizes) - sizes)[row], row

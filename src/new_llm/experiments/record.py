@@ -1,0 +1,182 @@
+"""The run folder: what an experiment writes down, and where.
+
+```
+runs/<name>/
+  config.yaml        the resolved configuration     environment.json   machine, versions, code revision, command
+  data.json          fingerprints and counts        tokenizer.json     the tokenizer of all models
+  <model>/metrics.jsonl, tensorboard/, best/ (weights), checkpoints/last/ (while training), result.json (when done)
+  results.json       everything the report shows    report.html        one self-contained file
+```
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from new_llm import __version__
+from new_llm.config import ExperimentConfig, UserError, load_config
+from new_llm.config.atomic import write_text_atomically
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+DATA_FILE = "data.json"
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+MODEL_RESULT_FILE = "result.json"
+RESULTS_VERSION = 1
+
+
+def open_run(config: ExperimentConfig, *, resume: bool) -> tuple[ExperimentConfig, Path]:
+    """Make the run's folder, or find the one to resume.
+
+    Returns:
+        The configuration with its name filled in, and the folder.
+
+    Raises:
+        UserError: the folder exists already, or there is nothing to resume, or it began with other settings.
+    """
+    if resume:
+        if config.name is None:
+            raise UserError("--resume needs --name NAME, the run to go on with")
+        folder = config.runs_dir / config.name
+        begun = read_run_config(folder)
+        changed = list_differences(begun, config)
+        if changed:
+            raise UserError(f"{folder}: a run goes on with the settings it began with; different now: {'; '.join(changed)}")
+        return begun, folder
+    name = config.name or f"experiment-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    config = dataclasses.replace(config, name=name)
+    folder = config.runs_dir / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{folder}: a run of this name exists; choose another --name, or go on with it by --name {name} --resume"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
+    write_text_atomically(folder / CONFIG_FILE, config.to_yaml())
+    return config, folder
+
+
+def read_run_config(folder: Path) -> ExperimentConfig:
+    """The configuration that a run began with.
+
+    Raises:
+        UserError: there is no run in this folder.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder}: no run here ({CONFIG_FILE} is missing)")
+    return load_config(folder / CONFIG_FILE)
+
+
+def list_differences(first: ExperimentConfig, second: ExperimentConfig) -> list[str]:
+    """The fields in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
+
+    def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                flat |= flatten(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    one, two = flatten(first.to_dict()), flatten(second.to_dict())
+    return [f"{key} {one[key]} → {two[key]}" for key in one if one[key] != two[key] and key != "runs_dir"]
+
+
+def describe_environment(device: str, precision: str, num_threads: int) -> dict[str, Any]:
+    """The machine and the versions that a result depends on."""
+    import accelerate
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name() if device.startswith("cuda") else read_processor_name(),
+        "device": device,
+        "precision": precision,
+        "num_threads": num_threads,
+        "num_cpus": os.cpu_count(),
+    }
+
+
+def read_processor_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_code() -> dict[str, Any]:
+    """The program's version and, where it runs from a git checkout, its revision."""
+    checkout = Path(__file__).resolve().parents[3]
+    code: dict[str, Any] = {"version": __version__, "git_revision": None, "git_dirty": None}
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return code
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        code["git_revision"] = git("rev-parse", "HEAD")
+        code["git_dirty"] = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (subprocess.SubprocessError, OSError):
+        pass
+    return code
+
+
+def describe_command() -> str:
+    """The command line as it was typed, the interpreter's path left out."""
+    program = Path(sys.argv[0])
+    name = f"python3 scripts/{program.name}" if program.parent.name == "scripts" else program.name
+    return shlex.join([*name.split(), *sys.argv[1:]])
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write strict JSON atomically; NaN and infinity, which JSON lacks, become null."""
+    write_text_atomically(path, json.dumps(_strict(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that `write_json` wrote; None where there is none.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

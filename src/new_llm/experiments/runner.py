@@ -1,0 +1,173 @@
+"""Train some models on identical data in identical order, measure their best weights, write the run folder."""
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from new_llm.config import ExperimentConfig, ModelType
+from new_llm.data.dataset import PreparedData, prepare_data
+from new_llm.evaluation import unigram_perplexity
+from new_llm.experiments.measure import measure_model, measure_validation_loss
+from new_llm.experiments.record import (
+    DATA_FILE,
+    ENVIRONMENT_FILE,
+    MODEL_RESULT_FILE,
+    RESULTS_FILE,
+    RESULTS_VERSION,
+    describe_code,
+    describe_command,
+    describe_environment,
+    open_run,
+    read_json,
+    write_json,
+)
+from new_llm.models import TransformerLM, create_model
+from new_llm.training import Trainer
+from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoint
+from new_llm.training.metrics import read_metrics
+from new_llm.training.precision import choose_device, choose_precision, make_autocast
+from new_llm.training.progress import TrainingProgress
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def run_experiment(
+    model_types: Sequence[ModelType | str] | None = None,
+    exp_config: ExperimentConfig | None = None,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    on_results: Callable[[dict[str, Any], Path], None] | None = None,
+) -> dict[str, Any]:
+    """Train and compare some models.
+
+    Args:
+        model_types: the models; None: the configuration's.
+        exp_config: the experiment; None: the reference.
+        resume: go on with the run of this name.
+        console: where to show progress; None: the standard error.
+        on_results: called with the results so far and the run folder after every model: writes the report.
+
+    Returns:
+        What `results.json` holds; `results["folder"]` is the run folder.
+
+    Raises:
+        UserError: bad input, in one line.
+        TrainingError: a loss was not finite.
+        TrainingInterrupted: a signal asked to stop; the run can be resumed.
+    """
+    config = exp_config or ExperimentConfig()
+    if model_types is not None:
+        config = dataclasses.replace(config, models=tuple(ModelType(kind) for kind in model_types))
+    console = console or Console(stderr=True)
+    device = choose_device(config.device)
+    data = prepare_data(config.data, config.seed)
+    config, folder = open_run(config, resume=resume)
+    console.print(f"run folder {folder}", highlight=False)
+    for note in data.info.get("notes", []):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    experiment = _Experiment(config, folder, data, device, console)
+    results = experiment.describe()
+    for kind in config.models:
+        results["models"].append(experiment.run_model(kind))
+        results["status"] = "complete" if len(results["models"]) == len(config.models) else "running"
+        write_json(folder / RESULTS_FILE, results)
+        if on_results is not None:
+            on_results(results, folder)
+    return results | {"folder": str(folder)}
+
+
+class _Experiment:
+    """One run: what its models share."""
+
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, data: PreparedData, device: torch.device, console: Console
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.data = data
+        self.device = device
+        self.console = console
+        self.precision = choose_precision(config.train.precision, device)
+        self.autocast = make_autocast(self.precision, device)
+
+    def describe(self) -> dict[str, Any]:
+        """Write the facts of the run, and begin its results with them. A resumed run keeps its first facts."""
+        facts = read_json(self.folder / ENVIRONMENT_FILE) or {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": describe_command(),
+            "code": describe_code(),
+            "environment": describe_environment(str(self.device), self.precision, torch.get_num_threads()),
+        }
+        write_json(self.folder / ENVIRONMENT_FILE, facts)
+        write_json(self.folder / DATA_FILE, self.data.info)
+        self.data.tokenizer.save(str(self.folder / TOKENIZER_FILE))
+        return {
+            "schema_version": RESULTS_VERSION,
+            "name": self.config.name,
+            "status": "running",
+            **facts,
+            "config": self.config.to_dict(),
+            "data": self.data.info,
+            "unigram_perplexity": unigram_perplexity(self.data.validation),
+            "models": [],
+        }
+
+    def create(self, kind: ModelType) -> TransformerLM:
+        """A model with fresh weights: those it shares with the other models are the same."""
+        torch.manual_seed(self.config.seed)
+        return create_model(
+            kind,
+            self.config.model.shape(self.data.vocab_size),
+            segment_length=self.config.segment_length,
+            **self.config.model.options(kind),
+        )
+
+    def run_model(self, kind: ModelType) -> dict[str, Any]:
+        """Train and measure one model, or read its result where a resumed run has it."""
+        folder = self.folder / kind
+        done = read_json(folder / MODEL_RESULT_FILE)
+        if done is not None:
+            self.console.print(f"{kind:<12} is done", highlight=False)
+            return done
+        progress = TrainingProgress(kind, self.console)
+        trainer = Trainer(
+            self.create(kind),
+            self.data.train,
+            self.config,
+            folder,
+            validate=lambda model: measure_validation_loss(model, self.data, self.config, self.autocast),
+            device=self.device,
+            precision=self.precision,
+            progress=progress,
+        )
+        try:
+            training = trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
+        finally:
+            progress.stop()
+        model = TransformerLM.load(folder / BEST_FOLDER).to(self.device).eval()
+        with self.console.status("") as status:
+            measured = measure_model(
+                model, self.data, self.config, self.autocast, lambda what: status.update(f"{kind}: measuring {what}")
+            )
+        lines = read_metrics(folder)
+        result = {
+            "model_type": str(kind),
+            "num_parameters": model.num_parameters(),
+            "memory_info": model.memory_info(),
+            "training": {
+                **dataclasses.asdict(training),
+                "steps_log": [line for line in lines if line["event"] == "train"],
+                "epochs_log": [line for line in lines if line["event"] == "epoch"],
+            },
+            "gates": model.gate_values(),
+            "evaluation": measured,
+        }
+        write_json(folder / MODEL_RESULT_FILE, result)
+        remove_checkpoint(folder)
+        return result

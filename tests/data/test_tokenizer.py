@@ -1,0 +1,95 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from new_llm.config import DataConfig, UserError
+from new_llm.data.tokenizer import (
+    END_OF_TEXT,
+    find_tokenizer,
+    fingerprint_tokenizer,
+    load_tokenizer,
+    padded_vocab_size,
+    train_tokenizer,
+)
+from new_llm.data.tokens import count_words, encode_documents, token_dtype, tokenize_documents
+
+
+@pytest.fixture(scope="module")
+def tokenizer(speeches):
+    return train_tokenizer(speeches, 400)
+
+
+def test_training_is_deterministic_and_keeps_to_the_size(tokenizer, speeches):
+    assert fingerprint_tokenizer(train_tokenizer(iter(speeches), 400)) == fingerprint_tokenizer(tokenizer)
+    assert fingerprint_tokenizer(train_tokenizer(speeches[1:], 400)) != fingerprint_tokenizer(tokenizer)
+    assert tokenizer.get_vocab_size() == 400
+    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+    assert padded_vocab_size(tokenizer) == 512
+
+
+@given(text=st.text())
+@settings(deadline=None)
+def test_a_trained_tokenizer_loses_nothing(tokenizer, text):
+    text = text.replace(END_OF_TEXT, "")
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_documents_are_counted_as_raw_text(tokenizer):
+    texts = [" Two words", "É", "a\n\nb  c"]
+    split = tokenize_documents(texts, tokenizer)
+    assert split.num_documents == 3
+    assert split.num_bytes.tolist() == [10, 2, 7]
+    assert split.num_words.tolist() == [3, 1, 3] == [count_words(text) for text in texts]
+    assert (
+        split.num_tokens
+        == len(split.tokens)
+        == sum(len(document.ids) for document in encode_documents(texts, tokenizer))
+    )
+    assert [tokenizer.decode(split.document(i).tolist()) for i in range(3)] == texts
+    with pytest.raises(IndexError):
+        split.document(3)
+    assert tokenize_documents([], tokenizer).num_tokens == 0
+
+
+def test_chunks_change_nothing(tokenizer, speeches, monkeypatch):
+    whole = [document.ids.tolist() for document in encode_documents(speeches, tokenizer)]
+    monkeypatch.setattr("new_llm.data.tokens.CHUNK_CHARACTERS", 3000)
+    assert [document.ids.tolist() for document in encode_documents(speeches, tokenizer)] == whole
+
+
+def test_types_hold_the_vocabulary():
+    assert token_dtype(65_536).itemsize == 2
+    assert token_dtype(65_537).itemsize == 4
+
+
+def test_a_tokenizer_file_cuts_and_pads_nothing(tokenizer, tmp_path, speeches):
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        name, loaded = find_tokenizer(DataConfig(tokenizer=str(place)), is_hub_source=False) or pytest.fail(
+            "none"
+        )
+        assert name == str(place)
+        assert loaded.encode(speeches[0]).ids == tokenizer.encode(speeches[0]).ids
+
+
+def test_the_neox_tokenizer_has_pythias_rows(shared_data):
+    neox = load_tokenizer(str(shared_data / "tokenizer" / "20B_tokenizer.json"), 1.0)
+    assert padded_vocab_size(neox) == 50_304
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"model": {"type": "BPE"', b"\xff\xfe"])
+def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="no valid tokenizer file") as caught:
+        load_tokenizer(str(file), 1.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tokenizer_file_is_not_taken_for_a_hub_name(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"), 1.0)

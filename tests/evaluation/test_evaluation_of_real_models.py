@@ -1,0 +1,186 @@
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from new_llm import create_model
+from new_llm.config import PythiaConfig
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
+from new_llm.data.tokens import tokenize_documents
+from new_llm.evaluation import (
+    evaluate_independent,
+    evaluate_positions,
+    evaluate_reversal_curse,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
+
+SENTENCES = [pair.forward for pair in get_reversal_pairs()]
+TEXTS = [" ".join(SENTENCES[begin:end]) for begin, end in pairwise([0, 9, 10, 24, 27])]
+TOKENIZER = train_tokenizer(TEXTS, 400)
+SPLIT = tokenize_documents(TEXTS, TOKENIZER)
+KINDS = ["pythia", "infini", "multi_memory", "hierarchical"]
+
+
+def make_model(kind, segment_length=16):
+    torch.manual_seed(0)
+    config = PythiaConfig(
+        vocab_size=padded_vocab_size(TOKENIZER),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+    )
+    return create_model(kind, config, segment_length=segment_length)
+
+
+def read_by_logits(model, tokens):
+    """The loss of each token but the first, from the logits of one call."""
+    ids = torch.from_numpy(tokens.astype("int64"))
+    with torch.no_grad():
+        logits = model(ids[None, :-1])[0].double()
+    return -logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+
+def perplexity_of(losses):
+    return math.exp(float(torch.cat(losses).mean()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_each_protocol_equals_a_loop_over_the_logits(kind, batch_size):
+    model = make_model(kind)
+    documents = [SPLIT.document(index) for index in range(SPLIT.num_documents)]
+    assert min(map(len, documents)) < 40 < max(map(len, documents))
+
+    sliding = evaluate_sliding_window(model, SPLIT, context=40, stride=11, batch_size=batch_size)
+    expected = []
+    for document in documents:
+        previous_end = 1
+        for begin in range(0, len(document), 11):
+            end = min(begin + 40, len(document))
+            expected.append(read_by_logits(model, document[begin:end])[max(previous_end - begin - 1, 0) :])
+            previous_end = end
+            if end == len(document):
+                break
+    assert sliding.perplexity == pytest.approx(perplexity_of(expected), rel=1e-5)
+
+    expected = [read_by_logits(model, document) for document in documents]
+    for segments_per_call in (1, 2, 1000):
+        streaming = evaluate_streaming(
+            model, SPLIT, batch_size=batch_size, segments_per_call=segments_per_call
+        )
+        assert streaming.perplexity == pytest.approx(perplexity_of(expected), rel=1e-5)
+
+    independent = evaluate_independent(model, SPLIT, batch_size=batch_size)
+    pieces = [
+        document[begin : begin + 17] for document in documents for begin in range(0, len(document) - 1, 16)
+    ]
+    expected = [read_by_logits(model, piece) for piece in pieces]
+    assert independent.perplexity == pytest.approx(perplexity_of(expected), rel=1e-5)
+    differs = abs(independent.perplexity - streaming.perplexity) > 1e-4 * streaming.perplexity
+    assert differs == (kind != "pythia")  # a memory is the only path from one segment to the next
+    assert sliding.num_tokens == streaming.num_tokens == independent.num_tokens == SPLIT.num_tokens - 4
+
+    positions = evaluate_positions(model, SPLIT, seq_length=32, edges=(0, 16), batch_size=batch_size)
+    samples = [
+        document[begin : begin + 32] for document in documents for begin in range(0, len(document) - 1, 32)
+    ]
+    losses = [read_by_logits(model, sample) for sample in samples]
+    expected = [perplexity_of([loss[:15] for loss in losses]), perplexity_of([loss[15:] for loss in losses])]
+    assert [entry["perplexity"] for entry in positions] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory"])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
+    model = make_model(kind)
+
+    def measure():
+        return (
+            evaluate_sliding_window(model, SPLIT, context=40, stride=11, batch_size=3).loss,
+            evaluate_streaming(model, SPLIT, batch_size=3).loss,
+            evaluate_independent(model, SPLIT, batch_size=3).loss,
+            [
+                e["perplexity"]
+                for e in evaluate_positions(model, SPLIT, seq_length=32, edges=(0, 16), batch_size=3)
+            ],
+            evaluate_reversal_curse(model, TOKENIZER, get_reversal_pairs()[:5]),
+        )
+
+    empty = measure()
+    model.reset_memory(rows)
+    tokens = torch.from_numpy(SPLIT.tokens[:128].astype("int64"))
+    model(tokens.view(2, 64), update_memory=True)
+    before = copy.deepcopy(model.get_memory_state())
+    assert measure() == empty
+    after = model.get_memory_state()
+    for index, entry in before.items():
+        for name, value in entry.items():
+            found = after[index][name]
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+
+
+class DoublyShifted:
+    """A model that is handed labels shifted once before the model itself shifts them."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def token_losses(self, input_ids, labels, attention_mask=None, *, update_memory=False):
+        shifted = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
+        return self.model.token_losses(input_ids, shifted, attention_mask, update_memory=update_memory)
+
+
+@pytest.mark.parametrize("kind", ["pythia", "infini"])
+def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
+    model = make_model(kind, segment_length=64)
+    split = tokenize_documents(
+        ["The novel Moby-Dick was written by Herman Melville in the year 1851."], TOKENIZER
+    )
+    ids = torch.from_numpy(split.tokens.astype("int64"))[None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    evaluate_streaming(model, split, batch_size=1)  # what it leaves behind must not hinder training
+    for _ in range(60):
+        loss, _ = model.compute_loss(ids, ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for result in (
+        evaluate_sliding_window(model, split, context=64, stride=16, batch_size=4),
+        evaluate_streaming(model, split, batch_size=4),
+        evaluate_independent(model, split, batch_size=4),
+    ):
+        assert result.num_tokens == ids.shape[1] - 1
+        assert 1 <= result.perplexity < 1.05
+    wrong = evaluate_sliding_window(DoublyShifted(model), split, context=64, stride=16, batch_size=4)
+    assert wrong.perplexity > 1000
+
+
+def test_forward_training_alone_leaves_the_curse():
+    pairs = get_reversal_pairs()[:6]
+    model = make_model("pythia", segment_length=64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    split = tokenize_documents([pair.forward for pair in pairs], TOKENIZER)
+    width = int((split.offsets[1:] - split.offsets[:-1]).max())
+    ids, labels = torch.zeros(6, width, dtype=torch.int64), torch.full((6, width), -100)
+    for row in range(6):
+        tokens = torch.from_numpy(split.document(row).astype("int64"))
+        ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
+    for _ in range(60):
+        loss, _ = model.compute_loss(ids, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    result = evaluate_reversal_curse(model, TOKENIZER, pairs)
+    assert result.forward_perplexity < 1.6
+    assert result.forward_accuracy == 1
+    assert result.backward_perplexity > 5 * result.forward_perplexity
+    assert result.chance_accuracy == pytest.approx(1 / 6)

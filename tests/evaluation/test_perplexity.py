@@ -1,0 +1,229 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from evaluation_stand_ins import VOCAB_SIZE, BigramModel, make_documents, make_split, read_naively
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from new_llm.config import UserError
+from new_llm.evaluation import (
+    evaluate_independent,
+    evaluate_positions,
+    evaluate_sliding_window,
+    evaluate_streaming,
+    unigram_perplexity,
+)
+
+DOCUMENTS = make_documents([37, 1, 2, 64, 65, 130, 3, 16, 17])
+SPLIT = make_split(DOCUMENTS)
+NUM_SCORED = sum(len(document) - 1 for document in DOCUMENTS)
+
+
+def naive_sliding(model, documents, context, stride):
+    losses = []
+    for document in documents:
+        previous_end = 1
+        for begin in range(0, len(document), stride):
+            end = min(begin + context, len(document))
+            if previous_end < end:
+                losses += read_naively(model, document[begin:end])[previous_end - begin - 1 :]
+                previous_end = end
+    return losses
+
+
+def naive_independent(model, documents):
+    losses, length = [], model.segment_length
+    for document in documents:
+        for begin in range(0, len(document), length):
+            losses += read_naively(model, document[begin : begin + length + 1])
+    return losses
+
+
+def check(result, losses, protocol):
+    assert result.protocol == protocol
+    assert result.num_tokens == len(losses)
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
+    error = result.perplexity * np.std(losses, ddof=1) / math.sqrt(len(losses))
+    assert result.standard_error == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 4), (16, 15), (7, 3), (200, 50), (2, 1)])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_sliding_window_equals_a_naive_loop(context, stride, batch_size):
+    model = BigramModel()
+    result = evaluate_sliding_window(model, SPLIT, context=context, stride=stride, batch_size=batch_size)
+    check(result, naive_sliding(model, DOCUMENTS, context, stride), "sliding")
+    assert (result.context, result.stride) == (context, stride)
+    assert result.num_tokens == NUM_SCORED
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_independent_equals_a_naive_loop(batch_size):
+    model = BigramModel()
+    result = evaluate_independent(model, SPLIT, batch_size=batch_size)
+    check(result, naive_independent(model, DOCUMENTS), "independent")
+    assert (result.context, result.stride, result.num_tokens) == (8, 8, NUM_SCORED)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(lambda lengths: max(lengths) > 1),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 4),
+)
+def test_streaming_equals_one_document_at_a_time(lengths, segment_length, batch_size, segments_per_call):
+    model = BigramModel(segment_length)
+    documents = make_documents(lengths, seed=sum(lengths))
+    result = evaluate_streaming(
+        model, make_split(documents), batch_size=batch_size, segments_per_call=segments_per_call
+    )
+    losses = [loss for document in documents for loss in read_naively(model, document)]
+    assert result.num_tokens == sum(max(0, length - 1) for length in lengths)
+    assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
+
+
+def test_streaming_carries_memory_that_independent_segments_lack():
+    model = BigramModel()
+    result = evaluate_streaming(model, SPLIT, batch_size=4)
+    losses = [loss for document in DOCUMENTS for loss in read_naively(model, document)]
+    check(result, losses, "streaming")
+    assert (result.context, result.stride) == (None, None)
+    assert result.loss > evaluate_independent(model, SPLIT, batch_size=4).loss + 0.1
+
+
+def test_perplexity_is_token_weighted_and_no_average_over_documents():
+    model = BigramModel()
+    model.nll.data.fill_(1.0)
+    model.nll.data[0, 0] = 0.1
+    documents = [[0] * 8, [1, 2] * 2]
+    result = evaluate_independent(model, make_split(documents), batch_size=2)
+    assert result.perplexity == pytest.approx(math.exp((7 * 0.1 + 3 * 1.0) / 10), rel=1e-9)
+    mean_of_documents = (math.exp(0.1) + math.exp(1.0)) / 2
+    assert abs(result.perplexity - mean_of_documents) > 0.1
+
+
+def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
+    texts = ["Über die Brücke", "  two\nwords ", "one"]
+    model = BigramModel()
+    documents = make_documents([9, 5, 1])  # the last one has nothing to score and doesn't count
+    result = evaluate_independent(model, make_split(documents, texts), batch_size=2)
+    total = sum(naive_independent(model, documents))
+    assert (result.num_documents, result.num_bytes, result.num_words) == (2, 17 + 12, 3 + 4)
+    assert result.bits_per_byte == pytest.approx(total / math.log(2) / 29, rel=1e-9)
+    assert result.word_perplexity == pytest.approx(math.exp(total / 7), rel=1e-9)
+
+
+PROTOCOLS = [
+    lambda *args, **kwargs: evaluate_sliding_window(*args, context=16, stride=5, **kwargs),
+    evaluate_streaming,
+    evaluate_independent,
+]
+
+
+@pytest.mark.parametrize("evaluate", PROTOCOLS)
+def test_max_tokens_keeps_whole_documents(evaluate):
+    model = BigramModel()
+    whole = evaluate(model, make_split(DOCUMENTS[:3]), batch_size=4)
+    cut = evaluate(model, SPLIT, batch_size=4, max_tokens=36 + 1 + 62)
+    assert (cut.perplexity, cut.num_documents, cut.num_bytes) == (whole.perplexity, 2, whole.num_bytes)
+    assert evaluate(model, SPLIT, batch_size=4, max_tokens=NUM_SCORED).num_tokens == NUM_SCORED
+
+
+@pytest.mark.parametrize("evaluate", PROTOCOLS)
+def test_a_first_document_over_max_tokens_is_cut_and_its_bytes_are_unknown(evaluate):
+    result = evaluate(BigramModel(), SPLIT, batch_size=4, max_tokens=20)
+    assert (result.num_tokens, result.num_documents) == (20, 1)
+    unknown = (result.num_bytes, result.num_words, result.bits_per_byte, result.word_perplexity)
+    assert unknown == (None,) * 4
+    assert (
+        result.perplexity == evaluate(BigramModel(), make_split([DOCUMENTS[0][:21]]), batch_size=4).perplexity
+    )
+
+
+@pytest.mark.parametrize("evaluate", PROTOCOLS)
+def test_modes_and_held_memory_come_back_and_progress_is_told(evaluate):
+    model = BigramModel()
+    model.extra = torch.nn.Dropout().eval()  # a part that is frozen in evaluation mode stays so
+    model.train(True)
+    model.extra.eval()
+    told, entered = [], []
+
+    def autocast():
+        entered.append(True)
+        return torch.autocast("cpu", enabled=False)
+
+    evaluate(
+        model, SPLIT, batch_size=3, device="cpu", autocast=autocast, on_progress=lambda *x: told.append(x)
+    )
+    assert model.training
+    assert not model.extra.training
+    assert model.held.tolist() == [5]
+    assert told[-1] == (NUM_SCORED, NUM_SCORED)
+    assert told == sorted(told)
+    assert entered == [True]
+
+
+@pytest.mark.parametrize("evaluate", PROTOCOLS)
+def test_nothing_to_score_is_one_line(evaluate):
+    for documents in ([], [[3]], [[], [1]]):
+        with pytest.raises(UserError, match="nothing to score") as caught:
+            evaluate(BigramModel(), make_split(documents), batch_size=2)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("evaluate", PROTOCOLS)
+def test_a_diverged_model_is_reported_not_raised(evaluate):
+    model = BigramModel()
+    for value in (math.nan, 1e6):
+        model.nll.data.fill_(value)
+        assert not math.isfinite(evaluate(model, SPLIT, batch_size=2).perplexity)
+
+
+def test_results_are_plain_json():
+    result = evaluate_streaming(BigramModel(), SPLIT, batch_size=2)
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    names = (
+        "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_words num_bytes"
+    )
+    names += " num_documents context stride seconds tokens_per_second"
+    assert " ".join(values) == names
+    assert values["tokens_per_second"] == pytest.approx(values["num_tokens"] / values["seconds"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_positions_equal_a_naive_loop(batch_size):
+    model = BigramModel()
+    found = evaluate_positions(model, SPLIT, seq_length=20, edges=(0, 4, 16, 32), batch_size=batch_size)
+    by_position = {}
+    for document in DOCUMENTS:
+        for begin in range(0, len(document), 20):
+            for position, loss in enumerate(read_naively(model, document[begin : begin + 20]), start=1):
+                by_position.setdefault(position, []).append(loss)
+    assert [(entry["start"], entry["end"]) for entry in found] == [(0, 4), (4, 16), (16, 20)]
+    for entry in found:
+        losses = [x for p in range(entry["start"], entry["end"]) for x in by_position.get(p, [])]
+        assert entry["num_tokens"] == len(losses)
+        assert entry["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_range_without_a_scored_token_is_left_out():
+    split = make_split(make_documents([6, 6]))
+    found = evaluate_positions(BigramModel(), split, seq_length=50, edges=(0, 1, 5, 10), batch_size=2)
+    assert [(entry["start"], entry["end"], entry["num_tokens"]) for entry in found] == [(1, 5, 8), (5, 10, 2)]
+    with pytest.raises(UserError, match="nothing to score"):
+        evaluate_positions(BigramModel(), make_split([[1]]), seq_length=50, edges=(0,), batch_size=2)
+
+
+def test_unigram_perplexity():
+    uniform = make_split([list(range(VOCAB_SIZE)), list(range(VOCAB_SIZE))])
+    assert unigram_perplexity(uniform) == pytest.approx(VOCAB_SIZE)
+    assert unigram_perplexity(make_split([[3] * 10])) == pytest.approx(1)
+    assert unigram_perplexity(make_split([[3, 3, 3], [7]])) == pytest.approx(4 / 27**0.25)
+    with pytest.raises(UserError, match="no token"):
+        unigram_perplexity(make_split([]))

@@ -1,0 +1,177 @@
+"""The memory layers once more, from their equations alone: numpy float64, loops over segments, heads and tokens.
+
+Nothing here calls the package; a test hands over a layer's weights and the options that it was built with.
+
+σ(x) = ELU(x) + 1;  A_mem = σ(q) M / max(σ(q) z, ε);  A_loc[t] = Σ_{j≤t} (σ(q_t)·σ(k_j)) v_j / max(Σ σ(q_t)·σ(k_j), ε);
+out = g A_mem + (1 − g) A_loc;  M ← w M + Σ σ(k_t)ᵀ (v_t − r_t),  z ← w z + Σ σ(k_t).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+EPSILON = 1e-6
+LAYER_NORM_EPSILON = 1e-5
+ALIBI_SLOPES = {  # by number of heads: 2^(−8i/H); arXiv:2108.12409
+    1: [1 / 256],
+    2: [1 / 16, 1 / 256],
+    4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],
+}
+
+
+@dataclass
+class ReferenceMemory:
+    """One row's memory of one layer: M [N, H, K, V], z [N, H, K], tokens of each memory, segments of the layer."""
+
+    M: np.ndarray
+    z: np.ndarray
+    tokens: list[int]
+    segments: int = 0
+
+
+class ReferenceLayer:
+    """A memory layer by its equations: x + Attn(LN1 x) + MLP(LN2 x)."""
+
+    def __init__(self, layer: nn.Module, kind: str, hidden_size: int, num_heads: int, options: dict[str, Any]):
+        self.weights = {name: value.double().numpy() for name, value in layer.state_dict().items()}
+        self.kind = kind
+        is_infini = kind == "infini"
+        self.heads = options.get("num_memory_heads") or (1 if is_infini else num_heads)
+        self.width = hidden_size // self.heads
+        self.delta = options.get("use_delta_rule", True)
+        self.num_memories = options.get("num_memory_banks", 1) if is_infini else options.get("num_memories", 4)
+        self.turn = options.get("segments_per_bank", 4) if is_infini else 1
+        self.decay = [1.0] * self.heads
+        if options.get("use_alibi", False):
+            scale = options.get("alibi_scale", 1.0)
+            self.decay = [math.exp(-slope * scale) for slope in ALIBI_SLOPES[self.heads]]
+        self.gate = [sigmoid(beta) for beta in self.weights["attention.gate"]]
+
+    def empty_memory(self) -> ReferenceMemory:
+        shape = (self.num_memories, self.heads, self.width)
+        return ReferenceMemory(np.zeros((*shape, self.width)), np.zeros(shape), [0] * self.num_memories)
+
+    def read_row(
+        self, x: np.ndarray, memory: ReferenceMemory, segment_length: int
+    ) -> tuple[np.ndarray, ReferenceMemory]:
+        """One row's tokens [T, D], cut into segments; the memory after the last, which may be short."""
+        outputs = []
+        for begin in range(0, len(x), segment_length):
+            segment = x[begin : begin + segment_length]
+            mixed, memory = self._attend(self._norm(segment, "input_layernorm"), memory)
+            wide = self._linear(self._norm(segment, "post_attention_layernorm"), "mlp.dense_h_to_4h")
+            outputs.append(segment + mixed + self._linear(gelu(wide), "mlp.dense_4h_to_h"))
+        return np.concatenate(outputs), memory
+
+    def _attend(self, x: np.ndarray, memory: ReferenceMemory) -> tuple[np.ndarray, ReferenceMemory]:
+        """One segment's attention output, and the memory after its write."""
+        tokens, K = len(x), self.width
+        qkv = self._linear(x, "attention.query_key_value").reshape(tokens, self.heads, 3, K)
+        q, k, v = sigma(qkv[:, :, 0]), sigma(qkv[:, :, 1]), qkv[:, :, 2]
+        mixed = np.zeros((tokens, self.heads, K))
+        for t in range(tokens):
+            remembered = self._read(q[t], memory)
+            for h in range(self.heads):
+                numerator, denominator = np.zeros(K), 0.0
+                for j in range(t + 1):
+                    score = q[t, h] @ k[j, h]
+                    numerator += score * v[j, h]
+                    denominator += score
+                local = numerator / max(denominator, EPSILON)
+                mixed[t, h] = self.gate[h] * remembered[h] + (1 - self.gate[h]) * local
+        return self._linear(mixed.reshape(tokens, -1), "attention.dense"), self._write(k, v, memory)
+
+    def _read(self, q: np.ndarray, memory: ReferenceMemory) -> np.ndarray:
+        """A_mem of one token, [H, V], from its features [H, K]."""
+        fine = np.zeros((self.heads, self.width))
+        for h in range(self.heads):
+            for n, weight in enumerate(self._weigh(q[h], memory, h)):
+                fine[h] += weight * recall(q[h], memory.M[n, h], memory.z[n, h])
+        if self.kind != "hierarchical":
+            return fine
+        coarse = np.stack([recall(q[h], memory.M[:, h].sum(0), memory.z[:, h].sum(0)) for h in range(self.heads)])
+        hidden = gelu(self._linear(coarse.reshape(-1), "attention.expansion_gate.dense_in"))
+        p = sigmoid(self._linear(hidden, "attention.expansion_gate.dense_out")[0])
+        return p * fine + (1 - p) * coarse
+
+    def _weigh(self, q: np.ndarray, memory: ReferenceMemory, h: int) -> list[float]:
+        """The weight of every memory in one token's read, for one head."""
+        if self.kind == "infini":
+            if self.num_memories == 1:
+                return [1.0]
+            return softmax(self.weights["attention.bank_weights"][h])
+        scores = [
+            q @ (memory.z[n, h] / memory.tokens[n]) / math.sqrt(self.width) if memory.tokens[n] else -math.inf
+            for n in range(self.num_memories)
+        ]
+        return softmax(scores) if any(memory.tokens) else [0.0] * self.num_memories
+
+    def _write(self, k: np.ndarray, v: np.ndarray, memory: ReferenceMemory) -> ReferenceMemory:
+        """Write features of the keys and values, [S, H, K], into the memory whose turn it is."""
+        n = (memory.segments // self.turn) % self.num_memories
+        M, z, tokens = memory.M.copy(), memory.z.copy(), list(memory.tokens)
+        M[n] *= np.array(self.decay)[:, None, None]
+        z[n] *= np.array(self.decay)[:, None]
+        for t in range(len(k)):
+            for h in range(self.heads):
+                r = recall(k[t, h], memory.M[n, h], memory.z[n, h]) if self.delta else 0.0
+                M[n, h] += np.outer(k[t, h], v[t, h] - r)
+                z[n, h] += k[t, h]
+        tokens[n] += len(k)
+        return ReferenceMemory(M, z, tokens, memory.segments + 1)
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return layer_norm(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+
+def read_row_of_model(
+    ids: list[int],
+    embedding: np.ndarray,
+    layers: list[ReferenceLayer],
+    final_norm: tuple[np.ndarray, np.ndarray],
+    head: np.ndarray,
+    segment_length: int,
+) -> tuple[np.ndarray, list[ReferenceMemory]]:
+    """A row's logits [T, Z] from empty memories, and each layer's memory after it."""
+    hidden = embedding[ids]
+    memories = []
+    for layer in layers:
+        hidden, memory = layer.read_row(hidden, layer.empty_memory(), segment_length)
+        memories.append(memory)
+    return layer_norm(hidden, *final_norm) @ head.T, memories
+
+
+def recall(features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """σ(q) M / max(σ(q) z, ε), and 0 where the memory is empty."""
+    if not z.any():
+        return np.zeros(M.shape[1])
+    return features @ M / max(features @ z, EPSILON)
+
+
+def sigma(x: np.ndarray) -> np.ndarray:
+    """ELU(x) + 1."""
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0))) + 1
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def softmax(scores: Any) -> list[float]:
+    powers = [math.exp(score - max(scores)) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + LAYER_NORM_EPSILON) * weight + bias

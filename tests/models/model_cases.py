@@ -1,0 +1,189 @@
+"""Small models of every layer kind and option combination, with all parameters random, and real text to read."""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from new_llm.models import TransformerLM
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+
+VOCAB_SIZE = 128
+HIDDEN_SIZE = 16
+NUM_HEADS = 2
+INTERMEDIATE_SIZE = 24
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+STREAM_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
+DTYPES = tuple(TOLERANCES)
+
+# Abraham Lincoln's address at Gettysburg, 1863; in the public domain.
+TEXT = (
+    "Four score and seven years ago our fathers brought forth, on this continent, a new nation, conceived in Liberty, "
+    "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing "
+    "whether that nation, or any nation so conceived and so dedicated, can long endure. We are met on a great "
+    "battle-field of that war. We have come to dedicate a portion of that field, as a final resting place for those who "
+    "here gave their lives that that nation might live. It is altogether fitting and proper that we should do this. "
+)
+
+LAYER_TYPES: dict[str, type[Layer]] = {
+    layer_type.kind: layer_type for layer_type in (PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer)
+}
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer kind and the options that it is built with."""
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, hidden_size: int = HIDDEN_SIZE, num_heads: int = NUM_HEADS) -> Layer:
+        return LAYER_TYPES[self.kind](hidden_size, num_heads, INTERMEDIATE_SIZE, **self.options)
+
+    @property
+    def name(self) -> str:
+        short = {"use_delta_rule": "delta", "num_memory_heads": "heads", "num_memory_banks": "banks"}
+        return "-".join([self.kind, *(f"{short.get(k, k)}={v}" for k, v in self.options.items())])
+
+
+def _combine(kind: str, **choices: tuple[Any, ...]) -> list[LayerCase]:
+    return [
+        LayerCase(kind, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
+    ]
+
+
+INFINI_CASES = [
+    case
+    for banks, segments_per_bank in ((1, 4), (2, 1), (3, 2))
+    for case in _combine(
+        "infini",
+        use_delta_rule=(True, False),
+        num_memory_heads=(None, 4),
+        num_memory_banks=(banks,),
+        segments_per_bank=(segments_per_bank,),
+        use_alibi=(True, False),
+        alibi_scale=(1.5,),
+    )
+]
+SELECTING_CASES = [
+    case
+    for kind in ("multi_memory", "hierarchical")
+    for case in _combine(
+        kind, use_delta_rule=(True, False), num_memory_heads=(None, 1, 4), num_memories=(1, 3)
+    )
+]
+MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES)}
+"""Every combination of the options of every memory layer."""
+
+_PYTHIA = LayerCase("pythia")
+_BANKS = LayerCase("infini", {"num_memory_heads": 4, "num_memory_banks": 2, "segments_per_bank": 1})
+_SUM_BANKS = LayerCase("infini", {**_BANKS.options, "use_delta_rule": False})
+MIXED_STACKS = {
+    "mixed": [
+        _BANKS,
+        _PYTHIA,
+        LayerCase("multi_memory", {"num_memories": 2}),
+        LayerCase("hierarchical", {"num_memories": 3}),
+    ],
+    "pythia-first": [_PYTHIA, LayerCase("hierarchical"), LayerCase("infini", {"use_alibi": True})],
+    "mixed-sums": [
+        _SUM_BANKS,
+        LayerCase("multi_memory", {"num_memories": 2, "use_delta_rule": False}),
+        _PYTHIA,
+        LayerCase("hierarchical", {"num_memories": 2, "use_delta_rule": False}),
+    ],
+}
+MEMORY_STACKS = {**{name: [case, _PYTHIA] for name, case in MEMORY_CASES.items()}, **MIXED_STACKS}
+STACKS = {"pythia": [_PYTHIA, _PYTHIA], **MEMORY_STACKS}
+"""Models to test: each option combination below a Pythia layer, plain Pythia, and mixtures."""
+SHORT_STACKS = {
+    name: MEMORY_STACKS[name]
+    for name in (
+        next(name for name in MEMORY_CASES if name.startswith("infini")),
+        *(next(name for name in MEMORY_CASES if name.startswith(kind)) for kind in ("multi", "hier")),
+        *MIXED_STACKS,
+    )
+}
+"""One of each kind, and the mixtures: for what does not depend on the options."""
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a random value: a gate, bias or bank weight left at 0 would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() == 1 or name.endswith("bank_weights"):
+                is_norm_weight = "norm" in name and name.endswith("weight")
+                noise = 1 + 0.2 * noise if is_norm_weight else 0.7 * noise
+            elif "embed_in" not in name:
+                noise = noise / math.sqrt(parameter.shape[1])
+            parameter.copy_(noise)
+
+
+def build_model(
+    layers: list[LayerCase], *, segment_length: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> TransformerLM:
+    """A model with random parameters, exactly representable in float32 so that precisions can be compared."""
+    model = TransformerLM([case.build() for case in layers], VOCAB_SIZE, segment_length)
+    randomize(model, seed)
+    return model.to(dtype)
+
+
+@functools.cache
+def _cached_model(name: str, dtype: torch.dtype) -> TransformerLM:
+    return build_model(STACKS[name], dtype=dtype)
+
+
+def get_model(name: str, *, segment_length: int = 5, dtype: torch.dtype = torch.float64) -> TransformerLM:
+    """A model of `STACKS` with one empty shared memory; its parameters and frozen banks are not to be changed."""
+    model = _cached_model(name, dtype)
+    model.segment_length = segment_length
+    model.reset_memory()
+    return model
+
+
+def text_ids(rows: int, length: int, start: int = 0) -> Tensor:
+    """[rows, length] bytes of the text; each row begins elsewhere."""
+    data = TEXT.encode()
+    begins = [start + 101 * row for row in range(rows)]
+    return torch.tensor([[data[(begin + t) % len(data)] for t in range(length)] for begin in begins])
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def assert_states_near(actual: dict[int, Any], expected: dict[int, Any], tolerance: float) -> None:
+    """Equal states, with floating-point tensors compared to a tolerance relative to the largest number in each."""
+    assert actual.keys() == expected.keys()
+    for index in expected:
+        assert actual[index].keys() == expected[index].keys()
+        for key, value in expected[index].items():
+            found = actual[index][key]
+            if isinstance(value, Tensor) and value.is_floating_point():
+                bound = tolerance * max(1.0, float(value.abs().max()))
+                torch.testing.assert_close(found, value, atol=bound, rtol=0, msg=lambda m: f"layer {index} {key}: {m}")  # noqa: B023
+            elif isinstance(value, Tensor):
+                assert torch.equal(found, value), (index, key, found, value)
+            else:
+                assert found == value, (index, key)
+
+
+def assert_states_equal(actual: dict[int, Any], expected: dict[int, Any]) -> None:
+    """Bitwise equal states."""
+    assert actual.keys() == expected.keys()
+    for index in expected:
+        assert actual[index].keys() == expected[index].keys()
+        for key, value in expected[index].items():
+            found = actual[index][key]
+            if isinstance(value, Tensor):
+                assert found.dtype == value.dtype, (index, key)
+                assert torch.equal(found, value), (index, key)
+            else:
+                assert found == value, (index, key)

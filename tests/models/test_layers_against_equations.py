@@ -1,0 +1,167 @@
+"""Whole layers and models of them against the naive float64 reference, for every option combination."""
+
+import numpy as np
+import pytest
+import torch
+from memory_reference import ALIBI_SLOPES, ReferenceLayer, ReferenceMemory, read_row_of_model
+from model_cases import (
+    DTYPES,
+    HIDDEN_SIZE,
+    MEMORY_CASES,
+    NUM_HEADS,
+    TOLERANCES,
+    LayerCase,
+    assert_near,
+    build_model,
+    randomize,
+    text_ids,
+)
+from torch import Tensor
+
+from new_llm.models.layers import InfiniLayer, Layer, Segments
+from new_llm.models.state import MemoryState
+
+ROWS = 2
+by_case = pytest.mark.parametrize("case", MEMORY_CASES.values(), ids=MEMORY_CASES)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def make_reference(layer: Layer, case: LayerCase) -> ReferenceLayer:
+    return ReferenceLayer(layer, case.kind, HIDDEN_SIZE, NUM_HEADS, case.options)
+
+
+def draw_hidden(*shape: int) -> Tensor:
+    return torch.randn(*shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
+
+
+def assert_memories_near(state: MemoryState | None, references: list[ReferenceMemory], tolerance: float) -> None:
+    assert state is not None
+    for row, reference in enumerate(references):
+        for actual, expected in ((state.memories[row], reference.M), (state.norms[row], reference.z)):
+            assert np.abs(actual.double().numpy() - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
+        assert state.num_tokens[row].tolist() == reference.tokens
+        assert int(state.num_segments[row]) == reference.segments
+
+
+@by_dtype
+@by_case
+def test_layer_equals_its_equations(case: LayerCase, dtype: torch.dtype) -> None:
+    """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
+    layer = case.build()
+    randomize(layer)
+    layer.to(dtype)
+    x, length, tail = draw_hidden(ROWS, 7 * 3 + 2), 3, 2
+    reference = make_reference(layer, case)
+    with torch.no_grad():
+        whole, memory = layer(x[:, :-tail].to(dtype).unflatten(1, (-1, length)))
+        last, memory = layer(x[:, -tail:].to(dtype), memory)
+    actual = torch.cat((whole.flatten(1, 2), last), dim=1)
+    rows = [reference.read_row(x[row].numpy(), reference.empty_memory(), length) for row in range(ROWS)]
+    expected = torch.from_numpy(np.stack([output for output, _ in rows]))
+    assert_near(actual, expected.to(dtype), TOLERANCES[dtype])
+    assert_memories_near(memory, [memory for _, memory in rows], TOLERANCES[dtype])
+
+
+@by_case
+def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> None:
+    """Row 0 has a short second and an empty third segment; row 1 is whole."""
+    layer = case.build().double()
+    randomize(layer)
+    lengths = [[4, 2, 0], [4, 4, 4]]
+    x = draw_hidden(ROWS, 3, 4)
+    valid = torch.arange(4) < torch.tensor(lengths).unsqueeze(-1)
+    with torch.no_grad():
+        actual, memory = layer(x, None, Segments(valid=valid))
+    reference = make_reference(layer, case)
+    memories = []
+    for row in range(ROWS):
+        real = x[row][valid[row]].numpy()
+        expected, after = reference.read_row(real, reference.empty_memory(), 4)
+        assert_near(actual[row][valid[row]], torch.from_numpy(expected), 1e-10)
+        memories.append(after)
+    assert_memories_near(memory, memories, 1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 13])
+@by_dtype
+def test_model_of_all_memory_layers_equals_the_equations(length: int, dtype: torch.dtype) -> None:
+    """Embedding, an infini, a multi-memory and a hierarchical layer, norm, head; a mask with holes in one row."""
+    cases = [
+        LayerCase("infini", {"num_memory_heads": 2, "num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}),
+        LayerCase("multi_memory", {"num_memories": 2}),
+        LayerCase("hierarchical", {"num_memories": 3, "use_delta_rule": False}),
+    ]
+    model = build_model(cases, segment_length=4, dtype=dtype)
+    model.reset_memory(batch_size=ROWS)
+    ids = text_ids(ROWS, length)
+    mask = torch.ones(ROWS, length, dtype=torch.bool)
+    mask[1, 1::3] = False
+    with torch.no_grad():
+        actual = model(ids, mask, update_memory=True)
+    parts = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    layers = [make_reference(layer, case) for layer, case in zip(model.layers, cases, strict=True)]
+    state = model.get_memory_state()
+    for row in range(ROWS):
+        expected, memories = read_row_of_model(
+            ids[row][mask[row]].tolist(),
+            parts["embed_in.weight"],
+            layers,
+            (parts["final_layer_norm.weight"], parts["final_layer_norm.bias"]),
+            parts["embed_out.weight"],
+            segment_length=4,
+        )
+        assert_near(actual[row][mask[row]], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
+        for index, key in enumerate(("memories", "memories", "fine_memories")):
+            found = state[index][key][row].double().numpy()
+            scale = max(1.0, np.abs(memories[index].M).max())
+            assert np.abs(found - memories[index].M).max() <= TOLERANCES[dtype] * scale
+
+
+def test_the_cases_hold_every_option_of_the_table() -> None:
+    options = {name for case in MEMORY_CASES.values() for name in case.options}
+    assert options == {
+        "use_delta_rule",
+        "num_memory_heads",
+        "num_memory_banks",
+        "segments_per_bank",
+        "use_alibi",
+        "alibi_scale",
+        "num_memories",
+    }
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        *ALIBI_SLOPES.items(),
+        (8, [2.0**-i for i in range(1, 9)]),
+        # No power of 2: the slopes of the next lower one, then every second of the next higher one.
+        (3, [2**-4, 2**-8, 2**-2]),
+        (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),
+    ],
+)
+def test_decay_of_each_head_follows_alibi(heads: int, slopes: list[float]) -> None:
+    layer = InfiniLayer(48, 4, 24, num_memory_heads=heads, use_alibi=True, alibi_scale=2.0)
+    assert layer.attention.decay == pytest.approx([np.exp(-2.0 * slope) for slope in slopes], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"), [("infini", 1), ("multi_memory", NUM_HEADS), ("hierarchical", NUM_HEADS)]
+)
+def test_default_memory_heads(kind: str, heads: int) -> None:
+    layer = LayerCase(kind).build()
+    assert layer.attention.num_memory_heads == heads
+
+
+def test_banks_are_written_in_turn() -> None:
+    """(segments seen // segments_per_bank) mod num_memory_banks."""
+    layer = LayerCase("infini", {"num_memory_banks": 3, "segments_per_bank": 2}).build()
+    randomize(layer)
+    memory = None
+    written = []
+    for step in range(8):
+        before = torch.zeros(1, 3, dtype=torch.int64) if memory is None else memory.num_tokens
+        _, memory = layer(draw_hidden(1, 3).float() + step, memory)
+        assert memory is not None
+        written.append((memory.num_tokens - before)[0].nonzero().flatten().tolist())
+    assert written == [[0], [0], [1], [1], [2], [2], [0], [0]]

@@ -1,0 +1,94 @@
+"""Memories that add: two machines' states merge into one machine's; all others are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from model_cases import (
+    DTYPES,
+    MEMORY_CASES,
+    MEMORY_STACKS,
+    LayerCase,
+    assert_states_equal,
+    assert_states_near,
+    build_model,
+    get_model,
+    text_ids,
+)
+from torch import Tensor
+
+from new_llm.models import TransformerLM, merge_memory_states
+
+SUMS = [
+    name
+    for name, case in MEMORY_CASES.items()
+    if not case.options["use_delta_rule"] and not case.options.get("use_alibi")
+]
+
+
+def read_from_empty(model: TransformerLM, ids: Tensor, mask: Tensor | None = None) -> dict[int, dict[str, Any]]:
+    model.reset_memory()
+    with torch.no_grad():
+        model(ids, mask, update_memory=True)
+    return model.get_memory_state()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*SUMS, "mixed-sums"])
+def test_two_halves_merge_into_one_batch_of_both(name: str, dtype: torch.dtype) -> None:
+    model = get_model(name, dtype=dtype)
+    ids = text_ids(2, 13)
+    merged = merge_memory_states([read_from_empty(model, ids[:1]), read_from_empty(model, ids[1:])])
+    together = read_from_empty(model, ids)
+    assert_states_near(merged, together, 1e-6)
+    model.set_memory_state(merged)
+    assert_states_equal(model.get_memory_state(), merged)
+
+
+def test_halves_of_different_lengths_merge_into_one_masked_batch() -> None:
+    model = get_model("mixed-sums")
+    ids, mask = text_ids(2, 23), torch.ones(2, 23)
+    mask[1, 8:] = 0
+    merged = merge_memory_states([read_from_empty(model, ids[:1]), read_from_empty(model, ids[1:, :8])])
+    assert_states_near(merged, read_from_empty(model, ids, mask), 1e-6)
+
+
+def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs() -> None:
+    model = get_model("mixed-sums")
+    states = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]
+    again = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]
+    merged = merge_memory_states(states)
+    assert_states_near(merge_memory_states(states[::-1]), merged, 1e-12)
+    assert_states_near(merge_memory_states([merge_memory_states(states[:2]), states[2]]), merged, 1e-12)
+    assert_states_equal(merge_memory_states(states[:1]), states[0])
+    for state, same in zip(states, again, strict=True):
+        assert_states_equal(state, same)
+
+
+@pytest.mark.parametrize("name", [*sorted(MEMORY_STACKS.keys() - set(SUMS) - {"mixed-sums"})])
+def test_memories_that_do_not_add_are_refused(name: str) -> None:
+    state = read_from_empty(get_model(name), text_ids(1, 9))
+    with pytest.raises(ValueError, match=r"layer \d.*(delta rule|decay)") as error:
+        merge_memory_states([state, state])
+    assert "\n" not in str(error.value)
+
+
+def test_states_that_do_not_belong_together_are_refused() -> None:
+    options = {"use_delta_rule": False}
+    multi = LayerCase("multi_memory", options)
+
+    def fill(*cases: LayerCase) -> dict[int, dict[str, Any]]:
+        return read_from_empty(build_model(list(cases)), text_ids(1, 7))
+
+    state = fill(multi)
+    with pytest.raises(ValueError, match="at least one"):
+        merge_memory_states([])
+    for other, message in (
+        (fill(multi, multi), r"state 1 has memory layers \[0, 1\]"),
+        (fill(LayerCase("hierarchical", options)), "layer kind"),
+        (fill(LayerCase("multi_memory", {**options, "num_memories": 2})), "shape"),
+        ({0: {**state[0], "version": 2}}, "version"),
+        ({0: None}, "layer 0 of state 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_memory_states([state, other])

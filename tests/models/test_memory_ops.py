@@ -1,0 +1,230 @@
+"""Each op against its naive form, its derivatives, and its behaviour in 16 bits."""
+
+import pytest
+import torch
+from model_cases import DTYPES, TOLERANCES, assert_near
+from torch import Tensor
+
+from new_llm.models.ops import (
+    feature_map,
+    local_linear_attention,
+    local_linear_attention_naive,
+    read_memories,
+    read_memories_naive,
+    select_memories,
+    select_memories_naive,
+    sum_outer_products,
+    write_memory,
+    write_memory_naive,
+)
+
+EPSILON = 1e-6
+ROWS, MEMORIES, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 4, 6
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+by_rule = pytest.mark.parametrize("use_delta_rule", [True, False])
+by_decay = pytest.mark.parametrize("decay", [None, [0.5, 0.9]])
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def draw_features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return feature_map(draw(*shape, seed=seed, dtype=dtype))
+
+
+def draw_memories(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """M, z and token counts, as if written by features; row 1's memory 2 is empty."""
+    memories = draw(ROWS, MEMORIES, HEADS, WIDTH, VALUE_WIDTH, seed=1, dtype=dtype)
+    norms = 9 * draw_features(ROWS, MEMORIES, HEADS, WIDTH, seed=2, dtype=dtype)
+    num_tokens = torch.tensor([[9, 8, 7], [6, 5, 0]])
+    memories[1, 2], norms[1, 2] = 0, 0
+    return memories, norms, num_tokens
+
+
+def draw_segment(length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = (draw_features(ROWS, HEADS, length, WIDTH, seed=seed, dtype=dtype) for seed in (3, 4))
+    return q, k, draw(ROWS, HEADS, length, VALUE_WIDTH, seed=5, dtype=dtype)
+
+
+# Fast forms equal naive forms
+
+
+def test_feature_map_is_elu_plus_one() -> None:
+    x = torch.linspace(-30, 30, 121, dtype=torch.float64)
+    expected = torch.where(x > 0, x + 1, x.exp())
+    assert torch.equal(feature_map(x), expected)
+    assert bool((feature_map(x.bfloat16()) > 0).all())  # ELU(x) + 1 in 16 bits rounds small features to 0
+
+
+@by_dtype
+@pytest.mark.parametrize("chunk_length", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("length", [1, 2, 7, 11])
+def test_local_attention_equals_its_naive_form(length: int, chunk_length: int, dtype: torch.dtype) -> None:
+    q, k, v = draw_segment(length, dtype)
+    actual = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=chunk_length)
+    assert_near(actual, local_linear_attention_naive(q, k, v, epsilon=EPSILON), TOLERANCES[dtype])
+
+
+@by_dtype
+@pytest.mark.parametrize("num_memories", [1, MEMORIES])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_read_equals_its_naive_form(weighted: bool, num_memories: int, dtype: torch.dtype) -> None:
+    memories, norms, _ = (t[:, -num_memories:] for t in draw_memories(dtype))
+    q, _, _ = draw_segment(dtype=dtype)
+    weights = draw(ROWS, num_memories, HEADS, LENGTH, seed=6, dtype=dtype) if weighted else None
+    actual = read_memories(q, memories, norms, epsilon=EPSILON, weights=weights)
+    expected = read_memories_naive(q, memories, norms, epsilon=EPSILON, weights=weights)
+    assert_near(actual, expected, TOLERANCES[dtype])
+
+
+@by_dtype
+def test_selection_equals_its_naive_form(dtype: torch.dtype) -> None:
+    _, norms, num_tokens = draw_memories(dtype)
+    q, _, _ = draw_segment(dtype=dtype)
+    expected = select_memories_naive(q, norms, num_tokens)
+    assert_near(select_memories(q, norms, num_tokens), expected, TOLERANCES[dtype])
+    empty = select_memories(q, norms * 0, num_tokens * 0)
+    assert_near(empty, select_memories_naive(q, norms * 0, num_tokens * 0), TOLERANCES[dtype])
+
+
+@by_decay
+@by_rule
+@by_dtype
+def test_write_equals_its_naive_form(dtype: torch.dtype, use_delta_rule: bool, decay: list[float] | None) -> None:
+    memories, norms, _ = draw_memories(dtype)
+    _, k, v = draw_segment(dtype=dtype)
+    w = None if decay is None else torch.tensor(decay, dtype=dtype)
+    for n in range(MEMORIES):
+        before = memories[:, n].clone(), norms[:, n].clone()
+        actual = write_memory(
+            k, v, memories[:, n], norms[:, n], use_delta_rule=use_delta_rule, epsilon=EPSILON, decay=w
+        )
+        expected = write_memory_naive(k, v, *before, use_delta_rule=use_delta_rule, epsilon=EPSILON, decay=w)
+        for new, naive in zip(actual, expected, strict=True):
+            assert_near(new, naive, TOLERANCES[dtype] * 10)  # sums of tens
+        assert torch.equal(memories[:, n], before[0])
+        assert torch.equal(norms[:, n], before[1])
+
+
+def test_sum_of_outer_products() -> None:
+    _, k, v = draw_segment()
+    expected = sum(torch.einsum("bhk,bhv->bhkv", k[:, :, t], v[:, :, t]) for t in range(LENGTH))
+    assert_near(sum_outer_products(k, v, torch.float64), torch.as_tensor(expected), 1e-12)
+
+
+def test_read_of_another_width_is_refused() -> None:
+    memories, norms, _ = draw_memories()
+    with pytest.raises(ValueError, match=r"width 3 .* width 4"):
+        read_memories(draw_features(ROWS, HEADS, LENGTH, 3), memories, norms, epsilon=EPSILON)
+
+
+# Derivatives, in float64
+
+
+def check_gradients(function, *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in inputs))
+
+
+def test_gradient_of_feature_map() -> None:
+    check_gradients(feature_map, torch.tensor([-3.0, -0.5, -1e-3, 1e-3, 0.5, 4.0], dtype=torch.float64))
+
+
+def test_slope_of_feature_map_at_zero_is_one() -> None:
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    feature_map(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("chunk_length", [2, 64])
+def test_gradient_of_local_attention(chunk_length: int) -> None:
+    q, k, v = draw_segment()
+    sums = draw(ROWS, HEADS, WIDTH, VALUE_WIDTH, seed=7), draw_features(ROWS, HEADS, WIDTH, seed=8)
+
+    def attend(q, k, v, products, keys):
+        return local_linear_attention(
+            q, k, v, epsilon=EPSILON, chunk_length=chunk_length, initial_sums=(products, keys)
+        )
+
+    check_gradients(attend, q, k, v, *sums)
+
+
+def test_gradient_of_read() -> None:
+    memories, norms, _ = draw_memories()
+    norms = norms + 0.1  # an empty memory's divisor is clamped, where finite differences see a corner
+    q, _, _ = draw_segment()
+    weights = draw(ROWS, MEMORIES, HEADS, LENGTH, seed=6)
+    check_gradients(lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights)
+
+
+def test_gradient_of_selection() -> None:
+    _, norms, num_tokens = draw_memories()
+    q, _, _ = draw_segment()
+    check_gradients(lambda q, z: select_memories(q, z, num_tokens), q, norms)
+
+
+@by_decay
+@by_rule
+def test_gradient_of_write(use_delta_rule: bool, decay: list[float] | None) -> None:
+    memories, norms, _ = draw_memories()
+    _, k, v = draw_segment()
+    w = None if decay is None else torch.tensor(decay, dtype=torch.float64)
+
+    def write(k, v, memory, norm):
+        return write_memory(k, v, memory, norm, use_delta_rule=use_delta_rule, epsilon=EPSILON, decay=w)
+
+    check_gradients(write, k, v, memories[:, 0], norms[:, 0])
+
+
+def test_gradients_through_empty_memories_are_finite() -> None:
+    """Reads of a partly empty memory, as in the first segments of every call."""
+    memories, norms, num_tokens = (t.clone() for t in draw_memories(torch.float32))
+    memories.requires_grad_()
+    norms.requires_grad_()
+    q = draw_segment(dtype=torch.float32)[0].requires_grad_()
+    weights = select_memories(q, norms, num_tokens)
+    read_memories(q, memories, norms, epsilon=EPSILON, weights=weights).sum().backward()
+    for t in (q, memories, norms):
+        assert t.grad is not None
+        assert bool(t.grad.isfinite().all())
+
+
+# 16 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e7])
+def test_read_in_16_bits_survives_a_huge_memory(dtype: torch.dtype, size: float) -> None:
+    """After 10 million tokens z and M are far beyond float16's 65,504; what is read stays as small as the values."""
+    memories, norms, num_tokens = draw_memories(torch.float32)
+    q = draw_segment(dtype=torch.float32)[0]
+    weights = select_memories(q, norms, num_tokens)
+    expected = read_memories(q, memories, norms, epsilon=EPSILON, weights=weights)
+    actual = read_memories(q.to(dtype), memories * size, norms * size, epsilon=EPSILON, weights=weights)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@by_rule
+def test_write_in_16_bits_sums_in_float32(dtype: torch.dtype, use_delta_rule: bool) -> None:
+    """3,000 tokens: a float16 sum would overflow, a bfloat16 sum would stop growing at 256."""
+    k = torch.full((1, 1, 3000, 2), 30.0, dtype=dtype)
+    v = torch.ones(1, 1, 3000, 2, dtype=dtype)
+    memory, norm = write_memory(
+        k, v, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2), use_delta_rule=use_delta_rule, epsilon=EPSILON
+    )
+    assert memory.dtype == norm.dtype == torch.float32
+    torch.testing.assert_close(memory, torch.full_like(memory, 90000.0))
+    torch.testing.assert_close(norm, torch.full_like(norm, 90000.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_local_attention_in_16_bits_stays_near_float32(dtype: torch.dtype) -> None:
+    q, k, v = draw_segment(300, torch.float32)
+    expected = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=64)
+    for chunk_length in (64, 512):
+        actual = local_linear_attention(q.to(dtype), k.to(dtype), v.to(dtype), epsilon=EPSILON, chunk_length=chunk_length)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.03)

@@ -1,0 +1,220 @@
+"""`get_memory_state` and `set_memory_state`: what they hold, what they refuse, and the way to another process."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import (
+    DTYPES,
+    MEMORY_STACKS,
+    MIXED_STACKS,
+    STACKS,
+    LayerCase,
+    assert_states_equal,
+    build_model,
+    get_model,
+    text_ids,
+)
+from torch import Tensor
+
+LAYER_KEYS = {
+    "infini": {"memories", "memory_norms", "current_bank", "segment_counter"},
+    "multi_memory": {"memories", "memory_norms", "current_memory_idx"},
+    "hierarchical": {"fine_memories", "fine_memory_norms", "current_memory_idx"},
+}
+
+
+def fill(model, rows: int | None = None) -> dict[int, dict[str, Any]]:
+    model.reset_memory(rows)
+    with torch.no_grad():
+        model(text_ids(rows or 2, 13), update_memory=True)
+    return model.get_memory_state()
+
+
+def test_states_hold_the_documented_keys_as_cpu_tensors() -> None:
+    model = get_model("mixed", dtype=torch.float32)
+    state = fill(model)
+    assert list(state) == [0, 2, 3]
+    for index, entry in state.items():
+        kind = model.layers[index].kind
+        assert LAYER_KEYS[kind] <= entry.keys()
+        assert entry["layer_kind"] == kind
+        for key, value in entry.items():
+            assert isinstance(value, Tensor | int | str | bool), key
+            if isinstance(value, Tensor):
+                assert value.device.type == "cpu"
+                assert not value.requires_grad
+                assert not value.is_floating_point() or value.dtype == torch.float32
+    assert state[0]["memories"].shape == (2, 4, 4, 4)
+    assert state[0]["memory_norms"].shape == (2, 4, 4)
+    assert int(state[0]["current_bank"]) == 3 % 2  # three segments were read, one a bank
+    assert state[2]["memories"].shape == (2, 2, 8, 8)
+    assert int(state[2]["current_memory_idx"]) == 3 % 2
+    assert state[3]["fine_memories"].shape == (3, 2, 8, 8)
+    assert int(state[3]["current_memory_idx"]) == 3 % 3
+    assert int(state[0]["token_counts"].sum()) == 2 * 13
+    assert fill(model, 2)[3]["fine_memories"].shape == (2, 3, 2, 8, 8)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("name", MEMORY_STACKS)
+def test_another_model_with_the_same_weights_goes_on_where_one_stopped(name: str, rows: int | None) -> None:
+    model = get_model(name, dtype=torch.float32)
+    state = fill(model, rows)
+    other = build_model(MEMORY_STACKS[name], dtype=torch.float32, segment_length=model.segment_length)
+    other.set_memory_state(state)
+    assert other.memory_rows == model.memory_rows == rows
+    assert_states_equal(other.get_memory_state(), state)
+    with torch.no_grad():
+        assert torch.equal(other(text_ids(2, 11), update_memory=True), model(text_ids(2, 11), update_memory=True))
+    assert_states_equal(other.get_memory_state(), model.get_memory_state())
+
+
+CONTINUE = """
+import sys
+from pathlib import Path
+import torch
+from new_llm.models import TransformerLM
+
+torch.set_num_threads(int(sys.argv[2]))
+ids = torch.load(Path(sys.argv[1]) / "ids.pt", weights_only=True)
+for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    model = TransformerLM.load(folder)
+    model.set_memory_state(torch.load(folder / "memory.pt", weights_only=True))
+    with torch.no_grad():
+        torch.save((model(ids, update_memory=True), model.get_memory_state()), folder / "continued.pt")
+"""
+
+
+def test_another_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Every layer kind and option combination, mixed, shared and per row: save, load elsewhere, same logits."""
+    ids = text_ids(2, 11, start=70)
+    torch.save(ids, tmp_path / "ids.pt")
+    expected = {}
+    for number, name in enumerate(STACKS):
+        folder = tmp_path / f"{number:03}"
+        model = get_model(name, dtype=DTYPES[number % 2])
+        state = fill(model, rows=(None, 2)[number // 2 % 2])
+        model.save(folder)
+        torch.save(state, folder / "memory.pt")
+        with torch.no_grad():
+            expected[folder] = name, model(ids, update_memory=True), model.get_memory_state()
+    arguments = [sys.executable, "-c", CONTINUE, str(tmp_path), str(torch.get_num_threads())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for folder, (name, logits, state) in expected.items():
+        found_logits, found_state = torch.load(folder / "continued.pt", weights_only=True)
+        assert torch.equal(found_logits, logits), name
+        assert_states_equal(found_state, state)
+
+
+# What is refused
+
+Spoil = Callable[[dict[int, dict[str, Any]]], Any]
+
+
+def spoil_layer(**values: Any) -> Spoil:
+    """Replace values of the hierarchical layer, the last of the stack."""
+    return lambda state: state[3].update(values)
+
+
+def put_number(key: str, number: float) -> Spoil:
+    def spoil(state: dict[int, dict[str, Any]]) -> None:
+        state[3][key].view(-1)[-1] = number
+
+    return spoil
+
+
+REFUSED: dict[str, tuple[Spoil, str]] = {
+    "version": (spoil_layer(version=99), r"layer 3.*version 99.*1"),
+    "layer kind": (spoil_layer(layer_kind="multi_memory"), r"layer 3.*layer kind 'multi_memory'.*'hierarchical'"),
+    "settings": (spoil_layer(use_delta_rule=False), r"layer 3.*use_delta_rule"),
+    "missing layer": (lambda state: state.pop(3), r"layers \['?0'?, '?2'?\].*\[0, 2, 3\]"),
+    "unknown layer": (lambda state: state.update({4: state[3]}), r"\[0, 2, 3\]"),
+    "width": (spoil_layer(fine_memories=torch.zeros(3, 2, 8, 7)), r"layer 3.*fine_memories.*\(3, 2, 8, 7\)"),
+    "memories": (spoil_layer(fine_memory_norms=torch.zeros(4, 2, 8)), r"layer 3.*fine_memory_norms.*\(4, 2, 8\)"),
+    "counts": (spoil_layer(token_counts=torch.zeros(2, dtype=torch.int64)), r"layer 3.*token_counts.*\(2,\)"),
+    "no tensor": (spoil_layer(fine_memories=[1.0]), r"layer 3.*fine_memories"),
+    "integers": (spoil_layer(fine_memories=torch.ones(3, 2, 8, 8, dtype=torch.int64)), r"layer 3.*dtype"),
+    "missing key": (lambda state: state[3].pop("fine_memories"), r"layer 3.*fine_memories"),
+    "unknown key": (spoil_layer(other=1), r"layer 3.*other"),
+    "no dictionary": (lambda state: state.update({3: "memory"}), r"layer 3"),
+    "empty": (lambda state: state.update({3: {}}), r"layer 3"),
+    "NaN": (put_number("fine_memories", float("nan")), r"layer 3.*fine_memories.*NaN"),
+    "infinite": (put_number("fine_memory_norms", float("inf")), r"layer 3.*fine_memory_norms.*infinite"),
+    "negative": (put_number("token_counts", -1), r"layer 3.*negative"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(
+    spoil: Spoil, message: str, rows: int | None
+) -> None:
+    model = get_model("mixed", dtype=torch.float32)
+    good = fill(model, rows)
+    with torch.no_grad():
+        model(text_ids(2, 9, start=90), update_memory=True)
+    held = model.get_memory_state()
+    bad = copy.deepcopy(good)
+    spoil(bad)
+    with pytest.raises(ValueError, match=message.replace(r"\(", r"\((?:2, )?")) as error:
+        model.set_memory_state(bad)
+    assert "\n" not in str(error.value)
+    assert_states_equal(model.get_memory_state(), held)
+    model.set_memory_state(good)
+    assert_states_equal(model.get_memory_state(), good)
+
+
+ODD_STATES: dict[str, Any] = {
+    "None": None,
+    "list": [1, 2],
+    "other model": {0: {"memories": torch.zeros(1)}},
+    "tensor version": {0: {"version": torch.tensor([1, 1]), "layer_kind": "infini"}},
+    "mixed keys": {0: {"version": 1, "layer_kind": "infini", 3: 4}},
+    "no rows": "no rows",
+    "text flags": "text flags",
+}
+
+
+@pytest.mark.parametrize("state", ODD_STATES.values(), ids=ODD_STATES)
+def test_things_that_are_no_state_are_refused_with_one_line(state: Any) -> None:
+    model = build_model([LayerCase("infini")], dtype=torch.float32)
+    held = fill(model, 2)
+    if state == "no rows":  # memories for rows 0 to −1
+        state = {0: {k: v[:0] if isinstance(v, Tensor) and k != "frozen" else v for k, v in held[0].items()}}
+    elif state == "text flags":
+        state = {0: {**held[0], "frozen": ["False"]}}
+    with pytest.raises(ValueError, match=r"memory state") as error:
+        model.set_memory_state(state)
+    assert "\n" not in str(error.value)
+    assert_states_equal(model.get_memory_state(), held)
+
+
+@pytest.mark.parametrize("name", MIXED_STACKS)
+def test_layers_of_different_numbers_of_rows_are_refused(name: str) -> None:
+    model = get_model(name)
+    three, shared, two = fill(model, 3), fill(model), fill(model, 2)
+    first = min(two)
+    for other in (three, shared):
+        with pytest.raises(ValueError, match="different numbers of rows"):
+            model.set_memory_state({**two, first: other[first]})
+        assert_states_equal(model.get_memory_state(), two)
+
+
+def test_states_of_another_precision_are_taken_over() -> None:
+    """A float64 model's memory serves a float32 model, rounded once."""
+    wide, narrow = (get_model("mixed", dtype=dtype) for dtype in (torch.float64, torch.float32))
+    state = fill(wide)
+    narrow.set_memory_state(state)
+    for index, entry in narrow.get_memory_state().items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                assert torch.equal(value, state[index][key].float())

@@ -1,0 +1,110 @@
+"""`model.save` and `TransformerLM.load`: the same model, bit for bit, or one clear line."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import DTYPES, MIXED_STACKS, STACKS, build_model, get_model, text_ids
+from safetensors.torch import load_file, save_file
+
+from new_llm.config import UserError
+from new_llm.models import TransformerLM
+from new_llm.models.layers import PythiaLayer
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*itertools.product(STACKS, DTYPES), *((name, torch.bfloat16) for name in MIXED_STACKS)]
+)
+def test_a_loaded_model_is_the_same_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build_model(STACKS[name], dtype=dtype, segment_length=6)
+    model.save(tmp_path / "model")
+    loaded = TransformerLM.load(tmp_path / "model")
+    assert loaded.segment_length == 6
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in model.layers]
+    weights = loaded.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert weights[key].dtype == value.dtype
+        assert torch.equal(weights[key], value), key
+    ids = text_ids(2, 15)
+    with torch.no_grad():
+        for _ in range(2):  # the second time from what the first has written
+            assert torch.equal(loaded(ids, update_memory=True), model(ids, update_memory=True))
+    assert loaded.memory_info() == model.memory_info()
+
+
+def test_a_shape_off_the_defaults_is_kept(tmp_path: Path) -> None:
+    layer = PythiaLayer(24, 3, 20, rotary_pct=0.5, rotary_emb_base=300.0, layer_norm_eps=1e-3)
+    model = TransformerLM([layer], vocab_size=128, segment_length=9, layer_norm_eps=1e-2)
+    model.save(tmp_path)
+    ids = text_ids(1, 14)
+    assert torch.equal(TransformerLM.load(tmp_path)(ids), model(ids))
+
+
+def test_saving_again_replaces_the_model_and_leaves_no_other_file(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        build_model(STACKS["mixed"], seed=seed).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    loaded = TransformerLM.load(tmp_path)
+    assert torch.equal(loaded.embed_in.weight, build_model(STACKS["mixed"], seed=1).embed_in.weight)
+
+
+def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    class OwnLayer(PythiaLayer):
+        kind = "own"
+
+    model = TransformerLM([OwnLayer(16, 2, 24)], vocab_size=128)
+    with pytest.raises(ValueError, match=r"layer 0: OwnLayer is not registered"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def edit_structure(**changes: Any) -> Callable[[Path], Any]:
+    def edit(folder: Path) -> None:
+        structure = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps({**structure, **changes}))
+
+    return edit
+
+
+def drop_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["layers.0.attention.gate"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no structure": (lambda folder: (folder / "model.json").unlink(), "model.json is missing"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "no JSON": (lambda folder: (folder / "model.json").write_text("{"), "not readable as JSON"),
+    "a list": (lambda folder: (folder / "model.json").write_text("[1]"), "format version"),
+    "version": (edit_structure(format_version=9), "format version 9"),
+    "layer kind": (edit_structure(layers=[{"kind": "mamba"}]), "unknown layer kind 'mamba'.*hierarchical"),
+    "layers": (edit_structure(layers=3), "not a model description"),
+    "arguments": (edit_structure(layers=[{"kind": "pythia", "width": 3}]), "not a model description"),
+    "vocabulary": (edit_structure(vocab_size=64), "do not fit"),
+    "missing weight": (drop_a_weight, r"do not fit.*layers\.0\.attention\.gate"),
+    "truncated": (truncate, "not a readable safetensors file"),
+    "pickle": (lambda folder: torch.save({}, folder / "model.safetensors"), "not a readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_folder_is_refused_with_one_line(
+    spoil: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    get_model("mixed").save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        TransformerLM.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)

@@ -1,0 +1,200 @@
+"""Bad input: a ValueError of one line that names what is allowed."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model_cases import VOCAB_SIZE, get_model, text_ids
+
+from new_llm.config import MODEL_OPTIONS, ModelType, PythiaConfig
+from new_llm.models import TransformerLM, create_model
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
+
+CONFIG = PythiaConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
+MEMORY_TYPES = [model_type for model_type in ModelType if model_type != ModelType.PYTHIA]
+LAYER_TYPES = [PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer]
+IDS = text_ids(2, 6)
+
+
+def refuse(call: Callable[[], Any], *words: str) -> None:
+    """The call raises a ValueError of one line that holds every word."""
+    with pytest.raises(ValueError, match=r".") as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+# create_model: DESIGN's table of options
+
+# Option, the models that take it, values out of range. What a message must name is the option itself.
+RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
+    "use_delta_rule": (MEMORY_TYPES, []),
+    "num_memories": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0, -1, 1.5, "many"]),
+    "num_memory_banks": ([ModelType.INFINI], [0, -1, 1.5]),
+    "segments_per_bank": ([ModelType.INFINI], [0, -2]),
+    "use_alibi": ([ModelType.INFINI], []),
+    "alibi_scale": ([ModelType.INFINI], [-0.5, float("nan")]),
+    "num_memory_heads": (MEMORY_TYPES, [0, -1, 3, 64]),
+    "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
+    "gate_init": (MEMORY_TYPES, [float("nan")]),
+}
+OUT_OF_RANGE = [
+    (model_type, option, value)
+    for option, (model_types, values) in RANGES.items()
+    for model_type in model_types
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("model_type", "option", "value"), OUT_OF_RANGE)
+def test_options_out_of_range_are_refused_by_name(model_type: ModelType, option: str, value: Any) -> None:
+    options = {option: value, **({"use_alibi": True} if option == "alibi_scale" else {})}
+    refuse(lambda: create_model(model_type, CONFIG, **options), option, str(value))
+
+
+@pytest.mark.parametrize("model_type", ModelType)
+def test_each_model_takes_its_options_and_no_others(model_type: ModelType) -> None:
+    taken = {option for option, (model_types, _) in RANGES.items() if model_type in model_types}
+    assert set(MODEL_OPTIONS[model_type]) == taken
+    for option in RANGES.keys() - taken | {"num_memorys"}:
+        refuse(lambda option=option: create_model(model_type, CONFIG, **{option: 1}), option, "segment_length", *taken)
+
+
+@pytest.mark.parametrize("length", [0, -1, 65, 6.5])
+@pytest.mark.parametrize("model_type", ModelType)
+def test_segment_length_out_of_range(model_type: ModelType, length: Any) -> None:
+    refuse(lambda: create_model(model_type, CONFIG, segment_length=length), "segment_length", str(length), "1 to", "64")
+
+
+@pytest.mark.parametrize("model_type", ["gpt", "", "Infini", "multi-memory", None, 3])
+def test_unknown_model_type(model_type: Any) -> None:
+    refuse(lambda: create_model(model_type, CONFIG), repr(str(model_type)), *ModelType)
+
+
+def test_options_reach_the_layer() -> None:
+    """And the defaults are DESIGN's."""
+    infini = create_model("infini", CONFIG).layers[0].attention
+    assert (infini.num_memory_heads, infini.num_memories, infini.segments_per_memory) == (1, 1, 4)
+    assert infini.use_delta_rule
+    assert infini.decay is None
+    for model_type in ("multi_memory", "hierarchical"):
+        attention = create_model(model_type, CONFIG).layers[0].attention
+        assert (attention.num_memory_heads, attention.num_memories, attention.segments_per_memory) == (4, 4, 1)
+        assert attention.use_delta_rule
+        chosen = create_model(model_type, CONFIG, num_memories=8, num_memory_heads=2, use_delta_rule=False)
+        attention = chosen.layers[0].attention
+        assert (attention.num_memory_heads, attention.num_memories, attention.use_delta_rule) == (2, 8, False)
+    banked = create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True).layers[0].attention
+    assert (banked.num_memories, banked.segments_per_memory) == (2, 3)
+    assert banked.decay is not None
+    for model_type in ModelType:
+        model = create_model(model_type, CONFIG)
+        assert model.segment_length == CONFIG.max_position_embeddings
+        assert [layer.kind for layer in model.layers] == [model_type, "pythia"]
+        assert create_model(model_type, CONFIG, segment_length=7).segment_length == 7
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden_size": 30}, ("hidden_size", "30", "num_attention_heads", "4")),
+        ({"hidden_size": 0}, ("hidden_size", "greater than 0")),
+        ({"rotary_pct": 1.5}, ("rotary_pct", "1.5")),
+        ({"num_hidden_layers": 0}, ("num_hidden_layers",)),
+        ({"hidden": 32}, ("hidden",)),
+    ],
+)
+def test_shapes_out_of_range(values: dict[str, Any], words: tuple[str, ...]) -> None:
+    refuse(lambda: PythiaConfig(**{"num_attention_heads": 4, **values}), *words)
+
+
+@pytest.mark.parametrize("heads", [0, -2, 3, 64])
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_heads_that_do_not_divide_the_hidden_size(layer_type: type, heads: int) -> None:
+    if layer_type is not InfiniLayer:  # whose memory has one head unless asked
+        refuse(lambda: layer_type(32, heads, 48), "heads", str(heads), "32")
+    if layer_type is not PythiaLayer:
+        refuse(lambda: layer_type(32, 4, 48, num_memory_heads=heads), "num_memory_heads", str(heads), "32")
+
+
+def test_an_odd_number_of_rotated_dimensions() -> None:
+    refuse(lambda: PythiaLayer(32, 4, 48, rotary_pct=0.4), "rotary_pct", "0.4", "even")
+
+
+def test_models_without_layers_or_of_different_layers() -> None:
+    pythia = PythiaLayer(32, 4, 48)
+    refuse(lambda: TransformerLM([]), "layers", "at least one")
+    refuse(lambda: TransformerLM([pythia, InfiniLayer(16, 2, 24)]), "16", "32")
+    refuse(lambda: TransformerLM([pythia], vocab_size=0), "vocab_size", "0")
+    refuse(lambda: TransformerLM([pythia], segment_length=-3), "segment_length", "-3")
+
+
+# Calls
+
+BAD_IDS: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = {
+    "one dimension": (IDS[0], ("input_ids", "(6,)", "[batch, tokens]")),
+    "three dimensions": (IDS.unsqueeze(0), ("input_ids", "(1, 2, 6)")),
+    "no tokens": (IDS[:, :0], ("input_ids", "(2, 0)", "at least one token")),
+    "no rows": (IDS[:0], ("input_ids", "(0, 6)")),
+    "too large": (IDS + VOCAB_SIZE, ("input_ids", f"0 to {VOCAB_SIZE - 1}")),
+    "just too large": (torch.tensor([[VOCAB_SIZE]]), (f"{VOCAB_SIZE}", f"0 to {VOCAB_SIZE - 1}")),
+    "negative": (IDS - 100, ("input_ids", "-68", "0 to")),
+    "floats": (IDS.float(), ("input_ids", "float32", "integers")),
+    "flags": (IDS > 100, ("input_ids", "bool", "integers")),
+}
+
+
+@pytest.mark.parametrize(("ids", "words"), BAD_IDS.values(), ids=BAD_IDS)
+@pytest.mark.parametrize("name", ["pythia", "mixed"])
+def test_ids_out_of_range(name: str, ids: torch.Tensor, words: tuple[str, ...]) -> None:
+    model = get_model(name)
+    refuse(lambda: model(ids), *words)
+    refuse(lambda: model.open_stream(2).feed(ids), *words[:1])
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 7), (1, 6), (2, 6, 1), (2, 1)])
+def test_masks_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    model = get_model("mixed")
+    for call in (
+        lambda: model(IDS, torch.ones(shape)),
+        lambda: model.open_stream(2).feed(IDS, torch.ones(shape)),
+        lambda: model.token_losses(IDS, IDS, torch.ones(shape)),
+    ):
+        refuse(call, "attention_mask", re.sub(r"\s+", " ", str(shape)), "(2, 6)")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    model = get_model("mixed")
+    mask = torch.ones(2, 6, dtype=dtype)
+    mask[0, 3:] = 0
+    with torch.no_grad():
+        assert torch.equal(model(IDS, mask), model(IDS, mask.bool()))
+        assert torch.equal(model(IDS, torch.ones(2, 6, dtype=dtype)), model(IDS))
+
+
+@pytest.mark.parametrize("columns", [1, 5, 8])
+def test_labels_of_the_wrong_width(columns: int) -> None:
+    labels = text_ids(2, columns)
+    refuse(lambda: get_model("mixed").token_losses(IDS, labels), "labels", str(columns), "6 or 7")
+
+
+@pytest.mark.parametrize(
+    "labels", [IDS[0], IDS[:1], IDS + VOCAB_SIZE, IDS - 200], ids=["one dimension", "one row", "too large", "negative"]
+)
+def test_labels_that_do_not_fit_the_ids(labels: torch.Tensor) -> None:
+    refuse(lambda: get_model("mixed").compute_loss(IDS, labels), "labels")

@@ -1,0 +1,93 @@
+"""16-bit models keep their memory in float32 and stay near the float32 model."""
+
+import pytest
+import torch
+from model_cases import SHORT_STACKS, STACKS, build_model, text_ids
+from torch import Tensor
+
+from new_llm.models import TransformerLM
+
+by_stack = pytest.mark.parametrize("name", [*SHORT_STACKS, "pythia"])
+
+
+def run(model: TransformerLM, ids: Tensor) -> Tensor:
+    """Logits of two calls, the second on the memory of the first."""
+    model.reset_memory(len(ids))
+    with torch.no_grad():
+        return torch.cat([model(ids, update_memory=True), model(ids)], dim=1).float()
+
+
+def assert_memory_is_float32(model: TransformerLM) -> None:
+    for entry in model.get_memory_state().values():
+        for value in entry.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                assert value.dtype == torch.float32
+                assert bool(value.any())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@by_stack
+def test_bfloat16_model_stays_near_float32(name: str) -> None:
+    """bfloat16 keeps 8 bits of a number: 0.4 %; a few layers of roundings make some per cent."""
+    model = build_model(STACKS[name], dtype=torch.float32)
+    ids = text_ids(2, 33)
+    expected = run(model, ids)
+    model.bfloat16()
+    actual = run(model, ids)
+    assert relative_error(actual, expected) < 0.05
+    assert_memory_is_float32(model)
+    before = model.memory_info()["total_bytes"]
+    assert before == model.float().memory_info()["total_bytes"]
+
+
+@by_stack
+def test_autocast_keeps_memory_in_float32(name: str) -> None:
+    """Training in bf16 is autocast over float32 weights."""
+    model = build_model(STACKS[name], dtype=torch.float32)
+    ids = text_ids(2, 33)
+    expected = run(model, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(model, ids)
+        model.reset_memory()
+        loss, _ = model.compute_loss(ids, ids, update_memory=True)
+    loss.backward()
+    assert relative_error(actual, expected) < 0.05
+    assert_memory_is_float32(model)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@by_stack
+def test_bfloat16_stream_stays_near_the_parallel_path(name: str) -> None:
+    model = build_model(STACKS[name], dtype=torch.bfloat16)
+    ids = text_ids(2, 23)
+    with torch.no_grad():
+        stream = model.open_stream(2)
+        actual = torch.cat([stream.feed(piece) for piece in ids.split(4, dim=1)], dim=1)
+        stream.close(update_memory=True)
+        with model.fresh_memory():
+            expected = model(ids)
+    assert relative_error(actual.float(), expected.float()) < 0.05
+    assert_memory_is_float32(model)
+
+
+@by_stack
+def test_float16_reads_survive_a_huge_memory(name: str) -> None:
+    """After 10 million tokens M and z are beyond float16's 65,504; a read is a ratio and is not."""
+    model = build_model(STACKS[name], dtype=torch.float32)
+    ids = text_ids(2, 13)
+    run(model, ids)
+    state = model.get_memory_state()
+    for entry in state.values():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                entry[key] = value * 1e6
+    model.set_memory_state(state)
+    with torch.no_grad():
+        expected = model(ids[:, :5])
+        actual = model.half()(ids[:, :5])
+    assert actual.dtype == torch.float16
+    assert bool(actual.isfinite().all())
+    assert relative_error(actual.float(), expected) < 0.01

@@ -1,0 +1,119 @@
+"""Pythia models against Hugging Face's GPTNeoXForCausalLM with the same random weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from model_cases import assert_near, randomize, text_ids
+from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from new_llm.config import PythiaConfig
+from new_llm.models import TransformerLM, create_model
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}
+SHAPES: dict[str, dict[str, Any]] = {
+    "quarter-rotary": {"hidden_size": 32, "num_attention_heads": 4, "rotary_pct": 0.25},
+    "half-rotary": {"hidden_size": 48, "num_attention_heads": 3, "rotary_pct": 0.5, "layer_norm_eps": 1e-3},
+    "full-rotary": {"hidden_size": 32, "num_attention_heads": 2, "rotary_pct": 1.0, "rotary_emb_base": 500.0},
+    "one-head-one-layer": {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1},
+}
+
+
+def our_name(name: str) -> str:
+    """Our name of a weight; the head's depends on the version of transformers."""
+    return name.removeprefix("gpt_neox.").replace("lm_head", "embed_out")
+
+
+def make_pair(dtype: torch.dtype, **shape: Any) -> tuple[TransformerLM, GPTNeoXForCausalLM]:
+    """Hugging Face's model with random weights, biases and norms, and ours with the same."""
+    config = PythiaConfig(
+        **{
+            "vocab_size": 128,
+            "num_hidden_layers": 3,
+            "intermediate_size": 40,
+            "max_position_embeddings": 64,
+            **shape,
+        }
+    )
+    theirs = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_act="gelu",
+            use_parallel_residual=True,
+            tie_word_embeddings=False,
+            rotary_pct=config.rotary_pct,
+            rotary_emb_base=config.rotary_emb_base,
+        )
+    )
+    ours = create_model("pythia", config)
+    randomize(theirs, seed=3)
+    ours.load_state_dict({our_name(name): value for name, value in theirs.state_dict().items()}, strict=True)
+    return ours.to(dtype).eval(), theirs.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_equal_hugging_face(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    ours, theirs = make_pair(dtype, **shape)
+    for batch, length in ((1, 1), (2, 7), (3, 33), (1, 64)):
+        ids = text_ids(batch, length)
+        with torch.no_grad():
+            assert_near(ours(ids), theirs(ids).logits, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_segments_equal_separate_calls_of_hugging_face(dtype: torch.dtype) -> None:
+    """The baseline of an experiment: positions restart and nothing is seen across a segment's end."""
+    ours, theirs = make_pair(dtype, **SHAPES["quarter-rotary"])
+    ours.segment_length = 12
+    ids = text_ids(2, 29)
+    with torch.no_grad():
+        expected = torch.cat([theirs(piece).logits for piece in ids.split(12, dim=1)], dim=1)
+        assert_near(ours(ids), expected, TOLERANCES[dtype])
+
+
+def test_gradients_equal_hugging_face() -> None:
+    ours, theirs = make_pair(torch.float64, **SHAPES["half-rotary"])
+    ids = text_ids(2, 21)
+    loss, statistics = ours.compute_loss(ids, ids)
+    their_loss = theirs(ids, labels=ids).loss
+    torch.testing.assert_close(loss, their_loss.double(), atol=1e-6, rtol=1e-6)  # theirs is a float32 loss
+    assert statistics.num_tokens == 2 * 20
+    expected = torch.autograd.grad(theirs(ids).logits.square().mean(), list(theirs.parameters()))
+    names = [our_name(name) for name, _ in theirs.named_parameters()]
+    parameters = dict(ours.named_parameters())
+    assert names and parameters.keys() == set(names)
+    actual = torch.autograd.grad(ours(ids).square().mean(), [parameters[name] for name in names])
+    for one, other in zip(actual, expected, strict=True):
+        assert_near(one, other, 1e-7)
+
+
+def test_masked_tokens_equal_hugging_face_without_them() -> None:
+    """Left padding, as generation uses it: the row is read as if the padding were not there."""
+    ours, theirs = make_pair(torch.float64, **SHAPES["quarter-rotary"])
+    ids = text_ids(2, 15)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    with torch.no_grad():
+        actual = ours(ids, mask)
+        expected: list[Tensor] = [theirs(ids[:1]).logits[0], theirs(ids[1:, 6:]).logits[0]]
+    assert_near(actual[0], expected[0], 1e-7)
+    assert_near(actual[1, 6:], expected[1], 1e-7)
+
+
+def test_the_reference_shape_has_pythia_70m_parameters() -> None:
+    with torch.device("meta"):
+        numbers = create_model("pythia").num_parameters()
+    assert numbers["total"] == 70_426_624
+    assert numbers.keys() == {"total", "embedding", "lm_head", "transformer", "per_layer"}
+    assert numbers["embedding"] == numbers["lm_head"] == 50304 * 512
+    assert len(numbers["per_layer"]) == 6
+    assert numbers["transformer"] == sum(numbers["per_layer"]) + 2 * 512
+    assert numbers["total"] == numbers["embedding"] + numbers["lm_head"] + numbers["transformer"]
