@@ -34,11 +34,15 @@ def draw_hidden(*shape: int) -> Tensor:
     return torch.randn(*shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
 
 
-def assert_memories_near(state: MemoryState | None, references: list[ReferenceMemory], tolerance: float) -> None:
+def assert_memories_near(
+    state: MemoryState | None, references: list[ReferenceMemory], tolerance: float
+) -> None:
     assert state is not None
     for row, reference in enumerate(references):
         for actual, expected in ((state.memories[row], reference.M), (state.norms[row], reference.z)):
-            assert np.abs(actual.double().numpy() - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
+            assert np.abs(actual.double().numpy() - expected).max() <= tolerance * max(
+                1.0, np.abs(expected).max()
+            )
         assert state.num_tokens[row].tolist() == reference.tokens
         assert int(state.num_segments[row]) == reference.segments
 
@@ -85,9 +89,12 @@ def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> N
 @pytest.mark.parametrize("length", [1, 4, 5, 13])
 @by_dtype
 def test_model_of_all_memory_layers_equals_the_equations(length: int, dtype: torch.dtype) -> None:
-    """Embedding, an infini, a multi-memory and a hierarchical layer, norm, head; a mask with holes in one row."""
+    """Embedding, one layer of each kind, norm and head; one row has holes in its mask."""
     cases = [
-        LayerCase("infini", {"num_memory_heads": 2, "num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}),
+        LayerCase(
+            "infini",
+            {"num_memory_heads": 2, "num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True},
+        ),
         LayerCase("multi_memory", {"num_memories": 2}),
         LayerCase("hierarchical", {"num_memories": 3, "use_delta_rule": False}),
     ]

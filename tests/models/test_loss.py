@@ -70,7 +70,7 @@ def test_a_call_without_targets_has_no_mean_loss() -> None:
 
 @pytest.mark.parametrize("kind", ["pythia", "infini"])
 def test_a_model_that_has_learned_a_sentence_scores_near_one(kind: str) -> None:
-    """An earlier prototype shifted labels twice: a model trained and measured so still looks well, generation does not."""
+    """Labels shifted twice would train and measure well too; the predicted tokens would show it."""
     torch.manual_seed(0)
     model = TransformerLM(
         [LayerCase(kind).build(32, 2), PythiaLayer(32, 2, 64)], vocab_size=128, segment_length=16

@@ -91,7 +91,9 @@ def test_selection_equals_its_naive_form(dtype: torch.dtype) -> None:
 @by_decay
 @by_rule
 @by_dtype
-def test_write_equals_its_naive_form(dtype: torch.dtype, use_delta_rule: bool, decay: list[float] | None) -> None:
+def test_write_equals_its_naive_form(
+    dtype: torch.dtype, use_delta_rule: bool, decay: list[float] | None
+) -> None:
     memories, norms, _ = draw_memories(dtype)
     _, k, v = draw_segment(dtype=dtype)
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
@@ -155,7 +157,9 @@ def test_gradient_of_read() -> None:
     norms = norms + 0.1  # an empty memory's divisor is clamped, where finite differences see a corner
     q, _, _ = draw_segment()
     weights = draw(ROWS, MEMORIES, HEADS, LENGTH, seed=6)
-    check_gradients(lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights)
+    check_gradients(
+        lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights
+    )
 
 
 def test_gradient_of_selection() -> None:
@@ -196,7 +200,7 @@ def test_gradients_through_empty_memories_are_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e4, 1e7])
 def test_read_in_16_bits_survives_a_huge_memory(dtype: torch.dtype, size: float) -> None:
-    """After 10 million tokens z and M are far beyond float16's 65,504; what is read stays as small as the values."""
+    """After 10 million tokens z and M are far beyond float16's 65,504; what is read is not."""
     memories, norms, num_tokens = draw_memories(torch.float32)
     q = draw_segment(dtype=torch.float32)[0]
     weights = select_memories(q, norms, num_tokens)
@@ -225,6 +229,8 @@ def test_local_attention_in_16_bits_stays_near_float32(dtype: torch.dtype) -> No
     q, k, v = draw_segment(300, torch.float32)
     expected = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=64)
     for chunk_length in (64, 512):
-        actual = local_linear_attention(q.to(dtype), k.to(dtype), v.to(dtype), epsilon=EPSILON, chunk_length=chunk_length)
+        actual = local_linear_attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), epsilon=EPSILON, chunk_length=chunk_length
+        )
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.float(), expected, atol=0.03, rtol=0.03)

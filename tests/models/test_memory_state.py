@@ -1,4 +1,4 @@
-"""`get_memory_state` and `set_memory_state`: what they hold, what they refuse, and the way to another process."""
+"""`get_memory_state` and `set_memory_state`: what they hold and refuse, and the way to another process."""
 
 import copy
 import os
@@ -23,6 +23,8 @@ from model_cases import (
 )
 from torch import Tensor
 
+from new_llm.models import TransformerLM
+
 LAYER_KEYS = {
     "infini": {"memories", "memory_norms", "current_bank", "segment_counter"},
     "multi_memory": {"memories", "memory_norms", "current_memory_idx"},
@@ -30,7 +32,7 @@ LAYER_KEYS = {
 }
 
 
-def fill(model, rows: int | None = None) -> dict[int, dict[str, Any]]:
+def fill(model: TransformerLM, rows: int | None = None) -> dict[int, dict[str, Any]]:
     model.reset_memory(rows)
     with torch.no_grad():
         model(text_ids(rows or 2, 13), update_memory=True)
@@ -72,7 +74,9 @@ def test_another_model_with_the_same_weights_goes_on_where_one_stopped(name: str
     assert other.memory_rows == model.memory_rows == rows
     assert_states_equal(other.get_memory_state(), state)
     with torch.no_grad():
-        assert torch.equal(other(text_ids(2, 11), update_memory=True), model(text_ids(2, 11), update_memory=True))
+        assert torch.equal(
+            other(text_ids(2, 11), update_memory=True), model(text_ids(2, 11), update_memory=True)
+        )
     assert_states_equal(other.get_memory_state(), model.get_memory_state())
 
 
@@ -93,7 +97,7 @@ for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir
 
 
 def test_another_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Every layer kind and option combination, mixed, shared and per row: save, load elsewhere, same logits."""
+    """Every layer kind and option combination: save, load elsewhere, the same logits."""
     ids = text_ids(2, 11, start=70)
     torch.save(ids, tmp_path / "ids.pt")
     expected = {}
@@ -134,12 +138,18 @@ def put_number(key: str, number: float) -> Spoil:
 
 REFUSED: dict[str, tuple[Spoil, str]] = {
     "version": (spoil_layer(version=99), r"layer 3.*version 99.*1"),
-    "layer kind": (spoil_layer(layer_kind="multi_memory"), r"layer 3.*layer kind 'multi_memory'.*'hierarchical'"),
+    "layer kind": (
+        spoil_layer(layer_kind="multi_memory"),
+        r"layer 3.*layer kind 'multi_memory'.*'hierarchical'",
+    ),
     "settings": (spoil_layer(use_delta_rule=False), r"layer 3.*use_delta_rule"),
     "missing layer": (lambda state: state.pop(3), r"layers \['?0'?, '?2'?\].*\[0, 2, 3\]"),
     "unknown layer": (lambda state: state.update({4: state[3]}), r"\[0, 2, 3\]"),
     "width": (spoil_layer(fine_memories=torch.zeros(3, 2, 8, 7)), r"layer 3.*fine_memories.*\(3, 2, 8, 7\)"),
-    "memories": (spoil_layer(fine_memory_norms=torch.zeros(4, 2, 8)), r"layer 3.*fine_memory_norms.*\(4, 2, 8\)"),
+    "memories": (
+        spoil_layer(fine_memory_norms=torch.zeros(4, 2, 8)),
+        r"layer 3.*fine_memory_norms.*\(4, 2, 8\)",
+    ),
     "counts": (spoil_layer(token_counts=torch.zeros(2, dtype=torch.int64)), r"layer 3.*token_counts.*\(2,\)"),
     "no tensor": (spoil_layer(fine_memories=[1.0]), r"layer 3.*fine_memories"),
     "integers": (spoil_layer(fine_memories=torch.ones(3, 2, 8, 8, dtype=torch.int64)), r"layer 3.*dtype"),

@@ -40,14 +40,14 @@ def refuse(call: Callable[[], Any], *words: str) -> None:
 # Option, the models that take it, values out of range. What a message must name is the option itself.
 RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "use_delta_rule": (MEMORY_TYPES, []),
-    "num_memories": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0, -1, 1.5, "many"]),
+    "num_memories": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0, -1, 1.5]),
     "num_memory_banks": ([ModelType.INFINI], [0, -1, 1.5]),
     "segments_per_bank": ([ModelType.INFINI], [0, -2]),
     "use_alibi": ([ModelType.INFINI], []),
     "alibi_scale": ([ModelType.INFINI], [-0.5, float("nan")]),
     "num_memory_heads": (MEMORY_TYPES, [0, -1, 3, 64]),
     "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
-    "gate_init": (MEMORY_TYPES, [float("nan")]),
+    "gate_init": (MEMORY_TYPES, []),
 }
 OUT_OF_RANGE = [
     (model_type, option, value)
@@ -68,13 +68,24 @@ def test_each_model_takes_its_options_and_no_others(model_type: ModelType) -> No
     taken = {option for option, (model_types, _) in RANGES.items() if model_type in model_types}
     assert set(MODEL_OPTIONS[model_type]) == taken
     for option in RANGES.keys() - taken | {"num_memorys"}:
-        refuse(lambda option=option: create_model(model_type, CONFIG, **{option: 1}), option, "segment_length", *taken)
+        refuse(
+            lambda option=option: create_model(model_type, CONFIG, **{option: 1}),
+            option,
+            "segment_length",
+            *taken,
+        )
 
 
 @pytest.mark.parametrize("length", [0, -1, 65, 6.5])
 @pytest.mark.parametrize("model_type", ModelType)
 def test_segment_length_out_of_range(model_type: ModelType, length: Any) -> None:
-    refuse(lambda: create_model(model_type, CONFIG, segment_length=length), "segment_length", str(length), "1 to", "64")
+    refuse(
+        lambda: create_model(model_type, CONFIG, segment_length=length),
+        "segment_length",
+        str(length),
+        "1 to",
+        "64",
+    )
 
 
 @pytest.mark.parametrize("model_type", ["gpt", "", "Infini", "multi-memory", None, 3])
@@ -90,12 +101,20 @@ def test_options_reach_the_layer() -> None:
     assert infini.decay is None
     for model_type in ("multi_memory", "hierarchical"):
         attention = create_model(model_type, CONFIG).layers[0].attention
-        assert (attention.num_memory_heads, attention.num_memories, attention.segments_per_memory) == (4, 4, 1)
+        assert (attention.num_memory_heads, attention.num_memories, attention.segments_per_memory) == (
+            4,
+            4,
+            1,
+        )
         assert attention.use_delta_rule
         chosen = create_model(model_type, CONFIG, num_memories=8, num_memory_heads=2, use_delta_rule=False)
         attention = chosen.layers[0].attention
         assert (attention.num_memory_heads, attention.num_memories, attention.use_delta_rule) == (2, 8, False)
-    banked = create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True).layers[0].attention
+    banked = (
+        create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True)
+        .layers[0]
+        .attention
+    )
     assert (banked.num_memories, banked.segments_per_memory) == (2, 3)
     assert banked.decay is not None
     for model_type in ModelType:
@@ -164,6 +183,7 @@ def test_ids_out_of_range(name: str, ids: torch.Tensor, words: tuple[str, ...]) 
     model = get_model(name)
     refuse(lambda: model(ids), *words)
     refuse(lambda: model.open_stream(2).feed(ids), *words[:1])
+    refuse(lambda: model.token_losses(ids, IDS))
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 7), (1, 6), (2, 6, 1), (2, 1)])
@@ -194,7 +214,9 @@ def test_labels_of_the_wrong_width(columns: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [IDS[0], IDS[:1], IDS + VOCAB_SIZE, IDS - 200], ids=["one dimension", "one row", "too large", "negative"]
+    "labels",
+    [IDS[0], IDS[:1], IDS + VOCAB_SIZE, IDS - 200],
+    ids=["one dimension", "one row", "too large", "negative"],
 )
 def test_labels_that_do_not_fit_the_ids(labels: torch.Tensor) -> None:
     refuse(lambda: get_model("mixed").compute_loss(IDS, labels), "labels")

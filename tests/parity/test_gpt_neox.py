@@ -89,7 +89,8 @@ def test_gradients_equal_hugging_face() -> None:
     expected = torch.autograd.grad(theirs(ids).logits.square().mean(), list(theirs.parameters()))
     names = [our_name(name) for name, _ in theirs.named_parameters()]
     parameters = dict(ours.named_parameters())
-    assert names and parameters.keys() == set(names)
+    assert names
+    assert parameters.keys() == set(names)
     actual = torch.autograd.grad(ours(ids).square().mean(), [parameters[name] for name in names])
     for one, other in zip(actual, expected, strict=True):
         assert_near(one, other, 1e-7)

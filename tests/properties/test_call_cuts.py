@@ -25,7 +25,7 @@ by_stack = pytest.mark.parametrize("name", STACKS)
 def test_call_cuts_change_nothing(
     name: str, dtype: torch.dtype, segment_length: int, length: int, rows: int | None, data: st.DataObject
 ) -> None:
-    """Cut at any ends of segments; the last piece may be odd. One shared memory (a row) or one for each row."""
+    """Cut at any ends of segments; the last piece may be odd. One shared memory, or one a row."""
     model = get_model(name, segment_length=segment_length, dtype=dtype)
     ids = text_ids(rows or 1, length)
     ends = list(range(segment_length, length, segment_length))

@@ -73,7 +73,7 @@ def test_stream_equals_parallel(
 
 @by_dtype
 @pytest.mark.parametrize("name", [*SHORT_STACKS, "pythia"])
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(segment_lengths, call_masks(), st.booleans(), st.data())
 def test_masked_stream_equals_masked_call(
     name: str, dtype: torch.dtype, segment_length: int, mask: Tensor, shared: bool, data: st.DataObject
@@ -101,7 +101,7 @@ def test_masked_stream_equals_masked_call(
 
 @by_dtype
 @by_stack
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=4)
 @given(segment_lengths, call_masks(), st.booleans())
 def test_padded_row_equals_the_row_without_padding(
     name: str, dtype: torch.dtype, segment_length: int, mask: Tensor, update: bool

@@ -69,7 +69,7 @@ def test_the_headline_names_the_best_and_by_how_much():
     assert outcome(80.0, 84.0).startswith(
         "pythia has the lowest validation perplexity: 80.00, 4.8% below infini"
     )
-    assert "2.5% below infini (78.00) and 5.0% below pythia (80.00)" in outcome(80.0, 78.0, 76.05)
+    assert "2.6% below infini (78.00) and 5.0% below pythia (80.00)" in outcome(80.0, 78.0, 76.0)
 
 
 def test_the_headline_claims_no_more_than_was_measured():

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import arg
 
+from new_llm.cli.arguments import parse_flags
 from new_llm.config import ExperimentConfig, load_config
 
 DESCRIPTION = """Train some models on identical data, measure them, and write a report.
@@ -86,13 +86,12 @@ def parse_arguments(arguments: list[str]) -> ExperimentArguments:
             base = dataclasses.replace(base, name=name_run(known.config.stem))
     elif known.resume and known.name is not None:
         base = load_config(known.runs_dir / known.name / "config.yaml")
-    return tyro.cli(
+    return parse_flags(
         ExperimentArguments,
-        args=arguments,
+        arguments,
         prog="new-llm experiment",
         description=DESCRIPTION,
         default=ExperimentArguments(experiment=base),
-        config=(tyro.conf.EnumChoicesFromValues,),
     )
 
 

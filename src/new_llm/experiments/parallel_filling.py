@@ -19,7 +19,7 @@ from new_llm.config.fill import FillConfig
 from new_llm.experiments.memory_filling import FillResult, State, add_state, fill_memory, memory_adds
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.text_blocks import OnBytes, check_text_files
-from new_llm.models.memory_file import read_memory_file
+from new_llm.models.memory_file import fingerprint_weights, read_memory_file, save_memory_file
 from new_llm.training.precision import choose_device
 
 POLL_SECONDS = 0.1
@@ -62,8 +62,8 @@ def fill_memory_from_run(
     if processes < 1:
         raise UserError(f"--processes: {processes} is not positive")
     check_text_files(paths)
-    check_output(out, paths)
     model, tokenizer = load_run_model(run, model_name, needs_memory=True)
+    check_output(out, paths)
     adds = memory_adds(model)
     used = min(processes, len(paths)) if adds else 1
     if len(paths) > 1 and not adds:
@@ -147,6 +147,7 @@ class _Worker:
         torch.set_num_threads(task.num_threads)
         self.model, self.tokenizer = load_run_model(task.run, task.model_name, needs_memory=True)
         self.model.to(find_device(task.device))
+        self.fingerprint = fingerprint_weights(self.model)
         self.task = task
         self.counts = counts
         self.stop = stop
@@ -169,7 +170,7 @@ def _fill_part(path: Path, part: Path) -> FillResult:
     result = fill_memory(
         worker.model, worker.tokenizer, [path], config=worker.task.config, on_bytes=worker.report
     )
-    worker.model.save_memory(part)
+    save_memory_file(worker.model, part, weights_fingerprint=worker.fingerprint)
     return result
 
 

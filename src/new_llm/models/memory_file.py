@@ -66,8 +66,13 @@ def fingerprint_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_memory_file(model: HeldMemory, path: Path) -> None:
+def save_memory_file(model: HeldMemory, path: Path, *, weights_fingerprint: str | None = None) -> None:
     """Write the memory that a model holds; the file is whole, or what was there before.
+
+    Args:
+        model: the model.
+        path: the file.
+        weights_fingerprint: of the model, where many files are written; None: computed.
 
     Raises:
         UserError: the model has no memory layer, or the file can't be written.
@@ -78,7 +83,7 @@ def save_memory_file(model: HeldMemory, path: Path) -> None:
     record = make_record(
         state,
         settings={index: describe_memory_options(layer) for index, layer in model.memory_layers.items()},
-        weights_fingerprint=fingerprint_weights(model),
+        weights_fingerprint=weights_fingerprint or fingerprint_weights(model),
         segment_length=model.segment_length,
     )
     write_memory_file(path, MemoryFile(record, state))

@@ -13,7 +13,8 @@ from new_llm.report.tables import format_short
 LOG_FROM_RATIO = 8.0  # an axis whose values differ by more is logarithmic
 SMOOTHING_SHARE = 0.08  # the training loss is averaged over about this share of its points
 MAX_POINTS = 600  # points drawn of one curve; more cannot be seen
-MAX_PERPLEXITY = 1e12  # a picture leaves out what is beyond: the model broke, and the table says so
+MAX_VALUE = 1e12  # a picture leaves out what is beyond: the model broke, and the table says so
+MAX_TOKENS = 1e18
 MAX_NAME = 16  # characters of a name in a picture
 DASHES = (4, 3)
 PALE = 0.4  # opacity of what stands behind or second
@@ -22,16 +23,28 @@ Points = list[tuple[float, float]]
 
 
 def get_perplexity(entry: Any, *keys: str) -> float | None:
-    """The perplexity at the keys where it can be drawn: positive, and no more than `MAX_PERPLEXITY`."""
+    """The perplexity at the keys where it is one, at least 1, and can be drawn."""
+    return _get_between(1.0, MAX_VALUE, entry, *keys)
+
+
+def get_share(entry: Any, *keys: str) -> float | None:
+    """The number from 0 to 1 at the keys."""
+    return _get_between(0.0, 1.0, entry, *keys)
+
+
+def _get_between(low: float, high: float, entry: Any, *keys: str) -> float | None:
     value = get_finite(entry, *keys)
-    return value if value is not None and 0 < value <= MAX_PERPLEXITY else None
+    return value if value is not None and low <= value <= high else None
 
 
 def read_curve(entry: dict[str, Any], log: str, key: str) -> Points:
     """(tokens, value) of a log's lines that have both; a perplexity that can't be drawn is left out."""
-    get = get_perplexity if "perplexity" in key else get_finite
     lines = get_entries(entry, "training", log)
-    points = [(get_finite(line, "tokens"), get(line, key)) for line in lines]
+    least = 1.0 if "perplexity" in key else -MAX_VALUE
+    points = [
+        (_get_between(0.0, MAX_TOKENS, line, "tokens"), _get_between(least, MAX_VALUE, line, key))
+        for line in lines
+    ]
     return [(x, y) for x, y in points if x is not None and y is not None]
 
 
@@ -99,7 +112,7 @@ def set_scale(
 ) -> None:
     """A linear axis, or a logarithmic one where the values differ by more than `LOG_FROM_RATIO`."""
     axis = getattr(axes, f"{which}axis")
-    if force_log or (values and min(values) > 0 and max(values) / min(values) > LOG_FROM_RATIO):
+    if force_log or (values and max(values) / min(values) > LOG_FROM_RATIO):
         getattr(axes, f"set_{which}scale")("log")
         low, high = min(values) * floor, max(values) * 1.12
         set_log_ticks(axis, low, high)

@@ -10,12 +10,13 @@ from new_llm.report.axes import (
     LOG_FROM_RATIO,
     PALE,
     get_perplexity,
+    get_share,
     label_axes,
     set_log_ticks,
     set_rows,
     set_scale,
 )
-from new_llm.report.results import get_finite, get_value, named_models
+from new_llm.report.results import get_value, named_models
 from new_llm.report.svg import INK, Chart, drawing, series_color, to_svg
 from new_llm.report.tables import format_number, format_percent
 
@@ -28,7 +29,7 @@ def plot_reversal_perplexity(results: dict[str, Any]) -> Chart | None:
     known = [value for *_, pair in rows for value in pair if value is not None]
     if not known:
         return None
-    is_log = min(known) >= 1 and max(known) > LOG_FROM_RATIO
+    is_log = max(known) > LOG_FROM_RATIO
     with drawing(0.6 + 0.58 * len(rows)) as (figure, axes):
         if is_log:
             axes.set_xscale("log")
@@ -57,7 +58,7 @@ def plot_reversal_accuracy(results: dict[str, Any]) -> Chart | None:
     known = [value for *_, pair in rows for value in pair if value is not None]
     if not known:
         return None
-    entries = [get_finite(e, "evaluation", "reversal", "chance_accuracy") for _, e in named_models(results)]
+    entries = [get_share(e, "evaluation", "reversal", "chance_accuracy") for _, e in named_models(results)]
     chance = next((value for value in entries if value is not None), None)
     with drawing(0.6 + 0.58 * len(rows)) as (figure, axes):
         axes.set_xlim(0, min(1.16, max(*known, chance or 0.0, 0.01) * 1.16))
@@ -82,7 +83,7 @@ def _read_reversal(results: dict[str, Any], measure: str) -> list[tuple[int, str
     rows: list[tuple[int, str, list[float | None]]] = []
     for index, (name, entry) in enumerate(named_models(results)):
         reversal = get_value(entry, "evaluation", "reversal")
-        get = get_perplexity if measure == "perplexity" else get_finite
+        get = get_perplexity if measure == "perplexity" else get_share
         pair = [get(reversal, f"{direction}_{measure}") for direction in ("forward", "backward")]
         if any(value is not None for value in pair):
             rows.append((index, name, pair))

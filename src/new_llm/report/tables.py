@@ -66,7 +66,7 @@ def format_seconds(value: float | None) -> str:
 
 def format_with_error(value: float | None, error: float | None) -> str:
     """A value ± its standard error, cut where the error's second digit is: 83.93 ± 0.50."""
-    if not error or not math.isfinite(error) or value is None or not math.isfinite(value):
+    if error is None or not 0 < error < math.inf or value is None or not math.isfinite(value):
         return format_number(value)
     decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"

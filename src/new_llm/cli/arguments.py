@@ -1,0 +1,38 @@
+"""Reading a command's flags with tyro; what is wrong with them is one line, like all bad input."""
+
+import contextlib
+import io
+import re
+from typing import Any, TypeVar
+
+import tyro
+
+from new_llm.config import UserError
+
+T = TypeVar("T")
+
+
+def parse_flags(kind: type[T] | Any, arguments: list[str], **options: Any) -> T:
+    """`tyro.cli` with enums by their values.
+
+    Raises:
+        UserError: an unknown flag or a value that is refused.
+        SystemExit: help was asked for and has been printed.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, config=(tyro.conf.EnumChoicesFromValues,), **options)
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            raise
+        raise UserError(_flatten(complaint.getvalue())) from None
+
+
+def _flatten(box: str) -> str:
+    """The message of tyro's framed box, without the frame and the pointer to the help."""
+    lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).rstrip() for line in box.splitlines()]
+    words = [line.strip() for line in lines if line.strip() and not re.fullmatch(r"[╭╰├]?─.*|[╭╰].*", line.strip())]
+    message = " ".join(words)
+    message = re.sub(r"\s*For full helptext, (run|see) (.*)$", r" (see \2)", message)
+    return re.sub(r"^Error parsing [\w.-]+: ", "", message) or "the flags can't be read"

@@ -1,0 +1,114 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from new_llm.config import ExperimentConfig, ModelType, PythiaConfig, UserError, config_from_dict, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_flat_keywords_of_python_land_in_their_sections() -> None:
+    config = ExperimentConfig(num_samples=5000, seq_length=256, num_epochs=30, num_memories=8)
+    assert config.data.num_samples == 5000
+    assert config.data.seq_length == 256
+    assert config.train.num_epochs == 30
+    assert config.model.num_memories == 8
+
+
+def test_a_flat_keyword_joins_a_section_that_is_given_too() -> None:
+    config = ExperimentConfig(data={"source": "sotu"}, num_samples=7)
+    assert (config.data.source, config.data.num_samples) == ("sotu", 7)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_published_configuration_loads_and_survives_its_yaml_form(path: Path) -> None:
+    config = load_config(path)
+    assert config_from_dict(yaml.safe_load(config.to_yaml()), "again") == config
+
+
+def test_the_reference_file_is_the_programs_default() -> None:
+    reference = load_config(next(path for path in CONFIGS if path.stem == "pythia-70m-pile"))
+    default = ExperimentConfig(models=reference.models)
+    reference = dataclasses.replace(reference, model=dataclasses.replace(reference.model, vocab_size=None))
+    assert reference == default
+    assert reference.data.source == "pile"
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "train: {learning_rate: 1e-4, adam_epsilon: 1E-9}"))
+    assert (config.train.learning_rate, config.train.adam_epsilon) == (1e-4, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("data: {sourc: x}", "data.sourc"),
+        ("colour: red", "colour"),
+        ("train: {num_epochs: many}", "train.num_epochs"),
+        ("train: {num_epochs: 1.5}", "train.num_epochs"),
+        ("train: {num_epochs: 0}", "train.num_epochs"),
+        ("train: {compile: 'yes'}", "train.compile"),
+        ("train: {learning_rate: .nan}", "train.learning_rate"),
+        ("train: {learning_rate: -1e-4}", "train.learning_rate"),
+        ("seed: true", "seed"),
+        ("models: [pythia, nope]", "models"),
+        ("models: []", "models"),
+        ("models: [pythia, pythia]", "models"),
+        ("model: {hidden_size: 100, num_attention_heads: 7}", "hidden_size"),
+        ("data: {seq_length: 100, segments_per_sample: 7}", "data.seq_length"),
+        ("data: {order: sideways}", "data.order"),
+        ("eval: {context: 8, stride: 9}", "eval.stride"),
+        ("eval: {position_edges: [0, 5, 5]}", "eval.position_edges"),
+        ("name: ../elsewhere", "name"),
+        ("data: [1, 2]", "data"),
+        ("[1, 2]", "mapping"),
+        ("a: b: c", "YAML"),
+        ("!!python/object/apply:os.system ['true']", "YAML"),
+    ],
+)
+def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path: Path, text: str, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, text))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such"):
+        load_config(tmp_path / "absent.yaml")
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="text"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"num_samples": -1}, {"nonsense": 1}, {"model": {"hidden_size": "x"}}, {"models": ["pythia", "gpt"]}]
+)
+def test_bad_values_from_python_are_one_line_too(bad: dict[str, object]) -> None:
+    with pytest.raises(UserError) as caught:
+        ExperimentConfig(**bad)
+    assert next(iter(bad)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_segment_is_the_samples_share_unless_it_is_set() -> None:
+    assert ExperimentConfig(seq_length=256, segments_per_sample=4).segment_length == 64
+    assert ExperimentConfig(seq_length=256, segment_length=32).segment_length == 32
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        ExperimentConfig(seq_length=4096, segments_per_sample=1)
+
+
+def test_the_models_shape_takes_the_tokenizers_size_unless_it_is_set() -> None:
+    config = ExperimentConfig()
+    assert config.model.shape(4096) == PythiaConfig(vocab_size=4096)
+    assert ExperimentConfig(vocab_size=50304).model.shape(4096).vocab_size == 50304
+    assert set(config.model.options(ModelType.MULTI_MEMORY)) >= {"num_memories", "use_delta_rule"}

@@ -1,0 +1,49 @@
+"""Bytes and parameters of the memory layers."""
+
+import pytest
+import torch
+from model_cases import get_model
+from torch import Tensor
+
+from new_llm.models import TransformerLM
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
+
+
+@pytest.mark.parametrize(
+    ("layer", "num_bytes"),
+    [
+        (InfiniLayer(512, 8, 64, num_memory_heads=8), 133_120),
+        (InfiniLayer(512, 8, 64), 1_050_624),
+        (MultiMemoryLayer(512, 8, 64), 532_480),
+        (HierarchicalLayer(512, 8, 64, num_memories=4), 532_480),
+        (InfiniLayer(512, 8, 64, num_memory_heads=8, num_memory_banks=2), 2 * 133_120),
+    ],
+)
+def test_memory_bytes(layer: torch.nn.Module, num_bytes: int) -> None:
+    model = TransformerLM([layer], vocab_size=8)
+    assert model.memory_info()["total_bytes"] == num_bytes
+    assert model.memory_info()["per_layer"] == [{"layer": 0, "kind": layer.kind, "bytes": num_bytes}]
+    entry = model.get_memory_state()[0]
+    held = [value for value in entry.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    assert sum(value.numel() * value.element_size() for value in held) == num_bytes
+
+
+def test_parameters_of_the_expansion_gate() -> None:
+    def count(layer: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in layer.parameters())
+
+    assert count(HierarchicalLayer(512, 8, 64)) - count(MultiMemoryLayer(512, 8, 64)) == 65_793
+    assert count(InfiniLayer(512, 8, 64)) + 7 == count(MultiMemoryLayer(512, 8, 64))  # gates of 1 and 8 heads
+
+
+def test_mixed_stacks_list_each_memory() -> None:
+    model = get_model("mixed")
+    per_layer = model.memory_info()["per_layer"]
+    assert [(entry["layer"], entry["kind"]) for entry in per_layer] == [
+        (0, "infini"),
+        (2, "multi_memory"),
+        (3, "hierarchical"),
+    ]
+    assert model.memory_info()["total_bytes"] == sum(entry["bytes"] for entry in per_layer)
+    assert get_model("pythia").memory_info() == {"total_bytes": 0, "per_layer": []}
+    assert get_model("pythia").get_memory_state() == {}
