@@ -33,6 +33,10 @@ def _flatten(box: str) -> str:
     """The message of tyro's framed box, without the frame and the pointer to the help."""
     lines = [re.sub(r"^\s*│\s?|\s*│\s*$", "", line).rstrip() for line in box.splitlines()]
     words = [line.strip() for line in lines if line.strip() and not re.fullmatch(r"[╭╰├]?─.*|[╭╰].*", line.strip())]
-    message = " ".join(words)
-    message = re.sub(r"\s*For full helptext, (run|see) (.*)$", r" (see \2)", message)
-    return re.sub(r"^Error parsing [\w.-]+: ", "", message) or "the flags can't be read"
+    message = re.sub(r"^Error parsing [\w.-]+: ", "", " ".join(words))
+    message, _, pointer = message.partition(" For full helptext, ")
+    message, _, _ = message.partition(" Argument helptext: ")
+    message, _, suggestions = message.partition(" Perhaps you meant: ")
+    if suggestions:
+        message += f"; perhaps you meant {re.split(r'[ ,]', suggestions, maxsplit=1)[0]}"
+    return f"{message or 'the flags can not be read'} (see {pointer.split(' ', 1)[-1] or '--help'})"

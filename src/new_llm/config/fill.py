@@ -13,7 +13,7 @@ class FillConfig:
 
     tokens_per_call: Annotated[int, Field(gt=0)] = 4096
     """Tokens that the model reads at once, rounded down to whole segments; one segment at least."""
-    block_bytes: Annotated[int, Field(gt=0)] = 1 << 18
+    block_bytes: Annotated[int, Field(gt=0)] = 1 << 16
     """Bytes of a file that are decoded and tokenised at once."""
     max_run_characters: Annotated[int, Field(gt=0)] = 1 << 20
     """A run without white space that is longer is cut here for the tokenizer."""

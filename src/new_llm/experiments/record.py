@@ -35,8 +35,8 @@ MODEL_RESULT_FILE = "result.json"
 RESULTS_VERSION = 1
 
 
-def open_run(config: ExperimentConfig, *, resume: bool) -> tuple[ExperimentConfig, Path]:
-    """Make the run's folder, or find the one to resume.
+def find_run(config: ExperimentConfig, *, resume: bool) -> tuple[ExperimentConfig, Path]:
+    """Where a run is to stand, or stands already if it is to be resumed. Nothing is written.
 
     Returns:
         The configuration with its name filled in, and the folder.
@@ -44,28 +44,36 @@ def open_run(config: ExperimentConfig, *, resume: bool) -> tuple[ExperimentConfi
     Raises:
         UserError: the folder exists already, or there is nothing to resume, or it began with other settings.
     """
-    if resume:
-        if config.name is None:
-            raise UserError("--resume needs --name NAME, the run to go on with")
-        folder = config.runs_dir / config.name
-        begun = read_run_config(folder)
-        changed = list_differences(begun, config)
-        if changed:
-            raise UserError(f"{folder}: a run goes on with the settings it began with; different now: {'; '.join(changed)}")
-        return begun, folder
-    name = config.name or f"experiment-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    config = dataclasses.replace(config, name=name)
-    folder = config.runs_dir / name
+    if not resume:
+        name = config.name or f"experiment-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        folder = config.runs_dir / name
+        if folder.exists():
+            raise UserError(
+                f"{folder}: a run of this name exists; choose another --name, or go on with it by "
+                f"--name {name} --resume"
+            )
+        return dataclasses.replace(config, name=name), folder
+    if config.name is None:
+        raise UserError("--resume needs --name NAME, the run to go on with")
+    folder = config.runs_dir / config.name
+    begun = read_run_config(folder)
+    changed = list_differences(begun, config)
+    if changed:
+        raise UserError(f"{folder}: a run goes on with the settings it began with; different now: {'; '.join(changed)}")
+    return begun, folder
+
+
+def create_run(config: ExperimentConfig, folder: Path) -> None:
+    """Make the folder of a new run, with its configuration.
+
+    Raises:
+        UserError: it exists by now, or can't be made.
+    """
     try:
         folder.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(
-            f"{folder}: a run of this name exists; choose another --name, or go on with it by --name {name} --resume"
-        ) from None
     except OSError as error:
         raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
     write_text_atomically(folder / CONFIG_FILE, config.to_yaml())
-    return config, folder
 
 
 def read_run_config(folder: Path) -> ExperimentConfig:

@@ -19,10 +19,11 @@ from new_llm.experiments.record import (
     MODEL_RESULT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
+    create_run,
     describe_code,
     describe_command,
     describe_environment,
-    open_run,
+    find_run,
     read_json,
     write_json,
 )
@@ -66,8 +67,10 @@ def run_experiment(
         config = dataclasses.replace(config, models=tuple(ModelType(kind) for kind in model_types))
     console = console or Console(stderr=True)
     device = choose_device(config.device)
+    config, folder = find_run(config, resume=resume)
     data = prepare_data(config.data, config.seed)
-    config, folder = open_run(config, resume=resume)
+    if not resume:  # only now, so that bad data leaves no folder behind
+        create_run(config, folder)
     console.print(f"run folder {folder}", highlight=False)
     for note in data.info.get("notes", []):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)

