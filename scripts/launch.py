@@ -14,7 +14,10 @@ def launch(command: str) -> int:
     except ModuleNotFoundError:
         python = CHECKOUT / ".venv" / "bin" / "python"
         if not python.exists():
-            print(f"{Path(sys.argv[0]).name}: New-LLM is not installed; run `make setup` in {CHECKOUT}", file=sys.stderr)
+            print(
+                f"{Path(sys.argv[0]).name}: New-LLM is not installed; run `make setup` in {CHECKOUT}",
+                file=sys.stderr,
+            )
             return 2
         if Path(sys.prefix).resolve() == python.parent.parent.resolve():
             raise  # already there: something of the installation itself is missing

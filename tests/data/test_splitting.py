@@ -25,8 +25,7 @@ def test_the_seed_decides_the_split():
 
 
 @given(
-    text=st.text(st.sampled_from("ab \n\t"), max_size=80).filter(str.strip)
-    | st.text(min_size=1).filter(str.strip),
+    text=st.text(st.sampled_from("ab \n\t"), max_size=80).filter(str.strip) | st.text(min_size=1).filter(str.strip),
     num_parts=st.integers(1, 9),
 )
 def test_parts_join_to_the_text_and_none_is_blank(text, num_parts):

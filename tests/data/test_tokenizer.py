@@ -69,9 +69,7 @@ def test_a_tokenizer_file_cuts_and_pads_nothing(tokenizer, tmp_path, speeches):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for place in (tmp_path, tmp_path / "tokenizer.json"):
-        name, loaded = find_tokenizer(DataConfig(tokenizer=str(place)), is_hub_source=False) or pytest.fail(
-            "none"
-        )
+        name, loaded = find_tokenizer(DataConfig(tokenizer=str(place)), is_hub_source=False) or pytest.fail("none")
         assert name == str(place)
         assert loaded.encode(speeches[0]).ids == tokenizer.encode(speeches[0]).ids
 

@@ -71,15 +71,11 @@ def test_each_protocol_equals_a_loop_over_the_logits(kind, batch_size):
 
     expected = [read_by_logits(model, document) for document in documents]
     for segments_per_call in (1, 2, 1000):
-        streaming = evaluate_streaming(
-            model, SPLIT, batch_size=batch_size, segments_per_call=segments_per_call
-        )
+        streaming = evaluate_streaming(model, SPLIT, batch_size=batch_size, segments_per_call=segments_per_call)
         assert streaming.perplexity == pytest.approx(perplexity_of(expected), rel=1e-5)
 
     independent = evaluate_independent(model, SPLIT, batch_size=batch_size)
-    pieces = [
-        document[begin : begin + 17] for document in documents for begin in range(0, len(document) - 1, 16)
-    ]
+    pieces = [document[begin : begin + 17] for document in documents for begin in range(0, len(document) - 1, 16)]
     expected = [read_by_logits(model, piece) for piece in pieces]
     assert independent.perplexity == pytest.approx(perplexity_of(expected), rel=1e-5)
     differs = abs(independent.perplexity - streaming.perplexity) > 1e-4 * streaming.perplexity
@@ -87,9 +83,7 @@ def test_each_protocol_equals_a_loop_over_the_logits(kind, batch_size):
     assert sliding.num_tokens == streaming.num_tokens == independent.num_tokens == SPLIT.num_tokens - 4
 
     positions = evaluate_positions(model, SPLIT, seq_length=32, edges=(0, 16), batch_size=batch_size)
-    samples = [
-        document[begin : begin + 32] for document in documents for begin in range(0, len(document) - 1, 32)
-    ]
+    samples = [document[begin : begin + 32] for document in documents for begin in range(0, len(document) - 1, 32)]
     losses = [read_by_logits(model, sample) for sample in samples]
     expected = [perplexity_of([loss[:15] for loss in losses]), perplexity_of([loss[15:] for loss in losses])]
     assert [entry["perplexity"] for entry in positions] == pytest.approx(expected, rel=1e-5)
@@ -105,10 +99,7 @@ def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
             evaluate_sliding_window(model, SPLIT, context=40, stride=11, batch_size=3).loss,
             evaluate_streaming(model, SPLIT, batch_size=3).loss,
             evaluate_independent(model, SPLIT, batch_size=3).loss,
-            [
-                e["perplexity"]
-                for e in evaluate_positions(model, SPLIT, seq_length=32, edges=(0, 16), batch_size=3)
-            ],
+            [e["perplexity"] for e in evaluate_positions(model, SPLIT, seq_length=32, edges=(0, 16), batch_size=3)],
             evaluate_reversal_curse(model, TOKENIZER, get_reversal_pairs()[:5]),
         )
 
@@ -142,9 +133,7 @@ class DoublyShifted:
 @pytest.mark.parametrize("kind", ["pythia", "infini"])
 def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
     model = make_model(kind, segment_length=64)
-    split = tokenize_documents(
-        ["The novel Moby-Dick was written by Herman Melville in the year 1851."], TOKENIZER
-    )
+    split = tokenize_documents(["The novel Moby-Dick was written by Herman Melville in the year 1851."], TOKENIZER)
     ids = torch.from_numpy(split.tokens.astype("int64"))[None]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     evaluate_streaming(model, split, batch_size=1)  # what it leaves behind must not hinder training

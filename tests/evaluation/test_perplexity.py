@@ -140,9 +140,7 @@ def test_a_first_document_over_max_tokens_is_cut_and_its_bytes_are_unknown(evalu
     assert (result.num_tokens, result.num_documents) == (20, 1)
     unknown = (result.num_bytes, result.num_words, result.bits_per_byte, result.word_perplexity)
     assert unknown == (None,) * 4
-    assert (
-        result.perplexity == evaluate(BigramModel(), make_split([DOCUMENTS[0][:21]]), batch_size=4).perplexity
-    )
+    assert result.perplexity == evaluate(BigramModel(), make_split([DOCUMENTS[0][:21]]), batch_size=4).perplexity
 
 
 @pytest.mark.parametrize("evaluate", PROTOCOLS)
@@ -157,9 +155,7 @@ def test_modes_and_held_memory_come_back_and_progress_is_told(evaluate):
         entered.append(True)
         return torch.autocast("cpu", enabled=False)
 
-    evaluate(
-        model, SPLIT, batch_size=3, device="cpu", autocast=autocast, on_progress=lambda *x: told.append(x)
-    )
+    evaluate(model, SPLIT, batch_size=3, device="cpu", autocast=autocast, on_progress=lambda *x: told.append(x))
     assert model.training
     assert not model.extra.training
     assert model.held.tolist() == [5]
@@ -187,9 +183,7 @@ def test_a_diverged_model_is_reported_not_raised(evaluate):
 def test_results_are_plain_json():
     result = evaluate_streaming(BigramModel(), SPLIT, batch_size=2)
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    names = (
-        "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_words num_bytes"
-    )
+    names = "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_words num_bytes"
     names += " num_documents context stride seconds tokens_per_second"
     assert " ".join(values) == names
     assert values["tokens_per_second"] == pytest.approx(values["num_tokens"] / values["seconds"])

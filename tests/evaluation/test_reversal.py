@@ -146,9 +146,7 @@ def test_an_ignorant_model_ties_or_prefers_one_answer_and_stays_at_chance(tokeni
 def test_a_transformers_tokenizer_gives_the_same(tokenizer):
     model = KnownTexts([pair.forward for pair in PAIRS[:8]], lambda text: tokenizer.encode(text).ids)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert evaluate_reversal_curse(model, wrapped, PAIRS[:8]) == evaluate_reversal_curse(
-        model, tokenizer, PAIRS[:8]
-    )
+    assert evaluate_reversal_curse(model, wrapped, PAIRS[:8]) == evaluate_reversal_curse(model, tokenizer, PAIRS[:8])
 
 
 def test_a_token_across_the_border_of_prompt_and_answer_is_counted_whole():
@@ -187,9 +185,7 @@ def test_equal_answers_count_once_and_another_right_answer_does_not_compete(toke
 
 def test_results_are_plain_json(tokenizer):
     model = KnownTexts([], lambda text: tokenizer.encode(text).ids)
-    values = json.loads(
-        json.dumps(evaluate_reversal_curse(model, tokenizer, PAIRS).to_dict(), allow_nan=False)
-    )
+    values = json.loads(json.dumps(evaluate_reversal_curse(model, tokenizer, PAIRS).to_dict(), allow_nan=False))
     figures = {
         "num_pairs",
         "forward_perplexity",

@@ -50,7 +50,12 @@ def test_a_run_folder_holds_all_that_the_design_names(tiny: ExperimentConfig) ->
     assert [entry["model_type"] for entry in stored["models"]] == list(ModelType)
     for entry in stored["models"]:
         model_folder = folder / entry["model_type"]
-        assert {path.name for path in model_folder.iterdir()} == {"metrics.jsonl", "tensorboard", "best", "result.json"}
+        assert {path.name for path in model_folder.iterdir()} == {
+            "metrics.jsonl",
+            "tensorboard",
+            "best",
+            "result.json",
+        }
         assert list((model_folder / "tensorboard").iterdir())
         assert entry["training"]["tokens"] == sum_of_targets(tiny) * tiny.train.num_epochs
         first, last = entry["training"]["steps_log"][0]["loss"], entry["training"]["steps_log"][-1]["loss"]
@@ -87,7 +92,9 @@ def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfi
     assert curve(first) != curve(other)
 
 
-def test_all_models_read_the_same_batches_and_begin_with_the_same_shared_weights(tiny: ExperimentConfig) -> None:
+def test_all_models_read_the_same_batches_and_begin_with_the_same_shared_weights(
+    tiny: ExperimentConfig,
+) -> None:
     """A Pythia trained beside another model has the curve of a Pythia trained alone."""
     together = run(renamed(tiny, "together"), ["infini", "pythia"])
     alone = run(renamed(tiny, "alone"), ["pythia"])
@@ -100,7 +107,10 @@ def test_accumulated_batches_weigh_every_token_the_same(tiny: ExperimentConfig) 
     train = dataclasses.replace(tiny.train, num_epochs=1, log_every_steps=1)
     whole = renamed(tiny, "whole", data=data, train=train)
     halves = renamed(
-        tiny, "halves", data=data, train=dataclasses.replace(train, batch_size=2, gradient_accumulation_steps=2)
+        tiny,
+        "halves",
+        data=data,
+        train=dataclasses.replace(train, batch_size=2, gradient_accumulation_steps=2),
     )
     expected, found = curve(run(whole, ["pythia"])), curve(run(halves, ["pythia"]))
     assert len(expected) == len(found)
@@ -193,7 +203,9 @@ def test_gates_have_their_own_rate_and_no_decay(tiny: ExperimentConfig) -> None:
     assert all(p.dim() >= 2 for p in groups["decayed"]["params"])
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     hierarchical = create_model("hierarchical", tiny.model.shape(384))
-    undecayed = {id(p) for g in group_parameters(hierarchical, tiny.train) if g["name"] == "undecayed" for p in g["params"]}
+    undecayed = {
+        id(p) for g in group_parameters(hierarchical, tiny.train) if g["name"] == "undecayed" for p in g["params"]
+    }
     assert {id(p) for p in hierarchical.layers[0].attention.expansion_gate.parameters()} <= undecayed
 
 

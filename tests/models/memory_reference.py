@@ -36,18 +36,14 @@ class ReferenceMemory:
 class ReferenceLayer:
     """A memory layer by its equations: x + Attn(LN1 x) + MLP(LN2 x)."""
 
-    def __init__(
-        self, layer: nn.Module, kind: str, hidden_size: int, num_heads: int, options: dict[str, Any]
-    ):
+    def __init__(self, layer: nn.Module, kind: str, hidden_size: int, num_heads: int, options: dict[str, Any]):
         self.weights = {name: value.double().numpy() for name, value in layer.state_dict().items()}
         self.kind = kind
         is_infini = kind == "infini"
         self.heads = options.get("num_memory_heads") or (1 if is_infini else num_heads)
         self.width = hidden_size // self.heads
         self.delta = options.get("use_delta_rule", True)
-        self.num_memories = (
-            options.get("num_memory_banks", 1) if is_infini else options.get("num_memories", 4)
-        )
+        self.num_memories = options.get("num_memory_banks", 1) if is_infini else options.get("num_memories", 4)
         self.turn = options.get("segments_per_bank", 4) if is_infini else 1
         self.decay = [1.0] * self.heads
         if options.get("use_alibi", False):
@@ -97,9 +93,7 @@ class ReferenceLayer:
                 fine[h] += weight * recall(q[h], memory.M[n, h], memory.z[n, h])
         if self.kind != "hierarchical":
             return fine
-        coarse = np.stack(
-            [recall(q[h], memory.M[:, h].sum(0), memory.z[:, h].sum(0)) for h in range(self.heads)]
-        )
+        coarse = np.stack([recall(q[h], memory.M[:, h].sum(0), memory.z[:, h].sum(0)) for h in range(self.heads)])
         hidden = gelu(self._linear(coarse.reshape(-1), "attention.expansion_gate.dense_in"))
         p = sigmoid(self._linear(hidden, "attention.expansion_gate.dense_out")[0])
         return p * fine + (1 - p) * coarse

@@ -31,8 +31,7 @@ TEXT = (
 )
 
 LAYER_TYPES: dict[str, type[Layer]] = {
-    layer_type.kind: layer_type
-    for layer_type in (PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer)
+    layer_type.kind: layer_type for layer_type in (PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer)
 }
 
 
@@ -53,10 +52,7 @@ class LayerCase:
 
 
 def _combine(kind: str, **choices: tuple[Any, ...]) -> list[LayerCase]:
-    return [
-        LayerCase(kind, dict(zip(choices, values, strict=True)))
-        for values in itertools.product(*choices.values())
-    ]
+    return [LayerCase(kind, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
 
 
 INFINI_CASES = [
@@ -75,9 +71,7 @@ INFINI_CASES = [
 SELECTING_CASES = [
     case
     for kind in ("multi_memory", "hierarchical")
-    for case in _combine(
-        kind, use_delta_rule=(True, False), num_memory_heads=(None, 1, 4), num_memories=(1, 3)
-    )
+    for case in _combine(kind, use_delta_rule=(True, False), num_memory_heads=(None, 1, 4), num_memories=(1, 3))
 ]
 MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES)}
 """Every combination of the options of every memory layer."""

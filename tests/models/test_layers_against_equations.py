@@ -34,15 +34,11 @@ def draw_hidden(*shape: int) -> Tensor:
     return torch.randn(*shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
 
 
-def assert_memories_near(
-    state: MemoryState | None, references: list[ReferenceMemory], tolerance: float
-) -> None:
+def assert_memories_near(state: MemoryState | None, references: list[ReferenceMemory], tolerance: float) -> None:
     assert state is not None
     for row, reference in enumerate(references):
         for actual, expected in ((state.memories[row], reference.M), (state.norms[row], reference.z)):
-            assert np.abs(actual.double().numpy() - expected).max() <= tolerance * max(
-                1.0, np.abs(expected).max()
-            )
+            assert np.abs(actual.double().numpy() - expected).max() <= tolerance * max(1.0, np.abs(expected).max())
         assert state.num_tokens[row].tolist() == reference.tokens
         assert int(state.num_segments[row]) == reference.segments
 
@@ -152,9 +148,7 @@ def test_decay_of_each_head_follows_alibi(heads: int, slopes: list[float]) -> No
     assert layer.attention.decay == pytest.approx([np.exp(-2.0 * slope) for slope in slopes], rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kind", "heads"), [("infini", 1), ("multi_memory", NUM_HEADS), ("hierarchical", NUM_HEADS)]
-)
+@pytest.mark.parametrize(("kind", "heads"), [("infini", 1), ("multi_memory", NUM_HEADS), ("hierarchical", NUM_HEADS)])
 def test_default_memory_heads(kind: str, heads: int) -> None:
     layer = LayerCase(kind).build()
     assert layer.attention.num_memory_heads == heads

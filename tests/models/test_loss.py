@@ -72,9 +72,7 @@ def test_a_call_without_targets_has_no_mean_loss() -> None:
 def test_a_model_that_has_learned_a_sentence_scores_near_one(kind: str) -> None:
     """Labels shifted twice would train and measure well too; the predicted tokens would show it."""
     torch.manual_seed(0)
-    model = TransformerLM(
-        [LayerCase(kind).build(32, 2), PythiaLayer(32, 2, 64)], vocab_size=128, segment_length=16
-    )
+    model = TransformerLM([LayerCase(kind).build(32, 2), PythiaLayer(32, 2, 64)], vocab_size=128, segment_length=16)
     ids = text_ids(1, 40)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(120):

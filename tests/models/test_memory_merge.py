@@ -26,9 +26,7 @@ SUMS = [
 ]
 
 
-def read_from_empty(
-    model: TransformerLM, ids: Tensor, mask: Tensor | None = None
-) -> dict[int, dict[str, Any]]:
+def read_from_empty(model: TransformerLM, ids: Tensor, mask: Tensor | None = None) -> dict[int, dict[str, Any]]:
     model.reset_memory()
     with torch.no_grad():
         model(ids, mask, update_memory=True)

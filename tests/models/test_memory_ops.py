@@ -91,9 +91,7 @@ def test_selection_equals_its_naive_form(dtype: torch.dtype) -> None:
 @by_decay
 @by_rule
 @by_dtype
-def test_write_equals_its_naive_form(
-    dtype: torch.dtype, use_delta_rule: bool, decay: list[float] | None
-) -> None:
+def test_write_equals_its_naive_form(dtype: torch.dtype, use_delta_rule: bool, decay: list[float] | None) -> None:
     memories, norms, _ = draw_memories(dtype)
     _, k, v = draw_segment(dtype=dtype)
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
@@ -157,9 +155,7 @@ def test_gradient_of_read() -> None:
     norms = norms + 0.1  # an empty memory's divisor is clamped, where finite differences see a corner
     q, _, _ = draw_segment()
     weights = draw(ROWS, MEMORIES, HEADS, LENGTH, seed=6)
-    check_gradients(
-        lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights
-    )
+    check_gradients(lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights)
 
 
 def test_gradient_of_selection() -> None:

@@ -74,9 +74,7 @@ def test_another_model_with_the_same_weights_goes_on_where_one_stopped(name: str
     assert other.memory_rows == model.memory_rows == rows
     assert_states_equal(other.get_memory_state(), state)
     with torch.no_grad():
-        assert torch.equal(
-            other(text_ids(2, 11), update_memory=True), model(text_ids(2, 11), update_memory=True)
-        )
+        assert torch.equal(other(text_ids(2, 11), update_memory=True), model(text_ids(2, 11), update_memory=True))
     assert_states_equal(other.get_memory_state(), model.get_memory_state())
 
 
@@ -165,9 +163,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("rows", [None, 2])
-def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(
-    spoil: Spoil, message: str, rows: int | None
-) -> None:
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil: Spoil, message: str, rows: int | None) -> None:
     model = get_model("mixed", dtype=torch.float32)
     good = fill(model, rows)
     with torch.no_grad():

@@ -106,9 +106,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_folder_is_refused_with_one_line(
-    spoil: Callable[[Path], Any], message: str, tmp_path: Path
-) -> None:
+def test_a_broken_folder_is_refused_with_one_line(spoil: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
     get_model("mixed").save(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as error:

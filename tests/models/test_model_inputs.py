@@ -110,11 +110,7 @@ def test_options_reach_the_layer() -> None:
         chosen = create_model(model_type, CONFIG, num_memories=8, num_memory_heads=2, use_delta_rule=False)
         attention = chosen.layers[0].attention
         assert (attention.num_memory_heads, attention.num_memories, attention.use_delta_rule) == (2, 8, False)
-    banked = (
-        create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True)
-        .layers[0]
-        .attention
-    )
+    banked = create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True).layers[0].attention
     assert (banked.num_memories, banked.segments_per_memory) == (2, 3)
     assert banked.decay is not None
     for model_type in ModelType:

@@ -36,8 +36,7 @@ def test_call_cuts_change_nothing(
         expected_state = model.get_memory_state()
         model.reset_memory(rows)
         pieces = [
-            model(ids[:, begin:end], update_memory=True)
-            for begin, end in zip([0, *cuts], [*cuts, length], strict=True)
+            model(ids[:, begin:end], update_memory=True) for begin, end in zip([0, *cuts], [*cuts, length], strict=True)
         ]
     assert_near(torch.cat(pieces, dim=1), whole, TOLERANCES[dtype])
     assert_states_near(model.get_memory_state(), expected_state, TOLERANCES[dtype])

@@ -26,9 +26,7 @@ def change(ids: Tensor, row: int, column: int) -> Tensor:
     return changed
 
 
-def gradient_of_embeddings(
-    model: TransformerLM, ids: Tensor, row: int, column: int, **options: bool
-) -> Tensor:
+def gradient_of_embeddings(model: TransformerLM, ids: Tensor, row: int, column: int, **options: bool) -> Tensor:
     """How the logits at one place depend on each token's embedding: [B, T], the gradient's norm."""
     embedded: list[Tensor] = []
     handle = model.embed_in.register_forward_hook(lambda _, __, output: embedded.append(output))
@@ -93,6 +91,4 @@ def test_a_later_row_does_not_read_what_an_earlier_row_wrote_in_the_call(name: s
         together = model(ids, update_memory=True)
         for row in range(3):
             model.reset_memory()
-            torch.testing.assert_close(
-                model(ids[row : row + 1]), together[row : row + 1], atol=1e-12, rtol=1e-12
-            )
+            torch.testing.assert_close(model(ids[row : row + 1]), together[row : row + 1], atol=1e-12, rtol=1e-12)

@@ -88,9 +88,7 @@ def read_for(
             assert bool(one.isfinite().all()), f"{what} after {tokens:,} tokens"
             error = relative_error(one, other)
             assert error < bound, f"{what} after {tokens:,} tokens: relative error {error:.2g}"
-        half = read_memories(
-            stream.q[j].half(), narrow[0].unsqueeze(1), narrow[1].unsqueeze(1), epsilon=EPSILON
-        )
+        half = read_memories(stream.q[j].half(), narrow[0].unsqueeze(1), narrow[1].unsqueeze(1), epsilon=EPSILON)
         assert relative_error(half, expected) < 0.005, f"float16 read-out after {tokens:,} tokens"
     return wide
 

@@ -68,9 +68,7 @@ def test_local_attention_does_not_depend_on_chunks(seed: int, length: int, one: 
 
 @often
 @given(seeds, st.integers(2, 12), chunk_lengths, st.data())
-def test_initial_sums_stand_for_earlier_tokens(
-    seed: int, length: int, chunk_length: int, data: st.DataObject
-) -> None:
+def test_initial_sums_stand_for_earlier_tokens(seed: int, length: int, chunk_length: int, data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, length - 1))
     q, k, v = draw_segment(seed, length)
     whole = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=chunk_length)
@@ -141,9 +139,7 @@ def test_with_delta_rule_the_same_token_is_learned_once(seed: int, length: int) 
 
 @often
 @given(seeds, lengths, memory_numbers, st.data())
-def test_selection_weighs_the_filled_memories(
-    seed: int, length: int, number: int, data: st.DataObject
-) -> None:
+def test_selection_weighs_the_filled_memories(seed: int, length: int, number: int, data: st.DataObject) -> None:
     q, _, _ = draw_segment(seed, length)
     filled = data.draw(st.lists(st.booleans(), min_size=2 * number, max_size=2 * number).filter(any))
     counts = torch.tensor(filled).view(2, number).long() * torch.arange(1, number + 1)

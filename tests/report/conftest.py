@@ -145,9 +145,7 @@ def make_reversal(rng: random.Random) -> dict[str, Any]:
         "gap": whole["backward_perplexity"] - whole["forward_perplexity"],
         "num_pairs": 24 * len(RELATIONS),
         "chance_accuracy": 1 / 24,
-        "per_relation": [
-            {"relation": name, "num_pairs": 24, **numbers(0.8 + rng.random())} for name in RELATIONS
-        ],
+        "per_relation": [{"relation": name, "num_pairs": 24, **numbers(0.8 + rng.random())} for name in RELATIONS],
         "by_kind": {"real": numbers(0.9), "invented": numbers(1.3)},
     }
 

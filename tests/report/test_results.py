@@ -66,9 +66,7 @@ def test_the_headline_names_the_best_and_by_how_much():
     assert outcome(80.0, 76.0).startswith(
         "infini has the lowest validation perplexity: 76.00, 5.0% below pythia (80.00)."
     )
-    assert outcome(80.0, 84.0).startswith(
-        "pythia has the lowest validation perplexity: 80.00, 4.8% below infini"
-    )
+    assert outcome(80.0, 84.0).startswith("pythia has the lowest validation perplexity: 80.00, 4.8% below infini")
     assert "2.6% below infini (78.00) and 5.0% below pythia (80.00)" in outcome(80.0, 78.0, 76.0)
 
 
@@ -85,14 +83,10 @@ def test_the_headline_claims_no_more_than_was_measured():
 
 
 def test_a_repeated_model_type_is_numbered():
-    names = [
-        name for name, _ in named_models({"models": [{"model_type": "infini"}, {"model_type": "infini"}, 3]})
-    ]
+    names = [name for name, _ in named_models({"models": [{"model_type": "infini"}, {"model_type": "infini"}, 3]})]
     assert names == ["infini", "infini (2)"]
 
 
 def test_gates_of_any_nesting_are_one_number_a_head():
-    gates = get_gates(
-        {"gates": {"layers.0": [[0.1], 0.2], "layers.1": 0.3, "layers.2": [None, float("nan"), 7]}}
-    )
+    gates = get_gates({"gates": {"layers.0": [[0.1], 0.2], "layers.1": 0.3, "layers.2": [None, float("nan"), 7]}})
     assert gates == {"layers.0": [0.1, 0.2], "layers.1": [0.3]}

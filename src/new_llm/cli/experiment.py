@@ -51,11 +51,11 @@ def run(arguments: list[str]) -> int:
 
     console = Console(stderr=True)
     try:
-        results = run_experiment(
-            exp_config=parsed.experiment, resume=parsed.resume, console=console, on_results=report
-        )
+        results = run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console, on_results=report)
     except TrainingInterrupted as stopped:
-        console.print(f"{stopped}\ngo on with: new-llm experiment --name NAME --resume", highlight=False, soft_wrap=True)
+        console.print(
+            f"{stopped}\ngo on with: new-llm experiment --name NAME --resume", highlight=False, soft_wrap=True
+        )
         return 130
     except TrainingError as error:
         print(f"new-llm: {error}", file=sys.stderr)
@@ -98,4 +98,3 @@ def parse_arguments(arguments: list[str]) -> ExperimentArguments:
 def name_run(stem: str) -> str:
     """A run's name from its configuration's and the time."""
     return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-

@@ -1,5 +1,6 @@
 """How a trained model is measured."""
 
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field
@@ -29,7 +30,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.stride > self.context:
-            raise UserError(f"eval.stride: {self.stride} is over eval.context ({self.context}): tokens would be skipped")
+            raise UserError(
+                f"eval.stride: {self.stride} is over eval.context ({self.context}): tokens would be skipped"
+            )
         edges = self.position_edges
-        if not edges or edges[0] != 0 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
             raise UserError(f"eval.position_edges: {list(edges)} must begin with 0 and rise")

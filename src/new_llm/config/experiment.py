@@ -92,7 +92,7 @@ def load_config(path: Path) -> ExperimentConfig:
     """Read an experiment's YAML; what it leaves out keeps its default.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, or names an unknown key, a wrong type or a value out of range.
+        UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -107,7 +107,9 @@ def load_config(path: Path) -> ExperimentConfig:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping of sections ({', '.join(SECTIONS)}), found {type(values).__name__}")
+        raise UserError(
+            f"{path}: expected a mapping of sections ({', '.join(SECTIONS)}), found {type(values).__name__}"
+        )
     return config_from_dict(values, str(path))
 
 

@@ -6,7 +6,7 @@ that Python, YAML and the command line accept and refuse the same values.
 
 import dataclasses
 import functools
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import tyro
 from pydantic import ConfigDict, ValidationError
@@ -32,8 +32,7 @@ def section(kind: type[T]) -> type[T]:
             raise describe_validation_error(error, kind.__name__) from None
 
     made.__init__ = __init__
-    return made
-
+    return cast(type[T], made)
 
 
 def short(*flags: str) -> Any:
@@ -52,5 +51,7 @@ def describe_validation_error(error: ValidationError, where: str) -> UserError:
         else:
             message = fault["msg"].removeprefix("Value error, ")
             own_words = fault["type"] == "value_error"  # raised by a section, which names the field itself
-            faults.append(message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {fault['input']!r})")
+            faults.append(
+                message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {fault['input']!r})"
+            )
     return UserError(f"{where}: " + "; ".join(faults))

@@ -122,9 +122,7 @@ def plan_batches(
         ValueError: an argument is out of range, or the split holds no sample.
     """
     if seq_length < 2 or batch_size < 1 or (num_samples is not None and num_samples < 1):
-        raise ValueError(
-            f"seq_length {seq_length} (>= 2), batch_size {batch_size}, num_samples {num_samples} (>= 1)"
-        )
+        raise ValueError(f"seq_length {seq_length} (>= 2), batch_size {batch_size}, num_samples {num_samples} (>= 1)")
     if order not in ("stream", "shuffled"):
         raise ValueError(f"order {order!r} is neither stream nor shuffled")
     rng = np.random.default_rng([seed, epoch])
@@ -154,9 +152,7 @@ def plan_batches(
     else:
         rows.reshape(-1)[:total] = rng.permutation(total)
         resets = np.ones_like(rows, dtype=bool)
-    return BatchPlan(
-        split, seq_length, starts, lengths, starts + lengths < ends, rows, resets, order == "stream"
-    )
+    return BatchPlan(split, seq_length, starts, lengths, starts + lengths < ends, rows, resets, order == "stream")
 
 
 def _choose_samples(

@@ -79,9 +79,7 @@ def load_or_build(root: Path, key: str, build: Callable[[Path, Path], dict[str, 
     return entry
 
 
-def write_split(
-    folder: Path, name: str, documents: Iterable[TokenizedDocument], dtype: np.dtype[Any]
-) -> None:
+def write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument], dtype: np.dtype[Any]) -> None:
     """Write one split's tokens and its index, a document at a time."""
     index = list[tuple[int, int, int]]()
     with (folder / f"{name}.tokens").open("wb") as file:
@@ -132,8 +130,6 @@ def _load(folder: Path) -> CacheEntry | None:
 def _load_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
     index = np.load(folder / f"{name}.index.npy", allow_pickle=False)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(index[:, 0], dtype=np.int64)])
-    tokens = np.memmap(
-        folder / f"{name}.tokens", dtype=np.dtype(meta["dtype"]), mode="r", shape=(int(offsets[-1]),)
-    )
+    tokens = np.memmap(folder / f"{name}.tokens", dtype=np.dtype(meta["dtype"]), mode="r", shape=(int(offsets[-1]),))
     pinned = meta["num_pinned_documents"] if name == "train" else 0
     return TokenSplit(tokens, offsets, index[:, 1].astype(np.int64), index[:, 2].astype(np.int64), pinned)

@@ -75,9 +75,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     entry = load_or_build(cache_folder(config), key, builder.build)
     notes = list[str]()
     if source.is_hub and config.tokenizer == "auto" and not found:
-        notes.append(
-            f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place"
-        )
+        notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
     name = found[0] if found else f"byte-level BPE trained on the training split of {source.name}"
     return _describe_data(config, source, sentences, entry, name, notes)
 
@@ -158,9 +156,7 @@ class _Builder:
 
     def _cut(self, read: TextSpool, cut: TextSpool, notes: list[str]) -> TextSpool:
         total = sum(read.num_characters)
-        part = max(
-            total / (2 * self.config.min_documents), self.config.seq_length * self.config.characters_per_token
-        )
+        part = max(total / (2 * self.config.min_documents), self.config.seq_length * self.config.characters_per_token)
         for index, size in enumerate(read.num_characters):
             num_parts = round(size / part)
             for text in cut_text(read[index], max(num_parts, 2 if len(read) == 1 else 1)):
@@ -175,25 +171,17 @@ class _Builder:
     def _train_tokenizer(self, texts: Iterator[str], num_texts: int, notes: list[str]) -> Tokenizer:
         with show_progress("training the tokenizer", "documents", num_texts) as advance:
             sentences = ["\n".join(self.sentences)] if self.sentences else []
-            tokenizer = train_tokenizer(
-                chain(sentences, _count(texts, advance)), self.config.tokenizer_vocab_size
-            )
+            tokenizer = train_tokenizer(chain(sentences, _count(texts, advance)), self.config.tokenizer_vocab_size)
         size = tokenizer.get_vocab_size()
         if size < self.config.tokenizer_vocab_size:
             wanted = self.config.tokenizer_vocab_size
-            notes.append(
-                f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}"
-            )
+            notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}")
         return tokenizer
 
     def _check_size(self, folder: Path, num_pinned: int) -> None:
         train, validation = (np.load(folder / f"{name}.index.npy")[:, 0] for name in ("train", "validation"))
         train, needed = train[num_pinned:], self.config.seq_length
-        if (
-            train.sum() < needed
-            or not count_samples(train, needed).sum()
-            or validation.max() < MIN_VALIDATION_TOKENS
-        ):
+        if train.sum() < needed or not count_samples(train, needed).sum() or validation.max() < MIN_VALIDATION_TOKENS:
             raise UserError(
                 f"{self.source.name}: too short: it gives {train.sum():,} tokens for training and "
                 f"{validation.sum():,} for validation; at least {needed:,} (one sample, data.seq_length) and "
@@ -219,13 +207,9 @@ def _describe_data(
     vocab_size = padded_vocab_size(entry.tokenizer)
     notes = [*notes, *entry.meta["notes"]]
     available = int(count_samples(np.diff(train.offsets), config.seq_length).sum())
-    pinned = int(
-        count_samples(np.diff(train.offsets[: train.num_pinned_documents + 1]), config.seq_length).sum()
-    )
+    pinned = int(count_samples(np.diff(train.offsets[: train.num_pinned_documents + 1]), config.seq_length).sum())
     if config.num_samples is not None and available < config.num_samples:
-        notes.append(
-            f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}"
-        )
+        notes.append(f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}")
     if config.num_samples is not None and config.num_samples <= pinned:
         notes.append(f"the reversal sentences alone fill the {config.num_samples:,} training samples")
     files = {name: file["sha256"] for name, file in entry.meta["files"].items()}

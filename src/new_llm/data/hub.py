@@ -74,9 +74,7 @@ def _address_answers(address: str, timeout_seconds: float) -> bool:
 
 def dataset_is_cached(name: str) -> bool:
     """Whether `datasets` has prepared this dataset here before."""
-    home = os.environ.get(
-        "HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    )
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser()
 
     def plain(text: str) -> str:  # datasets writes owner/MyName as owner___my_name
@@ -89,9 +87,7 @@ def dataset_is_cached(name: str) -> bool:
 
 def out_of_reach(wanted: str) -> UserError:
     """The one line for a hub that doesn't answer."""
-    return UserError(
-        f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}"
-    )
+    return UserError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}")
 
 
 def describe_failure(error: BaseException) -> str:

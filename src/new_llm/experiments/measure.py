@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-
 from new_llm.config import ExperimentConfig
 from new_llm.data.dataset import PreparedData
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -118,5 +117,3 @@ def measure_model(
         )
         measured["reversal"] = reversal.to_dict()
     return measured
-
-

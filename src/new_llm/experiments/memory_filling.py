@@ -108,9 +108,7 @@ def add_state(total: State | None, state: State) -> State:
     return state if total is None else merge_memory_states([total, state])
 
 
-def read_document(
-    model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[str], config: FillConfig
-) -> int:
+def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[str], config: FillConfig) -> int:
     """Stream one document into the memory that a model holds; returns its tokens.
 
     Args:

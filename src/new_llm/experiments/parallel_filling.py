@@ -68,8 +68,7 @@ def fill_memory_from_run(
     used = min(processes, len(paths)) if adds else 1
     if len(paths) > 1 and not adds:
         on_note(
-            "this memory does not add (delta rule or decay): the files are read one after another, in the "
-            "order given"
+            "this memory does not add (delta rule or decay): the files are read one after another, in the order given"
         )
     elif used < processes:
         on_note(f"{len(paths)} file{'s' * (len(paths) > 1)} to read: {used} of {processes} processes used")
@@ -167,9 +166,7 @@ def _start_worker(task: _Task, counts: Any, stop: Any) -> None:
 
 def _fill_part(path: Path, part: Path) -> FillResult:
     worker = _Worker.current
-    result = fill_memory(
-        worker.model, worker.tokenizer, [path], config=worker.task.config, on_bytes=worker.report
-    )
+    result = fill_memory(worker.model, worker.tokenizer, [path], config=worker.task.config, on_bytes=worker.report)
     save_memory_file(worker.model, part, weights_fingerprint=worker.fingerprint)
     return result
 

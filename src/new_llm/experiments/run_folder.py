@@ -86,8 +86,7 @@ def load_run_model(
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= loaded.vocab_size:
         raise UserError(
-            f"{tokenizer_path}: has ids up to {largest}; the model in {folder} knows up to "
-            f"{loaded.vocab_size - 1}"
+            f"{tokenizer_path}: has ids up to {largest}; the model in {folder} knows up to {loaded.vocab_size - 1}"
         )
     return loaded, tokenizer
 

@@ -89,7 +89,12 @@ class _Experiment:
     """One run: what its models share."""
 
     def __init__(
-        self, config: ExperimentConfig, folder: Path, data: PreparedData, device: torch.device, console: Console
+        self,
+        config: ExperimentConfig,
+        folder: Path,
+        data: PreparedData,
+        device: torch.device,
+        console: Console,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -156,7 +161,11 @@ class _Experiment:
         model = TransformerLM.load(folder / BEST_FOLDER).to(self.device).eval()
         with self.console.status("") as status:
             measured = measure_model(
-                model, self.data, self.config, self.autocast, lambda what: status.update(f"{kind}: measuring {what}")
+                model,
+                self.data,
+                self.config,
+                self.autocast,
+                lambda what: status.update(f"{kind}: measuring {what}"),
             )
         lines = read_metrics(folder)
         result = {

@@ -63,9 +63,7 @@ def create_model(
     try:
         kind = ModelType(model_type)
     except ValueError:
-        raise ValueError(
-            f"model_type: {str(model_type)!r} is unknown; allowed are {', '.join(ModelType)}"
-        ) from None
+        raise ValueError(f"model_type: {str(model_type)!r} is unknown; allowed are {', '.join(ModelType)}") from None
     allowed = MODEL_OPTIONS[kind]
     unknown = sorted(set(options) - set(allowed))
     if unknown:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ class HeldMemory(nn.Module):
         super().__init__()
         self._held: LayerMemories = []
         self._held_rows: int | None = None
+
+    @property
+    def layer_list(self) -> list[Layer]:
+        """The layers, typed."""
+        return cast(list[Layer], list(self.layers))
 
     @property
     def memory_layers(self) -> dict[int, MemoryLayer]:
@@ -77,7 +82,9 @@ class HeldMemory(nn.Module):
         """
         if self._held_rows != rows.shape[0]:
             held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
-            raise ValueError(f"reset_rows of {rows.shape[0]} rows, but the model holds {held}: use reset_memory(batch_size)")
+            raise ValueError(
+                f"reset_rows of {rows.shape[0]} rows, but the model holds {held}: use reset_memory(batch_size)"
+            )
         if not bool(rows.any()):
             return
         self._held = [
@@ -250,7 +257,9 @@ class HeldMemory(nn.Module):
             number = layer.attention.num_memories
             wrong = [bank for bank in bank_indices if not 0 <= bank < number]
             if wrong:
-                raise ValueError(f"layer {index} ({layer.kind}) has banks 0 to {number - 1}: {wrong} are not among them")
+                raise ValueError(
+                    f"layer {index} ({layer.kind}) has banks 0 to {number - 1}: {wrong} are not among them"
+                )
 
     def _set_frozen(self, bank_indices: Sequence[int] | None, frozen: bool) -> None:
         self._check_banks(bank_indices or ())
@@ -268,8 +277,3 @@ def entry_is_per_row(entry: Any) -> bool:
     """Whether a layer's dictionary of `get_memory_state` has a row dimension."""
     counter = entry.get("segment_counter") if isinstance(entry, dict) else None
     return isinstance(counter, Tensor) and counter.dim() == 1
-
-
-def is_memory_layer(layer: Layer) -> bool:
-    """Whether a layer has memory."""
-    return isinstance(layer, MemoryLayer)

@@ -108,6 +108,4 @@ def measure_distance(a: Tensor, b: Tensor) -> Distance:
 
 def _describe(memories: list[MemoryTensors]) -> str:
     first = memories[0]
-    return (
-        f"{len(memories)} memories, the first of layer {first.layer} with shape {list(first.memories.shape)}"
-    )
+    return f"{len(memories)} memories, the first of layer {first.layer} with shape {list(first.memories.shape)}"

@@ -111,9 +111,7 @@ def _check_fits(record: MemoryRecord, model: HeldMemory, where: str, force: bool
     layers = model.memory_layers
     if [layer.layer for layer in record.layers] != list(layers):
         found = [layer.layer for layer in record.layers]
-        raise UserError(
-            shorten(f"{where}: memory of layers {found}, this model has memory in {list(layers)}")
-        )
+        raise UserError(shorten(f"{where}: memory of layers {found}, this model has memory in {list(layers)}"))
     for entry in record.layers:
         layer = layers[entry.layer]
         expected = {"layer kind": layer.kind, **describe_memory_options(layer)}

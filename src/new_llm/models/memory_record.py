@@ -69,23 +69,15 @@ class LayerRecord:
 
     def __post_init__(self) -> None:
         if len(self.frozen) != self.num_memories:
-            raise UserError(
-                f"layer {self.layer}: frozen has {len(self.frozen)} entries, not {self.num_memories}"
-            )
+            raise UserError(f"layer {self.layer}: frozen has {len(self.frozen)} entries, not {self.num_memories}")
         if self.decay is not None and len(self.decay) != self.num_memory_heads:
-            raise UserError(
-                f"layer {self.layer}: decay has {len(self.decay)} entries, not {self.num_memory_heads}"
-            )
+            raise UserError(f"layer {self.layer}: decay has {len(self.decay)} entries, not {self.num_memory_heads}")
         if self.version != STATE_VERSION:
-            raise UserError(
-                f"layer {self.layer}: state version {self.version}, this program reads {STATE_VERSION}"
-            )
+            raise UserError(f"layer {self.layer}: state version {self.version}, this program reads {STATE_VERSION}")
         kind = LAYER_KINDS.get(self.kind)
         if kind is None or not issubclass(kind, MemoryLayer):
             known = ", ".join(name for name, layer in LAYER_KINDS.items() if issubclass(layer, MemoryLayer))
-            raise UserError(
-                f"layer {self.layer}: unknown kind of memory layer {self.kind!r}; known are {known}"
-            )
+            raise UserError(f"layer {self.layer}: unknown kind of memory layer {self.kind!r}; known are {known}")
 
     @property
     def facts(self) -> MemoryFacts:

@@ -23,15 +23,17 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
     Raises:
         ValueError: a layer of a class that is not registered.
     """
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.layer_list):
         if LAYER_KINDS.get(layer.kind) is not type(layer):
-            raise ValueError(f"layer {index}: {type(layer).__name__} is not registered; decorate it with register_layer")
+            raise ValueError(
+                f"layer {index}: {type(layer).__name__} is not registered; decorate it with register_layer"
+            )
     return {
         "format_version": FORMAT_VERSION,
         "vocab_size": model.vocab_size,
         "segment_length": model.segment_length,
         "layer_norm_eps": model.final_layer_norm.eps,
-        "layers": [{"kind": layer.kind, **layer.settings} for layer in model.layers],
+        "layers": [{"kind": layer.kind, **layer.settings} for layer in model.layer_list],
     }
 
 

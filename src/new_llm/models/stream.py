@@ -113,7 +113,7 @@ class MemoryStream:
             segment_length=self.model.segment_length,
         )
         hidden = self.model.embed_in(input_ids.gather(1, columns.to(self.device)))
-        for index, (layer, memory) in enumerate(zip(self.model.layers, self.memories, strict=True)):
+        for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
             hidden, self.opened[index] = layer.step(hidden, self.opened[index], memory, step)
         self.offsets = self.offsets + taken
         self._end_segments(self.offsets == self.model.segment_length)
@@ -123,7 +123,7 @@ class MemoryStream:
         if not bool(ended.any()):
             return
         rows = ended.to(self.device)
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.model.layer_list):
             self.opened[index], self.memories[index] = layer.end_segments(
                 self.opened[index], self.memories[index], rows
             )

@@ -216,7 +216,7 @@ class TransformerLM(HeldMemory):
     # Facts
 
     def num_parameters(self) -> dict[str, Any]:
-        """Parameters: `total`, `embedding`, `lm_head`, `transformer` (layers and final LayerNorm), `per_layer` (list)."""
+        """`total`, `embedding`, `lm_head`, `transformer` (layers and final LayerNorm) and `per_layer` (a list)."""
         per_layer = [count_parameters(layer) for layer in self.layers]
         embedding, head = count_parameters(self.embed_in), count_parameters(self.embed_out)
         total = count_parameters(self)
@@ -246,8 +246,8 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: [batch, tokens] integers with at least "
-            "one token are needed"
+            f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: "
+            "[batch, tokens] integers with at least one token are needed"
         )
     if input_ids.device.type == "cpu":
         low, high = input_ids.aminmax()

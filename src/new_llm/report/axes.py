@@ -42,8 +42,7 @@ def read_curve(entry: dict[str, Any], log: str, key: str) -> Points:
     lines = get_entries(entry, "training", log)
     least = 1.0 if "perplexity" in key else -MAX_VALUE
     points = [
-        (_get_between(0.0, MAX_TOKENS, line, "tokens"), _get_between(least, MAX_VALUE, line, key))
-        for line in lines
+        (_get_between(0.0, MAX_TOKENS, line, "tokens"), _get_between(least, MAX_VALUE, line, key)) for line in lines
     ]
     return [(x, y) for x, y in points if x is not None and y is not None]
 
@@ -107,9 +106,7 @@ def set_rows(axes: Axes, names: list[str]) -> None:
     axes.grid(axis="x")
 
 
-def set_scale(
-    axes: Axes, which: str, values: list[float], floor: float = 0.9, force_log: bool = False
-) -> None:
+def set_scale(axes: Axes, which: str, values: list[float], floor: float = 0.9, force_log: bool = False) -> None:
     """A linear axis, or a logarithmic one where the values differ by more than `LOG_FROM_RATIO`."""
     axis = getattr(axes, f"{which}axis")
     if force_log or (values and max(values) / min(values) > LOG_FROM_RATIO):

@@ -24,9 +24,7 @@ def plot_final_gates(results: dict[str, Any]) -> Chart | None:
         for place, (index, _, _, values) in enumerate(layers):
             marks = {"color": series_color(index), "markersize": 7.5, "markeredgewidth": 0, "alpha": 0.7}
             axes.plot([place] * len(values), values, series_marker(index), clip_on=False, **marks)
-        axes.set_xticks(
-            range(len(layers)), [f"{shorten(name)}\n{_name_layer(layer)}" for _, name, layer, _ in layers]
-        )
+        axes.set_xticks(range(len(layers)), [f"{shorten(name)}\n{_name_layer(layer)}" for _, name, layer, _ in layers])
         axes.tick_params(axis="x", labelcolor=INK, length=0, labelrotation=90 if len(layers) > 5 else 0)
         axes.set_xlim(-0.6, len(layers) - 0.4)
         begin = _draw_gate_axis(axes, results)
@@ -48,10 +46,7 @@ def plot_gate_trajectories(results: dict[str, Any]) -> Chart | None:
     series: list[int] = []
     with drawing(HEIGHT_INCHES) as (figure, axes):
         for index, (name, entry) in enumerate(named_models(results)):
-            log = [
-                (get_finite(line, "step"), get_gates(line))
-                for line in get_entries(entry, "training", "steps_log")
-            ]
+            log = [(get_finite(line, "step"), get_gates(line)) for line in get_entries(entry, "training", "steps_log")]
             layers = list(dict.fromkeys(layer for _, gates in log for layer in gates))
             for order, layer in enumerate(layers):
                 lines = [(step, gates[layer]) for step, gates in log if step is not None and layer in gates]
@@ -66,9 +61,7 @@ def plot_gate_trajectories(results: dict[str, Any]) -> Chart | None:
                 style |= mark_some(index, len(mean))
                 axes.plot(*split(mean), color=series_color(index), linewidth=1.8, **style)
                 if len(layers) > 1:
-                    axes.annotate(
-                        _name_layer(layer), mean[-1], (5, 0), textcoords="offset points", va="center"
-                    )
+                    axes.annotate(_name_layer(layer), mean[-1], (5, 0), textcoords="offset points", va="center")
                 said.append(f"{name} {_name_layer(layer)}: {mean[0][1]:.2f} to {mean[-1][1]:.2f}.")
                 series.append(index)
         if not said:
@@ -78,9 +71,7 @@ def plot_gate_trajectories(results: dict[str, Any]) -> Chart | None:
         return Chart(
             "gates-training",
             "Gates during training",
-            to_svg(
-                figure, "gates-training", f"Mean gate of each layer, first to last step. {' '.join(said)}"
-            ),
+            to_svg(figure, "gates-training", f"Mean gate of each layer, first to last step. {' '.join(said)}"),
             "Thick: a layer's mean; thin: its heads. A gate that rises takes more from memory and less "
             "from the segment.",
             tuple(dict.fromkeys(series)),
@@ -106,7 +97,5 @@ def _name_layer(layer: str) -> str:
 
 def _say_gates(values: list[float]) -> str:
     return (
-        f"{values[0]:.2f}"
-        if len(values) == 1
-        else f"{min(values):.2f} to {max(values):.2f} over {len(values)} heads"
+        f"{values[0]:.2f}" if len(values) == 1 else f"{min(values):.2f} to {max(values):.2f} over {len(values)} heads"
     )

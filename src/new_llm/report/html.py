@@ -51,9 +51,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 def render_report(results: dict[str, Any]) -> str:
     """The page's text."""
     results = json.loads(json.dumps(results, default=str))  # one form, however the results were made
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "number": tables.format_number,
         "count": tables.format_count,
@@ -62,9 +60,7 @@ def render_report(results: dict[str, Any]) -> str:
         "percent": tables.format_percent,
         "seconds": tables.format_seconds,
     }
-    template = environment.from_string(
-        resources.files("new_llm.report").joinpath(TEMPLATE_FILE).read_text("utf8")
-    )
+    template = environment.from_string(resources.files("new_llm.report").joinpath(TEMPLATE_FILE).read_text("utf8"))
     named = named_models(results)
     config = results.get("config")
     return template.render(
@@ -149,9 +145,7 @@ def _list_training(results: dict[str, Any]) -> list[dict[str, Any]]:
         training = get_value(entry, "training")
         if isinstance(training, dict):
             keys = ("epochs", "best_epoch", "steps", "tokens", "seconds")
-            stopped = {"True": "early", "False": "at the end"}.get(
-                str(training.get("stopped_early")), tables.MISSING
-            )
+            stopped = {"True": "early", "False": "at the end"}.get(str(training.get("stopped_early")), tables.MISSING)
             losses = [get_number(line, "loss") for line in get_entries(training, "steps_log")]
             last = losses[-1] if losses else None
             words = {"name": name, "stopped": stopped, "loss": last}
@@ -165,9 +159,7 @@ def _list_layers(results: dict[str, Any]) -> list[dict[str, Any]]:
     for name, entry in named_models(results):
         parameters = get_value(entry, "num_parameters")
         per_layer = get_value(parameters, "per_layer")
-        memories = {
-            get_number(item, "layer"): item for item in get_entries(entry, "memory_info", "per_layer")
-        }
+        memories = {get_number(item, "layer"): item for item in get_entries(entry, "memory_info", "per_layer")}
         parts = [
             {
                 "name": f"layer {index}",

@@ -44,9 +44,7 @@ def plot_overview(results: dict[str, Any]) -> Chart | None:
     """Where the models stand between perfect prediction and token frequencies alone."""
     rows: list[tuple[int, str, dict[str, float]]] = []
     for index, (name, entry) in enumerate(named_models(results)):
-        found = {
-            key: get_perplexity(entry, "evaluation", key, "perplexity") for key in ("sliding", "streaming")
-        }
+        found = {key: get_perplexity(entry, "evaluation", key, "perplexity") for key in ("sliding", "streaming")}
         values = {key: value for key, value in found.items() if value is not None}
         if values:
             rows.append((index, name, values))
@@ -55,9 +53,7 @@ def plot_overview(results: dict[str, Any]) -> Chart | None:
     unigram = get_perplexity(results, "unigram_perplexity")
     known = [value for *_, values in rows for value in values.values()] + ([unigram] if unigram else [])
     said = [f"{name} {format_number(values.get('sliding'))}" for _, name, values in rows]
-    alt = f"Validation perplexity: {', '.join(said)}" + (
-        f"; unigram {format_number(unigram)}." if unigram else "."
-    )
+    alt = f"Validation perplexity: {', '.join(said)}" + (f"; unigram {format_number(unigram)}." if unigram else ".")
     with drawing(HEIGHT_INCHES) as (figure, axes):
         set_rows(axes, [name for _, name, _ in rows])
         for row, (index, _, values) in enumerate(rows):
@@ -125,9 +121,7 @@ def plot_validation(results: dict[str, Any]) -> Chart | None:
                 marks = {}
             axes.plot(*split(thin(points)), color=series_color(index), linewidth=1.8, **marks)
             best = get_finite(entry, "training", "best_epoch")
-            kept = [
-                line for line in get_entries(entry, "training", "epochs_log") if line.get("epoch") == best
-            ]
+            kept = [line for line in get_entries(entry, "training", "epochs_log") if line.get("epoch") == best]
             ring = read_curve({"training": {"kept": kept}}, "kept", "validation_perplexity")
             axes.plot(*split(ring), "o", color=series_color(index), markerfacecolor="none", markersize=11)
         set_scale(axes, "y", [y for points in curves for _, y in points])
@@ -135,9 +129,7 @@ def plot_validation(results: dict[str, Any]) -> Chart | None:
         return Chart(
             "validation",
             "Validation perplexity",
-            to_svg(
-                figure, "validation", f"Validation perplexity after each epoch. {_say_ends(results, curves)}"
-            ),
+            to_svg(figure, "validation", f"Validation perplexity after each epoch. {_say_ends(results, curves)}"),
             "After each epoch, on documents that are never trained on. A curve that turns up is overfitting.",
             _present(curves),
             (("ring", "weights kept and evaluated"),),
@@ -170,9 +162,7 @@ def plot_positions(results: dict[str, Any]) -> Chart | None:
         return Chart(
             "positions",
             "Perplexity by position",
-            to_svg(
-                figure, "positions", f"Perplexity by position in the sample. {_say_ends(results, curves)}"
-            ),
+            to_svg(figure, "positions", f"Perplexity by position in the sample. {_say_ends(results, curves)}"),
             "A line that keeps falling is a model that uses what it read before. Where models cut text "
             "into segments, tokens beyond the first segment can gain from earlier ones through memory "
             "alone.",

@@ -81,9 +81,7 @@ def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
         return [number] if number is not None and 0 <= number <= 1 else []
 
     gates = get_value(entry, "gates")
-    layers = (
-        {str(layer): flatten(values) for layer, values in gates.items()} if isinstance(gates, dict) else {}
-    )
+    layers = {str(layer): flatten(values) for layer, values in gates.items()} if isinstance(gates, dict) else {}
     return {layer: values for layer, values in layers.items() if values}
 
 
@@ -128,9 +126,7 @@ def describe_outcome(results: dict[str, Any]) -> Outcome:
     if len(scored) == 1:
         floor = f", {100 * best / unigram:.1f}% of the unigram's {_plain(unigram)}" if unigram else ""
         headline = f"{best_name} reaches a {kind} of {_plain(best)}{floor}."
-        caveats.append(
-            "One model and one seed: nothing to compare with, and the spread between seeds is unmeasured."
-        )
+        caveats.append("One model and one seed: nothing to compare with, and the spread between seeds is unmeasured.")
     else:
         second, second_name, second_error = scored[1]
         percent = 100 * (second - best) / second

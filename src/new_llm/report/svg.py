@@ -121,7 +121,5 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
     svg = re.sub(r"font: (?:\w+ )??([\d.]+px) [^;\"]+", r"font-size: \1", svg)
-    svg = re.sub(
-        r"#0102?[0-9a-f]{2,4}\b", lambda m: f"var(--{_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], svg
-    )
+    svg = re.sub(r"#0102?[0-9a-f]{2,4}\b", lambda m: f"var(--{_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], svg)
     return re.sub(r"\s*\n\s*", "\n", svg)

@@ -156,9 +156,7 @@ COLUMNS = (
         compare=True,
         error=(*_SLIDING, "standard_error"),
     ),
-    Column(
-        "  streaming", PERPLEXITY, "streaming", _at("evaluation", "streaming", "perplexity"), compare=True
-    ),
+    Column("  streaming", PERPLEXITY, "streaming", _at("evaluation", "streaming", "perplexity"), compare=True),
     Column("  per word", PERPLEXITY, "per word", _at(*_SLIDING, "word_perplexity"), compare=True),
     Column(f"  {RATIO}", PERPLEXITY, RATIO, _unigram_ratio, _format_ratio, compare=True),
     Column("verdict", PERPLEXITY, VERDICT, lambda entry, results: None),
@@ -168,9 +166,7 @@ COLUMNS = (
     Column("parameters", "Size", "parameters", _at("num_parameters", "total"), format_short, exact=True),
     Column("memory", "Size", "memory", _at("memory_info", "total_bytes"), format_bytes, exact=True),
     Column("tokens/s", TRAINING, "tokens/s", _at("training", "tokens_per_second"), format_count),
-    Column(
-        "peak memory", TRAINING, "peak memory", _at("training", "peak_memory_bytes"), format_bytes, exact=True
-    ),
+    Column("peak memory", TRAINING, "peak memory", _at("training", "peak_memory_bytes"), format_bytes, exact=True),
 )
 
 
@@ -188,9 +184,7 @@ def summarize(results: dict[str, Any]) -> list[Row]:
         columns.append(
             [
                 Cell(
-                    format_with_error(value, get_number(entry, *column.error))
-                    if column.error
-                    else column.text(value),
+                    format_with_error(value, get_number(entry, *column.error)) if column.error else column.text(value),
                     title=format_count(value) if column.exact and value is not None else "",
                     best=lowest is not None and value == lowest,
                 )
@@ -224,14 +218,10 @@ def render_summary_table(results: dict[str, Any]) -> Table:
     table = Table(title=Text(str(results.get("name") or "results")), title_justify="left")
     table.add_column("")
     for row in rows:
-        table.add_column(
-            Text(row.name), justify="right", style="dim" if row.is_floor else "", overflow="fold"
-        )
+        table.add_column(Text(row.name), justify="right", style="dim" if row.is_floor else "", overflow="fold")
     for index, column in enumerate(COLUMNS):
         cells = [row.cells[index] for row in rows]
         if all(cell.text in ("", MISSING) for cell in cells):
             continue
-        table.add_row(
-            Text(column.name), *(Text(cell.text, style="bold" if cell.best else "") for cell in cells)
-        )
+        table.add_row(Text(column.name), *(Text(cell.text, style="bold" if cell.best else "") for cell in cells))
     return table

@@ -95,7 +95,9 @@ def load_checkpoint(
     try:
         values = json.loads((last / "state.json").read_text(encoding="utf-8"))
         if values.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{last}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}")
+            raise UserError(
+                f"{last}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
+            )
         state = TrainerState(**values)
         model.load_state_dict(load_file(last / "model.safetensors"))
         rest = torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
@@ -106,7 +108,15 @@ def load_checkpoint(
         torch.set_rng_state(rest["random_state"])
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(f"{last}: the checkpoint can't be read: {error}") from None
     return state
 

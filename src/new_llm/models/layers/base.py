@@ -6,7 +6,7 @@ Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step,
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,9 +59,7 @@ class Attention(nn.Module):
         """Some more tokens, [B, T, D], of open segments; see `Layer.step`."""
         raise NotImplementedError  # abstract: every layer kind defines it
 
-    def end_segments(
-        self, opened: Any, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[Any, MemoryState | None]:
+    def end_segments(self, opened: Any, memory: MemoryState | None, ended: Tensor) -> tuple[Any, MemoryState | None]:
         """Close the segments of rows `ended`; see `Layer.end_segments`."""
         raise NotImplementedError  # abstract: every layer kind defines it
 
@@ -138,9 +136,7 @@ class Layer(nn.Module):
         mixed, opened = self.attention.step(self.input_layernorm(hidden), opened, memory, step)
         return self._add(hidden, mixed), opened
 
-    def end_segments(
-        self, opened: Any, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[Any, MemoryState | None]:
+    def end_segments(self, opened: Any, memory: MemoryState | None, ended: Tensor) -> tuple[Any, MemoryState | None]:
         """Write and clear the open segments of some rows.
 
         Args:
@@ -172,7 +168,7 @@ def register_layer(layer_type: LayerType) -> LayerType:
     """
     if LAYER_KINDS.setdefault(layer_type.kind, layer_type) is not layer_type:
         raise ValueError(f"layer kind {layer_type.kind!r} is taken by {LAYER_KINDS[layer_type.kind].__name__}")
-    initialize = layer_type.__init__
+    initialize: Any = layer_type.__init__
     signature = inspect.signature(initialize)
 
     @functools.wraps(initialize)
@@ -182,7 +178,7 @@ def register_layer(layer_type: LayerType) -> LayerType:
         bound.apply_defaults()
         self.settings = dict(list(bound.arguments.items())[1:])
 
-    layer_type.__init__ = __init__
+    cast(Any, layer_type).__init__ = __init__
     return layer_type
 
 

@@ -207,9 +207,7 @@ class CompressiveAttention(Attention):
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
             sums = None if opened is None else (opened.products, opened.keys)
-            local = local_linear_attention(
-                q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH, initial_sums=sums
-            )
+            local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH, initial_sums=sums)
             from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
             opened = self._sum_step(k, v, opened, memory, step)
             mixed = self._gate(from_memory, local)
@@ -269,7 +267,11 @@ class MemoryLayer(Layer):
     @property
     def memory_bytes(self) -> int:
         """Bytes of one memory (M and z of all N) in the layer's precision, float32 at least."""
-        n, heads, width = self.attention.num_memories, self.attention.num_memory_heads, self.attention.head_size
+        n, heads, width = (
+            self.attention.num_memories,
+            self.attention.num_memory_heads,
+            self.attention.head_size,
+        )
         dtype = torch.promote_types(self.attention.gate.dtype, torch.float32)
         return n * heads * (width * width + width) * dtype.itemsize
 

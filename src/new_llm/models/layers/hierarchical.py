@@ -1,4 +1,4 @@
-"""The hierarchical layer: fine memories, their sum as a coarse one, and a learned gate that expands from coarse to fine."""
+"""The hierarchical layer: fine memories, their sum as a coarse one, and a learned gate from coarse to fine."""
 
 from typing import Any, ClassVar
 

@@ -133,5 +133,3 @@ class PythiaLayer(Layer):
             layer_norm_eps=layer_norm_eps,
         )
         self.num_heads = num_heads
-
-

@@ -1,7 +1,7 @@
 """Read and write compressive memories.
 
-Legend: B rows, N memories (or banks), H heads, S tokens, K key width, V value width. Keys and queries are features σ(·).
-M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], float32 or wider whatever the dtype of q, k and v.
+Legend: B rows, N memories (or banks), H heads, S tokens, K key width, V value width. Keys and queries are features
+σ(·). M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], float32 or wider whatever the dtype of q, k and v.
 """
 
 import torch

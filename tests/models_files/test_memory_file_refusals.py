@@ -1,0 +1,326 @@
+"""A file that is not what it should be is refused in one line: nothing is executed, nothing is changed."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save_file
+
+from new_llm import TransformerLM
+from new_llm.config import UserError
+from new_llm.models import memory_file
+from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.memory_file import read_memory_file
+from new_llm.models.safetensors_header import MAX_HEADER_BYTES
+
+
+def split(raw: bytes) -> tuple[dict, bytes]:
+    length = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join(header: dict | bytes, payload: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def change_metadata(**changes):
+    """Other metadata, with a digest that fits them; None: left out."""
+
+    def change(raw: bytes) -> bytes:
+        header, payload = split(raw)
+        metadata = {**header["__metadata__"], **changes}
+        metadata = {key: value for key, value in metadata.items() if value is not None}
+        if "sha256" not in changes:
+            del metadata["sha256"]
+            metadata["sha256"] = memory_file._hash_content(metadata, load(raw))
+        return join({**header, "__metadata__": metadata}, payload)
+
+    return change
+
+
+def change_layer(**changes):
+    """Another record of the layer, with a digest that fits it."""
+
+    def change(raw: bytes) -> bytes:
+        layers = json.loads(split(raw)[0]["__metadata__"]["layers"])
+        return change_metadata(layers=json.dumps([{**layers[0], **changes}]))(raw)
+
+    return change
+
+
+def change_tensors(**changes):
+    """Other tensors, with a digest that fits them; a function of the old tensor, or None: left out."""
+
+    def change(raw: bytes) -> bytes:
+        header, _ = split(raw)
+        tensors = load(raw)
+        for key, new in changes.items():
+            name = f"layers.0.{key}"
+            if new is None:
+                del tensors[name]
+            else:
+                tensors[name] = new(tensors[name]) if callable(new) else new
+        metadata = header["__metadata__"]
+        del metadata["sha256"]
+        metadata["sha256"] = memory_file._hash_content(metadata, tensors)
+        path = Path(os.environ["TEST_SCRATCH"]) / "changed.safetensors"
+        save_file(tensors, path, metadata=metadata)
+        return path.read_bytes()
+
+    return change
+
+
+def with_value(value):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+def flip_last_byte(raw: bytes) -> bytes:
+    return raw[:-1] + bytes([raw[-1] ^ 1])
+
+
+def nest_header(raw: bytes) -> bytes:
+    return join(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"")
+
+
+def double_key(raw: bytes) -> bytes:
+    header, payload = split(raw)
+    text = json.dumps(header)
+    return join(b'{"layers.0.memories":[],' + text[1:].encode(), payload)
+
+
+BROKEN = {
+    "empty": (lambda raw: b"", "truncated"),
+    "truncated header": (lambda raw: raw[:100], "truncated"),
+    "truncated payload": (lambda raw: raw[:-1], "broken safetensors"),
+    "longer": (lambda raw: raw + b"\0", "broken safetensors"),
+    "flipped": (flip_last_byte, "corrupted"),
+    "text": (lambda raw: b"To be, or not to be, that is the question", "no safetensors file"),
+    "endless header": (lambda raw: struct.pack("<Q", 2**63) + raw[8:], "no safetensors file"),
+    "long header": (
+        lambda raw: struct.pack("<Q", MAX_HEADER_BYTES + 1) + b" " * MAX_HEADER_BYTES * 2,
+        "no safetensors file",
+    ),
+    "header no JSON": (lambda raw: join(b"{]", b""), "no JSON"),
+    "header a list": (lambda raw: join(b"[]", b""), "no JSON object"),
+    "header nested": (nest_header, "no JSON"),
+    "key twice": (double_key, "no JSON"),
+    "no metadata": (lambda raw: join({}, b""), "no memory file"),
+    "metadata no strings": (
+        lambda raw: join({"__metadata__": {"format": "new-llm-memory", "rows": 3}}, b""),
+        "not all strings",
+    ),
+    "other format": (change_metadata(format="pt"), "no memory file"),
+    "format version": (change_metadata(format_version="2"), "format version 2, this program reads 1"),
+    "no digest": (change_metadata(sha256=None), "no digest"),
+    "other digest": (change_metadata(sha256="0" * 64), "corrupted"),
+    "tokens seen": (change_metadata(tokens_seen="7"), "corrupted"),
+    "tokens no number": (change_metadata(tokens_seen="many"), "tokens_seen"),
+    "negative tokens": (change_metadata(tokens_seen="-1"), "tokens_seen"),
+    "huge number": (change_metadata(segments_seen="9" * 10_000), "segments_seen"),
+    "missing key": (change_metadata(created=None), "created"),
+    "unknown key": (change_metadata(colour="red"), "unknown key 'colour'"),
+    "long text": (change_metadata(created="x" * 100_000), "created"),
+    "fingerprint": (change_metadata(weights_fingerprint="abc"), "weights_fingerprint"),
+    "rows": (change_metadata(rows="2"), "has shape"),
+    "zero rows": (change_metadata(rows="0"), "rows"),
+    "layers no JSON": (change_metadata(layers="[{"), "JSON"),
+    "no layers": (change_metadata(layers="[]"), "layers"),
+    "layers nested": (change_metadata(layers="[" * 100_000), "JSON"),
+    "state version": (change_layer(version=2), "layer 0: state version 2, this program reads 1"),
+    "layer kind": (change_layer(kind="oracle"), "unknown kind of memory layer 'oracle'; known are infini"),
+    "no memory kind": (change_layer(kind="pythia"), "unknown kind of memory layer 'pythia'"),
+    "layer elsewhere": (change_layer(layer=1), "missing or unknown"),
+    "other shape": (change_layer(head_size=16), "has shape"),
+    "huge shape": (change_layer(head_size=2**52), "has shape"),
+    "beyond numbers": (change_layer(head_size=2**80), "head_size"),
+    "no whole number": (change_layer(num_memories=1.5), "num_memories"),
+    "text for a number": (change_layer(num_memories="1"), "num_memories"),
+    "frozen": (change_layer(frozen=[]), "frozen"),
+    "decay": (change_layer(decay=[0.5, 0.5]), "decay"),
+    "decay infinite": (change_layer(decay=[1e999]), "decay"),
+    "NaN": (change_tensors(memories=with_value(float("nan"))), "NaN or infinite"),
+    "infinite": (change_tensors(memory_norms=with_value(float("inf"))), "NaN or infinite"),
+    "negative count": (change_tensors(segment_counter=with_value(-1)), "impossible"),
+    "overflowing count": (change_tensors(token_counts=with_value(2**62)), "impossible"),
+    "tensor missing": (change_tensors(memory_norms=None), "missing or unknown"),
+    "tensor unknown": (change_tensors(extra=torch.zeros(2)), "missing or unknown"),
+    "tensor's shape": (change_tensors(memory_norms=torch.zeros(2)), "has shape"),
+    "tensor's dtype": (change_tensors(memories=lambda t: t.half()), "has shape .* of F16"),
+}
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def filled(make_model, read_rows) -> TransformerLM:
+    model = make_model()
+    model(read_rows(1, 20), update_memory=True)
+    return model
+
+
+@pytest.fixture
+def valid(filled, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TEST_SCRATCH", str(tmp_path))
+    filled.save_memory(tmp_path / "valid.safetensors")
+    return tmp_path / "valid.safetensors"
+
+
+def assert_refused(model, path, message, same_state, *, force=True):
+    """Refused in one line of bounded length, and the model's memory is bit for bit as it was."""
+    before = model.get_memory_state()
+    with pytest.raises(UserError, match=message) as refused:
+        model.load_memory(path, force=force)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert len(text) < 400 + len(str(path))
+    same_state(before, model.get_memory_state())
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files(name, filled, valid, same_state):
+    change, message = BROKEN[name]
+    path = valid.with_name("broken.safetensors")
+    path.write_bytes(change(valid.read_bytes()))
+    assert_refused(filled, path, message, same_state)
+    with pytest.raises(UserError, match=message):
+        read_memory_file(path)
+
+
+def test_the_helpers_change_nothing_else(filled, valid):
+    for change in (change_metadata(), change_layer(), change_tensors()):
+        path = valid.with_name("same.safetensors")
+        path.write_bytes(change(valid.read_bytes()))
+        filled.load_memory(path)
+
+
+def test_what_is_no_file(filled, tmp_path, same_state):
+    assert_refused(filled, tmp_path / "nowhere.safetensors", "No such file", same_state)
+    assert_refused(filled, tmp_path, "Is a directory", same_state)
+    if Path("/dev/zero").exists():
+        assert_refused(filled, Path("/dev/zero"), "no regular file", same_state)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_pickles_are_not_executed(protocol, ending, filled, tmp_path, same_state):
+    path, crater = tmp_path / f"m.{ending}", tmp_path / "crater"
+    path.write_bytes(pickle.dumps(Bomb(crater), protocol=protocol))
+    assert_refused(filled, path, "no safetensors file", same_state)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(crater), protocol=protocol))
+    assert_refused(filled, path, "a pickle, as torch.save writes", same_state)
+    assert not crater.exists()
+    pickle.loads(pickle.dumps(Bomb(crater)))
+    assert crater.exists()
+
+
+def test_a_saved_state_and_saved_weights_are_no_memory_files(filled, tmp_path, same_state):
+    torch.save(filled.get_memory_state(), tmp_path / "m.pt")
+    assert_refused(filled, tmp_path / "m.pt", "torch.load", same_state)
+    filled.save(tmp_path / "model")
+    assert_refused(filled, tmp_path / "model" / "model.safetensors", "no memory file", same_state)
+
+
+def test_a_header_as_long_as_a_pickle_begins(filled, valid):
+    """A header of 1,152 (0x480) bytes begins with the bytes of pickle's protocol 4."""
+    header, payload = split(valid.read_bytes())
+    text = json.dumps(header, separators=(",", ":")).encode()
+    assert len(text) <= 1152
+    valid.write_bytes(join(text.ljust(1152), payload))
+    assert valid.read_bytes().startswith(b"\x80\x04")
+    filled.load_memory(valid)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("multi_memory", {}, "layer kind infini, this model has multi_memory"),
+        ("infini", {"num_memory_heads": 4}, "num_memory_heads 1, this model has 4"),
+        ("infini", {"num_memory_banks": 2}, "num_memories 1, this model has 2"),
+        ("infini", {"segments_per_bank": 2}, "segments_per_memory 4, this model has 2"),
+        ("infini", {"use_delta_rule": False}, "use_delta_rule True, this model has False"),
+        ("infini", {"use_alibi": True}, "decay None, this model has"),
+        ("pythia", {}, r"memory of layers \[0\], this model has memory in \[\]"),
+    ],
+)
+def test_other_models(kind, options, message, valid, make_model, same_state):
+    assert_refused(make_model(kind, **options), valid, message, same_state)
+
+
+def test_other_decay(tmp_path, make_model, same_state):
+    make_model(use_alibi=True).save_memory(tmp_path / "m.safetensors")
+    other = make_model(use_alibi=True, alibi_scale=2.0)
+    assert_refused(other, tmp_path / "m.safetensors", "decay", same_state)
+
+
+def test_other_weights(valid, make_model, same_state):
+    assert_refused(make_model(seed=1), valid, "filled by other weights", same_state, force=False)
+
+
+def test_memory_in_another_layer(valid, make_model, same_state):
+    layers = [PythiaLayer(32, 4, 64), InfiniLayer(32, 4, 64)]
+    model = TransformerLM(layers, make_model().vocab_size, 8)
+    assert_refused(model, valid, r"memory of layers \[0\], this model has memory in \[1\]", same_state)
+
+
+def test_layers_that_disagree_on_rows(tmp_path, valid, same_state):
+    """One layer fits and the other does not: neither is taken."""
+    model = TransformerLM([InfiniLayer(32, 4, 64), MultiMemoryLayer(32, 4, 64)], 16, 4)
+    model.save_memory(tmp_path / "two.safetensors")
+    other = TransformerLM([InfiniLayer(32, 4, 64), MultiMemoryLayer(32, 4, 64, num_memories=2)], 16, 4)
+    other(torch.tensor([[1, 2, 3]]), update_memory=True)
+    assert_refused(other, tmp_path / "two.safetensors", "layer 1: num_memories 4", same_state)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzz(data, filled, valid, same_state):
+    """Any file made of a valid one is refused by a UserError, or holds finite values."""
+    raw = bytearray(valid.read_bytes())
+    header_end = 8 + struct.unpack("<Q", raw[:8])[0]
+    end = data.draw(st.sampled_from([header_end, len(raw)]))  # the header is small, and more breaks there
+    at = data.draw(st.integers(0, end - 1))
+    how = data.draw(st.sampled_from(["flip", "set", "truncate", "insert", "delete"]))
+    if how == "flip":
+        raw[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif how == "set":
+        raw[at] = data.draw(st.integers(0, 255))
+    elif how == "truncate":
+        del raw[at:]
+    elif how == "insert":
+        raw[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+    else:
+        del raw[at : at + data.draw(st.integers(1, 9))]
+    path = valid.with_name("fuzzed.safetensors")
+    path.write_bytes(raw)
+    before = filled.get_memory_state()
+    try:
+        filled.load_memory(path, force=True)
+    except UserError as refused:
+        assert "\n" not in str(refused)
+        same_state(before, filled.get_memory_state())
+    else:
+        for entry in filled.get_memory_state().values():
+            assert all(t.isfinite().all() for t in entry.values() if isinstance(t, torch.Tensor))
+        filled.set_memory_state(before)
