@@ -82,6 +82,21 @@ def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> N
     assert_memories_near(memory, memories, 1e-10)
 
 
+@by_dtype
+def test_a_long_segment_runs_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the length up to which local attention is one masked product."""
+    monkeypatch.setattr("new_llm.models.layers.compressive.CHUNK_LENGTH", 4)
+    case = LayerCase("infini", {"num_memory_heads": 2})
+    layer = case.build()
+    randomize(layer)
+    x = draw_hidden(1, 11)
+    reference = make_reference(layer, case)
+    expected, _ = reference.read_row(x[0].numpy(), reference.empty_memory(), 11)
+    with torch.no_grad():
+        actual, _ = layer.to(dtype)(x.to(dtype))
+    assert_near(actual[0], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("length", [1, 4, 5, 13])
 @by_dtype
 def test_model_of_all_memory_layers_equals_the_equations(length: int, dtype: torch.dtype) -> None:

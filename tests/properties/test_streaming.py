@@ -169,3 +169,32 @@ def test_stream_refuses_other_rows() -> None:
     model.reset_memory(2)
     with pytest.raises(ValueError, match="batch of 3 rows"):
         model.open_stream(3)
+
+
+def test_a_stream_adds_what_it_read_to_a_memory_that_has_grown_meanwhile() -> None:
+    """Rows' changes are summed into the shared memory: sums do not depend on which text was closed first."""
+    model = get_model("mixed-sums", segment_length=5)
+    first, second = text_ids(2, 10), text_ids(2, 15, start=80)
+    with torch.no_grad():
+        stream = model.open_stream(2)
+        stream.feed(first)
+        model(second, update_memory=True)
+        alone = model.get_memory_state()
+        stream.close(update_memory=True)
+        found = model.get_memory_state()
+        model.reset_memory()
+        model(first, update_memory=True)
+    for index, entry in model.get_memory_state().items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and key.endswith(("memories", "norms", "counts")):
+                assert_near(found[index][key], value + alone[index][key], 1e-9)
+
+
+def test_a_stream_whose_rows_are_no_longer_held_leaves_the_memory_usable() -> None:
+    model = get_model("mixed", segment_length=5)
+    stream = model.open_stream(2)
+    stream.feed(text_ids(2, 5))
+    model.reset_memory(3)
+    with pytest.raises(ValueError, match=r"2 rows|of 2|each of 3"):
+        stream.close(update_memory=True)
+    assert model(text_ids(3, 4)).shape[:2] == (3, 4)

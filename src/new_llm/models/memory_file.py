@@ -250,7 +250,7 @@ def _check_tensors(header: dict[str, Any], record: MemoryRecord, where: str) -> 
     found = {name: value for name, value in header.items() if name != "__metadata__"}
     if set(found) != set(expected):
         odd = sorted(set(found) ^ set(expected))
-        raise UserError(shorten(f"{where}: tensors {odd} are missing or unknown"))
+        raise UserError(shorten(f"{where}: missing or unknown tensors: {', '.join(odd)}"))
     for name, (shape, dtypes) in expected.items():
         entry = found[name] if isinstance(found[name], dict) else {}
         if entry.get("shape") != list(shape) or entry.get("dtype") not in dtypes:

