@@ -31,7 +31,7 @@ from new_llm.experiments.memory_filling import fill_memory
 from new_llm.experiments.run_folder import load_run_model
 
 LENGTHS = (4_096, 65_536, 1_048_576)  # tokens
-TOKENS_PER_MEASUREMENT = 131_072  # at least: a single short text is over before the clock tells much
+TOKENS_PER_MEASUREMENT = 524_288  # at least: a single short text is over before the clock tells much
 VOCAB_SIZE = 4096
 MAX_CHARACTERS_PER_TOKEN = 6
 SEGMENT_LENGTH = 64

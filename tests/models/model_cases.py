@@ -3,11 +3,9 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -108,15 +106,6 @@ SHORT_STACKS = {
     )
 }
 """One of each kind, and the mixtures: for what does not depend on the options."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose by threads; each folder's conftest takes this over."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Tiny models, a tokenizer and real text."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,15 +12,6 @@ from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 
 MakeModel = Callable[..., TransformerLM]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose by threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

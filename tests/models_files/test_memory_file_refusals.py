@@ -6,6 +6,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def change_layer(**changes):
     return change
 
 
-def change_tensors(**changes: Callable[[Tensor | None], Tensor] | None):
+def change_tensors(**changes: Callable[[Any], Tensor] | None):
     """Other tensors, each made of the old one, with a digest that fits them; None: left out."""
 
     def change(raw: bytes) -> bytes:

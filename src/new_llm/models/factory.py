@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from new_llm.config import MODEL_OPTIONS, ModelType, PythiaConfig
+from new_llm.config import MODEL_OPTIONS, MemoryConfig, ModelType, PythiaConfig
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.transformer import TransformerLM
 
@@ -70,9 +70,10 @@ def create_model(
         raise ValueError(
             f"{kind} takes no option {', '.join(unknown)}; allowed are {', '.join((*allowed, 'segment_length'))}"
         )
+    MemoryConfig(**options)  # refuses values out of range by name
     config = config or PythiaConfig()
     length = config.max_position_embeddings if segment_length is None else segment_length
-    if not 1 <= length <= config.max_position_embeddings:
+    if not isinstance(length, int) or not 1 <= length <= config.max_position_embeddings:
         raise ValueError(
             f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
             f"({config.max_position_embeddings})"

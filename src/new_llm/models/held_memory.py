@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.models.layers import Layer, MemoryLayer
-from new_llm.models.state import MemoryState, state_from_dict, state_to_dict
+from new_llm.models.state import MemoryState, check_settings, state_from_dict, state_to_dict
 
 LayerMemories = list[MemoryState | None]
 """The memory of every layer of a model: None for a layer without memory, or where it is known to be empty."""
@@ -81,7 +81,11 @@ class HeldMemory(nn.Module):
             ValueError: the memory is shared, or has another number of rows.
         """
         if self._held_rows != rows.shape[0]:
-            held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
+            held = (
+                "one memory shared by all rows"
+                if self._held_rows is None
+                else f"a memory for each of {self._held_rows} rows"
+            )
             raise ValueError(
                 f"reset_rows of {rows.shape[0]} rows, but the model holds {held}: use reset_memory(batch_size)"
             )
@@ -186,6 +190,7 @@ class HeldMemory(nn.Module):
             raise ValueError(f"exported banks do not fit: this model has memory in layers {sorted(held)}")
         axis = 0 if self._held_rows is None else 1
         for index, layer in self.memory_layers.items():
+            check_settings(state[index], held[index], f"exported banks, layer {index}", "this model")
             banks = state[index].get("banks")
             if not isinstance(banks, list):
                 raise ValueError(f"layer {index}: not a state of export_memory_banks (no banks)")
@@ -216,34 +221,36 @@ class HeldMemory(nn.Module):
 
     # What the model's calls use
 
-    def _rows_of_memory(self, batch_size: int, device: torch.device) -> LayerMemories:
-        """Each row's own copy (a view) of the held memory."""
+    def _begin_call(self, batch_size: int, device: torch.device) -> tuple[LayerMemories, LayerMemories]:
+        """Each row's own copy (a view) of the held memory, and the held memory itself."""
         if self._held_rows not in (None, batch_size):
             raise ValueError(
                 f"a batch of {batch_size} rows, but the model holds a memory for each of {self._held_rows}: "
                 "call reset_memory(batch_size) first"
             )
-        rows: LayerMemories = [None] * len(self.layers)
         for index, memory in enumerate(self._held):
             if memory is not None:
                 dtype = torch.promote_types(next(self.layers[index].parameters()).dtype, torch.float32)
                 if memory.memories.device != device or memory.memories.dtype != dtype:
-                    memory = self._held[index] = memory.to(device, dtype)
-                rows[index] = memory.expand(batch_size)
-        return rows
+                    self._held[index] = memory.to(device, dtype)
+        rows: LayerMemories = [None if memory is None else memory.expand(batch_size) for memory in self._held]
+        return rows, list(self._held)
 
-    def _hold(self, rows: LayerMemories) -> None:
-        """Hold what a call has written, detached; a shared memory takes the sum of the rows' changes."""
-        held: LayerMemories = [None] * len(self.layers)
+    def _hold(self, rows: LayerMemories, start: LayerMemories) -> None:
+        """Hold what rows that began from `start` have written, detached; a shared memory takes the sum over rows."""
+        held = list(self._held)
         for index, memory in enumerate(rows):
-            if memory is not None:
-                memory = memory.detach()
-                held[index] = memory if self._held_rows is not None else self._shared(index, memory).add_changes(memory)
+            if memory is None:
+                continue
+            memory = memory.detach()
+            now, begun = self._held[index], start[index]
+            if now is begun and memory.rows == (self._held_rows or 1):
+                held[index] = replace(memory, retained=None)
+                continue
+            empty = self.memory_layers[index].empty_memory(1, memory.norms)
+            now = empty.expand(self._held_rows or 1) if now is None else now
+            held[index] = now.add_changes(empty if begun is None else begun, memory)
         self._held = held
-
-    def _shared(self, index: int, like: MemoryState) -> MemoryState:
-        held = self._held[index] if self._held else None
-        return held if held is not None else self.memory_layers[index].empty_memory(1, like.norms)
 
     def _held_or_empty(self, index: int) -> MemoryState:
         held = self._held[index] if self._held else None

@@ -40,8 +40,10 @@ def align_labels(labels: Tensor, num_positions: int) -> Tensor:
         Targets [B, T], -100 where a position has none.
 
     Raises:
-        ValueError: labels have neither T nor T + 1 columns.
+        ValueError: labels are not [B, T] or [B, T + 1].
     """
+    if labels.dim() != 2:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: [batch, tokens] is needed")
     if labels.shape[1] == num_positions + 1:
         return labels[:, 1:]
     if labels.shape[1] == num_positions:

@@ -76,9 +76,7 @@ class LayerRecord:
             raise UserError(f"layer {self.layer}: state version {self.version}, this program reads {STATE_VERSION}")
         kind = LAYER_KINDS.get(self.kind)
         if kind is None or not issubclass(kind, MemoryLayer):
-            known = ", ".join(
-                sorted(name for name, layer in LAYER_KINDS.items() if issubclass(layer, MemoryLayer))
-            )
+            known = ", ".join(sorted(name for name, layer in LAYER_KINDS.items() if issubclass(layer, MemoryLayer)))
             raise UserError(f"layer {self.layer}: unknown kind of memory layer {self.kind!r}; known are {known}")
 
     @property

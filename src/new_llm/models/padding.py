@@ -36,13 +36,9 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
     Raises:
         ValueError: the mask's shape is not the tokens'.
     """
+    check_mask(attention_mask, input_ids)
     if attention_mask is None:
         return None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
-            "they must be equal"
-        )
     mask = attention_mask.to(torch.bool)
     if bool(mask.all()):
         return None
@@ -51,6 +47,19 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
     on_the_left = bool((mask == (columns < lengths.unsqueeze(1))).all())
     order = None if on_the_left else torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     return Packing(order, lengths)
+
+
+def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    """Refuse a mask that is not the tokens' shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
+            "they must be equal"
+        )
 
 
 def mark_valid(lengths: Tensor, num_tokens: int) -> Tensor:

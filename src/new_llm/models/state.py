@@ -23,6 +23,7 @@ class MemoryState:
         num_tokens: tokens that each memory has seen, [R, N], int64.
         num_segments: segments that this layer has read, [R], int64; says which memory is written next.
         frozen: which memories are read but not written, N booleans.
+        retained: what share of the memory of before the call is left after its decay, [R, N, H]; None: all of it.
     """
 
     memories: Tensor
@@ -30,6 +31,7 @@ class MemoryState:
     num_tokens: Tensor
     num_segments: Tensor
     frozen: tuple[bool, ...]
+    retained: Tensor | None = None
 
     @classmethod
     def empty(
@@ -60,7 +62,8 @@ class MemoryState:
         return sum(t.numel() * t.element_size() for t in (self.memories, self.norms))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "frozen"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "frozen"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _map(self, function: Any) -> "MemoryState":
         return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
@@ -101,20 +104,28 @@ class MemoryState:
             num_segments=torch.zeros_like(self.num_segments),
         )
 
-    def add_changes(self, rows: "MemoryState") -> "MemoryState":
-        """Sum what each row of `rows` changed, starting from this shared state (R = 1), into it.
+    def add_changes(self, start: "MemoryState", rows: "MemoryState") -> "MemoryState":
+        """This memory, as it is held now, plus what rows that began from `start` have changed.
 
-        Segments are counted in time, not over rows: rows of one call advance together, so the count becomes the
-        largest, and memories that are written in turn stay in turn.
+        A shared memory (R = 1) takes the sum over the rows: what each row wrote is added once, and what was there decays
+        as often as the row with the most writes let it decay. Segments are counted in time, not over rows: rows of one
+        call advance together, so that memories that are written in turn stay in turn.
         """
-        if rows.rows == 1:
-            return rows
+        heads = (rows.num_tokens.shape[0], *self.norms.shape[1:3])
+        left = self.norms.new_ones(heads) if rows.retained is None else rows.retained
+        new_memories = rows.memories - left[..., None, None] * start.memories
+        new_norms = rows.norms - left[..., None] * start.norms
+        new_tokens, new_segments = rows.num_tokens - start.num_tokens, rows.num_segments - start.num_segments
+        if self.rows != rows.rows:
+            left = left.amin(0, keepdim=True)
+            new_memories, new_norms = new_memories.sum(0, keepdim=True), new_norms.sum(0, keepdim=True)
+            new_tokens, new_segments = new_tokens.sum(0, keepdim=True), new_segments.amax(0, keepdim=True)
         return replace(
             self,
-            memories=self.memories + (rows.memories - self.memories).sum(0, keepdim=True),
-            norms=self.norms + (rows.norms - self.norms).sum(0, keepdim=True),
-            num_tokens=self.num_tokens + (rows.num_tokens - self.num_tokens).sum(0, keepdim=True),
-            num_segments=rows.num_segments.amax(0, keepdim=True),
+            memories=left[..., None, None] * self.memories + new_memories,
+            norms=left[..., None] * self.norms + new_norms,
+            num_tokens=self.num_tokens + new_tokens,
+            num_segments=self.num_segments + new_segments,
         )
 
 
@@ -201,6 +212,8 @@ def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: MemoryStat
     memories = entry.get(memories_key) if isinstance(entry, dict) else None
     per_row = isinstance(memories, Tensor) and memories.dim() == 5
     rows = memories.shape[0] if isinstance(memories, Tensor) and per_row else 1
+    if rows == 0:
+        raise ValueError(f"{where}: {memories_key} has no rows")
     check_same_layer(entry, state_to_dict(empty.expand(rows), facts, per_row=per_row), where, "this model")
 
     def restore(key: str, like: Tensor) -> Tensor:
@@ -275,29 +288,44 @@ def _merge_layer(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def check_same_layer(entry: dict[str, Any], expected: dict[str, Any], where: str, whose: str) -> None:
-    """Refuse a layer dictionary of another version, layer kind, set of keys or shape.
+def check_settings(entry: Any, expected: dict[str, Any], where: str, whose: str) -> None:
+    """Refuse a layer dictionary of another version, layer kind or setting.
 
     Raises:
         ValueError: says which of them differs and what was expected.
     """
-    if not isinstance(entry, dict) or "layer_kind" not in entry or "version" not in entry:
+    if not isinstance(entry, dict) or not {"layer_kind", "version"} <= set(entry):
         raise ValueError(f"{where}: not a memory state of a layer (no layer_kind and version)")
-    for key, what in (("version", "version"), ("layer_kind", "layer kind")):
-        if entry[key] != expected[key]:
-            raise ValueError(f"{where}: {what} {entry[key]!r}, {whose} has {expected[key]!r}")
+    names = {"layer_kind": "layer kind"}
+    for key in ("version", "layer_kind", "use_delta_rule", "additive", "segments_per_memory"):
+        found, wanted = entry.get(key), expected[key]
+        if type(found) is not type(wanted) or found != wanted:
+            raise ValueError(f"{where}: {names.get(key, key)} {_name(found)}, {whose} has {wanted!r}")
+
+
+def check_same_layer(entry: Any, expected: dict[str, Any], where: str, whose: str) -> None:
+    """Refuse a layer dictionary of other settings, keys or shapes.
+
+    Raises:
+        ValueError: says which of them differs and what was expected.
+    """
+    check_settings(entry, expected, where, whose)
     if set(entry) != set(expected):
-        raise ValueError(f"{where}: keys {sorted(set(entry) ^ set(expected))} do not match {whose}")
+        odd = sorted(str(key) for key in set(entry) ^ set(expected))
+        raise ValueError(f"{where}: keys {odd} do not match {whose}")
     for key, value in expected.items():
         found = entry[key]
-        if isinstance(value, Tensor):
-            if not isinstance(found, Tensor):
-                raise ValueError(f"{where}: {key} is no tensor")
-            if value.shape != found.shape:
-                raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, {whose} {tuple(value.shape)}")
-            if value.is_floating_point() != found.is_floating_point():
-                raise ValueError(f"{where}: {key} has dtype {found.dtype}, {whose} {value.dtype}")
-            if key == "frozen" and whose == "state 0" and not torch.equal(value, found):
-                raise ValueError(f"{where}: other memories are frozen than in {whose}")
-        elif value != found:
-            raise ValueError(f"{where}: {key} is {found!r}, {whose} has {value!r}")
+        if not isinstance(value, Tensor):
+            continue
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{where}: {key} is no tensor")
+        if value.shape != found.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, {whose} {tuple(value.shape)}")
+        if value.is_floating_point() != found.is_floating_point():
+            raise ValueError(f"{where}: {key} has dtype {found.dtype}, {whose} {value.dtype}")
+        if key == "frozen" and whose == "state 0" and not torch.equal(value, found):
+            raise ValueError(f"{where}: other memories are frozen than in {whose}")
+
+
+def _name(value: Any) -> str:
+    return f"of type {type(value).__name__}" if isinstance(value, Tensor | dict | list) else repr(value)

@@ -33,7 +33,8 @@ class MemoryStream:
         self.model = model
         self.batch_size = batch_size
         self.device = model.embed_in.weight.device
-        self.memories = model._rows_of_memory(batch_size, self.device)
+        self.memories, self._start = model._begin_call(batch_size, self.device)
+        self._start_rows = model.memory_rows
         self.opened: list[Any] = [None] * len(model.layers)
         self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
         self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
@@ -89,13 +90,24 @@ class MemoryStream:
         return hidden
 
     def close(self, *, update_memory: bool = False) -> None:
-        """End the stream; with `update_memory` an open segment is written too and the model holds the result."""
+        """End the stream; with `update_memory` an open segment is written too and the model holds the result.
+
+        What the model has written meanwhile stays: the stream adds what it read.
+
+        Raises:
+            ValueError: the model's memory was reset to other rows since the stream began.
+        """
         if self._is_closed:
             return
+        if update_memory and self.model.memory_rows != self._start_rows:
+            raise ValueError(
+                f"the model holds {describe_rows(self.model.memory_rows)}, but {describe_rows(self._start_rows)} when this "
+                f"stream of {self.batch_size} rows began: it can't take what the stream read"
+            )
         self._is_closed = True
         if update_memory:
             self._end_segments(self.offsets > 0)
-            self.model._hold(self.memories)
+            self.model._hold(self.memories, self._start)
 
     def _run_whole(self, input_ids: Tensor) -> Tensor:
         hidden, self.memories = self.model.run_segments(input_ids, self.memories, write_last=True)
@@ -137,3 +149,8 @@ class MemoryStream:
         for row in range(self.batch_size):
             begin, count = int(fed[row]), int(taken[row])
             hidden[row, begin : begin + count] = piece[row, :count]
+
+
+def describe_rows(rows: int | None) -> str:
+    """How many memories a model holds, in words."""
+    return "one memory shared by all rows" if rows is None else f"a memory for each of {rows} rows"

@@ -13,7 +13,7 @@ from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import Layer, Segments
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
-from new_llm.models.padding import Packing, mark_valid, plan_packing
+from new_llm.models.padding import Packing, check_mask, mark_valid, plan_packing
 from new_llm.models.stream import MemoryStream
 
 SCORED_ROWS = 2048
@@ -91,12 +91,12 @@ class TransformerLM(HeldMemory):
     ) -> Tensor:
         """The hidden states before the head, [B, T, D]; arguments as in `forward`."""
         check_input_ids(input_ids, self.vocab_size)
-        memories = self._rows_of_memory(input_ids.shape[0], input_ids.device)
+        memories, start = self._begin_call(input_ids.shape[0], input_ids.device)
         packing = plan_packing(attention_mask, input_ids)
         packed = input_ids if packing is None else packing.pack(input_ids)
         hidden, memories = self.run_segments(packed, memories, packing, write_last=update_memory)
         if update_memory:
-            self._hold(memories)
+            self._hold(memories, start)
         return hidden if packing is None else packing.unpack(hidden)
 
     def run_segments(
@@ -176,7 +176,10 @@ class TransformerLM(HeldMemory):
     def _losses_and_targets(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool
     ) -> tuple[Tensor, Tensor]:
+        check_input_ids(input_ids, self.vocab_size)
+        check_mask(attention_mask, input_ids)
         targets = align_labels(labels, input_ids.shape[1])
+        check_targets(targets, input_ids, self.vocab_size)
         if attention_mask is not None:
             mask = attention_mask.to(torch.bool)
             masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # no loss at a masked token, nor for one
@@ -244,7 +247,7 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
     Raises:
         ValueError: not [B, T] integers with B, T ≥ 1, or an id outside 0 … vocab_size − 1.
     """
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or not is_integer(input_ids):
         raise ValueError(
             f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: "
             "[batch, tokens] integers with at least one token are needed"
@@ -253,3 +256,26 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
         low, high = input_ids.aminmax()
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids: ids from {int(low)} to {int(high)}; the model knows 0 to {vocab_size - 1}")
+
+
+def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse labels that do not fit the ids or, where that costs no synchronisation, lie outside the vocabulary.
+
+    Raises:
+        ValueError: other rows than the ids, no integers, or a label that is neither an id nor -100.
+    """
+    if targets.shape != input_ids.shape or not is_integer(targets):
+        raise ValueError(
+            f"labels: {targets.shape[0]} rows, dtype {targets.dtype}: integers for {input_ids.shape[0]} rows are needed"
+        )
+    if targets.device.type == "cpu":
+        wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels: {int(targets[wrong][0])} is neither {IGNORE_INDEX} nor an id; the model knows 0 to {vocab_size - 1}"
+            )
+
+
+def is_integer(x: Tensor) -> bool:
+    """Whether a tensor holds integers (booleans are none)."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

@@ -5,7 +5,7 @@ Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -164,6 +164,7 @@ class CompressiveAttention(Attention):
                 num_tokens=memory.num_tokens + count.unsqueeze(1),
                 num_segments=memory.num_segments + 1,
                 frozen=memory.frozen,
+                retained=self._decay_retained(memory, None),
             )
         return self._replace(memory, *written, count)
 
@@ -183,7 +184,7 @@ class CompressiveAttention(Attention):
         has_tokens = count > 0
         num_segments = memory.num_segments + has_tokens
         if all(memory.frozen):
-            return MemoryState(memory.memories, memory.norms, memory.num_tokens, num_segments, memory.frozen)
+            return replace(memory, num_segments=num_segments)
         index = find_written_memory(memory.num_segments, self.segments_per_memory, memory.frozen)
         slots = torch.arange(self.num_memories, device=index.device)
         chosen = (slots == index.unsqueeze(1)) & has_tokens.unsqueeze(1)  # [B, N]
@@ -193,7 +194,16 @@ class CompressiveAttention(Attention):
             num_tokens=memory.num_tokens + chosen * count.unsqueeze(1),
             num_segments=num_segments,
             frozen=memory.frozen,
+            retained=self._decay_retained(memory, chosen),
         )
+
+    def _decay_retained(self, memory: MemoryState, chosen: Tensor | None) -> Tensor | None:
+        """`memory.retained` after a write to the memories `chosen` [B, N] (None: to all)."""
+        decay = self._decay_like(memory.norms)
+        if decay is None:
+            return None
+        before = memory.norms.new_ones(memory.norms.shape[:3]) if memory.retained is None else memory.retained
+        return before * decay if chosen is None else torch.where(chosen.unsqueeze(-1), before * decay, before)
 
     # The core over tokens that continue open segments
 
