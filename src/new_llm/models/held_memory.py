@@ -81,11 +81,7 @@ class HeldMemory(nn.Module):
             ValueError: the memory is shared, or has another number of rows.
         """
         if self._held_rows != rows.shape[0]:
-            held = (
-                "one memory shared by all rows"
-                if self._held_rows is None
-                else f"a memory for each of {self._held_rows} rows"
-            )
+            held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
             raise ValueError(
                 f"reset_rows of {rows.shape[0]} rows, but the model holds {held}: use reset_memory(batch_size)"
             )

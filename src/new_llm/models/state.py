@@ -107,9 +107,9 @@ class MemoryState:
     def add_changes(self, start: "MemoryState", rows: "MemoryState") -> "MemoryState":
         """This memory, as it is held now, plus what rows that began from `start` have changed.
 
-        A shared memory (R = 1) takes the sum over the rows: what each row wrote is added once, and what was there decays
-        as often as the row with the most writes let it decay. Segments are counted in time, not over rows: rows of one
-        call advance together, so that memories that are written in turn stay in turn.
+        A shared memory (R = 1) takes the sum over the rows: what each row wrote is added once, and what was there
+        decays as often as the row with the most writes let it decay. Segments are counted in time, not over rows: rows
+        of one call advance together, so that memories that are written in turn stay in turn.
         """
         heads = (rows.num_tokens.shape[0], *self.norms.shape[1:3])
         left = self.norms.new_ones(heads) if rows.retained is None else rows.retained

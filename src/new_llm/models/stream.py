@@ -101,8 +101,8 @@ class MemoryStream:
             return
         if update_memory and self.model.memory_rows != self._start_rows:
             raise ValueError(
-                f"the model holds {describe_rows(self.model.memory_rows)}, but {describe_rows(self._start_rows)} when this "
-                f"stream of {self.batch_size} rows began: it can't take what the stream read"
+                f"the model holds {describe_rows(self.model.memory_rows)}, but {describe_rows(self._start_rows)} "
+                f"when this stream of {self.batch_size} rows began: it can't take what the stream read"
             )
         self._is_closed = True
         if update_memory:

@@ -272,7 +272,8 @@ def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
         wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
         if bool(wrong.any()):
             raise ValueError(
-                f"labels: {int(targets[wrong][0])} is neither {IGNORE_INDEX} nor an id; the model knows 0 to {vocab_size - 1}"
+                f"labels: {int(targets[wrong][0])} is neither {IGNORE_INDEX} nor an id; "
+                f"the model knows 0 to {vocab_size - 1}"
             )
 
 
