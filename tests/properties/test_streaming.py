@@ -198,3 +198,38 @@ def test_a_stream_whose_rows_are_no_longer_held_leaves_the_memory_usable() -> No
     with pytest.raises(ValueError, match=r"2 rows|of 2|each of 3"):
         stream.close(update_memory=True)
     assert model(text_ids(3, 4)).shape[:2] == (3, 4)
+
+
+@pytest.mark.parametrize("name", SHORT_STACKS)
+def test_a_row_that_is_reset_in_a_stream_begins_anew_and_the_other_goes_on(name: str) -> None:
+    model = get_model(name, segment_length=5, dtype=torch.float64)
+    first, second = text_ids(2, 13), text_ids(2, 12, start=40)
+    model.reset_memory(2)
+    with torch.no_grad():
+        model(text_ids(2, 7, start=90), update_memory=True)
+        whole = model(torch.cat((first, second), 1))
+        stream = model.open_stream(2)
+        stream.feed(first)
+        stream.reset_rows(torch.tensor([True, False]))
+        found = stream.feed(second)
+        stream.close(update_memory=True)
+        kept = model.get_memory_state()
+        model.reset_memory(2)
+        alone = model(second, update_memory=True)
+        fresh = model.get_memory_state()
+    assert_near(found[1], whole[1, 13:], 1e-9)
+    assert_near(found[0], alone[0], 1e-9)
+    for index in kept:
+        assert_states_near({0: take_row(kept[index], 0)}, {0: take_row(fresh[index], 0)}, 1e-9)
+
+
+def test_a_stream_with_reset_rows_is_not_added_to_a_shared_memory() -> None:
+    model = get_model(next(iter(SHORT_STACKS)), segment_length=5)
+    model.reset_memory()
+    stream = model.open_stream(2)
+    stream.feed(text_ids(2, 7))
+    with pytest.raises(ValueError, match="shape"):
+        stream.reset_rows(torch.tensor([True]))
+    stream.reset_rows(torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="shared memory"):
+        stream.close(update_memory=True)

@@ -53,9 +53,10 @@ def run(arguments: list[str]) -> int:
     try:
         results = run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console, on_results=report)
     except TrainingInterrupted as stopped:
-        console.print(
-            f"{stopped}\ngo on with: new-llm experiment --name NAME --resume", highlight=False, soft_wrap=True
-        )
+        run_folder = stopped.folder.parent
+        place = "" if run_folder.parent == ExperimentConfig.runs_dir else f" --runs-dir {run_folder.parent}"
+        again = f"new-llm experiment{place} --name {run_folder.name} --resume"
+        console.print(f"{stopped}\ngo on with: {again}", highlight=False, soft_wrap=True)
         return 130
     except TrainingError as error:
         print(f"new-llm: {error}", file=sys.stderr)

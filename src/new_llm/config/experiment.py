@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -43,8 +43,8 @@ class ExperimentConfig:
     """The models to train and compare."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation, splits and order."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
     runs_dir: Path = Path("runs")
     """Where run folders are made."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

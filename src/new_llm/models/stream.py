@@ -39,6 +39,7 @@ class MemoryStream:
         self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
         self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
         self._is_closed = False
+        self._is_reset = False
 
     @torch.no_grad()
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -89,16 +90,40 @@ class MemoryStream:
             hidden = torch.zeros_like(self.model.embed_in(input_ids))
         return hidden
 
+    @torch.no_grad()
+    def reset_rows(self, rows: Tensor) -> None:
+        """Begin some rows anew, from empty memory: where a row goes on to its next document.
+
+        Args:
+            rows: [B] bool.
+
+        Raises:
+            ValueError: another number of rows.
+        """
+        if rows.shape != (self.batch_size,):
+            raise ValueError(f"reset_rows of shape {tuple(rows.shape)} for a stream of {self.batch_size} rows")
+        chosen = rows.to(self.device, torch.bool)
+        for index, layer in enumerate(self.model.layer_list):
+            memory = self.memories[index]
+            self.opened[index], _ = layer.end_segments(self.opened[index], memory, chosen)
+            if memory is not None:
+                self.memories[index] = memory.emptied().select_rows(chosen, memory)
+        self.offsets = torch.where(rows.cpu().to(torch.bool), 0, self.offsets)
+        self._is_reset = True
+
     def close(self, *, update_memory: bool = False) -> None:
         """End the stream; with `update_memory` an open segment is written too and the model holds the result.
 
         What the model has written meanwhile stays: the stream adds what it read.
 
         Raises:
-            ValueError: the model's memory was reset to other rows since the stream began.
+            ValueError: the model's memory was reset to other rows since the stream began, or rows of this stream were
+                reset and the memory is shared, so that what they had read can't be told from what was there.
         """
         if self._is_closed:
             return
+        if update_memory and self._is_reset and self._start_rows is None:
+            raise ValueError("a stream whose rows were reset can't be added to a shared memory: use one memory a row")
         if update_memory and self.model.memory_rows != self._start_rows:
             raise ValueError(
                 f"the model holds {describe_rows(self.model.memory_rows)}, but {describe_rows(self._start_rows)} "

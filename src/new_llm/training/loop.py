@@ -31,7 +31,15 @@ class TrainingError(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint."""
+    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint.
+
+    Attributes:
+        folder: the model's folder in the run.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 class TotalLoss(nn.Module):
@@ -181,7 +189,9 @@ class Trainer:
                 metrics.sync()
                 save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
             if stop():
-                raise TrainingInterrupted(f"interrupted at step {state.step}; the checkpoint is in {self.folder}")
+                raise TrainingInterrupted(
+                    f"interrupted at step {state.step}; the checkpoint is in {self.folder}", self.folder
+                )
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over some batches: the mean loss of all their tokens, whichever batch they are in."""

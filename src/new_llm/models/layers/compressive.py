@@ -116,11 +116,11 @@ class CompressiveAttention(Attention):
                 k = k * segments.valid[:, :, None, :, None]
             reads: list[Tensor] = []
             num_segments = hidden.shape[1]
-            for i in range(num_segments):
-                reads.append(torch.zeros_like(v[:, i]) if memory is None else self.read(q[:, i], memory))
+            # unbind, not an index a segment: its backward is one stack, not a sum of n tensors of n segments each
+            for i, (q_i, k_i, v_i) in enumerate(zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)):
+                reads.append(torch.zeros_like(v_i) if memory is None else self.read(q_i, memory))
                 if i + 1 < num_segments or segments.write_last:
-                    valid = None if segments.valid is None else segments.valid[:, i]
-                    memory = self._write(k[:, i], v[:, i], memory, valid)
+                    memory = self._write(k_i, v_i, memory, None if segments.valid is None else segments.valid[:, i])
             mixed = self._gate(torch.stack(reads, dim=1), local)
         return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
 
