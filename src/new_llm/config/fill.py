@@ -11,7 +11,7 @@ from new_llm.config.sections import section, short
 class FillConfig:
     """What bounds the memory that reading takes, whatever the length of the text."""
 
-    tokens_per_call: Annotated[int, Field(gt=0)] = 2048
+    tokens_per_call: Annotated[int, Field(gt=0)] = 1024
     """Tokens that the model reads at once, rounded down to whole segments; one segment at least."""
     block_bytes: Annotated[int, Field(gt=0)] = 1 << 16
     """Bytes of a file that are decoded and tokenised at once."""

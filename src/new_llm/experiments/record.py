@@ -155,10 +155,10 @@ def describe_code() -> dict[str, Any]:
 
 
 def describe_command() -> str:
-    """The command line as it was typed, the interpreter's path left out."""
+    """The command line, without the paths of interpreter and program."""
     program = Path(sys.argv[0])
-    name = f"python3 scripts/{program.name}" if program.parent.name == "scripts" else program.name
-    return shlex.join([*name.split(), *sys.argv[1:]])
+    start = ["python3", f"scripts/{program.name}"] if program.parent.name == "scripts" else ["new-llm"]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def write_json(path: Path, values: Any) -> None:

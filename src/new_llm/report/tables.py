@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -215,7 +216,9 @@ def render_summary_table(results: dict[str, Any]) -> Table:
     The lowest perplexity of a row is bold. Measures that no model has are left out.
     """
     rows = summarize(results)
-    table = Table(title=Text(str(results.get("name") or "results")), title_justify="left")
+    table = Table(
+        title=Text(str(results.get("name") or "results")), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
+    )
     table.add_column("")
     for row in rows:
         table.add_column(Text(row.name), justify="right", style="dim" if row.is_floor else "", overflow="fold")
