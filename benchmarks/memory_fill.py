@@ -1,10 +1,10 @@
 """Tokens a second and peak memory of filling a memory, by the length of the text.
 
-Lengths take turns in every round, shorter texts are read several times over, and the table holds the medians of the
-rounds. Speeds are compared within a round, where the machine's other work weighs alike. Peak memory is that of a
-process of its own for each length. Run:
+A round is a process that reads the lengths in turn, shorter texts several times over; the order is reversed from
+round to round. Speeds are compared within a round, where the machine's other work weighs alike, and the table holds
+the medians of the rounds. Peak memory is that of a process of its own for each length. Run:
 
-    python3 benchmarks/memory_fill.py [--rounds 7] [--threads 1] [--output results.json]
+    python3 benchmarks/memory_fill.py [--rounds 9] [--threads 1] [--output results.json]
 """
 
 import argparse
@@ -53,32 +53,34 @@ def prepare(folder: Path) -> None:
         (folder / f"{length}.txt").write_text(whole[: offsets[length - 1][1]], encoding="utf-8")
 
 
-def measure_speeds(folder: Path, rounds: int) -> list[dict[str, Any]]:
+def measure_speeds(folder: Path, lengths: list[int]) -> list[dict[str, float]]:
+    """One round, in this process."""
     model, tokenizer = load_run_model(folder)
     texts = {length: [folder / f"{length}.txt"] for length in LENGTHS}
     fill_memory(model, tokenizer, texts[LENGTHS[1]])  # first calls are slow
-    measured: list[dict[str, Any]] = []
-    for number in range(rounds):
-        for length in LENGTHS:
-            began, cpu_began = time.perf_counter(), time.process_time()
-            num_tokens = 0
-            while num_tokens < TOKENS_PER_MEASUREMENT:
-                num_tokens += fill_memory(model, tokenizer, texts[length]).num_tokens
-            measured.append(
-                {
-                    "round": number,
-                    "length": length,
-                    "tokens_per_second": num_tokens / (time.perf_counter() - began),
-                    "tokens_per_cpu_second": num_tokens / (time.process_time() - cpu_began),
-                }
-            )
+    measured: list[dict[str, float]] = []
+    for length in lengths:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        num_tokens = 0
+        while num_tokens < TOKENS_PER_MEASUREMENT:
+            num_tokens += fill_memory(model, tokenizer, texts[length]).num_tokens
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+        measured.append({"length": length, "tokens/s": num_tokens / wall, "tokens/CPU s": num_tokens / cpu})
     return measured
 
 
-def measure_peak(folder: Path, length: int, threads: int) -> float:
-    """MiB of a process that fills one memory."""
-    command = [sys.executable, __file__, "--threads", str(threads), "--child", str(folder), str(length)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
+def measure_peak(folder: Path, length: int) -> float:
+    """MiB of this process after it has filled one memory."""
+    model, tokenizer = load_run_model(folder)
+    fill_memory(model, tokenizer, [folder / f"{length}.txt"])
+    return read_peak_kib() / 1024
+
+
+def run_child(task: str, folder: Path, lengths: list[int], threads: int) -> Any:
+    """What a process of its own has measured."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--child", task, str(folder)]
+    done = subprocess.run([*command, *map(str, lengths)], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 def read_peak_kib() -> int:
@@ -92,23 +94,27 @@ def read_peak_kib() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--output", type=Path, help="write every measurement as JSON")
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "LENGTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.child:
-        folder, length = arguments.child
-        model, tokenizer = load_run_model(Path(folder))
-        fill_memory(model, tokenizer, [Path(folder) / f"{length}.txt"])
-        print(read_peak_kib())
+        task, name, *texts = arguments.child
+        lengths = [int(text) for text in texts]
+        folder = Path(name)
+        print(json.dumps(measure_speeds(folder, lengths) if task == "speed" else measure_peak(folder, *lengths)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        peaks = {length: measure_peak(folder, length, arguments.threads) for length in LENGTHS}
-        speeds = measure_speeds(folder, arguments.rounds)
+        peaks = {length: run_child("peak", folder, [length], arguments.threads) for length in LENGTHS}
+        rounds = [
+            run_child("speed", folder, list(LENGTHS)[:: 1 if number % 2 else -1], arguments.threads)
+            for number in range(arguments.rounds)
+        ]
+    speeds = [{"round": number, **entry} for number, entries in enumerate(rounds) for entry in entries]
     print_table(speeds, peaks, arguments)
     if arguments.output:
         arguments.output.write_text(json.dumps({"speeds": speeds, "peak_mib": peaks}, indent=2) + "\n")
@@ -125,7 +131,7 @@ def print_table(speeds: list[dict[str, Any]], peaks: dict[int, float], arguments
     table = Table("tokens", "tokens/s", "to shortest", "tokens/CPU s", "to shortest", "peak MiB")
     for length in LENGTHS:
         row = [f"{length:,}"]
-        for name in ("tokens_per_second", "tokens_per_cpu_second"):
+        for name in ("tokens/s", "tokens/CPU s"):
             row += [f"{statistics.median(list_rounds(name, length)):,.0f}", f"{compare(name, length):.3f}"]
         table.add_row(*row, f"{peaks[length]:,.0f}")
     console = Console()
@@ -135,7 +141,7 @@ def print_table(speeds: list[dict[str, Any]], peaks: dict[int, float], arguments
         highlight=False,
     )
     console.print(table)
-    ratios = [compare("tokens_per_second", length) for length in LENGTHS]
+    ratios = [compare("tokens/s", length) for length in LENGTHS]
     apart = max(abs(ratio - 1) for ratio in ratios)
     verdict = "met" if apart <= FLAT_WITHIN else "missed"
     console.print(f"furthest {apart:.1%}; target: flat within {FLAT_WITHIN:.0%}: {verdict}", highlight=False)

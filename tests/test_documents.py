@@ -41,7 +41,7 @@ def test_commands_exist_and_take_their_flags(command: str, monkeypatch: pytest.M
     if words[0] == "python3":
         script = ROOT / words[1]
         assert script.exists()
-        words = ["new-llm", script.stem, *words[2:]]
+        words = ["new-llm", script.stem.replace("_", "-"), *words[2:]]
     assert words[0] in ("new-llm", "python")
     if words[0] == "new-llm":
         assert words[1] in COMMANDS

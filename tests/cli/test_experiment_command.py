@@ -215,6 +215,15 @@ def test_the_documented_flags_are_read(flags: str) -> None:
     assert config.model.num_memories == (8 if "--num-memories" in flags else 4)
 
 
+@pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])
+def test_the_selective_experiment_compares_both_baselines(flags: str) -> None:
+    from new_llm.cli.experiment_selective import parse_selective_arguments
+
+    config = parse_selective_arguments(flags.split()).experiment
+    assert [str(kind) for kind in config.models] == ["pythia", "deep_pythia", "selective"]
+    assert config.model.skip_interval == (2 if "2" in flags else 1)
+
+
 def test_the_script_runs_the_command() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "experiment.py"), "--models", "nope"],

@@ -20,7 +20,7 @@ CONFIG = PythiaConfig(
     intermediate_size=48,
     max_position_embeddings=64,
 )
-MEMORY_TYPES = [model_type for model_type in ModelType if model_type != ModelType.PYTHIA]
+MEMORY_TYPES = [ModelType.INFINI, ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL]
 LAYER_TYPES = [PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer]
 IDS = text_ids(2, 6)
 
@@ -48,6 +48,8 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "num_memory_heads": (MEMORY_TYPES, [0, -1, 3, 64]),
     "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
     "gate_init": (MEMORY_TYPES, []),
+    "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
+    "earlier_pass_weight": ([ModelType.SELECTIVE], [-0.1, 1.5]),
 }
 OUT_OF_RANGE = [
     (model_type, option, value)
@@ -116,7 +118,8 @@ def test_options_reach_the_layer() -> None:
     for model_type in ModelType:
         model = create_model(model_type, CONFIG)
         assert model.segment_length == CONFIG.max_position_embeddings
-        assert [layer.kind for layer in model.layers] == [model_type, "pythia"]
+        kinds = [model_type if model_type in MEMORY_TYPES else "pythia", "pythia"]
+        assert [layer.kind for layer in model.layers] == kinds * (2 if model_type == ModelType.DEEP_PYTHIA else 1)
         assert create_model(model_type, CONFIG, segment_length=7).segment_length == 7
 
 

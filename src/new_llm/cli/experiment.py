@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from new_llm.cli.arguments import parse_flags
-from new_llm.config import ExperimentConfig, load_config
+from new_llm.config import ExperimentConfig, ModelType, load_config
 
 DESCRIPTION = """Train some models on identical data, measure them, and write a report.
 
@@ -36,7 +36,11 @@ class ExperimentArguments:
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
-    parsed = parse_arguments(arguments)
+    return run_parsed(parse_arguments(arguments))
+
+
+def run_parsed(parsed: ExperimentArguments) -> int:
+    """Run the experiment of parsed arguments; returns the command's exit code."""
     # Everything below imports torch; help and bad flags have been answered by now.
     from rich.console import Console
 
@@ -67,8 +71,20 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str]) -> ExperimentArguments:
+def parse_arguments(
+    arguments: list[str],
+    *,
+    models: tuple[ModelType, ...] | None = None,
+    command: str = "experiment",
+    description: str = DESCRIPTION,
+) -> ExperimentArguments:
     """Defaults from --config, or with --resume from the run itself; flags override them.
+
+    Args:
+        arguments: the command line after the command.
+        models: the models where --models is not given; None: the configuration's.
+        command: the command's name, for its help.
+        description: the help's text.
 
     Raises:
         UserError: the configuration file or a value is bad.
@@ -87,11 +103,13 @@ def parse_arguments(arguments: list[str]) -> ExperimentArguments:
             base = dataclasses.replace(base, name=name_run(known.config.stem))
     elif known.resume and known.name is not None:
         base = load_config(known.runs_dir / known.name / "config.yaml")
+    if models is not None and not known.resume:
+        base = dataclasses.replace(base, models=models)
     return parse_flags(
         ExperimentArguments,
         arguments,
-        prog="new-llm experiment",
-        description=DESCRIPTION,
+        prog=f"new-llm {command}",
+        description=description,
         default=ExperimentArguments(experiment=base),
     )
 

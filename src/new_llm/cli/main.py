@@ -11,6 +11,10 @@ from new_llm.config.errors import UserError
 # Modules are imported only when their command is asked for, so that help never waits for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
     "experiment": ("new_llm.cli.experiment", "train some models on identical data and compare them"),
+    "experiment-selective": (
+        "new_llm.cli.experiment_selective",
+        "compare selective output with baselines of equal parameters and equal compute",
+    ),
     "memory": ("new_llm.cli.memory", "fill, show, merge and compare memory files"),
 }
 

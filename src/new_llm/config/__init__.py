@@ -4,7 +4,7 @@ from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.experiment import ExperimentConfig, config_from_dict, load_config
-from new_llm.config.model import MODEL_OPTIONS, MemoryConfig, ModelConfig, ModelType, PythiaConfig
+from new_llm.config.model import MODEL_OPTIONS, MemoryConfig, ModelConfig, ModelType, PythiaConfig, SelectiveConfig
 from new_llm.config.train import TrainConfig
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "ModelType",
     "PythiaConfig",
+    "SelectiveConfig",
     "TrainConfig",
     "UserError",
     "config_from_dict",

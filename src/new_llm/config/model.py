@@ -16,11 +16,13 @@ class ModelType(StrEnum):
     INFINI = "infini"
     MULTI_MEMORY = "multi_memory"
     HIERARCHICAL = "hierarchical"
+    SELECTIVE = "selective"
+    DEEP_PYTHIA = "deep_pythia"
 
 
 COMMON_MEMORY_OPTIONS = ("use_delta_rule", "num_memory_heads", "gate_init", "memory_epsilon")
 
-# Which of `MemoryConfig`'s options each model takes. Every model also takes `segment_length`.
+# Which of `MemoryConfig`'s and `SelectiveConfig`'s options each model takes. Every model also takes `segment_length`.
 MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
     ModelType.PYTHIA: (),
     ModelType.INFINI: (
@@ -32,6 +34,8 @@ MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
     ),
     ModelType.MULTI_MEMORY: (*COMMON_MEMORY_OPTIONS, "num_memories"),
     ModelType.HIERARCHICAL: (*COMMON_MEMORY_OPTIONS, "num_memories"),
+    ModelType.SELECTIVE: ("skip_interval", "earlier_pass_weight"),
+    ModelType.DEEP_PYTHIA: ("skip_interval",),
 }
 
 
@@ -95,8 +99,18 @@ class MemoryConfig:
 
 
 @section
-class ModelConfig(PythiaConfig, MemoryConfig):
-    """The model section of an experiment: one shape and one set of memory options for all compared models."""
+class SelectiveConfig:
+    """The options of selective output: extra passes over the hidden states before a token."""
+
+    skip_interval: Annotated[int, Field(ge=0), short("--skip-interval")] = 1
+    """Extra passes of selective models; deep_pythia has as many layers as such a model runs."""
+    earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """γ: a pass weighs γ times the next one in the training loss; 0: the last pass alone, 1: all the same."""
+
+
+@section
+class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
+    """The model section of an experiment: one shape and one set of options for all compared models."""
 
     vocab_size: Annotated[int | None, Field(gt=0)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
@@ -110,5 +124,5 @@ class ModelConfig(PythiaConfig, MemoryConfig):
         return PythiaConfig(**values)
 
     def options(self, model_type: ModelType) -> dict[str, Any]:
-        """The memory options that one model type takes, as keywords of `create_model`."""
+        """The options that one model type takes, as keywords of `create_model`."""
         return {name: getattr(self, name) for name in MODEL_OPTIONS[model_type]}

@@ -1,10 +1,12 @@
 """`create_model`: a model of the family by its name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from new_llm.config import MODEL_OPTIONS, MemoryConfig, ModelType, PythiaConfig
+from new_llm.config import MODEL_OPTIONS, ModelConfig, ModelType, PythiaConfig, SelectiveConfig
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.transformer import TransformerLM
 
 
@@ -38,6 +40,8 @@ FIRST_LAYERS: dict[ModelType, Callable[..., Layer]] = {
     ModelType.INFINI: _build_memory_layer(InfiniLayer),
     ModelType.MULTI_MEMORY: _build_memory_layer(MultiMemoryLayer),
     ModelType.HIERARCHICAL: _build_memory_layer(HierarchicalLayer),
+    ModelType.SELECTIVE: build_pythia_layer,
+    ModelType.DEEP_PYTHIA: build_pythia_layer,
 }
 """What each model's first layer is; the others are Pythia layers."""
 
@@ -52,10 +56,11 @@ def create_model(
     """A model of the family with fresh weights from torch's global generator.
 
     Args:
-        model_type: pythia, infini, multi_memory or hierarchical.
+        model_type: pythia, infini, multi_memory, hierarchical; selective, a Pythia with extra passes; or deep_pythia,
+            a Pythia with as many layers as such a selective model runs.
         config: the shape; None: pythia-70m's.
         segment_length: tokens in a segment; None: max_position_embeddings.
-        options: memory options of the model type; see `MODEL_OPTIONS` and `MemoryConfig`.
+        options: options of the model type; see `MODEL_OPTIONS`, `MemoryConfig` and `SelectiveConfig`.
 
     Raises:
         ValueError: an unknown model type or option, or a value out of range: names what is allowed.
@@ -70,7 +75,7 @@ def create_model(
         raise ValueError(
             f"{kind} takes no option {', '.join(unknown)}; allowed are {', '.join((*allowed, 'segment_length'))}"
         )
-    MemoryConfig(**options)  # refuses values out of range by name
+    ModelConfig(**options)  # refuses values out of range by name
     config = config or PythiaConfig()
     length = config.max_position_embeddings if segment_length is None else segment_length
     if not isinstance(length, int) or not 1 <= length <= config.max_position_embeddings:
@@ -78,9 +83,15 @@ def create_model(
             f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
+    num_layers = config.num_hidden_layers
+    model_kind: Callable[..., TransformerLM] = TransformerLM
+    if kind == ModelType.SELECTIVE:
+        model_kind, options = functools.partial(SelectiveOutputLM, **options), {}
+    elif kind == ModelType.DEEP_PYTHIA:
+        num_layers, options = num_layers * (1 + options.get("skip_interval", SelectiveConfig.skip_interval)), {}
     layers = [FIRST_LAYERS[kind](config, **options)]
-    layers += [build_pythia_layer(config) for _ in range(config.num_hidden_layers - 1)]
-    return TransformerLM(
+    layers += [build_pythia_layer(config) for _ in range(num_layers - 1)]
+    return model_kind(
         layers,
         vocab_size=config.vocab_size,
         segment_length=length,

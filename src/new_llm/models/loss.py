@@ -17,10 +17,12 @@ class LossStatistics:
     Attributes:
         num_tokens: tokens that were predicted.
         total_nll: their summed negative log-likelihood, nats.
+        passes: passes through the layers.
     """
 
     num_tokens: int
     total_nll: float
+    passes: int = 1
 
     @property
     def perplexity(self) -> float:

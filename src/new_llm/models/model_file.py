@@ -1,5 +1,6 @@
 """A model as a folder: `model.safetensors` (weights) and `model.json` (structure). No code is ever stored or run."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from new_llm.config import UserError
 from new_llm.config.atomic import write_atomically, write_text_atomically
 from new_llm.models.layers import LAYER_KINDS
+from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.transformer import TransformerLM
 
 WEIGHTS_FILE = "model.safetensors"
@@ -33,6 +35,11 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "segment_length": model.segment_length,
         "layer_norm_eps": model.final_layer_norm.eps,
+        "selective": (
+            {"skip_interval": model.skip_interval, "earlier_pass_weight": model.earlier_pass_weight}
+            if isinstance(model, SelectiveOutputLM)
+            else None
+        ),
         "layers": [{"kind": layer.kind, **layer.settings} for layer in model.layer_list],
     }
 
@@ -54,7 +61,9 @@ def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
             if kind not in LAYER_KINDS:
                 raise UserError(f"{where}: unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
             layers.append(LAYER_KINDS[kind](**settings))
-        return TransformerLM(
+        selective = structure["selective"]
+        kind = TransformerLM if selective is None else functools.partial(SelectiveOutputLM, **selective)
+        return kind(
             layers,
             vocab_size=structure["vocab_size"],
             segment_length=structure["segment_length"],

@@ -35,7 +35,7 @@ class MemoryStream:
         self.device = model.embed_in.weight.device
         self.memories, self._start = model._begin_call(batch_size, self.device)
         self._start_rows = model.memory_rows
-        self.opened: list[Any] = [None] * len(model.layers)
+        self.opened: list[list[Any]] = [[None] * len(model.layers) for _ in range(model.num_passes)]
         self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
         self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
         self._is_closed = False
@@ -105,7 +105,8 @@ class MemoryStream:
         chosen = rows.to(self.device, torch.bool)
         for index, layer in enumerate(self.model.layer_list):
             memory = self.memories[index]
-            self.opened[index], _ = layer.end_segments(self.opened[index], memory, chosen)
+            for opened in self.opened:
+                opened[index], _ = layer.end_segments(opened[index], memory, chosen)
             if memory is not None:
                 self.memories[index] = memory.emptied().select_rows(chosen, memory)
         self.offsets = torch.where(rows.cpu().to(torch.bool), 0, self.offsets)
@@ -135,8 +136,8 @@ class MemoryStream:
             self.model._hold(self.memories, self._start)
 
     def _run_whole(self, input_ids: Tensor) -> Tensor:
-        hidden, self.memories = self.model.run_segments(input_ids, self.memories, write_last=True)
-        return hidden
+        passes, self.memories = self.model.run_segments(input_ids, self.memories, write_last=True)
+        return passes[-1]
 
     def _run_open(self, input_ids: Tensor, fed: Tensor, taken: Tensor) -> Tensor:
         longest = int(taken.max())
@@ -150,8 +151,11 @@ class MemoryStream:
             segment_length=self.model.segment_length,
         )
         hidden = self.model.embed_in(input_ids.gather(1, columns.to(self.device)))
-        for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
-            hidden, self.opened[index] = layer.step(hidden, self.opened[index], memory, step)
+        for number, opened in enumerate(self.opened):
+            if number:
+                hidden = self.model.begin_pass(hidden)
+            for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
+                hidden, opened[index] = layer.step(hidden, opened[index], memory, step)
         self.offsets = self.offsets + taken
         self._end_segments(self.offsets == self.model.segment_length)
         return self.model.final_layer_norm(hidden)
@@ -160,10 +164,9 @@ class MemoryStream:
         if not bool(ended.any()):
             return
         rows = ended.to(self.device)
-        for index, layer in enumerate(self.model.layer_list):
-            self.opened[index], self.memories[index] = layer.end_segments(
-                self.opened[index], self.memories[index], rows
-            )
+        for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
+            for opened in self.opened:  # every pass begins its next segment; the last one's write is the memory
+                opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
         self.offsets = torch.where(ended, 0, self.offsets)
 
     def _put(self, hidden: Tensor, piece: Tensor, fed: Tensor, taken: Tensor) -> None:

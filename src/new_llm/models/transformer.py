@@ -90,18 +90,24 @@ class TransformerLM(HeldMemory):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
     ) -> Tensor:
         """The hidden states before the head, [B, T, D]; arguments as in `forward`."""
+        return self.compute_passes(input_ids, attention_mask, update_memory=update_memory)[-1]
+
+    def compute_passes(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+    ) -> list[Tensor]:
+        """What the head would read after each pass through the layers, [B, T, D]; arguments as in `forward`."""
         check_input_ids(input_ids, self.vocab_size)
         memories, start = self._begin_call(input_ids.shape[0], input_ids.device)
         packing = plan_packing(attention_mask, input_ids)
         packed = input_ids if packing is None else packing.pack(input_ids)
-        hidden, memories = self.run_segments(packed, memories, packing, write_last=update_memory)
+        passes, memories = self.run_segments(packed, memories, packing, write_last=update_memory)
         if update_memory:
             self._hold(memories, start)
-        return hidden if packing is None else packing.unpack(hidden)
+        return passes if packing is None else [packing.unpack(hidden) for hidden in passes]
 
     def run_segments(
         self, input_ids: Tensor, memories: LayerMemories, packing: Packing | None = None, *, write_last: bool
-    ) -> tuple[Tensor, LayerMemories]:
+    ) -> tuple[list[Tensor], LayerMemories]:
         """The functional core: tokens and memories to hidden states and new memories. It keeps nothing.
 
         Args:
@@ -111,7 +117,7 @@ class TransformerLM(HeldMemory):
             write_last: also write the last segment.
 
         Returns:
-            Hidden states after the final LayerNorm [B, T, D], and each layer's memory.
+            Hidden states after each pass and the final LayerNorm [B, T, D], and each layer's memory.
         """
         batch, num_tokens = input_ids.shape
         num_segments = -(-num_tokens // self.segment_length)
@@ -126,13 +132,32 @@ class TransformerLM(HeldMemory):
         segments = Segments(
             valid=None if valid is None else valid.view(batch, num_segments, length), write_last=write_last
         )
-        hidden = hidden.view(batch, num_segments, length, -1)
+        passes, memories = self.run_passes(hidden.view(batch, num_segments, length, -1), memories, segments)
+        return [self.final_layer_norm(hidden.flatten(1, 2)[:, :num_tokens]) for hidden in passes], memories
+
+    def run_passes(
+        self, hidden: Tensor, memories: LayerMemories, segments: Segments
+    ) -> tuple[list[Tensor], LayerMemories]:
+        """Hidden states after each pass, [B, n, S, D], and each layer's memory after the last. Here there is one."""
+        hidden, memories = self.run_layers(hidden, memories, segments)
+        return [hidden], memories
+
+    def run_layers(self, hidden: Tensor, memories: LayerMemories, segments: Segments) -> tuple[Tensor, LayerMemories]:
+        """One pass through all layers, [B, n, S, D] to the same, and each layer's memory after it."""
         new_memories: LayerMemories = []
         for layer, memory in zip(self.layers, memories, strict=True):
             hidden, new_memory = layer(hidden, memory, segments)
             new_memories.append(new_memory)
-        hidden = hidden.flatten(1, 2)[:, :num_tokens]
-        return self.final_layer_norm(hidden), new_memories
+        return hidden, new_memories
+
+    @property
+    def num_passes(self) -> int:
+        """Passes through the layers that a call runs; a selective model has more than one."""
+        return 1
+
+    def begin_pass(self, hidden: Tensor) -> Tensor:
+        """What the next pass begins from, given the hidden states after the last layer, [..., D]."""
+        return hidden
 
     def token_losses(
         self,
@@ -150,8 +175,8 @@ class TransformerLM(HeldMemory):
             attention_mask: [B, T]; a masked token is no target either.
             update_memory: as in `forward`.
         """
-        losses, _ = self._losses_and_targets(input_ids, labels, attention_mask, update_memory)
-        return losses
+        targets = self._find_targets(input_ids, labels, attention_mask)
+        return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets)
 
     def compute_loss(
         self,
@@ -166,16 +191,15 @@ class TransformerLM(HeldMemory):
         Raises:
             ValueError: no token is predicted.
         """
-        losses, targets = self._losses_and_targets(input_ids, labels, attention_mask, update_memory)
-        num_tokens = int((targets != IGNORE_INDEX).sum())
+        num_tokens = int((self._find_targets(input_ids, labels, attention_mask) != IGNORE_INDEX).sum())
         if num_tokens == 0:
             raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
-        total = losses.sum()
-        return total / num_tokens, LossStatistics(num_tokens=num_tokens, total_nll=float(total.detach()))
+        total = self.token_losses(input_ids, labels, attention_mask, update_memory=update_memory).sum()
+        return total / num_tokens, LossStatistics(
+            num_tokens=num_tokens, total_nll=float(total.detach()), passes=self.num_passes
+        )
 
-    def _losses_and_targets(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
         check_input_ids(input_ids, self.vocab_size)
         check_mask(attention_mask, input_ids)
         targets = align_labels(labels, input_ids.shape[1])
@@ -184,15 +208,18 @@ class TransformerLM(HeldMemory):
             mask = attention_mask.to(torch.bool)
             masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # no loss at a masked token, nor for one
             targets = targets.masked_fill(masked, IGNORE_INDEX)
-        hidden = self.compute_hidden(input_ids, attention_mask, update_memory=update_memory)
+        return targets
+
+    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Losses [B, T] of hidden states [B, T, D]."""
         wanted = targets != IGNORE_INDEX
         if bool(wanted.all()):
-            return self._score_hidden(hidden.flatten(0, 1), targets.flatten()).view_as(targets), targets
+            return self._score_rows(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
         # The head is the widest product of a small model: it runs where a loss is asked for alone.
         losses = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return losses.masked_scatter(wanted, self._score_hidden(hidden[wanted], targets[wanted])), targets
+        return losses.masked_scatter(wanted, self._score_rows(hidden[wanted], targets[wanted]))
 
-    def _score_hidden(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _score_rows(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Losses of rows [N, D], in pieces where no gradient needs their logits."""
         if torch.is_grad_enabled() or len(hidden) <= SCORED_ROWS:
             return compute_token_losses(self.embed_out(hidden), targets)

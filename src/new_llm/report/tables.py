@@ -217,7 +217,11 @@ def render_summary_table(results: dict[str, Any]) -> Table:
     """
     rows = summarize(results)
     table = Table(
-        title=Text(str(results.get("name") or "results")), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
+        title=Text(str(results.get("name") or "results")),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
     )
     table.add_column("")
     for row in rows:

@@ -1,0 +1,110 @@
+"""The choice of the next token from its logits."""
+
+import torch
+from torch import Tensor
+
+from new_llm.config.generation import GenerationConfig
+
+FIRST_CANDIDATES = 1024
+"""Likeliest tokens that are ranked first: top_p rarely needs more, and ranking a whole vocabulary takes long."""
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """x / θ where x > 0, x θ elsewhere, for tokens that were seen; the others' logits stay.
+
+    Source: CTRL, arXiv:1909.05858, section 4.1, which divides; a negative logit is multiplied, as its division would
+    make the token likelier.
+
+    Args:
+        logits: x, [B, Z].
+        seen: [B, Z] bool.
+        penalty: θ.
+
+    Returns:
+        [B, Z].
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def rank_candidates(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The highest logits and their tokens, [B, number] each; the first is argmax's also where several are highest."""
+    values, tokens = logits.topk(number, dim=-1)
+    best, first = logits.argmax(-1, keepdim=True), tokens[:, :1].clone()
+    tokens = torch.where(tokens == best, first, tokens)
+    tokens[:, :1] = best
+    return values, tokens
+
+
+class TokenSampler:
+    """Greedy choice, or a draw after penalty, temperature, top_k and top_p in this order.
+
+    A draw turns one uniform number a row into a token by the inverse of the cumulative distribution, in float32 or
+    wider. Every row has a generator of its own, so that its draws do not depend on the batch it stands in.
+
+    Args:
+        config: the settings.
+        input_ids: the prompts, [B, T].
+        mask: their real tokens, [B, T] bool.
+        vocab_size: Z.
+    """
+
+    def __init__(self, config: GenerationConfig, input_ids: Tensor, mask: Tensor, vocab_size: int) -> None:
+        self.config = config
+        self.seen: Tensor | None = None
+        if config.repetition_penalty != 1:
+            counts = torch.zeros(len(input_ids), vocab_size, dtype=torch.int32, device=input_ids.device)
+            self.seen = counts.scatter_add_(1, input_ids, mask.to(torch.int32)) > 0
+        self.generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(input_ids))]
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token of each row, [B], from logits [B, Z]."""
+        if self.seen is not None:
+            logits = penalize_repetition(_widen(logits), self.seen, self.config.repetition_penalty)
+        tokens = self._draw(_widen(logits)) if self.config.do_sample else logits.argmax(-1)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), True)
+        return tokens
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        uniform = torch.cat([torch.rand(1, generator=row, dtype=torch.float64) for row in self.generators])
+        uniform = uniform.to(logits.device).unsqueeze(1)
+        scaled = logits / self.config.temperature
+        if self.config.top_k is None and self.config.top_p == 1:
+            return invert_cumulative(scaled.softmax(-1), uniform)
+        probabilities, tokens = self._keep_candidates(scaled)
+        return tokens.gather(1, invert_cumulative(probabilities, uniform).unsqueeze(1)).squeeze(1)
+
+    def _keep_candidates(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (of any sum) and tokens of the candidates, likeliest first, [B, C] each."""
+        top_p, size = self.config.top_p, scaled.shape[-1]
+        if self.config.top_k is not None:
+            values, tokens = rank_candidates(scaled, min(self.config.top_k, size))
+            probabilities = values.softmax(-1)
+        else:
+            log_sums = scaled.logsumexp(-1, keepdim=True)
+            values, tokens = rank_candidates(scaled, min(FIRST_CANDIDATES, size))
+            if bool(((values - log_sums).exp().sum(-1) < top_p).any()):
+                values, tokens = rank_candidates(scaled, size)
+            probabilities = (values - log_sums).exp()
+        before = probabilities.cumsum(-1) - probabilities  # of the likelier ones; 0 for the first, which always stays
+        return probabilities.masked_fill(before >= top_p, 0), tokens
+
+
+def invert_cumulative(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first place whose cumulative probability is over a share of the whole; never one of probability 0.
+
+    Args:
+        probabilities: [B, C], of any sum above 0.
+        uniform: shares in [0, 1), [B, 1], float64.
+
+    Returns:
+        Places [B].
+    """
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, uniform * total, right=True)
+    return torch.minimum(place, torch.searchsorted(cumulative, total)).squeeze(1)  # rounding may reach the total
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

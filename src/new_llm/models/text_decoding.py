@@ -1,0 +1,94 @@
+"""Tokens to text as they are made: whole characters only, and no part of a stop string."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+"""What a decoder puts in place of bytes that are no character, or not yet."""
+CONTEXT_TOKENS = 4
+"""Tokens that are decoded again before new ones: the bytes of one character, and what the tokenizer joins to them."""
+LONGEST_WINDOW = 32
+"""Tokens without a whole character at their end after which the window moves on; a character has 4 bytes at most."""
+
+
+class TextDecoder:
+    """Decode one row token by token; the pieces joined are the text of all tokens.
+
+    Bytes that do not make a character yet are held back until they do, or can no longer. Special tokens have no text.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.given = 0  # characters of the window's text that are out
+
+    def push(self, token: int) -> str:
+        """The text that a token completes; may be empty."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        whole = count_whole(text)
+        piece = text[self.given : whole]
+        self.given = max(self.given, whole)
+        if len(self.ids) > (CONTEXT_TOKENS if whole == len(text) else LONGEST_WINDOW):
+            # An end that is not whole yet lies within the kept tokens, and grows there as it would have here.
+            self.ids = self.ids[-CONTEXT_TOKENS:]
+            self.given = count_whole(self.tokenizer.decode(self.ids))
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: an end that is no character."""
+        piece = self.tokenizer.decode(self.ids)[self.given :]
+        self.ids, self.given = [], 0
+        return piece
+
+
+def count_whole(text: str) -> int:
+    """Characters of a decoded text that later bytes can't change: all but one replacement at its end."""
+    return len(text) - text.endswith(REPLACEMENT)
+
+
+class StoppingText:
+    """The text of one row, which ends before the first stop string, also where that spans tokens.
+
+    Args:
+        tokenizer: the model's.
+        stop_strings: none of them empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+        self.decoder = TextDecoder(tokenizer)
+        self.stop_strings = stop_strings
+        self.held = ""
+        self.is_stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is now certain to belong to the row; sets `is_stopped` where a stop string is whole."""
+        return self._cut(self.decoder.push(token))
+
+    def finish(self) -> str:
+        """The rest of a row that ended otherwise."""
+        piece = "" if self.is_stopped else self._cut(self.decoder.finish())
+        held, self.held = self.held, ""
+        return piece + held
+
+    def _cut(self, piece: str) -> str:
+        text = self.held + piece
+        found = [place for place in map(text.find, self.stop_strings) if place >= 0]
+        if found:
+            self.is_stopped, self.held = True, ""
+            return text[: min(found)]
+        kept = self._count_begun(text)
+        self.held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def _count_begun(self, text: str) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        longest = max(map(len, self.stop_strings), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self.stop_strings):
+                return length
+        return 0

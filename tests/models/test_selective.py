@@ -1,0 +1,178 @@
+"""Selective output: several passes through the layers, causal, exact in every cut, the plain model with none."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from model_cases import VOCAB_SIZE, randomize, text_ids
+from torch import Tensor
+
+from new_llm.config import PythiaConfig
+from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+
+CONFIG = PythiaConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
+SEGMENT = 7
+STACKS = {
+    "pythia": lambda: [PythiaLayer(32, 4, 48), PythiaLayer(32, 4, 48)],
+    "infini": lambda: [
+        InfiniLayer(32, 4, 48, num_memory_banks=2, segments_per_bank=1, use_alibi=True),
+        PythiaLayer(32, 4, 48),
+    ],
+    "mixed": lambda: [
+        MultiMemoryLayer(32, 4, 48, num_memories=2),
+        HierarchicalLayer(32, 4, 48, num_memories=2, use_delta_rule=False),
+        PythiaLayer(32, 4, 48),
+    ],
+}
+by_stack = pytest.mark.parametrize("stack", STACKS)
+by_passes = pytest.mark.parametrize("skip_interval", [1, 2])
+
+
+def make(stack: str, skip_interval: int, **options: Any) -> SelectiveOutputLM:
+    model = SelectiveOutputLM(
+        STACKS[stack](), VOCAB_SIZE, segment_length=SEGMENT, skip_interval=skip_interval, **options
+    )
+    randomize(model)
+    return model.double().eval()
+
+
+def make_plain(model_type: str, **options: Any) -> TransformerLM:
+    torch.manual_seed(3)
+    return create_model(model_type, CONFIG, segment_length=SEGMENT, **options)
+
+
+def test_without_extra_passes_it_is_the_plain_model_bit_for_bit() -> None:
+    plain, selective = make_plain("pythia"), make_plain("selective", skip_interval=0)
+    ids = text_ids(2, 20)
+    assert plain.num_parameters() == selective.num_parameters()
+    assert torch.equal(plain(ids), selective(ids))
+
+
+def test_one_pass_with_the_same_weights_is_the_plain_model() -> None:
+    plain, selective = make_plain("pythia"), make_plain("selective", skip_interval=2)
+    ids = text_ids(2, 20)
+    loss, stats = selective.compute_loss(ids, ids, use_selective=False)
+    expected, plain_stats = plain.compute_loss(ids, ids)
+    assert torch.equal(loss, expected)
+    assert (stats.passes, stats.num_tokens) == (1, plain_stats.num_tokens)
+    assert stats.perplexity == plain_stats.perplexity
+    _, all_passes = selective.compute_loss(ids, ids)
+    assert all_passes.passes == 3
+
+
+@by_stack
+@by_passes
+def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interval: int) -> None:
+    """Against a loop over segments and passes that is written out here; the last pass alone writes."""
+    model, ids = make(stack, skip_interval), text_ids(2, 3 * SEGMENT)
+    memories: list[Any] = [None] * len(model.layers)
+    expected: list[Tensor] = []
+    for begin in range(0, ids.shape[1], SEGMENT):
+        hidden = model.embed_in(ids[:, begin : begin + SEGMENT])
+        for number in range(skip_interval + 1):
+            if number:
+                assert model.pass_projection is not None
+                hidden = model.pass_projection(hidden)
+            after = []
+            for layer, memory in zip(model.layer_list, memories, strict=True):
+                hidden, written = layer(hidden, memory)
+                after.append(written)
+        memories = after
+        expected.append(model.embed_out(model.final_layer_norm(hidden)))
+    torch.testing.assert_close(model(ids), torch.cat(expected, 1), atol=1e-10, rtol=1e-10)
+
+
+@by_stack
+@by_passes
+def test_no_pass_sees_a_later_token(stack: str, skip_interval: int) -> None:
+    model, ids = make(stack, skip_interval), text_ids(1, 3 * SEGMENT - 2)
+    for changed in (1, SEGMENT - 1, SEGMENT, 2 * SEGMENT + 3):
+        other = ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % VOCAB_SIZE
+        for before, after in zip(model.compute_passes(ids), model.compute_passes(other), strict=True):
+            assert torch.equal(before[:, :changed], after[:, :changed])
+            assert not torch.equal(before[:, changed], after[:, changed])
+
+
+@by_stack
+@by_passes
+def test_calls_and_streams_of_any_cut_agree(stack: str, skip_interval: int) -> None:
+    model, ids = make(stack, skip_interval), text_ids(2, 25)
+    with torch.no_grad():
+        model.reset_memory(2)
+        whole = model(ids, update_memory=True)
+        memory = model.get_memory_state()
+        model.reset_memory(2)
+        cuts = [model(ids[:, begin : begin + SEGMENT], update_memory=True) for begin in range(0, 25, SEGMENT)]
+        model.reset_memory(2)
+        stream = model.open_stream(2)
+        pieces = [stream.feed(ids[:, begin:end]) for begin, end in ((0, 1), (1, 9), (9, 10), (10, 25))]
+        stream.close(update_memory=True)
+    torch.testing.assert_close(torch.cat(cuts, 1), whole, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-9, rtol=1e-9)
+    for index, entry in model.get_memory_state().items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(value, memory[index][key], atol=1e-9, rtol=1e-9)
+
+
+@by_stack
+def test_padding_changes_nothing(stack: str) -> None:
+    model, ids = make(stack, 1), text_ids(1, 17)
+    padded, mask = torch.zeros(1, 23, dtype=torch.int64), torch.zeros(1, 23, dtype=torch.bool)
+    mask[:, [*range(2, 12), *range(14, 21)]] = True
+    padded[mask] = ids[0]
+    torch.testing.assert_close(model(padded, mask)[mask], model(ids)[0], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("skip_interval", [0, 1, 2])
+def test_the_layers_run_as_often_as_there_are_passes(skip_interval: int) -> None:
+    model, ids = make("pythia", skip_interval), text_ids(2, 2 * SEGMENT)
+    with patch.object(Layer, "forward", autospec=True, side_effect=Layer.forward) as forward:
+        model(ids)
+    assert forward.call_count == (skip_interval + 1) * len(model.layers)
+
+
+@by_stack
+def test_the_loss_after_every_pass_ends_with_the_models_loss(stack: str) -> None:
+    model, ids = make(stack, 2), text_ids(2, 18)
+    losses = model.pass_losses(ids, ids)
+    assert len(losses) == 3
+    assert torch.equal(losses[-1], model.token_losses(ids, ids))
+    with model.one_pass():
+        first = model.token_losses(ids[:, :SEGMENT], ids[:, :SEGMENT])
+    torch.testing.assert_close(losses[0][:, : SEGMENT - 1], first[:, :-1], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_training_can_weigh_the_passes(weight: float) -> None:
+    model, ids = make("pythia", 2, earlier_pass_weight=weight), text_ids(2, 12)
+    losses = [loss.mean() for loss in model.pass_losses(ids, ids)]
+    powers = [weight**2, weight, 1.0]
+    expected = sum(power * loss for power, loss in zip(powers, losses, strict=True)) / sum(powers)
+    torch.testing.assert_close(model.train().token_losses(ids, ids).mean(), expected)
+    torch.testing.assert_close(model.eval().token_losses(ids, ids).mean(), losses[-1])
+
+
+@by_stack
+def test_a_saved_model_is_the_same_model(stack: str, tmp_path: Any) -> None:
+    model, ids = make(stack, 2, earlier_pass_weight=0.25), text_ids(1, 12)
+    model.save(tmp_path)
+    again = TransformerLM.load(tmp_path)
+    assert isinstance(again, SelectiveOutputLM)
+    assert (again.skip_interval, again.earlier_pass_weight) == (2, 0.25)
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_the_baseline_of_equal_compute_has_as_many_layers_as_run() -> None:
+    deep, selective = make_plain("deep_pythia", skip_interval=2), make_plain("selective", skip_interval=2)
+    assert len(deep.layers) == len(selective.layers) * selective.num_passes
