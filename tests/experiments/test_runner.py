@@ -41,6 +41,7 @@ def test_a_run_folder_holds_all_that_the_design_names(tiny: ExperimentConfig) ->
         "config.yaml",
         "data.json",
         "environment.json",
+        "report.html",
         "results.json",
         "tokenizer.json",
         *ModelType,

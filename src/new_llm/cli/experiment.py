@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import arg
 
@@ -46,16 +46,12 @@ def run_parsed(parsed: ExperimentArguments) -> int:
 
     from new_llm.experiments import run_experiment
     from new_llm.experiments.record import REPORT_FILE
-    from new_llm.report.html import write_report
     from new_llm.report.tables import render_summary_table
     from new_llm.training import TrainingError, TrainingInterrupted
 
-    def report(results: dict[str, Any], folder: Path) -> None:
-        write_report(results, folder / REPORT_FILE)
-
     console = Console(stderr=True)
     try:
-        results = run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console, on_results=report)
+        results = run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console)
     except TrainingInterrupted as stopped:
         run_folder = stopped.folder.parent
         place = "" if run_folder.parent == ExperimentConfig.runs_dir else f" --runs-dir {run_folder.parent}"

@@ -19,8 +19,8 @@ class EvalConfig:
     """Tokens from one sliding window to the next; at most the context."""
     position_edges: tuple[int, ...] = (0, 16, 32, 64, 96)
     """Where the ranges of perplexity by position begin; the last one ends with the sample."""
-    max_tokens: Annotated[int | None, Field(gt=0)] = None
-    """Validation tokens that are scored at most; None: all."""
+    max_tokens: Annotated[int | None, Field(gt=0)] = 100_000
+    """Validation tokens that are scored at most, in whole documents; None: all."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Windows evaluated at once."""
     reversal: bool = True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from new_llm.experiments.record import (
     DATA_FILE,
     ENVIRONMENT_FILE,
     MODEL_RESULT_FILE,
+    REPORT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
     create_run,
@@ -43,7 +45,7 @@ def run_experiment(
     *,
     resume: bool = False,
     console: Console | None = None,
-    on_results: Callable[[dict[str, Any], Path], None] | None = None,
+    write_report: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
     """Train and compare some models.
 
@@ -52,7 +54,7 @@ def run_experiment(
         exp_config: the experiment; None: the reference.
         resume: go on with the run of this name.
         console: where to show progress; None: the standard error.
-        on_results: called with the results so far and the run folder after every model: writes the report.
+        write_report: writes the results so far to a path, after every model; None: `new_llm.report`'s page.
 
     Returns:
         What `results.json` holds; `results["folder"]` is the run folder.
@@ -74,15 +76,20 @@ def run_experiment(
     console.print(f"run folder {folder}", highlight=False)
     for note in data.info.get("notes", []):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    write_report = write_report or find_report_writer()
     experiment = _Experiment(config, folder, data, device, console)
     results = experiment.describe()
     for kind in config.models:
         results["models"].append(experiment.run_model(kind))
         results["status"] = "complete" if len(results["models"]) == len(config.models) else "running"
         write_json(folder / RESULTS_FILE, results)
-        if on_results is not None:
-            on_results(results, folder)
+        write_report(results, folder / REPORT_FILE)
     return results | {"folder": str(folder)}
+
+
+def find_report_writer() -> Callable[[dict[str, Any], Path], None]:
+    """The report's writer, found by name: the report stands above the experiments, and nothing here depends on it."""
+    return importlib.import_module("new_llm.report.html").write_report
 
 
 class _Experiment:
