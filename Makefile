@@ -39,5 +39,10 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: dev
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/memory_fill.py
+	$(BIN)/python benchmarks/generation.py
+
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def prepare(folder: Path) -> None:
         (folder / f"{length}.txt").write_text(whole[: offsets[length - 1][1]], encoding="utf-8")
 
 
-def measure_speeds(folder: Path, lengths: list[int]) -> list[dict[str, float]]:
+def measure_speeds(folder: Path, lengths: Sequence[int]) -> list[dict[str, float]]:
     """One round, in this process."""
     model, tokenizer = load_run_model(folder)
     texts = {length: [folder / f"{length}.txt"] for length in LENGTHS}
@@ -76,7 +77,7 @@ def measure_peak(folder: Path, length: int) -> float:
     return read_peak_kib() / 1024
 
 
-def run_child(task: str, folder: Path, lengths: list[int], threads: int) -> Any:
+def run_child(task: str, folder: Path, lengths: Sequence[int], threads: int) -> Any:
     """What a process of its own has measured."""
     command = [sys.executable, __file__, "--threads", str(threads), "--child", task, str(folder)]
     done = subprocess.run([*command, *map(str, lengths)], check=True, capture_output=True, text=True)
@@ -111,7 +112,7 @@ def main() -> None:
         prepare(folder)
         peaks = {length: run_child("peak", folder, [length], arguments.threads) for length in LENGTHS}
         rounds = [
-            run_child("speed", folder, list(LENGTHS)[:: 1 if number % 2 else -1], arguments.threads)
+            run_child("speed", folder, LENGTHS[:: 1 if number % 2 else -1], arguments.threads)
             for number in range(arguments.rounds)
         ]
     speeds = [{"round": number, **entry} for number, entries in enumerate(rounds) for entry in entries]

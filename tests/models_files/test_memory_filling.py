@@ -9,6 +9,7 @@ from new_llm import TransformerLM
 from new_llm.config import UserError
 from new_llm.config.fill import FillConfig
 from new_llm.experiments.memory_filling import fill_memory, memory_adds, take_memory_part
+from new_llm.models import SelectiveOutputLM
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
 
 SMALL = FillConfig(tokens_per_call=24, block_bytes=100)
@@ -74,13 +75,17 @@ def test_layers_above_the_last_memory_are_not_run(texts, make_model, tokenizer, 
     assert difference(expected, model.get_memory_state()) < 1e-5
 
 
-def test_a_subclass_is_run_whole(make_model, texts, tokenizer):
-    class Twice(TransformerLM):
-        pass
-
-    model = make_model()
-    model.__class__ = Twice
+def test_passes_through_the_layers_run_whole(texts, make_model, tokenizer, difference):
+    """The second pass of a memory layer reads what the layers above it made of the first."""
+    torch.manual_seed(0)
+    layers = [InfiniLayer(32, 4, 64), PythiaLayer(32, 4, 64)]
+    model = SelectiveOutputLM(layers, make_model().vocab_size, 8, skip_interval=1, initializer_range=0.2)
     assert len(take_memory_part(model).layers) == 2
+    with torch.no_grad():
+        model(encode(tokenizer, texts[0]), update_memory=True)
+    expected = model.get_memory_state()
+    fill_memory(model, tokenizer, texts[:1], config=SMALL)
+    assert difference(expected, model.get_memory_state()) < 1e-5
 
 
 def test_files_that_add_are_rows_of_one_call(texts, make_model, tokenizer, difference):

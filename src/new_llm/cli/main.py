@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "new_llm.cli.experiment_selective",
         "compare selective output with baselines of equal parameters and equal compute",
     ),
+    "generate": ("new_llm.cli.generate", "go on with a text"),
     "memory": ("new_llm.cli.memory", "fill, show, merge and compare memory files"),
 }
 

@@ -101,7 +101,7 @@ def invert_cumulative(probabilities: Tensor, uniform: Tensor) -> Tensor:
         Places [B].
     """
     cumulative = probabilities.double().cumsum(-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     place = torch.searchsorted(cumulative, uniform * total, right=True)
     return torch.minimum(place, torch.searchsorted(cumulative, total)).squeeze(1)  # rounding may reach the total
 

@@ -149,6 +149,7 @@ class MemoryStream:
             valid=None if bool((taken == longest).all()) else mark_valid(counts, longest),
             longest=int((self.offsets + taken).max()),
             segment_length=self.model.segment_length,
+            start=int(self.offsets[0]) if self._is_level(taken) else None,
         )
         hidden = self.model.embed_in(input_ids.gather(1, columns.to(self.device)))
         for number, opened in enumerate(self.opened):
@@ -159,6 +160,10 @@ class MemoryStream:
         self.offsets = self.offsets + taken
         self._end_segments(self.offsets == self.model.segment_length)
         return self.model.final_layer_norm(hidden)
+
+    def _is_level(self, taken: Tensor) -> bool:
+        """Whether all rows stand at one place and take the same number of tokens."""
+        return bool(((taken == taken[0]) & (self.offsets == self.offsets[0])).all())
 
     def _end_segments(self, ended: Tensor) -> None:
         if not bool(ended.any()):

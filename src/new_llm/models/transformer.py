@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
+from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import Layer, Segments
@@ -242,6 +243,12 @@ class TransformerLM(HeldMemory):
     def open_stream(self, batch_size: int = 1) -> MemoryStream:
         """Begin to read token by token, in pieces of any size, from the held memory; see `MemoryStream`."""
         return MemoryStream(self, batch_size)
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, GenerationStatistics]:
+        """Go on with each row's text: `model.generate(input_ids, max_new_tokens=50)`; see `generation.generate`."""
+        return generate(self, input_ids, attention_mask, **options)
 
     # Facts
 

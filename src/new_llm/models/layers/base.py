@@ -5,7 +5,7 @@ Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step,
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class Step:
         valid: real tokens, [B, T] bool, on the left; None: all are real.
         longest: tokens in the longest row's segment after this step.
         segment_length: tokens of a whole segment.
+        start: offset of every row, where all are the same and no token is masked; None: rows differ.
+        shared: what layers of one kind compute alike and share within the step.
     """
 
     offsets: Tensor
@@ -44,6 +46,8 @@ class Step:
     valid: Tensor | None
     longest: int
     segment_length: int
+    start: int | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 class Attention(nn.Module):

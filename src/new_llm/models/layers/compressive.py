@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides
 from new_llm.models.ops import (
+    add_outer_products,
     feature_map,
     local_linear_attention,
     read_memories,
-    sum_outer_products,
     write_memory,
 )
 from new_llm.models.state import MemoryFacts, MemoryState, choose_rows, find_written_memory
@@ -27,7 +27,7 @@ CHUNK_LENGTH = 1024
 
 @dataclass(frozen=True)
 class OpenSegment:
-    """Running sums over the tokens of an open segment, of constant size.
+    """Running sums over the tokens of an open segment, of constant size; `step` adds to them in place.
 
     Attributes:
         products: Σ kᵀv, [B, H, K, V], which local attention reads.
@@ -216,29 +216,55 @@ class CompressiveAttention(Attention):
             q, k = feature_map(q), feature_map(k)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
-            sums = None if opened is None else (opened.products, opened.keys)
-            local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH, initial_sums=sums)
-            from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
-            opened = self._sum_step(k, v, opened, memory, step)
-            mixed = self._gate(from_memory, local)
+            if hidden.shape[1] == 1:
+                mixed, opened = self._step_one(q, k, v, opened, memory, step)
+            else:
+                sums = None if opened is None else (opened.products, opened.keys)
+                local = local_linear_attention(
+                    q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH, initial_sums=sums
+                )
+                from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
+                opened = self._sum_step(k, v, opened, memory, step)
+                mixed = self._gate(from_memory, local)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), opened
+
+    def _step_one(
+        self, q: Tensor, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
+    ) -> tuple[Tensor, OpenSegment]:
+        """One token a row: the sums take it first, and one product with them is the local attention.
+
+        All in the sums' precision: M is then read as it is, where 16 bits would scale and round all of it each time.
+        """
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
+        opened = self._sum_step(wide_k, wide_v, opened, memory, step)
+        mixed = wide_q @ opened.products / (wide_q @ opened.keys.unsqueeze(-1)).clamp_min(self.epsilon)
+        from_memory = torch.zeros_like(mixed) if memory is None else self.read(wide_q, memory)
+        return self._gate(from_memory, mixed).to(v.dtype), opened
 
     def _sum_step(
         self, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
     ) -> OpenSegment:
-        dtype = torch.promote_types(v.dtype, torch.float32)
         count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
-        products = writes = sum_outer_products(k, v, dtype)
-        keys = k.sum(-2, dtype=dtype)
+        written = v
         if self.use_delta_rule and memory is not None:
             current, norm = self._current(memory)
-            held = read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=self.epsilon)
-            writes = sum_outer_products(k, v - held, dtype)
+            written = v - read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=self.epsilon)
         if opened is None:
-            return OpenSegment(products, keys, writes, count)
-        return OpenSegment(
-            opened.products + products, opened.keys + keys, opened.writes + writes, opened.num_tokens + count
-        )
+            opened = self._open_segment(k.shape[0], v, is_one_sum=written is v)
+        add_outer_products(opened.products, k, v)
+        if opened.writes is not opened.products:
+            add_outer_products(opened.writes, k, written)
+        keys = opened.keys + k.sum(-2, dtype=opened.keys.dtype)
+        return OpenSegment(opened.products, keys, opened.writes, opened.num_tokens + count)
+
+    def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
+        """An open segment without tokens; where r = 0 one tensor serves as `products` and as `writes`."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        keys = torch.zeros(rows, self.num_memory_heads, self.head_size, dtype=dtype, device=like.device)
+        products = keys.new_zeros(*keys.shape, self.head_size)
+        writes = products if is_one_sum else torch.zeros_like(products)
+        return OpenSegment(products, keys, writes, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
     def end_segments(
         self, opened: OpenSegment | None, memory: MemoryState | None, ended: Tensor

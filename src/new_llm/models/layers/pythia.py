@@ -1,7 +1,7 @@
 """The Pythia layer: GPT-NeoX's softmax attention with partial rotary positions, inside the segment."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class SoftmaxAttention(Attention):
         """All segments in one call. Padding is on the right, where causality already hides it."""
         batch, num_segments, length, width = hidden.shape
         positions = torch.arange(length, device=hidden.device)
-        q, k, v = self._project(hidden.view(batch * num_segments, length, width), positions)
+        q, k, v = self._project(hidden.view(batch * num_segments, length, width), positions, {})
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
 
@@ -55,19 +55,30 @@ class SoftmaxAttention(Attention):
         self, hidden: Tensor, opened: KeyValueCache | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, KeyValueCache]:
         """Attend to the cache and to the new tokens, which join it."""
-        q, k, v = self._project(hidden, step.positions.unsqueeze(1))
+        q, k, v = self._project(hidden, step.positions.unsqueeze(1), step.shared)
+        if q.device.type == "cpu" and q.dtype.itemsize < 4:  # 16-bit attention to few tokens is slow on a CPU
+            q, k, v = q.float(), k.float(), v.float()
         cache = self._grow(opened, k, step)
+        self._put(cache, k, v, step)
+        keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
+        mask = None
+        if step.start is None or hidden.shape[1] > 1:  # else the only new token attends to all
+            seen = torch.arange(step.longest, device=hidden.device)[None, None, None, :]
+            mask = seen <= step.positions[:, None, :, None]
+        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).to(hidden.dtype)
+        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
+
+    def _put(self, cache: KeyValueCache, k: Tensor, v: Tensor, step: Step) -> None:
+        if step.start is not None:
+            cache.keys[:, :, step.start : step.longest] = k
+            cache.values[:, :, step.start : step.longest] = v
+            return
         slots = step.positions[:, None, :, None]
         if step.valid is not None:  # masked tokens go to the spare slot at the end, which is never read
             slots = torch.where(step.valid[:, None, :, None], slots, cache.keys.shape[2] - 1)
         index = slots.expand(-1, k.shape[1], -1, k.shape[3])
         cache.keys.scatter_(2, index, k)
         cache.values.scatter_(2, index, v)
-        seen = torch.arange(step.longest, device=hidden.device)[None, None, None, :]
-        mask = seen <= step.positions[:, None, :, None]
-        keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
 
     def end_segments(
         self, opened: KeyValueCache | None, memory: MemoryState | None, ended: Tensor
@@ -75,13 +86,15 @@ class SoftmaxAttention(Attention):
         """Nothing to write: the next segment overwrites the slots before it reads them."""
         return opened, memory
 
-    def _project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor, positions: Tensor, shared: dict[Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = hidden.shape
         mixed = self.query_key_value(hidden).view(batch, length, self.num_heads, 3 * self.head_size)
         q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
         if self.rotary_dim:
-            cos, sin = compute_rotary_angles(positions, self.rotary_dim, self.rotary_emb_base, q.dtype)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            settings = (self.rotary_dim, self.rotary_emb_base, q.dtype)
+            if settings not in shared:
+                shared[settings] = compute_rotary_angles(positions, *settings)
+            q, k = apply_rotary(q, *shared[settings]), apply_rotary(k, *shared[settings])
         return q, k, v
 
     def _grow(self, opened: KeyValueCache | None, k: Tensor, step: Step) -> KeyValueCache:

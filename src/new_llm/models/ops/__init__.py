@@ -6,6 +6,7 @@ from new_llm.models.ops.linear_attention import (
     local_linear_attention_naive,
 )
 from new_llm.models.ops.memory import (
+    add_outer_products,
     read_memories,
     read_memories_naive,
     select_memories,
@@ -16,6 +17,7 @@ from new_llm.models.ops.memory import (
 )
 
 __all__ = [
+    "add_outer_products",
     "feature_map",
     "local_linear_attention",
     "local_linear_attention_naive",

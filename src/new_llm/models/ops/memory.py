@@ -104,6 +104,15 @@ def sum_outer_products(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return k.to(dtype).transpose(-1, -2) @ v.to(dtype)
 
 
+def add_outer_products(sums: Tensor, k: Tensor, v: Tensor) -> None:
+    """Add Σ_t k_tᵀ v_t to `sums` [..., K, V], in its dtype and in place; k and v as in `sum_outer_products`."""
+    k, v = k.to(sums.dtype), v.to(sums.dtype)
+    if k.shape[-2] == 1:
+        sums.addcmul_(k.transpose(-1, -2), v)
+    else:
+        sums.add_(k.transpose(-1, -2) @ v)
+
+
 def write_memory(
     k: Tensor,
     v: Tensor,

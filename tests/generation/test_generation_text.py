@@ -1,0 +1,251 @@
+"""Text as it is made: whole characters, stop strings across tokens, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import get_model, text_ids
+from tokenizers import Tokenizer
+
+from new_llm.config import UserError
+from new_llm.config.generation import GenerationConfig
+from new_llm.data.tokenizer import END_OF_TEXT, train_tokenizer
+from new_llm.models import generation_run
+from new_llm.models.generation import encode_prompts, generate, stream_text
+from new_llm.models.text_decoding import LONGEST_WINDOW, REPLACEMENT, StoppingText, TextDecoder
+
+TEXT = "Grüße, 世界! A naïve café ☕ — 👩‍🚀 and 🦜🦜🦜 said: “no”.\n"
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Tokenizer:
+    """A token a byte: characters are cut into as many tokens as they can be."""
+    return train_tokenizer([], 257)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the cat sat on the mat, and the dog sat on the cat. " * 4, TEXT], 290)
+
+
+class Script:
+    """Makes a model say given tokens: the choice is scripted, all else runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *rows: list[int]) -> None:
+        script = iter(torch.tensor(rows).t())
+
+        class Sampler:
+            def __init__(self, *_: object) -> None: ...
+
+            def choose(self, _: torch.Tensor) -> torch.Tensor:
+                return next(script)
+
+        monkeypatch.setattr(generation_run, "TokenSampler", Sampler)
+
+
+def test_pieces_joined_are_the_text_and_hold_whole_characters(byte_tokenizer: Tokenizer) -> None:
+    decoder = TextDecoder(byte_tokenizer)
+    pieces = [decoder.push(token) for token in byte_tokenizer.encode(TEXT).ids]
+    assert "".join(pieces) + decoder.finish() == TEXT
+    assert all(len(piece) <= 1 and piece != REPLACEMENT for piece in pieces)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.one_of(st.binary(max_size=50), st.text(max_size=50).map(str.encode), st.binary(max_size=1).map(lambda b: b * 99))
+)
+def test_any_bytes_decode_as_they_do_at_once(byte_tokenizer: Tokenizer, data: bytes) -> None:
+    ids = [find_byte(byte_tokenizer, byte) for byte in data]
+    decoder = TextDecoder(byte_tokenizer)
+    found = "".join(map(decoder.push, ids)) + decoder.finish()
+    assert found == byte_tokenizer.decode(ids) == data.decode(errors="replace")
+
+
+def find_byte(tokenizer: Tokenizer, byte: int) -> int:
+    """By GPT-2's alphabet: printable bytes stand for themselves, the others from U+0100 on in order."""
+    others = [byte for byte in range(256) if byte not in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    token = tokenizer.token_to_id(chr(256 + others.index(byte) if byte in others else byte))
+    assert token is not None
+    return token
+
+
+def test_the_window_of_a_decoder_stays_short(byte_tokenizer: Tokenizer) -> None:
+    decoder = TextDecoder(byte_tokenizer)
+    lead = byte_tokenizer.encode("世").ids[0]
+    pieces = [decoder.push(lead) for _ in range(500)]
+    assert len(decoder.ids) <= LONGEST_WINDOW
+    assert "".join(pieces) + decoder.finish() == REPLACEMENT * 500
+
+
+def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    decoder = TextDecoder(tokenizer)
+    ids = [0, *tokenizer.encode("the cat").ids, 0]
+    assert "".join(map(decoder.push, ids)) + decoder.finish() == "the cat"
+    assert tokenizer.token_to_id(END_OF_TEXT) == 0
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_a_row_ends_before_the_first_stop_string(byte_tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+    row = StoppingText(byte_tokenizer, stops)
+    found = read = ""
+    for token in byte_tokenizer.encode(text).ids:
+        read += byte_tokenizer.decode([token])
+        found += row.push(token)
+        whole = any(stop in read for stop in stops)
+        assert row.is_stopped == whole
+        if whole:
+            break
+    found += row.finish()
+    begins = [read.find(stop) for stop in stops if stop in read]
+    assert found == (read[: min(begins)] if begins else text)
+
+
+def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tokenizer.encode("the cat sat on the mat").ids
+    stop = "t on"
+    assert not any(stop in tokenizer.decode([token]) for token in said)
+    Script(monkeypatch, said, said)
+    model = make_model(tokenizer)
+    prompts = tokenizer.encode("and").ids
+    pieces: list[tuple[int, str]] = []
+    ids, statistics = generate(
+        model,
+        torch.tensor([prompts, prompts]),
+        max_new_tokens=len(said),
+        stop_strings=("dog", stop),
+        tokenizer=tokenizer,
+        on_text=lambda row, piece: pieces.append((row, piece)),
+    )
+    assert statistics.texts == ("the cat sa",) * 2
+    assert statistics.finish_reasons == ("stop", "stop")
+    assert "".join(piece for row, piece in pieces if row == 1) == "the cat sa"
+    new = ids[0, len(prompts) :].tolist()
+    assert tokenizer.decode(new).startswith("the cat sat on")
+    assert new == said[: len(new)]
+    assert statistics.row_tokens == (len(new),) * 2
+
+
+def test_an_end_token_has_no_text_and_the_other_row_goes_on(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tokenizer.encode("the cat").ids, tokenizer.encode("the dog sat").ids
+    first = [*first, tokenizer.encode("!").ids[0]]
+    length = max(len(first), len(second))
+    Script(monkeypatch, first + second[len(first) :], second + first[len(second) :])
+    _, statistics = generate(
+        make_model(tokenizer),
+        torch.tensor([[5], [6]]),
+        max_new_tokens=length,
+        eos_token_id=first[-1],
+        tokenizer=tokenizer,
+    )
+    assert statistics.texts is not None
+    assert statistics.texts[0] == "the cat"
+    assert statistics.texts[1].startswith("the dog sat"[: len(statistics.texts[1])])
+    assert statistics.finish_reasons[0] == "stop"
+
+
+def test_streamed_text_is_the_text(byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = byte_tokenizer.encode(TEXT).ids
+    model = make_model(byte_tokenizer)
+    Script(monkeypatch, said)
+    pieces = list(stream_text(model, byte_tokenizer, "Hi", max_new_tokens=len(said)))
+    assert "".join(pieces) == TEXT
+    assert all(len(piece) == 1 for piece in pieces)
+    Script(monkeypatch, said)
+    assert "".join(stream_text(model, byte_tokenizer, "Hi", max_new_tokens=len(said), stop_strings="☕ —")) == (
+        "Grüße, 世界! A naïve café "
+    )
+
+
+def test_an_unfinished_character_at_the_limit_is_not_lost(
+    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = byte_tokenizer.encode("a世").ids[:-1]
+    Script(monkeypatch, said)
+    assert "".join(stream_text(make_model(byte_tokenizer), byte_tokenizer, "Hi", max_new_tokens=len(said))) == (
+        "a" + REPLACEMENT
+    )
+
+
+def test_prompts_are_padded_on_the_right_and_masked(tokenizer: Tokenizer) -> None:
+    ids, mask = encode_prompts(tokenizer, ["the cat", "the"])
+    assert mask.sum(1).tolist() == [len(tokenizer.encode(text).ids) for text in ("the cat", "the")]
+    assert tokenizer.decode(ids[0][mask[0]].tolist()) == "the cat"
+
+
+def make_model(tokenizer: Tokenizer):
+    from new_llm import create_model
+    from new_llm.config import PythiaConfig
+    from new_llm.data.tokenizer import padded_vocab_size
+
+    shape = PythiaConfig(
+        vocab_size=padded_vocab_size(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    return create_model("infini", shape, segment_length=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"seed": -1}, "seed"),
+        ({"stop_strings": 3}, "stop_strings"),
+        ({"stop_strings": ("a", 3)}, "stop_strings"),
+        ({"stop_strings": ("a", "")}, "empty string"),
+        ({"stop_strings": ("a",)}, "a tokenizer is needed"),
+        ({"on_text": print}, "a tokenizer is needed"),
+        ({"eos_token_id": "a"}, "eos_token_id"),
+        ({"eos_token_id": (1, -1)}, "eos_token_id"),
+        ({"eos_token_id": 128}, "the model knows 0 to 127"),
+        ({"pad_token_id": 128}, "the model knows 0 to 127"),
+        ({"beams": 3}, "unknown key 'beams'"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        get_model("mixed").generate(text_ids(1, 3), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_settings_are_user_errors() -> None:
+    with pytest.raises(UserError, match="temperature"):
+        GenerationConfig(temperature=0)
+
+
+def test_bad_prompts_are_refused() -> None:
+    model = get_model("mixed")
+    for empty in (torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="empty"):
+            model.generate(empty)
+    for wrong in (torch.tensor([[1, 128]]), torch.tensor([[-1, 2]])):
+        with pytest.raises(ValueError, match="the model knows 0 to 127"):
+            model.generate(wrong)
+    with pytest.raises(ValueError, match="shape"):
+        model.generate(torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="row 1 has no real token"):
+        model.generate(text_ids(2, 2), torch.tensor([[1, 0], [0, 0]]))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model.generate(text_ids(2, 2), torch.ones(2, 3))
+    model.reset_memory(3)
+    with pytest.raises(ValueError, match="batch of 2 rows"):
+        model.generate(text_ids(2, 2))
+
+
+def test_an_empty_prompt_text_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        stream_text(make_model(tokenizer), tokenizer, "")
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        encode_prompts(tokenizer, ["the", ""])

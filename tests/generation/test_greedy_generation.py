@@ -1,0 +1,211 @@
+"""Greedy generation by the stream equals greedy generation that computes the whole text anew at every step."""
+
+import pytest
+import torch
+from model_cases import (
+    MIXED_STACKS,
+    SHORT_STACKS,
+    STREAM_TOLERANCES,
+    VOCAB_SIZE,
+    assert_near,
+    assert_states_equal,
+    assert_states_near,
+    build_model,
+    get_model,
+    text_ids,
+)
+from torch import Tensor
+
+from new_llm import TransformerLM
+from new_llm.models import SelectiveOutputLM
+from new_llm.models.generation_run import GenerationRun
+
+NAMES = [
+    "pythia",
+    "infini-delta=True-heads=4-banks=3-segments_per_bank=2-use_alibi=True-alibi_scale=1.5",
+    *SHORT_STACKS,
+]
+NEW_TOKENS = 14  # across two ends of segments of 5 at least
+
+
+def recompute(model: TransformerLM, ids: Tensor, num_tokens: int) -> Tensor:
+    """Greedy by the parallel path alone."""
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids
+
+
+def make_selective(skip_interval: int, dtype: torch.dtype = torch.float64) -> SelectiveOutputLM:
+    plain = build_model(MIXED_STACKS["mixed"], dtype=dtype)
+    torch.manual_seed(0)
+    model = SelectiveOutputLM(plain.layer_list, VOCAB_SIZE, 5, skip_interval=skip_interval, initializer_range=0.3)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 13])
+@pytest.mark.parametrize("name", NAMES)
+def test_stream_equals_recomputing_token_for_token(name: str, prompt_length: int) -> None:
+    model = get_model(name)
+    with torch.no_grad():
+        model(text_ids(1, 8, start=60), update_memory=True)
+    prompt = text_ids(2, prompt_length)
+    ids, statistics = model.generate(prompt, max_new_tokens=NEW_TOKENS)
+    assert torch.equal(ids, recompute(model, prompt, NEW_TOKENS))
+    assert ids.shape == (2, prompt_length + NEW_TOKENS)
+    assert (statistics.num_tokens, statistics.num_prompt_tokens) == (2 * NEW_TOKENS, 2 * prompt_length)
+    assert (statistics.passes, statistics.row_tokens) == (1, (NEW_TOKENS, NEW_TOKENS))
+    assert statistics.finish_reasons == ("length", "length")
+    assert 0 < statistics.prompt_seconds < statistics.seconds
+    assert statistics.tokens_per_second == pytest.approx(2 * NEW_TOKENS / statistics.seconds)
+
+
+@pytest.mark.parametrize("skip_interval", [0, 1, 2])
+def test_selective_models_generate_with_all_their_passes(skip_interval: int) -> None:
+    model = make_selective(skip_interval)
+    prompt = text_ids(2, 7)
+    ids, statistics = model.generate(prompt, max_new_tokens=NEW_TOKENS)
+    assert torch.equal(ids, recompute(model, prompt, NEW_TOKENS))
+    assert statistics.passes == 1 + skip_interval
+
+
+@pytest.mark.parametrize("name", [*NAMES, "selective"])
+def test_logits_of_every_step_in_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_selective(1, torch.float32) if name == "selective" else get_model(name, dtype=torch.float32)
+    steps: list[Tensor] = []
+    read = GenerationRun._read
+    monkeypatch.setattr(GenerationRun, "_read", lambda run, rows: steps.append(read(run, rows)) or steps[-1])
+    ids, _ = model.generate(text_ids(2, 7), max_new_tokens=NEW_TOKENS)
+    with torch.no_grad():
+        expected = model(ids[:, :-1])[:, 7:]
+    assert_near(torch.stack(steps, dim=1), expected, STREAM_TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*NAMES, "selective"])
+def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name: str, side: str) -> None:
+    model = make_selective(1) if name == "selective" else get_model(name)
+    lengths = (3, 11, 5)
+    whole = text_ids(3, 11)
+    mask = torch.arange(11) < torch.tensor(lengths).unsqueeze(1)
+    ids = whole.clone()
+    if side == "left":
+        mask = mask.flip(1)
+        for row, length in enumerate(lengths):
+            ids[row] = whole[row].roll(11 - length)
+    together, _ = model.generate(ids, mask.long(), max_new_tokens=NEW_TOKENS)
+    assert torch.equal(together[:, :11], ids)
+    for row, length in enumerate(lengths):
+        alone = recompute(model, whole[row : row + 1, :length], NEW_TOKENS)
+        assert together[row, 11:].tolist() == alone[0, length:].tolist()
+
+
+@pytest.mark.parametrize("tokens_per_call", [1, 5, 12])
+def test_prompts_read_in_pieces_are_prompts_read_whole(tokens_per_call: int) -> None:
+    model = get_model("mixed")
+    ids, mask = text_ids(3, 23), torch.arange(23) < torch.tensor([[4], [23], [11]])
+    expected, _ = model.generate(ids, mask, max_new_tokens=6)
+    found, _ = model.generate(ids, mask, max_new_tokens=6, prompt_tokens_per_call=tokens_per_call)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", MIXED_STACKS)
+def test_rows_that_end_early_are_padded_and_leave_the_others_alone(name: str) -> None:
+    model = get_model(name)
+    prompt = text_ids(3, 7)
+    free, _ = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=True)
+    new = free[:, 7:].tolist()
+    ends = (new[0][3], new[1][8])
+    found, statistics = model.generate(
+        prompt, max_new_tokens=NEW_TOKENS, do_sample=True, eos_token_id=ends, pad_token_id=1
+    )
+    counts = [next((n + 1 for n, token in enumerate(row) if token in ends), NEW_TOKENS) for row in new]
+    assert len(set(counts)) > 1
+    assert statistics.row_tokens == tuple(counts)
+    assert statistics.num_tokens == sum(counts)
+    assert statistics.finish_reasons == tuple("stop" if set(ends) & set(row) else "length" for row in new)
+    assert found.shape[1] == 7 + max(counts)
+    for row, count in enumerate(counts):
+        assert found[row, 7:].tolist() == new[row][:count] + [1] * (max(counts) - count)
+
+
+@pytest.mark.parametrize("name", MIXED_STACKS)
+@pytest.mark.parametrize("rows", [None, 2])
+def test_held_memory_changes_only_when_asked(name: str, rows: int | None) -> None:
+    model = get_model(name)
+    model.reset_memory(rows)
+    with torch.no_grad():
+        model(text_ids(2, 8, start=60), update_memory=True)
+    held = model.get_memory_state()
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    ids, _ = model.generate(text_ids(2, 9), mask, max_new_tokens=NEW_TOKENS)
+    assert_states_equal(model.get_memory_state(), held)
+    model.reset_memory(rows)
+    model.set_memory_state(held)
+    again, _ = model.generate(text_ids(2, 9), mask, max_new_tokens=NEW_TOKENS, update_memory=True)
+    found = model.get_memory_state()
+    assert torch.equal(again, ids)
+    model.set_memory_state(held)
+    with torch.no_grad():
+        model(ids, torch.cat((mask, torch.ones(2, NEW_TOKENS, dtype=torch.long)), 1), update_memory=True)
+    assert_states_near(found, model.get_memory_state(), 1e-9)
+
+
+def test_memory_of_rows_that_ended_early_holds_their_last_token_and_no_padding() -> None:
+    model = get_model("mixed")
+    model.reset_memory(2)
+    held = model.get_memory_state()
+    prompt = text_ids(2, 7)
+    free, _ = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=True)
+    first, second = free[:, 7:].tolist()
+    assert first[4] not in (*first[:4], *second)
+    ids, statistics = model.generate(
+        prompt, max_new_tokens=NEW_TOKENS, do_sample=True, eos_token_id=first[4], update_memory=True
+    )
+    found = model.get_memory_state()
+    assert statistics.row_tokens == (5, NEW_TOKENS)
+    model.set_memory_state(held)
+    lengths = torch.tensor(statistics.row_tokens).unsqueeze(1) + 7
+    with torch.no_grad():
+        model(ids, torch.arange(ids.shape[1]) < lengths, update_memory=True)
+    assert_states_near(found, model.get_memory_state(), 1e-9)
+
+
+def test_on_token_is_told_of_every_token() -> None:
+    model = get_model("mixed")
+    steps: list[list[int | None]] = []
+    ids, statistics = model.generate(
+        text_ids(2, 7),
+        max_new_tokens=9,
+        on_token=lambda tokens: steps.append(list(tokens)),
+        eos_token_id=(104, 32, 111),
+    )
+    told = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    for row, tokens in enumerate(told):
+        assert tokens == ids[row, 7 : 7 + statistics.row_tokens[row]].tolist()
+
+
+def test_gradients_are_as_the_caller_had_them() -> None:
+    model = get_model("pythia")
+    modes: list[bool] = []
+    ids, _ = model.generate(text_ids(1, 3), max_new_tokens=2, on_token=lambda _: modes.append(torch.is_grad_enabled()))
+    assert modes == [True, True]
+    assert not ids.requires_grad
+
+
+def test_a_model_that_knows_a_text_continues_it_from_its_first_line() -> None:
+    """Trained a few hundred steps on a poem cut into segments, so that lines reach one another through memory."""
+    lines = ["the rain is on the roof again", "and every gutter sings", "a cat upon the window sill", "dreams of wings"]
+    text = torch.tensor([list("\n".join(lines).encode())])
+    torch.manual_seed(0)
+    model = build_model(MIXED_STACKS["pythia-first"], segment_length=32, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(300):
+        loss, _ = model.compute_loss(text, text)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    begin = len(lines[0])
+    ids, _ = model.generate(text[:, :begin], max_new_tokens=text.shape[1] - begin)
+    assert bytes(ids[0].tolist()).decode() == "\n".join(lines)

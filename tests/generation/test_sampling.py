@@ -1,0 +1,160 @@
+"""Draws: the distribution, the limits, the seeds and the penalty."""
+
+import math
+
+import pytest
+import torch
+from model_cases import VOCAB_SIZE, get_model, text_ids
+from torch import Tensor
+
+from new_llm.config.generation import GenerationConfig
+from new_llm.models import sampling
+from new_llm.models.sampling import TokenSampler, invert_cumulative, penalize_repetition, rank_candidates
+
+DRAWS = 4000
+
+
+def make_sampler(rows: int = 1, vocab_size: int = 6, prompt: Tensor | None = None, **options) -> TokenSampler:
+    ids = torch.zeros(rows, 1, dtype=torch.int64) if prompt is None else prompt
+    config = GenerationConfig(do_sample=True, **options)
+    return TokenSampler(config, ids, torch.ones_like(ids, dtype=torch.bool), vocab_size)
+
+
+def count_draws(logits: Tensor, **options) -> Tensor:
+    """The share of each token in many draws from one row's logits."""
+    sampler = make_sampler(rows=DRAWS, vocab_size=len(logits), **options)
+    return sampler.choose(logits.expand(DRAWS, -1)).bincount(minlength=len(logits)) / DRAWS
+
+
+def assert_shares(found: Tensor, expected: Tensor) -> None:
+    """Within 5 standard errors; what must not be drawn is not drawn at all."""
+    bound = 5 * (expected * (1 - expected) / DRAWS).sqrt()
+    assert bool(((found - expected).abs() <= bound).all()), (found, expected)
+
+
+LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.6, -30.0])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
+    assert_shares(count_draws(LOGITS, temperature=temperature), (LOGITS / temperature).softmax(-1))
+
+
+def test_a_low_temperature_sharpens() -> None:
+    assert count_draws(LOGITS, temperature=0.3)[2] > count_draws(LOGITS, temperature=1.0)[2] + 0.1
+
+
+def test_top_k_draws_among_the_k_likeliest() -> None:
+    expected = torch.where(LOGITS >= 1.0, LOGITS, -torch.inf).softmax(-1)
+    assert_shares(count_draws(LOGITS, top_k=3), expected)
+    assert_shares(count_draws(LOGITS, top_k=100), LOGITS.softmax(-1))
+
+
+@pytest.mark.parametrize("first_candidates", [2, 1024])
+@pytest.mark.parametrize("top_p", [0.05, 0.4, 0.45, 0.9, 0.999])
+def test_top_p_draws_among_the_fewest_that_reach_it(
+    top_p: float, first_candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "FIRST_CANDIDATES", first_candidates)
+    probabilities = LOGITS.softmax(-1)
+    kept, total = torch.zeros_like(probabilities), 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if total < top_p:
+            kept[token] = probabilities[token]
+        total += float(probabilities[token])
+    assert_shares(count_draws(LOGITS, top_p=top_p), kept / kept.sum())
+
+
+def test_top_p_counts_what_top_k_has_left() -> None:
+    two = torch.tensor([0.0, 0.0, 2.0, 0.0, 1.6, 0.0])
+    share = 1 / (1 + math.exp(-0.4))  # 0.599 of the likelier of two
+    assert count_draws(LOGITS, top_k=2, top_p=share - 0.01)[2] == 1
+    assert_shares(count_draws(LOGITS, top_k=2, top_p=share + 0.01), two.where(two > 0, -torch.inf).softmax(-1))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
+@pytest.mark.parametrize("name", ["pythia", "mixed"])
+def test_the_narrowest_draw_is_greedy(name: str, options: dict) -> None:
+    model = get_model(name)
+    prompt = text_ids(2, 7)
+    greedy, _ = model.generate(prompt, max_new_tokens=12)
+    drawn, _ = model.generate(prompt, max_new_tokens=12, do_sample=True, **options)
+    assert torch.equal(drawn, greedy)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_among_equal_logits_the_narrowest_draw_takes_what_greedy_takes(options: dict) -> None:
+    for seed in range(20):
+        logits = torch.randint(0, 3, (2, 500), generator=torch.Generator().manual_seed(seed)).float()
+        assert torch.equal(make_sampler(2, 500, **options).choose(logits), logits.argmax(-1))
+        _, tokens = rank_candidates(logits, 400)
+        assert all(len(set(row)) == 400 for row in tokens.tolist())
+
+
+def test_seeds_reproduce_and_differ() -> None:
+    model = get_model("mixed")
+    options = {"max_new_tokens": 20, "do_sample": True}
+    first, _ = model.generate(text_ids(2, 7), seed=3, **options)
+    again, _ = model.generate(text_ids(2, 7), seed=3, **options)
+    other, _ = model.generate(text_ids(2, 7), seed=4, **options)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9, "repetition_penalty": 1.3}])
+def test_a_rows_draws_do_not_depend_on_its_batch(options: dict) -> None:
+    """Row r draws by seed + r, so that equal prompts differ in one batch and a row alone can be had again."""
+    model = get_model("mixed")
+    prompts = text_ids(1, 7).expand(3, -1)
+    together, _ = model.generate(prompts, max_new_tokens=12, do_sample=True, seed=5, **options)
+    assert len({tuple(row) for row in together.tolist()}) == 3
+    for row in range(3):
+        alone, _ = model.generate(prompts[:1], max_new_tokens=12, do_sample=True, seed=5 + row, **options)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_generation_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    get_model("pythia").generate(text_ids(1, 3), max_new_tokens=3, do_sample=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
+    seen = torch.tensor([[True, True, False, False, True, False]])
+    found = penalize_repetition(LOGITS.unsqueeze(0), seen, 2.0)
+    assert found.tolist() == [[0.5, -1.0, 2.0, pytest.approx(0.3), pytest.approx(0.8), -30.0]]
+
+
+def test_penalty_counts_real_prompt_tokens_and_new_ones() -> None:
+    ids, mask = torch.tensor([[0, 3]]), torch.tensor([[False, True]])
+    sampler = TokenSampler(GenerationConfig(repetition_penalty=3.0), ids, mask, 4)
+    logits = torch.tensor([[1.0, 0.9, 0.8, 2.0]])
+    assert [int(sampler.choose(logits)) for _ in range(4)] == [0, 1, 2, 3]  # 2 / 3 for the prompt's, then 1 / 3, …
+
+
+def test_a_heavy_penalty_never_repeats_while_it_need_not() -> None:
+    model = get_model("mixed")
+    ids, _ = model.generate(text_ids(1, 5), max_new_tokens=40, repetition_penalty=1e6)
+    new = ids[0, 5:].tolist()
+    assert len(set(new)) == 40 <= VOCAB_SIZE
+    assert not set(new) & set(ids[0, :5].tolist())
+
+
+def test_a_share_of_the_whole_never_falls_on_probability_0() -> None:
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]] * 3)
+    uniform = torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)
+    assert invert_cumulative(probabilities, uniform).tolist() == [1, 3, 3]
+    assert invert_cumulative(probabilities[:1], torch.ones(1, 1, dtype=torch.float64)).tolist() == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_draws_are_made_in_float32_at_least(dtype: torch.dtype) -> None:
+    model = get_model("mixed", dtype=torch.float32)
+    widths: list[torch.dtype] = []
+    sampler = make_sampler(vocab_size=VOCAB_SIZE)
+    keep = sampling.invert_cumulative
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "invert_cumulative", lambda p, u: widths.append(p.dtype) or keep(p, u))
+        with torch.no_grad():
+            sampler.choose(model(text_ids(1, 4))[:, -1].to(dtype))
+    assert widths == [torch.float32]
