@@ -27,26 +27,11 @@ def measure_validation_loss(
     With `order: stream` documents are read as streams with their memory carried; with `shuffled` in samples that start
     from empty memory.
     """
-    settings = config.eval
+    reading = _describe_reading(config, autocast)
     if config.data.order == "stream":
-        result = evaluate_streaming(
-            model,
-            data.validation,
-            batch_size=settings.batch_size,
-            max_tokens=settings.max_tokens,
-            autocast=autocast,
-        )
-    else:
-        result = evaluate_sliding_window(
-            model,
-            data.validation,
-            context=config.data.seq_length,
-            stride=config.data.seq_length,
-            batch_size=settings.batch_size,
-            max_tokens=settings.max_tokens,
-            autocast=autocast,
-        )
-    return result.loss
+        return evaluate_streaming(model, data.validation, **reading).loss
+    length = config.data.seq_length
+    return evaluate_sliding_window(model, data.validation, context=length, stride=length, **reading).loss
 
 
 def measure_model(
@@ -67,36 +52,16 @@ def measure_model(
     """
     settings = config.eval
     device = next(model.parameters()).device
+    reading: dict[str, Any] = _describe_reading(config, autocast)
     say("sliding-window perplexity")
     sliding = evaluate_sliding_window(
-        model,
-        data.validation,
-        context=settings.context,
-        stride=settings.stride,
-        batch_size=settings.batch_size,
-        max_tokens=settings.max_tokens,
-        device=device,
-        autocast=autocast,
+        model, data.validation, context=settings.context, stride=settings.stride, **reading
     )
     say("streaming perplexity")
-    streaming = evaluate_streaming(
-        model,
-        data.validation,
-        batch_size=settings.batch_size,
-        max_tokens=settings.max_tokens,
-        device=device,
-        autocast=autocast,
-    )
+    streaming = evaluate_streaming(model, data.validation, **reading)
     say("perplexity by position")
     positions = evaluate_positions(
-        model,
-        data.validation,
-        seq_length=config.data.seq_length,
-        edges=settings.position_edges,
-        batch_size=settings.batch_size,
-        max_tokens=settings.max_tokens,
-        device=device,
-        autocast=autocast,
+        model, data.validation, seq_length=config.data.seq_length, edges=settings.position_edges, **reading
     )
     measured: dict[str, Any] = {
         "sliding": sliding.to_dict(),
@@ -117,3 +82,8 @@ def measure_model(
         )
         measured["reversal"] = reversal.to_dict()
     return measured
+
+
+def _describe_reading(config: ExperimentConfig, autocast: Autocast) -> dict[str, Any]:
+    """What all perplexities of an experiment have in common."""
+    return {"batch_size": config.eval.batch_size, "max_tokens": config.eval.max_tokens, "autocast": autocast}

@@ -5,6 +5,7 @@ Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step,
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -50,22 +51,22 @@ class Step:
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """The part of a layer that mixes tokens. Subclasses implement both paths with the same result."""
 
+    @abstractmethod
     def forward(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
         """Whole segments, [B, n, S, D], in one pass; see `Layer.forward`."""
-        raise NotImplementedError  # abstract: every layer kind defines it
 
+    @abstractmethod
     def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
         """Some more tokens, [B, T, D], of open segments; see `Layer.step`."""
-        raise NotImplementedError  # abstract: every layer kind defines it
 
+    @abstractmethod
     def end_segments(self, opened: Any, memory: MemoryState | None, ended: Tensor) -> tuple[Any, MemoryState | None]:
         """Close the segments of rows `ended`; see `Layer.end_segments`."""
-        raise NotImplementedError  # abstract: every layer kind defines it
 
 
 class MLP(nn.Module):

@@ -3,7 +3,7 @@
 Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H, N memories or banks.
 """
 
-import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -90,9 +90,9 @@ class CompressiveAttention(Attention):
 
     # What a kind of layer defines
 
+    @abstractmethod
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
-        raise NotImplementedError  # abstract: every memory layer defines it
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Parameters that train at the gates' learning rate, without decay."""
@@ -327,18 +327,6 @@ class MemoryLayer(Layer):
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""
         return torch.sigmoid(self.attention.gate.detach().float()).tolist()
-
-
-def compute_alibi_slopes(num_heads: int) -> list[float]:
-    """Slopes 2^(−8i/H), i = 1 … H; for H no power of 2 as ALiBi interleaves them.
-
-    Source: ALiBi, arXiv:2108.12409, section 3 and its published code for other numbers of heads.
-    """
-    power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    if power < num_heads:
-        slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: num_heads - power]
-    return slopes
 
 
 def describe_memory_options(layer: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from new_llm.config import MemoryConfig, PythiaConfig
 from new_llm.models.layers.base import check_divides, register_layer
-from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer, compute_alibi_slopes
+from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
 
@@ -121,3 +121,15 @@ class InfiniLayer(MemoryLayer):
             layer_norm_eps=layer_norm_eps,
         )
         self.num_heads = num_heads
+
+
+def compute_alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes 2^(−8i/H), i = 1 … H; for H no power of 2 as ALiBi interleaves them.
+
+    Source: ALiBi, arXiv:2108.12409, section 3 and its published code for other numbers of heads.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    if power < num_heads:
+        slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: num_heads - power]
+    return slopes
