@@ -21,6 +21,7 @@ from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.text_blocks import OnBytes, check_text_files
 from new_llm.models.memory_file import fingerprint_weights, read_memory_file, save_memory_file
 from new_llm.training.precision import choose_device
+from new_llm.training.signals import catch_stop_signals
 
 POLL_SECONDS = 0.1
 
@@ -179,10 +180,11 @@ def _fill_in_processes(
     counts, stop = context.Queue(), context.Event()
     began = time.perf_counter()
     jobs = sorted(zip(paths, parts, strict=True), key=lambda job: -job[0].stat().st_size)
-    with ProcessPoolExecutor(processes, context, _start_worker, (task, counts, stop)) as pool:
+    # An interrupt is only noted, and taken up between two waits: raised inside the executor it can leave a lock held.
+    with catch_stop_signals() as is_interrupted, _make_pool(processes, task, counts, stop) as pool:
         try:
             futures = [pool.submit(_fill_part, *job) for job in jobs]
-            results = _wait(futures, counts, on_bytes)
+            results = _wait(futures, counts, on_bytes, is_interrupted)
         except BrokenProcessPool:
             raise UserError(
                 "a process that read texts ended early: out of memory (try fewer --processes), or started "
@@ -201,10 +203,18 @@ def _fill_in_processes(
     )
 
 
-def _wait(futures: Sequence[Future[FillResult]], counts: Any, on_bytes: OnBytes) -> list[FillResult]:
+def _make_pool(processes: int, task: _Task, counts: Any, stop: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (task, counts, stop))
+
+
+def _wait(
+    futures: Sequence[Future[FillResult]], counts: Any, on_bytes: OnBytes, is_interrupted: Callable[[], bool]
+) -> list[FillResult]:
     """The results, or the first error; meanwhile passes on what the processes have read."""
     left = set(futures)
     while left:
+        if is_interrupted():
+            raise KeyboardInterrupt
         done, left = wait(left, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
         while True:
             try:

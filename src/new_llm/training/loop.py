@@ -1,12 +1,10 @@
 """The training loop: epochs of batches on Accelerate, validation, early stopping, checkpoints."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoi
 from new_llm.training.metrics import MetricsWriter, read_peak_memory, reset_peak_memory
 from new_llm.training.optimizer import make_optimizer, make_scheduler
 from new_llm.training.progress import TrainingProgress
+from new_llm.training.signals import catch_stop_signals
 
 
 class TrainingError(RuntimeError):
@@ -289,25 +288,3 @@ class Trainer:
         metrics.sync()
         save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
         self.progress.end_epoch(values)
-
-
-@contextmanager
-def catch_stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block Ctrl-C and SIGTERM only set a flag, which the loop asks for; a second one stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals do not arrive anyway
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
