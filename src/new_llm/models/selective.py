@@ -1,7 +1,7 @@
 """Selective output: the whole stack runs several times over the hidden states before a token is predicted."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,9 @@ class SelectiveOutputLM(TransformerLM):
         finally:
             self._runs_one_pass = before
 
+    def _choose_passes(self, use_selective: bool) -> AbstractContextManager[None]:
+        return nullcontext() if use_selective else self.one_pass()
+
     def run_passes(
         self, hidden: Tensor, memories: LayerMemories, segments: Segments
     ) -> tuple[list[Tensor], LayerMemories]:
@@ -129,12 +132,10 @@ class SelectiveOutputLM(TransformerLM):
             update_memory: as in `forward`.
             use_selective: False: one pass with the same weights.
         """
-        if not use_selective:
-            with self.one_pass():
+        with self._choose_passes(use_selective):
+            if not (self.training and self.earlier_pass_weight and self.num_passes > 1):
                 return super().token_losses(input_ids, labels, attention_mask, update_memory=update_memory)
-        if not (self.training and self.earlier_pass_weight and self.num_passes > 1):
-            return super().token_losses(input_ids, labels, attention_mask, update_memory=update_memory)
-        losses = self.pass_losses(input_ids, labels, attention_mask, update_memory=update_memory)
+            losses = self.pass_losses(input_ids, labels, attention_mask, update_memory=update_memory)
         weights = [self.earlier_pass_weight ** (len(losses) - 1 - number) for number in range(len(losses))]
         total = sum(weights)
         return torch.stack([weight / total * loss for weight, loss in zip(weights, losses, strict=True)]).sum(0)
@@ -157,9 +158,7 @@ class SelectiveOutputLM(TransformerLM):
             update_memory: as in `forward`.
             use_selective: False: one pass with the same weights.
         """
-        if use_selective:
-            return super().compute_loss(input_ids, labels, attention_mask, update_memory=update_memory)
-        with self.one_pass():
+        with self._choose_passes(use_selective):
             return super().compute_loss(input_ids, labels, attention_mask, update_memory=update_memory)
 
     def pass_losses(
