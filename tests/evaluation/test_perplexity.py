@@ -183,8 +183,9 @@ def test_a_diverged_model_is_reported_not_raised(evaluate):
 def test_results_are_plain_json():
     result = evaluate_streaming(BigramModel(), SPLIT, batch_size=2)
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    names = "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_words num_bytes"
-    names += " num_documents context stride seconds tokens_per_second"
+    names = "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_planned"
+    names += " num_words num_bytes num_documents context stride segment_length prefix_token seconds tokens_per_second"
+    names += " is_complete"
     assert " ".join(values) == names
     assert values["tokens_per_second"] == pytest.approx(values["num_tokens"] / values["seconds"])
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import tyro
@@ -19,10 +20,22 @@ def parse_flags(kind: type[T] | Any, arguments: list[str], **options: Any) -> T:
         UserError: an unknown flag or a value that is refused.
         SystemExit: help was asked for and has been printed.
     """
+    with read_errors():
+        return tyro.cli(kind, args=arguments, config=(tyro.conf.EnumChoicesFromValues,), **options)
+
+
+@contextlib.contextmanager
+def read_errors() -> Iterator[None]:
+    """Inside the block what tyro has to complain of is a `UserError` of one line.
+
+    Raises:
+        UserError: an unknown flag or a value that is refused.
+        SystemExit: help was asked for and has been printed.
+    """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, config=(tyro.conf.EnumChoicesFromValues,), **options)
+            yield
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise

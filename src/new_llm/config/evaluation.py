@@ -1,11 +1,11 @@
 """How a trained model is measured."""
 
-from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field
 
 from new_llm.config.errors import UserError
+from new_llm.config.measurement import check_edges
 from new_llm.config.sections import section
 
 
@@ -33,6 +33,6 @@ class EvalConfig:
             raise UserError(
                 f"eval.stride: {self.stride} is over eval.context ({self.context}): tokens would be skipped"
             )
-        edges = self.position_edges
-        if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
-            raise UserError(f"eval.position_edges: {list(edges)} must begin with 0 and rise")
+        if not self.position_edges:
+            raise UserError("eval.position_edges: at least one range is needed; [0] is all positions")
+        check_edges(self.position_edges, "eval.position_edges")

@@ -115,15 +115,16 @@ def _offline() -> Iterator[None]:
 
 
 def open_hub_dataset(
-    name: str, subset: str | None, *, streaming: bool, timeout_seconds: float
+    name: str, subset: str | None, *, streaming: bool, timeout_seconds: float, split: str = "train"
 ) -> Iterator[dict[str, Any]]:
-    """The records of a hub dataset's train split, from the hub or this machine's cache.
+    """The records of one split of a hub dataset, from the hub or this machine's cache.
 
     Args:
         name: hub name.
         subset: the dataset's configuration; None: its only one.
         streaming: read from the hub as needed in place of downloading first.
         timeout_seconds: how long to wait for the hub.
+        split: the split's name on the hub.
 
     Raises:
         UserError: the hub is out of reach and nothing is cached, or loading fails (also while reading).
@@ -136,7 +137,7 @@ def open_hub_dataset(
         from datasets import load_dataset
 
         with contextlib.nullcontext() if reachable else _offline():
-            records = load_dataset(name, subset, split="train", streaming=streaming and reachable)
+            records = load_dataset(name, subset, split=split, streaming=streaming and reachable)
     except Exception as error:  # datasets raises whatever its many parts raise
         raise _load_failed(wanted, error) from None
     return _read_records(records, wanted)

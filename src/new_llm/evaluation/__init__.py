@@ -2,8 +2,8 @@
 
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
 from new_llm.evaluation.perplexity import (
-    PerplexityResult,
     evaluate_independent,
+    evaluate_rolling,
     evaluate_sliding_window,
     evaluate_streaming,
     unigram_perplexity,
@@ -11,7 +11,8 @@ from new_llm.evaluation.perplexity import (
 from new_llm.evaluation.positions import evaluate_positions
 from new_llm.evaluation.reversal import ReversalResult, ReversalScores, evaluate_reversal_curse
 from new_llm.evaluation.scoring import LanguageModel
-from new_llm.evaluation.windows import Window, plan_segments, plan_windows
+from new_llm.evaluation.tally import PerplexityResult
+from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segments, plan_windows
 
 __all__ = [
     "LanguageModel",
@@ -24,8 +25,10 @@ __all__ = [
     "evaluate_independent",
     "evaluate_positions",
     "evaluate_reversal_curse",
+    "evaluate_rolling",
     "evaluate_sliding_window",
     "evaluate_streaming",
+    "plan_rolling_windows",
     "plan_segments",
     "plan_windows",
     "unigram_perplexity",

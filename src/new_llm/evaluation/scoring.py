@@ -70,13 +70,18 @@ class Row(NamedTuple):
     first_scored: int = 1
 
 
+def never() -> bool:
+    """The answer to `should_stop` of a measurement that runs to its end."""
+    return False
+
+
 @dataclass(frozen=True)
 class ScoredDocuments:
-    """The documents that are scored, each of two tokens or more.
+    """The documents that are scored, each of one scored token or more.
 
     Attributes:
         tokens: of each document.
-        num_scored: tokens to score: all but each document's first.
+        num_scored: tokens to score: all but each document's first, or all where a prefix stands before it.
         num_bytes: bytes of their raw text; None where the document was cut short.
         num_words: words of their raw text; None where the document was cut short.
     """
@@ -87,13 +92,21 @@ class ScoredDocuments:
     num_words: int | None
 
 
-def select_documents(split: TokenSplit, max_tokens: int | None) -> ScoredDocuments:
-    """Whole documents in order, as `evaluate_sliding_window` says of max_tokens."""
+def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | None = None) -> ScoredDocuments:
+    """Whole documents in order, as `evaluate_sliding_window` says of max_tokens.
+
+    Args:
+        split: the documents.
+        max_tokens: tokens to score at most.
+        prefix: a token to put before each document, so that its first token is scored, too.
+    """
     tokens: list[np.ndarray] = []
     chosen: list[int] = []
     num_scored = 0
     for index in range(split.num_documents):
         document = split.document(index)
+        if prefix is not None:
+            document = np.concatenate([np.array([prefix], dtype=np.int64), document])
         if len(document) < 2:
             continue
         if max_tokens is not None and num_scored + len(document) - 1 > max_tokens:
@@ -104,7 +117,8 @@ def select_documents(split: TokenSplit, max_tokens: int | None) -> ScoredDocumen
         chosen.append(index)
         num_scored += len(document) - 1
     if not tokens:
-        raise UserError("evaluation: no document has two tokens or more, so there is nothing to score")
+        least = "two tokens" if prefix is None else "a token"
+        raise UserError(f"evaluation: no document has {least} or more, so there is nothing to score")
     return ScoredDocuments(tokens, num_scored, int(split.num_bytes[chosen].sum()), int(split.num_words[chosen].sum()))
 
 

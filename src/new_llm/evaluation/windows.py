@@ -1,5 +1,6 @@
 """Where a document's tokens are cut for scoring: pure functions of lengths."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -54,6 +55,28 @@ def plan_windows(length: int, context: int, stride: int) -> list[Window]:
         if end == length:
             break
     return windows
+
+
+def plan_rolling_windows(length: int, context: int) -> list[Window]:
+    """The windows of lm-evaluation-harness's rolling log-likelihood: every token but the first, exactly once.
+
+    Windows score `context` tokens each and span one more, the token before them. The last window reaches back so that
+    it spans as many, too, and scores only what is left.
+
+    Args:
+        length: tokens in the document, the prefix token that the first window begins with among them.
+        context: tokens that the model reads at most.
+
+    Returns:
+        The windows in order; none for a document of fewer than two tokens.
+
+    Raises:
+        ValueError: the context is not positive.
+    """
+    if context < 1:
+        raise ValueError(f"context: {context} is not positive")
+    ends = [*range(context + 1, length, context), length] if length > 1 else []
+    return [Window(max(0, end - context - 1), end, max(1, begin)) for begin, end in pairwise([0, *ends])]
 
 
 def plan_segments(length: int, piece_tokens: int) -> list[Window]:

@@ -1,0 +1,1 @@
+"""`new-llm eval`: measure a trained model."""

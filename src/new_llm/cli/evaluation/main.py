@@ -1,0 +1,29 @@
+"""`new-llm eval`: finds the measurement."""
+
+import tyro
+
+from new_llm.cli.arguments import read_errors
+from new_llm.cli.evaluation.perplexity import Perplexity
+
+COMMANDS = {"ppl": Perplexity}
+
+DESCRIPTION = """Measure a trained model.
+
+Every measurement writes a JSON file that says what was measured, how and by which code.
+
+Examples:
+  new-llm eval ppl --run runs/quick --model infini --protocol streaming
+  new-llm eval ppl --run runs/quick --model infini --data.source my_text.txt"""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    with read_errors():
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=arguments,
+            prog="new-llm eval",
+            description=DESCRIPTION,
+            config=(tyro.conf.EnumChoicesFromValues,),
+        )
+    return command.run_command()

@@ -1,0 +1,65 @@
+"""Any causal language model of transformers as a `LanguageModel`: no memory, and labels aligned by the one owner."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from new_llm.models.loss import align_labels, compute_token_losses
+
+
+class HuggingFaceLM(nn.Module):
+    """Wraps a model of transformers for measurements. Longer calls are cut into segments, read alone.
+
+    Args:
+        model: an instance of one of transformers' `...ForCausalLM` classes.
+        segment_length: tokens of a segment in the streaming and independent protocols; None: the configuration's
+            max_position_embeddings.
+
+    Raises:
+        ValueError: no segment length is given and the configuration has none.
+    """
+
+    def __init__(self, model: Any, segment_length: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        length = segment_length or getattr(model.config, "max_position_embeddings", None)
+        if length is None:
+            raise ValueError("segment_length: the model's configuration states no max_position_embeddings")
+        self.segment_length = int(length)
+
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+    ) -> Tensor:
+        """Loss in nats of the token after each position, [B, T]; 0 where there is no target.
+
+        Args:
+            input_ids: [B, T].
+            labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
+            attention_mask: [B, T], real tokens on the left.
+            update_memory: without effect: there is no memory.
+        """
+        targets = align_labels(labels, input_ids.shape[1])
+        losses: list[Tensor] = []
+        for begin in range(0, input_ids.shape[1], self.segment_length):
+            piece = slice(begin, begin + self.segment_length)
+            mask = None if attention_mask is None else attention_mask[:, piece]
+            logits = self.model(input_ids=input_ids[:, piece], attention_mask=mask, use_cache=False).logits
+            wanted = targets[:, piece]
+            losses.append(compute_token_losses(logits.flatten(0, 1), wanted.flatten()).view_as(wanted))
+        return torch.cat(losses, dim=1)
+
+    @contextlib.contextmanager
+    def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
+        """Nothing to set aside."""
+        yield
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Nothing to empty."""

@@ -1,0 +1,72 @@
+"""Hugging Face models as subjects: GPT-NeoX ones become models of this project, others are read through a wrapper."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from new_llm.config import DataConfig, UserError
+from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
+from new_llm.data.tokenizer import load_tokenizer
+from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.models import TransformerLM
+
+CONFIG_FILE = "config.json"
+
+
+def load_hugging_face(
+    name: str, revision: str | None, segment_length: int | None
+) -> tuple[TransformerLM | HuggingFaceLM, Tokenizer, str]:
+    """The model of a folder or a hub name, its tokenizer and its model type. No code of the checkpoint is ever run.
+
+    Raises:
+        UserError: it is neither a folder of a Hugging Face model nor on a hub in reach, or can't be loaded.
+    """
+    kind = _read_model_type(name, revision)
+    model: TransformerLM | HuggingFaceLM
+    if kind == "gpt_neox":
+        model = TransformerLM.from_pythia(name, revision=revision, segment_length=segment_length)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        import new_llm.models.hf  # registers this project's models with the Auto classes
+
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype="auto")
+        except Exception as error:  # transformers raises whatever its many parts raise
+            raise UserError(f"{name}: can't be loaded as a causal language model: {describe_failure(error)}") from None
+        if kind == new_llm.models.hf.NewLLMConfig.model_type:
+            if segment_length is not None:
+                raise UserError(f"--segment-length: {name} has its own ({loaded.model.segment_length})")
+            model = loaded.model
+        else:
+            model = HuggingFaceLM(loaded, segment_length)
+    return model, load_tokenizer(name, DataConfig.hub_timeout_seconds), kind
+
+
+def _read_model_type(name: str, revision: str | None) -> str:
+    import huggingface_hub
+
+    path = Path(name).expanduser() / CONFIG_FILE
+    if not path.parent.is_dir():
+        try:
+            if hub_answers(f"{name}/resolve/{revision or 'main'}/{CONFIG_FILE}", DataConfig.hub_timeout_seconds):
+                cached: Any = huggingface_hub.hf_hub_download(name, CONFIG_FILE, revision=revision)
+            else:
+                cached = huggingface_hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
+        except Exception as error:
+            raise UserError(f"{name}: could not be loaded: {describe_failure(error)}") from None
+        if not isinstance(cached, str):
+            raise UserError(
+                f"{name}: no such folder, nothing of this name is cached here, and the hub at {hub_endpoint()} is out "
+                "of reach; give a run folder, or a folder that save_pretrained or `new-llm export` wrote"
+            )
+        path = Path(cached)
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: no readable configuration of a Hugging Face model: {error}") from None
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: names no model_type")
+    return kind
