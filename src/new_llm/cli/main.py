@@ -11,6 +11,7 @@ from new_llm.config.errors import UserError
 # Modules are imported only when their command is asked for, so that help never waits for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("new_llm.cli.evaluation.main", "measure a trained model: perplexity, recall, the reversal curse and more"),
+    "evaluate-wikitext": ("new_llm.cli.evaluate_wikitext", "perplexity on WikiText-2's test text"),
     "experiment": ("new_llm.cli.experiment", "train some models on identical data and compare them"),
     "experiment-selective": (
         "new_llm.cli.experiment_selective",

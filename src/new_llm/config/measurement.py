@@ -14,8 +14,9 @@ from new_llm.config.sections import section
 class SubjectConfig:
     """The model that is measured."""
 
-    run: str
-    """A run folder, the folder of a saved model, or a Hugging Face model: its folder or its name on the hub."""
+    run: str | None = None
+    """A run folder, the folder of a saved model, or a Hugging Face model: its folder or its name on the hub. With
+    --parallel-adapter it may be left out: the model that the adapter was trained on."""
     model: str | None = None
     """Which model of a run; not needed where there is only one."""
     revision: str | None = None

@@ -20,7 +20,7 @@ class ModelType(StrEnum):
     DEEP_PYTHIA = "deep_pythia"
 
 
-COMMON_MEMORY_OPTIONS = ("use_delta_rule", "num_memory_heads", "gate_init", "memory_epsilon")
+COMMON_MEMORY_OPTIONS = ("memory_layers", "use_delta_rule", "num_memory_heads", "gate_init", "memory_epsilon")
 
 # Which of `MemoryConfig`'s and `SelectiveConfig`'s options each model takes. Every model also takes `segment_length`.
 MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ class PythiaConfig:
     hidden_size: Annotated[int, Field(gt=0)] = 512
     """Width D of the residual stream."""
     num_hidden_layers: Annotated[int, Field(gt=0)] = 6
-    """Layers; in a memory model the first is the memory layer."""
+    """Layers; in a memory model those of `memory_layers` have memory."""
     num_attention_heads: Annotated[int, Field(gt=0)] = 8
     """Heads of softmax attention."""
     intermediate_size: Annotated[int, Field(gt=0)] = 2048
@@ -78,6 +78,8 @@ class PythiaConfig:
 class MemoryConfig:
     """The options of the memory layers; which model takes which is in `MODEL_OPTIONS`."""
 
+    memory_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], short("--memory-layers")] = (0,)
+    """Which layers have memory, counted from 0; all others are Pythia layers."""
     use_delta_rule: bool = True
     """Write only what the memory does not hold yet (v − r) instead of v."""
     num_memory_heads: Annotated[int | None, Field(gt=0)] = None
@@ -96,6 +98,10 @@ class MemoryConfig:
     """Initial β; the gate towards memory is sigmoid(β) a head."""
     memory_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     """ε: the least divisor of a read."""
+
+    def __post_init__(self) -> None:
+        if not self.memory_layers or len(set(self.memory_layers)) < len(self.memory_layers):
+            raise UserError(f"memory_layers: {list(self.memory_layers)}: one layer at least is needed, and none twice")
 
 
 @section
@@ -116,6 +122,14 @@ class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
     segment_length: Annotated[int | None, Field(gt=0), short("--segment-length")] = None
     """Tokens in a segment; None: data.seq_length / data.segments_per_sample."""
+
+    def __post_init__(self) -> None:
+        PythiaConfig.__post_init__(self)
+        MemoryConfig.__post_init__(self)
+        if max(self.memory_layers) >= self.num_hidden_layers:
+            raise UserError(
+                f"memory_layers: {list(self.memory_layers)}: the layers are 0 to {self.num_hidden_layers - 1}"
+            )
 
     def shape(self, vocab_size: int) -> PythiaConfig:
         """The shape that all models of the experiment share."""

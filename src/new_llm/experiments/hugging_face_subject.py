@@ -1,6 +1,7 @@
 """Hugging Face models as subjects: GPT-NeoX ones become models of this project, others are read through a wrapper."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.models import TransformerLM
 
 CONFIG_FILE = "config.json"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def load_hugging_face(
@@ -26,7 +28,10 @@ def load_hugging_face(
     kind = _read_model_type(name, revision)
     model: TransformerLM | HuggingFaceLM
     if kind == "gpt_neox":
-        model = TransformerLM.from_pythia(name, revision=revision, segment_length=segment_length)
+        try:
+            model = TransformerLM.from_pythia(name, revision=revision, segment_length=segment_length)
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(f"--segment-length: {error}") from None
     else:
         from transformers import AutoModelForCausalLM
 
@@ -50,6 +55,8 @@ def _read_model_type(name: str, revision: str | None) -> str:
 
     path = Path(name).expanduser() / CONFIG_FILE
     if not path.parent.is_dir():
+        if not HUB_NAME.fullmatch(name):
+            raise UserError(f"{name}: no such folder, and no name of a model on the hub either")
         try:
             if hub_answers(f"{name}/resolve/{revision or 'main'}/{CONFIG_FILE}", DataConfig.hub_timeout_seconds):
                 cached: Any = huggingface_hub.hf_hub_download(name, CONFIG_FILE, revision=revision)

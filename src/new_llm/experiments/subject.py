@@ -65,12 +65,21 @@ def load_subject(config: SubjectConfig) -> Subject:
         UserError: no such model, several to choose from, or an option that doesn't fit its kind.
     """
     device = choose_device(config.device)
-    path = Path(config.run).expanduser()
+    name = _name_model(config)
+    path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        subject = _load_run(config, path, device)
-    else:
-        subject = _load_hugging_face(config, device)
-    return subject
+        return _load_run(config, path, device)
+    return _load_hugging_face(config, name, device)
+
+
+def _name_model(config: SubjectConfig) -> str:
+    if config.run is not None:
+        return config.run
+    if config.parallel_adapter is None:
+        raise UserError("--run: a model is needed: a run folder, a saved model, or a Hugging Face folder or name")
+    from new_llm.models.hf.infini_adapter import read_base_name
+
+    return read_base_name(config.parallel_adapter)
 
 
 def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> Subject:
@@ -104,24 +113,24 @@ def _find_run(model_folder: Path) -> Path | None:
     return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
-def _load_hugging_face(config: SubjectConfig, device: torch.device) -> Subject:
+def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -> Subject:
     from new_llm.experiments.hugging_face_subject import load_hugging_face
 
     if config.model is not None:
-        raise UserError(f"--model: is for a run of several models; {config.run} is one model")
-    model, tokenizer, kind = load_hugging_face(config.run, config.revision, config.segment_length)
+        raise UserError(f"--model: is for a run of several models; {name} is one model")
+    model, tokenizer, kind = load_hugging_face(name, config.revision, config.segment_length)
     if isinstance(model, TransformerLM):
         model = _adapt(model, config)
     elif config.parallel_adapter is not None:
-        raise UserError(f"--parallel-adapter: {config.run} is no GPT-NeoX model, and adapters are for those")
+        raise UserError(f"--parallel-adapter: {name} is no GPT-NeoX model, and adapters are for those")
     dtype = next(iter(model.parameters())).dtype
     precision = {torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
     if config.precision != "auto" and config.precision != precision:
         if precision != "fp32":
-            raise UserError(f"--precision {config.precision}: the weights of {config.run} are {precision}; use auto")
+            raise UserError(f"--precision {config.precision}: the weights of {name} are {precision}; use auto")
         precision = config.precision
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.run).name) or "model"
-    facts = {"kind": kind, "path": config.run, "revision": config.revision, "seed": None}
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name) or "model"
+    facts = {"kind": kind, "path": name, "revision": config.revision, "seed": None}
     return _make(label, model, tokenizer, device, precision, facts, config)
 
 

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from new_llm.config import MODEL_OPTIONS, ModelConfig, ModelType, PythiaConfig, SelectiveConfig
+from new_llm.config import MODEL_OPTIONS, MemoryConfig, ModelConfig, ModelType, PythiaConfig, SelectiveConfig
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.transformer import TransformerLM
@@ -35,15 +35,12 @@ def _build_memory_layer(kind: Callable[..., Layer]) -> Callable[..., Layer]:
     return build
 
 
-FIRST_LAYERS: dict[ModelType, Callable[..., Layer]] = {
-    ModelType.PYTHIA: build_pythia_layer,
+MEMORY_LAYERS: dict[ModelType, Callable[..., Layer]] = {
     ModelType.INFINI: _build_memory_layer(InfiniLayer),
     ModelType.MULTI_MEMORY: _build_memory_layer(MultiMemoryLayer),
     ModelType.HIERARCHICAL: _build_memory_layer(HierarchicalLayer),
-    ModelType.SELECTIVE: build_pythia_layer,
-    ModelType.DEEP_PYTHIA: build_pythia_layer,
 }
-"""What each model's first layer is; the others are Pythia layers."""
+"""The memory layer of each model that has one."""
 
 
 def create_model(
@@ -75,8 +72,8 @@ def create_model(
         raise ValueError(
             f"{kind} takes no option {', '.join(unknown)}; allowed are {', '.join((*allowed, 'segment_length'))}"
         )
-    ModelConfig(**options)  # refuses values out of range by name
     config = config or PythiaConfig()
+    ModelConfig(num_hidden_layers=config.num_hidden_layers, **options)  # refuses values out of range by name
     length = config.max_position_embeddings if segment_length is None else segment_length
     if not isinstance(length, int) or not 1 <= length <= config.max_position_embeddings:
         raise ValueError(
@@ -89,8 +86,12 @@ def create_model(
         model_kind, options = functools.partial(SelectiveOutputLM, **options), {}
     elif kind == ModelType.DEEP_PYTHIA:
         num_layers, options = num_layers * (1 + options.get("skip_interval", SelectiveConfig.skip_interval)), {}
-    layers = [FIRST_LAYERS[kind](config, **options)]
-    layers += [build_pythia_layer(config) for _ in range(num_layers - 1)]
+    places = options.pop("memory_layers", MemoryConfig.memory_layers) if "memory_layers" in allowed else ()
+    build_memory_layer = MEMORY_LAYERS.get(kind, build_pythia_layer)
+    layers = [
+        build_memory_layer(config, **options) if index in places else build_pythia_layer(config)
+        for index in range(num_layers)
+    ]
     return model_kind(
         layers,
         vocab_size=config.vocab_size,

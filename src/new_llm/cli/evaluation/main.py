@@ -4,8 +4,9 @@ import tyro
 
 from new_llm.cli.arguments import read_errors
 from new_llm.cli.evaluation.perplexity import Perplexity
+from new_llm.cli.evaluation.reversal import Reversal
 
-COMMANDS = {"ppl": Perplexity}
+COMMANDS = {"ppl": Perplexity, "reversal": Reversal}
 
 DESCRIPTION = """Measure a trained model.
 
@@ -13,7 +14,8 @@ Every measurement writes a JSON file that says what was measured, how and by whi
 
 Examples:
   new-llm eval ppl --run runs/quick --model infini --protocol streaming
-  new-llm eval ppl --run runs/quick --model infini --data.source my_text.txt"""
+  new-llm eval ppl --run runs/quick --model infini --data.source my_text.txt
+  new-llm eval reversal --run runs/quick --model infini --pairs-per-relation 10"""
 
 
 def run(arguments: list[str]) -> int:

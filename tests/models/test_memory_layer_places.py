@@ -1,0 +1,45 @@
+"""`memory_layers`: which layers of a model have memory."""
+
+import pytest
+
+from new_llm import create_model
+from new_llm.cli.main import main
+from new_llm.config import ModelConfig, PythiaConfig, UserError
+
+SHAPE = PythiaConfig(
+    vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical"])
+@pytest.mark.parametrize("places", [(0,), (3,), (1, 2), (3, 0), (0, 1, 2, 3)])
+def test_the_named_layers_have_memory_and_no_others(kind, places):
+    model = create_model(kind, SHAPE, memory_layers=places)
+    assert [layer.kind for layer in model.layer_list] == [kind if i in places else "pythia" for i in range(4)]
+    assert sorted(model.memory_layers) == sorted(places)
+    assert [entry["layer"] for entry in model.memory_info()["per_layer"]] == sorted(places)
+
+
+def test_by_default_it_is_the_first():
+    assert list(create_model("infini", SHAPE).memory_layers) == [0]
+
+
+@pytest.mark.parametrize("places", [(4,), (1, 1), (-1,), ()])
+def test_other_places_are_refused_by_name(places, capsys):
+    with pytest.raises(ValueError, match="memory_layers"):
+        create_model("infini", SHAPE, memory_layers=places)
+    with pytest.raises(UserError, match="memory_layers"):
+        ModelConfig(num_hidden_layers=4, memory_layers=places)
+
+
+def test_the_command_refuses_them_too(capsys):
+    assert main(["experiment", "--models", "infini", "--memory-layers", "2", "9"]) == 2
+    error = capsys.readouterr().err
+    assert "memory_layers: [2, 9]: the layers are 0 to 5" in error
+    assert error.count("\n") == 1
+
+
+def test_models_without_memory_take_no_such_option():
+    for kind in ("pythia", "selective", "deep_pythia"):
+        with pytest.raises(ValueError, match="takes no option memory_layers"):
+            create_model(kind, SHAPE, memory_layers=(0,))
