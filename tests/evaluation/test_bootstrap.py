@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from new_llm.evaluation.bootstrap import draw_resamples, find_interval
+from new_llm.evaluation.bootstrap import draw_resamples, find_interval, find_t_interval
 
 
 def test_each_resample_draws_as_many_items_as_there_are():
@@ -41,3 +41,23 @@ def test_odd_values():
             find_interval(np.ones(3), wrong)
     with pytest.raises(ValueError, match="positive"):
         draw_resamples(0, 10, seed=0)
+
+
+# Quantiles of Student's distribution from printed tables: degrees of freedom, confidence, t.
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "quantile"),
+    [(1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (4, 0.99, 4.604), (9, 0.95, 2.262),
+     (10, 0.9, 1.812), (29, 0.95, 2.045), (120, 0.95, 1.980)],
+)  # fmt: skip
+def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile):
+    values = np.random.default_rng(freedom).normal(size=freedom + 1)
+    low, high = find_t_interval(values, confidence)
+    half = quantile * values.std(ddof=1) / np.sqrt(len(values))
+    assert (high - low) / 2 == pytest.approx(half, rel=4e-4)
+    assert (high + low) / 2 == pytest.approx(values.mean())
+
+
+def test_one_seed_has_no_interval():
+    assert find_t_interval([3.0], 0.95) == (None, None)
+    with pytest.raises(ValueError, match="confidence"):
+        find_t_interval([1.0, 2.0], 1.0)

@@ -43,6 +43,12 @@ class DataConfig:
     """Characters a token at most, by which to tell how much of a long source num_samples needs."""
     reversal_pairs: bool = True
     """Add the forward sentences of the reversal pairs to the training set."""
+    planted_facts: Annotated[float, Field(ge=0, le=50)] = 0.0
+    """Facts to recall in every 1,000 tokens of the training documents, each stated twice; 0: none."""
+    planted_distance: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (16, 1024)
+    """Tokens between the two statements of a planted fact, at least and at most."""
+    planted_tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1)] = ("facts",)
+    """What is planted: passkey, a number of five digits; facts, one sentence about an invented person."""
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     pile_name: str = "monology/pile-uncopyrighted"
@@ -55,6 +61,8 @@ class DataConfig:
     """How long to wait for the hub before it counts as out of reach."""
 
     def __post_init__(self) -> None:
+        if self.planted_distance[0] > self.planted_distance[1]:
+            raise UserError(f"data.planted_distance: {list(self.planted_distance)}: the least comes first")
         if self.seq_length % self.segments_per_sample:
             raise UserError(
                 f"data.seq_length: {self.seq_length} is no multiple of data.segments_per_sample "

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data.cache import CacheEntry, cache_folder, cache_key, load_or_build, write_split
+from new_llm.data.planted_facts import plant_facts
 from new_llm.data.progress import show_progress
 from new_llm.data.sources import Source, open_source
 from new_llm.data.splitting import cut_text, pack_sentences, shuffle_sentences, split_documents
@@ -24,7 +25,7 @@ from new_llm.data.tokenizer import (
     padded_vocab_size,
     train_tokenizer,
 )
-from new_llm.data.tokens import TokenSplit, count_samples, encode_documents, token_dtype
+from new_llm.data.tokens import TokenizedDocument, TokenSplit, count_samples, encode_documents, token_dtype
 
 MIN_VALIDATION_TOKENS = 2  # a document's first token has no prediction
 
@@ -69,6 +70,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
             "part_characters": config.seq_length * config.characters_per_token,
             "seq_length": config.seq_length,
             "sentences": sentences,
+            "planted": [config.planted_facts, config.planted_distance, config.planted_tasks],
         }
     )
     builder = _Builder(config, seed, source, sentences, found[1] if found else None)
@@ -126,6 +128,8 @@ class _Builder:
                 texts = {"train": chain(pinned, spool.select(train)), "validation": spool.select(validation)}
                 for name, split in texts.items():
                     documents = _count(encode_documents(split, tokenizer), advance)
+                    if name == "train" and config.planted_facts:
+                        documents = self._plant(documents, len(pinned), tokenizer)
                     write_split(folder, name, documents, dtype)
         tokenizer.save(str(folder / TOKENIZER_FILE))
         self._check_size(folder, len(pinned))
@@ -177,6 +181,13 @@ class _Builder:
             wanted = self.config.tokenizer_vocab_size
             notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}")
         return tokenizer
+
+    def _plant(
+        self, documents: Iterator[TokenizedDocument], num_pinned: int, tokenizer: Tokenizer
+    ) -> Iterator[TokenizedDocument]:
+        """Facts in all training documents but those of the reversal sentences."""
+        yield from islice(documents, num_pinned)
+        yield from plant_facts(documents, tokenizer, self.config, self.seed)
 
     def _check_size(self, folder: Path, num_pinned: int) -> None:
         train, validation = (np.load(folder / f"{name}.index.npy")[:, 0] for name in ("train", "validation"))
