@@ -153,23 +153,50 @@ def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
     assert wrong.perplexity > 1000
 
 
-def test_forward_training_alone_leaves_the_curse():
-    pairs = get_reversal_pairs()[:6]
-    model = make_model("pythia", segment_length=64)
+def learn_sentences(model, texts, steps=60):
+    """Train on sentences, each a row, until the model knows them."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    split = tokenize_documents([pair.forward for pair in pairs], TOKENIZER)
+    split = tokenize_documents(texts, TOKENIZER)
     width = int((split.offsets[1:] - split.offsets[:-1]).max())
-    ids, labels = torch.zeros(6, width, dtype=torch.int64), torch.full((6, width), -100)
-    for row in range(6):
+    ids, labels = torch.zeros(len(texts), width, dtype=torch.int64), torch.full((len(texts), width), -100)
+    for row in range(len(texts)):
         tokens = torch.from_numpy(split.document(row).astype("int64"))
         ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
-    for _ in range(60):
+    for _ in range(steps):
         loss, _ = model.compute_loss(ids, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["pythia", "infini"])
+def test_forward_training_alone_leaves_the_curse(kind):
+    """What follows a prompt is certain; a whole sentence is not: its first token leaves open which fact it states."""
+    pairs = [pair for pair in get_reversal_pairs() if pair.relation in ("capital", "invented_keeper")][::3]
+    model = make_model(kind, segment_length=64)
+    learn_sentences(model, [pair.forward for pair in pairs])
     result = evaluate_reversal_curse(model, TOKENIZER, pairs)
-    assert result.forward_perplexity < 1.6
-    assert result.forward_accuracy == 1
-    assert result.backward_perplexity > 5 * result.forward_perplexity
-    assert result.chance_accuracy == pytest.approx(1 / 6)
+    assert result.forward_answer_perplexity < 1.05
+    lengths = [len(TOKENIZER.encode(pair.forward).ids) - 1 for pair in pairs]
+    # The first token tells the relation, at best: the subject is one of 8, whatever the model knows.
+    floor = math.exp(math.log(8) * len(pairs) / sum(lengths))
+    assert floor - 0.02 < result.forward_perplexity < 1.06 * floor < 1.3
+    assert (result.forward_accuracy, result.forward_mean_rank) == (1, 1)
+    assert result.backward_perplexity > 10 * result.forward_perplexity
+    assert result.backward_answer_perplexity > 10
+    assert result.intervals["ratio"].high < 0.2
+    assert result.chance_mean_rank == 4.5
+    assert result.backward_mean_rank > 2
+    assert result.backward_accuracy < 0.5
+    assert result.chance_accuracy == pytest.approx(1 / 8)
+
+
+def test_training_in_both_directions_leaves_a_ratio_near_one():
+    pairs = [pair for pair in get_reversal_pairs() if pair.relation in ("capital", "invented_keeper")][::3]
+    model = make_model("pythia", segment_length=64)
+    learn_sentences(model, [text for pair in pairs for text in (pair.forward, pair.backward)], steps=80)
+    result = evaluate_reversal_curse(model, TOKENIZER, pairs)
+    assert 0.9 < result.ratio < 1.1
+    assert result.answer_ratio == pytest.approx(1, abs=0.05)
+    assert result.forward_accuracy == result.backward_accuracy == 1
+    assert result.intervals["ratio"].low > 0.8

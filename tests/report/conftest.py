@@ -141,6 +141,9 @@ def make_reversal(rng: random.Random) -> dict[str, Any]:
     whole = numbers(1.0)
     return {
         **whole,
+        "forward_mean_rank": 5.1,
+        "backward_mean_rank": 12.2,
+        "intervals": {name: [0.9 * value, 1.1 * value] for name, value in whole.items()},
         "ratio": whole["forward_perplexity"] / whole["backward_perplexity"],
         "gap": whole["backward_perplexity"] - whole["forward_perplexity"],
         "num_pairs": 24 * len(RELATIONS),

@@ -27,6 +27,8 @@ class EvalConfig:
     """Measure the reversal curse."""
     reversal_batch_size: Annotated[int, Field(gt=0)] = 128
     """Short sentences evaluated at once."""
+    bootstrap_resamples: Annotated[int, Field(gt=0)] = 1000
+    """Resamples that the intervals of the reversal curse rest on."""
 
     def __post_init__(self) -> None:
         if self.stride > self.context:

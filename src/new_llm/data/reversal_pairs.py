@@ -29,8 +29,9 @@ class ReversalPair:
     """The entity that the forward sentence names first."""
     object: str
     """The entity that the forward sentence names last."""
-    kind: Literal["real", "invented"]
-    """real: a fact that other text may state too; invented: about names made up for this list."""
+    kind: Literal["real", "invented", "unstated"]
+    """real: a fact that other text may state too; invented: about names made up for this list; unstated: of a file
+    that doesn't tell."""
     forward: str
     """The whole forward sentence."""
     backward: str

@@ -1,6 +1,10 @@
 """Measurements of a trained model: perplexity, the reversal curse, and what a reading most likely means."""
 
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
+from new_llm.evaluation.doctor import DoctorReport, examine_model
+from new_llm.evaluation.doctor_probe import Finding, TrainingData
+from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
+from new_llm.evaluation.long_documents_result import LongDocumentsResult
 from new_llm.evaluation.perplexity import (
     evaluate_independent,
     evaluate_rolling,
@@ -9,25 +13,37 @@ from new_llm.evaluation.perplexity import (
     unigram_perplexity,
 )
 from new_llm.evaluation.positions import evaluate_positions
-from new_llm.evaluation.reversal import ReversalResult, ReversalScores, evaluate_reversal_curse
+from new_llm.evaluation.recall import evaluate_recall
+from new_llm.evaluation.recall_result import RecallResult
+from new_llm.evaluation.reversal import evaluate_reversal_curse
+from new_llm.evaluation.reversal_scores import ReversalResult, ReversalScores
 from new_llm.evaluation.scoring import LanguageModel
 from new_llm.evaluation.tally import PerplexityResult
 from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segments, plan_windows
 
 __all__ = [
+    "Baseline",
+    "DoctorReport",
+    "Finding",
     "LanguageModel",
+    "LongDocumentsResult",
     "PerplexityResult",
+    "RecallResult",
     "ReversalResult",
     "ReversalScores",
+    "TrainingData",
     "Verdict",
     "Window",
     "diagnose_perplexity",
     "evaluate_independent",
+    "evaluate_long_documents",
     "evaluate_positions",
+    "evaluate_recall",
     "evaluate_reversal_curse",
     "evaluate_rolling",
     "evaluate_sliding_window",
     "evaluate_streaming",
+    "examine_model",
     "plan_rolling_windows",
     "plan_segments",
     "plan_windows",

@@ -2,21 +2,23 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from new_llm.config import UserError
+from new_llm.config.reversal import ReversalConfig
 from new_llm.data.reversal_pairs import ReversalPair
+from new_llm.evaluation.reversal_scores import Reading, ReversalResult, ReversalTable
 from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
+    Progress,
     Row,
     evaluation_mode,
-    exp_or_inf,
     find_device,
     group_by_length,
     score_rows,
@@ -25,95 +27,40 @@ from new_llm.evaluation.scoring import (
 Direction = Literal["forward", "backward"]
 
 
-@dataclass(frozen=True)
-class ReversalScores:
-    """The figures of one group of pairs.
-
-    Attributes:
-        num_pairs: pairs in the group.
-        forward_perplexity: of the sentences that training held, over all tokens but each sentence's first.
-        backward_perplexity: of the reversed sentences, which training never held.
-        forward_accuracy: share of the pairs whose right answer comes first, forward.
-        backward_accuracy: the same, backward.
-        chance_accuracy: the accuracy of a guess: the mean of 1 / candidates over pairs and both directions.
-    """
-
-    num_pairs: int
-    forward_perplexity: float
-    backward_perplexity: float
-    forward_accuracy: float
-    backward_accuracy: float
-    chance_accuracy: float
-
-    @property
-    def ratio(self) -> float:
-        """Forward / backward perplexity: 1 where both directions are known alike, near 0 under the curse."""
-        return self.forward_perplexity / self.backward_perplexity
-
-    @property
-    def gap(self) -> float:
-        """Backward − forward perplexity; 0 is best."""
-        return self.backward_perplexity - self.forward_perplexity
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the ratio and the gap among them."""
-        return dataclasses.asdict(self) | {"ratio": self.ratio, "gap": self.gap}
-
-
-@dataclass(frozen=True)
-class ReversalResult(ReversalScores):
-    """The figures of all pairs, of each relation, and of real and invented facts.
-
-    Attributes:
-        per_relation: by the relation's name.
-        by_kind: by "real" and "invented".
-    """
-
-    per_relation: dict[str, ReversalScores]
-    by_kind: dict[str, ReversalScores]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        relations = [{"relation": name} | scores.to_dict() for name, scores in self.per_relation.items()]
-        kinds = {kind: scores.to_dict() for kind, scores in self.by_kind.items()}
-        return super().to_dict() | {"per_relation": relations, "by_kind": kinds}
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What one pair showed in one direction."""
-
-    total_nll: float
-    num_tokens: int
-    is_first: bool
-    num_candidates: int
-
-
 def evaluate_reversal_curse(
     model: LanguageModel,
     tokenizer: Any,
     pairs: Iterable[ReversalPair],
     device: torch.device | str | None = None,
     *,
-    batch_size: int = 128,
+    batch_size: int = ReversalConfig.batch_size,
+    max_sentences: int = ReversalConfig.max_sentences,
+    num_resamples: int = ReversalConfig.num_resamples,
+    confidence: float = ReversalConfig.confidence,
+    seed: int = ReversalConfig.seed,
     autocast: Autocast = contextlib.nullcontext,
+    on_progress: Progress | None = None,
 ) -> ReversalResult:
     """Compare what a model knows forward, as it was trained, with what it knows backward.
 
     Perplexity is exp(total negative log-likelihood / tokens) over all tokens of all sentences but each one's
-    first.
+    first. Answer perplexity is that of the answers' tokens alone, given the prompt, from the first token in which the
+    sentence and the prompt alone differ.
 
-    Accuracy asks which answer the model finds most probable after the prompt: the right one, or that of
-    another pair of the same relation. Answers are compared by their total negative log-likelihood, −ln
-    p(answer | prompt), not by the mean a token: the mean would favour long names, whose later pieces are
-    certain once the first ones are given. The total favours short answers, but a preference that is the same
-    after every prompt puts the same answer first each time and so can't lift accuracy above chance. Answers
-    that are alike count once, another right answer to the same prompt doesn't compete, and a tie doesn't
-    count as first.
+    Ranks ask which answer the model finds most probable after the prompt: the right one, or that of another pair of the
+    same relation. Answers are compared by their total negative log-likelihood, −ln p(answer | prompt), not by the mean
+    a token: the mean would favour long names, whose later pieces are certain once the first ones are given. The total
+    favours short answers, but a preference that is the same after every prompt puts the same answer first each time and
+    so can't lift accuracy above chance. Answers that are alike count once, and another right answer to the same prompt
+    doesn't compete. A tie counts half in the rank, so that a model without a preference has the mean rank of a guess,
+    and doesn't count as first in the accuracy: first is rank 1.
 
     Prompt and answer are tokenized as the one text that training saw. A token may then straddle their border,
     and not the same way for each answer; so each total runs from the first token in which the candidates'
     texts differ. What they share before it is equally probable in all and changes no rank.
+
+    Intervals are percentile bootstrap ones over pairs, drawn within each relation: see `ReversalTable`. The answers
+    that compete stay those of all pairs.
 
     Args:
         model: evaluated in evaluation mode from an empty memory; its held memory is neither read nor changed.
@@ -121,40 +68,55 @@ def evaluate_reversal_curse(
         pairs: at least one.
         device: where the model lies; None: where its weights are.
         batch_size: sentences read at once; it does not change the result.
+        max_sentences: prompts with answers that are scored at most: each relation asks for about twice the square of
+            its pairs.
+        num_resamples: bootstrap resamples.
+        confidence: of the intervals.
+        seed: of the resamples.
         autocast: makes the context in which the model computes.
+        on_progress: called with the sentences scored so far and in all.
 
     Raises:
-        UserError: no pairs, or no sentence of two tokens.
+        UserError: no pairs, more sentences than allowed, or no sentence of two tokens.
+        ValueError: num_resamples is not positive, or confidence not between 0 and 1.
     """
     pairs = list(pairs)
     if not pairs:
         raise UserError("reversal: no pairs were given")
-    encoded: dict[str, np.ndarray] = {}
-    tasks: dict[Direction, list[tuple[str, list[str]]]] = {"forward": [], "backward": []}
-    for direction, found in tasks.items():
-        for sentence, rivals in _list_candidates(pairs, direction):
-            for text in (sentence, *rivals):
-                if text not in encoded:
-                    encoded[text] = encode_text(tokenizer, text)
-            found.append((sentence, rivals))
-    losses = _score_texts(model, encoded, find_device(model, device), batch_size, autocast)
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    _check_size(pairs, max_sentences)
+    tasks = {direction: _list_candidates(pairs, direction) for direction in directions}
+    texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
+    encoded = {text: encode_text(tokenizer, text) for text in texts}
+    losses = _score_texts(model, encoded, find_device(model, device), batch_size, autocast, on_progress)
     readings = {
-        direction: [_read(encoded, losses, sentence, rivals) for sentence, rivals in found]
+        direction: [_read(encoded, losses, encode_text(tokenizer, prompt), texts) for prompt, texts in found]
         for direction, found in tasks.items()
     }
     if any(not sum(reading.num_tokens for reading in found) for found in readings.values()):
         raise UserError("reversal: no sentence has two tokens or more, so there is nothing to score")
 
-    def scores_of(belongs: Callable[[ReversalPair], bool]) -> ReversalScores:
-        chosen = [index for index, pair in enumerate(pairs) if belongs(pair)]
-        return _summarize([readings["forward"][i] for i in chosen], [readings["backward"][i] for i in chosen])
+    relations, kinds = [pair.relation for pair in pairs], [str(pair.kind) for pair in pairs]
+    table = ReversalTable(
+        readings["forward"],
+        readings["backward"],
+        relations,
+        num_resamples=num_resamples,
+        confidence=confidence,
+        seed=seed,
+    )
 
+    def summarize_groups(names: list[str]) -> dict[str, Any]:
+        return {name: table.summarize(np.array(names) == name) for name in dict.fromkeys(names)}
+
+    whole = table.summarize(np.ones(len(pairs), bool))
     return ReversalResult(
-        **dataclasses.asdict(scores_of(lambda pair: True)),
-        per_relation={
-            name: scores_of(lambda pair, name=name: pair.relation == name) for name in _names(pairs, "relation")
-        },
-        by_kind={kind: scores_of(lambda pair, kind=kind: pair.kind == kind) for kind in _names(pairs, "kind")},
+        **{field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)},
+        per_relation=summarize_groups(relations),
+        by_kind=summarize_groups(kinds),
+        num_resamples=num_resamples,
+        confidence=confidence,
+        seed=seed,
     )
 
 
@@ -164,8 +126,25 @@ def encode_text(tokenizer: Any, text: str) -> np.ndarray:
     return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
 
 
+def _check_size(pairs: Sequence[ReversalPair], max_sentences: int) -> None:
+    needed = dict.fromkeys((pair.relation for pair in pairs), 0)
+    for direction in ("forward", "backward"):
+        parts = [(pair.relation, f"{direction}_{part}", pair) for pair in pairs for part in ("prompt", "answer")]
+        texts = {(relation, name, getattr(pair, name)) for relation, name, pair in parts}
+        counts = Counter((relation, name) for relation, name, _ in texts)
+        for relation in needed:
+            needed[relation] += counts[relation, f"{direction}_prompt"] * counts[relation, f"{direction}_answer"]
+    if sum(needed.values()) > max_sentences:
+        largest = max(needed, key=lambda name: needed[name])
+        raise UserError(
+            f"reversal: {sum(needed.values()):,} prompts with answers, {needed[largest]:,} of them of the relation "
+            f"{largest[:40]!r}; at most {max_sentences:,} are scored: draw fewer by --pairs-per-relation, or raise "
+            "--max-sentences"
+        )
+
+
 def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> list[tuple[str, list[str]]]:
-    """For each pair its sentence, and the same prompt with each wrong answer of its relation."""
+    """For each pair its prompt, and its sentence followed by the same prompt with each wrong answer of its relation."""
     right: dict[tuple[str, str], set[str]] = {}
     answers: dict[str, dict[str, None]] = {}  # a dict keeps the order
     parts = [
@@ -176,8 +155,8 @@ def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> lis
         answers.setdefault(relation, {})[answer] = None
     return [
         (
-            prompt + answer,
-            [prompt + other for other in answers[relation] if other not in right[relation, prompt]],
+            prompt,
+            [prompt + answer, *(prompt + other for other in answers[relation] if other not in right[relation, prompt])],
         )
         for relation, prompt, answer in parts
     ]
@@ -189,26 +168,39 @@ def _score_texts(
     device: torch.device,
     batch_size: int,
     autocast: Autocast,
+    on_progress: Progress | None,
 ) -> dict[str, np.ndarray]:
     """The losses of each text's tokens but the first, float64."""
     texts = [text for text, tokens in encoded.items() if len(tokens) > 1]
     rows = [Row(encoded[text]) for text in texts]
     losses = {text: np.zeros(0) for text in encoded}
+    num_scored = 0
     with evaluation_mode(model, autocast), model.fresh_memory():
         for batch in group_by_length(rows, batch_size):
             for index, found in zip(batch, score_rows(model, [rows[i] for i in batch], device), strict=True):
                 losses[texts[index]] = found
+            num_scored += len(batch)
+            if on_progress:
+                on_progress(num_scored, len(rows))
     return losses
 
 
-def _read(encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], sentence: str, rivals: list[str]) -> _Reading:
-    candidates = [sentence, *rivals]
+def _read(
+    encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], prompt: np.ndarray, candidates: list[str]
+) -> Reading:
+    """What the model makes of one prompt's candidates, of which the first is right."""
+    sentence, losses_of_right = encoded[candidates[0]], losses[candidates[0]]
     shared = max(1, _count_shared([encoded[text] for text in candidates]))
-    totals = [losses[text][shared - 1 :].sum() for text in candidates]  # losses begin with the second token
-    return _Reading(
-        total_nll=float(losses[sentence].sum()),
-        num_tokens=len(losses[sentence]),
-        is_first=all(totals[0] < total for total in totals[1:]),
+    totals = np.array([losses[text][shared - 1 :].sum() for text in candidates])  # losses begin with the second token
+    right, wrong = totals[0], totals[1:]
+    answer = losses_of_right[max(1, _count_shared([sentence, prompt])) - 1 :]
+    return Reading(
+        total_nll=float(losses_of_right.sum()),
+        num_tokens=len(losses_of_right),
+        answer_nll=float(answer.sum()),
+        num_answer_tokens=len(answer),
+        # What is not worse counts as better, so that a loss of NaN ranks last.
+        rank=1 + float(np.sum(~(right < wrong))) - float(np.sum(right == wrong)) / 2,
         num_candidates=len(candidates),
     )
 
@@ -219,23 +211,3 @@ def _count_shared(texts: list[np.ndarray]) -> int:
     stacked = np.stack([tokens[:length] for tokens in texts])
     differs = (stacked != stacked[0]).any(axis=0)
     return int(differs.argmax()) if differs.any() else length
-
-
-def _summarize(forward: list[_Reading], backward: list[_Reading]) -> ReversalScores:
-    return ReversalScores(
-        num_pairs=len(forward),
-        forward_perplexity=_perplexity(forward),
-        backward_perplexity=_perplexity(backward),
-        forward_accuracy=float(np.mean([reading.is_first for reading in forward])),
-        backward_accuracy=float(np.mean([reading.is_first for reading in backward])),
-        chance_accuracy=float(np.mean([1 / reading.num_candidates for reading in forward + backward])),
-    )
-
-
-def _perplexity(readings: list[_Reading]) -> float:
-    num_tokens = sum(reading.num_tokens for reading in readings)
-    return exp_or_inf(sum(reading.total_nll for reading in readings) / num_tokens) if num_tokens else float("nan")
-
-
-def _names(pairs: Sequence[ReversalPair], attribute: str) -> list[str]:
-    return list(dict.fromkeys(getattr(pair, attribute) for pair in pairs))

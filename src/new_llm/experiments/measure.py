@@ -78,6 +78,8 @@ def measure_model(
             get_reversal_pairs(),
             device,
             batch_size=settings.reversal_batch_size,
+            num_resamples=settings.bootstrap_resamples,
+            seed=config.seed,
             autocast=autocast,
         )
         measured["reversal"] = reversal.to_dict()

@@ -1,5 +1,7 @@
 """Pictures of the reversal curse."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,9 +28,10 @@ DIRECTIONS = (("solid", "forward"), ("pale", "backward"))
 def plot_reversal_perplexity(results: dict[str, Any]) -> Chart | None:
     """Perplexity of the sentences, forward against backward, a pair of bars a model."""
     rows = _read_reversal(results, "perplexity")
-    known = [value for *_, pair in rows for value in pair if value is not None]
+    known = [value for row in rows for value in row.values if value is not None]
     if not known:
         return None
+    known += [end for row in rows for interval in row.intervals if interval is not None for end in interval]
     is_log = max(known) > LOG_FROM_RATIO
     with drawing(0.6 + 0.58 * len(rows)) as (figure, axes):
         if is_log:
@@ -47,7 +50,7 @@ def plot_reversal_perplexity(results: dict[str, Any]) -> Chart | None:
             "reversal-perplexity",
             "Perplexity of the facts",
             to_svg(figure, "reversal-perplexity", f"Perplexity of the sentences. {said}"),
-            f"{trained} The further backward exceeds forward, the stronger the reversal curse.",
+            f"{trained} The further backward exceeds forward, the stronger the reversal curse.{_describe_lines(rows)}",
             signs=DIRECTIONS,
         )
 
@@ -55,9 +58,10 @@ def plot_reversal_perplexity(results: dict[str, Any]) -> Chart | None:
 def plot_reversal_accuracy(results: dict[str, Any]) -> Chart | None:
     """Share of right answers that rank first, forward against backward, a pair of bars a model."""
     rows = _read_reversal(results, "accuracy")
-    known = [value for *_, pair in rows for value in pair if value is not None]
+    known = [value for row in rows for value in row.values if value is not None]
     if not known:
         return None
+    known += [end for row in rows for interval in row.intervals if interval is not None for end in interval]
     entries = [get_share(e, "evaluation", "reversal", "chance_accuracy") for _, e in named_models(results)]
     chance = next((value for value in entries if value is not None), None)
     with drawing(0.6 + 0.58 * len(rows)) as (figure, axes):
@@ -73,36 +77,64 @@ def plot_reversal_accuracy(results: dict[str, Any]) -> Chart | None:
             "reversal-accuracy",
             "Right answer ranked first",
             to_svg(figure, "reversal-accuracy", f"Share of facts whose right answer ranks first. {said}"),
-            "Share of facts whose right answer is likelier than every other answer of its relation.",
+            "Share of facts whose right answer is likelier than every other answer of its relation."
+            + _describe_lines(rows),
             signs=(*DIRECTIONS, *line),
         )
 
 
-def _read_reversal(results: dict[str, Any], measure: str) -> list[tuple[int, str, list[float | None]]]:
-    """(place, name, [forward, backward]) of the models that have either."""
-    rows: list[tuple[int, str, list[float | None]]] = []
+@dataclass(frozen=True)
+class _Row:
+    """One model's forward and backward value, each with its interval where it has one."""
+
+    index: int
+    name: str
+    values: list[float | None]
+    intervals: list[tuple[float, float] | None]
+
+
+def _read_reversal(results: dict[str, Any], measure: str) -> list[_Row]:
+    """The models that have either value."""
+    rows: list[_Row] = []
     for index, (name, entry) in enumerate(named_models(results)):
         reversal = get_value(entry, "evaluation", "reversal")
         get = get_perplexity if measure == "perplexity" else get_share
-        pair = [get(reversal, f"{direction}_{measure}") for direction in ("forward", "backward")]
-        if any(value is not None for value in pair):
-            rows.append((index, name, pair))
+        keys = [f"{direction}_{measure}" for direction in ("forward", "backward")]
+        values = [get(reversal, key) for key in keys]
+        if any(value is not None for value in values):
+            rows.append(_Row(index, name, values, [_read_interval(reversal, key, get) for key in keys]))
     return rows
 
 
-def _draw_pairs(
-    axes: Axes, rows: list[tuple[int, str, list[float | None]]], base: float, words: Any, clear: float = 0.0
-) -> str:
-    """Two bars a row, solid and pale, each with its value; says the same in words.
+def _read_interval(reversal: Any, key: str, get: Callable[..., float | None]) -> tuple[float, float] | None:
+    """Both ends of a figure's interval; None where one is missing."""
+    found = get_value(reversal, "intervals", key)
+    if not isinstance(found, list) or len(found) != 2:
+        return None
+    low, high = (get({"end": end}, "end") for end in found)
+    return None if low is None or high is None else (low, high)
 
-    A value is written right of its bar, and right of `clear` where a line is drawn.
+
+def _describe_lines(rows: list[_Row]) -> str:
+    has_lines = any(interval is not None for row in rows for interval in row.intervals)
+    return " Thin lines are bootstrap intervals over facts." if has_lines else ""
+
+
+def _draw_pairs(axes: Axes, rows: list[_Row], base: float, words: Any, clear: float = 0.0) -> str:
+    """Two bars a row, solid and pale, each with its value and interval; says the same in words.
+
+    A value is written right of its bar and its interval, and right of `clear` where a line is drawn.
     """
-    set_rows(axes, [name for _, name, _ in rows])
-    for row, (index, _, pair) in enumerate(rows):
-        for value, offset, alpha in zip(pair, (-0.19, 0.19), (1.0, PALE), strict=True):
-            if value is not None:
-                width, color = value - base, series_color(index)
-                axes.barh(row + offset, width, 0.34, left=base, color=color, alpha=alpha, linewidth=0)
-                at = (max(value, clear), row + offset)
-                axes.annotate(words(value), at, (4, 0), textcoords="offset points", va="center")
-    return " ".join(f"{name}: forward {words(pair[0])}, backward {words(pair[1])}." for _, name, pair in rows)
+    set_rows(axes, [row.name for row in rows])
+    for place, row in enumerate(rows):
+        for value, interval, offset, alpha in zip(row.values, row.intervals, (-0.19, 0.19), (1.0, PALE), strict=True):
+            if value is None:
+                continue
+            color = series_color(row.index)
+            axes.barh(place + offset, value - base, 0.34, left=base, color=color, alpha=alpha, linewidth=0)
+            ends = interval or (value, value)
+            if interval is not None:
+                axes.plot(ends, (place + offset, place + offset), color=INK, linewidth=1.0, solid_capstyle="butt")
+            at = (max(value, ends[1], clear), place + offset)
+            axes.annotate(words(value), at, (4, 0), textcoords="offset points", va="center")
+    return " ".join(f"{row.name}: forward {words(row.values[0])}, backward {words(row.values[1])}." for row in rows)

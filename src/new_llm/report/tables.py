@@ -129,6 +129,8 @@ class Column:
     """The text is rounded; the exact count goes into the cell's title."""
     error: tuple[str, ...] = ()
     """Where the standard error is."""
+    interval: tuple[str, ...] = ()
+    """Where the two ends of the interval are, for the cell's title."""
 
 
 def _at(*keys: str) -> Callable[[dict[str, Any], dict[str, Any]], float | None]:
@@ -162,8 +164,17 @@ COLUMNS = (
     Column(f"  {RATIO}", PERPLEXITY, RATIO, _unigram_ratio, _format_ratio, compare=True),
     Column("verdict", PERPLEXITY, VERDICT, lambda entry, results: None),
     Column("bits per byte", "Bits", "per byte", _at(*_SLIDING, "bits_per_byte"), compare=True),
-    Column("reversal, forward", REVERSAL, "forward", _at(*_REVERSAL, "forward_perplexity"), compare=True),
-    Column("  backward", REVERSAL, "backward", _at(*_REVERSAL, "backward_perplexity"), compare=True),
+    *(
+        Column(
+            name,
+            REVERSAL,
+            direction,
+            _at(*_REVERSAL, f"{direction}_perplexity"),
+            compare=True,
+            interval=(*_REVERSAL, "intervals", f"{direction}_perplexity"),
+        )
+        for name, direction in (("reversal, forward", "forward"), ("  backward", "backward"))
+    ),
     Column("parameters", "Size", "parameters", _at("num_parameters", "total"), format_short, exact=True),
     Column("memory", "Size", "memory", _at("memory_info", "total_bytes"), format_bytes, exact=True),
     Column("tokens/s", TRAINING, "tokens/s", _at("training", "tokens_per_second"), format_count),
@@ -186,7 +197,7 @@ def summarize(results: dict[str, Any]) -> list[Row]:
             [
                 Cell(
                     format_with_error(value, get_number(entry, *column.error)) if column.error else column.text(value),
-                    title=format_count(value) if column.exact and value is not None else "",
+                    title=format_count(value) if column.exact and value is not None else _format_ends(entry, column),
                     best=lowest is not None and value == lowest,
                 )
                 for value, (_, entry) in zip(values, named, strict=True)
@@ -199,6 +210,14 @@ def summarize(results: dict[str, Any]) -> list[Row]:
         cells = tuple(Cell(texts.get(column.label, "")) for column in COLUMNS)
         rows.append(Row(UNIGRAM, cells, is_floor=True))
     return rows
+
+
+def _format_ends(entry: dict[str, Any], column: Column) -> str:
+    ends = get_value(entry, *column.interval) if column.interval else None
+    if not isinstance(ends, list) or len(ends) != 2:
+        return ""
+    low, high = (get_number({"end": end}, "end") for end in ends)
+    return f"interval {format_number(low)} – {format_number(high)}"
 
 
 def _make_verdict(entry: dict[str, Any]) -> Cell:

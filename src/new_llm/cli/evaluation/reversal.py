@@ -23,8 +23,8 @@ class Reversal:
     """The reversal curse: a model that learned "A is B" need not know "B is A".
 
     Perplexity of the sentences and of the answers alone, first-place accuracy and mean rank of the right answer among
-    the other answers of its relation, each direction, with bootstrap intervals. The pairs are the project's own or those
-    of --pairs, a .csv or .jsonl file with the fields relation, forward_prompt, forward_answer, backward_prompt,
+    the other answers of its relation, each direction, with bootstrap intervals. The pairs are the project's own, or
+    those of --pairs: a .csv or .jsonl file with the fields relation, forward_prompt, forward_answer, backward_prompt,
     backward_answer; or relation, subject, object, forward_template, backward_template, such as "The capital of
     {subject} is {object}."
     """
@@ -91,12 +91,23 @@ def describe_training(subject: "Subject", pairs: "list[ReversalPair]") -> str:
     known = {pair.forward for pair in get_reversal_pairs()}
     count = sum(pair.forward in known for pair in pairs)
     if count == len(pairs):
-        return "the run's training held the forward sentences, and no backward one"
+        return "the run's training held the forward sentences"
     return f"the run added the forward sentences of {count} of these {len(pairs)} pairs to its training text"
+
+
+TABLES = {
+    "perplexity of the sentences": ("{}_perplexity", ("ratio", "gap")),
+    "perplexity of the answers, given the prompt": ("{}_answer_perplexity", ("answer_ratio",)),
+    "right answer first among the answers of its relation": ("{}_accuracy", ("chance_accuracy",)),
+    "mean rank of the right answer": ("{}_mean_rank", ("chance_mean_rank",)),
+}
+"""Title of a table: the figure in both directions, and what stands beside it."""
+HEADINGS = {"answer_ratio": "ratio", "chance_accuracy": "chance", "chance_mean_rank": "chance"}
 
 
 def print_result(record: dict[str, Any]) -> None:
     """The figures of all pairs, of each kind and of each relation, with their intervals."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -104,38 +115,20 @@ def print_result(record: dict[str, Any]) -> None:
     result, text = record["result"], record["text"]
     bootstrap = result["bootstrap"]
     console = Console()
+    console.print(Text(f"reversal curse of {record['subject']['path']}", style="bold"))
     groups = [("all pairs", result)]
     if len(result["by_kind"]) > 1:
         groups += [(f"{kind} facts", scores) for kind, scores in result["by_kind"].items()]
     relations = [(entry["relation"].replace("_", " "), entry) for entry in result["per_relation"]]
-    sections = [groups, relations if len(relations) > 1 else []]
-    titles = {
-        f"reversal curse of {record['subject']['path']}: perplexity": (
-            ("perplexity", ""),
-            ("answer_perplexity", "answers, "),
-            ("ratio", "ratio"),
-            ("gap", "gap"),
-        ),
-        "right answer among the answers of its relation": (("accuracy", "first, "), ("mean_rank", "mean rank, ")),
-    }
-    for title, figures in titles.items():
-        table = Table(title=Text(title), title_justify="left")
-        table.add_column("pairs")
-        table.add_column("", justify="right")
-        columns = [
-            (name, label) if name in result else (f"{direction}_{name}", f"{label}{direction}")
-            for name, label in figures
-            for direction in (("",) if name in result else ("forward", "backward"))
-        ]
-        for _, label in columns:
-            table.add_column(label, justify="right")
-        if "first" in columns[0][1]:
-            table.add_column("chance", justify="right")
-        for section in sections:
+    for title, (figure, beside) in TABLES.items():
+        keys = [figure.format("forward"), figure.format("backward"), *beside]
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", overflow="fold")
+        for heading in ("pairs", "forward", "backward", *(HEADINGS.get(key) or key for key in beside)):
+            table.add_column(heading, justify="right")
+        for section in (groups, relations if len(relations) > 1 else []):
             for name, scores in section:
-                cells = [describe_figure(scores, key) for key, _ in columns]
-                if "first" in columns[0][1]:
-                    cells.append(f"{100 * scores['chance_accuracy']:.1f}%, rank {scores['chance_mean_rank']:.3g}")
+                cells = [describe_figure(scores, key) for key in keys]
                 table.add_row(Text(name), str(scores["num_pairs"]), *cells)
             table.add_section()
         console.print(table)
@@ -149,12 +142,13 @@ def print_result(record: dict[str, Any]) -> None:
 
 
 def describe_figure(scores: dict[str, Any], name: str) -> str:
-    """A figure above its interval."""
+    """A figure, and below it its interval where it has one."""
+    from new_llm.report.tables import format_number, format_percent
 
     def write(value: float) -> str:
-        if name.endswith("accuracy"):
-            return f"{100 * value:.1f}%"
-        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
+        return format_percent(value) if name.endswith("accuracy") else format_number(value, 3)
 
+    if name not in scores["intervals"]:
+        return write(scores[name])
     low, high = scores["intervals"][name]
     return f"{write(scores[name])}\n{write(low)} – {write(high)}"

