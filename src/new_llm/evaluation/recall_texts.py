@@ -1,7 +1,6 @@
 """Texts to recall from: a sentence hidden at some depth of real text, whole segments of it, and a question."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from new_llm.config import UserError
 from new_llm.data.planting import SentenceBorders, choose_place, encode_sentence, plant_sentence
 from new_llm.data.recall_facts import Needle, RecallPart, RecallTask, draw_needle
 from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.scoring import count_shared
 
 NEEDLE_STREAM, FILLER_STREAM = 1, 2  # keep the random numbers of different choices apart
 TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2}
@@ -157,11 +157,3 @@ class TextMaker:
         ahead = np.take(self.split.tokens, np.arange(begin, begin + FIRST_SENTENCE_REACH), mode="wrap")
         found = self.borders.find_sentences(ahead)
         return begin + int(found[0]) if len(found) else begin
-
-
-def count_shared(texts: Sequence[Tokens]) -> int:
-    """Leading tokens that all texts have in common."""
-    length = min(len(tokens) for tokens in texts)
-    stacked = np.stack([tokens[:length] for tokens in texts])
-    differs = (stacked != stacked[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else length

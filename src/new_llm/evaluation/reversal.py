@@ -18,6 +18,7 @@ from new_llm.evaluation.scoring import (
     LanguageModel,
     Progress,
     Row,
+    count_shared,
     evaluation_mode,
     find_device,
     group_by_length,
@@ -190,10 +191,10 @@ def _read(
 ) -> Reading:
     """What the model makes of one prompt's candidates, of which the first is right."""
     sentence, losses_of_right = encoded[candidates[0]], losses[candidates[0]]
-    shared = max(1, _count_shared([encoded[text] for text in candidates]))
+    shared = max(1, count_shared([encoded[text] for text in candidates]))
     totals = np.array([losses[text][shared - 1 :].sum() for text in candidates])  # losses begin with the second token
     right, wrong = totals[0], totals[1:]
-    answer = losses_of_right[max(1, _count_shared([sentence, prompt])) - 1 :]
+    answer = losses_of_right[max(1, count_shared([sentence, prompt])) - 1 :]
     return Reading(
         total_nll=float(losses_of_right.sum()),
         num_tokens=len(losses_of_right),
@@ -203,11 +204,3 @@ def _read(
         rank=1 + float(np.sum(~(right < wrong))) - float(np.sum(right == wrong)) / 2,
         num_candidates=len(candidates),
     )
-
-
-def _count_shared(texts: list[np.ndarray]) -> int:
-    """Leading tokens that all texts have in common."""
-    length = min(len(tokens) for tokens in texts)
-    stacked = np.stack([tokens[:length] for tokens in texts])
-    differs = (stacked != stacked[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else length

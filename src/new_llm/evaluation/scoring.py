@@ -188,3 +188,11 @@ def exp_or_inf(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
+
+
+def count_shared(texts: Sequence[np.ndarray]) -> int:
+    """Leading tokens that all texts have in common."""
+    length = min(len(tokens) for tokens in texts)
+    stacked = np.stack([tokens[:length] for tokens in texts])
+    differs = (stacked != stacked[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else length

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from new_llm.cli.evaluation.common import show_progress
-from new_llm.cli.evaluation.pictures import check_picture, finish_with_picture
+from new_llm.cli.evaluation.common import check_picture, finish, show_progress
 from new_llm.config.errors import UserError
 from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.measurement import SubjectConfig, TextConfig
@@ -75,7 +74,7 @@ class LongDocuments:
         settings = plain_settings(self.data, options)
         record = describe_evaluation("long", subject, text.info, settings, values, is_complete=result.is_complete)
         print_result(record)
-        return finish_with_picture(record, subject, self.out, self.picture, plot_distance)
+        return finish(record, subject, self.out, plot_distance, self.picture)
 
 
 def load_baselines(

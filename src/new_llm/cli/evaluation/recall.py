@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from new_llm.cli.evaluation.common import show_progress
-from new_llm.cli.evaluation.pictures import check_picture, finish_with_picture
+from new_llm.cli.evaluation.common import check_picture, finish, show_progress
 from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.recall import RecallConfig
 
@@ -75,7 +74,7 @@ class Recall:
             is_complete=result.is_complete,
         )
         print_result(record)
-        return finish_with_picture(record, subject, self.out, self.picture, plot_recall)
+        return finish(record, subject, self.out, plot_recall, self.picture)
 
 
 def print_result(record: dict[str, Any]) -> None:
