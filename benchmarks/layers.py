@@ -45,7 +45,7 @@ def make_step(kind: ModelType, arguments: argparse.Namespace, segment_length: in
 
     def step() -> None:
         with autocast():
-            loss = model.token_losses(labels[:, :-1], labels, update_memory=segment_length < length).mean()
+            loss = model.total_loss(labels[:, :-1], labels, update_memory=segment_length < length) / (rows * length)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,59 +1,115 @@
-"""What README and docs show is run as it stands there."""
+"""What README and docs show is run as it stands there, or parsed by the command that it is for."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
-from new_llm.cli.main import COMMANDS
+from documents import PAGES, ROOT, find_blocks, find_commands, name_page, parse_command
+from new_llm.config import ExperimentConfig, config_from_dict
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
-
-
-def find_blocks(language: str) -> list[tuple[str, str]]:
-    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return [(page.name, block) for page in PAGES for block in pattern.findall(page.read_text(encoding="utf-8"))]
+LANGUAGES = {"", "bash", "python", "yaml", "text"}
 
 
-def find_commands() -> list[str]:
-    lines = [line.split(" #")[0].strip() for _, block in find_blocks("bash") for line in block.splitlines()]
-    return sorted({line for line in lines if line})
-
-
-@pytest.mark.parametrize(("page", "code"), find_blocks("python"), ids=lambda value: value[:24])
-def test_python_blocks_run(page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "python")], ids=name_page)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks run one after another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, page, "exec"), {})
+    code = "\n".join(find_blocks(page, "python"))
+    exec(compile(code, name_page(page), "exec"), {"__name__": "page"})
 
 
-@pytest.mark.parametrize("command", find_commands())
-def test_commands_exist_and_take_their_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from new_llm.cli.experiment import parse_arguments
-
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize(
+    ("page", "command"), sorted({(name_page(page), command) for page in PAGES for command in find_commands(page)})
+)
+def test_commands_exist_and_take_their_flags(
+    page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("configs", "studies"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     words = shlex.split(command)
-    if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(words[1:]) <= set(targets)
-        return
-    if words[0] == "python3":
-        script = ROOT / words[1]
-        assert script.exists()
-        words = ["new-llm", script.stem.replace("_", "-"), *words[2:]]
-    assert words[0] in ("new-llm", "python")
-    if words[0] == "new-llm":
-        assert words[1] in COMMANDS
-    if words[1] == "experiment" and "--resume" not in words:
-        assert parse_arguments(words[2:]).experiment.models
+    if "--resume" in words:  # a run to go on with
+        run = tmp_path / "runs" / words[words.index("--name") + 1]
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(ExperimentConfig().to_yaml(), encoding="utf-8")
+        (run / "adapter.yaml").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    parse_command(words, monkeypatch)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "yaml")], ids=name_page)
+def test_yaml_blocks_are_configurations(page: Path) -> None:
+    for block in find_blocks(page, "yaml"):
+        assert config_from_dict(yaml.safe_load(block), name_page(page)).models
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_no_block_is_left_untested_by_its_language(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        found = page if not target else page.parent / target
+        assert found.exists(), target
+        if anchor and not anchor.startswith("new_llm."):
+            headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings], anchor
+
+
+def find_object(path: str) -> object:
+    """What a dotted name stands for."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise AssertionError(f"{path}: no such module")
+
+
+def test_every_equation_names_what_implements_it() -> None:
+    rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8"), re.MULTILINE)[1:]
+    assert len(rows) >= 12
+    for row in rows:
+        links = re.findall(r"\[`(\w+)`\]\(reference/\w+\.md#(new_llm\.[\w.]+)\)", row.split("|")[-2])
+        assert links, row
+        for name, path in links:
+            assert callable(find_object(path))
+            assert path.endswith(f".{name}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_named_objects_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"#(new_llm\.[\w.]+)\)", text):
+        find_object(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_named_files_and_tests_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (file, test)
+    for file in re.findall(r"`((?:examples|benchmarks|studies|scripts|configs)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / file).is_file(), file
 
 
 def test_readme_fits_three_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if ROOT / "docs" in page.parents}
+    assert pages == set(re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE))

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.models import TransformerLM
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.layers import (
+    HierarchicalLayer,
+    InfiniLayer,
+    Layer,
+    MultiMemoryLayer,
+    ParallelInfiniLayer,
+    PythiaLayer,
+)
 
 VOCAB_SIZE = 128
 HIDDEN_SIZE = 16
@@ -31,7 +38,8 @@ TEXT = (
 )
 
 LAYER_TYPES: dict[str, type[Layer]] = {
-    layer_type.kind: layer_type for layer_type in (PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer)
+    layer_type.kind: layer_type
+    for layer_type in (PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer, ParallelInfiniLayer)
 }
 
 
@@ -87,6 +95,11 @@ MIXED_STACKS = {
         LayerCase("hierarchical", {"num_memories": 3}),
     ],
     "pythia-first": [_PYTHIA, LayerCase("hierarchical"), LayerCase("infini", {"use_alibi": True})],
+    "parallel": [
+        LayerCase("parallel_infini", {"num_memory_heads": 4, "num_memory_banks": 2, "segments_per_bank": 1}),
+        _PYTHIA,
+        LayerCase("parallel_infini", {"use_delta_rule": False, "use_alibi": True}),
+    ],
     "mixed-sums": [
         _SUM_BANKS,
         LayerCase("multi_memory", {"num_memories": 2, "use_delta_rule": False}),
@@ -114,7 +127,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.dim() == 1 or name.endswith("bank_weights"):
+            if parameter.dim() <= 1 or name.endswith("bank_weights"):
                 is_norm_weight = "norm" in name and name.endswith("weight")
                 noise = 1 + 0.2 * noise if is_norm_weight else 0.7 * noise
             elif "embed_in" not in name:

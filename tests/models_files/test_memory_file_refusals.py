@@ -42,7 +42,7 @@ def change_metadata(**changes):
         metadata = {key: value for key, value in metadata.items() if value is not None}
         if "sha256" not in changes:
             del metadata["sha256"]
-            metadata["sha256"] = memory_file._hash_content(metadata, load(raw))
+            metadata["sha256"] = memory_file.hash_content(metadata, load(raw))
         return join({**header, "__metadata__": metadata}, payload)
 
     return change
@@ -71,7 +71,7 @@ def change_tensors(**changes: Callable[[Any], Tensor] | None):
                 tensors[name] = make(old)
         metadata = header["__metadata__"]
         del metadata["sha256"]
-        metadata["sha256"] = memory_file._hash_content(metadata, tensors)
+        metadata["sha256"] = memory_file.hash_content(metadata, tensors)
         return save(tensors, metadata=metadata)
 
     return change

@@ -1,5 +1,6 @@
 """Configuration: dataclasses for every section, and YAML that refuses what it does not know."""
 
+from new_llm.config.adapter import AdapterConfig, AdapterLayerConfig, AdapterTrainingConfig
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
@@ -9,6 +10,9 @@ from new_llm.config.train import TrainConfig
 
 __all__ = [
     "MODEL_OPTIONS",
+    "AdapterConfig",
+    "AdapterLayerConfig",
+    "AdapterTrainingConfig",
     "DataConfig",
     "EvalConfig",
     "ExperimentConfig",

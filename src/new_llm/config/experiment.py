@@ -1,35 +1,24 @@
 """The whole configuration of an experiment, and its YAML form."""
 
 import dataclasses
-import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.model import ModelConfig, ModelType
-from new_llm.config.sections import describe_validation_error, section
+from new_llm.config.run_settings import RunSettings, read_settings, settings_from_dict
+from new_llm.config.sections import section
 from new_llm.config.train import TrainConfig
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 @section
-class ExperimentConfig:
+class ExperimentConfig(RunSettings):
     """Train some models on identical data and compare them.
 
     The defaults are the reference: the shape of Pythia-70m on 5,000 samples of 256 tokens of the Pile.
@@ -79,14 +68,6 @@ class ExperimentConfig:
         """Tokens in a segment."""
         return self.model.segment_length or self.data.seq_length // self.data.segments_per_sample
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in YAML and JSON."""
-        return TypeAdapter(ExperimentConfig).dump_python(self, mode="json")
-
-    def to_yaml(self) -> str:
-        """The YAML that `load_config` reads back to an equal configuration."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
 
 def load_config(path: Path) -> ExperimentConfig:
     """Read an experiment's YAML; what it leaves out keeps its default.
@@ -94,29 +75,9 @@ def load_config(path: Path) -> ExperimentConfig:
     Raises:
         UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
     """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as text: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: expected a mapping of sections ({', '.join(SECTIONS)}), found {type(values).__name__}"
-        )
-    return config_from_dict(values, str(path))
+    return read_settings(path, ExperimentConfig)
 
 
 def config_from_dict(values: dict[str, Any], where: str) -> ExperimentConfig:
     """Build a configuration from plain values; `where` names their origin in errors."""
-    try:
-        # The JSON form is validated strictly: a YAML list is a tuple and a string an enum, but 'yes' is no bool.
-        return TypeAdapter(ExperimentConfig).validate_json(json.dumps(values, default=str), strict=True)
-    except ValidationError as error:
-        raise describe_validation_error(error, where) from None
+    return settings_from_dict(values, ExperimentConfig, where)

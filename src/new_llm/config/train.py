@@ -40,8 +40,14 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the machine computes in it, else fp32."""
     compile: bool = False
-    """torch.compile the layers."""
+    """torch.compile the layers: a minute or more at the start, and on a CPU no gain that was measured."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and run it once more in backward: less memory, more time, equal gradients."""
+    prefetch_batches: Annotated[int, Field(ge=0)] = 2
+    """Batches that a thread makes ahead; 0: none."""
     log_every_steps: Annotated[int, Field(gt=0)] = 10
-    """Optimizer steps between two lines of metrics.jsonl."""
+    """Optimizer steps between two lines of metrics.jsonl; a GPU's losses are read only as often."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that metrics go to, beside metrics.jsonl and TensorBoard; each is a package to install."""
     checkpoint_every_steps: Annotated[int, Field(gt=0)] = 500
     """Optimizer steps between two checkpoints; one is also written after every epoch."""

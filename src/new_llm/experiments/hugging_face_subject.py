@@ -38,7 +38,7 @@ def load_hugging_face(
         import new_llm.models.hf  # registers this project's models with the Auto classes
 
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype="auto")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", torch_dtype="auto")
         except Exception as error:  # transformers raises whatever its many parts raise
             raise UserError(f"{name}: can't be loaded as a causal language model: {describe_failure(error)}") from None
         if kind == new_llm.models.hf.NewLLMConfig.model_type:

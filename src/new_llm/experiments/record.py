@@ -20,13 +20,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from new_llm import __version__
-from new_llm.config import ExperimentConfig, UserError, load_config
+from new_llm.config import ExperimentConfig, UserError
 from new_llm.config.atomic import write_text_atomically
+from new_llm.config.run_settings import RunSettings, Settings, read_settings
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE = ExperimentConfig.file_name
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
 RESULTS_FILE = "results.json"
@@ -35,7 +36,7 @@ MODEL_RESULT_FILE = "result.json"
 RESULTS_VERSION = 1
 
 
-def find_run(config: ExperimentConfig, *, resume: bool) -> tuple[ExperimentConfig, Path]:
+def find_run(config: Settings, *, resume: bool) -> tuple[Settings, Path]:
     """Where a run is to stand, or stands already if it is to be resumed. Nothing is written.
 
     Returns:
@@ -52,18 +53,18 @@ def find_run(config: ExperimentConfig, *, resume: bool) -> tuple[ExperimentConfi
                 f"{folder}: a run of this name exists; choose another --name, or go on with it by "
                 f"--name {name} --resume"
             )
-        return dataclasses.replace(config, name=name), folder
+        return dataclasses.replace(cast(Any, config), name=name), folder
     if config.name is None:
         raise UserError("--resume needs --name NAME, the run to go on with")
     folder = config.runs_dir / config.name
-    begun = read_run_config(folder)
+    begun = read_begun(folder, type(config))
     changed = list_differences(begun, config)
     if changed:
         raise UserError(f"{folder}: a run goes on with the settings it began with; different now: {'; '.join(changed)}")
     return begun, folder
 
 
-def create_run(config: ExperimentConfig, folder: Path) -> None:
+def create_run(config: RunSettings, folder: Path) -> None:
     """Make the folder of a new run, with its configuration.
 
     Raises:
@@ -73,21 +74,30 @@ def create_run(config: ExperimentConfig, folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
-    write_text_atomically(folder / CONFIG_FILE, config.to_yaml())
+    write_text_atomically(folder / config.file_name, config.to_yaml())
 
 
 def read_run_config(folder: Path) -> ExperimentConfig:
-    """The configuration that a run began with.
+    """The configuration that an experiment began with.
 
     Raises:
         UserError: there is no run in this folder.
     """
-    if not (folder / CONFIG_FILE).exists():
-        raise UserError(f"{folder}: no run here ({CONFIG_FILE} is missing)")
-    return load_config(folder / CONFIG_FILE)
+    return read_begun(folder, ExperimentConfig)
 
 
-def list_differences(first: ExperimentConfig, second: ExperimentConfig) -> list[str]:
+def read_begun(folder: Path, kind: type[Settings]) -> Settings:
+    """The configuration, of its kind, that a run began with.
+
+    Raises:
+        UserError: there is no run of this kind in this folder.
+    """
+    if not (folder / kind.file_name).exists():
+        raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
+    return read_settings(folder / kind.file_name, kind)
+
+
+def list_differences(first: RunSettings, second: RunSettings) -> list[str]:
     """The fields in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
 
     def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

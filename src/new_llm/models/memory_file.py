@@ -61,8 +61,13 @@ class MemoryFile:
 
 def fingerprint_weights(model: nn.Module) -> str:
     """Sha256 over the names, dtypes, shapes and bytes of a model's weights, the same on every device."""
+    return fingerprint_tensors(model.state_dict())
+
+
+def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
+    """`fingerprint_weights` of the model that has these weights."""
     digest = hashlib.sha256()
-    _hash_tensors(digest, model.state_dict())
+    hash_tensors(digest, tensors)
     return digest.hexdigest()
 
 
@@ -139,7 +144,7 @@ def write_memory_file(path: Path, content: MemoryFile) -> None:
         for key in layer.tensor_shapes(content.record.rows)
     }
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)} | format_record(content.record)
-    metadata["sha256"] = _hash_content(metadata, tensors)
+    metadata["sha256"] = hash_content(metadata, tensors)
     try:
         with write_atomically(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -173,7 +178,7 @@ def read_memory_file(path: Path, check: Callable[[MemoryRecord], None] | None = 
         raise UserError(f"{where}: can't be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise UserError(shorten(f"{where}: broken safetensors file: {error}")) from None
-    if metadata.pop("sha256") != _hash_content(metadata, tensors):
+    if metadata.pop("sha256") != hash_content(metadata, tensors):
         raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
     state = {layer.layer: _restore_layer(layer, tensors, record.rows, where) for layer in record.layers}
     if count_seen(state) != (record.tokens_seen, record.segments_seen):
@@ -277,13 +282,15 @@ def _restore_layer(layer: Any, tensors: dict[str, Tensor], rows: int | None, whe
     return state_to_dict(state, layer.facts, per_row=rows is not None)
 
 
-def _hash_content(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+def hash_content(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Sha256 over a file's metadata and tensors."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    _hash_tensors(digest, tensors)
+    hash_tensors(digest, tensors)
     return digest.hexdigest()
 
 
-def _hash_tensors(digest: Any, tensors: dict[str, Tensor]) -> None:
+def hash_tensors(digest: Any, tensors: dict[str, Tensor]) -> None:
+    """Add names, dtypes, shapes and bytes to a digest, in the order of the names."""
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -133,9 +133,32 @@ class SelectiveOutputLM(TransformerLM):
             use_selective: False: one pass with the same weights.
         """
         with self._choose_passes(use_selective):
-            if not (self.training and self.earlier_pass_weight and self.num_passes > 1):
+            if not self._weighs_passes:
                 return super().token_losses(input_ids, labels, attention_mask, update_memory=update_memory)
             losses = self.pass_losses(input_ids, labels, attention_mask, update_memory=update_memory)
+        return self._weigh_passes(losses)
+
+    def total_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+    ) -> Tensor:
+        """The sum of `token_losses`, with the same weights of the passes; arguments as there."""
+        if not self._weighs_passes:
+            return super().total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
+        targets = self._find_targets(input_ids, labels, attention_mask)
+        passes = self.compute_passes(input_ids, attention_mask, update_memory=update_memory)
+        return self._weigh_passes([self._score(hidden, targets, "sum") for hidden in passes])
+
+    @property
+    def _weighs_passes(self) -> bool:
+        return self.training and self.earlier_pass_weight > 0 and self.num_passes > 1
+
+    def _weigh_passes(self, losses: list[Tensor]) -> Tensor:
+        """Σ γ^(P − p) ℓ_p / Σ γ^(P − q) over the passes."""
         weights = [self.earlier_pass_weight ** (len(losses) - 1 - number) for number in range(len(losses))]
         total = sum(weights)
         return torch.stack([weight / total * loss for weight, loss in zip(weights, losses, strict=True)]).sum(0)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from new_llm.models.inputs import check_input_ids
 from new_llm.models.layers import Step
 from new_llm.models.padding import mark_valid, plan_packing
 
@@ -53,8 +54,6 @@ class MemoryStream:
     @torch.no_grad()
     def feed_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """As `feed`, the hidden states before the head, [B, T, D]."""
-        from new_llm.models.transformer import check_input_ids
-
         if self._is_closed:
             raise ValueError("the stream is closed: open another")
         check_input_ids(input_ids, self.model.vocab_size)

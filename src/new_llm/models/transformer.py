@@ -2,23 +2,26 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from new_llm.config import PythiaConfig
 from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
-from new_llm.models.layers import Layer, Segments
+from new_llm.models.inputs import check_input_ids, check_targets
+from new_llm.models.layers import Layer, ParallelInfiniLayer, Segments
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
+from new_llm.models.ops.linear_cross_entropy import linear_cross_entropy
 from new_llm.models.padding import Packing, check_mask, mark_valid, plan_packing
 from new_llm.models.stream import MemoryStream
 
 SCORED_ROWS = 2048
-"""Rows of logits that an evaluation holds at once; more would only take memory."""
+"""Rows of logits that a head of another kind makes at once; more would only take memory."""
 
 
 class TransformerLM(HeldMemory):
@@ -38,6 +41,9 @@ class TransformerLM(HeldMemory):
     Raises:
         ValueError: no layers, layers of different sizes, or a length that is not positive.
     """
+
+    gradient_checkpointing = False
+    """In training keep only what enters each layer, and run the layer once more in backward."""
 
     def __init__(
         self,
@@ -146,8 +152,14 @@ class TransformerLM(HeldMemory):
     def run_layers(self, hidden: Tensor, memories: LayerMemories, segments: Segments) -> tuple[Tensor, LayerMemories]:
         """One pass through all layers, [B, n, S, D] to the same, and each layer's memory after it."""
         new_memories: LayerMemories = []
+        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, memory in zip(self.layers, memories, strict=True):
-            hidden, new_memory = layer(hidden, memory, segments)
+            if checkpoints:
+                hidden, new_memory = checkpoint(
+                    layer, hidden, memory, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden, new_memory = layer(hidden, memory, segments)
             new_memories.append(new_memory)
         return hidden, new_memories
 
@@ -179,6 +191,18 @@ class TransformerLM(HeldMemory):
         targets = self._find_targets(input_ids, labels, attention_mask)
         return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets)
 
+    def total_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+    ) -> Tensor:
+        """The sum of `token_losses`, by the way that is the fastest to train with; arguments as there."""
+        targets = self._find_targets(input_ids, labels, attention_mask)
+        return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets, "sum")
+
     def compute_loss(
         self,
         input_ids: Tensor,
@@ -195,7 +219,7 @@ class TransformerLM(HeldMemory):
         num_tokens = int((self._find_targets(input_ids, labels, attention_mask) != IGNORE_INDEX).sum())
         if num_tokens == 0:
             raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
-        total = self.token_losses(input_ids, labels, attention_mask, update_memory=update_memory).sum()
+        total = self.total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
         return total / num_tokens, LossStatistics(
             num_tokens=num_tokens, total_nll=float(total.detach()), passes=self.num_passes
         )
@@ -211,21 +235,18 @@ class TransformerLM(HeldMemory):
             targets = targets.masked_fill(masked, IGNORE_INDEX)
         return targets
 
-    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Losses [B, T] of hidden states [B, T, D]."""
-        wanted = targets != IGNORE_INDEX
-        if bool(wanted.all()):
-            return self._score_rows(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
-        # The head is the widest product of a small model: it runs where a loss is asked for alone.
-        losses = hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return losses.masked_scatter(wanted, self._score_rows(hidden[wanted], targets[wanted]))
-
-    def _score_rows(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Losses of rows [N, D], in pieces where no gradient needs their logits."""
-        if torch.is_grad_enabled() or len(hidden) <= SCORED_ROWS:
-            return compute_token_losses(self.embed_out(hidden), targets)
-        pieces = zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True)
-        return torch.cat([compute_token_losses(self.embed_out(rows), wanted) for rows, wanted in pieces])
+    def _score(self, hidden: Tensor, targets: Tensor, reduction: Literal["none", "sum"] = "none") -> Tensor:
+        """Losses [B, T] of hidden states [B, T, D], or their sum."""
+        rows, wanted = hidden.flatten(0, 1), targets.flatten()
+        head = self.embed_out
+        # A head that is another module (an adapter's, a quantised one) or that has hooks is called as it is.
+        if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks:
+            losses = linear_cross_entropy(rows, head.weight, wanted, reduction=reduction)
+        else:
+            pieces = zip(rows.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True)
+            losses = torch.cat([compute_token_losses(head(piece), targets) for piece, targets in pieces])
+            losses = losses.sum() if reduction == "sum" else losses
+        return losses if reduction == "sum" else losses.view_as(targets)
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors) and structure (JSON) to a folder; see `model_file.save_model`."""
@@ -239,6 +260,13 @@ class TransformerLM(HeldMemory):
         from new_llm.models.model_file import load_model
 
         return load_model(Path(folder))
+
+    @classmethod
+    def from_pythia(cls, name_or_directory: str | Path, revision: str | None = None, **options: Any) -> "TransformerLM":
+        """Make a model from a GPT-NeoX checkpoint, a directory or a hub name; see `hf.convert.load_pythia`."""
+        from new_llm.models.hf.convert import load_pythia
+
+        return load_pythia(name_or_directory, revision, **options)
 
     def open_stream(self, batch_size: int = 1) -> MemoryStream:
         """Begin to read token by token, in pieces of any size, from the held memory; see `MemoryStream`."""
@@ -266,51 +294,27 @@ class TransformerLM(HeldMemory):
         }
 
     def gate_values(self) -> dict[str, list[float]]:
-        """g of each memory layer's heads, by the layer's name in the state dict."""
-        return {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
+        """g of each memory layer's heads, and an adapter's α, by the name in the state dict."""
+        values = {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
+        return values | {f"layers.{index}.alpha": [alpha] for index, alpha in self._alphas.items()}
+
+    def get_alpha(self) -> float | dict[int, float]:
+        """α of the parallel adapter; of several, {layer index: α}.
+
+        Raises:
+            ValueError: no layer has one.
+        """
+        alphas = self._alphas
+        if not alphas:
+            raise ValueError("get_alpha: this model has no parallel adapter (create_pythia_with_parallel_infini)")
+        return next(iter(alphas.values())) if len(alphas) == 1 else alphas
+
+    @property
+    def _alphas(self) -> dict[int, float]:
+        layers = self.memory_layers.items()
+        return {index: float(layer.alpha.detach()) for index, layer in layers if isinstance(layer, ParallelInfiniLayer)}
 
 
 def count_parameters(module: nn.Module) -> int:
     """Numbers in a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuse ids of another shape or, where that costs no synchronisation, outside the vocabulary.
-
-    Raises:
-        ValueError: not [B, T] integers with B, T ≥ 1, or an id outside 0 … vocab_size − 1.
-    """
-    if input_ids.dim() != 2 or input_ids.numel() == 0 or not is_integer(input_ids):
-        raise ValueError(
-            f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: "
-            "[batch, tokens] integers with at least one token are needed"
-        )
-    if input_ids.device.type == "cpu":
-        low, high = input_ids.aminmax()
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids: ids from {int(low)} to {int(high)}; the model knows 0 to {vocab_size - 1}")
-
-
-def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
-    """Refuse labels that do not fit the ids or, where that costs no synchronisation, lie outside the vocabulary.
-
-    Raises:
-        ValueError: other rows than the ids, no integers, or a label that is neither an id nor -100.
-    """
-    if targets.shape != input_ids.shape or not is_integer(targets):
-        raise ValueError(
-            f"labels: {targets.shape[0]} rows, dtype {targets.dtype}: integers for {input_ids.shape[0]} rows are needed"
-        )
-    if targets.device.type == "cpu":
-        wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"labels: {int(targets[wrong][0])} is neither {IGNORE_INDEX} nor an id; "
-                f"the model knows 0 to {vocab_size - 1}"
-            )
-
-
-def is_integer(x: Tensor) -> bool:
-    """Whether a tensor holds integers (booleans are none)."""
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

@@ -8,14 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from new_llm.report.formats import WAYS, name_range
 from new_llm.report.picture import COLORS, new_figure
 from new_llm.report.svg import MARKERS
 
 WIDTH_INCHES = 7.2
 HEIGHT_INCHES = 6.2
 BAND_OPACITY = 0.15
-WAYS = {"carried": "memory carried", "reset": "memory reset", "foreign": "another document's memory"}
-"""What the three ways are called for readers."""
 
 
 def plot_distance(result: dict[str, Any]) -> Figure:
@@ -57,15 +56,6 @@ def plot_distance(result: dict[str, Any]) -> Figure:
         fontsize=9,
     )
     return figure
-
-
-def name_range(entry: dict[str, Any]) -> str:
-    """A range of distance in thousands of 1024 tokens where that is exact: 2k–4k, 128k+."""
-
-    def short(tokens: int) -> str:
-        return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else f"{tokens}"
-
-    return f"{short(entry['start'])}+" if entry["end"] is None else f"{short(entry['start'])}–{short(entry['end'])}"
 
 
 def _draw_curve(

@@ -1,9 +1,9 @@
 """The training loop: epochs of batches on Accelerate, validation, early stopping, checkpoints."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,22 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from new_llm.config import ExperimentConfig
+from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
 from new_llm.models.loss import IGNORE_INDEX, align_labels
 from new_llm.models.model_file import save_model
+from new_llm.models.ops import native
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, save_checkpoint
 from new_llm.training.metrics import MetricsWriter, read_peak_memory, reset_peak_memory
 from new_llm.training.optimizer import make_optimizer, make_scheduler
+from new_llm.training.outcome import TrainingError, TrainingInterrupted, TrainingResult
+from new_llm.training.prefetch import prefetch_batches
 from new_llm.training.progress import TrainingProgress
+from new_llm.training.readout import StepReadout
 from new_llm.training.signals import catch_stop_signals
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the message says at which step and batch, and what to try."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint.
-
-    Attributes:
-        folder: the model's folder in the run.
-    """
-
-    def __init__(self, message: str, folder: Path) -> None:
-        super().__init__(message)
-        self.folder = folder
+from new_llm.training.trackers import choose_trackers, open_trackers
 
 
 class TotalLoss(nn.Module):
@@ -50,21 +40,7 @@ class TotalLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool) -> Tensor:
         """Summed nats of a batch."""
-        return self.model.token_losses(input_ids, labels, attention_mask, update_memory=update_memory).sum()
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a training went; see `TrainerState` for the counters."""
-
-    epochs: int
-    best_epoch: int
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    stopped_early: bool
+        return self.model.total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
 
 
 class Trainer:
@@ -101,21 +77,30 @@ class Trainer:
         self.progress = progress
         AcceleratorState._reset_state(True)  # Accelerate allows one precision a process unless it is told to begin anew
         self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no"
+            cpu=device.type == "cpu",
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=choose_trackers(config.train.trackers) or None,
         )
         self.device = self.accelerator.device
         self.num_batches = len(self._plan(epoch=0))
         accumulation = config.train.gradient_accumulation_steps
         self.steps_per_epoch = -(-self.num_batches // accumulation)
         model.to(self.device)
+        model.gradient_checkpointing = config.train.gradient_checkpointing
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.train.compile:
+            native.load_kernels()  # which compiled layers can't do themselves
             for layer in model.layers:
                 layer.compile()
         optimizer = make_optimizer(model, config.train)
         self.total_loss, self.optimizer = self.accelerator.prepare(TotalLoss(model), optimizer)
         self.scheduler = make_scheduler(optimizer, config.train, self.steps_per_epoch)
         self.state = TrainerState()
-        self.grad_norm = float("nan")
+        # On a CPU to read a number costs nothing; a GPU would have to be waited for.
+        steps = 1 if self.device.type == "cpu" else config.train.log_every_steps
+        self.readout = StepReadout(optimizer, self.device, every_steps=steps)
+        self.step_loss = self.grad_norm = float("nan")
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train until the last epoch or until patience runs out.
@@ -133,14 +118,17 @@ class Trainer:
             loaded = load_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler)
         self.state = loaded or TrainerState()
         reset_peak_memory(self.device)
-        metrics = MetricsWriter(self.folder, None if loaded is None else loaded.step)
-        try:
-            with catch_stop_signals() as stop:
-                while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
-                    self._train_epoch(metrics, stop)
-                    self._end_epoch(metrics)
-        finally:
-            metrics.close()
+        run = f"{self.folder.parent.name}/{self.folder.name}"
+        names = self.config.train.trackers
+        with open_trackers(self.accelerator, names, run, self.config.to_dict()) as trackers:
+            metrics = MetricsWriter(self.folder, None if loaded is None else loaded.step, trackers)
+            try:
+                with catch_stop_signals() as stop:
+                    while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
+                        self._train_epoch(metrics, stop)
+                        self._end_epoch(metrics)
+            finally:
+                metrics.close()
         state = self.state
         return TrainingResult(
             epochs=state.epoch,
@@ -177,20 +165,30 @@ class Trainer:
             self.model.reset_memory(train.batch_size if self._carries_memory else None)
             state.epoch_loss, state.epoch_tokens = 0.0, 0
         self.progress.begin_epoch(state.epoch + 1, train.num_epochs, self.steps_per_epoch, state.step)
-        while state.batch < len(plan):
-            numbers = range(state.batch, min(state.batch + train.gradient_accumulation_steps, len(plan)))
-            self._train_step([plan[number] for number in numbers])
-            state.batch = numbers.stop
-            if state.step % train.log_every_steps == 0:
-                self._log(metrics)
-            # An epoch's last step is followed by validation, which writes its own checkpoint.
-            if stop() or (state.step % train.checkpoint_every_steps == 0 and state.batch < len(plan)):
-                metrics.sync()
-                save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
-            if stop():
-                raise TrainingInterrupted(
-                    f"interrupted at step {state.step}; the checkpoint is in {self.folder}", self.folder
-                )
+        with prefetch_batches(plan, state.batch, train.prefetch_batches, pin=self.device.type == "cuda") as batches:
+            while state.batch < len(plan):
+                numbers = range(state.batch, min(state.batch + train.gradient_accumulation_steps, len(plan)))
+                self._train_step([next(batches) for _ in numbers])
+                state.batch = numbers.stop
+                self._after_step(metrics, stop, is_last=state.batch == len(plan))
+
+    def _after_step(self, metrics: MetricsWriter, stop: Callable[[], bool], *, is_last: bool) -> None:
+        """Read out, log and save where it is time for it."""
+        state, train = self.state, self.config.train
+        logs = state.step % train.log_every_steps == 0
+        # An epoch's last step is followed by validation, which writes its own checkpoint.
+        saves = stop() or (state.step % train.checkpoint_every_steps == 0 and not is_last)
+        if logs or saves or is_last:
+            self._read_out()
+        if logs:
+            self._log(metrics)
+        if saves:
+            metrics.sync()
+            save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
+        if stop():
+            raise TrainingInterrupted(
+                f"interrupted at step {state.step}; the checkpoint is in {self.folder}", self.folder
+            )
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over some batches: the mean loss of all their tokens, whichever batch they are in."""
@@ -198,53 +196,62 @@ class Trainer:
         begin = time.perf_counter()
         targets = [align_labels(batch.labels, batch.input_ids.shape[1]) for batch in batches]
         num_tokens = sum(int((target != IGNORE_INDEX).sum()) for target in targets)
-        step_loss = 0.0
+        losses: list[Tensor] = []
         for number, batch in enumerate(batches):
             is_last = number + 1 == len(batches)
             with self._synchronise(is_last):
                 loss = self._forward(batch) / max(num_tokens, 1)
                 self.accelerator.backward(loss)
-            step_loss += float(loss.detach())
+            losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
-        grad_norm = float(norm) if norm is not None else float("nan")
-        self._check_finite(step_loss, grad_norm)
+        assert norm is not None
+        is_read = self.readout.add(losses, norm, num_tokens, state.step + 1, state.epoch + 1, state.batch)
+        if is_read:
+            self._read_out()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         state.step += 1
         state.num_tokens += num_tokens
+        state.window_tokens += num_tokens
+        state.epoch_tokens += num_tokens
         seconds = time.perf_counter() - begin
         state.seconds += seconds
-        state.window_loss += step_loss * num_tokens
-        state.window_tokens += num_tokens
         state.window_seconds += seconds
-        state.epoch_loss += step_loss * num_tokens
-        state.epoch_tokens += num_tokens
-        self.grad_norm = grad_norm
-        self.progress.step(state.step, step_loss, num_tokens, seconds)
+        self.progress.step(state.step, self.step_loss if is_read else None, num_tokens, seconds)
 
     def _forward(self, batch: Batch) -> Tensor:
         if self._carries_memory:
             self.model.reset_rows(batch.resets)
         else:
             self.model.reset_memory()
-        mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
-        return self.total_loss(
-            batch.input_ids.to(self.device), batch.labels.to(self.device), mask, self._carries_memory
-        )
+        mask = None if batch.attention_mask is None else self._move(batch.attention_mask)
+        return self.total_loss(self._move(batch.input_ids), self._move(batch.labels), mask, self._carries_memory)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _synchronise(self, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else self.accelerator.no_sync(self.total_loss)
 
-    def _check_finite(self, loss: float, grad_norm: float) -> None:
+    def _read_out(self) -> None:
+        """Take in the numbers of the steps since the last read-out.
+
+        Raises:
+            TrainingError: one of them is not finite.
+        """
         state = self.state
-        for what, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not -float("inf") < value < float("inf"):
-                raise TrainingError(
-                    f"{what} is {value} at step {state.step + 1} (epoch {state.epoch + 1}, batch {state.batch} of "
-                    f"{self.num_batches}, seed {self.config.seed}): the weights are as they were before that step; "
-                    "a lower train.learning_rate or train.precision fp32 may help"
-                )
+        for step in self.readout.take():
+            for what, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"{what} is {value} at step {step.step} (epoch {step.epoch}, batch {step.batch} of "
+                        f"{self.num_batches}, seed {self.config.seed}): the weights are as they were before that step; "
+                        "a lower train.learning_rate or train.precision fp32 may help"
+                    )
+            state.window_loss += step.loss * step.num_tokens
+            state.epoch_loss += step.loss * step.num_tokens
+            self.step_loss, self.grad_norm = step.loss, step.grad_norm
 
     def _log(self, metrics: MetricsWriter) -> None:
         state = self.state

@@ -1,7 +1,6 @@
 """A run's metrics as JSON lines and TensorBoard events, and the process's peak memory."""
 
 import json
-import math
 import os
 import resource
 import sys
@@ -11,23 +10,26 @@ from typing import Any
 import torch
 
 from new_llm.config.atomic import write_text_atomically
+from new_llm.training.trackers import Trackers, name_numbers
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` (one JSON object a line) and to TensorBoard's event files.
+    """Appends to `metrics.jsonl` (one JSON object a line), to TensorBoard's event files and to other trackers.
 
     Args:
         folder: the model's folder in the run.
         resume_at: the optimizer step to resume at: later lines, which an interrupted run wrote after its last
             checkpoint, are removed; None: a new run.
+        trackers: where the numbers go besides; None: nowhere.
     """
 
-    def __init__(self, folder: Path, resume_at: int | None = None) -> None:
+    def __init__(self, folder: Path, resume_at: int | None = None, trackers: Trackers | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by training alone
 
         folder.mkdir(parents=True, exist_ok=True)
+        self.trackers = trackers
         self.path = folder / METRICS_FILE
         kept = [] if resume_at is None else [line for line in read_metrics(folder) if line["step"] <= resume_at]
         write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -35,15 +37,13 @@ class MetricsWriter:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=None if resume_at is None else resume_at + 1)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Add one line {"event", "step", ...}; numbers go to TensorBoard too."""
+        """Add one line {"event", "step", ...}; numbers go to TensorBoard and the trackers too."""
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(f"{event}/{name}", value, step)
-        for name, gates in values.get("gates", {}).items():
-            for head, gate in enumerate(gates):
-                self._board.add_scalar(f"gates/{name}.{head}", gate, step)
+        for name, value in name_numbers(event, values).items():
+            self._board.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.log(event, step, values)
 
     def sync(self) -> None:
         """Flush to the disk, before a checkpoint says that these lines are there."""
@@ -69,6 +69,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return lines
+
+
+def read_memory(device: torch.device) -> int:
+    """Bytes now: allocated on a GPU, resident in the process on a CPU; 0 where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -9,17 +9,17 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from new_llm.config import TrainConfig
-from new_llm.models.layers import CompressiveAttention
+from new_llm.models.layers import CompressiveAttention, MemoryLayer
 
 
 def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Three groups: weight matrices (decayed); norms, biases and expansion gates (not decayed); memory gates and bank
-    weights (not decayed, their own learning rate).
+    """Three groups: weight matrices (decayed); norms, biases and expansion gates (not decayed); memory gates, bank
+    weights and the α of adapters (not decayed, their own learning rate).
     """
     gates = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, CompressiveAttention)
+        if isinstance(module, MemoryLayer)
         for parameter in module.gate_parameters()
     }
     undecayed = {

@@ -5,6 +5,7 @@ from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
 from new_llm.models.layers.hierarchical import HierarchicalLayer
 from new_llm.models.layers.infini import InfiniLayer
 from new_llm.models.layers.multi_memory import MultiMemoryLayer
+from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Layer",
     "MemoryLayer",
     "MultiMemoryLayer",
+    "ParallelInfiniLayer",
     "PythiaLayer",
     "Segments",
     "Step",

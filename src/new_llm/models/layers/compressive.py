@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides
+from new_llm.models.layers.recurrence import scan_segments
 from new_llm.models.ops import (
+    ScannedReads,
     add_outer_products,
     feature_map,
     local_linear_attention,
     read_memories,
-    write_memory,
 )
 from new_llm.models.state import MemoryFacts, MemoryState, choose_rows, find_written_memory
 
@@ -90,9 +91,25 @@ class CompressiveAttention(Attention):
 
     # What a kind of layer defines
 
+    reads_sum: ClassVar[bool] = False
+    """Whether the kind reads the sum of its memories too."""
+
     @abstractmethod
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
+
+    @abstractmethod
+    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
+        """Each memory's weight for each token of n segments, [B, n, H, S, N] or what broadcasts to it; None: 1.
+
+        Args:
+            products: q·z of each memory, [B, n, H, S, N], float32 or wider.
+            num_tokens: tokens that each memory has seen, [B, n, N].
+        """
+
+    def combine(self, reads: ScannedReads) -> Tensor:
+        """A_mem of n segments, [B, n, H, S, V], from the weighed reads and, with `reads_sum`, those of the sum."""
+        return reads.reads
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Parameters that train at the gates' learning rate, without decay."""
@@ -114,14 +131,8 @@ class CompressiveAttention(Attention):
             local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH)
             if segments.valid is not None:  # masked keys are zero, so that they add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
-            reads: list[Tensor] = []
-            num_segments = hidden.shape[1]
-            # unbind, not an index a segment: its backward is one stack, not a sum of n tensors of n segments each
-            for i, (q_i, k_i, v_i) in enumerate(zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)):
-                reads.append(torch.zeros_like(v_i) if memory is None else self.read(q_i, memory))
-                if i + 1 < num_segments or segments.write_last:
-                    memory = self._write(k_i, v_i, memory, None if segments.valid is None else segments.valid[:, i])
-            mixed = self._gate(torch.stack(reads, dim=1), local)
+            from_memory, memory = scan_segments(self, q, k, v, memory, segments)
+            mixed = self._gate(from_memory, local)
         return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,33 +151,6 @@ class CompressiveAttention(Attention):
         shape = (self.num_memories, self.num_memory_heads, self.head_size, self.head_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
         return MemoryState.empty(rows, shape, dtype=dtype, device=like.device)
-
-    def _write(self, k: Tensor, v: Tensor, memory: MemoryState | None, valid: Tensor | None) -> MemoryState:
-        """Write one segment, features [B, H, S, K] and values [B, H, S, V], into the memory whose turn it is."""
-        is_empty = memory is None
-        if memory is None:
-            memory = self.empty_memory(k.shape[0], v)
-        count = torch.full_like(memory.num_segments, k.shape[2]) if valid is None else valid.sum(-1)
-        current, norm = self._current(memory)
-        written = write_memory(
-            k,
-            v,
-            current,
-            norm,
-            use_delta_rule=self.use_delta_rule and not is_empty,
-            epsilon=self.epsilon,
-            decay=None if is_empty else self._decay_like(norm),
-        )
-        if self.num_memories == 1 and valid is None and not memory.frozen[0]:
-            return MemoryState(
-                memories=written[0].unsqueeze(1),
-                norms=written[1].unsqueeze(1),
-                num_tokens=memory.num_tokens + count.unsqueeze(1),
-                num_segments=memory.num_segments + 1,
-                frozen=memory.frozen,
-                retained=self._decay_retained(memory, None),
-            )
-        return self._replace(memory, *written, count)
 
     def _decay_like(self, norm: Tensor) -> Tensor | None:
         """w as a tensor of the memory's precision, which the model's need not be."""
@@ -194,16 +178,16 @@ class CompressiveAttention(Attention):
             num_tokens=memory.num_tokens + chosen * count.unsqueeze(1),
             num_segments=num_segments,
             frozen=memory.frozen,
-            retained=self._decay_retained(memory, chosen),
+            retained=self.decay_retained(memory, chosen.long()),
         )
 
-    def _decay_retained(self, memory: MemoryState, chosen: Tensor | None) -> Tensor | None:
-        """`memory.retained` after a write to the memories `chosen` [B, N] (None: to all)."""
+    def decay_retained(self, memory: MemoryState, num_writes: Tensor) -> Tensor | None:
+        """`memory.retained` after some writes to each memory, [B, N]."""
         decay = self._decay_like(memory.norms)
         if decay is None:
             return None
         before = memory.norms.new_ones(memory.norms.shape[:3]) if memory.retained is None else memory.retained
-        return before * decay if chosen is None else torch.where(chosen.unsqueeze(-1), before * decay, before)
+        return before * decay ** num_writes.unsqueeze(-1)
 
     # The core over tokens that continue open segments
 
@@ -323,6 +307,10 @@ class MemoryLayer(Layer):
             additive=not attention.use_delta_rule and attention.decay is None,
             segments_per_memory=attention.segments_per_memory,
         )
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train at the gates' learning rate, without decay."""
+        return self.attention.gate_parameters()
 
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""

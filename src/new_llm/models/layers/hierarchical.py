@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from new_llm.models.layers.base import register_layer
 from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer
-from new_llm.models.ops import read_memories
+from new_llm.models.ops import ScannedReads, read_memories
 from new_llm.models.state import MemoryState
 
 EXPANSION_RATIO = 4
@@ -33,6 +33,8 @@ class ExpansionGate(nn.Module):
 class HierarchicalAttention(MultiMemoryAttention):
     """A_mem = p · fine + (1 − p) · coarse: fine is multi-memory's read, coarse a read of the sum of its memories."""
 
+    reads_sum: ClassVar[bool] = True
+
     def __init__(self, hidden_size: int, num_memory_heads: int, **options: Any) -> None:
         super().__init__(hidden_size, num_memory_heads, **options)
         self.expansion_gate = ExpansionGate(hidden_size)
@@ -49,8 +51,14 @@ class HierarchicalAttention(MultiMemoryAttention):
             memory.norms.sum(1, keepdim=True),
             epsilon=self.epsilon,
         )
-        p = self.expansion_gate(coarse.transpose(1, 2).flatten(2)).unsqueeze(1)  # [B, 1, S, 1]
-        return p * super().read(q, memory) + (1 - p) * coarse
+        return self.combine(ScannedReads(super().read(q, memory), coarse, memory.memories))
+
+    def combine(self, reads: ScannedReads) -> Tensor:
+        """[..., H, S, V]; the gate looks at all heads of a token."""
+        coarse = reads.sum_reads
+        assert coarse is not None
+        p = self.expansion_gate(coarse.transpose(-2, -3).flatten(-2)).unsqueeze(-3)  # [..., 1, S, 1]
+        return p * reads.reads + (1 - p) * coarse
 
 
 @register_layer

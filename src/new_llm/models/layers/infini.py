@@ -19,7 +19,7 @@ class InfiniAttention(CompressiveAttention):
     def __init__(
         self,
         hidden_size: int,
-        num_memory_heads: int,
+        num_memory_heads: int | None,
         *,
         num_memory_banks: int,
         segments_per_bank: int,
@@ -29,6 +29,9 @@ class InfiniAttention(CompressiveAttention):
         gate_init: float,
         epsilon: float,
     ) -> None:
+        if alibi_scale < 0:
+            raise ValueError(f"alibi_scale: {alibi_scale} is negative")
+        num_memory_heads = 1 if num_memory_heads is None else num_memory_heads
         check_divides("num_memory_heads", num_memory_heads, hidden_size)
         slopes = compute_alibi_slopes(num_memory_heads)
         decay = [math.exp(-slope * alibi_scale) for slope in slopes] if use_alibi else None
@@ -56,6 +59,10 @@ class InfiniAttention(CompressiveAttention):
         if self.bank_weights is not None:
             weights = self.bank_weights.to(memory.norms.dtype).softmax(-1).t()[None, :, :, None]
         return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
+
+    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
+        """The bank weights, [H, 1, N]: the same for every token."""
+        return None if self.bank_weights is None else self.bank_weights.to(products.dtype).softmax(-1).unsqueeze(1)
 
 
 @register_layer
@@ -101,11 +108,9 @@ class InfiniLayer(MemoryLayer):
         memory_epsilon: float = MemoryConfig.memory_epsilon,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
     ) -> None:
-        if alibi_scale < 0:
-            raise ValueError(f"alibi_scale: {alibi_scale} is negative")
         attention = InfiniAttention(
             hidden_size,
-            1 if num_memory_heads is None else num_memory_heads,
+            num_memory_heads,
             num_memory_banks=num_memory_banks,
             segments_per_bank=segments_per_bank,
             use_delta_rule=use_delta_rule,

@@ -7,7 +7,7 @@ from torch import Tensor
 from new_llm.config import MemoryConfig, PythiaConfig
 from new_llm.models.layers.base import register_layer
 from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
-from new_llm.models.ops import read_memories, select_memories
+from new_llm.models.ops import read_memories, select_memories, weigh_memories
 from new_llm.models.state import MemoryState
 
 
@@ -18,6 +18,10 @@ class MultiMemoryAttention(CompressiveAttention):
         """[B, H, S, K] to [B, H, S, V]."""
         weights = select_memories(q, memory.norms, memory.num_tokens)
         return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
+
+    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor:
+        """The selection of each token, [B, n, H, S, N]."""
+        return weigh_memories(products, num_tokens, width=self.head_size)
 
 
 @register_layer

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides, register_layer
+from new_llm.models.ops.causal_attention import causal_attention
 from new_llm.models.rope import apply_rotary, compute_rotary_angles
 from new_llm.models.state import MemoryState
 
@@ -48,7 +49,7 @@ class SoftmaxAttention(Attention):
         batch, num_segments, length, width = hidden.shape
         positions = torch.arange(length, device=hidden.device)
         q, k, v = self._project(hidden.view(batch * num_segments, length, width), positions, {})
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = causal_attention(q, k, v)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
 
     def step(
@@ -58,7 +59,7 @@ class SoftmaxAttention(Attention):
         q, k, v = self._project(hidden, step.positions.unsqueeze(1), step.shared)
         if q.device.type == "cpu" and q.dtype.itemsize < 4:  # 16-bit attention to few tokens is slow on a CPU
             q, k, v = q.float(), k.float(), v.float()
-        cache = self._grow(opened, k, step)
+        cache = self.grow_cache(opened, k, step)
         self._put(cache, k, v, step)
         keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
         mask = None
@@ -97,13 +98,16 @@ class SoftmaxAttention(Attention):
             q, k = apply_rotary(q, *shared[settings]), apply_rotary(k, *shared[settings])
         return q, k, v
 
-    def _grow(self, opened: KeyValueCache | None, k: Tensor, step: Step) -> KeyValueCache:
-        """A cache with room for the longest row: capacity doubles, up to a segment."""
+    def grow_cache(self, opened: KeyValueCache | None, like: Tensor, step: Step) -> KeyValueCache:
+        """A cache with room for the longest row, in the dtype of `like`: capacity doubles, up to a segment."""
         capacity = 0 if opened is None else opened.keys.shape[2] - 1
-        if opened is not None and capacity >= step.longest:
+        if opened is not None and capacity >= step.longest and opened.keys.dtype == like.dtype:
             return opened
-        new_capacity = min(step.segment_length, max(step.longest, 2 * capacity))
-        keys, values = (k.new_zeros(*k.shape[:2], new_capacity + 1, k.shape[3]) for _ in range(2))
+        new_capacity = capacity
+        if capacity < step.longest:
+            new_capacity = min(step.segment_length, max(step.longest, 2 * capacity))
+        shape = (len(step.offsets), self.num_heads, new_capacity + 1, self.head_size)
+        keys, values = (like.new_zeros(shape) for _ in range(2))
         if opened is not None:
             keys[:, :, :capacity] = opened.keys[:, :, :capacity]
             values[:, :, :capacity] = opened.values[:, :, :capacity]

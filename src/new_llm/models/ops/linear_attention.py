@@ -5,8 +5,13 @@ All functions take features σ(q), σ(k), not raw queries and keys: a layer maps
 in the memory.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from new_llm.models.ops import triton as kernels
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -22,8 +27,23 @@ def feature_map(x: Tensor) -> Tensor:
     Returns:
         The same shape and dtype.
     """
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide.clamp(max=0).exp() + wide.relu()).to(x.dtype)
+    return _FeatureMap.apply(x)
+
+
+class _FeatureMap(torch.autograd.Function):
+    """σ with slope min(σ, 1), so that of all it computes backward needs the result alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        y = wide.clamp(max=0).exp_().add_(wide.clamp(min=0)).to(x.dtype)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        return upstream * y.clamp(max=1)
 
 
 def local_linear_attention(
@@ -51,6 +71,8 @@ def local_linear_attention(
     Returns:
         [..., S, V] in v's dtype.
     """
+    if kernels.is_wanted(v):
+        return _attend_by_kernels(q, k, v, epsilon, chunk_length, initial_sums)
     outputs: list[Tensor] = []
     sums = initial_sums
     num_tokens = q.shape[-2]
@@ -70,6 +92,67 @@ def local_linear_attention(
             new = (wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2))
             sums = new if sums is None else (sums[0] + new[0], sums[1] + new[1])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+
+
+def _attend_by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, epsilon: float, chunk_length: int, sums: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Chunks as groups of their own, each with the sums over the chunks before it."""
+    lead, num_tokens = q.shape[:-2], q.shape[-2]
+    if num_tokens > chunk_length:
+        num_chunks = -(-num_tokens // chunk_length)
+        missing = num_chunks * chunk_length - num_tokens
+        q, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(-2, (num_chunks, chunk_length)) for t in (q, k, v))
+        wide_k, wide_v = k.to(_wide(k)), v.to(_wide(v))
+        steps = wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2)
+        axis = len(lead)
+        totals = tuple(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)).cumsum(axis) for t in steps)
+        earlier = tuple(t.narrow(axis, 0, num_chunks) for t in totals)
+        if sums is not None:
+            earlier = tuple(t + first.unsqueeze(axis) for t, first in zip(earlier, sums, strict=True))
+        sums = earlier[0], earlier[1]
+    mixed = _KernelAttention.apply(
+        q.flatten(0, -3),
+        k.flatten(0, -3),
+        v.flatten(0, -3),
+        *((None, None) if sums is None else (sums[0].flatten(0, -3), sums[1].flatten(0, -2))),
+        epsilon,
+    )
+    return mixed.view(*lead, -1, v.shape[-1])[..., :num_tokens, :]
+
+
+class _KernelAttention(torch.autograd.Function):
+    """A = n / max(s, ε) with n = Σ (q·k) v and s = Σ q·k; all gradients are sums of the same kind.
+
+    With n' = A' / max(s, ε) and s' = −A'·A / max(s, ε) where s ≥ ε, else 0:
+    q'_t = Σ_{j≤t} (n'_t·v_j + s'_t) k_j,  k'_j = Σ_{t≥j} (n'_t·v_j + s'_t) q_t,  v'_j = Σ_{t≥j} (q_t·k_j) n'_t.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, keys: Tensor | None, epsilon: float
+    ) -> Tensor:
+        initial = None if products is None or keys is None else (products, keys)
+        mixed, sums = kernels.sum_causally(q, k, v, initial=initial, epsilon=epsilon)
+        ctx.save_for_backward(q, k, v, products, keys, mixed, sums)
+        ctx.epsilon = epsilon
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, products, keys, mixed, sums = ctx.saved_tensors
+        divisors = sums.clamp_min(ctx.epsilon)
+        wide = upstream.float() / divisors.unsqueeze(-1)
+        for_sums = -(wide * mixed).sum(-1) * (sums >= ctx.epsilon)
+        for_mixed = wide.to(v.dtype)
+        for_q, _ = kernels.sum_causally(for_mixed, v, k, row=for_sums)
+        for_k, _ = kernels.sum_causally(v, for_mixed, q, col=for_sums, from_ahead=True)
+        for_v, _ = kernels.sum_causally(k, q, for_mixed, from_ahead=True)
+        if products is None:
+            return for_q, for_k, for_v, None, None, None
+        for_q = for_q + (wide @ products.transpose(-1, -2) + for_sums.unsqueeze(-1) * keys.unsqueeze(-2)).to(q.dtype)
+        back = q.to(products.dtype).transpose(-1, -2)
+        return for_q, for_k, for_v, back @ wide, (back @ for_sums.unsqueeze(-1)).squeeze(-1), None
 
 
 def local_linear_attention_naive(q: Tensor, k: Tensor, v: Tensor, *, epsilon: float) -> Tensor:

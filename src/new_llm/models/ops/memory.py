@@ -4,8 +4,13 @@ Legend: B rows, N memories (or banks), H heads, S tokens, K key width, V value w
 σ(·). M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], float32 or wider whatever the dtype of q, k and v.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+HAS_WIDE_SUMS = "dtype" in torch.ops.aten.bmm.overloads()
+"""Whether a GPU's product of 16-bit tensors can give its float32 sums as they are, without wide copies (torch 2.8)."""
 
 
 def read_memories(
@@ -77,10 +82,44 @@ def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
     Returns:
         [B, N, H, S] in z's dtype; where all memories are empty the weights are equal (and what they weigh is 0).
     """
-    mean_keys = norms / num_tokens.clamp_min(1).to(norms.dtype)[..., None, None]
-    scores = torch.einsum("bhsk,bnhk->bnhs", q.to(norms.dtype), mean_keys) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill((num_tokens == 0)[..., None, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=1)
+    products = torch.einsum("bhsk,bnhk->bhsn", q.to(norms.dtype), norms)
+    return weigh_memories(products, num_tokens, width=q.shape[-1]).movedim(-1, 1)
+
+
+def weigh_memories(products: Tensor, num_tokens: Tensor, *, width: int) -> Tensor:
+    """The weights of `select_memories`, from the products q·z that a read needs anyway.
+
+    Args:
+        products: q·z_n, [..., H, S, N].
+        num_tokens: c, [..., N].
+        width: K.
+
+    Returns:
+        [..., H, S, N].
+    """
+    counts = num_tokens[..., None, None, :]
+    scores = products / (counts.clamp_min(1).to(products.dtype) * width**0.5)
+    return scores.masked_fill(counts == 0, torch.finfo(scores.dtype).min).softmax(dim=-1)
+
+
+def multiply_norms(q: Tensor, norms: Tensor) -> Tensor:
+    """q·z_n in z's precision: [..., S, K] and [..., N, K] to [..., S, N].
+
+    Where q is narrower backward widens it again, so that no wide copy of it is kept.
+    """
+    return q @ norms.transpose(-1, -2) if q.dtype == norms.dtype else _WideProduct.apply(q, norms)
+
+
+class _WideProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, norms: Tensor) -> Tensor:
+        ctx.save_for_backward(q, norms)
+        return q.to(norms.dtype) @ norms.transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, norms = ctx.saved_tensors
+        return (upstream @ norms).to(q.dtype), upstream.transpose(-1, -2) @ q.to(norms.dtype)
 
 
 def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
@@ -101,6 +140,9 @@ def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tenso
 
 def sum_outer_products(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_t k_tᵀ v_t in `dtype` (the memory's): [..., S, K] and [..., S, V] to [..., K, V]."""
+    if HAS_WIDE_SUMS and k.is_cuda and k.dtype == v.dtype == torch.bfloat16 and dtype == torch.float32:
+        products = torch.bmm(k.flatten(0, -3).transpose(1, 2), v.flatten(0, -3), out_dtype=dtype)
+        return products.unflatten(0, k.shape[:-2])
     return k.to(dtype).transpose(-1, -2) @ v.to(dtype)
 
 

@@ -1,0 +1,130 @@
+"""`new-llm train-adapter`: a memory beside the layers of an existing Pythia, trained on long documents."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from new_llm.cli.arguments import parse_flags
+from new_llm.config.adapter import AdapterTrainingConfig
+from new_llm.config.run_settings import read_settings
+
+DESCRIPTION = """Train a parallel memory adapter, Base(x) + alpha * Infini(LN x), on long documents read as streams.
+
+Memory is carried from sample to sample and emptied between documents; gradients run through a sample's segments. Base
+and adapter are then measured on held-out long documents, with memory carried, reset and foreign (another document's),
+and on WikiText-2.
+
+Examples:
+  new-llm train-adapter --num-docs 100 --epochs 50
+  new-llm train-adapter --base runs/base --data.source sotu --seq-length 512 --segments-per-sample 8
+  new-llm train-adapter --name my-adapter --resume
+
+Without --base it is EleutherAI/pythia-70m from the hub. Without the hub, train a base here and take its run:
+  new-llm experiment --models pythia --data.source sotu --name base
+  new-llm train-adapter --base runs/base --data.source sotu"""
+
+
+WAYS = ("carried", "reset", "foreign")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainAdapterArguments:
+    """The command's own options, and the configuration's fields beside them."""
+
+    config: Path | None = None
+    """A YAML file with the settings to begin from; flags override it."""
+    resume: bool = False
+    """Go on with the run that --name names, where it was interrupted."""
+    training: Annotated[AdapterTrainingConfig, arg(name="")] = dataclasses.field(default_factory=AdapterTrainingConfig)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parsed = parse_arguments(arguments)
+    # Everything below imports torch; help and bad flags have been answered by now.
+    from rich.console import Console
+
+    from new_llm.experiments.adapter_training import train_adapter
+    from new_llm.training import TrainingError, TrainingInterrupted
+
+    console = Console(stderr=True)
+    try:
+        results = train_adapter(parsed.training, resume=parsed.resume, console=console)
+    except TrainingInterrupted as stopped:
+        run_folder = stopped.folder.parent
+        place = "" if run_folder.parent == AdapterTrainingConfig.runs_dir else f" --runs-dir {run_folder.parent}"
+        again = f"new-llm train-adapter{place} --name {run_folder.name} --resume"
+        console.print(f"{stopped}\ngo on with: {again}", highlight=False, soft_wrap=True)
+        return 130
+    except TrainingError as error:
+        print(f"new-llm: {error}", file=sys.stderr)
+        return 1
+    show(results)
+    return 0
+
+
+def parse_arguments(arguments: list[str]) -> TrainAdapterArguments:
+    """Defaults from --config, or with --resume from the run itself; flags override them.
+
+    Raises:
+        UserError: the configuration file or a value is bad.
+        SystemExit: help was asked for.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--name")
+    first.add_argument("--runs-dir", type=Path, default=AdapterTrainingConfig.runs_dir)
+    known, _ = first.parse_known_args(arguments)
+    base = AdapterTrainingConfig()
+    if known.config is not None:
+        base = read_settings(known.config, AdapterTrainingConfig)
+    elif known.resume and known.name is not None:
+        base = read_settings(known.runs_dir / known.name / AdapterTrainingConfig.file_name, AdapterTrainingConfig)
+    return parse_flags(
+        TrainAdapterArguments,
+        arguments,
+        prog="new-llm train-adapter",
+        description=DESCRIPTION,
+        default=TrainAdapterArguments(training=base),
+    )
+
+
+def show(results: dict[str, Any]) -> None:
+    """The results in one table, and where they stand."""
+    from rich.console import Console
+    from rich.table import Table
+
+    measured = results["evaluation"]
+    table = Table(title="perplexity, and its 95% interval over documents")
+    table.add_column("")
+    for name, entry in measured.items():
+        table.add_column(
+            f"{name} ({entry['num_documents']} documents, {entry['num_tokens']:,} tokens)", justify="right"
+        )
+    figures = [entry["overall"] for entry in measured.values()]
+    for key, label in {"base": "base", **{way: f"adapter, memory {way}" for way in WAYS}}.items():
+        table.add_row(label, *(describe(entry["perplexity"].get(key), "{:,.2f}") for entry in figures))
+    table.add_section()
+    for key, label in {"base": "base", "reset": "memory reset", "foreign": "memory foreign"}.items():
+        differences = [entry["differences"].get(key, {}).get("relative") for entry in figures]
+        table.add_row(f"carried against {label}", *(describe(found, "{:+.2%}") for found in differences))
+    Console().print(table)
+    alpha, parameters = results["alpha"], results["num_parameters"]
+    alphas = alpha.items() if isinstance(alpha, dict) else [(None, alpha)]
+    said = ", ".join(f"{value:+.4f}" + ("" if layer is None else f" (layer {layer})") for layer, value in alphas)
+    print(f"α: {said}; {parameters['adapter']:,} weights beside the base's {parameters['base']:,}")
+    print(f"adapter: {results['config']['out']}\nresults: {Path(results['folder']) / 'results.json'}")
+
+
+def describe(estimate: dict[str, float | None] | None, form: str) -> str:
+    """A figure and its interval, where there are."""
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    if estimate["low"] is None or estimate["high"] is None:
+        return form.format(estimate["value"])
+    return f"{form.format(estimate['value'])} [{form.format(estimate['low'])}, {form.format(estimate['high'])}]"

@@ -1,0 +1,100 @@
+"""A study: one experiment's configuration, variants of it, seeds, and the measurements that compare them."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from new_llm.config.errors import UserError
+from new_llm.config.experiment import ExperimentConfig, config_from_dict
+from new_llm.config.long_documents import LongDocumentsConfig
+from new_llm.config.recall import RecallConfig
+from new_llm.config.run_settings import RunSettings
+from new_llm.config.sections import section
+
+VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+@section
+class StudyConfig(RunSettings):
+    """Train variants of one model, each with several seeds, and measure them on long documents and recall.
+
+    A variant is what it changes of `base`, in the form of an experiment's YAML: `{model: {use_delta_rule: false}}`.
+    """
+
+    name: Annotated[str, Field(pattern=VARIANT_NAME)]  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The study's name and folder."""
+    question: str
+    """What it is to answer, in a sentence."""
+    cpu_minutes: Annotated[float, Field(gt=0)]
+    """Time that the whole study took on two cores when it was written; it is said before the study starts."""
+    base: dict[str, Any]
+    """What all variants have in common: an experiment's configuration; what it leaves out keeps its default."""
+    variants: Annotated[dict[Annotated[str, Field(pattern=VARIANT_NAME)], dict[str, Any]], Field(min_length=1)]
+    """By name, what each changes; each trains one model."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Each variant is trained once with each."""
+    reference: str | None = None
+    """The variant that all others are compared with; None: the first one."""
+    baselines: tuple[str, ...] = ()
+    """Variants that read the long documents beside every other one, in consecutive segments."""
+    window_baselines: tuple[str, ...] = ()
+    """Likewise, but in sliding windows as long as their segment: models without memory with their whole context."""
+    long_documents: LongDocumentsConfig | None = dataclasses.field(default_factory=LongDocumentsConfig)
+    """How long validation documents are measured; its own baselines are to be left out. None: not at all."""
+    texts: tuple[str, ...] = ()
+    """Further sources of long documents, measured one by one."""
+    recall: RecallConfig | None = None
+    """How recall is measured; None: not at all."""
+    runs_dir: Path = Path("runs")
+    """Where the study's folder is made; each training is a run in it."""
+
+    def __post_init__(self) -> None:
+        for name in (*self.baselines, *self.window_baselines, *([self.reference] if self.reference else [])):
+            if name not in self.variants:
+                raise UserError(f"study: {name!r} is no variant; there are {', '.join(self.variants)}")
+        if self.long_documents and (self.long_documents.baselines or self.long_documents.window_baselines):
+            raise UserError("study: long_documents takes no baselines of its own; the study's are variants")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds: {list(self.seeds)}: none may be there twice")
+        for name in self.variants:
+            self.configure(name, self.seeds[0])
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder."""
+        return self.runs_dir / self.name
+
+    @property
+    def reference_variant(self) -> str:
+        """The variant that all others are compared with."""
+        return self.reference or next(iter(self.variants))
+
+    def configure(self, variant: str, seed: int) -> ExperimentConfig:
+        """The experiment of one variant and seed.
+
+        Raises:
+            UserError: an unknown key or a wrong value, or several models.
+        """
+        values = merge_settings(self.base, self.variants[variant])
+        for key in ("name", "seed", "runs_dir"):
+            if key in values:
+                raise UserError(f"{self.name}: variant {variant}: {key}: is the study's to set")
+        values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
+        config = config_from_dict(values, f"{self.name}: variant {variant}")
+        if len(config.models) != 1:
+            raise UserError(f"{self.name}: variant {variant}: models: one is needed, {len(config.models)} are given")
+        return config
+
+
+def merge_settings(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `change`, mappings merged key by key."""
+    merged = copy.deepcopy(base)
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge_settings(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged

@@ -1,0 +1,19 @@
+"""Hugging Face's ecosystem: Pythia in and out, and every model of the family as a `transformers` model.
+
+Importing this package registers the model type `new_llm` with `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer`.
+No code from a model's folder is ever run.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from new_llm.models.hf.auto import NewLLMForCausalLM
+from new_llm.models.hf.cache import StreamCache
+from new_llm.models.hf.configuration import NewLLMConfig
+from new_llm.models.hf.convert import export_pythia, load_pythia
+from new_llm.models.hf.export import export_auto
+
+AutoConfig.register(NewLLMConfig.model_type, NewLLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(NewLLMConfig, NewLLMForCausalLM, exist_ok=True)
+AutoTokenizer.register(NewLLMConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+
+__all__ = ["NewLLMConfig", "NewLLMForCausalLM", "StreamCache", "export_auto", "export_pythia", "load_pythia"]

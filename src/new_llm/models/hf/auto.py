@@ -1,0 +1,180 @@
+"""Every model of the family as a `transformers` model: `AutoModelForCausalLM`, `generate()`, `Trainer`, `peft`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from new_llm.config import UserError
+from new_llm.models.hf.cache import StreamCache, hold_over_padding
+from new_llm.models.hf.configuration import NewLLMConfig
+from new_llm.models.initialization import initialize_weights
+from new_llm.models.loss import IGNORE_INDEX, compute_token_losses
+from new_llm.models.model_file import build_model
+from new_llm.models.transformer import TransformerLM
+
+UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
+"""Arguments of other models that these have no answer to."""
+
+
+class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `TransformerLM` in `transformers`' clothes.
+
+    `model` is the `TransformerLM` itself, with its memory: `hf.model.load_memory(path)` before `hf.generate(...)`
+    begins every row from that memory. Memory is no weight: `save_pretrained` leaves it out.
+
+    Args:
+        config: the structure.
+        model: an existing model to wrap; None: one with fresh weights.
+
+    Raises:
+        UserError: the configuration describes no model.
+    """
+
+    config_class = NewLLMConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _supports_cache_class = True  # asked for up to transformers 4.55
+    _is_stateful = True  # no assisted generation: a cache can't be shortened
+
+    def __init__(self, config: NewLLMConfig, model: TransformerLM | None = None) -> None:
+        super().__init__(config)
+        if model is None:
+            model = build_model(config.structure, "the model's configuration")
+        else:
+            for module in model.modules():
+                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+        self.model = model
+        # One block for device_map: memory and streams live on one device, so a model is placed whole.
+        self._no_split_modules = [type(model).__name__]
+        self.post_init()
+
+    @classmethod
+    def from_model(cls, model: TransformerLM, **kwargs: Any) -> "NewLLMForCausalLM":
+        """Wrap a model, which is not copied; `kwargs` go to `NewLLMConfig`.
+
+        Raises:
+            ValueError: a layer of a class that is not registered.
+        """
+        dtype = {"torch_dtype": model.embed_in.weight.dtype}
+        return cls(NewLLMConfig.from_model(model, **(dtype | kwargs)), model).train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in any model of `transformers`; weights that are missing are an error, never drawn by chance.
+
+        Raises:
+            UserError: the folder's weights lack some of the model's.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"{args[0] if args else 'from_pretrained'}: weights are missing: {', '.join(missing)}")
+        return (model, info) if output_loading_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not any(True for _ in module.children()):
+            initialize_weights(module, self.config.initializer_range)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `forward` makes the cache
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embed_in
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the embedding; its rows are the vocabulary."""
+        self.model.embed_in = value
+        self.model.vocab_size = value.num_embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.model.embed_out
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the head."""
+        self.model.embed_out = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StreamCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        *,
+        update_memory: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            input_ids: [B, T]; with a cache the tokens after those it has read.
+            attention_mask: [B, T], or as many columns more as the cache has read; 0: neither read nor written.
+            position_ids: not used: positions are those inside a segment, and masked tokens take none.
+            past_key_values: what a call before returned. Without gradients.
+            labels: the tokens themselves, not shifted, [B, T]; see `align_labels`.
+            use_cache: return a cache; None: as configured. None is made with labels, or where gradients are recorded.
+            logits_to_keep: logits of so many last columns, or of the columns of these indices; 0: of all. With labels
+                all are returned.
+            num_items_in_batch: what the summed loss is divided by, as `Trainer` gives it over accumulated batches;
+                None: the number of predicted tokens.
+            return_dict: False: a tuple.
+            update_memory: hold what the call wrote, as in `TransformerLM`; without a cache.
+            kwargs: arguments of other models, which must be unset.
+
+        Raises:
+            ValueError: as `TransformerLM`, or an argument that these models don't know.
+        """
+        if unknown := [name for name in UNSUPPORTED if kwargs.get(name) not in (None, False)]:
+            raise ValueError(f"{', '.join(unknown)}: not supported by {type(self).__name__}")
+        if attention_mask is not None and past_key_values is not None:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        cache = past_key_values
+        if cache is None and use_cache and labels is None and not torch.is_grad_enabled() and not update_memory:
+            cache = StreamCache(self.model, len(input_ids))
+        if cache is not None and update_memory:
+            raise ValueError("update_memory: a call with a cache holds nothing; leave past_key_values out")
+        if cache is not None:
+            hidden = cache.feed(input_ids, attention_mask)
+        else:
+            hidden = self.model.compute_hidden(input_ids, attention_mask, update_memory=update_memory)
+            hidden = hold_over_padding(hidden, attention_mask)
+        loss = None
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model.embed_out(hidden[:, kept])
+        else:
+            logits = self.model.embed_out(hidden)
+            loss = self._average_loss(logits, input_ids, labels, attention_mask, num_items_in_batch)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        wants_tuple = return_dict is False or (return_dict is None and not getattr(self.config, "return_dict", True))
+        return output.to_tuple() if wants_tuple else output
+
+    def _average_loss(
+        self,
+        logits: Tensor,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """The summed loss over `num_items`, or over the tokens that are predicted; NaN where there are none."""
+        targets = self.model._find_targets(input_ids, labels.to(input_ids.device), attention_mask)
+        if self.model.training and getattr(self.model, "earlier_pass_weight", 0):
+            losses = self.model.token_losses(input_ids, labels, attention_mask)  # of all passes, with their weights
+        else:
+            losses = compute_token_losses(logits.flatten(0, 1), targets.flatten())
+        if num_items is None:
+            num_items = (targets != IGNORE_INDEX).sum()
+        return losses.sum() / (num_items.to(losses.device) if isinstance(num_items, Tensor) else num_items)

@@ -1,0 +1,78 @@
+"""Losses and gradient norms of steps, read out together, so that the host needn't wait for a GPU in every step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of an optimizer step.
+
+    Attributes:
+        loss: mean nats of its tokens.
+        grad_norm: of all gradients, before clipping.
+        num_tokens: predicted tokens.
+        step: its number, from 1.
+        epoch: its epoch, from 1.
+        batch: batches of the epoch before it.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    step: int
+    epoch: int
+    batch: int
+
+
+class StepReadout:
+    """Keeps steps' numbers on the device until they are asked for.
+
+    Where steps pass unread, a loss or gradient that is not finite makes that step's update, and every later one's, a
+    no-op on the device itself, by fused AdamW's own switch: whenever the fault is read, the weights and the optimizer
+    are as they were before the step.
+
+    Args:
+        optimizer: fused AdamW.
+        device: where the losses are.
+        every_steps: steps after which the numbers are to be read; 1: each before its update, so no switch is needed.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device, *, every_steps: int) -> None:
+        self.optimizer = optimizer
+        self.every_steps = every_steps
+        self._has_failed = torch.zeros((), dtype=torch.bool, device=device)
+        self._numbers: list[Tensor] = []
+        self._places: list[tuple[int, int, int, int]] = []
+
+    def add(self, losses: list[Tensor], norm: Tensor, num_tokens: int, step: int, epoch: int, batch: int) -> bool:
+        """Keep a step's numbers, before its update; whether it is time to read.
+
+        Args:
+            losses: its batches' shares of the mean loss.
+            norm: of its gradients.
+            num_tokens: see `StepFacts`, as the rest.
+            step: its number.
+            epoch: its epoch.
+            batch: batches before it.
+        """
+        numbers = torch.stack([torch.stack(losses).double().sum(), norm.detach().double()])
+        self._numbers.append(numbers)
+        self._places.append((num_tokens, step, epoch, batch))
+        if self.every_steps > 1:
+            self._has_failed = self._has_failed | ~numbers.isfinite().all()
+            self.optimizer.found_inf = self._has_failed.float()  # pyright: ignore[reportAttributeAccessIssue]
+        return len(self._numbers) >= self.every_steps
+
+    def take(self) -> list[StepFacts]:
+        """The steps since the last call, oldest first. This waits for the device."""
+        if not self._numbers:
+            return []
+        values = torch.stack(self._numbers).tolist()
+        pairs = zip(values, self._places, strict=True)
+        facts = [StepFacts(loss, norm, *place) for (loss, norm), place in pairs]
+        self._numbers, self._places = [], []
+        return facts

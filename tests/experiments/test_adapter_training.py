@@ -1,0 +1,289 @@
+"""Training an adapter, from its configuration to its file and its run folder."""
+
+import dataclasses
+import io
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from new_llm.config import AdapterTrainingConfig, ExperimentConfig, UserError
+from new_llm.data.dataset import prepare_data
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation import evaluate_independent
+from new_llm.experiments import adapter_training, run_experiment
+from new_llm.experiments.adapter_documents import choose_long_documents
+from new_llm.experiments.adapter_measure import limit_documents, measure_adapter, read_wikitext
+from new_llm.experiments.adapter_training import train_adapter
+from new_llm.models import TransformerLM
+from new_llm.models.hf.adapter_layers import split_weights
+from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
+from new_llm.training import Trainer, TrainingError
+from new_llm.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def base_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Pythia that has seen a little text."""
+    config = ExperimentConfig(
+        name="base",
+        models=("pythia",),
+        device="cpu",
+        runs_dir=tmp_path_factory.mktemp("base"),
+        model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+        data={
+            "source": str(addresses),
+            "tokenizer_vocab_size": 384,
+            "num_samples": 48,
+            "seq_length": 32,
+            "segments_per_sample": 2,
+            "reversal_pairs": False,
+        },
+        train={"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32"},
+        eval={"context": 32, "stride": 16, "max_tokens": 500, "reversal": False},
+    )
+    return Path(run_experiment(exp_config=config, console=Console(file=io.StringIO()))["folder"])
+
+
+@pytest.fixture
+def tiny_adapter(base_run: Path, addresses: Path, tmp_path: Path) -> AdapterTrainingConfig:
+    return AdapterTrainingConfig(
+        name="adapter",
+        base=str(base_run),
+        num_docs=2,
+        min_doc_tokens=100,
+        device="cpu",
+        runs_dir=tmp_path / "runs",
+        out=tmp_path / "parallel_adapter.pt",
+        wikitext=None,
+        data={
+            "source": str(addresses),
+            "seq_length": 32,
+            "segments_per_sample": 2,
+            "validation_fraction": 0.25,
+            "min_documents": 2,
+        },
+        train={
+            "num_epochs": 2,
+            "batch_size": 2,
+            "precision": "fp32",
+            "learning_rate": 1e-2,
+            "log_every_steps": 2,
+            "checkpoint_every_steps": 3,
+            "patience": 0,
+        },
+        eval={"max_tokens": 1500, "batch_size": 4, "reversal": False},
+    )
+
+
+def run(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
+    return train_adapter(config, console=Console(file=io.StringIO()), **options)
+
+
+def load_base_of(run_folder: Path) -> TransformerLM:
+    return TransformerLM.load(run_folder / "pythia" / "best")
+
+
+def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
+    tiny_adapter: AdapterTrainingConfig, base_run: Path
+) -> None:
+    results = run(tiny_adapter)
+    folder = Path(results["folder"])
+    base = load_base_of(base_run)
+    last = TransformerLM.load(folder / "parallel_infini" / "best")
+    kept, adapter = split_weights(last)
+    assert kept.keys() == base.state_dict().keys()
+    for name, value in base.state_dict().items():
+        assert torch.equal(kept[name], value), name
+    assert results["alpha"] == last.get_alpha() != 0
+    assert float(adapter["layers.0.attention.dense.weight"].std()) > 0
+    assert results["num_parameters"]["trained"] == results["num_parameters"]["adapter"] == 4 * 32 * 32 + 4 * 32 + 66
+    saved = attach_adapter(base, tiny_adapter.out)
+    assert saved.segment_length == 16
+    for name, value in last.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value)
+    assert load_adapted_model(tiny_adapter.out).get_alpha() == results["alpha"]
+    assert json.loads((folder / "results.json").read_text())["status"] == "complete"
+    assert {path.name for path in folder.iterdir()} >= {
+        "adapter.yaml",
+        "environment.json",
+        "data.json",
+        "tokenizer.json",
+    }
+    alphas = [line["gates"]["layers.0.alpha"] for line in read_metrics(folder / "parallel_infini") if "gates" in line]
+    assert len(set(map(tuple, alphas))) > 2
+    figures = results["evaluation"]["held_out"]["overall"]
+    assert all(math.isfinite(figures["perplexity"][way]["value"]) for way in ("base", "carried", "reset", "foreign"))
+
+
+def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter: AdapterTrainingConfig, base_run: Path) -> None:
+    config = dataclasses.replace(
+        tiny_adapter,
+        adapter=dataclasses.replace(tiny_adapter.adapter, freeze_base_model=False),
+        train=dataclasses.replace(tiny_adapter.train, num_epochs=1),
+    )
+    results = run(config)
+    best = TransformerLM.load(Path(results["folder"]) / "parallel_infini" / "best")
+    base = load_base_of(base_run)
+    assert not torch.equal(best.embed_in.weight, base.embed_in.weight)
+    loaded = load_adapted_model(config.out)
+    for name, value in best.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def curve(results: dict[str, Any]) -> list[Any]:
+    training = results["training"]
+    return [[line[key] for key in ("step", "loss", "gates")] for line in training["steps_log"]] + [
+        line["validation_loss"] for line in training["epochs_log"]
+    ]
+
+
+def test_an_interrupted_training_goes_on_to_the_same_end(
+    tiny_adapter: AdapterTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tiny_adapter)
+    again = dataclasses.replace(tiny_adapter, name="again")
+    step = Trainer._train_step
+
+    def fail_once(self: Trainer, batches: Any) -> None:
+        if self.state.step == 7:
+            raise TrainingError("stopped by the test")
+        step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", fail_once)
+        with pytest.raises(TrainingError, match="stopped by the test"):
+            run(again)
+    resumed = run(again, resume=True)
+    assert curve(resumed) == curve(whole)
+    assert resumed["evaluation"]["held_out"]["documents"] == whole["evaluation"]["held_out"]["documents"]
+    done = run(again, resume=True)  # a finished run is not trained again
+    assert done["created"] == resumed["created"]
+    with pytest.raises(UserError, match=r"different now: train\.learning_rate"):
+        run(
+            dataclasses.replace(again, train=dataclasses.replace(again.train, learning_rate=0.5)),
+            resume=True,
+        )
+
+
+def test_bad_input_leaves_no_run_behind(tiny_adapter: AdapterTrainingConfig, tmp_path: Path) -> None:
+    def refuse(**changes: Any) -> str:
+        with pytest.raises(UserError) as refused:
+            run(dataclasses.replace(tiny_adapter, **changes))
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "the base has layers 0 to 1" in refuse(adapter={"layers": (9,)})
+    assert "no training document has 9,999 tokens" in refuse(min_doc_tokens=9999)
+    assert "no saved model here" in refuse(base=str(tmp_path))
+    assert "no such file or folder" in refuse(wikitext=str(tmp_path / "absent.raw"))
+    (tmp_path / "folder.pt").mkdir()
+    assert "is a folder" in refuse(out=tmp_path / "folder.pt")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match=r"out: .*must end with"):
+        dataclasses.replace(tiny_adapter, out=tmp_path / "adapter.bin")
+
+
+def test_without_the_hub_the_line_says_how_to_have_a_base_here(
+    tiny_adapter: AdapterTrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = dataclasses.replace(tiny_adapter, base="EleutherAI/no-such-pythia")
+    with pytest.raises(
+        UserError, match=r"EleutherAI/no-such-pythia.*new-llm experiment --models pythia .*--base"
+    ) as refused:
+        run(config)
+    assert "\n" not in str(refused.value)
+    assert not config.runs_dir.exists()
+
+
+def test_an_exported_pythia_is_a_base_too(tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from new_llm.models.hf.convert import export_pythia
+
+    export_pythia(load_base_of(base_run), tmp_path / "neox", Tokenizer.from_file(str(base_run / "tokenizer.json")))
+    config = dataclasses.replace(
+        tiny_adapter, base=str(tmp_path / "neox"), train=dataclasses.replace(tiny_adapter.train, num_epochs=1)
+    )
+    results = run(config)
+    own = run(
+        dataclasses.replace(tiny_adapter, name="own", train=dataclasses.replace(tiny_adapter.train, num_epochs=1))
+    )
+    assert curve(results) == curve(own)
+    assert load_adapted_model(config.out, tmp_path / "neox").get_alpha() == results["alpha"]
+
+
+def test_a_tokenizer_that_the_base_does_not_know_is_refused(
+    tiny_adapter: AdapterTrainingConfig, shared_data: Path
+) -> None:
+    tokenizer = str(shared_data / "tokenizer" / "20B_tokenizer.json")
+    config = dataclasses.replace(tiny_adapter, data=dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))
+    with pytest.raises(UserError, match=r"the tokenizer has ids up to 50276, the base knows 384"):
+        run(config)
+
+
+def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter: AdapterTrainingConfig) -> None:
+    tokenizer = adapter_training.find_base(tiny_adapter)[1]
+    data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer), 0)
+    lengths = np.diff(data.train.offsets)
+    middle = int(np.sort(lengths)[len(lengths) // 2])
+
+    def choose(seed: int, num_docs: int = 3, max_tokens: int | None = None) -> Any:
+        return choose_long_documents(data, num_docs=num_docs, min_tokens=middle, max_tokens=max_tokens, seed=seed)
+
+    chosen = choose(0)
+    assert chosen.train.num_documents == 3
+    assert np.diff(chosen.train.offsets).min() >= middle
+    assert choose(0).info["train"] == chosen.info["train"]
+    assert len({choose(seed).info["train"]["tokens_fingerprint"] for seed in range(6)}) > 1
+    short = choose(0, max_tokens=40)
+    assert np.diff(short.train.offsets).tolist() == [40, 40, 40]
+    assert short.train.document(1).tolist() == chosen.train.document(1)[:40].tolist()
+    assert np.diff(short.validation.offsets).max() == 40
+    whole = choose(0, num_docs=999)
+    assert whole.train.num_documents == int((lengths >= middle).sum())
+    assert any("999 long documents were asked for" in note for note in whole.info["notes"])
+
+
+def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_out_of_reach(
+    tiny_adapter: AdapterTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    data = adapter_training.prepare_documents(tiny_adapter, adapter_training.find_base(tiny_adapter)[1])
+    offline = read_wikitext(dataclasses.replace(tiny_adapter, wikitext="wikitext-2"), data.tokenizer)
+    assert offline.split is None
+    assert "WikiText-2 is not measured" in offline.notes[0]
+    (tmp_path / "wiki.txt").write_text("The Senate sat. " * 20)
+    found = read_wikitext(dataclasses.replace(tiny_adapter, wikitext=str(tmp_path / "wiki.txt")), data.tokenizer)
+    assert found.split is not None
+    assert found.notes == ()
+    model = load_base_of(Path(tiny_adapter.base))
+    measured = measure_adapter(model, model, {"one": found.split}, tiny_adapter.eval, nullcontext, lambda what: None)
+    perplexity = measured["one"]["overall"]["perplexity"]
+    assert "foreign" not in perplexity  # one document has no other
+    assert perplexity["base"]["value"] == pytest.approx(perplexity["carried"]["value"], rel=1e-6)
+    assert perplexity["reset"]["value"] == pytest.approx(
+        evaluate_independent(model, found.split, batch_size=2).perplexity, rel=1e-6
+    )
+
+
+def test_documents_are_measured_up_to_a_number_of_tokens_but_two_at_least() -> None:
+    lengths = np.array([10, 20, 30, 40])
+    split = TokenSplit(
+        tokens=np.arange(100, dtype=np.uint16),
+        offsets=np.cumsum([0, *lengths]),
+        num_bytes=lengths * 4,
+        num_words=lengths,
+    )
+    for max_tokens, number in ((None, 4), (1, 2), (30, 2), (59, 2), (60, 3), (99, 3), (100, 4), (500, 4)):
+        limited = limit_documents(split, max_tokens)
+        assert limited.num_documents == number
+        assert limited.tokens.tolist() == split.tokens[: lengths[:number].sum()].tolist()

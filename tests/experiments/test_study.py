@@ -1,0 +1,131 @@
+"""A study: variants and seeds trained as runs, measured, compared, and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import tiny_settings
+from new_llm.cli.main import main
+from new_llm.config import UserError
+from new_llm.config.run_settings import read_settings
+from new_llm.config.study import StudyConfig, merge_settings
+from new_llm.experiments import study as study_module
+from new_llm.experiments.study_table import render_figure
+
+
+def write_study(path: Path, addresses: Path, **changes: object) -> Path:
+    base = tiny_settings(addresses, path.parent)
+    del base["runs_dir"]
+    base["train"] |= {"num_epochs": 1}
+    base["data"] |= {"num_samples": 16}
+    values = {
+        "name": "tiny-study",
+        "question": "Does the memory help?",
+        "cpu_minutes": 1,
+        "base": base | {"models": ["infini"], "device": "cpu"},
+        "variants": {
+            "reference": {},
+            "no-delta": {"model": {"use_delta_rule": False}},
+            "pythia": {"models": ["pythia"]},
+            "whole": {"models": ["pythia"], "data": {"segments_per_sample": 1}},
+        },
+        "seeds": [0, 1],
+        "baselines": ["pythia"],
+        "window_baselines": ["whole"],
+        "long_documents": {"min_tokens": 64, "edges": [0, 128], "num_resamples": 50},
+        "runs_dir": str(path.parent / "runs"),
+    }
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return path
+
+
+def test_a_study_from_one_command(addresses, tmp_path, capsys):
+    path = write_study(tmp_path / "study.yaml", addresses)
+    assert main(["study", str(path)]) == 0
+    folder = tmp_path / "runs" / "tiny-study"
+    summary = json.loads((folder / "study.json").read_text())
+    assert list(summary["variants"]) == ["reference", "no-delta", "pythia", "whole"]
+    assert summary["code"]["version"]
+    reference, other = (summary["variants"][name]["figures"] for name in ("reference", "no-delta"))
+    for figures in (reference, other):
+        for metric in ("streaming perplexity", "validation: carried vs reset", "validation: carried vs whole"):
+            assert set(figures[metric]["by_seed"]) == {"0", "1"}
+            assert figures[metric]["low"] < figures[metric]["mean"] < figures[metric]["high"]
+    # A difference from the reference is that of the same seed.
+    metric = "sliding perplexity"
+    first, second = (figures[metric]["by_seed"] for figures in (reference, other))
+    expected = sum(second[seed] - first[seed] for seed in "01") / 2
+    assert other[metric]["difference_from_reference"]["mean"] == pytest.approx(expected)
+    assert reference[metric]["difference_from_reference"] is None
+    # Carried against reset is what the records of the runs say.
+    record = json.loads((folder / "measured" / "no-delta-s1-long-validation.json").read_text())
+    relative = record["result"]["overall"]["differences"]["reset"]["relative"]["value"]
+    assert other["validation: carried vs reset"]["by_seed"]["1"] == pytest.approx(relative)
+    assert record["subject"]["seed"] == 1
+    assert "validation: carried vs reset" not in summary["variants"]["pythia"]["figures"]
+    table = (folder / "table.md").read_text()
+    assert "| no-delta | 2 |" in table
+    assert (folder / "differences.svg").read_text().startswith("<?xml")
+    assert (folder / "distance-validation.svg").exists()
+    captured = capsys.readouterr()
+    assert "results:" in captured.out
+    assert "minutes on two cores" in captured.err
+
+    # Again: nothing is trained or measured anew.
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.json") if file.name != "study.json"}
+    assert main(["study", str(path)]) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_only_some_variants_and_then_the_rest(addresses, tmp_path, monkeypatch):
+    path = write_study(tmp_path / "study.yaml", addresses, seeds=[0])
+    study = read_settings(path, StudyConfig)
+    cells = study_module.plan_cells(study, ["no-delta"])
+    assert [cell.variant for cell in cells] == ["no-delta", "pythia", "whole"]
+    trained = []
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console: trained.append(cell.variant))
+    monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
+    summary = study_module.run_study(study, only=["reference"])
+    assert trained == ["reference", "pythia", "whole"]
+    assert summary["variants"] == {}
+    changed = write_study(tmp_path / "other.yaml", addresses, variants={"reference": {"model": {"gate_init": 1.0}}},
+                          baselines=[], window_baselines=[])  # fmt: skip
+    with pytest.raises(UserError, match="variant reference was begun with other settings"):
+        study_module.run_study(read_settings(changed, StudyConfig))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"a": {"model": {"nope": 1}}}}, "variant a: unknown key 'model.nope'"),
+        ({"variants": {"a": {"models": ["infini", "pythia"]}}}, "one is needed, 2 are given"),
+        ({"variants": {"a": {"seed": 3}}}, "variant a: seed: is the study's to set"),
+        ({"variants": {}}, "variants"),
+        ({"variants": {"../a": {}}}, "variants"),
+        ({"baselines": ["nope"]}, "'nope' is no variant"),
+        ({"seeds": [1, 1]}, "none may be there twice"),
+        ({"cpu_minutes": 0}, "cpu_minutes"),
+    ],
+)
+def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message):
+    path = write_study(tmp_path / "study.yaml", addresses, **({"baselines": [], "window_baselines": []} | changes))
+    assert main(["study", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_are_merged_key_by_key():
+    base = {"model": {"a": 1, "b": 2}, "seed": 0}
+    assert merge_settings(base, {"model": {"b": 3}, "x": [1]}) == {"model": {"a": 1, "b": 3}, "seed": 0, "x": [1]}
+    assert base == {"model": {"a": 1, "b": 2}, "seed": 0}
+
+
+def test_cells_of_the_table():
+    assert render_figure("p", {"mean": 1234.5, "low": None, "high": None}) == "1,234"
+    found = {"mean": -0.05, "low": -0.06, "high": -0.04}
+    assert render_figure("validation: carried vs reset", found) == "-5.00 % [-6.00 %, -4.00 %]"
+    assert render_figure("p", None) == "–"

@@ -1,0 +1,271 @@
+"""Save, load, train and place models through `transformers`' own classes."""
+
+import json
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from model_cases import MIXED_STACKS, build_model, get_model, randomize, text_ids
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from new_llm.config import PythiaConfig, UserError
+from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
+from new_llm.models.hf import NewLLMConfig, NewLLMForCausalLM, export_auto
+from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
+
+
+def make_model(kind: str = "infini", seed: int = 0, **options: Any) -> TransformerLM:
+    torch.manual_seed(seed)
+    shape = PythiaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=48, initializer_range=0.2)  # fmt: skip
+    return create_model(kind, shape, segment_length=8, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["pythia", "infini", "multi_memory", "hierarchical", "selective"])
+def test_save_and_load_bit_for_bit(tmp_path, kind, dtype):
+    model = make_model(kind).to(dtype)
+    randomize(model)
+    NewLLMForCausalLM.from_model(model, max_position_embeddings=99).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="auto")
+    assert type(loaded) is NewLLMForCausalLM
+    assert not loaded.training
+    assert type(loaded.model) is type(model)
+    assert loaded.config.max_position_embeddings == 99
+    assert loaded.config.segment_length == loaded.model.segment_length == 8
+    expected = model.state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys()
+    for name, value in loaded.model.state_dict().items():
+        assert value.dtype == dtype
+        assert torch.equal(value, expected[name]), name
+    ids = text_ids(2, 20)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, model.eval()(ids))
+
+
+def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
+    @register_layer
+    class DoubledLayer(InfiniLayer):
+        kind: ClassVar[str] = "doubled"
+
+        def __init__(self, hidden_size: int, factor: float = 2.0) -> None:
+            super().__init__(hidden_size, 1, 2 * hidden_size)
+            self.factor = factor
+
+        def _add(self, hidden, mixed):
+            return hidden + self.factor * mixed
+
+    try:
+        model = TransformerLM([DoubledLayer(16, factor=3.0), PythiaLayer(16, 2, 24)], 128, 5)
+        randomize(model)
+        NewLLMForCausalLM.from_model(model).save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(loaded.model.layers[0]) is DoubledLayer
+        ids = text_ids(2, 12)
+        expected, _ = model.generate(ids, max_new_tokens=7)
+        beams = [loaded.generate(input_ids=ids, max_new_tokens=7, num_beams=2, do_sample=False, use_cache=use_cache)
+                 for use_cache in (True, False)]  # fmt: skip
+        assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=7, do_sample=False), expected)
+        assert torch.equal(*beams)
+    finally:
+        LAYER_KINDS.pop("doubled")
+    with pytest.raises(UserError, match=r"unknown layer kind 'doubled'; known are .*pythia"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_some_weights_is_refused(tmp_path):
+    NewLLMForCausalLM.from_model(make_model()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.attention.gate"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights are missing: model\.layers\.0\.attention\.gate"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_fresh_model_and_its_configuration(tmp_path):
+    config = NewLLMConfig.from_model(make_model(), initializer_range=0.5)
+    model = AutoModelForCausalLM.from_config(config)
+    assert float(model.model.embed_in.weight.detach().std()) == pytest.approx(0.5, rel=0.05)
+    assert float(model.model.layers[0].attention.gate) == 0
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.structure == config.structure
+    assert (again.num_hidden_layers, again.hidden_size, again.tie_word_embeddings) == (2, 32, False)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        NewLLMConfig(tie_word_embeddings=True)
+
+
+def test_the_whole_folder_serves_a_pipeline(tmp_path, tokenizer):
+    model = make_model("multi_memory").eval()
+    export_auto(model, tmp_path, tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    wrapped = AutoTokenizer.from_pretrained(tmp_path)
+    assert (wrapped.eos_token, wrapped.pad_token_id, wrapped.padding_side) == ("<|endoftext|>", 0, "left")
+    prompts = ["The Congress", "Fellow-citizens of the Senate and of the House of Representatives"]
+    speak = pipeline("text-generation", model=str(tmp_path))
+    for batch_size in (1, 2):
+        found = speak(prompts, max_new_tokens=9, do_sample=False, batch_size=batch_size)
+        for prompt, answer in zip(prompts, found, strict=True):
+            ids = torch.tensor([tokenizer.encode(prompt).ids])
+            _, statistics = model.generate(ids, max_new_tokens=9, tokenizer=tokenizer, eos_token_id=0)
+            assert answer[0]["generated_text"] == prompt + statistics.texts[0]
+
+
+def test_precision_and_placement(tmp_path):
+    NewLLMForCausalLM.from_model(make_model()).save_pretrained(tmp_path)
+    for placement in ("auto", "cpu"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map=placement)
+        assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16}
+        ids = text_ids(2, 11).to(loaded.device)
+        # In bf16 two ways to compute a logit may round apart, so that greedy tokens are compared in float32 elsewhere.
+        assert loaded.generate(input_ids=ids, max_new_tokens=9, do_sample=False).shape == (2, 20)
+
+
+def test_device_map_never_splits_a_model():
+    """Memory and streams live on one device, so a map over several must not cut between layers."""
+    from accelerate import infer_auto_device_map
+
+    model = NewLLMForCausalLM.from_model(build_model(MIXED_STACKS["mixed"], dtype=torch.float32))
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    places = infer_auto_device_map(
+        model, {0: size // 2, 1: 2 * size, "cpu": 9 * size}, no_split_module_classes=list(model._no_split_modules)
+    )
+    assert set(places.values()) == {1}
+
+
+# Losses and training
+
+
+def test_the_loss_is_ours_and_honours_the_number_of_items():
+    model = get_model("mixed")
+    hf = NewLLMForCausalLM.from_model(model)
+    ids = text_ids(2, 17)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 3] = -100
+    expected, statistics = model.compute_loss(ids, labels, mask)
+    assert statistics.num_tokens == 16 - 1 + 11
+    found = hf(ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(found.loss, expected)
+    assert found.logits.shape == (2, 17, 128)
+    assert found.past_key_values is None
+    for items in (50, torch.tensor(50)):
+        shared = hf(ids, attention_mask=mask, labels=labels, num_items_in_batch=items).loss
+        torch.testing.assert_close(shared, expected * statistics.num_tokens / 50)
+    loss, logits = hf(ids, attention_mask=mask, labels=labels, return_dict=False)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(logits, found.logits)
+
+
+def test_the_loss_of_a_selective_model_weighs_its_passes():
+    layers = [InfiniLayer(16, 2, 24), PythiaLayer(16, 2, 24)]
+    model = SelectiveOutputLM(layers, 128, 5, skip_interval=1, earlier_pass_weight=0.7)
+    randomize(model)
+    hf = NewLLMForCausalLM.from_model(model)
+    ids = text_ids(2, 12)
+    for is_training in (True, False):
+        hf.train(is_training)
+        expected, _ = model.compute_loss(ids, ids)
+        torch.testing.assert_close(hf(ids, labels=ids).loss, expected)
+    assert not torch.allclose(hf.train()(ids, labels=ids).loss, hf.eval()(ids, labels=ids).loss)
+
+
+def test_logits_of_the_last_columns_alone():
+    hf = NewLLMForCausalLM.from_model(get_model("mixed")).eval()
+    ids = text_ids(2, 12)
+    with torch.no_grad():
+        whole = hf(ids).logits
+        torch.testing.assert_close(hf(ids, logits_to_keep=3).logits, whole[:, -3:])
+        torch.testing.assert_close(hf(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+
+
+def arguments(folder, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "report_to": [], "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "seed": 1, "use_cpu": True, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def rows_of(ids: torch.Tensor, lengths: list[int] | None = None) -> list[dict[str, Any]]:
+    lengths = [ids.shape[1]] * len(ids) if lengths is None else lengths
+    rows = []
+    for row, length in zip(ids, lengths, strict=True):
+        mask = (torch.arange(len(row)) < length).long()
+        rows.append({"input_ids": row, "attention_mask": mask, "labels": row.masked_fill(mask == 0, -100)})
+    return rows
+
+
+def test_trainer_learns_a_text(tmp_path):
+    model = NewLLMForCausalLM.from_model(make_model())
+    data = rows_of(text_ids(4, 24))
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert before > 5
+    assert after < 1.5
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.model.embed_in.weight, model.model.embed_in.weight)
+
+
+def test_accumulated_batches_weigh_every_token_alike(tmp_path):
+    """Two batches of unequal lengths make the step that one batch of both makes."""
+    ids = text_ids(4, 24)
+    data = rows_of(ids, [24, 5, 11, 3])
+    steps = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        model = NewLLMForCausalLM.from_model(make_model().double())
+        settings = arguments(
+            tmp_path, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        )  # fmt: skip
+        Trainer(model=model, args=settings, train_dataset=data).train()
+        steps.append(model.state_dict())
+    for name, value in steps[0].items():
+        torch.testing.assert_close(steps[1][name], value, atol=1e-9, rtol=1e-7, msg=name)
+
+
+def test_the_vocabulary_can_grow(tmp_path):
+    model = NewLLMForCausalLM.from_model(make_model())
+    assert model.get_input_embeddings() is model.model.embed_in
+    assert model.get_output_embeddings() is model.model.embed_out
+    before = model.model.embed_in.weight.detach().clone()
+    model.resize_token_embeddings(400)
+    assert (model.model.vocab_size, model.config.vocab_size) == (400, 400)
+    assert torch.equal(model.model.embed_in.weight[:384], before)
+    assert model(torch.tensor([[399, 1]])).logits.shape == (1, 2, 400)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_out.weight.shape == (400, 32)
+
+
+def test_lora_trains_the_linear_layers_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = NewLLMForCausalLM.from_model(make_model())
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
+    data = rows_of(text_ids(4, 24))
+    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=15, learning_rate=1e-2), train_dataset=data)
+    first = trainer.evaluate(data)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(data)["eval_loss"] < first - 0.5
+    ids = text_ids(2, 13)
+    expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    model.save_pretrained(tmp_path / "lora")
+    fresh = NewLLMForCausalLM.from_model(make_model())
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "lora")
+    assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
+    merged = loaded.merge_and_unload()
+    assert merged.model.layers[0].mlp.dense_h_to_4h.weight.shape == (48, 32)
+    assert not torch.equal(merged.model.layers[0].mlp.dense_h_to_4h.weight,
+                           before["model.layers.0.mlp.dense_h_to_4h.weight"])  # fmt: skip
+    assert torch.equal(merged.model.embed_in.weight, before["model.embed_in.weight"])

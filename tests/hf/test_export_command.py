@@ -1,0 +1,97 @@
+"""`new-llm export`: a run's model for Hugging Face's tools, with a card of the run's figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model_cases import text_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from new_llm.cli.main import main
+from new_llm.config import PythiaConfig
+from new_llm.models import TransformerLM, create_model
+
+RESULT = {
+    "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
+    "evaluation": {
+        "sliding": {"perplexity": 184.06, "bits_per_byte": 1.694, "num_tokens": 54886},
+        "streaming": {"perplexity": 181.2, "bits_per_byte": 1.68, "num_tokens": 54886},
+        "positions": [{"start": 0, "end": 16, "perplexity": 186.9}, {"start": 16, "end": 32, "perplexity": None}],
+        "reversal": {"forward_perplexity": 149.5, "backward_perplexity": 184.7,
+                     "forward_accuracy": 0.0417, "backward_accuracy": 0.05},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tokenizer) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    shape = PythiaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=48, initializer_range=0.2)  # fmt: skip
+    torch.manual_seed(0)
+    for kind in ("pythia", "infini"):
+        create_model(kind, shape, segment_length=16).save(run / kind / "best")
+    tokenizer.save(str(run / "tokenizer.json"))
+    (run / "infini" / "result.json").write_text(json.dumps(RESULT))
+    (run / "data.json").write_text(json.dumps({"source": "sotu", "train": {"num_documents": 234}}))
+    (run / "environment.json").write_text(json.dumps({"command": "new-llm experiment --name tiny"}))
+    return run
+
+
+def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
+    out = tmp_path / "out" / "infini"
+    assert main(["export", "--run", str(run_folder), "--model", "infini", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    best = TransformerLM.load(run_folder / "infini" / "best").eval()
+    ids = text_ids(2, 40)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, best(ids))
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == 0
+    card = (out / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "library_name: transformers" in header
+    assert "infini" in header
+    for line in (
+        "import new_llm.models.hf",
+        "| tokens read | 482,619 |",
+        "| documents | 234 |",
+        "| command | `new-llm experiment --name tiny` |",
+        "| streaming, memory carried | 181.2 | 1.68 | 54,886 |",
+        "| 16–32 | — |",
+        "| perplexity | 149.5 | 184.7 |",
+        f"| parameters | {best.num_parameters()['total']:,} |",
+        f"| memory | {best.memory_info()['total_bytes']:,} bytes |",
+    ):
+        assert line in card
+
+
+def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
+    out = tmp_path / "pythia"
+    command = ["export", "--run", str(run_folder), "--model", "pythia", "--out", str(out), "--format", "gpt_neox"]
+    assert main(command) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(loaded).__name__ == "GPTNeoXForCausalLM"
+    again = TransformerLM.from_pythia(out)
+    best = TransformerLM.load(run_folder / "pythia" / "best")
+    assert all(torch.equal(value, best.state_dict()[name]) for name, value in again.state_dict().items())
+    card = (out / "README.md").read_text()
+    assert "import new_llm" not in card
+    assert "Perplexity" not in card  # this model of the run was not measured
+
+
+def test_what_can_not_be_exported_is_one_line(run_folder, tmp_path, capsys):
+    command = ["export", "--run", str(run_folder), "--out", str(tmp_path / "out")]
+    for flags, message in (
+        (["--model", "infini", "--format", "gpt_neox"], "no layers like 0 (InfiniLayer)"),
+        (["--model", "nothing"], "no model 'nothing' here"),
+        (["--model", "infini", "--format", "gguf"], "gguf"),
+        (["--model", "infini", "--out", str(run_folder / "infini" / "best")], "choose another folder"),
+        (["--model", "infini", "--out", str(run_folder / "data.json" / "x")], "can't write a model here"),
+    ):
+        assert main([*command, *flags]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,210 @@
+"""`generate()` of Hugging Face against this project's own, and against itself without a cache."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from model_cases import HIDDEN_SIZE, INTERMEDIATE_SIZE, MIXED_STACKS, VOCAB_SIZE, build_model, get_model, text_ids
+from model_cases import randomize as randomize_weights
+
+from new_llm.models import SelectiveOutputLM, TransformerLM
+from new_llm.models.hf import NewLLMForCausalLM, StreamCache
+from new_llm.models.layers import InfiniLayer, PythiaLayer
+
+STACKS = ("pythia", *MIXED_STACKS)
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+
+
+def wrap(name: str, **options: Any) -> NewLLMForCausalLM:
+    return NewLLMForCausalLM.from_model(get_model(name, **options)).eval()
+
+
+def padded(side: str, length: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of 13, 9 and 4 tokens; a padded place holds another token than 0, which must not be read."""
+    ids = text_ids(3, length)
+    mask = torch.ones_like(ids)
+    for row, missing in ((1, 4), (2, 9)):
+        mask[row, slice(None, missing) if side == "left" else slice(-missing, None)] = 0
+    return ids.masked_fill(mask == 0, 7), mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", STACKS)
+def test_greedy_equals_our_own_token_for_token(name, side, dtype):
+    """Segments of 5: prompts and what follows cross several segment ends, each row at its own place."""
+    hf = wrap(name, dtype=dtype)
+    ids, mask = padded(side)
+    ours, _ = hf.model.generate(ids, mask, max_new_tokens=17)
+    for use_cache in (True, False):
+        theirs = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=17, use_cache=use_cache, **GREEDY)
+        assert torch.equal(theirs, ours), use_cache
+
+
+def test_greedy_begins_from_the_held_memory_and_leaves_it():
+    hf = wrap("mixed")
+    ids = text_ids(1, 7)
+    empty = hf.generate(input_ids=ids, max_new_tokens=12, **GREEDY)
+    hf.model(text_ids(1, 40, start=9), update_memory=True)
+    before = hf.model.get_memory_state()
+    filled = hf.generate(input_ids=ids, max_new_tokens=12, **GREEDY)
+    assert torch.equal(filled, hf.model.generate(ids, max_new_tokens=12)[0])
+    assert not torch.equal(filled, empty)
+    after = hf.model.get_memory_state()
+    assert all(torch.equal(after[0][key], value) for key, value in before[0].items() if torch.is_tensor(value))
+
+
+def test_a_stop_token_ends_a_row_as_ours():
+    hf = wrap("mixed")
+    ids, mask = padded("left")
+    free, _ = hf.model.generate(ids, mask, max_new_tokens=10)
+    stop = int(free[0, 16])
+    ours, _ = hf.model.generate(ids, mask, max_new_tokens=10, eos_token_id=stop)
+    theirs = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=10, eos_token_id=stop, **GREEDY)
+    assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", STACKS)
+def test_beams_with_the_cache_equal_beams_without(name, side):
+    hf = wrap(name)
+    ids, mask = padded(side)
+    found = [
+        hf.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=11, num_beams=4, num_return_sequences=2,
+            use_cache=use_cache, **GREEDY,
+        )
+        for use_cache in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(*found)
+    alone = hf.generate(input_ids=ids[1:2, mask[1] == 1], max_new_tokens=11, num_beams=4, **GREEDY)
+    assert torch.equal(found[0][2, 13:], alone[0, 9:])
+
+
+def test_samples_with_the_cache_equal_samples_without():
+    hf = wrap("mixed")
+    ids, mask = padded("left")
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(4)
+        options = {"do_sample": True, "num_return_sequences": 3, "top_k": 20, "pad_token_id": 0}
+        found.append(hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=9, use_cache=use_cache, **options))
+    assert torch.equal(*found)
+    assert len({tuple(row.tolist()) for row in found[0][:3]}) > 1
+
+
+def test_all_layers_alone_and_a_selective_model_generate_alike():
+    layers = [InfiniLayer(HIDDEN_SIZE, 2, INTERMEDIATE_SIZE), PythiaLayer(HIDDEN_SIZE, 2, INTERMEDIATE_SIZE)]
+    selective = SelectiveOutputLM(layers, VOCAB_SIZE, 5, skip_interval=2)
+    randomize_weights(selective)
+    selective.double().eval()
+    hf = NewLLMForCausalLM.from_model(selective)
+    ids, mask = padded("left")
+    ours, _ = selective.generate(ids, mask, max_new_tokens=9)
+    assert torch.equal(hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=9, **GREEDY), ours)
+    options = {"max_new_tokens": 7, "num_beams": 3, **GREEDY}
+    beams = [hf.generate(input_ids=ids, attention_mask=mask, use_cache=use, **options) for use in (True, False)]
+    assert torch.equal(*beams)
+
+
+def count_numbers(cache: StreamCache) -> int:
+    """Numbers in all tensors of a cache; one that is in two places counts once."""
+    tensors: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[id(value)] = value.numel()
+        elif isinstance(value, list | tuple):
+            for part in value:
+                count(part)
+        elif hasattr(value, "__dataclass_fields__"):
+            count([getattr(value, name) for name in value.__dataclass_fields__])
+
+    count([cache.stream.memories, cache.stream.opened, cache.last_hidden])
+    return sum(tensors.values())
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed-sums"])
+def test_the_cache_is_of_constant_size(name):
+    hf = wrap(name)
+    sizes = []
+    for length in (24, 94):  # both end in the fourth token of a segment
+        with torch.no_grad():
+            cache = hf(text_ids(2, length)).past_key_values
+        assert cache.get_seq_length() == length
+        sizes.append(count_numbers(cache))
+    assert sizes[0] == sizes[1]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert count_numbers(cache) == sizes[0]
+
+
+def test_a_cache_is_read_on_copied_and_selected():
+    hf = wrap("mixed")
+    ids = text_ids(3, 23)
+    with torch.no_grad():
+        whole = hf(ids, use_cache=False).logits
+        first = hf(ids[:, :9])
+        assert isinstance(first.past_key_values, StreamCache)
+        copied = copy.deepcopy(first.past_key_values)
+        rest = hf(ids[:, 9:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-9, rtol=1e-9)
+        again = hf(ids[:, 9:], past_key_values=copy.deepcopy(copied)).logits  # as if nothing had been read meanwhile
+        assert torch.equal(again, rest)
+        copied.batch_select_indices(torch.tensor([2, 0]))
+        copied.batch_repeat_interleave(2)
+        assert copied.batch_size == 4
+        chosen = hf(ids[[2, 2, 0, 0], 9:], past_key_values=copied).logits
+        torch.testing.assert_close(chosen, rest[[2, 2, 0, 0]], atol=1e-9, rtol=1e-9)
+        with pytest.raises(ValueError, match="can't be shortened"):
+            copied.crop(3)
+        copied.reset()
+        assert copied.get_seq_length() == 0
+
+
+def test_generation_goes_on_from_a_given_cache():
+    hf = wrap("mixed")
+    ids = text_ids(2, 12)
+    expected = hf.generate(input_ids=ids, max_new_tokens=8, **GREEDY)
+    with torch.no_grad():
+        cache = hf(ids[:, :7], use_cache=True).past_key_values
+    found = hf.generate(input_ids=ids, past_key_values=cache, max_new_tokens=8, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+def test_padding_on_the_right_of_a_whole_piece_keeps_the_last_real_state():
+    """A row whose next columns are all padding still goes on from its last token."""
+    hf = wrap("mixed")
+    ids, mask = padded("right", 12)
+    with torch.no_grad():
+        whole = hf(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+        cache = hf(ids[:, :6], attention_mask=mask[:, :6]).past_key_values
+        order = torch.tensor([2, 0, 1])
+        cache.reorder_cache(order)
+        pieces = hf(ids[order, 6:], attention_mask=mask[order], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(pieces, whole[order], atol=1e-9, rtol=1e-9)
+    row = hf.model(ids[2:, :3]).detach()[0, -1]
+    torch.testing.assert_close(whole[2], row, atol=1e-9, rtol=1e-9)
+
+
+def test_what_a_memory_can_not_do_is_refused():
+    hf = wrap("mixed")
+    ids = text_ids(1, 8)
+    with pytest.raises(ValueError, match="stateful"):
+        hf.generate(input_ids=ids, max_new_tokens=4, prompt_lookup_num_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="output_attentions: not supported"):
+        hf(ids, output_attentions=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="leave past_key_values out"):
+        hf(ids, past_key_values=StreamCache(hf.model, 1), update_memory=True)
+
+
+def test_a_call_may_write_the_memory():
+    one, other = (build_model(MIXED_STACKS["mixed"]).eval() for _ in range(2))
+    ids = text_ids(2, 18)
+    NewLLMForCausalLM.from_model(one)(ids, update_memory=True)
+    other(ids, update_memory=True)
+    assert isinstance(one, TransformerLM)
+    for index, state in other.get_memory_state().items():
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                assert torch.equal(one.get_memory_state()[index][key], value), key

@@ -1,0 +1,294 @@
+"""GPT-NeoX checkpoints in and out: bit for bit, in the layouts of every version, with one line where it can't be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model_cases import assert_near, get_model, text_ids
+from neox_folders import NEW_CONFIG, OLD_CONFIG, disk_weights, make_neox, old_buffers, write_folder
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from new_llm.config import PythiaConfig, UserError
+from new_llm.models import TransformerLM, create_model, export_pythia
+from new_llm.models.layers import InfiniLayer, PythiaLayer
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def assert_bit_identical(one: TransformerLM, other: TransformerLM) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert torch.equal(value.view(torch.uint8), second[name].view(torch.uint8)), name
+
+
+@pytest.fixture(scope="module")
+def neox():
+    return make_neox()
+
+
+@pytest.mark.parametrize("config", [OLD_CONFIG, NEW_CONFIG], ids=["old", "new"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "safetensors-sharded", "bin-sharded"])
+def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
+    weights = disk_weights(neox)
+    if config is OLD_CONFIG:
+        weights |= old_buffers()
+    model = TransformerLM.from_pythia(write_folder(tmp_path, config, weights, kind)).eval()
+    assert model.segment_length == 64
+    ids = text_ids(2, 64)
+    with torch.no_grad():
+        assert_near(model(ids), neox(ids).logits, 1e-5)
+
+
+def test_the_installed_versions_own_folder_gives_its_logits(tmp_path, neox):
+    neox.save_pretrained(tmp_path)
+    model = TransformerLM.from_pythia(str(tmp_path), segment_length=16).eval()
+    ids = text_ids(3, 16)
+    with torch.no_grad():
+        assert_near(model(ids), neox(ids).logits, 1e-5)
+        assert_near(model(text_ids(1, 40))[:, 16:32], neox(text_ids(1, 40)[:, 16:32]).logits, 1e-5)
+
+
+@pytest.mark.parametrize("head", ["lm_head.weight", "embed_out.weight"])
+def test_the_heads_name_in_memory_is_read_too(tmp_path, neox, head):
+    weights = disk_weights(neox)
+    weights[head] = weights.pop("embed_out.weight")
+    model = TransformerLM.from_pythia(write_folder(tmp_path, NEW_CONFIG, weights))
+    assert torch.equal(model.embed_out.weight, weights[head])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
+    weights = disk_weights(neox, dtype)
+    first = TransformerLM.from_pythia(write_folder(tmp_path / "theirs", OLD_CONFIG, weights))
+    assert first.embed_in.weight.dtype == dtype
+    assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in first.parameters())
+    export_pythia(first, tmp_path / "ours")
+    assert_bit_identical(first, TransformerLM.from_pythia(tmp_path / "ours"))
+    stored = load_file(tmp_path / "ours" / "model.safetensors")
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], value) for name, value in weights.items())
+
+
+def test_an_exported_model_is_hugging_faces(tmp_path, tokenizer):
+    torch.manual_seed(1)
+    shape = PythiaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        rotary_pct=0.5,
+        rotary_emb_base=300.0,
+        initializer_range=0.3,
+    )
+    model = create_model("pythia", shape, segment_length=48).eval()
+    export_pythia(model, tmp_path, tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == "GPTNeoXForCausalLM"
+    wrapped = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Fellow-citizens of the Senate and House of Representatives:"
+    assert wrapped(text).input_ids == tokenizer.encode(text).ids
+    assert (wrapped.eos_token_id, theirs.generation_config.eos_token_id) == (0, 0)
+    ids = torch.tensor([wrapped(text).input_ids])[:, :30]
+    with torch.no_grad():
+        assert_near(model(ids), theirs(ids).logits, 1e-5)
+    ours, _ = model.generate(ids, max_new_tokens=12, eos_token_id=0)
+    assert torch.equal(theirs.generate(ids, max_new_tokens=12, do_sample=False), ours)
+
+
+def test_an_export_replaces_the_weights_that_stood_there(tmp_path, neox):
+    weights = disk_weights(neox)
+    write_folder(tmp_path, OLD_CONFIG, weights, "safetensors-sharded")
+    (tmp_path / "notes.txt").write_text("mine")
+    model = TransformerLM.from_pythia(tmp_path)
+    with torch.no_grad():
+        model.embed_in.weight.neg_()
+    export_pythia(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
+    assert_bit_identical(model, TransformerLM.from_pythia(tmp_path))
+
+
+def test_a_checkpoint_of_several_precisions_becomes_one_that_holds_them(tmp_path, neox):
+    weights = disk_weights(neox, torch.float16)
+    norm = "gpt_neox.final_layer_norm.weight"
+    weights[norm] = weights[norm].float() + 1e-6
+    model = TransformerLM.from_pythia(write_folder(tmp_path, OLD_CONFIG, weights))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    assert torch.equal(model.final_layer_norm.weight, weights[norm])
+
+
+# What can't be read or written
+
+
+REFUSED = {
+    "another model type": ({"model_type": "llama"}, "model_type 'llama'; only 'gpt_neox'"),
+    "one of ours": ({"model_type": "new_llm"}, "AutoModelForCausalLM.from_pretrained loads it"),
+    "serial residual": ({"use_parallel_residual": False}, "use_parallel_residual is False"),
+    "another activation": ({"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'; Pythia layers have 'gelu'"),
+    "no biases": ({"attention_bias": False}, "attention_bias is False"),
+    "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    "old rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+    "new rope scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters of type 'yarn'"),
+    "no width": ({"hidden_size": None}, "hidden_size missing"),
+    "odd rotary": ({"rotary_pct": 0.4}, "rotates 3 dimensions"),
+    "no share": ({"rotary_pct": 0}, "rotary_pct: input should be greater than 0"),
+    "heads that do not divide": ({"num_attention_heads": 5}, "32 is no multiple of num_attention_heads"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_our_layers_can_not_represent_is_one_line(tmp_path, neox, changes, message):
+    folder = write_folder(tmp_path, OLD_CONFIG | changes, disk_weights(neox))
+    with pytest.raises(UserError) as refused:
+        TransformerLM.from_pythia(folder)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_rope_scaling_of_the_default_type_is_none(tmp_path, neox):
+    folder = write_folder(tmp_path, OLD_CONFIG | {"rope_scaling": {"type": "default"}}, disk_weights(neox))
+    assert TransformerLM.from_pythia(folder).layers[0].settings["rotary_pct"] == 0.5
+
+
+def test_broken_folders_are_one_line(tmp_path, neox):
+    weights = disk_weights(neox)
+
+    def refuse(name: str, message: str, config=OLD_CONFIG, **changes) -> None:
+        folder = write_folder(tmp_path / name, config, {k: v for k, v in (weights | changes).items() if v is not None})
+        with pytest.raises(UserError, match=message):
+            TransformerLM.from_pythia(folder)
+
+    refuse("missing", "weights missing: embed_in.weight", **{"gpt_neox.embed_in.weight": None})
+    refuse("unknown", "weights not GPT-NeoX's: lm.head", **{"lm.head": torch.zeros(2)})
+    refuse("twice", "embed_out.weight is there twice", **{"lm_head.weight": weights["embed_out.weight"].clone()})
+    refuse("shape", r"final_layer_norm.bias has shape \(3,\)", **{"gpt_neox.final_layer_norm.bias": torch.zeros(3)})
+    refuse("layers", "weights not GPT-NeoX's: layers.2", OLD_CONFIG | {"num_hidden_layers": 2})
+    (tmp_path / "missing" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        TransformerLM.from_pythia(tmp_path / "missing")
+    (tmp_path / "missing" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights here"):
+        TransformerLM.from_pythia(tmp_path / "missing")
+    with pytest.raises(UserError, match="no such directory"):
+        TransformerLM.from_pythia(tmp_path / "nowhere")
+    get_model("pythia").save(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"TransformerLM\.load reads it"):
+        TransformerLM.from_pythia(tmp_path / "saved")
+
+
+class Payload:
+    """A pickle that would write a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_runs_no_code(tmp_path):
+    folder = write_folder(tmp_path / "model", OLD_CONFIG, {}, "bin")
+    torch.save({"weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not a readable file of plain tensors"):
+        TransformerLM.from_pythia(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_names_no_files_outside_its_folder(tmp_path, neox):
+    folder = write_folder(tmp_path / "model", OLD_CONFIG, disk_weights(neox), "safetensors-sharded")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"embed_out.weight": "../other.safetensors"}}))
+    with pytest.raises(UserError, match="is no file of this folder"):
+        TransformerLM.from_pythia(folder)
+
+
+def test_gpt_neox_has_no_memory_and_one_pass(tmp_path):
+    selective = create_model("selective", PythiaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1,
+                                                       num_attention_heads=1, intermediate_size=8))  # fmt: skip
+    odd = TransformerLM([PythiaLayer(16, 2, 24), PythiaLayer(16, 1, 24)], 8)
+    for model, message in (
+        (get_model("mixed"), r"no layers like 0 \(InfiniLayer\), 2 \(MultiMemoryLayer\)"),
+        (selective, "this model 2 times"),
+        (odd, "this model's differ"),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            export_pythia(model, tmp_path / "out")
+        assert "save_pretrained" in str(refused.value)
+        assert not (tmp_path / "out").exists()
+
+
+# Memory layers in the place of Pythia's
+
+
+def split_fused(weight: torch.Tensor, heads: int) -> list[torch.Tensor]:
+    """All of q, all of k, all of v of a fused projection, head by head, by loops."""
+    width = weight.shape[0] // heads // 3
+    blocks = weight.split(width)
+    return [torch.cat([blocks[3 * head + part] for head in range(heads)]) for part in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "heads"),
+    [
+        ("infini", 1),
+        ({"kind": "infini", "num_memory_heads": 2, "num_memory_banks": 2}, 2),
+        ("multi_memory", 4),
+        ({"kind": "hierarchical", "num_memory_heads": 8}, 8),
+        (InfiniLayer(32, 4, 40, num_memory_heads=4, layer_norm_eps=1e-4), 4),
+    ],
+    ids=["infini", "options", "multi_memory", "hierarchical", "layer"],
+)
+def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
+    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox, torch.bfloat16))
+    plain = TransformerLM.from_pythia(folder)
+    torch.manual_seed(5)
+    model = TransformerLM.from_pythia(folder, replace_layers={1: choice}, segment_length=8)
+    assert [layer.kind for layer in model.layer_list][::2] == ["pythia", "pythia"]
+    assert list(model.memory_layers) == [1]
+    ours, theirs = model.state_dict(), plain.state_dict()
+    for name, value in theirs.items():
+        if "layers.1.attention.query_key_value" in name:
+            assert all(
+                torch.equal(one, other)
+                for one, other in zip(split_fused(ours[name], heads), split_fused(value, 4), strict=True)
+            ), name
+        else:
+            assert torch.equal(ours[name], value), name
+    assert {value.dtype for value in ours.values()} == {torch.bfloat16}
+    assert model.layers[1].settings["layer_norm_eps"] == 1e-4
+    model(text_ids(2, 20), update_memory=True)
+    assert int(model.get_memory_state()[1]["segment_counter"]) == 3
+
+
+def test_an_mlp_of_another_width_is_drawn_anew(tmp_path, neox):
+    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox))
+    model = TransformerLM.from_pythia(folder, replace_layers={0: {"kind": "infini", "intermediate_size": 16}})
+    weight = model.layers[0].mlp.dense_h_to_4h.weight
+    assert weight.shape == (16, 32)
+    assert float(weight.detach().std()) == pytest.approx(0.03, rel=0.2)  # the checkpoint's initializer_range
+    dense = neox.state_dict()["gpt_neox.layers.0.attention.dense.weight"]
+    assert torch.equal(model.layers[0].attention.dense.weight, dense)
+
+
+def test_swaps_out_of_range_are_named(tmp_path, neox):
+    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox))
+    for choices, message in (
+        ({3: "infini"}, "no layer 3; the model has 0 to 2"),
+        ({-1: "infini"}, "no layer -1"),
+        ({0: "lstm"}, "unknown kind 'lstm'; allowed are"),
+        ({0: {"kind": "infini", "num_banks": 2}}, "layer 0: .*num_banks"),
+        ({0: InfiniLayer(16, 2, 24)}, "hidden size 16, the checkpoint's is 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TransformerLM.from_pythia(folder, replace_layers=choices)
+    with pytest.raises(ValueError, match="allowed are 1 to max_position_embeddings"):
+        TransformerLM.from_pythia(folder, segment_length=65)

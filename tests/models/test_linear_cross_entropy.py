@@ -1,0 +1,182 @@
+"""The fused head against its naive form, with and without compiled kernels."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from new_llm.models import TransformerLM
+from new_llm.models.layers import PythiaLayer
+from new_llm.models.ops import linear_cross_entropy as module
+from new_llm.models.ops import native
+from new_llm.models.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
+
+ROWS, WIDTH, WORDS = 23, 16, 301
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "pytorch":
+        monkeypatch.setattr(native, "find_kernels", lambda *tensors: None)
+        return
+    if native.load_kernels() is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(module, "MIN_NATIVE_LOGITS", 0)
+
+
+def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, dtype=dtype)
+    weight = torch.randn(WORDS, WIDTH, generator=generator, dtype=dtype)
+    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    targets[::4] = -100
+    return hidden, weight, targets, torch.rand(ROWS, generator=generator, dtype=dtype)
+
+
+def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **options) -> list[Tensor]:
+    """The result and both gradients, given the gradient from above."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    result = function(hidden, weight, *rest, **options)
+    gradients = torch.autograd.grad(result, (hidden, weight), upstream.to(result.dtype))
+    return [result.detach(), *gradients]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 1024])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_results_and_gradients_are_the_naive_form_s(
+    dtype: torch.dtype, tolerance: float, reduction: str, chunk_rows: int, weighted: bool
+) -> None:
+    """The gradient from above differs from row to row, in size and sign."""
+    hidden, weight, targets, weights = make(dtype)
+    upstream = torch.linspace(-2, 3, ROWS) if reduction == "none" else torch.tensor(-0.37)
+    options = {"label_weights": weights if weighted else None, "reduction": reduction}
+    expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, **options)
+    found = run(linear_cross_entropy, hidden, weight, upstream, targets, chunk_rows=chunk_rows, **options)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction: str) -> None:
+    hidden, weight, targets, weights = make()
+    upstream = weights if reduction == "none" else torch.tensor(1.0)
+    expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, reduction=reduction)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(linear_cross_entropy, hidden, weight, upstream, targets, reduction=reduction, chunk_rows=8)
+    for one, two, tolerance in zip(found, expected, (5e-3, 2e-2, 2e-2), strict=True):
+        assert one.dtype == torch.float32
+        assert 0 < float((one - two).norm() / two.norm()) < tolerance
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_gradients_in_float64_pass_gradcheck(reduction: str) -> None:
+    hidden, weight, targets, weights = make(torch.float64)
+    inputs = (hidden[:6].requires_grad_(), weight[:11].requires_grad_())
+    targets = targets[:6].clamp_max(10)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, label_weights=weights[:6], reduction=reduction, chunk_rows=4),
+        inputs,
+    )
+
+
+def test_a_second_backward_gives_the_same_gradients() -> None:
+    hidden, weight, targets, _ = make()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="sum") / 3
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_logits_beyond_every_exponent_and_faults_are_not_hidden() -> None:
+    hidden, weight, targets, _ = make()
+    expected = run(linear_cross_entropy_naive, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
+    found = run(linear_cross_entropy, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-2)
+    hidden[1, 3] = float("nan")
+    losses = linear_cross_entropy(hidden, weight, targets)
+    assert losses.isnan().tolist() == [row == 1 for row in range(ROWS)]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_rows_without_a_target_have_no_part() -> None:
+    hidden, weight, targets, _ = make()
+    hidden[targets == -100] = float("inf")
+    loss, for_hidden, for_weight = run(
+        linear_cross_entropy, hidden, weight, torch.tensor(1.0), targets, reduction="sum"
+    )
+    assert bool(for_weight.isfinite().all())
+    assert not for_hidden[targets == -100].any()
+    empty = torch.full_like(targets, -100)
+    for part in run(linear_cross_entropy, hidden, weight, torch.tensor(1.0), empty, reduction="sum"):
+        assert not part.any()
+    assert float(loss) > 0
+
+
+@pytest.mark.usefixtures("kernels")
+def test_rows_that_are_not_gathered_are_skipped_by_the_kernel_too() -> None:
+    """On a GPU all rows are scored, whatever their target."""
+    hidden, weight, targets, weights = make()
+    logits = hidden @ weight.t()
+    expected = linear_cross_entropy_naive(hidden, weight, targets, label_weights=weights)
+    losses = module.score_logits(logits, targets.masked_fill(targets == -100, -1), weights, write_gradients=True)
+    torch.testing.assert_close(losses, expected)
+    assert logits.any(1).tolist() == (targets != -100).tolist()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    hidden, weight, targets, weights = make()
+    for arguments, options, words in (
+        ((hidden[:, :3], weight, targets), {}, "N, D"),
+        ((hidden, weight, targets[:5]), {}, "targets"),
+        ((hidden, weight, targets), {"label_weights": weights[:2]}, "label_weights"),
+        ((hidden, weight, targets), {"reduction": "mean"}, "reduction"),
+        ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows"),
+        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), {}, "targets: 301"),
+        ((hidden, weight, targets), {"ignore_index": -1}, "targets: -100"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize("with_hook", [False, True])
+def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook: bool) -> None:
+    """A head with a hook is called as a module, and nothing else changes."""
+    torch.manual_seed(0)
+    model = TransformerLM([PythiaLayer(32, 2, 64)], vocab_size=97, segment_length=8).double()
+    ids = torch.randint(0, 97, (2, 21))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 15:] = False
+    calls = []
+    if with_hook:
+        model.embed_out.register_forward_hook(lambda *arguments: calls.append(1))
+    weights = list(model.parameters())
+    total = model.total_loss(ids, ids, mask)
+    expected = model.token_losses(ids, ids, mask).sum()
+    torch.testing.assert_close(total, expected)
+    for one, two in zip(torch.autograd.grad(total, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(one, two)
+    assert bool(calls) == with_hook
+    assert model.token_losses(ids, ids, mask).shape == ids.shape
+
+
+def test_the_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert native.load_kernels.__wrapped__() is None
+
+
+def test_a_compiler_that_fails_leaves_the_pytorch_form(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path))
+    caplog.set_level("DEBUG", logger=native.__name__)
+    for compiler in ("false", "no-such-compiler-here"):
+        monkeypatch.setenv("CC", compiler)
+        assert native.load_kernels.__wrapped__() is None
+    assert len(caplog.records) == 2
+    assert not list(tmp_path.rglob("*.so"))

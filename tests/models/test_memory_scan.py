@@ -1,0 +1,262 @@
+"""The scan over segments against its naive form: outputs, gradients, groups, and what it keeps for backward."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from model_cases import TOLERANCES, assert_near
+from torch import Tensor
+
+from new_llm.models.layers import InfiniLayer, Segments
+from new_llm.models.ops import (
+    feature_map,
+    multiply_norms,
+    scan_memories,
+    scan_memories_naive,
+    scan_sums,
+    scan_sums_naive,
+    select_memories_naive,
+    weigh_memories,
+)
+from new_llm.models.ops.memory_scan import choose_group
+
+ROWS, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 2, 3, 4, 5
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# Sums over segments
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 8, 13])
+@pytest.mark.parametrize("has_decay", [True, False])
+def test_scanned_sums_equal_their_naive_form(number: int, has_decay: bool) -> None:
+    initial, changes = draw(2, 3, 4, seed=1), draw(2, number, 3, 4, seed=2)
+    decay = draw(2, number, 3, 1, seed=3).sigmoid() if has_decay else None
+    assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
+
+
+def test_decay_to_nothing_is_no_division() -> None:
+    """A scan by dividing through products of the decay would be 0 / 0 here."""
+    initial, changes = draw(1, 2, seed=1), draw(1, 400, 2, seed=2)
+    decay = torch.full((1, 400, 1), 1e-3, dtype=torch.float64)
+    decay[:, 200] = 0
+    assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
+
+
+def test_gradient_of_scanned_sums() -> None:
+    initial, changes = draw(2, 3, seed=1).requires_grad_(), draw(2, 5, 3, seed=2).requires_grad_()
+    decay = draw(2, 5, 1, seed=3).sigmoid()
+    assert torch.autograd.gradcheck(lambda first, rest: scan_sums(first, rest, decay), (initial, changes))
+
+
+# Memories over segments
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of `scan_memories`."""
+
+    tensors: dict[str, Tensor]
+    slots: Tensor
+    decay: Tensor | None
+    num_writes: int
+
+    @classmethod
+    def draw(
+        cls,
+        segments: int,
+        memories: int,
+        writes: int,
+        *,
+        has_delta: bool = True,
+        has_decay: bool = False,
+        has_sum: bool = False,
+        is_empty: bool = False,
+        rows_differ: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> "Call":
+        tokens = (ROWS, segments, HEADS, LENGTH)
+        tensors = {
+            "q": draw(*tokens, WIDTH, seed=1),
+            "k": draw(*tokens, WIDTH, seed=2),
+            "v": draw(*tokens, VALUE_WIDTH, seed=3),
+            "read_scales": draw(*tokens, memories, seed=4),
+        }
+        if not is_empty:
+            tensors["memories"] = draw(ROWS, memories, HEADS, WIDTH, VALUE_WIDTH, seed=5)
+        if has_delta:
+            tensors["delta_scales"] = draw(ROWS, writes, HEADS, LENGTH, seed=6) / 9
+        if has_sum:
+            tensors["sum_scales"] = draw(*tokens, seed=7)
+        slots = torch.arange(writes) % memories + torch.zeros(ROWS, 1, dtype=torch.int64)
+        if rows_differ:
+            slots = (slots + torch.arange(ROWS).unsqueeze(1)) % memories
+        decay = draw(ROWS, writes, HEADS, seed=8).sigmoid().to(dtype) if has_decay else None
+        return cls({name: t.to(dtype).requires_grad_() for name, t in tensors.items()}, slots, decay, writes)
+
+    def run(self, function, **changed: Tensor) -> list[Tensor]:
+        tensors = {"memories": None, **self.tensors, **changed}
+        out = function(**tensors, slots=self.slots, decay=self.decay, num_writes=self.num_writes)
+        return [t for t in out if t is not None]
+
+
+SHAPES = {
+    "1 of 1, unwritten": (1, 1, 0),
+    "1 of 1": (1, 1, 1),
+    "7 of 1": (7, 1, 7),
+    "7 of 1, last unwritten": (7, 1, 6),
+    "6 of 3": (6, 3, 6),
+    "5 of 2, last unwritten": (5, 2, 4),
+}
+by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+OPTIONS = [
+    dict(zip(("has_delta", "has_decay", "has_sum", "is_empty", "rows_differ"), values, strict=True))
+    for values in itertools.product((True, False), repeat=5)
+]
+
+
+@by_shape
+@pytest.mark.parametrize("group", [1, 2, 99])
+def test_scan_equals_its_naive_form(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], group: int) -> None:
+    """Outputs and gradients, all options together, in float64 and float32."""
+    monkeypatch.setattr("new_llm.models.ops.memory_scan.choose_group", lambda *_: group)
+    for options, dtype in itertools.product(OPTIONS, (torch.float64, torch.float32)):
+        if options["is_empty"] and shape[-1] == 0:
+            continue  # nothing in, nothing written: a constant
+        call = Call.draw(*shape, **options, dtype=dtype)
+        actual, expected = call.run(scan_memories), call.run(scan_memories_naive)
+        inputs = list(call.tensors.values())
+        upstream = [draw(*t.shape, seed=20 + i).to(t) for i, t in enumerate(actual)]
+        tolerance = TOLERANCES[dtype] * max(1.0, *(float(t.detach().abs().max()) for t in expected))
+        for mine, other in zip(actual, expected, strict=True):
+            assert_near(mine, other, tolerance)
+        mine = torch.autograd.grad(actual, inputs, upstream, allow_unused=True, materialize_grads=True)
+        other = torch.autograd.grad(expected, inputs, upstream, allow_unused=True, materialize_grads=True)
+        for one, two in zip(mine, other, strict=True):
+            scale = max(1.0, float(two.abs().max())) if two.numel() else 1.0
+            assert_near(one, two, 10 * TOLERANCES[dtype] * scale)
+
+
+@pytest.mark.parametrize("has_delta", [True, False])
+def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch, has_delta: bool) -> None:
+    monkeypatch.setattr("new_llm.models.ops.memory_scan.choose_group", lambda *_: 2)
+    call = Call.draw(4, 2, 3, has_delta=has_delta, has_decay=True, has_sum=True, rows_differ=True)
+
+    def scan(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.run(scan_memories, **dict(zip(call.tensors, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(scan, tuple(call.tensors.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_gradient_of_one_output_alone(used: int) -> None:
+    call = Call.draw(3, 2, 3, has_sum=True)
+    inputs = list(call.tensors.values())
+    mine, other = (
+        torch.autograd.grad(call.run(scan)[used].sum(), inputs, allow_unused=True, materialize_grads=True)
+        for scan in (scan_memories, scan_memories_naive)
+    )
+    for one, two in zip(mine, other, strict=True):
+        assert_near(one, two, 1e-9)
+
+
+def test_what_is_given_stays_as_it_was() -> None:
+    call = Call.draw(4, 2, 4, has_decay=True, has_sum=True)
+    before = {name: t.detach().clone() for name, t in call.tensors.items()}
+    out = call.run(scan_memories)
+    sum(t.sum() for t in out).backward()
+    assert all(torch.equal(t, before[name]) for name, t in call.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_delta", [True, False])
+def test_16_bits_stay_near(dtype: torch.dtype, has_delta: bool) -> None:
+    call = Call.draw(6, 2, 6, has_delta=has_delta, has_decay=True, has_sum=True)
+    narrow = {
+        name: t.detach().to(dtype if name in "qkv" else torch.float32).requires_grad_()
+        for name, t in call.tensors.items()
+    }
+    decay = None if call.decay is None else call.decay.float()
+    rough = Call(narrow, call.slots, decay, call.num_writes)
+    actual, expected = rough.run(scan_memories), call.run(scan_memories_naive)
+    assert [t.dtype for t in actual] == [dtype, dtype, torch.float32]
+    grads = [torch.autograd.grad([t.double().sum() for t in out], list(c.tensors.values())) for out, c in
+             ((actual, rough), (expected, call))]  # fmt: skip
+    for mine, other in zip([*actual, *grads[0]], [*expected, *grads[1]], strict=True):
+        error = (mine.double() - other).norm() / other.norm()
+        assert error < 0.02
+
+
+def test_compiled_scan_is_one_operation() -> None:
+    call = Call.draw(5, 2, 4, has_sum=True, dtype=torch.float32)
+    compiled = torch.compile(scan_memories, backend="aot_eager", fullgraph=True)
+    actual, expected = call.run(compiled), call.run(scan_memories)
+    inputs = list(call.tensors.values())
+    for mine, other in zip(actual, expected, strict=True):
+        assert_near(mine, other, 1e-6)
+    grads = [torch.autograd.grad(sum(t.sum() for t in out), inputs) for out in (actual, expected)]
+    for mine, other in zip(*grads, strict=True):
+        assert_near(mine, other, 1e-4)
+
+
+# What backward keeps
+
+
+def count_kept_bytes(num_segments: int, width: int) -> int:
+    """Bytes that autograd keeps of one layer's scan over segments of 2 tokens, beyond its inputs' own size."""
+    sizes: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    layer = InfiniLayer(width, 1, width)
+    hidden = torch.randn(1, num_segments, 2, width)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(hidden, None, Segments(write_last=False))
+    return sum(sizes.values())
+
+
+def test_states_are_kept_once_a_group() -> None:
+    """16 and 64 segments keep 3 and 7 states between groups, not 16 and 64."""
+    width = 512
+    state = width * width * 4
+    # in n, linear parts (activations) cancel out of a − 4 b; states would add nothing linear but √n
+    few, many = count_kept_bytes(16, width), count_kept_bytes(64, width)
+    assert many - few < 8 * state + (64 - 16) * 2 * width * 4 * 40
+    assert choose_group(64, 2**30) == 8
+    assert choose_group(1, 2**30) == 1
+    assert choose_group(64, 2**10) >= 64
+
+
+# Scales
+
+
+def test_products_with_norms_keep_no_wide_copy() -> None:
+    q = draw(2, 3, 7, 4, seed=1, dtype=torch.bfloat16).requires_grad_()
+    norms = draw(2, 3, 5, 4, seed=2, dtype=torch.float32).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        products = multiply_norms(q, norms)
+    assert {t.dtype for t in kept if t.shape == q.shape} == {torch.bfloat16}
+    wide = q.detach().float().requires_grad_()
+    expected = wide @ norms.transpose(-1, -2)
+    assert_near(products, expected, 1e-6)
+    mine = torch.autograd.grad(products.sum(), (q, norms))
+    other = torch.autograd.grad(expected.sum(), (wide, norms))
+    assert_near(mine[0].float(), other[0].bfloat16().float(), 1e-6)
+    assert_near(mine[1], other[1], 1e-5)
+
+
+def test_weights_from_products_equal_the_selection() -> None:
+    q = feature_map(draw(2, HEADS, 5, WIDTH, seed=1))
+    norms = feature_map(draw(2, 3, HEADS, WIDTH, seed=2))
+    num_tokens = torch.tensor([[9, 8, 7], [6, 5, 0]])
+    products = torch.einsum("bhsk,bnhk->bhsn", q, norms)
+    actual = weigh_memories(products, num_tokens, width=WIDTH).movedim(-1, 1)
+    assert_near(actual, select_memories_naive(q, norms, num_tokens), 1e-12)

@@ -1,0 +1,134 @@
+"""Metrics to other trackers, and the live view."""
+
+import importlib.util
+import io
+import json
+
+import pytest
+import torch
+from accelerate.tracking import GeneralTracker
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from new_llm.cli.main import main
+from new_llm.training.progress import BLOCKS, Sparkline, TrainingProgress
+from new_llm.training.trackers import flatten, name_numbers
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "recorder"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: dict = {}
+        self.lines: list[tuple[int, dict]] = []
+        self.is_finished = False
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.config = values
+
+    def log(self, values, step=None, **kwargs):
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.is_finished = True
+
+
+def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
+    found: list[Recorder] = []
+    monkeypatch.setattr("new_llm.experiments.runner.check_trackers", lambda names: None)
+
+    def choose(names):
+        found.extend(Recorder() for _ in names)
+        return found[-1:]
+
+    monkeypatch.setattr("new_llm.training.loop.choose_trackers", choose)
+    flags = "--data.source sotu --data.max-documents 20 --data.tokenizer-vocab-size 300 --samples 8 --epochs 2"
+    flags += " --model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 2"
+    flags += " --model.intermediate-size 32 --seq-length 32 --eval.max-tokens 200 --train.log-every-steps 1"
+    flags += " --train.precision fp32 --eval.no-reversal --device cpu --models infini --train.trackers mlflow"
+    assert main(["experiment", "--name", "tracked", "--runs-dir", str(tmp_path), *flags.split()]) == 0
+    (recorder,) = found
+    assert recorder.is_finished
+    assert recorder.config["train.learning_rate"] == 1e-4
+    assert recorder.config["data.source"] == "sotu"
+    lines = [json.loads(line) for line in (tmp_path / "tracked/infini/metrics.jsonl").read_text().splitlines()]
+    assert [step for step, _ in recorder.lines] == [line["step"] for line in lines]
+    for (_, values), line in zip(recorder.lines, lines, strict=True):
+        if line["event"] == "train":
+            assert values["train/loss"] == line["loss"]
+            assert values["gates/layers.0.0"] == line["gates"]["layers.0"][0]
+        else:
+            assert values["epoch/validation_loss"] == line["validation_loss"]
+
+
+def test_a_missing_tracker_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    flags = ["--data.source", "sotu", "--train.trackers", "wandb", "--runs-dir", str(tmp_path / "runs")]
+    assert main(["experiment", "--name", "x", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "train.trackers: wandb is not installed: pip install wandb" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_only_finite_numbers_are_sent():
+    values = {"loss": 1.5, "grad_norm": float("nan"), "text": "x", "gates": {"layers.0": [0.25, 0.5]}}
+    expected = {"train/loss": 1.5, "gates/layers.0.0": 0.25, "gates/layers.0.1": 0.5}
+    assert name_numbers("train", values) == expected
+    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=400))
+def test_a_sparkline_is_short_whatever_it_is_told(values):
+    line = Sparkline(8)
+    for value in values:
+        line.add(value)
+    text = str(line)
+    assert len(text) <= 8
+    assert set(text) <= set(BLOCKS)
+    assert bool(text) == bool(values)
+
+
+def test_a_sparkline_falls_where_the_values_fall():
+    line = Sparkline(8)
+    for step in range(1000):
+        line.add(-float(step))
+    places = [BLOCKS.index(letter) for letter in str(line)]
+    assert places == sorted(places, reverse=True)
+    assert places[0] == len(BLOCKS) - 1
+    assert places[-1] == 0
+
+
+def test_the_live_view_shows_loss_speed_and_memory():
+    out = io.StringIO()
+    progress = TrainingProgress("infini", Console(file=out, force_terminal=True, width=160), device=torch.device("cpu"))
+    progress.begin_epoch(1, 2, 10, 0)
+    for step in range(1, 6):
+        progress.step(step, 8.0 - step, 1000, 0.5)
+    assert progress._bar is not None
+    text = str(progress._bar.tasks[0].fields["status"])
+    progress.stop()
+    assert "loss" in text
+    assert "2,000 tokens/s" in text
+    assert "GiB" in text
+    assert text[0] in BLOCKS
+    assert "infini" in out.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_epoch_s_end_is_a_plain_line(is_terminal):
+    out = io.StringIO()
+    progress = TrainingProgress("infini", Console(file=out, force_terminal=is_terminal, width=160))
+    progress.begin_epoch(1, 1, 1, 0)
+    progress.end_epoch({"is_best": True, "train_loss": 2.0, "validation_perplexity": 7.4})
+    assert "epoch 1/1  training loss 2.000  validation perplexity 7.4 (best so far)" in out.getvalue()
