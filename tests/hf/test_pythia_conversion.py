@@ -8,7 +8,7 @@ import torch
 from model_cases import assert_near, get_model, text_ids
 from neox_folders import NEW_CONFIG, OLD_CONFIG, disk_weights, make_neox, old_buffers, write_folder
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import TransformerLM, create_model, export_pythia
@@ -292,3 +292,16 @@ def test_swaps_out_of_range_are_named(tmp_path, neox):
             TransformerLM.from_pythia(folder, replace_layers=choices)
     with pytest.raises(ValueError, match="allowed are 1 to max_position_embeddings"):
         TransformerLM.from_pythia(folder, segment_length=65)
+
+
+def test_a_parallel_memory_keeps_the_layer_it_stands_beside(tmp_path):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    plain = TransformerLM.from_pythia(tmp_path).eval()
+    beside = TransformerLM.from_pythia(tmp_path, replace_layers={1: "parallel_infini"}).eval()
+    ids = torch.arange(20).view(1, 20)
+    assert torch.equal(plain(ids), beside(ids))  # α begins at 0

@@ -118,6 +118,8 @@ def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -
 
     if config.model is not None:
         raise UserError(f"--model: is for a run of several models; {name} is one model")
+    if config.parallel_adapter is not None and config.segment_length is not None:
+        raise UserError("--segment-length: an adapter has its own; leave it out with --parallel-adapter")
     model, tokenizer, kind = load_hugging_face(name, config.revision, config.segment_length)
     if isinstance(model, TransformerLM):
         model = _adapt(model, config)

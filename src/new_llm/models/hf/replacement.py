@@ -14,6 +14,7 @@ from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer
 LayerChoice = str | Mapping[str, Any] | Layer
 """A kind ("infini"), a kind with options ({"kind": "infini", "num_memory_heads": 8}), or a layer."""
 FUSED = "attention.query_key_value."
+BASE = "base_layer."
 
 
 def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config: PythiaConfig) -> list[Layer]:
@@ -77,6 +78,9 @@ def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: f
     new.to(reference.device, reference.dtype)
     theirs, heads = old.state_dict(), (count_heads(old.attention), count_heads(new.attention))
     for name, mine in new.state_dict().items():
+        if name.startswith(BASE):  # a layer that keeps the old one whole, and adds to it
+            mine.copy_(theirs[name.removeprefix(BASE)])
+            continue
         value = theirs.get(name)
         if value is None or value.shape != mine.shape:
             continue
