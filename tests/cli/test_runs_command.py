@@ -1,0 +1,87 @@
+"""`new-llm runs`: what is there, how far it got, what is broken."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from new_llm.cli.main import main
+from new_llm.cli.runs import shorten_count
+from new_llm.config import ExperimentConfig
+from new_llm.experiments.run_list import describe_run, list_runs
+
+
+def make_run(folder: Path, *, begun: str, is_done: bool) -> None:
+    folder.mkdir(parents=True)
+    config = ExperimentConfig(name=folder.name, models=("pythia", "infini"), runs_dir=str(folder.parent), num_epochs=4)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "environment.json").write_text(json.dumps({"created": begun}))
+    lines = [
+        {"event": "train", "step": 1, "tokens": 4000, "loss": 7.0, "gates": {"layers.0": [0.4, 0.7]}},
+        {"event": "epoch", "step": 2, "tokens": 8000, "validation_perplexity": 90.5},
+        {"event": "epoch", "step": 4, "tokens": 16000, "validation_perplexity": 95.0},
+    ]
+    for name in ("pythia", "infini") if is_done else ("pythia",):
+        (folder / name).mkdir()
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if is_done:
+            result = {"evaluation": {"sliding": {"perplexity": 81.25}}, "gates": {"layers.0": [0.3, 0.9]}}
+            (folder / name / "result.json").write_text(json.dumps(result))
+    if is_done:
+        (folder / "results.json").write_text(json.dumps({"status": "complete"}))
+        (folder / "report.html").write_text("")
+        (folder / "evaluations").mkdir()
+        (folder / "evaluations" / "recall-infini-1.json").write_text("{}")
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    folder = tmp_path / "runs"
+    make_run(folder / "second", begun="2026-02-02T10:00:00+00:00", is_done=True)
+    make_run(folder / "study" / "first", begun="2026-02-01T10:00:00+00:00", is_done=False)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.yaml").write_text("model: [")
+    (folder / "no-run").mkdir()
+    return folder
+
+
+def test_runs_are_listed_by_their_beginning(runs):
+    found = list_runs(runs)
+    assert [run.folder.name for run in found] == ["broken", "first", "second"]
+    assert [run.status for run in found] == ["unreadable", "unfinished", "complete"]
+    first, second = found[1:]
+    pythia, infini = first.models
+    assert (pythia.status, pythia.epochs, pythia.num_epochs, pythia.tokens) == ("training", 2, 4, 16000)
+    assert pythia.perplexity == 90.5
+    assert pythia.gates == (0.4, 0.7)
+    assert (infini.status, infini.perplexity, infini.gates) == ("waiting", None, None)
+    assert second.models[1].perplexity == 81.25
+    assert second.models[1].gates == (0.3, 0.9)
+    assert second.evaluations == ("recall-infini-1.json",)
+
+
+def test_the_table_and_one_run(runs, capsys):
+    assert main(["runs", "--runs-dir", str(runs)]) == 0
+    out = capsys.readouterr().out
+    for text in ("second", "complete", "81.25", "90.50", "16k", "unreadable: broken", "3 runs in"):
+        assert text in out
+    assert main(["runs", "show", "second", "--runs-dir", str(runs)]) == 0
+    out = capsys.readouterr().out
+    for text in ("second: complete", "train.num_epochs 30 → 4", "recall-infini-1.json", "report.html"):
+        assert text in out
+    assert main(["runs", "show", str(runs / "study" / "first")]) == 0
+    assert "--name first --resume" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_one_line(runs, tmp_path, capsys):
+    for flags in (["show", "nope"], ["show", "broken"], []):
+        where = str(tmp_path / "nowhere") if not flags else str(runs)
+        assert main(["runs", *flags, "--runs-dir", where]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert describe_run(runs / "broken").fault is not None
+
+
+def test_counts_are_short():
+    assert [shorten_count(n) for n in (0, 999, 1234, 301041, 2565000, 10**10)] == [
+        "0", "999", "1.23k", "301k", "2.56M", "10B",
+    ]  # fmt: skip
