@@ -159,6 +159,11 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
         ):
             raise
         raise UserError(f"--base {source}: {error}; {BASE_HERE}") from None
+    except ValueError as error:
+        raise UserError(
+            f"--base {source}: {error}; a segment is data.seq_length ({config.data.seq_length}) / "
+            f"data.segments_per_sample ({config.data.segments_per_sample})"
+        ) from None
 
 
 def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> PreparedData:

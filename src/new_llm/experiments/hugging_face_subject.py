@@ -34,9 +34,11 @@ def load_hugging_face(
             raise error if isinstance(error, UserError) else UserError(f"--segment-length: {error}") from None
     else:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
         import new_llm.models.hf  # registers this project's models with the Auto classes
 
+        disable_progress_bar()
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", torch_dtype="auto")
         except Exception as error:  # transformers raises whatever its many parts raise

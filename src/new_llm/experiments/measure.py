@@ -14,9 +14,13 @@ from new_llm.evaluation import (
     evaluate_sliding_window,
     evaluate_streaming,
 )
+from new_llm.evaluation.memory_usage import measure_memory_usage
 from new_llm.models import TransformerLM
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+MEMORY_USAGE_SEGMENTS = 32
+"""Segments of one document that the map of memory use shows: enough to see whether memories fill up, in a second."""
 
 
 def measure_validation_loss(
@@ -41,7 +45,7 @@ def measure_model(
     autocast: Autocast,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Sliding-window, streaming and position-wise perplexity, the reversal curse and a verdict, as plain values.
+    """Sliding-window, streaming and position-wise perplexity, memory use, the reversal curse, a verdict: plain values.
 
     Args:
         model: with its best weights.
@@ -67,6 +71,9 @@ def measure_model(
         "sliding": sliding.to_dict(),
         "streaming": streaming.to_dict(),
         "positions": positions,
+        "memory_usage": measure_memory_usage(
+            model, data.validation, num_segments=MEMORY_USAGE_SEGMENTS, autocast=autocast
+        ),
         "reversal": None,
         "verdict": diagnose_perplexity(sliding.perplexity).to_dict(),
     }

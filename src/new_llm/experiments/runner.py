@@ -35,6 +35,7 @@ from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoint
 from new_llm.training.metrics import read_metrics
 from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from new_llm.training.progress import TrainingProgress
+from new_llm.training.trackers import check_trackers
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -69,6 +70,7 @@ def run_experiment(
         config = dataclasses.replace(config, models=tuple(ModelType(kind) for kind in model_types))
     console = console or Console(stderr=True)
     device = choose_device(config.device)
+    check_trackers(config.train.trackers)
     config, folder = find_run(config, resume=resume)
     data = prepare_data(config.data, config.seed)
     if not resume:  # only now, so that bad data leaves no folder behind
@@ -150,7 +152,7 @@ class _Experiment:
         if done is not None:
             self.console.print(f"{kind:<12} is done", highlight=False)
             return done
-        progress = TrainingProgress(kind, self.console)
+        progress = TrainingProgress(kind, self.console, device=self.device)
         trainer = Trainer(
             self.create(kind),
             self.data.train,
