@@ -1,10 +1,10 @@
-# make demo | test | test-slow | lint | format | bench | setup | clean
+# make demo | test | test-slow | lint | format | bench | docs | setup | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup dev demo test test-slow lint format bench clean
+.PHONY: setup dev demo test test-slow lint format bench docs clean
 
 setup: $(VENV)/.runtime
 dev: $(VENV)/.dev
@@ -18,6 +18,16 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV)"
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@echo "Installing what builds the documentation into $(VENV)"
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.runtime
+	@echo "Installing what is measured beside New-LLM into $(VENV)"
+	@$(PIP) --editable '.[bench]'
 	@touch $@
 
 demo: setup
@@ -39,10 +49,13 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: dev
-	$(BIN)/python benchmarks/layers.py
-	$(BIN)/python benchmarks/memory_fill.py
-	$(BIN)/python benchmarks/generation.py
+# Hours; `make bench BENCH="--only generation"` or `BENCH=--quick` for less. Writes docs/benchmarks/measured.md.
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/all.py $(BENCH)
+
+# site/index.html; a warning, and so a dead link or a name that is gone, ends it.
+docs: $(VENV)/.docs
+	$(BIN)/zensical build --clean --strict
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist site src/*.egg-info

@@ -2,12 +2,14 @@
 
     python benchmarks/generation.py [--context 1024] [--tokens 128] [--rounds 5] [--long-tokens 100000] [--threads 2]
 
-One text, greedy. A model's time a token is that of `tokens` more new tokens in one call, what the call itself needs
-(the packing of weights) with it; models take turns in every round, and medians are what to read. The long part lets one
-small model go on to the end of `long-tokens`, and then times it there in turns with the same model near its beginning.
+One text, greedy. A model's time a token is that of `tokens` more new tokens in one call; models take turns in every
+round, and medians are what to read. The long part lets one small model go on to the end of `long-tokens`, and then
+times it there in turns with the same model near its beginning.
 """
 
 import argparse
+import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +19,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from turns import describe_spread
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import DataConfig, PythiaConfig
 from new_llm.config.generation import GenerationConfig
 from new_llm.data.dataset import prepare_data
+from new_llm.data.sources import load_documents
+from new_llm.experiments.run_folder import load_run_model
 from new_llm.models.generation_run import GenerationRun
 from new_llm.models.layers import InfiniLayer, PythiaLayer
+from new_llm.models.quantization import quantize_weights
 
+QUALITY_TOKENS = 16384
 LONG_SHAPE = (128, 4, 512)  # hidden size, heads, width of the MLP
 LONG_VOCAB, LONG_SEGMENT, EARLY_TOKENS, BLOCK_TOKENS = 8192, 64, 1000, 200
 
@@ -91,25 +98,51 @@ def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) 
             pad_token_id=0,
         )
 
-    def make_ours(model: TransformerLM) -> Callable[[int], torch.Tensor]:
-        return lambda count: model.generate(prompt, max_new_tokens=count)[0]
+    def make_ours(model: TransformerLM, weights: str = "auto") -> Callable[[int], torch.Tensor]:
+        return lambda count: model.generate(prompt, max_new_tokens=count, weights=weights)[0]
 
     same = torch.equal(make_hugging_face(theirs)(16), make_ours(ours)(16))
     for dtype in (torch.bfloat16, torch.float32):
         base = "Hugging Face, Pythia"
         calls: dict[str, Callable[[int], object]] = {base: make_hugging_face(theirs.to(dtype))}
-        calls |= {name: make_ours(model.to(dtype)) for name, model in models.items()}
+        for name, model in models.items():
+            calls[name] = make_ours(model.to(dtype))
+            calls[f"{name}, int8"] = make_ours(model, "int8")
         seconds = time_tokens(calls, arguments.tokens, arguments.rounds)
         table = Table(title=f"one text after {arguments.context:,} tokens, pythia-70m's shape, {dtype}")
         for column in ("model", "ms a token (median)", "tokens/s", "of Hugging Face", "spread"):
             table.add_column(column, justify="left" if column == "model" else "right")
-        first = statistics.median(seconds[base])
         for name, values in seconds.items():
             middle = statistics.median(values)
-            spread = f"±{(max(values) - min(values)) / 2 / middle:.0%}"
-            table.add_row(name, f"{middle * 1e3:.2f}", f"{1 / middle:,.0f}", f"{first / middle:.2f}", spread)
+            ratio = statistics.median(one / two for one, two in zip(seconds[base], values, strict=True))
+            table.add_row(name, f"{middle * 1e3:.2f}", f"{1 / middle:,.0f}", f"{ratio:.2f}", describe_spread(values))
         console.print(table)
+        if dtype == torch.bfloat16 and not arguments.quick:
+            for name, least in (("ours, Pythia", 2.0), ("ours, Pythia, int8", 3.5)):
+                value = statistics.median(one / two for one, two in zip(seconds[base], seconds[name], strict=True))
+                verdict = "met" if value >= least else "missed"
+                console.print(f"{name}: {value:.2f}; target at least {least}: {verdict}", highlight=False)
     console.print(f"both Pythias made the same 16 tokens in float32: {'yes' if same else 'no'}")
+
+
+@torch.no_grad()
+def bench_quality(console: Console, run: Path) -> None:
+    """Perplexity of a run's models on embedded text, and what rounding their weights changes."""
+    table = Table(title=f"perplexity of {run.name}'s models, {QUALITY_TOKENS:,} tokens of embedded text")
+    for column in ("model", "float32", "int8 weights", "bf16"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    text = "\n".join(text for _, text in load_documents(DataConfig(source="sotu", num_samples=None)))
+    for folder in sorted(path.parent for path in run.glob("*/best")):
+        model, tokenizer = load_run_model(run, folder.name)
+        ids = torch.tensor([tokenizer.encode(text[-8 * QUALITY_TOKENS :]).ids[:QUALITY_TOKENS]])
+        rounded, narrow = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)
+        quantize_weights(rounded)
+        first, *others = (
+            float(one.token_losses(ids, ids).sum() / (ids.numel() - 1)) for one in (model, rounded, narrow)
+        )
+        changes = (f"{math.expm1(other - first):+.3%}" for other in others)
+        table.add_row(folder.name, f"{math.exp(first):.2f}", *changes)
+    console.print(table)
 
 
 def begin_run(model: TransformerLM, num_tokens: int) -> Iterator[None]:
@@ -168,13 +201,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: as torch chooses")
+    parser.add_argument("--run", type=Path, help="a run folder: also measure what int8 costs its models in perplexity")
+    parser.add_argument("--quick", action="store_true", help="few tokens, once: to see that the program runs")
     parser.add_argument("--skip", choices=("short", "long"), help="leave one of the two parts out")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.context, arguments.tokens, arguments.rounds, arguments.long_tokens = 32, 2, 1, 2 * EARLY_TOKENS
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     console = Console(width=120)
     if arguments.skip != "short":
         bench_against_hugging_face(console, arguments)
+    if arguments.run is not None:
+        bench_quality(console, arguments.run)
     if arguments.skip != "long":
         bench_long(console, arguments)
 

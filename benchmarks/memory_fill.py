@@ -5,7 +5,7 @@ are read, each over and over until as many tokens are read. So the machine's oth
 which are compared within a round, and judged by CPU time. The table holds the medians of the rounds. Peak memory is
 that of a process of its own for each length. Run:
 
-    python3 benchmarks/memory_fill.py [--rounds 5] [--threads 1] [--output results.json]
+    python3 benchmarks/memory_fill.py [--rounds 5] [--threads 1] [--quick] [--output results.json]
 """
 
 import argparse
@@ -38,6 +38,7 @@ MAX_CHARACTERS_PER_TOKEN = 6
 SEGMENT_LENGTH = 64
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 FLAT_WITHIN = 0.05
+QUICK_LENGTHS, QUICK_SLICE_BYTES = (512, 2_048, 8_192), 8_192
 
 
 def prepare(folder: Path) -> None:
@@ -118,6 +119,7 @@ def run_child(folder: Path, threads: int, length: int | None = None) -> Any:
     """What a process of its own has measured: the peak of one length, or the speeds of all."""
     command = [sys.executable, __file__, "--threads", str(threads), "--child", str(folder)]
     command += [] if length is None else [str(length)]
+    command += ["--quick"] if LENGTHS is QUICK_LENGTHS else []
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -135,8 +137,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--output", type=Path, help="write every measurement as JSON")
+    parser.add_argument("--quick", action="store_true", help="short texts, once: to see that the program runs")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        global LENGTHS, SLICE_BYTES
+        LENGTHS, SLICE_BYTES, arguments.rounds = QUICK_LENGTHS, QUICK_SLICE_BYTES, 1
     torch.set_num_threads(arguments.threads)
     if arguments.child:
         folder, *length = arguments.child

@@ -13,9 +13,7 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,17 +22,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from turns import Answers, compare, describe_spread, serve, take_turns
 
 from new_llm.config import DataConfig, ModelType, PythiaConfig, TrainConfig
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.dataset import prepare_data
 from new_llm.models import create_model
-from new_llm.training.metrics import read_peak_memory, reset_peak_memory
+from new_llm.training.metrics import reset_peak_memory
 from new_llm.training.optimizer import make_optimizer
 
 SHAPE = PythiaConfig()
 PRODUCT = 2048  # rows, columns and depth of the product that measures the ceiling
 PRODUCTS = 10
+QUICK_SHAPE = PythiaConfig(
+    vocab_size=8192, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+)
 
 
 @dataclass(frozen=True)
@@ -126,60 +128,13 @@ def make_hugging_face(text: torch.Tensor, way: Way) -> tuple[torch.nn.Module, Ca
 
 
 def run_worker(arguments: argparse.Namespace) -> None:
-    """Answers each line of the standard input, a number of steps, by one line of JSON."""
     way = Way(**json.loads(arguments.worker))
     if way.tuned:
         keep_freed_memory()
     device = torch.device("cpu")
     reset_peak_memory(device)
     rows, tokens = parse_shape(arguments.shapes[0])
-    step = make_step(way, rows, tokens)
-    step()
-    step()
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        begin = time.perf_counter(), time.process_time()
-        for _ in range(int(line)):
-            step()
-        seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
-        answer = {
-            "seconds": seconds / int(line),
-            "cpu_seconds": cpu_seconds / int(line),
-            "peak": read_peak_memory(device),
-        }
-        print(json.dumps(answer), flush=True)
-
-
-class Worker:
-    """A process that trains in one way when it is told to."""
-
-    def __init__(self, way: Way, shape: str, threads: int) -> None:
-        self.answers: list[dict[str, Any]] = []
-        command = [sys.executable, __file__, "--worker", json.dumps(asdict(way)), "--shapes", shape]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._read()
-
-    def run(self, steps: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        self.answers.append(self._read())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _read(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a process ended: {self.process.wait()}")
-        return json.loads(line)
+    serve(make_step(way, rows, tokens), device)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -194,27 +149,17 @@ def count_operations(tokens: int) -> float:
     return 6.0 * weights + 6.0 * layers * tokens * width
 
 
-def measure(ways: Sequence[Way], shape: str, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    workers = {}
-    try:
-        for way in [CEILING, *ways]:
-            workers[way.name] = Worker(way, shape, arguments.threads)
-        for _ in range(arguments.rounds):
-            for worker in workers.values():
-                worker.run(arguments.steps)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return {name: worker.answers for name, worker in workers.items()}
+def measure(ways: Sequence[Way], shape: str, arguments: argparse.Namespace) -> Answers:
+    commands = {
+        way.name: [sys.executable, __file__, "--worker", json.dumps(asdict(way)), "--shapes", shape]
+        for way in [CEILING, *ways]
+    }
+    if arguments.quick:
+        commands = {name: [*command, "--quick"] for name, command in commands.items()}
+    return take_turns(commands, rounds=arguments.rounds, steps=arguments.steps, threads=arguments.threads)
 
 
-def compare(answers: dict[str, list[dict[str, Any]]], name: str, base: str, what: str = "seconds") -> float:
-    """Speed of one way as a multiple of another's: the median of the rounds' ratios."""
-    pairs = zip(answers[name], answers[base], strict=True)
-    return statistics.median(other[what] / one[what] for one, other in pairs)
-
-
-def print_table(console: Console, answers: dict[str, list[dict[str, Any]]], shape: str, base: str) -> None:
+def print_table(console: Console, answers: Answers, shape: str, base: str) -> None:
     rows, tokens = parse_shape(shape)
     rate = 2.0 * PRODUCT**3 * PRODUCTS
     ceiling = rate / statistics.median(answer["seconds"] for answer in answers[CEILING.name]) / count_operations(tokens)
@@ -232,7 +177,7 @@ def print_table(console: Console, answers: dict[str, list[dict[str, Any]]], shap
             f"{middle:,.0f}",
             f"{compare(answers, name, base):.3f}",
             f"{compare(answers, name, base, 'cpu_seconds'):.3f}",
-            f"±{(max(speeds) - min(speeds)) / 2 / middle:.0%}",
+            describe_spread(speeds),
             f"{middle / ceiling:.0%}",
             f"{max(value['peak'] for value in values) / 2**30:.2f} GiB",
         )
@@ -254,8 +199,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("peers", "memory"), help="one of the two parts")
     parser.add_argument("--skip-compiled", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--output", type=Path, help="write every measurement as JSON")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, once: to see that the program runs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.quick:
+        global SHAPE, PRODUCT
+        SHAPE, PRODUCT = QUICK_SHAPE, 64
+        arguments.shapes, arguments.rounds, arguments.skip_compiled = ["2x32"], 1, True
     if arguments.worker:
         run_worker(arguments)
         return

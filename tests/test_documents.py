@@ -1,5 +1,6 @@
 """What README and docs show is run as it stands there, or parsed by the command that it is for."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -9,6 +10,9 @@ import pytest
 import yaml
 
 from documents import PAGES, ROOT, find_blocks, find_commands, name_page, parse_command
+from new_llm import __version__
+from new_llm.cli.completion import write_completion
+from new_llm.cli.main import COMMANDS
 from new_llm.config import ExperimentConfig, config_from_dict
 
 LANGUAGES = {"", "bash", "python", "yaml", "text"}
@@ -38,6 +42,19 @@ def test_commands_exist_and_take_their_flags(
         (run / "adapter.yaml").write_text("{}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     parse_command(words, monkeypatch)
+
+
+@functools.cache
+def list_flags() -> set[str]:
+    """The flags of all commands, as their completion knows them."""
+    return set(re.findall(r"--[\w.-]+", write_completion("bash"))) | {"--debug", "--version"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_commands_and_flags_in_sentences_exist(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert set(re.findall(r"`new-llm ([a-z][\w-]*)", text)) <= set(COMMANDS)
+    assert set(re.findall(r"`(--[\w.-]+)", text)) <= list_flags()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "yaml")], ids=name_page)
@@ -100,7 +117,7 @@ def test_named_objects_exist(page: Path) -> None:
 def test_named_files_and_tests_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
-        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (file, test)
+        assert not test or f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
     for file in re.findall(r"`((?:examples|benchmarks|studies|scripts|configs)/[\w./-]+\.\w+)`", text):
         assert (ROOT / file).is_file(), file
 
@@ -113,3 +130,19 @@ def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if ROOT / "docs" in page.parents}
     assert pages == set(re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE))
+
+
+def test_project_files_agree_with_the_project() -> None:
+    def read(name: str) -> str:
+        return (ROOT / name).read_text(encoding="utf-8")
+
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == __version__
+    assert "run: .ci/run" in read(".github/workflows/ci.yml")
+    hooks = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert {hook["repo"] for hook in hooks} == {"local"}  # nothing is fetched
+    for forms in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(forms.read_text(encoding="utf-8"))
+    kept = {line.removeprefix("!") for line in read(".dockerignore").splitlines() if line.startswith("!")}
+    copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", read("Dockerfile"), re.MULTILINE)).split())
+    assert copied == kept
+    assert all((ROOT / name).exists() for name in copied)

@@ -180,3 +180,23 @@ def test_a_compiler_that_fails_leaves_the_pytorch_form(
         assert native.load_kernels.__wrapped__() is None
     assert len(caplog.records) == 2
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_16_bit_rows_that_fill_up_take_no_part(reduction):
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 16, dtype=torch.bfloat16)
+    weight = torch.randn(50, 16, dtype=torch.bfloat16)
+    targets = torch.randint(50, (300,))
+    targets[100:250] = -100
+    found = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+    wanted = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    losses = linear_cross_entropy(*found, targets, reduction=reduction)
+    reference = linear_cross_entropy_naive(*wanted, targets, reduction=reduction)
+    assert losses.shape == reference.shape
+    torch.testing.assert_close(losses.float(), reference, rtol=2e-2, atol=2e-2)
+    losses.sum().backward()
+    reference.sum().backward()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=5e-2, atol=5e-2)
+    assert (found[0].grad[100:250] == 0).all()

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from new_llm.report import render_summary_table
+from new_llm.report import formats, render_summary_table
 from new_llm.report import tables as t
 
 
@@ -17,32 +17,32 @@ def show(results: dict[str, Any], width: int = 100) -> str:
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (t.format_number(83.9271), "83.93"),
-        (t.format_number(14204.4), "14,204"),
-        (t.format_number(0.15832, 3), "0.158"),
-        (t.format_number(9.9996), "10.000"),
-        (t.format_number(2.5e12), "2.500e+12"),
-        (t.format_number(0), "0"),
-        (t.format_number(None), "—"),
-        (t.format_number(float("nan")), "NaN"),
-        (t.format_number(float("inf")), "∞"),
-        (t.format_with_error(83.9271, 0.5036), "83.93 ± 0.50"),
-        (t.format_with_error(1234.5, 12.3), "1,234 ± 12"),
-        (t.format_with_error(83.9271, None), "83.93"),
-        (t.format_with_error(83.9271, float("inf")), "83.93"),
-        (t.format_with_error(None, 0.5), "—"),
-        (t.format_count(70426624), "70,426,624"),
-        (t.format_short(70426624), "70.4M"),
-        (t.format_short(950), "950"),
-        (t.format_bytes(0), "0 B"),
-        (t.format_bytes(1050624), "1.05 MB"),
-        (t.format_bytes(133120), "133 kB"),
-        (t.format_percent(0.0417), "4.2%"),
-        (t.format_seconds(3.21), "3.2 s"),
-        (t.format_seconds(59.6), "1 min 00 s"),
-        (t.format_seconds(185), "3 min 05 s"),
-        (t.format_seconds(7800), "2 h 10 min"),
-        (t.format_seconds(None), "—"),
+        (formats.format_number(83.9271), "83.93"),
+        (formats.format_number(14204.4), "14,204"),
+        (formats.format_number(0.15832, 3), "0.158"),
+        (formats.format_number(9.9996), "10.000"),
+        (formats.format_number(2.5e12), "2.500e+12"),
+        (formats.format_number(0), "0"),
+        (formats.format_number(None), "—"),
+        (formats.format_number(float("nan")), "NaN"),
+        (formats.format_number(float("inf")), "∞"),
+        (formats.format_with_error(83.9271, 0.5036), "83.93 ± 0.50"),
+        (formats.format_with_error(1234.5, 12.3), "1,234 ± 12"),
+        (formats.format_with_error(83.9271, None), "83.93"),
+        (formats.format_with_error(83.9271, float("inf")), "83.93"),
+        (formats.format_with_error(None, 0.5), "—"),
+        (formats.format_count(70426624), "70,426,624"),
+        (formats.format_short(70426624), "70.4M"),
+        (formats.format_short(950), "950"),
+        (formats.format_bytes(0), "0 B"),
+        (formats.format_bytes(1050624), "1.05 MB"),
+        (formats.format_bytes(133120), "133 kB"),
+        (formats.format_percent(0.0417), "4.2%"),
+        (formats.format_seconds(3.21), "3.2 s"),
+        (formats.format_seconds(59.6), "1 min 00 s"),
+        (formats.format_seconds(185), "3 min 05 s"),
+        (formats.format_seconds(7800), "2 h 10 min"),
+        (formats.format_seconds(None), "—"),
     ],
 )
 def test_numbers_read_well(written: str, expected: str):

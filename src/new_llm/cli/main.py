@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from new_llm import __version__
+from new_llm.config.allocator import keep_freed_memory
 from new_llm.config.errors import UserError
 
 # Modules are imported only when their command is asked for, so that help never waits for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "completion": ("new_llm.cli.completion", "print the script by which bash, zsh or fish completes this command"),
     "eval": ("new_llm.cli.evaluation.main", "measure a trained model: perplexity, recall, the reversal curse and more"),
     "evaluate-wikitext": ("new_llm.cli.evaluate_wikitext", "perplexity on WikiText-2's test text"),
     "experiment": ("new_llm.cli.experiment", "train some models on identical data and compare them"),
@@ -17,8 +19,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "new_llm.cli.experiment_selective",
         "compare selective output with baselines of equal parameters and equal compute",
     ),
+    "export": ("new_llm.cli.export", "write a model as a folder for Hugging Face's tools"),
     "generate": ("new_llm.cli.generate", "go on with a text"),
+    "lm-eval": ("new_llm.cli.lm_eval", "lm-evaluation-harness with this project's models"),
     "memory": ("new_llm.cli.memory", "fill, show, merge and compare memory files"),
+    "report": ("new_llm.cli.report", "write a run's report again, or compare several runs"),
+    "runs": ("new_llm.cli.runs", "list the runs of a folder, or show one"),
+    "study": ("new_llm.cli.study", "train and compare the variants of a study, with several seeds"),
+    "train-adapter": ("new_llm.cli.train_adapter", "train a memory beside the layers of an existing Pythia"),
 }
 
 
@@ -44,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[given[0]]
     for name, value in THREADS_SLEEP.items():
         os.environ.setdefault(name, value)
+    keep_freed_memory()
     try:
         return importlib.import_module(module).run(given[1:])
     except UserError as error:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.config.generation import GenerationConfig
-from new_llm.models.packed_linears import packed_linears
+from new_llm.models.inputs import check_input_ids
 from new_llm.models.padding import check_mask, mark_valid, plan_packing
 from new_llm.models.sampling import TokenSampler
+from new_llm.models.step_weights import StepWeights
 from new_llm.models.text_decoding import StoppingText
 
 if TYPE_CHECKING:
@@ -96,32 +96,32 @@ class GenerationRun:
         """Read the prompts and make tokens, one a row between two yields. At the end the memory is held if asked."""
         begin = time.perf_counter()
         tracks = tracks_tokens or self.texts is not None or bool(self.config.eos_token_id)
-        with torch.no_grad():
+        packs = self.config.max_new_tokens >= PACK_FROM
+        self.weights = StepWeights(self.model, self.config.weights, num_rows=len(self.input_ids), packs=packs)
+        with torch.no_grad(), self.weights.in_use():
             logits = self._read_prompts()
         unread = ~self.is_done
         self.prompt_seconds = self.seconds = time.perf_counter() - begin
-        weights = packed_linears(self.model) if self.config.max_new_tokens >= PACK_FROM else nullcontext()
-        with weights:
-            for number in range(self.config.max_new_tokens):
-                # The caller runs between two yields, and is neither timed nor kept from having gradients.
-                begin = time.perf_counter()
-                with torch.no_grad():
-                    if number:
-                        logits = self._read(unread)
-                    making = ~self.is_done
-                    tokens = self.sampler.choose(logits)
-                    self._keep(tokens, number, making, tracks)
-                    # What ends a row is read only for the memory.
-                    unread = making if self.update_memory else ~self.is_done
-                    is_last = number + 1 == self.config.max_new_tokens or bool(self.is_done.all())
-                    if is_last:
-                        self._end(unread)
-                    if is_last and self.input_ids.device.type == "cuda":
-                        torch.cuda.synchronize()  # the work that is still under way belongs to the time
-                self.seconds += time.perf_counter() - begin
-                yield
+        for number in range(self.config.max_new_tokens):
+            # The caller runs between two yields: it is not timed, may have gradients, and finds the model as it was.
+            begin = time.perf_counter()
+            with torch.no_grad(), self.weights.in_use():
+                if number:
+                    logits = self._read(unread)
+                making = ~self.is_done
+                tokens = self.sampler.choose(logits)
+                self._keep(tokens, number, making, tracks)
+                # What ends a row is read only for the memory.
+                unread = making if self.update_memory else ~self.is_done
+                is_last = number + 1 == self.config.max_new_tokens or bool(self.is_done.all())
                 if is_last:
-                    return
+                    self._end(unread)
+                if is_last and self.input_ids.device.type == "cuda":
+                    torch.cuda.synchronize()  # the work that is still under way belongs to the time
+            self.seconds += time.perf_counter() - begin
+            yield
+            if is_last:
+                return
 
     def collect_ids(self) -> Tensor:
         """The prompts and what was made; see `generate`."""
@@ -213,8 +213,6 @@ def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: i
     Raises:
         ValueError: no tokens, ids of another shape or outside the vocabulary, or a row of which all is masked.
     """
-    from new_llm.models.transformer import check_input_ids
-
     if input_ids.numel() == 0:
         raise ValueError(
             f"the prompt is empty (input_ids of shape {tuple(input_ids.shape)}): at least one token is needed"

@@ -1,11 +1,9 @@
-"""Products with few rows on a CPU: weights laid out once in oneDNN's own order, which halves the time of a step.
+"""Products with few rows on a CPU without compiled kernels: weights laid out once in oneDNN's own order.
 
-A decoding step multiplies every weight with one row, and its time is that of reading the weights. The packed copy takes
-as much memory as the weights and is freed at the block's end.
+That halves the time of a step. The packed copy takes as much memory as the weights.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +12,6 @@ from torch import Tensor, nn
 MAX_ROWS = 8
 """Rows up to which the packed weight is used; more rows share the reading of the usual one."""
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@contextmanager
-def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's linear layers run few rows by packed weights, where the machine has them.
-
-    A weight that changes in the block, a call with gradients or under autocast, and one with more rows run as ever.
-    """
-    packed: list[nn.Linear] = []
-    try:
-        for module in model.modules():
-            if type(module) is nn.Linear and "forward" not in vars(module) and can_pack(module.weight):
-                vars(module)["forward"] = pack_linear(module)
-                packed.append(module)
-        yield
-    finally:
-        for module in packed:
-            del vars(module)["forward"]
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -44,7 +24,10 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A forward of the layer with its weight packed."""
+    """A forward of the layer with its weight packed.
+
+    A weight that changes later, a call with gradients or under autocast, and one with more rows run as ever.
+    """
     weight, bias = linear.weight, linear.bias
     version, place = weight._version, weight.data_ptr()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)

@@ -1,29 +1,40 @@
-"""The report: one self-contained HTML page from one run's results."""
+"""The report: one self-contained HTML page from the results of one run or several."""
 
+import base64
+import hashlib
 import json
-import math
+from collections.abc import Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from new_llm.config.atomic import write_text_atomically
-from new_llm.report import plots, tables
-from new_llm.report.results import (
-    describe_outcome,
-    get_entries,
-    get_finite,
-    get_number,
-    get_value,
-    named_models,
+from new_llm.report import formats, sections, tables
+from new_llm.report.evaluation_plots import plot_distances
+from new_llm.report.learning_plots import COUNTED, plot_costs, plot_training_loss, plot_validation
+from new_llm.report.memory_plots import (
+    list_final_alphas,
+    plot_alphas,
+    plot_final_gates,
+    plot_gate_trajectories,
+    plot_memory_usage,
 )
-from new_llm.report.svg import KEY_PATHS, NUM_SERIES
+from new_llm.report.outcome import describe_series
+from new_llm.report.perplexity_plots import plot_overview, plot_positions
+from new_llm.report.recall_plots import plot_recalls
+from new_llm.report.results import get_value
+from new_llm.report.reversal_plots import plot_reversal_accuracy, plot_reversal_perplexity
+from new_llm.report.runs import Run, make_run
+from new_llm.report.series import Series, group_series, list_differences
+from new_llm.report.svg import Chart, color, marker_path
 
-TEMPLATE_FILE = "report.html"
+PAGE_FOLDER = "page"
+TEMPLATES = ("page.html", "parts.html", "sections.html", "style.css", "script.js")
 # How a verdict's badge looks; a level that is not here looks neutral.
 BADGES = {
     "abnormal": "bad",
@@ -35,199 +46,128 @@ BADGES = {
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
-    """Write the page; what the results lack is left out.
+    """Write the page of one run, with the evaluations that lie beside it; what the results lack is left out.
 
-    The page loads nothing: style and pictures are inside it. The file appears whole or not at all.
+    The page loads nothing: style, script and pictures are inside it. The file appears whole or not at all.
 
     Args:
         results: as in results.json. NaN and infinite numbers may occur.
-        path: the .html file; its folder is made where it is missing, and an older file is replaced.
+        path: the .html file in the run's folder; an older file is replaced.
     """
-    page = render_report(results)
+    write_page([make_run(results, path.parent)], path)
+
+
+def write_page(runs: Sequence[Run], path: Path) -> None:
+    """Write the page of some runs; the file's folder is made where it is missing."""
     # JSON may hold lone surrogates, which UTF-8 can't.
-    write_text_atomically(path, page.encode("utf-8", "replace").decode("utf-8"))
+    write_text_atomically(path, render_page(runs).encode("utf-8", "replace").decode("utf-8"))
 
 
 def render_report(results: dict[str, Any]) -> str:
-    """The page's text."""
-    results = json.loads(json.dumps(results, default=str))  # one form, however the results were made
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """The page's text for one run's results alone."""
+    return render_page([Run(json.loads(json.dumps(results, default=str)))])
+
+
+def render_page(runs: Sequence[Run]) -> str:
+    """The page's text: the same runs give the same text."""
+    series = group_series(runs)
+    outcome = describe_series(series, runs)
+    charts = draw_charts(series, runs)
+    files = {name: _read(name) for name in TEMPLATES}
+    environment = Environment(
+        loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
-        "number": tables.format_number,
-        "count": tables.format_count,
-        "short": tables.format_short,
-        "bytes": tables.format_bytes,
-        "percent": tables.format_percent,
-        "seconds": tables.format_seconds,
+        "number": formats.format_number,
+        "count": formats.format_count,
+        "short": formats.format_short,
+        "bytes": formats.format_bytes,
+        "percent": formats.format_percent,
+        "seconds": formats.format_seconds,
     }
-    template = environment.from_string(resources.files("new_llm.report").joinpath(TEMPLATE_FILE).read_text("utf8"))
-    named = named_models(results)
-    config = results.get("config")
-    return template.render(
-        name=str(results.get("name") or "experiment"),
-        status=str(results.get("status") or "unknown"),
-        created=_format_time(results.get("created")),
-        facts=_list_facts(results),
-        outcome=describe_outcome(results),
-        keys=[(name, i % NUM_SERIES, KEY_PATHS[i % len(KEY_PATHS)]) for i, (name, _) in enumerate(named)],
+    script = files["script.js"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
+        created=sections.format_time(runs[0].results.get("created")) if len(runs) == 1 else "",
+        facts=sections.list_facts(runs),
+        unfinished=[
+            (run.name, status) for run in runs if (status := str(run.results.get("status") or "unknown")) != "complete"
+        ],
+        outcome=outcome,
+        keys=[(one.name, color(one.index), marker_path(one.index)) for one in series],
         groups=[(group, len(list(members))) for group, members in groupby(tables.COLUMNS, lambda c: c.group)],
         columns=tables.COLUMNS,
-        rows=tables.summarize(results),
+        rows=tables.summarize_series(series, runs, mark_best=outcome.is_comparable),
+        pairs=sections.list_pairs(series),
         badges=BADGES,
-        verdicts=_list_verdicts(results),
-        measured=_describe_measurement(results),
-        charts={chart.name: chart for chart in plots.draw_charts(results)},
+        verdicts=sections.list_verdicts(series),
+        measured=sections.describe_measurement(series),
+        charts={chart.name: chart for group in charts.values() for chart in group},
+        chart_groups=charts,
+        training=sections.list_training(series),
+        counted=COUNTED,
+        layers=sections.list_layers(series),
+        alphas=list_final_alphas(series),
+        reversal=sections.list_reversal(series),
+        evaluations=sections.list_evaluations(runs),
+        differences=list_differences(series),
+        origins=[_describe_origin(run) for run in runs],
         svg=Markup,
-        training=_list_training(results),
-        layers=_list_layers(results),
-        reversal=_list_reversal(results),
-        command=str(results.get("command") or ""),
-        revision=_describe_revision(results),
-        data=[leaf for leaf in _flatten(get_value(results, "data")) if leaf[0] != "notes"],
-        notes=_list_notes(results),
-        environment=_flatten(get_value(results, "environment")),
-        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        script=Markup(script),
+        style=Markup(files["style.css"]),
+        digest=digest,
+        plots=Markup(_embed(charts)),
     )
 
 
-def _format_time(created: Any) -> str:
-    """2026-01-31T14:05:02Z as 2026-01-31 14:05 UTC; anything else as it is."""
-    text = str(created or "")
-    is_utc = len(text) >= 16 and text[10] == "T" and (text.endswith("Z") or text.endswith("+00:00"))
-    return f"{text[:10]} {text[11:16]} UTC" if is_utc else text
+def draw_charts(series: Sequence[Series], runs: Sequence[Run]) -> dict[str, list[Chart]]:
+    """Every picture that the results have numbers for, by the page's sections."""
+    charts: dict[str, list[Chart | None]] = {
+        "perplexity": [plot_overview(series, runs), plot_positions(series)],
+        "learning": [plot_validation(series), plot_training_loss(series), plot_costs(series)],
+        "documents": list(plot_distances(series)),
+        "recall": list(plot_recalls(series)),
+        "reversal": [plot_reversal_perplexity(series), plot_reversal_accuracy(series)],
+        "memory": [
+            plot_final_gates(series),
+            plot_gate_trajectories(series),
+            plot_alphas(series),
+            *map(plot_memory_usage, series),
+        ],
+    }
+    return {section: [chart for chart in found if chart is not None] for section, found in charts.items()}
 
 
-def _list_facts(results: dict[str, Any]) -> list[str]:
-    """What stands under the title: where the text is from, where it ran, the seed."""
-    source, seed = get_value(results, "data", "source"), get_value(results, "config", "seed")
-    device, precision = (get_value(results, "environment", key) for key in ("device", "precision"))
-    where = " ".join(str(part) for part in (device, precision) if part)
-    facts = [f"text: {source}" if source else "", where, f"seed {seed}" if seed is not None else ""]
-    return [fact for fact in facts if fact]
+def _read(name: str) -> str:
+    return resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8")
 
 
-def _describe_revision(results: dict[str, Any]) -> str:
-    version, revision = (get_value(results, "code", key) for key in ("version", "git_revision"))
-    parts = [f"new-llm {version}" if version else "", f"commit {str(revision)[:12]}" if revision else ""]
-    text = ", ".join(part for part in parts if part)
-    is_dirty = bool(text and get_value(results, "code", "git_dirty"))
-    return f"{text}, with changes that were not committed" if is_dirty else text
+def _embed(charts: dict[str, list[Chart]]) -> str:
+    """Scales and points of the charts as JSON that can't end its element."""
+    plots = {
+        f"{chart.name}-{number}": view.plot
+        for group in charts.values()
+        for chart in group
+        for number, view in enumerate(chart.views)
+        if view.plot is not None
+    }
+    text = json.dumps(plots, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _describe_measurement(results: dict[str, Any]) -> str:
-    """What was scored, and how, from the first model that was."""
-    for _, entry in named_models(results):
-        sliding = get_value(entry, "evaluation", "sliding")
-        context, stride, tokens, documents = (
-            get_finite(sliding, key) for key in ("context", "stride", "num_tokens", "num_documents")
-        )
-        if tokens is None:
-            continue
-        window = f", windows of {context:,.0f} tokens moved by {stride:,.0f}" if context and stride else ""
-        held = f" of {documents:,.0f} document{'s' if documents != 1 else ''}" if documents else ""
-        return f"Scored on {tokens:,.0f} validation tokens{held}{window}."
-    return ""
-
-
-def _list_verdicts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """What each verdict means, and the models that got it."""
-    verdicts: dict[str, list[str]] = {}
-    for name, entry in named_models(results):
-        text, span = (get_value(entry, "evaluation", "verdict", key) for key in ("text", "range"))
-        if text:
-            verdicts.setdefault(f"{text} ({span})" if span else str(text), []).append(name)
-    return [(", ".join(names), text) for text, names in verdicts.items()]
-
-
-def _list_training(results: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for name, entry in named_models(results):
-        training = get_value(entry, "training")
-        if isinstance(training, dict):
-            keys = ("epochs", "best_epoch", "steps", "tokens", "seconds")
-            stopped = {"True": "early", "False": "at the end"}.get(str(training.get("stopped_early")), tables.MISSING)
-            losses = [get_number(line, "loss") for line in get_entries(training, "steps_log")]
-            last = losses[-1] if losses else None
-            words = {"name": name, "stopped": stopped, "loss": last}
-            rows.append({key: get_number(training, key) for key in keys} | words)
-    return rows
-
-
-def _list_layers(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameters and memory of each model's parts."""
-    models = []
-    for name, entry in named_models(results):
-        parameters = get_value(entry, "num_parameters")
-        per_layer = get_value(parameters, "per_layer")
-        memories = {get_number(item, "layer"): item for item in get_entries(entry, "memory_info", "per_layer")}
-        parts = [
-            {
-                "name": f"layer {index}",
-                "kind": str(get_value(memories.get(index), "kind") or ""),
-                "parameters": get_number({"n": number}, "n"),
-                "bytes": get_number(memories.get(index), "bytes"),
-            }
-            for index, number in enumerate(per_layer if isinstance(per_layer, list) else [])
-        ]
-        for key, label in (("embedding", "embedding"), ("lm_head", "head"), ("total", "total")):
-            memory = get_number(entry, "memory_info", "total_bytes") if key == "total" else None
-            if (number := get_number(parameters, key)) is not None:
-                parts.append({"name": label, "kind": "", "parameters": number, "bytes": memory})
-        if parts:
-            models.append({"name": name, "parts": parts})
-    return models
-
-
-def _list_reversal(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by kind of fact and by relation: one title, then a line a model."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    relations: dict[str, list[dict[str, Any]]] = {}
-    keys = ("forward_perplexity", "backward_perplexity", "forward_accuracy", "backward_accuracy")
-
-    def add(table: dict[str, list[dict[str, Any]]], title: str, name: str, entry: Any) -> None:
-        numbers: dict[str, Any] = {key: get_number(entry, key) for key in keys}
-        forward, backward = numbers["forward_perplexity"], numbers["backward_perplexity"]
-        ratio = forward / backward if forward is not None and backward else None
-        pairs = get_number(entry, "num_pairs")
-        table.setdefault(title, []).append(numbers | {"name": name, "ratio": ratio, "num_pairs": pairs})
-
-    for name, entry in named_models(results):
-        reversal = get_value(entry, "evaluation", "reversal")
-        if not isinstance(reversal, dict):
-            continue
-        add(kinds, "all facts", name, reversal)
-        by_kind = reversal.get("by_kind")
-        for kind, numbers in by_kind.items() if isinstance(by_kind, dict) else ():
-            add(kinds, f"{kind} facts", name, numbers)
-        for relation in get_entries(reversal, "per_relation"):
-            add(relations, str(relation.get("relation") or "unnamed").replace("_", " "), name, relation)
-    return {"kinds": _as_rows(kinds), "relations": _as_rows(relations)}
-
-
-def _as_rows(table: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [{"title": title, "lines": lines} for title, lines in table.items()]
-
-
-def _list_notes(results: dict[str, Any]) -> list[str]:
-    notes = [get_value(results, "notes"), get_value(results, "data", "notes")]
-    return [str(note) for group in notes if isinstance(group, list) for note in group]
-
-
-def _flatten(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """(name, value) of a mapping's leaves; the names of nested ones are joined."""
-    if not isinstance(entry, dict):
-        return []
-    leaves: list[tuple[str, str]] = []
-    for key, value in entry.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(value, dict):
-            leaves += _flatten(value, f"{name}, ")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            leaves.append((name, f"{value:,}"))
-        elif isinstance(value, float):
-            leaves.append((name, tables.format_number(value) if math.isfinite(value) else str(value)))
-        elif isinstance(value, list):
-            leaves.append((name, ", ".join(str(item) for item in value)))
-        elif value is not None and value != "":
-            leaves.append((name, str(value)))
-    return leaves
+def _describe_origin(run: Run) -> dict[str, Any]:
+    """What it takes to make the run again."""
+    results = run.results
+    config = results.get("config")
+    data = get_value(results, "data")
+    notes = [get_value(results, "notes"), get_value(data, "notes"), list(run.notes)]
+    return {
+        "name": run.name,
+        "command": str(results.get("command") or ""),
+        "revision": sections.describe_revision(results),
+        "data": [leaf for leaf in sections.flatten_facts(data) if leaf[0] != "notes"],
+        "environment": sections.flatten_facts(get_value(results, "environment")),
+        "notes": [str(note) for group in notes if isinstance(group, list) for note in group],
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+    }

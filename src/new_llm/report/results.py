@@ -1,15 +1,14 @@
-"""results.json: reading it, taking out values that may be missing, and the one sentence that sums it up."""
+"""results.json: reading it, and taking out values that may be missing."""
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
 
 SCHEMA_VERSION = 1
-BASELINE = "pythia"  # what every other model is compared with
 
 
 def load_results(path: Path) -> dict[str, Any]:
@@ -56,7 +55,12 @@ def get_value(entry: Any, *keys: str) -> Any:
 def get_number(entry: Any, *keys: str) -> float | None:
     """The number at the keys, NaN and infinities included; None where there is none."""
     value = get_value(entry, *keys)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # JSON's whole numbers have no end
+        return math.inf if value > 0 else -math.inf
 
 
 def get_finite(entry: Any, *keys: str) -> float | None:
@@ -71,6 +75,20 @@ def get_entries(entry: Any, *keys: str) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def compute_mean(values: Sequence[float]) -> float:
+    """The mean of at least one finite number; huge ones don't overflow."""
+    return math.fsum(value / len(values) for value in values)
+
+
+def compute_spread(values: Sequence[float]) -> float:
+    """The standard deviation of at least two finite numbers; infinite where a float can't hold it."""
+    mean = compute_mean(values)
+    most = max(abs(value - mean) for value in values)
+    if most in (0.0, math.inf):
+        return most
+    return most * math.sqrt(math.fsum(((value - mean) / most) ** 2 for value in values) / (len(values) - 1))
+
+
 def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
     """The gates, from 0 to 1, of each layer's heads, from a model's entry or a line of its steps log."""
 
@@ -83,78 +101,3 @@ def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
     gates = get_value(entry, "gates")
     layers = {str(layer): flatten(values) for layer, values in gates.items()} if isinstance(gates, dict) else {}
     return {layer: values for layer, values in layers.items() if values}
-
-
-def named_models(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The models' entries with a name each; a repeated type is numbered."""
-    named: list[tuple[str, dict[str, Any]]] = []
-    seen: dict[str, int] = {}
-    for entry in get_entries(results, "models"):
-        name = " ".join(str(entry.get("model_type") or "unnamed").split())
-        seen[name] = seen.get(name, 0) + 1
-        named.append((name if seen[name] == 1 else f"{name} ({seen[name]})", entry))
-    return named
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the results say, in words."""
-
-    headline: str
-    caveats: list[str]
-
-
-def describe_outcome(results: dict[str, Any]) -> Outcome:
-    """Say which model has the lowest validation perplexity, by how much, and how far to trust it."""
-    named = named_models(results)
-    for protocol in ("sliding", "streaming"):
-        scored = [
-            (value, name, get_finite(entry, "evaluation", protocol, "standard_error"))
-            for name, entry in named
-            if (value := get_finite(entry, "evaluation", protocol, "perplexity")) is not None
-        ]
-        if scored:
-            break
-    else:
-        return Outcome("No model has been evaluated in this run.", [])
-    scored.sort(key=lambda item: item[0])
-    best, best_name, best_error = scored[0]
-    unigram = get_finite(results, "unigram_perplexity")
-    kind = "validation perplexity" if protocol == "sliding" else "streaming validation perplexity"
-    missing = [name for name, _ in named if name not in {item[1] for item in scored}]
-    caveats = [f"Not evaluated: {', '.join(missing)}."] if missing else []
-    if len(scored) == 1:
-        floor = f", {100 * best / unigram:.1f}% of the unigram's {_plain(unigram)}" if unigram else ""
-        headline = f"{best_name} reaches a {kind} of {_plain(best)}{floor}."
-        caveats.append("One model and one seed: nothing to compare with, and the spread between seeds is unmeasured.")
-    else:
-        second, second_name, second_error = scored[1]
-        percent = 100 * (second - best) / second
-        if percent < 0.05:
-            headline = f"{best_name} and {second_name} have the same {kind}, {_plain(best)}, to within 0.05%."
-        else:
-            others = f"{percent:.1f}% below {second_name} ({_plain(second)})"
-            for value, name, _ in scored[2:]:
-                if name == BASELINE:
-                    others += f" and {100 * (value - best) / value:.1f}% below {name} ({_plain(value)})"
-            headline = f"{best_name} has the lowest {kind}: {_plain(best)}, {others}."
-        caveats.append(_describe_spread(second - best, best_error, second_error))
-    if unigram and best >= unigram:
-        floor = f"No model beats the unigram perplexity of {_plain(unigram)}"
-        caveats.insert(0, f"{floor}: none has learned more than how frequent tokens are.")
-    return Outcome(headline, caveats)
-
-
-def _describe_spread(gap: float, *errors: float | None) -> str:
-    """How the gap compares with what chance in the tokens alone could do; seeds are never claimed."""
-    unmeasured = "Each model was trained with one seed, so the spread between seeds is unmeasured."
-    if any(not error for error in errors):
-        return unmeasured
-    error = math.hypot(*(error or 0.0 for error in errors))
-    if gap < 2 * error:
-        return f"The gap is under two standard errors of the measurement, so read it as a tie. {unmeasured}"
-    return f"The gap is {gap / error:.1f} standard errors of the measurement. {unmeasured}"
-
-
-def _plain(value: float) -> str:
-    return f"{value:,.2f}" if value < 100 else f"{value:,.1f}"

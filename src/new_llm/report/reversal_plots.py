@@ -1,108 +1,77 @@
-"""Pictures of the reversal curse."""
+"""Charts of the reversal curse."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from new_llm.report.bar_chart import Bar, BarRow, draw_bars
+from new_llm.report.formats import format_number, format_percent
+from new_llm.report.points import get_perplexity, get_share
+from new_llm.report.results import compute_mean, get_value
+from new_llm.report.series import Series
+from new_llm.report.svg import Chart
 
-from new_llm.report.axes import (
-    DASHES,
-    LOG_FROM_RATIO,
-    PALE,
-    get_perplexity,
-    get_share,
-    label_axes,
-    set_log_ticks,
-    set_rows,
-    set_scale,
-)
-from new_llm.report.results import get_value, named_models
-from new_llm.report.svg import INK, Chart, drawing, series_color, to_svg
-from new_llm.report.tables import format_number, format_percent
-
-DIRECTIONS = (("solid", "forward"), ("pale", "backward"))
+DIRECTIONS = ("forward", "backward")
+SIGNS = (("solid", "forward"), ("pale", "backward"))
 
 
-def plot_reversal_perplexity(results: dict[str, Any]) -> Chart | None:
+def plot_reversal_perplexity(series: Sequence[Series]) -> Chart | None:
     """Perplexity of the sentences, forward against backward, a pair of bars a model."""
-    rows = _read_reversal(results, "perplexity")
-    known = [value for row in rows for value in row.values if value is not None]
-    if not known:
+    rows = read_rows(series, "perplexity", get_perplexity)
+    if not rows:
         return None
-    known += [end for row in rows for interval in row.intervals if interval is not None for end in interval]
-    is_log = max(known) > LOG_FROM_RATIO
-    with drawing(0.6 + 0.58 * len(rows)) as (figure, axes):
-        if is_log:
-            axes.set_xscale("log")
-            set_log_ticks(axes.xaxis, 1.0, max(known))
-            axes.set_xlim(1, max(known) ** 1.16)
-        else:
-            set_scale(axes, "x", [])
-            axes.set_xlim(0, max(known) * 1.16)
-        # On a logarithmic axis bars grow from perplexity 1, which is certainty.
-        said = _draw_pairs(axes, rows, 1.0 if is_log else 0.0, lambda value: format_number(value, 3))
-        label_axes(axes, "perplexity", "", count_x=False)
-        is_trained = get_value(results, "config", "data", "reversal_pairs") is not False
-        trained = f"Training held {'the forward sentences only' if is_trained else 'neither direction'}."
-        return Chart(
-            "reversal-perplexity",
-            "Perplexity of the facts",
-            to_svg(figure, "reversal-perplexity", f"Perplexity of the sentences. {said}"),
-            f"{trained} The further backward exceeds forward, the stronger the reversal curse.{_describe_lines(rows)}",
-            signs=DIRECTIONS,
-        )
+    results = series[0].members[0].run.results
+    is_trained = get_value(results, "config", "data", "reversal_pairs") is not False
+    trained = f"Training held {'the forward sentences only' if is_trained else 'neither direction'}."
+    alt = f"Perplexity of the sentences. {say_rows(rows, _say_perplexity)}"
+    # On a logarithmic axis bars grow from perplexity 1, which is certainty.
+    view = draw_bars(rows, _say_perplexity, "perplexity", alt, base=1.0)
+    return Chart(
+        "reversal-perplexity",
+        "Perplexity of the facts",
+        (view,),
+        f"{trained} The further backward exceeds forward, the stronger the reversal curse."
+        + describe_lines(series, rows),
+        tuple(row.series for row in rows),
+        SIGNS,
+    )
 
 
-def plot_reversal_accuracy(results: dict[str, Any]) -> Chart | None:
+def plot_reversal_accuracy(series: Sequence[Series]) -> Chart | None:
     """Share of right answers that rank first, forward against backward, a pair of bars a model."""
-    rows = _read_reversal(results, "accuracy")
-    known = [value for row in rows for value in row.values if value is not None]
-    if not known:
+    rows = read_rows(series, "accuracy", get_share)
+    if not rows:
         return None
-    known += [end for row in rows for interval in row.intervals if interval is not None for end in interval]
-    entries = [get_share(e, "evaluation", "reversal", "chance_accuracy") for _, e in named_models(results)]
-    chance = next((value for value in entries if value is not None), None)
-    with drawing(0.6 + 0.58 * len(rows)) as (figure, axes):
-        axes.set_xlim(0, min(1.16, max(*known, chance or 0.0, 0.01) * 1.16))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}%"))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        said = _draw_pairs(axes, rows, 0.0, format_percent, chance or 0.0)
-        if chance is not None:
-            axes.axvline(chance, color=INK, linewidth=1.2, dashes=DASHES)
-        label_axes(axes, "share of facts", "", count_x=False)
-        line = [("dash", f"chance, {format_percent(chance)}")] if chance is not None else []
-        return Chart(
-            "reversal-accuracy",
-            "Right answer ranked first",
-            to_svg(figure, "reversal-accuracy", f"Share of facts whose right answer ranks first. {said}"),
-            "Share of facts whose right answer is likelier than every other answer of its relation."
-            + _describe_lines(rows),
-            signs=(*DIRECTIONS, *line),
-        )
+    shares = [
+        get_share(member.entry, "evaluation", "reversal", "chance_accuracy") for one in series for member in one.members
+    ]
+    chance = next((share for share in shares if share is not None), None)
+    alt = f"Share of facts whose right answer ranks first. {say_rows(rows, format_percent)}"
+    view = draw_bars(rows, format_percent, "share of facts", alt, level=chance, ticks=lambda x: f"{100 * x:.3g}%")
+    return Chart(
+        "reversal-accuracy",
+        "Right answer ranked first",
+        (view,),
+        "Share of facts whose right answer is likelier than every other answer of its relation."
+        + describe_lines(series, rows),
+        tuple(row.series for row in rows),
+        (*SIGNS, *([("dash", f"chance, {format_percent(chance)}")] if chance is not None else [])),
+    )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One model's forward and backward value, each with its interval where it has one."""
-
-    index: int
-    name: str
-    values: list[float | None]
-    intervals: list[tuple[float, float] | None]
-
-
-def _read_reversal(results: dict[str, Any], measure: str) -> list[_Row]:
-    """The models that have either value."""
-    rows: list[_Row] = []
-    for index, (name, entry) in enumerate(named_models(results)):
-        reversal = get_value(entry, "evaluation", "reversal")
-        get = get_perplexity if measure == "perplexity" else get_share
-        keys = [f"{direction}_{measure}" for direction in ("forward", "backward")]
-        values = [get(reversal, key) for key in keys]
-        if any(value is not None for value in values):
-            rows.append(_Row(index, name, values, [_read_interval(reversal, key, get) for key in keys]))
+def read_rows(series: Sequence[Series], measure: str, get: Callable[..., float | None]) -> list[BarRow]:
+    """The models that have a value in either direction."""
+    rows: list[BarRow] = []
+    for one in series:
+        bars: list[Bar] = []
+        for direction in DIRECTIONS:
+            key = f"{direction}_{measure}"
+            entries = [get_value(member.entry, "evaluation", "reversal") for member in one.members]
+            values = [value for entry in entries if (value := get(entry, key)) is not None]
+            if values:
+                ends = _read_interval(entries[0], key, get) if len(values) == 1 else (min(values), max(values))
+                bars.append(Bar(compute_mean(values), direction, ends, is_pale=direction == "backward"))
+        if bars:
+            rows.append(BarRow(one.index, one.name, tuple(bars)))
     return rows
 
 
@@ -115,26 +84,19 @@ def _read_interval(reversal: Any, key: str, get: Callable[..., float | None]) ->
     return None if low is None or high is None else (low, high)
 
 
-def _describe_lines(rows: list[_Row]) -> str:
-    has_lines = any(interval is not None for row in rows for interval in row.intervals)
-    return " Thin lines are bootstrap intervals over facts." if has_lines else ""
+def describe_lines(series: Sequence[Series], rows: Sequence[BarRow]) -> str:
+    """What the thin lines are, where there are some."""
+    if all(bar.interval is None for row in rows for bar in row.bars):
+        return ""
+    if any(len(one.members) > 1 for one in series):
+        return " Thin lines reach from the lowest to the highest seed; of one seed, they are bootstrap intervals."
+    return " Thin lines are bootstrap intervals over facts."
 
 
-def _draw_pairs(axes: Axes, rows: list[_Row], base: float, words: Any, clear: float = 0.0) -> str:
-    """Two bars a row, solid and pale, each with its value and interval; says the same in words.
+def say_rows(rows: Sequence[BarRow], words: Callable[[float | None], str]) -> str:
+    """The same in words."""
+    return " ".join(f"{row.name}: {', '.join(f'{bar.what} {words(bar.value)}' for bar in row.bars)}." for row in rows)
 
-    A value is written right of its bar and its interval, and right of `clear` where a line is drawn.
-    """
-    set_rows(axes, [row.name for row in rows])
-    for place, row in enumerate(rows):
-        for value, interval, offset, alpha in zip(row.values, row.intervals, (-0.19, 0.19), (1.0, PALE), strict=True):
-            if value is None:
-                continue
-            color = series_color(row.index)
-            axes.barh(place + offset, value - base, 0.34, left=base, color=color, alpha=alpha, linewidth=0)
-            ends = interval or (value, value)
-            if interval is not None:
-                axes.plot(ends, (place + offset, place + offset), color=INK, linewidth=1.0, solid_capstyle="butt")
-            at = (max(value, ends[1], clear), place + offset)
-            axes.annotate(words(value), at, (4, 0), textcoords="offset points", va="center")
-    return " ".join(f"{row.name}: forward {words(row.values[0])}, backward {words(row.values[1])}." for row in rows)
+
+def _say_perplexity(value: float | None) -> str:
+    return format_number(value, 3)

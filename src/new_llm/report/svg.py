@@ -1,27 +1,12 @@
-"""Inline SVG: matplotlib figures that take their colours and their typeface from the page."""
+"""Drawing SVG by hand: figures that take their colours and their typeface from the page."""
 
-import io
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
-# Colours that stand for the page's CSS variables while matplotlib draws; nothing else in a figure has them.
-INK, MUTED, GRID = "#010101", "#010102", "#010103"
-NUM_SERIES = 6
-_SERIES = [f"#0102{index:02x}" for index in range(NUM_SERIES)]
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"series-{i}" for i, c in enumerate(_SERIES)}
-
-# Outlines of the markers in a 10 × 10 box, for the page's key; the order is matplotlib's in MARKERS.
+# matplotlib's markers for the pictures that stand alone, in the order of `KEY_PATHS`.
 MARKERS = ("o", "s", "^", "D", "v", "P")
+# The same markers as outlines in a 10 × 10 box.
 KEY_PATHS = (
     "M5 1.6a3.4 3.4 0 1 0 .01 0z",
     "M2 2h6v6h-6z",
@@ -30,34 +15,20 @@ KEY_PATHS = (
     "M5 8.8 1.2 1.6h7.6z",
     "M3.7 1h2.6v2.7H9v2.6H6.3V9H3.7V6.3H1V3.7h2.7z",
 )
-POINTS_PER_INCH = 72
-WIDTH_INCHES = 4.9  # about a phone's width in points, so that text stays readable there
-HEIGHT_INCHES = 2.9
-FONT_POINTS = 9.8
+NUM_COLORS = 7  # with six markers no two of 42 models look the same
+WIDTH = 520.0
+HEIGHT = 310.0
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "font.size": FONT_POINTS,
-    "axes.labelsize": FONT_POINTS,
-    "xtick.labelsize": FONT_POINTS,
-    "ytick.labelsize": FONT_POINTS,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
+
+@dataclass(frozen=True)
+class View:
+    """One way to see a chart's numbers."""
+
+    svg: str
+    label: str = ""
+    """What tells it from the chart's other views: an x-axis, a measure, a layer."""
+    plot: dict[str, Any] | None = None
+    """Scales and points for the page's read-out; None: the marks carry their own words."""
 
 
 @dataclass(frozen=True)
@@ -66,60 +37,103 @@ class Chart:
 
     name: str
     title: str
-    svg: str
+    views: tuple[View, ...]
+    """The first is shown until another is chosen."""
     reading: str
     """How to read it, in a sentence or two."""
     series: tuple[int, ...] = ()
     """Places of the models that the key above it names."""
     signs: tuple[tuple[str, str], ...] = ()
-    """Other signs that the key explains: (solid, pale, dot, ring or dash; what it stands for)."""
+    """Other signs that the key explains: (solid, pale, dot, ring, dash, dots or thin; what it stands for)."""
+    switch: str = ""
+    """What the views are a choice of; charts with the same word change together."""
 
 
-def series_color(index: int) -> str:
-    """The colour of the model at that place in the results, the same in every figure."""
-    return _SERIES[index % NUM_SERIES]
+def color(series: int) -> str:
+    """The CSS colour of the model at that place, the same in every figure."""
+    return f"var(--series-{series % NUM_COLORS})"
 
 
-def series_marker(index: int) -> str:
-    """The marker of the model at that place: colours are never the only difference."""
-    return MARKERS[index % len(MARKERS)]
+def marker_path(series: int) -> str:
+    """The outline of the model's marker: colours are never the only difference."""
+    return KEY_PATHS[series % len(KEY_PATHS)]
 
 
-@contextmanager
-def drawing(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes in the page's style; draw and call `to_svg` inside the context."""
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Glyph.*missing from.*")  # the browser has its own fonts
-        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.grid(axis="y")
-        yield figure, axes
+def number(value: float) -> str:
+    """A coordinate, to a tenth."""
+    return f"{value:.1f}".removesuffix(".0")
 
 
-def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """The figure as an <svg> element to stand in a page.
+@dataclass
+class Canvas:
+    """An SVG in the making; y grows downwards, text is escaped.
 
-    Args:
-        figure: drawn with this module's colours.
-        name: prefix of the element's ids; unique in the page.
-        alt: what the picture shows, for who does not see it.
-
-    Returns:
-        Markup without fixed size, fonts or ids of its own, so that several may stand in one page.
+    Attributes:
+        height: of the picture; its width is `WIDTH`.
+        left: where the plot begins.
+        right: where it ends.
+        top: likewise.
+        bottom: likewise.
     """
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    width, height = figure.get_size_inches() * POINTS_PER_INCH
-    box = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}"'
-    svg = re.sub(r"<svg[^>]*>", lambda _: f"<svg {box}>", svg, count=1)
-    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
-    svg = re.sub(r"font: (?:\w+ )??([\d.]+px) [^;\"]+", r"font-size: \1", svg)
-    svg = re.sub(r"#0102?[0-9a-f]{2,4}\b", lambda m: f"var(--{_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], svg)
-    return re.sub(r"\s*\n\s*", "\n", svg)
+
+    height: float = HEIGHT
+    left: float = 56.0
+    right: float = WIDTH - 12
+    top: float = 28.0
+    bottom: float = HEIGHT - 46
+    parts: list[str] = field(default_factory=list)
+
+    def add(self, markup: str) -> None:
+        """Markup that is known to be safe."""
+        self.parts.append(markup)
+
+    def open_series(self, series: int | None) -> None:
+        """What follows belongs to a model, and can be hidden with it; None: to none. Close it by `close`."""
+        self.add("<g>" if series is None else f'<g data-s="{series}" style="color:{color(series)}">')
+
+    def close(self) -> None:
+        """End the group."""
+        self.add("</g>")
+
+    def text(self, x: float, y: float, words: str, *, anchor: str = "start", kind: str = "") -> None:
+        """A line of text; kind is a class of the page's style."""
+        if not words:
+            return
+        attributes = f' class="{kind}"' if kind else ""
+        attributes += f' text-anchor="{anchor}"' if anchor != "start" else ""
+        self.add(f'<text x="{number(x)}" y="{number(y)}"{attributes}>{escape(words)}</text>')
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        """A straight line."""
+        self.add(f'<path class="{kind}" d="M{number(x1)} {number(y1)}L{number(x2)} {number(y2)}"/>')
+
+    def curve(self, points: list[tuple[float, float]], kind: str) -> None:
+        """A line through points."""
+        if points:
+            steps = "L".join(f"{number(x)} {number(y)}" for x, y in points)
+            self.add(f'<path class="{kind}" d="M{steps}"/>')
+
+    def band(self, points: list[tuple[float, float, float]]) -> None:
+        """The area between (x, low, high)."""
+        if len(points) > 1:
+            around = [(x, low) for x, low, _ in points] + [(x, high) for x, _, high in reversed(points)]
+            steps = "L".join(f"{number(x)} {number(y)}" for x, y in around)
+            self.add(f'<path class="band" d="M{steps}z"/>')
+
+    def mark(self, series: int, x: float, y: float, *, size: float = 11.0, kind: str = "mark", tip: str = "") -> None:
+        """The model's marker around a point; `tip` are the words of its read-out."""
+        scale = size / 10
+        place = f"translate({number(x - size / 2)} {number(y - size / 2)}) scale({number(scale)})"
+        words = f' data-t="{escape(tip)}"' if tip else ""
+        self.add(f'<path class="{kind}" transform="{place}" d="{marker_path(series)}"{words}/>')
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, *, tip: str = "", more: str = "") -> None:
+        """A rectangle; `more` is further markup of its attributes that is known to be safe."""
+        words = f' data-t="{escape(tip)}"' if tip else ""
+        corner = f'x="{number(x)}" y="{number(y)}" width="{number(max(0.0, width))}" height="{number(height)}"'
+        self.add(f'<rect class="{kind}" {corner}{words}{more}/>')
+
+    def to_svg(self, alt: str) -> str:
+        """The picture as an element to stand in a page; `alt` says what it shows to who does not see it."""
+        box = f'viewBox="0 0 {number(WIDTH)} {number(self.height)}" role="img" aria-label="{escape(alt)}"'
+        return f"<svg {box}>{''.join(self.parts)}</svg>"

@@ -1,7 +1,7 @@
 """The summary of an experiment as rows of text: for the console, and for the page."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,84 +9,34 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from new_llm.report.results import get_finite, get_number, get_value, named_models
+from new_llm.report.formats import (
+    MISSING,
+    format_bytes,
+    format_count,
+    format_number,
+    format_percent,
+    format_short,
+    format_with_error,
+)
+from new_llm.report.outcome import mean_unigram
+from new_llm.report.results import compute_mean, compute_spread, get_finite, get_number, get_value
+from new_llm.report.runs import Run
+from new_llm.report.series import Series, group_series
 
-MISSING = "—"
+__all__ = [
+    "COLUMNS",
+    "Cell",
+    "Row",
+    "format_number",
+    "format_percent",
+    "render_summary_table",
+    "summarize",
+    "summarize_series",
+]
+
 UNIGRAM = "unigram"
 RATIO = "×\N{NO-BREAK SPACE}unigram"
 VERDICT = "verdict"
-
-
-def format_number(value: float | None, digits: int = 4) -> str:
-    """A number with that many significant digits, thousands separated; a dash where there is none."""
-    special = _format_special(value)
-    if value is None or special is not None:
-        return special or MISSING
-    if value == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(value)))
-    if magnitude >= 9 or magnitude < -4:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
-
-
-def format_count(value: float | None) -> str:
-    """A count in full: 70,426,624."""
-    return _format_special(value) or f"{value:,.0f}"
-
-
-def format_short(value: float | None) -> str:
-    """A count in thousands, millions or billions: 70.4M."""
-    return _format_special(value) or _scale(value or 0.0, 1000.0, ("", "k", "M", "B", "T"), "")
-
-
-def format_bytes(value: float | None) -> str:
-    """Bytes in decimal units: 1.05 MB."""
-    return _format_special(value) or _scale(value or 0.0, 1000.0, ("B", "kB", "MB", "GB", "TB"), " ")
-
-
-def format_percent(value: float | None) -> str:
-    """A share as a percentage: 4.2%."""
-    return _format_special(value) or f"{100 * (value or 0.0):.1f}%"
-
-
-def format_seconds(value: float | None) -> str:
-    """A duration: 42 s, 3 min 05 s, 2 h 10 min."""
-    special = _format_special(value)
-    if value is None or special is not None:
-        return special or MISSING
-    seconds = round(value)
-    if value < 10:
-        return f"{value:.1f} s"
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600:,} h {seconds % 3600 // 60:02d} min"
-
-
-def format_with_error(value: float | None, error: float | None) -> str:
-    """A value ± its standard error, cut where the error's second digit is: 83.93 ± 0.50."""
-    if error is None or not 0 < error < math.inf or value is None or not math.isfinite(value):
-        return format_number(value)
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
-
-
-def _format_special(value: float | None) -> str | None:
-    if value is None:
-        return MISSING
-    if math.isnan(value):
-        return "NaN"
-    return ("∞" if value > 0 else "−∞") if math.isinf(value) else None
-
-
-def _scale(value: float, base: float, units: tuple[str, ...], space: str) -> str:
-    power = 0
-    while abs(value) >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    number = f"{value:.0f}" if power == 0 else format_number(value, 3)
-    return f"{number}{space if units[power] else ''}{units[power]}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +50,8 @@ class Cell:
     """The lowest of its column, where lower is better."""
     level: str = ""
     """A verdict's level; other cells have none."""
+    value: float | None = None
+    """What the row is sorted by in this column; None: its text."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +61,8 @@ class Row:
     name: str
     cells: tuple[Cell, ...]
     is_floor: bool = False
+    series: int = -1
+    """The model's place; the floor has none."""
 
 
 @dataclass(frozen=True)
@@ -183,33 +137,66 @@ COLUMNS = (
 
 
 def summarize(results: dict[str, Any]) -> list[Row]:
-    """One row a model in the results' order, and the unigram's where it is known; cells follow `COLUMNS`."""
-    named = named_models(results)
+    """`summarize_series` of one run's results."""
+    runs = [Run(results)]
+    return summarize_series(group_series(runs), runs)
+
+
+def summarize_series(series: Sequence[Series], runs: Sequence[Run], *, mark_best: bool = True) -> list[Row]:
+    """One row a model, and the unigram's where it is known; cells follow `COLUMNS`.
+
+    A cell of several seeds holds their mean, that of the sliding perplexity with their standard deviation.
+
+    Args:
+        series: the models.
+        runs: what they are from.
+        mark_best: whether the lowest of a column is marked: the models were measured on the same text.
+    """
     columns: list[list[Cell]] = []
     for column in COLUMNS:
         if column.label == VERDICT:
-            columns.append([_make_verdict(entry) for _, entry in named])
+            columns.append([_make_verdict(one) for one in series])
             continue
-        values = [column.value(entry, results) for _, entry in named]
-        finite = [value for value in values if value is not None and math.isfinite(value)]
-        lowest = min(finite) if column.compare and len(set(finite)) > 1 else None
+        found = [_find_values(one, column) for one in series]
+        means = [compute_mean(values) if values else None for values in found]
+        finite = [value for value in means if value is not None and math.isfinite(value)]
+        lowest = min(finite) if mark_best and column.compare and len(set(finite)) > 1 else None
         columns.append(
             [
-                Cell(
-                    format_with_error(value, get_number(entry, *column.error)) if column.error else column.text(value),
-                    title=format_count(value) if column.exact and value is not None else _format_ends(entry, column),
-                    best=lowest is not None and value == lowest,
-                )
-                for value, (_, entry) in zip(values, named, strict=True)
+                _make_cell(one, column, values, mean, is_best=lowest is not None and mean == lowest)
+                for one, values, mean in zip(series, found, means, strict=True)
             ]
         )
-    rows = [Row(name, cells) for (name, _), cells in zip(named, zip(*columns, strict=True), strict=True)]
-    unigram = get_number(results, "unigram_perplexity")
+    rows = [
+        Row(one.name, cells, series=one.index) for one, cells in zip(series, zip(*columns, strict=True), strict=True)
+    ]
+    unigram = mean_unigram(runs)
     if unigram is not None:
         texts = {"sliding": format_number(unigram), RATIO: "1"}
-        cells = tuple(Cell(texts.get(column.label, "")) for column in COLUMNS)
-        rows.append(Row(UNIGRAM, cells, is_floor=True))
+        rows.append(Row(UNIGRAM, tuple(Cell(texts.get(column.label, "")) for column in COLUMNS), is_floor=True))
     return rows
+
+
+def _find_values(series: Series, column: Column) -> list[float]:
+    """The members' values; of several members the finite ones."""
+    found = [column.value(member.entry, member.run.results) for member in series.members]
+    known = [value for value in found if value is not None]
+    return known if len(known) < 2 else [value for value in known if math.isfinite(value)]
+
+
+def _make_cell(series: Series, column: Column, values: list[float], mean: float | None, *, is_best: bool) -> Cell:
+    entry = series.members[0].entry
+    text, title = column.text(mean), _format_ends(entry, column)
+    if len(values) > 1:
+        spread = compute_spread(values)
+        text = format_with_error(mean, spread) if column.error else text
+        each = ", ".join(column.text(value) for value in values)
+        title = f"{len(values)} seeds: {each}; standard deviation {column.text(spread)}"
+    elif column.error:
+        text = format_with_error(mean, get_number(entry, *column.error))
+    elif column.exact and mean is not None:
+        title = format_count(mean)
+    return Cell(text, title, is_best, value=mean if mean is not None and math.isfinite(mean) else None)
 
 
 def _format_ends(entry: dict[str, Any], column: Column) -> str:
@@ -220,13 +207,15 @@ def _format_ends(entry: dict[str, Any], column: Column) -> str:
     return f"interval {format_number(low)} – {format_number(high)}"
 
 
-def _make_verdict(entry: dict[str, Any]) -> Cell:
-    verdict = get_value(entry, "evaluation", "verdict")
-    if not isinstance(verdict, dict) or not verdict.get("level"):
-        return Cell(MISSING)
-    level, text, span = (str(verdict.get(key) or "") for key in ("level", "text", "range"))
-    title = f"{text or level}, perplexity {span}" if span else text
-    return Cell("still training" if level == "training" else level, title=title, level=level)
+def _make_verdict(series: Series) -> Cell:
+    """The first verdict that a member has."""
+    for member in series.members:
+        verdict = get_value(member.entry, "evaluation", "verdict")
+        if isinstance(verdict, dict) and verdict.get("level"):
+            level, text, span = (str(verdict.get(key) or "") for key in ("level", "text", "range"))
+            title = f"{text or level}, perplexity {span}" if span else text
+            return Cell("still training" if level == "training" else level, title=title, level=level)
+    return Cell(MISSING)
 
 
 def render_summary_table(results: dict[str, Any]) -> Table:

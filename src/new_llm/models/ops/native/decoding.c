@@ -94,21 +94,30 @@ int64_t count_step_scratch(int64_t width, int64_t heads, int64_t inner, int64_t 
 #define NAME(x) x##_float32
 #include "layer_step.h"
 
-/* values [rows, columns] <- round(weight / scale), scale = max |row| / 127; a row of zeros has scale 0. */
-#define DEFINE_QUANTIZE(NAME, TYPE, LOAD)                                                                          \
-    void NAME(const TYPE *weight, int64_t rows, int64_t columns, int8_t *values, float *scales, int threads) {    \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int64_t i = 0; i < rows; i++) {    \
-            const TYPE *row = weight + i * columns;                                                               \
-            float top = 0.0f;                                                                                     \
-            _Pragma("omp simd reduction(max : top)") for (int64_t j = 0; j < columns; j++) {                      \
-                float size = fabsf(LOAD(row[j]));                                                                 \
-                top = size > top ? size : top;                                                                    \
-            }                                                                                                     \
-            float scale = top / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;                             \
-            scales[i] = scale;                                                                                    \
-            _Pragma("omp simd") for (int64_t j = 0; j < columns; j++) values[i * columns + j] =                   \
-                (int8_t)rintf(LOAD(row[j]) * inverse);                                                            \
-        }                                                                                                         \
+/* values [rows, columns] <- round(weight / scale), scale = max |row| / 127; a row of zeros has scale 0, and one with a
+   number that is not finite has a scale that is none either. */
+#define DEFINE_QUANTIZE(NAME, TYPE, LOAD)                                                                           \
+    void NAME(const TYPE *weight, int64_t rows, int64_t columns, int8_t *values, float *scales, int threads) {     \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int64_t i = 0; i < rows; i++) {     \
+            const TYPE *row = weight + i * columns;                                                                \
+            int8_t *out = values + i * columns;                                                                    \
+            float top = 0.0f, broken = 0.0f;                                                                       \
+            _Pragma("omp simd reduction(max : top) reduction(+ : broken)") for (int64_t j = 0; j < columns; j++) { \
+                float size = fabsf(LOAD(row[j]));                                                                  \
+                top = size > top ? size : top;                                                                     \
+                broken += size * 0.0f;                                                                             \
+            }                                                                                                      \
+            float scale = top / 127.0f + broken;                                                                   \
+            scales[i] = scale;                                                                                     \
+            if (!(scale > 0.0f) || !isfinite(scale)) {                                                             \
+                memset(out, 0, (size_t)columns);                                                                   \
+                continue;                                                                                          \
+            }                                                                                                      \
+            _Pragma("omp simd") for (int64_t j = 0; j < columns; j++) {                                            \
+                float level = rintf(LOAD(row[j]) / scale);                                                         \
+                out[j] = (int8_t)(level > 127.0f ? 127.0f : level < -127.0f ? -127.0f : level);                    \
+            }                                                                                                      \
+        }                                                                                                          \
     }
 
 DEFINE_QUANTIZE(quantize_rows_bfloat16, bf16, from_bf16)

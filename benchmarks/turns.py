@@ -1,0 +1,106 @@
+"""Processes that take turns: each measures one thing, and sleeps while the others run."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from new_llm.training.metrics import read_peak_memory
+
+Answers = dict[str, list[dict[str, Any]]]
+"""Of each worker: seconds, cpu_seconds and peak (bytes) of each round."""
+
+
+class Worker:
+    """A process that measures when it is told to.
+
+    Args:
+        command: a program that calls `serve`.
+        threads: torch's threads.
+    """
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        self.answers: list[dict[str, Any]] = []
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._read()
+
+    def run(self, steps: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        self.answers.append(self._read())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process ended: {self.process.wait()}")
+        return json.loads(line)
+
+
+def serve(step: Callable[[], object], device: torch.device, *, warm_up: int = 2) -> None:
+    """Answer each line of the standard input, a number of steps, by one line of JSON.
+
+    Args:
+        step: what is timed; where it returns a float, those seconds count.
+        device: where it runs.
+        warm_up: steps before the first answer.
+    """
+    for _ in range(warm_up):
+        step()
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        begin, seconds = time.process_time(), 0.0
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            own = step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += own if isinstance(own, float) else time.perf_counter() - start
+        answer = {
+            "seconds": seconds / int(line),
+            "cpu_seconds": (time.process_time() - begin) / int(line),
+            "peak": read_peak_memory(device),
+        }
+        print(json.dumps(answer), flush=True)
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], *, rounds: int, steps: int, threads: int) -> Answers:
+    """Start a worker for each command, and let each make some steps in every round, one after the other."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name, command in commands.items():
+            workers[name] = Worker(command, threads)
+        for _ in range(rounds):
+            for worker in workers.values():
+                worker.run(steps)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {name: worker.answers for name, worker in workers.items()}
+
+
+def compare(answers: Answers, name: str, base: str, what: str = "seconds") -> float:
+    """Speed of one as a multiple of another's: the median of the rounds' ratios."""
+    pairs = zip(answers[name], answers[base], strict=True)
+    return statistics.median(other[what] / one[what] for one, other in pairs)
+
+
+def describe_spread(values: Sequence[float]) -> str:
+    """Half of the range, of the median."""
+    return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""A study of long documents: is memory worth anything, and at what distance from a document's start?
+
+    python examples/long_documents.py --models infini hierarchical
+
+Trains Pythia and memory models on the same batches, and reads held-out documents with the memory carried, reset before
+every segment, and that of another document, beside Pythia in the same segments. Pictures are in runs/long.
+"""
+
+import argparse
+from pathlib import Path
+
+from new_llm.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from new_llm.data.dataset import prepare_data
+from new_llm.evaluation import Baseline, evaluate_long_documents
+from new_llm.experiments import run_experiment
+from new_llm.experiments.run_folder import load_run_model
+from new_llm.report.distance_plot import plot_distance
+from new_llm.report.picture import save_picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default="sotu", help="a file or a folder of texts with long documents")
+    parser.add_argument("--models", nargs="+", default=["infini"])
+    parser.add_argument("--samples", type=int, default=1000, help="training samples of 1,024 tokens")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--max-documents", type=int, help="held-out documents to measure; left out: all long ones")
+    arguments = parser.parse_args()
+
+    config = ExperimentConfig(
+        name="long",
+        model=ModelConfig(
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=4 * arguments.hidden_size,
+        ),
+        # 16 segments of gradient: what to write is learned from what it is worth many segments later.
+        data=DataConfig(
+            source=arguments.text,
+            tokenizer_vocab_size=2048,
+            num_samples=arguments.samples,
+            seq_length=1024,
+            segments_per_sample=16,
+        ),
+        train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=2e-3, warmup_fraction=0.3),
+        eval=EvalConfig(context=1024, stride=512, max_tokens=10_000, reversal=False),
+    )
+    folder = Path(run_experiment(["pythia", *arguments.models], config)["folder"])
+    data = prepare_data(config.data, config.seed)  # from the cache: the same documents are held out
+    pythia, _ = load_run_model(folder, "pythia")
+
+    for name in arguments.models:
+        model, _ = load_run_model(folder, name)
+        result = evaluate_long_documents(
+            model,
+            data.validation,
+            min_tokens=2048,
+            edges=(0, 512, 1024, 2048, 4096),
+            batch_size=8,
+            max_documents=arguments.max_documents,
+            max_tokens_per_document=8192,
+            baselines=[Baseline("pythia", pythia)],
+        )
+        print(f"{name}: {result.num_documents} documents, {result.num_tokens:,} tokens")
+        for figures in (*result.ranges, result.overall):
+            place = "all" if figures is result.overall else f"{figures.start}–{figures.end or ''}"
+            ways = ", ".join(f"{way} {found.value:.2f}" for way, found in figures.perplexity.items())
+            print(f"  {place:<10} {ways}")
+        for way, difference in result.overall.differences.items():
+            low, high = difference.relative.low, difference.relative.high
+            interval = "" if low is None or high is None else f" ({100 * low:+.2f} to {100 * high:+.2f})"
+            print(f"  carried against {way}: {100 * difference.relative.value:+.2f} %{interval}")
+        save_picture(plot_distance(result.to_dict()), folder / f"{name}-by-distance.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""How full a model's memories are along a document."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.scoring import Autocast, Row, evaluation_mode, find_device, score_rows
+from new_llm.models import TransformerLM
+
+DIGITS = 5
+
+
+def measure_memory_usage(
+    model: TransformerLM,
+    split: TokenSplit,
+    *,
+    num_segments: int,
+    device: torch.device | str | None = None,
+    autocast: Autocast = contextlib.nullcontext,
+) -> dict[str, Any] | None:
+    """‖M‖, the Frobenius norm of each memory and head, after each segment of one document.
+
+    The first document that is long enough is read from an empty memory, else the longest one as far as it goes. What
+    the model holds is back afterwards.
+
+    Args:
+        model: evaluated in evaluation mode.
+        split: the documents.
+        num_segments: segments to read at most.
+        device: where the model lies; None: where its weights are.
+        autocast: makes the context in which the model computes.
+
+    Returns:
+        `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
+        `layer`, its `kind` and `norms` [num_segments][num_memories][num_memory_heads]. None: the model has no memory,
+        or no document has a whole segment.
+    """
+    length = model.segment_length
+    if not model.memory_layers or split.num_documents == 0:
+        return None
+    sizes = np.diff(split.offsets)
+    needed = num_segments * length + 1  # the last segment's last target
+    enough = np.flatnonzero(sizes >= needed)
+    document = int(enough[0] if len(enough) else sizes.argmax())
+    tokens = split.document(document)[:needed]
+    count = (len(tokens) - 1) // length
+    if count == 0:
+        return None
+    norms: dict[int, list[list[list[float]]]] = {index: [] for index in model.memory_layers}
+    place = find_device(model, device)
+    with evaluation_mode(model, autocast), model.fresh_memory():
+        for segment in range(count):
+            row = Row(tokens[segment * length : (segment + 1) * length + 1])
+            score_rows(model, [row], place, update_memory=True)
+            state = model.get_memory_state()
+            for index, layer in model.memory_layers.items():
+                memories = state[index][layer.memory_facts.memory_keys[0]]  # [M, H, K, V]
+                found = memories.float().flatten(2).norm(dim=-1).tolist()
+                norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in found])
+    layers = [
+        {"layer": index, "kind": layer.kind, "norms": norms[index]} for index, layer in model.memory_layers.items()
+    ]
+    return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}

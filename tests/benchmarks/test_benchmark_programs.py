@@ -1,0 +1,56 @@
+"""Every benchmark program runs to its end on something tiny, and the page holds its tables."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
+PROGRAMS = {
+    "training": "GPT-NeoX, bf16, fused AdamW",
+    "peers": "ours, all Infini, int8",
+    "generation": "both Pythias made the same 16 tokens in float32: yes",
+    "scaling": "decoding by rows",
+    "layers": "one layer, forward",
+    "long_context": "streaming evaluation",
+    "memory_fill": "| 8,192 |",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_quick_run_writes_its_tables(program: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--only", program, "--page", str(page)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    text = page.read_text()
+    assert PROGRAMS[program] in text
+    assert "Processor: " in text
+    assert "| --- |" in text or "| ---: |" in text
+
+
+@pytest.mark.slow
+def test_a_program_that_fails_is_named(tmp_path: Path) -> None:
+    """`rich` is made unimportable."""
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('broken')")
+    page = tmp_path / "page.md"
+    command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--only", "scaling", "--page", str(page)]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "failed: scaling" in done.stderr
+    assert "It FAILED" in page.read_text()
+
+
+def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study() -> None:
+    source = (FOLDER / "all.py").read_text()
+    helpers = {"all", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
+    for path in FOLDER.glob("*.py"):
+        if path.stem not in helpers:
+            assert f'"{path.stem}": [' in source, path.stem

@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from new_llm.cli.main import main
+
+
+def write_run(folder: Path, perplexity: float, seed: int = 0, model: str = "infini") -> Path:
+    """The least of a run that a report can compare."""
+    entry: dict[str, Any] = {"model_type": model, "evaluation": {"sliding": {"perplexity": perplexity}}}
+    results = {"schema_version": 1, "name": folder.name, "status": "complete", "config": {"seed": seed}}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results | {"models": [entry]}))
+    return folder
+
+
+def test_a_run_s_report_is_written_again_with_evaluations_made_since(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = write_run(tmp_path / "runs" / "a", 80.0)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    first = (run / "report.html").read_text()
+    record = {
+        "record_version": 1,
+        "kind": "perplexity",
+        "created": "2026-02-01T09:00:00+00:00",
+        "subject": {"model": "infini"},
+        "text": {"source": "a/book.txt"},
+        "result": {"perplexity": 123.456, "protocol": "streaming"},
+    }
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "perplexity-1.json").write_text(json.dumps(record))
+    assert main(["report", str(run / "results.json")]) == 0
+    second = (run / "report.html").read_text()
+    assert "perplexity 123.5 (streaming)" not in first
+    assert "perplexity 123.5 (streaming)" in second
+    assert "book.txt" in second
+
+
+def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / f"i{seed}", 80.0 + seed, seed) for seed in range(2)]
+    runs += [write_run(tmp_path / f"p{seed}", 90.0 + seed, seed, "pythia") for seed in range(2)]
+    assert main(["report", *map(str, runs), "--out", "new/all.html"]) == 0
+    text = (tmp_path / "new" / "all.html").read_text()
+    assert "infini has the lowest validation perplexity: 80.50, 11.0% below pythia (90.50)." in text
+    assert "2 seeds in pairs): it exceeds the spread between seeds." in text
+    assert main(["report", *map(str, runs)]) == 0
+    assert (tmp_path / "report.html").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "none: no such results file"),
+        (["a", "a"], "a: this run is given twice"),
+        ([], "report: name at least one run folder"),
+        (["a", "--out", "."], "--out: . is a folder"),
+        (["a", "--out", "a/results.json/x.html"], "--out: can't write a/results.json/x.html: "),
+        (["a", "--colour", "red"], "--colour"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", 80.0)
+    assert main(["report", *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_report_does_not_wait_for_torch(tmp_path: Path):
+    run = write_run(tmp_path / "a", 80.0)
+    code = (
+        "import sys; from new_llm.cli.main import main; "
+        f"assert main(['report', {str(run)!r}]) == 0; "
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

