@@ -296,7 +296,7 @@ class TransformerLM(HeldMemory):
     def gate_values(self) -> dict[str, list[float]]:
         """g of each memory layer's heads, and an adapter's α, by the name in the state dict."""
         values = {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
-        return values | {f"layers.{index}.alpha": [alpha] for index, alpha in self._alphas.items()}
+        return values | {f"layers.{index}.alpha": [alpha] for index, alpha in self.alpha_values().items()}
 
     def get_alpha(self) -> float | dict[int, float]:
         """α of the parallel adapter; of several, {layer index: α}.
@@ -304,13 +304,13 @@ class TransformerLM(HeldMemory):
         Raises:
             ValueError: no layer has one.
         """
-        alphas = self._alphas
+        alphas = self.alpha_values()
         if not alphas:
             raise ValueError("get_alpha: this model has no parallel adapter (create_pythia_with_parallel_infini)")
         return next(iter(alphas.values())) if len(alphas) == 1 else alphas
 
-    @property
-    def _alphas(self) -> dict[int, float]:
+    def alpha_values(self) -> dict[int, float]:
+        """α of each parallel adapter by its layer's index; empty where there is none."""
         layers = self.memory_layers.items()
         return {index: float(layer.alpha.detach()) for index, layer in layers if isinstance(layer, ParallelInfiniLayer)}
 

@@ -266,6 +266,8 @@ class Trainer:
             "tokens_per_second": state.window_tokens / max(state.window_seconds, 1e-9),
             "gates": self.model.gate_values(),
         }
+        if alphas := self.model.alpha_values():
+            values["alpha"] = alphas
         metrics.write("train", state.step, values)
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 

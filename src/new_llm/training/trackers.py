@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
 from new_llm.config import UserError
 
@@ -27,7 +28,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"train.trackers: {name} is not installed: pip install {name}")
 
 
-def choose_trackers(names: Sequence[str]) -> list[str | GeneralTracker]:
+def choose_trackers(names: Sequence[str]) -> list[str | LoggerType | GeneralTracker]:
     """What Accelerate is asked to log with."""
     return list(names)
 
@@ -68,7 +69,7 @@ class Trackers:
 
 def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a line by name: `train/loss`, and `gates/layers.0.1` for a head."""
-    numbers = {
+    numbers: dict[str, float] = {
         f"{event}/{name}": value
         for name, value in values.items()
         if isinstance(value, int | float) and math.isfinite(value)
