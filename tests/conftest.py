@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from new_llm.models.layers import LAYER_KINDS
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -29,3 +31,12 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEW_LLM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def own_layers_are_forgotten():
+    """Layers that a test, an example or a page registers do not meet those of the next."""
+    before = dict(LAYER_KINDS)
+    yield
+    LAYER_KINDS.clear()
+    LAYER_KINDS.update(before)
