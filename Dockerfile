@@ -1,6 +1,6 @@
 # New-LLM on a CPU.
 #   docker build --tag new-llm .
-#   docker run --rm --volume "$PWD:/work" new-llm experiment --config /app/configs/quick.yaml
+#   docker run --rm --volume "$PWD:/data" new-llm experiment --config /app/configs/quick.yaml
 FROM python:3.11-slim
 
 # The compiler makes the CPU kernels at first use; without one PyTorch's own forms run. Only libc's headers are needed.
@@ -15,10 +15,10 @@ COPY configs configs
 # torch's CPU builds: the usual ones bring gigabytes of CUDA.
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu --constraint constraints.txt .
 
-# Runs, and the cache of tokens and kernels, are kept where /work is a volume.
-ENV NEW_LLM_CACHE=/work/.cache
-RUN useradd --create-home researcher && mkdir /work && chown researcher /work
+# Runs, and the cache of tokens and kernels, are kept where /data is a volume.
+ENV NEW_LLM_CACHE=/data/.cache
+RUN useradd --create-home researcher && mkdir /data && chown researcher /data
 USER researcher
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["new-llm"]
 CMD ["--help"]
