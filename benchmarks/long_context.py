@@ -36,7 +36,8 @@ STACKS: dict[str, Callable[[], torch.nn.Module]] = {
     "infini, 8 heads": lambda: InfiniLayer(512, 8, 2048, num_memory_heads=8),
     "multi_memory": lambda: MultiMemoryLayer(512, 8, 2048),
 }
-MODELS = ("pythia", "infini", "infini, all layers")
+CHECKPOINTED = ", gradient checkpointing"
+MODELS = ("pythia", "infini", "infini, all layers", f"infini, all layers{CHECKPOINTED}")
 FLAT_WITHIN = 0.05
 
 
@@ -68,10 +69,11 @@ def make_model_step(name: str, arguments: argparse.Namespace) -> Callable[[], No
     device = choose_device(arguments.device)
     torch.manual_seed(0)
     config = PythiaConfig(max_position_embeddings=arguments.tokens, num_hidden_layers=arguments.layers)
-    places = tuple(range(arguments.layers)) if name.endswith("all layers") else (0,)
+    places = tuple(range(arguments.layers)) if "all layers" in name else (0,)
     options = {} if name == "pythia" else {"memory_layers": places}
     length = arguments.tokens if name == "pythia" else arguments.segment
     model = create_model(name.split(",")[0], config, segment_length=length, **options).to(device)
+    model.gradient_checkpointing = name.endswith(CHECKPOINTED)
     labels = load_text(arguments.tokens + 1).view(1, -1).to(device)
     autocast = make_autocast(choose_precision("auto", device), device)
 
