@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
 from conftest import tiny_settings
 from new_llm.cli.main import main
@@ -116,6 +118,55 @@ def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message)
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """The runs that models were loaded of; the models are stand-ins with segments of 32, and are not measured."""
+    found: list[str] = []
+
+    def load(config):
+        found.append(Path(config.run).name)
+        facts = {"tokenizer_fingerprint": "other" if "odd" in config.run else "one"}
+        return SimpleNamespace(model=SimpleNamespace(segment_length=32), facts=facts, device="cpu", autocast=None)
+
+    monkeypatch.setattr(study_module, "load_subject", load)
+    monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
+    for name in ("measure_long_documents", "measure_recall"):
+        monkeypatch.setattr(study_module, name, lambda *given: SimpleNamespace(to_dict=lambda: {}))
+    monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {})
+    return found
+
+
+def test_a_cell_loads_each_of_its_models_once_and_none_where_all_is_measured(addresses, tmp_path, loaded):
+    path = write_study(tmp_path / "study.yaml", addresses, texts=["a.txt", "b.txt"], recall={})
+    study = read_settings(path, StudyConfig)
+    cell = study_module.Cell("no-delta", 1)
+    for _ in range(2):
+        study_module.measure_cell(study, cell, Console(stderr=True))
+        assert loaded == ["no-delta-s1", "pythia-s1", "whole-s1"]
+    whats = ("long-validation", "long-a", "long-b", "recall")
+    assert all(study_module.measured_path(study, cell, what).exists() for what in whats)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"long_documents": {"window_stride": 33}},
+            "tiny-study: long_documents.window_stride: 33 is over the window of whole (32)",
+        ),
+        (
+            {"variants": {"reference": {}, "odd": {}}, "baselines": ["odd"], "window_baselines": []},
+            "tiny-study: odd: its tokenizer is not that of reference: tokens can't be compared",
+        ),
+    ],
+)
+def test_baselines_that_nothing_can_be_compared_with(addresses, tmp_path, loaded, changes, message):
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses, **changes), StudyConfig)
+    with pytest.raises(UserError) as error:
+        study_module.measure_cell(study, study_module.Cell("reference", 0), Console(stderr=True))
+    assert str(error.value) == message
 
 
 def test_settings_are_merged_key_by_key():

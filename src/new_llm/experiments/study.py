@@ -1,21 +1,28 @@
 """Runs a study: trains its variants one by one, measures each, and writes the comparison. Resumable run by run."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 
 from new_llm.config import UserError
 from new_llm.config.atomic import write_text_atomically
+from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.measurement import SubjectConfig, TextConfig
+from new_llm.config.recall import RecallConfig
 from new_llm.config.study import StudyConfig
-from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
-from new_llm.evaluation.recall import evaluate_recall
+from new_llm.evaluation.long_documents import Baseline
 from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
 from new_llm.experiments.evaluation_text import load_evaluation_text
+from new_llm.experiments.memory_measurements import (
+    check_tokenizer,
+    choose_window_stride,
+    measure_long_documents,
+    measure_recall,
+)
 from new_llm.experiments.record import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import run_experiment
 from new_llm.experiments.study_table import describe_study, render_markdown
@@ -114,12 +121,14 @@ def measured_path(study: StudyConfig, cell: Cell, what: str) -> Path:
 
 
 def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    load = cache(lambda: _load(study, cell))
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
-    if study.long_documents is not None and not is_baseline:
+    if (long_documents := study.long_documents) is not None and not is_baseline:
+        load_baselines = cache(lambda: _load_baselines(study, cell, load(), long_documents))
         for what, source in name_texts(study).items():
-            yield what, lambda source=source: _measure_long(study, cell, source)
-    if study.recall is not None and cell.variant not in study.window_baselines:
-        yield "recall", lambda: _measure_recall(study, cell)
+            yield what, lambda source=source: _measure_long(load(), load_baselines(), source, long_documents)
+    if (recall := study.recall) is not None and cell.variant not in study.window_baselines:
+        yield "recall", lambda: _measure_recall(load(), recall)
 
 
 def name_texts(study: StudyConfig) -> dict[str, str | None]:
@@ -127,58 +136,36 @@ def name_texts(study: StudyConfig) -> dict[str, str | None]:
     return {f"long-{VALIDATION}": None} | {f"long-{Path(source).stem}": source for source in study.texts}
 
 
-def _measure_long(study: StudyConfig, cell: Cell, source: str | None) -> dict[str, Any]:
-    settings = study.long_documents
-    assert settings is not None
-    subject = _load(study, cell)
-    text = load_evaluation_text(subject, TextConfig(source=source))
-    baselines: list[Baseline] = []
-    for name in (*study.baselines, *study.window_baselines):
-        other = _load(study, Cell(name, cell.seed))
-        if other.facts["tokenizer_fingerprint"] != subject.facts["tokenizer_fingerprint"]:
-            raise UserError(f"{study.name}: {name} and {cell.variant} have different tokenizers: nothing to compare")
-        stride = None
-        if name in study.window_baselines:
-            stride = settings.window_stride or max(1, other.model.segment_length // 2)
-        baselines.append(Baseline(name, other.model, stride, other.device, other.autocast))
-    result = evaluate_long_documents(
-        subject.model,
-        text.split,
-        min_tokens=settings.min_tokens,
-        edges=settings.edges,
-        batch_size=settings.batch_size,
-        max_documents=settings.max_documents,
-        max_tokens_per_document=settings.max_tokens_per_document,
-        baselines=baselines,
-        segments_per_call=settings.segments_per_call,
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
-        device=subject.device,
-        autocast=subject.autocast,
-    )
-    return describe_evaluation("long", subject, text.info, plain_settings(settings), result.to_dict())
-
-
-def _measure_recall(study: StudyConfig, cell: Cell) -> dict[str, Any]:
-    settings = study.recall
-    assert settings is not None
-    subject = _load(study, cell)
-    text = load_evaluation_text(subject, TextConfig())
-    result = evaluate_recall(
-        subject.model,
-        subject.tokenizer,
-        text.split,
-        device=subject.device,
-        autocast=subject.autocast,
-        **dataclasses.asdict(cast(Any, settings)),
-    )
-    return describe_evaluation("recall", subject, text.info, plain_settings(settings), result.to_dict())
-
-
 def _load(study: StudyConfig, cell: Cell) -> Subject:
     config = study.configure(cell.variant, cell.seed)
     return load_subject(SubjectConfig(run=str(study.folder / str(config.name)), device=config.device))
+
+
+def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject, settings: LongDocumentsConfig) -> list[Baseline]:
+    baselines: list[Baseline] = []
+    for name in (*study.baselines, *study.window_baselines):
+        other = _load(study, Cell(name, cell.seed))
+        check_tokenizer(other, subject, f"{study.name}: {name}", cell.variant)
+        stride = None
+        if name in study.window_baselines:
+            where = f"{study.name}: long_documents.window_stride"
+            stride = choose_window_stride(settings, other.model.segment_length, where, name)
+        baselines.append(Baseline(name, other.model, stride, other.device, other.autocast))
+    return baselines
+
+
+def _measure_long(
+    subject: Subject, baselines: list[Baseline], source: str | None, settings: LongDocumentsConfig
+) -> dict[str, Any]:
+    text = load_evaluation_text(subject, TextConfig(source=source))
+    result = measure_long_documents(subject, text.split, settings, baselines)
+    return describe_evaluation("long", subject, text.info, plain_settings(settings), result.to_dict())
+
+
+def _measure_recall(subject: Subject, settings: RecallConfig) -> dict[str, Any]:
+    text = load_evaluation_text(subject, TextConfig())
+    result = measure_recall(subject, text.split, settings)
+    return describe_evaluation("recall", subject, text.info, plain_settings(settings), result.to_dict())
 
 
 def summarize_study(study: StudyConfig) -> dict[str, Any]:

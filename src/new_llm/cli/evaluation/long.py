@@ -38,9 +38,9 @@ class LongDocuments:
 
     def run_command(self) -> int:
         """Measure, print and write; returns the exit code."""
-        from new_llm.evaluation import evaluate_long_documents
         from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
         from new_llm.experiments.evaluation_text import load_evaluation_text
+        from new_llm.experiments.memory_measurements import measure_long_documents
         from new_llm.experiments.subject import load_subject
         from new_llm.report.distance_plot import plot_distance
         from new_llm.training.signals import catch_stop_signals
@@ -50,23 +50,8 @@ class LongDocuments:
         baselines, facts = load_baselines(subject, self.subject, options)
         text = load_evaluation_text(subject, self.data)
         with catch_stop_signals() as should_stop, show_progress("long documents") as on_progress:
-            result = evaluate_long_documents(
-                subject.model,
-                text.split,
-                min_tokens=options.min_tokens,
-                edges=options.edges,
-                batch_size=options.batch_size,
-                max_documents=options.max_documents,
-                max_tokens_per_document=options.max_tokens_per_document,
-                baselines=baselines,
-                segments_per_call=options.segments_per_call,
-                num_resamples=options.num_resamples,
-                confidence=options.confidence,
-                seed=options.seed,
-                device=subject.device,
-                autocast=subject.autocast,
-                on_progress=on_progress,
-                should_stop=should_stop,
+            result = measure_long_documents(
+                subject, text.split, options, baselines, on_progress=on_progress, should_stop=should_stop
             )
         values = result.to_dict()
         for name, found in facts.items():
@@ -90,6 +75,7 @@ def load_baselines(
     """
     from new_llm.evaluation.long_documents import Baseline
     from new_llm.evaluation.recall_scoring import has_memory
+    from new_llm.experiments.memory_measurements import check_tokenizer, choose_window_stride
     from new_llm.experiments.subject import load_subject
 
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
@@ -100,14 +86,11 @@ def load_baselines(
         flag = "--window-baselines" if has_windows else "--baselines"
         run, model_name = split_spec(spec)
         other = load_subject(SubjectConfig(run=run, model=model_name, device=config.device, precision=config.precision))
-        if other.facts["tokenizer_fingerprint"] != subject.facts["tokenizer_fingerprint"]:
-            raise UserError(f"{flag} {spec}: its tokenizer is not that of {subject.label}: tokens can't be compared")
+        check_tokenizer(other, subject, f"{flag} {spec}", subject.label)
         model: Any = other.model
         stride = None
         if has_windows:
-            stride = options.window_stride or max(1, model.segment_length // 2)
-            if stride > model.segment_length:
-                raise UserError(f"--window-stride: {stride} is over the window of {spec} ({model.segment_length})")
+            stride = choose_window_stride(options, model.segment_length, "--window-stride", spec)
         elif not has_memory(model):
             model.segment_length = min(model.segment_length, subject.model.segment_length)
         kind = "windows" if has_windows else "segments"

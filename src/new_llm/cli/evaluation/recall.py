@@ -34,9 +34,9 @@ class Recall:
 
     def run_command(self) -> int:
         """Measure, print and write; returns the exit code."""
-        from new_llm.evaluation import evaluate_recall
         from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
         from new_llm.experiments.evaluation_text import load_evaluation_text
+        from new_llm.experiments.memory_measurements import measure_recall
         from new_llm.experiments.subject import load_subject
         from new_llm.report.heat_map import plot_recall
         from new_llm.training.signals import catch_stop_signals
@@ -45,26 +45,7 @@ class Recall:
         subject = load_subject(self.subject)
         text = load_evaluation_text(subject, self.data)
         with catch_stop_signals() as should_stop, show_progress("recall") as on_progress:
-            result = evaluate_recall(
-                subject.model,
-                subject.tokenizer,
-                text.split,
-                lengths=options.lengths,
-                depths=options.depths,
-                trials=options.trials,
-                tasks=options.tasks,
-                num_candidates=options.num_candidates,
-                part=options.part,
-                batch_size=options.batch_size,
-                segments_per_call=options.segments_per_call,
-                num_resamples=options.num_resamples,
-                confidence=options.confidence,
-                seed=options.seed,
-                device=subject.device,
-                autocast=subject.autocast,
-                on_progress=on_progress,
-                should_stop=should_stop,
-            )
+            result = measure_recall(subject, text.split, options, on_progress=on_progress, should_stop=should_stop)
         record = describe_evaluation(
             "recall",
             subject,

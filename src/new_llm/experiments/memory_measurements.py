@@ -1,0 +1,132 @@
+"""Long documents and recall, measured as their settings say: what `new-llm eval` and studies share."""
+
+from collections.abc import Callable, Sequence
+
+from new_llm.config import UserError
+from new_llm.config.long_documents import LongDocumentsConfig
+from new_llm.config.recall import RecallConfig
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
+from new_llm.evaluation.long_documents_result import LongDocumentsResult
+from new_llm.evaluation.recall import evaluate_recall
+from new_llm.evaluation.recall_result import RecallResult
+from new_llm.evaluation.scoring import Progress, never
+from new_llm.experiments.subject import Subject
+
+
+def measure_long_documents(
+    subject: Subject,
+    split: TokenSplit,
+    settings: LongDocumentsConfig,
+    baselines: Sequence[Baseline],
+    *,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> LongDocumentsResult:
+    """Perplexity of long documents by distance from their start; see `evaluate_long_documents`.
+
+    Args:
+        subject: the model.
+        split: the documents.
+        settings: how; the baselines that it names are the caller's to load.
+        baselines: other models.
+        on_progress: called with the tokens scored so far and in all.
+        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+
+    Raises:
+        UserError: no document is long enough.
+    """
+    return evaluate_long_documents(
+        subject.model,
+        split,
+        min_tokens=settings.min_tokens,
+        edges=settings.edges,
+        batch_size=settings.batch_size,
+        max_documents=settings.max_documents,
+        max_tokens_per_document=settings.max_tokens_per_document,
+        baselines=baselines,
+        segments_per_call=settings.segments_per_call,
+        num_resamples=settings.num_resamples,
+        confidence=settings.confidence,
+        seed=settings.seed,
+        device=subject.device,
+        autocast=subject.autocast,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+def measure_recall(
+    subject: Subject,
+    split: TokenSplit,
+    settings: RecallConfig,
+    *,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> RecallResult:
+    """Recall of hidden sentences by the text's length and their depth; see `evaluate_recall`.
+
+    Args:
+        subject: the model.
+        split: documents of real text.
+        settings: how.
+        on_progress: called with the tokens of the texts read so far and in all.
+        should_stop: asked after each call; once it says True, the result is of the texts asked by then.
+
+    Raises:
+        UserError: there is no text, or the segments are too short for any sentence and question asked for.
+    """
+    return evaluate_recall(
+        subject.model,
+        subject.tokenizer,
+        split,
+        lengths=settings.lengths,
+        depths=settings.depths,
+        trials=settings.trials,
+        tasks=settings.tasks,
+        num_candidates=settings.num_candidates,
+        part=settings.part,
+        batch_size=settings.batch_size,
+        segments_per_call=settings.segments_per_call,
+        num_resamples=settings.num_resamples,
+        confidence=settings.confidence,
+        seed=settings.seed,
+        device=subject.device,
+        autocast=subject.autocast,
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+def check_tokenizer(other: Subject, subject: Subject, where: str, name: str) -> None:
+    """Refuse a baseline whose tokens are not the subject's.
+
+    Args:
+        other: the baseline.
+        subject: the model that is measured.
+        where: what names the baseline, for the message.
+        name: what the subject is called.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+    if other.facts["tokenizer_fingerprint"] != subject.facts["tokenizer_fingerprint"]:
+        raise UserError(f"{where}: its tokenizer is not that of {name}: tokens can't be compared")
+
+
+def choose_window_stride(settings: LongDocumentsConfig, window: int, where: str, name: str) -> int:
+    """Tokens from one window of a baseline to the next: as configured, else half a window.
+
+    Args:
+        settings: window_stride is used.
+        window: tokens in a window, the baseline's segment.
+        where: what sets the stride, for the message.
+        name: what the baseline is called.
+
+    Raises:
+        UserError: the stride is longer than the window.
+    """
+    stride = settings.window_stride or max(1, window // 2)
+    if stride > window:
+        raise UserError(f"{where}: {stride} is over the window of {name} ({window})")
+    return stride
