@@ -14,7 +14,7 @@ from new_llm.config import UserError
 from new_llm.config.run_settings import read_settings
 from new_llm.config.study import StudyConfig, merge_settings
 from new_llm.experiments import study as study_module
-from new_llm.experiments.study_table import render_figure
+from new_llm.experiments.study_table import list_metrics, render_figure
 
 
 def write_study(path: Path, addresses: Path, **changes: object) -> Path:
@@ -139,7 +139,7 @@ def loaded(monkeypatch) -> list[str]:
 
 
 def test_a_cell_loads_each_of_its_models_once_and_none_where_all_is_measured(addresses, tmp_path, loaded):
-    path = write_study(tmp_path / "study.yaml", addresses, texts=["a.txt", "b.txt"], recall={})
+    path = write_study(tmp_path / "study.yaml", addresses, texts=["texts/a.txt", "b.txt"], recall={})
     study = read_settings(path, StudyConfig)
     cell = study_module.Cell("no-delta", 1)
     for _ in range(2):
@@ -147,6 +147,8 @@ def test_a_cell_loads_each_of_its_models_once_and_none_where_all_is_measured(add
         assert loaded == ["no-delta-s1", "pythia-s1", "whole-s1"]
     whats = ("long-validation", "long-a", "long-b", "recall")
     assert all(study_module.measured_path(study, cell, what).exists() for what in whats)
+    metrics = list_metrics(study)
+    assert all(f"{text}: carried perplexity" in metrics for text in ("validation", "a", "b"))
 
 
 @pytest.mark.parametrize(

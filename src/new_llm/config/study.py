@@ -72,6 +72,11 @@ class StudyConfig(RunSettings):
         """The variant that all others are compared with."""
         return self.reference or next(iter(self.variants))
 
+    @property
+    def long_texts(self) -> dict[str, str | None]:
+        """The sources of long documents by their short names; None is the validation split."""
+        return {"validation": None} | {Path(source).stem: source for source in self.texts}
+
     def configure(self, variant: str, seed: int) -> ExperimentConfig:
         """The experiment of one variant and seed.
 

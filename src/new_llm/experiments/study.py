@@ -32,7 +32,6 @@ STUDY_FILE = "study.yaml"
 SUMMARY_FILE = "study.json"
 TABLE_FILE = "table.md"
 MEASURED_FOLDER = "measured"
-VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,10 @@ def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Ca
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
     if (long_documents := study.long_documents) is not None and not is_baseline:
         load_baselines = cache(lambda: _load_baselines(study, cell, load(), long_documents))
-        for what, source in name_texts(study).items():
-            yield what, lambda source=source: _measure_long(load(), load_baselines(), source, long_documents)
+        for text, source in study.long_texts.items():
+            yield f"long-{text}", lambda source=source: _measure_long(load(), load_baselines(), source, long_documents)
     if (recall := study.recall) is not None and cell.variant not in study.window_baselines:
         yield "recall", lambda: _measure_recall(load(), recall)
-
-
-def name_texts(study: StudyConfig) -> dict[str, str | None]:
-    """A short name for each text of long documents; None is the validation split."""
-    return {f"long-{VALIDATION}": None} | {f"long-{Path(source).stem}": source for source in study.texts}
 
 
 def _load(study: StudyConfig, cell: Cell) -> Subject:
@@ -176,7 +170,7 @@ def summarize_study(study: StudyConfig) -> dict[str, Any]:
         results = read_json(study.folder / name / RESULTS_FILE)
         if not results or results.get("status") != "complete":
             continue
-        whats = [*name_texts(study), "recall"]
+        whats = [*(f"long-{text}" for text in study.long_texts), "recall"]
         measured = {what: read_json(measured_path(study, cell, what)) for what in whats}
         found.setdefault(cell.variant, []).append(
             {"seed": cell.seed, "model": results["models"][0], "code": results["code"], "measured": measured}

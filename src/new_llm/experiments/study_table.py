@@ -51,7 +51,7 @@ def list_metrics(study: StudyConfig) -> dict[str, Callable[[Run], float | None]]
         "streaming perplexity": _validation("streaming"),
     }
     if study.long_documents is not None:
-        for text in ("validation", *(source.rsplit("/", 1)[-1].rsplit(".", 1)[0] for source in study.texts)):
+        for text in study.long_texts:
             what = f"long-{text}"
             metrics[f"{text}: carried perplexity"] = _carried(what)
             for against in ("reset", "foreign", *study.baselines, *study.window_baselines):
