@@ -1,16 +1,15 @@
 """`new-llm experiment`: the configuration's fields as flags, the experiment, its report."""
 
-import argparse
 import dataclasses
 import datetime
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from new_llm.cli.arguments import parse_flags
-from new_llm.config import ExperimentConfig, ModelType, load_config
+from new_llm.cli.resumable import read_start, run_training
+from new_llm.config import ExperimentConfig, ModelType
 
 DESCRIPTION = """Train some models on identical data, measure them, and write a report.
 
@@ -42,29 +41,26 @@ def run(arguments: list[str]) -> int:
 def run_parsed(parsed: ExperimentArguments) -> int:
     """Run the experiment of parsed arguments; returns the command's exit code."""
     # Everything below imports torch; help and bad flags have been answered by now.
+    from new_llm.experiments import run_experiment
+
+    return run_training(
+        lambda console: run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console),
+        show,
+        "experiment",
+        ExperimentConfig,
+    )
+
+
+def show(results: dict[str, Any]) -> None:
+    """The summary table, and where results and report stand."""
     from rich.console import Console
 
-    from new_llm.experiments import run_experiment
     from new_llm.experiments.record import REPORT_FILE
     from new_llm.report.tables import render_summary_table
-    from new_llm.training import TrainingError, TrainingInterrupted
 
-    console = Console(stderr=True)
-    try:
-        results = run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console)
-    except TrainingInterrupted as stopped:
-        run_folder = stopped.folder.parent
-        place = "" if run_folder.parent == ExperimentConfig.runs_dir else f" --runs-dir {run_folder.parent}"
-        again = f"new-llm experiment{place} --name {run_folder.name} --resume"
-        console.print(f"{stopped}\ngo on with: {again}", highlight=False, soft_wrap=True)
-        return 130
-    except TrainingError as error:
-        print(f"new-llm: {error}", file=sys.stderr)
-        return 1
     folder = Path(results["folder"])
     Console().print(render_summary_table(results))
     print(f"results: {folder / 'results.json'}\nreport:  {folder / REPORT_FILE}")
-    return 0
 
 
 def parse_arguments(
@@ -86,20 +82,11 @@ def parse_arguments(
         UserError: the configuration file or a value is bad.
         SystemExit: help was asked for, or a flag is unknown.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--name")
-    first.add_argument("--runs-dir", type=Path, default=ExperimentConfig.runs_dir)
-    known, _ = first.parse_known_args(arguments)
-    base = ExperimentConfig()
-    if known.config is not None:
-        base = load_config(known.config)
-        if base.name is None and not known.resume:
-            base = dataclasses.replace(base, name=name_run(known.config.stem))
-    elif known.resume and known.name is not None:
-        base = load_config(known.runs_dir / known.name / "config.yaml")
-    if models is not None and not known.resume:
+    start = read_start(arguments, ExperimentConfig)
+    base = start.settings
+    if start.config is not None and base.name is None and not start.resume:
+        base = dataclasses.replace(base, name=name_run(start.config.stem))
+    if models is not None and not start.resume:
         base = dataclasses.replace(base, models=models)
     return parse_flags(
         ExperimentArguments,

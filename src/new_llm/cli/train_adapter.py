@@ -1,16 +1,14 @@
 """`new-llm train-adapter`: a memory beside the layers of an existing Pythia, trained on long documents."""
 
-import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from new_llm.cli.arguments import parse_flags
+from new_llm.cli.resumable import read_start, run_training
 from new_llm.config.adapter import AdapterTrainingConfig
-from new_llm.config.run_settings import read_settings
 
 DESCRIPTION = """Train a parallel memory adapter, Base(x) + alpha * Infini(LN x), on long documents read as streams.
 
@@ -46,25 +44,14 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     parsed = parse_arguments(arguments)
     # Everything below imports torch; help and bad flags have been answered by now.
-    from rich.console import Console
-
     from new_llm.experiments.adapter_training import train_adapter
-    from new_llm.training import TrainingError, TrainingInterrupted
 
-    console = Console(stderr=True)
-    try:
-        results = train_adapter(parsed.training, resume=parsed.resume, console=console)
-    except TrainingInterrupted as stopped:
-        run_folder = stopped.folder.parent
-        place = "" if run_folder.parent == AdapterTrainingConfig.runs_dir else f" --runs-dir {run_folder.parent}"
-        again = f"new-llm train-adapter{place} --name {run_folder.name} --resume"
-        console.print(f"{stopped}\ngo on with: {again}", highlight=False, soft_wrap=True)
-        return 130
-    except TrainingError as error:
-        print(f"new-llm: {error}", file=sys.stderr)
-        return 1
-    show(results)
-    return 0
+    return run_training(
+        lambda console: train_adapter(parsed.training, resume=parsed.resume, console=console),
+        show,
+        "train-adapter",
+        AdapterTrainingConfig,
+    )
 
 
 def parse_arguments(arguments: list[str]) -> TrainAdapterArguments:
@@ -74,23 +61,12 @@ def parse_arguments(arguments: list[str]) -> TrainAdapterArguments:
         UserError: the configuration file or a value is bad.
         SystemExit: help was asked for.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--name")
-    first.add_argument("--runs-dir", type=Path, default=AdapterTrainingConfig.runs_dir)
-    known, _ = first.parse_known_args(arguments)
-    base = AdapterTrainingConfig()
-    if known.config is not None:
-        base = read_settings(known.config, AdapterTrainingConfig)
-    elif known.resume and known.name is not None:
-        base = read_settings(known.runs_dir / known.name / AdapterTrainingConfig.file_name, AdapterTrainingConfig)
     return parse_flags(
         TrainAdapterArguments,
         arguments,
         prog="new-llm train-adapter",
         description=DESCRIPTION,
-        default=TrainAdapterArguments(training=base),
+        default=TrainAdapterArguments(training=read_start(arguments, AdapterTrainingConfig).settings),
     )
 
 
