@@ -1,4 +1,4 @@
-"""What a measurement is of: a model made before, and a text."""
+"""What a measurement is of, a model made before and a text, and where its record stands."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +8,11 @@ from pydantic import Field
 
 from new_llm.config.errors import UserError
 from new_llm.config.sections import section
+
+EVALUATIONS_FOLDER = "evaluations"
+"""Where the records of a run's measurements stand, in its folder."""
+RECORD_VERSION = 1
+"""The form of these records."""
 
 
 @section

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from new_llm.config import ExperimentConfig, UserError
-from new_llm.experiments.evaluation_record import EVALUATIONS_FOLDER
+from new_llm.config.measurement import EVALUATIONS_FOLDER
 from new_llm.experiments.record import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
+from new_llm.config.measurement import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.report.results import get_entries, get_number, get_value, load_results
 
-EVALUATIONS_FOLDER = "evaluations"
-RECORD_VERSION = 1
 ADAPTER = "parallel_adapter"
 
 
