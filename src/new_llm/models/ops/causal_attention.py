@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from new_llm.models.ops import native
 
@@ -43,7 +43,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@torch.library.custom_op("new_llm::causal_attention", mutates_args=())
+@library.custom_op("new_llm::causal_attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [B, H, T, V], laid out as [B, T, H, V], and the logsumexp of the scaled scores, [B, H, T]."""
     batch, heads, length, width = v.shape
@@ -61,7 +61,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return mixed, logsumexp
 
 
-@torch.library.custom_op("new_llm::causal_attention_backward", mutates_args=())
+@library.custom_op("new_llm::causal_attention_backward", mutates_args=())
 def _attend_backward(
     q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops.chain import Chain
@@ -124,8 +124,8 @@ def _cut(num_segments: int, group: int, *, is_empty: bool) -> list[tuple[slice, 
     return parts
 
 
-compiled_scan = torch.library.custom_op("new_llm::scan_memories", scan, mutates_args=())
-_compiled_backward = torch.library.custom_op("new_llm::scan_memories_backward", scan_backward, mutates_args=())
+compiled_scan = library.custom_op("new_llm::scan_memories", scan, mutates_args=())
+_compiled_backward = library.custom_op("new_llm::scan_memories_backward", scan_backward, mutates_args=())
 
 
 @compiled_scan.register_fake
