@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from new_llm.evaluation.document_sums import DocumentSums, LongDocument
-from new_llm.evaluation.scoring import Autocast, LanguageModel, Row, evaluation_mode, score_rows
+from new_llm.evaluation.scoring import Autocast, LanguageModel, cut_row, evaluation_mode, score_rows
 from new_llm.evaluation.windows import plan_windows
 from new_llm.models.loss import IGNORE_INDEX
 
@@ -130,10 +130,7 @@ class DocumentReader:
         )
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory():
             while batch := list(islice(windows, self.batch_size)):
-                rows = [
-                    Row(self.documents[index].tokens[window.begin : window.end], window.first_scored - window.begin)
-                    for index, window in batch
-                ]
+                rows = [cut_row(self.documents[index].tokens, window) for index, window in batch]
                 for (index, window), losses in zip(batch, score_rows(self.model, rows, self.device), strict=True):
                     sums.add(index, window.first_scored, losses)
                 if self.note():

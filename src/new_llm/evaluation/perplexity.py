@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from new_llm.evaluation.scoring import (
     LanguageModel,
     Progress,
     Row,
+    cut_row,
     evaluation_mode,
     exp_or_inf,
     find_device,
@@ -65,13 +67,8 @@ def evaluate_sliding_window(
         ValueError: not 1 ≤ stride ≤ context.
     """
     documents = select_documents(split, max_tokens)
-    rows = [
-        Row(document[window.begin : window.end], window.first_scored - window.begin)
-        for document in documents.tokens
-        for window in plan_windows(len(document), context, stride)
-    ]
     tally = Tally(model, documents, on_progress)
-    tally.score_alone(rows, batch_size, device, autocast, should_stop)
+    tally.score_alone(partial(plan_windows, context=context, stride=stride), batch_size, device, autocast, should_stop)
     return tally.finish("sliding", context, stride)
 
 
@@ -106,13 +103,8 @@ def evaluate_rolling(
         should_stop: asked after each batch.
     """
     documents = select_documents(split, max_tokens, prefix_token)
-    rows = [
-        Row(document[window.begin : window.end], window.first_scored - window.begin)
-        for document in documents.tokens
-        for window in plan_rolling_windows(len(document), context)
-    ]
     tally = Tally(model, documents, on_progress)
-    tally.score_alone(rows, batch_size, device, autocast, should_stop)
+    tally.score_alone(partial(plan_rolling_windows, context=context), batch_size, device, autocast, should_stop)
     return tally.finish("rolling", context, context, prefix_token)
 
 
@@ -191,7 +183,7 @@ def evaluate_streaming(
                     starts[index] = True
                     document = unread.popleft()
                     windows = plan_segments(len(document), segments_per_call * model.segment_length)
-                    row.extend(Row(document[window.begin : window.end]) for window in windows)
+                    row.extend(cut_row(document, window) for window in windows)
             active = [row[0] for row in pieces if row]
             if not active:
                 break

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.windows import Window
 from new_llm.models.loss import IGNORE_INDEX
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -68,6 +69,11 @@ class Row(NamedTuple):
 
     tokens: np.ndarray
     first_scored: int = 1
+
+
+def cut_row(tokens: np.ndarray, window: Window) -> Row:
+    """The row that reads and scores a window of a document's tokens."""
+    return Row(tokens[window.begin : window.end], window.first_scored - window.begin)
 
 
 def never() -> bool:

@@ -14,14 +14,15 @@ from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
     Progress,
-    Row,
     ScoredDocuments,
+    cut_row,
     evaluation_mode,
     exp_or_inf,
     find_device,
     group_by_length,
     score_rows,
 )
+from new_llm.evaluation.windows import Window
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,22 @@ class Tally:
 
     def score_alone(
         self,
-        rows: list[Row],
+        plan: Callable[[int], list[Window]],
         batch_size: int,
         device: torch.device | str | None,
         autocast: Autocast,
         should_stop: Callable[[], bool],
     ) -> None:
-        """Score rows, each read from an empty memory."""
+        """Score the documents in windows, each read from an empty memory.
+
+        Args:
+            plan: the windows of a document of so many tokens.
+            batch_size: windows read at once.
+            device: where the model lies; None: where its weights are.
+            autocast: makes the context in which the model computes.
+            should_stop: asked after each batch; once it says True, nothing more is scored.
+        """
+        rows = [cut_row(tokens, window) for tokens in self.documents.tokens for window in plan(len(tokens))]
         where = find_device(self.model, device)
         with evaluation_mode(self.model, autocast), self.model.fresh_memory():
             for batch in group_by_length(rows, batch_size):
