@@ -138,18 +138,11 @@ class SelectiveOutputLM(TransformerLM):
             losses = self.pass_losses(input_ids, labels, attention_mask, update_memory=update_memory)
         return self._weigh_passes(losses)
 
-    def total_loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        update_memory: bool = False,
+    def _sum_losses(
+        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None, update_memory: bool
     ) -> Tensor:
-        """The sum of `token_losses`, with the same weights of the passes; arguments as there."""
         if not self._weighs_passes:
-            return super().total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
-        targets = self._find_targets(input_ids, labels, attention_mask)
+            return super()._sum_losses(input_ids, targets, attention_mask, update_memory)
         passes = self.compute_passes(input_ids, attention_mask, update_memory=update_memory)
         return self._weigh_passes([self._score(hidden, targets, "sum") for hidden in passes])
 

@@ -201,7 +201,7 @@ class TransformerLM(HeldMemory):
     ) -> Tensor:
         """The sum of `token_losses`, by the way that is the fastest to train with; arguments as there."""
         targets = self._find_targets(input_ids, labels, attention_mask)
-        return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets, "sum")
+        return self._sum_losses(input_ids, targets, attention_mask, update_memory)
 
     def compute_loss(
         self,
@@ -216,10 +216,11 @@ class TransformerLM(HeldMemory):
         Raises:
             ValueError: no token is predicted.
         """
-        num_tokens = int((self._find_targets(input_ids, labels, attention_mask) != IGNORE_INDEX).sum())
+        targets = self._find_targets(input_ids, labels, attention_mask)
+        num_tokens = int((targets != IGNORE_INDEX).sum())
         if num_tokens == 0:
             raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
-        total = self.total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
+        total = self._sum_losses(input_ids, targets, attention_mask, update_memory)
         return total / num_tokens, LossStatistics(
             num_tokens=num_tokens, total_nll=float(total.detach()), passes=self.num_passes
         )
@@ -234,6 +235,11 @@ class TransformerLM(HeldMemory):
             masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # no loss at a masked token, nor for one
             targets = targets.masked_fill(masked, IGNORE_INDEX)
         return targets
+
+    def _sum_losses(
+        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None, update_memory: bool
+    ) -> Tensor:
+        return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets, "sum")
 
     def _score(self, hidden: Tensor, targets: Tensor, reduction: Literal["none", "sum"] = "none") -> Tensor:
         """Losses [B, T] of hidden states [B, T, D], or their sum."""
