@@ -152,7 +152,7 @@ def describe_probes(probes: dict[str, Any]) -> str:
 
 def get_alphas(line: dict[str, Any]) -> list[float]:
     """Alpha of a line of metrics, one a layer."""
-    return [values[0] for name, values in line["gates"].items() if name.endswith(".alpha")]
+    return list(line["alpha"].values())
 
 
 def get_perplexity(run: dict[str, Any], way: str) -> float:

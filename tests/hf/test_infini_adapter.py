@@ -1,6 +1,7 @@
 """The parallel adapter on a model: equal to its base with α = 0, learning, and its memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import AdapterConfig, PythiaConfig, TrainConfig, UserError
+from new_llm.config.doctor import DoctorConfig
+from new_llm.evaluation.doctor_training import check_gates
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
 from new_llm.training.optimizer import group_parameters
@@ -104,9 +107,20 @@ def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary(ids: Tensor)
     assert make_adapted(initial_alpha=0.25).get_alpha() == 0.25
     several = make_adapted(initial_alpha=-0.5, layers=(2, 0))
     assert several.get_alpha() == {0: -0.5, 2: -0.5}
-    assert several.gate_values()["layers.2.alpha"] == [-0.5]
+    assert several.alpha_values()[2] == -0.5
+    assert set(several.gate_values()) == {"layers.0", "layers.2"}
     with pytest.raises(ValueError, match="no parallel adapter"):
         make_base().get_alpha()
+
+
+def test_the_doctor_names_adapters_whose_alpha_is_0() -> None:
+    model = make_adapted(layers=(0, 2), gate_init=-0.5)
+    torch.nn.init.constant_(model.layers[0].get_parameter("alpha"), 0.3)
+    found = check_gates(SimpleNamespace(own_model=model, config=DoctorConfig()))
+    assert found.level == "warning"
+    assert "α of layers.2.alpha is 0" in found.measured
+    assert found.figures["silent_adapters"] == ["layers.2.alpha"]
+    assert found.measured.startswith("gates from 0.378 to 0.378;")  # α is no gate
 
 
 def test_alpha_trains_with_the_gates_and_the_base_not_at_all() -> None:

@@ -82,8 +82,14 @@ def test_a_missing_tracker_is_one_line_and_leaves_nothing(tmp_path, capsys, monk
 
 
 def test_only_finite_numbers_are_sent():
-    values = {"loss": 1.5, "grad_norm": float("nan"), "text": "x", "gates": {"layers.0": [0.25, 0.5]}}
-    expected = {"train/loss": 1.5, "gates/layers.0.0": 0.25, "gates/layers.0.1": 0.5}
+    values = {
+        "loss": 1.5,
+        "grad_norm": float("nan"),
+        "text": "x",
+        "gates": {"layers.0": [0.25, 0.5]},
+        "alpha": {0: -2.5},
+    }
+    expected = {"train/loss": 1.5, "gates/layers.0.0": 0.25, "gates/layers.0.1": 0.5, "alpha/layers.0": -2.5}
     assert name_numbers("train", values) == expected
     assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
 

@@ -51,9 +51,10 @@ def check_gates(patient: Patient) -> Measured:
         values = layer.gate_values()
         if all(abs(value - began) <= margin + 1e-6 for value in values):
             stuck.append(f"layer {index} ({min(values):.3f} – {max(values):.3f}, from {began:.3g})")
-    silent = [name for name, values in gates.items() if name.endswith("alpha") and abs(values[0]) < ALPHA_MARGIN]
-    figures = {"gates": gates, "stuck": stuck, "silent_adapters": silent}
-    shares = [value for name, values in gates.items() if not name.endswith("alpha") for value in values]
+    alphas = model.alpha_values()
+    silent = [f"layers.{index}.alpha" for index, alpha in alphas.items() if abs(alpha) < ALPHA_MARGIN]
+    figures = {"gates": gates, "alpha": alphas, "stuck": stuck, "silent_adapters": silent}
+    shares = [value for values in gates.values() for value in values]
     measured = f"gates from {min(shares):.3f} to {max(shares):.3f}"
     if silent:
         return Measured(

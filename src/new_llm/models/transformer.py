@@ -300,9 +300,8 @@ class TransformerLM(HeldMemory):
         }
 
     def gate_values(self) -> dict[str, list[float]]:
-        """g of each memory layer's heads, and an adapter's α, by the name in the state dict."""
-        values = {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
-        return values | {f"layers.{index}.alpha": [alpha] for index, alpha in self.alpha_values().items()}
+        """g of each memory layer's heads, by the layer's name in the state dict."""
+        return {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
 
     def get_alpha(self) -> float | dict[int, float]:
         """α of the parallel adapter; of several, {layer index: α}.

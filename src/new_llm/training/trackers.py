@@ -68,7 +68,7 @@ class Trackers:
 
 
 def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a line by name: `train/loss`, and `gates/layers.0.1` for a head."""
+    """The finite numbers of a line by name: `train/loss`, `gates/layers.0.1` for a head, `alpha/layers.0`."""
     numbers: dict[str, float] = {
         f"{event}/{name}": value
         for name, value in values.items()
@@ -76,7 +76,7 @@ def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
     }
     for name, gates in values.get("gates", {}).items():
         numbers |= {f"gates/{name}.{head}": gate for head, gate in enumerate(gates)}
-    return numbers
+    return numbers | {f"alpha/layers.{layer}": alpha for layer, alpha in values.get("alpha", {}).items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
