@@ -1,0 +1,128 @@
+"""Files and folders that are whole or not there, whatever operation on the disk fails or comes last."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from new_llm.config.atomic import remove_leftovers, write_atomically, write_folder_atomically, write_text_atomically
+
+OPERATIONS = ("replace", "fsync", "mkdir", "chmod", "open", "rmdir", "unlink")
+
+
+@contextmanager
+def stop_at(number: int, monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iterator[list[str]]:
+    """Let the operation of this number fail, as on a full disk, or end the process at once before it."""
+    done: list[str] = []
+
+    def wrap(name: str) -> Callable:
+        original = getattr(os, name)
+
+        def operate(*args, **options):
+            done.append(name)
+            if len(done) == number:
+                if dies:
+                    os._exit(9)
+                raise OSError(28, "No space left on device")
+            return original(*args, **options)
+
+        return operate
+
+    with monkeypatch.context() as patch:
+        for name in OPERATIONS:
+            patch.setattr(os, name, wrap(name))
+        yield done
+
+
+def write_file(path: Path, text: str) -> None:
+    write_text_atomically(path, text)
+
+
+def write_folder(path: Path, text: str) -> None:
+    with write_folder_atomically(path) as folder:
+        (folder / "one").write_text(text)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "two").write_text(text)
+
+
+def read(path: Path) -> set[str] | None:
+    if path.is_dir():
+        return {(path / "one").read_text(), (path / "deep" / "two").read_text()}
+    return {path.read_text()} if path.exists() else None
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize("dies", [False, True])
+def test_whatever_fails_there_is_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, str], None], dies: bool
+) -> None:
+    path, number, is_whole = tmp_path / "place" / "name", 0, False
+    write(path, "old")
+    while not is_whole:
+        number += 1
+        if dies and (child := os.fork()):
+            is_whole = os.waitpid(child, 0)[1] == 0
+        else:
+            with stop_at(number, monkeypatch, dies=dies) as done, suppress(OSError):
+                write(path, "new")
+            if dies:
+                os._exit(0)
+            is_whole = len(done) < number
+        # Replacing a folder takes two moves; a machine that dies between them leaves none.
+        allowed = [{"old"}, {"new"}] + ([None] if write is write_folder else [])
+        assert read(path) in allowed, number
+        write(path, "old")
+        assert read(path) == {"old"}
+        assert list(path.parent.iterdir()) == [path], number
+    assert number > 8
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    program = (
+        "import os, sys; from pathlib import Path; from new_llm.config.atomic import write_atomically\n"
+        "with write_atomically(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); print('writing', flush=True); sys.stdin.read()"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    write_text_atomically(path, "mine")
+    assert remove_leftovers(tmp_path) == []
+    assert len(list(tmp_path.iterdir())) == 2
+    writer.kill()
+    writer.communicate()
+    write_text_atomically(tmp_path / "another", "")
+    assert len(list(tmp_path.iterdir())) == 3
+    write_text_atomically(path, "mine again")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["another", "file"]
+
+
+def test_only_folders_with_our_ending_are_leftovers(tmp_path: Path) -> None:
+    kept = [tmp_path / ".hidden", tmp_path / "name.tmp", tmp_path / ".name.other"]
+    for folder in kept:
+        folder.mkdir()
+    (tmp_path / ".name.file.tmp").write_text("a user's")
+    (tmp_path / ".name.link.tmp").symlink_to(kept[0], target_is_directory=True)
+    abandoned = tmp_path / ".name.abc.tmp"
+    abandoned.mkdir()
+    assert remove_leftovers(tmp_path, "other") == []
+    assert remove_leftovers(tmp_path, "name") == [abandoned]
+    assert remove_leftovers(tmp_path) == []
+    assert all(folder.is_dir() for folder in kept)
+    assert remove_leftovers(tmp_path / "absent") == []
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    with write_atomically(tmp_path / "file") as temporary:
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "file").stat().st_mode == plain.stat().st_mode

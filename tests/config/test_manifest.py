@@ -1,0 +1,89 @@
+"""Torn, changed and missing files of a folder are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from new_llm.config.manifest import (
+    MANIFEST_FILE,
+    check_manifest,
+    describe_file,
+    describe_files,
+    find_fault,
+    find_faults,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "weights").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "deep" / "state").write_bytes(b"{}")
+    (tmp_path / "empty").touch()
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_a_whole_folder_has_no_faults(folder: Path) -> None:
+    assert check_manifest(folder) == []
+    files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+    assert set(files) == {"weights", "deep/state", "empty"}
+    assert files["deep/state"] == {
+        "num_bytes": 2,
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
+    assert describe_files(folder) == files
+
+
+@pytest.mark.parametrize("at", [0, 1, 2500, 5119])
+def test_one_flipped_bit_is_found(folder: Path, at: int) -> None:
+    content = bytearray((folder / "weights").read_bytes())
+    content[at] ^= 1
+    (folder / "weights").write_bytes(content)
+    assert check_manifest(folder) == ["weights has changed since it was written (sha256)"]
+
+
+def test_short_missing_and_foreign_files_are_found(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"short")
+    (folder / "deep" / "state").unlink()
+    (folder / "empty").unlink()
+    (folder / "empty").mkdir()
+    assert check_manifest(folder) == [
+        "deep/state is missing",
+        "empty is no file",
+        "weights has 5 bytes instead of 5,120",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "manifest.json is missing"),
+        (b"", "manifest.json can't be read"),
+        (b"\xff\xfe", "manifest.json can't be read"),
+        (b"[]", "manifest.json can't be read"),
+        (b"{}", "manifest.json can't be read"),
+        (b"[" * 100_000, "manifest.json can't be read"),
+        (b'{"files": 3}', "its list of files is none"),
+        (b'{"files": {"weights": {"num_bytes": 5120}}}', "weights its size and sha256 are not known"),
+        (b'{"files": {"../x": {}}}', "'../x' is not a name inside the folder"),
+        (b'{"files": {"/etc/passwd": {}}}', "'/etc/passwd' is not a name inside the folder"),
+        (b'{"files": {"a\\u0000b": {}}}', "'a\\x00b' is not a name inside the folder"),
+    ],
+)
+def test_a_damaged_manifest_is_itself_a_fault(folder: Path, content: bytes | None, fault: str) -> None:
+    path = folder / MANIFEST_FILE
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert check_manifest(folder) == [fault]
+
+
+def test_one_file_alone(folder: Path) -> None:
+    expected = describe_file(folder / "weights")
+    assert find_fault(folder / "weights", expected) is None
+    assert find_fault(folder / "other", expected) == "is missing"
+    assert find_fault(folder / "weights", None) == "its size and sha256 are not known"
+    assert find_faults(folder, {"weights": expected, "none": expected}) == ["none is missing"]
