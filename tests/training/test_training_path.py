@@ -16,7 +16,7 @@ from new_llm.data.batches import plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM, create_model
 from new_llm.training import Trainer, TrainingError
-from new_llm.training.checkpoint import LAST_FOLDER
+from new_llm.training.checkpoint_folder import list_checkpoints
 from new_llm.training.metrics import read_metrics
 from new_llm.training.prefetch import prefetch_batches
 from new_llm.training.progress import TrainingProgress
@@ -111,7 +111,7 @@ def test_a_fault_leaves_the_weights_of_before_its_step_however_late_it_is_read(
     after = [*list_weights(trainer.model), trainer.optimizer.optimizer.state_dict()["state"][0]["step"]]
     for one, two in zip(before, after, strict=True):
         assert torch.equal(one, two)
-    assert not (tmp_path / LAST_FOLDER).exists()
+    assert list_checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["pythia", "infini", "selective"])

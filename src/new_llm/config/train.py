@@ -51,3 +51,6 @@ class TrainConfig:
     """Trackers that metrics go to, beside metrics.jsonl and TensorBoard; each is a package to install."""
     checkpoint_every_steps: Annotated[int, Field(gt=0)] = 500
     """Optimizer steps between two checkpoints; one is also written after every epoch."""
+    keep_checkpoints: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints that are kept while a model trains, the last one and those before it: where the last one turns out to
+    be damaged, --resume goes on from the one before."""

@@ -4,7 +4,7 @@
 runs/<name>/
   adapter.yaml       the resolved configuration     environment.json   machine, versions, code revision, command
   data.json          fingerprints and counts        tokenizer.json     the base's tokenizer
-  parallel_infini/   metrics.jsonl, tensorboard/, best/ (the adapted model), checkpoints/last/ (while training)
+  parallel_infini/   metrics.jsonl, tensorboard/, best/ (the adapted model), checkpoints/ (while training)
   results.json       what was trained and measured
 ```
 """
@@ -44,10 +44,12 @@ from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import load_base, save_adapter
 from new_llm.models.layers import ParallelInfiniLayer
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoint
+from new_llm.training.checkpoint import BEST_FOLDER
+from new_llm.training.checkpoint_folder import remove_checkpoint
 from new_llm.training.metrics import read_metrics
 from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from new_llm.training.progress import TrainingProgress
+from new_llm.training.random_states import seed_generators
 
 MODEL_FOLDER = ParallelInfiniLayer.kind
 BASE_HERE = (
@@ -87,7 +89,7 @@ def train_adapter(
     data = prepare_documents(config, tokenizer_name)
     check_vocabulary(base, data.tokenizer, config.base)
     wikitext = read_wikitext(config, data.tokenizer)
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
     model = add_parallel_infini(base, config.adapter, base_name=str(source))
     if not resume:  # only now, so that bad input leaves no folder behind
         create_run(config, folder)

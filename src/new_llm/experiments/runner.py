@@ -31,10 +31,12 @@ from new_llm.experiments.record import (
 )
 from new_llm.models import TransformerLM, create_model
 from new_llm.training import Trainer
-from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoint
+from new_llm.training.checkpoint import BEST_FOLDER
+from new_llm.training.checkpoint_folder import remove_checkpoint
 from new_llm.training.metrics import read_metrics
 from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from new_llm.training.progress import TrainingProgress
+from new_llm.training.random_states import seed_generators
 from new_llm.training.trackers import check_trackers
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -137,7 +139,7 @@ class _Experiment:
 
     def create(self, kind: ModelType) -> TransformerLM:
         """A model with fresh weights: those it shares with the other models are the same."""
-        torch.manual_seed(self.config.seed)
+        seed_generators(self.config.seed)
         return create_model(
             kind,
             self.config.model.shape(self.data.vocab_size),

@@ -1,12 +1,12 @@
 """Checkpoints: all that an interrupted run needs to go on as if it had not been interrupted.
 
-`best/` holds the best weights as a model folder. `checkpoints/last/` holds the weights (safetensors), the optimizer,
-schedule and stream memory (tensors, loaded with `weights_only=True`) and the counters (JSON). It is replaced whole.
+`best/` holds the best weights as a model folder. Each folder in `checkpoints/` holds the weights (safetensors), the
+optimizer, schedule, stream memory and random states (loaded with `weights_only=True`), the counters (JSON), a manifest.
 """
 
 import json
 import pickle
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_folder_atomically
 from new_llm.models import TransformerLM
+from new_llm.training.checkpoint_folder import find_checkpoint, write_checkpoint_folder
+from new_llm.training.random_states import read_random_states, set_random_states
 
 BEST_FOLDER = "best"
-LAST_FOLDER = Path("checkpoints") / "last"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -42,6 +42,7 @@ class TrainerState:
         stopped_early: whether patience has run out.
         window_loss, window_tokens, window_seconds: what the next line of metrics averages over.
         epoch_loss, epoch_tokens: what the epoch's training loss averages over.
+        metrics_lines: lines of `metrics.jsonl` that had been written by then.
     """
 
     epoch: int = 0
@@ -58,14 +59,15 @@ class TrainerState:
     window_seconds: float = 0.0
     epoch_loss: float = 0.0
     epoch_tokens: int = 0
+    metrics_lines: int = 0
     format_version: int = field(default=FORMAT_VERSION)
 
 
 def save_checkpoint(
-    folder: Path, model: TransformerLM, optimizer: Optimizer, scheduler: LRScheduler, state: TrainerState
+    folder: Path, model: TransformerLM, optimizer: Optimizer, scheduler: LRScheduler, state: TrainerState, *, keep: int
 ) -> None:
-    """Replace the model folder's last checkpoint."""
-    with write_folder_atomically(folder / LAST_FOLDER) as temporary:
+    """Write a checkpoint into the model's folder, and remove those beyond the newest `keep`."""
+    with write_checkpoint_folder(folder, state.step, state.epoch, keep=keep) as temporary:
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         rest: dict[str, Any] = {
@@ -73,24 +75,27 @@ def save_checkpoint(
             "scheduler": scheduler.state_dict(),
             "memory": model.get_memory_state(),
             "memory_rows": model.memory_rows,
-            "random_state": torch.get_rng_state(),
+            "random_states": read_random_states(),
         }
         torch.save(rest, temporary / "trainer.pt")
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
 def load_checkpoint(
-    folder: Path, model: TransformerLM, optimizer: Optimizer, scheduler: LRScheduler
+    folder: Path,
+    model: TransformerLM,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    *,
+    warn: Callable[[str], None],
 ) -> TrainerState | None:
-    """Put the last checkpoint's values into model, optimizer and schedule; None where there is no checkpoint.
+    """Put the values of the last good checkpoint into model, optimizer and schedule; None where there is no checkpoint.
 
     Raises:
-        UserError: the checkpoint is broken, of another version or of another model.
+        UserError: none is whole, or it is of another version or another model.
     """
-    last = folder / LAST_FOLDER
-    if not last.exists():
-        last = last.with_name(f"{last.name}.old")  # the machine died between the two renames of a replacement
-    if not last.exists():
+    last = find_checkpoint(folder, warn)
+    if last is None:
         return None
     try:
         values = json.loads((last / "state.json").read_text(encoding="utf-8"))
@@ -105,7 +110,7 @@ def load_checkpoint(
         scheduler.load_state_dict(rest["scheduler"])
         model.reset_memory(rest["memory_rows"])
         model.set_memory_state(rest["memory"])
-        torch.set_rng_state(rest["random_state"])
+        set_random_states(rest["random_states"])
     except UserError:
         raise
     except (
@@ -119,8 +124,3 @@ def load_checkpoint(
     ) as error:
         raise UserError(f"{last}: the checkpoint can't be read: {error}") from None
     return state
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove the last checkpoint of a finished model, whose best weights stay."""
-    shutil.rmtree(folder / LAST_FOLDER.parent, ignore_errors=True)

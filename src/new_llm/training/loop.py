@@ -113,15 +113,14 @@ class Trainer:
             TrainingInterrupted: a signal asked to stop; a checkpoint has been written.
             UserError: the checkpoint is broken.
         """
-        loaded = None
         if resume:
-            loaded = load_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler)
-        self.state = loaded or TrainerState()
+            parts = self.model, self.optimizer.optimizer, self.scheduler
+            self.state = load_checkpoint(self.folder, *parts, warn=self.progress.note) or self.state
         reset_peak_memory(self.device)
         run = f"{self.folder.parent.name}/{self.folder.name}"
         names = self.config.train.trackers
         with open_trackers(self.accelerator, names, run, self.config.to_dict()) as trackers:
-            metrics = MetricsWriter(self.folder, None if loaded is None else loaded.step, trackers)
+            metrics = MetricsWriter(self.folder, self.state.metrics_lines, self.state.step, trackers)
             try:
                 with catch_stop_signals() as stop:
                     while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
@@ -183,8 +182,7 @@ class Trainer:
         if logs:
             self._log(metrics)
         if saves:
-            metrics.sync()
-            save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
+            self._save(metrics)
         if stop():
             raise TrainingInterrupted(
                 f"interrupted at step {state.step}; the checkpoint is in {self.folder}", self.folder
@@ -294,6 +292,12 @@ class Trainer:
             "is_best": is_best,
         }
         metrics.write("epoch", state.step, values)
-        metrics.sync()
-        save_checkpoint(self.folder, self.model, self.optimizer.optimizer, self.scheduler, state)
+        self._save(metrics)
         self.progress.end_epoch(values)
+
+    def _save(self, metrics: MetricsWriter) -> None:
+        """Write a checkpoint, and first the metrics of the steps that it holds."""
+        metrics.sync()
+        self.state.metrics_lines = metrics.num_lines
+        parts = self.model, self.optimizer.optimizer, self.scheduler, self.state
+        save_checkpoint(self.folder, *parts, keep=self.config.train.keep_checkpoints)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from new_llm.config.atomic import write_text_atomically
 from new_llm.training.trackers import Trackers, name_numbers
 
 METRICS_FILE = "metrics.jsonl"
+BOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter:
@@ -20,26 +22,34 @@ class MetricsWriter:
 
     Args:
         folder: the model's folder in the run.
-        resume_at: the optimizer step to resume at: later lines, which an interrupted run wrote after its last
-            checkpoint, are removed; None: a new run.
+        num_lines: lines to keep of those that are there, as the checkpoint counts them; an interrupted run has written
+            the others after it. 0: a new run, or one that begins anew.
+        step: the optimizer step that training goes on from.
         trackers: where the numbers go besides; None: nowhere.
+
+    Attributes:
+        num_lines: lines of the file.
     """
 
-    def __init__(self, folder: Path, resume_at: int | None = None, trackers: Trackers | None = None) -> None:
+    def __init__(self, folder: Path, num_lines: int = 0, step: int = 0, trackers: Trackers | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by training alone
 
         folder.mkdir(parents=True, exist_ok=True)
         self.trackers = trackers
         self.path = folder / METRICS_FILE
-        kept = [] if resume_at is None else [line for line in read_metrics(folder) if line["step"] <= resume_at]
+        kept = read_metrics(folder)[:num_lines]
         write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.num_lines = len(kept)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=None if resume_at is None else resume_at + 1)
+        if step == 0:
+            shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that got to no checkpoint
+        self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Add one line {"event", "step", ...}; numbers go to TensorBoard and the trackers too."""
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
+        self.num_lines += 1
         for name, value in name_numbers(event, values).items():
             self._board.add_scalar(name, value, step)
         if self.trackers is not None:

@@ -119,6 +119,10 @@ class TrainingProgress:
             f"{values['validation_perplexity']:,.1f}{best}  {self._rate:,.0f} tokens/s"
         )
 
+    def note(self, text: str) -> None:
+        """Say something out of the ordinary, in one line."""
+        self._print(text)
+
     def stop(self) -> None:
         """Take the live view away."""
         if self._bar is not None:

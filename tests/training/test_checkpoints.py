@@ -1,0 +1,139 @@
+"""Checkpoints on disk: whole or not there, the last good one found, whatever happened to the others."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from new_llm.config import UserError
+from new_llm.config.manifest import MANIFEST_FILE
+from new_llm.training.checkpoint_folder import (
+    CHECKPOINTS_FOLDER,
+    find_checkpoint,
+    list_checkpoints,
+    name_checkpoint,
+    remove_checkpoint,
+    write_checkpoint_folder,
+)
+from new_llm.training.random_states import read_random_states, seed_generators, set_random_states
+
+
+def write(folder: Path, step: int, epoch: int = 0, keep: int = 2) -> Path:
+    with write_checkpoint_folder(folder, step, epoch, keep=keep) as temporary:
+        (temporary / "weights").write_bytes(step.to_bytes(64, "big"))
+        (temporary / "state.json").write_text("{}")
+    return folder / CHECKPOINTS_FOLDER / name_checkpoint(step, epoch)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_the_newest_are_kept_and_the_last_is_found(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, pytest.fail) is None
+    for step, epoch in ((3, 0), (6, 0), (6, 1), (9, 1)):
+        path = write(tmp_path, step, epoch)
+        assert find_checkpoint(tmp_path, pytest.fail) == path
+    assert names(tmp_path) == ["step-000000009-epoch-0001", "step-000000006-epoch-0001"]
+    write(tmp_path, 12, 1, keep=1)
+    assert names(tmp_path) == ["step-000000012-epoch-0001"]
+    write(tmp_path, 10**10, 10**5, keep=9)
+    write(tmp_path, 10**10 + 1, 10**5, keep=9)
+    assert names(tmp_path)[0] == "step-10000000001-epoch-100000"
+    remove_checkpoint(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / "weights").read_bytes())
+    content[7] ^= 128
+    (path / "weights").write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path / "weights", 10)
+
+
+def remove_file(path: Path) -> None:
+    (path / "state.json").unlink()
+
+
+def remove_manifest(path: Path) -> None:
+    (path / MANIFEST_FILE).unlink()
+
+
+def break_manifest(path: Path) -> None:
+    (path / MANIFEST_FILE).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip, "weights has changed since it was written (sha256)"),
+        (cut, "weights has 10 bytes instead of 64"),
+        (remove_file, "state.json is missing"),
+        (remove_manifest, "manifest.json is missing"),
+        (break_manifest, "manifest.json can't be read"),
+    ],
+)
+def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    before, last = write(tmp_path, 3), write(tmp_path, 6)
+    damage(last)
+    lines: list[str] = []
+    assert find_checkpoint(tmp_path, lines.append) == before
+    assert lines == [f"checkpoint {last.name} is damaged ({words}): going on from {before.name}"]
+    damage(before)
+    with pytest.raises(UserError) as error:
+        find_checkpoint(tmp_path, pytest.fail)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / CHECKPOINTS_FOLDER}: no checkpoint is whole: ")
+    assert message.count(words) == 2
+    assert "\n" not in message
+
+
+def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones(tmp_path: Path) -> None:
+    before, last = write(tmp_path, 3), write(tmp_path, 6)
+    flip(last)
+    assert write(tmp_path, 4) in list_checkpoints(tmp_path)
+    assert names(tmp_path) == [name_checkpoint(4, 0), before.name]
+    flip(write(tmp_path, 6))
+    assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    last = write(tmp_path, 3)
+    half = tmp_path / CHECKPOINTS_FOLDER / f".{name_checkpoint(6, 0)}.x1.tmp" / name_checkpoint(6, 0)
+    half.mkdir(parents=True)
+    (half / "weights").write_bytes(b"half")
+    foreign = tmp_path / CHECKPOINTS_FOLDER / "notes"
+    foreign.mkdir()
+    assert find_checkpoint(tmp_path, pytest.fail) == last
+    assert set((tmp_path / CHECKPOINTS_FOLDER).iterdir()) == {last, foreign}
+
+
+def test_all_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> tuple[float, ...]:
+        numbers = [random.random(), random.gauss(), np.random.standard_normal(), torch.rand(()).item()]
+        return (*numbers, torch.randn(20).sum().item())
+
+    seed_generators(3)
+    draw()
+    states = read_random_states()
+    torch.save(states, tmp_path / "states.pt")
+    expected = [draw(), draw()]
+    seed_generators(4)
+    assert draw() not in expected
+    set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert [draw(), draw()] == expected
+
+
+def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
+    files = json.loads((write(tmp_path, 3) / MANIFEST_FILE).read_text())["files"]
+    assert set(files) == {"weights", "state.json"}
