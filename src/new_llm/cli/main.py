@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from new_llm import __version__
+from new_llm.cli.launched import check_command, is_main_process, tells_errors
 from new_llm.config.allocator import keep_freed_memory
-from new_llm.config.errors import UserError
+from new_llm.config.errors import OtherProcessError, UserError
 
 # Modules are imported only when their command is asked for, so that help never waits for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -29,6 +30,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-adapter": ("new_llm.cli.train_adapter", "train a memory beside the layers of an existing Pythia"),
 }
 
+
+BAD_INPUT = 2
+"""Exit code."""
 
 # torch's threads spin while they wait for one another. On a machine that does anything else beside, the spinning takes
 # the time of the thread that is waited for: one busy neighbour on two cores then costs a factor of five, and sleeping
@@ -54,15 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     keep_freed_memory()
     try:
+        check_command(given[0])
         return importlib.import_module(module).run(given[1:])
     except UserError as error:
         if debug:
             raise
-        return complain(str(error))
+        return complain(str(error)) if tells_errors() else BAD_INPUT
+    except OtherProcessError as error:
+        if debug:
+            raise
+        return BAD_INPUT if error.is_user_error else 1
     except KeyboardInterrupt:
         if debug:
             raise
-        print("new-llm: interrupted", file=sys.stderr)
+        if is_main_process():
+            print("new-llm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output is gone; keep Python from complaining about it once more at exit.
@@ -73,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def complain(message: str) -> int:
     """Say in one line what was wrong; the exit code of bad input."""
     print(f"new-llm: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return BAD_INPUT
 
 
 def describe_commands() -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
+from new_llm.cli.launched import is_main_process
 from new_llm.config.run_settings import RunSettings, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run_training(
     command: str,
     kind: type[RunSettings],
 ) -> int:
-    """Train and show the results; where it was stopped or failed, say so in words.
+    """Train and show the results; where it was stopped or failed, say so in words. Of several processes one prints.
 
     Args:
         train: given the console for its progress, returns the results.
@@ -77,6 +78,8 @@ def run_training(
     try:
         results = train(console)
     except TrainingInterrupted as stopped:
+        if not is_main_process():
+            return 130
         run_folder = stopped.folder.parent
         place = "" if run_folder.parent == kind.runs_dir else f" --runs-dir {run_folder.parent}"
         again = f"new-llm {command}{place} --name {run_folder.name} --resume"
@@ -85,5 +88,6 @@ def run_training(
     except TrainingError as error:
         print(f"new-llm: {error}", file=sys.stderr)
         return 1
-    show(results)
+    if is_main_process():
+        show(results)
     return 0

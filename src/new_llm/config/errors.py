@@ -6,3 +6,15 @@ class UserError(ValueError):
 
     The command prints the line and exits with code 2. It is a `ValueError`, so library users may catch it as one.
     """
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the same training has failed and says why: this one ends without a word.
+
+    Attributes:
+        is_user_error: whether the other's error was a `UserError`.
+    """
+
+    def __init__(self, message: str, *, is_user_error: bool) -> None:
+        super().__init__(message)
+        self.is_user_error = is_user_error

@@ -16,7 +16,7 @@ class TrainConfig:
     patience: Annotated[int, Field(ge=0)] = 1
     """Epochs without a better validation loss before training stops; 0: never stop early."""
     batch_size: Annotated[int, Field(gt=0), short("--batch-size")] = 8
-    """Samples in a batch (rows)."""
+    """Samples in a batch (rows), those of all processes together."""
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
     """Batches summed into one optimizer step."""
     learning_rate: Annotated[float, Field(gt=0), short("--lr")] = 1e-4
@@ -39,6 +39,9 @@ class TrainConfig:
     """The cosine ends at this share of the peak."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the machine computes in it, else fp32."""
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes. ddp: each holds all weights; fsdp: each holds a share of weights, gradients and optimizer
+    state, and gathers a layer's weights when it runs."""
     compile: bool = False
     """torch.compile the layers: a minute or more at the start, and on a CPU no gain that was measured."""
     gradient_checkpointing: bool = False

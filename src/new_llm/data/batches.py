@@ -1,7 +1,7 @@
 """Batches: which samples a row reads, in what order, and where its memory must be emptied."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -27,6 +27,8 @@ class Batch:
     """[B, T] bool: real tokens; None where all are."""
     resets: Tensor
     """[B] bool: this row starts a document or an independent sample, from an empty memory."""
+    num_targets: int
+    """Tokens to predict in the whole batch, those in other processes' rows among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,8 @@ class BatchPlan(Sequence[Batch]):
     """[num_batches, batch_size]: the sample of each row; -1: none."""
     resets: NDArray[np.bool_]
     """[num_batches, batch_size]: `Batch.resets`."""
+    num_targets: NDArray[np.int64]
+    """[num_batches]: `Batch.num_targets`; taking some of the rows leaves it as it is."""
     keep_empty_rows: bool
     """A row without a sample stays, all masked (stream), or is left out (shuffled)."""
 
@@ -57,6 +61,10 @@ class BatchPlan(Sequence[Batch]):
     def num_tokens(self) -> int:
         """Real tokens in the epoch."""
         return int(self.lengths.sum())
+
+    def take_rows(self, rows: slice) -> "BatchPlan":
+        """The same batches with some of their rows: what one of several processes reads."""
+        return replace(self, rows=self.rows[:, rows], resets=self.resets[:, rows])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +80,9 @@ class BatchPlan(Sequence[Batch]):
             raise IndexError(f"batch {index} of {len(self)}")
         samples, resets = self.rows[index], self.resets[index]
         if not self.keep_empty_rows:
-            samples, resets = samples[samples >= 0], resets[samples >= 0]
+            kept = samples >= 0
+            kept[0] |= not kept.any()  # a process whose rows of the last batch are all empty reads one, all masked
+            samples, resets = samples[kept], resets[kept]
         is_real = samples >= 0
         starts = np.where(is_real, self.starts[samples], 0)[:, None]
         lengths = np.where(is_real, self.lengths[samples], 0)[:, None]
@@ -87,6 +97,7 @@ class BatchPlan(Sequence[Batch]):
             labels=torch.from_numpy(np.where(has_token, tokens, IGNORED_LABEL)),
             attention_mask=None if mask.all() else torch.from_numpy(mask),
             resets=torch.from_numpy(resets.copy()),
+            num_targets=int(self.num_targets[index]),
         )
 
 
@@ -152,7 +163,11 @@ def plan_batches(
     else:
         rows.reshape(-1)[:total] = rng.permutation(total)
         resets = np.ones_like(rows, dtype=bool)
-    return BatchPlan(split, seq_length, starts, lengths, starts + lengths < ends, rows, resets, order == "stream")
+    has_next = starts + lengths < ends
+    targets = np.append(lengths - 1 + has_next, 0)  # the last entry is that of row -1: none
+    return BatchPlan(
+        split, seq_length, starts, lengths, has_next, rows, resets, targets[rows].sum(axis=1), order == "stream"
+    )
 
 
 def _choose_samples(

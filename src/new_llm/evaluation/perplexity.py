@@ -32,6 +32,7 @@ from new_llm.evaluation.scoring import (
 )
 from new_llm.evaluation.tally import PerplexityResult, Tally
 from new_llm.evaluation.windows import plan_rolling_windows, plan_segments, plan_windows
+from new_llm.processes import ALONE, Processes
 
 
 def evaluate_sliding_window(
@@ -46,6 +47,7 @@ def evaluate_sliding_window(
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] = never,
+    processes: Processes = ALONE,
 ) -> PerplexityResult:
     """Perplexity in sliding windows, each read from an empty memory (see `plan_windows`).
 
@@ -61,13 +63,14 @@ def evaluate_sliding_window(
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
         should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+        processes: those that share the work; every one of them gets the whole result.
 
     Raises:
         UserError: the split has no token to score.
         ValueError: not 1 ≤ stride ≤ context.
     """
     documents = select_documents(split, max_tokens)
-    tally = Tally(model, documents, on_progress)
+    tally = Tally(model, documents, on_progress, processes)
     tally.score_alone(partial(plan_windows, context=context, stride=stride), batch_size, device, autocast, should_stop)
     return tally.finish("sliding", context, stride)
 
@@ -84,6 +87,7 @@ def evaluate_rolling(
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] = never,
+    processes: Processes = ALONE,
 ) -> PerplexityResult:
     """Perplexity in the windows of lm-evaluation-harness's rolling log-likelihood (see `plan_rolling_windows`).
 
@@ -101,9 +105,10 @@ def evaluate_rolling(
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
         should_stop: asked after each batch.
+        processes: those that share the work; every one of them gets the whole result.
     """
     documents = select_documents(split, max_tokens, prefix_token)
-    tally = Tally(model, documents, on_progress)
+    tally = Tally(model, documents, on_progress, processes)
     tally.score_alone(partial(plan_rolling_windows, context=context), batch_size, device, autocast, should_stop)
     return tally.finish("rolling", context, context, prefix_token)
 
@@ -118,6 +123,7 @@ def evaluate_independent(
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] = never,
+    processes: Processes = ALONE,
 ) -> PerplexityResult:
     """Perplexity of the model's segments, each read alone: what streaming is to be compared with.
 
@@ -135,6 +141,7 @@ def evaluate_independent(
         autocast=autocast,
         on_progress=on_progress,
         should_stop=should_stop,
+        processes=processes,
     )
     return dataclasses.replace(result, protocol="independent")
 
@@ -150,6 +157,7 @@ def evaluate_streaming(
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] = never,
+    processes: Processes = ALONE,
 ) -> PerplexityResult:
     """Perplexity of documents read in consecutive segments, the memory carried within a document.
 
@@ -167,15 +175,17 @@ def evaluate_streaming(
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
         should_stop: as for `evaluate_sliding_window`.
+        processes: those that share the documents; every one of them gets the whole result.
 
     Raises:
         UserError: the split has no token to score.
     """
     documents = select_documents(split, max_tokens)
-    tally = Tally(model, documents, on_progress)
-    unread = deque(sorted(documents.tokens, key=len, reverse=True))  # so that few rows idle at the end
+    tally = Tally(model, documents, on_progress, processes)
+    by_length = sorted(documents.tokens, key=len, reverse=True)  # so that few rows idle at the end
+    unread = deque(by_length[processes.rank :: processes.count])
     pieces: list[deque[Row]] = [deque() for _ in range(min(batch_size, len(unread)))]
-    with evaluation_mode(model, autocast), model.fresh_memory(batch_size=len(pieces)):
+    with evaluation_mode(model, autocast), model.fresh_memory(batch_size=len(pieces) or None):
         while not tally.is_stopped:
             starts = [False] * len(pieces)
             for index, row in enumerate(pieces):

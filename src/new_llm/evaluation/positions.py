@@ -21,6 +21,7 @@ from new_llm.evaluation.scoring import (
     score_rows,
     select_documents,
 )
+from new_llm.processes import ALONE, Processes
 
 
 def evaluate_positions(
@@ -34,6 +35,7 @@ def evaluate_positions(
     device: torch.device | str | None = None,
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Perplexity by position: how much a prediction gains from the tokens before it.
 
@@ -51,6 +53,7 @@ def evaluate_positions(
         device: where the model lies; None: where its weights are.
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
+        processes: those that share the work; every one of them gets the whole result.
 
     Returns:
         {"start", "end", "perplexity", "num_tokens"} for each range [start, end) in which a token was scored.
@@ -68,12 +71,13 @@ def evaluate_positions(
     total_nll = np.zeros(seq_length)
     counts = np.zeros(seq_length, dtype=np.int64)
     with evaluation_mode(model, autocast), model.fresh_memory():
-        for batch in group_by_length(samples, batch_size):
+        for batch in group_by_length(samples, batch_size)[processes.rank :: processes.count]:
             for losses in score_rows(model, [samples[i] for i in batch], find_device(model, device)):
                 total_nll[1 : 1 + len(losses)] += losses
                 counts[1 : 1 + len(losses)] += 1
             if on_progress:
                 on_progress(int(counts.sum()), num_tokens)
+    total_nll, counts = processes.sum(total_nll), processes.sum(counts)
     ranges = pairwise([*(edge for edge in edges if edge < seq_length), seq_length])
     return [
         {

@@ -24,6 +24,7 @@ from new_llm.evaluation.scoring import (
     group_by_length,
     score_rows,
 )
+from new_llm.processes import ALONE, Processes
 
 Direction = Literal["forward", "backward"]
 
@@ -41,6 +42,7 @@ def evaluate_reversal_curse(
     seed: int = ReversalConfig.seed,
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> ReversalResult:
     """Compare what a model knows forward, as it was trained, with what it knows backward.
 
@@ -76,6 +78,7 @@ def evaluate_reversal_curse(
         seed: of the resamples.
         autocast: makes the context in which the model computes.
         on_progress: called with the sentences scored so far and in all.
+        processes: those that share the work; every one of them gets the whole result.
 
     Raises:
         UserError: no pairs, more sentences than allowed, or no sentence of two tokens.
@@ -89,7 +92,7 @@ def evaluate_reversal_curse(
     tasks = {direction: _list_candidates(pairs, direction) for direction in directions}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
     encoded = {text: encode_text(tokenizer, text) for text in texts}
-    losses = _score_texts(model, encoded, find_device(model, device), batch_size, autocast, on_progress)
+    losses = _score_texts(model, encoded, find_device(model, device), batch_size, autocast, on_progress, processes)
     readings = {
         direction: [_read(encoded, losses, encode_text(tokenizer, prompt), texts) for prompt, texts in found]
         for direction, found in tasks.items()
@@ -170,19 +173,23 @@ def _score_texts(
     batch_size: int,
     autocast: Autocast,
     on_progress: Progress | None,
+    processes: Processes,
 ) -> dict[str, np.ndarray]:
     """The losses of each text's tokens but the first, float64."""
     texts = [text for text, tokens in encoded.items() if len(tokens) > 1]
     rows = [Row(encoded[text]) for text in texts]
-    losses = {text: np.zeros(0) for text in encoded}
+    own: dict[str, np.ndarray] = {}
     num_scored = 0
     with evaluation_mode(model, autocast), model.fresh_memory():
-        for batch in group_by_length(rows, batch_size):
+        for batch in group_by_length(rows, batch_size)[processes.rank :: processes.count]:
             for index, found in zip(batch, score_rows(model, [rows[i] for i in batch], device), strict=True):
-                losses[texts[index]] = found
+                own[texts[index]] = found
             num_scored += len(batch)
             if on_progress:
                 on_progress(num_scored, len(rows))
+    losses = {text: np.zeros(0) for text in encoded}
+    for scored in processes.gather(own):
+        losses |= scored
     return losses
 
 

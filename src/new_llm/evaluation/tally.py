@@ -23,6 +23,7 @@ from new_llm.evaluation.scoring import (
     score_rows,
 )
 from new_llm.evaluation.windows import Window
+from new_llm.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,26 @@ class PerplexityResult:
 
 
 class Tally:
-    """Sums of the losses of single tokens, in float64."""
+    """Sums of the losses of single tokens, in float64; with several processes, of all of them in the end.
 
-    def __init__(self, model: LanguageModel, documents: ScoredDocuments, on_progress: Progress | None):
+    Args:
+        model: the model.
+        documents: that are scored by all processes together.
+        on_progress: called with the tokens scored by this process so far, and with those to score in all.
+        processes: those that share the work.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        documents: ScoredDocuments,
+        on_progress: Progress | None,
+        processes: Processes = ALONE,
+    ):
         self.model = model
         self.documents = documents
         self.on_progress = on_progress
+        self.processes = processes
         self.began = time.perf_counter()
         self.num_tokens = 0
         self.total = 0.0
@@ -115,7 +130,7 @@ class Tally:
         rows = [cut_row(tokens, window) for tokens in self.documents.tokens for window in plan(len(tokens))]
         where = find_device(self.model, device)
         with evaluation_mode(self.model, autocast), self.model.fresh_memory():
-            for batch in group_by_length(rows, batch_size):
+            for batch in group_by_length(rows, batch_size)[self.processes.rank :: self.processes.count]:
                 self.add(score_rows(self.model, [rows[i] for i in batch], where), should_stop)
                 if self.is_stopped:
                     break
@@ -133,7 +148,10 @@ class Tally:
     def finish(
         self, protocol: str, context: int | None, stride: int | None, prefix_token: int | None = None
     ) -> PerplexityResult:
-        """The result of all that was counted."""
+        """The result of all that was counted, by whichever process."""
+        sums = np.array([self.num_tokens, self.total, self.total_of_squares, self.is_stopped], dtype=np.float64)
+        num_tokens, self.total, self.total_of_squares, num_stopped = self.processes.sum(sums).tolist()
+        self.num_tokens, self.is_stopped = int(num_tokens), num_stopped > 0
         seconds = time.perf_counter() - self.began
         count, num_bytes, num_words = self.num_tokens, self.documents.num_bytes, self.documents.num_words
         if count < self.documents.num_scored and self.is_stopped:

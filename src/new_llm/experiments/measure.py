@@ -16,6 +16,7 @@ from new_llm.evaluation import (
 )
 from new_llm.evaluation.memory_usage import measure_memory_usage
 from new_llm.models import TransformerLM
+from new_llm.processes import ALONE, Processes
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -24,14 +25,18 @@ MEMORY_USAGE_SEGMENTS = 32
 
 
 def measure_validation_loss(
-    model: TransformerLM, data: PreparedData, config: ExperimentConfig, autocast: Autocast
+    model: TransformerLM,
+    data: PreparedData,
+    config: ExperimentConfig,
+    autocast: Autocast,
+    processes: Processes = ALONE,
 ) -> float:
     """Nats a validation token under the conditions of training.
 
     With `order: stream` documents are read as streams with their memory carried; with `shuffled` in samples that start
     from empty memory.
     """
-    reading = _describe_reading(config, autocast)
+    reading = _describe_reading(config, autocast, processes)
     if config.data.order == "stream":
         return evaluate_streaming(model, data.validation, **reading).loss
     length = config.data.seq_length
@@ -44,6 +49,7 @@ def measure_model(
     config: ExperimentConfig,
     autocast: Autocast,
     say: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Sliding-window, streaming and position-wise perplexity, memory use, the reversal curse, a verdict: plain values.
 
@@ -53,10 +59,11 @@ def measure_model(
         config: the experiment.
         autocast: the context that training ran in.
         say: told what is measured next.
+        processes: those that share the work; each of them gets the whole result.
     """
     settings = config.eval
     device = next(model.parameters()).device
-    reading: dict[str, Any] = _describe_reading(config, autocast)
+    reading: dict[str, Any] = _describe_reading(config, autocast, processes)
     say("sliding-window perplexity")
     sliding = evaluate_sliding_window(
         model, data.validation, context=settings.context, stride=settings.stride, **reading
@@ -88,11 +95,17 @@ def measure_model(
             num_resamples=settings.bootstrap_resamples,
             seed=config.seed,
             autocast=autocast,
+            processes=processes,
         )
         measured["reversal"] = reversal.to_dict()
     return measured
 
 
-def _describe_reading(config: ExperimentConfig, autocast: Autocast) -> dict[str, Any]:
+def _describe_reading(config: ExperimentConfig, autocast: Autocast, processes: Processes) -> dict[str, Any]:
     """What all perplexities of an experiment have in common."""
-    return {"batch_size": config.eval.batch_size, "max_tokens": config.eval.max_tokens, "autocast": autocast}
+    return {
+        "batch_size": config.eval.batch_size,
+        "max_tokens": config.eval.max_tokens,
+        "autocast": autocast,
+        "processes": processes,
+    }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from new_llm.config import ExperimentConfig, ModelType
+from new_llm.config import ExperimentConfig, ModelType, UserError
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.evaluation import unigram_perplexity
 from new_llm.experiments.measure import measure_model, measure_validation_loss
@@ -30,7 +30,8 @@ from new_llm.experiments.record import (
     write_json,
 )
 from new_llm.models import TransformerLM, create_model
-from new_llm.training import Trainer
+from new_llm.processes import Processes, start_processes
+from new_llm.training import Trainer, TrainingResult
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.checkpoint_folder import remove_checkpoint
 from new_llm.training.metrics import read_metrics
@@ -50,7 +51,7 @@ def run_experiment(
     console: Console | None = None,
     write_report: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Train and compare some models.
+    """Train and compare some models. Where a launcher has started several processes, each makes the same call.
 
     Args:
         model_types: the models; None: the configuration's.
@@ -64,31 +65,56 @@ def run_experiment(
 
     Raises:
         UserError: bad input, in one line.
+        OtherProcessError: another process of the same training has failed.
         TrainingError: a loss was not finite.
         TrainingInterrupted: a signal asked to stop; the run can be resumed.
     """
     config = exp_config or ExperimentConfig()
     if model_types is not None:
         config = dataclasses.replace(config, models=tuple(ModelType(kind) for kind in model_types))
-    console = console or Console(stderr=True)
-    device = choose_device(config.device)
-    check_trackers(config.train.trackers)
-    config, folder = find_run(config, resume=resume)
-    data = prepare_data(config.data, config.seed)
-    if not resume:  # only now, so that bad data leaves no folder behind
-        create_run(config, folder)
-    console.print(f"run folder {folder}", highlight=False)
-    for note in data.info.get("notes", []):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    write_report = write_report or find_report_writer()
-    experiment = _Experiment(config, folder, data, device, console)
-    results = experiment.describe()
-    for kind in config.models:
-        results["models"].append(experiment.run_model(kind))
-        results["status"] = "complete" if len(results["models"]) == len(config.models) else "running"
-        write_json(folder / RESULTS_FILE, results)
-        write_report(results, folder / REPORT_FILE)
-    return results | {"folder": str(folder)}
+    processes = start_processes()
+    with processes.guard():
+        console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
+        device = processes.place(choose_device(config.device))
+        check_trackers(config.train.trackers)
+        processes.slice_rows(config.train.batch_size)
+        config, folder = processes.run_on_main(lambda: find_run(config, resume=resume))
+        data = prepare_shared_data(config, processes)
+        if not resume:  # only now, so that bad data leaves no folder behind
+            processes.run_on_main(lambda: create_run(config, folder))
+        console.print(f"run folder {folder}", highlight=False)
+        for note in data.info.get("notes", []):
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        write_report = write_report or find_report_writer()
+        experiment = _Experiment(config, folder, data, device, console, processes)
+        results = processes.run_on_main(experiment.describe)
+        for kind in config.models:
+            results["models"].append(experiment.run_model(kind))
+            results["status"] = "complete" if len(results["models"]) == len(config.models) else "running"
+            processes.run_on_main(lambda: write_results(results, folder, write_report))
+        return results | {"folder": str(folder)}
+
+
+def prepare_shared_data(config: ExperimentConfig, processes: Processes) -> PreparedData:
+    """The experiment's data: one process tokenizes them, and the others read its cache.
+
+    Raises:
+        UserError: as `prepare_data`; or machines that do not share the cache have read different texts.
+    """
+    data = processes.run_main_first(lambda: prepare_data(config.data, config.seed))
+    with processes.agree():
+        if processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
+            raise UserError(
+                f"{config.data.source}: process {processes.rank} reads other data than process 0: their machines need "
+                "the same source and tokenizer, or one token cache (data.cache_dir)"
+            )
+    return data
+
+
+def write_results(results: dict[str, Any], folder: Path, write_report: Callable[[dict[str, Any], Path], None]) -> None:
+    """The results so far and their report."""
+    write_json(folder / RESULTS_FILE, results)
+    write_report(results, folder / REPORT_FILE)
 
 
 def find_report_writer() -> Callable[[dict[str, Any], Path], None]:
@@ -106,12 +132,14 @@ class _Experiment:
         data: PreparedData,
         device: torch.device,
         console: Console,
+        processes: Processes,
     ) -> None:
         self.config = config
         self.folder = folder
         self.data = data
         self.device = device
         self.console = console
+        self.processes = processes
         self.precision = choose_precision(config.train.precision, device)
         self.autocast = make_autocast(self.precision, device)
 
@@ -121,7 +149,8 @@ class _Experiment:
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": describe_command(),
             "code": describe_code(),
-            "environment": describe_environment(str(self.device), self.precision, torch.get_num_threads()),
+            "environment": describe_environment(str(self.device), self.precision, torch.get_num_threads())
+            | {"num_processes": self.processes.count, "sharding": self.config.train.sharding},
         }
         write_json(self.folder / ENVIRONMENT_FILE, facts)
         write_json(self.folder / DATA_FILE, self.data.info)
@@ -150,7 +179,7 @@ class _Experiment:
     def run_model(self, kind: ModelType) -> dict[str, Any]:
         """Train and measure one model, or read its result where a resumed run has it."""
         folder = self.folder / kind
-        done = read_json(folder / MODEL_RESULT_FILE)
+        done = self.processes.run_on_main(lambda: read_json(folder / MODEL_RESULT_FILE))
         if done is not None:
             self.console.print(f"{kind:<12} is done", highlight=False)
             return done
@@ -160,16 +189,19 @@ class _Experiment:
             self.data.train,
             self.config,
             folder,
-            validate=lambda model: measure_validation_loss(model, self.data, self.config, self.autocast),
+            validate=lambda model: measure_validation_loss(
+                model, self.data, self.config, self.autocast, self.processes
+            ),
             device=self.device,
             precision=self.precision,
             progress=progress,
+            processes=self.processes,
         )
         try:
             training = trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
         finally:
             progress.stop()
-        model = TransformerLM.load(folder / BEST_FOLDER).to(self.device).eval()
+        model = self._load_best(kind, folder / BEST_FOLDER)
         with self.console.status("") as status:
             measured = measure_model(
                 model,
@@ -177,7 +209,24 @@ class _Experiment:
                 self.config,
                 self.autocast,
                 lambda what: status.update(f"{kind}: measuring {what}"),
+                self.processes,
             )
+        return self.processes.run_on_main(lambda: self._write_result(kind, folder, model, training, measured))
+
+    @torch.no_grad()
+    def _load_best(self, kind: ModelType, folder: Path) -> TransformerLM:
+        """The best weights, which the main process reads for all."""
+        with self.processes.agree():
+            model = TransformerLM.load(folder) if self.processes.is_main else self.create(kind)
+        held = model.state_dict()
+        for name, tensor in self.processes.share_tensors(held):
+            held[name].copy_(tensor)
+        return model.to(self.device).eval()
+
+    def _write_result(
+        self, kind: ModelType, folder: Path, model: TransformerLM, training: TrainingResult, measured: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The model's result, which says that it is done; its checkpoint is needed no more."""
         lines = read_metrics(folder)
         result = {
             "model_type": str(kind),

@@ -6,10 +6,10 @@ optimizer, schedule, stream memory and random states (loaded with `weights_only=
 
 import json
 import pickle
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from new_llm.config import UserError
+from new_llm.config.errors import OtherProcessError
 from new_llm.models import TransformerLM
+from new_llm.processes import ALONE, Processes
 from new_llm.training.checkpoint_folder import find_checkpoint, write_checkpoint_folder
-from new_llm.training.random_states import read_random_states, set_random_states
+from new_llm.training.gathered_state import GatheredState, check_state, gather_state, restore_state
 
 BEST_FOLDER = "best"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass
@@ -64,21 +66,31 @@ class TrainerState:
 
 
 def save_checkpoint(
-    folder: Path, model: TransformerLM, optimizer: Optimizer, scheduler: LRScheduler, state: TrainerState, *, keep: int
+    folder: Path,
+    model: TransformerLM,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    state: TrainerState,
+    *,
+    keep: int,
+    processes: Processes = ALONE,
 ) -> None:
-    """Write a checkpoint into the model's folder, and remove those beyond the newest `keep`."""
-    with write_checkpoint_folder(folder, state.step, state.epoch, keep=keep) as temporary:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        rest: dict[str, Any] = {
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "memory": model.get_memory_state(),
-            "memory_rows": model.memory_rows,
-            "random_states": read_random_states(),
-        }
-        torch.save(rest, temporary / "trainer.pt")
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    """Write a checkpoint into the model's folder, and remove those beyond the newest `keep`.
+
+    All processes call this, and the main one writes.
+
+    Raises:
+        OtherProcessError: on the others, where the main process can't write.
+    """
+    gathered = gather_state(model, optimizer, scheduler, processes)
+    with processes.agree():
+        if gathered is None:
+            return
+        with write_checkpoint_folder(folder, state.step, state.epoch, keep=keep) as temporary:
+            save_file(gathered.weights, temporary / "model.safetensors", metadata={"format": "pt"})
+            rest = {field.name: getattr(gathered, field.name) for field in fields(gathered) if field.name != "weights"}
+            torch.save(rest, temporary / "trainer.pt")
+            (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
 def load_checkpoint(
@@ -88,39 +100,62 @@ def load_checkpoint(
     scheduler: LRScheduler,
     *,
     warn: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> TrainerState | None:
     """Put the values of the last good checkpoint into model, optimizer and schedule; None where there is no checkpoint.
 
+    All processes call this, and the main one reads. How many wrote it, and how they shared the weights, is no matter.
+
     Raises:
         UserError: none is whole, or it is of another version or another model.
+        OtherProcessError: on the others, likewise.
     """
-    last = find_checkpoint(folder, warn)
-    if last is None:
-        return None
+    last, gathered, state = None, None, None
+    with processes.agree():
+        if processes.is_main:
+            last = find_checkpoint(folder, warn)
+        if last is not None:
+            with describe_fault(last):
+                gathered, state = read_checkpoint(last)
+                check_state(gathered, model, optimizer)
+    state = processes.share(state)
+    if state is not None:
+        with processes.agree(), describe_fault(last or folder):
+            restore_state(gathered, model, optimizer, scheduler, processes)
+    return state
+
+
+def read_checkpoint(path: Path) -> tuple[GatheredState, TrainerState]:
+    """What a checkpoint's files hold.
+
+    Raises:
+        UserError: another version. A broken file raises what its library does.
+    """
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if values.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
+        )
+    weights = load_file(path / "model.safetensors")
+    rest = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    return GatheredState(weights=weights, **rest), TrainerState(**values)
+
+
+@contextmanager
+def describe_fault(path: Path) -> Iterator[None]:
+    """Turn what a broken checkpoint raises into one line."""
     try:
-        values = json.loads((last / "state.json").read_text(encoding="utf-8"))
-        if values.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{last}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
-            )
-        state = TrainerState(**values)
-        model.load_state_dict(load_file(last / "model.safetensors"))
-        rest = torch.load(last / "trainer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(rest["optimizer"])
-        scheduler.load_state_dict(rest["scheduler"])
-        model.reset_memory(rest["memory_rows"])
-        model.set_memory_state(rest["memory"])
-        set_random_states(rest["random_states"])
-    except UserError:
+        yield
+    except (UserError, OtherProcessError):
         raise
     except (
         OSError,
         ValueError,
         KeyError,
         TypeError,
+        AttributeError,
         RuntimeError,
         SafetensorError,
         pickle.UnpicklingError,
     ) as error:
-        raise UserError(f"{last}: the checkpoint can't be read: {error}") from None
-    return state
+        raise UserError(f"{path}: the checkpoint can't be read: {error}") from None

@@ -8,39 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 
 from new_llm.config import ExperimentConfig
-from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
-from new_llm.models.loss import IGNORE_INDEX, align_labels
 from new_llm.models.model_file import save_model
-from new_llm.models.ops import native
+from new_llm.processes import ALONE, Processes, gather_tensor
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, save_checkpoint
-from new_llm.training.metrics import MetricsWriter, read_peak_memory, reset_peak_memory
-from new_llm.training.optimizer import make_optimizer, make_scheduler
+from new_llm.training.metrics import MetricsWriter, SilentMetrics, read_peak_memory, reset_peak_memory
+from new_llm.training.optimizer import make_scheduler
 from new_llm.training.outcome import TrainingError, TrainingInterrupted, TrainingResult
 from new_llm.training.prefetch import prefetch_batches
+from new_llm.training.preparation import prepare_training
 from new_llm.training.progress import TrainingProgress
 from new_llm.training.readout import StepReadout
+from new_llm.training.sharding import gather_model
 from new_llm.training.signals import catch_stop_signals
-from new_llm.training.trackers import choose_trackers, open_trackers
-
-
-class TotalLoss(nn.Module):
-    """What Accelerate wraps: a batch to its summed loss, so that the wrapper's forward is the model's."""
-
-    def __init__(self, model: TransformerLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool) -> Tensor:
-        """Summed nats of a batch."""
-        return self.model.total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
+from new_llm.training.trackers import Trackers, open_trackers
 
 
 class Trainer:
@@ -55,6 +41,10 @@ class Trainer:
         device: where to train.
         precision: fp32 or bf16 (autocast).
         progress: shows how it goes.
+        processes: those that train the model together; each reads its rows of every batch.
+
+    Raises:
+        UserError: the processes do not divide the batch, or the weights can't be shared out.
     """
 
     def __init__(
@@ -68,6 +58,7 @@ class Trainer:
         device: torch.device,
         precision: str,
         progress: TrainingProgress,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model
         self.train_split = train
@@ -75,31 +66,21 @@ class Trainer:
         self.folder = folder
         self.validate = validate
         self.progress = progress
-        AcceleratorState._reset_state(True)  # Accelerate allows one precision a process unless it is told to begin anew
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            log_with=choose_trackers(config.train.trackers) or None,
-        )
+        self.processes = processes
+        self.rows = processes.slice_rows(config.train.batch_size)
+        parts = prepare_training(model, config.train, device, precision, processes)
+        self.accelerator, self.total_loss, self.optimizer = parts.accelerator, parts.total_loss, parts.optimizer
+        self.structure = parts.structure
         self.device = self.accelerator.device
         self.num_batches = len(self._plan(epoch=0))
-        accumulation = config.train.gradient_accumulation_steps
-        self.steps_per_epoch = -(-self.num_batches // accumulation)
-        model.to(self.device)
-        model.gradient_checkpointing = config.train.gradient_checkpointing
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        if config.train.compile:
-            native.load_kernels()  # which compiled layers can't do themselves
-            for layer in model.layers:
-                layer.compile()
-        optimizer = make_optimizer(model, config.train)
-        self.total_loss, self.optimizer = self.accelerator.prepare(TotalLoss(model), optimizer)
-        self.scheduler = make_scheduler(optimizer, config.train, self.steps_per_epoch)
+        self.steps_per_epoch = -(-self.num_batches // config.train.gradient_accumulation_steps)
+        self.scheduler = make_scheduler(self.optimizer.optimizer, config.train, self.steps_per_epoch)
         self.state = TrainerState()
         # On a CPU to read a number costs nothing; a GPU would have to be waited for.
         steps = 1 if self.device.type == "cpu" else config.train.log_every_steps
-        self.readout = StepReadout(optimizer, self.device, every_steps=steps)
+        self.readout = StepReadout(
+            self.optimizer.optimizer, self.device, every_steps=steps, add_up=processes.sum_on_device
+        )
         self.step_loss = self.grad_norm = float("nan")
 
     def run(self, *, resume: bool = False) -> TrainingResult:
@@ -115,14 +96,18 @@ class Trainer:
         """
         if resume:
             parts = self.model, self.optimizer.optimizer, self.scheduler
-            self.state = load_checkpoint(self.folder, *parts, warn=self.progress.note) or self.state
+            loaded = load_checkpoint(self.folder, *parts, warn=self.progress.note, processes=self.processes)
+            self.state = loaded or self.state
         reset_peak_memory(self.device)
         run = f"{self.folder.parent.name}/{self.folder.name}"
         names = self.config.train.trackers
         with open_trackers(self.accelerator, names, run, self.config.to_dict()) as trackers:
-            metrics = MetricsWriter(self.folder, self.state.metrics_lines, self.state.step, trackers)
+            metrics = self._open_metrics(trackers)
             try:
-                with catch_stop_signals() as stop:
+                with (
+                    catch_stop_signals(repeats_end=self.processes.count == 1) as is_asked,
+                    self.processes.agree_to_stop(is_asked) as stop,
+                ):
                     while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
                         self._train_epoch(metrics, stop)
                         self._end_epoch(metrics)
@@ -136,7 +121,7 @@ class Trainer:
             tokens=state.num_tokens,
             seconds=state.seconds,
             tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
-            peak_memory_bytes=read_peak_memory(self.device),
+            peak_memory_bytes=max(self.processes.gather(read_peak_memory(self.device))),
             stopped_early=state.stopped_early,
         )
 
@@ -152,16 +137,22 @@ class Trainer:
             num_samples=data.num_samples,
         )
 
+    def _open_metrics(self, trackers: Trackers) -> MetricsWriter | SilentMetrics:
+        with self.processes.agree():
+            if not self.processes.is_main:
+                return SilentMetrics()
+            return MetricsWriter(self.folder, self.state.metrics_lines, self.state.step, trackers)
+
     @property
     def _carries_memory(self) -> bool:
         return self.config.data.order == "stream"
 
-    def _train_epoch(self, metrics: MetricsWriter, stop: Callable[[], bool]) -> None:
+    def _train_epoch(self, metrics: MetricsWriter | SilentMetrics, stop: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train
-        plan = self._plan(state.epoch)
+        plan = self._plan(state.epoch).take_rows(self.rows)
         self.model.train()
         if state.batch == 0:
-            self.model.reset_memory(train.batch_size if self._carries_memory else None)
+            self.model.reset_memory(plan.rows.shape[1] if self._carries_memory else None)
             state.epoch_loss, state.epoch_tokens = 0.0, 0
         self.progress.begin_epoch(state.epoch + 1, train.num_epochs, self.steps_per_epoch, state.step)
         with prefetch_batches(plan, state.batch, train.prefetch_batches, pin=self.device.type == "cuda") as batches:
@@ -171,39 +162,41 @@ class Trainer:
                 state.batch = numbers.stop
                 self._after_step(metrics, stop, is_last=state.batch == len(plan))
 
-    def _after_step(self, metrics: MetricsWriter, stop: Callable[[], bool], *, is_last: bool) -> None:
+    def _after_step(self, metrics: MetricsWriter | SilentMetrics, stop: Callable[[], bool], *, is_last: bool) -> None:
         """Read out, log and save where it is time for it."""
         state, train = self.state, self.config.train
         logs = state.step % train.log_every_steps == 0
         # An epoch's last step is followed by validation, which writes its own checkpoint.
-        saves = stop() or (state.step % train.checkpoint_every_steps == 0 and not is_last)
+        stops = stop()
+        saves = stops or (state.step % train.checkpoint_every_steps == 0 and not is_last)
         if logs or saves or is_last:
             self._read_out()
         if logs:
             self._log(metrics)
         if saves:
             self._save(metrics)
-        if stop():
+        if stops:
             raise TrainingInterrupted(
                 f"interrupted at step {state.step}; the checkpoint is in {self.folder}", self.folder
             )
 
     def _train_step(self, batches: list[Batch]) -> None:
-        """One optimizer step over some batches: the mean loss of all their tokens, whichever batch they are in."""
+        """One optimizer step over some batches: the mean loss of all their tokens, whoever reads them."""
         state = self.state
         begin = time.perf_counter()
-        targets = [align_labels(batch.labels, batch.input_ids.shape[1]) for batch in batches]
-        num_tokens = sum(int((target != IGNORE_INDEX).sum()) for target in targets)
+        num_tokens = sum(batch.num_targets for batch in batches)
         losses: list[Tensor] = []
         for number, batch in enumerate(batches):
             is_last = number + 1 == len(batches)
             with self._synchronise(is_last):
                 loss = self._forward(batch) / max(num_tokens, 1)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * self.processes.count)  # of the processes' gradients the mean is taken
             losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
         assert norm is not None
-        is_read = self.readout.add(losses, norm, num_tokens, state.step + 1, state.epoch + 1, state.batch)
+        is_read = self.readout.add(
+            losses, gather_tensor(norm), num_tokens, state.step + 1, state.epoch + 1, state.batch
+        )
         if is_read:
             self._read_out()
         self.optimizer.step()
@@ -230,7 +223,8 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _synchronise(self, is_last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if is_last else self.accelerator.no_sync(self.total_loss)
+        # With weights shared out a whole gradient would have to be kept, so that each batch's is shared out at once.
+        return nullcontext() if is_last or self.structure is not None else self.accelerator.no_sync(self.total_loss)
 
     def _read_out(self) -> None:
         """Take in the numbers of the steps since the last read-out.
@@ -251,7 +245,7 @@ class Trainer:
             state.epoch_loss += step.loss * step.num_tokens
             self.step_loss, self.grad_norm = step.loss, step.grad_norm
 
-    def _log(self, metrics: MetricsWriter) -> None:
+    def _log(self, metrics: MetricsWriter | SilentMetrics) -> None:
         state = self.state
         values = {
             "epoch": state.epoch + 1,
@@ -269,16 +263,17 @@ class Trainer:
         metrics.write("train", state.step, values)
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 
-    def _end_epoch(self, metrics: MetricsWriter) -> None:
+    def _end_epoch(self, metrics: MetricsWriter | SilentMetrics) -> None:
         """Validate, keep the best weights, and write a checkpoint."""
         state, patience = self.state, self.config.train.patience
-        loss = self.validate(self.model)
+        model = gather_model(self.model, self.structure)
+        loss = self.validate(model)
         state.epoch += 1
         state.batch = 0
         is_best = state.best_loss is None or loss < state.best_loss
         if is_best:
             state.best_loss, state.best_epoch, state.epochs_without_gain = loss, state.epoch, 0
-            save_model(self.model, self.folder / BEST_FOLDER)
+            self.processes.run_on_main(lambda: save_model(model, self.folder / BEST_FOLDER))
         else:
             state.epochs_without_gain += 1
             state.stopped_early = bool(patience) and state.epochs_without_gain >= patience
@@ -295,9 +290,9 @@ class Trainer:
         self._save(metrics)
         self.progress.end_epoch(values)
 
-    def _save(self, metrics: MetricsWriter) -> None:
+    def _save(self, metrics: MetricsWriter | SilentMetrics) -> None:
         """Write a checkpoint, and first the metrics of the steps that it holds."""
         metrics.sync()
         self.state.metrics_lines = metrics.num_lines
         parts = self.model, self.optimizer.optimizer, self.scheduler, self.state
-        save_checkpoint(self.folder, *parts, keep=self.config.train.keep_checkpoints)
+        save_checkpoint(self.folder, *parts, keep=self.config.train.keep_checkpoints, processes=self.processes)

@@ -68,6 +68,21 @@ class MetricsWriter:
         self._board.close()
 
 
+class SilentMetrics:
+    """Stands for the metrics on a process that writes none."""
+
+    num_lines = 0
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing: the main process writes the line."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; a last line that was cut off in the middle is left out."""
     path = folder / METRICS_FILE

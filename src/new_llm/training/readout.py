@@ -1,5 +1,6 @@
 """Losses and gradient norms of steps, read out together, so that the host needn't wait for a GPU in every step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +40,20 @@ class StepReadout:
         optimizer: fused AdamW.
         device: where the losses are.
         every_steps: steps after which the numbers are to be read; 1: each before its update, so no switch is needed.
+        add_up: the sum of a tensor over the processes; the loss is of all of them, as the gradients' norm is already.
     """
 
-    def __init__(self, optimizer: Optimizer, device: torch.device, *, every_steps: int) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        device: torch.device,
+        *,
+        every_steps: int,
+        add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
         self.optimizer = optimizer
         self.every_steps = every_steps
+        self.add_up = add_up
         self._has_failed = torch.zeros((), dtype=torch.bool, device=device)
         self._numbers: list[Tensor] = []
         self._places: list[tuple[int, int, int, int]] = []
@@ -52,14 +62,15 @@ class StepReadout:
         """Keep a step's numbers, before its update; whether it is time to read.
 
         Args:
-            losses: its batches' shares of the mean loss.
+            losses: its batches' shares of the mean loss, as far as they are this process's.
             norm: of its gradients.
             num_tokens: see `StepFacts`, as the rest.
             step: its number.
             epoch: its epoch.
             batch: batches before it.
         """
-        numbers = torch.stack([torch.stack(losses).double().sum(), norm.detach().double()])
+        loss = self.add_up(torch.stack(losses).double().sum())
+        numbers = torch.stack([loss, norm.detach().double()])
         self._numbers.append(numbers)
         self._places.append((num_tokens, step, epoch, batch))
         if self.every_steps > 1:

@@ -7,13 +7,18 @@ from types import FrameType
 
 
 @contextmanager
-def catch_stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block Ctrl-C and SIGTERM only set a flag, which the loop asks for; a second one stops at once."""
+def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[Callable[[], bool]]:
+    """Inside the block Ctrl-C and SIGTERM only set a flag, which the loop asks for.
+
+    Args:
+        repeats_end: a second one ends the block at once. Not so under a launcher, which passes on what the terminal has
+            sent already.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if len(received) > 1:
+        if len(received) > 1 and repeats_end:
             raise KeyboardInterrupt
 
     try:

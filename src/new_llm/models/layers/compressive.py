@@ -21,6 +21,7 @@ from new_llm.models.ops import (
     read_memories,
 )
 from new_llm.models.state import MemoryFacts, MemoryState, choose_rows, find_written_memory
+from new_llm.processes import gather_tensor
 
 CHUNK_LENGTH = 1024
 """Tokens up to which local attention is one masked product; beyond, it runs in chunks of this length."""
@@ -314,7 +315,7 @@ class MemoryLayer(Layer):
 
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""
-        return torch.sigmoid(self.attention.gate.detach().float()).tolist()
+        return torch.sigmoid(gather_tensor(self.attention.gate.detach()).float()).tolist()
 
 
 def describe_memory_options(layer: Any) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""What the command must know of a launcher that has started it several times, without importing torch."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from new_llm.config.errors import UserError
+
+TOGETHER = ("experiment", "experiment-selective", "train-adapter")
+"""Commands whose processes work together."""
+
+
+def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one that prints."""
+    return environment.get("RANK") in (None, "", "0")
+
+
+def check_command(command: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse several processes for a command that would do the same in each of them.
+
+    Raises:
+        UserError: names the commands that several processes work on together.
+    """
+    count = environment.get("WORLD_SIZE") or "1"
+    if not count.isdigit():
+        raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")
+    if int(count) > 1 and command not in TOGETHER:
+        raise UserError(f"{command} runs in one process, not in {count}; in several run {', '.join(TOGETHER)}")
+
+
+def tells_errors() -> bool:
+    """Whether this process says what is wrong: before processes have met all find the same, and one of them says it."""
+    processes = sys.modules.get("new_llm.processes")
+    return is_main_process() or (processes is not None and processes.have_met())

@@ -1,0 +1,121 @@
+"""Small trainings, and how a test runs them in several processes on this machine."""
+
+import dataclasses
+import io
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+
+from new_llm.config import ExperimentConfig
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation import evaluate_streaming
+from new_llm.models import create_model
+from new_llm.processes import ALONE, Processes, start_processes
+from new_llm.training import Trainer
+from new_llm.training.metrics import read_metrics
+from new_llm.training.progress import TrainingProgress
+
+VOCAB = 64
+
+
+def make_split(lengths: tuple[int, ...] = (97, 33, 150, 12, 61, 40, 75)) -> TokenSplit:
+    """Documents of tokens that follow a rule, of unequal lengths."""
+    documents = [(np.arange(length) ** 2 + 7 * index) % VOCAB for index, length in enumerate(lengths)]
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    return TokenSplit(
+        tokens=np.concatenate(documents).astype(np.uint16),
+        offsets=offsets,
+        num_bytes=np.diff(offsets),
+        num_words=np.diff(offsets),
+        num_pinned_documents=0,
+    )
+
+
+def make_config(**changes: Any) -> ExperimentConfig:
+    """A training of some steps; `changes` are fields of any section."""
+    config = ExperimentConfig(
+        name="processes",
+        device="cpu",
+        model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+        data={"seq_length": 16, "segments_per_sample": 2, "num_samples": None},
+        train={
+            "num_epochs": 2,
+            "batch_size": 6,
+            "learning_rate": 1e-2,
+            "log_every_steps": 1,
+            "precision": "fp32",
+            "gradient_accumulation_steps": 2,
+        },
+    )
+    for name, value in changes.items():
+        section = next(key for key in ("train", "data", "model") if hasattr(getattr(config, key), name))
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config
+
+
+def make_trainer(
+    folder: Path, kind: str, config: ExperimentConfig, processes: Processes = ALONE, **options: Any
+) -> Trainer:
+    torch.manual_seed(0)
+    split = make_split()
+    return Trainer(
+        create_model(kind, config.model.shape(VOCAB), segment_length=config.segment_length, **options),
+        split,
+        config,
+        folder,
+        validate=lambda model: evaluate_streaming(model, split, batch_size=2, processes=processes).loss,
+        device=torch.device("cpu"),
+        precision=config.train.precision,
+        progress=TrainingProgress("model", Console(file=io.StringIO())),
+        processes=processes,
+    )
+
+
+def read_curve(folder: Path) -> list[float]:
+    """Losses and gradient norms of the steps, training and validation losses of the epochs."""
+    names = ("loss", "grad_norm", "train_loss", "validation_loss")
+    return [line[name] for line in read_metrics(folder) for name in names if name in line]
+
+
+def run_processes(count: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(processes, *arguments)` in some processes that know of one another; a failure of one fails here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_begin, (count, port, work, arguments), nprocs=count)
+
+
+def _begin(rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = start_processes()
+    with processes.guard():
+        work(processes, *arguments)
+
+
+def stop_at(trainer: Trainer, step: int, rank: int = 0) -> None:
+    """Send this process SIGTERM during a step, if it has that rank."""
+    train_step = trainer._train_step
+
+    def train(batches: list[Any]) -> None:
+        train_step(batches)
+        if trainer.state.step == step and trainer.processes.rank == rank:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer._train_step = train

@@ -1,0 +1,118 @@
+"""One process, two with all weights (DDP) and two with a share of them (FSDP): the same curve."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_cases import make_config, make_trainer, read_curve, run_processes, stop_at
+
+from new_llm.models import TransformerLM
+from new_llm.processes import ALONE, Processes
+from new_llm.training import TrainingInterrupted
+from new_llm.training.checkpoint import BEST_FOLDER, read_checkpoint
+from new_llm.training.checkpoint_folder import list_checkpoints
+
+WAYS = ("ddp", "fsdp")
+KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective")
+TOLERANCE = 1e-4
+
+
+def train(processes: Processes, folder: Path, kind: str, options: dict[str, Any], changes: dict[str, Any]) -> None:
+    make_trainer(folder, kind, make_config(**changes), processes, **options).run()
+
+
+def train_all(processes: Processes, root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
+    for name, (kind, options, changes) in cases.items():
+        for way in WAYS:
+            train(processes, root / way / name, kind, options, {**changes, "sharding": way})
+
+
+def compare_all(root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]], count: int = 2) -> None:
+    """Train every case in one process and in `count`, both ways, and compare curves and best weights."""
+    for name, (kind, options, changes) in cases.items():
+        train(ALONE, root / "one" / name, kind, options, changes)
+    run_processes(count, train_all, root, cases)
+    for name in cases:
+        expected = read_curve(root / "one" / name)
+        best = TransformerLM.load(root / "one" / name / BEST_FOLDER).state_dict()
+        assert len(expected) >= 12
+        assert max(expected) - min(expected) > 0.1
+        for way in WAYS:
+            assert read_curve(root / way / name) == pytest.approx(expected, rel=TOLERANCE), (name, way)
+            found = TransformerLM.load(root / way / name / BEST_FOLDER).state_dict()
+            for key, tensor in best.items():
+                assert torch.allclose(tensor, found[key], atol=1e-3), (name, way, key)
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+    """Batches of 6 rows, 2 of them in a step, documents of unequal lengths, rows that run empty at the end."""
+    compare_all(
+        tmp_path,
+        {
+            "stream": ("infini", {"num_memory_banks": 2, "segments_per_bank": 1}, {"order": "stream"}),
+            # The last batch has fewer rows than a process reads: the other's are all empty.
+            "shuffled": ("hierarchical", {}, {"order": "shuffled", "num_samples": 14}),
+        },
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_model_gives_the_curve_of_one_process(tmp_path: Path, count: int) -> None:
+    compare_all(
+        tmp_path,
+        {f"{kind}-{order}": (kind, {}, {"order": order}) for kind in KINDS for order in ("stream", "shuffled")},
+        count,
+    )
+
+
+@pytest.mark.slow
+def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path: Path) -> None:
+    """Layers run twice, layers called once a pass and segment with memory between, a last batch of few rows."""
+    compare_all(
+        tmp_path,
+        {
+            "checkpointing": ("infini", {}, {"gradient_checkpointing": True}),
+            "no accumulation": ("infini", {}, {"gradient_accumulation_steps": 1}),
+            "all batches in one step": ("multi_memory", {}, {"gradient_accumulation_steps": 100, "num_epochs": 12}),
+            "alibi": ("infini", {"use_alibi": True, "use_delta_rule": False}, {}),
+            "long samples": ("infini", {}, {"seq_length": 64, "segments_per_sample": 8}),
+        },
+    )
+
+
+def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str, ...]) -> None:
+    """Stop a training after 4 of its steps, or go on with it."""
+    for way in ways:
+        changes = {"sharding": way, "order": "stream"}
+        folder = root / saved_by.format(way=way)
+        trainer = make_trainer(folder, "infini", make_config(**changes), processes)
+        if not (folder / "checkpoints").exists():
+            stop_at(trainer, 4 if processes.count == 1 else 3, rank=processes.count - 1)
+            with pytest.raises(TrainingInterrupted, match="step 4"):
+                trainer.run()
+        else:
+            trainer.run(resume=True)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path: Path) -> None:
+    """Each training is stopped by SIGTERM to its last process alone, and goes on with other processes."""
+    make_trainer(tmp_path / "whole", "infini", make_config(order="stream")).run()
+    expected = read_curve(tmp_path / "whole")
+    run_processes(2, resume_all, tmp_path, "two-{way}", WAYS)
+    resume_all(ALONE, tmp_path, "one-{way}", WAYS)
+    found = read_checkpoint(list_checkpoints(tmp_path / "two-fsdp")[0])
+    alone = read_checkpoint(list_checkpoints(tmp_path / "one-ddp")[0])
+    assert found[0].memory_rows == alone[0].memory_rows == 6
+    for name, tensor in alone[0].weights.items():
+        assert torch.allclose(tensor, found[0].weights[name], atol=1e-3), name
+    for key, value in alone[0].memory[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value, found[0].memory[0][key], rtol=1e-2, atol=1e-3), key
+    assert dataclasses.replace(found[1], seconds=0, window_seconds=0).step == 4
+    resume_all(ALONE, tmp_path, "two-{way}", WAYS)
+    run_processes(2, resume_all, tmp_path, "one-{way}", WAYS)
+    for name in ("two-ddp", "two-fsdp", "one-ddp", "one-fsdp"):
+        assert read_curve(tmp_path / name) == pytest.approx(expected, rel=TOLERANCE), name
