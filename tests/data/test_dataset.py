@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data import dataset
+from new_llm.data import builder
 from new_llm.data.batches import plan_batches
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -40,7 +40,7 @@ def forbid_reading(monkeypatch):
         def refuse(*args):
             raise AssertionError("the cache should have been used")
 
-        monkeypatch.setattr(dataset, "encode_documents", refuse)
+        monkeypatch.setattr(builder, "encode_in_parallel", refuse)
 
     return forbid
 
@@ -129,7 +129,18 @@ def damage_file(file: Path) -> None:
     file.write_bytes(raw)
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "validation.index.npy", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "00000.train.tokens",
+        "00000.validation.index",
+        "train.offsets.npy",
+        "tokenizer.json",
+        "00000.json",
+        "plan.json",
+        "meta.json",
+    ],
+)
 @pytest.mark.parametrize("tear", [cut_file, damage_file, Path.unlink])
 def test_a_torn_cache_is_rebuilt(config, name, tear):
     first = prepare_data(config, 0)
@@ -146,7 +157,7 @@ def test_an_interrupted_build_leaves_nothing(config, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "encode_documents", interrupt)
+    monkeypatch.setattr(builder, "encode_in_parallel", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare_data(config, 0)
     assert list(config.cache_dir.iterdir()) == []

@@ -1,11 +1,13 @@
 """Where text comes from and how it is cut into samples."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from new_llm.config.errors import UserError
+from new_llm.config.limits import ReadLimits
 from new_llm.config.sections import section, short
 
 
@@ -15,10 +17,11 @@ class DataConfig:
 
     source: str = "pile"
     """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl,
-    .jsonl.zst, .parquet, or WikiText .raw or .tokens file, or a folder of such files."""
+    .jsonl.zst, .parquet, or WikiText .raw or .tokens file, a folder of such files, or Megatron's tokens (.idx, or
+    the name that .idx and .bin share)."""
     tokenizer: str = "auto"
     """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is the
-    Pile or WikiText-2, else a BPE trained on the source's training split."""
+    Pile, WikiText-2 or Megatron's tokens, else a BPE trained on the source's training split."""
     tokenizer_vocab_size: Annotated[int, Field(ge=300)] = 8192
     """Entries of a BPE that is trained here."""
     text_field: str = "text"
@@ -51,6 +54,17 @@ class DataConfig:
     """What is planted: passkey, a number of five digits; facts, one sentence about an invented person."""
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
+    num_workers: Annotated[int, Field(gt=0)] = 1
+    """Processes that tokenise; 1: this one, with the tokenizer's own threads."""
+    max_spool_characters: Annotated[int, Field(gt=0)] = 1 << 26
+    """A source with more text than this is large: tokenised while it is read, in shards, and split by hash."""
+    shard_characters: Annotated[int, Field(gt=0)] = 1 << 26
+    """Text in one shard of a large source's tokens: what is done again after a crash, or where a shard is torn."""
+    verify_cache_bytes: Annotated[int | None, Field(ge=0)] = 1 << 28
+    """Of a larger cache the checksums of a file are compared only after its size or time has changed; None: at
+    every start, whatever its size."""
+    limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
+    """What a file may ask for before it is refused."""
     pile_name: str = "monology/pile-uncopyrighted"
     """Hub name of the Pile."""
     wikitext_name: str = "Salesforce/wikitext"

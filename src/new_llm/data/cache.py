@@ -1,24 +1,31 @@
-"""The token cache: a folder a split of a source, written whole or not at all, and checked when read."""
+"""The token cache: a folder of shards for a source, tokenizer and limits, built under a lock and checked when read."""
 
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.locks import hold_lock
+from new_llm.config.manifest import describe_file
+from new_llm.data.sealed import read_sealed, write_sealed
+from new_llm.data.shards import INDEX_COLUMNS, SPLITS, load_split, merge_index, read_records, record_path
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
-from new_llm.data.tokens import TokenizedDocument, TokenSplit
+from new_llm.data.tokens import TokenSplit
 
-FORMAT_VERSION = 1  # of the folder's files and of how documents become tokens; another version is another key
-SPLITS = ("train", "validation")
+FORMAT_VERSION = 2  # of the folder's files and of how documents become tokens; another version is another key
 META_FILE = "meta.json"
+PLAN_FILE = "plan.json"
+VERIFIED_FILE = "verified.json"
+"""Size and time of every file whose checksum was found right. Losing it costs only another look."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,13 @@ class CacheEntry:
     splits: dict[str, TokenSplit]
     tokenizer: Tokenizer
     meta: dict[str, Any]
-    """What the builder noted, and under `files` the size and sha256 of every file."""
+    """What the builder noted, under `shards` what each shard holds, and under `files` the size and sha256 of every
+    file."""
+
+
+Build = Callable[[Path], dict[str, Any]]
+"""Given the cache's folder, with the good shards of an earlier attempt in it: writes the tokenizer and the shards that
+are missing, and returns what `meta` is to hold."""
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -42,94 +55,163 @@ def cache_key(parts: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def load_or_build(root: Path, key: str, build: Callable[[Path, Path], dict[str, Any]]) -> CacheEntry:
-    """Load the cache with this key, or build it: absent, torn and damaged ones are built anew.
+def load_or_build(root: Path, key: str, build: Build, verify_bytes: int | None) -> CacheEntry:
+    """Load the cache with this key, or build what it lacks: absent, torn and damaged files are named and made anew.
+
+    A second process that wants the same cache waits, says so in a line, and uses what the first has built.
 
     Args:
         root: the folder of all caches.
         key: from `cache_key`.
-        build: given an empty folder for the files and one for its own temporary files, writes both splits and
-            the tokenizer, and returns what `meta` is to hold.
+        build: see `Build`.
+        verify_bytes: of a larger cache only changed files are hashed; None: all are.
 
     Raises:
         UserError: the folder can't be written.
     """
     folder = root / key
-    entry = _load(folder)
-    if entry is not None:
+    if (entry := _load(folder, verify_bytes, say=None)) is not None:
         return entry
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".building-", dir=root, ignore_cleanup_errors=True) as work:
-            made, scratch = Path(work, "made"), Path(work, "scratch")
-            made.mkdir()
-            scratch.mkdir()
-            meta = build(made, scratch)
-            meta["files"] = {file.name: _describe(file) for file in sorted(made.iterdir())}
-            (made / META_FILE).write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-            for path in (*made.iterdir(), made):
-                _flush(path)
-            _put(made, folder, Path(work, "torn"))
-            _flush(root)
+        with hold_lock(root / f".{key}.lock", f"the token cache {folder}", on_wait=_say):
+            if (entry := _load(folder, verify_bytes, say=_say)) is not None:
+                return entry
+            _remove_bad_shards(folder, verify_bytes)
+            folder.mkdir(exist_ok=True)
+            try:
+                meta = build(folder)
+            except BaseException:
+                _remove_bad_shards(folder, verify_bytes)  # of a small source nothing is left behind
+                raise
+            _close(folder, meta)
+            entry = _load(folder, None, say=_say)
     except OSError as error:
         raise UserError(f"{root}: the token cache can't be written: {error.strerror or error}") from None
-    entry = _load(folder)
     if entry is None:
         raise UserError(f"{folder}: the token cache was damaged while it was written")
     return entry
 
 
-def write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument], dtype: np.dtype[Any]) -> None:
-    """Write one split's tokens and its index, a document at a time."""
-    index = list[tuple[int, int, int]]()
-    with (folder / f"{name}.tokens").open("wb") as file:
-        for document in documents:
-            document.ids.astype(dtype.newbyteorder("<")).tofile(file)
-            index.append((len(document.ids), document.num_bytes, document.num_words))
-    columns = np.array(index, dtype="<i8").reshape(-1, 3)
-    np.save(folder / f"{name}.index.npy", columns, allow_pickle=False)
+def _say(line: str) -> None:
+    print(f"new-llm: {line}", file=sys.stderr, flush=True)
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"num_bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+def _close(folder: Path, meta: dict[str, Any]) -> None:
+    """Write the splits' index and the list of all files, which makes the cache complete."""
+    records = [record for _, record in sorted(read_records(folder).items())]
+    for split in SPLITS:
+        merge_index(folder, records, split)
+    files = {name: file for record in records for name, file in record["files"].items()}
+    own = (TOKENIZER_FILE, *(f"{split}.{name}.npy" for split in SPLITS for name in INDEX_COLUMNS))
+    files |= {name: describe_file(folder / name) for name in own}
+    meta = meta | {
+        "shards": [{"index": record["index"], "splits": record["splits"]} for record in records],
+        "files": files,
+    }
+    write_sealed(folder / META_FILE, meta)
 
 
-def _flush(path: Path) -> None:
-    # Else a power cut could leave the folder in place with empty files. Windows can't open folders.
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+def _load(folder: Path, verify_bytes: int | None, say: Callable[[str], None] | None) -> CacheEntry | None:
+    meta = read_sealed(folder / META_FILE)
+    if meta is None:
+        if say and (folder / META_FILE).exists():
+            say(f"{folder / META_FILE}: torn or changed: made anew")
+        return None
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put(made: Path, folder: Path, torn: Path) -> None:
-    try:
-        os.replace(made, folder)
-    except OSError:
-        # Something is there: another process was faster, or a torn cache, which makes way.
-        if _load(folder) is None:
-            os.replace(folder, torn)
-            os.replace(made, folder)
-
-
-def _load(folder: Path) -> CacheEntry | None:
-    try:
-        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        if any(_describe(folder / name) != expected for name, expected in meta["files"].items()):
+        faults = find_bad_files(folder, meta["files"], verify_bytes)
+        for name, fault in faults.items():
+            if say:
+                say(f"{folder / name}: {fault}: made anew")
+        if faults:
             return None
-        splits = {name: _load_split(folder, name, meta) for name in SPLITS}
+        splits = {
+            name: load_split(
+                folder, meta["shards"], name, meta["dtype"], meta["num_pinned_documents"] if name == "train" else 0
+            )
+            for name in SPLITS
+        }
         return CacheEntry(splits, read_tokenizer_file(folder / TOKENIZER_FILE), meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _load_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
-    index = np.load(folder / f"{name}.index.npy", allow_pickle=False)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(index[:, 0], dtype=np.int64)])
-    tokens = np.memmap(folder / f"{name}.tokens", dtype=np.dtype(meta["dtype"]), mode="r", shape=(int(offsets[-1]),))
-    pinned = meta["num_pinned_documents"] if name == "train" else 0
-    return TokenSplit(tokens, offsets, index[:, 1].astype(np.int64), index[:, 2].astype(np.int64), pinned)
+def find_bad_files(folder: Path, files: dict[str, dict[str, Any]], verify_bytes: int | None) -> dict[str, str]:
+    """The files that are not as they were written, and what is wrong with each.
+
+    Sizes are always compared. Checksums are, too, where the files have at most `verify_bytes` in all, where it is None,
+    and for each file whose size or time is not that of its last good check.
+    """
+    verified = read_sealed(folder / VERIFIED_FILE) or {}
+    check_all = verify_bytes is None or sum(file["num_bytes"] for file in files.values()) <= verify_bytes
+    faults, good = dict[str, str](), dict[str, list[int]]()
+    for name, expected in files.items():
+        fault, stamp = _check_file(folder / name, expected, None if check_all else verified.get(name))
+        if fault:
+            faults[name] = fault
+        else:
+            good[name] = stamp
+    if verified | good != verified:
+        with suppress(OSError):  # a cache that can only be read is checked again next time
+            write_sealed(folder / VERIFIED_FILE, verified | good)
+    return faults
+
+
+def _check_file(path: Path, expected: dict[str, Any], verified: list[int] | None) -> tuple[str, list[int]]:
+    try:
+        found = path.stat()
+        stamp = [found.st_size, found.st_mtime_ns]
+        if found.st_size != expected["num_bytes"]:
+            return f"torn: {found.st_size:,} bytes in place of {expected['num_bytes']:,}", stamp
+        if stamp != verified and describe_file(path) != expected:
+            return "damaged: its checksum is another one", stamp
+    except FileNotFoundError:
+        return "missing", []
+    except OSError as error:
+        return f"can't be read ({error.strerror})", []
+    return "", stamp
+
+
+def _remove_bad_shards(folder: Path, verify_bytes: int | None) -> None:
+    """Leave in the folder only what a build may go on from: shards that are whole, under a plan to go on."""
+    if not folder.exists():
+        return
+    plan = read_sealed(folder / PLAN_FILE)
+    if plan is None or not plan["streamed"] or find_bad_files(folder, plan["files"], None):
+        shutil.rmtree(folder)
+        return
+    records = read_records(folder)
+    expected = {name: file for record in records.values() for name, file in record["files"].items()}
+    faults = find_bad_files(folder, expected, verify_bytes)
+    for index, record in records.items():
+        if record["files"].keys() & faults.keys():
+            record_path(folder, index).unlink()
+    for path in folder.glob(".*.tmp"):  # of a process that was killed; the lock says that no other one is at work
+        path.unlink()
+
+
+def remember_hashes(root: Path, files: Iterable[Path], hash_file: Callable[[Path], str], least_bytes: int) -> list[str]:
+    """The sha256 of files, large ones read again only after their size or time has changed.
+
+    Args:
+        root: the folder of all caches, which keeps what is known.
+        files: the files.
+        hash_file: reads one.
+        least_bytes: of a file that is remembered.
+    """
+    memory = root / "sources.json"
+    known = read_sealed(memory) or {}
+    digests, new = list[str](), dict[str, list[Any]]()
+    for file in files:
+        found = file.stat()
+        stamp = [found.st_size, found.st_mtime_ns]
+        name = str(file.resolve())
+        entry = known.get(name)
+        digest = entry[2] if entry and entry[:2] == stamp else hash_file(file)
+        digests.append(digest)
+        if found.st_size >= least_bytes and not (entry and entry[:2] == stamp):
+            new[name] = [*stamp, digest]
+    if new:
+        with suppress(OSError):
+            write_sealed(memory, known | new)
+    return digests

@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,14 @@ def _offline() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
+Records = Callable[[int], Iterator[dict[str, Any]]]
+"""Reads records of one part, without the first so many."""
+
+
 def open_hub_dataset(
     name: str, subset: str | None, *, streaming: bool, timeout_seconds: float, split: str = "train"
-) -> Iterator[dict[str, Any]]:
-    """The records of one split of a hub dataset, from the hub or this machine's cache.
+) -> list[Records]:
+    """The parts of one split of a hub dataset, from the hub or this machine's cache: what is streamed has one a shard.
 
     Args:
         name: hub name.
@@ -134,18 +138,22 @@ def open_hub_dataset(
     if not reachable and not dataset_is_cached(name):
         raise out_of_reach(wanted)
     try:
-        from datasets import load_dataset
+        from datasets import IterableDataset, load_dataset
 
         with contextlib.nullcontext() if reachable else _offline():
-            records = load_dataset(name, subset, split=split, streaming=streaming and reachable)
+            records: Any = load_dataset(name, subset, split=split, streaming=streaming and reachable)
+        parts = [records]
+        if isinstance(records, IterableDataset):
+            number = records.num_shards
+            parts = [records.shard(num_shards=number, index=index, contiguous=True) for index in range(number)]
     except Exception as error:  # datasets raises whatever its many parts raise
         raise _load_failed(wanted, error) from None
-    return _read_records(records, wanted)
+    return [functools.partial(_read_records, part, wanted) for part in parts]
 
 
-def _read_records(records: Any, wanted: str) -> Iterator[dict[str, Any]]:
+def _read_records(records: Any, wanted: str, skip: int) -> Iterator[dict[str, Any]]:
     try:
-        for record in records:
+        for record in records.skip(skip) if skip else records:
             yield dict(record)
     except Exception as error:
         raise _load_failed(wanted, error) from None

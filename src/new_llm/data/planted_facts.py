@@ -33,9 +33,22 @@ def plant_facts(
         config: how many facts, of which tasks, how far apart.
         seed: of all choices.
     """
-    borders = SentenceBorders(tokenizer)
+    planter = FactPlanter(tokenizer, config, seed)
     for index, document in enumerate(documents):
-        yield _plant(document, borders, tokenizer, config, np.random.default_rng([seed, index]))
+        yield planter.plant(document, index)
+
+
+class FactPlanter:
+    """Plants facts into documents one by one; arguments as `plant_facts` has them."""
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
+        self._borders = SentenceBorders(tokenizer)
+        self._tokenizer, self._config, self._seed = tokenizer, config, seed
+
+    def plant(self, document: TokenizedDocument, index: int) -> TokenizedDocument:
+        """The document with its facts; `index` is its place among all, and decides them with the seed."""
+        generator = np.random.default_rng([self._seed, index])
+        return _plant(document, self._borders, self._tokenizer, self._config, generator)
 
 
 def _plant(

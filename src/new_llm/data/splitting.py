@@ -1,5 +1,6 @@
 """Splits by document, parts of a source that has few documents, and documents of reversal sentences."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -29,6 +30,15 @@ def split_documents(
     num_validation = min(max(1, round(num_documents * validation_fraction)), num_documents - 1)
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def belongs_to_validation(raw: bytes, validation_fraction: float, seed: int) -> bool:
+    """Which split a document of a large source falls into, by its content and the seed alone.
+
+    So nothing about other documents need be held, and a text that the source repeats is in one split only.
+    """
+    digest = hashlib.sha256(hashlib.sha256(f"{seed}:{SPLIT_STREAM}".encode()).digest() + raw).digest()
+    return int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
 
 
 def cut_text(text: str, num_parts: int) -> list[str]:

@@ -10,14 +10,19 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 CHUNK_CHARACTERS = 1 << 22  # of text tokenised at once: bounds memory, whatever the source's size
+INDEX_BLOCK = 1 << 20  # documents whose index is read at once
+
+
+Text = str | NDArray[np.integer]
+"""A document: its text, or its tokens where the source holds tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """The documents of one split, memory-mapped where they come from the cache."""
+    """The documents of one split, memory-mapped where they come from the cache, their index included."""
 
     tokens: NDArray[np.unsignedinteger]
-    """All documents in order, 1-D, uint16 or uint32."""
+    """All documents in order, 1-D, uint16 or uint32; of several shards a `ShardedTokens`, read like an array."""
     offsets: NDArray[np.int64]
     """[num_documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
     num_bytes: NDArray[np.int64]
@@ -42,6 +47,22 @@ class TokenSplit:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def count_all_samples(split: TokenSplit, seq_length: int, num_documents: int | None = None) -> int:
+    """Samples in a split's first documents (None: in all), counted a block of documents at a time."""
+    stop = split.num_documents if num_documents is None else num_documents
+    total = 0
+    for start in range(0, stop, INDEX_BLOCK):
+        lengths = np.diff(split.offsets[start : min(start + INDEX_BLOCK, stop) + 1])
+        total += int(count_samples(lengths, seq_length).sum())
+    return total
+
+
+def longest_document(split: TokenSplit) -> int:
+    """Tokens of a split's longest document; 0 without any."""
+    starts = range(0, split.num_documents, INDEX_BLOCK)
+    return max((int(np.diff(split.offsets[start : start + INDEX_BLOCK + 1]).max()) for start in starts), default=0)
 
 
 class TokenizedDocument(NamedTuple):
@@ -70,22 +91,36 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """Tokenise documents a bounded chunk at a time, whole and without special tokens."""
-    chunk, size = list[str](), 0
+def encode_documents(texts: Iterable[Text], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+    """Tokenise documents a bounded chunk at a time, whole and without special tokens; tokens stay as they are."""
+    for chunk in cut_chunks(texts):
+        yield from encode_chunk(chunk, tokenizer)
+
+
+def cut_chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """The documents in lists of about CHUNK_CHARACTERS, tokens counting like characters."""
+    chunk, size = list[Text](), 0
     for text in texts:
         chunk.append(text)
         size += len(text)
         if size >= CHUNK_CHARACTERS:
-            yield from _encode_chunk(chunk, tokenizer)
+            yield chunk
             chunk, size = [], 0
-    yield from _encode_chunk(chunk, tokenizer)
+    if chunk:
+        yield chunk
 
 
-def _encode_chunk(chunk: list[str], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+def encode_chunk(chunk: list[Text], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+    """Tokenise some documents at once; of documents that are tokens, the text is decoded to be counted."""
+    texts = [text for text in chunk if isinstance(text, str)]
     # The fast form leaves out character offsets, which nothing here reads.
-    for text, encoding in zip(chunk, tokenizer.encode_batch_fast(chunk, add_special_tokens=False), strict=True):
-        yield TokenizedDocument(np.array(encoding.ids, dtype=np.uint32), len(text.encode("utf-8")), count_words(text))
+    encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ())
+    for text in chunk:
+        if isinstance(text, str):
+            ids, raw = np.array(next(encodings).ids, dtype=np.uint32), text
+        else:
+            ids, raw = text.astype(np.uint32), tokenizer.decode(text.tolist(), skip_special_tokens=False)
+        yield TokenizedDocument(ids, len(raw.encode("utf-8")), count_words(raw))
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer: Tokenizer) -> TokenSplit:
