@@ -7,7 +7,7 @@ split by its own hash, and the shards are written one after the other while it i
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -291,7 +291,7 @@ class Builder:
 
     def _encode(
         self, items: Iterable[tuple[_Tag, Text]], tokenizer: Tokenizer
-    ) -> Iterator[tuple[_Tag, TokenizedDocument]]:
+    ) -> Generator[tuple[_Tag, TokenizedDocument], None, None]:
         """Tokenise, check tokens that were read as such, and plant facts into training documents but the pinned."""
         tags = deque[_Tag]()
 

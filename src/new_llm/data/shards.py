@@ -43,7 +43,7 @@ class ShardWriter:
         # Beside the shard's own names, which another process may have mapped.
         self._files = {split: self._temporary(f"{split}.tokens").open("wb") for split in SPLITS}
         self._sizes = {split: array("q") for split in SPLITS}
-        self._num_tokens = dict.fromkeys(SPLITS, 0)
+        self._num_tokens: dict[str, int] = dict.fromkeys(SPLITS, 0)
 
     def add(self, split: str, document: TokenizedDocument) -> None:
         """Write one document."""
