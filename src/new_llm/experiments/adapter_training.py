@@ -43,6 +43,7 @@ from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import load_base, save_adapter
 from new_llm.models.layers import ParallelInfiniLayer
+from new_llm.processes import Processes, start_processes
 from new_llm.training import Trainer, TrainingResult
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.checkpoint_folder import remove_checkpoint
@@ -61,7 +62,7 @@ BASE_HERE = (
 def train_adapter(
     config: AdapterTrainingConfig, *, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Train and measure one adapter, and write its file.
+    """Train and measure one adapter, and write its file. Of several processes each makes the same call.
 
     Args:
         config: the training.
@@ -73,45 +74,64 @@ def train_adapter(
 
     Raises:
         UserError: bad input, in one line.
+        OtherProcessError: another process of the same training has failed.
         TrainingError: a loss was not finite.
         TrainingInterrupted: a signal asked to stop; the run can be resumed.
     """
-    console = console or Console(stderr=True)
-    device = choose_device(config.device)
-    config, folder = find_run(config, resume=resume)
-    check_place(config.out)
-    done = read_json(folder / RESULTS_FILE) if resume else None
-    if done is not None:
-        console.print(f"{folder} is done", highlight=False)
-        return done | {"folder": str(folder)}
-    source, tokenizer_name = find_base(config)
-    base = load_configured_base(config, source)
-    data = prepare_documents(config, tokenizer_name)
-    check_vocabulary(base, data.tokenizer, config.base)
-    wikitext = read_wikitext(config, data.tokenizer)
-    seed_generators(config.seed)
-    model = add_parallel_infini(base, config.adapter, base_name=str(source))
-    if not resume:  # only now, so that bad input leaves no folder behind
-        create_run(config, folder)
-    console.print(f"run folder {folder}", highlight=False)
-    for note in (*data.info["notes"], *wikitext.notes):
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    precision = choose_precision(config.train.precision, device)
-    results = describe_training(config, folder, data, model, str(device), precision)
-    training = run_training(config, folder / MODEL_FOLDER, model, data, device, precision, console)
-    best = TransformerLM.load(folder / MODEL_FOLDER / BEST_FOLDER)
-    save_adapter(best, config.out, with_base=not config.adapter.freeze_base_model)
-    with console.status("") as status:
-        measured = measure_adapter(
-            load_configured_base(config, source).to(device).eval(),
-            best.to(device).eval(),
-            {"held_out": data.validation} | ({} if wikitext.split is None else {"wikitext": wikitext.split}),
-            config.eval,
-            make_autocast(precision, device),
-            lambda what: status.update(f"measuring {what}"),
-        )
+    processes = start_processes()
+    with processes.guard():
+        console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
+        device = processes.place(choose_device(config.device))
+        processes.slice_rows(config.train.batch_size)
+        config, folder = processes.run_on_main(lambda: find_run(config, resume=resume))
+        processes.run_on_main(lambda: check_place(config.out))
+        done = processes.run_on_main(lambda: read_json(folder / RESULTS_FILE) if resume else None)
+        if done is not None:
+            console.print(f"{folder} is done", highlight=False)
+            return done | {"folder": str(folder)}
+        source, tokenizer_name = find_base(config)
+        base = processes.run_main_first(lambda: load_configured_base(config, source))
+        data = processes.run_main_first(lambda: prepare_documents(config, tokenizer_name))
+        check_vocabulary(base, data.tokenizer, config.base)
+        wikitext = processes.run_main_first(lambda: read_wikitext(config, data.tokenizer))
+        seed_generators(config.seed)
+        model = add_parallel_infini(base, config.adapter, base_name=str(source))
+        if not resume:  # only now, so that bad input leaves no folder behind
+            processes.run_on_main(lambda: create_run(config, folder))
+        console.print(f"run folder {folder}", highlight=False)
+        for note in (*data.info["notes"], *wikitext.notes):
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        precision = choose_precision(config.train.precision, device)
+        results = processes.run_on_main(lambda: describe_training(config, folder, data, model, str(device), precision))
+        training = run_training(config, folder / MODEL_FOLDER, model, data, device, precision, console, processes)
+
+        def finish() -> dict[str, Any]:
+            best = TransformerLM.load(folder / MODEL_FOLDER / BEST_FOLDER)
+            save_adapter(best, config.out, with_base=not config.adapter.freeze_base_model)
+            with console.status("") as status:
+                measured = measure_adapter(
+                    load_configured_base(config, source).to(device).eval(),
+                    best.to(device).eval(),
+                    {"held_out": data.validation} | ({} if wikitext.split is None else {"wikitext": wikitext.split}),
+                    config.eval,
+                    make_autocast(precision, device),
+                    lambda what: status.update(f"measuring {what}"),
+                )
+            return write_results(folder, results, training, best, measured)
+
+        return processes.run_on_main(finish) | {"folder": str(folder)}
+
+
+def write_results(
+    folder: Path,
+    results: dict[str, Any],
+    training: TrainingResult,
+    best: TransformerLM,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """What is known of the run now that it is done; its checkpoints are needed no more."""
     lines = read_metrics(folder / MODEL_FOLDER)
-    results |= {
+    results = results | {
         "status": "complete",
         "training": {
             **dataclasses.asdict(training),
@@ -124,7 +144,7 @@ def train_adapter(
     }
     write_json(folder / RESULTS_FILE, results)
     remove_checkpoint(folder / MODEL_FOLDER)
-    return results | {"folder": str(folder)}
+    return results
 
 
 def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
@@ -249,6 +269,7 @@ def run_training(
     device: torch.device,
     precision: str,
     console: Console,
+    processes: Processes,
 ) -> TrainingResult:
     """Train by the experiments' own loop: streams of whole documents, memory carried between samples."""
     # All samples of the chosen documents; num_samples bounded what was read.
@@ -267,10 +288,11 @@ def run_training(
         data.train,
         experiment,
         folder,
-        validate=lambda model: measure_validation_loss(model, data, experiment, autocast),
+        validate=lambda model: measure_validation_loss(model, data, experiment, autocast, processes),
         device=device,
         precision=precision,
         progress=progress,
+        processes=processes,
     )
     try:
         return trainer.run(resume=True)  # a new run has no checkpoint, and begins anew

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,8 @@ RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 MODEL_RESULT_FILE = "result.json"
 RESULTS_VERSION = 1
+MAY_CHANGE = ("runs_dir", "train.sharding")
+"""Settings of where and how a run is computed, not of what: it may go on with others."""
 
 
 def find_run(config: Settings, *, resume: bool) -> tuple[Settings, Path]:
@@ -58,10 +61,10 @@ def find_run(config: Settings, *, resume: bool) -> tuple[Settings, Path]:
         raise UserError("--resume needs --name NAME, the run to go on with")
     folder = config.runs_dir / config.name
     begun = read_begun(folder, type(config))
-    changed = list_differences(begun, config)
+    changed = list_differences(begun, config, but=MAY_CHANGE)
     if changed:
         raise UserError(f"{folder}: a run goes on with the settings it began with; different now: {'; '.join(changed)}")
-    return begun, folder
+    return dataclasses.replace(cast(Any, config), runs_dir=begun.runs_dir), folder
 
 
 def create_run(config: RunSettings, folder: Path) -> None:
@@ -97,8 +100,8 @@ def read_begun(folder: Path, kind: type[Settings]) -> Settings:
     return read_settings(folder / kind.file_name, kind)
 
 
-def list_differences(first: RunSettings, second: RunSettings) -> list[str]:
-    """The fields in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
+def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:
+    """The fields, `but` some, in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
 
     def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -110,7 +113,7 @@ def list_differences(first: RunSettings, second: RunSettings) -> list[str]:
         return flat
 
     one, two = flatten(first.to_dict()), flatten(second.to_dict())
-    return [f"{key} {one[key]} → {two[key]}" for key in one if one[key] != two[key] and key != "runs_dir"]
+    return [f"{key} {one[key]} → {two[key]}" for key in one if one[key] != two[key] and key not in but]
 
 
 def describe_environment(device: str, precision: str, num_threads: int) -> dict[str, Any]:
