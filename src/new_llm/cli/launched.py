@@ -2,12 +2,15 @@
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 
 from new_llm.config.errors import UserError
 
 TOGETHER = ("experiment", "experiment-selective", "train-adapter")
 """Commands whose processes work together."""
+QUIET_SECONDS = 1.0
+"""What the process that says what is wrong is given for it."""
 
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
@@ -26,6 +29,12 @@ def check_command(command: str, environment: Mapping[str, str] = os.environ) -> 
         raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")
     if int(count) > 1 and command not in TOGETHER:
         raise UserError(f"{command} runs in one process, not in {count}; in several run {', '.join(TOGETHER)}")
+
+
+def end_quietly(exit_code: int) -> int:
+    """Leave it to another process to say what is wrong: a launcher ends all as soon as the first one has ended."""
+    time.sleep(QUIET_SECONDS)
+    return exit_code
 
 
 def tells_errors() -> bool:

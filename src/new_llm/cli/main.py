@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from new_llm import __version__
-from new_llm.cli.launched import check_command, is_main_process, tells_errors
+from new_llm.cli.launched import check_command, end_quietly, is_main_process, tells_errors
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.config.errors import OtherProcessError, UserError
 
@@ -63,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        return complain(str(error)) if tells_errors() else BAD_INPUT
+        return complain(str(error)) if tells_errors() else end_quietly(BAD_INPUT)
     except OtherProcessError as error:
         if debug:
             raise
-        return BAD_INPUT if error.is_user_error else 1
+        return end_quietly(BAD_INPUT if error.is_user_error else 1)
     except KeyboardInterrupt:
         if debug:
             raise

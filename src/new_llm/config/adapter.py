@@ -87,6 +87,10 @@ class AdapterTrainConfig(TrainConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decay of weight matrices; gates, α, norms and biases have none."""
 
+    def __post_init__(self) -> None:
+        if self.sharding != "ddp":
+            raise UserError("train.sharding: an adapter trains with ddp: its α is one number, which can't be shared")
+
 
 @section
 class AdapterTrainingConfig(RunSettings):

@@ -1,0 +1,136 @@
+"""What processes say to one another: values, errors, the wish to stop."""
+
+import datetime
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from process_cases import run_processes
+
+from new_llm.config import UserError
+from new_llm.config.errors import OtherProcessError
+from new_llm.processes import ALONE, Processes, start_processes
+
+
+def fail_on(processes: Processes, rank: int, error: Exception) -> None:
+    if processes.rank == rank:
+        raise error
+
+
+def talk(processes: Processes) -> None:
+    rank, count = processes.rank, processes.count
+    assert start_processes() is processes
+    assert processes.gather(rank * 10) == [0, 10, 20]
+    assert processes.share(f"from {rank}") == "from 0"
+    assert processes.run_on_main(lambda: os.environ["RANK"]) == "0"
+    assert processes.gather_on_main(rank) == ([0, 1, 2] if rank == 0 else [])
+    assert processes.sum(np.array([rank, 0.25])).tolist() == [3, 0.75]
+    assert processes.slice_rows(6) == slice(2 * rank, 2 * rank + 2)
+    with pytest.raises(UserError, match=r"train\.batch_size: 7 rows can't be divided among 3 processes"):
+        processes.slice_rows(7)
+    tensors = {"a": torch.full((2, 3), float(rank)), "step": torch.tensor(rank + 5)}
+    shared = dict(processes.share_tensors(tensors if rank == 0 else {}))
+    assert shared["a"].tolist() == [[0.0] * 3] * 2
+    assert int(shared["step"]) == 5
+
+    order: list[float] = []
+    began = processes.run_main_first(lambda: order.append(time.monotonic()) or time.sleep(0.1) or order[0])
+    assert min(processes.gather(began)[1:]) >= processes.gather(began)[0] + 0.1
+
+    # An error of one is an error of all, and one of them has the words.
+    for error, is_user_error in ((UserError("bad input"), True), (OSError("no disk"), False)):
+        with pytest.raises((type(error), OtherProcessError)) as caught, processes.agree():
+            fail_on(processes, 1, error)
+        assert (type(caught.value) is type(error)) == (rank == 1)
+        assert str(caught.value).endswith(str(error))
+        assert rank == 1 or caught.value.is_user_error == is_user_error
+    with pytest.raises((UserError, OtherProcessError)) as caught:
+        processes.run_on_main(lambda: fail_on(processes, 0, UserError("only here")))
+    assert isinstance(caught.value, UserError) == (rank == 0)
+    with pytest.raises((UserError, OtherProcessError)) as caught, processes.agree():
+        raise UserError(f"process {rank} too")
+    assert isinstance(caught.value, UserError) == (rank == 0)
+
+    # One wishes to stop at call 3; all stop at the next one.
+    calls = 0
+    with processes.agree_to_stop(lambda: rank == count - 1 and calls >= 3) as stops:
+        while not stops():
+            calls += 1
+            assert calls < 10
+    assert calls == 4
+    assert processes.gather("still here") == ["still here"] * 3
+
+
+def test_processes_agree() -> None:
+    run_processes(3, talk)
+
+
+def test_one_process_talks_to_itself() -> None:
+    assert ALONE.gather(3) == [3]
+    assert ALONE.share("x") == ALONE.run_on_main(lambda: "x") == ALONE.run_main_first(lambda: "x") == "x"
+    assert ALONE.slice_rows(7) == slice(0, 7)
+    with pytest.raises(OSError, match="no disk"), ALONE.guard(), ALONE.agree():
+        raise OSError("no disk")
+    with ALONE.agree_to_stop(lambda: True) as stops:
+        assert stops()
+
+
+def wait_for_main(processes: Processes, seconds: float) -> None:
+    assert processes.run_on_main(lambda: time.sleep(seconds) or 7) == 7
+
+
+def wait_beyond_the_timeout(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "unused", "MASTER_PORT": "1"}
+    place = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=1))
+    wait_for_main(start_processes(), 2.5)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_others_wait_for_the_main_process_longer_than_for_gradients(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(wait_beyond_the_timeout, (str(tmp_path),), nprocs=2)
+
+
+def fail_alone(processes: Processes, folder: Path) -> None:
+    """Process 1 fails while process 0 waits for it in a collective of the gradients' kind."""
+    try:
+        with processes.guard():
+            if processes.rank == 1:
+                raise UserError("process 1 can't go on")
+            processes.sum_on_device(torch.ones(1))
+    except Exception as error:
+        (folder / f"{processes.rank}").write_text(f"{type(error).__name__} {getattr(error, 'is_user_error', '')}")
+        os._exit(0)  # as a command that ends, without leave of the others
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_ends_the_others_without_a_word(tmp_path: Path) -> None:
+    run_processes(2, fail_alone, tmp_path)
+    assert (tmp_path / "1").read_text() == "UserError "
+    assert (tmp_path / "0").read_text() == "OtherProcessError True"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true"},
+            "train.sharding",
+        ),
+    ],
+)
+def test_a_launcher_that_is_not_understood_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        start_processes()
