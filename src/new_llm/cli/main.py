@@ -1,9 +1,12 @@
 """The command `new-llm`: finds the sub-command, and turns bad input into one line and exit code 2."""
 
+import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from new_llm import __version__
 from new_llm.cli.launched import check_command, end_quietly, is_main_process, tells_errors
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         check_command(given[0])
-        return importlib.import_module(module).run(given[1:])
+        with interrupt_on_sigterm():
+            return importlib.import_module(module).run(given[1:])
     except UserError as error:
         if debug:
             raise
@@ -78,11 +82,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone; keep Python from complaining about it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, one that is gone, no rights
+        if debug:
+            raise
+        return complain(describe_os_error(error))
+
+
+@contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM ends what runs as Ctrl-C does: temporary files go, and what is done is kept."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def describe_os_error(error: OSError) -> str:
+    """The system's words on what it could not do, and for a full disk the way on."""
+    place = f"{error.filename}: " if error.filename else ""
+    way = ": free some space; a run then goes on by --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{place}{error.strerror or error}{way}"
 
 
 def complain(message: str) -> int:
     """Say in one line what was wrong; the exit code of bad input."""
-    print(f"new-llm: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # the disk that is full may be the one that this goes to
+        print(f"new-llm: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from new_llm.config import AdapterTrainingConfig, ExperimentConfig, ModelConfig, UserError
+from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.hub import hub_answers
 from new_llm.experiments.adapter_documents import choose_long_documents
@@ -29,15 +30,14 @@ from new_llm.experiments.record import (
     ENVIRONMENT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
-    create_run,
     describe_code,
     describe_command,
     describe_environment,
-    find_run,
     read_json,
     write_json,
 )
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
+from new_llm.experiments.run_place import create_run, hold_run
 from new_llm.experiments.runner import TOKENIZER_FILE
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
@@ -48,6 +48,7 @@ from new_llm.training import Trainer, TrainingResult
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.checkpoint_folder import remove_checkpoint
 from new_llm.training.metrics import read_metrics
+from new_llm.training.outcome import interrupt_training
 from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from new_llm.training.progress import TrainingProgress
 from new_llm.training.random_states import seed_generators
@@ -83,43 +84,50 @@ def train_adapter(
         console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
         device = processes.place(choose_device(config.device))
         processes.slice_rows(config.train.batch_size)
-        config, folder = processes.run_on_main(lambda: find_run(config, resume=resume))
-        processes.run_on_main(lambda: check_place(config.out))
-        done = processes.run_on_main(lambda: read_json(folder / RESULTS_FILE) if resume else None)
-        if done is not None:
-            console.print(f"{folder} is done", highlight=False)
-            return done | {"folder": str(folder)}
-        source, tokenizer_name = find_base(config)
-        base = processes.run_main_first(lambda: load_configured_base(config, source))
-        data = processes.run_main_first(lambda: prepare_documents(config, tokenizer_name))
-        check_vocabulary(base, data.tokenizer, config.base)
-        wikitext = processes.run_main_first(lambda: read_wikitext(config, data.tokenizer))
-        seed_generators(config.seed)
-        model = add_parallel_infini(base, config.adapter, base_name=str(source))
-        if not resume:  # only now, so that bad input leaves no folder behind
-            processes.run_on_main(lambda: create_run(config, folder))
-        console.print(f"run folder {folder}", highlight=False)
-        for note in (*data.info["notes"], *wikitext.notes):
-            console.print(f"note: {note}", highlight=False, soft_wrap=True)
-        precision = choose_precision(config.train.precision, device)
-        results = processes.run_on_main(lambda: describe_training(config, folder, data, model, str(device), precision))
-        training = run_training(config, folder / MODEL_FOLDER, model, data, device, precision, console, processes)
-
-        def finish() -> dict[str, Any]:
-            best = TransformerLM.load(folder / MODEL_FOLDER / BEST_FOLDER)
-            save_adapter(best, config.out, with_base=not config.adapter.freeze_base_model)
-            with console.status("") as status:
-                measured = measure_adapter(
-                    load_configured_base(config, source).to(device).eval(),
-                    best.to(device).eval(),
-                    {"held_out": data.validation} | ({} if wikitext.split is None else {"wikitext": wikitext.split}),
-                    config.eval,
-                    make_autocast(precision, device),
-                    lambda what: status.update(f"measuring {what}"),
+        with hold_run(config, resume=resume, processes=processes) as (config, folder):
+            processes.run_on_main(lambda: check_place(config.out))
+            done = processes.run_on_main(lambda: read_json(folder / RESULTS_FILE) if resume else None)
+            if done is not None:
+                processes.run_on_main(lambda: remove_checkpoint(folder / MODEL_FOLDER))
+                console.print(f"{folder} is done", highlight=False)
+                return done | {"folder": str(folder)}
+            source, tokenizer_name = find_base(config)
+            base = processes.run_main_first(lambda: load_configured_base(config, source))
+            data = processes.run_main_first(lambda: prepare_documents(config, tokenizer_name))
+            check_vocabulary(base, data.tokenizer, config.base)
+            wikitext = processes.run_main_first(lambda: read_wikitext(config, data.tokenizer))
+            seed_generators(config.seed)
+            model = add_parallel_infini(base, config.adapter, base_name=str(source))
+            if not resume:  # only now, so that bad input leaves no folder behind
+                processes.run_on_main(lambda: create_run(config, folder))
+            console.print(f"run folder {folder}", highlight=False)
+            for note in (*data.info["notes"], *wikitext.notes):
+                console.print(f"note: {note}", highlight=False, soft_wrap=True)
+            precision = choose_precision(config.train.precision, device)
+            results = processes.run_on_main(
+                lambda: describe_training(config, folder, data, model, str(device), precision)
+            )
+            with interrupt_training(folder / MODEL_FOLDER):
+                training = run_training(
+                    config, folder / MODEL_FOLDER, model, data, device, precision, console, processes
                 )
-            return write_results(folder, results, training, best, measured)
 
-        return processes.run_on_main(finish) | {"folder": str(folder)}
+                def finish() -> dict[str, Any]:
+                    best = TransformerLM.load(folder / MODEL_FOLDER / BEST_FOLDER)
+                    save_adapter(best, config.out, with_base=not config.adapter.freeze_base_model)
+                    with console.status("") as status:
+                        measured = measure_adapter(
+                            load_configured_base(config, source).to(device).eval(),
+                            best.to(device).eval(),
+                            {"held_out": data.validation}
+                            | ({} if wikitext.split is None else {"wikitext": wikitext.split}),
+                            config.eval,
+                            make_autocast(precision, device),
+                            lambda what: status.update(f"measuring {what}"),
+                        )
+                    return write_results(folder, results, training, best, measured)
+
+                return processes.run_on_main(finish) | {"folder": str(folder)}
 
 
 def write_results(
@@ -242,7 +250,7 @@ def describe_training(
     }
     write_json(folder / ENVIRONMENT_FILE, facts)
     write_json(folder / DATA_FILE, data.info)
-    data.tokenizer.save(str(folder / TOKENIZER_FILE))
+    write_text_atomically(folder / TOKENIZER_FILE, data.tokenizer.to_str(pretty=True))
     base, adapter = split_weights(model)
     return {
         "schema_version": RESULTS_VERSION,

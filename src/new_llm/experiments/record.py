@@ -9,8 +9,6 @@ runs/<name>/
 ```
 """
 
-import dataclasses
-import datetime
 import json
 import math
 import os
@@ -21,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from new_llm import __version__
 from new_llm.config import ExperimentConfig, UserError
@@ -35,49 +33,8 @@ RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 MODEL_RESULT_FILE = "result.json"
 RESULTS_VERSION = 1
-MAY_CHANGE = ("runs_dir", "train.sharding")
+MAY_CHANGE = ("runs_dir", "train.sharding", "train.checkpoint_every_steps", "train.keep_checkpoints")
 """Settings of where and how a run is computed, not of what: it may go on with others."""
-
-
-def find_run(config: Settings, *, resume: bool) -> tuple[Settings, Path]:
-    """Where a run is to stand, or stands already if it is to be resumed. Nothing is written.
-
-    Returns:
-        The configuration with its name filled in, and the folder.
-
-    Raises:
-        UserError: the folder exists already, or there is nothing to resume, or it began with other settings.
-    """
-    if not resume:
-        name = config.name or f"experiment-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        folder = config.runs_dir / name
-        if folder.exists():
-            raise UserError(
-                f"{folder}: a run of this name exists; choose another --name, or go on with it by "
-                f"--name {name} --resume"
-            )
-        return dataclasses.replace(cast(Any, config), name=name), folder
-    if config.name is None:
-        raise UserError("--resume needs --name NAME, the run to go on with")
-    folder = config.runs_dir / config.name
-    begun = read_begun(folder, type(config))
-    changed = list_differences(begun, config, but=MAY_CHANGE)
-    if changed:
-        raise UserError(f"{folder}: a run goes on with the settings it began with; different now: {'; '.join(changed)}")
-    return dataclasses.replace(cast(Any, config), runs_dir=begun.runs_dir), folder
-
-
-def create_run(config: RunSettings, folder: Path) -> None:
-    """Make the folder of a new run, with its configuration.
-
-    Raises:
-        UserError: it exists by now, or can't be made.
-    """
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
-    write_text_atomically(folder / config.file_name, config.to_yaml())
 
 
 def read_run_config(folder: Path) -> ExperimentConfig:

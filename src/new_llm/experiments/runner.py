@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from new_llm.config import ExperimentConfig, ModelType, UserError
+from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.evaluation import unigram_perplexity
 from new_llm.experiments.measure import measure_model, measure_validation_loss
@@ -21,20 +22,20 @@ from new_llm.experiments.record import (
     REPORT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
-    create_run,
     describe_code,
     describe_command,
     describe_environment,
-    find_run,
     read_json,
     write_json,
 )
+from new_llm.experiments.run_place import create_run, hold_run
 from new_llm.models import TransformerLM, create_model
 from new_llm.processes import Processes, start_processes
 from new_llm.training import Trainer, TrainingResult
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.checkpoint_folder import remove_checkpoint
 from new_llm.training.metrics import read_metrics
+from new_llm.training.outcome import interrupt_training
 from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from new_llm.training.progress import TrainingProgress
 from new_llm.training.random_states import seed_generators
@@ -78,21 +79,15 @@ def run_experiment(
         device = processes.place(choose_device(config.device))
         check_trackers(config.train.trackers)
         processes.slice_rows(config.train.batch_size)
-        config, folder = processes.run_on_main(lambda: find_run(config, resume=resume))
-        data = prepare_shared_data(config, processes)
-        if not resume:  # only now, so that bad data leaves no folder behind
-            processes.run_on_main(lambda: create_run(config, folder))
-        console.print(f"run folder {folder}", highlight=False)
-        for note in data.info.get("notes", []):
-            console.print(f"note: {note}", highlight=False, soft_wrap=True)
-        write_report = write_report or find_report_writer()
-        experiment = _Experiment(config, folder, data, device, console, processes)
-        results = processes.run_on_main(experiment.describe)
-        for kind in config.models:
-            results["models"].append(experiment.run_model(kind))
-            results["status"] = "complete" if len(results["models"]) == len(config.models) else "running"
-            processes.run_on_main(lambda: write_results(results, folder, write_report))
-        return results | {"folder": str(folder)}
+        with hold_run(config, resume=resume, processes=processes) as (config, folder):
+            data = prepare_shared_data(config, processes)
+            if not resume:  # only now, so that bad data leaves no folder behind
+                processes.run_on_main(lambda: create_run(config, folder))
+            console.print(f"run folder {folder}", highlight=False)
+            for note in data.info.get("notes", []):
+                console.print(f"note: {note}", highlight=False, soft_wrap=True)
+            experiment = _Experiment(config, folder, data, device, console, processes)
+            return experiment.run(write_report or find_report_writer()) | {"folder": str(folder)}
 
 
 def prepare_shared_data(config: ExperimentConfig, processes: Processes) -> PreparedData:
@@ -143,6 +138,16 @@ class _Experiment:
         self.precision = choose_precision(config.train.precision, device)
         self.autocast = make_autocast(self.precision, device)
 
+    def run(self, write_report: Callable[[dict[str, Any], Path], None]) -> dict[str, Any]:
+        """Train and measure the models one after another; the results and the report are written after each."""
+        results = self.processes.run_on_main(self.describe)
+        for kind in self.config.models:
+            with interrupt_training(self.folder / kind):
+                results["models"].append(self.run_model(kind))
+                results["status"] = "complete" if len(results["models"]) == len(self.config.models) else "running"
+                self.processes.run_on_main(lambda: write_results(results, self.folder, write_report))
+        return results
+
     def describe(self) -> dict[str, Any]:
         """Write the facts of the run, and begin its results with them. A resumed run keeps its first facts."""
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {
@@ -154,7 +159,7 @@ class _Experiment:
         }
         write_json(self.folder / ENVIRONMENT_FILE, facts)
         write_json(self.folder / DATA_FILE, self.data.info)
-        self.data.tokenizer.save(str(self.folder / TOKENIZER_FILE))
+        write_text_atomically(self.folder / TOKENIZER_FILE, self.data.tokenizer.to_str(pretty=True))
         return {
             "schema_version": RESULTS_VERSION,
             "name": self.config.name,
@@ -179,7 +184,7 @@ class _Experiment:
     def run_model(self, kind: ModelType) -> dict[str, Any]:
         """Train and measure one model, or read its result where a resumed run has it."""
         folder = self.folder / kind
-        done = self.processes.run_on_main(lambda: read_json(folder / MODEL_RESULT_FILE))
+        done = self.processes.run_on_main(lambda: self._read_result(folder))
         if done is not None:
             self.console.print(f"{kind:<12} is done", highlight=False)
             return done
@@ -212,6 +217,13 @@ class _Experiment:
                 self.processes,
             )
         return self.processes.run_on_main(lambda: self._write_result(kind, folder, model, training, measured))
+
+    @staticmethod
+    def _read_result(folder: Path) -> dict[str, Any] | None:
+        done = read_json(folder / MODEL_RESULT_FILE)
+        if done is not None:
+            remove_checkpoint(folder)  # if the process was killed before it could
+        return done
 
     @torch.no_grad()
     def _load_best(self, kind: ModelType, folder: Path) -> TransformerLM:

@@ -1,18 +1,26 @@
-"""A model as a folder: `model.safetensors` (weights) and `model.json` (structure). No code is ever stored or run."""
+"""A model as a folder: `model.safetensors` (weights) and `model.json` (structure). No code is ever stored or run.
+
+Each file carries its own digest, so that a damaged one is not taken for a model: the weights in their metadata, the
+structure beside its other keys. Who edits `model.json` by hand removes its `sha256`.
+"""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.config.atomic import write_atomically, write_text_atomically
 from new_llm.models.layers import LAYER_KINDS
+from new_llm.models.memory_file import fingerprint_tensors
 from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.transformer import TransformerLM
+from new_llm.models.write_errors import raise_os_errors
 
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
@@ -76,28 +84,73 @@ def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
 
 
 def save_model(model: TransformerLM, folder: Path) -> None:
-    """Write a model's weights and structure; each file is whole or not there."""
-    structure = describe_model(model)
+    """Write a model's weights and structure; each file is whole or not there.
+
+    Raises:
+        OSError: the disk refuses.
+        ValueError: a layer of a class that is not registered.
+    """
+    write_model_files(describe_model(model), model.state_dict(), folder)
+
+
+def write_model_files(structure: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
+    """Write `save_model`'s files; arguments as `describe_model` and `state_dict` give them."""
     folder.mkdir(parents=True, exist_ok=True)
-    with write_atomically(folder / WEIGHTS_FILE) as temporary:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_text_atomically(folder / STRUCTURE_FILE, json.dumps(structure, indent=2))
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+    metadata = {"format": "pt", "sha256": fingerprint_tensors(tensors)}
+    path = folder / WEIGHTS_FILE
+    with raise_os_errors(path), write_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+    described = structure | {"sha256": _hash_structure(structure)}
+    write_text_atomically(folder / STRUCTURE_FILE, json.dumps(described, indent=2))
+
+
+def find_model_fault(folder: Path, fingerprint: str) -> str | None:
+    """What is wrong with a model's folder that should hold the weights of a fingerprint; None: nothing."""
+    try:
+        read_structure(folder)
+        found = fingerprint_tensors(_read_weights(folder))
+    except UserError as error:
+        return str(error)
+    return None if found == fingerprint else f"{folder / WEIGHTS_FILE}: other weights"
+
+
+def _hash_structure(structure: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get("sha256")
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    if expected is not None and fingerprint_tensors(tensors) != expected:
+        raise UserError(f"{path}: corrupted: the weights do not match the digest they were written with")
+    return tensors
 
 
 def read_structure(folder: Path) -> Any:
     """What `model.json` in a folder holds, which `build_model` checks.
 
     Raises:
-        UserError: it is missing or no JSON.
+        UserError: it is missing or no JSON, or has changed since it was written.
     """
     path = folder / STRUCTURE_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        structure = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
+    expected = structure.pop("sha256", None) if isinstance(structure, dict) else None
+    if expected is not None and _hash_structure(structure) != expected:
+        raise UserError(f"{path}: it has changed since it was written; if that was meant, remove its sha256")
+    return structure
 
 
 def load_model(folder: Path) -> TransformerLM:
@@ -108,12 +161,7 @@ def load_model(folder: Path) -> TransformerLM:
     """
     path = folder / STRUCTURE_FILE
     structure = read_structure(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file: {error}") from None
+    tensors = _read_weights(folder)
     model = build_model(structure, str(path))
     if "embed_in.weight" in tensors:
         model.to(tensors["embed_in.weight"].dtype)

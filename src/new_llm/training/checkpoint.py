@@ -20,12 +20,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from new_llm.config import UserError
 from new_llm.config.errors import OtherProcessError
 from new_llm.models import TransformerLM
+from new_llm.models.write_errors import raise_os_errors
 from new_llm.processes import ALONE, Processes
 from new_llm.training.checkpoint_folder import find_checkpoint, write_checkpoint_folder
 from new_llm.training.gathered_state import GatheredState, check_state, gather_state, restore_state
 
 BEST_FOLDER = "best"
-FORMAT_VERSION = 3
+WEIGHTS_FILE = "model.safetensors"
+VALUES_FILE = "trainer.pt"
+STATE_FILE = "state.json"
+FORMAT_VERSION = 4
 
 
 @dataclass
@@ -40,6 +44,7 @@ class TrainerState:
         seconds: seconds spent in training steps.
         best_loss: the best validation loss, nats a token; None before the first validation.
         best_epoch: the epoch (from 1) it was reached in.
+        best_fingerprint: of its weights, as `fingerprint_weights` gives it.
         epochs_without_gain: epochs since then.
         stopped_early: whether patience has run out.
         window_loss, window_tokens, window_seconds: what the next line of metrics averages over.
@@ -54,6 +59,7 @@ class TrainerState:
     seconds: float = 0.0
     best_loss: float | None = None
     best_epoch: int = 0
+    best_fingerprint: str | None = None
     epochs_without_gain: int = 0
     stopped_early: bool = False
     window_loss: float = 0.0
@@ -87,10 +93,12 @@ def save_checkpoint(
         if gathered is None:
             return
         with write_checkpoint_folder(folder, state.step, state.epoch, keep=keep) as temporary:
-            save_file(gathered.weights, temporary / "model.safetensors", metadata={"format": "pt"})
+            with raise_os_errors(folder):
+                save_file(gathered.weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             rest = {field.name: getattr(gathered, field.name) for field in fields(gathered) if field.name != "weights"}
-            torch.save(rest, temporary / "trainer.pt")
-            (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+            with raise_os_errors(folder), (temporary / VALUES_FILE).open("wb") as file:
+                torch.save(rest, file)
+            (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
 def load_checkpoint(
@@ -131,13 +139,13 @@ def read_checkpoint(path: Path) -> tuple[GatheredState, TrainerState]:
     Raises:
         UserError: another version. A broken file raises what its library does.
     """
-    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    values = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if values.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
-    weights = load_file(path / "model.safetensors")
-    rest = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    weights = load_file(path / WEIGHTS_FILE)
+    rest = torch.load(path / VALUES_FILE, map_location="cpu", weights_only=True)
     return GatheredState(weights=weights, **rest), TrainerState(**values)
 
 

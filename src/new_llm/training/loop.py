@@ -14,8 +14,10 @@ from new_llm.config import ExperimentConfig
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
-from new_llm.models.model_file import save_model
+from new_llm.models.memory_file import fingerprint_weights
+from new_llm.models.model_file import describe_model, save_model
 from new_llm.processes import ALONE, Processes, gather_tensor
+from new_llm.training.best_weights import restore_best
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, save_checkpoint
 from new_llm.training.metrics import MetricsWriter, SilentMetrics, read_peak_memory, reset_peak_memory
 from new_llm.training.optimizer import make_scheduler
@@ -25,7 +27,7 @@ from new_llm.training.preparation import prepare_training
 from new_llm.training.progress import TrainingProgress
 from new_llm.training.readout import StepReadout
 from new_llm.training.sharding import gather_model
-from new_llm.training.signals import catch_stop_signals
+from new_llm.training.signals import StopSignals, catch_stop_signals
 from new_llm.training.trackers import Trackers, open_trackers
 
 
@@ -97,7 +99,8 @@ class Trainer:
         if resume:
             parts = self.model, self.optimizer.optimizer, self.scheduler
             loaded = load_checkpoint(self.folder, *parts, warn=self.progress.note, processes=self.processes)
-            self.state = loaded or self.state
+            if loaded is not None:
+                self.state = self.processes.run_on_main(lambda: self._restore_best(loaded))
         reset_peak_memory(self.device)
         run = f"{self.folder.parent.name}/{self.folder.name}"
         names = self.config.train.trackers
@@ -110,7 +113,7 @@ class Trainer:
                 ):
                     while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
                         self._train_epoch(metrics, stop)
-                        self._end_epoch(metrics)
+                        self._end_epoch(metrics, stop, is_asked)
             finally:
                 metrics.close()
         state = self.state
@@ -142,6 +145,9 @@ class Trainer:
             if not self.processes.is_main:
                 return SilentMetrics()
             return MetricsWriter(self.folder, self.state.metrics_lines, self.state.step, trackers)
+
+    def _restore_best(self, loaded: TrainerState) -> TrainerState:
+        return restore_best(self.folder, self.structure or describe_model(self.model), loaded, self.progress.note)
 
     @property
     def _carries_memory(self) -> bool:
@@ -176,9 +182,11 @@ class Trainer:
         if saves:
             self._save(metrics)
         if stops:
-            raise TrainingInterrupted(
-                f"interrupted at step {state.step}; the checkpoint is in {self.folder}", self.folder
-            )
+            raise self._interrupted()
+
+    def _interrupted(self) -> TrainingInterrupted:
+        where = f"interrupted at step {self.state.step}; the checkpoint is in {self.folder}"
+        return TrainingInterrupted(where, self.folder)
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over some batches: the mean loss of all their tokens, whoever reads them."""
@@ -263,17 +271,25 @@ class Trainer:
         metrics.write("train", state.step, values)
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 
-    def _end_epoch(self, metrics: MetricsWriter | SilentMetrics) -> None:
-        """Validate, keep the best weights, and write a checkpoint."""
+    def _end_epoch(
+        self, metrics: MetricsWriter | SilentMetrics, stop: Callable[[], bool], signals: StopSignals
+    ) -> None:
+        """Validate, write a checkpoint, and keep the best weights."""
         state, patience = self.state, self.config.train.patience
         model = gather_model(self.model, self.structure)
-        loss = self.validate(model)
+        try:
+            # Several processes validate together, and stop together after it.
+            with signals.interrupt() if self.processes.count == 1 else nullcontext():
+                loss = self.validate(model)
+        except KeyboardInterrupt:
+            self._save(metrics)
+            raise self._interrupted() from None
         state.epoch += 1
         state.batch = 0
         is_best = state.best_loss is None or loss < state.best_loss
         if is_best:
             state.best_loss, state.best_epoch, state.epochs_without_gain = loss, state.epoch, 0
-            self.processes.run_on_main(lambda: save_model(model, self.folder / BEST_FOLDER))
+            state.best_fingerprint = self.processes.run_on_main(lambda: fingerprint_weights(model))
         else:
             state.epochs_without_gain += 1
             state.stopped_early = bool(patience) and state.epochs_without_gain >= patience
@@ -288,7 +304,11 @@ class Trainer:
         }
         metrics.write("epoch", state.step, values)
         self._save(metrics)
+        if is_best:  # after the checkpoint, which holds the same weights: see restore_best
+            self.processes.run_on_main(lambda: save_model(model, self.folder / BEST_FOLDER))
         self.progress.end_epoch(values)
+        if stop():
+            raise self._interrupted()
 
     def _save(self, metrics: MetricsWriter | SilentMetrics) -> None:
         """Write a checkpoint, and first the metrics of the steps that it holds."""

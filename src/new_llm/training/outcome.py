@@ -1,5 +1,7 @@
 """How a training ends."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,24 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, folder: Path) -> None:
         super().__init__(message)
         self.folder = folder
+
+
+@contextmanager
+def interrupt_training(folder: Path) -> Iterator[None]:
+    """Around the work on one model: an interrupt after its training is an interrupt of the training, which goes on.
+
+    Args:
+        folder: the model's folder in the run.
+
+    Raises:
+        TrainingInterrupted: a signal asked to stop.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(f"interrupted; what is done is in {folder}", folder) from None
 
 
 @dataclass(frozen=True)
