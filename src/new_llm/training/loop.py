@@ -113,7 +113,9 @@ class Trainer:
                 ):
                     while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
                         self._train_epoch(metrics, stop)
-                        self._end_epoch(metrics, stop, is_asked)
+                        self._end_epoch(metrics, is_asked)
+                if any(self.processes.gather(is_asked())):  # too late for a step to see it
+                    raise self._interrupted()
             finally:
                 metrics.close()
         state = self.state
@@ -271,9 +273,7 @@ class Trainer:
         metrics.write("train", state.step, values)
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 
-    def _end_epoch(
-        self, metrics: MetricsWriter | SilentMetrics, stop: Callable[[], bool], signals: StopSignals
-    ) -> None:
+    def _end_epoch(self, metrics: MetricsWriter | SilentMetrics, signals: StopSignals) -> None:
         """Validate, write a checkpoint, and keep the best weights."""
         state, patience = self.state, self.config.train.patience
         model = gather_model(self.model, self.structure)
@@ -307,8 +307,6 @@ class Trainer:
         if is_best:  # after the checkpoint, which holds the same weights: see restore_best
             self.processes.run_on_main(lambda: save_model(model, self.folder / BEST_FOLDER))
         self.progress.end_epoch(values)
-        if stop():
-            raise self._interrupted()
 
     def _save(self, metrics: MetricsWriter | SilentMetrics) -> None:
         """Write a checkpoint, and first the metrics of the steps that it holds."""
