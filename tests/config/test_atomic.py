@@ -3,39 +3,20 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from new_llm.config.atomic import remove_leftovers, write_atomically, write_folder_atomically, write_text_atomically
-
-OPERATIONS = ("replace", "fsync", "mkdir", "chmod", "open", "rmdir", "unlink")
-
-
-@contextmanager
-def stop_at(number: int, monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iterator[list[str]]:
-    """Let the operation of this number fail, as on a full disk, or end the process at once before it."""
-    done: list[str] = []
-
-    def wrap(name: str) -> Callable:
-        original = getattr(os, name)
-
-        def operate(*args, **options):
-            done.append(name)
-            if len(done) == number:
-                if dies:
-                    os._exit(9)
-                raise OSError(28, "No space left on device")
-            return original(*args, **options)
-
-        return operate
-
-    with monkeypatch.context() as patch:
-        for name in OPERATIONS:
-            patch.setattr(os, name, wrap(name))
-        yield done
+from disk_faults import stop_at
+from new_llm.config.atomic import (
+    remove_folder_atomically,
+    remove_leftovers,
+    write_atomically,
+    write_folder_atomically,
+    write_text_atomically,
+)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -79,6 +60,25 @@ def test_whatever_fails_there_is_the_old_or_the_new(
         assert read(path) == {"old"}
         assert list(path.parent.iterdir()) == [path], number
     assert number > 8
+
+
+def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder"
+    remove_folder_atomically(path)
+    number, is_gone = 0, False
+    while not is_gone:
+        number += 1
+        write_folder(path, "old")
+        if child := os.fork():
+            is_gone = os.waitpid(child, 0)[1] == 0
+        else:
+            with stop_at(number, monkeypatch, dies=True):
+                remove_folder_atomically(path)
+            os._exit(0)
+        assert not path.exists() or read(path) == {"old"}
+        remove_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == ([path] if path.exists() else [])
+    assert number > 3
 
 
 def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def write_folder_atomically(path: Path) -> Iterator[Path]:
         sync_to_disk(path.parent)
 
 
+def remove_folder_atomically(path: Path) -> None:
+    """Remove a folder, if it is there: it is gone whole, so that a process killed meanwhile leaves no half of it."""
+    if path.exists():
+        with make_temporary_folder(path) as folder:
+            path.replace(folder / path.name)
+
+
 @contextmanager
 def make_temporary_folder(path: Path) -> Iterator[Path]:
     """Inside the block: an empty folder `.name.….tmp` beside a path, locked for as long as this process lives."""

@@ -1,13 +1,12 @@
 """Where a model's checkpoints stand: one folder each, closed by a manifest; the last good one is found."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from new_llm.config import UserError
-from new_llm.config.atomic import remove_leftovers, write_folder_atomically
+from new_llm.config.atomic import remove_folder_atomically, remove_leftovers, write_folder_atomically
 from new_llm.config.manifest import check_manifest, write_manifest
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -48,7 +47,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
     newer = [other for other in others if _read_place(other) > (step, epoch)]
     older = others[len(newer) :]
     for outdated in (*newer, *older[keep - 1 :]):
-        shutil.rmtree(outdated, ignore_errors=True)
+        remove_folder_atomically(outdated)
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
@@ -80,7 +79,7 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove the checkpoints of a finished model, whose best weights stay."""
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+    remove_folder_atomically(folder / CHECKPOINTS_FOLDER)
 
 
 def _read_place(path: Path) -> tuple[int, int]:
