@@ -4,7 +4,8 @@ Nothing here calls the package; a test hands over a layer's weights and the opti
 
 σ(x) = ELU(x) + 1;  A_mem = σ(q) M / max(σ(q) z, ε);
 A_loc[t] = Σ_{j≤t} (σ(q_t)·σ(k_j)) v_j / max(Σ_{j≤t} σ(q_t)·σ(k_j), ε);
-out = g A_mem + (1 − g) A_loc;  M ← w M + Σ σ(k_t)ᵀ (v_t − r_t),  z ← w z + Σ σ(k_t).
+out = g A_mem + (1 − g) A_loc;  M ← w M + Σ σ(k_t)ᵀ (v_t − r_t),  z ← w z + Σ σ(k_t). With shifted keys σ(k_t) is that of the token before, 0 for the
+segment's first.
 """
 
 import math
@@ -43,6 +44,7 @@ class ReferenceLayer:
         self.heads = options.get("num_memory_heads") or (1 if is_infini else num_heads)
         self.width = hidden_size // self.heads
         self.delta = options.get("use_delta_rule", True)
+        self.shift = options.get("use_key_shift", False)
         self.num_memories = options.get("num_memory_banks", 1) if is_infini else options.get("num_memories", 4)
         self.turn = options.get("segments_per_bank", 4) if is_infini else 1
         self.decay = [1.0] * self.heads
@@ -72,6 +74,8 @@ class ReferenceLayer:
         tokens, K = len(x), self.width
         qkv = self._linear(x, "attention.query_key_value").reshape(tokens, self.heads, 3, K)
         q, k, v = sigma(qkv[:, :, 0]), sigma(qkv[:, :, 1]), qkv[:, :, 2]
+        if self.shift:
+            k = np.stack([k[t - 1] if t else np.zeros_like(k[0]) for t in range(tokens)])
         mixed = np.zeros((tokens, self.heads, K))
         for t in range(tokens):
             remembered = self._read(q[t], memory)

@@ -55,7 +55,7 @@ class LayerCase:
 
     @property
     def name(self) -> str:
-        short = {"use_delta_rule": "delta", "num_memory_heads": "heads", "num_memory_banks": "banks"}
+        short = {"use_delta_rule": "delta", "use_key_shift": "shift", "num_memory_heads": "heads", "num_memory_banks": "banks"}
         return "-".join([self.kind, *(f"{short.get(k, k)}={v}" for k, v in self.options.items())])
 
 
@@ -81,7 +81,12 @@ SELECTING_CASES = [
     for kind in ("multi_memory", "hierarchical")
     for case in _combine(kind, use_delta_rule=(True, False), num_memory_heads=(None, 1, 4), num_memories=(1, 3))
 ]
-MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES)}
+SHIFTED_CASES = [
+    case
+    for kind in ("infini", "multi_memory", "hierarchical")
+    for case in _combine(kind, use_key_shift=(True,), use_delta_rule=(True, False), num_memory_heads=(4,))
+]
+MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES, *SHIFTED_CASES)}
 """Every combination of the options of every memory layer."""
 
 _PYTHIA = LayerCase("pythia")
@@ -98,13 +103,18 @@ MIXED_STACKS = {
     "parallel": [
         LayerCase("parallel_infini", {"num_memory_heads": 4, "num_memory_banks": 2, "segments_per_bank": 1}),
         _PYTHIA,
-        LayerCase("parallel_infini", {"use_delta_rule": False, "use_alibi": True}),
+        LayerCase("parallel_infini", {"use_delta_rule": False, "use_alibi": True, "use_key_shift": True}),
     ],
     "mixed-sums": [
         _SUM_BANKS,
         LayerCase("multi_memory", {"num_memories": 2, "use_delta_rule": False}),
         _PYTHIA,
         LayerCase("hierarchical", {"num_memories": 2, "use_delta_rule": False}),
+    ],
+    "mixed-shifted": [
+        LayerCase("infini", {"use_key_shift": True}),
+        _PYTHIA,
+        LayerCase("multi_memory", {"num_memories": 2, "use_key_shift": True, "use_delta_rule": False}),
     ],
 }
 MEMORY_STACKS = {**{name: [case, _PYTHIA] for name, case in MEMORY_CASES.items()}, **MIXED_STACKS}

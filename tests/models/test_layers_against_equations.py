@@ -139,6 +139,7 @@ def test_the_cases_hold_every_option_of_the_table() -> None:
     options = {name for case in MEMORY_CASES.values() for name in case.options}
     assert options == {
         "use_delta_rule",
+        "use_key_shift",
         "num_memory_heads",
         "num_memory_banks",
         "segments_per_bank",

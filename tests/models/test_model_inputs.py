@@ -40,6 +40,7 @@ def refuse(call: Callable[[], Any], *words: str) -> None:
 # Option, the models that take it, values out of range. What a message must name is the option itself.
 RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "use_delta_rule": (MEMORY_TYPES, []),
+    "use_key_shift": (MEMORY_TYPES, []),
     "memory_layers": (MEMORY_TYPES, []),
     "num_memories": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0, -1, 1.5]),
     "num_memory_banks": ([ModelType.INFINI], [0, -1, 1.5]),

@@ -20,7 +20,14 @@ class ModelType(StrEnum):
     DEEP_PYTHIA = "deep_pythia"
 
 
-COMMON_MEMORY_OPTIONS = ("memory_layers", "use_delta_rule", "num_memory_heads", "gate_init", "memory_epsilon")
+COMMON_MEMORY_OPTIONS = (
+    "memory_layers",
+    "use_delta_rule",
+    "use_key_shift",
+    "num_memory_heads",
+    "gate_init",
+    "memory_epsilon",
+)
 
 # Which of `MemoryConfig`'s and `SelectiveConfig`'s options each model takes. Every model also takes `segment_length`.
 MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
@@ -82,6 +89,8 @@ class MemoryConfig:
     """Which layers have memory, counted from 0; all others are Pythia layers."""
     use_delta_rule: bool = True
     """Write only what the memory does not hold yet (v − r) instead of v."""
+    use_key_shift: bool = False
+    """File each value under the key of the token before it, so that a query finds what followed its like."""
     num_memory_heads: Annotated[int | None, Field(gt=0)] = None
     """Memory heads H; None: 1 for infini (one head as wide as the model), num_attention_heads for the others."""
     num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4

@@ -37,12 +37,15 @@ class OpenSegment:
         writes: Σ kᵀ(v − r), [B, H, K, V], which the segment's end adds to the memory; without the delta rule the same
             tensor as `products`.
         num_tokens: tokens summed, [B].
+        last_key: features of the last token's own key, [B, H, K], under which shifted keys file the next token; 0 where
+            there is none.
     """
 
     products: Tensor
     keys: Tensor
     writes: Tensor
     num_tokens: Tensor
+    last_key: Tensor
 
 
 class CompressiveAttention(Attention):
@@ -56,6 +59,7 @@ class CompressiveAttention(Attention):
         num_memories: N.
         segments_per_memory: segments written into one memory before the next.
         use_delta_rule: write v − r in place of v.
+        use_key_shift: file each value under the key of the token before it in the segment.
         gate_init: the initial β.
         epsilon: ε, the least divisor of a read.
         decay: w of each head, H numbers; None: 1.
@@ -69,6 +73,7 @@ class CompressiveAttention(Attention):
         num_memories: int,
         segments_per_memory: int,
         use_delta_rule: bool,
+        use_key_shift: bool,
         gate_init: float,
         epsilon: float,
         decay: Sequence[float] | None = None,
@@ -84,6 +89,7 @@ class CompressiveAttention(Attention):
         self.num_memories = num_memories
         self.segments_per_memory = segments_per_memory
         self.use_delta_rule = use_delta_rule
+        self.use_key_shift = use_key_shift
         self.epsilon = epsilon
         self.decay = None if decay is None else tuple(decay)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
@@ -129,6 +135,8 @@ class CompressiveAttention(Attention):
         q, k, v = self._project(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             q, k = feature_map(q), feature_map(k)
+            if self.use_key_shift:
+                k = shift_keys(k)
             local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH)
             if segments.valid is not None:  # masked keys are zero, so that they add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
@@ -199,6 +207,10 @@ class CompressiveAttention(Attention):
         q, k, v = self._project(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             q, k = feature_map(q), feature_map(k)
+            last_key = None
+            if self.use_key_shift:
+                last_key = torch.zeros_like(k[:, :, 0]) if opened is None else opened.last_key
+                k, last_key = shift_keys(k, last_key), pick_last_key(k, last_key, step.valid)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
             if hidden.shape[1] == 1:
@@ -211,6 +223,8 @@ class CompressiveAttention(Attention):
                 from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
                 opened = self._sum_step(k, v, opened, memory, step)
                 mixed = self._gate(from_memory, local)
+            if last_key is not None:
+                opened = replace(opened, last_key=last_key)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), opened
 
     def _step_one(
@@ -241,7 +255,7 @@ class CompressiveAttention(Attention):
         if opened.writes is not opened.products:
             add_outer_products(opened.writes, k, written)
         keys = opened.keys + k.sum(-2, dtype=opened.keys.dtype)
-        return OpenSegment(opened.products, keys, opened.writes, opened.num_tokens + count)
+        return replace(opened, keys=keys, num_tokens=opened.num_tokens + count)
 
     def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
         """An open segment without tokens; where r = 0 one tensor serves as `products` and as `writes`."""
@@ -249,7 +263,8 @@ class CompressiveAttention(Attention):
         keys = torch.zeros(rows, self.num_memory_heads, self.head_size, dtype=dtype, device=like.device)
         products = keys.new_zeros(*keys.shape, self.head_size)
         writes = products if is_one_sum else torch.zeros_like(products)
-        return OpenSegment(products, keys, writes, torch.zeros(rows, dtype=torch.int64, device=like.device))
+        num_tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return OpenSegment(products, keys, writes, num_tokens, last_key=torch.zeros_like(keys, dtype=like.dtype))
 
     def end_segments(
         self, opened: OpenSegment | None, memory: MemoryState | None, ended: Tensor
@@ -265,11 +280,37 @@ class CompressiveAttention(Attention):
             current, norm = current * decay[:, None, None], norm * decay[:, None]
         count = opened.num_tokens * ended
         memory = self._replace(memory, current + opened.writes, norm + opened.keys, count)
-        zero = OpenSegment(*(torch.zeros_like(t) for t in (opened.products, opened.keys, opened.writes, count)))
-        cleared = OpenSegment(
-            *(choose_rows(ended, getattr(zero, name), getattr(opened, name)) for name in OpenSegment.__annotations__)
-        )
-        return cleared, memory
+        kept = {name: getattr(opened, name) for name in OpenSegment.__annotations__}
+        cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
+        return OpenSegment(**cleared), memory
+
+
+def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
+    """Each token's key becomes that of the token before it: what is filed under a word is the word that followed it.
+
+    So a query for a context finds what came after such a context, in one layer. It is the shift of H3
+    (arXiv:2212.14052, section 3), here of keys.
+
+    Args:
+        k: features of the keys, [..., S, K].
+        first: what the first token gets, [..., K]; None: 0, so that it is written nowhere.
+    """
+    before = torch.zeros_like(k[..., :1, :]) if first is None else first.unsqueeze(-2).to(k.dtype)
+    return torch.cat((before, k[..., :-1, :]), dim=-2)
+
+
+def pick_last_key(k: Tensor, last_key: Tensor, valid: Tensor | None) -> Tensor:
+    """The features of the last real token's own key, [B, H, K].
+
+    Args:
+        k: keys of new tokens, [B, H, T, K], not shifted.
+        last_key: what a row without a real token keeps.
+        valid: real tokens, [B, T], on the left; None: all.
+    """
+    if valid is None:
+        return k[:, :, -1]
+    every = torch.cat((last_key.unsqueeze(2).to(k.dtype), k), dim=2)
+    return every[torch.arange(len(k), device=k.device), :, valid.sum(-1)]
 
 
 class MemoryLayer(Layer):

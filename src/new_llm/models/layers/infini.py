@@ -24,6 +24,7 @@ class InfiniAttention(CompressiveAttention):
         num_memory_banks: int,
         segments_per_bank: int,
         use_delta_rule: bool,
+        use_key_shift: bool,
         use_alibi: bool,
         alibi_scale: float,
         gate_init: float,
@@ -41,6 +42,7 @@ class InfiniAttention(CompressiveAttention):
             num_memories=num_memory_banks,
             segments_per_memory=segments_per_bank,
             use_delta_rule=use_delta_rule,
+            use_key_shift=use_key_shift,
             gate_init=gate_init,
             epsilon=epsilon,
             decay=decay,
@@ -79,6 +81,7 @@ class InfiniLayer(MemoryLayer):
         num_memory_banks: banks, written in turn.
         segments_per_bank: segments written into one bank before the next.
         use_delta_rule: write v − r in place of v.
+        use_key_shift: file each value under the key of the token before it in the segment.
         use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
         alibi_scale: scale of the decay.
         gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
@@ -102,6 +105,7 @@ class InfiniLayer(MemoryLayer):
         num_memory_banks: int = MemoryConfig.num_memory_banks,
         segments_per_bank: int = MemoryConfig.segments_per_bank,
         use_delta_rule: bool = MemoryConfig.use_delta_rule,
+        use_key_shift: bool = MemoryConfig.use_key_shift,
         use_alibi: bool = MemoryConfig.use_alibi,
         alibi_scale: float = MemoryConfig.alibi_scale,
         gate_init: float = MemoryConfig.gate_init,
@@ -114,6 +118,7 @@ class InfiniLayer(MemoryLayer):
             num_memory_banks=num_memory_banks,
             segments_per_bank=segments_per_bank,
             use_delta_rule=use_delta_rule,
+            use_key_shift=use_key_shift,
             use_alibi=use_alibi,
             alibi_scale=alibi_scale,
             gate_init=gate_init,

@@ -37,6 +37,7 @@ class MultiMemoryLayer(MemoryLayer):
         num_memories: memories M.
         num_memory_heads: H; None: `num_heads`.
         use_delta_rule: write v − r in place of v.
+        use_key_shift: file each value under the key of the token before it in the segment.
         gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
         memory_epsilon: ε, the least divisor of a read.
         layer_norm_eps: ε of the LayerNorms.
@@ -58,6 +59,7 @@ class MultiMemoryLayer(MemoryLayer):
         num_memories: int = MemoryConfig.num_memories,
         num_memory_heads: int | None = None,
         use_delta_rule: bool = MemoryConfig.use_delta_rule,
+        use_key_shift: bool = MemoryConfig.use_key_shift,
         gate_init: float = MemoryConfig.gate_init,
         memory_epsilon: float = MemoryConfig.memory_epsilon,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
@@ -68,6 +70,7 @@ class MultiMemoryLayer(MemoryLayer):
             num_memories=num_memories,
             segments_per_memory=1,
             use_delta_rule=use_delta_rule,
+            use_key_shift=use_key_shift,
             gate_init=gate_init,
             epsilon=memory_epsilon,
         )

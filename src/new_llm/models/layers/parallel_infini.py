@@ -40,6 +40,7 @@ class ParallelInfiniLayer(MemoryLayer):
         num_memory_banks: banks, written in turn.
         segments_per_bank: segments written into one bank before the next.
         use_delta_rule: write v − r in place of v.
+        use_key_shift: file each value under the key of the token before it in the segment.
         use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
         alibi_scale: scale of the decay.
         gate_init: initial β; g = sigmoid(β) is the share of memory in Infini's output.
@@ -67,6 +68,7 @@ class ParallelInfiniLayer(MemoryLayer):
         num_memory_banks: int = MemoryConfig.num_memory_banks,
         segments_per_bank: int = MemoryConfig.segments_per_bank,
         use_delta_rule: bool = MemoryConfig.use_delta_rule,
+        use_key_shift: bool = MemoryConfig.use_key_shift,
         use_alibi: bool = MemoryConfig.use_alibi,
         alibi_scale: float = MemoryConfig.alibi_scale,
         gate_init: float = MemoryConfig.gate_init,
@@ -93,6 +95,7 @@ class ParallelInfiniLayer(MemoryLayer):
             num_memory_banks=num_memory_banks,
             segments_per_bank=segments_per_bank,
             use_delta_rule=use_delta_rule,
+            use_key_shift=use_key_shift,
             use_alibi=use_alibi,
             alibi_scale=alibi_scale,
             gate_init=gate_init,
