@@ -4,8 +4,8 @@ Nothing here calls the package; a test hands over a layer's weights and the opti
 
 σ(x) = ELU(x) + 1;  A_mem = σ(q) M / max(σ(q) z, ε);
 A_loc[t] = Σ_{j≤t} (σ(q_t)·σ(k_j)) v_j / max(Σ_{j≤t} σ(q_t)·σ(k_j), ε);
-out = g A_mem + (1 − g) A_loc;  M ← w M + Σ σ(k_t)ᵀ (v_t − r_t),  z ← w z + Σ σ(k_t). With shifted keys σ(k_t) is that of the token before, 0 for the
-segment's first.
+out = g A_mem + (1 − g) A_loc;  M ← w M + Σ σ(k_t)ᵀ (v_t − r_t),  z ← w z + Σ σ(k_t). With shifted keys σ(k_t) is
+that of the token before, 0 for the segment's first.
 """
 
 import math

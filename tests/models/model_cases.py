@@ -55,7 +55,12 @@ class LayerCase:
 
     @property
     def name(self) -> str:
-        short = {"use_delta_rule": "delta", "use_key_shift": "shift", "num_memory_heads": "heads", "num_memory_banks": "banks"}
+        short = {
+            "use_delta_rule": "delta",
+            "use_key_shift": "shift",
+            "num_memory_heads": "heads",
+            "num_memory_banks": "banks",
+        }
         return "-".join([self.kind, *(f"{short.get(k, k)}={v}" for k, v in self.options.items())])
 
 

@@ -50,6 +50,9 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "num_memory_heads": (MEMORY_TYPES, [0, -1, 3, 64]),
     "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
     "gate_init": (MEMORY_TYPES, []),
+    "query_key_init_scale": (MEMORY_TYPES, [0.0, -1.0, float("nan")]),
+    "query_key_init_bias": (MEMORY_TYPES, []),
+    "match_query_key_init": (MEMORY_TYPES, []),
     "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
     "earlier_pass_weight": ([ModelType.SELECTIVE], [-0.1, 1.5]),
 }

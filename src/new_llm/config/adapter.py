@@ -38,6 +38,14 @@ class AdapterLayerConfig:
     """Scale of the decay."""
     gate_init: float = MemoryConfig.gate_init
     """Initial β; the gate towards memory is sigmoid(β) a head."""
+    use_key_shift: bool = MemoryConfig.use_key_shift
+    """File each value under the key of the token before it, so that a query finds what followed its like."""
+    query_key_init_scale: Annotated[float, Field(gt=0)] = MemoryConfig.query_key_init_scale
+    """W_q and W_k begin so many times as large as other weights."""
+    query_key_init_bias: float = MemoryConfig.query_key_init_bias
+    """Initial bias of q and k; below 0 few features of a token are large."""
+    match_query_key_init: bool = MemoryConfig.match_query_key_init
+    """W_k begins as W_q, so that alike tokens find one another from the start."""
     memory_epsilon: Annotated[float, Field(gt=0)] = MemoryConfig.memory_epsilon
     """ε: the least divisor of a read."""
 

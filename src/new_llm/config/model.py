@@ -26,6 +26,9 @@ COMMON_MEMORY_OPTIONS = (
     "use_key_shift",
     "num_memory_heads",
     "gate_init",
+    "query_key_init_scale",
+    "query_key_init_bias",
+    "match_query_key_init",
     "memory_epsilon",
 )
 
@@ -105,6 +108,12 @@ class MemoryConfig:
     """Scale of the decay."""
     gate_init: float = 0.0
     """Initial β; the gate towards memory is sigmoid(β) a head."""
+    query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
+    """W_q and W_k of memory layers begin so many times as large as other weights."""
+    query_key_init_bias: float = 0.0
+    """Initial bias of their q and k; below 0 few features of a token are large, and different tokens meet less."""
+    match_query_key_init: bool = False
+    """W_k begins as W_q, so that alike tokens find one another from the start."""
     memory_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     """ε: the least divisor of a read."""
 

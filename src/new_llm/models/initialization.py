@@ -6,10 +6,14 @@
 | biases | 0 |
 | LayerNorm | weight 1, bias 0 |
 | memory gate β | gate_init (set by the layer) |
+| W_q, W_k of a memory layer | query_key_init_scale times what was drawn; with match_query_key_init W_k = W_q |
+| biases of its q and k | query_key_init_bias |
 | bank weights | 0: all banks weigh the same (set by the layer) |
 """
 
 from torch import nn
+
+from new_llm.models.layers.compressive import CompressiveAttention
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
@@ -25,3 +29,6 @@ def initialize_weights(model: nn.Module, initializer_range: float) -> None:
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, CompressiveAttention):
+            module.initialize_features()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from new_llm.config import MemoryConfig
 from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides
 from new_llm.models.layers.recurrence import scan_segments
 from new_llm.models.ops import (
@@ -61,6 +62,9 @@ class CompressiveAttention(Attention):
         use_delta_rule: write v − r in place of v.
         use_key_shift: file each value under the key of the token before it in the segment.
         gate_init: the initial β.
+        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
+        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
+        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
         epsilon: ε, the least divisor of a read.
         decay: w of each head, H numbers; None: 1.
     """
@@ -73,9 +77,12 @@ class CompressiveAttention(Attention):
         num_memories: int,
         segments_per_memory: int,
         use_delta_rule: bool,
-        use_key_shift: bool,
         gate_init: float,
         epsilon: float,
+        use_key_shift: bool = MemoryConfig.use_key_shift,
+        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
+        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
+        match_query_key_init: bool = MemoryConfig.match_query_key_init,
         decay: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +90,8 @@ class CompressiveAttention(Attention):
         for name, value in (("num_memories", num_memories), ("segments_per_memory", segments_per_memory)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
+        if not query_key_init_scale > 0:
+            raise ValueError(f"query_key_init_scale: {query_key_init_scale} is not positive")
         if not epsilon > 0:
             raise ValueError(f"memory_epsilon: {epsilon} is not positive")
         self.num_memory_heads = num_memory_heads
@@ -90,6 +99,9 @@ class CompressiveAttention(Attention):
         self.segments_per_memory = segments_per_memory
         self.use_delta_rule = use_delta_rule
         self.use_key_shift = use_key_shift
+        self.query_key_init_scale = query_key_init_scale
+        self.query_key_init_bias = query_key_init_bias
+        self.match_query_key_init = match_query_key_init
         self.epsilon = epsilon
         self.decay = None if decay is None else tuple(decay)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
@@ -117,6 +129,16 @@ class CompressiveAttention(Attention):
     def combine(self, reads: ScannedReads) -> Tensor:
         """A_mem of n segments, [B, n, H, S, V], from the weighed reads and, with `reads_sum`, those of the sum."""
         return reads.reads
+
+    @torch.no_grad()
+    def initialize_features(self) -> None:
+        """Give freshly drawn queries and keys the scale, bias and likeness that they are to begin with."""
+        shape = (self.num_memory_heads, 3, self.head_size)
+        weight = self.query_key_value.weight.unflatten(0, shape)
+        weight[:, :2] *= self.query_key_init_scale
+        self.query_key_value.bias.view(shape)[:, :2] = self.query_key_init_bias
+        if self.match_query_key_init:
+            weight[:, 1] = weight[:, 0]
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """Parameters that train at the gates' learning rate, without decay."""

@@ -1,7 +1,7 @@
 """The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ class InfiniAttention(CompressiveAttention):
         num_memory_banks: int,
         segments_per_bank: int,
         use_delta_rule: bool,
-        use_key_shift: bool,
         use_alibi: bool,
         alibi_scale: float,
         gate_init: float,
         epsilon: float,
+        **options: Any,
     ) -> None:
         if alibi_scale < 0:
             raise ValueError(f"alibi_scale: {alibi_scale} is negative")
@@ -42,10 +42,10 @@ class InfiniAttention(CompressiveAttention):
             num_memories=num_memory_banks,
             segments_per_memory=segments_per_bank,
             use_delta_rule=use_delta_rule,
-            use_key_shift=use_key_shift,
             gate_init=gate_init,
             epsilon=epsilon,
             decay=decay,
+            **options,
         )
         self.bank_weights = None
         if num_memory_banks > 1:
@@ -85,6 +85,9 @@ class InfiniLayer(MemoryLayer):
         use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
         alibi_scale: scale of the decay.
         gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
+        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
+        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
+        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
         memory_epsilon: ε, the least divisor of a read.
         layer_norm_eps: ε of the LayerNorms.
 
@@ -109,6 +112,9 @@ class InfiniLayer(MemoryLayer):
         use_alibi: bool = MemoryConfig.use_alibi,
         alibi_scale: float = MemoryConfig.alibi_scale,
         gate_init: float = MemoryConfig.gate_init,
+        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
+        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
+        match_query_key_init: bool = MemoryConfig.match_query_key_init,
         memory_epsilon: float = MemoryConfig.memory_epsilon,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
     ) -> None:
@@ -122,6 +128,9 @@ class InfiniLayer(MemoryLayer):
             use_alibi=use_alibi,
             alibi_scale=alibi_scale,
             gate_init=gate_init,
+            query_key_init_scale=query_key_init_scale,
+            query_key_init_bias=query_key_init_bias,
+            match_query_key_init=match_query_key_init,
             epsilon=memory_epsilon,
         )
         super().__init__(

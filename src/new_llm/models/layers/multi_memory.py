@@ -39,6 +39,9 @@ class MultiMemoryLayer(MemoryLayer):
         use_delta_rule: write v − r in place of v.
         use_key_shift: file each value under the key of the token before it in the segment.
         gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
+        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
+        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
+        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
         memory_epsilon: ε, the least divisor of a read.
         layer_norm_eps: ε of the LayerNorms.
 
@@ -61,6 +64,9 @@ class MultiMemoryLayer(MemoryLayer):
         use_delta_rule: bool = MemoryConfig.use_delta_rule,
         use_key_shift: bool = MemoryConfig.use_key_shift,
         gate_init: float = MemoryConfig.gate_init,
+        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
+        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
+        match_query_key_init: bool = MemoryConfig.match_query_key_init,
         memory_epsilon: float = MemoryConfig.memory_epsilon,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
     ) -> None:
@@ -72,6 +78,9 @@ class MultiMemoryLayer(MemoryLayer):
             use_delta_rule=use_delta_rule,
             use_key_shift=use_key_shift,
             gate_init=gate_init,
+            query_key_init_scale=query_key_init_scale,
+            query_key_init_bias=query_key_init_bias,
+            match_query_key_init=match_query_key_init,
             epsilon=memory_epsilon,
         )
         super().__init__(

@@ -44,6 +44,9 @@ class ParallelInfiniLayer(MemoryLayer):
         use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
         alibi_scale: scale of the decay.
         gate_init: initial β; g = sigmoid(β) is the share of memory in Infini's output.
+        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
+        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
+        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
         memory_epsilon: ε, the least divisor of a read.
         initial_alpha: α at the start.
         base_name: the directory or hub name that the base layer's weights come from, for the record.
@@ -72,6 +75,9 @@ class ParallelInfiniLayer(MemoryLayer):
         use_alibi: bool = MemoryConfig.use_alibi,
         alibi_scale: float = MemoryConfig.alibi_scale,
         gate_init: float = MemoryConfig.gate_init,
+        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
+        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
+        match_query_key_init: bool = MemoryConfig.match_query_key_init,
         memory_epsilon: float = MemoryConfig.memory_epsilon,
         initial_alpha: float = AdapterLayerConfig.initial_alpha,
         base_name: str | None = None,
@@ -99,6 +105,9 @@ class ParallelInfiniLayer(MemoryLayer):
             use_alibi=use_alibi,
             alibi_scale=alibi_scale,
             gate_init=gate_init,
+            query_key_init_scale=query_key_init_scale,
+            query_key_init_bias=query_key_init_bias,
+            match_query_key_init=match_query_key_init,
             epsilon=memory_epsilon,
         )
         self.alpha = nn.Parameter(torch.tensor(float(initial_alpha)))
