@@ -27,6 +27,7 @@ PROGRAMS = {  # arguments of a quick run, in which figures mean nothing
     "layers": ["--batch-size=1", "--tokens=64", "--segments", "64", "--long-tokens=512", "--repeats=1"],
     "long_context": ["--tokens=512", "--layers=1", "--repeats=1", "--marks", "256", "--piece=256", "--rounds=1"],
     "memory_fill": ["--quick"],
+    "processes": ["--quick"],
 }
 
 

@@ -29,6 +29,8 @@ Value = TypeVar("Value")
 HOST_TIMEOUT = datetime.timedelta(days=14)
 """How long a process waits for what another does alone."""
 FAILURES_KEY, FAILURE_KIND_KEY = "failures", "failure_kind"
+USER_ERRORS = (UserError, OSError)
+"""What the command answers in one line and with the exit code of bad input."""
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
 LAUNCHER_OPTIONS = {
     "ACCELERATE_USE_FSDP": "--use_fsdp",
@@ -218,7 +220,7 @@ class Processes:
     def _agree_on(self, error: Exception | None) -> None:
         if self.count == 1:
             return
-        found = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
+        found = self.gather(None if error is None else (isinstance(error, USER_ERRORS), str(error)))
         failed = [rank for rank, entry in enumerate(found) if entry is not None]
         if not failed:
             return
@@ -239,9 +241,12 @@ class Processes:
         except OtherProcessError:
             _State.has_failed = True
             raise
+        except KeyboardInterrupt:
+            self._note_failure("interrupt")
+            raise
         except Exception as error:
             _State.has_failed = True
-            first = self._note_failure("user" if isinstance(error, UserError) else "other")
+            first = self._note_failure("user" if isinstance(error, USER_ERRORS) else "other")
             if first is not None:
                 raise OtherProcessError(str(error), is_user_error=first == "user") from error
             raise
@@ -292,9 +297,10 @@ def start_processes() -> Processes:
     if count == 1:
         return ALONE
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
+    if missing or os.environ["MASTER_PORT"] == "0":
         raise UserError(
-            f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set: start by torchrun or accelerate launch"
+            f"WORLD_SIZE is {count}, but {', '.join(missing or ['MASTER_PORT'])} is not set: start by "
+            "torchrun --standalone or accelerate launch"
         )
     for name, option in LAUNCHER_OPTIONS.items():
         if os.environ.get(name, "").lower() == "true":

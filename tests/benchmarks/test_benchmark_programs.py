@@ -17,6 +17,7 @@ PROGRAMS = {
     "layers": "one layer, forward",
     "long_context": "streaming evaluation",
     "memory_fill": "| 8,192 |",
+    "processes": "stopped by SIGTERM, gone on as another",
 }
 
 

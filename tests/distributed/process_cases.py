@@ -48,6 +48,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
         data={"seq_length": 16, "segments_per_sample": 2, "num_samples": None},
         train={
             "num_epochs": 2,
+            "patience": 0,
             "batch_size": 6,
             "learning_rate": 1e-2,
             "log_every_steps": 1,

@@ -42,7 +42,7 @@ def talk(processes: Processes) -> None:
     assert min(processes.gather(began)[1:]) >= processes.gather(began)[0] + 0.1
 
     # An error of one is an error of all, and one of them has the words.
-    for error, is_user_error in ((UserError("bad input"), True), (OSError("no disk"), False)):
+    for error, is_user_error in ((UserError("bad input"), True), (OSError("no disk"), True), (KeyError("bug"), False)):
         with pytest.raises((type(error), OtherProcessError)) as caught, processes.agree():
             fail_on(processes, 1, error)
         assert (type(caught.value) is type(error)) == (rank == 1)

@@ -83,6 +83,17 @@ def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path: Path) 
     )
 
 
+def test_a_model_without_memory_goes_on_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+    config = make_config(order="stream")
+    make_trainer(tmp_path / "whole", "pythia", config).run()
+    trainer = make_trainer(tmp_path / "stopped", "pythia", config)
+    stop_at(trainer, 2)
+    with pytest.raises(TrainingInterrupted, match="step 2"):
+        trainer.run()
+    make_trainer(tmp_path / "stopped", "pythia", config).run(resume=True)
+    assert read_curve(tmp_path / "stopped") == read_curve(tmp_path / "whole")
+
+
 def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str, ...]) -> None:
     """Stop a training after 4 of its steps, or go on with it."""
     for way in ways:

@@ -90,16 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM ends what runs as Ctrl-C does: temporary files go, and what is done is kept."""
+    """Inside the block SIGTERM and SIGUSR1 end what runs as Ctrl-C does: temporary files go, what is done is kept."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_os_error(error: OSError) -> str:

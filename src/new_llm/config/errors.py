@@ -12,7 +12,7 @@ class OtherProcessError(RuntimeError):
     """Another process of the same training has failed and says why: this one ends without a word.
 
     Attributes:
-        is_user_error: whether the other's error was a `UserError`.
+        is_user_error: whether the other's error was a `UserError`, or what the system could not do (`OSError`).
     """
 
     def __init__(self, message: str, *, is_user_error: bool) -> None:

