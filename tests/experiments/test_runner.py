@@ -93,6 +93,29 @@ def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfi
     assert curve(first) != curve(other)
 
 
+def test_deterministic_runs_agree_in_every_bit(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from new_llm.training.loop import Trainer
+
+    asked: list[bool] = []
+    step = Trainer._train_step
+
+    def watch(self: Trainer, batches: list[Any]) -> None:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", watch)
+    tiny = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, deterministic=True))
+    first, again = (run(renamed(tiny, name), ["infini", "selective"]) for name in ("one", "two"))
+    assert all(asked)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for number, kind in enumerate(("infini", "selective")):
+        assert curve(first, number) == curve(again, number)
+        one, two = (TransformerLM.load(Path(r["folder"]) / kind / "best").state_dict() for r in (first, again))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        losses = [results["models"][number]["evaluation"]["sliding"]["loss"] for results in (first, again)]
+        assert losses[0] == losses[1]
+
+
 def test_all_models_read_the_same_batches_and_begin_with_the_same_shared_weights(
     tiny: ExperimentConfig,
 ) -> None:

@@ -57,3 +57,18 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(gt=0)] = 2
     """Checkpoints that are kept while a model trains, the last one and those before it: where the last one turns out to
     be damaged, --resume goes on from the one before."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: stop training, or skip the step, which then changes neither
+    weights, optimizer nor memory. Either way the batch and all norms are saved in the model's folder under faults/."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps in a row that may be skipped before training stops."""
+    max_saved_faults: Annotated[int, Field(ge=0)] = 20
+    """Steps with a fault whose batch and norms are saved; later ones only leave a line in metrics.jsonl."""
+    spike_window: Annotated[int, Field(ge=0)] = 50
+    """Steps whose losses a step's loss is compared with, to warn of a spike; 0: no warning."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 8.0
+    """A spike is so many robust standard deviations (1.4826 median absolute deviations) above the window's median."""
+    spike_min_deviation: Annotated[float, Field(gt=0)] = 0.02
+    """The least that a robust standard deviation is taken for, nats a token."""
+    deterministic: Annotated[bool, short("--deterministic")] = False
+    """Only algorithms that give the same bits every time: two runs on one machine with as many threads are equal."""

@@ -34,6 +34,7 @@ from new_llm.processes import Processes, start_processes
 from new_llm.training import Trainer, TrainingResult
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.checkpoint_folder import remove_checkpoint
+from new_llm.training.determinism import compute_deterministically
 from new_llm.training.metrics import read_metrics
 from new_llm.training.outcome import interrupt_training
 from new_llm.training.precision import choose_device, choose_precision, make_autocast
@@ -74,7 +75,7 @@ def run_experiment(
     if model_types is not None:
         config = dataclasses.replace(config, models=tuple(ModelType(kind) for kind in model_types))
     processes = start_processes()
-    with processes.guard():
+    with processes.guard(), compute_deterministically(config.train.deterministic):
         console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
         device = processes.place(choose_device(config.device))
         check_trackers(config.train.trackers)

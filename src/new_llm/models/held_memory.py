@@ -13,6 +13,7 @@ from new_llm.models.layers import Layer, MemoryLayer
 from new_llm.models.state import MemoryState, check_settings, state_from_dict, state_to_dict
 
 LayerMemories = list[MemoryState | None]
+KeptMemory = tuple[LayerMemories, int | None]
 """The memory of every layer of a model: None for a layer without memory, or where it is known to be empty."""
 
 
@@ -90,6 +91,33 @@ class HeldMemory(nn.Module):
         self._held = [
             None if memory is None else memory.emptied().select_rows(rows.to(memory.norms.device), memory)
             for memory in self._held
+        ]
+
+    def keep_memory(self) -> KeptMemory:
+        """What is held now, for `restore_memory`. Nothing is copied: a held memory is never changed in place."""
+        return self._held, self._held_rows
+
+    def restore_memory(self, kept: KeptMemory, if_true: Tensor | None = None) -> None:
+        """Hold again what was held before.
+
+        Args:
+            kept: from `keep_memory`; with a condition the rows are as many as now.
+            if_true: one bool on the device, which nobody waits for: only where it is True; None: in any case.
+
+        Raises:
+            ValueError: the rows are not as many.
+        """
+        before, rows = kept
+        if if_true is None:
+            self._held, self._held_rows = kept
+            return
+        if rows != self._held_rows:
+            raise ValueError(f"restore_memory: {rows} rows were held, now it is {self._held_rows}")
+        if not before:
+            before = [None] * len(self._held)
+        self._held = [
+            None if now is None else (now.emptied() if old is None else old).select_rows(if_true.expand(now.rows), now)
+            for old, now in zip(before, self._held, strict=True)
         ]
 
     @contextmanager

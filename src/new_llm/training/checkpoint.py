@@ -29,7 +29,7 @@ BEST_FOLDER = "best"
 WEIGHTS_FILE = "model.safetensors"
 VALUES_FILE = "trainer.pt"
 STATE_FILE = "state.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass
@@ -49,6 +49,11 @@ class TrainerState:
         stopped_early: whether patience has run out.
         window_loss, window_tokens, window_seconds: what the next line of metrics averages over.
         epoch_loss, epoch_tokens: what the epoch's training loss averages over.
+        skipped_steps: steps that a non-finite number has cost so far.
+        skips_in_a_row: those of them since the last step that counted.
+        saved_faults: those that have been saved under `faults/`.
+        recent_losses: what a spike is measured against.
+        in_spike: whether the last step's loss was in a spike.
         metrics_lines: lines of `metrics.jsonl` that had been written by then.
     """
 
@@ -67,6 +72,11 @@ class TrainerState:
     window_seconds: float = 0.0
     epoch_loss: float = 0.0
     epoch_tokens: int = 0
+    skipped_steps: int = 0
+    skips_in_a_row: int = 0
+    saved_faults: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    in_spike: bool = False
     metrics_lines: int = 0
     format_version: int = field(default=FORMAT_VERSION)
 

@@ -1,11 +1,10 @@
 """The training loop: epochs of batches on Accelerate, validation, early stopping, checkpoints."""
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +13,17 @@ from new_llm.config import ExperimentConfig
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
+from new_llm.models.held_memory import KeptMemory
 from new_llm.models.memory_file import fingerprint_weights
 from new_llm.models.model_file import describe_model, save_model
 from new_llm.processes import ALONE, Processes, gather_tensor
 from new_llm.training.best_weights import restore_best
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, save_checkpoint
+from new_llm.training.fault_record import list_parameters, measure_norms
+from new_llm.training.guards import StepGuard
 from new_llm.training.metrics import MetricsWriter, SilentMetrics, read_peak_memory, reset_peak_memory
 from new_llm.training.optimizer import make_scheduler
-from new_llm.training.outcome import TrainingError, TrainingInterrupted, TrainingResult
+from new_llm.training.outcome import TrainingInterrupted, TrainingResult
 from new_llm.training.prefetch import prefetch_batches
 from new_llm.training.preparation import prepare_training
 from new_llm.training.progress import TrainingProgress
@@ -80,8 +82,13 @@ class Trainer:
         self.state = TrainerState()
         # On a CPU to read a number costs nothing; a GPU would have to be waited for.
         steps = 1 if self.device.type == "cpu" else config.train.log_every_steps
+        self.skips_faults = config.train.on_nonfinite == "skip"
         self.readout = StepReadout(
-            self.optimizer.optimizer, self.device, every_steps=steps, add_up=processes.sum_on_device
+            self.optimizer.optimizer,
+            self.device,
+            every_steps=steps,
+            skips_faults=self.skips_faults,
+            add_up=processes.sum_on_device,
         )
         self.step_loss = self.grad_norm = float("nan")
 
@@ -106,6 +113,7 @@ class Trainer:
         names = self.config.train.trackers
         with open_trackers(self.accelerator, names, run, self.config.to_dict()) as trackers:
             metrics = self._open_metrics(trackers)
+            self.guard = self._make_guard(metrics)
             try:
                 with (
                     catch_stop_signals(repeats_end=self.processes.count == 1) as is_asked,
@@ -148,6 +156,20 @@ class Trainer:
                 return SilentMetrics()
             return MetricsWriter(self.folder, self.state.metrics_lines, self.state.step, trackers)
 
+    def _make_guard(self, metrics: MetricsWriter | SilentMetrics) -> StepGuard:
+        seed, num_batches = self.config.seed, self.num_batches
+        return StepGuard(
+            self.config.train,
+            self.folder,
+            {parameter: name for name, parameter in self.model.named_parameters()},
+            self.optimizer.optimizer,
+            where=lambda step: f"epoch {step.epoch}, batch {step.batch} of {num_batches}, seed {seed}",
+            processes=self.processes,
+            is_sharded=self.structure is not None,
+            write=metrics.write,
+            note=self.progress.note,
+        )
+
     def _restore_best(self, loaded: TrainerState) -> TrainerState:
         return restore_best(self.folder, self.structure or describe_model(self.model), loaded, self.progress.note)
 
@@ -179,7 +201,7 @@ class Trainer:
         saves = stops or (state.step % train.checkpoint_every_steps == 0 and not is_last)
         if logs or saves or is_last:
             self._read_out()
-        if logs:
+        if logs and state.window_tokens:
             self._log(metrics)
         if saves:
             self._save(metrics)
@@ -195,6 +217,7 @@ class Trainer:
         state = self.state
         begin = time.perf_counter()
         num_tokens = sum(batch.num_targets for batch in batches)
+        before = self._keep_memory(batches) if self.skips_faults and self._carries_memory else None
         losses: list[Tensor] = []
         for number, batch in enumerate(batches):
             is_last = number + 1 == len(batches)
@@ -202,13 +225,17 @@ class Trainer:
                 loss = self._forward(batch) / max(num_tokens, 1)
                 self.accelerator.backward(loss * self.processes.count)  # of the processes' gradients the mean is taken
             losses.append(loss.detach())
+        grad_norms = measure_norms([cast(Tensor, p.grad) for p in list_parameters(self.optimizer.optimizer)])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
         assert norm is not None
         is_read = self.readout.add(
             losses, gather_tensor(norm), num_tokens, state.step + 1, state.epoch + 1, state.batch
         )
+        self.guard.keep(batches, grad_norms)
         if is_read:
             self._read_out()
+        if before is not None:
+            self.model.restore_memory(before, self.readout.has_failed)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -237,23 +264,30 @@ class Trainer:
         return nullcontext() if is_last or self.structure is not None else self.accelerator.no_sync(self.total_loss)
 
     def _read_out(self) -> None:
-        """Take in the numbers of the steps since the last read-out.
+        """Take in the numbers of the steps since the last read-out; steps that are skipped have trained on nothing.
 
         Raises:
-            TrainingError: one of them is not finite.
+            TrainingError: see `StepGuard.judge`.
         """
         state = self.state
-        for step in self.readout.take():
-            for what, value in (("loss", step.loss), ("gradient norm", step.grad_norm)):
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f"{what} is {value} at step {step.step} (epoch {step.epoch}, batch {step.batch} of "
-                        f"{self.num_batches}, seed {self.config.seed}): the weights are as they were before that step; "
-                        "a lower train.learning_rate or train.precision fp32 may help"
-                    )
+        steps = self.readout.take()
+        good = self.guard.judge(steps, state)
+        num_skipped = sum(step.num_tokens for step in steps) - sum(step.num_tokens for step in good)
+        state.num_tokens -= num_skipped
+        state.window_tokens -= num_skipped
+        state.epoch_tokens -= num_skipped
+        for step in good:
             state.window_loss += step.loss * step.num_tokens
             state.epoch_loss += step.loss * step.num_tokens
             self.step_loss, self.grad_norm = step.loss, step.grad_norm
+
+    def _keep_memory(self, batches: list[Batch]) -> KeptMemory:
+        """The memory that goes on if the step is skipped: as it is now, but empty where a new document has begun."""
+        now = self.model.keep_memory()
+        self.model.reset_rows(torch.stack([batch.resets for batch in batches]).any(0))
+        kept = self.model.keep_memory()
+        self.model.restore_memory(now)
+        return kept
 
     def _log(self, metrics: MetricsWriter | SilentMetrics) -> None:
         state = self.state

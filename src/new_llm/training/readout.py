@@ -32,14 +32,15 @@ class StepFacts:
 class StepReadout:
     """Keeps steps' numbers on the device until they are asked for.
 
-    Where steps pass unread, a loss or gradient that is not finite makes that step's update, and every later one's, a
-    no-op on the device itself, by fused AdamW's own switch: whenever the fault is read, the weights and the optimizer
-    are as they were before the step.
+    A loss or gradient that is not finite makes that step's update a no-op on the device itself, by fused AdamW's own
+    switch, so that nobody waits for it. Where faults stop training, every later update is one too: whenever the fault
+    is read, the weights and the optimizer are as they were before the step.
 
     Args:
         optimizer: fused AdamW.
         device: where the losses are.
-        every_steps: steps after which the numbers are to be read; 1: each before its update, so no switch is needed.
+        every_steps: steps after which the numbers are to be read; 1: each before its update.
+        skips_faults: a fault costs its own step alone.
         add_up: the sum of a tensor over the processes; the loss is of all of them, as the gradients' norm is already.
     """
 
@@ -49,12 +50,15 @@ class StepReadout:
         device: torch.device,
         *,
         every_steps: int,
+        skips_faults: bool = False,
         add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.optimizer = optimizer
         self.every_steps = every_steps
+        self.skips_faults = skips_faults
         self.add_up = add_up
-        self._has_failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.has_failed = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether the last step's update is a no-op, on the device."""
         self._numbers: list[Tensor] = []
         self._places: list[tuple[int, int, int, int]] = []
 
@@ -73,9 +77,9 @@ class StepReadout:
         numbers = torch.stack([loss, norm.detach().double()])
         self._numbers.append(numbers)
         self._places.append((num_tokens, step, epoch, batch))
-        if self.every_steps > 1:
-            self._has_failed = self._has_failed | ~numbers.isfinite().all()
-            self.optimizer.found_inf = self._has_failed.float()  # pyright: ignore[reportAttributeAccessIssue]
+        has_failed = ~numbers.isfinite().all()
+        self.has_failed = has_failed if self.skips_faults else self.has_failed | has_failed
+        self.optimizer.found_inf = self.has_failed.float()  # pyright: ignore[reportAttributeAccessIssue]
         return len(self._numbers) >= self.every_steps
 
     def take(self) -> list[StepFacts]:

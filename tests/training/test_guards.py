@@ -1,0 +1,210 @@
+"""Steps whose numbers are not finite stop or are skipped and leave what is needed to study them; spikes warn."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training_path import list_weights, make_trainer, read_curve, read_late
+
+from new_llm.data.batches import Batch
+from new_llm.training import Trainer, TrainingError
+from new_llm.training.determinism import compute_deterministically
+from new_llm.training.fault_record import BATCHES_FILE, FAULTS_FOLDER, NORMS_FILE
+from new_llm.training.metrics import read_metrics
+
+
+def spoil(trainer: Trainer, steps: set[int], factor: float = float("nan")) -> dict[str, list]:
+    """Multiply the loss of some steps (from 1), and for NaN the memory too; returns what was met."""
+    forward, met = trainer._forward, {"batches": [], "weights": []}
+
+    def spoiled(batch: Batch) -> torch.Tensor:
+        step = trainer.state.step + 1
+        if step not in steps:
+            return forward(batch)
+        met["batches"].append(batch)
+        met["weights"].append(list_weights(trainer.model))
+        loss = forward(batch) * factor
+        if math.isnan(factor):
+            trainer.model._held = [
+                held and dataclasses.replace(held, memories=held.memories * factor, norms=held.norms * factor)
+                for held in trainer.model._held
+            ]
+        return loss
+
+    trainer._forward = spoiled
+    return met
+
+
+def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("every_steps", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_fault_that_stops_is_saved_for_study(tmp_path: Path, every_steps: int, accumulation: int) -> None:
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=accumulation)
+    read_late(trainer, every_steps)
+    met = spoil(trainer, {6})
+    place = tmp_path / FAULTS_FOLDER / "step-000000006"
+    with pytest.raises(TrainingError, match=rf"loss is nan at step 6 \(.*\), saved in {place}: the weights are as"):
+        trainer.run()
+    tensors = load_file(place / BATCHES_FILE)
+    for number, batch in enumerate(met["batches"]):
+        for name in ("input_ids", "labels", "resets"):
+            assert torch.equal(tensors[f"processes.0.batches.{number}.{name}"], getattr(batch, name))
+    assert len([name for name in tensors if name.endswith("input_ids")]) == accumulation
+    norms = json.loads((place / NORMS_FILE).read_text())
+    assert (norms["step"], norms["loss"], norms["grad_norm"]) == (6, "nan", "nan")
+    assert {group["name"] for group in norms["groups"]} == {"decayed", "undecayed", "gates"}
+    weights = dict(trainer.model.named_parameters())
+    assert norms["parameters"].keys() == weights.keys()
+    for name, entry in norms["parameters"].items():
+        assert entry["weight_norm"] == pytest.approx(float(weights[name].detach().norm()))
+    total = math.sqrt(sum(group["weight_norm"] ** 2 for group in norms["groups"]))
+    assert total == pytest.approx(math.sqrt(sum(float(w.detach().norm()) ** 2 for w in weights.values())))
+    assert equal(list_weights(trainer.model), met["weights"][0])
+
+
+def test_norms_tell_which_parameter_it_was(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    bias = trainer.model.layers[1].mlp.dense_h_to_4h.bias
+    bias.register_hook(lambda grad: grad * math.inf if trainer.state.step == 2 else grad)
+    with pytest.raises(TrainingError, match=r"gradient norm is (inf|nan) at step 3"):
+        trainer.run()
+    norms = json.loads((tmp_path / FAULTS_FOLDER / "step-000000003" / NORMS_FILE).read_text())
+    bad = [name for name, entry in norms["parameters"].items() if isinstance(entry["grad_norm"], str)]
+    assert bad == ["layers.1.mlp.dense_h_to_4h.bias"]
+    groups = {group["name"]: group["grad_norm"] for group in norms["groups"]}
+    assert isinstance(groups["undecayed"], str)
+    assert groups["decayed"] > 0
+    assert math.isfinite(norms["loss"])
+
+
+@pytest.mark.parametrize("every_steps", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_skipped_step_changes_nothing_but_the_place(tmp_path: Path, every_steps: int, accumulation: int) -> None:
+    trainer = make_trainer(tmp_path, on_nonfinite="skip", gradient_accumulation_steps=accumulation)
+    read_late(trainer, every_steps)
+    lines: list[str] = []
+    trainer.progress.note = lines.append
+    begins = [number for number, rows in enumerate(trainer._plan(0).resets) if number and rows.any()]
+    number = begins[0] // accumulation + 1  # a step in which a row goes on to its next document
+    assert number > 1
+    met = spoil(trainer, {number})
+    seen = {}
+    step = trainer._train_step
+
+    def watch(batches: list[Batch]) -> None:
+        if trainer.state.step == number - 1:
+            seen["resets"] = torch.stack([batch.resets for batch in batches]).any(0)
+            seen["memory"] = trainer.model.get_memory_state()
+        step(batches)
+        if trainer.state.step == number:
+            seen["after"] = trainer.model.get_memory_state()
+            seen["weights"] = list_weights(trainer.model)
+
+    trainer._train_step = watch
+    result = trainer.run()
+    assert equal(seen["weights"], met["weights"][0])
+    assert seen["resets"].any()
+    for layer, entry in seen["memory"].items():
+        expected = entry["memories"].clone()
+        expected[seen["resets"]] = 0
+        assert torch.equal(seen["after"][layer]["memories"], expected)
+    assert expected.abs().sum() > 0
+    assert all(bool(weight.isfinite().all()) for weight in list_weights(trainer.model))
+    assert trainer.state.skipped_steps == 1
+    assert len(lines) == 1
+    assert lines[0].startswith(f"loss is nan at step {number} (epoch 1, batch ")
+    assert lines[0].endswith(f"saved in {tmp_path / FAULTS_FOLDER / f'step-{number:09d}'}: the step is skipped")
+    whole = make_trainer(tmp_path / "whole", gradient_accumulation_steps=accumulation).run()
+    assert result.steps == whole.steps
+    assert result.tokens == whole.tokens - sum(batch.num_targets for batch in met["batches"])
+    events = [line["event"] for line in read_metrics(tmp_path)]
+    assert events.count("fault") == 1
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path) if line["event"] == "train")
+
+
+def test_skips_are_the_same_however_late_they_are_read(tmp_path: Path) -> None:
+    for every_steps in (1, 4):
+        trainer = make_trainer(tmp_path / str(every_steps), on_nonfinite="skip")
+        read_late(trainer, every_steps)
+        spoil(trainer, {3, 4, 9})
+        trainer.run()
+        assert trainer.state.skipped_steps == 3
+    assert read_curve(tmp_path / "1") == read_curve(tmp_path / "4")
+
+
+@pytest.mark.parametrize("every_steps", [1, 4])
+def test_too_many_skips_in_a_row_stop(tmp_path: Path, every_steps: int) -> None:
+    trainer = make_trainer(tmp_path, on_nonfinite="skip", max_skipped_steps=2, max_saved_faults=2)
+    read_late(trainer, every_steps)
+    met = spoil(trainer, {2, 3, 5, 6, 7})
+    with pytest.raises(TrainingError, match=r"at step 7 .*: 3 steps in a row, over train.max_skipped_steps \(2\)"):
+        trainer.run()
+    assert equal(list_weights(trainer.model), met["weights"][2])
+    assert len(list((tmp_path / FAULTS_FOLDER).iterdir())) == 2
+
+
+def test_a_spike_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, spike_window=8, num_epochs=4)
+    lines: list[str] = []
+    trainer.progress.note = lines.append
+    spoil(trainer, {15, 16, 30}, factor=9.0)
+    trainer.run()
+    assert [line.split(":")[0] for line in lines] == ["the loss spikes"] * 2
+    assert "at step 15 (epoch 1, " in lines[0]
+    spikes = [line for line in read_metrics(tmp_path) if line["event"] == "spike"]
+    assert [spike["step"] for spike in spikes] == [15, 30]
+    assert spikes[0]["loss"] > 5 * spikes[0]["median"]
+    assert spikes[0]["deviations"] > 8
+
+
+def test_no_spike_is_seen_where_none_is_asked_for(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, spike_window=0)
+    trainer.progress.note = pytest.fail
+    spoil(trainer, {15}, factor=9.0)
+    trainer.run()
+
+
+def test_what_guards_remember_goes_on_after_a_resume(tmp_path: Path) -> None:
+    curves = []
+    for name, stops in (("whole", False), ("resumed", True)):
+        folder = tmp_path / name
+        for attempt in range(2 if stops else 1):
+            trainer = make_trainer(folder, on_nonfinite="skip", spike_window=8, checkpoint_every_steps=1)
+            trainer.progress.note = lambda line: None
+            spoil(trainer, {6, 7, 14})
+            spoil(trainer, {15, 17}, factor=9.0)
+            if stops and attempt == 0:
+                save, trainer._save = trainer._save, None
+
+                def save_and_die(metrics, trainer=trainer, save=save) -> None:
+                    save(metrics)
+                    if trainer.state.step == 15:
+                        raise KeyboardInterrupt
+
+                trainer._save = save_and_die
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.run()
+            else:
+                trainer.run(resume=True)
+        lines = read_metrics(folder)
+        curves.append([{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines])
+        assert trainer.state.skipped_steps == 3
+    assert curves[0] == curves[1]
+    assert sum(line["event"] == "spike" for line in curves[0]) >= 1
+
+
+def test_deterministic_computing_is_asked_of_torch_and_taken_back() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with compute_deterministically():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+    assert not torch.are_deterministic_algorithms_enabled()
+    with compute_deterministically(False):
+        assert not torch.are_deterministic_algorithms_enabled()
