@@ -25,6 +25,7 @@ from new_llm.experiments.memory_measurements import (
 )
 from new_llm.experiments.record import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import run_experiment
+from new_llm.experiments.study_jobs import run_in_processes
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.experiments.subject import Subject, load_subject
 
@@ -41,19 +42,26 @@ class Cell:
     variant: str
     seed: int
 
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return f"{self.variant}-s{self.seed}"
+
 
 def run_study(
     study: StudyConfig,
     *,
     only: Sequence[str] = (),
+    jobs: int = 1,
     console: Console | None = None,
     write_figures: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Do what of a study is not done yet, and write its summary after every run.
+    """Do what of a study is not done yet, seed by seed, and write its summary after every seed.
 
     Args:
         study: the study.
         only: variants to run now, and the baselines they need; none: all.
+        jobs: runs at once, each in a process of its own with its share of the cores.
         console: where to show progress; None: the standard error.
         write_figures: draws the summary into the study's folder.
 
@@ -67,14 +75,18 @@ def run_study(
     console = console or Console(stderr=True)
     _claim_folder(study)
     cells = plan_cells(study, only)
-    for number, cell in enumerate(cells, start=1):
-        console.print(f"[{number}/{len(cells)}] {cell.variant}, seed {cell.seed}", highlight=False)
-        train_cell(study, cell, console)
-    for cell in cells:
-        measure_cell(study, cell, console)
-    summary = summarize_study(study)
-    if write_figures:
-        write_figures(summary, study.folder)
+    summary: dict[str, Any] = {}
+    for seed in study.seeds:
+        of_seed = [cell for cell in cells if cell.seed == seed]
+        for work in (train_cell, measure_cell):  # a measurement reads the seed's other models, too
+            if jobs > 1:
+                run_in_processes(work, study, of_seed, jobs, console)
+                continue
+            for cell in of_seed:
+                work(study, cell, console)
+        summary = summarize_study(study)
+        if write_figures:
+            write_figures(summary, study.folder)
     return summary
 
 
@@ -95,11 +107,16 @@ def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
 
 def train_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
     """Train and measure one variant as an experiment, or go on with it; nothing where it is done."""
-    config = study.configure(cell.variant, cell.seed)
-    folder = study.folder / str(config.name)
-    if (read_json(folder / RESULTS_FILE) or {}).get("status") == "complete":
+    if is_trained(study, cell):
         return
-    run_experiment(exp_config=config, resume=folder.exists(), console=console)
+    config = study.configure(cell.variant, cell.seed)
+    console.print(cell.name, highlight=False)
+    run_experiment(exp_config=config, resume=(study.folder / cell.name).exists(), console=console)
+
+
+def is_trained(study: StudyConfig, cell: Cell) -> bool:
+    """Whether a training is complete."""
+    return (read_json(study.folder / cell.name / RESULTS_FILE) or {}).get("status") == "complete"
 
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
@@ -116,7 +133,7 @@ def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
 
 def measured_path(study: StudyConfig, cell: Cell, what: str) -> Path:
     """Where one measurement of one training is kept."""
-    return study.folder / MEASURED_FOLDER / f"{cell.variant}-s{cell.seed}-{what}.json"
+    return study.folder / MEASURED_FOLDER / f"{cell.name}-{what}.json"
 
 
 def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -132,7 +149,7 @@ def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Ca
 
 def _load(study: StudyConfig, cell: Cell) -> Subject:
     config = study.configure(cell.variant, cell.seed)
-    return load_subject(SubjectConfig(run=str(study.folder / str(config.name)), device=config.device))
+    return load_subject(SubjectConfig(run=str(study.folder / cell.name), device=config.device))
 
 
 def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject, settings: LongDocumentsConfig) -> list[Baseline]:
@@ -166,8 +183,7 @@ def summarize_study(study: StudyConfig) -> dict[str, Any]:
     """Gather all that is done by now, and write `study.json` and `table.md`."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in plan_cells(study):
-        name = str(study.configure(cell.variant, cell.seed).name)
-        results = read_json(study.folder / name / RESULTS_FILE)
+        results = read_json(study.folder / cell.name / RESULTS_FILE)
         if not results or results.get("status") != "complete":
             continue
         whats = [*(f"long-{text}" for text in study.long_texts), "recall"]
