@@ -188,8 +188,9 @@ def test_help_does_not_wait_for_torch(arguments):
     assert "usage: new-llm memory" in done.stdout
 
 
-def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path):
-    """SIGINT while two processes read: exit code 130, the old file, no rests and no processes."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path, sent):
+    """A signal while two processes read: the old file and no processes; no rests, or by SIGKILL none after the next."""
     out = tmp_path / "m.safetensors"
     assert fill(run, out) == 0
     before = out.read_bytes()
@@ -199,7 +200,17 @@ def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path):
     arguments = ["fill", "--run", run / "hierarchical", "--text", *texts, "--out", out, "--processes", "2"]
     process = subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     readers = wait_for_readers(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
+    if sent == signal.SIGKILL:
+        process.wait()
+        until = time.monotonic() + 60
+        while any(map(reads_text, readers)):
+            assert time.monotonic() < until, "the readers outlive the command"
+            time.sleep(0.05)
+        assert out.read_bytes() == before
+        assert fill(run, out) == 0
+        assert sorted(tmp_path.iterdir()) == sorted([out, *texts])
+        return
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors

@@ -20,6 +20,7 @@ from new_llm.models.ops import (
     weigh_memories,
 )
 from new_llm.models.ops.memory_scan import choose_group
+from new_llm.models.ops.scan import add_in_rounds
 
 ROWS, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 2, 3, 4, 5
 
@@ -260,3 +261,15 @@ def test_weights_from_products_equal_the_selection() -> None:
     products = torch.einsum("bhsk,bnhk->bhsn", q, norms)
     actual = weigh_memories(products, num_tokens, width=WIDTH).movedim(-1, 1)
     assert_near(actual, select_memories_naive(q, norms, num_tokens), 1e-12)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 13])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sums_in_rounds_are_cumsum(length: int, dim: int) -> None:
+    values = draw(*((length, 3) if dim == 0 else (3, length)), seed=1, dtype=torch.float64).requires_grad_()
+    found, expected = add_in_rounds(values, dim), values.cumsum(dim)
+    assert_near(found, expected, 1e-12)
+    if length:
+        weights = draw(*values.shape, seed=2, dtype=torch.float64)
+        one, two = (torch.autograd.grad((sums * weights).sum(), values)[0] for sums in (found, expected))
+        assert_near(one, two, 1e-12)

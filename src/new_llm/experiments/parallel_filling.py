@@ -1,20 +1,23 @@
 """Filling a memory file from a run's model: checks first, one process or several, the file at the end."""
 
+import os
 import queue
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from new_llm.config import UserError
+from new_llm.config.atomic import make_temporary_folder
 from new_llm.config.fill import FillConfig
 from new_llm.experiments.memory_filling import FillResult, State, add_state, fill_memory, memory_adds
 from new_llm.experiments.run_folder import load_run_model
@@ -77,8 +80,8 @@ def fill_memory_from_run(
     if used == 1:
         result = fill_memory(model, tokenizer, paths, config=config, on_bytes=on_bytes)
     else:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            parts = [Path(folder) / f"{number}.safetensors" for number in range(len(paths))]
+        with make_temporary_folder(out) as folder:
+            parts = [folder / f"{number}.safetensors" for number in range(len(paths))]
             task = _Task(run, model_name, device, max(1, torch.get_num_threads() // used), config)
             result = _fill_in_processes(task, paths, parts, used, on_bytes)
             state: State | None = None
@@ -161,8 +164,17 @@ class _Worker:
 
 def _start_worker(task: _Task, counts: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process is interrupted too, and sets `stop`
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     counts.cancel_join_thread()  # counts that nobody waits for must not keep the process
     _Worker.current = _Worker(task, counts, stop)
+
+
+def _end_with_parent() -> None:
+    """End this process when the asking one has: killed, it can't ask for it, and nobody would wait for the result."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _fill_part(path: Path, part: Path) -> FillResult:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from new_llm.models.ops import triton as kernels
+from new_llm.models.ops.scan import sum_prefixes
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _attend_by_kernels(
         wide_k, wide_v = k.to(_wide(k)), v.to(_wide(v))
         steps = wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2)
         axis = len(lead)
-        totals = tuple(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)).cumsum(axis) for t in steps)
+        totals = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
         earlier = tuple(t.narrow(axis, 0, num_chunks) for t in totals)
         if sums is not None:
             earlier = tuple(t + first.unsqueeze(axis) for t, first in zip(earlier, sums, strict=True))

@@ -20,13 +20,35 @@ def scan_sums(initial: Tensor, changes: Tensor, decay: Tensor | None = None) -> 
     """
     sums = torch.cat((initial.unsqueeze(1), changes), dim=1)
     if decay is None:
-        return sums.cumsum(1)
+        return sum_prefixes(sums, 1)
     decay = torch.cat((torch.ones_like(decay[:, :1]), decay), dim=1)
     reach = 1
     while reach < sums.shape[1]:
         joined = sums[:, reach:] + decay[:, reach:] * sums[:, :-reach]
         sums = torch.cat((sums[:, :reach], joined), dim=1)
         decay = torch.cat((decay[:, :reach], decay[:, reach:] * decay[:, :-reach]), dim=1)
+        reach *= 2
+    return sums
+
+
+def sum_prefixes(values: Tensor, dim: int) -> Tensor:
+    """Sums of the first 1, 2, … entries along a dimension: `cumsum`.
+
+    On a GPU torch has no deterministic cumsum of real numbers; where deterministic algorithms are asked for there,
+    `add_in_rounds` takes its place.
+    """
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return add_in_rounds(values, dim)
+    return values.cumsum(dim)
+
+
+def add_in_rounds(values: Tensor, dim: int) -> Tensor:
+    """`cumsum` in the rounds of `scan_sums`, each of which is one addition of whole tensors."""
+    sums, reach = values, 1
+    length = values.shape[dim]
+    while reach < length:
+        first, rest = sums.split((reach, length - reach), dim)
+        sums = torch.cat((first, rest + sums.narrow(dim, 0, length - reach)), dim)
         reach *= 2
     return sums
 
