@@ -167,6 +167,36 @@ def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
+    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from new_llm.training.checkpoint_folder import list_checkpoints
+    from new_llm.training.loop import Trainer
+
+    expected = run(renamed(tiny, "whole"), ["infini"])
+    step = Trainer._train_step
+
+    def fail(self: Trainer, batches: list[Any]) -> None:
+        if self.state.step == 17:
+            raise OSError("the machine is gone")
+        step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", fail)
+        with pytest.raises(OSError, match="gone"):
+            run(renamed(tiny, "broken"), ["infini"])
+    last, before = list_checkpoints(tiny.runs_dir / "broken" / "infini")
+    content = bytearray((last / "trainer.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (last / "trainer.pt").write_bytes(content)
+    said = io.StringIO()
+    models = renamed(tiny, "broken", models=(ModelType.INFINI,))
+    resumed = run_experiment(None, models, resume=True, console=Console(file=said))
+    line = f"{last.name} is damaged (trainer.pt has changed since it was written (sha256)): going on from {before.name}"
+    assert line in said.getvalue()
+    assert curve(resumed) == curve(expected)
+
+
 def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(tiny: ExperimentConfig) -> None:
     run(tiny, ["pythia"])
     with pytest.raises(UserError, match="--resume"):
