@@ -24,7 +24,7 @@ def test_the_report_reads_the_version_that_experiments_write():
     ("content", "message"),
     [
         (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8: 0xff at byte 0"),
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "expected a mapping of results, found list"),
         (b"{}", "no schema_version; this version of new-llm reads schema_version 1"),

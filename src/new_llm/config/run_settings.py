@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -10,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from new_llm.config.errors import UserError
+from new_llm.config.safe_yaml import read_yaml
 from new_llm.config.sections import describe_validation_error
 
 
@@ -33,15 +33,6 @@ class RunSettings:
 Settings = TypeVar("Settings", bound=RunSettings)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
     """Read a configuration's YAML; what it leaves out keeps its default.
 
@@ -49,15 +40,9 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
         UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as text: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -77,6 +62,10 @@ def settings_from_dict(values: dict[str, Any], kind: type[Settings], where: str)
     """
     try:
         # The JSON form is validated strictly: a YAML list is a tuple and a string an enum, but 'yes' is no bool.
-        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError) as error:  # a key that is no text
+        raise UserError(f"{where}: not a mapping of names and plain values: {error}") from None
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise describe_validation_error(error, where) from None

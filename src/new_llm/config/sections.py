@@ -15,6 +15,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from new_llm.config.errors import UserError
 
 T = TypeVar("T")
+MAX_FAULTS, MAX_FAULT_CHARACTERS, MAX_INPUT_CHARACTERS = 10, 600, 100
+"""What an error quotes of a configuration that has many faults or long values."""
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -43,15 +45,22 @@ def short(*flags: str) -> Any:
 def describe_validation_error(error: ValidationError, where: str) -> UserError:
     """One line for everything that a configuration got wrong, each fault by the field's name."""
     faults: list[str] = []
-    for fault in error.errors():
+    for fault in error.errors()[:MAX_FAULTS]:
         path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
         name = ".".join(path) or "the configuration"
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            faults.append(f"unknown key {name!r}")
+            faults.append(f"unknown key {_preview(name)}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             own_words = fault["type"] == "value_error"  # raised by a section, which names the field itself
             faults.append(
-                message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {fault['input']!r})"
+                message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {_preview(fault['input'])})"
             )
-    return UserError(f"{where}: " + "; ".join(faults))
+    if (more := error.error_count() - MAX_FAULTS) > 0:
+        faults.append(f"and {more} more")
+    return UserError(f"{where}: " + "; ".join(fault[:MAX_FAULT_CHARACTERS] for fault in faults))
+
+
+def _preview(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_INPUT_CHARACTERS else text[: MAX_INPUT_CHARACTERS - 1] + "…"

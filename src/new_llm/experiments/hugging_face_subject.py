@@ -1,6 +1,5 @@
 """Hugging Face models as subjects: GPT-NeoX ones become models of this project, others are read through a wrapper."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.bounded_files import read_json_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import load_tokenizer
 from new_llm.evaluation.hugging_face import HuggingFaceLM
@@ -73,9 +73,10 @@ def _read_model_type(name: str, revision: str | None) -> str:
             )
         path = Path(cached)
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: no readable configuration of a Hugging Face model: {error}") from None
+        values = read_json_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str):
         raise UserError(f"{path}: names no model_type")
     return kind

@@ -24,6 +24,7 @@ from typing import Any
 from new_llm import __version__
 from new_llm.config import ExperimentConfig, UserError
 from new_llm.config.atomic import write_text_atomically
+from new_llm.config.bounded_files import read_json_file
 from new_llm.config.run_settings import RunSettings, Settings, read_settings
 
 CONFIG_FILE = ExperimentConfig.file_name
@@ -143,11 +144,9 @@ def read_json(path: Path) -> Any:
         UserError: it is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
 
 
 def _strict(value: Any) -> Any:

@@ -10,21 +10,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.config.atomic import write_atomically, write_text_atomically
+from new_llm.config.bounded_files import read_json_file
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.models.memory_file import fingerprint_tensors
+from new_llm.models.memory_record import shorten
 from new_llm.models.selective import SelectiveOutputLM
+from new_llm.models.tensor_files import check_finite, read_metadata, read_safetensors, read_shapes
 from new_llm.models.transformer import TransformerLM
 from new_llm.models.write_errors import raise_os_errors
 
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
 FORMAT_VERSION = 1
+MAX_MEMORY_BYTES = 1 << 34
+"""Of a model's memory, which the weights' sizes say nothing about."""
 
 
 def describe_model(model: TransformerLM) -> dict[str, Any]:
@@ -122,13 +127,10 @@ def _hash_structure(structure: dict[str, Any]) -> str:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     try:
-        with safe_open(path, framework="pt") as file:
-            expected = (file.metadata() or {}).get("sha256")
-        tensors = load_file(path)
+        expected = read_metadata(path).get("sha256")
+        tensors = read_safetensors(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     if expected is not None and fingerprint_tensors(tensors) != expected:
         raise UserError(f"{path}: corrupted: the weights do not match the digest they were written with")
     return tensors
@@ -142,26 +144,49 @@ def read_structure(folder: Path) -> Any:
     """
     path = folder / STRUCTURE_FILE
     try:
-        structure = json.loads(path.read_text(encoding="utf-8"))
+        structure = read_json_file(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
     expected = structure.pop("sha256", None) if isinstance(structure, dict) else None
     if expected is not None and _hash_structure(structure) != expected:
         raise UserError(f"{path}: it has changed since it was written; if that was meant, remove its sha256")
     return structure
 
 
+def _check_structure(structure: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Refuse a structure that has other weights than the file, before memory is taken for any."""
+    layers = structure.get("layers") if isinstance(structure, dict) else None
+    if isinstance(layers, list) and len(layers) > len(shapes):
+        raise UserError(f"{path}: {len(layers):,} layers, but {WEIGHTS_FILE} holds {len(shapes):,} tensors")
+    with torch.device("meta"):
+        model = build_model(structure, str(path))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if odd := sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name)):
+        found, wanted = (list(of[odd[0]]) if odd[0] in of else "missing" for of in (shapes, expected))
+        raise UserError(
+            shorten(
+                f"{path.parent / WEIGHTS_FILE}: weights do not fit {STRUCTURE_FILE}: {odd[0]} is {found} in the file, "
+                f"{wanted} in the structure"
+            )
+        )
+    if (num_bytes := model.memory_info()["total_bytes"]) > MAX_MEMORY_BYTES:
+        raise UserError(f"{path}: its memory would have {num_bytes:,} bytes; at most {MAX_MEMORY_BYTES:,} are allowed")
+
+
 def load_model(folder: Path) -> TransformerLM:
     """Make a model from `save_model`'s folder, on the CPU, in the dtype it was saved in.
 
     Raises:
-        UserError: a file is missing or broken, or the weights are not the structure's.
+        UserError: a file is missing or broken, or the weights are not the structure's, or not finite.
     """
-    path = folder / STRUCTURE_FILE
+    path, weights = folder / STRUCTURE_FILE, folder / WEIGHTS_FILE
     structure = read_structure(folder)
+    try:
+        _check_structure(structure, read_shapes(weights), path)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
     tensors = _read_weights(folder)
+    check_finite(tensors, str(weights))
     model = build_model(structure, str(path))
     if "embed_in.weight" in tensors:
         model.to(tensors["embed_in.weight"].dtype)

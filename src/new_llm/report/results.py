@@ -1,12 +1,12 @@
 """results.json: reading it, and taking out values that may be missing."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import read_json_file
 
 SCHEMA_VERSION = 1
 
@@ -25,13 +25,9 @@ def load_results(path: Path) -> dict[str, Any]:
     """
     file = path / "results.json" if path.is_dir() else path
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_json_file(file)
     except FileNotFoundError:
         raise UserError(f"{file}: no such results file; give a run folder or its results.json") from None
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(results, dict):
         raise UserError(f"{file}: expected a mapping of results, found {type(results).__name__}")
     version = results.get("schema_version")

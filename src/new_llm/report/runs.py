@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import read_json_file
 from new_llm.config.measurement import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.report.results import get_entries, get_number, get_value, load_results
 
@@ -63,8 +64,8 @@ def read_evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     notes: list[str] = []
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            record = read_json_file(file)
+        except (OSError, UserError):
             notes.append(f"The evaluation {file.name} could not be read, and is left out.")
             continue
         is_known = get_number(record, "record_version") == RECORD_VERSION and isinstance(record.get("result"), dict)

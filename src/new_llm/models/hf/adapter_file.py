@@ -20,7 +20,6 @@ sha256            of all of this and the tensors
 import dataclasses
 import datetime
 import json
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -38,6 +37,7 @@ from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.memory_file import hash_content
 from new_llm.models.memory_record import Size, shorten
 from new_llm.models.safetensors_header import read_header
+from new_llm.models.tensor_files import read_torch_file
 
 FORMAT = "new-llm-parallel-adapter"
 FORMAT_VERSION = 1
@@ -138,17 +138,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _read_pt(path: Path) -> tuple[Any, Any]:
     """What `write_adapter_file` gave to torch.save; nothing but tensors, strings and dictionaries is made of it."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.save packs nothing: packed entries could be of any size
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UserError(f"{path}: no file of torch.save: it holds packed entries")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # the readers raise whatever a broken file provokes in them
-        if isinstance(error, zipfile.BadZipFile):
-            raise UserError(f"{path}: no file of torch.save, or a truncated one") from None
-        raise UserError(shorten(f"{path}: not readable as plain tensors: {type(error).__name__}: {error}")) from None
+    content = read_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: no adapter file (it holds no dictionary)")
     return content.get("metadata"), content.get("tensors")

@@ -1,17 +1,15 @@
 """GPT-NeoX checkpoints: finding one in a directory, on the hub or in its cache, and reading its files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.bounded_files import read_json_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.models.model_file import STRUCTURE_FILE
+from new_llm.models.tensor_files import read_safetensors, read_torch_file
 
 CONFIG_FILE = "config.json"
 INDEX_ENDING = ".index.json"
@@ -120,9 +118,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON: {describe_failure(error)}") from None
+        values = read_json_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
     return values
@@ -131,14 +129,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        values = torch.load(path, map_location="cpu", weights_only=True)
+            return read_safetensors(path)
+        values = read_torch_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, though the index names it") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file: {describe_failure(error)}") from None
-    except Exception as error:  # torch.load raises what pickle, zip files and weights_only raise
-        raise UserError(f"{path}: not a readable file of plain tensors: {describe_failure(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {describe_failure(error)}") from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"{path}: not a mapping of names and tensors")
     return values
