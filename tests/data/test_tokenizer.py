@@ -83,7 +83,7 @@ def test_the_neox_tokenizer_has_pythias_rows(shared_data):
 def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
-    with pytest.raises(UserError, match="no valid tokenizer file") as caught:
+    with pytest.raises(UserError, match=r"no valid tokenizer file|not UTF-8") as caught:
         load_tokenizer(str(file), 1.0)
     assert "\n" not in str(caught.value)
 

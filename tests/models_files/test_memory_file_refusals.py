@@ -214,7 +214,7 @@ def test_the_helpers_change_nothing_else(filled, valid):
 
 def test_what_is_no_file(filled, tmp_path, same_state):
     assert_refused(filled, tmp_path / "nowhere.safetensors", "No such file", same_state)
-    assert_refused(filled, tmp_path, "Is a directory", same_state)
+    assert_refused(filled, tmp_path, "no regular file", same_state)
     if Path("/dev/zero").exists():
         assert_refused(filled, Path("/dev/zero"), "no regular file", same_state)
 

@@ -105,7 +105,7 @@ class AdapterTrainingConfig(RunSettings):
     """Train a parallel memory adapter on long documents, and measure it against its base."""
 
     file_name: ClassVar[str] = "adapter.yaml"
-    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = None
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)] = None
     """The run's name and folder; None: the time."""
     base: str = "EleutherAI/pythia-70m"
     """A GPT-NeoX: its name on the hub, its directory, or a run of this project with a pythia model."""

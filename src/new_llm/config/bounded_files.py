@@ -1,7 +1,6 @@
 """Small text files from elsewhere, read in bounded memory: no device, no endless file, no bad UTF-8."""
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,23 @@ MAX_JSON_BYTES = 1 << 26
 MAX_REASON_CHARACTERS = 200
 
 
+def check_regular_file(path: Path) -> None:
+    """Refuse a folder, a device or a pipe, which could be without end or never answer.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        UserError: it is none, or can't be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: no regular file")
+
+
 def read_text_file(path: Path, max_bytes: int) -> str:
     """The text of a regular file.
 
@@ -21,17 +37,13 @@ def read_text_file(path: Path, max_bytes: int) -> str:
         UserError: it is no regular file, has more than `max_bytes`, is not UTF-8, or can't be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would never answer
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path}: no regular file")
+        check_regular_file(path)
+        with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
     if len(raw) > max_bytes:
         raise UserError(f"{path}: more than {max_bytes:,} bytes, which no such file has")
     try:

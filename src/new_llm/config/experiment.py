@@ -26,7 +26,7 @@ class ExperimentConfig(RunSettings):
     `ExperimentConfig(num_samples=5000, seq_length=256, num_epochs=30, num_memories=4)`.
     """
 
-    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] = None
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)] = None
     """The run's name and folder; None: the configuration's name and the time."""
     models: Annotated[tuple[ModelType, ...], Field(min_length=1)] = (ModelType.PYTHIA, ModelType.INFINI)
     """The models to train and compare."""

@@ -14,7 +14,7 @@ from new_llm.config.recall import RecallConfig
 from new_llm.config.run_settings import RunSettings
 from new_llm.config.sections import section
 
-VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 @section

@@ -87,7 +87,9 @@ def load_or_build(root: Path, key: str, build: Build, verify_bytes: int | None) 
             _close(folder, meta)
             entry = _load(folder, None, say=_say)
     except OSError as error:
-        raise UserError(f"{root}: the token cache can't be written: {error.strerror or error}") from None
+        raise UserError(
+            f"{root}: the token cache can't be written: {error.strerror or error} ({error.filename or folder})"
+        ) from None
     if entry is None:
         raise UserError(f"{folder}: the token cache was damaged while it was written")
     return entry

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import check_regular_file
 from new_llm.config.limits import ReadLimits
 from new_llm.data.byte_lines import UnpackingBudget, read_chunks, read_zstd, split_lines
 from new_llm.data.hub import describe_failure
@@ -16,6 +17,7 @@ Document = tuple[str, str]
 
 PARQUET_ROWS = 256  # at once
 PARQUET_BUFFER = 1 << 20  # bytes
+ROW_BYTES = 64  # that a Parquet row counts as beside its text: a small file could hold billions of empty ones
 MAX_PARQUET_STRING, MAX_PARQUET_ITEMS = 1 << 24, 1 << 20  # of its metadata
 MAX_SHOWN_FIELDS, MAX_SHOWN_CHARACTERS = 8, 40  # of a file's own names inside our one line
 
@@ -45,6 +47,7 @@ def read_file(
             raise UserError(f"{path}: holds records, which can't be read as one text; .txt, .raw and .tokens can")
         reader = _read_txt
     try:
+        check_regular_file(path)
         for name, text in reader(path, text_field, limits or ReadLimits()):
             if text and not text.isspace():
                 yield name, text
@@ -210,7 +213,7 @@ def _read_parquet(path: Path, text_field: str, limits: ReadLimits) -> Iterator[D
                     if text is None:
                         raise UserError(f"{path}: row {row}: the field {text_field!r} is null")
                     num_bytes = len(text.encode("utf-8"))
-                    budget.take(num_bytes)
+                    budget.take(num_bytes + ROW_BYTES)
                     if num_bytes > limits.max_line_bytes:
                         raise UserError(
                             f"{path}: row {row} holds {num_bytes:,} bytes; at most {limits.max_line_bytes:,} "

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import check_regular_file
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
@@ -79,6 +80,8 @@ class MegatronTokens:
         self.num_documents = len(self._documents) - 1 if self._has_documents else len(self._lengths)
 
     def _read_header(self, path: Path) -> None:
+        for file in self.files:
+            check_regular_file(file)
         with path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:

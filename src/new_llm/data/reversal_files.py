@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import check_regular_file
 from new_llm.data.reversal_pairs import ReversalPair
 
 SENTENCE_FIELDS = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
@@ -89,6 +90,7 @@ def _read_text(path: Path) -> str:
         if path.is_dir() or size > MAX_FILE_BYTES:
             what = "a folder" if path.is_dir() else f"{size:,} bytes long; at most {MAX_FILE_BYTES:,} are read"
             raise UserError(f"{path}: is {what}; a .csv or .jsonl file of pairs is needed")
+        check_regular_file(path)
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from None

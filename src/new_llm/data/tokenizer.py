@@ -7,10 +7,12 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.bounded_files import read_text_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 1 << 28  # those of the largest vocabularies have some tens of megabytes
 VOCAB_MULTIPLE = 128  # rows of the embedding; 50,277 entries become Pythia's 50,304 rows
 
 
@@ -66,7 +68,11 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
         UserError: it can't be read or is no tokenizer.
     """
     try:
-        return _as_plain(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        text = read_text_file(path, MAX_TOKENIZER_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such tokenizer file") from None
+    try:
+        return _as_plain(Tokenizer.from_str(text))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path}: no valid tokenizer file: {describe_failure(error)}") from None
 

@@ -40,7 +40,9 @@ def load_hugging_face(
 
         disable_progress_bar()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", torch_dtype="auto")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision or "main", torch_dtype="auto", trust_remote_code=False
+            )
         except Exception as error:  # transformers raises whatever its many parts raise
             raise UserError(f"{name}: can't be loaded as a causal language model: {describe_failure(error)}") from None
         if kind == new_llm.models.hf.NewLLMConfig.model_type:

@@ -7,6 +7,7 @@ from typing import Any
 
 from new_llm.config import ExperimentConfig, UserError
 from new_llm.config.measurement import EVALUATIONS_FOLDER
+from new_llm.data.hub import describe_failure
 from new_llm.experiments.record import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -87,17 +88,22 @@ def describe_run(folder: Path) -> RunStatus:
         facts = read_json(folder / ENVIRONMENT_FILE) or {}
         results = read_json(folder / RESULTS_FILE) or {}
         models = tuple(_describe_model(folder / kind, str(kind), config) for kind in config.models)
+        created = datetime.datetime.fromisoformat(facts["created"]) if facts.get("created") else None
+        if created is not None and created.tzinfo is None:
+            created = created.replace(tzinfo=datetime.UTC)
+        return RunStatus(
+            folder=folder,
+            status="complete" if results.get("status") == "complete" else "unfinished",
+            created=created,
+            config=config,
+            models=models,
+            evaluations=evaluations,
+        )
     except UserError as error:
         return RunStatus(folder, "unreadable", None, None, (), evaluations, str(error))
-    created = facts.get("created")
-    return RunStatus(
-        folder=folder,
-        status="complete" if results.get("status") == "complete" else "unfinished",
-        created=datetime.datetime.fromisoformat(created) if created else None,
-        config=config,
-        models=models,
-        evaluations=evaluations,
-    )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        fault = f"{folder}: its files are not as this program writes them: {describe_failure(error)}"
+        return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
 
 
 def _describe_model(folder: Path, name: str, config: ExperimentConfig) -> ModelStatus:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from new_llm.config import UserError
 from new_llm.config.atomic import write_atomically
+from new_llm.config.bounded_files import check_regular_file
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.layers.compressive import describe_memory_options
 from new_llm.models.memory_record import (
@@ -165,6 +166,7 @@ def read_memory_file(path: Path, check: Callable[[MemoryRecord], None] | None = 
     """
     where = str(path)
     try:
+        check_regular_file(path)
         with path.open("rb") as file:
             header = read_header(file, where)
             metadata = _read_metadata(header, where)

@@ -28,6 +28,7 @@ from new_llm.models.write_errors import raise_os_errors
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
 FORMAT_VERSION = 1
+MAX_LAYERS = 10_000
 MAX_MEMORY_BYTES = 1 << 34
 """Of a model's memory, which the weights' sizes say nothing about."""
 
@@ -68,6 +69,8 @@ def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
         raise UserError(f"{where}: format version {found!r}, this program reads {FORMAT_VERSION}")
     try:
         layers = []
+        if len(structure["layers"]) > MAX_LAYERS:
+            raise UserError(f"{where}: {len(structure['layers']):,} layers; at most {MAX_LAYERS:,} are allowed")
         for entry in structure["layers"]:
             settings = dict(entry)
             kind = settings.pop("kind")
@@ -84,8 +87,8 @@ def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
         )
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a model description: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+        raise UserError(shorten(f"{where}: not a model description: {error}")) from None
 
 
 def save_model(model: TransformerLM, folder: Path) -> None:
@@ -187,6 +190,8 @@ def load_model(folder: Path) -> TransformerLM:
         raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
     tensors = _read_weights(folder)
     check_finite(tensors, str(weights))
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(shorten(f"{weights}: {odd[0]} is {tensors[odd[0]].dtype}; weights are floats"))
     model = build_model(structure, str(path))
     if "embed_in.weight" in tensors:
         model.to(tensors["embed_in.weight"].dtype)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import check_regular_file
 from new_llm.models.memory_record import shorten
 from new_llm.models.safetensors_header import read_header
 
@@ -43,6 +44,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
+    check_regular_file(path)
     try:
         with path.open("rb") as file:
             return read_header(file, str(path))
@@ -75,6 +77,7 @@ def read_torch_file(path: Path) -> Any:
         OSError: the file can't be opened.
         UserError: it is none, or holds packed entries, objects, or sizes that are not its own.
     """
+    check_regular_file(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save packs nothing: packed entries could be of any size
             entries = archive.infolist()

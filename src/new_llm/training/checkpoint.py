@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import read_json_file
 from new_llm.config.errors import OtherProcessError
 from new_llm.models import TransformerLM
+from new_llm.models.tensor_files import check_finite, read_safetensors, read_torch_file
 from new_llm.models.write_errors import raise_os_errors
 from new_llm.processes import ALONE, Processes
 from new_llm.training.checkpoint_folder import find_checkpoint, write_checkpoint_folder
@@ -149,13 +151,16 @@ def read_checkpoint(path: Path) -> tuple[GatheredState, TrainerState]:
     Raises:
         UserError: another version. A broken file raises what its library does.
     """
-    values = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    values = read_json_file(path / STATE_FILE)
+    if not isinstance(values, dict):
+        raise UserError(f"{path / STATE_FILE}: expected a mapping, found {type(values).__name__}")
     if values.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
-    weights = load_file(path / WEIGHTS_FILE)
-    rest = torch.load(path / VALUES_FILE, map_location="cpu", weights_only=True)
+    weights = read_safetensors(path / WEIGHTS_FILE)
+    check_finite(weights, str(path / WEIGHTS_FILE))
+    rest = read_torch_file(path / VALUES_FILE)
     return GatheredState(weights=weights, **rest), TrainerState(**values)
 
 

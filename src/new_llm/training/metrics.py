@@ -14,6 +14,7 @@ from new_llm.config.atomic import write_text_atomically
 from new_llm.training.trackers import Trackers, name_numbers
 
 METRICS_FILE = "metrics.jsonl"
+MAX_LINE_CHARACTERS = 1 << 24  # a longer line was not written here, and ends the reading
 BOARD_FOLDER = "tensorboard"
 
 
@@ -88,11 +89,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while text := file.readline(MAX_LINE_CHARACTERS):
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
+                    break
+                if not isinstance(line, dict):
+                    break
+                lines.append(line)
     return lines
 
 

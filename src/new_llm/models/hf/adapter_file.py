@@ -33,6 +33,7 @@ from new_llm import __version__
 from new_llm.config import AdapterLayerConfig, UserError
 from new_llm.config.adapter import check_adapter_suffix
 from new_llm.config.atomic import write_atomically
+from new_llm.config.bounded_files import check_regular_file
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.memory_file import hash_content
 from new_llm.models.memory_record import Size, shorten
@@ -127,6 +128,7 @@ def read_adapter_file(path: Path) -> AdapterFile:
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    check_regular_file(path)
     with path.open("rb") as file:
         header = read_header(file, str(path))
         file.seek(0)

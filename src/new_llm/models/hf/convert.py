@@ -23,6 +23,8 @@ from new_llm.models.hf.folder import (
 from new_llm.models.hf.gpt_neox import export_names, import_names, parse_config, write_config
 from new_llm.models.hf.replacement import LayerChoice, swap_layers
 from new_llm.models.layers import Layer, PythiaLayer
+from new_llm.models.memory_record import shorten
+from new_llm.models.tensor_files import check_finite
 from new_llm.models.transformer import TransformerLM
 
 if TYPE_CHECKING:
@@ -52,21 +54,30 @@ def load_pythia(
         ValueError: a segment length or a layer to swap that is out of range.
     """
     folder = find_checkpoint(name_or_directory, revision)
-    config = parse_config(read_config(folder), str(folder / CONFIG_FILE))
+    try:
+        config = parse_config(read_config(folder), str(folder / CONFIG_FILE))
+    except UserError as error:
+        raise UserError(shorten(str(error))) from None
     length = config.max_position_embeddings if segment_length is None else segment_length
     if not 1 <= length <= config.max_position_embeddings:
         raise ValueError(
             f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
+    found = read_weights(folder)
+    if config.num_hidden_layers > len(found):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: {config.num_hidden_layers:,} layers, but the weights are {len(found):,} tensors"
+        )
     with torch.device("meta"):  # nothing is drawn that the checkpoint replaces
         try:
             layers: list[Layer] = [build_pythia_layer(config) for _ in range(config.num_hidden_layers)]
-        except ValueError as error:  # an odd number of rotated dimensions
-            raise UserError(f"{folder / CONFIG_FILE}: {error}") from None
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an odd number of rotated dimensions
+            raise UserError(shorten(f"{folder / CONFIG_FILE}: {error}")) from None
         model = TransformerLM(layers, config.vocab_size, length, layer_norm_eps=config.layer_norm_eps)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights = import_names(read_weights(folder), shapes, str(folder))
+    weights = import_names(found, shapes, str(folder))
+    check_finite(weights, str(folder))
     model.load_state_dict(weights, assign=True)
     # A model computes in one precision: where a checkpoint has several, in one that holds all values.
     model.to(functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()}))

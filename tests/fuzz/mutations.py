@@ -1,0 +1,212 @@
+"""Damage done to valid files: to their bytes, to their numbers, to their JSON, to what a header says."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**53, 2**63 - 1, 2**64 - 1)
+WORDS = (
+    b"NaN",
+    b"Infinity",
+    b"-Infinity",
+    b"-1",
+    b"1e999",
+    b"1e-999",
+    b"null",
+    b"true",
+    b"[]",
+    b"{}",
+    b'""',
+    b"0",
+    b"9" * 400,
+    b"../../etc/passwd",
+    b"/dev/zero",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"\r\n",
+    b"A" * 5000,
+    b"[" * 3000,
+    b'{"a":' * 2000,
+    b"!!python/object/apply:os.system ['true']",
+    b"&a [*a]",
+    b"*x",
+    b"<<: *x",
+    b"\t",
+    b"---\n",
+    b"%YAML 9.9\n",
+    b"? ",
+    b"{{7*7}}",
+    b"<script>",
+    b"\x1b[2J",
+)
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    -(10**30),
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    "x",
+    "../../x",
+    "\x00",
+    "\ud800",
+    "9" * 50,
+    "a" * 3000,
+    [],
+    {},
+    [[]],
+    [None] * 50,
+    {"a": 1},
+    {"": {}},
+    [1.5, "x", {}],
+    "NaN",
+    "1e999",
+    {"__class__": "os.system"},
+    12345678901234567890,
+    [[[[[[[[]]]]]]]],
+    "F32",
+    "I64",
+    [1, -1],
+    [10**12, 10**12],
+)
+
+
+def mutate(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """Damage some bytes in one to four ways; `others` are files to splice with."""
+    if rng.random() < 0.03:
+        return rng.randbytes(rng.choice((0, 1, 7, 100, 5000)))
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
+        raw = rng.choice(BYTE_MUTATIONS)(raw, others, rng)
+    return raw
+
+
+def mutate_json(value: Any, rng: random.Random) -> Any:
+    """Plain values with some entries replaced, removed, repeated or renamed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = list(_walk(value))
+        if not places:
+            return rng.choice(VALUES)
+        holder, key = rng.choice(places)
+        kind = rng.random()
+        if kind < 0.65:
+            holder[key] = rng.choice(VALUES)
+        elif kind < 0.8:
+            del holder[key]
+        elif isinstance(holder, list):
+            holder.insert(rng.randrange(len(holder) + 1), holder[key])
+        else:
+            holder[rng.choice(("x", "../x", "", str(key) * 2))] = holder[key]
+    return value
+
+
+def dump_json(value: Any, rng: random.Random) -> bytes:
+    """JSON text, at times with a key that stands there twice."""
+    text = json.dumps(value).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.15:
+        text = re.sub(rb'"(\w+)": ', lambda m: m[0] + b"0, " + m[0], text, count=1)
+    return text
+
+
+def mutate_safetensors(raw: bytes, rng: random.Random) -> bytes:
+    """Another header with the right length in front of the same tensors, or a wrong length."""
+    length = int.from_bytes(raw[:8], "little")
+    header = mutate_json(json.loads(raw[8 : 8 + length]), rng)
+    text = dump_json(header, rng)
+    claimed = len(text) if rng.random() < 0.9 else rng.choice(EXTREMES)
+    return claimed.to_bytes(8, "little") + text + raw[8 + length :]
+
+
+def _walk(value: Any):
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in list(entries):
+        yield value, key
+        yield from _walk(entry)
+
+
+def _flip(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    changed = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        if changed:
+            changed[_place(changed, rng)] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def _cut(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    return raw[: rng.randrange(len(raw) + 1)]
+
+
+def _remove(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    start = rng.randrange(len(raw) + 1)
+    return raw[:start] + raw[start + rng.choice((1, 2, 4, 8, 100)) :]
+
+
+def _repeat(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    start, size = rng.randrange(len(raw) + 1), rng.choice((1, 8, 64, 1000))
+    return raw[: start + size] + raw[start : start + size] * rng.choice((1, 2, 20)) + raw[start + size :]
+
+
+def _splice(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    other = rng.choice(others) if others else raw
+    return raw[: rng.randrange(len(raw) + 1)] + other[rng.randrange(len(other) + 1) :]
+
+
+def _insert(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    start = rng.randrange(len(raw) + 1)
+    return raw[:start] + rng.choice((rng.randbytes(rng.randrange(1, 40)), rng.choice(WORDS))) + raw[start:]
+
+
+def _lie(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """A number of 1 to 8 bytes is an extreme one."""
+    size = rng.choice((1, 2, 4, 8))
+    if len(raw) < size:
+        return raw
+    start = min(_place(raw, rng), len(raw) - size)
+    value = rng.choice(EXTREMES) % (1 << 8 * size)
+    return raw[:start] + value.to_bytes(size, rng.choice(("little", "big"))) + raw[start + size :]
+
+
+def _renumber(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """A number in text is another one, or a word."""
+    found = list(re.finditer(rb"-?\d+(\.\d+)?", raw[:20_000]))
+    if not found:
+        return raw
+    match = rng.choice(found)
+    return (
+        raw[: match.start()] + rng.choice((str(rng.choice(EXTREMES)).encode(), rng.choice(WORDS))) + raw[match.end() :]
+    )
+
+
+def _place(raw: bytes | bytearray, rng: random.Random) -> int:
+    """Anywhere; headers and footers, which are believed first, more often."""
+    near = min(len(raw), 128)
+    return rng.choice((rng.randrange(len(raw)), rng.randrange(near), len(raw) - 1 - rng.randrange(near)))
+
+
+BYTE_MUTATIONS: tuple[Callable[[bytes, list[bytes], random.Random], bytes], ...] = (
+    _flip,
+    _flip,
+    _cut,
+    _remove,
+    _repeat,
+    _splice,
+    _insert,
+    _lie,
+    _lie,
+    _renumber,
+)

