@@ -137,6 +137,17 @@ def test_a_packed_source_and_a_folder_resume_like_a_plain_file(config, tmp_path,
 
 def interrupt_and_resume(config: DataConfig, monkeypatch, at: int) -> PreparedData:
     """Prepare data with an interrupt once `at` shards are written, and again without it."""
+    folder = interrupt(config, monkeypatch, at)
+    records = sorted(path.name for path in folder.glob("0*.json"))
+    assert len(records) == at, "what was done stays"
+    times = {name: (folder / name).stat().st_mtime_ns for name in records}
+    data = prepare_data(config, 0)
+    assert {name: (folder / name).stat().st_mtime_ns for name in records} == times, "and is not done again"
+    return data
+
+
+def interrupt(config: DataConfig, monkeypatch, at: int) -> Path:
+    """The folder of a pass that was interrupted once `at` shards were written."""
     close = builder.ShardWriter.close
     closed = 0
 
@@ -151,13 +162,7 @@ def interrupt_and_resume(config: DataConfig, monkeypatch, at: int) -> PreparedDa
         patch.setattr(builder.ShardWriter, "close", count)
         with pytest.raises(KeyboardInterrupt):
             prepare_data(config, 0)
-    folder = find_folder(config)
-    records = sorted(path.name for path in folder.glob("0*.json"))
-    assert len(records) == at, "what was done stays"
-    times = {name: (folder / name).stat().st_mtime_ns for name in records}
-    data = prepare_data(config, 0)
-    assert {name: (folder / name).stat().st_mtime_ns for name in records} == times, "and is not done again"
-    return data
+    return find_folder(config)
 
 
 @pytest.mark.parametrize("tear", ["cut", "flip", "remove", "record"])
@@ -300,3 +305,12 @@ def test_a_source_that_ends_with_an_error_keeps_its_shards(config, tmp_path, mon
     with pytest.raises(UserError, match="is no JSON object"):
         prepare_data(broken, 0)
     assert len(list(find_folder(broken).glob("0*.json"))) > 5
+
+
+def test_what_a_killed_pass_left_half_written_is_removed(config, monkeypatch, tmp_path):
+    folder = interrupt(config, monkeypatch, at=2)
+    (folder / ".00099.train.tokens.tmp").write_bytes(b"half a shard")
+    (folder / ".00003.json.abcd.tmp").mkdir()
+    (folder / ".00003.json.abcd.tmp" / "00003.json").write_text("{")
+    prepare_data(config, 0)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]

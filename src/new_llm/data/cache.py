@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.atomic import remove_leftovers
 from new_llm.config.locks import hold_lock
 from new_llm.config.manifest import describe_file
 from new_llm.data.sealed import read_sealed, write_sealed
@@ -188,8 +189,10 @@ def _remove_bad_shards(folder: Path, verify_bytes: int | None) -> None:
     for index, record in records.items():
         if record["files"].keys() & faults.keys():
             record_path(folder, index).unlink()
-    for path in folder.glob(".*.tmp"):  # of a process that was killed; the lock says that no other one is at work
-        path.unlink()
+    remove_leftovers(folder)
+    for path in folder.glob(".*.tmp"):  # a killed process's shard; the lock says that no other one is at work
+        if path.is_file():
+            path.unlink()
 
 
 def remember_hashes(root: Path, files: Iterable[Path], hash_file: Callable[[Path], str], least_bytes: int) -> list[str]:
