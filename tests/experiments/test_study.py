@@ -21,7 +21,7 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
     base = tiny_settings(addresses, path.parent)
     del base["runs_dir"]
     base["train"] |= {"num_epochs": 1}
-    base["data"] |= {"num_samples": 16}
+    base["data"] |= {"num_samples": 16, "seq_length": 128}  # segments that hold a question of recall
     values = {
         "name": "tiny-study",
         "question": "Does the memory help?",
@@ -30,7 +30,7 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
         "variants": {
             "reference": {},
             "no-delta": {"model": {"use_delta_rule": False}},
-            "pythia": {"models": ["pythia"]},
+            "pythia": {"models": ["pythia"], "eval": {"reversal": True}},
             "whole": {"models": ["pythia"], "data": {"segments_per_sample": 1}},
         },
         "seeds": [0, 1],
@@ -44,7 +44,8 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
 
 
 def test_a_study_from_one_command(addresses, tmp_path, capsys):
-    path = write_study(tmp_path / "study.yaml", addresses)
+    recall = {"tasks": ["facts"], "lengths": [2, 4], "depths": [0], "trials": 2, "num_resamples": 20}
+    path = write_study(tmp_path / "study.yaml", addresses, recall=recall)
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "tiny-study"
     summary = json.loads((folder / "study.json").read_text())
@@ -69,6 +70,25 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert "validation: carried vs reset" not in summary["variants"]["pythia"]["figures"]
     table = (folder / "table.md").read_text()
     assert "| no-delta | 2 |" in table
+    # The reversal curse is what the runs say, recall what the records say, averaged over seeds.
+    runs = [json.loads((folder / f"pythia-s{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    ratios = [one["models"][0]["evaluation"]["reversal"]["ratio"] for one in runs]
+    assert summary["variants"]["pythia"]["figures"]["reversal ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
+    records = [json.loads((folder / "measured" / f"reference-s{seed}-recall.json").read_text()) for seed in (0, 1)]
+    shares = [record["result"]["cells"][1]["carried"]["first"]["value"] for record in records]
+    by_distance = summary["variants"]["reference"]["recall"]["facts"]
+    distances = [round(cell["mean_distance"]) for cell in records[0]["result"]["cells"]]
+    assert distances[0] < distances[1]
+    assert [found["distance"] for found in by_distance] == distances
+    assert by_distance[1]["first"]["mean"] == pytest.approx(sum(shares) / 2)
+    assert f"| variant | {distances[0]} | {distances[1]} |" in table
+    assert {file.name for file in folder.glob("*.svg")} == {
+        "differences.svg",
+        "distance-validation.svg",
+        "distance-validation-against-pythia.svg",
+        "distance-validation-against-whole.svg",
+        "recall-facts.svg",
+    }
     assert (folder / "differences.svg").read_text().startswith("<?xml")
     assert (folder / "distance-validation.svg").exists()
     captured = capsys.readouterr()

@@ -44,6 +44,24 @@ def _gate(choose: Callable[[Sequence[float]], float]) -> Callable[[Run], float |
     return find
 
 
+def _reversal(name: str) -> Callable[[Run], float | None]:
+    def find(run: Run) -> float | None:
+        reversal = run["model"]["evaluation"].get("reversal")
+        return reversal[name] if reversal else None
+
+    return find
+
+
+REVERSAL_METRICS = {
+    "reversal forward perplexity": "forward_perplexity",
+    "reversal backward perplexity": "backward_perplexity",
+    "reversal ratio": "ratio",
+    "answers first, forward": "forward_accuracy",
+    "answers first, backward": "backward_accuracy",
+}
+"""The column's name, and that of the reversal curse's figure."""
+
+
 def list_metrics(study: StudyConfig) -> dict[str, Callable[[Run], float | None]]:
     """The columns of the table: a name, and how to find the figure of one run (None: it has none)."""
     metrics: dict[str, Callable[[Run], float | None]] = {
@@ -56,6 +74,7 @@ def list_metrics(study: StudyConfig) -> dict[str, Callable[[Run], float | None]]
             metrics[f"{text}: carried perplexity"] = _carried(what)
             for against in ("reset", "foreign", *study.baselines, *study.window_baselines):
                 metrics[f"{text}: carried vs {against}"] = _relative(what, against)
+    metrics |= {name: _reversal(figure) for name, figure in REVERSAL_METRICS.items()}
     metrics["least gate"], metrics["greatest gate"] = _gate(min), _gate(max)
     metrics["tokens/s"] = lambda run: run["model"]["training"]["tokens_per_second"]
     metrics["peak MiB"] = lambda run: run["model"]["training"]["peak_memory_bytes"] / 2**20
@@ -71,7 +90,8 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
 
     Returns:
         `name`, `question`, `reference`, and `variants`: for each its runs' figures, their mean and interval (Student's
-        t over seeds; None for one seed), and the paired difference from the reference.
+        t over seeds; None for one seed), the paired difference from the reference, long documents by distance, and
+        recall by task and distance.
     """
     metrics = list_metrics(study)
     reference = {run["seed"]: run for run in found.get(study.reference_variant, [])}
@@ -102,7 +122,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": figures,
             "ranges": {what: _collect_ranges(runs, what) for what in runs[0]["measured"] if what.startswith("long-")},
-            "recall": [record["result"] for run in runs if (record := run["measured"].get("recall"))],
+            "recall": _collect_recall(runs),
         }
     return {
         "name": study.name,
@@ -145,6 +165,31 @@ def _collect_ranges(runs: Sequence[Run], what: str) -> list[dict[str, Any]]:
     return collected
 
 
+def _collect_recall(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+    """By task, for each distance in segments: how often the answer was exact, and ranked first, mean over seeds.
+
+    `reset` is the share ranked first with the memory emptied before the question.
+    """
+    records = [record["result"] for run in runs if (record := run["measured"].get("recall"))]
+    collected: dict[str, list[dict[str, Any]]] = {}
+    places = dict.fromkeys(
+        (cell["task"], round(cell["mean_distance"])) for record in records for cell in record["cells"]
+    )
+    for task, distance in sorted(places):
+
+        def average(way: str, figure: str, task: str = task, distance: int = distance) -> dict[str, Any]:
+            return _summarize([_average_cells(record["cells"], task, distance, way, figure) for record in records])
+
+        entry = {"distance": distance, "exact": average("carried", "exact"), "first": average("carried", "first")}
+        collected.setdefault(task, []).append(entry | {"reset": average("reset", "first")})
+    return collected
+
+
+def _average_cells(cells: Sequence[Run], task: str, distance: int, way: str, figure: str) -> float:
+    same = [cell for cell in cells if cell["task"] == task and round(cell["mean_distance"]) == distance]
+    return sum(cell[way][figure]["value"] * cell["num_trials"] for cell in same) / sum(c["num_trials"] for c in same)
+
+
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The table of a study: a line a variant, a column a metric; intervals where there are several seeds."""
     variants = summary["variants"]
@@ -159,7 +204,29 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     for name, entry in variants.items():
         cells = [render_figure(metric, entry["figures"].get(metric)) for metric in metrics]
         lines.append("| " + " | ".join([name, str(len(entry["seeds"])), *cells]) + " |")
+    for task in dict.fromkeys(task for entry in variants.values() for task in entry["recall"]):
+        lines += ["", *_render_recall(task, variants)]
     return "\n".join(lines) + "\n"
+
+
+def _render_recall(task: str, variants: Mapping[str, Any]) -> list[str]:
+    """A table: a line a variant, a column a distance; shares of exact answers, and of answers ranked first."""
+    known = {name: entry["recall"][task] for name, entry in variants.items() if task in entry["recall"]}
+    distances = sorted({found["distance"] for cells in known.values() for found in cells})
+    lines = [
+        f"Recall of {task} by segments between the sentence and the question: exact / ranked first, mean over seeds.",
+        "",
+        "| " + " | ".join(["variant", *map(str, distances)]) + " |",
+        "|" + "---|" * (1 + len(distances)),
+    ]
+    for name, cells in known.items():
+        by_distance = {found["distance"]: found for found in cells}
+        shown = [
+            f"{found['exact']['mean']:.0%} / {found['first']['mean']:.0%}" if (found := by_distance.get(d)) else "–"
+            for d in distances
+        ]
+        lines.append("| " + " | ".join([name, *shown]) + " |")
+    return lines
 
 
 def render_figure(metric: str, figure: Mapping[str, Any] | None) -> str:

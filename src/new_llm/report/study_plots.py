@@ -17,15 +17,28 @@ ROW_INCHES = 0.28
 CURVES_INCHES = 3.4
 MAX_CURVES = len(COLORS)
 
+Curve = list[tuple[float, Mapping[str, Any]]]
+"""Places, and at each a mean with its interval."""
+
 
 def write_study_figures(summary: dict[str, Any], folder: Path) -> None:
-    """Draw what the summary has numbers for: `differences.svg`, and `distance-<text>.svg` for each text."""
-    if (figure := plot_differences(summary)) is not None:
-        save_picture(figure, folder / "differences.svg")
-    texts = dict.fromkeys(what for entry in summary["variants"].values() for what in entry["ranges"])
-    for what in texts:
-        if (figure := plot_distance(summary, what)) is not None:
-            save_picture(figure, folder / f"distance-{what.removeprefix('long-')}.svg")
+    """Draw what the summary has numbers for.
+
+    `differences.svg`; for each text `distance-<text>.svg`, against the memory reset, and one against each baseline;
+    `recall-<task>.svg`.
+    """
+    figures = {"differences": plot_differences(summary)}
+    variants = summary["variants"].values()
+    for what in dict.fromkeys(what for entry in variants for what in entry["ranges"]):
+        text = what.removeprefix("long-")
+        figures[f"distance-{text}"] = plot_distance(summary, what, "reset")
+        for baseline in summary["baselines"]:
+            figures[f"distance-{text}-against-{baseline}"] = plot_distance(summary, what, baseline)
+    for task in dict.fromkeys(task for entry in variants for task in entry["recall"]):
+        figures[f"recall-{task}"] = plot_recall(summary, task)
+    for name, figure in figures.items():
+        if figure is not None:
+            save_picture(figure, folder / f"{name}.svg")
 
 
 def plot_differences(summary: Mapping[str, Any]) -> Figure | None:
@@ -53,19 +66,55 @@ def plot_differences(summary: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def plot_distance(summary: Mapping[str, Any], what: str) -> Figure | None:
-    """The same difference by distance from the document's start: a curve a variant, the first `MAX_CURVES`."""
-    curves: list[tuple[str, list[tuple[float, Mapping[str, Any]]]]] = []
+def plot_distance(summary: Mapping[str, Any], what: str, against: str) -> Figure | None:
+    """Perplexity with the memory carried, against another way, by distance from the document's start.
+
+    A curve a variant, the first `MAX_CURVES`, with its interval as a band.
+
+    Args:
+        summary: of the study.
+        what: `long-<text>`.
+        against: `reset`, or a baseline.
+    """
+    curves: dict[str, Curve] = {}
     for name, entry in summary["variants"].items():
-        ranges = [found for found in entry["ranges"].get(what, []) if "reset" in found["relative"]]
+        ranges = [found for found in entry["ranges"].get(what, []) if against in found["relative"]]
         if ranges:
-            curves.append((name, [(_find_middle(found), found["relative"]["reset"]) for found in ranges]))
+            curves[name] = [(_find_middle(found), found["relative"][against]) for found in ranges]
     if not curves:
         return None
     figure = new_figure(WIDTH_INCHES, CURVES_INCHES)
     axes = figure.add_subplot()
     axes.axhline(0, color="0.5", linewidth=1)
-    for (name, points), color, marker in zip(curves, COLORS, MARKERS * 2, strict=False):
+    _draw_curves(axes, curves)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+    axes.set_xlabel("tokens from the document's start (middle of the range)")
+    axes.set_ylabel(f"perplexity, carried against {against} (%)")
+    return figure
+
+
+def plot_recall(summary: Mapping[str, Any], task: str) -> Figure | None:
+    """Share of questions answered exactly, by segments between the sentence and the question."""
+    curves: dict[str, Curve] = {}
+    for name, entry in summary["variants"].items():
+        # Distance 0, the same segment, has no place on a logarithmic axis.
+        if points := [(cell["distance"], cell["exact"]) for cell in entry["recall"].get(task, []) if cell["distance"]]:
+            curves[name] = points
+    if not curves:
+        return None
+    figure = new_figure(WIDTH_INCHES, CURVES_INCHES)
+    axes = figure.add_subplot()
+    _draw_curves(axes, curves)
+    axes.set_ylim(-3, 103)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_xlabel("segments from the sentence to the question")
+    axes.set_ylabel(f"{task}: answered exactly (%)")
+    return figure
+
+
+def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    """Shares as percents over a logarithmic axis, each with its interval as a band."""
+    for (name, points), color, marker in zip(curves.items(), COLORS, MARKERS * 2, strict=False):
         xs = [x for x, _ in points]
         axes.plot(xs, [100 * found["mean"] for _, found in points], f"-{marker}", color=color, label=name, markersize=5)
         known = [(x, found) for x, found in points if found["low"] is not None and math.isfinite(found["low"])]
@@ -73,12 +122,8 @@ def plot_distance(summary: Mapping[str, Any], what: str) -> Figure | None:
             low, high = ([100 * found[end] for _, found in known] for end in ("low", "high"))
             axes.fill_between([x for x, _ in known], low, high, color=color, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
-    axes.set_xlabel("tokens from the document's start (middle of the range)")
-    axes.set_ylabel("perplexity, carried against reset (%)")
     axes.legend(fontsize=8, frameon=False, ncols=2)
     _clean(axes)
-    return figure
 
 
 def _find_middle(found: Mapping[str, Any]) -> float:
