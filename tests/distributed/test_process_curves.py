@@ -78,7 +78,8 @@ def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path: Path) 
             "no accumulation": ("infini", {}, {"gradient_accumulation_steps": 1}),
             "all batches in one step": ("multi_memory", {}, {"gradient_accumulation_steps": 100, "num_epochs": 12}),
             "alibi": ("infini", {"use_alibi": True, "use_delta_rule": False}, {}),
-            "long samples": ("infini", {}, {"seq_length": 64, "segments_per_sample": 8}),
+            "long samples": ("infini", {}, {"seq_length": 64, "segments_per_sample": 8, "num_epochs": 6}),
+            "shifted keys": ("multi_memory", {"use_key_shift": True}, {}),
         },
     )
 

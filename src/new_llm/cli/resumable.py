@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
-from new_llm.cli.launched import is_main_process
+from new_llm.cli.launched import end_quietly, is_main_process
 from new_llm.config.run_settings import RunSettings, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run_training(
         results = train(console)
     except TrainingInterrupted as stopped:
         if not is_main_process():
-            return 130
+            return end_quietly(130)
         run_folder = stopped.folder.parent
         place = "" if run_folder.parent == kind.runs_dir else f" --runs-dir {run_folder.parent}"
         again = f"new-llm {command}{place} --name {run_folder.name} --resume"
