@@ -21,6 +21,7 @@ from new_llm.training.best_weights import restore_best
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, save_checkpoint
 from new_llm.training.fault_record import list_parameters, measure_norms
 from new_llm.training.guards import StepGuard
+from new_llm.training.metric_lines import describe_epoch, describe_steps
 from new_llm.training.metrics import MetricsWriter, SilentMetrics, read_peak_memory, reset_peak_memory
 from new_llm.training.optimizer import make_scheduler
 from new_llm.training.outcome import TrainingInterrupted, TrainingResult
@@ -291,19 +292,7 @@ class Trainer:
 
     def _log(self, metrics: MetricsWriter | SilentMetrics) -> None:
         state = self.state
-        values = {
-            "epoch": state.epoch + 1,
-            "batch": state.batch,
-            "tokens": state.num_tokens,
-            "loss": state.window_loss / max(state.window_tokens, 1),
-            "learning_rate": self.scheduler.get_last_lr()[0],
-            "grad_norm": self.grad_norm,
-            "seconds": state.seconds,
-            "tokens_per_second": state.window_tokens / max(state.window_seconds, 1e-9),
-            "gates": self.model.gate_values(),
-        }
-        if alphas := self.model.alpha_values():
-            values["alpha"] = alphas
+        values = describe_steps(state, self.model, float(self.scheduler.get_last_lr()[0]), self.grad_norm)
         metrics.write("train", state.step, values)
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 
@@ -327,15 +316,7 @@ class Trainer:
         else:
             state.epochs_without_gain += 1
             state.stopped_early = bool(patience) and state.epochs_without_gain >= patience
-        values = {
-            "epoch": state.epoch,
-            "tokens": state.num_tokens,
-            "train_loss": state.epoch_loss / max(state.epoch_tokens, 1),
-            "validation_loss": loss,
-            "validation_perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
-            "seconds": state.seconds,
-            "is_best": is_best,
-        }
+        values = describe_epoch(state, loss, is_best=is_best)
         metrics.write("epoch", state.step, values)
         self._save(metrics)
         if is_best:  # after the checkpoint, which holds the same weights: see restore_best

@@ -39,6 +39,7 @@ from new_llm.models.memory_file import hash_content
 from new_llm.models.memory_record import Size, shorten
 from new_llm.models.safetensors_header import read_header
 from new_llm.models.tensor_files import read_torch_file
+from new_llm.models.write_errors import raise_os_errors
 
 FORMAT = "new-llm-parallel-adapter"
 FORMAT_VERSION = 1
@@ -91,9 +92,10 @@ def write_adapter_file(path: Path, content: AdapterFile) -> None:
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     metadata["sha256"] = hash_content(metadata, tensors)
     try:
-        with write_atomically(path) as temporary:
+        with raise_os_errors(path), write_atomically(path) as temporary:
             if path.suffix == ".pt":
-                torch.save({"metadata": metadata, "tensors": tensors}, temporary)
+                with temporary.open("wb") as file:
+                    torch.save({"metadata": metadata, "tensors": tensors}, file)
             else:
                 save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -2,9 +2,8 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically
+from new_llm.config.atomic import make_temporary_folder, write_atomically
 from new_llm.data.tokenizer import END_OF_TEXT
 from new_llm.models.hf.checkpoint import CONFIG_FILE
+from new_llm.models.write_errors import raise_os_errors
 
 PADDING = "<|padding|>"
 """Pythia's padding token; a tokenizer without it pads with its end of text."""
@@ -38,14 +38,14 @@ def stage_folder(directory: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder can't be made.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix=".staging-", dir=directory)
-    except OSError as error:
-        raise UserError(f"{directory}: can't write a model here: {error.strerror}") from None
-    with staging as name:
-        yield Path(name)
-        files = sorted(Path(name).iterdir(), key=lambda file: file.name == CONFIG_FILE)
+    with ExitStack() as stack:
+        try:
+            staging = stack.enter_context(make_temporary_folder(directory / "model"))
+        except OSError as error:
+            raise UserError(f"{directory}: can't write a model here: {error.strerror}") from None
+        stack.enter_context(raise_os_errors(directory))
+        yield staging
+        files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
         for stale in {path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}:
             if stale.name not in {file.name for file in files}:
                 stale.unlink()
