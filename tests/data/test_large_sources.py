@@ -14,7 +14,9 @@ from new_llm.config import DataConfig, UserError
 from new_llm.data import builder
 from new_llm.data.batches import plan_batches
 from new_llm.data.dataset import PreparedData, prepare_data
+from new_llm.data.sealed import read_sealed
 from new_llm.data.sharded_tokens import ShardedTokens
+from new_llm.data.tokenizer import train_tokenizer
 from new_llm.data.tokens import TokenSplit
 
 SPEECH_CHARACTERS = 1500
@@ -310,7 +312,27 @@ def test_a_source_that_ends_with_an_error_keeps_its_shards(config, tmp_path, mon
 def test_what_a_killed_pass_left_half_written_is_removed(config, monkeypatch, tmp_path):
     folder = interrupt(config, monkeypatch, at=2)
     (folder / ".00099.train.tokens.tmp").write_bytes(b"half a shard")
-    (folder / ".00003.json.abcd.tmp").mkdir()
-    (folder / ".00003.json.abcd.tmp" / "00003.json").write_text("{")
+    (folder / ".00099.json.abcd.tmp").mkdir()
+    (folder / ".00099.json.abcd.tmp" / "00003.json").write_text("{")
     prepare_data(config, 0)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_pile_is_streamed_by_its_shards_and_resumes(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("new_llm.data.hub.hub_answers", lambda path, seconds: True)
+    lines = Path(config.source).read_text().splitlines(keepends=True)
+    pile = tmp_path / "pile"
+    pile.mkdir()
+    for shard in range(3):
+        (pile / f"train-{shard:05d}.jsonl").write_text("".join(lines[shard::3]))
+    tokenizer = train_tokenizer([json.loads(line)["text"] for line in lines[:20]], 400)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    options = replace(config, source="pile", pile_name=str(pile), tokenizer=str(tmp_path / "tokenizer.json"))
+    resumed = interrupt_and_resume(options, monkeypatch, at=6)
+    local = prepare_data(replace(options, source=str(pile), cache_dir=tmp_path / "local"), 0)
+    for split in ("train", "validation"):
+        found, expected = getattr(resumed, split), getattr(local, split)
+        assert np.array_equal(np.asarray(found.tokens), np.asarray(expected.tokens))
+        assert np.array_equal(found.offsets, expected.offsets)
+    ends = [read_sealed(path)["end"][0] for path in sorted(find_folder(options).glob("0*.json"))]
+    assert sorted(set(ends)) == [0, 1, 2], "places are told by the hub's shards"
