@@ -72,7 +72,9 @@ class Ways:
         while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        process.communicate()
+        said, _ = process.communicate()
+        if "interrupted at step" not in said and not (self.folder / name / model / "result.json").exists():
+            raise SystemExit(f"{way} of {model} failed before it could be stopped:\n{said[-3000:]}")
         if (self.folder / name / model / "result.json").exists():
             raise SystemExit(f"{way} of {model} was done before it could be stopped: train longer (--epochs)")
         newest = max((self.folder / name / model / "checkpoints").iterdir())
