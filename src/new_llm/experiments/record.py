@@ -4,7 +4,8 @@
 runs/<name>/
   config.yaml        the resolved configuration     environment.json   machine, versions, code revision, command
   data.json          fingerprints and counts        tokenizer.json     the tokenizer of all models
-  <model>/metrics.jsonl, tensorboard/, best/ (weights), checkpoints/ (while training), result.json (when done)
+  <model>/metrics.jsonl, tensorboard/, best/ (weights), checkpoints/ (while training), faults/ (if any),
+                  result.json (when done)
   results.json       everything the report shows    report.html        one self-contained file
 ```
 """
