@@ -3,6 +3,8 @@
 import importlib.util
 import io
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from new_llm.cli.main import main
+from new_llm.training.metrics import MetricsWriter
 from new_llm.training.progress import BLOCKS, Sparkline, TrainingProgress
 from new_llm.training.trackers import flatten, name_numbers
 
@@ -138,3 +141,23 @@ def test_an_epoch_s_end_is_a_plain_line(is_terminal):
     progress.begin_epoch(1, 1, 1, 0)
     progress.end_epoch({"is_best": True, "train_loss": 2.0, "validation_perplexity": 7.4})
     assert "epoch 1/1  training loss 2.000  validation perplexity 7.4 (best so far)" in out.getvalue()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_tensorboard_can_t_write_to_is_an_error_of_the_next_call_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    before = threading.excepthook
+    metrics = MetricsWriter(tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    metrics.write("train", 1, {"loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        metrics.close()
+    assert threading.excepthook is before
+    assert capsys.readouterr().err == ""

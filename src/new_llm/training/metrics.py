@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
         if step == 0:
             shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that got to no checkpoint
+        self._thread_hook = threading.excepthook
+        threading.excepthook = self._note_thread_error
         self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
@@ -64,9 +67,17 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        self.sync()
-        self._file.close()
-        self._board.close()
+        try:
+            self.sync()
+            self._file.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._thread_hook
+
+    def _note_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # What TensorBoard's thread can't write is raised again by its writer's next call: one line says it then.
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._thread_hook(error)
 
 
 class SilentMetrics:
