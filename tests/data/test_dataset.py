@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data import builder
+from new_llm.data import tagged_encoding
 from new_llm.data.batches import plan_batches
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -40,7 +40,7 @@ def forbid_reading(monkeypatch):
         def refuse(*args):
             raise AssertionError("the cache should have been used")
 
-        monkeypatch.setattr(builder, "encode_in_parallel", refuse)
+        monkeypatch.setattr(tagged_encoding, "encode_in_parallel", refuse)
 
     return forbid
 
@@ -157,7 +157,7 @@ def test_an_interrupted_build_leaves_nothing(config, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(builder, "encode_in_parallel", interrupt)
+    monkeypatch.setattr(tagged_encoding, "encode_in_parallel", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare_data(config, 0)
     assert list(config.cache_dir.iterdir()) == []

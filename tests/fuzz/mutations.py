@@ -1,5 +1,6 @@
 """Damage done to valid files: to their bytes, to their numbers, to their JSON, to what a header says."""
 
+import copy
 import json
 import random
 import re
@@ -101,17 +102,17 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_walk(value))
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         kind = rng.random()
         if kind < 0.65:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind < 0.8:
             del holder[key]
         elif isinstance(holder, list):
-            holder.insert(rng.randrange(len(holder) + 1), holder[key])
+            holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(holder[key]))
         else:
-            holder[rng.choice(("x", "../x", "", str(key) * 2))] = holder[key]
+            holder[rng.choice(("x", "../x", "", str(key) * 2))] = copy.deepcopy(holder[key])
     return value
 
 

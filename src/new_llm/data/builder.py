@@ -6,12 +6,12 @@ split by its own hash, and the shards are written one after the other while it i
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,34 +20,15 @@ from new_llm.config import DataConfig, UserError
 from new_llm.config.atomic import write_atomically
 from new_llm.config.manifest import describe_file
 from new_llm.data.cache import PLAN_FILE
-from new_llm.data.encoding_pool import encode_in_parallel
-from new_llm.data.planted_facts import FactPlanter
 from new_llm.data.progress import show_progress
 from new_llm.data.sealed import read_sealed, write_sealed
 from new_llm.data.shards import MAX_SHARD_DOCUMENTS, ShardWriter, read_records
 from new_llm.data.sources import Position, Source
 from new_llm.data.splitting import belongs_to_validation, cut_text, pack_sentences, split_documents
 from new_llm.data.spool import TextSpool, encode_bytes
+from new_llm.data.tagged_encoding import Place, Tag, encode_tagged
 from new_llm.data.tokenizer import TOKENIZER_FILE, padded_vocab_size, read_tokenizer_file, train_tokenizer
-from new_llm.data.tokens import Text, TokenizedDocument, token_dtype
-
-
-class Place(NamedTuple):
-    """How far a large source has been read: all that the next shard needs to know."""
-
-    part: int = 0
-    document: int = 0
-    num_documents: int = 0
-    num_characters: int = 0
-    num_train: int = 0
-    """Training documents so far, without those of the reversal sentences."""
-
-
-class _Tag(NamedTuple):
-    split: str
-    num_characters: int
-    place: Place
-    """After the document."""
+from new_llm.data.tokens import Text, token_dtype
 
 
 def limit_characters(config: DataConfig, source: Source) -> int | None:
@@ -195,18 +176,18 @@ class Builder:
         train: Iterable[int],
         validation: Iterable[int],
     ) -> None:
-        def items() -> Iterator[tuple[_Tag, Text]]:
+        def items() -> Iterator[tuple[Tag, Text]]:
             for text in pinned:
-                yield _Tag("train", 0, Place()), text
+                yield Tag("train", 0, Place()), text
             for number, text in enumerate(spool.select(train), start=1):
-                yield _Tag("train", 0, Place(num_train=number)), text
+                yield Tag("train", 0, Place(num_train=number)), text
             for text in spool.select(validation):
-                yield _Tag("validation", 0, Place()), text
+                yield Tag("validation", 0, Place()), text
 
         writer = ShardWriter(folder, 0, np.dtype(plan["dtype"]))
         try:
             with show_progress("tokenising", "documents", len(pinned) + len(spool)) as advance:
-                for tag, document in self._encode(items(), tokenizer):
+                for tag, document in encode_tagged(items(), tokenizer, self.config, self.seed, self.source):
                     writer.add(tag.split, document)
                     advance(1)
             writer.close({"last": True, "end": list(Place()), "notes": []})
@@ -243,7 +224,8 @@ class Builder:
         """Shards from this place on, up to one that is there already or to the end; the last one's record."""
         notes, dtype = list[str](), np.dtype(plan["dtype"])
         writer, num_characters = ShardWriter(folder, index, dtype), 0
-        documents = self._encode(self._items(place, tokenizer, is_first=not index, notes=notes), tokenizer)
+        items = self._items(place, tokenizer, is_first=not index, notes=notes)
+        documents = encode_tagged(items, tokenizer, self.config, self.seed, self.source)
         try:
             for tag, document in documents:
                 writer.add(tag.split, document)
@@ -265,12 +247,12 @@ class Builder:
 
     def _items(
         self, place: Place, tokenizer: Tokenizer, *, is_first: bool, notes: list[str]
-    ) -> Iterator[tuple[_Tag, Text]]:
+    ) -> Iterator[tuple[Tag, Text]]:
         """The documents of a large source from a place on, the reversal sentences before the first."""
         config, limit = self.config, limit_characters(self.config, self.source)
         if is_first:
             for text in pack_sentences(self.sentences, tokenizer, config.seq_length):
-                yield _Tag("train", 0, place), text
+                yield Tag("train", 0, place), text
         for position, _, text in self.source.read_from(Position(place.part, place.document)):
             if config.max_documents is not None and place.num_documents >= config.max_documents:
                 return
@@ -287,35 +269,8 @@ class Builder:
                 place.num_characters + len(text),
                 place.num_train + (not is_held_out),
             )
-            yield _Tag("validation" if is_held_out else "train", len(text), place), text
-
-    def _encode(
-        self, items: Iterable[tuple[_Tag, Text]], tokenizer: Tokenizer
-    ) -> Generator[tuple[_Tag, TokenizedDocument], None, None]:
-        """Tokenise, check tokens that were read as such, and plant facts into training documents but the pinned."""
-        tags = deque[_Tag]()
-
-        def texts() -> Iterator[Text]:
-            for tag, text in items:
-                tags.append(tag)
-                yield text
-
-        planter = FactPlanter(tokenizer, self.config, self.seed) if self.config.planted_facts else None
-        vocab_size = padded_vocab_size(tokenizer)
-        for document in encode_in_parallel(texts(), tokenizer, self.config.num_workers):
-            tag = tags.popleft()
-            if self.source.holds_tokens and len(document.ids) and int(document.ids.max()) >= vocab_size:
-                raise UserError(
-                    f"{self.source.name}: document {tag.place.document - 1} holds the token {int(document.ids.max())}, "
-                    f"which the tokenizer of {vocab_size:,} entries does not know: another one wrote these tokens"
-                )
-            is_pinned = tag.split == "train" and (tag.place.num_train == 0)
-            if planter and tag.split == "train" and not is_pinned:
-                document = planter.plant(document, tag.place.num_train - 1)
-            yield tag, document
+            yield Tag("validation" if is_held_out else "train", len(text), place), text
 
 
 def _say_resumed(folder: Path, num_shards: int) -> None:
-    import sys
-
     print(f"new-llm: {folder}: goes on after {num_shards:,} shards that are there", file=sys.stderr, flush=True)
