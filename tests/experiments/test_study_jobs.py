@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from study_work import break_one, fail_one, note_process, stop_one
 from test_study import write_study
 
 from new_llm.cli.main import main
@@ -18,27 +18,6 @@ from new_llm.experiments.study_jobs import LOGS_FOLDER, run_in_processes
 from new_llm.training import TrainingInterrupted
 
 CELLS = [Cell("reference", 0), Cell("no-delta", 0)]
-
-
-def note_process(study: StudyConfig, cell: Cell, console: Console) -> None:
-    console.print(f"here is {cell.name}")
-    (study.folder / cell.name).write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
-
-
-def fail_one(study: StudyConfig, cell: Cell, console: Console) -> None:
-    if cell.variant == "no-delta":
-        raise UserError("the text is gone")
-
-
-def break_one(study: StudyConfig, cell: Cell, console: Console) -> None:
-    if cell.variant == "no-delta":
-        raise ZeroDivisionError("nothing to divide by")
-
-
-def stop_one(study: StudyConfig, cell: Cell, console: Console) -> None:
-    if cell.variant == "no-delta":
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
 
 
 @pytest.fixture
