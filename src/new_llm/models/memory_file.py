@@ -21,7 +21,7 @@ from new_llm.config import UserError
 from new_llm.config.atomic import write_atomically
 from new_llm.config.bounded_files import check_regular_file
 from new_llm.models.held_memory import HeldMemory
-from new_llm.models.layers.compressive import describe_memory_options
+from new_llm.models.layers.memory_layer import describe_memory_options
 from new_llm.models.memory_record import (
     FORMAT,
     FORMAT_VERSION,

@@ -1,9 +1,10 @@
 """The layers that a model is composed of: one block each."""
 
 from new_llm.models.layers.base import LAYER_KINDS, Attention, Layer, Segments, Step, register_layer
-from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
+from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.hierarchical import HierarchicalLayer
 from new_llm.models.layers.infini import InfiniLayer
+from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.multi_memory import MultiMemoryLayer
 from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer

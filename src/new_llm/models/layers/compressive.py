@@ -6,13 +6,14 @@ Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from new_llm.config import MemoryConfig
-from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides
+from new_llm.models.layers.base import Attention, Segments, Step, check_divides
+from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.recurrence import scan_segments
 from new_llm.models.ops import (
     ScannedReads,
@@ -21,8 +22,7 @@ from new_llm.models.ops import (
     local_linear_attention,
     read_memories,
 )
-from new_llm.models.state import MemoryFacts, MemoryState, choose_rows, find_written_memory
-from new_llm.processes import gather_tensor
+from new_llm.models.state import MemoryState, choose_rows, find_written_memory
 
 CHUNK_LENGTH = 1024
 """Tokens up to which local attention is one masked product; beyond, it runs in chunks of this length."""
@@ -305,90 +305,3 @@ class CompressiveAttention(Attention):
         kept = {name: getattr(opened, name) for name in OpenSegment.__annotations__}
         cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
         return OpenSegment(**cleared), memory
-
-
-def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
-    """Each token's key becomes that of the token before it: what is filed under a word is the word that followed it.
-
-    So a query for a context finds what came after such a context, in one layer. It is the shift of H3
-    (arXiv:2212.14052, section 3), here of keys.
-
-    Args:
-        k: features of the keys, [..., S, K].
-        first: what the first token gets, [..., K]; None: 0, so that it is written nowhere.
-    """
-    before = torch.zeros_like(k[..., :1, :]) if first is None else first.unsqueeze(-2).to(k.dtype)
-    return torch.cat((before, k[..., :-1, :]), dim=-2)
-
-
-def pick_last_key(k: Tensor, last_key: Tensor, valid: Tensor | None) -> Tensor:
-    """The features of the last real token's own key, [B, H, K].
-
-    Args:
-        k: keys of new tokens, [B, H, T, K], not shifted.
-        last_key: what a row without a real token keeps.
-        valid: real tokens, [B, T], on the left; None: all.
-    """
-    if valid is None:
-        return k[:, :, -1]
-    every = torch.cat((last_key.unsqueeze(2).to(k.dtype), k), dim=2)
-    return every[torch.arange(len(k), device=k.device), :, valid.sum(-1)]
-
-
-class MemoryLayer(Layer):
-    """A layer around `CompressiveAttention`: what it adds is the description of its memory."""
-
-    attention: CompressiveAttention
-    key_prefix: ClassVar[str] = ""
-    """What stands before `memories` in the keys of the layer's state."""
-    index_key: ClassVar[str]
-    """The key of the memory that is written next."""
-
-    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
-        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
-        return self.attention.empty_memory(rows, like)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of one memory (M and z of all N) in the layer's precision, float32 at least."""
-        n, heads, width = (
-            self.attention.num_memories,
-            self.attention.num_memory_heads,
-            self.attention.head_size,
-        )
-        dtype = torch.promote_types(self.attention.gate.dtype, torch.float32)
-        return n * heads * (width * width + width) * dtype.itemsize
-
-    @property
-    def memory_facts(self) -> MemoryFacts:
-        """What the layer's memory dictionary says beside its tensors."""
-        attention = self.attention
-        return MemoryFacts(
-            layer_kind=self.kind,
-            key_prefix=self.key_prefix,
-            index_key=self.index_key,
-            use_delta_rule=attention.use_delta_rule,
-            additive=not attention.use_delta_rule and attention.decay is None,
-            segments_per_memory=attention.segments_per_memory,
-        )
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train at the gates' learning rate, without decay."""
-        return self.attention.gate_parameters()
-
-    def gate_values(self) -> list[float]:
-        """g = sigmoid(β) of each head."""
-        return torch.sigmoid(gather_tensor(self.attention.gate.detach()).float()).tolist()
-
-
-def describe_memory_options(layer: Any) -> dict[str, Any]:
-    """Settings of a memory layer that a memory file records."""
-    attention = layer.attention
-    return {
-        "num_memories": attention.num_memories,
-        "num_memory_heads": attention.num_memory_heads,
-        "head_size": attention.head_size,
-        "segments_per_memory": attention.segments_per_memory,
-        "use_delta_rule": attention.use_delta_rule,
-        "decay": None if attention.decay is None else list(attention.decay),
-    }

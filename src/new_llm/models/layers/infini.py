@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from new_llm.config import MemoryConfig, PythiaConfig
 from new_llm.models.layers.base import check_divides, register_layer
-from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
+from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
 

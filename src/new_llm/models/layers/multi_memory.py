@@ -6,7 +6,8 @@ from torch import Tensor
 
 from new_llm.config import MemoryConfig, PythiaConfig
 from new_llm.models.layers.base import register_layer
-from new_llm.models.layers.compressive import CompressiveAttention, MemoryLayer
+from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
 from new_llm.models.state import MemoryState
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from new_llm.config import AdapterLayerConfig, MemoryConfig, PythiaConfig
 from new_llm.models.layers.base import Segments, Step, register_layer
-from new_llm.models.layers.compressive import MemoryLayer, OpenSegment
+from new_llm.models.layers.compressive import OpenSegment
 from new_llm.models.layers.infini import InfiniAttention, InfiniLayer
+from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
 from new_llm.models.state import MemoryState
 

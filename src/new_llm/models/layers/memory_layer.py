@@ -1,0 +1,70 @@
+"""A layer with compressive memory: the description of what it holds."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from new_llm.models.layers.base import Layer
+from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.state import MemoryFacts, MemoryState
+from new_llm.processes import gather_tensor
+
+
+class MemoryLayer(Layer):
+    """A layer around `CompressiveAttention`: what it adds is the description of its memory."""
+
+    attention: CompressiveAttention
+    key_prefix: ClassVar[str] = ""
+    """What stands before `memories` in the keys of the layer's state."""
+    index_key: ClassVar[str]
+    """The key of the memory that is written next."""
+
+    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
+        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        return self.attention.empty_memory(rows, like)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of one memory (M and z of all N) in the layer's precision, float32 at least."""
+        n, heads, width = (
+            self.attention.num_memories,
+            self.attention.num_memory_heads,
+            self.attention.head_size,
+        )
+        dtype = torch.promote_types(self.attention.gate.dtype, torch.float32)
+        return n * heads * (width * width + width) * dtype.itemsize
+
+    @property
+    def memory_facts(self) -> MemoryFacts:
+        """What the layer's memory dictionary says beside its tensors."""
+        attention = self.attention
+        return MemoryFacts(
+            layer_kind=self.kind,
+            key_prefix=self.key_prefix,
+            index_key=self.index_key,
+            use_delta_rule=attention.use_delta_rule,
+            additive=not attention.use_delta_rule and attention.decay is None,
+            segments_per_memory=attention.segments_per_memory,
+        )
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train at the gates' learning rate, without decay."""
+        return self.attention.gate_parameters()
+
+    def gate_values(self) -> list[float]:
+        """g = sigmoid(β) of each head."""
+        return torch.sigmoid(gather_tensor(self.attention.gate.detach()).float()).tolist()
+
+
+def describe_memory_options(layer: Any) -> dict[str, Any]:
+    """Settings of a memory layer that a memory file records."""
+    attention = layer.attention
+    return {
+        "num_memories": attention.num_memories,
+        "num_memory_heads": attention.num_memory_heads,
+        "head_size": attention.head_size,
+        "segments_per_memory": attention.segments_per_memory,
+        "use_delta_rule": attention.use_delta_rule,
+        "decay": None if attention.decay is None else list(attention.decay),
+    }
