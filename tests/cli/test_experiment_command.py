@@ -141,6 +141,14 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(
         (["experiment", "--frobnicate"], "--frobnicate"),
         (["experiment", "--resume"], "--name"),
         (["experiment", "--resume", "--name", "absent"], "absent"),
+        (
+            ["experiment", "--model.hidden-size", "48", "--model.num-attention-heads", "4"],
+            "rotary_pct: 0.25 of heads 12 wide",
+        ),
+        (
+            ["experiment", "--models", "infini", "--model.num-memory-heads", "3"],
+            "infini can't be built: num_memory_heads: 3",
+        ),
         (["experimint"], "experiment"),
     ],
 )

@@ -80,6 +80,7 @@ def run_experiment(
         device = processes.place(choose_device(config.device))
         check_trackers(config.train.trackers)
         processes.slice_rows(config.train.batch_size)
+        check_models(config)
         with hold_run(config, resume=resume, processes=processes) as (config, folder):
             data = prepare_shared_data(config, processes)
             if not resume:  # only now, so that bad data leaves no folder behind
@@ -89,6 +90,26 @@ def run_experiment(
                 console.print(f"note: {note}", highlight=False, soft_wrap=True)
             experiment = _Experiment(config, folder, data, device, console, processes)
             return experiment.run(write_report or find_report_writer()) | {"folder": str(folder)}
+
+
+def check_models(config: ExperimentConfig) -> None:
+    """Refuse a shape that a model can't be built with, before anything is read or written.
+
+    Raises:
+        UserError: names the model and what does not fit.
+    """
+    for kind in config.models:
+        try:
+            with torch.device("meta"):  # nothing is allocated or drawn
+                build_model(config, kind, vocab_size=1)
+        except ValueError as error:
+            raise UserError(f"model: {kind} can't be built: {error}") from None
+
+
+def build_model(config: ExperimentConfig, kind: ModelType, vocab_size: int) -> TransformerLM:
+    """One of an experiment's models, with fresh weights from torch's global generator."""
+    options = config.model.options(kind)
+    return create_model(kind, config.model.shape(vocab_size), segment_length=config.segment_length, **options)
 
 
 def prepare_shared_data(config: ExperimentConfig, processes: Processes) -> PreparedData:
@@ -175,12 +196,7 @@ class _Experiment:
     def create(self, kind: ModelType) -> TransformerLM:
         """A model with fresh weights: those it shares with the other models are the same."""
         seed_generators(self.config.seed)
-        return create_model(
-            kind,
-            self.config.model.shape(self.data.vocab_size),
-            segment_length=self.config.segment_length,
-            **self.config.model.options(kind),
-        )
+        return build_model(self.config, kind, self.data.vocab_size)
 
     def run_model(self, kind: ModelType) -> dict[str, Any]:
         """Train and measure one model, or read its result where a resumed run has it."""
