@@ -136,7 +136,9 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> boo
 def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice: random.Random) -> None:
     """Wait for the instant of a fault: at the start, in training, in the writing of a checkpoint, in measurement."""
     if aim == "start":
-        time.sleep(dice.uniform(0.05, 4.0))
+        # On a machine that starts fast it is at the first step: the run must not come to its end.
+        before, latest = run.count_lines(), time.monotonic() + dice.uniform(0.05, 4.0)
+        wait_until(lambda: time.monotonic() >= latest or run.count_lines() != before, process)
     elif aim == "training":
         # A resumed process first rewrites the file, so its length is counted from when it grows.
         steps, before = dice.randint(1, 12), run.count_lines()
@@ -151,7 +153,7 @@ def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice
         time.sleep(dice.choice([0, dice.uniform(0, 0.02)]))
     elif aim == "measurement":
         wait_until(run.is_measuring, process)
-        time.sleep(dice.uniform(0, 0.25))  # it takes half a second
+        time.sleep(dice.uniform(0, 0.15))  # it takes a quarter of a second at least
 
 
 def kill_often(
