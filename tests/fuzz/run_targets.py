@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from targets import Read, Target, find_texts, take_folder
+from tiny_shape import TINY
 
-from new_llm.config import DataConfig, ExperimentConfig, PythiaConfig
+from new_llm.config import DataConfig, ExperimentConfig
 from new_llm.models import create_model
 
 
@@ -41,23 +42,15 @@ def make_memories(folder: Path) -> dict[str, Target]:
     from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini, save_adapter
 
     torch.manual_seed(0)
-    tiny = PythiaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    model = create_model("multi_memory", tiny, segment_length=8, num_memories=2)
+    model = create_model("multi_memory", TINY, segment_length=8, num_memories=2)
     model.reset_memory()
     model(torch.arange(24)[None] % 32, update_memory=True)
     memory_file.save_memory_file(model, folder / "memory.safetensors")
-    create_model("pythia", tiny).save(folder / "base")
+    create_model("pythia", TINY).save(folder / "base")
     adapted = create_pythia_with_parallel_infini(folder / "base", segment_length=8)
     for name in ("adapter.safetensors", "adapter.pt"):
         save_adapter(adapted, folder / name)
-    fresh = create_model("multi_memory", tiny, segment_length=8, num_memories=2)
+    fresh = create_model("multi_memory", TINY, segment_length=8, num_memories=2)
 
     def read_memory(folder: Path) -> None:
         memory_file.read_memory_file(folder / "memory.safetensors")

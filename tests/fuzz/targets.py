@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 import zstandard
+from tiny_shape import TINY
 
-from new_llm.config import DataConfig, ExperimentConfig, PythiaConfig
+from new_llm.config import DataConfig, ExperimentConfig
 from new_llm.config.adapter import AdapterTrainingConfig
 from new_llm.config.fill import FillConfig
 from new_llm.config.limits import ReadLimits
@@ -225,23 +226,15 @@ def _make_models(folder: Path) -> dict[str, Target]:
     from new_llm.models.hf import export_pythia
 
     torch.manual_seed(0)
-    tiny = PythiaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    create_model("infini", tiny, segment_length=8).save(folder / "own")
+    create_model("infini", TINY, segment_length=8).save(folder / "own")
     own = take_folder(folder / "own")
     structure = json.loads(own["model.json"])
     structure.pop("sha256")  # without digests, so that what is behind their check is reached
     own["model.json"] = json.dumps(structure).encode()
     own["model.safetensors"] = save(load(own["model.safetensors"]), metadata={"format": "pt"})
-    export_pythia(create_model("pythia", tiny), folder / "neox")
+    export_pythia(create_model("pythia", TINY), folder / "neox")
     neox = {name: raw for name, raw in take_folder(folder / "neox").items() if name != "generation_config.json"}
-    weights = create_model("pythia", tiny)
+    weights = create_model("pythia", TINY)
 
     torch.save(load(neox["model.safetensors"]), folder / "pytorch_model.bin")
     shards = {"metadata": {}, "weight_map": dict.fromkeys(load(neox["model.safetensors"]), "part-1.safetensors")}
