@@ -130,7 +130,7 @@ def test_a_packed_source_and_a_folder_resume_like_a_plain_file(config, tmp_path,
     else:
         source = tmp_path / f"corpus{extension}"
         write_corpus(source, CORPUS_BYTES, max_characters=SPEECH_CHARACTERS)
-    options = replace(config, source=str(source), planted_facts=2.0)
+    options = replace(config, source=str(source))
     expected = interrupt_and_resume(options, monkeypatch, at=5)
     whole = prepare_data(replace(options, cache_dir=tmp_path / "other"), 0)
     assert read_cache(find_folder(options)) == read_cache(find_folder(replace(options, cache_dir=tmp_path / "other")))

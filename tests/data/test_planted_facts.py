@@ -1,19 +1,23 @@
-"""Facts planted in training documents: stated twice, at the distances asked for, from the training part alone."""
+"""Facts planted in training samples: stated twice, at the distances asked for, their answers marked."""
 
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 from importlib import resources
 
 import numpy as np
 import pytest
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data.dataset import prepare_data
-from new_llm.data.planted_facts import plant_facts
+from new_llm.data.batches import plan_batches
+from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokenizer import train_tokenizer
-from new_llm.data.tokens import count_words, encode_documents
+from new_llm.data.tokens import TokenSplit, tokenize_documents
+from new_llm.data.word_pieces import WordPieces
 
 FACTS = json.loads(resources.files("new_llm.data").joinpath("recall_facts.json").read_text())
+CONFIG = DataConfig(order="shuffled", planted_facts=10, planted_distance=(20, 60), planted_made_up=0)
 
 
 @pytest.fixture(scope="module")
@@ -21,84 +25,157 @@ def tokenizer(speeches):
     return train_tokenizer(speeches, 512)
 
 
-def find_statements(text: str, part: str) -> list[tuple[int, str]]:
+@pytest.fixture(scope="module")
+def split(speeches, tokenizer) -> TokenSplit:
+    return tokenize_documents([" ".join(speeches), *speeches], tokenizer)
+
+
+def find_statements(text: str, part: str, value: str | None = None) -> list[tuple[int, str, str]]:
+    """Place, question and answer of each."""
     names = "|".join(map(re.escape, FACTS[part]["first_names"]))
     surnames = "|".join(map(re.escape, FACTS[part]["surnames"]))
     found = []
     for relation in FACTS["relations"]:
         prompt = re.escape(relation["prompt"]).replace(r"\{name\}", f"(?:{names}) (?:{surnames})")
-        values = "|".join(map(re.escape, relation[part]))
-        found += [(match.start(), match.group()) for match in re.finditer(f"{prompt} (?:{values})\\.", text)]
+        values = value or "|".join(map(re.escape, relation[part]))
+        matches = re.finditer(f"({prompt})( (?:{values})\\.)", text)
+        found += [(match.start(), match.group(1), match.group(2)) for match in matches]
     return sorted(found)
 
 
-def test_each_fact_is_stated_twice_and_nothing_else_changes(speeches, tokenizer):
-    config = DataConfig(planted_facts=10, planted_distance=(20, 60))
-    before = list(encode_documents(speeches, tokenizer))
-    after = list(plant_facts(before, tokenizer, config, seed=3))
-    assert len(after) == len(before)
+def test_each_fact_is_stated_twice_and_nothing_else_changes(split, tokenizer):
+    planter = SamplePlanter(tokenizer, CONFIG, seed=3)
     total = 0
-    for old, new in zip(before, after, strict=True):
-        text = tokenizer.decode(new.ids.tolist(), skip_special_tokens=False)
+    for begin in range(0, 4000, 500):
+        sample = split.document(0)[begin : begin + 500].astype(np.int64)
+        before = sample.copy()
+        planted = planter.plant(sample, 0, begin)
+        assert (sample == before).all()
+        assert planted.tokens.shape == planted.is_answer.shape == sample.shape
+        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
         statements = find_statements(text, "train")
         assert find_statements(text, "eval") == []
-        counts = np.unique([statement for _, statement in statements], return_counts=True)[1]
-        assert (counts % 2 == 0).all()
+        counts = Counter(statement[1:] for statement in statements)
+        assert set(counts.values()) <= {1, 2}  # a second one may have been pushed out of the sample's end
+        assert len({question for question, _ in counts}) == len(counts)
         rest = text
-        for _, statement in statements:
-            rest = rest.replace(f" {statement}", "", 1)
-        assert rest == tokenizer.decode(old.ids.tolist(), skip_special_tokens=False)
-        assert new.num_bytes == len(text.encode())
-        assert new.num_words == count_words(rest) + sum(count_words(statement) for _, statement in statements)
+        for _, question, answer in statements:
+            rest = rest.replace(f" {question}{answer}", "", 1)
+        whole = tokenizer.decode(sample.tolist(), skip_special_tokens=False)
+        assert whole.startswith(rest[: len(rest) - 60])  # a statement may be cut by the end
         total += len(statements)
-    assert total >= 2 * len(speeches)
+    assert total > 20
 
 
-def test_the_distances_are_those_asked_for(speeches, tokenizer):
-    long = [" ".join(speeches)]
-    document = next(iter(encode_documents(long, tokenizer)))
-    config = DataConfig(planted_facts=2, planted_distance=(200, 400))
-    (planted,) = plant_facts([document], tokenizer, config, seed=0)
-    text = tokenizer.decode(planted.ids.tolist(), skip_special_tokens=False)
-    places: dict[str, list[int]] = {}
-    for place, statement in find_statements(text, "train"):
-        places.setdefault(statement, []).append(len(tokenizer.encode(text[:place]).ids))
-    pairs = [found for found in places.values() if len(found) == 2]
-    assert len(pairs) > 5
-    for first, second in pairs:
-        assert 100 <= second - first <= 800  # borders of sentences, and other facts between
+def test_answers_are_marked_at_the_second_statement_alone(split, tokenizer):
+    planter = SamplePlanter(tokenizer, CONFIG, seed=0)
+    found = 0
+    for begin in range(0, 4000, 500):
+        planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
+        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
+        twice = [one for one, count in Counter(s[1:] for s in find_statements(text, "train")).items() if count == 2]
+        edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        marked = [tokenizer.decode(planted.tokens[a:b].tolist()) for a, b in edges]
+        for question, answer in twice:
+            assert answer in marked
+            place = text.index(question, text.index(question) + 1)  # the second one
+            assert tokenizer.decode(planted.tokens[: edges[marked.index(answer)][0]].tolist()).endswith(question)
+            assert text[place + len(question) :].startswith(answer)
+        found += len(twice)
+        assert len(marked) <= len(twice) + 1  # one may have been cut
+    assert found > 10
 
 
-def test_a_document_s_facts_depend_on_seed_and_place_alone(speeches, tokenizer):
-    config = DataConfig(planted_facts=5)
-    documents = list(encode_documents(speeches, tokenizer))
-
-    def plant(documents, seed):
-        return [planted.ids.tolist() for planted in plant_facts(documents, tokenizer, config, seed)]
-
-    assert plant(documents, 1) == plant(documents, 1)
-    assert plant(documents[:3], 1) == plant(documents, 1)[:3]
-    assert plant(documents, 1) != plant(documents, 2)
-    without = DataConfig(planted_facts=0)
-    assert [p.ids.tolist() for p in plant_facts(documents, tokenizer, without, 1)] == [
-        document.ids.tolist() for document in documents
-    ]
+def test_made_up_values_are_words_of_no_list(split, tokenizer):
+    planter = SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=1), seed=1)
+    answers = set()
+    for epoch in range(20):
+        planted = planter.plant(split.document(0)[:500].astype(np.int64), epoch, 0)
+        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
+        answers |= {answer.strip(" .") for _, _, answer in find_statements(text, "train", value="[A-Za-z]+")}
+    listed = {value for relation in FACTS["relations"] for value in relation["train"]}
+    assert len(answers) > 20
+    assert len(answers & listed) <= 1
 
 
-def test_only_training_documents_are_planted(tmp_path):
-    settings = {"source": "sotu", "max_documents": 20, "tokenizer_vocab_size": 512, "cache_dir": tmp_path}
-    settings |= {"num_samples": None, "seq_length": 64}
-    plain = prepare_data(DataConfig(**settings), seed=0)
-    planted = prepare_data(DataConfig(**settings, planted_facts=5), seed=0)
-    assert planted.train.num_tokens > plain.train.num_tokens
-    assert (planted.validation.tokens == plain.validation.tokens).all()
-    pinned = plain.train.offsets[plain.train.num_pinned_documents]
-    assert pinned > 0
-    assert (planted.train.tokens[:pinned] == plain.train.tokens[:pinned]).all()
+def test_word_pieces_make_one_word(tokenizer):
+    pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
+    words = [tokenizer.decode(pieces.make_word(generator).tolist()) for _ in range(50)]
+    assert all(re.fullmatch(r" [A-Za-z][a-z]*", word) for word in words)
+    assert len(set(words)) > 40
+    assert tokenizer.decode(pieces.full_stop.tolist()) == "."
 
 
-def test_bad_settings_are_refused():
+def test_the_distances_are_those_asked_for(split, tokenizer):
+    config = replace(CONFIG, planted_facts=2, planted_distance=(200, 400))
+    planter = SamplePlanter(tokenizer, config, seed=0)
+    distances = []
+    for epoch in range(10):
+        planted = planter.plant(split.document(0)[:3000].astype(np.int64), epoch, 0)
+        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
+        places: dict[str, list[int]] = {}
+        for place, question, _ in find_statements(text, "train"):
+            places.setdefault(question, []).append(len(tokenizer.encode(text[:place]).ids))
+        distances += [found[1] - found[0] for found in places.values() if len(found) == 2]
+    assert len(distances) > 10
+    assert 100 <= min(distances) and max(distances) <= 800  # borders of sentences, and other facts between
+
+
+def test_facts_depend_on_seed_epoch_and_sample_alone(split, tokenizer):
+    sample = split.document(0)[:500].astype(np.int64)
+
+    def plant(seed, epoch, begin):
+        return SamplePlanter(tokenizer, CONFIG, seed).plant(sample, epoch, begin).tokens.tolist()
+
+    assert plant(1, 0, 0) == plant(1, 0, 0)
+    assert len({tuple(plant(*key)) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}) == 4
+
+
+def test_a_plan_plants_and_weighs_but_not_in_pinned_documents(split, tokenizer):
+    pinned = replace(split, num_pinned_documents=1)
+    options = {"seq_length": 256, "batch_size": 3, "order": "shuffled", "seed": 0, "epoch": 2}
+    planter = SamplePlanter(tokenizer, CONFIG, seed=0)
+    plain = plan_batches(pinned, **options)
+    plan = plan_batches(pinned, **options, planter=planter, answer_weight=7.0)
+    assert len(plan) == len(plain)
+    num_answers = 0
+    for index, (before, after) in enumerate(zip(plain, plan, strict=True)):
+        assert before.label_weights is None and before.num_targets == after.num_targets
+        weights = after.label_weights
+        assert weights.shape == after.labels.shape and set(weights.unique().tolist()) <= {1.0, 7.0}
+        assert (after.labels[:, :-1] == after.input_ids).all() or before.attention_mask is not None
+        assert ((before.labels == -100) == (after.labels == -100)).all()
+        for row, sample in enumerate(plan.rows[index][plan.rows[index] >= 0]):
+            begin = plan.starts[sample]
+            if begin < pinned.offsets[1]:
+                assert (before.labels[row] == after.labels[row]).all() and (weights[row] == 1).all()
+            else:
+                wanted = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin)).is_answer
+                if (before.labels[row] != -100).all():
+                    assert ((weights[row] == 7).numpy() == wanted).all()
+        num_answers += int((weights == 7).sum())
+    assert num_answers > 20
+    later = plan_batches(pinned, **(options | {"epoch": 3}), planter=planter)
+    assert [batch.input_ids.tolist() for batch in plan] != [batch.input_ids.tolist() for batch in later]
+    halves = [plan.take_rows(slice(0, 2)), plan.take_rows(slice(2, 3))]
+    whole = plan[0]
+    assert (whole.input_ids == np.concatenate([half[0].input_ids for half in halves])).all()
+
+
+def test_bad_settings_are_refused(split, tokenizer):
     with pytest.raises(UserError, match="planted_distance"):
         DataConfig(planted_distance=(100, 10))
     with pytest.raises(UserError, match="planted_facts"):
         DataConfig(planted_facts=-1)
+    with pytest.raises(UserError, match=r"planted_facts.*order is stream.*shuffled"):
+        DataConfig(planted_facts=1, order="stream")
+    with pytest.raises(ValueError, match="shuffled samples alone"):
+        plan_batches(
+            split,
+            seq_length=64,
+            batch_size=1,
+            order="stream",
+            seed=0,
+            epoch=0,
+            planter=SamplePlanter(tokenizer, CONFIG, 0),
+        )

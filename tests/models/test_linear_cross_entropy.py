@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from new_llm.models import TransformerLM
+from new_llm.config import PythiaConfig
+from new_llm.models import TransformerLM, create_model
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops import linear_cross_entropy as module
 from new_llm.models.ops import native
@@ -200,3 +201,20 @@ def test_16_bit_rows_that_fill_up_take_no_part(reduction):
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=5e-2, atol=5e-2)
     assert (found[0].grad[100:250] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["pythia", "selective"])
+def test_label_weights_multiply_each_label_s_loss(kind):
+    torch.manual_seed(0)
+    options = {"earlier_pass_weight": 0.5} if kind == "selective" else {}
+    shape = PythiaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    model = create_model(kind, shape, segment_length=8, **options).train()
+    labels = torch.randint(40, (2, 17))
+    weights = torch.rand(2, 17) * 5
+    total = model.total_loss(labels[:, :-1], labels, label_weights=weights)
+    expected = (model.token_losses(labels[:, :-1], labels) * weights[:, 1:]).sum()
+    torch.testing.assert_close(total, expected)
+    with pytest.raises(ValueError, match="label_weights"):
+        model.total_loss(labels[:, :-1], labels, label_weights=weights[:, :-1])

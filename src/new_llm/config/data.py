@@ -47,9 +47,13 @@ class DataConfig:
     reversal_pairs: bool = True
     """Add the forward sentences of the reversal pairs to the training set."""
     planted_facts: Annotated[float, Field(ge=0, le=50)] = 0.0
-    """Facts to recall in every 1,000 tokens of the training documents, each stated twice; 0: none."""
+    """Facts to recall in every 1,000 tokens of a training sample, each stated twice, others in every epoch; 0: none.
+    They need `order: shuffled`, and no sample goes on where the one before ended."""
     planted_distance: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (16, 1024)
     """Tokens between the two statements of a planted fact, at least and at most."""
+    planted_made_up: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of planted facts whose value is made up of the tokenizer's pieces, so that any word is learned to be
+    recalled; the others have values from the part "train" of the lists."""
     planted_tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1)] = ("facts",)
     """What is planted: passkey, a number of five digits; facts, one sentence about an invented person."""
     cache_dir: Path | None = None
@@ -77,6 +81,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.planted_distance[0] > self.planted_distance[1]:
             raise UserError(f"data.planted_distance: {list(self.planted_distance)}: the least comes first")
+        if self.planted_facts and self.order != "shuffled":
+            raise UserError(f"data.planted_facts: order is {self.order}; facts are planted into shuffled samples alone")
         if self.seq_length % self.segments_per_sample:
             raise UserError(
                 f"data.seq_length: {self.seq_length} is no multiple of data.segments_per_sample "

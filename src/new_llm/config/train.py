@@ -33,6 +33,9 @@ class TrainConfig:
     """AdamW's divisor floor."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
+    answer_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight in the training loss of the tokens that a planted fact lets one know (`data.planted_facts`), a few in a
+    hundred; all others weigh 1. The sum is still divided by the number of tokens."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the first epoch's steps over which the learning rate rises."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1

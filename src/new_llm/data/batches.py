@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit, count_samples
 
 IGNORED_LABEL = -100
@@ -29,6 +30,8 @@ class Batch:
     """[B] bool: this row starts a document or an independent sample, from an empty memory."""
     num_targets: int
     """Tokens to predict in the whole batch, those in other processes' rows among them."""
+    label_weights: Tensor | None = None
+    """[B, T + 1] float32: the weight in the loss of each label; None: all weigh 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,12 @@ class BatchPlan(Sequence[Batch]):
     """[num_batches]: `Batch.num_targets`; taking some of the rows leaves it as it is."""
     keep_empty_rows: bool
     """A row without a sample stays, all masked (stream), or is left out (shuffled)."""
+    epoch: int
+    """Which pass this is."""
+    planter: SamplePlanter | None = None
+    """Plants facts into the samples, but into none of the pinned documents."""
+    answer_weight: float = 1.0
+    """The weight in the loss of tokens that a planted fact lets one know."""
 
     @property
     def num_samples(self) -> int:
@@ -91,6 +100,7 @@ class BatchPlan(Sequence[Batch]):
         has_token = columns < lengths + has_next[:, None]
         positions = np.minimum(starts + columns, len(self.split.tokens) - 1)
         tokens = np.asarray(self.split.tokens[positions]).astype(np.int64)
+        weights = None if self.planter is None else self._plant(self.planter, tokens, starts[:, 0], has_token.sum(1))
         mask = columns[:-1] < lengths
         return Batch(
             input_ids=torch.from_numpy(np.where(mask, tokens[:, :-1], 0)),
@@ -98,7 +108,21 @@ class BatchPlan(Sequence[Batch]):
             attention_mask=None if mask.all() else torch.from_numpy(mask),
             resets=torch.from_numpy(resets.copy()),
             num_targets=int(self.num_targets[index]),
+            label_weights=None if weights is None else torch.from_numpy(weights),
         )
+
+    def _plant(
+        self, planter: SamplePlanter, tokens: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Plant facts into the first `counts` tokens of each row, in place; the labels' weights."""
+        weights = np.ones(tokens.shape, np.float32)
+        pinned_end = self.split.offsets[self.split.num_pinned_documents]
+        for row, (begin, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+            if begin >= pinned_end:
+                planted = planter.plant(tokens[row, :count], self.epoch, begin)
+                tokens[row, :count] = planted.tokens
+                weights[row, :count][planted.is_answer] = self.answer_weight
+        return weights
 
 
 def plan_batches(
@@ -110,6 +134,8 @@ def plan_batches(
     seed: int,
     epoch: int,
     num_samples: int | None = None,
+    planter: SamplePlanter | None = None,
+    answer_weight: float = 1.0,
 ) -> BatchPlan:
     """Plan one epoch: every sample is used exactly once.
 
@@ -128,6 +154,8 @@ def plan_batches(
         epoch: which pass this is.
         num_samples: take this many samples, the same in every epoch: the pinned documents first, then whole
             documents in a seeded order, the last one cut; None: all.
+        planter: plants facts into the samples, which must be shuffled: a sample's end is lost.
+        answer_weight: the weight in the loss of tokens that a planted fact lets one know.
 
     Raises:
         ValueError: an argument is out of range, or the split holds no sample.
@@ -136,6 +164,8 @@ def plan_batches(
         raise ValueError(f"seq_length {seq_length} (>= 2), batch_size {batch_size}, num_samples {num_samples} (>= 1)")
     if order not in ("stream", "shuffled"):
         raise ValueError(f"order {order!r} is neither stream nor shuffled")
+    if planter is not None and order != "shuffled":
+        raise ValueError("planter: facts are planted into shuffled samples alone")
     rng = np.random.default_rng([seed, epoch])
     documents, counts = _choose_samples(split, seq_length, seed, num_samples)
     shuffled = rng.permutation(len(documents))
@@ -166,7 +196,18 @@ def plan_batches(
     has_next = starts + lengths < ends
     targets = np.append(lengths - 1 + has_next, 0)  # the last entry is that of row -1: none
     return BatchPlan(
-        split, seq_length, starts, lengths, has_next, rows, resets, targets[rows].sum(axis=1), order == "stream"
+        split,
+        seq_length,
+        starts,
+        lengths,
+        has_next,
+        rows,
+        resets,
+        targets[rows].sum(axis=1),
+        order == "stream",
+        epoch,
+        planter,
+        answer_weight,
     )
 
 

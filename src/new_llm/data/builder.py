@@ -179,15 +179,15 @@ class Builder:
         def items() -> Iterator[tuple[Tag, Text]]:
             for text in pinned:
                 yield Tag("train", 0, Place()), text
-            for number, text in enumerate(spool.select(train), start=1):
-                yield Tag("train", 0, Place(num_train=number)), text
+            for text in spool.select(train):
+                yield Tag("train", 0, Place()), text
             for text in spool.select(validation):
                 yield Tag("validation", 0, Place()), text
 
         writer = ShardWriter(folder, 0, np.dtype(plan["dtype"]))
         try:
             with show_progress("tokenising", "documents", len(pinned) + len(spool)) as advance:
-                for tag, document in encode_tagged(items(), tokenizer, self.config, self.seed, self.source):
+                for tag, document in encode_tagged(items(), tokenizer, self.config, self.source):
                     writer.add(tag.split, document)
                     advance(1)
             writer.close({"last": True, "end": list(Place()), "notes": []})
@@ -225,7 +225,7 @@ class Builder:
         notes, dtype = list[str](), np.dtype(plan["dtype"])
         writer, num_characters = ShardWriter(folder, index, dtype), 0
         items = self._items(place, tokenizer, is_first=not index, notes=notes)
-        documents = encode_tagged(items, tokenizer, self.config, self.seed, self.source)
+        documents = encode_tagged(items, tokenizer, self.config, self.source)
         try:
             for tag, document in documents:
                 writer.add(tag.split, document)
@@ -267,7 +267,6 @@ class Builder:
                 *position,
                 place.num_documents + 1,
                 place.num_characters + len(text),
-                place.num_train + (not is_held_out),
             )
             yield Tag("validation" if is_held_out else "train", len(text), place), text
 

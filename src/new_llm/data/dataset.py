@@ -64,7 +64,6 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
             "seq_length": config.seq_length,
             "sentences": sentences,
             "large": [config.max_spool_characters, config.shard_characters],
-            "planted": [config.planted_facts, config.planted_distance, config.planted_tasks],
         }
     )
     builder = Builder(config, seed, source, sentences, found[1] if found else None)

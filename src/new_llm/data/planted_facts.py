@@ -1,86 +1,110 @@
-"""Training documents with facts to recall: a sentence somewhere, and the same sentence again some way on.
+"""Training samples with facts to recall: a sentence somewhere, and the same sentence again some way on.
 
 What the second one ends with can be known from the first alone, so that predicting it trains the memory. Names, values
-and keys are those of the part "train", which the measurement of recall does not ask for.
+and keys are those of the part "train", which the measurement of recall does not ask for, or are made up.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
 from new_llm.data.planting import SentenceBorders, encode_sentence
-from new_llm.data.recall_facts import draw_needle
-from new_llm.data.tokens import TokenizedDocument, count_words
+from new_llm.data.recall_facts import Needle, draw_needle
+from new_llm.data.word_pieces import WordPieces
 
 TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
+PLANT_STREAM = 2**32 - 2  # keeps the choice of facts apart from a sample's place in the order
 
 
-def plant_facts(
-    documents: Iterable[TokenizedDocument], tokenizer: Tokenizer, config: DataConfig, seed: int
-) -> Iterator[TokenizedDocument]:
-    """Put `config.planted_facts` facts into every thousand tokens of each document, each stated twice.
+class PlantedSample(NamedTuple):
+    """A sample with its facts.
 
-    The first place is drawn evenly over the document; the way to the second, in tokens of the document, so that its
-    logarithm is even between the two `config.planted_distance`. Both are moved to the nearest border of sentences. A
-    fact whose second place lies beyond the document's end is left out.
+    Attributes:
+        tokens: as many as the sample had; what the facts displaced is missing at the end.
+        is_answer: the tokens that can be known from an earlier statement: those after the second one's question.
+    """
+
+    tokens: NDArray[np.int64]
+    is_answer: NDArray[np.bool_]
+
+
+class _Statement(NamedTuple):
+    place: int
+    tokens: NDArray[np.int64]
+    answer_begin: int
+
+
+class SamplePlanter:
+    """Puts `planted_facts` facts into every thousand tokens of a sample, each stated twice.
+
+    The first place is drawn evenly over the sample; the way to the second, in tokens of the sample's text, so that its
+    logarithm is even between the two `planted_distance`. Both are moved to the nearest border of sentences. A fact
+    whose second place lies beyond the sample's end is left out, and so is one whose question has been asked before.
+    Of every fact with a value in words, the share `planted_made_up` has a value that is made up of the tokenizer's own
+    pieces in the place of one from the list.
 
     Args:
-        documents: tokenised, in order; document i is planted in the same way whatever follows it.
-        tokenizer: theirs, byte-level.
+        tokenizer: the documents', byte-level.
         config: how many facts, of which tasks, how far apart.
         seed: of all choices.
     """
-    planter = FactPlanter(tokenizer, config, seed)
-    for index, document in enumerate(documents):
-        yield planter.plant(document, index)
-
-
-class FactPlanter:
-    """Plants facts into documents one by one; arguments as `plant_facts` has them."""
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        self._borders = SentenceBorders(tokenizer)
         self._tokenizer, self._config, self._seed = tokenizer, config, seed
+        self._borders = SentenceBorders(tokenizer)
+        self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
-    def plant(self, document: TokenizedDocument, index: int) -> TokenizedDocument:
-        """The document with its facts; `index` is its place among all, and decides them with the seed."""
-        generator = np.random.default_rng([self._seed, index])
-        return _plant(document, self._borders, self._tokenizer, self._config, generator)
+    @classmethod
+    def from_config(cls, tokenizer: Tokenizer, config: DataConfig, seed: int) -> "SamplePlanter | None":
+        """One, or None where no facts are asked for."""
+        return cls(tokenizer, config, seed) if config.planted_facts else None
 
+    def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> PlantedSample:
+        """One sample, [N], with its facts.
 
-def _plant(
-    document: TokenizedDocument,
-    borders: SentenceBorders,
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    generator: np.random.Generator,
-) -> TokenizedDocument:
-    length = len(document.ids)
-    places = borders.find_sentences(document.ids) if length > 1 else np.zeros(0, np.int64)
-    num_facts = generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)
-    low, high = (math.log(distance) for distance in config.planted_distance)
-    inserted: list[tuple[int, str]] = []
-    for _ in range(num_facts):
-        task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
-        statement = draw_needle(task, "train", 1, generator).statement
-        first = int(generator.integers(length))
-        second = first + round(math.exp(generator.uniform(low, high)))
-        if second >= length or not len(places):
-            continue
-        inserted += [(int(places[np.abs(places - wanted).argmin()]), statement) for wanted in (first, second)]
-    if not inserted:
-        return document
-    pieces: list[np.ndarray] = []
-    begin = 0
-    for place, statement in sorted(inserted, key=lambda entry: entry[0]):
-        pieces += [document.ids[begin:place], encode_sentence(tokenizer, statement)]
-        begin = place
-    ids = np.concatenate([*pieces, document.ids[begin:]]).astype(document.ids.dtype)
-    return TokenizedDocument(
-        ids,
-        document.num_bytes + sum(1 + len(statement.encode()) for _, statement in inserted),
-        document.num_words + sum(count_words(statement) for _, statement in inserted),
-    )
+        Args:
+            tokens: the sample.
+            epoch: each pass over the samples plants other facts.
+            begin: where in its split the sample begins, which with the epoch and the seed decides all choices.
+        """
+        config, length = self._config, len(tokens)
+        generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])
+        is_answer = np.zeros(length, np.bool_)
+        places = self._borders.find_sentences(tokens) if length > 1 else np.zeros(0, np.int64)
+        if not len(places):
+            return PlantedSample(tokens, is_answer)
+        low, high = (math.log(distance) for distance in config.planted_distance)
+        asked = set[str]()
+        statements: list[_Statement] = []
+        for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
+            task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
+            needle = draw_needle(task, "train", 1, generator)
+            sentence, answer_begin = self._encode(needle, generator)
+            first = int(generator.integers(length))
+            second = first + round(math.exp(generator.uniform(low, high)))
+            if second >= length or needle.prompt in asked:
+                continue
+            asked.add(needle.prompt)
+            first, second = (int(places[np.abs(places - wanted).argmin()]) for wanted in (first, second))
+            statements += [_Statement(first, sentence, len(sentence)), _Statement(second, sentence, answer_begin)]
+        pieces: list[NDArray[np.int64]] = []
+        marks: list[NDArray[np.bool_]] = []
+        end = 0
+        for statement in sorted(statements, key=lambda one: (one.place, -one.answer_begin)):
+            pieces += [tokens[end : statement.place], statement.tokens]
+            marks += [is_answer[end : statement.place], np.arange(len(statement.tokens)) >= statement.answer_begin]
+            end = statement.place
+        pieces.append(tokens[end:])
+        marks.append(is_answer[end:])
+        return PlantedSample(np.concatenate(pieces)[:length], np.concatenate(marks)[:length])
+
+    def _encode(self, needle: Needle, generator: np.random.Generator) -> tuple[NDArray[np.int64], int]:
+        """The statement's tokens, and where in them the answer begins."""
+        question = encode_sentence(self._tokenizer, needle.prompt)
+        if needle.task == "facts" and self._pieces is not None and generator.random() < self._config.planted_made_up:
+            return np.concatenate([question, self._pieces.make_word(generator), self._pieces.full_stop]), len(question)
+        return encode_sentence(self._tokenizer, needle.statement), len(question)

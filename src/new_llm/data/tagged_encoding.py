@@ -8,7 +8,6 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data.encoding_pool import encode_in_parallel
-from new_llm.data.planted_facts import FactPlanter
 from new_llm.data.sources import Source
 from new_llm.data.tokenizer import padded_vocab_size
 from new_llm.data.tokens import Text, TokenizedDocument
@@ -21,8 +20,6 @@ class Place(NamedTuple):
     document: int = 0
     num_documents: int = 0
     num_characters: int = 0
-    num_train: int = 0
-    """Training documents so far, without those of the reversal sentences."""
 
 
 class Tag(NamedTuple):
@@ -35,9 +32,9 @@ class Tag(NamedTuple):
 
 
 def encode_tagged(
-    items: Iterable[tuple[Tag, Text]], tokenizer: Tokenizer, config: DataConfig, seed: int, source: Source
+    items: Iterable[tuple[Tag, Text]], tokenizer: Tokenizer, config: DataConfig, source: Source
 ) -> Generator[tuple[Tag, TokenizedDocument], None, None]:
-    """Tokenise, check tokens that were read as such, and plant facts into training documents but the pinned.
+    """Tokenise, and check tokens that were read as such.
 
     Raises:
         UserError: a document that is tokens holds one that the tokenizer does not know, or a worker was killed.
@@ -49,7 +46,6 @@ def encode_tagged(
             tags.append(tag)
             yield text
 
-    planter = FactPlanter(tokenizer, config, seed) if config.planted_facts else None
     vocab_size = padded_vocab_size(tokenizer)
     for document in encode_in_parallel(texts(), tokenizer, config.num_workers):
         tag = tags.popleft()
@@ -58,7 +54,4 @@ def encode_tagged(
                 f"{source.name}: a document holds the token {int(document.ids.max())}, which the tokenizer of "
                 f"{vocab_size:,} entries does not know: another one wrote these tokens"
             )
-        is_pinned = not tag.place.num_train  # the reversal sentences come before the first document
-        if planter and tag.split == "train" and not is_pinned:
-            document = planter.plant(document, tag.place.num_train - 1)
         yield tag, document

@@ -13,6 +13,7 @@ from rich.console import Console
 from new_llm.config import ExperimentConfig, ModelType, UserError
 from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
+from new_llm.data.planted_facts import SamplePlanter
 from new_llm.evaluation import unigram_perplexity
 from new_llm.experiments.measure import measure_model, measure_validation_loss
 from new_llm.experiments.record import (
@@ -218,6 +219,7 @@ class _Experiment:
             precision=self.precision,
             progress=progress,
             processes=self.processes,
+            planter=SamplePlanter.from_config(self.data.tokenizer, self.config.data, self.config.seed),
         )
         try:
             training = trainer.run(resume=True)  # a new run has no checkpoint, and begins anew

@@ -139,12 +139,17 @@ class SelectiveOutputLM(TransformerLM):
         return self._weigh_passes(losses)
 
     def _sum_losses(
-        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None, update_memory: bool
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None,
+        update_memory: bool,
+        weights: Tensor | None = None,
     ) -> Tensor:
         if not self._weighs_passes:
-            return super()._sum_losses(input_ids, targets, attention_mask, update_memory)
+            return super()._sum_losses(input_ids, targets, attention_mask, update_memory, weights)
         passes = self.compute_passes(input_ids, attention_mask, update_memory=update_memory)
-        return self._weigh_passes([self._score(hidden, targets, "sum") for hidden in passes])
+        return self._weigh_passes([self._score(hidden, targets, "sum", weights) for hidden in passes])
 
     @property
     def _weighs_passes(self) -> bool:

@@ -197,11 +197,28 @@ class TransformerLM(HeldMemory):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        label_weights: Tensor | None = None,
         update_memory: bool = False,
     ) -> Tensor:
-        """The sum of `token_losses`, by the way that is the fastest to train with; arguments as there."""
+        """The sum of `token_losses`, by the way that is the fastest to train with; arguments as there.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T] or [B, T + 1].
+            attention_mask: [B, T].
+            label_weights: what each label's loss is multiplied by before the sum, as wide as the labels; None: 1.
+            update_memory: as in `forward`.
+
+        Raises:
+            ValueError: as there, or weights of another shape than the labels.
+        """
         targets = self._find_targets(input_ids, labels, attention_mask)
-        return self._sum_losses(input_ids, targets, attention_mask, update_memory)
+        weights = None
+        if label_weights is not None:
+            if label_weights.shape != labels.shape:
+                raise ValueError(f"label_weights: {list(label_weights.shape)} beside labels {list(labels.shape)}")
+            weights = align_labels(label_weights, input_ids.shape[1])
+        return self._sum_losses(input_ids, targets, attention_mask, update_memory, weights)
 
     def compute_loss(
         self,
@@ -237,20 +254,34 @@ class TransformerLM(HeldMemory):
         return targets
 
     def _sum_losses(
-        self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None, update_memory: bool
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None,
+        update_memory: bool,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets, "sum")
+        hidden = self.compute_hidden(input_ids, attention_mask, update_memory=update_memory)
+        return self._score(hidden, targets, "sum", weights)
 
-    def _score(self, hidden: Tensor, targets: Tensor, reduction: Literal["none", "sum"] = "none") -> Tensor:
-        """Losses [B, T] of hidden states [B, T, D], or their sum."""
+    def _score(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        reduction: Literal["none", "sum"] = "none",
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Losses [B, T] of hidden states [B, T, D], or their sum, each multiplied by its weight [B, T]."""
         rows, wanted = hidden.flatten(0, 1), targets.flatten()
         head = self.embed_out
         # A head that is another module (an adapter's, a quantised one) or that has hooks is called as it is.
         if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks:
-            losses = linear_cross_entropy(rows, head.weight, wanted, reduction=reduction)
+            label_weights = None if weights is None else weights.flatten()
+            losses = linear_cross_entropy(rows, head.weight, wanted, label_weights=label_weights, reduction=reduction)
         else:
             pieces = zip(rows.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True)
             losses = torch.cat([compute_token_losses(head(piece), targets) for piece, targets in pieces])
+            losses = losses if weights is None else losses * weights.flatten()
             losses = losses.sum() if reduction == "sum" else losses
         return losses if reduction == "sum" else losses.view_as(targets)
 

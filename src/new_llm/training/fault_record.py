@@ -99,7 +99,7 @@ def write_fault(folder: Path, step: StepFacts, batches: list[list[Batch]], norms
         f"processes.{rank}.batches.{number}.{name}": tensor.contiguous()
         for rank, own in enumerate(batches)
         for number, batch in enumerate(own)
-        for name in ("input_ids", "labels", "attention_mask", "resets")
+        for name in ("input_ids", "labels", "attention_mask", "resets", "label_weights")
         if (tensor := getattr(batch, name)) is not None
     }
     facts = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from new_llm.config import ExperimentConfig
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
+from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
 from new_llm.models.held_memory import KeptMemory
@@ -47,6 +48,7 @@ class Trainer:
         precision: fp32 or bf16 (autocast).
         progress: shows how it goes.
         processes: those that train the model together; each reads its rows of every batch.
+        planter: plants facts to recall into the samples.
 
     Raises:
         UserError: the processes do not divide the batch, or the weights can't be shared out.
@@ -64,6 +66,7 @@ class Trainer:
         precision: str,
         progress: TrainingProgress,
         processes: Processes = ALONE,
+        planter: SamplePlanter | None = None,
     ) -> None:
         self.model = model
         self.train_split = train
@@ -72,6 +75,7 @@ class Trainer:
         self.validate = validate
         self.progress = progress
         self.processes = processes
+        self.planter = planter
         self.rows = processes.slice_rows(config.train.batch_size)
         parts = prepare_training(model, config.train, device, precision, processes)
         self.accelerator, self.total_loss, self.optimizer = parts.accelerator, parts.total_loss, parts.optimizer
@@ -149,6 +153,8 @@ class Trainer:
             seed=self.config.seed,
             epoch=epoch,
             num_samples=data.num_samples,
+            planter=self.planter,
+            answer_weight=train.answer_weight,
         )
 
     def _open_metrics(self, trackers: Trackers) -> MetricsWriter | SilentMetrics:
@@ -254,11 +260,11 @@ class Trainer:
             self.model.reset_rows(batch.resets)
         else:
             self.model.reset_memory()
-        mask = None if batch.attention_mask is None else self._move(batch.attention_mask)
-        return self.total_loss(self._move(batch.input_ids), self._move(batch.labels), mask, self._carries_memory)
+        parts = (batch.input_ids, batch.labels, batch.attention_mask, batch.label_weights)
+        return self.total_loss(*map(self._move, parts), self._carries_memory)
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def _move(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.device, non_blocking=True)
 
     def _synchronise(self, is_last: bool) -> AbstractContextManager[Any]:
         # With weights shared out a whole gradient would have to be kept, so that each batch's is shared out at once.

@@ -45,10 +45,11 @@ def prefetch_batches(plan: BatchPlan, first: int, num_ahead: int, *, pin: bool) 
 
 def pin_batch(batch: Batch) -> Batch:
     """The batch in page-locked memory; `resets` stays, since the host reads it."""
-    mask = batch.attention_mask
+    mask, weights = batch.attention_mask, batch.label_weights
     return replace(
         batch,
         input_ids=batch.input_ids.pin_memory(),
         labels=batch.labels.pin_memory(),
         attention_mask=None if mask is None else mask.pin_memory(),
+        label_weights=None if weights is None else weights.pin_memory(),
     )

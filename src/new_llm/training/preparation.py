@@ -26,9 +26,18 @@ class TotalLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, update_memory: bool) -> Tensor:
-        """Summed nats of a batch."""
-        return self.model.total_loss(input_ids, labels, attention_mask, update_memory=update_memory)
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        label_weights: Tensor | None,
+        update_memory: bool,
+    ) -> Tensor:
+        """Summed nats of a batch, each label's times its weight."""
+        return self.model.total_loss(
+            input_ids, labels, attention_mask, label_weights=label_weights, update_memory=update_memory
+        )
 
 
 @dataclass
