@@ -118,7 +118,8 @@ def test_the_distances_are_those_asked_for(split, tokenizer):
             places.setdefault(question, []).append(len(tokenizer.encode(text[:place]).ids))
         distances += [found[1] - found[0] for found in places.values() if len(found) == 2]
     assert len(distances) > 10
-    assert 100 <= min(distances) and max(distances) <= 800  # borders of sentences, and other facts between
+    assert min(distances) >= 100
+    assert max(distances) <= 800
 
 
 def test_facts_depend_on_seed_epoch_and_sample_alone(split, tokenizer):
@@ -140,15 +141,18 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents(split, tokenizer):
     assert len(plan) == len(plain)
     num_answers = 0
     for index, (before, after) in enumerate(zip(plain, plan, strict=True)):
-        assert before.label_weights is None and before.num_targets == after.num_targets
+        assert before.label_weights is None
+        assert before.num_targets == after.num_targets
         weights = after.label_weights
-        assert weights.shape == after.labels.shape and set(weights.unique().tolist()) <= {1.0, 7.0}
+        assert weights.shape == after.labels.shape
+        assert set(weights.unique().tolist()) <= {1.0, 7.0}
         assert (after.labels[:, :-1] == after.input_ids).all() or before.attention_mask is not None
         assert ((before.labels == -100) == (after.labels == -100)).all()
         for row, sample in enumerate(plan.rows[index][plan.rows[index] >= 0]):
             begin = plan.starts[sample]
             if begin < pinned.offsets[1]:
-                assert (before.labels[row] == after.labels[row]).all() and (weights[row] == 1).all()
+                assert (before.labels[row] == after.labels[row]).all()
+                assert (weights[row] == 1).all()
             else:
                 wanted = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin)).is_answer
                 if (before.labels[row] != -100).all():
