@@ -76,6 +76,8 @@ class PythiaConfig:
     """ε of every LayerNorm."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal initialisation."""
+    tie_word_embeddings: bool = False
+    """The head is the embedding: fewer parameters, and to repeat a token that was read is one map for all tokens."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -34,6 +34,7 @@ def export_run(
     loaded, tokenizer = load_run_model(run, model)
     from new_llm.models.hf import export_auto, export_pythia
 
+    loaded.untie_embeddings()
     export = export_pythia if layout == "gpt_neox" else export_auto
     export(loaded, directory, tokenizer)
     card = write_card(loaded, read_figures(source), layout, directory.resolve().name)

@@ -98,4 +98,5 @@ def create_model(
         segment_length=length,
         layer_norm_eps=config.layer_norm_eps,
         initializer_range=config.initializer_range,
+        tie_word_embeddings=config.tie_word_embeddings,
     )

@@ -49,6 +49,7 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "segment_length": model.segment_length,
         "layer_norm_eps": model.final_layer_norm.eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
         "selective": (
             {"skip_interval": model.skip_interval, "earlier_pass_weight": model.earlier_pass_weight}
             if isinstance(model, SelectiveOutputLM)
@@ -84,6 +85,7 @@ def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
             vocab_size=structure["vocab_size"],
             segment_length=structure["segment_length"],
             layer_norm_eps=structure["layer_norm_eps"],
+            tie_word_embeddings=structure["tie_word_embeddings"],
         )
     except UserError:
         raise

@@ -60,11 +60,14 @@ def quantize_rows(weight: Tensor) -> Int8Weight:
 def quantize_weights(model: nn.Module) -> None:
     """Round the weights of a model's linear layers in place to those that 8 bits keep, in the dtype that they have.
 
-    In float32 the model then is the one that `generate(weights="int8")` runs: to measure what the rounding costs.
+    In float32 the model then is the one that `generate(weights="int8")` runs: to measure what the rounding costs. A
+    head that is the embedding becomes one of its own.
 
     Raises:
         ValueError: a weight holds a number that is not finite.
     """
+    if untie := getattr(model, "untie_embeddings", None):
+        untie()
     with torch.no_grad():
         for linear in find_linears(model):
             linear.weight.copy_(quantize_rows(linear.weight).widen(linear.weight.dtype))

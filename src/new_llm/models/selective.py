@@ -28,6 +28,7 @@ class SelectiveOutputLM(TransformerLM):
         earlier_pass_weight: γ; in training pass p of P weighs γ^(P − p) / Σ γ^(P − q). 0: the last pass alone.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: the head's weight is the embedding's.
 
     Raises:
         ValueError: as `TransformerLM`, or a negative skip_interval, or a weight outside 0 … 1.
@@ -43,10 +44,16 @@ class SelectiveOutputLM(TransformerLM):
         earlier_pass_weight: float = SelectiveConfig.earlier_pass_weight,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         initializer_range: float = PythiaConfig.initializer_range,
+        tie_word_embeddings: bool = PythiaConfig.tie_word_embeddings,
     ) -> None:
         SelectiveConfig(skip_interval=skip_interval, earlier_pass_weight=earlier_pass_weight)
         super().__init__(
-            layers, vocab_size, segment_length, layer_norm_eps=layer_norm_eps, initializer_range=initializer_range
+            layers,
+            vocab_size,
+            segment_length,
+            layer_norm_eps=layer_norm_eps,
+            initializer_range=initializer_range,
+            tie_word_embeddings=tie_word_embeddings,
         )
         self.skip_interval = skip_interval
         self.earlier_pass_weight = earlier_pass_weight

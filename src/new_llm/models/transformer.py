@@ -19,6 +19,7 @@ from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, comp
 from new_llm.models.ops.linear_cross_entropy import linear_cross_entropy
 from new_llm.models.padding import Packing, check_mask, mark_valid, plan_packing
 from new_llm.models.stream import MemoryStream
+from new_llm.models.tied_embeddings import tie_embeddings
 
 SCORED_ROWS = 2048
 """Rows of logits that a head of another kind makes at once; more would only take memory."""
@@ -37,6 +38,7 @@ class TransformerLM(HeldMemory):
         segment_length: tokens S in a segment.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: the head's weight is the embedding's.
 
     Raises:
         ValueError: no layers, layers of different sizes, or a length that is not positive.
@@ -53,6 +55,7 @@ class TransformerLM(HeldMemory):
         *,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         initializer_range: float = PythiaConfig.initializer_range,
+        tie_word_embeddings: bool = PythiaConfig.tie_word_embeddings,
     ) -> None:
         super().__init__()
         if not layers:
@@ -70,6 +73,9 @@ class TransformerLM(HeldMemory):
         self.final_layer_norm = nn.LayerNorm(sizes[0], eps=layer_norm_eps)
         self.embed_out = nn.Linear(sizes[0], vocab_size, bias=False)
         initialize_weights(self, initializer_range)
+        self.tie_word_embeddings = tie_word_embeddings
+        if tie_word_embeddings:
+            tie_embeddings(self)
         self.reset_memory()
 
     # Calls
@@ -317,10 +323,19 @@ class TransformerLM(HeldMemory):
 
     # Facts
 
+    def untie_embeddings(self) -> None:
+        """Give the head a weight of its own, equal to the embedding's; nothing where it has one."""
+        if self.tie_word_embeddings:
+            self.embed_out.weight = nn.Parameter(self.embed_in.weight.detach().clone())
+            self.tie_word_embeddings = False
+
     def num_parameters(self) -> dict[str, Any]:
-        """`total`, `embedding`, `lm_head`, `transformer` (layers and final LayerNorm) and `per_layer` (a list)."""
+        """`total`, `embedding`, `lm_head` (0 where it is the embedding), `transformer` (layers and final LayerNorm) and
+        `per_layer` (a list).
+        """
         per_layer = [count_parameters(layer) for layer in self.layers]
-        embedding, head = count_parameters(self.embed_in), count_parameters(self.embed_out)
+        embedding = count_parameters(self.embed_in)
+        head = 0 if self.tie_word_embeddings else count_parameters(self.embed_out)
         total = count_parameters(self)
         return {
             "total": total,

@@ -29,7 +29,8 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
         The model's structure, from which `gather_model` makes it again.
 
     Raises:
-        UserError: the model has a weight that is a single number, as α of a parallel adapter, which can't be shared.
+        UserError: the model has a weight that is a single number, as α of a parallel adapter, which can't be shared, or
+            its head is its embedding.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -37,6 +38,8 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise UserError(f"train.sharding fsdp: {scalars[0]} is a single number, which can't be shared out; use ddp")
+    if model.tie_word_embeddings:
+        raise UserError("train.sharding fsdp: tied embeddings can't be shared out; use ddp, or untie them")
     structure = describe_model(model)  # now: a layer whose weights are shared out is of another class
     # Parts of a layer's memory are views; nothing changes a memory in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")

@@ -8,7 +8,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.models.model_file import FORMAT_VERSION, describe_model
 from new_llm.models.transformer import TransformerLM
 
-STRUCTURE_FIELDS = ("format_version", "vocab_size", "segment_length", "layer_norm_eps", "selective", "layers")
+STRUCTURE_FIELDS = ("format_version", "vocab_size", "segment_length", "layer_norm_eps", "tie_word_embeddings", "selective", "layers")
 
 
 class NewLLMConfig(PretrainedConfig):
@@ -29,7 +29,7 @@ class NewLLMConfig(PretrainedConfig):
         kwargs: the rest, as in any `PretrainedConfig`.
 
     Raises:
-        UserError: tied embeddings are asked for, which the models have not.
+        UserError: tied embeddings: `TransformerLM.untie_embeddings` gives the head a weight of its own.
     """
 
     model_type = "new_llm"
@@ -49,7 +49,10 @@ class NewLLMConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if kwargs.pop("tie_word_embeddings", False):
-            raise UserError("tie_word_embeddings: true; the models have a head of their own, only false is allowed")
+            raise UserError(
+                "tie_word_embeddings: true; only false is allowed in transformers' form; model.untie_embeddings() gives "
+                "a model's head a weight of its own, with the same logits"
+            )
         self.layers = layers or []
         self.vocab_size = vocab_size
         self.segment_length = segment_length

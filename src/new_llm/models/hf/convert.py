@@ -20,7 +20,7 @@ from new_llm.models.hf.folder import (
     write_generation_config,
     write_tokenizer,
 )
-from new_llm.models.hf.gpt_neox import export_names, import_names, parse_config, write_config
+from new_llm.models.hf.gpt_neox import HEAD, export_names, import_names, parse_config, write_config
 from new_llm.models.hf.replacement import LayerChoice, swap_layers
 from new_llm.models.layers import Layer, PythiaLayer
 from new_llm.models.memory_record import shorten
@@ -108,8 +108,11 @@ def export_pythia(
     directory = Path(directory).expanduser()
     wrapped = None if tokenizer is None else wrap_tokenizer(tokenizer, config.max_position_embeddings)
     token_ids = find_token_ids(wrapped)
+    weights = model.state_dict()
+    if model.tie_word_embeddings:  # written as two equal weights
+        weights[HEAD] = model.embed_in.weight.detach().clone()
     with stage_folder(directory) as folder:
-        save_torch_state_dict(export_names(model.state_dict()), folder, metadata={"format": "pt"})
+        save_torch_state_dict(export_names(weights), folder, metadata={"format": "pt"})
         write_generation_config(token_ids, folder)
         if wrapped is not None:
             write_tokenizer(wrapped, folder)

@@ -1,0 +1,106 @@
+"""Tied embeddings: one parameter for embedding and head, saved once, and untied where a format needs two."""
+
+import copy
+
+import pytest
+import torch
+
+from new_llm.config import ModelConfig, PythiaConfig, TrainConfig, UserError
+from new_llm.models import TransformerLM, create_model, export_pythia
+from new_llm.models.hf import NewLLMForCausalLM
+from new_llm.models.quantization import quantize_weights
+from new_llm.training.optimizer import make_optimizer
+
+SHAPE = PythiaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    tie_word_embeddings=True,
+)
+
+
+def make(kind: str = "infini") -> TransformerLM:
+    torch.manual_seed(0)
+    return create_model(kind, SHAPE, segment_length=8).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["pythia", "infini", "selective"])
+def test_the_head_is_the_embedding_through_training(kind, ids):
+    model = make(kind).train()
+    assert model.num_parameters()["lm_head"] == 0
+    parts = model.num_parameters()
+    assert parts["total"] == parts["embedding"] + parts["transformer"] == sum(p.numel() for p in model.parameters())
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.1))
+    before = model.embed_in.weight.detach().clone()
+    model.compute_loss(ids, ids)[0].backward()
+    optimizer.step()
+    assert model.embed_out.weight is model.embed_in.weight
+    assert (model.embed_in.weight != before).any()
+    hidden = model.compute_hidden(ids)
+    torch.testing.assert_close(model(ids), hidden @ model.embed_in.weight.t())
+
+
+def test_gradients_are_those_of_both_places(ids):
+    tied, free = make().train(), make().train()
+    free.untie_embeddings()
+    tied.compute_loss(ids, ids)[0].backward()
+    free.compute_loss(ids, ids)[0].backward()
+    torch.testing.assert_close(tied.embed_in.weight.grad, free.embed_in.weight.grad + free.embed_out.weight.grad)
+
+
+@pytest.mark.parametrize("kind", ["pythia", "selective"])
+def test_a_saved_model_is_tied_again(kind, ids, tmp_path):
+    model = make(kind)
+    assert "embed_out.weight" not in model.state_dict()
+    model.save(tmp_path)
+    again = TransformerLM.load(tmp_path).eval()
+    assert again.embed_out.weight is again.embed_in.weight
+    assert torch.equal(again(ids), model(ids))
+    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+    other = make(kind)
+    torch.nn.init.zeros_(other.embed_in.weight)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids), model(ids))
+
+
+def test_untied_and_exported_the_logits_stay(ids, tmp_path):
+    model = make("pythia")
+    logits = model(ids)
+    export_pythia(model, tmp_path)
+    again = TransformerLM.from_pythia(tmp_path, segment_length=8).eval()
+    torch.testing.assert_close(again(ids), logits)
+    with pytest.raises(UserError, match="untie_embeddings"):
+        NewLLMForCausalLM.from_model(model)
+    model.untie_embeddings()
+    assert model.embed_out.weight is not model.embed_in.weight
+    assert "embed_out.weight" in model.state_dict()
+    assert torch.equal(model(ids), logits)
+    assert torch.equal(NewLLMForCausalLM.from_model(model)(ids).logits, logits)
+
+
+def test_rounding_leaves_the_embedding():
+    model = make()
+    before = model.embed_in.weight.detach().clone()
+    quantize_weights(model)
+    assert torch.equal(model.embed_in.weight, before)
+    assert not torch.equal(model.embed_out.weight, before)
+
+
+def test_generation_and_streams_read_the_tied_head(ids):
+    model = make()
+    with torch.no_grad():
+        stream = model.open_stream(2)
+        torch.testing.assert_close(torch.cat([stream.feed(ids[:, :7]), stream.feed(ids[:, 7:])], 1), model(ids))
+    out, _ = model.generate(ids, max_new_tokens=4)
+    assert out.shape == (2, 24)
+
+
+def test_the_option_reaches_every_model_of_an_experiment():
+    assert ModelConfig(tie_word_embeddings=True).shape(40).tie_word_embeddings
