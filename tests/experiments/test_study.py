@@ -70,6 +70,8 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert "validation: carried vs reset" not in summary["variants"]["pythia"]["figures"]
     table = (folder / "table.md").read_text()
     assert "| no-delta | 2 |" in table
+    titles = ["Validation perplexity.", "Long documents: validation.", "Reversal curse.", "Gates and cost."]
+    assert [line for line in table.splitlines() if line in titles] == titles
     # The reversal curse is what the runs say, recall what the records say, averaged over seeds.
     runs = [json.loads((folder / f"pythia-s{seed}" / "results.json").read_text()) for seed in (0, 1)]
     ratios = [one["models"][0]["evaluation"]["reversal"]["ratio"] for one in runs]

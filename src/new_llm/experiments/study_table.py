@@ -62,23 +62,34 @@ REVERSAL_METRICS = {
 """The column's name, and that of the reversal curse's figure."""
 
 
-def list_metrics(study: StudyConfig) -> dict[str, Callable[[Run], float | None]]:
-    """The columns of the table: a name, and how to find the figure of one run (None: it has none)."""
-    metrics: dict[str, Callable[[Run], float | None]] = {
-        "sliding perplexity": _validation("sliding"),
-        "streaming perplexity": _validation("streaming"),
+def group_metrics(study: StudyConfig) -> dict[str, dict[str, Callable[[Run], float | None]]]:
+    """By table, its columns: a name, and how to find the figure of one run (None: it has none)."""
+    groups: dict[str, dict[str, Callable[[Run], float | None]]] = {
+        "Validation perplexity": {
+            "sliding perplexity": _validation("sliding"),
+            "streaming perplexity": _validation("streaming"),
+        }
     }
     if study.long_documents is not None:
         for text in study.long_texts:
             what = f"long-{text}"
-            metrics[f"{text}: carried perplexity"] = _carried(what)
-            for against in ("reset", "foreign", *study.baselines, *study.window_baselines):
-                metrics[f"{text}: carried vs {against}"] = _relative(what, against)
-    metrics |= {name: _reversal(figure) for name, figure in REVERSAL_METRICS.items()}
-    metrics["least gate"], metrics["greatest gate"] = _gate(min), _gate(max)
-    metrics["tokens/s"] = lambda run: run["model"]["training"]["tokens_per_second"]
-    metrics["peak MiB"] = lambda run: run["model"]["training"]["peak_memory_bytes"] / 2**20
-    return metrics
+            ways = ("reset", "foreign", *study.baselines, *study.window_baselines)
+            groups[f"Long documents: {text}"] = {f"{text}: carried perplexity": _carried(what)} | {
+                f"{text}: carried vs {against}": _relative(what, against) for against in ways
+            }
+    groups["Reversal curse"] = {name: _reversal(figure) for name, figure in REVERSAL_METRICS.items()}
+    groups["Gates and cost"] = {
+        "least gate": _gate(min),
+        "greatest gate": _gate(max),
+        "tokens/s": lambda run: run["model"]["training"]["tokens_per_second"],
+        "peak MiB": lambda run: run["model"]["training"]["peak_memory_bytes"] / 2**20,
+    }
+    return groups
+
+
+def list_metrics(study: StudyConfig) -> dict[str, Callable[[Run], float | None]]:
+    """All columns of `group_metrics`."""
+    return {name: find for group in group_metrics(study).values() for name, find in group.items()}
 
 
 def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         found: by variant, its finished runs.
 
     Returns:
-        `name`, `question`, `reference`, and `variants`: for each its runs' figures, their mean and interval (Student's
+        `name`, `question`, `reference`, `tables` (which figures stand in which), and `variants`: for each its runs' figures, their mean and interval (Student's
         t over seeds; None for one seed), the paired difference from the reference, long documents by distance, and
         recall by task and distance.
     """
@@ -130,6 +141,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         "reference": study.reference_variant,
         "baselines": [*study.baselines, *study.window_baselines],
         "num_seeds": len(study.seeds),
+        "tables": {name: list(group) for name, group in group_metrics(study).items()},
         "variants": variants,
     }
 
@@ -191,19 +203,23 @@ def _average_cells(cells: Sequence[Run], task: str, distance: int, way: str, fig
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
-    """The table of a study: a line a variant, a column a metric; intervals where there are several seeds."""
+    """The tables of a study: a line a variant, a column a metric; intervals where there are several seeds."""
     variants = summary["variants"]
-    metrics = list(dict.fromkeys(metric for entry in variants.values() for metric in entry["figures"]))
     lines = [
         f"**{summary['question']}** Mean and 95 % interval over {summary['num_seeds']} seeds; differences of "
         "perplexity are relative: below 0 the carried memory is better.",
-        "",
-        "| " + " | ".join(["variant", "seeds", *metrics]) + " |",
-        "|" + "---|" * (2 + len(metrics)),
     ]
-    for name, entry in variants.items():
-        cells = [render_figure(metric, entry["figures"].get(metric)) for metric in metrics]
-        lines.append("| " + " | ".join([name, str(len(entry["seeds"])), *cells]) + " |")
+    for title, names in summary["tables"].items():
+        metrics = [name for name in names if any(name in entry["figures"] for entry in variants.values())]
+        known = {name: entry for name, entry in variants.items() if any(m in entry["figures"] for m in metrics)}
+        if not known:
+            continue
+        columns = [metric.rpartition(": ")[2] for metric in metrics]
+        lines += ["", f"{title}.", "", "| " + " | ".join(["variant", "seeds", *columns]) + " |"]
+        lines.append("|" + "---|" * (2 + len(metrics)))
+        for name, entry in known.items():
+            cells = [render_figure(metric, entry["figures"].get(metric)) for metric in metrics]
+            lines.append("| " + " | ".join([name, str(len(entry["seeds"])), *cells]) + " |")
     for task in dict.fromkeys(task for entry in variants.values() for task in entry["recall"]):
         lines += ["", *_render_recall(task, variants)]
     return "\n".join(lines) + "\n"
