@@ -136,15 +136,35 @@ class SelectiveConfig:
 
 @section
 class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
-    """The model section of an experiment: one shape and one set of options for all compared models."""
+    """The model section of an experiment: one shape and one set of options for all compared models.
+
+    Where they differ from those of `MemoryConfig`, its defaults are the recipe under which memory helped most:
+    docs/experiments/memory.md.
+    """
 
     vocab_size: Annotated[int | None, Field(gt=0)] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
     segment_length: Annotated[int | None, Field(gt=0), short("--segment-length")] = None
     """Tokens in a segment; None: data.seq_length / data.segments_per_sample."""
+    memory_layers: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
+        tuple[Annotated[int, Field(ge=0)], ...] | None, short("--memory-layers")
+    ] = None
+    """Which layers have memory, counted from 0; all others are Pythia layers. None: the last one."""
+    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
+    """Memory heads H; None: num_attention_heads."""
+    use_key_shift: bool = True
+    """File each value under the key of the token before it, so that a query finds what followed its like."""
+    query_key_init_scale: Annotated[float, Field(gt=0)] = 6.0
+    """W_q and W_k of memory layers begin so many times as large as other weights."""
+    query_key_init_bias: float = -3.0
+    """Initial bias of their q and k; below 0 few features of a token are large, and different tokens meet less."""
+    match_query_key_init: bool = True
+    """W_k begins as W_q, so that alike tokens find one another from the start."""
 
     def __post_init__(self) -> None:
         PythiaConfig.__post_init__(self)
+        if self.memory_layers is None:
+            return
         MemoryConfig.__post_init__(self)
         if max(self.memory_layers) >= self.num_hidden_layers:
             raise UserError(
@@ -159,4 +179,6 @@ class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
 
     def options(self, model_type: ModelType) -> dict[str, Any]:
         """The options that one model type takes, as keywords of `create_model`."""
-        return {name: getattr(self, name) for name in MODEL_OPTIONS[model_type]}
+        values = {name: getattr(self, name) for name in MODEL_OPTIONS[model_type]}
+        where_none = {"memory_layers": (self.num_hidden_layers - 1,), "num_memory_heads": self.num_attention_heads}
+        return {name: where_none.get(name) if value is None else value for name, value in values.items()}

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-MAX_CONTINUATIONS = 2  # pieces after a word's first one, at most
+MAX_CONTINUATIONS = 6  # pieces after a word's first one, at most
 
 _BEGINS_WORD = re.compile(r" [A-Za-z][a-z]*")
 _CONTINUES_WORD = re.compile(r"[a-z]+")
@@ -32,6 +32,6 @@ class WordPieces:
             raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
 
     def make_word(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """The tokens of a made-up word: one that begins a word, and up to two that continue it."""
+        """The tokens of a made-up word: one that begins a word, and up to MAX_CONTINUATIONS more."""
         rest = generator.choice(self._next, generator.integers(MAX_CONTINUATIONS + 1))
         return np.append(generator.choice(self._first), rest)
