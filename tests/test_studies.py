@@ -1,0 +1,30 @@
+"""The studies that the project commits: every variant of each is a valid experiment, and says what it costs."""
+
+from pathlib import Path
+
+import pytest
+
+from new_llm.config.run_settings import read_settings
+from new_llm.config.study import StudyConfig
+
+STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_committed_study_can_run(path: Path) -> None:
+    study = read_settings(path, StudyConfig)
+    assert study.name == path.stem
+    assert study.question.endswith("?")
+    assert f"new-llm study studies/{path.name}" in path.read_text()
+    for name in study.variants:
+        config = study.configure(name, study.seeds[0])
+        assert config.device == "cpu"
+        reads_all = config.data.num_samples is None
+        tokens = 0 if reads_all else config.data.num_samples * config.data.seq_length
+        # All variants of a study train on as many tokens.
+        first = study.configure(next(iter(study.variants)), 0).data
+        assert reads_all or tokens == first.num_samples * first.seq_length
+
+
+def test_there_are_studies() -> None:
+    assert {path.stem for path in STUDIES} >= {"memory", "books", "recall", "ablations"}
