@@ -174,7 +174,9 @@ class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
     def shape(self, vocab_size: int) -> PythiaConfig:
         """The shape that all models of the experiment share."""
         names = PythiaConfig.__dataclass_fields__
-        values = {name: getattr(self, name) for name in names} | {"vocab_size": self.vocab_size or vocab_size}
+        values: dict[str, Any] = {name: getattr(self, name) for name in names} | {
+            "vocab_size": self.vocab_size or vocab_size
+        }
         return PythiaConfig(**values)
 
     def options(self, model_type: ModelType) -> dict[str, Any]:

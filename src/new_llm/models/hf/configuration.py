@@ -8,7 +8,15 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.models.model_file import FORMAT_VERSION, describe_model
 from new_llm.models.transformer import TransformerLM
 
-STRUCTURE_FIELDS = ("format_version", "vocab_size", "segment_length", "layer_norm_eps", "tie_word_embeddings", "selective", "layers")
+STRUCTURE_FIELDS = (
+    "format_version",
+    "vocab_size",
+    "segment_length",
+    "layer_norm_eps",
+    "tie_word_embeddings",
+    "selective",
+    "layers",
+)
 
 
 class NewLLMConfig(PretrainedConfig):
@@ -50,8 +58,8 @@ class NewLLMConfig(PretrainedConfig):
     ) -> None:
         if kwargs.pop("tie_word_embeddings", False):
             raise UserError(
-                "tie_word_embeddings: true; only false is allowed in transformers' form; model.untie_embeddings() gives "
-                "a model's head a weight of its own, with the same logits"
+                "tie_word_embeddings: true; only false is allowed in transformers' form; model.untie_embeddings() "
+                "gives a model's head a weight of its own, with the same logits"
             )
         self.layers = layers or []
         self.vocab_size = vocab_size
