@@ -100,9 +100,9 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         found: by variant, its finished runs.
 
     Returns:
-        `name`, `question`, `reference`, `tables` (which figures stand in which), and `variants`: for each its runs' figures, their mean and interval (Student's
-        t over seeds; None for one seed), the paired difference from the reference, long documents by distance, and
-        recall by task and distance.
+        `name`, `question`, `reference`, `tables` (which figures stand in which), and `variants`: for each its runs'
+        figures, their mean and interval (Student's t over seeds; None for one seed), the paired difference from the
+        reference, long documents by distance, and recall by task and distance.
     """
     metrics = list_metrics(study)
     reference = {run["seed"]: run for run in found.get(study.reference_variant, [])}
