@@ -45,7 +45,7 @@ def plot_differences(summary: Mapping[str, Any]) -> Figure | None:
     """Perplexity of long validation documents, memory carried against reset: a row a variant."""
     rows = [
         (name, figure)
-        for name, entry in summary["variants"].items()
+        for name, entry in _with_memory(summary)
         if (figure := entry["figures"].get("validation: carried vs reset")) is not None
     ]
     if not rows:
@@ -69,7 +69,7 @@ def plot_differences(summary: Mapping[str, Any]) -> Figure | None:
 def plot_distance(summary: Mapping[str, Any], what: str, against: str) -> Figure | None:
     """Perplexity with the memory carried, against another way, by distance from the document's start.
 
-    A curve a variant, the first `MAX_CURVES`, with its interval as a band.
+    A curve a variant that has memory, the first `MAX_CURVES`, with its interval as a band.
 
     Args:
         summary: of the study.
@@ -77,7 +77,7 @@ def plot_distance(summary: Mapping[str, Any], what: str, against: str) -> Figure
         against: `reset`, or a baseline.
     """
     curves: dict[str, Curve] = {}
-    for name, entry in summary["variants"].items():
+    for name, entry in _with_memory(summary):
         ranges = [found for found in entry["ranges"].get(what, []) if against in found["relative"]]
         if ranges:
             curves[name] = [(_find_middle(found), found["relative"][against]) for found in ranges]
@@ -110,6 +110,11 @@ def plot_recall(summary: Mapping[str, Any], task: str) -> Figure | None:
     axes.set_xlabel("segments from the sentence to the question")
     axes.set_ylabel(f"{task}: answered exactly (%)")
     return figure
+
+
+def _with_memory(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The variants that have gates: what the others carry is nothing."""
+    return [(name, entry) for name, entry in summary["variants"].items() if "least gate" in entry["figures"]]
 
 
 def _draw_curves(axes: Axes, curves: Mapping[str, Curve]) -> None:
