@@ -4,7 +4,7 @@ import pytest
 
 from new_llm import create_model
 from new_llm.cli.main import main
-from new_llm.config import ModelConfig, PythiaConfig, UserError
+from new_llm.config import ModelConfig, ModelType, PythiaConfig, UserError
 
 SHAPE = PythiaConfig(
     vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
@@ -43,3 +43,13 @@ def test_models_without_memory_take_no_such_option():
     for kind in ("pythia", "selective", "deep_pythia"):
         with pytest.raises(ValueError, match="takes no option memory_layers"):
             create_model(kind, SHAPE, memory_layers=(0,))
+
+
+def test_an_experiment_puts_memory_last_unless_told_otherwise() -> None:
+    config = ModelConfig(num_hidden_layers=3)
+    assert config.options(ModelType.INFINI)["memory_layers"] == (2,)
+    assert "memory_layers" not in config.options(ModelType.PYTHIA)
+    assert ModelConfig(num_hidden_layers=3, memory_layers=(0, 1)).options(ModelType.INFINI)["memory_layers"] == (0, 1)
+    model = create_model("infini", SHAPE, **ModelConfig(num_hidden_layers=4).options(ModelType.INFINI))
+    assert list(model.memory_layers) == [SHAPE.num_hidden_layers - 1]
+    assert model.layers[-1].attention.use_key_shift

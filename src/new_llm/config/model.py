@@ -150,8 +150,6 @@ class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
         tuple[Annotated[int, Field(ge=0)], ...] | None, short("--memory-layers")
     ] = None
     """Which layers have memory, counted from 0; all others are Pythia layers. None: the last one."""
-    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
-    """Memory heads H; None: num_attention_heads."""
     use_key_shift: bool = True
     """File each value under the key of the token before it, so that a query finds what followed its like."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 6.0
@@ -182,5 +180,6 @@ class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
     def options(self, model_type: ModelType) -> dict[str, Any]:
         """The options that one model type takes, as keywords of `create_model`."""
         values = {name: getattr(self, name) for name in MODEL_OPTIONS[model_type]}
-        where_none = {"memory_layers": (self.num_hidden_layers - 1,), "num_memory_heads": self.num_attention_heads}
-        return {name: where_none.get(name) if value is None else value for name, value in values.items()}
+        if "memory_layers" in values and self.memory_layers is None:
+            values["memory_layers"] = (self.num_hidden_layers - 1,)
+        return values
