@@ -51,6 +51,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     summary = json.loads((folder / "study.json").read_text())
     assert list(summary["variants"]) == ["reference", "no-delta", "pythia", "whole"]
     assert summary["code"]["version"]
+    assert [code["version"] for code in summary["variants"]["no-delta"]["code"]] == [summary["code"]["version"]]
     reference, other = (summary["variants"][name]["figures"] for name in ("reference", "no-delta"))
     for figures in (reference, other):
         for metric in ("streaming perplexity", "validation: carried vs reset", "validation: carried vs whole"):

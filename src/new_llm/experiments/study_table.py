@@ -101,8 +101,9 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
 
     Returns:
         `name`, `question`, `reference`, `tables` (which figures stand in which), and `variants`: for each its runs'
-        figures, their mean and interval (Student's t over seeds; None for one seed), the paired difference from the
-        reference, long documents by distance, and recall by task and distance.
+        figures, the versions of the code that trained them, their mean and interval (Student's t over seeds; None for
+        one seed), the paired difference from the reference, long documents by distance, and recall by task and
+        distance.
     """
     metrics = list_metrics(study)
     reference = {run["seed"]: run for run in found.get(study.reference_variant, [])}
@@ -129,6 +130,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         variants[name] = {
             "changes": study.variants[name],
             "seeds": [run["seed"] for run in runs],
+            "code": find_codes(runs),
             "num_parameters": runs[0]["model"]["num_parameters"]["total"],
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": figures,
@@ -144,6 +146,12 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         "tables": {name: list(group) for name, group in group_metrics(study).items()},
         "variants": variants,
     }
+
+
+def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
+    """The versions of the code that trained some runs, each once."""
+    found = {tuple(sorted(code.items())): code for run in runs if (code := run.get("code"))}
+    return list(found.values())
 
 
 def _summarize(values: Sequence[float]) -> dict[str, Any]:
