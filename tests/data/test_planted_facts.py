@@ -98,6 +98,19 @@ def test_made_up_values_are_words_of_no_list(split, tokenizer):
     assert len(answers & listed) <= 1
 
 
+def test_no_made_up_word_is_one_that_recall_is_measured_with(split, tokenizer, monkeypatch):
+    drawn = iter(["piano", "piano", "London", "velt"] * 1000)
+
+    def make_word(self, generator):
+        return np.array(tokenizer.encode(f" {next(drawn)}", add_special_tokens=False).ids)
+
+    monkeypatch.setattr(WordPieces, "make_word", make_word)
+    planter = SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=1), seed=1)
+    planted = planter.plant(split.document(0)[:500].astype(np.int64), 0, 0)
+    text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
+    assert {answer for _, _, answer in find_statements(text, "train", value="[A-Za-z]+")} == {" velt."}
+
+
 def test_word_pieces_make_one_word(tokenizer):
     pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
     words = [tokenizer.decode(pieces.make_word(generator).tolist()) for _ in range(50)]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
 from new_llm.data.planting import SentenceBorders, encode_sentence
-from new_llm.data.recall_facts import Needle, draw_needle
+from new_llm.data.recall_facts import Needle, draw_needle, list_values
 from new_llm.data.word_pieces import WordPieces
 
 TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
@@ -106,5 +106,13 @@ class SamplePlanter:
         """The statement's tokens, and where in them the answer begins."""
         question = encode_sentence(self._tokenizer, needle.prompt)
         if needle.task == "facts" and self._pieces is not None and generator.random() < self._config.planted_made_up:
-            return np.concatenate([question, self._pieces.make_word(generator), self._pieces.full_stop]), len(question)
+            word = self._make_word(self._pieces, generator)
+            return np.concatenate([question, word, self._pieces.full_stop]), len(question)
         return encode_sentence(self._tokenizer, needle.statement), len(question)
+
+    def _make_word(self, pieces: WordPieces, generator: np.random.Generator) -> NDArray[np.int64]:
+        """A made-up word that the measurement of recall does not ask for."""
+        while True:
+            word = pieces.make_word(generator)
+            if self._tokenizer.decode(word.tolist()).strip() not in list_values("eval"):
+                return word

@@ -62,6 +62,12 @@ def draw_needle(task: RecallTask, part: RecallPart, num_candidates: int, generat
     return _make(task, relation["prompt"].format(name=name), chosen, "")
 
 
+@functools.cache
+def list_values(part: RecallPart) -> frozenset[str]:
+    """All values in words of a part, of every relation."""
+    return frozenset(value for relation in _read_facts(part)[1] for value in relation[part])
+
+
 def is_key_of(key: int, part: RecallPart) -> bool:
     """Whether a pass key belongs to this part: by a hash, so that nothing in the number itself says so."""
     digest = hashlib.sha256(f"pass key {key}".encode()).digest()
