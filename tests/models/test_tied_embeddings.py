@@ -9,7 +9,9 @@ from new_llm.config import ModelConfig, PythiaConfig, TrainConfig, UserError
 from new_llm.models import TransformerLM, create_model, export_pythia
 from new_llm.models.hf import NewLLMForCausalLM
 from new_llm.models.quantization import quantize_weights
+from new_llm.processes import ALONE
 from new_llm.training.optimizer import make_optimizer
+from new_llm.training.sharding import shard_weights
 
 SHAPE = PythiaConfig(
     vocab_size=40,
@@ -104,3 +106,9 @@ def test_generation_and_streams_read_the_tied_head(ids):
 
 def test_the_option_reaches_every_model_of_an_experiment():
     assert ModelConfig(tie_word_embeddings=True).shape(40).tie_word_embeddings
+
+
+def test_shared_out_weights_refuse_them():
+    model = make()
+    with pytest.raises(UserError, match=r"fsdp: tied embeddings.*ddp"):
+        shard_weights(model, model, torch.device("cpu"), ALONE)

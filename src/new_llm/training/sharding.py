@@ -39,7 +39,9 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
     if scalars:
         raise UserError(f"train.sharding fsdp: {scalars[0]} is a single number, which can't be shared out; use ddp")
     if model.tie_word_embeddings:
-        raise UserError("train.sharding fsdp: tied embeddings can't be shared out; use ddp, or untie them")
+        raise UserError(
+            "train.sharding fsdp: tied embeddings can't be shared out; use ddp, or tie_word_embeddings false"
+        )
     structure = describe_model(model)  # now: a layer whose weights are shared out is of another class
     # Parts of a layer's memory are views; nothing changes a memory in place, which is what the warning is about.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
