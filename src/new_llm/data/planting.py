@@ -20,8 +20,7 @@ class SentenceBorders:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        size = max(tokenizer.get_vocab().values()) + 1
-        texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(size)]
+        texts = decode_entries(tokenizer)
         self._ends_sentence = np.array([bool(_SENTENCE_END.search(text)) for text in texts])
         self._begins_word = np.array([text[:1].isspace() for text in texts])
 
@@ -33,6 +32,12 @@ class SentenceBorders:
     def find_words(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
         """Indices at which a word begins, rising, without 0 and the end."""
         return np.flatnonzero(self._begins_word[tokens[1:]]) + 1
+
+
+def decode_entries(tokenizer: Tokenizer) -> list[str]:
+    """The text of every entry of a tokenizer, by its token."""
+    size = max(tokenizer.get_vocab().values()) + 1
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(size)]
 
 
 def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from new_llm.data.planting import decode_entries
+
 MAX_CONTINUATIONS = 6  # pieces after a word's first one, at most
 
 _BEGINS_WORD = re.compile(r" [A-Za-z][a-z]*")
@@ -23,8 +25,7 @@ class WordPieces:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        size = max(tokenizer.get_vocab().values()) + 1
-        texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(size)]
+        texts = decode_entries(tokenizer)
         self._first = np.array([i for i, text in enumerate(texts) if _BEGINS_WORD.fullmatch(text)], dtype=np.int64)
         self._next = np.array([i for i, text in enumerate(texts) if _CONTINUES_WORD.fullmatch(text)], dtype=np.int64)
         self.full_stop = np.array(tokenizer.encode(".", add_special_tokens=False).ids, dtype=np.int64)
