@@ -22,6 +22,7 @@ from new_llm.config import AdapterTrainingConfig, ExperimentConfig, ModelConfig,
 from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.hub import hub_answers
+from new_llm.data.planted_facts import SamplePlanter
 from new_llm.experiments.adapter_documents import choose_long_documents
 from new_llm.experiments.adapter_measure import measure_adapter, read_wikitext
 from new_llm.experiments.measure import measure_validation_loss
@@ -302,6 +303,7 @@ def run_training(
         precision=precision,
         progress=progress,
         processes=processes,
+        planter=SamplePlanter.from_config(data.tokenizer, config.data, config.seed),
     )
     try:
         return trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
