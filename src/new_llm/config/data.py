@@ -52,8 +52,9 @@ class DataConfig:
     planted_distance: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (16, 1024)
     """Tokens between the two statements of a planted fact, at least and at most."""
     planted_made_up: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of planted facts whose value is made up of the tokenizer's pieces, so that any word is learned to be
-    recalled; the others have values from the part "train" of the lists."""
+    """Share of the names, and of the values in words, that are from no list, so that any word is learned to be
+    recalled: made up of the tokenizer's pieces, or words of the sample's own text; the others are from the part
+    "train" of the lists."""
     planted_tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1)] = ("facts",)
     """What is planted: passkey, a number of five digits; facts, one sentence about an invented person."""
     cache_dir: Path | None = None

@@ -1,7 +1,7 @@
 """Training samples with facts to recall: a sentence somewhere, and the same sentence again some way on.
 
 What the second one ends with can be known from the first alone, so that predicting it trains the memory. Names, values
-and keys are those of the part "train", which the measurement of recall does not ask for, or are made up.
+and keys are those of the part "train", which the measurement of recall does not ask for, or are from no list.
 """
 
 import math
@@ -13,10 +13,12 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
 from new_llm.data.planting import SentenceBorders, encode_sentence
-from new_llm.data.recall_facts import Needle, draw_needle, list_values
+from new_llm.data.recall_facts import draw_needle, list_words
 from new_llm.data.word_pieces import WordPieces
 
 TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
+NAMES = 2  # a made-up person has a first name and a surname
+TEXT_WORDS = 0.5  # share of the values from no list that are words of the sample's own text
 PLANT_STREAM = 2**32 - 2  # keeps the choice of facts apart from a sample's place in the order
 
 
@@ -44,8 +46,9 @@ class SamplePlanter:
     The first place is drawn evenly over the sample; the way to the second, in tokens of the sample's text, so that its
     logarithm is even between the two `planted_distance`. Both are moved to the nearest border of sentences. A fact
     whose second place lies beyond the sample's end is left out, and so is one whose question has been asked before.
-    Of every fact with a value in words, the share `planted_made_up` has a value that is made up of the tokenizer's own
-    pieces in the place of one from the list.
+    The share `planted_made_up` of the names is made up of the tokenizer's own pieces (and such a share of the pass
+    keys has an owner), and that share of the values in words is from no list: made up, too, or a word of the sample's
+    own text.
 
     Args:
         tokenizer: the documents', byte-level.
@@ -81,14 +84,12 @@ class SamplePlanter:
         asked = set[str]()
         statements: list[_Statement] = []
         for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
-            task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
-            needle = draw_needle(task, "train", 1, generator)
-            sentence, answer_begin = self._encode(needle, generator)
+            question, sentence, answer_begin = self._draw(tokens, generator)
             first = int(generator.integers(length))
             second = first + round(math.exp(generator.uniform(low, high)))
-            if second >= length or needle.prompt in asked:
+            if second >= length or question in asked:
                 continue
-            asked.add(needle.prompt)
+            asked.add(question)
             first, second = (int(places[np.abs(places - wanted).argmin()]) for wanted in (first, second))
             statements += [_Statement(first, sentence, len(sentence)), _Statement(second, sentence, answer_begin)]
         pieces: list[NDArray[np.int64]] = []
@@ -102,17 +103,37 @@ class SamplePlanter:
         marks.append(is_answer[end:])
         return PlantedSample(np.concatenate(pieces)[:length], np.concatenate(marks)[:length])
 
-    def _encode(self, needle: Needle, generator: np.random.Generator) -> tuple[NDArray[np.int64], int]:
-        """The statement's tokens, and where in them the answer begins."""
+    def _draw(self, text: NDArray[np.int64], generator: np.random.Generator) -> tuple[str, NDArray[np.int64], int]:
+        """A question, the tokens of the whole statement, and where in them the answer begins."""
+        config, pieces = self._config, self._pieces
+        task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
+        name = self._make_name(pieces, generator) if pieces is not None and self._is_made_up(generator) else None
+        needle = draw_needle(task, "train", 1, generator, name=name)
         question = encode_sentence(self._tokenizer, needle.prompt)
-        if needle.task == "facts" and self._pieces is not None and generator.random() < self._config.planted_made_up:
-            word = self._make_word(self._pieces, generator)
-            return np.concatenate([question, word, self._pieces.full_stop]), len(question)
-        return encode_sentence(self._tokenizer, needle.statement), len(question)
+        if task == "facts" and pieces is not None and self._is_made_up(generator):
+            statement = np.concatenate([question, self._make_word(pieces, text, generator), pieces.full_stop])
+        else:
+            statement = encode_sentence(self._tokenizer, needle.statement)
+        return needle.prompt, statement, len(question)
 
-    def _make_word(self, pieces: WordPieces, generator: np.random.Generator) -> NDArray[np.int64]:
-        """A made-up word that the measurement of recall does not ask for."""
+    def _is_made_up(self, generator: np.random.Generator) -> bool:
+        return generator.random() < self._config.planted_made_up
+
+    def _make_name(self, pieces: WordPieces, generator: np.random.Generator) -> str:
+        """A first name and a surname that the measurement of recall does not ask for."""
+        names: list[str] = []
+        while len(names) < NAMES:
+            name = pieces.make_name(generator)
+            if name not in list_words("eval"):
+                names.append(name)
+        return " ".join(names)
+
+    def _make_word(
+        self, pieces: WordPieces, text: NDArray[np.int64], generator: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """A made-up word or one of the text, as often the one as the other, that recall is not measured with."""
         while True:
-            word = pieces.make_word(generator)
-            if self._tokenizer.decode(word.tolist()).strip() not in list_values("eval"):
+            word = pieces.find_word(text, generator) if generator.random() < TEXT_WORDS else None
+            word = pieces.make_word(generator) if word is None else word
+            if self._tokenizer.decode(word.tolist()).strip() not in list_words("eval"):
                 return word

@@ -6,6 +6,7 @@ and measured on the others. The pass key task is that of Landmark Attention, arX
 
 import functools
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -20,6 +21,9 @@ RecallPart = Literal["train", "eval"]
 
 FACTS_FILE = "recall_facts.json"
 KEY_RANGE = (10_000, 100_000)
+KEY_PROMPT = "The pass key is"
+NAMED_KEY_PROMPT = "The pass key of {name} is"
+KEY_END = " Remember it."
 EVAL_KEYS = 5  # one key of so many is for evaluation
 
 
@@ -42,30 +46,40 @@ class Needle:
     """The right answer first, then wrong ones drawn from where it was drawn."""
 
 
-def draw_needle(task: RecallTask, part: RecallPart, num_candidates: int, generator: np.random.Generator) -> Needle:
+def draw_needle(
+    task: RecallTask, part: RecallPart, num_candidates: int, generator: np.random.Generator, *, name: str | None = None
+) -> Needle:
     """Draw a sentence to hide, with its question and the answers to choose from.
+
+    Args:
+        task: what kind of sentence.
+        part: which names, values and keys to draw from.
+        num_candidates: answers to choose from, the right one among them.
+        generator: draws.
+        name: whom the fact is about or whose the pass key is; None: one of the part's names, and nobody's pass key.
 
     Raises:
         ValueError: more candidates than a relation of this part has values, or fewer than one.
     """
     if task == "passkey":
         keys = _draw_keys(part, num_candidates, generator)
-        prompt = "The pass key is"
-        return _make(task, prompt, keys, " Remember it.")
+        return _make(task, KEY_PROMPT if name is None else NAMED_KEY_PROMPT.format(name=name), keys, KEY_END)
     names, relations = _read_facts(part)
     relation = relations[generator.integers(len(relations))]
     values = relation[part]
     if not 1 <= num_candidates <= len(values):
         raise ValueError(f"{num_candidates} candidates: a relation has {len(values)} values, and 1 is the least")
-    name = f"{_choose(names['first_names'], generator)} {_choose(names['surnames'], generator)}"
+    if name is None:
+        name = f"{_choose(names['first_names'], generator)} {_choose(names['surnames'], generator)}"
     chosen = [values[i] for i in generator.choice(len(values), num_candidates, replace=False)]
     return _make(task, relation["prompt"].format(name=name), chosen, "")
 
 
 @functools.cache
-def list_values(part: RecallPart) -> frozenset[str]:
-    """All values in words of a part, of every relation."""
-    return frozenset(value for relation in _read_facts(part)[1] for value in relation[part])
+def list_words(part: RecallPart) -> frozenset[str]:
+    """All names of a part, and all its values in words, of every relation."""
+    names, relations = _read_facts(part)
+    return frozenset(itertools.chain(*names.values(), *(relation[part] for relation in relations)))
 
 
 def is_key_of(key: int, part: RecallPart) -> bool:
