@@ -30,13 +30,15 @@ def split(speeches, tokenizer) -> TokenSplit:
     return tokenize_documents([" ".join(speeches), *speeches], tokenizer)
 
 
-def find_statements(text: str, part: str, value: str | None = None) -> list[tuple[int, str, str]]:
+def find_statements(
+    text: str, part: str, value: str | None = None, name: str | None = None
+) -> list[tuple[int, str, str]]:
     """Place, question and answer of each."""
     names = "|".join(map(re.escape, FACTS[part]["first_names"]))
     surnames = "|".join(map(re.escape, FACTS[part]["surnames"]))
     found = []
     for relation in FACTS["relations"]:
-        prompt = re.escape(relation["prompt"]).replace(r"\{name\}", f"(?:{names}) (?:{surnames})")
+        prompt = re.escape(relation["prompt"]).replace(r"\{name\}", name or f"(?:{names}) (?:{surnames})")
         values = value or "|".join(map(re.escape, relation[part]))
         matches = re.finditer(f"({prompt})( (?:{values})\\.)", text)
         found += [(match.start(), match.group(1), match.group(2)) for match in matches]
@@ -86,29 +88,73 @@ def test_answers_are_marked_at_the_second_statement_alone(split, tokenizer):
     assert found > 10
 
 
-def test_made_up_values_are_words_of_no_list(split, tokenizer):
+NAME = "[A-Z][A-Za-z]+ [A-Z][A-Za-z]+"
+
+
+def read_made_up(text: str) -> tuple[set[str], set[str]]:
+    """The names and the values of all statements."""
+    found = find_statements(text, "train", value="[A-Za-z]+", name=NAME)
+    prompts = [re.escape(relation["prompt"]).replace(r"\{name\}", f"({NAME})") for relation in FACTS["relations"]]
+    matches = [re.fullmatch(prompt, question) for _, question, _ in found for prompt in prompts]
+    names = {name for match in matches if match for name in match.group(1).split()}
+    return names, {answer.strip(" .") for _, _, answer in found}
+
+
+def test_made_up_names_and_values_are_of_no_list(split, tokenizer):
     planter = SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=1), seed=1)
-    answers = set()
+    sample = split.document(0)[:500].astype(np.int64)
+    own = set(re.findall(r"[A-Za-z]+", tokenizer.decode(sample.tolist())))
+    names, values = set(), set()
     for epoch in range(20):
-        planted = planter.plant(split.document(0)[:500].astype(np.int64), epoch, 0)
-        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
-        answers |= {answer.strip(" .") for _, _, answer in find_statements(text, "train", value="[A-Za-z]+")}
-    listed = {value for relation in FACTS["relations"] for value in relation["train"]}
-    assert len(answers) > 20
-    assert len(answers & listed) <= 1
+        planted = planter.plant(sample, epoch, 0)
+        found = read_made_up(tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False))
+        names |= found[0]
+        values |= found[1]
+    listed = {value for relation in FACTS["relations"] for value in relation["train"] + relation["eval"]}
+    people = {name for part in ("train", "eval") for names_of in FACTS[part].values() for name in names_of}
+    assert len(names) > 20
+    assert not names & people
+    assert len(values) > 20
+    assert len(values & listed) <= 1
+    share = len(values & own) / len(values)
+    assert 0.2 < share < 0.8  # words of the text, and made-up ones
 
 
 def test_no_made_up_word_is_one_that_recall_is_measured_with(split, tokenizer, monkeypatch):
-    drawn = iter(["piano", "piano", "London", "velt"] * 1000)
+    words = iter(["piano", "piano", "London", "velt"] * 1000)
+    names = iter(["Quillan", "Umberly", "Ossa", "Quillan", "Vire"] * 1000)
 
     def make_word(self, generator):
-        return np.array(tokenizer.encode(f" {next(drawn)}", add_special_tokens=False).ids)
+        return np.array(tokenizer.encode(f" {next(words)}", add_special_tokens=False).ids)
 
     monkeypatch.setattr(WordPieces, "make_word", make_word)
+    monkeypatch.setattr(WordPieces, "find_word", lambda self, tokens, generator: make_word(self, generator))
+    monkeypatch.setattr(WordPieces, "make_name", lambda self, generator: next(names))
     planter = SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=1), seed=1)
     planted = planter.plant(split.document(0)[:500].astype(np.int64), 0, 0)
+    found = read_made_up(tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False))
+    assert found == ({"Ossa", "Vire"}, {"velt"})
+
+
+def test_pass_keys_of_made_up_names_stand_beside_one_of_nobody(split, tokenizer):
+    config = replace(CONFIG, planted_made_up=0.5, planted_tasks=("passkey",), planted_facts=30)
+    planter = SamplePlanter(tokenizer, config, seed=0)
+    planted = planter.plant(split.document(0)[:500].astype(np.int64), 0, 0)
     text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
-    assert {answer for _, _, answer in find_statements(text, "train", value="[A-Za-z]+")} == {" velt."}
+    assert len(set(re.findall(r"The pass key is (\d{5})\. Remember it\.", text))) == 1
+    owners = set(re.findall(rf"The pass key of ({NAME}) is (\d{{5}})\. Remember it\.", text))
+    assert len({owner for owner, _ in owners}) == len(owners) > 1
+
+
+def test_a_word_of_a_text_is_whole(tokenizer):
+    pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
+    text = "The Constitution, which we hold dear, is 12 parts old; Xylo don't vouch."
+    tokens = np.array(tokenizer.encode(text).ids)
+    found = [pieces.find_word(tokens, generator) for _ in range(200)]
+    words = {tokenizer.decode(word.tolist()).strip() for word in found if word is not None}
+    assert {"we", "hold", "dear", "Xylo"} <= words
+    assert words <= {"Constitution", "which", "we", "hold", "dear", "is", "parts", "old", "Xylo", "don", "vouch"}
+    assert pieces.find_word(np.array(tokenizer.encode("12, 13.").ids), generator) is None
 
 
 def test_word_pieces_make_one_word(tokenizer):

@@ -45,6 +45,8 @@ class ReferenceLayer:
         self.width = hidden_size // self.heads
         self.delta = options.get("use_delta_rule", True)
         self.shift = options.get("use_key_shift", False)
+        self.normalize = options.get("normalize_keys", False)
+        self.temperature = options.get("selection_temperature", 1.0)
         self.num_memories = options.get("num_memory_banks", 1) if is_infini else options.get("num_memories", 4)
         self.turn = options.get("segments_per_bank", 4) if is_infini else 1
         self.decay = [1.0] * self.heads
@@ -74,6 +76,8 @@ class ReferenceLayer:
         tokens, K = len(x), self.width
         qkv = self._linear(x, "attention.query_key_value").reshape(tokens, self.heads, 3, K)
         q, k, v = sigma(qkv[:, :, 0]), sigma(qkv[:, :, 1]), qkv[:, :, 2]
+        if self.normalize:
+            k = k / k.sum(-1, keepdims=True)
         if self.shift:
             k = np.stack([k[t - 1] if t else np.zeros_like(k[0]) for t in range(tokens)])
         mixed = np.zeros((tokens, self.heads, K))
@@ -109,7 +113,9 @@ class ReferenceLayer:
                 return [1.0]
             return softmax(self.weights["attention.bank_weights"][h])
         scores = [
-            q @ (memory.z[n, h] / memory.tokens[n]) / math.sqrt(self.width) if memory.tokens[n] else -math.inf
+            q @ (memory.z[n, h] / memory.tokens[n]) / (math.sqrt(self.width) * self.temperature)
+            if memory.tokens[n]
+            else -math.inf
             for n in range(self.num_memories)
         ]
         return softmax(scores) if any(memory.tokens) else [0.0] * self.num_memories

@@ -58,6 +58,8 @@ class LayerCase:
         short = {
             "use_delta_rule": "delta",
             "use_key_shift": "shift",
+            "normalize_keys": "norm",
+            "selection_temperature": "tau",
             "num_memory_heads": "heads",
             "num_memory_banks": "banks",
         }
@@ -91,7 +93,15 @@ SHIFTED_CASES = [
     for kind in ("infini", "multi_memory", "hierarchical")
     for case in _combine(kind, use_key_shift=(True,), use_delta_rule=(True, False), num_memory_heads=(4,))
 ]
-MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES, *SHIFTED_CASES)}
+NORMALIZED_CASES = [
+    LayerCase("infini", {"normalize_keys": True, "use_alibi": True}),
+    LayerCase("infini", {"normalize_keys": True, "use_key_shift": True, "num_memory_banks": 2}),
+    LayerCase("multi_memory", {"normalize_keys": True, "selection_temperature": 0.25}),
+    LayerCase("multi_memory", {"normalize_keys": True, "use_delta_rule": False, "use_key_shift": True}),
+    LayerCase("hierarchical", {"normalize_keys": True, "selection_temperature": 4.0}),
+    LayerCase("hierarchical", {"selection_temperature": 0.1, "use_key_shift": True}),
+]
+MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES, *SHIFTED_CASES, *NORMALIZED_CASES)}
 """Every combination of the options of every memory layer."""
 
 _PYTHIA = LayerCase("pythia")

@@ -146,6 +146,8 @@ def test_the_cases_hold_every_option_of_the_table() -> None:
         "use_alibi",
         "alibi_scale",
         "num_memories",
+        "normalize_keys",
+        "selection_temperature",
     }
 
 

@@ -22,7 +22,7 @@ from new_llm.models import TransformerLM, merge_memory_states
 SUMS = [
     name
     for name, case in MEMORY_CASES.items()
-    if not case.options["use_delta_rule"] and not case.options.get("use_alibi")
+    if not case.options.get("use_delta_rule", True) and not case.options.get("use_alibi")
 ]
 
 

@@ -41,6 +41,8 @@ def refuse(call: Callable[[], Any], *words: str) -> None:
 RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "use_delta_rule": (MEMORY_TYPES, []),
     "use_key_shift": (MEMORY_TYPES, []),
+    "normalize_keys": (MEMORY_TYPES, []),
+    "selection_temperature": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0.0, -1.0, float("nan")]),
     "memory_layers": (MEMORY_TYPES, []),
     "num_memories": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0, -1, 1.5]),
     "num_memory_banks": ([ModelType.INFINI], [0, -1, 1.5]),

@@ -40,6 +40,8 @@ class AdapterLayerConfig:
     """Initial β; the gate towards memory is sigmoid(β) a head."""
     use_key_shift: bool = MemoryConfig.use_key_shift
     """File each value under the key of the token before it, so that a query finds what followed its like."""
+    normalize_keys: bool = MemoryConfig.normalize_keys
+    """Divide each key's features by their sum, so that every token weighs alike in what is written."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = MemoryConfig.query_key_init_scale
     """W_q and W_k begin so many times as large as other weights."""
     query_key_init_bias: float = MemoryConfig.query_key_init_bias

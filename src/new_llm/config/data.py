@@ -32,6 +32,9 @@ class DataConfig:
     """Tokens in a sample, all of one document."""
     segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 4
     """Segments in a sample; gradients run through all of them."""
+    segment_curriculum: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Segments that gradients run through in equal shares of all steps, e.g. 2 4 8: samples are cut into rows of so
+    many, each from empty memory, at equal tokens a step. It needs `order: shuffled`; empty: all of a sample's."""
     order: Literal["stream", "shuffled"] = "stream"
     """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent
     samples that start from empty memory."""
@@ -84,6 +87,17 @@ class DataConfig:
             raise UserError(f"data.planted_distance: {list(self.planted_distance)}: the least comes first")
         if self.planted_facts and self.order != "shuffled":
             raise UserError(f"data.planted_facts: order is {self.order}; facts are planted into shuffled samples alone")
+        if self.segment_curriculum and (self.order != "shuffled" or self.planted_facts):
+            raise UserError(
+                f"data.segment_curriculum: {list(self.segment_curriculum)}: it needs order shuffled and no "
+                f"planted_facts (order is {self.order}, planted_facts {self.planted_facts:g})"
+            )
+        uneven = [stage for stage in self.segment_curriculum if self.segments_per_sample % stage]
+        if uneven:
+            raise UserError(
+                f"data.segment_curriculum: {uneven[0]} does not divide data.segments_per_sample "
+                f"({self.segments_per_sample})"
+            )
         if self.seq_length % self.segments_per_sample:
             raise UserError(
                 f"data.seq_length: {self.seq_length} is no multiple of data.segments_per_sample "

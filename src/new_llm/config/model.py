@@ -24,6 +24,7 @@ COMMON_MEMORY_OPTIONS = (
     "memory_layers",
     "use_delta_rule",
     "use_key_shift",
+    "normalize_keys",
     "num_memory_heads",
     "gate_init",
     "query_key_init_scale",
@@ -42,8 +43,8 @@ MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
         "use_alibi",
         "alibi_scale",
     ),
-    ModelType.MULTI_MEMORY: (*COMMON_MEMORY_OPTIONS, "num_memories"),
-    ModelType.HIERARCHICAL: (*COMMON_MEMORY_OPTIONS, "num_memories"),
+    ModelType.MULTI_MEMORY: (*COMMON_MEMORY_OPTIONS, "num_memories", "selection_temperature"),
+    ModelType.HIERARCHICAL: (*COMMON_MEMORY_OPTIONS, "num_memories", "selection_temperature"),
     ModelType.SELECTIVE: ("skip_interval", "earlier_pass_weight"),
     ModelType.DEEP_PYTHIA: ("skip_interval",),
 }
@@ -96,10 +97,14 @@ class MemoryConfig:
     """Write only what the memory does not hold yet (v − r) instead of v."""
     use_key_shift: bool = False
     """File each value under the key of the token before it, so that a query finds what followed its like."""
+    normalize_keys: bool = False
+    """Divide each key's features by their sum, so that every token weighs alike in what is written."""
     num_memory_heads: Annotated[int | None, Field(gt=0)] = None
     """Memory heads H; None: 1 for infini (one head as wide as the model), num_attention_heads for the others."""
     num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4
     """Independent memories of multi_memory and hierarchical models."""
+    selection_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """τ: the scores of these memories are divided by it; near 0 a token reads one memory, far above 1 all alike."""
     num_memory_banks: Annotated[int, Field(gt=0), short("--num-memory-banks")] = 1
     """Banks of an infini layer, written in turn."""
     segments_per_bank: Annotated[int, Field(gt=0), short("--segments-per-bank")] = 4

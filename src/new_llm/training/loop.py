@@ -11,6 +11,7 @@ from torch import Tensor
 
 from new_llm.config import ExperimentConfig
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
+from new_llm.data.curriculum import choose_row_length, cut_rows
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
@@ -84,6 +85,7 @@ class Trainer:
         self.num_batches = len(self._plan(epoch=0))
         self.steps_per_epoch = -(-self.num_batches // config.train.gradient_accumulation_steps)
         self.scheduler = make_scheduler(self.optimizer.optimizer, config.train, self.steps_per_epoch)
+        self.num_steps = self.steps_per_epoch * config.train.num_epochs
         self.state = TrainerState()
         # On a CPU to read a number costs nothing; a GPU would have to be waited for.
         steps = 1 if self.device.type == "cpu" else config.train.log_every_steps
@@ -223,6 +225,8 @@ class Trainer:
         """One optimizer step over some batches: the mean loss of all their tokens, whoever reads them."""
         state = self.state
         begin = time.perf_counter()
+        length = choose_row_length(self.config.data, state.step / self.num_steps)
+        batches = [cut_rows(batch, length) for batch in batches]
         num_tokens = sum(batch.num_targets for batch in batches)
         before = self._keep_memory(batches) if self.skips_faults and self._carries_memory else None
         losses: list[Tensor] = []

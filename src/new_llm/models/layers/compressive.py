@@ -61,6 +61,7 @@ class CompressiveAttention(Attention):
         segments_per_memory: segments written into one memory before the next.
         use_delta_rule: write v − r in place of v.
         use_key_shift: file each value under the key of the token before it in the segment.
+        normalize_keys: divide each key's features by their sum (arXiv:2102.11174, section 4.2).
         gate_init: the initial β.
         query_key_init_scale: W_q and W_k begin so many times as large as other weights.
         query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
@@ -80,6 +81,7 @@ class CompressiveAttention(Attention):
         gate_init: float,
         epsilon: float,
         use_key_shift: bool = MemoryConfig.use_key_shift,
+        normalize_keys: bool = MemoryConfig.normalize_keys,
         query_key_init_scale: float = MemoryConfig.query_key_init_scale,
         query_key_init_bias: float = MemoryConfig.query_key_init_bias,
         match_query_key_init: bool = MemoryConfig.match_query_key_init,
@@ -99,6 +101,7 @@ class CompressiveAttention(Attention):
         self.segments_per_memory = segments_per_memory
         self.use_delta_rule = use_delta_rule
         self.use_key_shift = use_key_shift
+        self.normalize_keys = normalize_keys
         self.query_key_init_scale = query_key_init_scale
         self.query_key_init_bias = query_key_init_bias
         self.match_query_key_init = match_query_key_init
@@ -156,7 +159,7 @@ class CompressiveAttention(Attention):
         """Local attention of all segments at once, then the recurrence of the memory over the segments."""
         q, k, v = self._project(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            q, k = feature_map(q), feature_map(k)
+            q, k = self._map_features(q, k)
             if self.use_key_shift:
                 k = shift_keys(k)
             local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH)
@@ -170,6 +173,13 @@ class CompressiveAttention(Attention):
         mixed = self.query_key_value(hidden).unflatten(-1, (self.num_memory_heads, 3 * self.head_size))
         q, k, v = mixed.transpose(-2, -3).chunk(3, dim=-1)
         return q, k, v
+
+    def _map_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """σ(q), and σ(k) or its share in the sum over K; of q such a share would cancel out in every read."""
+        q, k = feature_map(q), feature_map(k)
+        if self.normalize_keys:
+            k = k / k.sum(-1, keepdim=True)
+        return q, k
 
     def _gate(self, from_memory: Tensor, local: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate).to(local.dtype)[:, None, None]
@@ -228,7 +238,7 @@ class CompressiveAttention(Attention):
         """The segment's write can be summed as it goes, since r reads the memory of before the segment."""
         q, k, v = self._project(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            q, k = feature_map(q), feature_map(k)
+            q, k = self._map_features(q, k)
             last_key = None
             if self.use_key_shift:
                 last_key = torch.zeros_like(k[:, :, 0]) if opened is None else opened.last_key

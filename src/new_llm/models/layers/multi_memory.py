@@ -1,6 +1,6 @@
 """The multi-memory layer: independent memories, written in turn, selected token by token."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,16 +13,29 @@ from new_llm.models.state import MemoryState
 
 
 class MultiMemoryAttention(CompressiveAttention):
-    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled memories of σ(q)·(z_m / n_m) / √K."""
+    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled ones of σ(q)·(z_m / n_m) / (τ √K)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_memory_heads: int,
+        *,
+        selection_temperature: float = MemoryConfig.selection_temperature,
+        **options: Any,
+    ) -> None:
+        if not selection_temperature > 0:
+            raise ValueError(f"selection_temperature: {selection_temperature} is not positive")
+        super().__init__(hidden_size, num_memory_heads, **options)
+        self.selection_temperature = selection_temperature
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]."""
-        weights = select_memories(q, memory.norms, memory.num_tokens)
+        weights = select_memories(q, memory.norms, memory.num_tokens, temperature=self.selection_temperature)
         return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor:
         """The selection of each token, [B, n, H, S, N]."""
-        return weigh_memories(products, num_tokens, width=self.head_size)
+        return weigh_memories(products, num_tokens, width=self.head_size, temperature=self.selection_temperature)
 
 
 @register_layer
@@ -36,9 +49,11 @@ class MultiMemoryLayer(MemoryLayer):
         num_heads: heads of the model's softmax layers.
         intermediate_size: width of the MLP.
         num_memories: memories M.
+        selection_temperature: τ, by which the scores of the memories are divided.
         num_memory_heads: H; None: `num_heads`.
         use_delta_rule: write v − r in place of v.
         use_key_shift: file each value under the key of the token before it in the segment.
+        normalize_keys: divide each key's features by their sum.
         gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
         query_key_init_scale: W_q and W_k begin so many times as large as other weights.
         query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
@@ -61,9 +76,11 @@ class MultiMemoryLayer(MemoryLayer):
         intermediate_size: int,
         *,
         num_memories: int = MemoryConfig.num_memories,
+        selection_temperature: float = MemoryConfig.selection_temperature,
         num_memory_heads: int | None = None,
         use_delta_rule: bool = MemoryConfig.use_delta_rule,
         use_key_shift: bool = MemoryConfig.use_key_shift,
+        normalize_keys: bool = MemoryConfig.normalize_keys,
         gate_init: float = MemoryConfig.gate_init,
         query_key_init_scale: float = MemoryConfig.query_key_init_scale,
         query_key_init_bias: float = MemoryConfig.query_key_init_bias,
@@ -75,9 +92,11 @@ class MultiMemoryLayer(MemoryLayer):
             hidden_size,
             num_heads if num_memory_heads is None else num_memory_heads,
             num_memories=num_memories,
+            selection_temperature=selection_temperature,
             segments_per_memory=1,
             use_delta_rule=use_delta_rule,
             use_key_shift=use_key_shift,
+            normalize_keys=normalize_keys,
             gate_init=gate_init,
             query_key_init_scale=query_key_init_scale,
             query_key_init_bias=query_key_init_bias,

@@ -42,6 +42,7 @@ class ParallelInfiniLayer(MemoryLayer):
         segments_per_bank: segments written into one bank before the next.
         use_delta_rule: write v − r in place of v.
         use_key_shift: file each value under the key of the token before it in the segment.
+        normalize_keys: divide each key's features by their sum.
         use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
         alibi_scale: scale of the decay.
         gate_init: initial β; g = sigmoid(β) is the share of memory in Infini's output.
@@ -73,6 +74,7 @@ class ParallelInfiniLayer(MemoryLayer):
         segments_per_bank: int = MemoryConfig.segments_per_bank,
         use_delta_rule: bool = MemoryConfig.use_delta_rule,
         use_key_shift: bool = MemoryConfig.use_key_shift,
+        normalize_keys: bool = MemoryConfig.normalize_keys,
         use_alibi: bool = MemoryConfig.use_alibi,
         alibi_scale: float = MemoryConfig.alibi_scale,
         gate_init: float = MemoryConfig.gate_init,
@@ -103,6 +105,7 @@ class ParallelInfiniLayer(MemoryLayer):
             segments_per_bank=segments_per_bank,
             use_delta_rule=use_delta_rule,
             use_key_shift=use_key_shift,
+            normalize_keys=normalize_keys,
             use_alibi=use_alibi,
             alibi_scale=alibi_scale,
             gate_init=gate_init,

@@ -69,8 +69,8 @@ def read_memories_naive(
     return result
 
 
-def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
-    """w = softmax over the non-empty memories of q·(z_n / c_n) / √K, token by token; c_n the tokens memory n has seen.
+def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """w = softmax over the non-empty memories of q·(z_n / c_n) / (τ √K), token by token; c_n the tokens n has seen.
 
     Each token's weights depend on that token and on the past alone: nothing is averaged over time.
 
@@ -78,27 +78,29 @@ def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
         q: features of the queries, [B, H, S, K].
         norms: z, [B, N, H, K].
         num_tokens: c, [B, N]; 0 means an empty memory.
+        temperature: τ.
 
     Returns:
         [B, N, H, S] in z's dtype; where all memories are empty the weights are equal (and what they weigh is 0).
     """
     products = torch.einsum("bhsk,bnhk->bhsn", q.to(norms.dtype), norms)
-    return weigh_memories(products, num_tokens, width=q.shape[-1]).movedim(-1, 1)
+    return weigh_memories(products, num_tokens, width=q.shape[-1], temperature=temperature).movedim(-1, 1)
 
 
-def weigh_memories(products: Tensor, num_tokens: Tensor, *, width: int) -> Tensor:
+def weigh_memories(products: Tensor, num_tokens: Tensor, *, width: int, temperature: float = 1.0) -> Tensor:
     """The weights of `select_memories`, from the products q·z that a read needs anyway.
 
     Args:
         products: q·z_n, [..., H, S, N].
         num_tokens: c, [..., N].
         width: K.
+        temperature: τ.
 
     Returns:
         [..., H, S, N].
     """
     counts = num_tokens[..., None, None, :]
-    scores = products / (counts.clamp_min(1).to(products.dtype) * width**0.5)
+    scores = products / (counts.clamp_min(1).to(products.dtype) * (temperature * width**0.5))
     return scores.masked_fill(counts == 0, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
 
@@ -122,7 +124,7 @@ class _WideProduct(torch.autograd.Function):
         return (upstream @ norms).to(q.dtype), upstream.transpose(-1, -2) @ q.to(norms.dtype)
 
 
-def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tensor:
+def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """The equation of `select_memories`, token by token."""
     rows, heads, length, width = q.shape
     weights = torch.zeros(rows, norms.shape[1], heads, length, dtype=norms.dtype)
@@ -132,7 +134,7 @@ def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor) -> Tenso
             for t in range(length):
                 scores = torch.stack(
                     [q[b, h, t] @ norms[b, n, h] / max(float(num_tokens[b, n]), 1.0) / width**0.5 for n in filled]
-                )
+                ).div(temperature)
                 for n, weight in zip(filled, torch.softmax(scores, 0), strict=True):
                     weights[b, n, h, t] = weight
     return weights
