@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.models.layers.base import register_layer
-from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer
 from new_llm.models.ops import ScannedReads, read_memories
 from new_llm.models.state import MemoryState
@@ -71,4 +70,4 @@ class HierarchicalLayer(MultiMemoryLayer):
 
     kind: ClassVar[str] = "hierarchical"
     key_prefix: ClassVar[str] = "fine_"
-    attention_type: ClassVar[type[CompressiveAttention]] = HierarchicalAttention
+    attention_type: ClassVar[type[MultiMemoryAttention]] = HierarchicalAttention

@@ -67,7 +67,7 @@ class MultiMemoryLayer(MemoryLayer):
 
     kind: ClassVar[str] = "multi_memory"
     index_key: ClassVar[str] = "current_memory_idx"
-    attention_type: ClassVar[type[CompressiveAttention]] = MultiMemoryAttention
+    attention_type: ClassVar[type[MultiMemoryAttention]] = MultiMemoryAttention
 
     def __init__(
         self,
