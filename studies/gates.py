@@ -1,0 +1,123 @@
+"""Should the gates of trained memory models stand where they do? Long documents with all gates set to other values.
+
+Reads the trained models of a study (studies/memory.yaml, done), sets every gate of each to a share of memory from 0
+(local attention alone) to 1 (memory alone), and measures the held-out long documents again, with the study's settings:
+perplexity relative to that with the gates as learned, mean and 95 % interval over the seeds. Nothing is trained. Run:
+
+    python3 studies/gates.py studies/memory.yaml --variants infini multi_memory [--runs-dir runs]
+
+It takes about a minute of one core a model, and writes gates.json into the study's folder.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from new_llm.config import UserError
+from new_llm.config.measurement import SubjectConfig, TextConfig
+from new_llm.config.run_settings import read_settings
+from new_llm.config.study import StudyConfig
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.bootstrap import find_t_interval
+from new_llm.evaluation.long_documents import select_long_documents
+from new_llm.evaluation.perplexity import evaluate_streaming
+from new_llm.experiments.evaluation_text import load_evaluation_text
+from new_llm.experiments.record import describe_code, write_json
+from new_llm.experiments.subject import Subject, load_subject
+
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[float]) -> dict[str, Any]:
+    """One trained model: its gates, and what each share changes."""
+    run = study.folder / f"{variant}-s{seed}"
+    subject = load_subject(SubjectConfig(run=str(run), device=study.configure(variant, seed).device))
+    documents = read_long_documents(study, subject)
+    gates = [layer.attention.gate for layer in subject.model.memory_layers.values()]
+    learned = [gate.detach().clone() for gate in gates]
+    found: dict[str, Any] = {
+        "variant": variant,
+        "seed": seed,
+        "gates": [value for gate in learned for value in torch.sigmoid(gate).tolist()],
+        "perplexity": measure_perplexity(study, subject, documents),
+        "relative": {},
+    }
+    for share in shares:
+        for gate in gates:
+            gate.data.fill_(torch.logit(torch.tensor(share)))
+        found["relative"][str(share)] = measure_perplexity(study, subject, documents) / found["perplexity"] - 1
+    return found
+
+
+def read_long_documents(study: StudyConfig, subject: Subject) -> TokenSplit:
+    """The study's long documents."""
+    settings = study.long_documents
+    if settings is None:
+        raise UserError(f"{study.name}: long_documents: the study measures none")
+    split = load_evaluation_text(subject, TextConfig(source=None)).split
+    documents = select_long_documents(
+        split, settings.min_tokens, settings.max_documents, settings.max_tokens_per_document
+    )
+    return join_documents([document.tokens for document in documents])
+
+
+def join_documents(documents: Sequence[NDArray[Any]]) -> TokenSplit:
+    """A split of these documents; nothing is known of their bytes and words."""
+    offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+    return TokenSplit(np.concatenate(documents), offsets, offsets, offsets, num_pinned_documents=0)
+
+
+def measure_perplexity(study: StudyConfig, subject: Subject, documents: TokenSplit) -> float:
+    """Of the documents, the memory carried."""
+    assert study.long_documents is not None
+    return evaluate_streaming(
+        subject.model,
+        documents,
+        batch_size=study.long_documents.batch_size,
+        device=subject.device,
+        autocast=subject.autocast,
+    ).perplexity
+
+
+def describe(values: list[float]) -> str:
+    """A mean with its interval, in percent."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{100 * mean:+.1f}"
+    low, high = find_t_interval(values, 0.95)
+    assert low is not None
+    assert high is not None
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def main() -> None:
+    """Measure all seeds of the variants, print a table and write gates.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--variants", nargs="+", default=["infini"])
+    parser.add_argument("--runs-dir", type=Path)
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    arguments = parser.parse_args()
+    study = read_settings(arguments.study, StudyConfig)
+    if arguments.runs_dir:
+        study = dataclasses.replace(study, runs_dir=arguments.runs_dir)
+    records = []
+    print("| model | " + " | ".join(f"{share:g}" for share in arguments.shares) + " |")
+    print("|---" * (len(arguments.shares) + 1) + "|")
+    for variant in arguments.variants:
+        of_variant = [measure_seed(study, variant, seed, arguments.shares) for seed in study.seeds]
+        records += of_variant
+        columns = [[one["relative"][str(share)] for one in of_variant] for share in arguments.shares]
+        print(f"| {variant} | " + " | ".join(map(describe, columns)) + " |", flush=True)
+    write_json(study.folder / "gates.json", {"code": describe_code(), "models": records})
+    print(f"gates.json is in {study.folder}")
+
+
+if __name__ == "__main__":
+    main()
