@@ -137,7 +137,7 @@ def test_no_made_up_word_is_one_that_recall_is_measured_with(split, tokenizer, m
 
 
 def test_pass_keys_of_made_up_names_stand_beside_one_of_nobody(split, tokenizer):
-    config = replace(CONFIG, planted_made_up=0.5, planted_tasks=("passkey",), planted_facts=30)
+    config = replace(CONFIG, planted_made_up=1.0, planted_tasks=("passkey",), planted_facts=30)
     planter = SamplePlanter(tokenizer, config, seed=0)
     planted = planter.plant(split.document(0)[:500].astype(np.int64), 0, 0)
     text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
