@@ -136,16 +136,6 @@ def test_no_made_up_word_is_one_that_recall_is_measured_with(split, tokenizer, m
     assert found == ({"Ossa", "Vire"}, {"velt"})
 
 
-def test_pass_keys_of_made_up_names_stand_beside_one_of_nobody(split, tokenizer):
-    config = replace(CONFIG, planted_made_up=1.0, planted_tasks=("passkey",), planted_facts=30)
-    planter = SamplePlanter(tokenizer, config, seed=0)
-    planted = planter.plant(split.document(0)[:500].astype(np.int64), 0, 0)
-    text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
-    assert len(set(re.findall(r"The pass key is (\d{5})\. Remember it\.", text))) == 1
-    owners = set(re.findall(rf"The pass key of ({NAME}) is (\d{{5}})\. Remember it\.", text))
-    assert len({owner for owner, _ in owners}) == len(owners) > 1
-
-
 def test_a_word_of_a_text_is_whole(tokenizer):
     pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
     text = "The Constitution, which we hold dear, is 12 parts old; Xylo don't vouch."

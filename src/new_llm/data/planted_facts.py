@@ -18,7 +18,6 @@ from new_llm.data.word_pieces import WordPieces
 
 TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
 NAMES = 2  # a made-up person has a first name and a surname
-OWNED_KEYS = 0.5  # share of the pass keys that are somebody's, so that a sample holds several questions for one
 TEXT_WORDS = 0.5  # share of the values from no list that are words of the sample's own text
 PLANT_STREAM = 2**32 - 2  # keeps the choice of facts apart from a sample's place in the order
 
@@ -48,8 +47,7 @@ class SamplePlanter:
     logarithm is even between the two `planted_distance`. Both are moved to the nearest border of sentences. A fact
     whose second place lies beyond the sample's end is left out, and so is one whose question has been asked before.
     The share `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share
-    of the values in words is from no list: made up, too, or a word of the sample's own text. Where anything may be made
-    up, half of the pass keys have an owner with such a name.
+    of the values in words is from no list: made up, too, or a word of the sample's own text.
 
     Args:
         tokenizer: the documents', byte-level.
@@ -108,8 +106,9 @@ class SamplePlanter:
         """A question, the tokens of the whole statement, and where in them the answer begins."""
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
-        is_named = generator.random() < (OWNED_KEYS if task == "passkey" else config.planted_made_up)
-        name = self._make_name(pieces, generator) if pieces is not None and is_named else None
+        name = None
+        if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
+            name = self._make_name(pieces, generator)
         needle = draw_needle(task, "train", 1, generator, name=name)
         question = encode_sentence(self._tokenizer, needle.prompt)
         if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:

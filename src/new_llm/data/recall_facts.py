@@ -21,9 +21,6 @@ RecallPart = Literal["train", "eval"]
 
 FACTS_FILE = "recall_facts.json"
 KEY_RANGE = (10_000, 100_000)
-KEY_PROMPT = "The pass key is"
-NAMED_KEY_PROMPT = "The pass key of {name} is"
-KEY_END = " Remember it."
 EVAL_KEYS = 5  # one key of so many is for evaluation
 
 
@@ -56,14 +53,14 @@ def draw_needle(
         part: which names, values and keys to draw from.
         num_candidates: answers to choose from, the right one among them.
         generator: draws.
-        name: whom the fact is about or whose the pass key is; None: one of the part's names, and nobody's pass key.
+        name: whom a fact is about; None: one of the part's names.
 
     Raises:
         ValueError: more candidates than a relation of this part has values, or fewer than one.
     """
     if task == "passkey":
         keys = _draw_keys(part, num_candidates, generator)
-        return _make(task, KEY_PROMPT if name is None else NAMED_KEY_PROMPT.format(name=name), keys, KEY_END)
+        return _make(task, "The pass key is", keys, " Remember it.")
     names, relations = _read_facts(part)
     relation = relations[generator.integers(len(relations))]
     values = relation[part]
