@@ -155,6 +155,8 @@ class ModelConfig(PythiaConfig, MemoryConfig, SelectiveConfig):
         tuple[Annotated[int, Field(ge=0)], ...] | None, short("--memory-layers")
     ] = None
     """Which layers have memory, counted from 0; all others are Pythia layers. None: the last one."""
+    gate_init: float = 2.0
+    """Initial β; the gate towards memory is sigmoid(β) a head. It begins open, at 0.88: that is where gates go."""
     use_key_shift: bool = True
     """File each value under the key of the token before it, so that a query finds what followed its like."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 6.0
