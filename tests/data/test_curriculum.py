@@ -11,12 +11,13 @@ from rich.console import Console
 
 from new_llm.config import DataConfig, ExperimentConfig, UserError
 from new_llm.data.batches import IGNORED_LABEL, plan_batches
-from new_llm.data.curriculum import choose_row_length, cut_rows
+from new_llm.data.curriculum import plan_curriculum
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import create_model
 from new_llm.training import Trainer
 from new_llm.training.progress import TrainingProgress
 
+SHUFFLE = {"order": "shuffled", "seed": 1, "epoch": 0}
 SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
 
 
@@ -26,35 +27,39 @@ def make_split(lengths: list[int]) -> TokenSplit:
     return TokenSplit(np.arange(offsets[-1]).astype(np.uint16), offsets, sizes, sizes, 0)
 
 
-def list_targets(batch) -> Counter:
-    """(token, its target) of every position that has one."""
-    ids, targets = batch.input_ids.flatten(), batch.labels[:, 1:].flatten()
-    real = targets != IGNORED_LABEL
-    return Counter(zip(ids[real].tolist(), targets[real].tolist(), strict=True))
-
-
-@pytest.mark.parametrize("length", [2, 4, 8, 16])
-def test_cut_rows_hold_the_same_tokens_and_targets(length: int) -> None:
-    for batch in plan_batches(
-        make_split([33, 7, 16, 50, 3]), seq_length=16, batch_size=3, order="shuffled", seed=1, epoch=0
-    ):
-        cut = cut_rows(batch, length)
-        assert cut.input_ids.shape == (len(batch.input_ids) * 16 // length, length)
-        assert cut.labels.shape == (len(cut.input_ids), length + 1)
-        assert list_targets(cut) == list_targets(batch)
-        assert sum(list_targets(cut).values()) == cut.num_targets == batch.num_targets
-        assert torch.equal(cut.input_ids.flatten(), batch.input_ids.flatten())
-        assert (cut.attention_mask is None) == (batch.attention_mask is None)
-        if cut.attention_mask is not None:
-            assert torch.equal(cut.attention_mask.flatten(), batch.attention_mask.flatten())
-        assert cut.resets.tolist() == [True] * len(cut.input_ids)
+def read_tokens(batches) -> Counter:
+    """Every real token of some batches; here a token tells where it is from."""
+    return Counter(
+        int(token) for batch in batches for token in batch.labels[:, :-1].flatten() if token != IGNORED_LABEL
+    )
 
 
 def test_stages_share_the_steps_evenly() -> None:
-    config = DataConfig(**SHUFFLED, segment_curriculum=(1, 4, 8))
-    lengths = [choose_row_length(config, step / 9) for step in range(9)]
-    assert lengths == [2, 2, 2, 8, 8, 8, 16, 16, 16]
-    assert choose_row_length(DataConfig(**SHUFFLED), 0.0) == 16
+    plans = {
+        segments: plan_batches(make_split([512]), seq_length=2 * segments, batch_size=16 // segments, **SHUFFLE)
+        for segments in (1, 4, 8)
+    }
+    epochs = [plan_curriculum((1, 4, 8), epoch, 3, 16, plans.__getitem__) for epoch in range(3)]
+    assert [epoch.stages for epoch in epochs] == [(1,) * 16, (4,) * 16, (8,) * 16]
+    halves = plan_curriculum((1, 8), 0, 1, 16, plans.__getitem__)
+    assert halves.stages == (1,) * 8 + (8,) * 8
+    assert [batch.input_ids.shape for batch in halves[7:9]] == [(16, 2), (2, 16)]
+    assert halves[-1].input_ids.tolist() == plans[8][15].input_ids.tolist()
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4, 8])
+def test_a_stage_that_is_an_epoch_reads_every_token_once(segments: int) -> None:
+    split = make_split([512])
+    plan = plan_batches(split, seq_length=2 * segments, batch_size=16 // segments, **SHUFFLE)
+    found = plan_curriculum((segments,), 0, 1, 16, lambda _: plan)
+    assert read_tokens(found) == Counter(range(512))
+
+
+def test_a_stage_with_fewer_batches_begins_again() -> None:
+    plan = plan_batches(make_split([64]), seq_length=16, batch_size=2, **SHUFFLE)
+    found = plan_curriculum((8,), 0, 1, 3, lambda _: plan)
+    assert len(plan) == 2
+    assert found[2].input_ids.tolist() == plan[0].input_ids.tolist()
 
 
 def test_training_follows_the_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +97,6 @@ def test_training_follows_the_curriculum(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"segment_curriculum": (3,)}, ["segment_curriculum", "3", "segments_per_sample"]),
         ({"segment_curriculum": (2, 8), "order": "stream"}, ["segment_curriculum", "order", "stream"]),
-        ({"segment_curriculum": (2, 8), "planted_facts": 4}, ["segment_curriculum", "planted_facts"]),
     ],
 )
 def test_a_curriculum_that_cannot_be_is_refused(options: dict, words: list[str]) -> None:

@@ -33,8 +33,8 @@ class DataConfig:
     segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 4
     """Segments in a sample; gradients run through all of them."""
     segment_curriculum: tuple[Annotated[int, Field(gt=0)], ...] = ()
-    """Segments that gradients run through in equal shares of all steps, e.g. 2 4 8: samples are cut into rows of so
-    many, each from empty memory, at equal tokens a step. It needs `order: shuffled`; empty: all of a sample's."""
+    """Segments of a sample in equal shares of all steps, e.g. 1 8: first samples of one segment, from eight times as
+    many places a step, then of eight, at equal tokens a step. It needs `order: shuffled`; empty: no curriculum."""
     order: Literal["stream", "shuffled"] = "stream"
     """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent
     samples that start from empty memory."""
@@ -87,10 +87,10 @@ class DataConfig:
             raise UserError(f"data.planted_distance: {list(self.planted_distance)}: the least comes first")
         if self.planted_facts and self.order != "shuffled":
             raise UserError(f"data.planted_facts: order is {self.order}; facts are planted into shuffled samples alone")
-        if self.segment_curriculum and (self.order != "shuffled" or self.planted_facts):
+        if self.segment_curriculum and self.order != "shuffled":
             raise UserError(
-                f"data.segment_curriculum: {list(self.segment_curriculum)}: it needs order shuffled and no "
-                f"planted_facts (order is {self.order}, planted_facts {self.planted_facts:g})"
+                f"data.segment_curriculum: {list(self.segment_curriculum)}: it needs order shuffled; "
+                f"order is {self.order}"
             )
         uneven = [stage for stage in self.segment_curriculum if self.segments_per_sample % stage]
         if uneven:

@@ -1,49 +1,53 @@
-"""A curriculum in segments: training begins with short samples and goes on to longer ones."""
+"""A curriculum in segments: training begins with short samples of many documents and goes on to longer ones."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
 
-import torch
-
-from new_llm.config import DataConfig
-from new_llm.data.batches import Batch
+from new_llm.data.batches import Batch, BatchPlan
 
 
-def choose_row_length(config: DataConfig, progress: float) -> int:
-    """Tokens in a row of a training batch.
+@dataclass(frozen=True, eq=False)
+class CurriculumPlan(Sequence[Batch]):
+    """One epoch's batches, each of the samples that its stage asks for.
 
-    The steps are divided evenly over the entries of `segment_curriculum`; without one a row is a whole sample.
+    A stage of k segments reads samples of k segments, as many tokens a batch as without a curriculum. Samples of
+    other lengths end in other tails, so that an epoch of a stage may have a few batches more or fewer than the plain
+    one: what is over is left out, and what is missing is read again from the epoch's first batches.
+    """
+
+    plans: Mapping[int, BatchPlan]
+    """By segments of a sample, the epoch's batches."""
+    stages: tuple[int, ...]
+    """Segments of each batch's samples."""
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        plan = self.plans[self.stages[index]]
+        return plan[index % len(self) % len(plan)]
+
+
+def plan_curriculum(
+    stages: Sequence[int], epoch: int, num_epochs: int, num_batches: int, plan: Callable[[int], BatchPlan]
+) -> CurriculumPlan:
+    """Plan one epoch of a training whose batches are divided evenly over the stages.
 
     Args:
-        config: how samples are cut.
-        progress: share of all steps that is done, 0 to 1.
+        stages: segments of a sample in each stage, in order.
+        epoch: which pass this is, from 0.
+        num_epochs: passes in all.
+        num_batches: batches of an epoch.
+        plan: makes the epoch's batches of samples of so many segments.
     """
-    stages = config.segment_curriculum
-    if not stages:
-        return config.seq_length
-    stage = stages[min(int(progress * len(stages)), len(stages) - 1)]
-    return config.seq_length // config.segments_per_sample * stage
-
-
-def cut_rows(batch: Batch, length: int) -> Batch:
-    """The same tokens and targets in more rows of `length` tokens, each from an empty memory.
-
-    Args:
-        batch: B rows of independent samples of T tokens.
-        length: divides T.
-    """
-    rows, width = batch.input_ids.shape
-    if length == width:
-        return batch
-
-    def unfold(labels: torch.Tensor) -> torch.Tensor:
-        return labels.unfold(1, length + 1, length).reshape(-1, length + 1)
-
-    mask = batch.attention_mask
-    return replace(
-        batch,
-        input_ids=batch.input_ids.reshape(-1, length),
-        labels=unfold(batch.labels),
-        attention_mask=None if mask is None else mask.reshape(-1, length),
-        resets=torch.ones(rows * width // length, dtype=torch.bool),
-        label_weights=None if batch.label_weights is None else unfold(batch.label_weights),
-    )
+    total = num_epochs * num_batches
+    first = epoch * num_batches
+    chosen = tuple(stages[(first + number) * len(stages) // total] for number in range(num_batches))
+    return CurriculumPlan({stage: plan(stage) for stage in set(chosen)}, chosen)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from new_llm.config import ExperimentConfig
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
-from new_llm.data.curriculum import choose_row_length, cut_rows
+from new_llm.data.curriculum import CurriculumPlan, plan_curriculum
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
@@ -77,15 +77,14 @@ class Trainer:
         self.progress = progress
         self.processes = processes
         self.planter = planter
-        self.rows = processes.slice_rows(config.train.batch_size)
+        processes.slice_rows(config.train.batch_size)  # refuses a batch that they do not divide
         parts = prepare_training(model, config.train, device, precision, processes)
         self.accelerator, self.total_loss, self.optimizer = parts.accelerator, parts.total_loss, parts.optimizer
         self.structure = parts.structure
         self.device = self.accelerator.device
-        self.num_batches = len(self._plan(epoch=0))
+        self.num_batches = len(self._plan_samples(0, config.data.segments_per_sample))
         self.steps_per_epoch = -(-self.num_batches // config.train.gradient_accumulation_steps)
         self.scheduler = make_scheduler(self.optimizer.optimizer, config.train, self.steps_per_epoch)
-        self.num_steps = self.steps_per_epoch * config.train.num_epochs
         self.state = TrainerState()
         # On a CPU to read a number costs nothing; a GPU would have to be waited for.
         steps = 1 if self.device.type == "cpu" else config.train.log_every_steps
@@ -145,19 +144,33 @@ class Trainer:
             stopped_early=state.stopped_early,
         )
 
-    def _plan(self, epoch: int) -> BatchPlan:
+    def _plan(self, epoch: int) -> BatchPlan | CurriculumPlan:
+        """This process's rows of an epoch's batches."""
+        data = self.config.data
+
+        def plan(segments: int) -> BatchPlan:
+            return self._plan_samples(epoch, segments)
+
+        if not data.segment_curriculum:
+            return plan(data.segments_per_sample)
+        return plan_curriculum(data.segment_curriculum, epoch, self.config.train.num_epochs, self.num_batches, plan)
+
+    def _plan_samples(self, epoch: int, segments: int) -> BatchPlan:
+        """An epoch in samples of so many segments, at the tokens a batch that whole samples have."""
         data, train = self.config.data, self.config.train
-        return plan_batches(
+        share = data.segments_per_sample // segments
+        plan = plan_batches(
             self.train_split,
-            seq_length=data.seq_length,
-            batch_size=train.batch_size,
+            seq_length=data.seq_length // share,
+            batch_size=train.batch_size * share,
             order=data.order,
             seed=self.config.seed,
             epoch=epoch,
-            num_samples=data.num_samples,
+            num_samples=None if data.num_samples is None else data.num_samples * share,
             planter=self.planter,
             answer_weight=train.answer_weight,
         )
+        return plan.take_rows(self.processes.slice_rows(train.batch_size * share))
 
     def _open_metrics(self, trackers: Trackers) -> MetricsWriter | SilentMetrics:
         with self.processes.agree():
@@ -188,10 +201,11 @@ class Trainer:
 
     def _train_epoch(self, metrics: MetricsWriter | SilentMetrics, stop: Callable[[], bool]) -> None:
         state, train = self.state, self.config.train
-        plan = self._plan(state.epoch).take_rows(self.rows)
+        plan = self._plan(state.epoch)
         self.model.train()
         if state.batch == 0:
-            self.model.reset_memory(plan.rows.shape[1] if self._carries_memory else None)
+            rows = self.processes.slice_rows(train.batch_size)
+            self.model.reset_memory(rows.stop - rows.start if self._carries_memory else None)
             state.epoch_loss, state.epoch_tokens = 0.0, 0
         self.progress.begin_epoch(state.epoch + 1, train.num_epochs, self.steps_per_epoch, state.step)
         with prefetch_batches(plan, state.batch, train.prefetch_batches, pin=self.device.type == "cuda") as batches:
@@ -225,8 +239,6 @@ class Trainer:
         """One optimizer step over some batches: the mean loss of all their tokens, whoever reads them."""
         state = self.state
         begin = time.perf_counter()
-        length = choose_row_length(self.config.data, state.step / self.num_steps)
-        batches = [cut_rows(batch, length) for batch in batches]
         num_tokens = sum(batch.num_targets for batch in batches)
         before = self._keep_memory(batches) if self.skips_faults and self._carries_memory else None
         losses: list[Tensor] = []

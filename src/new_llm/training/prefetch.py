@@ -1,16 +1,16 @@
 """Batches made ahead of the step that needs them, by a thread."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
-from new_llm.data.batches import Batch, BatchPlan
+from new_llm.data.batches import Batch
 
 
 @contextmanager
-def prefetch_batches(plan: BatchPlan, first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
+def prefetch_batches(plan: Sequence[Batch], first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
     """Inside the block: an iterator over the plan's batches from `first` on, in their order.
 
     Args:
