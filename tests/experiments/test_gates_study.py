@@ -1,0 +1,32 @@
+"""studies/gates.py: trained models of a study, measured again with their gates set elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_study import write_study
+
+from new_llm.cli.main import main
+
+SCRIPT = Path(__file__).parents[2] / "studies" / "gates.py"
+
+
+def test_gates_set_elsewhere(addresses, tmp_path):
+    path = write_study(tmp_path / "study.yaml", addresses, variants={"reference": {}}, seeds=[0, 1], baselines=[],
+                       window_baselines=[])  # fmt: skip
+    assert main(["study", str(path)]) == 0
+    command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference", "--shares", "0", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "tiny-study"
+    summary = json.loads((folder / "study.json").read_text())
+    carried = summary["variants"]["reference"]["figures"]["validation: carried perplexity"]["by_seed"]
+    record = json.loads((folder / "gates.json").read_text())
+    assert [model["seed"] for model in record["models"]] == [0, 1]
+    for model in record["models"]:
+        assert model["perplexity"] == pytest.approx(carried[str(model["seed"])], rel=1e-4)
+        assert model["relative"].keys() == {"0.0", "0.5"}
+        assert model["relative"]["0.0"] != 0  # without its memory the model reads otherwise
+    assert "| reference | " in done.stdout
