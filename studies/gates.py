@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from new_llm.config import UserError
 from new_llm.config.measurement import SubjectConfig, TextConfig
@@ -27,8 +26,10 @@ from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.bootstrap import find_t_interval
 from new_llm.evaluation.long_documents import select_long_documents
 from new_llm.evaluation.perplexity import evaluate_streaming
+from new_llm.experiments.adapter_documents import select_documents
 from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.record import describe_code, write_json
+from new_llm.experiments.study import Cell
 from new_llm.experiments.subject import Subject, load_subject
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -36,21 +37,20 @@ SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[float]) -> dict[str, Any]:
     """One trained model: its gates, and what each share changes."""
-    run = study.folder / f"{variant}-s{seed}"
+    run = study.folder / Cell(variant, seed).name
     subject = load_subject(SubjectConfig(run=str(run), device=study.configure(variant, seed).device))
     documents = read_long_documents(study, subject)
-    gates = [layer.attention.gate for layer in subject.model.memory_layers.values()]
-    learned = [gate.detach().clone() for gate in gates]
+    layers = subject.model.memory_layers.values()
     found: dict[str, Any] = {
         "variant": variant,
         "seed": seed,
-        "gates": [value for gate in learned for value in torch.sigmoid(gate).tolist()],
+        "gates": [value for layer in layers for value in layer.gate_values()],
         "perplexity": measure_perplexity(study, subject, documents),
         "relative": {},
     }
     for share in shares:
-        for gate in gates:
-            gate.data.fill_(torch.logit(torch.tensor(share)))
+        for layer in layers:
+            layer.attention.gate.data.fill_(torch.logit(torch.tensor(share)))
         found["relative"][str(share)] = measure_perplexity(study, subject, documents) / found["perplexity"] - 1
     return found
 
@@ -64,13 +64,8 @@ def read_long_documents(study: StudyConfig, subject: Subject) -> TokenSplit:
     documents = select_long_documents(
         split, settings.min_tokens, settings.max_documents, settings.max_tokens_per_document
     )
-    return join_documents([document.tokens for document in documents])
-
-
-def join_documents(documents: Sequence[NDArray[Any]]) -> TokenSplit:
-    """A split of these documents; nothing is known of their bytes and words."""
-    offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
-    return TokenSplit(np.concatenate(documents), offsets, offsets, offsets, num_pinned_documents=0)
+    chosen = np.array([document.index for document in documents], dtype=np.int64)
+    return select_documents(split, chosen, settings.max_tokens_per_document)
 
 
 def measure_perplexity(study: StudyConfig, subject: Subject, documents: TokenSplit) -> float:

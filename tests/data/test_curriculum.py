@@ -4,27 +4,20 @@ import io
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from test_batches import make_split
 
 from new_llm.config import DataConfig, ExperimentConfig, UserError
 from new_llm.data.batches import IGNORED_LABEL, plan_batches
 from new_llm.data.curriculum import plan_curriculum
-from new_llm.data.tokens import TokenSplit
 from new_llm.models import create_model
 from new_llm.training import Trainer
 from new_llm.training.progress import TrainingProgress
 
 SHUFFLE = {"order": "shuffled", "seed": 1, "epoch": 0}
 SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
-
-
-def make_split(lengths: list[int]) -> TokenSplit:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    sizes = np.array(lengths, dtype=np.int64)
-    return TokenSplit(np.arange(offsets[-1]).astype(np.uint16), offsets, sizes, sizes, 0)
 
 
 def read_tokens(batches) -> Counter:

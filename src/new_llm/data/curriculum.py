@@ -13,7 +13,8 @@ class CurriculumPlan(Sequence[Batch]):
 
     A stage of k segments reads samples of k segments, as many tokens a batch as without a curriculum. Samples of
     other lengths end in other tails, so that an epoch of a stage may have a few batches more or fewer than the plain
-    one: what is over is left out, and what is missing is read again from the epoch's first batches.
+    one: what is over is left out, and what is missing is read again from the epoch's first batches. Where two stages
+    share an epoch, each reads its part of an order of its own: some text is read twice and some not at all.
     """
 
     plans: Mapping[int, BatchPlan]

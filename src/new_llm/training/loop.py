@@ -1,5 +1,6 @@
 """The training loop: epochs of batches on Accelerate, validation, early stopping, checkpoints."""
 
+import functools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -77,13 +78,12 @@ class Trainer:
         self.progress = progress
         self.processes = processes
         self.planter = planter
-        processes.slice_rows(config.train.batch_size)  # refuses a batch that they do not divide
+        self.num_batches = len(self._plan_samples(0, config.data.segments_per_sample))
+        self.steps_per_epoch = -(-self.num_batches // config.train.gradient_accumulation_steps)
         parts = prepare_training(model, config.train, device, precision, processes)
         self.accelerator, self.total_loss, self.optimizer = parts.accelerator, parts.total_loss, parts.optimizer
         self.structure = parts.structure
         self.device = self.accelerator.device
-        self.num_batches = len(self._plan_samples(0, config.data.segments_per_sample))
-        self.steps_per_epoch = -(-self.num_batches // config.train.gradient_accumulation_steps)
         self.scheduler = make_scheduler(self.optimizer.optimizer, config.train, self.steps_per_epoch)
         self.state = TrainerState()
         # On a CPU to read a number costs nothing; a GPU would have to be waited for.
@@ -147,10 +147,7 @@ class Trainer:
     def _plan(self, epoch: int) -> BatchPlan | CurriculumPlan:
         """This process's rows of an epoch's batches."""
         data = self.config.data
-
-        def plan(segments: int) -> BatchPlan:
-            return self._plan_samples(epoch, segments)
-
+        plan = functools.partial(self._plan_samples, epoch)
         if not data.segment_curriculum:
             return plan(data.segments_per_sample)
         return plan_curriculum(data.segment_curriculum, epoch, self.config.train.num_epochs, self.num_batches, plan)
@@ -204,8 +201,7 @@ class Trainer:
         plan = self._plan(state.epoch)
         self.model.train()
         if state.batch == 0:
-            rows = self.processes.slice_rows(train.batch_size)
-            self.model.reset_memory(rows.stop - rows.start if self._carries_memory else None)
+            self.model.reset_memory(train.batch_size // self.processes.count if self._carries_memory else None)
             state.epoch_loss, state.epoch_tokens = 0.0, 0
         self.progress.begin_epoch(state.epoch + 1, train.num_epochs, self.steps_per_epoch, state.step)
         with prefetch_batches(plan, state.batch, train.prefetch_batches, pin=self.device.type == "cuda") as batches:
