@@ -11,6 +11,7 @@ It takes about a minute of one core a model, and writes gates.json into the stud
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from new_llm.evaluation.perplexity import evaluate_streaming
 from new_llm.experiments.adapter_documents import select_documents
 from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.record import describe_code, write_json
-from new_llm.experiments.study import Cell
+from new_llm.experiments.study import Cell, is_trained
 from new_llm.experiments.subject import Subject, load_subject
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -38,6 +39,8 @@ SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[float]) -> dict[str, Any]:
     """One trained model: its gates, and what each share changes."""
     run = study.folder / Cell(variant, seed).name
+    if not is_trained(study, Cell(variant, seed)):
+        raise UserError(f"{run}: no finished training is there; run: new-llm study with this file first")
     subject = load_subject(SubjectConfig(run=str(run), device=study.configure(variant, seed).device))
     documents = read_long_documents(study, subject)
     layers = subject.model.memory_layers.values()
@@ -102,6 +105,9 @@ def main() -> None:
     study = read_settings(arguments.study, StudyConfig)
     if arguments.runs_dir:
         study = dataclasses.replace(study, runs_dir=arguments.runs_dir)
+    for variant in arguments.variants:
+        if variant not in study.variants:
+            raise UserError(f"--variants: {variant!r} is no variant; there are {', '.join(study.variants)}")
     records = []
     print("| model | " + " | ".join(f"{share:g}" for share in arguments.shares) + " |")
     print("|---" * (len(arguments.shares) + 1) + "|")
@@ -115,4 +121,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"gates.py: {error}", file=sys.stderr)
+        sys.exit(2)

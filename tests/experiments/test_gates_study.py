@@ -30,3 +30,16 @@ def test_gates_set_elsewhere(addresses, tmp_path):
         assert model["relative"].keys() == {"0.0", "0.5"}
         assert model["relative"]["0.0"] != 0  # without its memory the model reads otherwise
     assert "| reference | " in done.stdout
+
+
+def test_models_that_were_not_trained_are_one_line(addresses, tmp_path):
+    path = write_study(tmp_path / "study.yaml", addresses)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'infini' is no variant" in done.stderr
+    assert done.stderr.count("\n") == 1
+    command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no finished training is there" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -15,6 +15,7 @@ from new_llm.config.run_settings import read_settings
 from new_llm.config.study import StudyConfig, merge_settings
 from new_llm.experiments import study as study_module
 from new_llm.experiments.study_table import list_metrics, render_figure
+from new_llm.training import TrainingError
 
 
 def write_study(path: Path, addresses: Path, **changes: object) -> Path:
@@ -132,6 +133,12 @@ def test_only_some_variants_and_then_the_rest(addresses, tmp_path, monkeypatch):
         ({"baselines": ["nope"]}, "'nope' is no variant"),
         ({"seeds": [1, 1]}, "none may be there twice"),
         ({"cpu_minutes": 0}, "cpu_minutes"),
+        ({"texts": ["a/x.txt", "b/x.txt"]}, "texts: b/x.txt: another text is called 'x', too"),
+        ({"texts": ["validation.txt"]}, "texts: validation.txt: another text is called 'validation', too"),
+        (
+            {"window_baselines": ["whole"], "long_documents": {"window_stride": 10_000}},
+            "long_documents.window_stride: 10000 is over the window of whole (",
+        ),
     ],
 )
 def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message):
@@ -141,6 +148,15 @@ def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message)
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_training_that_cannot_go_on_is_one_line(addresses, tmp_path, monkeypatch, capsys):
+    def train(study, cell, console):
+        raise TrainingError("step 3: the loss is not finite")
+
+    monkeypatch.setattr(study_module, "train_cell", train)
+    assert main(["study", str(write_study(tmp_path / "study.yaml", addresses))]) == 1
+    assert capsys.readouterr().err.endswith("new-llm: step 3: the loss is not finite\n")
 
 
 @pytest.fixture

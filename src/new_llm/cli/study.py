@@ -1,6 +1,7 @@
 """`new-llm study`: train and compare the variants of a study, run by run."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -54,7 +55,7 @@ def run(arguments: list[str]) -> int:
     from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
     from new_llm.experiments.study_table import render_markdown
     from new_llm.report.study_plots import write_study_figures
-    from new_llm.training import TrainingInterrupted
+    from new_llm.training import TrainingError, TrainingInterrupted
 
     console = Console(stderr=True)
     cells = plan_cells(study, parsed.only)
@@ -71,6 +72,9 @@ def run(arguments: list[str]) -> int:
     except TrainingInterrupted as stopped:
         console.print(f"{stopped}\ngo on with: new-llm study {' '.join(arguments)}", highlight=False, soft_wrap=True)
         return 130
+    except TrainingError as error:
+        print(f"new-llm: {error}", file=sys.stderr)
+        return 1
     Console().print(Markdown(render_markdown(summary)))
     print(f"results: {study.folder / SUMMARY_FILE}\ntable:   {study.folder / TABLE_FILE}")
     return 0

@@ -16,6 +16,9 @@ from new_llm.config.sections import section
 
 VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
+VALIDATION = "validation"
+"""The short name of the validation split among the long texts."""
+
 
 @section
 class StudyConfig(RunSettings):
@@ -60,7 +63,18 @@ class StudyConfig(RunSettings):
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds: {list(self.seeds)}: none may be there twice")
         for name in self.variants:
-            self.configure(name, self.seeds[0])
+            config = self.configure(name, self.seeds[0])
+            if name in self.window_baselines:
+                self._check_window(name, config.segment_length)
+        names = [Path(source).stem for source in self.texts]
+        for position, name in enumerate(names):
+            if name == VALIDATION or name in names[:position]:
+                raise UserError(f"texts: {self.texts[position]}: another text is called {name!r}, too; rename the file")
+
+    def _check_window(self, name: str, window: int) -> None:
+        stride = self.long_documents.window_stride if self.long_documents else None
+        if stride and stride > window:
+            raise UserError(f"long_documents.window_stride: {stride} is over the window of {name} ({window})")
 
     @property
     def folder(self) -> Path:
@@ -75,7 +89,7 @@ class StudyConfig(RunSettings):
     @property
     def long_texts(self) -> dict[str, str | None]:
         """The sources of long documents by their short names; None is the validation split."""
-        return {"validation": None} | {Path(source).stem: source for source in self.texts}
+        return {VALIDATION: None} | {Path(source).stem: source for source in self.texts}
 
     def configure(self, variant: str, seed: int) -> ExperimentConfig:
         """The experiment of one variant and seed.
