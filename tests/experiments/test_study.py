@@ -173,7 +173,7 @@ def loaded(monkeypatch) -> list[str]:
     monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
     for name in ("measure_long_documents", "measure_recall"):
         monkeypatch.setattr(study_module, name, lambda *given: SimpleNamespace(to_dict=lambda: {}))
-    monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {})
+    monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3]})
     return found
 
 
@@ -188,6 +188,22 @@ def test_a_cell_loads_each_of_its_models_once_and_none_where_all_is_measured(add
     assert all(study_module.measured_path(study, cell, what).exists() for what in whats)
     metrics = list_metrics(study)
     assert all(f"{text}: carried perplexity" in metrics for text in ("validation", "a", "b"))
+
+
+def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path, loaded):
+    def measure(**changes):
+        path = write_study(tmp_path / "study.yaml", addresses, **changes)
+        study = read_settings(path, StudyConfig)
+        cell = study_module.Cell("no-delta", 0)
+        study_module.measure_cell(study, cell, Console(stderr=True))
+        return json.loads(study_module.measured_path(study, cell, "long-validation").read_text())["settings"]
+
+    assert measure()["baselines"] == ["pythia"]
+    assert measure(baselines=["pythia", "reference"])["baselines"] == ["pythia", "reference"]
+    assert measure(long_documents={"min_tokens": 65})["min_tokens"] == 65
+    assert len(loaded) == 3 + 4 + 3
+    measure(long_documents={"min_tokens": 65})
+    assert len(loaded) == 10
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs a study: trains its variants one by one, measures each, and writes the comparison. Resumable run by run."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -120,13 +121,13 @@ def is_trained(study: StudyConfig, cell: Cell) -> bool:
 
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
-    """Measure one trained model on long documents and recall, what of it is not measured yet."""
-    for what, measure in _plan_measurements(study, cell):
+    """Measure one trained model on long documents and recall, what of it is not measured so yet."""
+    for what, settings, measure in _plan_measurements(study, cell):
         path = measured_path(study, cell, what)
-        if path.exists():
+        if (read_json(path) or {}).get("settings") == json.loads(json.dumps(settings)):
             continue
         with console.status(f"{cell.variant}, seed {cell.seed}: {what}"):
-            record = measure()
+            record = measure(settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 
@@ -136,15 +137,23 @@ def measured_path(study: StudyConfig, cell: Cell, what: str) -> Path:
     return study.folder / MEASURED_FOLDER / f"{cell.name}-{what}.json"
 
 
-def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def _plan_measurements(
+    study: StudyConfig, cell: Cell
+) -> Iterator[tuple[str, dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]]:
+    """What is to be measured, the settings that its record is to hold, and the function that makes the record."""
     load = cache(lambda: _load(study, cell))
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
     if (long_documents := study.long_documents) is not None and not is_baseline:
         load_baselines = cache(lambda: _load_baselines(study, cell, load(), long_documents))
+        others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
         for text, source in study.long_texts.items():
-            yield f"long-{text}", lambda source=source: _measure_long(load(), load_baselines(), source, long_documents)
+
+            def measure_long(settings: dict[str, Any], source: str | None = source) -> dict[str, Any]:
+                return _measure_long(load(), load_baselines(), source, long_documents, settings)
+
+            yield f"long-{text}", plain_settings(long_documents) | others, measure_long
     if (recall := study.recall) is not None and cell.variant not in study.window_baselines:
-        yield "recall", lambda: _measure_recall(load(), recall)
+        yield "recall", plain_settings(recall), lambda settings: _measure_recall(load(), recall, settings)
 
 
 def _load(study: StudyConfig, cell: Cell) -> Subject:
@@ -166,17 +175,21 @@ def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject, settings: 
 
 
 def _measure_long(
-    subject: Subject, baselines: list[Baseline], source: str | None, settings: LongDocumentsConfig
+    subject: Subject,
+    baselines: list[Baseline],
+    source: str | None,
+    config: LongDocumentsConfig,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig(source=source))
-    result = measure_long_documents(subject, text.split, settings, baselines)
-    return describe_evaluation("long", subject, text.info, plain_settings(settings), result.to_dict())
+    result = measure_long_documents(subject, text.split, config, baselines)
+    return describe_evaluation("long", subject, text.info, settings, result.to_dict())
 
 
-def _measure_recall(subject: Subject, settings: RecallConfig) -> dict[str, Any]:
+def _measure_recall(subject: Subject, config: RecallConfig, settings: dict[str, Any]) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig())
-    result = measure_recall(subject, text.split, settings)
-    return describe_evaluation("recall", subject, text.info, plain_settings(settings), result.to_dict())
+    result = measure_recall(subject, text.split, config)
+    return describe_evaluation("recall", subject, text.info, settings, result.to_dict())
 
 
 def summarize_study(study: StudyConfig) -> dict[str, Any]:
