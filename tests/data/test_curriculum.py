@@ -11,7 +11,7 @@ from test_batches import make_split
 
 from new_llm.config import DataConfig, ExperimentConfig, UserError
 from new_llm.data.batches import IGNORED_LABEL, plan_batches
-from new_llm.data.curriculum import plan_curriculum
+from new_llm.data.curriculum import list_shapes, plan_curriculum
 from new_llm.models import create_model
 from new_llm.training import Trainer
 from new_llm.training.progress import TrainingProgress
@@ -83,6 +83,13 @@ def test_training_follows_the_curriculum(tmp_path: Path, monkeypatch: pytest.Mon
     result = trainer.run()
     assert shapes == [(16, 2), (16, 2), (2, 16), (2, 16)]
     assert result.tokens == 2 * 63
+
+
+def test_shapes_of_a_training() -> None:
+    data = DataConfig(**SHUFFLED, num_samples=100)
+    assert list_shapes(data, 2) == ((16, 2, 100),)
+    stages = DataConfig(**SHUFFLED, num_samples=None, segment_curriculum=(1, 4, 1))
+    assert list_shapes(stages, 2) == ((2, 16, None), (8, 4, None))
 
 
 @pytest.mark.parametrize(

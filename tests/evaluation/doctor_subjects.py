@@ -8,6 +8,7 @@ import torch
 from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.config.doctor import DoctorConfig
+from new_llm.data.curriculum import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.data.tokens import TokenSplit, tokenize_documents
@@ -42,11 +43,10 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
     values = {
         "train": tokenize([sentences, *(read_texts()[:-2] if train is None else train)], 1),
         "validation": tokenize(read_texts()[-2:] if validation is None else validation),
-        "seq_length": 32,
-        "batch_size": 4,
+        "shapes": (BatchShape(seq_length=32, batch_size=4, num_samples=None),),
         "order": "stream",
         "seed": 0,
-        "num_samples": None,
+        "planted_facts": 0.0,
         "pairs": tuple(PAIRS),
         "differences": (),
         "facts": {"source_fingerprint": "of the texts"},

@@ -6,6 +6,7 @@ import pytest
 from doctor_subjects import CONFIG, PAIRS, check_fault, examine, list_levels, make_data, make_trained, read_texts
 
 from new_llm.data.batches import plan_batches
+from new_llm.data.curriculum import BatchShape
 from new_llm.evaluation import doctor_data
 
 
@@ -36,6 +37,17 @@ def test_memory_that_is_carried_into_another_document(order, monkeypatch):
 
     monkeypatch.setattr(doctor_data, "plan_batches", plan)
     check_fault(examine(make_trained(), make_data(order=order)), "batches", "without a reset")
+
+
+def test_every_stage_of_a_curriculum_is_looked_at(monkeypatch):
+    def plan(*arguments, **options):
+        found = plan_batches(*arguments, **options)
+        return dataclasses.replace(found, resets=found.resets & (options["seq_length"] > 8))
+
+    monkeypatch.setattr(doctor_data, "plan_batches", plan)
+    shapes = (BatchShape(32, 4, None), BatchShape(8, 16, None))
+    assert not examine(make_trained(), make_data(order="shuffled", shapes=shapes[:1])).has_fault
+    check_fault(examine(make_trained(), make_data(order="shuffled", shapes=shapes)), "batches", "without a reset")
 
 
 def test_a_validation_document_in_training():

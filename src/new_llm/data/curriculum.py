@@ -2,9 +2,40 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
+from new_llm.config import DataConfig
 from new_llm.data.batches import Batch, BatchPlan
+
+
+class BatchShape(NamedTuple):
+    """How the text of an epoch is cut into samples and batches."""
+
+    seq_length: int
+    """Tokens in a sample."""
+    batch_size: int
+    """Rows of a batch."""
+    num_samples: int | None
+    """Samples of an epoch; None: all."""
+
+
+def shape_batches(data: DataConfig, batch_size: int, segments: int) -> BatchShape:
+    """Samples of so many segments, at the tokens a batch and an epoch that whole samples have.
+
+    Args:
+        data: says what a whole sample is.
+        batch_size: whole samples in a batch.
+        segments: a divisor of the segments of a whole sample.
+    """
+    share = data.segments_per_sample // segments
+    num_samples = None if data.num_samples is None else data.num_samples * share
+    return BatchShape(data.seq_length // share, batch_size * share, num_samples)
+
+
+def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
+    """The shapes of all batches of a training: those of the curriculum's stages, or the one of whole samples."""
+    stages = dict.fromkeys(data.segment_curriculum or (data.segments_per_sample,))
+    return tuple(shape_batches(data, batch_size, segments) for segments in stages)
 
 
 @dataclass(frozen=True, eq=False)

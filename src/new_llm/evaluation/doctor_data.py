@@ -2,19 +2,19 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from new_llm.data.batches import BatchPlan, plan_batches
+from new_llm.data.batches import IGNORED_LABEL, BatchPlan, plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.doctor_overlap import count_shared_documents, find_sequences, find_shared_spans
 from new_llm.evaluation.doctor_probe import Measured, Patient
 
 UNKNOWN = "the training text is not known: the model belongs to no run"
 MAX_BATCHES = 64
-IGNORED = -100
 EXAMPLE_CHARACTERS = 160
 
 
@@ -36,61 +36,84 @@ def check_record(patient: Patient) -> Measured:
 
 
 def check_batches(patient: Patient) -> Measured:
-    """The batches of an epoch: each label the token itself, and a reset wherever a row takes up another document."""
+    """The batches of an epoch: each label the token itself, and a reset wherever a row takes up another document.
+
+    Of a curriculum in segments an epoch of each stage; of samples with planted facts the text before it was planted.
+    """
     data = patient.data
     if data is None:
         return Measured.skip(UNKNOWN)
-    plan = plan_batches(
-        data.train,
-        seq_length=data.seq_length,
-        batch_size=data.batch_size,
-        order=data.order,
-        seed=data.seed,
-        epoch=0,
-        num_samples=data.num_samples,
-    )
-    chosen = sorted(
-        {*range(min(len(plan), MAX_BATCHES // 2)), *np.linspace(0, len(plan) - 1, MAX_BATCHES // 2, dtype=int)}
-    )
-    num_labels = misaligned = unreset = 0
-    for index in chosen:
-        batch = plan[int(index)]
-        rows = plan.rows[index] if data.order == "stream" else plan.rows[index][plan.rows[index] >= 0]
-        for place, sample in enumerate(rows):
-            if sample < 0:
-                continue
-            expected = _expect_labels(data.train, plan, int(sample))
-            labels = batch.labels[place].numpy()
-            misaligned += int((labels[: len(expected)] != expected).sum()) + int(
-                (labels[len(expected) :] != IGNORED).sum()
-            )
-            num_labels += len(expected)
-            goes_on = index > 0 and _goes_on(data.train, plan, int(plan.rows[index - 1][place]), int(sample))
-            unreset += not goes_on and not bool(batch.resets[place])
+    counts = BatchFaults()
+    for shape in data.shapes:
+        plan = plan_batches(data.train, **shape._asdict(), order=data.order, seed=data.seed, epoch=0)
+        counts += _check_plan(data.train, plan, max(1, MAX_BATCHES // (2 * len(data.shapes))))
     figures = {
-        "num_batches": len(chosen),
-        "num_labels": num_labels,
-        "misaligned_labels": misaligned,
-        "missing_resets": unreset,
+        "num_batches": counts.batches,
+        "num_labels": counts.labels,
+        "misaligned_labels": counts.misaligned,
+        "missing_resets": counts.unreset,
     }
-    measured = f"{num_labels:,} labels in {len(chosen)} of {len(plan):,} batches"
-    if misaligned:
+    measured = f"{counts.labels:,} labels in {counts.batches} of {counts.planned:,} batches"
+    if counts.misaligned:
         return Measured(
             "fault",
-            f"{measured}: {misaligned:,} are not the token at their place",
+            f"{measured}: {counts.misaligned:,} are not the token at their place",
             "labels are shifted before the loss shifts them",
             "hand over the tokens themselves as labels",
             figures,
         )
-    if unreset:
+    if counts.unreset:
         return Measured(
             "fault",
-            f"{measured}; {unreset} rows take up another document without a reset",
+            f"{measured}; {counts.unreset} rows take up another document without a reset",
             "memory is carried from one text into an unrelated one",
             "empty a row's memory wherever its document changes",
             figures,
         )
-    return Measured.ok(f"{measured} aligned; every change of document is a reset", **figures)
+    planted = "; looked at before facts are planted" if data.planted_facts else ""
+    return Measured.ok(f"{measured} aligned; every change of document is a reset{planted}", **figures)
+
+
+@dataclass(frozen=True)
+class BatchFaults:
+    """What was looked at in some batches, and what was wrong.
+
+    Attributes:
+        planned: batches of the epochs.
+        batches: those that were looked at.
+        labels: labels in them.
+        misaligned: labels that are not the token at their place.
+        unreset: rows that take up another document without a reset.
+    """
+
+    planned: int = 0
+    batches: int = 0
+    labels: int = 0
+    misaligned: int = 0
+    unreset: int = 0
+
+    def __add__(self, other: "BatchFaults") -> "BatchFaults":
+        return BatchFaults(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
+
+def _check_plan(split: TokenSplit, plan: BatchPlan, num_each: int) -> BatchFaults:
+    """Look at the first batches of a plan and at as many spread over all of it."""
+    chosen = sorted({*range(min(len(plan), num_each)), *np.linspace(0, len(plan) - 1, num_each, dtype=int).tolist()})
+    found = BatchFaults(planned=len(plan), batches=len(chosen))
+    for index in chosen:
+        batch = plan[index]
+        rows = plan.rows[index] if plan.keep_empty_rows else plan.rows[index][plan.rows[index] >= 0]
+        for place, sample in enumerate(rows.tolist()):
+            if sample < 0:
+                continue
+            expected = _expect_labels(split, plan, sample)
+            labels = batch.labels[place].numpy()
+            wrong = int((labels[: len(expected)] != expected).sum())
+            wrong += int((labels[len(expected) :] != IGNORED_LABEL).sum())
+            goes_on = index > 0 and _goes_on(split, plan, int(plan.rows[index - 1][place]), sample)
+            unreset = int(not goes_on and not bool(batch.resets[place]))
+            found += BatchFaults(labels=len(expected), misaligned=wrong, unreset=unreset)
+    return found
 
 
 def _expect_labels(split: TokenSplit, plan: BatchPlan, sample: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.config.doctor import DoctorConfig
+from new_llm.data.curriculum import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.scoring import find_device
@@ -70,11 +71,10 @@ class TrainingData:
     Attributes:
         train: the training documents; those of the reversal sentences come first.
         validation: the validation documents.
-        seq_length: tokens in a sample.
-        batch_size: rows of a batch.
+        shapes: how its batches were cut, one for each stage of a curriculum in segments.
         order: stream or shuffled.
         seed: of the order.
-        num_samples: samples of an epoch; None: all.
+        planted_facts: facts to recall that were planted into every 1,000 tokens of its samples.
         pairs: the reversal pairs whose forward sentences training held; none: it held none.
         differences: what the run recorded of its data and what is found now, where they differ: one line each.
         facts: fingerprints that agree, for the record.
@@ -82,11 +82,10 @@ class TrainingData:
 
     train: TokenSplit
     validation: TokenSplit
-    seq_length: int
-    batch_size: int
+    shapes: tuple[BatchShape, ...]
     order: Literal["stream", "shuffled"]
     seed: int
-    num_samples: int | None
+    planted_facts: float
     pairs: tuple[ReversalPair, ...]
     differences: tuple[str, ...]
     facts: dict[str, Any]

@@ -6,6 +6,7 @@ from typing import Any
 from new_llm.config import UserError
 from new_llm.config.doctor import DoctorConfig
 from new_llm.config.measurement import TextConfig
+from new_llm.data.curriculum import list_shapes
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.evaluation_text import EvaluationText, count_text, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -75,11 +76,10 @@ def describe_training(subject: Subject, prepared: PreparedData) -> TrainingData:
     return TrainingData(
         train=prepared.train,
         validation=prepared.validation,
-        seq_length=config.data.seq_length,
-        batch_size=config.train.batch_size,
+        shapes=list_shapes(config.data, config.train.batch_size),
         order=config.data.order,
         seed=config.seed,
-        num_samples=config.data.num_samples,
+        planted_facts=config.data.planted_facts,
         pairs=tuple(get_reversal_pairs()) if config.data.reversal_pairs else (),
         differences=tuple(differences),
         facts=facts,

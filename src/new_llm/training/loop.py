@@ -12,7 +12,7 @@ from torch import Tensor
 
 from new_llm.config import ExperimentConfig
 from new_llm.data.batches import Batch, BatchPlan, plan_batches
-from new_llm.data.curriculum import CurriculumPlan, plan_curriculum
+from new_llm.data.curriculum import CurriculumPlan, plan_curriculum, shape_batches
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
@@ -155,19 +155,17 @@ class Trainer:
     def _plan_samples(self, epoch: int, segments: int) -> BatchPlan:
         """An epoch in samples of so many segments, at the tokens a batch that whole samples have."""
         data, train = self.config.data, self.config.train
-        share = data.segments_per_sample // segments
+        shape = shape_batches(data, train.batch_size, segments)
         plan = plan_batches(
             self.train_split,
-            seq_length=data.seq_length // share,
-            batch_size=train.batch_size * share,
+            **shape._asdict(),
             order=data.order,
             seed=self.config.seed,
             epoch=epoch,
-            num_samples=None if data.num_samples is None else data.num_samples * share,
             planter=self.planter,
             answer_weight=train.answer_weight,
         )
-        return plan.take_rows(self.processes.slice_rows(train.batch_size * share))
+        return plan.take_rows(self.processes.slice_rows(shape.batch_size))
 
     def _open_metrics(self, trackers: Trackers) -> MetricsWriter | SilentMetrics:
         with self.processes.agree():
