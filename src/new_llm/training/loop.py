@@ -128,7 +128,8 @@ class Trainer:
                     while self.state.epoch < self.config.train.num_epochs and not self.state.stopped_early:
                         self._train_epoch(metrics, stop)
                         self._end_epoch(metrics, is_asked)
-                if any(self.processes.gather(is_asked())):  # too late for a step to see it
+                # Too late for a step to see it. Asked once the signals are nobody's to catch any more: none is lost.
+                if any(self.processes.gather(is_asked())):
                     raise self._interrupted()
             finally:
                 metrics.close()
