@@ -199,6 +199,10 @@ def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path, load
         return json.loads(study_module.measured_path(study, cell, "long-validation").read_text())["settings"]
 
     assert measure()["baselines"] == ["pythia"]
+    changed = read_settings(
+        write_study(tmp_path / "study.yaml", addresses, baselines=["pythia", "reference"]), StudyConfig
+    )
+    assert study_module.read_measured(changed, study_module.Cell("no-delta", 0), "long-validation") is None
     assert measure(baselines=["pythia", "reference"])["baselines"] == ["pythia", "reference"]
     assert measure(long_documents={"min_tokens": 65})["min_tokens"] == 65
     assert len(loaded) == 3 + 4 + 3

@@ -122,12 +122,13 @@ def is_trained(study: StudyConfig, cell: Cell) -> bool:
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
     """Measure one trained model on long documents and recall, what of it is not measured so yet."""
-    for what, settings, measure in _plan_measurements(study, cell):
-        path = measured_path(study, cell, what)
-        if (read_json(path) or {}).get("settings") == json.loads(json.dumps(settings)):
+    wanted = list_measurements(study)
+    for what, measure in _plan_measurements(study, cell):
+        if read_measured(study, cell, what):
             continue
+        path = measured_path(study, cell, what)
         with console.status(f"{cell.variant}, seed {cell.seed}: {what}"):
-            record = measure(settings)
+            record = measure(wanted[what])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 
@@ -137,23 +138,41 @@ def measured_path(study: StudyConfig, cell: Cell, what: str) -> Path:
     return study.folder / MEASURED_FOLDER / f"{cell.name}-{what}.json"
 
 
+def list_measurements(study: StudyConfig) -> dict[str, dict[str, Any]]:
+    """What a study measures, and the settings that the record of each is to hold."""
+    wanted: dict[str, dict[str, Any]] = {}
+    if study.long_documents is not None:
+        others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
+        settings = plain_settings(study.long_documents) | others
+        wanted |= {f"long-{text}": settings for text in study.long_texts}
+    if study.recall is not None:
+        wanted["recall"] = plain_settings(study.recall)
+    return wanted
+
+
+def read_measured(study: StudyConfig, cell: Cell, what: str) -> dict[str, Any] | None:
+    """The record of one measurement; None where there is none, or one that was made with other settings."""
+    record = read_json(measured_path(study, cell, what))
+    is_wanted = record and record.get("settings") == json.loads(json.dumps(list_measurements(study)[what]))
+    return record if is_wanted else None
+
+
 def _plan_measurements(
     study: StudyConfig, cell: Cell
-) -> Iterator[tuple[str, dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """What is to be measured, the settings that its record is to hold, and the function that makes the record."""
+) -> Iterator[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]]:
+    """What is to be measured of a training, and the function that makes its record, given the settings."""
     load = cache(lambda: _load(study, cell))
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
     if (long_documents := study.long_documents) is not None and not is_baseline:
         load_baselines = cache(lambda: _load_baselines(study, cell, load(), long_documents))
-        others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
         for text, source in study.long_texts.items():
 
             def measure_long(settings: dict[str, Any], source: str | None = source) -> dict[str, Any]:
                 return _measure_long(load(), load_baselines(), source, long_documents, settings)
 
-            yield f"long-{text}", plain_settings(long_documents) | others, measure_long
+            yield f"long-{text}", measure_long
     if (recall := study.recall) is not None and cell.variant not in study.window_baselines:
-        yield "recall", plain_settings(recall), lambda settings: _measure_recall(load(), recall, settings)
+        yield "recall", lambda settings: _measure_recall(load(), recall, settings)
 
 
 def _load(study: StudyConfig, cell: Cell) -> Subject:
@@ -199,8 +218,7 @@ def summarize_study(study: StudyConfig) -> dict[str, Any]:
         results = read_json(study.folder / cell.name / RESULTS_FILE)
         if not results or results.get("status") != "complete":
             continue
-        whats = [*(f"long-{text}" for text in study.long_texts), "recall"]
-        measured = {what: read_json(measured_path(study, cell, what)) for what in whats}
+        measured = {what: read_measured(study, cell, what) for what in list_measurements(study)}
         found.setdefault(cell.variant, []).append(
             {"seed": cell.seed, "model": results["models"][0], "code": results["code"], "measured": measured}
         )
