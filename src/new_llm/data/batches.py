@@ -1,5 +1,6 @@
 """Batches: which samples a row reads, in what order, and where its memory must be emptied."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, overload
@@ -34,8 +35,27 @@ class Batch:
     """[B, T + 1] float32: the weight in the loss of each label; None: all weigh 1."""
 
 
+class BatchSequence(Sequence[Batch], ABC):
+    """Batches that are built when they are asked for, by index or by slice."""
+
+    @abstractmethod
+    def build(self, index: int) -> Batch:
+        """The batch at an index from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        return self.build(index % len(self))
+
+
 @dataclass(frozen=True, eq=False)
-class BatchPlan(Sequence[Batch]):
+class BatchPlan(BatchSequence):
     """One epoch's batches, each built from the memory-mapped tokens when it is asked for."""
 
     split: TokenSplit
@@ -78,15 +98,8 @@ class BatchPlan(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"batch {index} of {len(self)}")
+    def build(self, index: int) -> Batch:
+        """Read the batch's tokens, and plant facts into them where that is asked for."""
         samples, resets = self.rows[index], self.resets[index]
         if not self.keep_empty_rows:
             kept = samples >= 0

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 from new_llm.config import DataConfig
-from new_llm.data.batches import Batch, BatchPlan
+from new_llm.data.batches import Batch, BatchPlan, BatchSequence
 
 
 class BatchShape(NamedTuple):
@@ -39,7 +39,7 @@ def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class CurriculumPlan(Sequence[Batch]):
+class CurriculumPlan(BatchSequence):
     """One epoch's batches, each of the samples that its stage asks for.
 
     A stage of k segments reads samples of k segments, as many tokens a batch as without a curriculum. Samples of
@@ -56,15 +56,10 @@ class CurriculumPlan(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self.stages)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def build(self, index: int) -> Batch:
+        """The batch of the plan whose turn it is."""
         plan = self.plans[self.stages[index]]
-        return plan[index % len(self) % len(plan)]
+        return plan[index % len(plan)]
 
 
 def plan_curriculum(
