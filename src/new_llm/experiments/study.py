@@ -122,13 +122,12 @@ def is_trained(study: StudyConfig, cell: Cell) -> bool:
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
     """Measure one trained model on long documents and recall, what of it is not measured so yet."""
-    wanted = list_measurements(study)
     for what, measure in _plan_measurements(study, cell):
         if read_measured(study, cell, what):
             continue
         path = measured_path(study, cell, what)
         with console.status(f"{cell.variant}, seed {cell.seed}: {what}"):
-            record = measure(wanted[what])
+            record = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 
@@ -157,22 +156,23 @@ def read_measured(study: StudyConfig, cell: Cell, what: str) -> dict[str, Any] |
     return record if is_wanted else None
 
 
-def _plan_measurements(
-    study: StudyConfig, cell: Cell
-) -> Iterator[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]]:
-    """What is to be measured of a training, and the function that makes its record, given the settings."""
+def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What is to be measured of a training, and the function that makes its record."""
     load = cache(lambda: _load(study, cell))
+    wanted = list_measurements(study)
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
-    if (long_documents := study.long_documents) is not None and not is_baseline:
-        load_baselines = cache(lambda: _load_baselines(study, cell, load(), long_documents))
+    if (config := study.long_documents) is not None and not is_baseline:
+        load_baselines = cache(lambda: _load_baselines(study, cell, load(), config))
         for text, source in study.long_texts.items():
-
-            def measure_long(settings: dict[str, Any], source: str | None = source) -> dict[str, Any]:
-                return _measure_long(load(), load_baselines(), source, long_documents, settings)
-
-            yield f"long-{text}", measure_long
+            what = f"long-{text}"
+            yield (
+                what,
+                lambda source=source, settings=wanted[what]: _measure_long(
+                    load(), load_baselines(), source, config, settings
+                ),
+            )
     if (recall := study.recall) is not None and cell.variant not in study.window_baselines:
-        yield "recall", lambda settings: _measure_recall(load(), recall, settings)
+        yield "recall", lambda: _measure_recall(load(), recall, wanted["recall"])
 
 
 def _load(study: StudyConfig, cell: Cell) -> Subject:
