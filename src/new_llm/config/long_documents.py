@@ -56,3 +56,19 @@ class LongDocumentsConfig:
             raise UserError(
                 f"max_tokens_per_document: {self.max_tokens_per_document} is under min_tokens ({self.min_tokens})"
             )
+
+    def choose_window_stride(self, window: int, where: str, name: str) -> int:
+        """Tokens from one window of a baseline to the next: as configured, else half a window.
+
+        Args:
+            window: tokens in a window, the baseline's segment.
+            where: what sets the stride, for the message.
+            name: what the baseline is called.
+
+        Raises:
+            UserError: the stride is longer than the window.
+        """
+        stride = self.window_stride or max(1, window // 2)
+        if stride > window:
+            raise UserError(f"{where}: {stride} is over the window of {name} ({window})")
+        return stride

@@ -64,17 +64,21 @@ class StudyConfig(RunSettings):
             raise UserError(f"seeds: {list(self.seeds)}: none may be there twice")
         for name in self.variants:
             config = self.configure(name, self.seeds[0])
-            if name in self.window_baselines:
-                self._check_window(name, config.segment_length)
+            if name in self.window_baselines and self.long_documents:
+                self.choose_window_stride(name, config.segment_length)
         names = [Path(source).stem for source in self.texts]
         for position, name in enumerate(names):
             if name == VALIDATION or name in names[:position]:
                 raise UserError(f"texts: {self.texts[position]}: another text is called {name!r}, too; rename the file")
 
-    def _check_window(self, name: str, window: int) -> None:
-        stride = self.long_documents.window_stride if self.long_documents else None
-        if stride and stride > window:
-            raise UserError(f"long_documents.window_stride: {stride} is over the window of {name} ({window})")
+    def choose_window_stride(self, name: str, window: int) -> int:
+        """Tokens from one window of a baseline to the next, where long documents are measured.
+
+        Raises:
+            UserError: the stride is longer than the window.
+        """
+        assert self.long_documents is not None
+        return self.long_documents.choose_window_stride(window, f"{self.name}: long_documents.window_stride", name)
 
     @property
     def folder(self) -> Path:

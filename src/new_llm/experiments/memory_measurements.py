@@ -112,21 +112,3 @@ def check_tokenizer(other: Subject, subject: Subject, where: str, name: str) -> 
     """
     if other.facts["tokenizer_fingerprint"] != subject.facts["tokenizer_fingerprint"]:
         raise UserError(f"{where}: its tokenizer is not that of {name}: tokens can't be compared")
-
-
-def choose_window_stride(settings: LongDocumentsConfig, window: int, where: str, name: str) -> int:
-    """Tokens from one window of a baseline to the next: as configured, else half a window.
-
-    Args:
-        settings: window_stride is used.
-        window: tokens in a window, the baseline's segment.
-        where: what sets the stride, for the message.
-        name: what the baseline is called.
-
-    Raises:
-        UserError: the stride is longer than the window.
-    """
-    stride = settings.window_stride or max(1, window // 2)
-    if stride > window:
-        raise UserError(f"{where}: {stride} is over the window of {name} ({window})")
-    return stride

@@ -20,7 +20,6 @@ from new_llm.experiments.evaluation_record import describe_evaluation, plain_set
 from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.memory_measurements import (
     check_tokenizer,
-    choose_window_stride,
     measure_long_documents,
     measure_recall,
 )
@@ -162,7 +161,7 @@ def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Ca
     wanted = list_measurements(study)
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
     if (config := study.long_documents) is not None and not is_baseline:
-        load_baselines = cache(lambda: _load_baselines(study, cell, load(), config))
+        load_baselines = cache(lambda: _load_baselines(study, cell, load()))
         for text, source in study.long_texts.items():
             what = f"long-{text}"
             yield (
@@ -180,15 +179,14 @@ def _load(study: StudyConfig, cell: Cell) -> Subject:
     return load_subject(SubjectConfig(run=str(study.folder / cell.name), device=config.device))
 
 
-def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject, settings: LongDocumentsConfig) -> list[Baseline]:
+def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject) -> list[Baseline]:
     baselines: list[Baseline] = []
     for name in (*study.baselines, *study.window_baselines):
         other = _load(study, Cell(name, cell.seed))
         check_tokenizer(other, subject, f"{study.name}: {name}", cell.variant)
         stride = None
         if name in study.window_baselines:
-            where = f"{study.name}: long_documents.window_stride"
-            stride = choose_window_stride(settings, other.model.segment_length, where, name)
+            stride = study.choose_window_stride(name, other.model.segment_length)
         baselines.append(Baseline(name, other.model, stride, other.device, other.autocast))
     return baselines
 

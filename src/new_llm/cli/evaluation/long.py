@@ -75,7 +75,7 @@ def load_baselines(
     """
     from new_llm.evaluation.long_documents import Baseline
     from new_llm.evaluation.recall_scoring import has_memory
-    from new_llm.experiments.memory_measurements import check_tokenizer, choose_window_stride
+    from new_llm.experiments.memory_measurements import check_tokenizer
     from new_llm.experiments.subject import load_subject
 
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
@@ -90,7 +90,7 @@ def load_baselines(
         model: Any = other.model
         stride = None
         if has_windows:
-            stride = choose_window_stride(options, model.segment_length, "--window-stride", spec)
+            stride = options.choose_window_stride(model.segment_length, "--window-stride", spec)
         elif not has_memory(model):
             model.segment_length = min(model.segment_length, subject.model.segment_length)
         kind = "windows" if has_windows else "segments"
