@@ -7,6 +7,7 @@ to: one process may tokenize for hours while the others wait for it.
 
 import atexit
 import datetime
+import gc
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the processes meet: its functions' defaults keep the group that they find
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
@@ -323,5 +325,14 @@ def start_processes() -> Processes:
 
 
 def _end_processes() -> None:
-    if dist.is_initialized() and not _State.has_failed:  # after a failure the others may not be there to take leave
-        dist.destroy_process_group()
+    """Take leave of the others while Python still runs.
+
+    A group's threads end with the group, and one of them that drops its last tensor while Python ends aborts the
+    process. So nothing may hold a group any longer: trainings and their meshes are cycles, and they go before the
+    groups do, since a DDP model that is the last to hold one would wait for its threads with the GIL.
+    """
+    if not dist.is_initialized() or _State.has_failed:  # after a failure the others may not be there to take leave
+        return
+    _State.processes = None
+    gc.collect()
+    dist.destroy_process_group()
