@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from new_llm.config import MODEL_OPTIONS, MemoryConfig, ModelConfig, ModelType, PythiaConfig, SelectiveConfig
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer, TokenMemoryLayer
 from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.transformer import TransformerLM
 
@@ -53,8 +53,9 @@ def create_model(
     """A model of the family with fresh weights from torch's global generator.
 
     Args:
-        model_type: pythia, infini, multi_memory, hierarchical; selective, a Pythia with extra passes; or deep_pythia,
-            a Pythia with as many layers as such a selective model runs.
+        model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
+            selective, a Pythia with extra passes; or deep_pythia, a Pythia with as many layers as such a selective
+            model runs.
         config: the shape; None: pythia-70m's.
         segment_length: tokens in a segment; None: max_position_embeddings.
         options: options of the model type; see `MODEL_OPTIONS`, `MemoryConfig` and `SelectiveConfig`.
@@ -86,6 +87,9 @@ def create_model(
         model_kind, options = functools.partial(SelectiveOutputLM, **options), {}
     elif kind == ModelType.DEEP_PYTHIA:
         num_layers, options = num_layers * (1 + options.get("skip_interval", SelectiveConfig.skip_interval)), {}
+    before_head: list[Layer] = []
+    if kind == ModelType.TOKEN_MEMORY:
+        before_head, options = [TokenMemoryLayer(config.hidden_size, **options)], {}
     places = options.pop("memory_layers", MemoryConfig.memory_layers) if "memory_layers" in allowed else ()
     build_memory_layer = MEMORY_LAYERS.get(kind, build_pythia_layer)
     layers = [
@@ -93,7 +97,7 @@ def create_model(
         for index in range(num_layers)
     ]
     return model_kind(
-        layers,
+        [*layers, *before_head],
         vocab_size=config.vocab_size,
         segment_length=length,
         layer_norm_eps=config.layer_norm_eps,

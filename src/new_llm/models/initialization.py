@@ -13,7 +13,7 @@
 
 from torch import nn
 
-from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.memory_attention import MemoryAttention
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
@@ -30,5 +30,5 @@ def initialize_weights(model: nn.Module, initializer_range: float) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     for module in model.modules():
-        if isinstance(module, CompressiveAttention):
+        if isinstance(module, MemoryAttention):
             module.initialize_features()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +99,11 @@ class SelectiveOutputLM(TransformerLM):
         parts: list[list[Tensor]] = []
         num_segments = hidden.shape[1]
         for index, part in enumerate(hidden.split(1, dim=1)):
+            valid, rows = segments.valid, segments.token_rows
             segment = Segments(
-                valid=None if segments.valid is None else segments.valid[:, index : index + 1],
+                valid=None if valid is None else valid[:, index : index + 1],
                 write_last=segments.write_last or index + 1 < num_segments,
+                token_rows=None if rows is None else rows[:, index : index + 1],
             )
             passes, memories = self._run_segment_passes(part, memories, segment)
             parts.append(passes)
@@ -110,7 +113,7 @@ class SelectiveOutputLM(TransformerLM):
         self, hidden: Tensor, memories: LayerMemories, segments: Segments
     ) -> tuple[list[Tensor], LayerMemories]:
         passes: list[Tensor] = []
-        reading = Segments(valid=segments.valid, write_last=False)
+        reading = replace(segments, write_last=False)
         for number in range(self.num_passes):
             if number:
                 hidden = self.begin_pass(hidden)

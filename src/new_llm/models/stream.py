@@ -142,6 +142,7 @@ class MemoryStream:
         longest = int(taken.max())
         columns = (fed.unsqueeze(1) + torch.arange(longest)).clamp(max=input_ids.shape[1] - 1)
         offsets, counts = self.offsets.to(self.device), taken.to(self.device)
+        tokens = input_ids.gather(1, columns.to(self.device))
         step = Step(
             offsets=offsets,
             positions=offsets.unsqueeze(1) + torch.arange(longest, device=self.device),
@@ -149,16 +150,19 @@ class MemoryStream:
             longest=int((self.offsets + taken).max()),
             segment_length=self.model.segment_length,
             start=int(self.offsets[0]) if self._is_level(taken) else None,
+            token_rows=self.model.find_token_rows(tokens),
         )
-        hidden = self.model.embed_in(input_ids.gather(1, columns.to(self.device)))
+        hidden = self.model.embed_in(tokens)
         for number, opened in enumerate(self.opened):
             if number:
                 hidden = self.model.begin_pass(hidden)
             for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
+                if layer.follows_final_norm:
+                    hidden = self.model.final_layer_norm(hidden)
                 hidden, opened[index] = layer.step(hidden, opened[index], memory, step)
         self.offsets = self.offsets + taken
         self._end_segments(self.offsets == self.model.segment_length)
-        return self.model.final_layer_norm(hidden)
+        return self.model.normalize_last(hidden)
 
     def _is_level(self, taken: Tensor) -> bool:
         """Whether all rows stand at one place and take the same number of tokens."""

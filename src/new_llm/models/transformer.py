@@ -41,7 +41,8 @@ class TransformerLM(HeldMemory):
         tie_word_embeddings: the head's weight is the embedding's.
 
     Raises:
-        ValueError: no layers, layers of different sizes, or a length that is not positive.
+        ValueError: no layers, layers of different sizes, a token memory that is not the last, or a length that is not
+            positive.
     """
 
     gradient_checkpointing = False
@@ -66,6 +67,8 @@ class TransformerLM(HeldMemory):
         for name, value in (("vocab_size", vocab_size), ("segment_length", segment_length)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
+        if any(layer.follows_final_norm for layer in layers[:-1]):
+            raise ValueError("layers: a layer that follows the final LayerNorm can only be the last")
         self.vocab_size = vocab_size
         self.segment_length = segment_length
         self.embed_in = nn.Embedding(vocab_size, sizes[0])
@@ -136,17 +139,20 @@ class TransformerLM(HeldMemory):
         num_segments = -(-num_tokens // self.segment_length)
         length = num_tokens if num_segments == 1 else self.segment_length
         missing = num_segments * length - num_tokens
-        hidden = self.embed_in(F.pad(input_ids, (0, missing)) if missing else input_ids)
+        padded = F.pad(input_ids, (0, missing)) if missing else input_ids
+        hidden = self.embed_in(padded)
         valid = None
         if packing is not None:
             valid = mark_valid(packing.lengths, num_segments * length)
         elif missing and write_last:
             valid = mark_valid(torch.full((batch,), num_tokens, device=input_ids.device), num_segments * length)
         segments = Segments(
-            valid=None if valid is None else valid.view(batch, num_segments, length), write_last=write_last
+            valid=None if valid is None else valid.view(batch, num_segments, length),
+            write_last=write_last,
+            token_rows=self.find_token_rows(padded.view(batch, num_segments, length)),
         )
         passes, memories = self.run_passes(hidden.view(batch, num_segments, length, -1), memories, segments)
-        return [self.final_layer_norm(hidden.flatten(1, 2)[:, :num_tokens]) for hidden in passes], memories
+        return [self.normalize_last(hidden.flatten(1, 2)[:, :num_tokens]) for hidden in passes], memories
 
     def run_passes(
         self, hidden: Tensor, memories: LayerMemories, segments: Segments
@@ -159,7 +165,9 @@ class TransformerLM(HeldMemory):
         """One pass through all layers, [B, n, S, D] to the same, and each layer's memory after it."""
         new_memories: LayerMemories = []
         checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer, memory in zip(self.layers, memories, strict=True):
+        for layer, memory in zip(self.layer_list, memories, strict=True):
+            if layer.follows_final_norm:
+                hidden = self.final_layer_norm(hidden)
             if checkpoints:
                 hidden, new_memory = checkpoint(
                     layer, hidden, memory, segments, use_reentrant=False, preserve_rng_state=False
@@ -168,6 +176,14 @@ class TransformerLM(HeldMemory):
                 hidden, new_memory = layer(hidden, memory, segments)
             new_memories.append(new_memory)
         return hidden, new_memories
+
+    def find_token_rows(self, input_ids: Tensor) -> Tensor | None:
+        """The head's row of each token, [..., D], for a layer before the head; None: there is none."""
+        return F.embedding(input_ids, self.embed_out.weight) if self.layer_list[-1].follows_final_norm else None
+
+    def normalize_last(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from what comes out of the last layer."""
+        return hidden if self.layer_list[-1].follows_final_norm else self.final_layer_norm(hidden)
 
     @property
     def num_passes(self) -> int:

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from new_llm.config import TrainConfig
-from new_llm.models.layers import CompressiveAttention, MemoryLayer
+from new_llm.models.layers import MemoryAttention, MemoryLayer
 
 
 def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
@@ -25,7 +25,7 @@ def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     undecayed = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, CompressiveAttention)
+        if isinstance(module, MemoryAttention)
         for parameter in module.undecayed_parameters()
     }
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "undecayed": [], "gates": []}

@@ -4,10 +4,12 @@ from new_llm.models.layers.base import LAYER_KINDS, Attention, Layer, Segments, 
 from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.hierarchical import HierarchicalLayer
 from new_llm.models.layers.infini import InfiniLayer
+from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.multi_memory import MultiMemoryLayer
 from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer
+from new_llm.models.layers.token_memory import TokenMemoryLayer
 
 __all__ = [
     "LAYER_KINDS",
@@ -16,11 +18,13 @@ __all__ = [
     "HierarchicalLayer",
     "InfiniLayer",
     "Layer",
+    "MemoryAttention",
     "MemoryLayer",
     "MultiMemoryLayer",
     "ParallelInfiniLayer",
     "PythiaLayer",
     "Segments",
     "Step",
+    "TokenMemoryLayer",
     "register_layer",
 ]

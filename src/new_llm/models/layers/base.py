@@ -22,10 +22,12 @@ class Segments:
     Attributes:
         valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real.
         write_last: whether the last segment's write is wanted; without it the returned memory lacks that segment.
+        token_rows: the head's rows of the tokens, [B, n, S, D]; None: no layer asks for them.
     """
 
     valid: Tensor | None = None
     write_last: bool = True
+    token_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Step:
         longest: tokens in the longest row's segment after this step.
         segment_length: tokens of a whole segment.
         start: offset of every row, where all are the same and no token is masked; None: rows differ.
+        token_rows: the head's rows of the tokens, [B, T, D]; None: no layer asks for them.
         shared: what layers of one kind compute alike and share within the step.
     """
 
@@ -48,6 +51,7 @@ class Step:
     longest: int
     segment_length: int
     start: int | None = None
+    token_rows: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -94,6 +98,8 @@ class Layer(nn.Module):
 
     kind: ClassVar[str]
     """The layer's name in configurations, reports and files."""
+    follows_final_norm: ClassVar[bool] = False
+    """Whether the layer stands between the final LayerNorm and the head, and reads `token_rows`; it can only be last."""
     settings: dict[str, Any]
     """The constructor's arguments, from which a saved model is made again; set by `register_layer`."""
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.config import MemoryConfig
-from new_llm.models.layers.base import Attention, Segments, Step, check_divides
+from new_llm.models.layers.base import Segments, Step, check_divides
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
+from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.recurrence import scan_segments
 from new_llm.models.ops import (
     ScannedReads,
@@ -49,7 +50,7 @@ class OpenSegment:
     last_key: Tensor
 
 
-class CompressiveAttention(Attention):
+class CompressiveAttention(MemoryAttention):
     """g A_mem + (1 − g) A_loc with g = sigmoid(β) a head; a kind of layer says how A_mem mixes its memories.
 
     Source: Infini-attention, arXiv:2404.07143, section 2, with linear attention in place of the local softmax.
@@ -143,14 +144,6 @@ class CompressiveAttention(Attention):
         if self.match_query_key_init:
             weight[:, 1] = weight[:, 0]
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train at the gates' learning rate, without decay."""
-        return [self.gate]
-
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Matrices that train at the model's learning rate, but without decay."""
-        return []
-
     # The core over whole segments
 
     def forward(
@@ -186,12 +179,6 @@ class CompressiveAttention(Attention):
         return gate * from_memory + (1 - gate) * local
 
     # Writing
-
-    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
-        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
-        shape = (self.num_memories, self.num_memory_heads, self.head_size, self.head_size)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return MemoryState.empty(rows, shape, dtype=dtype, device=like.device)
 
     def _decay_like(self, norm: Tensor) -> Tensor | None:
         """w as a tensor of the memory's precision, which the model's need not be."""

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.models.layers.base import Layer
-from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.state import MemoryFacts, MemoryState
 from new_llm.processes import gather_tensor
 
 
 class MemoryLayer(Layer):
-    """A layer around `CompressiveAttention`: what it adds is the description of its memory."""
+    """A layer around `MemoryAttention`: what it adds is the description of its memory."""
 
-    attention: CompressiveAttention
+    attention: MemoryAttention
     key_prefix: ClassVar[str] = ""
     """What stands before `memories` in the keys of the layer's state."""
     index_key: ClassVar[str]

@@ -1,5 +1,6 @@
 """Pure functions of compressive memory; each fast form has a naive form beside it, written from the equation."""
 
+from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, solve_writes
 from new_llm.models.ops.linear_attention import (
     feature_map,
     local_linear_attention,
@@ -29,12 +30,15 @@ __all__ = [
     "multiply_norms",
     "read_memories",
     "read_memories_naive",
+    "scan_delta_rule",
+    "scan_delta_rule_naive",
     "scan_memories",
     "scan_memories_naive",
     "scan_sums",
     "scan_sums_naive",
     "select_memories",
     "select_memories_naive",
+    "solve_writes",
     "sum_outer_products",
     "weigh_memories",
     "write_memory",

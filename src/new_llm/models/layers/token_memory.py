@@ -1,0 +1,255 @@
+"""The token memory: what followed a context comes back as the head's own row of the token that followed."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from new_llm.config import MemoryConfig
+from new_llm.models.layers.base import Segments, Step, register_layer
+from new_llm.models.layers.key_shift import pick_last_key, shift_keys
+from new_llm.models.layers.memory_attention import MemoryAttention
+from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.ops import scan_delta_rule, solve_writes
+from new_llm.models.state import MemoryState, choose_rows
+
+
+@dataclass(frozen=True)
+class OpenTokens:
+    """What an open segment has written so far, of constant size.
+
+    Attributes:
+        change: M now less M before the segment, [B, H, K, V].
+        norms: Σ k², [B, H, K].
+        num_tokens: tokens read, [B].
+        last_key: the last token's own key, [B, H, K], under which the next token is filed; 0 where there is none.
+    """
+
+    change: Tensor
+    norms: Tensor
+    num_tokens: Tensor
+    last_key: Tensor
+
+
+class TokenMemoryAttention(MemoryAttention):
+    """α W_o Σ_h g_h q_h M_h, with M written by the delta rule token by token: M ← M + kᵀ β (v − k M).
+
+    Queries and keys are projections of length 1 of what enters; a token's value is W_v u, u the head's row for it at
+    length 1, filed under the key of the token before it. A segment reads M of before it.
+
+    Args:
+        hidden_size: D, which is K and V as well.
+        num_memory_heads: H.
+        gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
+        read_scale_init: the initial α.
+    """
+
+    num_memories = 1
+    segments_per_memory = 1
+    use_delta_rule = True
+
+    def __init__(self, hidden_size: int, num_memory_heads: int, *, gate_init: float, read_scale_init: float) -> None:
+        super().__init__()
+        if num_memory_heads < 1:
+            raise ValueError(f"num_memory_heads: {num_memory_heads} is not positive")
+        self.num_memory_heads = num_memory_heads
+        self.head_size = hidden_size
+        self.query = nn.Linear(hidden_size, num_memory_heads * hidden_size)
+        self.key = nn.Linear(hidden_size, num_memory_heads * hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.strength = nn.Linear(hidden_size, num_memory_heads)
+        self.token_gate = nn.Linear(hidden_size, num_memory_heads, bias=False)
+        self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.read_scale = nn.Parameter(torch.tensor(float(read_scale_init)))
+        self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, hidden_size, hidden_size))
+
+    @torch.no_grad()
+    def initialize_features(self) -> None:
+        """Queries find their like, values pass unchanged, every token writes with β = 1 and reads with the same gate."""
+        self.key.weight.copy_(self.query.weight)
+        for linear in (self.value, self.dense):
+            nn.init.eye_(linear.weight)
+        for linear in (self.strength, self.token_gate):
+            nn.init.zeros_(linear.weight)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """β_g and α."""
+        return [self.gate, self.read_scale]
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """What the memory holds of no text."""
+        return [self.initial_memory]
+
+    # The core over whole segments
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """All segments' reads and writes."""
+        batch, num_segments, length, _ = hidden.shape
+        with torch.autocast(hidden.device.type, enabled=False):
+            q, k, v, beta = self._project(hidden, segments.token_rows)
+            k = shift_keys(k)
+            if segments.valid is not None:
+                k = k * segments.valid[:, :, None, :, None]
+            num_writes = num_segments - (not segments.write_last)
+            before = self.empty_memory(batch, q) if memory is None else memory
+            start = self._start(before)
+            frozen = all(before.frozen)
+            reads, end = scan_delta_rule(q, k, v, beta, start, num_writes=0 if frozen else num_writes)
+            mixed = self._mix(hidden, reads)
+            if num_writes:
+                if segments.valid is None:
+                    counts = torch.full((batch, num_writes), length, device=hidden.device)
+                else:
+                    counts = segments.valid[:, :num_writes].sum(-1)
+                written = k[:, :num_writes].square().sum((1, 3))
+                memory = self._write(before, end - start, written, counts.sum(1), (counts > 0).sum(1))
+        return mixed, memory
+
+    def _project(self, hidden: Tensor, token_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q and k [..., H, S, K], v [..., 1, S, V] and β [..., H, S], float32 at least."""
+        if token_rows is None:
+            raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+        def split(x: Tensor) -> Tensor:
+            return F.normalize(x.to(dtype).unflatten(-1, (self.num_memory_heads, -1)), dim=-1).transpose(-2, -3)
+
+        rows = F.normalize(token_rows.to(dtype), dim=-1).to(hidden.dtype)
+        beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype)).transpose(-1, -2)
+        return split(self.query(hidden)), split(self.key(hidden)), self.value(rows).to(dtype).unsqueeze(-3), beta
+
+    def _mix(self, hidden: Tensor, reads: Tensor) -> Tensor:
+        """Reads [..., H, S, V] to what is added, [..., S, D]."""
+        gates = torch.sigmoid(self.gate + self.token_gate(hidden)).transpose(-1, -2)
+        mixed = (gates.unsqueeze(-1).to(reads.dtype) * reads).sum(-3)
+        return self.dense(mixed.to(hidden.dtype)) * self.read_scale.to(hidden.dtype)
+
+    # Writing: a state holds what text has changed, so that an empty one is zero
+
+    def _start(self, memory: MemoryState) -> Tensor:
+        return self.initial_memory.to(memory.memories.dtype) + memory.memories[:, 0]
+
+    def _write(
+        self, memory: MemoryState, change: Tensor, norms: Tensor, num_tokens: Tensor, num_segments: Tensor
+    ) -> MemoryState:
+        if all(memory.frozen):
+            return replace(memory, num_segments=memory.num_segments + num_segments)
+        return replace(
+            memory,
+            memories=memory.memories + change.unsqueeze(1),
+            norms=memory.norms + norms.unsqueeze(1),
+            num_tokens=memory.num_tokens + num_tokens.unsqueeze(1),
+            num_segments=memory.num_segments + num_segments,
+        )
+
+    # The core over tokens that continue open segments
+
+    def step(
+        self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
+    ) -> tuple[Tensor, OpenTokens]:
+        """Reads from the memory of before the segment; what is written waits for the segment's end."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            q, k, v, beta = self._project(hidden, step.token_rows)
+            start = self._start(self.empty_memory(len(hidden), q) if memory is None else memory)
+            mixed = self._mix(hidden, q @ start)
+            if opened is None:
+                opened = self._open(len(hidden), q)
+            k, last_key = shift_keys(k, opened.last_key), pick_last_key(k, opened.last_key, step.valid)
+            if step.valid is not None:
+                k = k * step.valid[:, None, :, None]
+            changes, corrections = solve_writes(k, v, beta)
+            change = changes - corrections @ (start + opened.change)
+            count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
+            opened = OpenTokens(
+                change=opened.change + k.transpose(-1, -2) @ change,
+                norms=opened.norms + k.square().sum(-2),
+                num_tokens=opened.num_tokens + count,
+                last_key=last_key,
+            )
+        return mixed, opened
+
+    def _open(self, rows: int, like: Tensor) -> OpenTokens:
+        keys = like.new_zeros(rows, self.num_memory_heads, self.head_size)
+        num_tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return OpenTokens(keys.new_zeros(*keys.shape, self.head_size), keys, num_tokens, keys)
+
+    def end_segments(
+        self, opened: OpenTokens | None, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[OpenTokens | None, MemoryState | None]:
+        """Add the ended rows' changes to the memory, and begin anew."""
+        if opened is None:
+            return opened, memory
+        memory = self.empty_memory(len(ended), opened.change) if memory is None else memory
+        count = opened.num_tokens * ended
+        change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
+        norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
+        memory = self._write(memory, change, norms, count, (count > 0).long())
+        kept = {name: getattr(opened, name) for name in OpenTokens.__annotations__}
+        cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
+        return OpenTokens(**cleared), memory
+
+
+@register_layer
+class TokenMemoryLayer(MemoryLayer):
+    """x + α W_o Σ_h g_h q_h M_h between the final LayerNorm and the head: a memory of tokens by their context.
+
+    Keys and queries are made of what the head reads, x, values of the head's rows of the tokens that are read: so what
+    is found for a context is a direction in which the head has the tokens that followed its like. The rule is DeltaNet's
+    (arXiv:2102.11174, section 4.2, arXiv:2406.06484), token by token; as in Infini-attention (arXiv:2404.07143) a segment
+    reads the memory of before it. That a language model gains from what followed like contexts, found at its head, is
+    the continuous cache's idea (arXiv:1612.04426), which keeps every context; here the memory's size is constant. An
+    empty memory holds what has been learned for texts of which nothing is known.
+
+    Args:
+        hidden_size: D.
+        num_memory_heads: H memories [D, D]; None: 1.
+        gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
+        read_scale_init: the initial α.
+
+    Raises:
+        ValueError: no memory head.
+    """
+
+    kind: ClassVar[str] = "token_memory"
+    index_key: ClassVar[str] = "current_memory_idx"
+    follows_final_norm: ClassVar[bool] = True
+    attention: TokenMemoryAttention
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_memory_heads: int | None = None,
+        gate_init: float = MemoryConfig.gate_init,
+        read_scale_init: float = MemoryConfig.read_scale_init,
+    ) -> None:
+        nn.Module.__init__(self)  # not Layer's: there are no norms and no MLP
+        self.hidden_size = hidden_size
+        self.attention = TokenMemoryAttention(
+            hidden_size,
+            1 if num_memory_heads is None else num_memory_heads,
+            gate_init=gate_init,
+            read_scale_init=read_scale_init,
+        )
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Whole segments; see `Layer.forward`. `segments.token_rows` is needed."""
+        if hidden.dim() == 3:
+            whole, memory = self(hidden.unsqueeze(1), memory, segments)
+            return whole.squeeze(1), memory
+        recalled, memory = self.attention(hidden, memory, segments or Segments())
+        return hidden + recalled, memory
+
+    def step(
+        self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
+    ) -> tuple[Tensor, OpenTokens]:
+        """Some more tokens; see `Layer.step`."""
+        recalled, opened = self.attention.step(hidden, opened, memory, step)
+        return hidden + recalled, opened

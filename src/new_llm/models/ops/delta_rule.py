@@ -1,0 +1,63 @@
+"""The delta rule token by token, a segment at a time: M_t = M_{t−1} + k_tᵀ β_t (v_t − k_t M_{t−1}).
+
+Inside a segment the rule is a triangular system, and over segments a recurrence of matrix products
+(arXiv:2406.06484, section 3): with A = I + tril(diag(β) K Kᵀ, −1), U = A⁻¹ diag(β) V and W = A⁻¹ diag(β) K,
+M ← M + Kᵀ (U − W M).
+
+Legend: B rows, n segments, S tokens of a segment, H heads, K and V widths of keys and values.
+"""
+
+import torch
+from torch import Tensor
+
+
+def scan_delta_rule_naive(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, *, num_writes: int
+) -> tuple[Tensor, Tensor]:
+    """`scan_delta_rule` from the equation, a token at a time."""
+    reads = []
+    for index in range(q.shape[1]):
+        reads.append(q[:, index] @ memory)
+        if index >= num_writes:
+            continue
+        for token in range(q.shape[3]):
+            key, value = k[:, index, :, token], v[:, index, :, token]
+            held = (key.unsqueeze(-2) @ memory).squeeze(-2)
+            change = beta[:, index, :, token, None] * (value - held)
+            memory = memory + key.unsqueeze(-1) * change.unsqueeze(-2)
+    return torch.stack(reads, 1), memory
+
+
+def scan_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, *, num_writes: int
+) -> tuple[Tensor, Tensor]:
+    """Read the memory of before each segment, then write the segment.
+
+    Args:
+        q: queries, [B, n, H, S, K].
+        k: keys, likewise; 0 where nothing is written.
+        v: values, [B, n, H, S, V], or what broadcasts to it.
+        beta: how much of the error is written, [B, n, H, S]; between 0 and 2 for keys of length 1.
+        memory: M before the first segment, [B, H, K, V].
+        num_writes: how many of the segments, from the first, are written.
+
+    Returns:
+        q M of each segment [B, n, H, S, V], and M after the last write.
+    """
+    changes, corrections = solve_writes(k[:, :num_writes], v[:, :num_writes], beta[:, :num_writes])
+    reads = []
+    for index in range(q.shape[1]):
+        reads.append(q[:, index] @ memory)
+        if index < num_writes:
+            change = changes[:, index] - corrections[:, index] @ memory
+            memory = memory + k[:, index].transpose(-1, -2) @ change
+    return torch.stack(reads, 1), memory
+
+
+def solve_writes(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """U and W of whole pieces of text: what a piece writes is Kᵀ (U − W M); [..., S, V] and [..., S, K]."""
+    weighed = beta.unsqueeze(-1) * k
+    earlier = torch.tril(weighed @ k.transpose(-1, -2), diagonal=-1)
+    targets = torch.cat((beta.unsqueeze(-1) * v, weighed), dim=-1)
+    solved = torch.linalg.solve_triangular(earlier, targets, upper=False, unitriangular=True)
+    return solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
