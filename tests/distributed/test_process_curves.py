@@ -15,7 +15,7 @@ from new_llm.training.checkpoint import BEST_FOLDER, read_checkpoint
 from new_llm.training.checkpoint_folder import list_checkpoints
 
 WAYS = ("ddp", "fsdp")
-KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective")
+KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory")
 TOLERANCE = 1e-4
 
 

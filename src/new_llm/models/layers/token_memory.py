@@ -1,7 +1,7 @@
 """The token memory: what followed a context comes back as the head's own row of the token that followed."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class TokenMemoryAttention(MemoryAttention):
         self.token_gate = nn.Linear(hidden_size, num_memory_heads, bias=False)
         self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.read_scale = nn.Parameter(torch.tensor(float(read_scale_init)))
+        self.read_scale = nn.Parameter(torch.full((1,), float(read_scale_init)))
         self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, hidden_size, hidden_size))
 
     @torch.no_grad()
@@ -218,7 +218,6 @@ class TokenMemoryLayer(MemoryLayer):
     kind: ClassVar[str] = "token_memory"
     index_key: ClassVar[str] = "current_memory_idx"
     follows_final_norm: ClassVar[bool] = True
-    attention: TokenMemoryAttention
 
     def __init__(
         self,
@@ -247,9 +246,7 @@ class TokenMemoryLayer(MemoryLayer):
         recalled, memory = self.attention(hidden, memory, segments or Segments())
         return hidden + recalled, memory
 
-    def step(
-        self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
-    ) -> tuple[Tensor, OpenTokens]:
+    def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
         """Some more tokens; see `Layer.step`."""
         recalled, opened = self.attention.step(hidden, opened, memory, step)
         return hidden + recalled, opened
