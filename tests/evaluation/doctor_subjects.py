@@ -6,7 +6,7 @@ import importlib.resources
 import torch
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig
+from new_llm.config import MODEL_OPTIONS, PythiaConfig
 from new_llm.config.doctor import DoctorConfig
 from new_llm.data.curriculum import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -65,7 +65,7 @@ def find_weights(kind: str, shift: int = 1):
         num_attention_heads=2,
         intermediate_size=64,
     )
-    options = {} if kind in ("pythia", "selective") else {"use_delta_rule": kind != "hierarchical"}
+    options = {"use_delta_rule": kind != "hierarchical"} if "use_delta_rule" in MODEL_OPTIONS[kind] else {}
     model = create_model(kind, config, segment_length=SEGMENT, **options)
     tokens = torch.from_numpy(make_data().train.tokens.astype("int64"))
     width = 2 * SEGMENT + shift

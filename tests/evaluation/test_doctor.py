@@ -31,7 +31,7 @@ def wrap(owner, name, change):
     setattr(owner, name, change(getattr(owner, name)))
 
 
-@pytest.mark.parametrize("kind", ["pythia", "infini", "multi_memory", "hierarchical", "selective"])
+@pytest.mark.parametrize("kind", ["pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory"])
 def test_a_healthy_model_passes_all_and_is_left_as_it_was(kind):
     model = make_trained(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -184,7 +184,8 @@ def change_written(model, change):
 
         return changed
 
-    wrap(model.layers[0], "forward", wrapped)
+    (layer,) = model.memory_layers.values()
+    wrap(layer, "forward", wrapped)
 
 
 def test_a_memory_scaled_by_its_tokens_while_z_is_not():
@@ -193,8 +194,9 @@ def test_a_memory_scaled_by_its_tokens_while_z_is_not():
     check_fault(examine(model), "memory", "grow unlike")
 
 
-def test_a_memory_that_overflows():
-    model = make_trained("infini")
+@pytest.mark.parametrize("kind", ["infini", "token_memory"])
+def test_a_memory_that_overflows(kind):
+    model = make_trained(kind)
     change_written(model, lambda m: dataclasses.replace(m, memories=m.memories * 1e20))
     report = examine(model, config=dataclasses.replace(CONFIG, checks=("memory",)))
     check_fault(report, "memory", "not finite")

@@ -22,7 +22,7 @@ SENTENCES = [pair.forward for pair in get_reversal_pairs()]
 TEXTS = [" ".join(SENTENCES[begin:end]) for begin, end in pairwise([0, 9, 10, 24, 27])]
 TOKENIZER = train_tokenizer(TEXTS, 400)
 SPLIT = tokenize_documents(TEXTS, TOKENIZER)
-KINDS = ["pythia", "infini", "multi_memory", "hierarchical"]
+KINDS = ["pythia", "infini", "multi_memory", "hierarchical", "token_memory"]
 
 
 def make_model(kind, segment_length=16):

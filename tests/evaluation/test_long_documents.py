@@ -248,6 +248,7 @@ def make_model(kind, **options):
         ("infini", {"use_alibi": True, "num_memory_banks": 2, "segments_per_bank": 1}),
         ("multi_memory", {}),
         ("hierarchical", {}),
+        ("token_memory", {}),
         ("selective", {}),
     ],
 )
