@@ -287,6 +287,7 @@ def test_swaps_out_of_range_are_named(tmp_path, neox):
         ({0: "lstm"}, "unknown kind 'lstm'; allowed are"),
         ({0: {"kind": "infini", "num_banks": 2}}, "layer 0: .*num_banks"),
         ({0: InfiniLayer(16, 2, 24)}, "hidden size 16, the checkpoint's is 32"),
+        ({1: "token_memory"}, "token_memory follows the final LayerNorm and can only be the last, not 1"),
     ):
         with pytest.raises(ValueError, match=message):
             TransformerLM.from_pythia(folder, replace_layers=choices)

@@ -14,7 +14,7 @@ from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.inputs import check_input_ids, check_targets
-from new_llm.models.layers import Layer, ParallelInfiniLayer, Segments
+from new_llm.models.layers import Layer, ParallelInfiniLayer, Segments, check_order
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
 from new_llm.models.ops.linear_cross_entropy import linear_cross_entropy
 from new_llm.models.padding import Packing, check_mask, mark_valid, plan_packing
@@ -67,8 +67,7 @@ class TransformerLM(HeldMemory):
         for name, value in (("vocab_size", vocab_size), ("segment_length", segment_length)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
-        if any(layer.follows_final_norm for layer in layers[:-1]):
-            raise ValueError("layers: a layer that follows the final LayerNorm can only be the last")
+        check_order(layers)
         self.vocab_size = vocab_size
         self.segment_length = segment_length
         self.embed_in = nn.Embedding(vocab_size, sizes[0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.models.initialization import initialize_weights
-from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer
+from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, check_order
 
 LayerChoice = str | Mapping[str, Any] | Layer
 """A kind ("infini"), a kind with options ({"kind": "infini", "num_memory_heads": 8}), or a layer."""
@@ -21,15 +21,16 @@ def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config:
     """The layers with some of them replaced by other kinds; see `take_over_weights`.
 
     Raises:
-        ValueError: no layer of that index, an unknown kind or option, or a layer of another hidden size.
+        ValueError: no layer of that index, an unknown kind or option, a layer of another hidden size,
+            or one that can only be the last in another place.
     """
     for index in choices:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(layers):
             raise ValueError(f"replace_layers: no layer {index!r}; the model has 0 to {len(layers) - 1}")
+    chosen = {index: make_layer(choice, config, index) for index, choice in choices.items()}
+    check_order([chosen.get(index, layer) for index, layer in enumerate(layers)])
     return [
-        take_over_weights(layer, make_layer(choices[index], config, index), config.initializer_range)
-        if index in choices
-        else layer
+        take_over_weights(layer, chosen[index], config.initializer_range) if index in chosen else layer
         for index, layer in enumerate(layers)
     ]
 

@@ -1,6 +1,6 @@
 """The layers that a model is composed of: one block each."""
 
-from new_llm.models.layers.base import LAYER_KINDS, Attention, Layer, Segments, Step, register_layer
+from new_llm.models.layers.base import LAYER_KINDS, Attention, Layer, Segments, Step, check_order, register_layer
 from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.hierarchical import HierarchicalLayer
 from new_llm.models.layers.infini import InfiniLayer
@@ -26,5 +26,6 @@ __all__ = [
     "Segments",
     "Step",
     "TokenMemoryLayer",
+    "check_order",
     "register_layer",
 ]

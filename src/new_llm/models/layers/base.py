@@ -6,6 +6,7 @@ Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step,
 import functools
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -191,6 +192,17 @@ def register_layer(layer_type: LayerType) -> LayerType:
 
     cast(Any, layer_type).__init__ = __init__
     return layer_type
+
+
+def check_order(layers: Sequence[Layer]) -> None:
+    """Refuse layers of which one that follows the final LayerNorm is not the last.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for index, layer in enumerate(layers[:-1]):
+        if layer.follows_final_norm:
+            raise ValueError(f"layers: {layer.kind} follows the final LayerNorm and can only be the last, not {index}")
 
 
 def check_divides(what: str, number: int, hidden_size: int) -> int:
