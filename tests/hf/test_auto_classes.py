@@ -23,7 +23,7 @@ def make_model(kind: str = "infini", seed: int = 0, **options: Any) -> Transform
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["pythia", "infini", "multi_memory", "hierarchical", "selective"])
+@pytest.mark.parametrize("kind", ["pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory"])
 def test_save_and_load_bit_for_bit(tmp_path, kind, dtype):
     model = make_model(kind).to(dtype)
     randomize(model)

@@ -17,6 +17,7 @@ from new_llm.models.layers import (
     MultiMemoryLayer,
     ParallelInfiniLayer,
     PythiaLayer,
+    TokenMemoryLayer,
 )
 
 VOCAB_SIZE = 128
@@ -39,7 +40,14 @@ TEXT = (
 
 LAYER_TYPES: dict[str, type[Layer]] = {
     layer_type.kind: layer_type
-    for layer_type in (PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer, ParallelInfiniLayer)
+    for layer_type in (
+        PythiaLayer,
+        InfiniLayer,
+        MultiMemoryLayer,
+        HierarchicalLayer,
+        ParallelInfiniLayer,
+        TokenMemoryLayer,
+    )
 }
 
 
@@ -51,7 +59,8 @@ class LayerCase:
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, hidden_size: int = HIDDEN_SIZE, num_heads: int = NUM_HEADS) -> Layer:
-        return LAYER_TYPES[self.kind](hidden_size, num_heads, INTERMEDIATE_SIZE, **self.options)
+        shape = (hidden_size,) if self.kind == "token_memory" else (hidden_size, num_heads, INTERMEDIATE_SIZE)
+        return LAYER_TYPES[self.kind](*shape, **self.options)
 
     @property
     def name(self) -> str:
@@ -131,6 +140,8 @@ MIXED_STACKS = {
         _PYTHIA,
         LayerCase("multi_memory", {"num_memories": 2, "use_key_shift": True, "use_delta_rule": False}),
     ],
+    "tokens": [_PYTHIA, LayerCase("token_memory", {"num_memory_heads": 2})],
+    "infini-tokens": [LayerCase("infini", {"use_key_shift": True}), _PYTHIA, LayerCase("token_memory")],
 }
 MEMORY_STACKS = {**{name: [case, _PYTHIA] for name, case in MEMORY_CASES.items()}, **MIXED_STACKS}
 STACKS = {"pythia": [_PYTHIA, _PYTHIA], **MEMORY_STACKS}

@@ -9,7 +9,9 @@ from model_cases import LAYER_TYPES
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import MemoryLayer
 
-KINDS = [kind for kind, layer_type in LAYER_TYPES.items() if issubclass(layer_type, MemoryLayer)]
+KINDS = [
+    kind for kind, layer_type in LAYER_TYPES.items() if issubclass(layer_type, MemoryLayer) and kind != "token_memory"
+]
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 

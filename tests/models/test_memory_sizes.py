@@ -6,7 +6,7 @@ from model_cases import get_model
 from torch import Tensor
 
 from new_llm.models import TransformerLM
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, TokenMemoryLayer
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,8 @@ from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLay
         (MultiMemoryLayer(512, 8, 64), 532_480),
         (HierarchicalLayer(512, 8, 64, num_memories=4), 532_480),
         (InfiniLayer(512, 8, 64, num_memory_heads=8, num_memory_banks=2), 2 * 133_120),
+        (TokenMemoryLayer(512), 1_050_624),
+        (TokenMemoryLayer(512, num_memory_heads=3), 3 * 1_050_624),
     ],
 )
 def test_memory_bytes(layer: torch.nn.Module, num_bytes: int) -> None:

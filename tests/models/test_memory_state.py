@@ -204,7 +204,7 @@ def test_things_that_are_no_state_are_refused_with_one_line(state: Any) -> None:
     assert_states_equal(model.get_memory_state(), held)
 
 
-@pytest.mark.parametrize("name", MIXED_STACKS)
+@pytest.mark.parametrize("name", MIXED_STACKS.keys() - {"tokens"})  # which has one memory layer alone
 def test_layers_of_different_numbers_of_rows_are_refused(name: str) -> None:
     model = get_model(name)
     three, shared, two = fill(model, 3), fill(model), fill(model, 2)

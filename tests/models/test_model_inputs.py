@@ -1,5 +1,6 @@
 """Bad input: a ValueError of one line that names what is allowed."""
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from model_cases import VOCAB_SIZE, get_model, text_ids
 
 from new_llm.config import MODEL_OPTIONS, ModelType, PythiaConfig
 from new_llm.models import TransformerLM, create_model
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, TokenMemoryLayer
 
 CONFIG = PythiaConfig(
     vocab_size=VOCAB_SIZE,
@@ -49,9 +50,10 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "segments_per_bank": ([ModelType.INFINI], [0, -2]),
     "use_alibi": ([ModelType.INFINI], []),
     "alibi_scale": ([ModelType.INFINI], [-0.5, float("nan")]),
-    "num_memory_heads": (MEMORY_TYPES, [0, -1, 3, 64]),
+    "num_memory_heads": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0, -1]),
     "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
-    "gate_init": (MEMORY_TYPES, []),
+    "gate_init": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], []),
+    "read_scale_init": ([ModelType.TOKEN_MEMORY], []),
     "query_key_init_scale": (MEMORY_TYPES, [0.0, -1.0, float("nan")]),
     "query_key_init_bias": (MEMORY_TYPES, []),
     "match_query_key_init": (MEMORY_TYPES, []),
@@ -64,6 +66,9 @@ OUT_OF_RANGE = [
     for model_type in model_types
     for value in values
 ]
+OUT_OF_RANGE += itertools.product(
+    MEMORY_TYPES, ["num_memory_heads"], [3, 64]
+)  # parts of the width; of others the width
 
 
 @pytest.mark.parametrize(("model_type", "option", "value"), OUT_OF_RANGE)
@@ -122,11 +127,17 @@ def test_options_reach_the_layer() -> None:
     banked = create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True).layers[0].attention
     assert (banked.num_memories, banked.segments_per_memory) == (2, 3)
     assert banked.decay is not None
+    for options in ({}, {"num_memory_heads": 3, "gate_init": 1.5, "read_scale_init": 0.25}):
+        tokens = create_model("token_memory", CONFIG, **options).layers[-1].attention
+        assert tokens.gate.tolist() == [options.get("gate_init", 0.0)] * options.get("num_memory_heads", 1)
+        assert tokens.read_scale.tolist() == [options.get("read_scale_init", 8.0)]
     for model_type in ModelType:
         model = create_model(model_type, CONFIG)
         assert model.segment_length == CONFIG.max_position_embeddings
         kinds = [model_type if model_type in MEMORY_TYPES else "pythia", "pythia"]
-        assert [layer.kind for layer in model.layers] == kinds * (2 if model_type == ModelType.DEEP_PYTHIA else 1)
+        kinds *= 2 if model_type == ModelType.DEEP_PYTHIA else 1
+        before_head = ["token_memory"] if model_type == ModelType.TOKEN_MEMORY else []
+        assert [layer.kind for layer in model.layers] == kinds + before_head
         assert create_model(model_type, CONFIG, segment_length=7).segment_length == 7
 
 
@@ -164,6 +175,7 @@ def test_models_without_layers_or_of_different_layers() -> None:
     pythia = PythiaLayer(32, 4, 48)
     refuse(lambda: TransformerLM([]), "layers", "at least one")
     refuse(lambda: TransformerLM([pythia, InfiniLayer(16, 2, 24)]), "16", "32")
+    refuse(lambda: TransformerLM([TokenMemoryLayer(32), pythia]), "token_memory", "can only be the last")
     refuse(lambda: TransformerLM([pythia], vocab_size=0), "vocab_size", "0")
     refuse(lambda: TransformerLM([pythia], segment_length=-3), "segment_length", "-3")
 

@@ -73,9 +73,12 @@ def test_bfloat16_stream_stays_near_the_parallel_path(name: str) -> None:
     assert_memory_is_float32(model)
 
 
-@by_stack
+@pytest.mark.parametrize("name", [name for name in (*SHORT_STACKS, "pythia") if "tokens" not in name])
 def test_float16_reads_survive_a_huge_memory(name: str) -> None:
-    """After 10 million tokens M and z are beyond float16's 65,504; a read is a ratio and is not."""
+    """After 10 million tokens M and z are beyond float16's 65,504; a read is a ratio and is not.
+
+    A token memory's M, which unit keys write by the delta rule, does not grow with the number of tokens.
+    """
     model = build_model(STACKS[name], dtype=torch.float32)
     ids = text_ids(2, 13)
     run(model, ids)

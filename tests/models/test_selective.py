@@ -10,7 +10,15 @@ from torch import Tensor
 
 from new_llm.config import PythiaConfig
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.layers import (
+    HierarchicalLayer,
+    InfiniLayer,
+    Layer,
+    MultiMemoryLayer,
+    PythiaLayer,
+    Segments,
+    TokenMemoryLayer,
+)
 
 CONFIG = PythiaConfig(
     vocab_size=VOCAB_SIZE,
@@ -32,6 +40,7 @@ STACKS = {
         HierarchicalLayer(32, 4, 48, num_memories=2, use_delta_rule=False),
         PythiaLayer(32, 4, 48),
     ],
+    "tokens": lambda: [PythiaLayer(32, 4, 48), TokenMemoryLayer(32, num_memory_heads=2)],
 }
 by_stack = pytest.mark.parametrize("stack", STACKS)
 by_passes = pytest.mark.parametrize("skip_interval", [1, 2])
@@ -77,17 +86,21 @@ def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interva
     memories: list[Any] = [None] * len(model.layers)
     expected: list[Tensor] = []
     for begin in range(0, ids.shape[1], SEGMENT):
-        hidden = model.embed_in(ids[:, begin : begin + SEGMENT])
+        part = ids[:, begin : begin + SEGMENT]
+        hidden, segments = model.embed_in(part), Segments(token_rows=model.embed_out.weight[part].unsqueeze(1))
         for number in range(skip_interval + 1):
             if number:
                 assert model.pass_projection is not None
                 hidden = model.pass_projection(hidden)
             after = []
             for layer, memory in zip(model.layer_list, memories, strict=True):
-                hidden, written = layer(hidden, memory)
+                if layer.kind == "token_memory":
+                    hidden = model.final_layer_norm(hidden)
+                hidden, written = layer(hidden, memory, segments)
                 after.append(written)
         memories = after
-        expected.append(model.embed_out(model.final_layer_norm(hidden)))
+        is_normed = model.layer_list[-1].kind == "token_memory"
+        expected.append(model.embed_out(hidden if is_normed else model.final_layer_norm(hidden)))
     torch.testing.assert_close(model(ids), torch.cat(expected, 1), atol=1e-10, rtol=1e-10)
 
 

@@ -33,7 +33,7 @@ def ids() -> torch.Tensor:
     return torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", ["pythia", "infini", "selective"])
+@pytest.mark.parametrize("kind", ["pythia", "infini", "selective", "token_memory"])
 def test_the_head_is_the_embedding_through_training(kind, ids):
     model = make(kind).train()
     assert model.num_parameters()["lm_head"] == 0
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_both_places(ids):
     torch.testing.assert_close(tied.embed_in.weight.grad, free.embed_in.weight.grad + free.embed_out.weight.grad)
 
 
-@pytest.mark.parametrize("kind", ["pythia", "selective"])
+@pytest.mark.parametrize("kind", ["pythia", "selective", "token_memory"])
 def test_a_saved_model_is_tied_again(kind, ids, tmp_path):
     model = make(kind)
     assert "embed_out.weight" not in model.state_dict()

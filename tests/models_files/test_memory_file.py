@@ -21,6 +21,7 @@ KINDS = [
     ("infini", {"num_memory_banks": 3, "segments_per_bank": 2, "num_memory_heads": 4, "use_alibi": True}),
     ("multi_memory", {"num_memories": 2}),
     ("hierarchical", {"num_memories": 3, "use_delta_rule": False}),
+    ("token_memory", {"num_memory_heads": 2}),
 ]
 
 LOADER = """

@@ -19,6 +19,7 @@ KINDS = [
     ("infini", {"num_memory_banks": 2, "use_alibi": True}),
     ("multi_memory", {}),
     ("hierarchical", {"use_delta_rule": False}),
+    ("token_memory", {}),
 ]
 
 

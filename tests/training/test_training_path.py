@@ -114,7 +114,7 @@ def test_a_fault_leaves_the_weights_of_before_its_step_however_late_it_is_read(
     assert list_checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["pythia", "infini", "selective"])
+@pytest.mark.parametrize("kind", ["pythia", "infini", "selective", "token_memory"])
 def test_layers_run_twice_give_the_same_gradients(tmp_path: Path, kind: str) -> None:
     gradients = []
     for checkpointing in (False, True):

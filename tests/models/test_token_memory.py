@@ -1,0 +1,247 @@
+"""The token memory against its equations, written out token by token, and what is its own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import DTYPES, TOLERANCES, LayerCase, assert_near, build_model, get_model, randomize, text_ids
+from torch import Tensor
+
+from new_llm.models import TransformerLM
+from new_llm.models.initialization import initialize_weights
+from new_llm.models.layers import Segments, TokenMemoryLayer
+from new_llm.models.ops import scan_delta_rule, scan_delta_rule_naive
+
+ROWS, SIZE, HEADS = 2, 6, 3
+STEP_TOLERANCE = 1e-9
+
+
+def make_layer() -> TokenMemoryLayer:
+    layer = TokenMemoryLayer(SIZE, num_memory_heads=HEADS)
+    randomize(layer)
+    return layer.double()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def read_row(
+    layer: TokenMemoryLayer, segments: list[np.ndarray], rows: list[np.ndarray]
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """A row's segments [S, D] with the head's rows of their tokens: outputs, M less the initial memory, and Σ k²."""
+    w = {name.removeprefix("attention."): value.double().numpy() for name, value in layer.state_dict().items()}
+    query, key = (w[f"{name}.weight"].reshape(HEADS, SIZE, SIZE) for name in ("query", "key"))
+    query_bias, key_bias = (w[f"{name}.bias"].reshape(HEADS, SIZE) for name in ("query", "key"))
+    M, z, outputs = w["initial_memory"].copy(), np.zeros((HEADS, SIZE)), []
+    for xs, us in zip(segments, rows, strict=True):
+        added = np.zeros_like(xs)
+        for t, x in enumerate(xs):
+            read = np.zeros(SIZE)
+            for h in range(HEADS):
+                gate = 1 / (1 + math.exp(-(w["gate"][h] + w["token_gate.weight"][h] @ x)))
+                read += gate * unit(query[h] @ x + query_bias[h]) @ M[h]
+            added[t] = w["read_scale"] * (w["dense.weight"] @ read)
+        outputs.append(xs + added)
+        for t in range(1, len(xs)):  # the first token follows nothing that the segment holds
+            value = w["value.weight"] @ unit(us[t])
+            for h in range(HEADS):
+                beta = 2 / (1 + math.exp(-(w["strength.weight"][h] @ xs[t] + w["strength.bias"][h])))
+                k = unit(key[h] @ xs[t - 1] + key_bias[h])
+                M[h] += beta * np.outer(k, value - k @ M[h])
+                z[h] += k * k
+    return outputs, M - w["initial_memory"], z
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_layer_equals_its_equations(dtype: torch.dtype) -> None:
+    """Four segments of 5 tokens in one call, then an odd piece of 3 that reads what they wrote."""
+    layer, x, u = make_layer().to(dtype), draw(ROWS, 23, SIZE), draw(ROWS, 23, SIZE, seed=1)
+    with torch.no_grad():
+        whole, memory = layer(
+            x[:, :20].to(dtype).unflatten(1, (4, 5)),
+            None,
+            Segments(token_rows=u[:, :20].to(dtype).unflatten(1, (4, 5))),
+        )
+        last, memory = layer(x[:, 20:].to(dtype), memory, Segments(token_rows=u[:, 20:].to(dtype).unsqueeze(1)))
+    actual = torch.cat((whole.flatten(1, 2), last), dim=1)
+    for row in range(ROWS):
+        cuts = [slice(begin, begin + 5) for begin in range(0, 23, 5)]
+        xs, us = x[row].numpy(), u[row].numpy()
+        outputs, change, z = read_row(layer, [xs[cut] for cut in cuts], [us[cut] for cut in cuts])
+        assert_near(actual[row], torch.from_numpy(np.concatenate(outputs)).to(dtype), TOLERANCES[dtype])
+        assert_near(memory.memories[row, 0], torch.from_numpy(change).to(dtype), TOLERANCES[dtype])
+        assert_near(memory.norms[row, 0], torch.from_numpy(z).to(dtype), TOLERANCES[dtype])
+    assert memory.num_tokens.tolist() == [[23]] * ROWS
+    assert memory.num_segments.tolist() == [5] * ROWS
+
+
+def test_masked_tokens_are_not_in_the_equations() -> None:
+    """Row 0 has a short second and an empty third segment; row 1 is whole."""
+    layer, x, u = make_layer(), draw(ROWS, 3, 4, SIZE), draw(ROWS, 3, 4, SIZE, seed=1)
+    lengths = [[4, 2, 0], [4, 4, 4]]
+    valid = torch.arange(4) < torch.tensor(lengths).unsqueeze(-1)
+    with torch.no_grad():
+        actual, memory = layer(x, None, Segments(valid=valid, token_rows=u))
+    for row in range(ROWS):
+        real = [slice(0, length) for length in lengths[row] if length]
+        pairs = [[part[row, index, cut].numpy() for index, cut in enumerate(real)] for part in (x, u)]
+        outputs, change, z = read_row(layer, *pairs)
+        assert_near(actual[row][valid[row]], torch.from_numpy(np.concatenate(outputs)), 1e-10)
+        assert_near(memory.memories[row, 0], torch.from_numpy(change), 1e-10)
+        assert_near(memory.norms[row, 0], torch.from_numpy(z), 1e-10)
+        assert int(memory.num_tokens[row]) == sum(lengths[row])
+        assert int(memory.num_segments[row]) == len(real)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 7), st.integers(1, 3), st.data())
+def test_a_segment_at_a_time_equals_a_token_at_a_time(
+    rows: int, segments: int, length: int, heads: int, data: st.DataObject
+) -> None:
+    """Reads, M and all gradients, with some keys 0 and values that all heads share."""
+    num_writes = data.draw(st.integers(0, segments))
+    shape = (rows, segments, heads, length)
+    q, k = (F.normalize(draw(*shape, 4, seed=seed), dim=-1) for seed in (0, 1))
+    k[..., data.draw(st.integers(0, length - 1)), :] = 0
+    v, beta = draw(rows, segments, 1, length, 5, seed=2), 2 * torch.sigmoid(draw(*shape, seed=3))
+    inputs = [t.requires_grad_() for t in (q, k, v, beta, draw(rows, heads, 4, 5, seed=4))]
+    found = scan_delta_rule(*inputs, num_writes=num_writes)
+    expected = scan_delta_rule_naive(*inputs, num_writes=num_writes)
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one, other, 1e-10)
+    weights = [draw(*t.shape, seed=5 + place) for place, t in enumerate(expected)]
+    gradients = [
+        torch.autograd.grad(
+            sum((t * w).sum() for t, w in zip(outputs, weights, strict=True)), inputs, materialize_grads=True
+        )
+        for outputs in (found, expected)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert_near(one, other, 1e-10)
+
+
+def test_a_key_that_was_written_with_all_of_its_error_reads_its_value() -> None:
+    """β = 1 and keys that are not orthogonal: the last of them is held exactly."""
+    q, v = F.normalize(draw(1, 2, 1, 3, 4), dim=-1), draw(1, 2, 1, 3, 5, seed=1)
+    k = torch.cat((q[:, 1:], q[:, :1]), dim=1)
+    reads, _ = scan_delta_rule(q, k, v, torch.ones(1, 2, 1, 3).double(), torch.zeros(1, 1, 4, 5).double(), num_writes=1)
+    assert not reads[:, 0].any()
+    assert_near(reads[:, 1, :, -1], v[:, 0, :, -1], 1e-12)
+    assert not torch.allclose(reads[:, 1, :, 0], v[:, 0, :, 0])
+
+
+def test_the_model_reads_the_memory_between_its_last_norm_and_the_head() -> None:
+    """Logits from the model's parts, with the equations in the place of the layer."""
+    model, ids = build_model([LayerCase("pythia"), LayerCase("token_memory", {"num_memory_heads": 2})]), text_ids(2, 13)
+    layer = model.layers[-1]
+    with torch.no_grad():
+        logits = model(ids)
+        hidden = torch.cat([model.layers[0](model.embed_in(part))[0] for part in ids.split(5, 1)], dim=1)
+        normed, rows = model.final_layer_norm(hidden), model.embed_out.weight[ids]
+        memory, parts = None, []
+        for x, u in zip(normed.split(5, 1), rows.split(5, 1), strict=True):
+            out, memory = layer(x, memory, Segments(token_rows=u.unsqueeze(1)))
+            parts.append(out)
+        assert_near(logits, model.embed_out(torch.cat(parts, dim=1)), 1e-10)
+        assert not torch.allclose(logits, model.embed_out(normed))
+
+
+def test_what_is_read_of_a_context_raises_the_token_that_followed_it() -> None:
+    """As the layer begins, with queries like keys: the text again is expected once it has been read."""
+    torch.manual_seed(0)
+    model = TransformerLM([TokenMemoryLayer(64)], vocab_size=128, segment_length=16)
+    ids = text_ids(1, 16)
+    with torch.no_grad():
+        again = model.token_losses(ids.repeat(1, 2), ids.repeat(1, 2))[0, 16:31]
+        fresh = model.token_losses(ids, ids)[0, :15]
+    assert float(again.mean()) < float(fresh.mean()) - 0.3
+
+
+def test_how_the_layer_begins() -> None:
+    layer = TokenMemoryLayer(8, num_memory_heads=2, gate_init=0.5, read_scale_init=3.0)
+    initialize_weights(layer, 0.02)
+    attention = layer.attention
+    assert torch.equal(attention.key.weight, attention.query.weight)
+    assert bool(attention.query.weight.any())
+    for linear in (attention.value, attention.dense):
+        assert torch.equal(linear.weight, torch.eye(8))
+    for zero in (attention.strength.weight, attention.strength.bias, attention.token_gate.weight):
+        assert not zero.any()
+    assert not attention.initial_memory.any()
+    assert attention.gate.tolist() == [0.5, 0.5]
+    assert attention.read_scale.tolist() == [3.0]
+
+
+def test_an_empty_memory_reads_what_was_learned_and_holds_nothing() -> None:
+    model = get_model("tokens")
+    (layer,) = model.memory_layers.values()
+    ids = text_ids(1, 5)
+    with torch.no_grad():
+        expected = model(ids)
+        kept = layer.attention.initial_memory.clone()
+        try:
+            layer.attention.initial_memory.zero_()
+            assert not torch.allclose(model(ids), expected)
+        finally:
+            layer.attention.initial_memory.copy_(kept)
+        model(ids, update_memory=True)
+        model.reset_memory()
+        assert torch.equal(model(ids), expected)
+    entry = model.get_memory_state()[1]
+    assert not entry["memories"].any()
+    assert not entry["memory_norms"].any()
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_frozen_memory_is_read_and_not_written(rows: int | None) -> None:
+    model, ids = get_model("tokens", segment_length=4), text_ids(2, 14)
+    model.reset_memory(rows)
+    with torch.no_grad():
+        model(ids, update_memory=True)
+        filled = model.get_memory_state()[1]
+        model.freeze_memory([0])
+        try:
+            again = model(ids, update_memory=True)
+            stream = model.open_stream(2)
+            pieces = torch.cat([stream.feed(part) for part in ids.split(3, 1)], dim=1)
+            stream.close(update_memory=True)
+            alone = torch.cat([model(part) for part in ids.split(4, 1)], dim=1)
+            after = model.get_memory_state()[1]
+        finally:
+            model.unfreeze_memory([0])
+            model.reset_memory()
+        assert not torch.allclose(again, model(ids))
+    for key in ("memories", "memory_norms", "token_counts"):
+        assert torch.equal(after[key], filled[key]), key
+    assert_near(again, alone, 1e-10)
+    assert_near(pieces, alone, STEP_TOLERANCE)
+
+
+def test_rows_add_what_they_changed_to_a_shared_memory() -> None:
+    model, ids = get_model("tokens", segment_length=4), text_ids(3, 10)
+    with torch.no_grad():
+        model(text_ids(1, 9, start=50), update_memory=True)
+        before = model.get_memory_state()
+        model(ids, update_memory=True)
+        together = model.get_memory_state()[1]
+        changes = []
+        for row in range(3):
+            model.set_memory_state(before)
+            model(ids[row : row + 1], update_memory=True)
+            changes.append(model.get_memory_state()[1]["memories"] - before[1]["memories"])
+    assert_near(together["memories"], before[1]["memories"] + sum(changes), 1e-10)
+    assert int(together["token_counts"].sum()) == 9 + 3 * 10
+
+
+def test_the_layer_alone_asks_for_the_heads_rows() -> None:
+    with pytest.raises(ValueError, match="rows of its tokens: it runs inside a TransformerLM"):
+        make_layer()(draw(1, 4, SIZE))
