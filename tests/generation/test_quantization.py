@@ -21,6 +21,7 @@ from new_llm.models.quantization import (
     quantize_rows_naive,
     quantize_weights,
 )
+from new_llm.models.step_weights import StepWeights
 
 needs_kernels = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
 
@@ -112,6 +113,11 @@ def test_generation_runs_the_model_that_rounding_makes(
     expected, _ = rounded.generate(text_ids(2, 7), max_new_tokens=20)
     assert torch.equal(found, expected)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    weights = StepWeights(model, "int8", num_rows=2, packs=False)
+    with torch.no_grad(), weights.in_use():
+        logits = model(text_ids(2, 14))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, rounded(text_ids(2, 14)), atol=1e-5, rtol=1e-5)
 
 
 def test_two_generations_of_one_model_keep_their_own_weights() -> None:

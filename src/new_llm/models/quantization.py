@@ -30,6 +30,10 @@ class Int8Weight:
         """s q, [outputs, inputs]."""
         return (self.values.to(self.scales.dtype) * self.scales.unsqueeze(1)).to(dtype)
 
+    def pick(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """s q of some outputs [...], [..., inputs]."""
+        return (self.values[outputs].to(self.scales.dtype) * self.scales[outputs].unsqueeze(-1)).to(dtype)
+
 
 def quantize_rows_naive(weight: Tensor) -> Int8Weight:
     """`quantize_rows` from the equation."""

@@ -49,7 +49,11 @@ class StepWeights:
             for layer in model.layers
             if type(layer) is PythiaLayer and "step" not in vars(layer) and native.find_kernels(*layer.parameters())
         ]
+        rows = []
+        if model.embed_out in self.quantized and model.layer_list[-1].follows_final_norm:
+            rows = [(model, "find_token_rows", self._pick_token_rows(model.embed_out))]
         self.replaced: list[tuple[nn.Module, str, Any]] = [
+            *rows,
             *((module, "forward", forward) for module, forward in forwards if forward is not None),
             *((module, "step", step) for module, step in steps),
         ]
@@ -64,6 +68,10 @@ class StepWeights:
         finally:
             for module, name, _ in self.replaced:
                 vars(module).pop(name, None)
+
+    def _pick_token_rows(self, head: nn.Linear) -> Forward:
+        weight, dtype = self.quantized[head], head.weight.dtype
+        return lambda input_ids: weight.pick(input_ids, dtype)
 
     def _choose_forward(self, linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
         if linear in self.quantized:
