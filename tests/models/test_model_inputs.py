@@ -66,9 +66,7 @@ OUT_OF_RANGE = [
     for model_type in model_types
     for value in values
 ]
-OUT_OF_RANGE += itertools.product(
-    MEMORY_TYPES, ["num_memory_heads"], [3, 64]
-)  # parts of the width; of others the width
+OUT_OF_RANGE += itertools.product(MEMORY_TYPES, ["num_memory_heads"], [3, 64])  # a head is a part of the width
 
 
 @pytest.mark.parametrize(("model_type", "option", "value"), OUT_OF_RANGE)
