@@ -100,7 +100,7 @@ class Layer(nn.Module):
     kind: ClassVar[str]
     """The layer's name in configurations, reports and files."""
     follows_final_norm: ClassVar[bool] = False
-    """Whether the layer stands between the final LayerNorm and the head, and reads `token_rows`; it can only be last."""
+    """Whether the layer, which can only be the last, stands between the final LayerNorm and the head."""
     settings: dict[str, Any]
     """The constructor's arguments, from which a saved model is made again; set by `register_layer`."""
 

@@ -68,7 +68,7 @@ class TokenMemoryAttention(MemoryAttention):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Queries find their like, values pass unchanged, every token writes with β = 1 and reads with the same gate."""
+        """Queries find their like, values pass unchanged, every token writes with β = 1 and reads with one gate."""
         self.key.weight.copy_(self.query.weight)
         for linear in (self.value, self.dense):
             nn.init.eye_(linear.weight)
@@ -199,11 +199,11 @@ class TokenMemoryLayer(MemoryLayer):
     """x + α W_o Σ_h g_h q_h M_h between the final LayerNorm and the head: a memory of tokens by their context.
 
     Keys and queries are made of what the head reads, x, values of the head's rows of the tokens that are read: so what
-    is found for a context is a direction in which the head has the tokens that followed its like. The rule is DeltaNet's
-    (arXiv:2102.11174, section 4.2, arXiv:2406.06484), token by token; as in Infini-attention (arXiv:2404.07143) a segment
-    reads the memory of before it. That a language model gains from what followed like contexts, found at its head, is
-    the continuous cache's idea (arXiv:1612.04426), which keeps every context; here the memory's size is constant. An
-    empty memory holds what has been learned for texts of which nothing is known.
+    is found for a context is a direction in which the head has the tokens that followed its like. The rule is
+    DeltaNet's (arXiv:2102.11174, section 4.2, arXiv:2406.06484), token by token; as in Infini-attention
+    (arXiv:2404.07143) a segment reads the memory of before it. To give the head what followed like contexts is the idea
+    of the continuous cache (arXiv:1612.04426), which keeps every context; here the memory's size is constant. An empty
+    memory holds what has been learned for texts of which nothing is known.
 
     Args:
         hidden_size: D.
