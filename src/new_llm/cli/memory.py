@@ -193,7 +193,7 @@ def _tabulate_facts(path: Path, content: "MemoryFile") -> "Table":
             decay = f"decay {min(layer.decay):.3g} to {max(layer.decay):.3g}"
         facts[f"layer {layer.layer}"] = (
             f"{layer.kind}: {_count(layer.num_memories, 'memory', 'memories')} of "
-            f"{_count(layer.num_memory_heads, 'head')}, {layer.head_size} wide, "
+            f"{_count(layer.num_memory_heads, 'head')}, {layer.head_size} by {layer.value_size}, "
             f"{'with' if layer.use_delta_rule else 'without'} the delta rule, {decay}"
         )
     for name, value in facts.items():

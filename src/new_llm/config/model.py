@@ -48,7 +48,13 @@ MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
     ModelType.HIERARCHICAL: (*COMMON_MEMORY_OPTIONS, "num_memories", "selection_temperature"),
     ModelType.SELECTIVE: ("skip_interval", "earlier_pass_weight"),
     ModelType.DEEP_PYTHIA: ("skip_interval",),
-    ModelType.TOKEN_MEMORY: ("num_memory_heads", "gate_init", "read_scale_init"),
+    ModelType.TOKEN_MEMORY: (
+        "num_memory_heads",
+        "memory_key_size",
+        "read_gate_init",
+        "read_scale_init",
+        "query_key_init_scale",
+    ),
 }
 
 
@@ -102,7 +108,7 @@ class MemoryConfig:
     normalize_keys: bool = False
     """Divide each key's features by their sum, so that every token weighs alike in what is written."""
     num_memory_heads: Annotated[int | None, Field(gt=0)] = None
-    """Memory heads H; None: 1 for infini and token_memory (one head as wide as the model), num_attention_heads else."""
+    """Memory heads H; None: 1 for infini (one head as wide as the model), 4 for token_memory, num_attention_heads else."""
     num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4
     """Independent memories of multi_memory and hierarchical models."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -117,7 +123,11 @@ class MemoryConfig:
     """Scale of the decay."""
     gate_init: float = 0.0
     """Initial β; the gate towards memory is sigmoid(β) a head."""
-    read_scale_init: float = 8.0
+    memory_key_size: Annotated[int | None, Field(gt=0)] = None
+    """Width K of the keys of token_memory; None: half of hidden_size."""
+    read_gate_init: float = -1.0
+    """Initial β of token_memory's gates, which each token moves; far from 0 they hardly do."""
+    read_scale_init: float = 30.0
     """Initial α of token_memory: what is read is added α times."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
     """W_q and W_k of memory layers begin so many times as large as other weights."""

@@ -57,7 +57,9 @@ class LayerRecord:
     num_memory_heads: Size
     """H."""
     head_size: Size
-    """K and V."""
+    """K."""
+    value_size: Size
+    """V."""
     segments_per_memory: Size
     """Segments written into one memory before the next."""
     use_delta_rule: bool
@@ -99,6 +101,7 @@ class LayerRecord:
             "num_memories",
             "num_memory_heads",
             "head_size",
+            "value_size",
             "segments_per_memory",
             "use_delta_rule",
         )
@@ -111,7 +114,7 @@ class LayerRecord:
         shape = (self.num_memories, self.num_memory_heads, self.head_size)
         memories_key, norms_key = self.facts.memory_keys
         return {
-            memories_key: (*lead, *shape, self.head_size),
+            memories_key: (*lead, *shape, self.value_size),
             norms_key: (*lead, *shape),
             "token_counts": (*lead, self.num_memories),
             "segment_counter": lead,

@@ -103,7 +103,7 @@ def describe_settings(results: dict[str, Any], model_type: str) -> dict[str, Any
         if key not in ANYTIME and not (key.startswith("model.") and key[6:] in OPTIONS and key[6:] not in taken)
     }
     if "num_memory_heads" in taken and kept.get("model.num_memory_heads") is None:
-        heads = 1 if model_type in (ModelType.INFINI, ModelType.TOKEN_MEMORY) else kept.get("model.num_attention_heads")
+        heads = {ModelType.INFINI: 1, ModelType.TOKEN_MEMORY: 4}.get(model_type, kept.get("model.num_attention_heads"))
         kept["model.num_memory_heads"] = heads
     return kept
 

@@ -89,7 +89,7 @@ class CompressiveAttention(MemoryAttention):
         decay: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.head_size = check_divides("num_memory_heads", num_memory_heads, hidden_size)
+        self.head_size = self.value_size = check_divides("num_memory_heads", num_memory_heads, hidden_size)
         for name, value in (("num_memories", num_memories), ("segments_per_memory", segments_per_memory)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")

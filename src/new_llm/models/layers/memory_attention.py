@@ -10,19 +10,25 @@ from new_llm.models.state import MemoryState
 
 
 class MemoryAttention(Attention):
-    """An attention with N memories of H heads, each a matrix [K, V] with K = V, and a gate β for each head."""
+    """An attention with N memories of H heads, each a matrix [K, V], and a gate β for each head.
+
+    Attributes:
+        head_size: K.
+        value_size: V.
+    """
 
     gate: nn.Parameter
     num_memories: int
     num_memory_heads: int
     head_size: int
+    value_size: int
     segments_per_memory: int
     use_delta_rule: bool
     decay: Sequence[float] | None = None
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
         """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
-        shape = (self.num_memories, self.num_memory_heads, self.head_size, self.head_size)
+        shape = (self.num_memories, self.num_memory_heads, self.head_size, self.value_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
         return MemoryState.empty(rows, shape, dtype=dtype, device=like.device)
 

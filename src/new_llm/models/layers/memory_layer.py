@@ -27,13 +27,10 @@ class MemoryLayer(Layer):
     @property
     def memory_bytes(self) -> int:
         """Bytes of one memory (M and z of all N) in the layer's precision, float32 at least."""
-        n, heads, width = (
-            self.attention.num_memories,
-            self.attention.num_memory_heads,
-            self.attention.head_size,
-        )
-        dtype = torch.promote_types(self.attention.gate.dtype, torch.float32)
-        return n * heads * (width * width + width) * dtype.itemsize
+        attention = self.attention
+        dtype = torch.promote_types(attention.gate.dtype, torch.float32)
+        numbers = attention.num_memory_heads * attention.head_size * (attention.value_size + 1)
+        return attention.num_memories * numbers * dtype.itemsize
 
     @property
     def memory_facts(self) -> MemoryFacts:
@@ -64,6 +61,7 @@ def describe_memory_options(layer: Any) -> dict[str, Any]:
         "num_memories": attention.num_memories,
         "num_memory_heads": attention.num_memory_heads,
         "head_size": attention.head_size,
+        "value_size": attention.value_size,
         "segments_per_memory": attention.segments_per_memory,
         "use_delta_rule": attention.use_delta_rule,
         "decay": None if attention.decay is None else list(attention.decay),

@@ -15,6 +15,9 @@ from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import scan_delta_rule, solve_writes
 from new_llm.models.state import MemoryState, choose_rows
 
+DEFAULT_HEADS = 4
+"""Memory heads where none are given."""
+
 
 @dataclass(frozen=True)
 class OpenTokens:
@@ -40,35 +43,52 @@ class TokenMemoryAttention(MemoryAttention):
     length 1, filed under the key of the token before it. A segment reads M of before it.
 
     Args:
-        hidden_size: D, which is K and V as well.
+        hidden_size: D, which is V as well.
         num_memory_heads: H.
+        key_size: K.
         gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
         read_scale_init: the initial α.
+        query_key_init_scale: W_q = W_k begin so many times as large as other weights: they turn the slower.
     """
 
     num_memories = 1
     segments_per_memory = 1
     use_delta_rule = True
 
-    def __init__(self, hidden_size: int, num_memory_heads: int, *, gate_init: float, read_scale_init: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_memory_heads: int,
+        key_size: int,
+        *,
+        gate_init: float,
+        read_scale_init: float,
+        query_key_init_scale: float,
+    ) -> None:
         super().__init__()
-        if num_memory_heads < 1:
-            raise ValueError(f"num_memory_heads: {num_memory_heads} is not positive")
+        for name, value in (("num_memory_heads", num_memory_heads), ("memory_key_size", key_size)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is not positive")
         self.num_memory_heads = num_memory_heads
-        self.head_size = hidden_size
-        self.query = nn.Linear(hidden_size, num_memory_heads * hidden_size)
-        self.key = nn.Linear(hidden_size, num_memory_heads * hidden_size)
+        if not query_key_init_scale > 0:
+            raise ValueError(f"query_key_init_scale: {query_key_init_scale} is not positive")
+        self.query_key_init_scale = query_key_init_scale
+        self.head_size = key_size
+        self.value_size = hidden_size
+        self.query = nn.Linear(hidden_size, num_memory_heads * key_size)
+        self.key = nn.Linear(hidden_size, num_memory_heads * key_size)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.strength = nn.Linear(hidden_size, num_memory_heads)
         self.token_gate = nn.Linear(hidden_size, num_memory_heads, bias=False)
         self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.read_scale = nn.Parameter(torch.full((1,), float(read_scale_init)))
-        self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, hidden_size, hidden_size))
+        self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, key_size, hidden_size))
 
     @torch.no_grad()
     def initialize_features(self) -> None:
         """Queries find their like, values pass unchanged, every token writes with β = 1 and reads with one gate."""
+        self.query.weight *= self.query_key_init_scale
         self.key.weight.copy_(self.query.weight)
         for linear in (self.value, self.dense):
             nn.init.eye_(linear.weight)
@@ -176,7 +196,7 @@ class TokenMemoryAttention(MemoryAttention):
     def _open(self, rows: int, like: Tensor) -> OpenTokens:
         keys = like.new_zeros(rows, self.num_memory_heads, self.head_size)
         num_tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return OpenTokens(keys.new_zeros(*keys.shape, self.head_size), keys, num_tokens, keys)
+        return OpenTokens(keys.new_zeros(*keys.shape, self.value_size), keys, num_tokens, keys)
 
     def end_segments(
         self, opened: OpenTokens | None, memory: MemoryState | None, ended: Tensor
@@ -207,12 +227,14 @@ class TokenMemoryLayer(MemoryLayer):
 
     Args:
         hidden_size: D.
-        num_memory_heads: H memories [D, D]; None: 1.
-        gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
+        num_memory_heads: H memories [K, D]; None: 4.
+        memory_key_size: K; None: D / 2.
+        read_gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
         read_scale_init: the initial α.
+        query_key_init_scale: W_q = W_k begin so many times as large as other weights: they turn the slower.
 
     Raises:
-        ValueError: no memory head.
+        ValueError: no memory head, or no width of keys.
     """
 
     kind: ClassVar[str] = "token_memory"
@@ -224,16 +246,20 @@ class TokenMemoryLayer(MemoryLayer):
         hidden_size: int,
         *,
         num_memory_heads: int | None = None,
-        gate_init: float = MemoryConfig.gate_init,
+        memory_key_size: int | None = None,
+        read_gate_init: float = MemoryConfig.read_gate_init,
         read_scale_init: float = MemoryConfig.read_scale_init,
+        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
     ) -> None:
         nn.Module.__init__(self)  # not Layer's: there are no norms and no MLP
         self.hidden_size = hidden_size
         self.attention = TokenMemoryAttention(
             hidden_size,
-            1 if num_memory_heads is None else num_memory_heads,
-            gate_init=gate_init,
+            DEFAULT_HEADS if num_memory_heads is None else num_memory_heads,
+            max(hidden_size // 2, 1) if memory_key_size is None else memory_key_size,
+            gate_init=read_gate_init,
             read_scale_init=read_scale_init,
+            query_key_init_scale=query_key_init_scale,
         )
 
     def forward(
