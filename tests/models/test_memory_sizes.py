@@ -17,8 +17,8 @@ from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLay
         (MultiMemoryLayer(512, 8, 64), 532_480),
         (HierarchicalLayer(512, 8, 64, num_memories=4), 532_480),
         (InfiniLayer(512, 8, 64, num_memory_heads=8, num_memory_banks=2), 2 * 133_120),
-        (TokenMemoryLayer(512), 1_050_624),
-        (TokenMemoryLayer(512, num_memory_heads=3), 3 * 1_050_624),
+        (TokenMemoryLayer(512), 4 * 256 * 513 * 4),
+        (TokenMemoryLayer(512, num_memory_heads=3, memory_key_size=512), 3 * 1_050_624),
     ],
 )
 def test_memory_bytes(layer: torch.nn.Module, num_bytes: int) -> None:

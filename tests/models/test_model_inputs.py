@@ -52,9 +52,11 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "alibi_scale": ([ModelType.INFINI], [-0.5, float("nan")]),
     "num_memory_heads": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0, -1]),
     "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
-    "gate_init": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], []),
+    "gate_init": (MEMORY_TYPES, []),
+    "memory_key_size": ([ModelType.TOKEN_MEMORY], [0, -1, 1.5]),
+    "read_gate_init": ([ModelType.TOKEN_MEMORY], []),
     "read_scale_init": ([ModelType.TOKEN_MEMORY], []),
-    "query_key_init_scale": (MEMORY_TYPES, [0.0, -1.0, float("nan")]),
+    "query_key_init_scale": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0.0, -1.0, float("nan")]),
     "query_key_init_bias": (MEMORY_TYPES, []),
     "match_query_key_init": (MEMORY_TYPES, []),
     "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
@@ -125,10 +127,11 @@ def test_options_reach_the_layer() -> None:
     banked = create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True).layers[0].attention
     assert (banked.num_memories, banked.segments_per_memory) == (2, 3)
     assert banked.decay is not None
-    for options in ({}, {"num_memory_heads": 3, "gate_init": 1.5, "read_scale_init": 0.25}):
+    for options in ({}, {"num_memory_heads": 3, "memory_key_size": 5, "read_gate_init": 1.5, "read_scale_init": 0.25}):
         tokens = create_model("token_memory", CONFIG, **options).layers[-1].attention
-        assert tokens.gate.tolist() == [options.get("gate_init", 0.0)] * options.get("num_memory_heads", 1)
-        assert tokens.read_scale.tolist() == [options.get("read_scale_init", 8.0)]
+        assert tokens.gate.tolist() == [options.get("read_gate_init", -1.0)] * options.get("num_memory_heads", 4)
+        assert tokens.head_size == options.get("memory_key_size", CONFIG.hidden_size // 2)
+        assert tokens.read_scale.tolist() == [options.get("read_scale_init", 30.0)]
     for model_type in ModelType:
         model = create_model(model_type, CONFIG)
         assert model.segment_length == CONFIG.max_position_embeddings

@@ -16,12 +16,12 @@ from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import Segments, TokenMemoryLayer
 from new_llm.models.ops import scan_delta_rule, scan_delta_rule_naive
 
-ROWS, SIZE, HEADS = 2, 6, 3
+ROWS, SIZE, HEADS, KEY_SIZE = 2, 6, 3, 4
 STEP_TOLERANCE = 1e-9
 
 
 def make_layer() -> TokenMemoryLayer:
-    layer = TokenMemoryLayer(SIZE, num_memory_heads=HEADS)
+    layer = TokenMemoryLayer(SIZE, num_memory_heads=HEADS, memory_key_size=KEY_SIZE)
     randomize(layer)
     return layer.double()
 
@@ -35,9 +35,9 @@ def read_row(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """A row's segments [S, D] with the head's rows of their tokens: outputs, M less the initial memory, and Σ k²."""
     w = {name.removeprefix("attention."): value.double().numpy() for name, value in layer.state_dict().items()}
-    query, key = (w[f"{name}.weight"].reshape(HEADS, SIZE, SIZE) for name in ("query", "key"))
-    query_bias, key_bias = (w[f"{name}.bias"].reshape(HEADS, SIZE) for name in ("query", "key"))
-    M, z, outputs = w["initial_memory"].copy(), np.zeros((HEADS, SIZE)), []
+    query, key = (w[f"{name}.weight"].reshape(HEADS, KEY_SIZE, SIZE) for name in ("query", "key"))
+    query_bias, key_bias = (w[f"{name}.bias"].reshape(HEADS, KEY_SIZE) for name in ("query", "key"))
+    M, z, outputs = w["initial_memory"].copy(), np.zeros((HEADS, KEY_SIZE)), []
     for xs, us in zip(segments, rows, strict=True):
         added = np.zeros_like(xs)
         for t, x in enumerate(xs):
@@ -167,11 +167,13 @@ def test_what_is_read_of_a_context_raises_the_token_that_followed_it() -> None:
 
 
 def test_how_the_layer_begins() -> None:
-    layer = TokenMemoryLayer(8, num_memory_heads=2, gate_init=0.5, read_scale_init=3.0)
+    layer = TokenMemoryLayer(8, num_memory_heads=2, read_gate_init=0.5, read_scale_init=3.0, query_key_init_scale=2.0)
+    torch.manual_seed(0)
     initialize_weights(layer, 0.02)
     attention = layer.attention
     assert torch.equal(attention.key.weight, attention.query.weight)
-    assert bool(attention.query.weight.any())
+    torch.manual_seed(0)
+    assert torch.equal(attention.query.weight, 0.04 * torch.randn(2 * 4, 8))
     for linear in (attention.value, attention.dense):
         assert torch.equal(linear.weight, torch.eye(8))
     for zero in (attention.strength.weight, attention.strength.bias, attention.token_gate.weight):

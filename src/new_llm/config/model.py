@@ -108,7 +108,7 @@ class MemoryConfig:
     normalize_keys: bool = False
     """Divide each key's features by their sum, so that every token weighs alike in what is written."""
     num_memory_heads: Annotated[int | None, Field(gt=0)] = None
-    """Memory heads H; None: 1 for infini (one head as wide as the model), 4 for token_memory, num_attention_heads else."""
+    """Memory heads H; None: infini 1 (as wide as the model), token_memory 4, others num_attention_heads."""
     num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4
     """Independent memories of multi_memory and hierarchical models."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
