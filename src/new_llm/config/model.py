@@ -54,6 +54,7 @@ MODEL_OPTIONS: dict[ModelType, tuple[str, ...]] = {
         "read_gate_init",
         "read_scale_init",
         "query_key_init_scale",
+        "retention_init",
     ),
 }
 
@@ -123,6 +124,8 @@ class MemoryConfig:
     """Scale of the decay."""
     gate_init: float = 0.0
     """Initial β; the gate towards memory is sigmoid(β) a head."""
+    retention_init: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Initial w of token_memory: the share of what was written that is left after a segment's write."""
     memory_key_size: Annotated[int | None, Field(gt=0)] = None
     """Width K of the keys of token_memory; None: half of hidden_size."""
     read_gate_init: float = -1.0

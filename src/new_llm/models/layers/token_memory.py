@@ -1,5 +1,6 @@
 """The token memory: what followed a context comes back as the head's own row of the token that followed."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ class OpenTokens:
     """What an open segment has written so far, of constant size.
 
     Attributes:
-        change: M now less M before the segment, [B, H, K, V].
+        change: M now less what is left of M before the segment, [B, H, K, V].
         norms: Σ k², [B, H, K].
         num_tokens: tokens read, [B].
         last_key: the last token's own key, [B, H, K], under which the next token is filed; 0 where there is none.
@@ -39,6 +40,9 @@ class OpenTokens:
 class TokenMemoryAttention(MemoryAttention):
     """α W_o Σ_h g_h q_h M_h, with M written by the delta rule token by token: M ← M + kᵀ β (v − k M).
 
+    Before a segment is written M ← M₀ + w (M − M₀), M₀ and w learned: a memory trained on few segments would not know
+    what all of a long text leaves there.
+
     Queries and keys are projections of length 1 of what enters; a token's value is W_v u, u the head's row for it at
     length 1, filed under the key of the token before it. A segment reads M of before it.
 
@@ -49,6 +53,7 @@ class TokenMemoryAttention(MemoryAttention):
         gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
         read_scale_init: the initial α.
         query_key_init_scale: W_q = W_k begin so many times as large as other weights: they turn the slower.
+        retention_init: the initial w.
     """
 
     num_memories = 1
@@ -64,8 +69,11 @@ class TokenMemoryAttention(MemoryAttention):
         gate_init: float,
         read_scale_init: float,
         query_key_init_scale: float,
+        retention_init: float,
     ) -> None:
         super().__init__()
+        if not 0 < retention_init < 1:
+            raise ValueError(f"retention_init: {retention_init} is not between 0 and 1")
         for name, value in (("num_memory_heads", num_memory_heads), ("memory_key_size", key_size)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
@@ -83,6 +91,7 @@ class TokenMemoryAttention(MemoryAttention):
         self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.read_scale = nn.Parameter(torch.full((1,), float(read_scale_init)))
+        self.retention = nn.Parameter(torch.full((num_memory_heads,), math.log(retention_init / (1 - retention_init))))
         self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, key_size, hidden_size))
 
     @torch.no_grad()
@@ -96,8 +105,8 @@ class TokenMemoryAttention(MemoryAttention):
             nn.init.zeros_(linear.weight)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """β_g and α."""
-        return [self.gate, self.read_scale]
+        """β_g, α and the logits of w."""
+        return [self.gate, self.read_scale, self.retention]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """What the memory holds of no text."""
@@ -110,25 +119,33 @@ class TokenMemoryAttention(MemoryAttention):
     ) -> tuple[Tensor, MemoryState | None]:
         """All segments' reads and writes."""
         batch, num_segments, length, _ = hidden.shape
+        num_writes = num_segments - (not segments.write_last)
         with torch.autocast(hidden.device.type, enabled=False):
             q, k, v, beta = self._project(hidden, segments.token_rows)
             k = shift_keys(k)
-            if segments.valid is not None:
+            if segments.valid is None:
+                counts = torch.full((batch, num_writes), length, device=hidden.device)
+            else:
+                counts = segments.valid[:, :num_writes].sum(-1)
                 k = k * segments.valid[:, :, None, :, None]
-            num_writes = num_segments - (not segments.write_last)
             before = self.empty_memory(batch, q) if memory is None else memory
-            start = self._start(before)
-            frozen = all(before.frozen)
-            reads, end = scan_delta_rule(q, k, v, beta, start, num_writes=0 if frozen else num_writes)
+            decay = self._decay(counts > 0, before)
+            rest = self.initial_memory.to(q.dtype)
+            is_frozen = all(before.frozen)
+            reads, end = scan_delta_rule(
+                q, k, v, beta, rest + before.memories[:, 0], rest, decay[:, :0] if is_frozen else decay
+            )
             mixed = self._mix(hidden, reads)
             if num_writes:
-                if segments.valid is None:
-                    counts = torch.full((batch, num_writes), length, device=hidden.device)
-                else:
-                    counts = segments.valid[:, :num_writes].sum(-1)
-                written = k[:, :num_writes].square().sum((1, 3))
-                memory = self._write(before, end - start, written, counts.sum(1), (counts > 0).sum(1))
+                memory = replace(before, num_segments=before.num_segments + (counts > 0).sum(1))
+            if num_writes and not is_frozen:
+                memory = self._write(before, end - rest, k[:, :num_writes].square().sum((1, 3)), counts, decay)
         return mixed, memory
+
+    def _decay(self, is_written: Tensor, memory: MemoryState) -> Tensor:
+        """w of each segment [B, n] and head, [B, n, H]: 1 where the segment is empty."""
+        retained = torch.sigmoid(self.retention.to(memory.memories.dtype))
+        return torch.where(is_written.unsqueeze(-1), retained, torch.ones_like(retained))
 
     def _project(self, hidden: Tensor, token_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k [..., H, S, K], v [..., 1, S, V] and β [..., H, S], float32 at least."""
@@ -151,20 +168,18 @@ class TokenMemoryAttention(MemoryAttention):
 
     # Writing: a state holds what text has changed, so that an empty one is zero
 
-    def _start(self, memory: MemoryState) -> Tensor:
-        return self.initial_memory.to(memory.memories.dtype) + memory.memories[:, 0]
-
-    def _write(
-        self, memory: MemoryState, change: Tensor, norms: Tensor, num_tokens: Tensor, num_segments: Tensor
-    ) -> MemoryState:
-        if all(memory.frozen):
-            return replace(memory, num_segments=memory.num_segments + num_segments)
+    def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
+        """The memory after segments of `counts` tokens [B, w], whose writes left `change` [B, H, K, V]."""
+        before = (
+            decay.new_ones(decay.shape[0], self.num_memory_heads) if memory.retained is None else memory.retained[:, 0]
+        )
         return replace(
             memory,
-            memories=memory.memories + change.unsqueeze(1),
+            memories=change.unsqueeze(1),
             norms=memory.norms + norms.unsqueeze(1),
-            num_tokens=memory.num_tokens + num_tokens.unsqueeze(1),
-            num_segments=memory.num_segments + num_segments,
+            num_tokens=memory.num_tokens + counts.sum(1, keepdim=True),
+            num_segments=memory.num_segments + (counts > 0).sum(1),
+            retained=(before * decay.detach().prod(1)).unsqueeze(1),
         )
 
     # The core over tokens that continue open segments
@@ -175,15 +190,18 @@ class TokenMemoryAttention(MemoryAttention):
         """Reads from the memory of before the segment; what is written waits for the segment's end."""
         with torch.autocast(hidden.device.type, enabled=False):
             q, k, v, beta = self._project(hidden, step.token_rows)
-            start = self._start(self.empty_memory(len(hidden), q) if memory is None else memory)
-            mixed = self._mix(hidden, q @ start)
+            rest = self.initial_memory.to(q.dtype)
+            memory = self.empty_memory(len(hidden), q) if memory is None else memory
+            held = memory.memories[:, 0]
+            mixed = self._mix(hidden, q @ (rest + held))
             if opened is None:
                 opened = self._open(len(hidden), q)
             k, last_key = shift_keys(k, opened.last_key), pick_last_key(k, opened.last_key, step.valid)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
             changes, corrections = solve_writes(k, v, beta)
-            change = changes - corrections @ (start + opened.change)
+            faded = torch.sigmoid(self.retention.to(q.dtype))[:, None, None] * held
+            change = changes - corrections @ (rest + faded + opened.change)
             count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
             opened = OpenTokens(
                 change=opened.change + k.transpose(-1, -2) @ change,
@@ -205,10 +223,15 @@ class TokenMemoryAttention(MemoryAttention):
         if opened is None:
             return opened, memory
         memory = self.empty_memory(len(ended), opened.change) if memory is None else memory
-        count = opened.num_tokens * ended
-        change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
-        norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
-        memory = self._write(memory, change, norms, count, (count > 0).long())
+        counts = (opened.num_tokens * ended).unsqueeze(1)
+        if all(memory.frozen):
+            memory = replace(memory, num_segments=memory.num_segments + (counts > 0).sum(1))
+        else:
+            decay = self._decay(counts > 0, memory)
+            change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
+            norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
+            change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
+            memory = self._write(memory, change, norms, counts, decay)
         kept = {name: getattr(opened, name) for name in OpenTokens.__annotations__}
         cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
         return OpenTokens(**cleared), memory
@@ -232,6 +255,7 @@ class TokenMemoryLayer(MemoryLayer):
         read_gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
         read_scale_init: the initial α.
         query_key_init_scale: W_q = W_k begin so many times as large as other weights: they turn the slower.
+        retention_init: the initial w.
 
     Raises:
         ValueError: no memory head, or no width of keys.
@@ -250,6 +274,7 @@ class TokenMemoryLayer(MemoryLayer):
         read_gate_init: float = MemoryConfig.read_gate_init,
         read_scale_init: float = MemoryConfig.read_scale_init,
         query_key_init_scale: float = MemoryConfig.query_key_init_scale,
+        retention_init: float = MemoryConfig.retention_init,
     ) -> None:
         nn.Module.__init__(self)  # not Layer's: there are no norms and no MLP
         self.hidden_size = hidden_size
@@ -260,6 +285,7 @@ class TokenMemoryLayer(MemoryLayer):
             gate_init=read_gate_init,
             read_scale_init=read_scale_init,
             query_key_init_scale=query_key_init_scale,
+            retention_init=retention_init,
         )
 
     def forward(

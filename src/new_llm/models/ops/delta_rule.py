@@ -2,7 +2,7 @@
 
 Inside a segment the rule is a triangular system, and over segments a recurrence of matrix products
 (arXiv:2406.06484, section 3): with A = I + tril(diag(β) K Kᵀ, −1), U = A⁻¹ diag(β) V and W = A⁻¹ diag(β) K,
-M ← M + Kᵀ (U − W M).
+M ← M + Kᵀ (U − W M). Before each segment's write what the memory holds beyond its rest fades: M ← M₀ + w (M − M₀).
 
 Legend: B rows, n segments, S tokens of a segment, H heads, K and V widths of keys and values.
 """
@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 def scan_delta_rule_naive(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, *, num_writes: int
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`scan_delta_rule` from the equation, a token at a time."""
     reads = []
     for index in range(q.shape[1]):
         reads.append(q[:, index] @ memory)
-        if index >= num_writes:
+        if index >= decay.shape[1]:
             continue
+        memory = rest + decay[:, index, :, None, None] * (memory - rest)
         for token in range(q.shape[3]):
             key, value = k[:, index, :, token], v[:, index, :, token]
             held = (key.unsqueeze(-2) @ memory).squeeze(-2)
@@ -29,9 +30,9 @@ def scan_delta_rule_naive(
 
 
 def scan_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, *, num_writes: int
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Read the memory of before each segment, then write the segment.
+    """Read the memory of before each segment, then let it fade and write the segment.
 
     Args:
         q: queries, [B, n, H, S, K].
@@ -39,18 +40,20 @@ def scan_delta_rule(
         v: values, [B, n, H, S, V], or what broadcasts to it.
         beta: how much of the error is written, [B, n, H, S]; between 0 and 2 for keys of length 1.
         memory: M before the first segment, [B, H, K, V].
-        num_writes: how many of the segments, from the first, are written.
+        rest: M₀, to which it fades, [H, K, V].
+        decay: w of each write, [B, w, H]; the first w of the n segments are written.
 
     Returns:
         q M of each segment [B, n, H, S, V], and M after the last write.
     """
+    num_writes = decay.shape[1]
     changes, corrections = solve_writes(k[:, :num_writes], v[:, :num_writes], beta[:, :num_writes])
     reads = []
     for index in range(q.shape[1]):
         reads.append(q[:, index] @ memory)
         if index < num_writes:
-            change = changes[:, index] - corrections[:, index] @ memory
-            memory = memory + k[:, index].transpose(-1, -2) @ change
+            memory = rest + decay[:, index, :, None, None] * (memory - rest)
+            memory = memory + k[:, index].transpose(-1, -2) @ (changes[:, index] - corrections[:, index] @ memory)
     return torch.stack(reads, 1), memory
 
 
