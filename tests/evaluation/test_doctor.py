@@ -197,7 +197,7 @@ def test_a_memory_scaled_by_its_tokens_while_z_is_not():
 @pytest.mark.parametrize("kind", ["infini", "token_memory"])
 def test_a_memory_that_overflows(kind):
     model = make_trained(kind)
-    change_written(model, lambda m: dataclasses.replace(m, memories=m.memories * 1e20))
+    change_written(model, lambda m: dataclasses.replace(m, memories=m.memories * 1e30))
     report = examine(model, config=dataclasses.replace(CONFIG, checks=("memory",)))
     check_fault(report, "memory", "not finite")
 

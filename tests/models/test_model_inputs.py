@@ -54,6 +54,7 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
     "gate_init": (MEMORY_TYPES, []),
     "memory_key_size": ([ModelType.TOKEN_MEMORY], [0, -1, 1.5]),
+    "retention_init": ([ModelType.TOKEN_MEMORY], [0.0, 1.0, -0.5, float("nan")]),
     "read_gate_init": ([ModelType.TOKEN_MEMORY], []),
     "read_scale_init": ([ModelType.TOKEN_MEMORY], []),
     "query_key_init_scale": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0.0, -1.0, float("nan")]),

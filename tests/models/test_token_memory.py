@@ -38,6 +38,7 @@ def read_row(
     query, key = (w[f"{name}.weight"].reshape(HEADS, KEY_SIZE, SIZE) for name in ("query", "key"))
     query_bias, key_bias = (w[f"{name}.bias"].reshape(HEADS, KEY_SIZE) for name in ("query", "key"))
     M, z, outputs = w["initial_memory"].copy(), np.zeros((HEADS, KEY_SIZE)), []
+    retained = 1 / (1 + np.exp(-w["retention"]))[:, None, None]
     for xs, us in zip(segments, rows, strict=True):
         added = np.zeros_like(xs)
         for t, x in enumerate(xs):
@@ -47,6 +48,8 @@ def read_row(
                 read += gate * unit(query[h] @ x + query_bias[h]) @ M[h]
             added[t] = w["read_scale"] * (w["dense.weight"] @ read)
         outputs.append(xs + added)
+        M = w["initial_memory"] + retained * (M - w["initial_memory"])
+        z *= retained[..., 0]
         for t in range(1, len(xs)):  # the first token follows nothing that the segment holds
             value = w["value.weight"] @ unit(us[t])
             for h in range(HEADS):
@@ -113,9 +116,10 @@ def test_a_segment_at_a_time_equals_a_token_at_a_time(
     q, k = (F.normalize(draw(*shape, 4, seed=seed), dim=-1) for seed in (0, 1))
     k[..., data.draw(st.integers(0, length - 1)), :] = 0
     v, beta = draw(rows, segments, 1, length, 5, seed=2), 2 * torch.sigmoid(draw(*shape, seed=3))
-    inputs = [t.requires_grad_() for t in (q, k, v, beta, draw(rows, heads, 4, 5, seed=4))]
-    found = scan_delta_rule(*inputs, num_writes=num_writes)
-    expected = scan_delta_rule_naive(*inputs, num_writes=num_writes)
+    memory, rest = draw(rows, heads, 4, 5, seed=4), draw(heads, 4, 5, seed=8)
+    decay = torch.sigmoid(draw(rows, num_writes, heads, seed=9))
+    inputs = [t.requires_grad_() for t in (q, k, v, beta, memory, rest, decay)]
+    found, expected = scan_delta_rule(*inputs), scan_delta_rule_naive(*inputs)
     for one, other in zip(found, expected, strict=True):
         assert_near(one, other, 1e-10)
     weights = [draw(*t.shape, seed=5 + place) for place, t in enumerate(expected)]
@@ -133,7 +137,8 @@ def test_a_key_that_was_written_with_all_of_its_error_reads_its_value() -> None:
     """β = 1 and keys that are not orthogonal: the last of them is held exactly."""
     q, v = F.normalize(draw(1, 2, 1, 3, 4), dim=-1), draw(1, 2, 1, 3, 5, seed=1)
     k = torch.cat((q[:, 1:], q[:, :1]), dim=1)
-    reads, _ = scan_delta_rule(q, k, v, torch.ones(1, 2, 1, 3).double(), torch.zeros(1, 1, 4, 5).double(), num_writes=1)
+    empty, ones = torch.zeros(1, 1, 4, 5).double(), torch.ones(1, 2, 1, 3).double()
+    reads, _ = scan_delta_rule(q, k, v, ones, empty, empty[0], torch.ones(1, 1, 1).double())
     assert not reads[:, 0].any()
     assert_near(reads[:, 1, :, -1], v[:, 0, :, -1], 1e-12)
     assert not torch.allclose(reads[:, 1, :, 0], v[:, 0, :, 0])
@@ -167,7 +172,9 @@ def test_what_is_read_of_a_context_raises_the_token_that_followed_it() -> None:
 
 
 def test_how_the_layer_begins() -> None:
-    layer = TokenMemoryLayer(8, num_memory_heads=2, read_gate_init=0.5, read_scale_init=3.0, query_key_init_scale=2.0)
+    layer = TokenMemoryLayer(
+        8, num_memory_heads=2, read_gate_init=0.5, read_scale_init=3.0, query_key_init_scale=2.0, retention_init=0.75
+    )
     torch.manual_seed(0)
     initialize_weights(layer, 0.02)
     attention = layer.attention
@@ -180,6 +187,7 @@ def test_how_the_layer_begins() -> None:
         assert not zero.any()
     assert not attention.initial_memory.any()
     assert attention.gate.tolist() == [0.5, 0.5]
+    assert torch.allclose(torch.sigmoid(attention.retention), torch.tensor(0.75))
     assert attention.read_scale.tolist() == [3.0]
 
 
@@ -235,12 +243,13 @@ def test_rows_add_what_they_changed_to_a_shared_memory() -> None:
         before = model.get_memory_state()
         model(ids, update_memory=True)
         together = model.get_memory_state()[1]
+        left = torch.sigmoid(model.layers[1].attention.retention)[:, None, None] ** 3  # of each row's three writes
         changes = []
         for row in range(3):
             model.set_memory_state(before)
             model(ids[row : row + 1], update_memory=True)
-            changes.append(model.get_memory_state()[1]["memories"] - before[1]["memories"])
-    assert_near(together["memories"], before[1]["memories"] + sum(changes), 1e-10)
+            changes.append(model.get_memory_state()[1]["memories"] - left * before[1]["memories"])
+    assert_near(together["memories"], left * before[1]["memories"] + sum(changes), 1e-10)
     assert int(together["token_counts"].sum()) == 9 + 3 * 10
 
 

@@ -13,7 +13,7 @@ from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
-from new_llm.models.ops import scan_delta_rule, solve_writes
+from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes
 from new_llm.models.state import MemoryState, choose_rows
 
 DEFAULT_HEADS = 4
@@ -130,16 +130,16 @@ class TokenMemoryAttention(MemoryAttention):
                 k = k * segments.valid[:, :, None, :, None]
             before = self.empty_memory(batch, q) if memory is None else memory
             decay = self._decay(counts > 0, before)
-            rest = self.initial_memory.to(q.dtype)
             is_frozen = all(before.frozen)
-            reads, end = scan_delta_rule(
-                q, k, v, beta, rest + before.memories[:, 0], rest, decay[:, :0] if is_frozen else decay
-            )
+            rest, written = self.initial_memory.to(q.dtype), decay[:, :0] if is_frozen else decay
+            reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, written)
             mixed = self._mix(hidden, reads)
             if num_writes:
                 memory = replace(before, num_segments=before.num_segments + (counts > 0).sum(1))
             if num_writes and not is_frozen:
-                memory = self._write(before, end - rest, k[:, :num_writes].square().sum((1, 3)), counts, decay)
+                squares = k[:, :num_writes].square().sum(-2)
+                norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
+                memory = self._write(before, change, norms, counts, decay)
         return mixed, memory
 
     def _decay(self, is_written: Tensor, memory: MemoryState) -> Tensor:
@@ -169,14 +169,14 @@ class TokenMemoryAttention(MemoryAttention):
     # Writing: a state holds what text has changed, so that an empty one is zero
 
     def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
-        """The memory after segments of `counts` tokens [B, w], whose writes left `change` [B, H, K, V]."""
+        """The memory after segments of `counts` tokens [B, w], which left C = `change` [B, H, K, V] and z = `norms`."""
         before = (
             decay.new_ones(decay.shape[0], self.num_memory_heads) if memory.retained is None else memory.retained[:, 0]
         )
         return replace(
             memory,
             memories=change.unsqueeze(1),
-            norms=memory.norms + norms.unsqueeze(1),
+            norms=norms.unsqueeze(1),
             num_tokens=memory.num_tokens + counts.sum(1, keepdim=True),
             num_segments=memory.num_segments + (counts > 0).sum(1),
             retained=(before * decay.detach().prod(1)).unsqueeze(1),
@@ -231,6 +231,7 @@ class TokenMemoryAttention(MemoryAttention):
             change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
             norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
             change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
+            norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
             memory = self._write(memory, change, norms, counts, decay)
         kept = {name: getattr(opened, name) for name in OpenTokens.__annotations__}
         cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}

@@ -2,7 +2,7 @@
 
 Inside a segment the rule is a triangular system, and over segments a recurrence of matrix products
 (arXiv:2406.06484, section 3): with A = I + tril(diag(β) K Kᵀ, −1), U = A⁻¹ diag(β) V and W = A⁻¹ diag(β) K,
-M ← M + Kᵀ (U − W M). Before each segment's write what the memory holds beyond its rest fades: M ← M₀ + w (M − M₀).
+M ← M + Kᵀ (U − W M). M is M₀ + C, a rest and what text has changed; before each segment's write C fades, C ← w C.
 
 Legend: B rows, n segments, S tokens of a segment, H heads, K and V widths of keys and values.
 """
@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 def scan_delta_rule_naive(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, rest: Tensor, decay: Tensor
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`scan_delta_rule` from the equation, a token at a time."""
     reads = []
     for index in range(q.shape[1]):
-        reads.append(q[:, index] @ memory)
+        reads.append(q[:, index] @ (rest + change))
         if index >= decay.shape[1]:
             continue
-        memory = rest + decay[:, index, :, None, None] * (memory - rest)
+        change = decay[:, index, :, None, None] * change
         for token in range(q.shape[3]):
             key, value = k[:, index, :, token], v[:, index, :, token]
-            held = (key.unsqueeze(-2) @ memory).squeeze(-2)
-            change = beta[:, index, :, token, None] * (value - held)
-            memory = memory + key.unsqueeze(-1) * change.unsqueeze(-2)
-    return torch.stack(reads, 1), memory
+            held = (key.unsqueeze(-2) @ (rest + change)).squeeze(-2)
+            error = beta[:, index, :, token, None] * (value - held)
+            change = change + key.unsqueeze(-1) * error.unsqueeze(-2)
+    return torch.stack(reads, 1), change
 
 
 def scan_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, memory: Tensor, rest: Tensor, decay: Tensor
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Read the memory of before each segment, then let it fade and write the segment.
 
@@ -39,22 +39,23 @@ def scan_delta_rule(
         k: keys, likewise; 0 where nothing is written.
         v: values, [B, n, H, S, V], or what broadcasts to it.
         beta: how much of the error is written, [B, n, H, S]; between 0 and 2 for keys of length 1.
-        memory: M before the first segment, [B, H, K, V].
-        rest: M₀, to which it fades, [H, K, V].
+        change: C before the first segment, [B, H, K, V].
+        rest: M₀, [H, K, V].
         decay: w of each write, [B, w, H]; the first w of the n segments are written.
 
     Returns:
-        q M of each segment [B, n, H, S, V], and M after the last write.
+        q M of each segment [B, n, H, S, V], and C after the last write.
     """
     num_writes = decay.shape[1]
     changes, corrections = solve_writes(k[:, :num_writes], v[:, :num_writes], beta[:, :num_writes])
     reads = []
     for index in range(q.shape[1]):
-        reads.append(q[:, index] @ memory)
+        reads.append(q[:, index] @ (rest + change))
         if index < num_writes:
-            memory = rest + decay[:, index, :, None, None] * (memory - rest)
-            memory = memory + k[:, index].transpose(-1, -2) @ (changes[:, index] - corrections[:, index] @ memory)
-    return torch.stack(reads, 1), memory
+            change = decay[:, index, :, None, None] * change
+            error = changes[:, index] - corrections[:, index] @ (rest + change)
+            change = change + k[:, index].transpose(-1, -2) @ error
+    return torch.stack(reads, 1), change
 
 
 def solve_writes(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
