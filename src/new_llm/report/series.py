@@ -103,8 +103,8 @@ def describe_settings(results: dict[str, Any], model_type: str) -> dict[str, Any
         if key not in ANYTIME and not (key.startswith("model.") and key[6:] in OPTIONS and key[6:] not in taken)
     }
     if "num_memory_heads" in taken and kept.get("model.num_memory_heads") is None:
-        heads = {ModelType.INFINI: 1, ModelType.TOKEN_MEMORY: 4}.get(model_type, kept.get("model.num_attention_heads"))
-        kept["model.num_memory_heads"] = heads
+        heads = {str(ModelType.INFINI): 1, str(ModelType.TOKEN_MEMORY): 4}
+        kept["model.num_memory_heads"] = heads.get(model_type, kept.get("model.num_attention_heads"))
     return kept
 
 

@@ -18,6 +18,7 @@ class MemoryAttention(Attention):
     """
 
     gate: nn.Parameter
+    dense: nn.Linear
     num_memories: int
     num_memory_heads: int
     head_size: int
