@@ -125,7 +125,7 @@ def test_show_merge_compare(run, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     tokens = read_memory_file(tmp_path / "sum.safetensors").record.tokens_seen
     assert f"{tokens:,}" in shown
-    assert "hierarchical: 4 memories of 2 heads, 16 wide, without the delta rule, no decay" in shown
+    assert "hierarchical: 4 memories of 2 heads, 16 by 16, without the delta rule, no decay" in shown
 
 
 @pytest.mark.parametrize(
