@@ -135,8 +135,6 @@ class TokenMemoryAttention(MemoryAttention):
             reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, written)
             mixed = self._mix(hidden, reads)
             if num_writes:
-                memory = replace(before, num_segments=before.num_segments + (counts > 0).sum(1))
-            if num_writes and not is_frozen:
                 squares = k[:, :num_writes].square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
                 memory = self._write(before, change, norms, counts, decay)
@@ -170,6 +168,9 @@ class TokenMemoryAttention(MemoryAttention):
 
     def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
         """The memory after segments of `counts` tokens [B, w], which left C = `change` [B, H, K, V] and z = `norms`."""
+        num_segments = memory.num_segments + (counts > 0).sum(1)
+        if all(memory.frozen):
+            return replace(memory, num_segments=num_segments)
         before = (
             decay.new_ones(decay.shape[0], self.num_memory_heads) if memory.retained is None else memory.retained[:, 0]
         )
@@ -178,7 +179,7 @@ class TokenMemoryAttention(MemoryAttention):
             memories=change.unsqueeze(1),
             norms=norms.unsqueeze(1),
             num_tokens=memory.num_tokens + counts.sum(1, keepdim=True),
-            num_segments=memory.num_segments + (counts > 0).sum(1),
+            num_segments=num_segments,
             retained=(before * decay.detach().prod(1)).unsqueeze(1),
         )
 
@@ -224,15 +225,12 @@ class TokenMemoryAttention(MemoryAttention):
             return opened, memory
         memory = self.empty_memory(len(ended), opened.change) if memory is None else memory
         counts = (opened.num_tokens * ended).unsqueeze(1)
-        if all(memory.frozen):
-            memory = replace(memory, num_segments=memory.num_segments + (counts > 0).sum(1))
-        else:
-            decay = self._decay(counts > 0, memory)
-            change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
-            norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
-            change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
-            norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
-            memory = self._write(memory, change, norms, counts, decay)
+        decay = self._decay(counts > 0, memory)
+        change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
+        norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
+        change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
+        norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
+        memory = self._write(memory, change, norms, counts, decay)
         kept = {name: getattr(opened, name) for name in OpenTokens.__annotations__}
         cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
         return OpenTokens(**cleared), memory
