@@ -21,6 +21,9 @@ class ModelType(StrEnum):
     TOKEN_MEMORY = "token_memory"
 
 
+TOKEN_MEMORY_HEADS = 4
+"""Memory heads of a token_memory model where none are given."""
+
 COMMON_MEMORY_OPTIONS = (
     "memory_layers",
     "use_delta_rule",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from new_llm.config import ExperimentConfig, ModelType
-from new_llm.config.model import MODEL_OPTIONS, MemoryConfig, SelectiveConfig
+from new_llm.config.model import MODEL_OPTIONS, TOKEN_MEMORY_HEADS, MemoryConfig, SelectiveConfig
 from new_llm.report.results import compute_mean, get_entries, get_finite, get_value
 from new_llm.report.runs import Run
 
@@ -103,7 +103,7 @@ def describe_settings(results: dict[str, Any], model_type: str) -> dict[str, Any
         if key not in ANYTIME and not (key.startswith("model.") and key[6:] in OPTIONS and key[6:] not in taken)
     }
     if "num_memory_heads" in taken and kept.get("model.num_memory_heads") is None:
-        heads = {str(ModelType.INFINI): 1, str(ModelType.TOKEN_MEMORY): 4}
+        heads = {str(ModelType.INFINI): 1, str(ModelType.TOKEN_MEMORY): TOKEN_MEMORY_HEADS}
         kept["model.num_memory_heads"] = heads.get(model_type, kept.get("model.num_attention_heads"))
     return kept
 

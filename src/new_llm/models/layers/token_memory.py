@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.config import MemoryConfig
+from new_llm.config.model import TOKEN_MEMORY_HEADS
 from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes
 from new_llm.models.state import MemoryState, choose_rows
-
-DEFAULT_HEADS = 4
-"""Memory heads where none are given."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,7 @@ class TokenMemoryLayer(MemoryLayer):
         self.hidden_size = hidden_size
         self.attention = TokenMemoryAttention(
             hidden_size,
-            DEFAULT_HEADS if num_memory_heads is None else num_memory_heads,
+            TOKEN_MEMORY_HEADS if num_memory_heads is None else num_memory_heads,
             max(hidden_size // 2, 1) if memory_key_size is None else memory_key_size,
             gate_init=read_gate_init,
             read_scale_init=read_scale_init,
