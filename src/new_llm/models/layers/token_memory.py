@@ -14,7 +14,7 @@ from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
-from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes
+from new_llm.models.ops import read_memory, scan_delta_rule, scan_sums, solve_writes
 from new_llm.models.state import MemoryState, choose_rows
 
 
@@ -118,8 +118,8 @@ class TokenMemoryAttention(MemoryAttention):
         """All segments' reads and writes."""
         batch, num_segments, length, _ = hidden.shape
         num_writes = num_segments - (not segments.write_last)
+        q, k, v, beta = self._project(hidden, segments.token_rows)
         with torch.autocast(hidden.device.type, enabled=False):
-            q, k, v, beta = self._project(hidden, segments.token_rows)
             k = shift_keys(k)
             if segments.valid is None:
                 counts = torch.full((batch, num_writes), length, device=hidden.device)
@@ -131,12 +131,11 @@ class TokenMemoryAttention(MemoryAttention):
             is_frozen = all(before.frozen)
             rest, written = self.initial_memory.to(q.dtype), decay[:, :0] if is_frozen else decay
             reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, written)
-            mixed = self._mix(hidden, reads)
             if num_writes:
                 squares = k[:, :num_writes].square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
                 memory = self._write(before, change, norms, counts, decay)
-        return mixed, memory
+        return self._mix(hidden, reads), memory
 
     def _decay(self, is_written: Tensor, memory: MemoryState) -> Tensor:
         """w of each segment [B, n] and head, [B, n, H]: 1 where the segment is empty."""
@@ -144,23 +143,23 @@ class TokenMemoryAttention(MemoryAttention):
         return torch.where(is_written.unsqueeze(-1), retained, torch.ones_like(retained))
 
     def _project(self, hidden: Tensor, token_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q and k [..., H, S, K], v [..., 1, S, V] and β [..., H, S], float32 at least."""
+        """g q and k [..., H, S, K], v [..., S, V] and β [..., H, S], float32 at least."""
         if token_rows is None:
             raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
         dtype = torch.promote_types(hidden.dtype, torch.float32)
 
         def split(x: Tensor) -> Tensor:
-            return F.normalize(x.to(dtype).unflatten(-1, (self.num_memory_heads, -1)), dim=-1).transpose(-2, -3)
+            return F.normalize(x.to(dtype).unflatten(-1, (self.num_memory_heads, -1)), dim=-1)
 
-        rows = F.normalize(token_rows.to(dtype), dim=-1).to(hidden.dtype)
-        beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype)).transpose(-1, -2)
-        return split(self.query(hidden)), split(self.key(hidden)), self.value(rows).to(dtype).unsqueeze(-3), beta
+        gates = torch.sigmoid(self.gate + self.token_gate(hidden).to(dtype))
+        beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype))
+        q, k = gates.unsqueeze(-1) * split(self.query(hidden)), split(self.key(hidden))
+        v = self.value(F.normalize(token_rows.to(dtype), dim=-1).to(hidden.dtype))
+        return q.transpose(-2, -3), k.transpose(-2, -3), v.to(dtype), beta.transpose(-1, -2)
 
     def _mix(self, hidden: Tensor, reads: Tensor) -> Tensor:
-        """Reads [..., H, S, V] to what is added, [..., S, D]."""
-        gates = torch.sigmoid(self.gate + self.token_gate(hidden)).transpose(-1, -2)
-        mixed = (gates.unsqueeze(-1).to(reads.dtype) * reads).sum(-3)
-        return self.dense(mixed.to(hidden.dtype)) * self.read_scale.to(hidden.dtype)
+        """Σ_h g_h q_h M_h [..., S, V] to what is added, [..., S, D]."""
+        return self.dense(reads.to(hidden.dtype)) * self.read_scale.to(hidden.dtype)
 
     # Writing: a state holds what text has changed, so that an empty one is zero
 
@@ -187,28 +186,27 @@ class TokenMemoryAttention(MemoryAttention):
         self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenTokens]:
         """Reads from the memory of before the segment; what is written waits for the segment's end."""
+        q, k, v, beta = self._project(hidden, step.token_rows)
         with torch.autocast(hidden.device.type, enabled=False):
-            q, k, v, beta = self._project(hidden, step.token_rows)
             rest = self.initial_memory.to(q.dtype)
             memory = self.empty_memory(len(hidden), q) if memory is None else memory
             held = memory.memories[:, 0]
-            mixed = self._mix(hidden, q @ (rest + held))
+            reads = read_memory(q.transpose(1, 2).flatten(2), rest + held)
             if opened is None:
                 opened = self._open(len(hidden), q)
             k, last_key = shift_keys(k, opened.last_key), pick_last_key(k, opened.last_key, step.valid)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
-            changes, corrections = solve_writes(k, v, beta)
             faded = torch.sigmoid(self.retention.to(q.dtype))[:, None, None] * held
-            change = changes - corrections @ (rest + faded + opened.change)
+            error = v.unsqueeze(1) - k @ (rest + faded + opened.change)
             count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
             opened = OpenTokens(
-                change=opened.change + k.transpose(-1, -2) @ change,
+                change=opened.change + k.transpose(-1, -2) @ (solve_writes(k, beta) @ error),
                 norms=opened.norms + k.square().sum(-2),
                 num_tokens=opened.num_tokens + count,
                 last_key=last_key,
             )
-        return mixed, opened
+        return self._mix(hidden, reads), opened
 
     def _open(self, rows: int, like: Tensor) -> OpenTokens:
         keys = like.new_zeros(rows, self.num_memory_heads, self.head_size)

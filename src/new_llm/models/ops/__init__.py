@@ -1,6 +1,6 @@
 """Pure functions of compressive memory; each fast form has a naive form beside it, written from the equation."""
 
-from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, solve_writes
+from new_llm.models.ops.delta_rule import read_memory, scan_delta_rule, scan_delta_rule_naive, solve_writes
 from new_llm.models.ops.linear_attention import (
     feature_map,
     local_linear_attention,
@@ -30,6 +30,7 @@ __all__ = [
     "multiply_norms",
     "read_memories",
     "read_memories_naive",
+    "read_memory",
     "scan_delta_rule",
     "scan_delta_rule_naive",
     "scan_memories",
