@@ -28,7 +28,11 @@ class ExperimentConfig(RunSettings):
 
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)] = None
     """The run's name and folder; None: the configuration's name and the time."""
-    models: Annotated[tuple[ModelType, ...], Field(min_length=1)] = (ModelType.PYTHIA, ModelType.INFINI)
+    models: Annotated[tuple[ModelType, ...], Field(min_length=1)] = (
+        ModelType.PYTHIA,
+        ModelType.INFINI,
+        ModelType.TOKEN_MEMORY,
+    )
     """The models to train and compare."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation, splits and order."""

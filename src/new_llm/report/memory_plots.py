@@ -125,7 +125,8 @@ def list_final_alphas(series: Sequence[Series]) -> list[str]:
 
 def find_start(series: Sequence[Series]) -> float | None:
     """Where gates begin, sigmoid(β), if they all begin there."""
-    betas = {get_finite(one.settings, "model.gate_init") for one in series if "model.gate_init" in one.settings}
+    names = ("model.gate_init", "model.read_gate_init")
+    betas = {get_finite(one.settings, name) for one in series for name in names if name in one.settings}
     beta = betas.pop() if len(betas) == 1 else None
     return None if beta is None else 1 / (1 + math.exp(-max(-50.0, min(50.0, beta))))
 
