@@ -54,6 +54,8 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
             "stream": ("infini", {"num_memory_banks": 2, "segments_per_bank": 1}, {"order": "stream"}),
             # The last batch has fewer rows than a process reads: the other's are all empty.
             "shuffled": ("hierarchical", {}, {"order": "shuffled", "num_samples": 14}),
+            # What only writes has no gradient in the first half, and one in the second.
+            "one segment": ("token_memory", {}, {"order": "shuffled", "segment_curriculum": (1, 2)}),
         },
     )
 

@@ -34,7 +34,7 @@ from new_llm.models.memory_record import (
     shorten,
 )
 from new_llm.models.safetensors_header import read_header
-from new_llm.models.state import MemoryState, merge_memory_states, state_to_dict
+from new_llm.models.state import WHY_NOT_ADDITIVE, MemoryState, merge_memory_states, state_to_dict
 
 FLOATS, COUNTS = ("F32", "F64"), ("I64",)
 DTYPES = {"memories": FLOATS, "memory_norms": FLOATS, "token_counts": COUNTS, "segment_counter": COUNTS}
@@ -206,10 +206,7 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
     for path, content in zip(paths, contents, strict=True):
         for layer in content.record.layers:
             if not layer.facts.additive:
-                raise UserError(
-                    f"{path}: layer {layer.layer} was written with the delta rule or with decay: such "
-                    "memories do not add; use use_delta_rule=False without use_alibi"
-                )
+                raise UserError(f"{path}: layer {layer.layer} {WHY_NOT_ADDITIVE}")
         for name in ("weights_fingerprint", "segment_length"):
             if not force and getattr(content.record, name) != getattr(first, name):
                 what = "other weights" if name == "weights_fingerprint" else "segments of another length"

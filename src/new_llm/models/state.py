@@ -12,6 +12,12 @@ from torch import Tensor
 STATE_VERSION = 1
 """Version of the layer dictionaries of `get_memory_state`."""
 
+WHY_NOT_ADDITIVE = (
+    "was written with the delta rule or with decay: such memories do not add; "
+    "those of layers with use_delta_rule=False and without use_alibi do"
+)
+"""What is said of a layer whose memories can't merge."""
+
 
 @dataclass(frozen=True)
 class MemoryState:
@@ -261,10 +267,7 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
             where = f"layer {index} of state {number}"
             check_same_layer(entry, states[0][index], where, "state 0")
             if not entry["additive"]:
-                raise ValueError(
-                    f"{where} was written with the delta rule or with decay: such memories do not add; "
-                    "use use_delta_rule=False without use_alibi"
-                )
+                raise ValueError(f"{where} {WHY_NOT_ADDITIVE}")
     return {index: _merge_layer([state[index] for state in states]) for index in states[0]}
 
 

@@ -1,5 +1,6 @@
 """From a model on the CPU to what a step of training calls, on one process or several."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -7,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from new_llm.config import TrainConfig
@@ -70,6 +72,8 @@ def prepare_training(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=choose_trackers(config.trackers) or None,
+        # Samples of one segment write no memory that is read: what only writes has no gradient then.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(model.memory_layers))],
     )
     model.to(accelerator.device)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -79,6 +83,8 @@ def prepare_training(
         native.load_kernels()  # which compiled layers can't do themselves
         for layer in model.layers:
             layer.compile()
+    # DDP's advice for models all of whose weights had a gradient in their first step; in another they may not.
+    warnings.filterwarnings("ignore", message=r"find_unused_parameters=True was specified")
     total_loss = TotalLoss(model)
     structure = None
     if config.sharding == "fsdp" and processes.count > 1:
