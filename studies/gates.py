@@ -2,9 +2,10 @@
 
 Reads the trained models of a study (studies/memory.yaml, done), sets every gate of each to a share of memory from 0
 (local attention alone) to 1 (memory alone), and measures the held-out long documents again, with the study's settings:
-perplexity relative to that with the gates as learned, mean and 95 % interval over the seeds. Nothing is trained. Run:
+perplexity relative to that with the gates as learned, mean and 95 % interval over the seeds. Nothing is trained. A
+token memory's gates are learned for each token: how far they move is said as quantiles over the tokens. Run:
 
-    python3 studies/gates.py studies/memory.yaml --variants infini multi_memory [--runs-dir runs]
+    python3 studies/gates.py studies/memory.yaml --variants infini multi_memory token_memory [--runs-dir runs]
 
 It takes about a minute of one core a model, and writes gates.json into the study's folder.
 """
@@ -12,12 +13,15 @@ It takes about a minute of one core a model, and writes gates.json into the stud
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from new_llm.config import UserError
 from new_llm.config.measurement import SubjectConfig, TextConfig
@@ -32,7 +36,9 @@ from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.record import describe_code, write_json
 from new_llm.experiments.study import Cell, is_trained
 from new_llm.experiments.subject import Subject, load_subject
+from new_llm.models.layers.token_memory import TokenMemoryAttention, TokenMemoryLayer
 
+QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
@@ -44,18 +50,57 @@ def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[f
     subject = load_subject(SubjectConfig(run=str(run), device=study.configure(variant, seed).device))
     documents = read_long_documents(study, subject)
     layers = subject.model.memory_layers.values()
+    with record_token_gates(subject) as token_gates:
+        learned = measure_perplexity(study, subject, documents)
     found: dict[str, Any] = {
         "variant": variant,
         "seed": seed,
         "gates": [value for layer in layers for value in layer.gate_values()],
-        "perplexity": measure_perplexity(study, subject, documents),
+        "perplexity": learned,
         "relative": {},
+        "token_gates": [describe_gates(torch.cat(gates)) for gates in token_gates.values()],
     }
     for share in shares:
         for layer in layers:
             layer.attention.gate.data.fill_(torch.logit(torch.tensor(share)))
-        found["relative"][str(share)] = measure_perplexity(study, subject, documents) / found["perplexity"] - 1
+            if isinstance(layer, TokenMemoryLayer):
+                layer.attention.token_gate.weight.data.zero_()
+        found["relative"][str(share)] = measure_perplexity(study, subject, documents) / learned - 1
     return found
+
+
+@contextmanager
+def record_token_gates(subject: Subject) -> Iterator[dict[int, list[Tensor]]]:
+    """The gates of every token that token memories read inside the block, [tokens, H] a call, by layer."""
+    found: dict[int, list[Tensor]] = {}
+    hooks: list[RemovableHandle] = []
+    for index, layer in subject.model.memory_layers.items():
+        if not isinstance(layer, TokenMemoryLayer):
+            continue
+        of_layer = found.setdefault(index, [])
+
+        def keep(attention: TokenMemoryAttention, inputs: tuple[Any, ...], of_layer: list[Tensor] = of_layer) -> None:
+            hidden, _, segments = inputs
+            gates = attention.compute_gates(hidden)
+            of_layer.append(gates.flatten(0, -2) if segments.valid is None else gates[segments.valid])
+
+        hooks.append(layer.attention.register_forward_pre_hook(keep))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def describe_gates(gates: Tensor) -> dict[str, Any]:
+    """Quantiles of gates [tokens, H] over the tokens of each head, and over all."""
+    levels = torch.tensor(QUANTILES, dtype=gates.dtype)
+    return {
+        "quantiles": list(QUANTILES),
+        "heads": gates.quantile(levels, dim=0).T.tolist(),
+        "all": gates.flatten().quantile(levels).tolist(),
+        "num_tokens": len(gates),
+    }
 
 
 def read_long_documents(study: StudyConfig, subject: Subject) -> TokenSplit:
@@ -116,6 +161,10 @@ def main() -> None:
         records += of_variant
         columns = [[one["relative"][str(share)] for one in of_variant] for share in arguments.shares]
         print(f"| {variant} | " + " | ".join(map(describe, columns)) + " |", flush=True)
+    for record in records:
+        for layer in record["token_gates"]:
+            values = ", ".join(f"{value:.2f}" for value in layer["all"])
+            print(f"{record['variant']}, seed {record['seed']}: quantiles {QUANTILES} of tokens' gates: {values}")
     write_json(study.folder / "gates.json", {"code": describe_code(), "models": records})
     print(f"gates.json is in {study.folder}")
 

@@ -14,22 +14,33 @@ SCRIPT = Path(__file__).parents[2] / "studies" / "gates.py"
 
 
 def test_gates_set_elsewhere(addresses, tmp_path):
-    path = write_study(tmp_path / "study.yaml", addresses, variants={"reference": {}}, seeds=[0, 1], baselines=[],
-                       window_baselines=[])  # fmt: skip
+    variants = {"reference": {}, "token": {"models": ["token_memory"]}}
+    study = {"variants": variants, "seeds": [0, 1], "baselines": [], "window_baselines": []}
+    path = write_study(tmp_path / "study.yaml", addresses, **study)
     assert main(["study", str(path)]) == 0
-    command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference", "--shares", "0", "0.5"]
+    command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference", "token", "--shares", "0", "0.5"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "tiny-study"
     summary = json.loads((folder / "study.json").read_text())
-    carried = summary["variants"]["reference"]["figures"]["validation: carried perplexity"]["by_seed"]
     record = json.loads((folder / "gates.json").read_text())
-    assert [model["seed"] for model in record["models"]] == [0, 1]
+    assert [model["seed"] for model in record["models"]] == [0, 1] * 2
     for model in record["models"]:
+        figures = summary["variants"][model["variant"]]["figures"]
+        carried = figures["validation: carried perplexity"]["by_seed"]
         assert model["perplexity"] == pytest.approx(carried[str(model["seed"])], rel=1e-4)
         assert model["relative"].keys() == {"0.0", "0.5"}
         assert model["relative"]["0.0"] != 0  # without its memory the model reads otherwise
+        if model["variant"] == "reference":
+            assert not model["token_gates"]
+            continue
+        (gates,) = model["token_gates"]
+        assert sorted(gates["all"]) == gates["all"]
+        assert gates["all"][0] < gates["all"][-1]  # they move with the token
+        assert len(gates["heads"]) == 4
+        assert gates["num_tokens"] > 0
     assert "| reference | " in done.stdout
+    assert done.stdout.count("of tokens' gates") == 2
 
 
 def test_models_that_were_not_trained_are_one_line(addresses, tmp_path):

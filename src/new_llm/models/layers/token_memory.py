@@ -142,6 +142,10 @@ class TokenMemoryAttention(MemoryAttention):
         retained = torch.sigmoid(self.retention.to(memory.memories.dtype))
         return torch.where(is_written.unsqueeze(-1), retained, torch.ones_like(retained))
 
+    def compute_gates(self, hidden: Tensor) -> Tensor:
+        """g of each token and head, [..., S, H], float32 at least."""
+        return torch.sigmoid(self.gate + self.token_gate(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
+
     def _project(self, hidden: Tensor, token_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """g q and k [..., H, S, K], v [..., S, V] and β [..., H, S], float32 at least."""
         if token_rows is None:
@@ -151,9 +155,8 @@ class TokenMemoryAttention(MemoryAttention):
         def split(x: Tensor) -> Tensor:
             return F.normalize(x.to(dtype).unflatten(-1, (self.num_memory_heads, -1)), dim=-1)
 
-        gates = torch.sigmoid(self.gate + self.token_gate(hidden).to(dtype))
         beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype))
-        q, k = gates.unsqueeze(-1) * split(self.query(hidden)), split(self.key(hidden))
+        q, k = self.compute_gates(hidden).unsqueeze(-1) * split(self.query(hidden)), split(self.key(hidden))
         v = self.value(F.normalize(token_rows.to(dtype), dim=-1).to(hidden.dtype))
         return q.transpose(-2, -3), k.transpose(-2, -3), v.to(dtype), beta.transpose(-1, -2)
 
