@@ -130,7 +130,13 @@ class Layer(nn.Module):
         if hidden.dim() == 3:
             whole, memory = self(hidden.unsqueeze(1), memory, segments)
             return whole.squeeze(1), memory
-        mixed, memory = self.attention(self.input_layernorm(hidden), memory, segments or Segments())
+        return self.read_segments(hidden, memory, segments or Segments())
+
+    def read_segments(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """`forward` for hidden states [B, n, S, D]."""
+        mixed, memory = self.attention(self.input_layernorm(hidden), memory, segments)
         return self._add(hidden, mixed), memory
 
     def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:

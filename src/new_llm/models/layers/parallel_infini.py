@@ -116,15 +116,12 @@ class ParallelInfiniLayer(MemoryLayer):
         )
         self.alpha = nn.Parameter(torch.tensor(float(initial_alpha)))
 
-    def forward(
-        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
+    def read_segments(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
         """Whole segments through both branches; see `Layer.forward`."""
-        if hidden.dim() == 3:
-            whole, memory = self(hidden.unsqueeze(1), memory, segments)
-            return whole.squeeze(1), memory
         base, _ = self.base_layer(hidden, None, segments)
-        recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments or Segments())
+        recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments)
         return self._add(base, recalled), memory
 
     def step(

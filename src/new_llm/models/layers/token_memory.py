@@ -286,14 +286,11 @@ class TokenMemoryLayer(MemoryLayer):
             retention_init=retention_init,
         )
 
-    def forward(
-        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
+    def read_segments(
+        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
         """Whole segments; see `Layer.forward`. `segments.token_rows` is needed."""
-        if hidden.dim() == 3:
-            whole, memory = self(hidden.unsqueeze(1), memory, segments)
-            return whole.squeeze(1), memory
-        recalled, memory = self.attention(hidden, memory, segments or Segments())
+        recalled, memory = self.attention(hidden, memory, segments)
         return hidden + recalled, memory
 
     def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
