@@ -92,6 +92,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
         "distance-validation-against-pythia.svg",
         "distance-validation-against-whole.svg",
         "recall-facts.svg",
+        "recall-facts-first.svg",
     }
     assert (folder / "differences.svg").read_text().startswith("<?xml")
     assert (folder / "distance-validation.svg").exists()

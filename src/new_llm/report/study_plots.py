@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def write_study_figures(summary: dict[str, Any], folder: Path) -> None:
     """Draw what the summary has numbers for.
 
     `differences.svg`; for each text `distance-<text>.svg`, against the memory reset, and one against each baseline;
-    `recall-<task>.svg`.
+    `recall-<task>.svg` of exact answers, `recall-<task>-first.svg` of right ones ranked first.
     """
     figures = {"differences": plot_differences(summary)}
     variants = summary["variants"].values()
@@ -35,7 +35,8 @@ def write_study_figures(summary: dict[str, Any], folder: Path) -> None:
         for baseline in summary["baselines"]:
             figures[f"distance-{text}-against-{baseline}"] = plot_distance(summary, what, baseline)
     for task in dict.fromkeys(task for entry in variants for task in entry["recall"]):
-        figures[f"recall-{task}"] = plot_recall(summary, task)
+        figures[f"recall-{task}"] = plot_recall(summary, task, "exact")
+        figures[f"recall-{task}-first"] = plot_recall(summary, task, "first")
     for name, figure in figures.items():
         if figure is not None:
             save_picture(figure, folder / f"{name}.svg")
@@ -89,26 +90,35 @@ def plot_distance(summary: Mapping[str, Any], what: str, against: str) -> Figure
     _draw_curves(axes, curves)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
     axes.set_xlabel("tokens from the document's start (middle of the range)")
-    axes.set_ylabel(f"perplexity, carried against {against} (%)")
+    axes.set_ylabel(f"perplexity against {against} (%)")
     return figure
 
 
-def plot_recall(summary: Mapping[str, Any], task: str) -> Figure | None:
-    """Share of questions answered exactly, by segments between the sentence and the question."""
+def plot_recall(summary: Mapping[str, Any], task: str, score: Literal["exact", "first"]) -> Figure | None:
+    """Share of questions answered so well, by segments between the sentence and the question.
+
+    A curve a variant, the first `MAX_CURVES`, those with memory first.
+
+    Args:
+        summary: of the study.
+        task: passkey or facts.
+        score: exact, or first: the right answer is more probable than the other candidates.
+    """
     curves: dict[str, Curve] = {}
-    for name, entry in summary["variants"].items():
+    for name, entry in (dict(_with_memory(summary)) | summary["variants"]).items():
         # Distance 0, the same segment, has no place on a logarithmic axis.
-        if points := [(cell["distance"], cell["exact"]) for cell in entry["recall"].get(task, []) if cell["distance"]]:
+        if points := [(cell["distance"], cell[score]) for cell in entry["recall"].get(task, []) if cell["distance"]]:
             curves[name] = points
     if not curves:
         return None
     figure = new_figure(WIDTH_INCHES, CURVES_INCHES)
     axes = figure.add_subplot()
     _draw_curves(axes, curves)
-    axes.set_ylim(-3, 103)
+    if score == "exact":
+        axes.set_ylim(-3, 103)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.set_xlabel("segments from the sentence to the question")
-    axes.set_ylabel(f"{task}: answered exactly (%)")
+    axes.set_ylabel(f"{task}: {'answered exactly' if score == 'exact' else 'right answer first'} (%)")
     return figure
 
 
