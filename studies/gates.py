@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from new_llm.config import UserError
 from new_llm.config.measurement import SubjectConfig, TextConfig
@@ -58,7 +57,7 @@ def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[f
         "gates": [value for layer in layers for value in layer.gate_values()],
         "perplexity": learned,
         "relative": {},
-        "token_gates": [describe_gates(torch.cat(gates)) for gates in token_gates.values()],
+        "token_gates": [describe_gates(torch.cat(token_gates))] if token_gates else [],
     }
     for share in shares:
         for layer in layers:
@@ -70,26 +69,24 @@ def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[f
 
 
 @contextmanager
-def record_token_gates(subject: Subject) -> Iterator[dict[int, list[Tensor]]]:
-    """The gates of every token that token memories read inside the block, [tokens, H] a call, by layer."""
-    found: dict[int, list[Tensor]] = {}
-    hooks: list[RemovableHandle] = []
-    for index, layer in subject.model.memory_layers.items():
-        if not isinstance(layer, TokenMemoryLayer):
-            continue
-        of_layer = found.setdefault(index, [])
+def record_token_gates(subject: Subject) -> Iterator[list[Tensor]]:
+    """The gates of every token that a token memory, which can only be the last layer, reads inside the block.
 
-        def keep(attention: TokenMemoryAttention, inputs: tuple[Any, ...], of_layer: list[Tensor] = of_layer) -> None:
-            hidden, _, segments = inputs
-            gates = attention.compute_gates(hidden)
-            of_layer.append(gates.flatten(0, -2) if segments.valid is None else gates[segments.valid])
+    [tokens, H] a call; none where there is no token memory.
+    """
+    found: list[Tensor] = []
 
-        hooks.append(layer.attention.register_forward_pre_hook(keep))
-    try:
+    def keep(attention: TokenMemoryAttention, inputs: tuple[Any, ...]) -> None:
+        hidden, _, segments = inputs
+        gates = attention.compute_gates(hidden)
+        found.append(gates.flatten(0, -2) if segments.valid is None else gates[segments.valid])
+
+    last = subject.model.layer_list[-1]
+    if not isinstance(last, TokenMemoryLayer):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return
+    with last.attention.register_forward_pre_hook(keep):
+        yield found
 
 
 def describe_gates(gates: Tensor) -> dict[str, Any]:

@@ -4,10 +4,13 @@ Legend: R rows (1 where all rows of a batch share one memory), N memories or ban
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 STATE_VERSION = 1
 """Version of the layer dictionaries of `get_memory_state`."""
@@ -110,6 +113,11 @@ class MemoryState:
             num_segments=torch.zeros_like(self.num_segments),
         )
 
+    @property
+    def share_left(self) -> Tensor:
+        """`retained`, where it is None 1: [R, N, H]."""
+        return self.norms.new_ones(self.norms.shape[:3]) if self.retained is None else self.retained
+
     def add_changes(self, start: "MemoryState", rows: "MemoryState") -> "MemoryState":
         """This memory, as it is held now, plus what rows that began from `start` have changed.
 
@@ -117,8 +125,7 @@ class MemoryState:
         decays as often as the row with the most writes let it decay. Segments are counted in time, not over rows: rows
         of one call advance together, so that memories that are written in turn stay in turn.
         """
-        heads = (rows.num_tokens.shape[0], *self.norms.shape[1:3])
-        left = self.norms.new_ones(heads) if rows.retained is None else rows.retained
+        left = rows.share_left
         new_memories = rows.memories - left[..., None, None] * start.memories
         new_norms = rows.norms - left[..., None] * start.norms
         new_tokens, new_segments = rows.num_tokens - start.num_tokens, rows.num_segments - start.num_segments
@@ -138,6 +145,17 @@ class MemoryState:
 def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """`yes` where the row is chosen [R], else `no`; both [R, ...]."""
     return torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)
+
+
+Opened = TypeVar("Opened", bound="DataclassInstance")
+
+
+def clear_rows(chosen: Tensor, opened: Opened) -> Opened:
+    """What a layer keeps of open segments, tensors [R, ...], with 0 in the chosen rows [R]."""
+    kept = {one.name: getattr(opened, one.name) for one in fields(opened)}
+    return replace(
+        opened, **{name: choose_rows(chosen, torch.zeros_like(value), value) for name, value in kept.items()}
+    )
 
 
 @dataclass(frozen=True)

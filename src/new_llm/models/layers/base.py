@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,12 @@ class Segments:
     valid: Tensor | None = None
     write_last: bool = True
     token_rows: Tensor | None = None
+
+    def count_tokens(self, batch: int, num_segments: int, length: int, device: torch.device) -> Tensor:
+        """Real tokens of the first segments, which have `length` places, [batch, num_segments]."""
+        if self.valid is None:
+            return torch.full((batch, num_segments), length, device=device)
+        return self.valid[:, :num_segments].sum(-1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class Step:
     start: int | None = None
     token_rows: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+
+    def count_tokens(self) -> Tensor:
+        """Real tokens of each row, [B]."""
+        return torch.full_like(self.offsets, self.positions.shape[1]) if self.valid is None else self.valid.sum(-1)
 
 
 class Attention(nn.Module, ABC):

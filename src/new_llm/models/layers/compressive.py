@@ -23,7 +23,7 @@ from new_llm.models.ops import (
     local_linear_attention,
     read_memories,
 )
-from new_llm.models.state import MemoryState, choose_rows, find_written_memory
+from new_llm.models.state import MemoryState, clear_rows, find_written_memory
 
 CHUNK_LENGTH = 1024
 """Tokens up to which local attention is one masked product; beyond, it runs in chunks of this length."""
@@ -214,8 +214,7 @@ class CompressiveAttention(MemoryAttention):
         decay = self._decay_like(memory.norms)
         if decay is None:
             return None
-        before = memory.norms.new_ones(memory.norms.shape[:3]) if memory.retained is None else memory.retained
-        return before * decay ** num_writes.unsqueeze(-1)
+        return memory.share_left * decay ** num_writes.unsqueeze(-1)
 
     # The core over tokens that continue open segments
 
@@ -263,7 +262,6 @@ class CompressiveAttention(MemoryAttention):
     def _sum_step(
         self, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
     ) -> OpenSegment:
-        count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
         written = v
         if self.use_delta_rule and memory is not None:
             current, norm = self._current(memory)
@@ -274,7 +272,7 @@ class CompressiveAttention(MemoryAttention):
         if opened.writes is not opened.products:
             add_outer_products(opened.writes, k, written)
         keys = opened.keys + k.sum(-2, dtype=opened.keys.dtype)
-        return replace(opened, keys=keys, num_tokens=opened.num_tokens + count)
+        return replace(opened, keys=keys, num_tokens=opened.num_tokens + step.count_tokens())
 
     def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
         """An open segment without tokens; where r = 0 one tensor serves as `products` and as `writes`."""
@@ -299,6 +297,4 @@ class CompressiveAttention(MemoryAttention):
             current, norm = current * decay[:, None, None], norm * decay[:, None]
         count = opened.num_tokens * ended
         memory = self._replace(memory, current + opened.writes, norm + opened.keys, count)
-        kept = {name: getattr(opened, name) for name in OpenSegment.__annotations__}
-        cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
-        return OpenSegment(**cleared), memory
+        return clear_rows(ended, opened), memory

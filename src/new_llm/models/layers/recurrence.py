@@ -102,10 +102,7 @@ def scan_segments(
     num_writes = num_segments - (not segments.write_last)
     if memory is None and num_writes == 0:
         return torch.zeros_like(v), None
-    if segments.valid is None:
-        counts = torch.full((batch, num_writes), length, device=q.device)
-    else:
-        counts = segments.valid[:, :num_writes].sum(-1)
+    counts = segments.count_tokens(batch, num_writes, length, q.device)
     before = attention.empty_memory(batch, v) if memory is None else memory
     schedule = plan_writes(before, counts, attention.segments_per_memory)
     decay, norm_decay = schedule.spread_decay(attention.decay, before.norms)

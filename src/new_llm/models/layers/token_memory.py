@@ -15,7 +15,7 @@ from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import read_memory, scan_delta_rule, scan_sums, solve_writes
-from new_llm.models.state import MemoryState, choose_rows
+from new_llm.models.state import MemoryState, choose_rows, clear_rows
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class TokenMemoryAttention(MemoryAttention):
         for name, value in (("num_memory_heads", num_memory_heads), ("memory_key_size", key_size)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
-        self.num_memory_heads = num_memory_heads
         if not query_key_init_scale > 0:
             raise ValueError(f"query_key_init_scale: {query_key_init_scale} is not positive")
+        self.num_memory_heads = num_memory_heads
         self.query_key_init_scale = query_key_init_scale
         self.head_size = key_size
         self.value_size = hidden_size
@@ -121,10 +121,8 @@ class TokenMemoryAttention(MemoryAttention):
         q, k, v, beta = self._project(hidden, segments.token_rows)
         with torch.autocast(hidden.device.type, enabled=False):
             k = shift_keys(k)
-            if segments.valid is None:
-                counts = torch.full((batch, num_writes), length, device=hidden.device)
-            else:
-                counts = segments.valid[:, :num_writes].sum(-1)
+            counts = segments.count_tokens(batch, num_writes, length, hidden.device)
+            if segments.valid is not None:
                 k = k * segments.valid[:, :, None, :, None]
             before = self.empty_memory(batch, q) if memory is None else memory
             decay = self._decay(counts > 0, before)
@@ -171,16 +169,13 @@ class TokenMemoryAttention(MemoryAttention):
         num_segments = memory.num_segments + (counts > 0).sum(1)
         if all(memory.frozen):
             return replace(memory, num_segments=num_segments)
-        before = (
-            decay.new_ones(decay.shape[0], self.num_memory_heads) if memory.retained is None else memory.retained[:, 0]
-        )
         return replace(
             memory,
             memories=change.unsqueeze(1),
             norms=norms.unsqueeze(1),
             num_tokens=memory.num_tokens + counts.sum(1, keepdim=True),
             num_segments=num_segments,
-            retained=(before * decay.detach().prod(1)).unsqueeze(1),
+            retained=memory.share_left * decay.detach().prod(1).unsqueeze(1),
         )
 
     # The core over tokens that continue open segments
@@ -202,11 +197,10 @@ class TokenMemoryAttention(MemoryAttention):
                 k = k * step.valid[:, None, :, None]
             faded = torch.sigmoid(self.retention.to(q.dtype))[:, None, None] * held
             error = v.unsqueeze(1) - k @ (rest + faded + opened.change)
-            count = torch.full_like(step.offsets, k.shape[2]) if step.valid is None else step.valid.sum(-1)
             opened = OpenTokens(
                 change=opened.change + k.transpose(-1, -2) @ (solve_writes(k, beta) @ error),
                 norms=opened.norms + k.square().sum(-2),
-                num_tokens=opened.num_tokens + count,
+                num_tokens=opened.num_tokens + step.count_tokens(),
                 last_key=last_key,
             )
         return self._mix(hidden, reads), opened
@@ -230,9 +224,7 @@ class TokenMemoryAttention(MemoryAttention):
         change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
         norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
         memory = self._write(memory, change, norms, counts, decay)
-        kept = {name: getattr(opened, name) for name in OpenTokens.__annotations__}
-        cleared = {name: choose_rows(ended, torch.zeros_like(value), value) for name, value in kept.items()}
-        return OpenTokens(**cleared), memory
+        return clear_rows(ended, opened), memory
 
 
 @register_layer
