@@ -1,0 +1,412 @@
+"""Charts as data: a Vega-Lite specification beside the rows that it draws.
+
+Whatever measures something builds its charts here, without drawing them; `new_llm.report.render` turns a chart into SVG
+or PNG, and `Chart.to_csv` gives the numbers. Rows are copied under fixed field names, so that text from files is
+always a value and never part of the specification.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# The report replaces these colours by its own variables, one set for each theme. After Okabe and Ito, darkened for
+# contrast on white.
+PALETTE = ("#0072b2", "#d55e00", "#008f68", "#aa4499", "#a06f00", "#3f8fc4", "#59636d")
+INK, MUTED, GRID, HEAT, HEAT_INK = "#1d2329", "#5c6670", "#e6e8ea", "#0b5c99", "#fefefe"
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "stroke")
+
+WIDTH, HEIGHT = 480, 260
+BAR_STEP, CELL_STEP = 24, 30
+MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
+MAX_TOOLTIPS = 24
+MAX_LABELLED_CELLS = 150
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture and what it shows.
+
+    Attributes:
+        name: of its files; lower case, digits and hyphens.
+        title: what it shows, in a few words.
+        caption: how to read it, and what can be concluded.
+        spec: Vega-Lite, with its data inside.
+        rows: the numbers that are drawn, for the CSV file.
+        view: charts with one title are views of one figure, which the page switches between; this one's label.
+    """
+
+    name: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+    rows: list[Row]
+    view: str = ""
+
+    def to_csv(self) -> str:
+        """The rows as CSV with a header."""
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+
+def line_chart(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Row],
+    *,
+    x: str,
+    y: str,
+    series: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    x_title: str = "",
+    y_title: str = "",
+    x_log: bool = False,
+    y_log: bool = False,
+    y_format: str = "",
+    reference: float | None = None,
+    view: str = "",
+) -> Chart:
+    """A line for each series, with a band where rows have the ends of an interval.
+
+    Args:
+        name: of the chart's files.
+        title: of the figure.
+        caption: below it.
+        rows: the data. Rows whose x or y can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) are left out.
+        x: the column along the x-axis: numbers, or texts in the order of the rows.
+        y: the column of heights.
+        series: the column that says which line a row belongs to; None: there is one line.
+        low: the column of the interval's lower end.
+        high: the column of its upper end.
+        x_title: of the axis.
+        y_title: of the axis.
+        x_log: a logarithmic axis (base 2).
+        y_log: a logarithmic axis.
+        y_format: how values read, in d3's format language, as ".1%".
+        reference: a value to draw a level at.
+        view: this chart's label among the views of one figure.
+    """
+    is_ordinal = any(isinstance(row.get(x), str) for row in rows)
+    drawn = []
+    for row in rows:
+        height = _number(row.get(y), is_log=y_log)
+        place = str(row.get(x)) if is_ordinal else _number(row.get(x), is_log=x_log)
+        if height is not None and place is not None:
+            ends = _find_ends(row, low, high, is_log=y_log)
+            drawn.append({"x": place, "y": height, "series": _name(row, series), **ends})
+    for point in drawn:
+        where = point["x"] if is_ordinal else _say(point["x"])
+        point["tip"] = f"{point['series']}: " * (series is not None) + _say_value(point, "y", y_format)
+        point["tip"] += f" at {where} {x_title}".rstrip()
+    names = list(dict.fromkeys(point["series"] for point in drawn))
+    for one in names:
+        own = [point for point in drawn if point["series"] == one]
+        step = 1 if len(own) <= MAX_MARKED else math.ceil(len(own) / MAX_TOOLTIPS)
+        for place, point in enumerate(own):
+            point["mark"] = (len(own) - 1 - place) % step == 0
+    is_long = any(sum(point["series"] == one for point in drawn) > MAX_MARKED for one in names)
+    across: Row = {"field": "x", "title": x_title or None, "scale": _scale(x_log, base=2)}
+    across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}} if is_ordinal else {"type": "quantitative"}
+    if not is_ordinal:
+        across["axis"] = _label_axis([point["x"] for point in drawn], base=2 if x_log else None)
+    up = {
+        "field": "y",
+        "type": "quantitative",
+        "title": y_title or None,
+        "scale": _scale(y_log),
+        "axis": _label_axis([point["y"] for point in drawn], y_format, base=10 if y_log else None),
+    }
+    layers: list[Row] = []
+    if any("low" in point for point in drawn):
+        ends = {"y": up | {"field": "low"}, "y2": {"field": "high"}}
+        layers.append({"mark": {"type": "area", "opacity": 0.15, "aria": False}, "encoding": ends})
+    if reference is not None:
+        layers.append(_draw_reference("y", reference))
+    layers.append({"mark": {"type": "line", "strokeWidth": 2.2, "aria": False}, "encoding": {"y": up}})
+    marks = {"type": "point", "filled": True, "size": 50, "opacity": 0 if is_long else 1}
+    layers.append(
+        {
+            "transform": [{"filter": "datum.mark"}],
+            "mark": marks,
+            "encoding": {"y": up, "shape": _encode_shape(names, is_shown=series is not None)},
+        }
+    )
+    encoding = {"x": across, "color": _encode_color(names, is_shown=series is not None), **_TIP}
+    return Chart(name, title, caption, _make_spec(drawn, HEIGHT, encoding, layers), list(rows), view)
+
+
+def bar_chart(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Row],
+    *,
+    x: str,
+    y: str,
+    series: str | None = None,
+    low: str | None = None,
+    high: str | None = None,
+    x_title: str = "",
+    x_log: bool = False,
+    x_format: str = "",
+    reference: float | None = None,
+    is_dotted: bool = False,
+    view: str = "",
+) -> Chart:
+    """Horizontal bars with their values beside them, or dots with intervals.
+
+    Args:
+        name: of the chart's files.
+        title: of the figure.
+        caption: below it.
+        rows: the data; rows whose value can't be drawn are left out.
+        x: the column of lengths.
+        y: the column of labels, one place on the y-axis each.
+        series: the column that says which bar of a place a row is; None: one bar a place, in the place's own colour.
+        low: the column of the interval's lower end.
+        high: the column of its upper end.
+        x_title: of the axis.
+        x_log: a logarithmic axis: dots, since bars need a zero.
+        x_format: how values read, in d3's format language.
+        reference: a value to draw a level at.
+        is_dotted: dots in place of bars: the axis need not begin at zero.
+        view: this chart's label among the views of one figure.
+    """
+    is_dotted = is_dotted or x_log
+    drawn = []
+    for row in rows:
+        length = _number(row.get(x), is_log=x_log)
+        if length is not None:
+            ends = _find_ends(row, low, high, is_log=x_log)
+            drawn.append({"x": length, "label": _name(row, y), "series": _name(row, series or y), **ends})
+    for bar in drawn:
+        bar["text"] = _format(bar["x"], x_format)
+        what = bar["label"] if series is None else f"{bar['label']}, {bar['series']}"
+        bar["tip"] = f"{what}: {_say_value(bar, 'x', x_format)} {x_title}".rstrip()
+    names = list(dict.fromkeys(bar["series"] for bar in drawn))
+    labels = list(dict.fromkeys(bar["label"] for bar in drawn))
+    across = {
+        "field": "x",
+        "type": "quantitative",
+        "title": x_title or None,
+        "scale": _scale(x_log, zero=not is_dotted) | {"padding": 24},
+        "axis": _label_axis([bar["x"] for bar in drawn], x_format, base=10 if x_log else None),
+    }
+    encoding: Row = {
+        "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}},
+        "color": _encode_color(names, is_shown=series is not None),
+        **_TIP,
+    }
+    if series is not None:
+        encoding["yOffset"] = {"field": "series", "sort": names}
+    mark = {"type": "point", "filled": True, "size": 90, "opacity": 1} if is_dotted else {"type": "bar"}
+    layers: list[Row] = [] if reference is None else [_draw_reference("x", reference)]
+    layers.append({"mark": mark, "encoding": {"x": across}})
+    if any("low" in bar for bar in drawn):
+        ends = {"x": across | {"field": "low"}, "x2": {"field": "high"}, "color": {"value": INK}}
+        layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
+    text = {"type": "text", "align": "left", "baseline": "middle", "dx": 8, "dy": -9 if is_dotted else 0, "aria": False}
+    furthest = across | {"field": "x" if is_dotted else "high"}
+    if not is_dotted:
+        for bar in drawn:
+            bar.setdefault("high", bar["x"])
+    layers.append({"mark": text, "encoding": {"x": furthest, "text": {"field": "text"}, "color": {"value": INK}}})
+    height = BAR_STEP * len(labels) * (1 if series is None else max(1, len(names))) + 80
+    return Chart(name, title, caption, _make_spec(drawn, height, encoding, layers), list(rows), view)
+
+
+def heat_chart(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Row],
+    *,
+    x: str,
+    y: str,
+    value: str,
+    x_title: str = "",
+    y_title: str = "",
+    value_format: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    view: str = "",
+) -> Chart:
+    """A table of shaded cells: the stronger the shade, the greater the value.
+
+    Args:
+        name: of the chart's files.
+        title: of the figure.
+        caption: below it.
+        rows: the data, a row a cell; those without a finite value are left out.
+        x: the column of places along the x-axis, in the order of the rows.
+        y: likewise down the y-axis.
+        value: the column of values.
+        x_title: of the axis.
+        y_title: of the axis.
+        value_format: how values read, in d3's format language.
+        low: what no shade stands for; None: the least value.
+        high: what full shade stands for; None: the greatest.
+        view: this chart's label among the views of one figure.
+    """
+    drawn = []
+    for row in rows:
+        found = _number(row.get(value))
+        if found is not None:
+            drawn.append({"x": _name(row, x), "y": _name(row, y), "value": found, "text": _format(found, value_format)})
+    values = [cell["value"] for cell in drawn]
+    least = min(values, default=0.0) if low is None else low
+    most = max(values, default=1.0) if high is None else high
+    span = most / 2 - least / 2 or 0.5  # halves: the difference of two large numbers can be infinite
+    for cell in drawn:
+        share = min(1.0, max(0.0, (cell["value"] / 2 - least / 2) / span))
+        # The shade is the opacity of one colour, so that a theme can replace it.
+        cell |= {"shade": 0.06 + 0.94 * share, "ink": HEAT_INK if share > 0.5 else INK}
+        cell["tip"] = f"{y_title} {cell['y']}, {x_title} {cell['x']}: {cell['text']}".strip()
+    axis = {"type": "ordinal", "sort": None, "scale": {"paddingInner": 0.06}}
+    encoding = {
+        "x": axis | {"field": "x", "title": x_title or None, "axis": {"labelAngle": 0, "labelOverlap": True}},
+        "y": axis | {"field": "y", "title": y_title or None},
+        **_TIP,
+    }
+    shade = {"fillOpacity": {"field": "shade", "type": "quantitative", "scale": None}, "color": {"value": HEAT}}
+    layers: list[Row] = [{"mark": {"type": "rect"}, "encoding": shade}]
+    if len(drawn) <= MAX_LABELLED_CELLS:
+        ink = {"field": "ink", "type": "nominal", "scale": None}
+        layers.append({"mark": {"type": "text", "aria": False}, "encoding": {"text": {"field": "text"}, "color": ink}})
+    height = CELL_STEP * len({cell["y"] for cell in drawn}) + 80
+    return Chart(name, title, caption, _make_spec(drawn, height, encoding, layers), list(rows), view)
+
+
+_TIP = {"description": {"field": "tip"}}
+
+_CONFIG: Row = {
+    "font": "Liberation Sans, Arial, Helvetica, sans-serif",
+    "background": "#ffffff",
+    "view": {"stroke": None},
+    "axis": {
+        "domainColor": MUTED,
+        "gridColor": GRID,
+        "labelColor": MUTED,
+        "labelFontSize": 12,
+        "labelLimit": 220,
+        "tickColor": GRID,
+        "titleColor": MUTED,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+    },
+    # The y-axis's title lies flat above the axis: it can be read, and labels may grow to its left on a phone.
+    "axisY": {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "start", "titleX": -30, "titleY": -12},
+    "legend": {
+        "orient": "top",
+        "title": None,
+        "labelColor": INK,
+        "labelFontSize": 12,
+        "labelLimit": 240,
+        "columns": 4,
+        "offset": 26,
+        "symbolOpacity": 1,
+    },
+    "text": {"fontSize": 12},
+}
+
+
+def _make_spec(values: list[Row], height: int, encoding: Row, layers: list[Row]) -> Row:
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "width": WIDTH,
+        "height": height,
+        "autosize": {"type": "fit", "contains": "padding"},
+        "padding": {"left": 8, "top": 6, "right": 12, "bottom": 6},
+        "data": {"values": values},
+        "encoding": encoding,
+        "layer": layers,
+        "config": _CONFIG,
+    }
+
+
+def _encode_color(names: list[str], *, is_shown: bool) -> Row:
+    colors = [PALETTE[place % len(PALETTE)] for place in range(len(names))]
+    scale = {"domain": names, "range": colors}
+    return {"field": "series", "type": "nominal", "scale": scale, "legend": {} if is_shown else None}
+
+
+def _encode_shape(names: list[str], *, is_shown: bool) -> Row:
+    shapes = [SHAPES[place % len(SHAPES)] for place in range(len(names))]
+    scale = {"domain": names, "range": shapes}
+    return {"field": "series", "type": "nominal", "scale": scale, "legend": {} if is_shown else None}
+
+
+def _draw_reference(axis: str, value: float) -> Row:
+    """A dashed level that takes no part in the chart's data or legend."""
+    mark = {"type": "rule", "color": MUTED, "strokeDash": [5, 4], "aria": False}
+    return {"data": {"values": [{"level": value}]}, "mark": mark, "encoding": {axis: {"datum": value}, **_BARE[axis]}}
+
+
+_NOTHING = {"value": None}
+_BARE: dict[str, Row] = {
+    "x": {"y": None, "color": {"value": MUTED}, "yOffset": None, "description": _NOTHING},
+    "y": {"x": None, "color": {"value": MUTED}, "description": _NOTHING},
+}
+
+
+def _label_axis(values: list[float], format_spec: str = "", *, base: int | None = None) -> Row:
+    """About five ticks; on a logarithmic axis at powers of its base, or at 1, 2 and 5 times those of ten."""
+    labels = f"format(datum.value, '{format_spec or ('~s' if base is None else ',~r')}')"
+    if base is None or not values:
+        return {"tickCount": 5, "labelExpr": labels}
+    first, last = (math.floor(math.log(end, base)) for end in (min(values), max(values)))
+    steps = (1, 2, 5) if base == 10 and last - first < 2 else (1,)
+    powers = range(first, last + 2, 1 + (last - first) // 6)
+    return {"values": [step * float(base) ** power for power in powers for step in steps], "labelExpr": labels}
+
+
+def _scale(is_log: bool, *, base: int = 10, zero: bool = False) -> Row:
+    return {"type": "log", "base": base, "nice": False} if is_log else {"zero": zero}
+
+
+def _name(row: Row, key: str | None) -> str:
+    return " ".join(str(row.get(key, "")).split()) if key is not None else ""
+
+
+def _number(value: Any, *, is_log: bool = False) -> float | None:
+    """The value where an axis can hold it."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
+        return None
+    return None if is_log and value <= 0 else float(value)
+
+
+def _find_ends(row: Row, low: str | None, high: str | None, *, is_log: bool) -> Row:
+    ends = [_number(row.get(end), is_log=is_log) if end is not None else None for end in (low, high)]
+    return {"low": ends[0], "high": ends[1]} if None not in ends else {}
+
+
+def _say_value(point: Row, key: str, format_spec: str) -> str:
+    text = _format(point[key], format_spec)
+    if "low" in point:
+        text += f" [{_format(point['low'], format_spec)}, {_format(point['high'], format_spec)}]"
+    return text
+
+
+def _format(value: float, format_spec: str) -> str:
+    """A number as d3 would write it; Python reads the same language but for "~" and "s"."""
+    return format(value, format_spec) if format_spec and not set(format_spec) & {"~", "s"} else _say(value)
+
+
+def _say(value: float) -> str:
+    """Four significant digits, thousands separated."""
+    if value and not 1e-3 <= abs(value) < 1e9:
+        return f"{value:.3e}"
+    digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    text = f"{value:,.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

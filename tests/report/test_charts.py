@@ -1,0 +1,79 @@
+"""Charts as data: what is drawn of hostile rows, and the CSV beside them."""
+
+import csv
+import io
+import math
+from typing import Any
+
+import pytest
+
+from new_llm.charts import Chart, bar_chart, heat_chart, line_chart
+
+HOSTILE = '<script>alert(1)</script> "q" {"signal": "x"} datum.y \u202e 漢字'
+
+
+def read_values(chart: Chart) -> list[dict[str, Any]]:
+    return chart.spec["data"]["values"]
+
+
+def make_lines(rows: list[dict[str, Any]], **options: Any) -> Chart:
+    return line_chart("loss", "Loss", "Lower is better.", rows, x="step", y="loss", series="model", **options)
+
+
+@pytest.mark.parametrize("value", [None, "text", math.nan, math.inf, True, 10**400, [1]])
+def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value: Any):
+    rows = [{"step": 1, "loss": 2.0, "model": "a"}, {"step": 2, "loss": value, "model": "a"}]
+    for chart in (
+        make_lines(rows),
+        bar_chart("b", "B", "", rows, x="loss", y="model"),
+        heat_chart("h", "H", "", rows, x="step", y="model", value="loss"),
+    ):
+        assert len(read_values(chart)) == 1
+        assert chart.rows == rows
+
+
+def test_a_logarithmic_axis_holds_positive_numbers_alone():
+    rows = [{"step": 1, "loss": loss, "model": "a"} for loss in (-1.0, 0, 3.0)]
+    assert [point["y"] for point in read_values(make_lines(rows, y_log=True))] == [3.0]
+    assert len(read_values(make_lines(rows))) == 3
+
+
+def test_text_of_rows_is_never_part_of_the_specification():
+    rows = [{"step": 1, "loss": 2.0, "model": HOSTILE}]
+    chart = make_lines(rows)
+    assert read_values(chart)[0]["series"] == HOSTILE
+    assert chart.spec["encoding"]["color"]["field"] == "series"
+    assert "script" not in repr(
+        {key: part for key, part in chart.spec.items() if key not in ("data", "encoding", "layer")}
+    )
+
+
+def test_a_mark_says_its_numbers():
+    rows = [{"step": 1000, "loss": 2.345678, "model": "a", "from": 2.0, "to": 3.0}]
+    chart = make_lines(rows, low="from", high="to", x_title="steps")
+    assert read_values(chart)[0]["tip"] == "a: 2.346 [2, 3] at 1,000 steps"
+    shares = bar_chart("b", "B", "", [{"m": "a", "v": 0.125}], x="v", y="m", x_format="+.1%", x_title="share")
+    assert read_values(shares)[0]["tip"] == "a: +12.5% share"
+
+
+def test_long_lines_have_few_tooltips_the_last_point_among_them():
+    chart = make_lines([{"step": step, "loss": 1.0, "model": "a"} for step in range(500)])
+    marked = [point["x"] for point in read_values(chart) if point["mark"]]
+    assert len(marked) <= 24
+    assert marked[-1] == 499
+
+
+def test_csv_holds_every_column_of_any_row():
+    chart = make_lines(
+        [{"step": 1, "loss": 2.5, "model": 'a, "b"'}, {"step": 2, "loss": None, "model": "c", "seed": 3}]
+    )
+    assert list(csv.DictReader(io.StringIO(chart.to_csv()))) == [
+        {"step": "1", "loss": "2.5", "model": 'a, "b"', "seed": ""},
+        {"step": "2", "loss": "", "model": "c", "seed": "3"},
+    ]
+
+
+def test_shades_reach_from_the_least_to_the_greatest_value():
+    rows = [{"x": place, "y": "a", "v": value} for place, value in enumerate((-1e299, 0.0, 1e299))]
+    shades = [cell["shade"] for cell in read_values(heat_chart("h", "H", "", rows, x="x", y="y", value="v"))]
+    assert shades == pytest.approx([0.06, 0.53, 1.0])
