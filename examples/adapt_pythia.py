@@ -48,7 +48,7 @@ def main() -> None:
             adapter=AdapterConfig(init="base", use_delta_rule=False, num_memory_heads=4),
             data=AdapterDataConfig(source=arguments.text, seq_length=256, segments_per_sample=8),
             train=AdapterTrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=3e-3),
-            eval=EvalConfig(reversal=False, max_tokens=20_000),
+            eval=EvalConfig(measures=("sliding", "streaming"), max_tokens=20_000),
         )
     )
     print(f"α = {results['alpha']}; {results['num_parameters']['adapter']:,} weights of the adapter")
@@ -79,7 +79,7 @@ def train_base(arguments: argparse.Namespace) -> str:
             reversal_pairs=False,
         ),
         train=TrainConfig(num_epochs=1, batch_size=4, learning_rate=2e-3),
-        eval=EvalConfig(context=512, stride=256, max_tokens=10_000, reversal=False),
+        eval=EvalConfig(context=512, stride=256, max_tokens=10_000, measures=("sliding", "streaming")),
     )
     return run_experiment(["pythia"], config)["folder"]
 

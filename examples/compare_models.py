@@ -38,7 +38,7 @@ def main() -> None:
             segments_per_sample=8,
         ),
         train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=2e-3, warmup_fraction=0.3),
-        eval=EvalConfig(context=512, stride=256, max_tokens=20_000, reversal=False),
+        eval=EvalConfig(context=512, stride=256, max_tokens=20_000, measures=("sliding", "streaming")),
     )
     results = run_experiment(arguments.models, config)
 

@@ -46,7 +46,7 @@ def main() -> None:
             segments_per_sample=16,
         ),
         train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=2e-3, warmup_fraction=0.3),
-        eval=EvalConfig(context=1024, stride=512, max_tokens=10_000, reversal=False),
+        eval=EvalConfig(context=1024, stride=512, max_tokens=10_000, measures=("sliding", "streaming")),
     )
     folder = Path(run_experiment(["pythia", *arguments.models], config)["folder"])
     data = prepare_data(config.data, config.seed)  # from the cache: the same documents are held out

@@ -46,7 +46,7 @@ def main() -> None:
             segments_per_sample=8,
         ),
         train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=2e-3),
-        eval=EvalConfig(context=512, stride=256, max_tokens=10_000, reversal=False),
+        eval=EvalConfig(context=512, stride=256, max_tokens=10_000, measures=("sliding", "streaming")),
     )
     run = Path(run_experiment(["infini"], config)["folder"])
 

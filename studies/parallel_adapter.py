@@ -59,7 +59,7 @@ BASE = ExperimentConfig(
         reversal_pairs=False,
     ),
     train=TrainConfig(num_epochs=1, batch_size=4, learning_rate=3e-3, precision="fp32"),
-    eval=EvalConfig(context=512, stride=256, max_tokens=40_000, reversal=False),
+    eval=EvalConfig(context=512, stride=256, max_tokens=40_000, measures=("sliding", "streaming")),
 )
 SUM_LAST: dict[str, Any] = {
     "initial_alpha": 1.0,
@@ -115,7 +115,7 @@ def make_config(folder: Path, name: str, seed: int) -> AdapterTrainingConfig:
         adapter=AdapterConfig(**({"init": "random"} | adapter)),
         data=AdapterDataConfig(**shape),
         train=AdapterTrainConfig(patience=0, batch_size=batch_size, precision="fp32", log_every_steps=1, **settings),
-        eval=EvalConfig(max_tokens=None, reversal=False, bootstrap_resamples=2000),
+        eval=EvalConfig(max_tokens=None, measures=("sliding", "streaming"), bootstrap_resamples=2000),
     )
 
 

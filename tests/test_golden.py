@@ -176,7 +176,7 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
             "order": order,
         },
         "train": {"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "log_every_steps": 1, "precision": "fp32"},
-        "eval": {"context": 64, "stride": 32, "max_tokens": 1000, "reversal": False},
+        "eval": {"context": 64, "stride": 32, "max_tokens": 1000, "measures": ["sliding", "streaming"]},
     }
     results = run_experiment(exp_config=config_from_dict(settings, "golden"), console=Console(quiet=True))
     return {

@@ -106,7 +106,9 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(
             "--data.source",
             str(address),
             "--data.no-reversal-pairs",
-            "--eval.no-reversal",
+            "--eval.measures",
+            "sliding",
+            "streaming",
         ]
         return ["experiment", *source, *TINY, "--epochs", "3", "--train.patience", "0", "--name", name]
 

@@ -45,7 +45,7 @@ def base(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "reversal_pairs": False,
         },
         train={"num_epochs": 1, "batch_size": 4, "precision": "fp32"},
-        eval={"context": 32, "stride": 32, "max_tokens": 200, "reversal": False},
+        eval={"context": 32, "stride": 32, "max_tokens": 200, "measures": ["sliding", "streaming"]},
     )
     return Path(run_experiment(exp_config=config, console=Console(file=io.StringIO()))["folder"])
 

@@ -44,7 +44,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--model.intermediate-size", "64", "--data.seq-length", "32", "--data.segments-per-sample", "2"),
         *("--samples", "60", "--epochs", "40", "--batch-size", "4", "--train.patience", "0", "--models", "infini"),
         *("--train.log-every-steps", "1", "--train.precision", "fp32", "--eval.max-tokens", "200"),
-        *("--eval.context", "32", "--eval.stride", "32", "--eval.no-reversal", "--device", "cpu"),
+        *("--eval.context", "32", "--eval.stride", "32", "--eval.measures", "sliding", "streaming", "--device", "cpu"),
     ]
 
 

@@ -45,7 +45,7 @@ def tiny_settings(source: Path, runs_dir: Path) -> dict[str, object]:
             "checkpoint_every_steps": 3,
             "precision": "fp32",
         },
-        "eval": {"context": 32, "stride": 16, "max_tokens": 500, "reversal": False},
+        "eval": {"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
     }
 
 

@@ -46,7 +46,7 @@ def base_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "reversal_pairs": False,
         },
         train={"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32"},
-        eval={"context": 32, "stride": 16, "max_tokens": 500, "reversal": False},
+        eval={"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
     )
     return Path(run_experiment(exp_config=config, console=Console(file=io.StringIO()))["folder"])
 
@@ -78,7 +78,7 @@ def tiny_adapter(base_run: Path, addresses: Path, tmp_path: Path) -> AdapterTrai
             "checkpoint_every_steps": 3,
             "patience": 0,
         },
-        eval={"max_tokens": 1500, "batch_size": 4, "reversal": False},
+        eval={"max_tokens": 1500, "batch_size": 4, "measures": ["sliding", "streaming"]},
     )
 
 

@@ -99,7 +99,7 @@ def make_runs(folder: Path) -> dict[str, Target]:
             cache_dir=folder / "cache",
         ),
         train=TrainConfig(num_epochs=1, batch_size=4),
-        eval=EvalConfig(context=16, stride=8, max_tokens=100, reversal=False),
+        eval=EvalConfig(context=16, stride=8, max_tokens=100, measures=("sliding", "streaming")),
     )
     from new_llm.training import checkpoint
 

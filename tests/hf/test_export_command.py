@@ -17,7 +17,8 @@ RESULT = {
     "evaluation": {
         "sliding": {"perplexity": 184.06, "bits_per_byte": 1.694, "num_tokens": 54886},
         "streaming": {"perplexity": 181.2, "bits_per_byte": 1.68, "num_tokens": 54886},
-        "positions": [{"start": 0, "end": 16, "perplexity": 186.9}, {"start": 16, "end": 32, "perplexity": None}],
+        "positions": {"ranges": [{"start": 0, "end": 16, "perplexity": 186.9},
+                                 {"start": 16, "end": 32, "perplexity": None}]},
         "reversal": {"forward_perplexity": 149.5, "backward_perplexity": 184.7,
                      "forward_accuracy": 0.0417, "backward_accuracy": 0.05},
     },

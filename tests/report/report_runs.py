@@ -115,6 +115,8 @@ def make_evaluation(perplexity: float, rng: random.Random) -> dict[str, Any]:
         "stride": 128,
         "seconds": 5.1,
         "tokens_per_second": 20_435.0,
+        "unigram_perplexity": 649.0,
+        "verdict": {"level": "normal", "range": "30–100", "text": "normal for small data"},
     }
     streaming = sliding | {
         "protocol": "streaming",
@@ -126,18 +128,20 @@ def make_evaluation(perplexity: float, rng: random.Random) -> dict[str, Any]:
     return {
         "sliding": sliding,
         "streaming": streaming,
-        "positions": [
-            {
-                "start": a,
-                "end": b,
-                "perplexity": perplexity * (0.93 + 1.6 * math.exp(-a / 18)),
-                "num_tokens": 407 * (b - a),
-            }
-            for a, b in pairwise(edges)
-        ],
+        "positions": {
+            "seq_length": 256,
+            "ranges": [
+                {
+                    "start": a,
+                    "end": b,
+                    "perplexity": perplexity * (0.93 + 1.6 * math.exp(-a / 18)),
+                    "num_tokens": 407 * (b - a),
+                }
+                for a, b in pairwise(edges)
+            ],
+        },
         "memory_usage": None,
         "reversal": make_reversal(rng),
-        "verdict": {"level": "normal", "range": "30–100", "text": "normal for small data"},
     }
 
 

@@ -128,7 +128,7 @@ def test_hostile_text_is_shown_and_not_obeyed(results: dict[str, Any]):
     results["name"] = results["command"] = results["status"] = hostile
     results["models"][1]["model_type"] = hostile
     results["models"][1]["gates"] = {hostile: [0.5]}
-    results["models"][0]["evaluation"]["verdict"] = dict.fromkeys(("level", "range", "text"), hostile)
+    results["models"][0]["evaluation"]["sliding"]["verdict"] = dict.fromkeys(("level", "range", "text"), hostile)
     results["models"][0]["evaluation"]["reversal"]["per_relation"][0]["relation"] = hostile
     results["models"][0]["memory_info"]["per_layer"][0]["kind"] = hostile
     results["data"][hostile] = {"source": hostile, "notes": [hostile]}
@@ -189,7 +189,7 @@ MISSING = {
     "parts of measures": [
         ("models", 0, "evaluation", "memory_usage"),
         ("models", 0, "training", "steps_log"),
-        ("models", 0, "evaluation", "positions"),
+        ("models", 0, "evaluation", "positions", "ranges"),
         ("models", 0, "evaluation", "reversal", "by_kind"),
     ],
 }

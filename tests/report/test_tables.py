@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from new_llm.report import formats, render_summary_table
+from new_llm import formats
+from new_llm.report import render_summary_table
 from new_llm.report import tables as t
 
 

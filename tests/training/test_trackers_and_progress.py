@@ -57,7 +57,9 @@ def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
     flags = "--data.source sotu --data.max-documents 20 --data.tokenizer-vocab-size 300 --samples 8 --epochs 2"
     flags += " --model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 2"
     flags += " --model.intermediate-size 32 --seq-length 32 --eval.max-tokens 200 --train.log-every-steps 1"
-    flags += " --train.precision fp32 --eval.no-reversal --device cpu --models infini --train.trackers mlflow"
+    flags += (
+        " --train.precision fp32 --eval.measures sliding streaming --device cpu --models infini --train.trackers mlflow"
+    )
     assert main(["experiment", "--name", "tracked", "--runs-dir", str(tmp_path), *flags.split()]) == 0
     (recorder,) = found
     assert recorder.is_finished

@@ -134,7 +134,7 @@ class AdapterTrainingConfig(RunSettings):
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: AdapterDataConfig = dataclasses.field(default_factory=AdapterDataConfig)
     train: AdapterTrainConfig = dataclasses.field(default_factory=AdapterTrainConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(reversal=False))
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         check_adapter_suffix(self.out, "out")

@@ -13,6 +13,14 @@ from new_llm.config.sections import section
 class EvalConfig:
     """The eval section of an experiment."""
 
+    measures: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "sliding",
+        "streaming",
+        "positions",
+        "memory_usage",
+        "reversal",
+    )
+    """What is measured, by name; `my_module:MyMeasure` is a measure of your own."""
     context: Annotated[int, Field(ge=2)] = 2048
     """Tokens in a sliding window."""
     stride: Annotated[int, Field(gt=0)] = 512
@@ -22,11 +30,13 @@ class EvalConfig:
     max_tokens: Annotated[int | None, Field(gt=0)] = 100_000
     """Validation tokens that are scored at most, in whole documents; None: all."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Windows evaluated at once."""
-    reversal: bool = True
-    """Measure the reversal curse."""
+    """Windows, or documents of a stream, read at once; it does not change the result."""
+    segments_per_call: Annotated[int, Field(gt=0)] = 8
+    """Segments of a stream read by one call; it does not change the result."""
     reversal_batch_size: Annotated[int, Field(gt=0)] = 128
     """Short sentences evaluated at once."""
+    memory_usage_segments: Annotated[int, Field(gt=0)] = 32
+    """Segments of one document after which the memories' norms are measured."""
     bootstrap_resamples: Annotated[int, Field(gt=0)] = 1000
     """Resamples that the intervals of the reversal curse rest on."""
 

@@ -5,6 +5,17 @@ from new_llm.evaluation.doctor import DoctorReport, examine_model
 from new_llm.evaluation.doctor_probe import Finding, TrainingData
 from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
 from new_llm.evaluation.long_documents_result import LongDocumentsResult
+from new_llm.evaluation.measure import (
+    MEASURES,
+    Column,
+    Measure,
+    ModelResult,
+    Subject,
+    find_measures,
+    measure,
+    register_measure,
+)
+from new_llm.evaluation.memory_usage import measure_memory_usage
 from new_llm.evaluation.perplexity import (
     evaluate_independent,
     evaluate_rolling,
@@ -22,15 +33,20 @@ from new_llm.evaluation.tally import PerplexityResult
 from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segments, plan_windows
 
 __all__ = [
+    "MEASURES",
     "Baseline",
+    "Column",
     "DoctorReport",
     "Finding",
     "LanguageModel",
     "LongDocumentsResult",
+    "Measure",
+    "ModelResult",
     "PerplexityResult",
     "RecallResult",
     "ReversalResult",
     "ReversalScores",
+    "Subject",
     "TrainingData",
     "Verdict",
     "Window",
@@ -44,8 +60,12 @@ __all__ = [
     "evaluate_sliding_window",
     "evaluate_streaming",
     "examine_model",
+    "find_measures",
+    "measure",
+    "measure_memory_usage",
     "plan_rolling_windows",
     "plan_segments",
     "plan_windows",
+    "register_measure",
     "unigram_perplexity",
 ]

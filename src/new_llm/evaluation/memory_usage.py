@@ -1,12 +1,15 @@
 """How full a model's memories are along a document."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from new_llm.charts import Chart, heat_chart
 from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import Autocast, Row, evaluation_mode, find_device, score_rows
 from new_llm.models import TransformerLM
 
@@ -64,3 +67,45 @@ def measure_memory_usage(
         {"layer": index, "kind": layer.kind, "norms": norms[index]} for index, layer in model.memory_layers.items()
     ]
     return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}
+
+
+@register_measure
+class MemoryUsage(Measure):
+    """How full each memory is after each segment of one document."""
+
+    name = "memory_usage"
+    title = "memory usage"
+
+    def run(self, subject: Subject) -> dict[str, Any] | None:
+        """See `measure_memory_usage`; None for a model without memory."""
+        if not isinstance(subject.model, TransformerLM):
+            return None
+        return measure_memory_usage(
+            subject.model,
+            subject.split,
+            num_segments=subject.settings.memory_usage_segments,
+            device=subject.device,
+            autocast=subject.autocast,
+        )
+
+    def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
+        """A heat map per model: segments across, memories and heads down."""
+        charts: list[Chart] = []
+        for one in results:
+            rows = [
+                {
+                    "segment": segment + 1,
+                    "memory": f"layer {layer['layer']}, memory {memory + 1}, head {head + 1}",
+                    "norm": value,
+                }
+                for layer in one.result["layers"]
+                for segment, memories in enumerate(layer["norms"])
+                for memory, heads in enumerate(memories)
+                for head, value in enumerate(heads)
+            ]
+            caption = "Norm of each memory after each segment of one document: does it fill up, and are all written?"
+            title = f"Memory usage: {one.name}"
+            name = f"memory-usage-{one.name}"
+            axes = {"x": "segment", "y": "memory", "value": "norm"}
+            charts.append(heat_chart(name, title, caption, rows, **axes, x_title="segment"))
+        return charts

@@ -9,14 +9,19 @@ too.
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
+from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
+from new_llm.data.tokenizer import END_OF_TEXT
 from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.diagnosis import diagnose_perplexity
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
@@ -221,3 +226,126 @@ def unigram_perplexity(split: TokenSplit) -> float:
     if not len(shares):
         raise UserError("evaluation: the split holds no token")
     return exp_or_inf(-float(np.sum(shares * np.log(shares))))
+
+
+class _Perplexity(Measure):
+    """What the protocols share as measures."""
+
+    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+        """The perplexity of the subject's documents."""
+        raise NotImplementedError
+
+    def run(self, subject: Subject) -> dict[str, Any]:
+        """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same documents."""
+        result = self.evaluate(
+            subject,
+            batch_size=subject.settings.batch_size,
+            max_tokens=subject.settings.max_tokens,
+            device=subject.device,
+            autocast=subject.autocast,
+            on_progress=subject.on_progress,
+            should_stop=subject.should_stop,
+            processes=subject.processes,
+        )
+        return result.to_dict() | {
+            "verdict": diagnose_perplexity(result.perplexity).to_dict(),
+            "unigram_perplexity": unigram_perplexity(subject.split),
+        }
+
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """The perplexity and its standard error."""
+        return [
+            Column(
+                "perplexity",
+                self.name,
+                result["perplexity"],
+                better="lower",
+                group="Validation perplexity",
+                error=result["standard_error"],
+            )
+        ]
+
+    def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
+        """A bar per model."""
+        rows = [{"model": one.name, "perplexity": one.result["perplexity"]} for one in results]
+        caption = f"Perplexity of the validation documents, {self.title}; lower is better."
+        return [bar_chart(f"perplexity-{self.name}", self.title, caption, rows, x="perplexity", y="model")]
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """The perplexity with its verdict."""
+        return f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
+
+
+@register_measure
+class SlidingPerplexity(_Perplexity):
+    """Perplexity in overlapping windows, each read from an empty memory."""
+
+    name = "sliding"
+    title = "sliding-window perplexity"
+
+    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+        """See `evaluate_sliding_window`."""
+        settings = subject.settings
+        return evaluate_sliding_window(
+            subject.model, subject.split, context=settings.context, stride=settings.stride, **options
+        )
+
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """Also the figures that do not depend on the tokenizer, the unigram's share, and the verdict."""
+        group = "Validation perplexity"
+        unigram = result["unigram_perplexity"]
+        ratio = result["perplexity"] / unigram if unigram else None
+        verdict = result["verdict"]
+        return [
+            *super().columns(result),
+            Column("word_perplexity", "per word", result["word_perplexity"], better="lower", group=group),
+            Column("unigram_ratio", "× unigram", ratio, better="lower", group=group),
+            Column("verdict", "verdict", verdict["level"], group=group, hint=verdict["text"]),
+            Column("bits_per_byte", "bits/byte", result["bits_per_byte"], better="lower", group=group),
+        ]
+
+
+@register_measure
+class StreamingPerplexity(_Perplexity):
+    """Perplexity in consecutive segments, the memory carried along each document."""
+
+    name = "streaming"
+    title = "streaming perplexity"
+
+    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+        """See `evaluate_streaming`."""
+        return evaluate_streaming(
+            subject.model, subject.split, segments_per_call=subject.settings.segments_per_call, **options
+        )
+
+
+@register_measure
+class IndependentPerplexity(_Perplexity):
+    """Perplexity in single segments, each read from an empty memory."""
+
+    name = "independent"
+    title = "perplexity of single segments"
+
+    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+        """See `evaluate_independent`."""
+        return evaluate_independent(subject.model, subject.split, **options)
+
+
+@register_measure
+class RollingPerplexity(_Perplexity):
+    """Perplexity in lm-evaluation-harness's windows."""
+
+    name = "rolling"
+    title = "rolling perplexity"
+
+    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+        """See `evaluate_rolling`.
+
+        Raises:
+            UserError: the tokenizer has no end-of-text token to put before each document.
+        """
+        prefix = subject.tokenizer.token_to_id(END_OF_TEXT)
+        if prefix is None:
+            raise UserError(f"rolling perplexity: the tokenizer has no {END_OF_TEXT} token to begin with")
+        context = subject.settings.context
+        return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **options)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from new_llm.charts import Chart, line_chart
 from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
@@ -89,3 +91,57 @@ def evaluate_positions(
         for start, end in ranges
         if counts[start:end].any()
     ]
+
+
+@register_measure
+class Positions(Measure):
+    """Perplexity by a token's position in its sample."""
+
+    name = "positions"
+    title = "perplexity by position"
+
+    def run(self, subject: Subject) -> dict[str, Any]:
+        """`seq_length` and `ranges`, as `evaluate_positions` gives them."""
+        ranges = evaluate_positions(
+            subject.model,
+            subject.split,
+            seq_length=subject.seq_length,
+            edges=subject.settings.position_edges,
+            batch_size=subject.settings.batch_size,
+            max_tokens=subject.settings.max_tokens,
+            device=subject.device,
+            autocast=subject.autocast,
+            on_progress=subject.on_progress,
+            processes=subject.processes,
+        )
+        return {"seq_length": subject.seq_length, "ranges": ranges}
+
+    def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
+        """A line per model, a point per range."""
+        rows = [
+            {"model": one.name, "position": (entry["start"] + entry["end"]) / 2, **entry}
+            for one in results
+            for entry in one.result["ranges"]
+        ]
+        caption = "Perplexity of the tokens in each range of positions of a sample; falling lines use what came before."
+        return [
+            line_chart(
+                "positions",
+                "Perplexity by position",
+                caption,
+                rows,
+                x="position",
+                y="perplexity",
+                series="model",
+                x_title="position in the sample (tokens)",
+                y_title="perplexity",
+            )
+        ]
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """The first range against the last one."""
+        first, last = result["ranges"][0], result["ranges"][-1]
+        return (
+            f"perplexity {first['perplexity']:,.1f} at positions {first['start']}–{first['end']}, "
+            f"{last['perplexity']:,.1f} at {last['start']}–{last['end']}"
+        )

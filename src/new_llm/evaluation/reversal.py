@@ -9,9 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.config.reversal import ReversalConfig
-from new_llm.data.reversal_pairs import ReversalPair
+from new_llm.data.reversal_pairs import ReversalPair, get_reversal_pairs
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.reversal_scores import Reading, ReversalResult, ReversalTable
 from new_llm.evaluation.scoring import (
     Autocast,
@@ -24,6 +26,7 @@ from new_llm.evaluation.scoring import (
     group_by_length,
     score_rows,
 )
+from new_llm.formats import format_percent
 from new_llm.processes import ALONE, Processes
 
 Direction = Literal["forward", "backward"]
@@ -211,3 +214,72 @@ def _read(
         rank=1 + float(np.sum(~(right < wrong))) - float(np.sum(right == wrong)) / 2,
         num_candidates=len(candidates),
     )
+
+
+COLUMNS = {
+    "forward_perplexity": "forward",
+    "backward_perplexity": "backward",
+    "ratio": "ratio",
+    "gap": "gap",
+    "forward_accuracy": "forward first",
+    "backward_accuracy": "backward first",
+}
+
+
+@register_measure
+class ReversalCurse(Measure):
+    """What a model knows forward, as it was trained, against what it knows backward."""
+
+    name = "reversal"
+    title = "the reversal curse"
+
+    def run(self, subject: Subject) -> dict[str, Any]:
+        """See `ReversalResult.to_dict`."""
+        return evaluate_reversal_curse(
+            subject.model,
+            subject.tokenizer,
+            get_reversal_pairs(),
+            subject.device,
+            batch_size=subject.settings.reversal_batch_size,
+            num_resamples=subject.settings.bootstrap_resamples,
+            seed=subject.seed,
+            autocast=subject.autocast,
+            on_progress=subject.on_progress,
+            processes=subject.processes,
+        ).to_dict()
+
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """Both directions, their ratio (1 is best) and gap (0 is best), and how often the right answer is first."""
+        columns: list[Column] = []
+        for key, title in COLUMNS.items():
+            low, high = result["intervals"][key]
+            options: dict[str, Any] = {"better": "lower"} if key.endswith("perplexity") else {}
+            if key.endswith("accuracy"):
+                options = {"better": "higher", "format": format_percent}
+            columns.append(Column(key, title, result[key], group="Reversal curse", low=low, high=high, **options))
+        return columns
+
+    def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
+        """How often the right answer is first, forward and backward."""
+        rows = [
+            {
+                "model": one.name,
+                "direction": direction,
+                "share": one.result[f"{direction}_accuracy"],
+                "low": one.result["intervals"][f"{direction}_accuracy"][0],
+                "high": one.result["intervals"][f"{direction}_accuracy"][1],
+            }
+            for one in results
+            for direction in ("forward", "backward")
+        ]
+        caption = "Share of the pairs whose right answer ranks first among the answers of its relation."
+        axes = {"x": "share", "y": "model", "series": "direction", "low": "low", "high": "high"}
+        return [bar_chart("reversal", "The reversal curse", caption, rows, **axes, x_format=".0%")]
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """Both directions, ratio and gap."""
+        return (
+            f"reversal: perplexity {result['forward_perplexity']:,.1f} forward and "
+            f"{result['backward_perplexity']:,.1f} backward, ratio {result['ratio']:.3g}, gap {result['gap']:,.1f}; "
+            f"the right answer first in {result['forward_accuracy']:.0%} and {result['backward_accuracy']:.0%} of pairs"
+        )

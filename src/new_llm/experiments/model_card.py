@@ -114,8 +114,10 @@ def _list_figures(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _list_positions(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    positions = figures.get("result", {}).get("evaluation", {}).get("positions") or []
-    return [(f"{entry['start']}–{entry['end']}", _format(entry.get("perplexity"))) for entry in positions]
+    positions = figures.get("result", {}).get("evaluation", {}).get("positions") or {}
+    return [
+        (f"{entry['start']}–{entry['end']}", _format(entry.get("perplexity"))) for entry in positions.get("ranges", [])
+    ]
 
 
 def _list_reversal(figures: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -14,8 +14,8 @@ from new_llm.config import ExperimentConfig, ModelType, UserError
 from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.planted_facts import SamplePlanter
-from new_llm.evaluation import unigram_perplexity
-from new_llm.experiments.measure import measure_model, measure_validation_loss
+from new_llm.evaluation import find_measures, measure, unigram_perplexity
+from new_llm.experiments.measure import make_subject, measure_validation_loss
 from new_llm.experiments.record import (
     DATA_FILE,
     ENVIRONMENT_FILE,
@@ -82,6 +82,7 @@ def run_experiment(
         check_trackers(config.train.trackers)
         processes.slice_rows(config.train.batch_size)
         check_models(config)
+        find_measures(config.eval.measures)  # an unknown one is refused before anything is trained
         with hold_run(config, resume=resume, processes=processes) as (config, folder):
             data = prepare_shared_data(config, processes)
             if not resume:  # only now, so that bad data leaves no folder behind
@@ -227,14 +228,8 @@ class _Experiment:
             progress.stop()
         model = self._load_best(kind, folder / BEST_FOLDER)
         with self.console.status("") as status:
-            measured = measure_model(
-                model,
-                self.data,
-                self.config,
-                self.autocast,
-                lambda what: status.update(f"{kind}: measuring {what}"),
-                self.processes,
-            )
+            subject = make_subject(model, self.data, self.config, self.autocast, self.processes)
+            measured = measure(subject, say=lambda what: status.update(f"{kind}: measuring {what}"))
         return self.processes.run_on_main(lambda: self._write_result(kind, folder, model, training, measured))
 
     @staticmethod

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from new_llm.report.formats import WAYS, name_range
+from new_llm.formats import WAYS, name_range
 from new_llm.report.picture import COLORS, new_figure
 from new_llm.report.svg import MARKERS
 

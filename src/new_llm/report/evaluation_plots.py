@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from new_llm.report.formats import WAYS, format_number, name_range
+from new_llm.formats import WAYS, format_number, name_range
 from new_llm.report.line_chart import Axis, Curve, draw_lines
 from new_llm.report.points import MAX_VALUE, Point, get_between
 from new_llm.report.results import compute_mean, get_entries, get_finite, get_value

@@ -13,8 +13,9 @@ import yaml
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from new_llm import formats
 from new_llm.config.atomic import write_text_atomically
-from new_llm.report import formats, sections, tables
+from new_llm.report import sections, tables
 from new_llm.report.evaluation_plots import plot_distances
 from new_llm.report.learning_plots import COUNTED, plot_costs, plot_training_loss, plot_validation
 from new_llm.report.memory_plots import (

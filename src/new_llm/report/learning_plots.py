@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from new_llm.formats import format_bytes, format_count, format_number, format_seconds, format_short
 from new_llm.report.bar_chart import Bar, BarRow, draw_bars
-from new_llm.report.formats import format_bytes, format_count, format_number, format_seconds, format_short
 from new_llm.report.line_chart import Axis, Curve, draw_lines
 from new_llm.report.points import MAX_VALUE, MAX_X, Point, average, get_between, smooth, thin
 from new_llm.report.results import compute_mean, get_entries, get_finite

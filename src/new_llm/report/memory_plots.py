@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from new_llm.report.formats import format_number
+from new_llm.formats import format_number
 from new_llm.report.heat_chart import HeatCell, draw_heat
 from new_llm.report.learning_plots import AXES, X_SWITCH, count_weights, find_x, match_lines
 from new_llm.report.line_chart import Axis, Curve, draw_axes, draw_lines

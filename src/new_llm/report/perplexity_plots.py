@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from new_llm.report.formats import format_number
+from new_llm.formats import format_number
 from new_llm.report.line_chart import Axis, Curve, draw_lines
 from new_llm.report.outcome import mean_unigram
 from new_llm.report.points import MAX_VALUE, Point, average, get_perplexity, shorten
@@ -107,7 +107,7 @@ def _say(point: Point) -> str:
 def _read_ranges(one: Series) -> dict[tuple[float, float], list[float]]:
     ranges: dict[tuple[float, float], list[float]] = {}
     for member in one.members:
-        for item in get_entries(member.entry, "evaluation", "positions"):
+        for item in get_entries(member.entry, "evaluation", "positions", "ranges"):
             start, end = get_finite(item, "start"), get_finite(item, "end")
             value: Any = get_perplexity(item, "perplexity")
             if start is not None and end is not None and value is not None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from new_llm.formats import format_number, format_percent
 from new_llm.report.bar_chart import Bar, BarRow, draw_bars
-from new_llm.report.formats import format_number, format_percent
 from new_llm.report.points import get_perplexity, get_share
 from new_llm.report.results import compute_mean, get_value
 from new_llm.report.series import Series

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from new_llm.report.formats import format_short
+from new_llm.formats import format_short
 
 LOG_FROM_RATIO = 8.0  # an axis whose values differ by more is logarithmic
 NUM_TICKS = 5

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from new_llm.formats import MISSING, format_number, format_percent
 from new_llm.report.evaluation_plots import name_text
-from new_llm.report.formats import MISSING, format_number, format_percent
 from new_llm.report.outcome import CONFIDENCE
 from new_llm.report.points import MAX_VALUE
 from new_llm.report.results import compute_mean, compute_spread, get_entries, get_finite, get_number, get_value
@@ -68,7 +68,7 @@ def list_verdicts(series: Sequence[Series]) -> list[tuple[str, str]]:
     verdicts: dict[str, list[str]] = {}
     for one in series:
         for member in one.members:
-            text, span = (get_value(member.entry, "evaluation", "verdict", key) for key in ("text", "range"))
+            text, span = (get_value(member.entry, "evaluation", "sliding", "verdict", key) for key in ("text", "range"))
             if text:
                 names = verdicts.setdefault(f"{text} ({span})" if span else str(text), [])
                 names += [one.name] if one.name not in names else []

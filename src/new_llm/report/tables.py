@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from new_llm.report.formats import (
+from new_llm.formats import (
     MISSING,
     format_bytes,
     format_count,
@@ -210,7 +210,7 @@ def _format_ends(entry: dict[str, Any], column: Column) -> str:
 def _make_verdict(series: Series) -> Cell:
     """The first verdict that a member has."""
     for member in series.members:
-        verdict = get_value(member.entry, "evaluation", "verdict")
+        verdict = get_value(member.entry, "evaluation", "sliding", "verdict")
         if isinstance(verdict, dict) and verdict.get("level"):
             level, text, span = (str(verdict.get(key) or "") for key in ("level", "text", "range"))
             title = f"{text or level}, perplexity {span}" if span else text

@@ -1,0 +1,192 @@
+"""What a measure is. One file per measure: what it scores, its result, its columns in the tables, its charts.
+
+A measure is a class with a name, registered by `register_measure`. The experiment's console, `results.json`, the report
+and studies learn of it from there: `results["models"][i]["evaluation"][name]` is what `run` returned, and the tables
+show its `columns`, the pages its `charts` and the sentence of `describe`. A measure in a module of your own is taken by
+name: `--eval.measures sliding reversal my_module:MyMeasure`.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import torch
+from tokenizers import Tokenizer
+
+from new_llm.charts import Chart
+from new_llm.config import EvalConfig, UserError
+from new_llm.config.user_code import load_by_name
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, never
+from new_llm.formats import format_number
+from new_llm.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and everything that a measure may need to measure it.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        split: the documents to measure on, tokenised with it.
+        settings: the eval section of the configuration.
+        seq_length: tokens of a training sample; the position measure cuts documents into samples of this length.
+        seed: of random choices, e.g. of bootstrap resamples.
+        device: where the model lies; None: where its weights are.
+        autocast: makes the context in which the model computes.
+        processes: those that share the work; every one of them calls the measure and gets the whole result.
+        on_progress: called with what is done so far and what there is to do in all.
+        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+        facts: plain values about model and data, e.g. the run's data record.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    split: TokenSplit
+    settings: EvalConfig = field(default_factory=EvalConfig)
+    seq_length: int = 256
+    seed: int = 0
+    device: torch.device | str | None = None
+    autocast: Autocast = contextlib.nullcontext
+    processes: Processes = ALONE
+    on_progress: Progress | None = None
+    should_stop: Callable[[], bool] = never
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a model: a cell of the summary table, of the console's and the report's alike.
+
+    Attributes:
+        key: names the figure within its measure.
+        title: the column's heading.
+        value: a number, or a word; None: there is none, and the cell stays empty.
+        format: writes a number.
+        better: which values win, so that the best one is marked; None: neither.
+        group: heading over neighbouring columns.
+        error: standard error, shown behind the value as ±.
+        low: lower end of the interval, shown on request.
+        high: upper end.
+        hint: a longer explanation of this value, shown on request.
+    """
+
+    key: str
+    title: str
+    value: float | str | None
+    format: Callable[[float], str] = format_number
+    better: Literal["lower", "higher"] | None = None
+    group: str = ""
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    hint: str = ""
+
+
+class ModelResult(NamedTuple):
+    """What a measure found for one model.
+
+    Attributes:
+        name: what readers know the model by.
+        result: what `Measure.run` returned, as it was read from JSON.
+    """
+
+    name: str
+    result: dict[str, Any]
+
+
+class Measure(ABC):
+    """What can be measured of a trained model. `run` is the only method that must be defined.
+
+    Results are read back from JSON by later versions and by others' tools, so `columns`, `charts` and `describe` are
+    given only results that have this measure's form, but must not rely on their model being at hand.
+    """
+
+    name: ClassVar[str]
+    """The key in `results.json` and in `EvalConfig.measures`."""
+    title: ClassVar[str]
+    """What readers know the measure by."""
+
+    @abstractmethod
+    def run(self, subject: Subject) -> dict[str, Any] | None:
+        """Measure; plain values for JSON. None: it does not apply to this model or text, and leaves no result."""
+
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """The figures that the summary table shows of one model."""
+        return []
+
+    def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
+        """The charts that compare the models."""
+        return []
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """The result in one sentence; empty: there is nothing to say."""
+        return ""
+
+
+MEASURES: dict[str, Measure] = {}
+"""The registered measures by name, in the order in which tables and pages show them."""
+
+MeasureClass = TypeVar("MeasureClass", bound=type[Measure])
+
+
+def register_measure(kind: MeasureClass) -> MeasureClass:
+    """Make a class known by its `name`.
+
+    Raises:
+        ValueError: another class has the name.
+    """
+    known = type(MEASURES.get(kind.name, kind()))
+    if (known.__module__, known.__qualname__) != (
+        kind.__module__,
+        kind.__qualname__,
+    ):  # a reloaded module's are the same
+        raise ValueError(f"measure {kind.name!r} is registered by {known.__module__} already")
+    MEASURES[kind.name] = kind()
+    return kind
+
+
+def find_measures(names: Iterable[str]) -> list[Measure]:
+    """The measures of some names, `module:Class` among them, each once.
+
+    Raises:
+        UserError: an unknown name, or a class that is no measure.
+    """
+    found: dict[str, Measure] = {}
+    for name in names:
+        if ":" in name:
+            kind = load_by_name(name, "a measure")
+            if not (isinstance(kind, type) and issubclass(kind, Measure)):
+                raise UserError(f"eval.measures: {name} is not a subclass of new_llm.evaluation.Measure")
+            register_measure(kind)
+            name = kind.name
+        if name not in MEASURES:
+            known = ", ".join(MEASURES)
+            raise UserError(f"eval.measures: unknown measure {name!r}; known are {known}, and module:Class of your own")
+        found[name] = MEASURES[name]
+    return list(found.values())
+
+
+def measure(
+    subject: Subject, names: Iterable[str] | None = None, say: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Measure a model: the result of each measure by its name, plain values throughout.
+
+    Args:
+        subject: the model.
+        names: the measures; None: `EvalConfig.measures`.
+        say: told what is measured next.
+
+    Raises:
+        UserError: an unknown measure, or what a measure itself refuses.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for one in find_measures(subject.settings.measures if names is None else names):
+        say(one.title)
+        result = one.run(subject)
+        if result is not None:
+            results[one.name] = result
+    return results
