@@ -11,8 +11,8 @@ from torch import nn
 
 from new_llm.config import UserError
 from new_llm.config.generation import GenerationConfig
-from new_llm.models.ops import native
-from new_llm.models.ops.native.decoding import MAX_ROWS
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.kernels.native import MAX_ROWS
 from new_llm.models.quantization import (
     LEVELS,
     linear_int8,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from new_llm.models import TransformerLM
 from new_llm.models.layers import PythiaLayer
-from new_llm.models.ops import native
-from new_llm.models.ops.native.decoding import MAX_STEP_ROWS, PythiaStep
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.kernels.native import MAX_STEP_ROWS, PythiaStep
 from new_llm.models.packed_linears import can_pack
 from new_llm.models.step_weights import StepWeights
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from new_llm.models.ops import causal_attention as module
-from new_llm.models.ops import native
-from new_llm.models.ops.causal_attention import causal_attention
+from new_llm.models.ops import local_attention as module
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.local_attention import causal_attention
 
 
 @pytest.fixture

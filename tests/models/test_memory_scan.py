@@ -19,8 +19,8 @@ from new_llm.models.ops import (
     select_memories_naive,
     weigh_memories,
 )
+from new_llm.models.ops.memory import add_in_rounds
 from new_llm.models.ops.memory_scan import choose_group
-from new_llm.models.ops.scan import add_in_rounds
 
 ROWS, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 2, 3, 4, 5
 

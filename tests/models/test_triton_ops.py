@@ -28,12 +28,12 @@ from new_llm.models.layers import (  # noqa: E402
 )
 from new_llm.models.ops import (  # noqa: E402
     feature_map,
+    kernels,
     local_linear_attention,
     local_linear_attention_naive,
     scan_memories,
     scan_memories_naive,
 )
-from new_llm.models.ops import triton as kernels  # noqa: E402
 
 EPSILON = 1e-6
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 0.03}
@@ -45,11 +45,11 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Chooses the kernels on every device; the list shows that they were asked for."""
     asked: list[Tensor] = []
 
-    def is_wanted(t: Tensor) -> bool:
+    def uses_triton(t: Tensor) -> bool:
         asked.append(t)
-        return t.dtype in kernels.DTYPES
+        return t.dtype in kernels.TRITON_DTYPES
 
-    monkeypatch.setattr(kernels, "is_wanted", is_wanted)
+    monkeypatch.setattr(kernels, "uses_triton", uses_triton)
     return asked
 
 
@@ -233,7 +233,7 @@ def test_layer_with_masked_tokens(
 
 
 def test_kernels_are_for_gpus() -> None:
-    assert not kernels.is_wanted(torch.zeros(1))
+    assert not kernels.uses_triton(torch.zeros(1))
     if DEVICE == "cuda":
-        assert kernels.is_wanted(torch.zeros(1, device=DEVICE))
-        assert not kernels.is_wanted(torch.zeros(1, device=DEVICE, dtype=torch.float16))
+        assert kernels.uses_triton(torch.zeros(1, device=DEVICE))
+        assert not kernels.uses_triton(torch.zeros(1, device=DEVICE, dtype=torch.float16))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from new_llm.models.layers import PythiaLayer, Step
 from new_llm.models.layers.base import MLP
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention
-from new_llm.models.ops import native
-from new_llm.models.ops.native.decoding import MAX_STEP_ROWS, Matrix, PythiaStep, can_run_compiled
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.kernels.native import MAX_STEP_ROWS, Matrix, PythiaStep, can_run_compiled
 from new_llm.models.quantization import Int8Weight
 from new_llm.models.rope import compute_rotary_angles
 from new_llm.models.state import MemoryState

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.models.ops import native
-from new_llm.models.ops.native import decoding
+from new_llm.models.ops.kernels import native
 
 LEVELS = 127
 BLOCK_ROWS = 4096
@@ -52,7 +51,7 @@ def quantize_rows(weight: Tensor) -> Int8Weight:
     weight = weight.detach()
     kernels = native.find_kernels(weight) if weight.numel() else None
     if kernels is not None:
-        quantized = Int8Weight(*decoding.quantize_rows(kernels, weight))
+        quantized = Int8Weight(*native.quantize_rows(kernels, weight))
     else:
         parts = [quantize_rows_naive(block) for block in weight.split(BLOCK_ROWS)]
         quantized = Int8Weight(torch.cat([p.values for p in parts]), torch.cat([p.scales for p in parts]))
@@ -90,10 +89,10 @@ def linear_int8_naive(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Ten
 
 def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """x (s q)ᵀ + b, [..., inputs] to [..., outputs]; few rows read 8 bits a weight where there is a compiled kernel."""
-    if decoding.can_run_compiled(x, weight.values.dtype) and (bias is None or bias.dtype == x.dtype):
+    if native.can_run_compiled(x, weight.values.dtype) and (bias is None or bias.dtype == x.dtype):
         kernels = native.find_kernels(x) if bias is None else native.find_kernels(x, bias)
         if kernels is not None:
-            return decoding.linear_rows(kernels, x, decoding.Matrix(weight.values, weight.scales, bias))
+            return native.linear_rows(kernels, x, native.Matrix(weight.values, weight.scales, bias))
     if x.dtype != torch.bfloat16:
         return F.linear(x, weight.widen(x.dtype), bias)
     product = F.linear(x, weight.values.to(x.dtype)) * weight.scales.to(x.dtype)  # q is exact in bfloat16, s q is not

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.models.layers import PythiaLayer
-from new_llm.models.ops import native
-from new_llm.models.ops.native.decoding import MAX_ROWS, Matrix, can_run_compiled, linear_rows
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.kernels.native import MAX_ROWS, Matrix, can_run_compiled, linear_rows
 from new_llm.models.packed_linears import can_pack, pack_linear
 from new_llm.models.pythia_step import FusedPythiaStep
 from new_llm.models.quantization import find_linears, linear_int8, quantize_rows

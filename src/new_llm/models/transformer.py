@@ -16,7 +16,7 @@ from new_llm.models.initialization import initialize_weights
 from new_llm.models.inputs import check_input_ids, check_targets
 from new_llm.models.layers import Layer, ParallelInfiniLayer, Segments, check_order
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
-from new_llm.models.ops.linear_cross_entropy import linear_cross_entropy
+from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.padding import Packing, check_mask, mark_valid, plan_packing
 from new_llm.models.stream import MemoryStream
 from new_llm.models.tied_embeddings import tie_embeddings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from new_llm.config import TrainConfig
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.models import TransformerLM
-from new_llm.models.ops import native
+from new_llm.models.ops.kernels import native
 from new_llm.processes import Processes
 from new_llm.training.optimizer import make_optimizer
 from new_llm.training.sharding import shard_weights

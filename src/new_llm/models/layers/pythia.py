@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides, register_layer
-from new_llm.models.ops.causal_attention import causal_attention
+from new_llm.models.ops.local_attention import causal_attention
 from new_llm.models.rope import apply_rotary, compute_rotary_angles
 from new_llm.models.state import MemoryState
 

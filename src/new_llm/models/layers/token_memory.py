@@ -14,7 +14,7 @@ from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
-from new_llm.models.ops import read_memory, scan_delta_rule, scan_sums, solve_writes
+from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes, sum_reads
 from new_llm.models.state import MemoryState, choose_rows, clear_rows
 
 
@@ -189,7 +189,7 @@ class TokenMemoryAttention(MemoryAttention):
             rest = self.initial_memory.to(q.dtype)
             memory = self.empty_memory(len(hidden), q) if memory is None else memory
             held = memory.memories[:, 0]
-            reads = read_memory(q.transpose(1, 2).flatten(2), rest + held)
+            reads = sum_reads(q.transpose(1, 2).flatten(2), rest + held)
             if opened is None:
                 opened = self._open(len(hidden), q)
             k, last_key = shift_keys(k, opened.last_key), pick_last_key(k, opened.last_key, step.valid)

@@ -1,7 +1,12 @@
-"""Pure functions of compressive memory; each fast form has a naive form beside it, written from the equation."""
+"""Pure functions; each fast form has a naive twin beside it, written from the equation.
 
-from new_llm.models.ops.delta_rule import read_memory, scan_delta_rule, scan_delta_rule_naive, solve_writes
-from new_llm.models.ops.linear_attention import (
+`memory`: the reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`:
+the rule token by token. `local_attention`: attention inside a segment. `head_loss`: the head together with its loss.
+`kernels`: what runs compiled.
+"""
+
+from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, solve_writes, sum_reads
+from new_llm.models.ops.local_attention import (
     feature_map,
     local_linear_attention,
     local_linear_attention_naive,
@@ -11,6 +16,8 @@ from new_llm.models.ops.memory import (
     multiply_norms,
     read_memories,
     read_memories_naive,
+    scan_sums,
+    scan_sums_naive,
     select_memories,
     select_memories_naive,
     sum_outer_products,
@@ -19,7 +26,6 @@ from new_llm.models.ops.memory import (
     write_memory_naive,
 )
 from new_llm.models.ops.memory_scan import ScannedReads, scan_memories, scan_memories_naive
-from new_llm.models.ops.scan import scan_sums, scan_sums_naive
 
 __all__ = [
     "ScannedReads",
@@ -30,7 +36,6 @@ __all__ = [
     "multiply_norms",
     "read_memories",
     "read_memories_naive",
-    "read_memory",
     "scan_delta_rule",
     "scan_delta_rule_naive",
     "scan_memories",
@@ -41,6 +46,7 @@ __all__ = [
     "select_memories_naive",
     "solve_writes",
     "sum_outer_products",
+    "sum_reads",
     "weigh_memories",
     "write_memory",
     "write_memory_naive",

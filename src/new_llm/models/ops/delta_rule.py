@@ -50,17 +50,17 @@ def scan_delta_rule(
     queries = q.transpose(2, 3).flatten(3).unbind(1)  # all heads' beside one another: one product sums their reads
     keys, values = k[:, :num_writes], v[:, :num_writes].unsqueeze(2)
     writes = [t.unbind(1) for t in (solve_writes(keys, beta[:, :num_writes]), keys, values, decay[..., None, None])]
-    reads = [read_memory(queries[0], rest + change)]
+    reads = [sum_reads(queries[0], rest + change)]
     for index, (solved, key, value, retained) in enumerate(zip(*writes, strict=True), start=1):
         change = retained * change
         change = change + key.transpose(-1, -2) @ (solved @ (value - key @ (rest + change)))
         if index < len(queries):
-            reads.append(read_memory(queries[index], rest + change))
-    reads += [read_memory(query, rest + change) for query in queries[num_writes + 1 :]]
+            reads.append(sum_reads(queries[index], rest + change))
+    reads += [sum_reads(query, rest + change) for query in queries[num_writes + 1 :]]
     return torch.stack(reads, 1), change
 
 
-def read_memory(queries: Tensor, memory: Tensor) -> Tensor:
+def sum_reads(queries: Tensor, memory: Tensor) -> Tensor:
     """Σ_h q_h M_h from all heads' queries beside one another [B, S, H K] and M [B, H, K, V]; [B, S, V]."""
     return queries @ memory.flatten(1, 2)
 

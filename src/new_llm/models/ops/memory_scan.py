@@ -11,16 +11,17 @@ of n segments' states about 2 √n are held at once. Source of the trade: Chen e
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
-from new_llm.models.ops.chain import find_product_dtype
-from new_llm.models.ops.scan_passes import Scan, compiled_scan, fold_scales
+from new_llm.models.ops import kernels
+from new_llm.models.ops.memory import sum_outer_products
 
 SMALL_STATES = 2**22
-"""Bytes of states that are no matter: calls whose states take no more are one group."""
+"""Calls whose states take no more bytes than this are one group."""
 
 
 class ScannedReads(NamedTuple):
@@ -37,6 +38,49 @@ class ScannedReads(NamedTuple):
     memories: Tensor
 
 
+def scan_memories_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memories: Tensor | None,
+    read_scales: Tensor,
+    slots: Tensor,
+    *,
+    num_writes: int,
+    sum_scales: Tensor | None = None,
+    delta_scales: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> ScannedReads:
+    """Read all segments and write the first `num_writes` of them, each into one memory, segment by segment.
+
+    reads_i = Σ_m c_i^m (q_i X_i^m), sum_reads_i = t_i (q_i Σ_m X_i^m), and with m = m_i
+    X_{i+1}^m = d_i X_i^m + k_iᵀ (v_i − e_i k_i X_i^m). The scales c, t, e hold the divisors, which come from z alone.
+    Source: Infini-attention, arXiv:2404.07143, eqs. 3 to 5. Arguments as in `scan_memories`.
+    """
+    batch, num_segments, heads, _, width = q.shape
+    if memories is None:
+        memories = q.new_zeros(batch, read_scales.shape[-1], heads, width, v.shape[-1])
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for b in range(batch):
+        states = list(memories[b].unbind(0))  # N of [H, K, V]
+        reads, sum_reads = [], []
+        for i in range(num_segments):
+            found = torch.stack([q[b, i] @ state for state in states], dim=-1)  # [H, S, V, N]
+            reads.append((found * read_scales[b, i].unsqueeze(-2)).sum(-1))
+            if sum_scales is not None:
+                sum_reads.append(found.sum(-1) * sum_scales[b, i].unsqueeze(-1))
+            if i < num_writes:
+                slot = int(slots[b, i])
+                update = v[b, i]
+                if delta_scales is not None:
+                    update = update - delta_scales[b, i].unsqueeze(-1) * (k[b, i] @ states[slot])
+                kept = states[slot] if decay is None else decay[b, i][:, None, None] * states[slot]
+                states[slot] = kept + k[b, i].transpose(-1, -2) @ update
+        rows.append((torch.stack(reads), torch.stack(sum_reads or reads), torch.stack(states)))
+    reads, sum_reads, end = (torch.stack(part) for part in zip(*rows, strict=True))
+    return ScannedReads(reads, None if sum_scales is None else sum_reads, end)
+
+
 def scan_memories(
     q: Tensor,
     k: Tensor,
@@ -50,11 +94,7 @@ def scan_memories(
     delta_scales: Tensor | None = None,
     decay: Tensor | None = None,
 ) -> ScannedReads:
-    """Read all segments and write the first `num_writes` of them, each into one memory.
-
-    reads_i = Σ_m c_i^m (q_i X_i^m), sum_reads_i = t_i (q_i Σ_m X_i^m), and with m = m_i
-    X_{i+1}^m = d_i X_i^m + k_iᵀ (v_i − e_i k_i X_i^m). The scales c, t, e hold the divisors, which come from z alone.
-    Source: Infini-attention, arXiv:2404.07143, eqs. 3 to 5.
+    """The equations of `scan_memories_naive`, batched over segments and memories.
 
     Products are in q's dtype, in float16 (whose range is too small for a memory) in float32; X is float32 or wider.
 
@@ -108,39 +148,441 @@ def choose_group(num_segments: int, state_bytes: int) -> int:
     return max(math.isqrt(num_segments - 1) + 1, SMALL_STATES // state_bytes)
 
 
-def scan_memories_naive(
+# The chain of writes
+
+
+def find_product_dtype(k: Tensor, wide: torch.dtype) -> torch.dtype:
+    """The dtype of products with memories: k's, but in float16, whose range is too small for them, the memories'."""
+    return wide if k.dtype == torch.float16 else k.dtype
+
+
+class Chain:
+    """The writes of one call: X_{i+1} = d_i X_i + k_iᵀ (v_i − e_i k_i X_i) in the memory m_i.
+
+    Args:
+        k: features of the keys, [B, n, H, S, K].
+        delta_scales: e, [B, n, H, S]; None: no delta rule.
+        decay: d, [B, n, H]; None: 1.
+        slots: m_i, [B, n] int64.
+        num_memories: N.
+        num_writes: segments that are written.
+        wide: the states' dtype.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        delta_scales: Tensor | None,
+        decay: Tensor | None,
+        slots: Tensor,
+        num_memories: int,
+        num_writes: int,
+        wide: torch.dtype,
+    ) -> None:
+        self.k = k
+        self.delta_scales = delta_scales
+        self.decay = decay
+        self.slots = slots
+        self.num_memories = num_memories
+        self.num_writes = num_writes
+        self.wide = wide
+        self.dtype = find_product_dtype(k, wide)
+        fits = delta_scales is None or k.shape[-1] * k.element_size() <= kernels.MAX_KEY_BYTES
+        self.uses_triton = fits and kernels.uses_triton(k)
+        self.common_slots = self._find_common_slots()
+
+    def _find_common_slots(self) -> list[int] | None:
+        """m_i where it is the same in all rows and known without waiting for a device."""
+        if self.num_memories == 1:
+            return [0] * self.slots.shape[1]
+        if self.slots.device.type == "cpu" and bool((self.slots == self.slots[:1]).all()):
+            return self.slots[0].tolist()
+        return None
+
+    def begin(self, memories: Tensor | None, v: Tensor) -> Tensor:
+        """A state that may be changed in place, from [B, N, H, K, V] (None: empty)."""
+        batch, _, heads, _, width = self.k.shape
+        if memories is None:
+            return self.k.new_zeros(batch, heads, self.num_memories, width, v.shape[-1], dtype=self.wide)
+        return memories.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+    def advance(self, state: Tensor, v: Tensor, part: slice, *, is_known: bool = False) -> tuple[Tensor, Tensor]:
+        """Write the segments of a part, one after the other, into `state`.
+
+        Args:
+            state: X at the part's first segment; afterwards behind its last.
+            v: values of all segments, or with `is_known` the u that was written.
+            part: the segments.
+            is_known: u is given, so that no product waits for another.
+
+        Returns:
+            X as each segment of the part finds it, [B, g, H, N, K, V] in the products' dtype, and u of the written
+            ones, [B, w, H, S, V] in v's dtype.
+        """
+        written = self._written(part)
+        k, u = self.k[:, written], v[:, written]
+        states = state.new_empty(state.shape[0], part.stop - part.start, *state.shape[1:], dtype=self.dtype)
+        is_sequential = self.delta_scales is not None and not is_known
+        if self.uses_triton and k.shape[1]:
+            decay, slots = self._of(self.decay, written), self.slots[:, written]
+            if is_sequential:
+                u = kernels.load_triton().write_with_delta(state, states, self._scale_keys(written), k, u, decay, slots)
+            else:
+                kernels.load_triton().write_sums(state, states, sum_outer_products(k, u, self.wide), decay, slots)
+            states[:, k.shape[1] :] = state.unsqueeze(1)
+            return states, u
+        products = None if is_sequential else sum_outer_products(k, u, self.wide)
+        scaled = self._scale_keys(written) if is_sequential else k
+        updates: list[Tensor] = []
+        for j in range(states.shape[1]):
+            states[:, j] = state
+            if j >= k.shape[1]:
+                continue
+            current = self._take(state, part.start + j)
+            if products is None:
+                updates.append(u[:, j] - scaled[:, j] @ current.to(self.dtype))
+                product = sum_outer_products(k[:, j], updates[-1], self.wide)
+            else:
+                product = products[:, j]
+            if self.decay is not None:
+                current.mul_(self.decay[:, part.start + j, :, None, None])
+            self._put(state, current.add_(product), part.start + j)
+        return states, torch.stack(updates, 1) if updates else u
+
+    def retreat(
+        self,
+        g: Tensor,
+        states: Tensor,
+        u: Tensor,
+        from_reads: Tensor | None,
+        part: slice,
+        for_k: Tensor,
+        for_v: Tensor,
+        for_e: Tensor,
+    ) -> None:
+        """The way back: u'_i = k_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ u'_i + what the reads of X_i give.
+
+        Args:
+            g: G = ∂L/∂X behind the part; afterwards at its first segment.
+            states: what `advance` returned.
+            u: what was written, of all segments.
+            from_reads: ∂L/∂X of the reads, of the part's last segments.
+            part: the segments.
+            for_k: takes ∂L/∂k, [B, n, H, S, K].
+            for_v: takes ∂L/∂v, [B, n, H, S, V].
+            for_e: takes ∂L/∂e, [B, n, H, S].
+        """
+        written = self._written(part)
+        num_segments, num_writes = part.stop - part.start, written.stop - written.start
+        num_unread = num_segments - (0 if from_reads is None else from_reads.shape[1])
+        k, u = self.k[:, written].to(self.dtype), u[:, written].to(self.dtype)
+        scaled = None if self.delta_scales is None else self._scale_keys(written)
+        above = states.new_empty(g.shape[0], num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
+        if self.uses_triton and num_writes:
+            back = self._retreat_by_kernels(g, above, k, scaled, from_reads, written, num_unread)
+            self._differentiate_writes(k, u, back, above, states, written, for_k, for_v, for_e)
+            return
+        backs: list[Tensor] = []  # u'
+        for j in reversed(range(num_segments)):
+            if j < num_writes:
+                current = self._take(g, part.start + j)
+                above[:, j] = current
+                if self.decay is not None:
+                    current.mul_(self.decay[:, part.start + j, :, None, None])
+                if scaled is not None:
+                    backs.append(k[:, j] @ above[:, j])
+                    current.sub_(scaled[:, j].transpose(-1, -2) @ backs[-1])
+                if self.decay is not None or scaled is not None:
+                    self._put(g, current, part.start + j)
+            if from_reads is not None and j >= num_unread:
+                g.add_(from_reads[:, j - num_unread])
+        if num_writes:
+            back = k @ above if scaled is None else torch.stack(backs[::-1], 1)
+            self._differentiate_writes(k, u, back, above, states, written, for_k, for_v, for_e)
+
+    def _retreat_by_kernels(
+        self,
+        g: Tensor,
+        above: Tensor,
+        k: Tensor,
+        scaled: Tensor | None,
+        from_reads: Tensor | None,
+        written: slice,
+        num_unread: int,
+    ) -> Tensor:
+        """u' of the written segments; `g` and `above` as in `retreat`."""
+        num_writes = k.shape[1]
+        added = None
+        if from_reads is not None:
+            last = from_reads.shape[1] + num_unread - num_writes  # segments behind the last write
+            g.add_(from_reads[:, from_reads.shape[1] - last :].sum(1))
+            added = from_reads[:, : from_reads.shape[1] - last]
+            added = added if added.shape[1] else None
+        decay, slots = self._of(self.decay, written), self.slots[:, written]
+        options = {"added": added, "num_unread": num_unread}
+        if scaled is not None:
+            return kernels.load_triton().write_with_delta(g, above, k, scaled, None, decay, slots, **options)
+        kernels.load_triton().write_sums(g, above, None, decay, slots, **options)
+        return k @ above
+
+    def _differentiate_writes(
+        self,
+        k: Tensor,
+        u: Tensor,
+        back: Tensor,
+        above: Tensor,
+        states: Tensor,
+        written: slice,
+        for_k: Tensor,
+        for_v: Tensor,
+        for_e: Tensor,
+    ) -> None:
+        """What follows from u' (`back`) and G (`above`) of the written segments, for all of them at once."""
+        for_v[:, written] = back
+        into_k = u @ above.transpose(-1, -2)
+        if self.delta_scales is not None:
+            from_states = (back @ self._pick(states, written).transpose(-1, -2)).to(self.wide)
+            into_k = into_k - from_states * self.delta_scales[:, written].unsqueeze(-1)
+            for_e[:, written] = -(from_states * k).sum(-1)
+        for_k[:, written] = into_k
+
+    def _written(self, part: slice) -> slice:
+        return slice(part.start, max(part.start, min(part.stop, self.num_writes)))
+
+    @staticmethod
+    def _of(t: Tensor | None, part: slice) -> Tensor | None:
+        return None if t is None else t[:, part]
+
+    def _scale_keys(self, part: slice) -> Tensor:
+        """e k of some segments, in the products' dtype."""
+        assert self.delta_scales is not None
+        return (self.k[:, part].to(self.wide) * self.delta_scales[:, part].unsqueeze(-1)).to(self.dtype)
+
+    def _take(self, state: Tensor, i: int) -> Tensor:
+        """The memory of `state` that segment i is written to, [B, H, K, V]: a view where all rows have the same."""
+        if self.common_slots is not None:
+            return state[:, :, self.common_slots[i]]
+        return state[torch.arange(state.shape[0], device=state.device), :, self.slots[:, i]]
+
+    def _put(self, state: Tensor, current: Tensor, i: int) -> None:
+        if self.common_slots is None:
+            state[torch.arange(state.shape[0], device=state.device), :, self.slots[:, i]] = current
+
+    def _pick(self, states: Tensor, written: slice) -> Tensor:
+        """The written memory's states, [B, w, H, K, V]."""
+        num_writes = written.stop - written.start
+        if self.num_memories == 1:
+            return states[:, :num_writes, :, 0]
+        rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
+        steps = torch.arange(num_writes, device=states.device)
+        return states[rows, steps, :, self.slots[:, written]]
+
+
+# Forward and backward of a call, group by group
+
+
+def scan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     memories: Tensor | None,
     read_scales: Tensor,
     slots: Tensor,
-    *,
+    sum_scales: Tensor | None,
+    delta_scales: Tensor | None,
+    decay: Tensor | None,
     num_writes: int,
-    sum_scales: Tensor | None = None,
-    delta_scales: Tensor | None = None,
-    decay: Tensor | None = None,
-) -> ScannedReads:
-    """The equations of `scan_memories`, row by row and segment by segment."""
-    batch, num_segments, heads, _, width = q.shape
-    if memories is None:
-        memories = q.new_zeros(batch, read_scales.shape[-1], heads, width, v.shape[-1])
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    for b in range(batch):
-        states = list(memories[b].unbind(0))  # N of [H, K, V]
-        reads, sum_reads = [], []
-        for i in range(num_segments):
-            found = torch.stack([q[b, i] @ state for state in states], dim=-1)  # [H, S, V, N]
-            reads.append((found * read_scales[b, i].unsqueeze(-2)).sum(-1))
+    group: int,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Reads, reads of the sum, end, states at the groups' first segments but the first, u of all written segments."""
+    call = Chain(k, delta_scales, decay, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
+    state = call.begin(memories, v)
+    reads = torch.empty_like(v, memory_format=torch.contiguous_format)
+    sum_reads = torch.empty_like(reads) if sum_scales is not None else v.new_empty(0)
+    kept: list[Tensor] = []
+    updates: list[Tensor] = []
+    for part, unread in _cut(q.shape[1], group, is_empty=memories is None):
+        if part.start and learns:
+            kept.append(state.clone())
+        states, written = call.advance(state, v, part)
+        if learns and delta_scales is not None:
+            updates.append(written)
+        reads[:, unread] = 0
+        if sum_scales is not None:
+            sum_reads[:, unread] = 0
+        part = slice(unread.stop, part.stop)
+        if part.start == part.stop:
+            continue
+        states = states[:, -(part.stop - part.start) :]
+        wide_q = q[:, part].to(state.dtype)
+        reads[:, part] = fold_scales(wide_q, read_scales[:, part], states.dtype) @ states.flatten(3, 4)
+        if sum_scales is not None:
+            scaled = (wide_q * sum_scales[:, part].unsqueeze(-1)).to(states.dtype)
+            sum_reads[:, part] = scaled @ states.sum(3)
+    checkpoints = torch.stack(kept) if kept else state.new_empty(0)
+    end = state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return reads, sum_reads, end, checkpoints, torch.cat(updates, 1) if updates else v.new_empty(0)
+
+
+def scan_backward(
+    for_reads: Tensor,
+    for_sums: Tensor,
+    for_end: Tensor,
+    q: Tensor,
+    k: Tensor,
+    updates: Tensor,
+    memories: Tensor | None,
+    read_scales: Tensor,
+    slots: Tensor,
+    sum_scales: Tensor | None,
+    delta_scales: Tensor | None,
+    decay: Tensor | None,
+    checkpoints: Tensor,
+    num_writes: int,
+    group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, memories, c, t and e."""
+    call = Chain(k, delta_scales, decay, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
+    g = for_end.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # ∂L/∂X, [B, H, N, K, V]
+    for_q, for_k = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+    for_v = torch.zeros_like(for_reads, memory_format=torch.contiguous_format)
+    for_c = torch.zeros_like(read_scales, memory_format=torch.contiguous_format)
+    for_t, for_e = (
+        g.new_empty(0) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
+        for t in (sum_scales, delta_scales)
+    )
+    parts = list(_cut(q.shape[1], group, is_empty=memories is None))
+    for number, (part, unread) in reversed(list(enumerate(parts))):
+        state = checkpoints[number - 1].clone() if number else call.begin(memories, for_reads)
+        states, _ = call.advance(state, updates, part, is_known=True)
+        reading = slice(unread.stop, part.stop)
+        from_reads = None
+        if reading.start < reading.stop:
+            found = states[:, -(reading.stop - reading.start) :]
+            dtype = found.dtype
+            upstream, wide_q = for_reads[:, reading].to(dtype), q[:, reading].to(g.dtype)
+            # ∂L/∂(c q) = A' Xᵀ
+            back = (upstream @ found.flatten(3, 4).transpose(-1, -2)).to(g.dtype).unflatten(-1, found.shape[3:5])
+            into_q = (back * read_scales[:, reading].unsqueeze(-1)).sum(-2)
+            for_c[:, reading] = (back * wide_q.unsqueeze(-2)).sum(-1)
+            folded = fold_scales(wide_q, read_scales[:, reading], dtype)
+            from_reads = (folded.transpose(-1, -2) @ upstream).unflatten(-2, found.shape[3:5])
             if sum_scales is not None:
-                sum_reads.append(found.sum(-1) * sum_scales[b, i].unsqueeze(-1))
-            if i < num_writes:
-                slot = int(slots[b, i])
-                update = v[b, i]
-                if delta_scales is not None:
-                    update = update - delta_scales[b, i].unsqueeze(-1) * (k[b, i] @ states[slot])
-                kept = states[slot] if decay is None else decay[b, i][:, None, None] * states[slot]
-                states[slot] = kept + k[b, i].transpose(-1, -2) @ update
-        rows.append((torch.stack(reads), torch.stack(sum_reads or reads), torch.stack(states)))
-    reads, sum_reads, end = (torch.stack(part) for part in zip(*rows, strict=True))
-    return ScannedReads(reads, None if sum_scales is None else sum_reads, end)
+                upstream, scales = for_sums[:, reading].to(dtype), sum_scales[:, reading].unsqueeze(-1)
+                back = (upstream @ found.sum(3).transpose(-1, -2)).to(g.dtype)
+                into_q = into_q + back * scales
+                for_t[:, reading] = (back * wide_q).sum(-1)
+                scaled = (wide_q * scales).to(dtype)
+                from_reads = from_reads + (scaled.transpose(-1, -2) @ upstream).unsqueeze(3)
+            for_q[:, reading] = into_q
+        call.retreat(g, states, updates, from_reads, part, for_k, for_v, for_e)
+    for_memories = (
+        g.new_empty(0) if memories is None else g.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    )
+    return for_q, for_k, for_v, for_memories, for_c, for_t, for_e
+
+
+def fold_scales(wide_q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """c q of all memories side by side, [B, g, H, S, N·K], so that one product reads and sums them all."""
+    return (wide_q.unsqueeze(-2) * scales.unsqueeze(-1)).to(dtype).flatten(-2)
+
+
+def _cut(num_segments: int, group: int, *, is_empty: bool) -> list[tuple[slice, slice]]:
+    """Groups of segments, and which of each read nothing: the first segment of a call from empty memory."""
+    parts = []
+    for begin in range(0, num_segments, group):
+        parts.append((slice(begin, min(begin + group, num_segments)), slice(begin, begin + (is_empty and begin == 0))))
+    return parts
+
+
+compiled_scan = library.custom_op("new_llm::scan_memories", scan, mutates_args=())
+_compiled_backward = library.custom_op("new_llm::scan_memories_backward", scan_backward, mutates_args=())
+
+
+@compiled_scan.register_fake
+def _(q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, num_writes, group, learns):
+    batch, num_segments, heads, length, width = q.shape
+    num_memories, value_width = read_scales.shape[-1], v.shape[-1]
+    wide = read_scales.dtype
+    reads = v.new_empty(v.shape)
+    sum_reads = v.new_empty(v.shape if sum_scales is not None else 0)
+    end = v.new_empty((batch, num_memories, heads, width, value_width), dtype=wide)
+    num_kept = -(-num_segments // group) - 1 if learns else 0
+    kept = (num_kept, batch, heads, num_memories, width, value_width) if num_kept else (0,)
+    keeps_updates = learns and delta_scales is not None and num_writes > 0
+    updates = (batch, num_writes, heads, length, value_width) if keeps_updates else (0,)
+    return reads, sum_reads, end, v.new_empty(kept, dtype=wide), v.new_empty(updates)
+
+
+@_compiled_backward.register_fake
+def _(
+    for_reads,
+    for_sums,
+    for_end,
+    q,
+    k,
+    updates,
+    memories,
+    read_scales,
+    slots,
+    sum_scales,
+    delta_scales,
+    *_,
+):
+    def like(t: Tensor | None) -> Tensor:
+        return for_end.new_empty(0) if t is None else t.new_empty(t.shape)
+
+    return like(q), like(k), like(for_reads), like(memories), like(read_scales), like(sum_scales), like(delta_scales)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, num_writes, group, _ = inputs
+    _, _, _, checkpoints, updates = output
+    updates = v if delta_scales is None else updates
+    ctx.save_for_backward(q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, checkpoints)
+    ctx.numbers = num_writes, group
+    ctx.like = output[0].shape, output[0].dtype, output[2].shape, output[2].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, for_reads: Tensor | None, for_sums: Tensor | None, for_end: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, checkpoints = ctx.saved_tensors
+    shape, dtype, end_shape, end_dtype = ctx.like
+    reads = q.new_zeros(shape, dtype=dtype) if for_reads is None else for_reads
+    sums = for_sums
+    if sums is None:
+        sums = reads.new_zeros(0) if sum_scales is None else torch.zeros_like(reads)
+    end = q.new_zeros(end_shape, dtype=end_dtype) if for_end is None else for_end
+    backward = _compiled_backward if torch.compiler.is_compiling() else scan_backward
+    for_q, for_k, for_v, for_memories, for_c, for_t, for_e = backward(
+        reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay,
+        checkpoints, *ctx.numbers,
+    )  # fmt: skip
+    return (
+        for_q,
+        for_k,
+        for_v,
+        None if memories is None else for_memories,
+        for_c,
+        None,
+        None if sum_scales is None else for_t,
+        None if delta_scales is None else for_e,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+compiled_scan.register_autograd(_differentiate, setup_context=_keep)
+
+
+class Scan(torch.autograd.Function):
+    """`scan` with its derivatives."""
+
+    forward = staticmethod(scan)
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(once_differentiable(_differentiate))  # pyright: ignore[reportAssignmentType]

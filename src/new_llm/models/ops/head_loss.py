@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from new_llm.models.loss import IGNORE_INDEX
-from new_llm.models.ops import native
+from new_llm.models.ops.kernels import native
 
 CHUNK_ROWS = 1024
 """Rows of logits held at once. With 50,304 words in bfloat16 they take 103 MB; fewer rows add up the head's gradient

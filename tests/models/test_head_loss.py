@@ -7,9 +7,9 @@ from torch import Tensor
 from new_llm.config import PythiaConfig
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.layers import PythiaLayer
-from new_llm.models.ops import linear_cross_entropy as module
-from new_llm.models.ops import native
-from new_llm.models.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
+from new_llm.models.ops import head_loss as module
+from new_llm.models.ops.head_loss import linear_cross_entropy, linear_cross_entropy_naive
+from new_llm.models.ops.kernels import native
 
 ROWS, WIDTH, WORDS = 23, 16, 301
 
@@ -164,23 +164,6 @@ def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook: bool) ->
         torch.testing.assert_close(one, two)
     assert bool(calls) == with_hook
     assert model.token_losses(ids, ids, mask).shape == ids.shape
-
-
-def test_the_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.SWITCH, "0")
-    assert native.load_kernels.__wrapped__() is None
-
-
-def test_a_compiler_that_fails_leaves_the_pytorch_form(
-    monkeypatch: pytest.MonkeyPatch, tmp_path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path))
-    caplog.set_level("DEBUG", logger=native.__name__)
-    for compiler in ("false", "no-such-compiler-here"):
-        monkeypatch.setenv("CC", compiler)
-        assert native.load_kernels.__wrapped__() is None
-    assert len(caplog.records) == 2
-    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

@@ -1,0 +1,67 @@
+"""Kernels: C for the CPU (`native`) and Triton for GPUs (`triton_kernels`). Without them every op has a PyTorch form.
+
+One switch turns both off: the environment variable NEW_LLM_KERNELS=0. Before a pointer leaves Python, `check_tensor`
+compares device, dtype, shape and layout with what the kernel was written for, whatever torch's defaults are.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+SWITCH = "NEW_LLM_KERNELS"
+TRITON_DTYPES = (torch.float32, torch.bfloat16)
+"""float64 takes the PyTorch forms, and so does float16, whose range is too small for the gradients of a memory."""
+MAX_KEY_BYTES = 4096
+"""Bytes of a key beyond which the delta rule's tiles no longer fit an H200's 227 KB of shared memory."""
+
+
+def are_enabled() -> bool:
+    """Whether the switch allows kernels."""
+    return os.environ.get(SWITCH) != "0"
+
+
+def uses_triton(t: Tensor) -> bool:
+    """Whether Triton's kernels run on tensors such as this one."""
+    return t.is_cuda and t.dtype in TRITON_DTYPES and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return are_enabled() and importlib.util.find_spec("triton") is not None
+
+
+def load_triton() -> ModuleType:
+    """The module of Triton kernels. It imports triton, which only torch's builds for GPUs bring."""
+    from new_llm.models.ops.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def check_tensor(
+    name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | None = None
+) -> None:
+    """Make sure that a kernel may read or write a tensor's memory.
+
+    Args:
+        name: what errors call it.
+        t: a contiguous tensor.
+        shape: the shape that the kernel assumes.
+        dtype: the dtype that the kernel assumes; None: any.
+        device: where the kernel runs; None: the CPU.
+
+    Raises:
+        ValueError: another device, dtype, shape or layout.
+    """
+    is_placed = t.device == device if device is not None else t.device.type == "cpu"
+    if is_placed and t.dtype == (dtype or t.dtype) and t.shape == tuple(shape) and t.is_contiguous():
+        return
+    layout = "contiguous" if t.is_contiguous() else "not contiguous"
+    raise ValueError(
+        f"{name}: {list(t.shape)} of {t.dtype} on {t.device}, {layout}; the kernel takes a contiguous "
+        f"{list(shape)} of {dtype or 'any dtype'} on {device or 'the CPU'}"
+    )

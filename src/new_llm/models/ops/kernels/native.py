@@ -1,0 +1,359 @@
+"""The C kernels for the CPU and their only callers, each of which checks what it passes.
+
+They are optional: where `build` finds no compiler, or NEW_LLM_KERNELS=0, every operation has its PyTorch form, and a
+debug line of this module's logger says why. They run on the threads of torch's own OpenMP.
+"""
+
+import ctypes
+import functools
+import logging
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from new_llm.models.ops.kernels import are_enabled, build, check_tensor
+
+SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+"""The dtypes that kernels are written for, and how their names end."""
+MAX_ROWS = {torch.bfloat16: 4, torch.float32: 8, torch.int8: 16}
+"""Rows up to which products with few rows take less time than torch's, by the weight's dtype."""
+MAX_STEP_ROWS = 8
+"""Rows that a layer's step takes; decoding.c has room for no more."""
+
+_POINTER, _SIZE, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_log = logging.getLogger(__name__)
+_is_loaded = False  # for code that is being compiled, where loading itself can't be traced
+
+# Loading
+
+
+def has_kernels() -> bool:
+    """Whether there are kernels; in code that is being compiled: whether they have been loaded before."""
+    if torch.compiler.is_compiling():
+        return _is_loaded
+    return load_kernels() is not None
+
+
+def find_kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if they can take these tensors: contiguous, on the CPU, of a dtype that kernels are written for."""
+    if torch.compiler.is_compiling():  # addresses can't be traced
+        return None
+    if all(t.device.type == "cpu" and t.dtype in SUFFIXES and t.is_contiguous() for t in tensors):
+        return load_kernels()
+    return None
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL | None:
+    """Load the kernels, compiled now where that has not been done; None where that is impossible."""
+    global _is_loaded
+    if not are_enabled():
+        return None
+    try:
+        library = _declare(build.load_library())
+        _is_loaded = True
+        return library
+    except (OSError, subprocess.SubprocessError, AttributeError, ValueError) as error:
+        _log.debug("no compiled kernels, PyTorch's forms are used: %s", error)
+        return None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """State what the functions take: pointers, 64-bit sizes and ints."""
+    for suffix in SUFFIXES.values():
+        scoring = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _INT, _INT]
+        rounding = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT]
+        for name, types in ((f"score_rows_{suffix}", scoring), (f"quantize_rows_{suffix}", rounding)):
+            getattr(library, name).argtypes, getattr(library, name).restype = types, None
+        for ending in (suffix, f"{suffix}_int8"):
+            step, linear = getattr(library, f"step_pythia_{ending}"), getattr(library, f"linear_rows_{ending}")
+            step.argtypes = [_POINTER, _POINTER]
+            linear.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _INT]
+            step.restype = linear.restype = None
+    shape = [_SIZE, _SIZE, _SIZE, _SIZE, _REAL, _INT]
+    library.causal_softmax.argtypes = [_POINTER, _POINTER, *shape]
+    library.causal_softmax_backward.argtypes = [_POINTER, _POINTER, _POINTER, *shape]
+    library.causal_softmax.restype = library.causal_softmax_backward.restype = None
+    library.count_step_scratch.argtypes, library.count_step_scratch.restype = [*[_SIZE] * 5, _INT], _SIZE
+    return library
+
+
+def _get_function(kernels: ctypes.CDLL, name: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Any:
+    if dtype not in SUFFIXES:
+        raise ValueError(f"{name}: no kernel for {dtype}; there are some for {', '.join(map(str, SUFFIXES))}")
+    return getattr(kernels, f"{name}_{SUFFIXES[dtype]}" + "_int8" * (weight_dtype == torch.int8))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that C writes to: torch's default dtype and device have no say."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
+# Scores of a head and of attention
+
+
+def score_rows(
+    kernels: ctypes.CDLL, logits: Tensor, targets: Tensor, weights: Tensor | None, *, write_gradients: bool
+) -> Tensor:
+    """Losses of rows of logits [n, Z], as `head_loss.score_logits`; gradients replace the logits."""
+    num_rows, num_words = logits.shape
+    check_tensor("logits", logits, (num_rows, num_words), logits.dtype)
+    targets = targets.contiguous()
+    check_tensor("targets", targets, (num_rows,), torch.int64)
+    if weights is not None:
+        weights = weights.to(torch.float32).contiguous()
+        check_tensor("weights", weights, (num_rows,), torch.float32)
+    losses = _empty(num_rows)
+    _get_function(kernels, "score_rows", logits.dtype)(
+        logits.data_ptr(),
+        num_rows,
+        num_words,
+        targets.data_ptr(),
+        None if weights is None else weights.data_ptr(),
+        losses.data_ptr(),
+        int(write_gradients),
+        torch.get_num_threads(),
+    )
+    return losses
+
+
+def causal_softmax(kernels: ctypes.CDLL, scores: Tensor, logsumexp: Tensor, *, first: int, scale: float) -> None:
+    """softmax(scale · scores) in place of scores [n, rows, columns]; row r sees its first `first + r + 1` columns.
+
+    Args:
+        kernels: from `find_kernels`.
+        scores: bfloat16.
+        logsumexp: [n, rows] float32, contiguous; filled with that of the scaled scores.
+        first: the place of the first row among the columns.
+        scale: what the scores are multiplied by.
+    """
+    _check_scores(scores, logsumexp, first)
+    kernels.causal_softmax(
+        scores.data_ptr(), logsumexp.data_ptr(), *scores.shape, first, scale, torch.get_num_threads()
+    )
+
+
+def causal_softmax_backward(
+    kernels: ctypes.CDLL, scores: Tensor, gradients: Tensor, logsumexp: Tensor, *, first: int, scale: float
+) -> None:
+    """Probabilities in place of scores, and the scores' gradients in place of the probabilities'; see above."""
+    _check_scores(scores, logsumexp, first)
+    check_tensor("gradients", gradients, scores.shape, torch.bfloat16)
+    kernels.causal_softmax_backward(
+        scores.data_ptr(),
+        gradients.data_ptr(),
+        logsumexp.data_ptr(),
+        *scores.shape,
+        first,
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def _check_scores(scores: Tensor, logsumexp: Tensor, first: int) -> None:
+    number, num_rows, num_columns = scores.shape
+    check_tensor("scores", scores, (number, num_rows, num_columns), torch.bfloat16)
+    check_tensor("logsumexp", logsumexp, (number, num_rows), torch.float32)
+    if not 0 <= first <= num_columns - num_rows:
+        raise ValueError(f"first: row {first} and the {num_rows - 1} after it are not among {num_columns} columns")
+
+
+# Decoding: products with few rows, and a Pythia layer's step
+
+
+def can_run_compiled(x: Tensor, weight_dtype: torch.dtype) -> bool:
+    """Whether activations [..., D] are few rows of a plain call on a CPU: without gradients and autocast."""
+    if x.device.type != "cpu" or x.numel() > MAX_ROWS.get(weight_dtype, 0) * x.shape[-1] or torch.is_grad_enabled():
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer's numbers, contiguous and on the CPU.
+
+    Attributes:
+        weight: [outputs, inputs], in the activations' dtype, or int8.
+        scales: of an int8 weight, [outputs] float32.
+        bias: [outputs] in the activations' dtype, or None.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def check(self, name: str, dtype: torch.dtype, inputs: int, outputs: int | None = None) -> None:
+        """Make sure that a kernel for activations of this dtype and width may read it."""
+        outputs = len(self.weight) if outputs is None else outputs
+        is_int8 = self.scales is not None
+        check_tensor(f"{name}.weight", self.weight, (outputs, inputs), torch.int8 if is_int8 else dtype)
+        if self.scales is not None:
+            check_tensor(f"{name}.scales", self.scales, (outputs,), torch.float32)
+        if self.bias is not None:
+            check_tensor(f"{name}.bias", self.bias, (outputs,), dtype)
+
+    def describe(self) -> "_Linear":
+        """What C reads."""
+        pointers = (None if part is None else part.data_ptr() for part in (self.weight, self.bias, self.scales))
+        return _Linear(*pointers, self.weight.shape[1], self.weight.shape[0])
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("weight", _POINTER), ("bias", _POINTER), ("scales", _POINTER), ("inputs", _SIZE), ("outputs", _SIZE)]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _POINTER), ("bias", _POINTER), ("eps", _REAL)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("before_attention", "before_mlp")),
+        *((name, _Linear) for name in ("query_key_value", "dense", "up", "down")),
+        ("heads", _SIZE),
+        ("rotary", _SIZE),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("hidden", "out", "keys", "values", "positions", "valid")),
+        *((name, _POINTER) for name in ("cosines", "sines", "scratch")),
+        *((name, _SIZE) for name in ("rows", "slots", "longest")),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+def linear_rows(kernels: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
+    """x Wᵀ + b, summed in float32; x is [..., inputs] in bfloat16 or float32."""
+    rows = x.to(torch.float32).contiguous()
+    check_tensor("x", rows, x.shape, torch.float32)
+    matrix.check("matrix", x.dtype, x.shape[-1])
+    out = _empty(*x.shape[:-1], len(matrix.weight), dtype=x.dtype)
+    _get_function(kernels, "linear_rows", x.dtype, matrix.weight.dtype)(
+        ctypes.byref(matrix.describe()),
+        rows.data_ptr(),
+        rows.numel() // rows.shape[-1],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+class PythiaStep:
+    """A Pythia layer's numbers as the kernel takes them.
+
+    Args:
+        kernels: from `load_kernels`.
+        norms: the LayerNorms before attention and before the MLP.
+        matrices: of query_key_value, dense, dense_h_to_4h and dense_4h_to_h.
+        num_heads: heads.
+        rotary_dim: rotated dimensions of a head.
+
+    Raises:
+        ValueError: numbers that do not fit one another.
+    """
+
+    def __init__(
+        self,
+        kernels: ctypes.CDLL,
+        norms: Sequence[nn.LayerNorm],
+        matrices: Sequence[Matrix],
+        num_heads: int,
+        rotary_dim: int,
+    ) -> None:
+        width, inner, dtype = norms[0].weight.numel(), len(matrices[2].weight), norms[0].weight.dtype
+        if width % num_heads or rotary_dim % 2 or not 0 <= rotary_dim <= width // num_heads:
+            raise ValueError(f"{num_heads} heads with {rotary_dim} rotary dimensions do not fit a width of {width}")
+        for norm in norms:
+            check_tensor("norm.weight", norm.weight, (width,), dtype)
+            check_tensor("norm.bias", norm.bias, (width,), dtype)
+        shapes = ((width, 3 * width), (width, width), (width, inner), (inner, width))
+        for name, matrix, (inputs, outputs) in zip(
+            ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), matrices, shapes, strict=True
+        ):
+            matrix.check(name, dtype, inputs, outputs)
+        described = [_Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps) for norm in norms]
+        self._layer = _Layer(*described, *(matrix.describe() for matrix in matrices), num_heads, rotary_dim)
+        self._kept = [*norms, *matrices]  # what the pointers point to
+        self._run = _get_function(kernels, "step_pythia", dtype, matrices[0].weight.dtype)
+        self._count_scratch = kernels.count_step_scratch
+        self._dtype, self._rotary_dim = dtype, rotary_dim
+        self._sizes = (width, num_heads, inner)
+
+    def run(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        valid: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        longest: int,
+    ) -> Tensor:
+        """The layer's output [B, 1, D] for one more token of each row, which joins the cache.
+
+        Args:
+            hidden: [B, 1, D], contiguous, of the layer's dtype.
+            keys: [B, heads, slots, K], contiguous, of the layer's dtype.
+            values: the same.
+            positions: [B, 1] int64, each below `longest`.
+            valid: [B, 1] bool: rows that take a token; None: all.
+            angles: cos and sin [B, rotary_dim], float32, contiguous.
+            longest: tokens of the longest row with this one; at most slots.
+
+        Raises:
+            ValueError: tensors that do not fit the layer or one another.
+        """
+        width, num_heads, _ = self._sizes
+        num_rows, num_slots = len(hidden), keys.shape[2]
+        check_tensor("hidden", hidden, (num_rows, 1, width), self._dtype)
+        for name, cached in (("keys", keys), ("values", values)):
+            check_tensor(name, cached, (num_rows, num_heads, num_slots, width // num_heads), self._dtype)
+        check_tensor("positions", positions, (num_rows, 1), torch.int64)
+        if valid is not None:
+            check_tensor("valid", valid, (num_rows, 1), torch.bool)
+        for name, part in zip(("cosines", "sines"), angles, strict=True):
+            check_tensor(name, part, (num_rows, self._rotary_dim), torch.float32)
+        takes_token = [True] * num_rows if valid is None else valid.flatten().tolist()
+        places = [place for place, takes in zip(positions.flatten().tolist(), takes_token, strict=True) if takes]
+        if num_rows > MAX_STEP_ROWS or longest > num_slots or not all(0 <= place < longest for place in places):
+            raise ValueError(
+                f"{num_rows} rows at positions {places}, the longest of {longest} tokens, do not fit "
+                f"{MAX_STEP_ROWS} rows with {num_slots} slots"
+            )
+        threads = torch.get_num_threads()
+        out = _empty(*hidden.shape, dtype=self._dtype)
+        scratch = _empty(self._count_scratch(*self._sizes, num_rows, longest, threads))
+        cosines, sines = angles
+        step = _Step(
+            hidden.data_ptr(),
+            out.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            positions.data_ptr(),
+            None if valid is None else valid.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            scratch.data_ptr(),
+            num_rows,
+            num_slots,
+            longest,
+            threads,
+        )
+        self._run(ctypes.byref(self._layer), ctypes.byref(step))
+        return out
+
+
+def quantize_rows(kernels: ctypes.CDLL, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [rows, columns] int8 and scales [rows] of a contiguous bfloat16 or float32 weight."""
+    check_tensor("weight", weight, weight.shape, weight.dtype)
+    values, scales = _empty(*weight.shape, dtype=torch.int8), _empty(len(weight))
+    _get_function(kernels, "quantize_rows", weight.dtype)(
+        weight.data_ptr(), *weight.shape, values.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+    )
+    return values, scales

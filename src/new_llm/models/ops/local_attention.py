@@ -1,0 +1,282 @@
+"""Causal attention inside one segment: linear, as memory layers have it, and softmax, as Pythia layers do.
+
+Legend: B rows, H heads, S tokens of the segment, K key width, V value width. Linear attention takes features σ(q) and
+σ(k), not raw queries and keys: a layer maps them once and uses them twice, here and in the memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from new_llm.models.ops import kernels
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.memory import sum_prefixes
+
+BLOCK_QUERIES = 256
+"""Queries of a block of softmax attention at most."""
+BLOCK_SCORES = 2**22
+"""Scores made at once, so that they stay in a cache; with more, fewer rows of the batch are taken together."""
+MIN_SCORES = 2**18
+"""Scores of all heads from which the fast form of softmax attention is used; below, it would save nothing."""
+
+# Linear attention
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """σ(x) = ELU(x) + 1, which is x + 1 above 0 and exp(x) below; always positive.
+
+    Written as exp(min(x, 0)) + max(x, 0): without the detour over exp(x) − 1, which in 16 bits would round small
+    features to 0, and with slope 1 at 0.
+    Source: Katharopoulos et al., arXiv:2006.16236, eq. 7.
+
+    Args:
+        x: queries or keys, any shape; 16-bit values are mapped in float32 and rounded once.
+
+    Returns:
+        The same shape and dtype.
+    """
+    return _FeatureMap.apply(x)
+
+
+class _FeatureMap(torch.autograd.Function):
+    """σ with slope min(σ, 1), so that of all it computes backward needs the result alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        y = wide.clamp(max=0).exp_().add_(wide.clamp(min=0)).to(x.dtype)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        return upstream * y.clamp(max=1)
+
+
+def local_linear_attention_naive(q: Tensor, k: Tensor, v: Tensor, *, epsilon: float) -> Tensor:
+    """A[t] = Σ_{j≤t} (q_t·k_j) v_j / max(Σ_{j≤t} q_t·k_j, ε), token by token; arguments as below."""
+    outputs = []
+    for t in range(q.shape[-2]):
+        numerator = torch.zeros_like(v[..., 0, :])
+        denominator = torch.zeros_like(v[..., 0, 0])
+        for j in range(t + 1):
+            weight = (q[..., t, :] * k[..., j, :]).sum(-1)
+            numerator = numerator + weight.unsqueeze(-1) * v[..., j, :]
+            denominator = denominator + weight
+        outputs.append(numerator / denominator.clamp_min(epsilon).unsqueeze(-1))
+    return torch.stack(outputs, dim=-2)
+
+
+def local_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    epsilon: float,
+    chunk_length: int,
+    initial_sums: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The equation of `local_linear_attention_naive`.
+
+    Quadratic and masked within chunks of `chunk_length` tokens; from chunk to chunk runs a state of constant size, so
+    that nothing of size [S, K, V] is ever held.
+
+    Args:
+        q: features of the queries, [..., S, K].
+        k: features of the keys, [..., S, K]; a row of zeros takes its token out.
+        v: values, [..., S, V].
+        epsilon: ε, the least divisor.
+        chunk_length: tokens up to which the quadratic form is used.
+        initial_sums: Σ kᵀv [..., K, V] and Σ k [..., K] of earlier tokens of the segment, at least float32.
+
+    Returns:
+        [..., S, V] in v's dtype.
+    """
+    if kernels.uses_triton(v):
+        return _attend_by_kernels(q, k, v, epsilon, chunk_length, initial_sums)
+    outputs: list[Tensor] = []
+    sums = initial_sums
+    num_tokens = q.shape[-2]
+    for begin in range(0, num_tokens, chunk_length):
+        part = slice(begin, begin + chunk_length)
+        q_part, k_part, v_part = q[..., part, :], k[..., part, :], v[..., part, :]
+        scores = (q_part @ k_part.transpose(-1, -2)).tril()
+        numerator = scores @ v_part
+        denominator = scores.sum(-1, keepdim=True, dtype=_wide(scores))
+        if sums is not None:
+            wide_q = q_part.to(sums[0].dtype)
+            numerator = numerator + wide_q @ sums[0]
+            denominator = denominator + wide_q @ sums[1].unsqueeze(-1)
+        outputs.append((numerator / denominator.clamp_min(epsilon)).to(v.dtype))
+        if begin + chunk_length < num_tokens:
+            wide_k, wide_v = k_part.to(_wide(k)), v_part.to(_wide(v))
+            new = (wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2))
+            sums = new if sums is None else (sums[0] + new[0], sums[1] + new[1])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+
+
+def _attend_by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, epsilon: float, chunk_length: int, sums: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Chunks as groups of their own, each with the sums over the chunks before it."""
+    lead, num_tokens = q.shape[:-2], q.shape[-2]
+    if num_tokens > chunk_length:
+        num_chunks = -(-num_tokens // chunk_length)
+        missing = num_chunks * chunk_length - num_tokens
+        q, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(-2, (num_chunks, chunk_length)) for t in (q, k, v))
+        wide_k, wide_v = k.to(_wide(k)), v.to(_wide(v))
+        steps = wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2)
+        axis = len(lead)
+        totals = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
+        earlier = tuple(t.narrow(axis, 0, num_chunks) for t in totals)
+        if sums is not None:
+            earlier = tuple(t + first.unsqueeze(axis) for t, first in zip(earlier, sums, strict=True))
+        sums = earlier[0], earlier[1]
+    mixed = _KernelAttention.apply(
+        q.flatten(0, -3),
+        k.flatten(0, -3),
+        v.flatten(0, -3),
+        *((None, None) if sums is None else (sums[0].flatten(0, -3), sums[1].flatten(0, -2))),
+        epsilon,
+    )
+    return mixed.view(*lead, -1, v.shape[-1])[..., :num_tokens, :]
+
+
+class _KernelAttention(torch.autograd.Function):
+    """A = n / max(s, ε) with n = Σ (q·k) v and s = Σ q·k; all gradients are sums of the same kind.
+
+    With n' = A' / max(s, ε) and s' = −A'·A / max(s, ε) where s ≥ ε, else 0:
+    q'_t = Σ_{j≤t} (n'_t·v_j + s'_t) k_j,  k'_j = Σ_{t≥j} (n'_t·v_j + s'_t) q_t,  v'_j = Σ_{t≥j} (q_t·k_j) n'_t.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, keys: Tensor | None, epsilon: float
+    ) -> Tensor:
+        initial = None if products is None or keys is None else (products, keys)
+        mixed, sums = kernels.load_triton().sum_causally(q, k, v, initial=initial, epsilon=epsilon)
+        ctx.save_for_backward(q, k, v, products, keys, mixed, sums)
+        ctx.epsilon = epsilon
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, products, keys, mixed, sums = ctx.saved_tensors
+        divisors = sums.clamp_min(ctx.epsilon)
+        wide = upstream.float() / divisors.unsqueeze(-1)
+        for_sums = -(wide * mixed).sum(-1) * (sums >= ctx.epsilon)
+        for_mixed = wide.to(v.dtype)
+        for_q, _ = kernels.load_triton().sum_causally(for_mixed, v, k, row=for_sums)
+        for_k, _ = kernels.load_triton().sum_causally(v, for_mixed, q, col=for_sums, from_ahead=True)
+        for_v, _ = kernels.load_triton().sum_causally(k, q, for_mixed, from_ahead=True)
+        if products is None:
+            return for_q, for_k, for_v, None, None, None
+        for_q = for_q + (wide @ products.transpose(-1, -2) + for_sums.unsqueeze(-1) * keys.unsqueeze(-2)).to(q.dtype)
+        back = q.to(products.dtype).transpose(-1, -2)
+        return for_q, for_k, for_v, back @ wide, (back @ for_sums.unsqueeze(-1)).squeeze(-1), None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# Softmax attention
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K) v, each token attending to itself and those before it.
+
+    torch's own, but on a CPU in bfloat16, where torch's products are cut into pieces that matrix units like less, a
+    faster form: a block of queries makes its scores for all heads together, by two batched products with a compiled
+    softmax between them. Backward makes the scores again from the kept logsumexp, as FlashAttention does
+    (arXiv:2205.14135, section 3.1), so that nothing of size S² is kept. `F.scaled_dot_product_attention` is the twin.
+
+    Args:
+        q: [B, H, S, K].
+        k: [B, H, S, K].
+        v: [B, H, S, V].
+
+    Returns:
+        [B, H, S, V].
+    """
+    if q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.device.type == "cpu":
+        batch, heads, length, _ = q.shape
+        if batch * heads * length * length >= MIN_SCORES and native.has_kernels():
+            return _attend(q, k, v)[0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@library.custom_op("new_llm::causal_attention", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [B, H, S, V], laid out as [B, S, H, V], and the logsumexp of the scaled scores, [B, H, S]."""
+    batch, heads, length, width = v.shape
+    # laid out as the product that follows wants it
+    mixed = v.new_empty(batch, length, heads, width).transpose(1, 2)
+    logsumexp = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    compiled = native.load_kernels()
+    assert compiled is not None
+    for rows, begin, end in _cut(q.shape):
+        scores = q[rows, :, begin:end] @ k[rows, :, :end].transpose(-1, -2)
+        sums = torch.empty(scores.shape[:3], dtype=torch.float32, device=q.device)
+        flat = scores.flatten(0, 1), sums.flatten(0, 1)
+        native.causal_softmax(compiled, *flat, first=begin, scale=q.shape[-1] ** -0.5)
+        logsumexp[rows, :, begin:end] = sums
+        mixed[rows, :, begin:end] = scores @ v[rows, :, :end]
+    return mixed, logsumexp
+
+
+@library.custom_op("new_llm::causal_attention_backward", mutates_args=())
+def _attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    compiled = native.load_kernels()
+    assert compiled is not None
+    for_q = torch.empty_like(q)
+    for_k, for_v = (torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (k, v))
+    for rows, begin, end in _cut(q.shape):
+        queries, keys, values = q[rows, :, begin:end], k[rows, :, :end], v[rows, :, :end]
+        above = upstream[rows, :, begin:end]
+        scores = queries @ keys.transpose(-1, -2)
+        gradients = above @ values.transpose(-1, -2)
+        sums = logsumexp[rows, :, begin:end].contiguous()
+        flat = scores.flatten(0, 1), gradients.flatten(0, 1), sums.flatten(0, 1)
+        native.causal_softmax_backward(compiled, *flat, first=begin, scale=q.shape[-1] ** -0.5)
+        for_v[rows, :, :end] += scores.transpose(-1, -2) @ above
+        for_q[rows, :, begin:end] = gradients @ keys
+        for_k[rows, :, :end] += gradients.transpose(-1, -2) @ queries
+    return for_q, for_k.to(k.dtype), for_v.to(v.dtype)
+
+
+def _cut(shape: torch.Size) -> Iterator[tuple[slice, int, int]]:
+    """Rows of the batch that are taken together, and the queries begin … end of a block."""
+    batch, heads, length, _ = shape
+    num_rows = max(1, BLOCK_SCORES // (heads * length * min(length, BLOCK_QUERIES)))
+    for first in range(0, batch, num_rows):
+        for begin in range(0, length, BLOCK_QUERIES):
+            yield slice(first, first + num_rows), begin, min(begin + BLOCK_QUERIES, length)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, width = v.shape
+    return v.new_empty(batch, length, heads, width).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attend_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _attend_backward(*ctx.saved_tensors, upstream)
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,320 @@
+"""The compiled kernels: what they are given, and which file is loaded."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model_cases import STACKS, build_model, text_ids
+from torch import nn
+
+from new_llm.models.ops.head_loss import linear_cross_entropy
+from new_llm.models.ops.kernels import SWITCH, build, check_tensor, native
+from new_llm.models.ops.kernels.native import Matrix, PythiaStep
+from new_llm.models.ops.local_attention import causal_attention
+
+needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
+
+
+# What C is given
+
+
+@needs_compiler
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_has_no_say(default: torch.dtype) -> None:
+    """Each of these writes to a tensor of its own making, which is float32 whatever torch's default is."""
+    model = build_model(STACKS["pythia"], segment_length=48, dtype=torch.float32).eval()
+    ids = text_ids(1, 40)
+    hidden, weight = torch.randn(1024, 8), torch.randn(1024, 8)
+    targets = torch.randint(1024, (1024,))
+    q, k, v = torch.randn(3, 1, 4, 300, 16).bfloat16().requires_grad_().unbind(0)
+
+    def run() -> list[torch.Tensor]:
+        attended = causal_attention(q, k, v)
+        attended.float().sum().backward(retain_graph=True)
+        return [
+            model.generate(ids, max_new_tokens=30, seed=0)[0],
+            linear_cross_entropy(hidden, weight, targets),
+            attended.detach(),
+        ]
+
+    expected = run()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(before)
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+
+
+def make_step(width: int = 16, inner: int = 24, **changed: object) -> PythiaStep:
+    kernels = native.load_kernels()
+    assert kernels is not None
+    shapes = {"qkv": (3 * width, width), "dense": (width, width), "up": (inner, width), "down": (width, inner)}
+    matrices = {name: Matrix(torch.randn(shape), None, torch.randn(shape[0])) for name, shape in shapes.items()}
+    given: dict[str, object] = {
+        "norms": [nn.LayerNorm(width).requires_grad_(False) for _ in range(2)],
+        "matrices": [changed.pop(name, matrix) for name, matrix in matrices.items()],
+        "num_heads": 2,
+        "rotary_dim": 4,
+    }
+    return PythiaStep(kernels, **{**given, **changed})  # pyright: ignore[reportArgumentType]
+
+
+@needs_compiler
+def test_a_step_whose_numbers_do_not_fit_is_refused() -> None:
+    for changed, words in (
+        ({"num_heads": 3}, "3 heads"),
+        ({"rotary_dim": 10}, "10 rotary"),
+        ({"up": Matrix(torch.randn(24, 15), None, None)}, r"dense_h_to_4h\.weight: \[24, 15\]"),
+        ({"qkv": Matrix(torch.randn(47, 16), None, None)}, r"query_key_value\.weight: \[47, 16\]"),
+        ({"down": Matrix(torch.randn(24, 16).t(), None, None)}, "not contiguous"),
+        ({"dense": Matrix(torch.randn(16, 16).double(), None, None)}, "float64"),
+        ({"dense": Matrix(torch.randn(16, 16), None, torch.randn(4))}, r"dense\.bias: \[4\]"),
+        ({"norms": [nn.LayerNorm(16), nn.LayerNorm(8)]}, r"norm\.weight: \[8\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_step(**changed)
+
+
+@needs_compiler
+def test_a_call_whose_tensors_do_not_fit_is_refused() -> None:
+    step = make_step()
+    cache = torch.zeros(2, 2, 5, 8)
+    fitting = {
+        "hidden": torch.zeros(2, 1, 16),
+        "keys": cache,
+        "values": cache.clone(),
+        "positions": torch.tensor([[0], [3]]),
+        "valid": None,
+        "angles": (torch.zeros(2, 4), torch.zeros(2, 4)),
+        "longest": 4,
+    }
+    assert step.run(**fitting).shape == (2, 1, 16)  # pyright: ignore[reportArgumentType]
+    for changed, words in (
+        ({"hidden": torch.zeros(2, 1, 16).bfloat16()}, "hidden.*bfloat16"),
+        ({"hidden": torch.zeros(2, 1, 16, device="meta")}, "on meta"),
+        ({"keys": torch.zeros(2, 2, 5, 4)}, r"keys: \[2, 2, 5, 4\]"),
+        ({"values": torch.zeros(2, 2, 4, 8)}, r"values: \[2, 2, 4, 8\]"),
+        ({"positions": torch.tensor([[0], [4]])}, r"positions \[0, 4\]"),
+        ({"positions": torch.tensor([[0], [-1]])}, r"positions \[0, -1\]"),
+        ({"positions": torch.tensor([[0], [3]]).int()}, "int32"),
+        ({"longest": 6}, "longest of 6"),
+        ({"valid": torch.ones(3, 1, dtype=torch.bool)}, "valid"),
+        ({"angles": (torch.zeros(2, 4), torch.zeros(2, 4).double())}, "sines.*float64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            step.run(**{**fitting, **changed})  # pyright: ignore[reportArgumentType]
+
+
+@needs_compiler
+def test_other_calls_check_too() -> None:
+    kernels = native.load_kernels()
+    assert kernels is not None
+    scores, sums = torch.zeros(2, 3, 8).bfloat16(), torch.zeros(2, 3)
+    refused = {
+        "targets": lambda: native.score_rows(
+            kernels, torch.zeros(4, 9), torch.zeros(3, dtype=torch.int64), None, write_gradients=False
+        ),
+        "int32": lambda: native.score_rows(
+            kernels, torch.zeros(4, 9), torch.zeros(4, dtype=torch.int32), None, write_gradients=False
+        ),
+        "no kernel for torch.float64": lambda: native.score_rows(
+            kernels, torch.zeros(4, 9).double(), torch.zeros(4, dtype=torch.int64), None, write_gradients=False
+        ),
+        "logsumexp": lambda: native.causal_softmax(kernels, scores, torch.zeros(2, 2), first=0, scale=1.0),
+        "not among 8 columns": lambda: native.causal_softmax(kernels, scores, sums, first=6, scale=1.0),
+        "gradients": lambda: native.causal_softmax_backward(
+            kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
+        ),
+        r"matrix\.weight": lambda: native.linear_rows(
+            kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None, None)
+        ),
+    }
+    for words, call in refused.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(ValueError, match="on cpu"):  # what the Triton kernels ask of their tensors
+        check_tensor("state", torch.zeros(2), (2,), torch.float32, torch.device("cuda", 0))
+
+
+# Which file is loaded
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the user's own, and another for temporary files."""
+    for name, variable in (("cache", "XDG_CACHE_HOME"), ("temporary", "TMPDIR")):
+        (tmp_path / name).mkdir(mode=0o700)
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    tmp_path.chmod(0o700)
+    return tmp_path / "cache" / "new-llm-kernels"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every compilation; a copy of the session's own library stands in for it."""
+    library = build.find_library(next(iter(build._list_places())), build._describe_build()[0])
+    assert library is not None
+    made: list[Path] = []
+
+    def compile_kernels(folder: Path, *_: object) -> Path:
+        made.append(folder)
+        return Path(shutil.copy(library, folder / "kernels.so"))
+
+    monkeypatch.setattr(build, "_compile", compile_kernels)
+    return made
+
+
+@needs_compiler
+def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled: list[Path], home: Path) -> None:
+    build.load_library()
+    build.load_library()
+    assert len(compiled) == 1
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert [path.suffix for path in home.iterdir()] == [".so"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["truncated", "changed", "link", "writable by others", "empty"])
+def test_a_damaged_library_is_never_loaded_and_is_compiled_again(
+    compiled: list[Path], home: Path, damage: str, tmp_path: Path
+) -> None:
+    build.load_library()
+    (path,) = home.glob("*.so")
+    whole = path.read_bytes()
+    if damage == "link":
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    elif damage == "writable by others":
+        path.chmod(0o777)
+    else:
+        path.write_bytes({"truncated": whole[:5000], "changed": whole[:-1] + b"\0x", "empty": b""}[damage])
+    build.load_library()
+    assert len(compiled) == 2
+    (path,) = home.glob("*.so")
+    assert path.read_bytes() == whole
+    assert not path.is_symlink()
+
+
+def plant(folder: Path) -> Path:
+    """A library that anyone can put there who knows the key: it would run whatever its writer likes."""
+    folder.mkdir(parents=True)
+    path = folder / f"{build._describe_build()[0]}.so"
+    path.write_bytes(b"no library at all")
+    return path
+
+
+@needs_compiler
+def test_nothing_is_loaded_from_a_shared_cache(
+    compiled: list[Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    monkeypatch.setenv("NEW_LLM_CACHE", str(shared))
+    planted = plant(shared / "native")
+    build.load_library()
+    assert len(compiled) == 1
+    assert list(shared.rglob("*.so")) == [planted]
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["mode", "parent", "owner", "link", "file"])
+def test_a_folder_that_others_could_change_is_not_used(
+    compiled: list[Path], home: Path, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels go to the folder for temporary files instead; where nothing is safe, each process compiles its own."""
+    if fault == "parent":
+        home.parent.chmod(0o777)
+    elif fault == "link":
+        (tmp_path / "target").mkdir(mode=0o700)
+        home.symlink_to(tmp_path / "target")
+    elif fault == "file":
+        home.touch()
+    else:
+        home.mkdir(mode=0o755 if fault == "mode" else 0o700)
+    if fault == "owner":
+        mine = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    build.load_library()
+    build.load_library()
+    assert len(compiled) == (2 if fault == "owner" else 1)
+    kept = [path.parent for path in tmp_path.rglob("*.so")]
+    assert kept == ([] if fault == "owner" else [tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"])
+
+
+@needs_compiler
+def test_a_user_without_a_home_or_a_disk_to_write_to_has_kernels_all_the_same(
+    compiled: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no-folder-can-be-made-here")
+    build.load_library()
+    build.load_library()
+    assert len(compiled) == 1
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+    build.load_library()
+    assert len(compiled) == 1
+
+
+def test_the_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, "0")
+    assert native.load_kernels.__wrapped__() is None
+
+
+def test_a_compiler_that_fails_leaves_the_pytorch_form(
+    monkeypatch: pytest.MonkeyPatch, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger=native.__name__)
+    for compiler in ("false", "no-such-compiler-here"):
+        monkeypatch.setenv("CC", compiler)
+        assert native.load_kernels.__wrapped__() is None
+    assert len(caplog.records) == 2
+    assert not list(home.parent.rglob("*.so"))
+
+
+# Under the sanitizers
+
+UNDER_SANITIZERS = """
+import pytest
+from new_llm.models.ops.kernels import build
+build.FLAGS += ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+build.BUILD_SECONDS = 600
+raise SystemExit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *{files!r}]))
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path: Path) -> None:
+    """A build with address and undefined-behaviour sanitizers runs the tests of every kernel."""
+    library = subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("this compiler has no address sanitizer")
+    here = Path(__file__).parent
+    files = [str(here / f"test_{name}.py") for name in ("head_loss", "causal_attention")]
+    files += [str(here.parent / "generation/test_step_weights.py"), f"{__file__}::test_the_default_dtype_has_no_say"]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_SANITIZERS.format(files=files)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "skipped" not in done.stdout
