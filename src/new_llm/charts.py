@@ -8,6 +8,7 @@ always a value and never part of the specification.
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,10 @@ class Chart:
     rows: list[Row]
     view: str = ""
 
+    def __post_init__(self) -> None:
+        # Names may hold a model's or a text's name.
+        object.__setattr__(self, "name", re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:80] or "chart")
+
     def to_csv(self) -> str:
         """The rows as CSV with a header."""
         text = io.StringIO()
@@ -82,7 +87,8 @@ def line_chart(
         name: of the chart's files.
         title: of the figure.
         caption: below it.
-        rows: the data. Rows whose x or y can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) are left out.
+        rows: the data. Those whose x or y can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) are left out;
+            rows of one series and x, seeds of a model, become their mean with a band from the lowest to the highest.
         x: the column along the x-axis: numbers, or texts in the order of the rows.
         y: the column of heights.
         series: the column that says which line a row belongs to; None: there is one line.
@@ -97,16 +103,17 @@ def line_chart(
         view: this chart's label among the views of one figure.
     """
     is_ordinal = any(isinstance(row.get(x), str) for row in rows)
-    drawn = []
+    found = []
     for row in rows:
         height = _number(row.get(y), is_log=y_log)
         place = str(row.get(x)) if is_ordinal else _number(row.get(x), is_log=x_log)
         if height is not None and place is not None:
             ends = _find_ends(row, low, high, is_log=y_log)
-            drawn.append({"x": place, "y": height, "series": _name(row, series), **ends})
+            found.append({"x": place, "y": height, "series": _name(row, series), **ends})
+    drawn = _average(found, ("series", "x"))
     for point in drawn:
         where = point["x"] if is_ordinal else _say(point["x"])
-        point["tip"] = f"{point['series']}: " * (series is not None) + _say_value(point, "y", y_format)
+        point["tip"] = f"{point['series']}: " * (series is not None) + _say_value(point, y_format)
         point["tip"] += f" at {where} {x_title}".rstrip()
     names = list(dict.fromkeys(point["series"] for point in drawn))
     for one in names:
@@ -156,51 +163,53 @@ def bar_chart(
     series: str | None = None,
     low: str | None = None,
     high: str | None = None,
-    x_title: str = "",
-    x_log: bool = False,
-    x_format: str = "",
+    y_title: str = "",
+    y_log: bool = False,
+    y_format: str = "",
     reference: float | None = None,
     is_dotted: bool = False,
     view: str = "",
 ) -> Chart:
-    """Horizontal bars with their values beside them, or dots with intervals.
+    """Bars with their values beside them, or dots with intervals; lying, so that long names can be read.
 
     Args:
         name: of the chart's files.
         title: of the figure.
         caption: below it.
-        rows: the data; rows whose value can't be drawn are left out.
-        x: the column of lengths.
-        y: the column of labels, one place on the y-axis each.
+        rows: the data; rows whose value can't be drawn are left out, and rows of one bar become their mean.
+        x: the column of labels, one place each.
+        y: the column of values.
         series: the column that says which bar of a place a row is; None: one bar a place, in the place's own colour.
         low: the column of the interval's lower end.
         high: the column of its upper end.
-        x_title: of the axis.
-        x_log: a logarithmic axis: dots, since bars need a zero.
-        x_format: how values read, in d3's format language.
+        y_title: of the values' axis.
+        y_log: a logarithmic axis: dots, since bars need a zero.
+        y_format: how values read, in d3's format language.
         reference: a value to draw a level at.
         is_dotted: dots in place of bars: the axis need not begin at zero.
         view: this chart's label among the views of one figure.
     """
-    is_dotted = is_dotted or x_log
-    drawn = []
+    is_dotted = is_dotted or y_log
+    found = []
     for row in rows:
-        length = _number(row.get(x), is_log=x_log)
-        if length is not None:
-            ends = _find_ends(row, low, high, is_log=x_log)
-            drawn.append({"x": length, "label": _name(row, y), "series": _name(row, series or y), **ends})
+        value = _number(row.get(y), is_log=y_log)
+        if value is not None:
+            place = {"label": _name(row, x), "series": _name(row, series or x)}
+            found.append(place | {"y": value, **_find_ends(row, low, high, is_log=y_log)})
+    drawn = _average(found, ("label", "series"))
     for bar in drawn:
-        bar["text"] = _format(bar["x"], x_format)
+        bar["text"] = _format(bar["y"], y_format)
         what = bar["label"] if series is None else f"{bar['label']}, {bar['series']}"
-        bar["tip"] = f"{what}: {_say_value(bar, 'x', x_format)} {x_title}".rstrip()
+        bar["tip"] = f"{what}: {_say_value(bar, y_format)} {y_title}".rstrip()
+        bar["end"] = bar["y"] if is_dotted else bar.get("high", bar["y"])
     names = list(dict.fromkeys(bar["series"] for bar in drawn))
     labels = list(dict.fromkeys(bar["label"] for bar in drawn))
     across = {
-        "field": "x",
+        "field": "y",
         "type": "quantitative",
-        "title": x_title or None,
-        "scale": _scale(x_log, zero=not is_dotted) | {"padding": 24},
-        "axis": _label_axis([bar["x"] for bar in drawn], x_format, base=10 if x_log else None),
+        "title": y_title or None,
+        "scale": _scale(y_log, zero=not is_dotted) | {"padding": 24},
+        "axis": _label_axis([bar["y"] for bar in drawn], y_format, base=10 if y_log else None),
     }
     encoding: Row = {
         "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}},
@@ -216,11 +225,8 @@ def bar_chart(
         ends = {"x": across | {"field": "low"}, "x2": {"field": "high"}, "color": {"value": INK}}
         layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
     text = {"type": "text", "align": "left", "baseline": "middle", "dx": 8, "dy": -9 if is_dotted else 0, "aria": False}
-    furthest = across | {"field": "x" if is_dotted else "high"}
-    if not is_dotted:
-        for bar in drawn:
-            bar.setdefault("high", bar["x"])
-    layers.append({"mark": text, "encoding": {"x": furthest, "text": {"field": "text"}, "color": {"value": INK}}})
+    beside = {"x": across | {"field": "end"}, "text": {"field": "text"}, "color": {"value": INK}}
+    layers.append({"mark": text, "encoding": beside})
     height = BAR_STEP * len(labels) * (1 if series is None else max(1, len(names))) + 80
     return Chart(name, title, caption, _make_spec(drawn, height, encoding, layers), list(rows), view)
 
@@ -236,6 +242,7 @@ def heat_chart(
     value: str,
     x_title: str = "",
     y_title: str = "",
+    value_title: str = "",
     value_format: str = "",
     low: float | None = None,
     high: float | None = None,
@@ -253,29 +260,30 @@ def heat_chart(
         value: the column of values.
         x_title: of the axis.
         y_title: of the axis.
+        value_title: what the shade stands for.
         value_format: how values read, in d3's format language.
         low: what no shade stands for; None: the least value.
         high: what full shade stands for; None: the greatest.
         view: this chart's label among the views of one figure.
     """
-    drawn = []
-    for row in rows:
-        found = _number(row.get(value))
-        if found is not None:
-            drawn.append({"x": _name(row, x), "y": _name(row, y), "value": found, "text": _format(found, value_format)})
-    values = [cell["value"] for cell in drawn]
+    known = [(row, shown) for row in rows if (shown := _number(row.get(value))) is not None]
+    drawn = _average(
+        [{"x": _name(row, x), "column": _name(row, y), "y": shown} for row, shown in known], ("x", "column")
+    )
+    values = [cell["y"] for cell in drawn]
     least = min(values, default=0.0) if low is None else low
     most = max(values, default=1.0) if high is None else high
     span = most / 2 - least / 2 or 0.5  # halves: the difference of two large numbers can be infinite
     for cell in drawn:
-        share = min(1.0, max(0.0, (cell["value"] / 2 - least / 2) / span))
+        share = min(1.0, max(0.0, (cell["y"] / 2 - least / 2) / span))
         # The shade is the opacity of one colour, so that a theme can replace it.
         cell |= {"shade": 0.06 + 0.94 * share, "ink": HEAT_INK if share > 0.5 else INK}
-        cell["tip"] = f"{y_title} {cell['y']}, {x_title} {cell['x']}: {cell['text']}".strip()
+        cell["text"] = _format(cell["y"], value_format)
+        cell["tip"] = f"{y_title} {cell['column']}, {x_title} {cell['x']}: {value_title} {cell['text']}".strip()
     axis = {"type": "ordinal", "sort": None, "scale": {"paddingInner": 0.06}}
     encoding = {
         "x": axis | {"field": "x", "title": x_title or None, "axis": {"labelAngle": 0, "labelOverlap": True}},
-        "y": axis | {"field": "y", "title": y_title or None},
+        "y": axis | {"field": "column", "title": y_title or None},
         **_TIP,
     }
     shade = {"fillOpacity": {"field": "shade", "type": "quantitative", "scale": None}, "color": {"value": HEAT}}
@@ -283,7 +291,7 @@ def heat_chart(
     if len(drawn) <= MAX_LABELLED_CELLS:
         ink = {"field": "ink", "type": "nominal", "scale": None}
         layers.append({"mark": {"type": "text", "aria": False}, "encoding": {"text": {"field": "text"}, "color": ink}})
-    height = CELL_STEP * len({cell["y"] for cell in drawn}) + 80
+    height = CELL_STEP * len({cell["column"] for cell in drawn}) + 80
     return Chart(name, title, caption, _make_spec(drawn, height, encoding, layers), list(rows), view)
 
 
@@ -391,8 +399,21 @@ def _find_ends(row: Row, low: str | None, high: str | None, *, is_log: bool) -> 
     return {"low": ends[0], "high": ends[1]} if None not in ends else {}
 
 
-def _say_value(point: Row, key: str, format_spec: str) -> str:
-    text = _format(point[key], format_spec)
+def _average(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
+    """Rows of one place as their mean, from the lowest to the highest of them: seeds of one model."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    averaged = []
+    for same in groups.values():
+        heights = [row["y"] for row in same]
+        ends = {"y": math.fsum(y / len(same) for y in heights), "low": min(heights), "high": max(heights)}
+        averaged.append(same[0] if len(same) == 1 else same[0] | ends)
+    return averaged
+
+
+def _say_value(point: Row, format_spec: str) -> str:
+    text = _format(point["y"], format_spec)
     if "low" in point:
         text += f" [{_format(point['low'], format_spec)}, {_format(point['high'], format_spec)}]"
     return text

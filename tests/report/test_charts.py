@@ -25,7 +25,7 @@ def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value: Any)
     rows = [{"step": 1, "loss": 2.0, "model": "a"}, {"step": 2, "loss": value, "model": "a"}]
     for chart in (
         make_lines(rows),
-        bar_chart("b", "B", "", rows, x="loss", y="model"),
+        bar_chart("b", "B", "", rows, x="model", y="loss"),
         heat_chart("h", "H", "", rows, x="step", y="model", value="loss"),
     ):
         assert len(read_values(chart)) == 1
@@ -33,7 +33,7 @@ def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value: Any)
 
 
 def test_a_logarithmic_axis_holds_positive_numbers_alone():
-    rows = [{"step": 1, "loss": loss, "model": "a"} for loss in (-1.0, 0, 3.0)]
+    rows = [{"step": step, "loss": loss, "model": "a"} for step, loss in enumerate((-1.0, 0, 3.0))]
     assert [point["y"] for point in read_values(make_lines(rows, y_log=True))] == [3.0]
     assert len(read_values(make_lines(rows))) == 3
 
@@ -52,7 +52,7 @@ def test_a_mark_says_its_numbers():
     rows = [{"step": 1000, "loss": 2.345678, "model": "a", "from": 2.0, "to": 3.0}]
     chart = make_lines(rows, low="from", high="to", x_title="steps")
     assert read_values(chart)[0]["tip"] == "a: 2.346 [2, 3] at 1,000 steps"
-    shares = bar_chart("b", "B", "", [{"m": "a", "v": 0.125}], x="v", y="m", x_format="+.1%", x_title="share")
+    shares = bar_chart("b", "B", "", [{"m": "a", "v": 0.125}], x="m", y="v", y_format="+.1%", y_title="share")
     assert read_values(shares)[0]["tip"] == "a: +12.5% share"
 
 
@@ -61,6 +61,19 @@ def test_long_lines_have_few_tooltips_the_last_point_among_them():
     marked = [point["x"] for point in read_values(chart) if point["mark"]]
     assert len(marked) <= 24
     assert marked[-1] == 499
+
+
+def test_seeds_of_a_model_become_their_mean_and_a_band():
+    rows = [{"step": step, "loss": loss, "model": "a"} for loss in (2.0, 4.0) for step in (1, 2)]
+    rows.append({"step": 3, "loss": 5.0, "model": "a"})  # only one seed reached it
+    drawn = [(point["x"], point["y"], point.get("low"), point.get("high")) for point in read_values(make_lines(rows))]
+    assert drawn == [(1, 3, 2, 4), (2, 3, 2, 4), (3, 5, None, None)]
+
+
+def test_names_are_file_names():
+    assert make_lines([]).name == "loss"
+    assert bar_chart("../Token memory, gate_init 2", "", "", [], x="x", y="y").name == "token-memory-gate-init-2"
+    assert bar_chart("漢字", "", "", [], x="x", y="y").name == "chart"
 
 
 def test_csv_holds_every_column_of_any_row():
