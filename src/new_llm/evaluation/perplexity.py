@@ -269,7 +269,7 @@ class _Perplexity(Measure):
         """A bar per model."""
         rows = [{"model": one.name, "perplexity": one.result["perplexity"]} for one in results]
         caption = f"Perplexity of the validation documents, {self.title}; lower is better."
-        return [bar_chart(f"perplexity-{self.name}", self.title, caption, rows, x="perplexity", y="model")]
+        return [bar_chart(f"perplexity-{self.name}", self.title, caption, rows, x="model", y="perplexity")]
 
     def describe(self, result: dict[str, Any]) -> str:
         """The perplexity with its verdict."""
