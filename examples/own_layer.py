@@ -31,7 +31,7 @@ from new_llm.models.layers import (
 )
 from new_llm.models.ops import multiply_norms, read_memories, weigh_memories
 from new_llm.training import Trainer
-from new_llm.training.progress import TrainingProgress
+from new_llm.training.log import TrainingProgress
 
 
 class SharpAttention(CompressiveAttention):
@@ -114,11 +114,12 @@ def train(layers: list[Layer], data: PreparedData, config: ExperimentConfig, fol
     Trainer(
         model,
         data.train,
-        config,
+        config.data,
+        config.train,
         folder,
         validate=lambda model: measure_validation_loss(model, data, config, nullcontext),
         device=torch.device("cpu"),
-        precision="fp32",
+        seed=config.seed,
         progress=TrainingProgress(folder.name, Console(stderr=True)),
     ).run()
     return TransformerLM.load(folder / "best").eval()

@@ -37,8 +37,7 @@ from new_llm.experiments.record import describe_code, write_json
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.loss import IGNORE_INDEX
 from new_llm.training import Trainer
-from new_llm.training.metrics import read_metrics
-from new_llm.training.progress import TrainingProgress
+from new_llm.training.log import TrainingProgress, read_metrics
 
 FOLDER = Path("runs/perplexity-protocols")
 NUM_DOCUMENTS = 12
@@ -58,7 +57,7 @@ CONFIG = ExperimentConfig(
     seq_length=256,
     segments_per_sample=4,
     reversal_pairs=False,
-    train=TrainConfig(num_epochs=60, patience=0, batch_size=8, learning_rate=1e-3),
+    train=TrainConfig(num_epochs=60, patience=0, batch_size=8, learning_rate=1e-3, precision="fp32"),
 )
 
 
@@ -149,7 +148,15 @@ def train(text: TokenSplit, vocab_size: int, folder: Path) -> None:
 
     progress = TrainingProgress("infini", Console(stderr=True))
     trainer = Trainer(
-        model, text, CONFIG, folder, validate=read, device=torch.device("cpu"), precision="fp32", progress=progress
+        model,
+        text,
+        CONFIG.data,
+        CONFIG.train,
+        folder,
+        validate=read,
+        device=torch.device("cpu"),
+        seed=CONFIG.seed,
+        progress=progress,
     )
     try:
         trainer.run(resume=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.training.metrics import read_metrics
+from new_llm.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [

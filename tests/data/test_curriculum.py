@@ -14,7 +14,7 @@ from new_llm.data.batches import IGNORED_LABEL, plan_batches
 from new_llm.data.curriculum import list_shapes, plan_curriculum
 from new_llm.models import create_model
 from new_llm.training import Trainer
-from new_llm.training.progress import TrainingProgress
+from new_llm.training.log import TrainingProgress
 
 SHUFFLE = {"order": "shuffled", "seed": 1, "epoch": 0}
 SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
@@ -66,11 +66,11 @@ def test_training_follows_the_curriculum(tmp_path: Path, monkeypatch: pytest.Mon
     trainer = Trainer(
         model,
         make_split([64]),
-        config,
+        config.data,
+        config.train,
         tmp_path,
         validate=lambda model: 1.0,
         device=torch.device("cpu"),
-        precision="fp32",
         progress=TrainingProgress("model", Console(file=io.StringIO())),
     )
     forward, shapes = trainer._forward, []

@@ -20,8 +20,7 @@ from new_llm.evaluation import evaluate_streaming
 from new_llm.models import create_model
 from new_llm.processes import ALONE, Processes, start_processes
 from new_llm.training import Trainer
-from new_llm.training.metrics import read_metrics
-from new_llm.training.progress import TrainingProgress
+from new_llm.training.log import TrainingProgress, read_metrics
 
 VOCAB = 64
 
@@ -72,11 +71,11 @@ def make_trainer(
     return Trainer(
         create_model(kind, config.model.shape(VOCAB), segment_length=config.segment_length, **options),
         split,
-        config,
+        config.data,
+        config.train,
         folder,
         validate=lambda model: evaluate_streaming(model, split, batch_size=2, processes=processes).loss,
         device=torch.device("cpu"),
-        precision=config.train.precision,
         progress=TrainingProgress("model", Console(file=io.StringIO())),
         processes=processes,
     )

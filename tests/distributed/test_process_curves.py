@@ -1,6 +1,5 @@
 """One process, two with all weights (DDP) and two with a share of them (FSDP): the same curve."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from process_cases import make_config, make_trainer, read_curve, run_processes, 
 from new_llm.models import TransformerLM
 from new_llm.processes import ALONE, Processes
 from new_llm.training import TrainingInterrupted
-from new_llm.training.checkpoint import BEST_FOLDER, read_checkpoint
-from new_llm.training.checkpoint_folder import list_checkpoints
+from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, read_checkpoint
 
 WAYS = ("ddp", "fsdp")
 KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory")
@@ -119,13 +117,13 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path
     resume_all(ALONE, tmp_path, "one-{way}", WAYS)
     found = read_checkpoint(list_checkpoints(tmp_path / "two-fsdp")[0])
     alone = read_checkpoint(list_checkpoints(tmp_path / "one-ddp")[0])
-    assert found[0].memory_rows == alone[0].memory_rows == 6
-    for name, tensor in alone[0].weights.items():
-        assert torch.allclose(tensor, found[0].weights[name], atol=1e-3), name
-    for key, value in alone[0].memory[0].items():
+    assert found.values["memory_rows"] == alone.values["memory_rows"] == 6
+    for name, tensor in alone.weights.items():
+        assert torch.allclose(tensor, found.weights[name], atol=1e-3), name
+    for key, value in alone.values["memory"][0].items():
         if isinstance(value, torch.Tensor):
-            assert torch.allclose(value, found[0].memory[0][key], rtol=1e-2, atol=1e-3), key
-    assert dataclasses.replace(found[1], seconds=0, window_seconds=0).step == 4
+            assert torch.allclose(value, found.values["memory"][0][key], rtol=1e-2, atol=1e-3), key
+    assert found.state.step == 4
     resume_all(ALONE, tmp_path, "two-{way}", WAYS)
     run_processes(2, resume_all, tmp_path, "one-{way}", WAYS)
     for name in ("two-ddp", "two-fsdp", "one-ddp", "one-fsdp"):

@@ -9,7 +9,7 @@ from process_cases import make_config, make_trainer, read_curve, run_processes
 
 from new_llm.processes import ALONE, Processes
 from new_llm.training import Trainer, TrainingError
-from new_llm.training.metrics import read_metrics
+from new_llm.training.log import read_metrics
 
 
 def poison(trainer: Trainer, step: int) -> None:

@@ -25,7 +25,7 @@ from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
 from new_llm.training import Trainer, TrainingError
-from new_llm.training.metrics import read_metrics
+from new_llm.training.log import read_metrics
 
 
 @pytest.fixture(scope="module")

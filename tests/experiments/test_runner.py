@@ -16,7 +16,7 @@ from new_llm.experiments import run_experiment
 from new_llm.models import TransformerLM
 from new_llm.report.results import load_results
 from new_llm.training import TrainingError
-from new_llm.training.metrics import read_metrics
+from new_llm.training.log import read_metrics
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
 def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from new_llm.training.checkpoint_folder import list_checkpoints
+    from new_llm.training.checkpoint import list_checkpoints
     from new_llm.training.loop import Trainer
 
     expected = run(renamed(tiny, "whole"), ["infini"])
@@ -192,7 +192,8 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     said = io.StringIO()
     models = renamed(tiny, "broken", models=(ModelType.INFINI,))
     resumed = run_experiment(None, models, resume=True, console=Console(file=said))
-    line = f"{last.name} is damaged (trainer.pt has changed since it was written (sha256)): going on from {before.name}"
+    line = f"{last.name} is damaged (trainer.pt has changed since it was written (sha256)): "
+    line += f"continuing from {before.name}"
     assert line in said.getvalue()
     assert curve(resumed) == curve(expected)
 

@@ -17,8 +17,8 @@ import torch
 
 from new_llm.config.manifest import check_manifest
 from new_llm.models import TransformerLM
-from new_llm.training.checkpoint_folder import CHECKPOINTS_FOLDER, list_checkpoints
-from new_llm.training.metrics import METRICS_FILE, read_metrics
+from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
+from new_llm.training.log import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("infini", "multi_memory")

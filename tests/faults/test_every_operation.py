@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from disk_faults import stop_at
-from new_llm.training.checkpoint_folder import find_checkpoint, list_checkpoints, write_checkpoint_folder
+from new_llm.training.checkpoint import find_checkpoint, list_checkpoints, write_checkpoint_folder
 
 
 def write(folder: Path, step: int) -> None:

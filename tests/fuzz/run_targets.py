@@ -77,8 +77,7 @@ def make_runs(folder: Path) -> dict[str, Target]:
     from new_llm.experiments.run_list import list_runs
     from new_llm.report.html import render_page
     from new_llm.report.runs import read_runs
-    from new_llm.training.checkpoint import describe_fault, read_checkpoint
-    from new_llm.training.checkpoint_folder import find_checkpoint
+    from new_llm.training.checkpoint import describe_fault, find_checkpoint, read_checkpoint
 
     source = folder / "lines.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in find_texts()))

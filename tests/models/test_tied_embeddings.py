@@ -11,7 +11,7 @@ from new_llm.models.hf import NewLLMForCausalLM
 from new_llm.models.quantization import quantize_weights
 from new_llm.processes import ALONE
 from new_llm.training.optimizer import make_optimizer
-from new_llm.training.sharding import shard_weights
+from new_llm.training.parallel import shard_weights
 
 SHAPE = PythiaConfig(
     vocab_size=40,

@@ -12,8 +12,7 @@ from test_training_path import make_trainer, read_curve
 from new_llm.config import UserError
 from new_llm.models import TransformerLM
 from new_llm.training import checkpoint, loop
-from new_llm.training.checkpoint import BEST_FOLDER
-from new_llm.training.checkpoint_folder import list_checkpoints
+from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints
 
 
 class KilledError(BaseException):
@@ -55,7 +54,7 @@ def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path: Path, monk
             train(tmp_path / "killed", [3.0, 2.0])
     lines = train(tmp_path / "killed", [4.0, 5.0], resume=True)
     assert len(lines) == 1
-    assert lines[0].startswith("the best weights (epoch 2) are written anew from step-")
+    assert lines[0].startswith("the best weights (epoch 2) are written again from step-")
     assert same(read_best(tmp_path / "whole"), read_best(tmp_path / "killed"))
     assert read_curve(tmp_path / "whole") == read_curve(tmp_path / "killed")
 

@@ -12,15 +12,15 @@ import torch
 
 from new_llm.config import UserError
 from new_llm.config.manifest import MANIFEST_FILE
-from new_llm.training.checkpoint_folder import (
+from new_llm.training.checkpoint import (
     CHECKPOINTS_FOLDER,
     find_checkpoint,
     list_checkpoints,
     name_checkpoint,
-    remove_checkpoint,
+    remove_checkpoints,
     write_checkpoint_folder,
 )
-from new_llm.training.random_states import read_random_states, seed_generators, set_random_states
+from new_llm.training.devices import read_random_states, seed_generators, set_random_states
 
 
 def write(folder: Path, step: int, epoch: int = 0, keep: int = 2) -> Path:
@@ -45,7 +45,7 @@ def test_the_newest_are_kept_and_the_last_is_found(tmp_path: Path) -> None:
     write(tmp_path, 10**10, 10**5, keep=9)
     write(tmp_path, 10**10 + 1, 10**5, keep=9)
     assert names(tmp_path)[0] == "step-10000000001-epoch-100000"
-    remove_checkpoint(tmp_path)
+    remove_checkpoints(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,12 +88,12 @@ def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(
     damage(last)
     lines: list[str] = []
     assert find_checkpoint(tmp_path, lines.append) == before
-    assert lines == [f"checkpoint {last.name} is damaged ({words}): going on from {before.name}"]
+    assert lines == [f"checkpoint {last.name} is damaged ({words}): continuing from {before.name}"]
     damage(before)
     with pytest.raises(UserError) as error:
         find_checkpoint(tmp_path, pytest.fail)
     message = str(error.value)
-    assert message.startswith(f"{tmp_path / CHECKPOINTS_FOLDER}: no checkpoint is whole: ")
+    assert message.startswith(f"{tmp_path / CHECKPOINTS_FOLDER}: every checkpoint is damaged: ")
     assert message.count(words) == 2
     assert "\n" not in message
 

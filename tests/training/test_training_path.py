@@ -16,10 +16,9 @@ from new_llm.data.batches import plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM, create_model
 from new_llm.training import Trainer, TrainingError
-from new_llm.training.checkpoint_folder import list_checkpoints
-from new_llm.training.metrics import read_metrics
+from new_llm.training.checkpoint import list_checkpoints
+from new_llm.training.log import TrainingProgress, read_metrics
 from new_llm.training.prefetch import prefetch_batches
-from new_llm.training.progress import TrainingProgress
 
 VOCAB = 64
 
@@ -51,11 +50,11 @@ def make_trainer(folder: Path, kind: str = "infini", **train) -> Trainer:
     return Trainer(
         model,
         make_split(),
-        config,
+        config.data,
+        config.train,
         folder,
         validate=lambda model: 1.0,
         device=torch.device("cpu"),
-        precision=config.train.precision,
         progress=TrainingProgress("model", Console(file=io.StringIO())),
     )
 
@@ -71,7 +70,7 @@ def read_curve(folder: Path) -> list[tuple[float, ...]]:
 
 def read_late(trainer: Trainer, every_steps: int) -> None:
     """Treat the CPU as a GPU, whose numbers are read only now and then."""
-    trainer.readout.every_steps = every_steps
+    trainer.monitor.every_steps = every_steps
 
 
 def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path: Path) -> None:

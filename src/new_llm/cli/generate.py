@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> int:
     from new_llm.data.tokenizer import END_OF_TEXT
     from new_llm.experiments.parallel_filling import check_output
     from new_llm.experiments.run_folder import load_run_model
-    from new_llm.training.precision import choose_device
+    from new_llm.training.devices import choose_device
 
     device = choose_device(parsed.device)
     if parsed.save_memory is not None:

@@ -46,14 +46,16 @@ from new_llm.models.hf.infini_adapter import load_base, save_adapter
 from new_llm.models.layers import ParallelInfiniLayer
 from new_llm.processes import Processes, start_processes
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import BEST_FOLDER
-from new_llm.training.checkpoint_folder import remove_checkpoint
-from new_llm.training.determinism import compute_deterministically
-from new_llm.training.metrics import read_metrics
-from new_llm.training.outcome import interrupt_training
-from new_llm.training.precision import choose_device, choose_precision, make_autocast
-from new_llm.training.progress import TrainingProgress
-from new_llm.training.random_states import seed_generators
+from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoints
+from new_llm.training.devices import (
+    choose_device,
+    choose_precision,
+    compute_deterministically,
+    make_autocast,
+    seed_generators,
+)
+from new_llm.training.log import TrainingProgress, read_metrics
+from new_llm.training.signals import interrupt_training
 
 MODEL_FOLDER = ParallelInfiniLayer.kind
 BASE_HERE = (
@@ -90,7 +92,7 @@ def train_adapter(
             processes.run_on_main(lambda: check_place(config.out))
             done = processes.run_on_main(lambda: read_json(folder / RESULTS_FILE) if resume else None)
             if done is not None:
-                processes.run_on_main(lambda: remove_checkpoint(folder / MODEL_FOLDER))
+                processes.run_on_main(lambda: remove_checkpoints(folder / MODEL_FOLDER))
                 console.print(f"{folder} is done", highlight=False)
                 return done | {"folder": str(folder)}
             source, tokenizer_name = find_base(config)
@@ -153,7 +155,7 @@ def write_results(
         "evaluation": measured,
     }
     write_json(folder / RESULTS_FILE, results)
-    remove_checkpoint(folder / MODEL_FOLDER)
+    remove_checkpoints(folder / MODEL_FOLDER)
     return results
 
 
@@ -296,14 +298,16 @@ def run_training(
     trainer = Trainer(
         model,
         data.train,
-        experiment,
+        experiment.data,
+        experiment.train,
         folder,
         validate=lambda model: measure_validation_loss(model, data, experiment, autocast, processes),
         device=device,
-        precision=precision,
         progress=progress,
+        seed=config.seed,
         processes=processes,
         planter=SamplePlanter.from_config(data.tokenizer, config.data, config.seed),
+        settings=config.to_dict(),
     )
     try:
         return trainer.run(resume=True)  # a new run has no checkpoint, and begins anew

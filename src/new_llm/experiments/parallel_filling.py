@@ -23,7 +23,7 @@ from new_llm.experiments.memory_filling import FillResult, State, add_state, fil
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.text_blocks import OnBytes, check_text_files
 from new_llm.models.memory_file import fingerprint_weights, read_memory_file, save_memory_file
-from new_llm.training.precision import choose_device
+from new_llm.training.devices import choose_device
 from new_llm.training.signals import catch_stop_signals
 
 POLL_SECONDS = 0.1

@@ -16,7 +16,7 @@ from new_llm.experiments.record import (
     read_json,
     read_run_config,
 )
-from new_llm.training.metrics import read_metrics
+from new_llm.training.log import read_metrics
 
 
 @dataclass(frozen=True)

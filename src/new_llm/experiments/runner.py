@@ -33,15 +33,16 @@ from new_llm.experiments.run_place import create_run, hold_run
 from new_llm.models import TransformerLM, create_model
 from new_llm.processes import Processes, start_processes
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import BEST_FOLDER
-from new_llm.training.checkpoint_folder import remove_checkpoint
-from new_llm.training.determinism import compute_deterministically
-from new_llm.training.metrics import read_metrics
-from new_llm.training.outcome import interrupt_training
-from new_llm.training.precision import choose_device, choose_precision, make_autocast
-from new_llm.training.progress import TrainingProgress
-from new_llm.training.random_states import seed_generators
-from new_llm.training.trackers import check_trackers
+from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoints
+from new_llm.training.devices import (
+    choose_device,
+    choose_precision,
+    compute_deterministically,
+    make_autocast,
+    seed_generators,
+)
+from new_llm.training.log import TrainingProgress, check_trackers, read_metrics
+from new_llm.training.signals import interrupt_training
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -211,16 +212,18 @@ class _Experiment:
         trainer = Trainer(
             self.create(kind),
             self.data.train,
-            self.config,
+            self.config.data,
+            self.config.train,
             folder,
             validate=lambda model: measure_validation_loss(
                 model, self.data, self.config, self.autocast, self.processes
             ),
             device=self.device,
-            precision=self.precision,
             progress=progress,
+            seed=self.config.seed,
             processes=self.processes,
             planter=SamplePlanter.from_config(self.data.tokenizer, self.config.data, self.config.seed),
+            settings=self.config.to_dict(),
         )
         try:
             training = trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
@@ -236,7 +239,7 @@ class _Experiment:
     def _read_result(folder: Path) -> dict[str, Any] | None:
         done = read_json(folder / MODEL_RESULT_FILE)
         if done is not None:
-            remove_checkpoint(folder)  # if the process was killed before it could
+            remove_checkpoints(folder)  # if the process was killed before it could
         return done
 
     @torch.no_grad()
@@ -267,5 +270,5 @@ class _Experiment:
             "evaluation": measured,
         }
         write_json(folder / MODEL_RESULT_FILE, result)
-        remove_checkpoint(folder)
+        remove_checkpoints(folder)
         return result

@@ -18,7 +18,7 @@ from new_llm.experiments.record import CONFIG_FILE, ENVIRONMENT_FILE, read_json,
 from new_llm.experiments.run_folder import find_model_folder, load_run_model
 from new_llm.models import TransformerLM
 from new_llm.models.memory_file import fingerprint_weights
-from new_llm.training.precision import choose_device, choose_precision, make_autocast
+from new_llm.training.devices import choose_device, choose_precision, make_autocast
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Training: loop, optimizer, checkpoints, metrics."""
+"""Training: the loop, the optimizer, checkpoints, guards, logs."""
 
-from new_llm.training.loop import Trainer
-from new_llm.training.outcome import TrainingError, TrainingInterrupted, TrainingResult
+from new_llm.training.guards import TrainingError
+from new_llm.training.loop import Trainer, TrainingResult
+from new_llm.training.signals import TrainingInterrupted
 
 __all__ = ["Trainer", "TrainingError", "TrainingInterrupted", "TrainingResult"]

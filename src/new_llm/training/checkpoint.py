@@ -1,37 +1,50 @@
-"""Checkpoints: all that an interrupted run needs to go on as if it had not been interrupted.
+"""Checkpoints: everything an interrupted training needs to continue as if it had not been interrupted.
 
 `best/` holds the best weights as a model folder. Each folder in `checkpoints/` holds the weights (safetensors), the
-optimizer, schedule, stream memory and random states (loaded with `weights_only=True`), the counters (JSON), a manifest.
+optimizer, schedule, stream memory and random states (loaded with `weights_only=True`), the counters (JSON) and a
+manifest. Weights and optimizer state are whole and named by parameter, the memory has all rows of the batch in order,
+so any number of processes can continue what another number has saved, whichever way they share the weights.
 """
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from new_llm.config import UserError
+from new_llm.config.atomic import remove_folder_atomically, remove_leftovers, write_folder_atomically
 from new_llm.config.bounded_files import read_json_file
 from new_llm.config.errors import OtherProcessError
+from new_llm.config.manifest import check_manifest, write_manifest
 from new_llm.models import TransformerLM
+from new_llm.models.held_memory import entry_is_per_row
+from new_llm.models.memory_file import fingerprint_tensors
+from new_llm.models.model_file import find_model_fault, write_model_files
 from new_llm.models.tensor_files import check_finite, read_safetensors, read_torch_file
 from new_llm.models.write_errors import raise_os_errors
 from new_llm.processes import ALONE, Processes
-from new_llm.training.checkpoint_folder import find_checkpoint, write_checkpoint_folder
-from new_llm.training.gathered_state import GatheredState, check_state, gather_state, restore_state
+from new_llm.training.devices import read_random_states, set_random_states
 
 BEST_FOLDER = "best"
+CHECKPOINTS_FOLDER = "checkpoints"
+CHECKPOINT_NAME = re.compile(r"step-(\d+)-epoch-(\d+)")
 WEIGHTS_FILE = "model.safetensors"
 VALUES_FILE = "trainer.pt"
 STATE_FILE = "state.json"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+SHARED_BY_ROWS = "frozen"
+"""The one tensor of a layer's memory that has no row dimension when the memory has one."""
 
 
 @dataclass
@@ -44,7 +57,7 @@ class TrainerState:
         step: optimizer steps done.
         num_tokens: tokens trained on.
         seconds: seconds spent in training steps.
-        best_loss: the best validation loss, nats a token; None before the first validation.
+        best_loss: the best validation loss, nats per token; None before the first validation.
         best_epoch: the epoch (from 1) it was reached in.
         best_fingerprint: of its weights, as `fingerprint_weights` gives it.
         epochs_without_gain: epochs since then.
@@ -83,6 +96,102 @@ class TrainerState:
     format_version: int = field(default=FORMAT_VERSION)
 
 
+class Checkpoint(NamedTuple):
+    """What a checkpoint's files hold.
+
+    Attributes:
+        weights: by name.
+        values: `optimizer` (by the parameters' names), `scheduler`, `memory` (of `get_memory_state`, with all rows),
+            `memory_rows` (None: one memory is shared by all rows), `random_states` (of the main process).
+        state: the counters.
+    """
+
+    weights: dict[str, Tensor]
+    values: dict[str, Any]
+    state: TrainerState
+
+
+# Folders: one per checkpoint, each complete or not there
+
+
+def name_checkpoint(step: int, epoch: int) -> str:
+    """A checkpoint's folder; names sort by time, and no two places of a training have the same.
+
+    Args:
+        step: optimizer steps done.
+        epoch: epochs finished: after an epoch's last step there is a checkpoint before and one after its validation.
+    """
+    return f"step-{step:09d}-epoch-{epoch:04d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a model's folder, damaged ones included, the newest first."""
+    found = [path for path in (folder / CHECKPOINTS_FOLDER).glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=_read_place, reverse=True)
+
+
+@contextmanager
+def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -> Iterator[Path]:
+    """Inside the block: the folder to write a checkpoint's files into; at its end they are on disk, with a manifest.
+
+    Args:
+        folder: the model's folder in the run.
+        step, epoch: see `name_checkpoint`.
+        keep: checkpoints to keep, this one included; older ones are removed once it is complete.
+    """
+    path = folder / CHECKPOINTS_FOLDER / name_checkpoint(step, epoch)
+    with write_folder_atomically(path) as temporary:
+        yield temporary
+        write_manifest(temporary)
+    others = [other for other in list_checkpoints(folder) if other != path]
+    # Whatever is newer than this place was damaged: training has continued from an older one.
+    newer = [other for other in others if _read_place(other) > (step, epoch)]
+    older = others[len(newer) :]
+    for outdated in (*newer, *older[keep - 1 :]):
+        remove_folder_atomically(outdated)
+
+
+def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint; None where there is none at all.
+
+    Args:
+        folder: the model's folder in the run, which no other process writes to. What a killed one has left is removed.
+        warn: told in one line of damaged ones that are passed over.
+
+    Raises:
+        UserError: there are checkpoints, and all of them are damaged.
+    """
+    remove_leftovers(folder / CHECKPOINTS_FOLDER)
+    damaged = list[str]()
+    for path in list_checkpoints(folder):
+        faults = check_manifest(path)
+        if not faults:
+            if damaged:
+                warn(f"{'; '.join(damaged)}: continuing from {path.name}")
+            return path
+        damaged.append(f"checkpoint {path.name} is damaged ({'; '.join(faults)})")
+    if damaged:
+        raise UserError(
+            f"{folder / CHECKPOINTS_FOLDER}: every checkpoint is damaged: {'; '.join(damaged)}; remove this folder to "
+            "train the model anew"
+        )
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished model, whose best weights stay."""
+    remove_folder_atomically(folder / CHECKPOINTS_FOLDER)
+
+
+def _read_place(path: Path) -> tuple[int, int]:
+    found = CHECKPOINT_NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+# Saving and loading
+
+
 def save_checkpoint(
     folder: Path,
     model: TransformerLM,
@@ -100,16 +209,28 @@ def save_checkpoint(
     Raises:
         OtherProcessError: on the others, where the main process can't write.
     """
-    gathered = gather_state(model, optimizer, scheduler, processes)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
+
+    # Whole tensors on the main process's CPU, by the parameters' names; on the others nothing.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=options)
+    memory, rows = gather_memory(model, processes)
     with processes.agree():
-        if gathered is None:
+        if not processes.is_main:
             return
+        values = {
+            "optimizer": optimizer_state,
+            "scheduler": scheduler.state_dict(),
+            "memory": memory,
+            "memory_rows": rows,
+            "random_states": read_random_states(),
+        }
         with write_checkpoint_folder(folder, state.step, state.epoch, keep=keep) as temporary:
             with raise_os_errors(folder):
-                save_file(gathered.weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-            rest = {field.name: getattr(gathered, field.name) for field in fields(gathered) if field.name != "weights"}
+                tensors = {name: cast(Tensor, tensor).contiguous() for name, tensor in weights.items()}
+                save_file(tensors, temporary / WEIGHTS_FILE)
             with raise_os_errors(folder), (temporary / VALUES_FILE).open("wb") as file:
-                torch.save(rest, file)
+                torch.save(values, file)
             (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 
 
@@ -124,44 +245,48 @@ def load_checkpoint(
 ) -> TrainerState | None:
     """Put the values of the last good checkpoint into model, optimizer and schedule; None where there is no checkpoint.
 
-    All processes call this, and the main one reads. How many wrote it, and how they shared the weights, is no matter.
+    All processes call this, and the main one reads.
 
     Raises:
-        UserError: none is whole, or it is of another version or another model.
+        UserError: all are damaged, or the last one is of another version or another model.
         OtherProcessError: on the others, likewise.
     """
-    last, gathered, state = None, None, None
+    last, found = None, None
     with processes.agree():
         if processes.is_main:
             last = find_checkpoint(folder, warn)
         if last is not None:
             with describe_fault(last):
-                gathered, state = read_checkpoint(last)
-                check_state(gathered, model, optimizer)
-    state = processes.share(state)
+                found = read_checkpoint(last)
+                _check_model(found, model, optimizer)
+    state = processes.share(found and found.state)
     if state is not None:
         with processes.agree(), describe_fault(last or folder):
-            restore_state(gathered, model, optimizer, scheduler, processes)
+            weights, values = (found.weights, found.values) if found else ({}, {})
+            restore_weights(weights, values.pop("optimizer", {}), model, optimizer, processes)
+            values = processes.share(values)
+            scheduler.load_state_dict(values["scheduler"])
+            restore_memory(values["memory"], values["memory_rows"], model, processes)
+            set_random_states(values["random_states"])
     return state
 
 
-def read_checkpoint(path: Path) -> tuple[GatheredState, TrainerState]:
-    """What a checkpoint's files hold.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's files.
 
     Raises:
         UserError: another version. A broken file raises what its library does.
     """
-    values = read_json_file(path / STATE_FILE)
-    if not isinstance(values, dict):
-        raise UserError(f"{path / STATE_FILE}: expected a mapping, found {type(values).__name__}")
-    if values.get("format_version") != FORMAT_VERSION:
+    state = read_json_file(path / STATE_FILE)
+    if not isinstance(state, dict):
+        raise UserError(f"{path / STATE_FILE}: expected a mapping, found {type(state).__name__}")
+    if state.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: checkpoint version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
+            f"{path}: checkpoint version {state.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
     weights = read_safetensors(path / WEIGHTS_FILE)
     check_finite(weights, str(path / WEIGHTS_FILE))
-    rest = read_torch_file(path / VALUES_FILE)
-    return GatheredState(weights=weights, **rest), TrainerState(**values)
+    return Checkpoint(weights, read_torch_file(path / VALUES_FILE), TrainerState(**state))
 
 
 @contextmanager
@@ -182,3 +307,126 @@ def describe_fault(path: Path) -> Iterator[None]:
         pickle.UnpicklingError,
     ) as error:
         raise UserError(f"{path}: the checkpoint can't be read: {error}") from None
+
+
+def _check_model(found: Checkpoint, model: TransformerLM, optimizer: Optimizer) -> None:
+    """Refuse the checkpoint of another model, or of another optimizer.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    here, there = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.state_dict(), found.weights))
+    if here != there:
+        odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        raise ValueError(f"it is another model's: {odd[0]} is {there.get(odd[0])}, here {here.get(odd[0])}")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
+    if {group["name"]: set(group["params"]) for group in found.values["optimizer"]["param_groups"]} != groups:
+        raise ValueError("its optimizer's groups hold other weights")
+
+
+def restore_weights(
+    weights: dict[str, Tensor],
+    optimizer_state: dict[str, Any],
+    model: TransformerLM,
+    optimizer: Optimizer,
+    processes: Processes,
+) -> None:
+    """Give every process its part of the main process's weights and optimizer state. All processes call this."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    shares = processes.count > 1
+    options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares, strict=False)
+    set_model_state_dict(model, cast(Any, weights), options=options)
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+    # A parameter that had no gradient yet has no state; torch gives it one as after a step, which would be one too far.
+    known = processes.share(set(optimizer_state.get("state", {})))
+    for name, parameter in model.named_parameters():
+        if name not in known:
+            optimizer.state.pop(parameter, None)
+
+
+def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
+    """The model's memory with the rows of all processes in order, on the main process; and how many rows.
+
+    All processes call this. None rows: one memory is shared by all rows.
+    """
+    rows = model.memory_rows
+    own = model.get_memory_state()
+    states = processes.gather_on_main(own) if rows else [own]
+    if len(states) > 1:
+        own = {
+            index: {
+                key: torch.cat([state[index][key] for state in states]) if _has_rows(entry, key) else value
+                for key, value in entry.items()
+            }
+            for index, entry in states[0].items()
+        }
+    return own, rows and rows * processes.count
+
+
+def restore_memory(
+    memory: dict[int, dict[str, Any]], rows: int | None, model: TransformerLM, processes: Processes
+) -> None:
+    """Give the model this process's rows of a memory that `gather_memory` returned."""
+    own = processes.slice_rows(rows) if rows else slice(None)
+    model.reset_memory(rows and own.stop - own.start)
+    if memory:  # a model without memory has rows all the same
+        model.set_memory_state(
+            {
+                index: {key: value[own] if _has_rows(entry, key) else value for key, value in entry.items()}
+                for index, entry in memory.items()
+            }
+        )
+
+
+def _has_rows(entry: dict[str, Any], key: str) -> bool:
+    return entry_is_per_row(entry) and isinstance(entry[key], Tensor) and key != SHARED_BY_ROWS
+
+
+# The best weights
+
+
+def restore_best(
+    folder: Path, structure: dict[str, Any], state: TrainerState, warn: Callable[[str], None]
+) -> TrainerState:
+    """Make sure that `best/` holds the weights that a checkpoint's counters refer to.
+
+    A checkpoint is written before the best weights are, and holds them when its last epoch was the best: a training
+    killed between the two writes gets them from there, and so does one whose best weights are damaged. Where no
+    checkpoint has them any more, the newest one's weights stand in for them until the next epoch.
+
+    Args:
+        folder: the model's folder in the run.
+        structure: the model's, as `describe_model` gives it.
+        state: the counters of the checkpoint that training continues from.
+        warn: told in one line what was done.
+
+    Returns:
+        The counters, changed where the best weights are lost.
+    """
+    if state.best_fingerprint is None:
+        return state
+    best = folder / BEST_FOLDER
+    fault = find_model_fault(best, state.best_fingerprint)
+    if fault is None:
+        return state
+    complete = [path for path in list_checkpoints(folder) if not check_manifest(path)]
+    for path in complete:
+        weights = load_file(path / WEIGHTS_FILE)
+        if fingerprint_tensors(weights) == state.best_fingerprint:
+            write_model_files(structure, weights, best)
+            warn(f"the best weights (epoch {state.best_epoch}) are written again from {path.name}: {fault}")
+            return state
+    weights = load_file(complete[0] / WEIGHTS_FILE)
+    write_model_files(structure, weights, best)
+    warn(
+        f"the best weights (epoch {state.best_epoch}) are lost: {fault}; those of {complete[0].name} stand in for them "
+        "until the next epoch ends"
+    )
+    fingerprint = fingerprint_tensors(weights)
+    return replace(state, best_loss=None, best_epoch=state.epoch, epochs_without_gain=0, best_fingerprint=fingerprint)

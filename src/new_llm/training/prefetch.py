@@ -1,10 +1,12 @@
 """Batches made ahead of the step that needs them, by a thread."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+
+from torch import Tensor
 
 from new_llm.data.batches import Batch
 
@@ -22,7 +24,7 @@ def prefetch_batches(plan: Sequence[Batch], first: int, num_ahead: int, *, pin: 
 
     def make(number: int) -> Batch:
         batch = plan[number]
-        return pin_batch(batch) if pin else batch
+        return map_tensors(batch, Tensor.pin_memory) if pin else batch
 
     numbers = iter(range(first, len(plan)))
     if num_ahead == 0:
@@ -43,13 +45,13 @@ def prefetch_batches(plan: Sequence[Batch], first: int, num_ahead: int, *, pin: 
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def pin_batch(batch: Batch) -> Batch:
-    """The batch in page-locked memory; `resets` stays, since the host reads it."""
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its tensors changed, but for `resets`, which the host reads."""
     mask, weights = batch.attention_mask, batch.label_weights
     return replace(
         batch,
-        input_ids=batch.input_ids.pin_memory(),
-        labels=batch.labels.pin_memory(),
-        attention_mask=None if mask is None else mask.pin_memory(),
-        label_weights=None if weights is None else weights.pin_memory(),
+        input_ids=change(batch.input_ids),
+        labels=change(batch.labels),
+        attention_mask=None if mask is None else change(mask),
+        label_weights=None if weights is None else change(weights),
     )

@@ -1,16 +1,47 @@
-"""Being asked to stop, at a place of one's own choosing."""
+"""Stopping at a good place: what Ctrl-C, SIGTERM and SIGUSR1 do to a training."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, what systems send before they kill, and what some clusters send some time before that."""
+"""Ctrl-C, what systems send before they kill, and what some clusters send a while before that."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was asked to stop and has saved a checkpoint.
+
+    Attributes:
+        folder: the model's folder in the run.
+    """
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
+@contextmanager
+def interrupt_training(folder: Path) -> Iterator[None]:
+    """Around the work on one model: an interrupt after its training can be resumed like one during it.
+
+    Args:
+        folder: the model's folder in the run.
+
+    Raises:
+        TrainingInterrupted: a signal asked to stop.
+    """
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(f"interrupted; what is done is in {folder}", folder) from None
 
 
 class StopSignals:
-    """Whether Ctrl-C, SIGTERM or SIGUSR1 has asked to stop: call it to know.
+    """Whether a signal has asked to stop: call it to find out.
 
     Args:
         repeats_end: see `catch_stop_signals`.
@@ -27,7 +58,7 @@ class StopSignals:
 
     @contextmanager
     def interrupt(self) -> Iterator[None]:
-        """Inside the block, where nothing is lost by it, a signal interrupts at once; so does one that has come before.
+        """Around work that can simply be repeated: a signal interrupts it at once, also one that came before.
 
         Raises:
             KeyboardInterrupt: a signal has come.
@@ -52,8 +83,8 @@ def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
     """Inside the block `STOP_SIGNALS` only set a flag, which the loop asks for.
 
     Args:
-        repeats_end: a second one ends the block at once. Not so under a launcher, which passes on what the terminal has
-            sent already.
+        repeats_end: a second signal ends the block at once. Not so under a launcher, which passes on to every process
+            what the terminal has already sent it.
     """
     stop = StopSignals(repeats_end=repeats_end)
     try:

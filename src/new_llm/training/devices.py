@@ -1,0 +1,153 @@
+"""The machine that a training runs on: its device and precision, its random generators, its memory."""
+
+import os
+import random
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from new_llm.config import UserError
+
+CUBLAS_WORKSPACE = ":4096:8"
+"""A workspace per stream, without which cuBLAS is not deterministic (NVIDIA's cuBLAS documentation, 2.1.4)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: a GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """bf16 where it is asked for, or (auto) where the machine multiplies in it; else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def make_autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """The context in which both training and evaluation run the model."""
+    if precision == "bf16":
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
+
+
+@contextmanager
+def compute_deterministically(is_wanted: bool = True) -> Iterator[None]:
+    """Inside the block torch takes only algorithms that give the same bits every time; an op without one is an error.
+
+    The number of threads must be the same too, since it decides how sums are split; `environment.json` records it.
+
+    Args:
+        is_wanted: False: the block changes nothing.
+    """
+    if not is_wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+# Random generators
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # on every device
+
+
+def read_random_states() -> dict[str, Any]:
+    """The states of all generators, as tensors, numbers and texts that load with `weights_only=True`."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "words": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "position": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators where `read_random_states` found them; GPUs that are not here are left out.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: these are not such states.
+    """
+    python, numpy_state = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    words = numpy_state["words"].numpy().astype(np.uint32)
+    rest = (numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"])
+    np.random.set_state(("MT19937", words, *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+            torch.cuda.set_rng_state(state, device)
+
+
+# Memory in use
+
+
+def read_used_bytes(device: torch.device) -> int:
+    """Bytes in use: allocated on a GPU, resident in the process on a CPU; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak anew, where the machine can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
+        except OSError:
+            return
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Peak bytes since `reset_peak_memory`: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,310 @@
+"""What a training says of itself: `metrics.jsonl`, TensorBoard, other trackers, and the live view on a terminal."""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from new_llm.config import UserError
+from new_llm.config.atomic import write_text_atomically
+from new_llm.training.devices import read_used_bytes
+
+METRICS_FILE = "metrics.jsonl"
+MAX_LINE_CHARACTERS = 1 << 24
+"""A longer line was not written here, and ends the reading."""
+BOARD_FOLDER = "tensorboard"
+TRACKER_PROJECT = "new-llm"
+TRACKER_RUN_NAMES = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
+"""What each tracker calls the name of one run."""
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` (one JSON object per line), to TensorBoard's event files and to other trackers.
+
+    Args:
+        folder: the model's folder in the run.
+        num_lines: lines to keep of those that are there, as the checkpoint counts them; an interrupted run wrote the
+            others after it. 0: a new run, or one that begins anew.
+        step: the optimizer step that training continues from.
+        accelerator: sends the numbers to its open trackers; None: there are none.
+
+    Attributes:
+        num_lines: lines of the file.
+    """
+
+    def __init__(self, folder: Path, num_lines: int = 0, step: int = 0, accelerator: Accelerator | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed by training alone
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator = accelerator
+        self.path = folder / METRICS_FILE
+        kept = read_metrics(folder)[:num_lines]
+        write_text_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.num_lines = len(kept)
+        self._file = self.path.open("a", encoding="utf-8")
+        if step == 0:
+            shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that got to no checkpoint
+        self._thread_hook = threading.excepthook
+        threading.excepthook = self._note_thread_error
+        self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Add one line {"event", "step", ...}; numbers go to TensorBoard and the trackers too."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        self.num_lines += 1
+        numbers = name_numbers(event, values)
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self.accelerator is not None and self.accelerator.trackers:
+            self.accelerator.log(numbers, step=step)
+
+    def sync(self) -> None:
+        """Flush to the disk, before a checkpoint says that these lines are there."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        try:
+            self.sync()
+            self._file.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._thread_hook
+
+    def _note_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # What TensorBoard's thread can't write is raised again by its writer's next call, in one line.
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self._thread_hook(error)
+
+
+class SilentMetrics:
+    """The metrics on a process other than the main one, which writes them."""
+
+    num_lines = 0
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line that was cut off in the middle is left out."""
+    path = folder / METRICS_FILE
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while text := file.readline(MAX_LINE_CHARACTERS):
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
+                    break
+                if not isinstance(line, dict):
+                    break
+                lines.append(line)
+    return lines
+
+
+def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a line by name: `train/loss`, `gates/layers.0.1` for a head, `alpha/layers.0`."""
+    numbers: dict[str, float] = {
+        f"{event}/{name}": value
+        for name, value in values.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    for name, gates in values.get("gates", {}).items():
+        numbers |= {f"gates/{name}.{head}": gate for head, gate in enumerate(gates)}
+    return numbers | {f"alpha/layers.{layer}": alpha for layer, alpha in values.get("alpha", {}).items()}
+
+
+# Trackers: Weights & Biases, MLflow or trackio, through Accelerate
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed, before anything is done.
+
+    Raises:
+        UserError: names the package.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"train.trackers: {name} is not installed: pip install {name}")
+
+
+@contextmanager
+def open_trackers(
+    accelerator: Accelerator, names: Sequence[str], run: str, settings: Mapping[str, Any]
+) -> Iterator[None]:
+    """Inside the block `accelerator.log` reaches the trackers, if any; at its end they are told that the run is over.
+
+    Args:
+        accelerator: of the training; it was made with `log_with=names`.
+        names: the trackers.
+        run: the run's name.
+        settings: the run's configuration, nested.
+    """
+    if names:
+        options = {name: {TRACKER_RUN_NAMES[name]: run} for name in names}
+        accelerator.init_trackers(TRACKER_PROJECT, config=flatten_settings(settings), init_kwargs=options)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names; lists and None as text, which every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_settings(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str) else str(value)
+    return flat
+
+
+# The live view
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+MAX_POINTS = 24
+"""Of the sparkline; when it is full, two points become one."""
+SMOOTHING = 0.9
+"""Share of the old value in a smoothed loss or rate."""
+REFRESH_SECONDS = 0.5
+"""Between two looks at the process's memory."""
+
+
+class Sparkline:
+    """The whole course of a number in a few characters, however long it gets."""
+
+    def __init__(self, max_points: int = MAX_POINTS) -> None:
+        self.max_points = max_points
+        self._points: list[float] = []
+        self._sum, self._count, self._per_point = 0.0, 0, 1
+
+    def add(self, value: float) -> None:
+        """One more value; a point is the mean of as many values as fit the width."""
+        self._sum += value
+        self._count += 1
+        if self._count == self._per_point:
+            self._points.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+        if len(self._points) == 2 * self.max_points:
+            pairs = zip(self._points[::2], self._points[1::2], strict=True)
+            self._points = [(a + b) / 2 for a, b in pairs]
+            self._per_point *= 2
+
+    def __str__(self) -> str:
+        stride = 1 if len(self._points) <= self.max_points else 2
+        points = self._points[::stride]
+        if not points:
+            return ""
+        low, high = min(points), max(points)
+        scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+        return "".join(BLOCKS[round((point - low) * scale)] for point in points)
+
+
+class TrainingProgress:
+    """The progress of one model's training.
+
+    Args:
+        name: the model's name.
+        console: where to draw; to a file or pipe it writes one line per epoch and, in long epochs, one per minute.
+        device: whose memory is shown; None: the CPU's.
+        line_seconds: seconds between two plain lines inside an epoch.
+    """
+
+    def __init__(
+        self, name: str, console: Console, *, device: torch.device | None = None, line_seconds: float = 60.0
+    ) -> None:
+        self.name = name
+        self.console = console
+        self.device = device or torch.device("cpu")
+        self.line_seconds = line_seconds
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._loss: float | None = None
+        self._losses = Sparkline()
+        self._rate = 0.0
+        self._memory_text = ""
+        self._last_look = -REFRESH_SECONDS
+        self._last_line = time.monotonic()
+        self._total_steps = 0
+
+    def begin_epoch(self, epoch: int, num_epochs: int, steps_per_epoch: int, step: int) -> None:
+        """An epoch (from 1) begins, or continues at an optimizer step."""
+        self._total_steps = num_epochs * steps_per_epoch
+        self._epoch_text = f"epoch {epoch}/{num_epochs}"
+        if not self.console.is_terminal:
+            return
+        self.stop()
+        self._bar = Progress(
+            TextColumn(f"{self.name:<12} {self._epoch_text}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=self._total_steps, completed=step, status="")
+        self._bar.start()
+
+    def step(self, step: int, loss: float | None, num_tokens: int, seconds: float) -> None:
+        """An optimizer step is done; its loss may not have been read. The loss shown is smoothed."""
+        if loss is not None:
+            self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+            self._losses.add(self._loss)
+        rate = num_tokens / max(seconds, 1e-9)
+        self._rate = rate if self._rate == 0 else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
+        text = f"{'' if self._loss is None else f'loss {self._loss:.3f}  '}{self._rate:,.0f} tokens/s"
+        if self._bar is not None:
+            if time.monotonic() - self._last_look >= REFRESH_SECONDS:
+                self._last_look = time.monotonic()
+                self._memory_text = f"{read_used_bytes(self.device) / 2**30:.1f} GiB"
+            self._bar.update(self._task, completed=step, status=f"{self._losses} {text}  {self._memory_text}")
+        elif time.monotonic() - self._last_line > self.line_seconds:
+            self._print(f"{self._epoch_text}  step {step:,}/{self._total_steps:,}  {text}")
+
+    def end_epoch(self, values: dict[str, Any]) -> None:
+        """An epoch has been validated."""
+        self.stop()
+        best = " (best so far)" if values["is_best"] else ""
+        self._print(
+            f"{self._epoch_text}  training loss {values['train_loss']:.3f}  validation perplexity "
+            f"{values['validation_perplexity']:,.1f}{best}  {self._rate:,.0f} tokens/s"
+        )
+
+    def note(self, text: str) -> None:
+        """Report something out of the ordinary, in one line."""
+        self._print(text)
+
+    def stop(self) -> None:
+        """Take the live view away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self.console.print(f"{self.name:<12} {text}", highlight=False, soft_wrap=True)
