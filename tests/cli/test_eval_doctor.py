@@ -64,7 +64,7 @@ def test_a_run_is_examined_with_its_own_data(run, capsys):
     assert code == 0
     assert levels(record, "fault") == levels(record, "skipped") == set()
     assert {"skill", "gates"} <= levels(record, "warning") <= {"skill", "gates", "shift"}  # it is not trained
-    assert [finding["check"] for finding in record["result"]["findings"]] == [check.name for check in CHECKS]
+    assert [finding["check"] for finding in record["result"]["findings"]] == list(CHECKS)
     assert (record["kind"], record["settings"]["span_tokens"]) == ("doctor", 50)
     assert record["text"]["source"].startswith("validation documents of")
     reversal = next(finding for finding in record["result"]["findings"] if finding["check"] == "reversal")
@@ -122,8 +122,8 @@ def test_a_model_without_a_run_is_examined_on_embedded_text(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checks", "nothing"], "checks: 'nothing' is unknown; known are weights"),
-        (["--checks", "labels", "labels"], "one is named twice"),
+        (["--checks", "nothing"], "checks: 'nothing' is unknown; known are record"),
+        (["--checks", "labels", "labels"], "a check is listed twice"),
         (["--span-tokens", "1"], "span_tokens"),
         (["--segment-tokens", "100000"], "at least 900001 are needed"),
     ],

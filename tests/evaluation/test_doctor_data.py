@@ -1,93 +1,176 @@
-"""Each fault planted in the training data is caught by its check."""
+"""The doctor finds each fault planted in the training data, and its search for shared text equals a naive one."""
 
 import dataclasses
 
+import numpy as np
 import pytest
-from doctor_subjects import CONFIG, PAIRS, check_fault, examine, list_levels, make_data, make_trained, read_texts
+from doctor_subjects import (
+    CONFIG,
+    PAIRS,
+    check_only,
+    examine,
+    find,
+    make_data,
+    make_untrained,
+    read_texts,
+)
+from evaluation_stand_ins import make_split
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from new_llm.data.batches import plan_batches
 from new_llm.data.curriculum import BatchShape
-from new_llm.evaluation import doctor_data
+from new_llm.evaluation.doctor import data_checks
+from new_llm.evaluation.doctor.data_checks import (
+    find_sequences,
+    find_shared_documents,
+    find_shared_spans,
+    hash_windows,
+)
+
+DATA_CHECKS = dataclasses.replace(CONFIG, checks=("record", "batches", "documents", "spans", "reversal"))
 
 
-def test_labels_that_the_data_shifts(monkeypatch):
-    class Shifted:
-        def __init__(self, plan):
-            self.plan = plan
+def examine_data(data, **changes):
+    return examine(make_untrained("pythia"), data, config=dataclasses.replace(DATA_CHECKS, **changes))
 
-        def __getattr__(self, name):
-            return getattr(self.plan, name)
 
-        def __len__(self):
-            return len(self.plan)
+class ChangedPlan:
+    """A plan of batches, each changed."""
 
-        def __getitem__(self, index):
-            batch = self.plan[index]
-            return dataclasses.replace(batch, labels=batch.labels.roll(-1, 1))
+    def __init__(self, plan, change):
+        self.plan, self.change = plan, change
 
-    monkeypatch.setattr(doctor_data, "plan_batches", lambda *a, **k: Shifted(plan_batches(*a, **k)))
-    check_fault(examine(make_trained()), "batches", "labels are shifted")
+    def __len__(self):
+        return len(self.plan)
+
+    def __getitem__(self, index):
+        batch = self.plan[index]
+        return dataclasses.replace(batch, **self.change(batch))
+
+
+def spoil_batches(monkeypatch, change):
+    monkeypatch.setattr(data_checks, "plan_batches", lambda *a, **k: ChangedPlan(plan_batches(*a, **k), change))
 
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
-def test_memory_that_is_carried_into_another_document(order, monkeypatch):
-    def plan(*arguments, **options):
-        found = plan_batches(*arguments, **options)
-        return dataclasses.replace(found, resets=found.resets & False)
-
-    monkeypatch.setattr(doctor_data, "plan_batches", plan)
-    check_fault(examine(make_trained(), make_data(order=order)), "batches", "without a reset")
+def test_healthy_data(order):
+    report = examine_data(make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, 100))))
+    assert report.count("ok") == 5
 
 
-def test_every_stage_of_a_curriculum_is_looked_at(monkeypatch):
-    def plan(*arguments, **options):
-        found = plan_batches(*arguments, **options)
-        return dataclasses.replace(found, resets=found.resets & (options["seq_length"] > 8))
+def test_labels_that_the_data_shifts(monkeypatch):
+    spoil_batches(monkeypatch, lambda batch: {"labels": batch.labels.roll(-1, 1)})
+    check_only(examine_data(make_data()), "fault", "batches", "shifts labels")
 
-    monkeypatch.setattr(doctor_data, "plan_batches", plan)
+
+def test_labels_on_padding(monkeypatch):
+    spoil_batches(monkeypatch, lambda batch: {"labels": batch.labels.clamp_min(0)})
+    check_only(examine_data(make_data(order="shuffled")), "fault", "batches", "not the token at their place")
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+def test_memory_carried_into_another_document(order, monkeypatch):
+    spoil_batches(monkeypatch, lambda batch: {"resets": batch.resets & False})
+    check_only(examine_data(make_data(order=order)), "fault", "batches", "without a reset")
+
+
+def test_every_stage_of_a_curriculum_is_checked(monkeypatch):
+    spoil_batches(monkeypatch, lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)})
     shapes = (BatchShape(32, 4, None), BatchShape(8, 16, None))
-    assert not examine(make_trained(), make_data(order="shuffled", shapes=shapes[:1])).has_fault
-    check_fault(examine(make_trained(), make_data(order="shuffled", shapes=shapes)), "batches", "without a reset")
+    assert not examine_data(make_data(order="shuffled", shapes=shapes[:1])).has_fault
+    check_only(examine_data(make_data(order="shuffled", shapes=shapes)), "fault", "batches", "without a reset")
 
 
 def test_a_validation_document_in_training():
     texts = read_texts()
-    check_fault(examine(make_trained(), make_data(train=[*texts[:-2], texts[-1]])), "documents", "1 validation")
+    data = make_data(train=[*texts[:-2], texts[-1]])
+    check_only(examine_data(data), "fault", "documents", "1 of 2 validation")
 
 
 def test_part_of_a_validation_document_in_training():
     texts = read_texts()
-    data = make_data(train=[*texts[:-3], texts[-3] + " " + texts[-1][700:1700]])
-    report = examine(make_trained(), data)
-    check_fault(report, "spans", "spans of 50 tokens are in training")
-    finding = next(finding for finding in report.findings if finding.check == "spans")
-    assert finding.figures["example"]["text"] in texts[-1]
-    assert 0.05 < finding.figures["share"] < 0.5
+    report = examine_data(make_data(train=[*texts[:-3], texts[-3] + " " + texts[-1][700:1700]]))
+    check_only(report, "fault", "spans", "validation spans of 50 tokens")
+    figures = find(report, "spans").figures
+    assert figures["example"]["text"] in texts[-1]
+    assert 0.05 < figures["share"] < 0.5
 
 
-def test_a_copy_among_much_other_text_is_a_fault_and_a_phrase_a_warning():
+def test_a_copied_document_is_a_fault_and_a_phrase_a_warning():
     texts = read_texts()
-    config = dataclasses.replace(CONFIG, overlap_share=1.0, checks=("spans",))
     copied = make_data(train=[*texts[:-2], texts[-1][:-5]])
-    assert examine(make_trained(), copied, config=config).has_fault
+    check_only(examine_data(copied, overlap_share=1.0), "fault", "spans", "are in training")
     phrase = make_data(train=[*texts[:-2], texts[-1][700:1200]])
-    report = examine(make_trained(), phrase, config=config)
-    assert (list_levels(report, "warning"), report.has_fault) == ({"spans"}, False)
+    check_only(examine_data(phrase, overlap_share=1.0), "warning", "spans", "are in training")
 
 
 @pytest.mark.parametrize("before", ["", "It is known that "])
 def test_a_backward_sentence_in_training(before):
-    texts = read_texts()
-    data = make_data(train=[*texts[:-2], f"{before}{PAIRS[3].backward}\nAnd so on."])
-    check_fault(examine(make_trained(), data), "reversal", PAIRS[3].backward)
+    data = make_data(train=[*read_texts()[:-2], f"{before}{PAIRS[3].backward}\nAnd so on."])
+    check_only(examine_data(data), "fault", "reversal", PAIRS[3].backward)
 
 
 def test_a_forward_sentence_in_validation():
     texts = read_texts()
     data = make_data(validation=[texts[-2] + f'\n"{PAIRS[5].forward}" they said.', texts[-1]])
-    check_fault(examine(make_trained(), data), "reversal", PAIRS[5].forward)
+    check_only(examine_data(data), "fault", "reversal", PAIRS[5].forward)
 
 
-def test_data_that_is_not_the_run_s_is_a_warning():
-    report = examine(make_trained(), make_data(differences=("the source fingerprint was 1, and is 2",)))
-    assert (list_levels(report, "warning"), report.has_fault) == ({"record"}, False)
+def test_pairs_that_were_never_trained_on():
+    data = make_data()
+    data = dataclasses.replace(data, train=data.validation, validation=data.train, pairs=data.pairs[:1])
+    report = examine_data(dataclasses.replace(data, validation=data.train), checks=("reversal",))
+    check_only(report, "warning", "reversal", "only 0 of 1 forward sentences")
+
+
+def test_data_that_is_not_the_runs():
+    data = make_data(differences=("the source fingerprint was 1 and is 2",))
+    check_only(examine_data(data), "warning", "record", "the source fingerprint was 1 and is 2")
+
+
+# The search for shared text: few different tokens, so that much is shared; documents may be empty or very short
+
+documents = st.lists(st.lists(st.integers(0, 2), max_size=20), min_size=1, max_size=6)
+
+
+def list_spans(document, length):
+    return [tuple(document[i : i + length]) for i in range(len(document) - length + 1)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents, documents, st.integers(2, 6))
+def test_shared_spans_equal_a_naive_search(train, validation, length):
+    known = {span for document in train for span in list_spans(document, length)}
+    shared = [[span in known for span in list_spans(document, length)] for document in validation]
+    found = find_shared_spans(make_split(train), make_split(validation), length)
+    assert (found.num_windows, found.num_shared) == (sum(map(len, shared)), sum(map(sum, shared)))
+    assert found.per_document == pytest.approx({i: sum(row) / len(row) for i, row in enumerate(shared) if any(row)})
+    assert (found.example is None) == (found.num_shared == 0)
+    if found.example is not None:
+        (document, at), (other, other_at), tokens = found.example
+        assert train[document][at : at + length] == tokens.tolist() == validation[other][other_at : other_at + length]
+
+
+@settings(deadline=None, max_examples=60)
+@given(documents, st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=6))
+def test_sequences_are_found_inside_one_document(texts, sequences):
+    found = find_sequences(make_split(texts), [np.array(sequence, np.int64) for sequence in sequences])
+    for index, sequence in enumerate(sequences):
+        holders = [i for i, text in enumerate(texts) if sequence and tuple(sequence) in list_spans(text, len(sequence))]
+        assert found.get(index) == (holders[0] if holders else None)
+
+
+def test_blocks_do_not_change_the_windows():
+    split = make_split([np.random.default_rng(0).integers(50_000, size=300).tolist(), [1, 2, 3]])
+    whole, blocks = (
+        [np.concatenate(p) for p in zip(*hash_windows(split, 50, block=b), strict=True)] for b in (1000, 64)
+    )
+    assert whole[0].tolist() == blocks[0].tolist() == list(range(251))
+    assert whole[1].tolist() == blocks[1].tolist()
+    assert len(set(whole[1].tolist())) == 251
+
+
+def test_shared_documents():
+    train, validation = make_split([[1, 2, 3], [4], [], [5, 6]]), make_split([[5, 6], [], [1, 2], [5, 6]])
+    assert find_shared_documents(train, validation) == [(3, 0), (3, 3)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from new_llm import TransformerLM, create_model
 from new_llm.config import AdapterConfig, PythiaConfig, TrainConfig, UserError
 from new_llm.config.doctor import DoctorConfig
-from new_llm.evaluation.doctor_training import check_gates
+from new_llm.evaluation.doctor.memory_checks import check_gates
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
 from new_llm.training.optimizer import group_parameters
@@ -118,9 +118,9 @@ def test_the_doctor_names_adapters_whose_alpha_is_0() -> None:
     torch.nn.init.constant_(model.layers[0].get_parameter("alpha"), 0.3)
     found = check_gates(SimpleNamespace(own_model=model, config=DoctorConfig()))
     assert found.level == "warning"
-    assert "α of layers.2.alpha is 0" in found.measured
-    assert found.figures["silent_adapters"] == ["layers.2.alpha"]
-    assert found.measured.startswith("gates from 0.378 to 0.378;")  # α is no gate
+    assert "α of layer 2 is 0" in found.found
+    assert found.figures["silent_adapters"] == [2]
+    assert found.found.startswith("gates range from 0.378 to 0.378;")  # α is no gate
 
 
 def test_alpha_trains_with_the_gates_and_the_base_not_at_all() -> None:

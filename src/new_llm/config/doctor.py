@@ -1,4 +1,4 @@
-"""What the self-check of a trained model looks at, and where it draws its lines."""
+"""Settings of the doctor: the size of its probes and the limits of its judgements."""
 
 from typing import Annotated
 
@@ -13,34 +13,41 @@ class DoctorConfig:
     """The options of `new-llm eval doctor`."""
 
     checks: tuple[str, ...] = ()
-    """Run these checks alone; none named: all."""
+    """Run only these checks; none given: all."""
     num_segments: Annotated[int, Field(ge=2)] = 3
     """Segments of a probe."""
     segment_tokens: Annotated[int, Field(ge=4)] = 32
-    """Tokens in a segment of a probe: the model's are made so short while it is probed, so that memory is passed on
-    within few tokens. One probe of causality keeps the model's own length."""
+    """Tokens in a segment of a probe. The model's segments are shortened to it while it is probed, so that memory is
+    carried on within few tokens; one probe of causality keeps the model's own length."""
     num_rows: Annotated[int, Field(ge=2)] = 3
     """Rows of a probe."""
     num_new_tokens: Annotated[int, Field(gt=0)] = 12
-    """Tokens that are generated."""
+    """Tokens to generate."""
     max_tokens: Annotated[int, Field(ge=64)] = 8192
-    """Tokens of text that losses are measured on at most."""
+    """Tokens of text to measure losses on, at most."""
+    context: Annotated[int, Field(ge=2)] = 1024
+    """Tokens in a window of the check of skill."""
     fill_segments: Annotated[int, Field(ge=2)] = 64
-    """Segments that are read into a memory before its growth is looked at."""
+    """Segments to read into a memory before it is examined."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-5
-    """Difference of what must be equal, as a share of the largest logit."""
+    """Allowed difference of what must be equal, as a share of the largest logit."""
     rounding_tolerance: Annotated[float, Field(gt=0)] = 1e-3
-    """The same where other shapes, hence another order of summation, are compared."""
+    """The same where compared shapes, and with them the order of summation, differ."""
     half_tolerance: Annotated[float, Field(gt=0)] = 5e-2
-    """The same for weights of 16 bits."""
+    """The same for 16-bit weights."""
+    loss_margin: Annotated[float, Field(gt=0)] = 0.02
+    """Nats by which autocast may change the mean loss."""
     shift_margin: Annotated[float, Field(gt=0)] = 0.05
-    """Nats by which another shift must be better than the next token's to count."""
-    gate_margin: Annotated[float, Field(gt=0, lt=0.5)] = 0.04
-    """A gate nearer than this to where training began has not moved: 0.46 to 0.54 for one that began at 0.5."""
+    """Nats by which the losses of two label shifts must differ to count."""
+    gate_margin: Annotated[float, Field(gt=0)] = 0.16
+    """A gate sigmoid(β) has not moved if its β has changed by less than this: 0.46 to 0.54 for one that began at 0.5,
+    0.86 to 0.90 for one that began at 0.88."""
+    alpha_margin: Annotated[float, Field(gt=0)] = 1e-3
+    """An adapter whose α is nearer to 0 than this adds nothing."""
     span_tokens: Annotated[int, Field(ge=2)] = 50
     """Tokens of a span that training and validation must not share."""
     overlap_share: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of the validation spans from which overlap is a fault and no mere warning."""
+    """Share of validation spans from which overlap is a fault rather than a warning."""
     copied_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of one validation document's spans from which it counts as copied, which is a fault."""
     batch_size: Annotated[int, Field(gt=0)] = 8
@@ -48,4 +55,4 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.checks)) < len(self.checks):
-            raise UserError(f"checks: {', '.join(self.checks)}: one is named twice")
+            raise UserError(f"checks: {', '.join(self.checks)}: a check is listed twice")

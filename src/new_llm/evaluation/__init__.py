@@ -1,8 +1,7 @@
 """Measurements of a trained model: perplexity, the reversal curse, and what a reading most likely means."""
 
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
-from new_llm.evaluation.doctor import DoctorReport, examine_model
-from new_llm.evaluation.doctor_probe import Finding, TrainingData
+from new_llm.evaluation.doctor import DoctorReport, Finding, TrainingData, examine_model
 from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
 from new_llm.evaluation.long_documents_result import LongDocumentsResult
 from new_llm.evaluation.measure import (

@@ -11,8 +11,7 @@ from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.evaluation_text import EvaluationText, count_text, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import fingerprint_tokenizer
-from new_llm.evaluation.doctor import DoctorReport, examine_model
-from new_llm.evaluation.doctor_probe import TrainingData
+from new_llm.evaluation.doctor import DoctorReport, TrainingData, examine_model
 from new_llm.experiments.record import DATA_FILE, read_json
 from new_llm.experiments.subject import Subject
 
@@ -79,7 +78,6 @@ def describe_training(subject: Subject, prepared: PreparedData) -> TrainingData:
         shapes=list_shapes(config.data, config.train.batch_size),
         order=config.data.order,
         seed=config.seed,
-        planted_facts=config.data.planted_facts,
         pairs=tuple(get_reversal_pairs()) if config.data.reversal_pairs else (),
         differences=tuple(differences),
         facts=facts,

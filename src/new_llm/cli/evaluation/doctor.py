@@ -52,22 +52,20 @@ class Doctor:
 
 
 def print_report(record: dict[str, Any]) -> None:
-    """One line a check; below it, where all is not well, what it means and what to do."""
+    """One row per check, with what to do unless all is well."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     result = record["result"]
     table = Table(title=Text(f"self-check of {record['subject']['path']}"), title_justify="left")
-    for name in ("check", "found", "measured"):
+    for name in ("check", "result", "found"):
         table.add_column(name, overflow="fold")
     for finding in result["findings"]:
-        words = Text(finding["measured"])
-        if finding["level"] in ("warning", "fault"):
-            words.append(f"\n{finding['meaning']}\nto do: {finding['advice']}", style="italic")
-        about = Text(finding["check"])
-        about.append(f"\n{finding['question']}", style="dim")
-        table.add_row(about, Text(finding["level"], style=STYLES[finding["level"]]), words)
+        words = Text(finding["found"])
+        if finding["advice"]:
+            words.append(f"\nto do: {finding['advice']}", style="italic")
+        table.add_row(finding["check"], Text(finding["level"], style=STYLES[finding["level"]]), words)
     console = Console()
     console.print(table)
     counts = ", ".join(f"{result[f'num_{level}']} {level}" for level in STYLES)

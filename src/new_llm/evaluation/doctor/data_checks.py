@@ -1,0 +1,333 @@
+"""Checks of what a model was trained on: aligned labels, memory reset between documents, and splits kept apart."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from new_llm.data.batches import IGNORED_LABEL, Batch, plan_batches
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
+
+UNKNOWN = "the model belongs to no run, so its training text is unknown"
+MAX_BATCHES = 64
+EXAMPLE_CHARACTERS = 160
+MAX_WINDOWS = 1 << 24
+"""Validation windows whose hashes are held."""
+BLOCK_TOKENS = 1 << 20
+"""Windows hashed at once."""
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+@register_check("record")
+def check_record(exam: Examination) -> Finding:
+    """Text, splits or a tokenizer that are not those of the run."""
+    if exam.data is None:
+        return skip(UNKNOWN)
+    if not exam.data.differences:
+        return ok(f"{len(exam.data.facts)} fingerprints agree with the run's", **exam.data.facts)
+    return warn(
+        f"{'; '.join(exam.data.differences)}: what follows describes other data than the run's",
+        "restore the source and the package versions of the run, then run the doctor again",
+        differences=list(exam.data.differences),
+        **exam.data.facts,
+    )
+
+
+@register_check("batches")
+def check_batches(exam: Examination) -> Finding:
+    """Labels shifted by the data, or memory carried from one document into another."""
+    data = exam.data
+    if data is None:
+        return skip(UNKNOWN)
+    num_batches = num_labels = misaligned = unreset = 0
+    for shape in data.shapes:
+        plan = plan_batches(data.train, **shape._asdict(), order=data.order, seed=data.seed, epoch=0)
+        each = max(1, MAX_BATCHES // (2 * len(data.shapes)))
+        spread = np.linspace(0, len(plan) - 1, each, dtype=int).tolist()
+        for index in sorted({*range(min(len(plan), each)), *spread}):
+            batch = plan[index]
+            num_batches += 1
+            num_labels += int((batch.labels != IGNORED_LABEL).sum())
+            misaligned += _count_misaligned(batch)
+            unreset += _count_missing_resets(plan[index - 1] if index else None, batch)
+    figures = {"num_batches": num_batches, "num_labels": num_labels}
+    figures |= {"misaligned_labels": misaligned, "missing_resets": unreset}
+    found = f"{num_labels:,} labels in {num_batches} batches"
+    if misaligned:
+        return fault(
+            f"{misaligned:,} of {found} are not the token at their place: the data shifts labels before the loss does",
+            "pass the tokens themselves as labels",
+            **figures,
+        )
+    if unreset:
+        return fault(
+            f"{unreset} rows in {num_batches} batches start another document without a reset: memory is carried into "
+            "unrelated text",
+            "reset a row's memory wherever its document changes",
+            **figures,
+        )
+    return ok(f"{found} are aligned, and every new document starts from an empty memory", **figures)
+
+
+def _count_misaligned(batch: Batch) -> int:
+    """Labels that are not the token at their place, or stand where there is none."""
+    ids, labels = batch.input_ids, batch.labels
+    mask = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask
+    behind = torch.nn.functional.pad(~mask, (0, 1), value=False)  # the place right after the tokens may have a label
+    behind[:, 1:] &= torch.nn.functional.pad(~mask, (0, 1), value=True)[:, :-1]
+    wrong = (labels[:, :-1] != ids) & mask
+    return int(wrong.sum()) + int(((labels != IGNORED_LABEL) & behind).sum())
+
+
+def _count_missing_resets(before: Batch | None, batch: Batch) -> int:
+    """Rows without a reset that do not start with the token their row's last sample ended before."""
+    lengths = torch.full((len(batch.input_ids),), batch.input_ids.shape[1])
+    if batch.attention_mask is not None:
+        lengths = batch.attention_mask.sum(1)
+    missing = 0
+    for row in ((lengths > 0) & ~batch.resets).nonzero().flatten().tolist():
+        expected = before.labels[row, -1] if before is not None and row < len(before.labels) else IGNORED_LABEL
+        missing += int(expected != batch.input_ids[row, 0])
+    return missing
+
+
+@register_check("documents")
+def check_documents(exam: Examination) -> Finding:
+    """Validation documents that are also in training."""
+    if exam.data is None:
+        return skip(UNKNOWN)
+    train, validation = exam.data.train, exam.data.validation
+    shared = find_shared_documents(train, validation)
+    counted = f"{validation.num_documents:,} validation and {train.num_documents:,} training documents"
+    num_shared = len({other for _, other in shared})
+    if not shared:
+        return ok(f"{counted}, none in both", num_shared=0)
+    index, other = shared[0]
+    return fault(
+        f"{num_shared:,} of {counted} are the same, such as validation document {other} (training document {index}): "
+        f"{_quote(exam, validation.document(other))}; validation measures memorised text",
+        "remove duplicate documents before the text is split",
+        num_shared=num_shared,
+        examples=shared[:4],
+    )
+
+
+@register_check("spans", after=("documents",))
+def check_spans(exam: Examination) -> Finding:
+    """Long passages of validation text that are also in training."""
+    if exam.data is None:
+        return skip(UNKNOWN)
+    config = exam.config
+    spans = find_shared_spans(exam.data.train, exam.data.validation, config.span_tokens)
+    if not spans.num_windows:
+        return skip(f"no validation document has {config.span_tokens} tokens")
+    share = spans.num_shared / spans.num_windows
+    copied = [index for index, held in spans.per_document.items() if held >= config.copied_share]
+    figures: dict[str, Any] = {
+        "span_tokens": config.span_tokens,
+        "num_spans": spans.num_windows,
+        "num_shared": spans.num_shared,
+        "share": share,
+        "num_documents": len(spans.per_document),
+        "copied_documents": copied[:8],
+    }
+    found = f"{spans.num_shared:,} of {spans.num_windows:,} validation spans of {config.span_tokens} tokens"
+    if spans.example is None:
+        return ok(f"{found} are in training", **figures)
+    train_at, validation_at, tokens = spans.example
+    text = exam.tokenizer.decode(tokens.tolist())
+    figures["example"] = {"training": train_at, "validation": validation_at, "text": text}
+    judge = fault if share >= config.overlap_share or copied else warn
+    return judge(
+        f"{found} ({100 * share:.2g}%, in {len(spans.per_document):,} documents) are in training, such as "
+        f"{_quote(exam, tokens)}: their perplexity is too low",
+        "look for copies, quotations and boilerplate, and keep texts that share them in one split",
+        **figures,
+    )
+
+
+@register_check("reversal")
+def check_reversal(exam: Examination) -> Finding:
+    """Backward sentences of the reversal pairs in training, or forward ones in validation."""
+    if exam.data is None:
+        return skip(UNKNOWN)
+    pairs = exam.data.pairs
+    if not pairs:
+        return skip("training held no reversal pairs")
+    held = _find_sentences(exam, exam.data.train, [pair.forward for pair in pairs])
+    backward = _find_sentences(exam, exam.data.train, [pair.backward for pair in pairs])
+    forward = _find_sentences(exam, exam.data.validation, [pair.forward for pair in pairs])
+    figures = {
+        "num_pairs": len(pairs),
+        "forward_in_training": len(held),
+        "backward_in_training": [pairs[index].backward for index in backward],
+        "forward_in_validation": [pairs[index].forward for index in forward],
+    }
+    if backward:
+        return fault(
+            f"{len(backward)} of {len(pairs)} backward sentences are in training, such as "
+            f"{pairs[backward[0]].backward!r}: the reversal curse is measured on trained text",
+            "remove these texts from training, or measure other pairs (--pairs)",
+            **figures,
+        )
+    if forward:
+        return fault(
+            f"{len(forward)} of {len(pairs)} forward sentences are in validation, such as "
+            f"{pairs[forward[0]].forward!r}: they were trained on",
+            "keep the forward sentences out of validation",
+            **figures,
+        )
+    if len(held) < len(pairs):
+        return warn(
+            f"only {len(held)} of {len(pairs)} forward sentences are in training: the backward figures of the others "
+            "say nothing about reversal",
+            "check data.reversal_pairs and the source",
+            **figures,
+        )
+    return ok(f"all {len(pairs)} pairs are forward in training, none backward, and none in validation", **figures)
+
+
+def _find_sentences(exam: Examination, split: TokenSplit, sentences: Sequence[str]) -> list[int]:
+    """The sentences that occur in a split, at a document's start or after other words.
+
+    The full stop is left out: it may share a token with what follows it.
+    """
+    bare = [sentence.rstrip(".") for sentence in sentences]
+    texts = [*bare, *(f" {sentence}" for sentence in bare)]
+    encoded = [np.array(exam.tokenizer.encode(text, add_special_tokens=False).ids, np.int64) for text in texts]
+    return sorted({index % len(bare) for index in find_sequences(split, encoded)})
+
+
+def _quote(exam: Examination, tokens: NDArray[np.integer]) -> str:
+    """The beginning of some tokens' text, quoted."""
+    text = " ".join(exam.tokenizer.decode(tokens[:EXAMPLE_CHARACTERS].tolist()).split())
+    return repr(text if len(text) <= EXAMPLE_CHARACTERS else f"{text[: EXAMPLE_CHARACTERS - 1]}…")
+
+
+# Text that two splits share: every window is hashed to 64 bits, in one pass over each split
+
+
+class SharedSpans(NamedTuple):
+    """Windows of tokens that two splits share.
+
+    Attributes:
+        num_windows: windows of the second split, one per token with enough tokens after it in its document.
+        num_shared: those that also occur in the first split.
+        per_document: the share of such windows in each document of the second split that has any.
+        example: (document, offset) in the first split, the same in the second, and the tokens of a shared window, from
+            the longest run of them; None if there is none.
+    """
+
+    num_windows: int
+    num_shared: int
+    per_document: dict[int, float]
+    example: tuple[tuple[int, int], tuple[int, int], NDArray[np.int64]] | None
+
+
+def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tuple[int, int]]:
+    """(training document, validation document) pairs with the same tokens."""
+
+    def digest(split: TokenSplit, index: int) -> bytes:
+        return hashlib.sha256(split.document(index).astype("<u4").tobytes()).digest()
+
+    known: defaultdict[bytes, list[int]] = defaultdict(list)
+    for index in range(validation.num_documents):
+        if len(validation.document(index)):
+            known[digest(validation, index)].append(index)
+    return [(index, other) for index in range(train.num_documents) for other in known.get(digest(train, index), ())]
+
+
+def find_shared_spans(train: TokenSplit, validation: TokenSplit, length: int) -> SharedSpans:
+    """Windows of `length` tokens of validation documents that occur in a training document."""
+    blocks = list(hash_windows(validation, length, stop=MAX_WINDOWS))
+    places = np.concatenate([block for block, _ in blocks] or [np.zeros(0, np.int64)])
+    if not len(places):
+        return SharedSpans(0, 0, {}, None)
+    keys, inverse = np.unique(np.concatenate([hashes for _, hashes in blocks]), return_inverse=True)
+    train_places = np.full(len(keys), -1, np.int64)
+    for found, hashes in match_windows(train, length, keys):
+        train_places[np.searchsorted(keys, hashes)] = found
+    sources = train_places[inverse]
+    shared = np.flatnonzero(sources >= 0)
+    if not len(shared):
+        return SharedSpans(len(places), 0, {}, None)
+    documents, counts = np.unique(find_documents(validation, places[shared]), return_counts=True)
+    sizes = np.diff(validation.offsets)[documents] - length + 1
+    runs = np.split(shared, np.flatnonzero(np.diff(places[shared]) != 1) + 1)
+    first = max(runs, key=len)[0]
+    place, source = int(places[first]), int(sources[first])
+
+    def locate(split: TokenSplit, at: int) -> tuple[int, int]:
+        document = int(find_documents(split, np.array([at]))[0])
+        return document, at - int(split.offsets[document])
+
+    tokens = np.asarray(validation.tokens[place : place + length]).astype(np.int64)
+    shares = dict(zip(documents.tolist(), (counts / sizes).tolist(), strict=True))
+    return SharedSpans(len(places), len(shared), shares, (locate(train, source), locate(validation, place), tokens))
+
+
+def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) -> dict[int, int]:
+    """For each sequence of tokens that occurs in a document: its index and the first such document.
+
+    Windows as long as the shortest sequence are hashed; the rest is compared token by token.
+    """
+    shortest = min((len(sequence) for sequence in sequences if len(sequence)), default=0)
+    beginnings: defaultdict[int, list[int]] = defaultdict(list)
+    for index, sequence in enumerate(sequences):
+        if len(sequence):
+            beginnings[int(hash_tokens(sequence[:shortest], shortest)[0])].append(index)
+    found: dict[int, int] = {}
+    keys = np.array(sorted(beginnings), np.uint64)
+    for places, hashes in match_windows(split, shortest, keys) if shortest else ():
+        for place, document, value in zip(places, find_documents(split, places), hashes, strict=True):
+            for index in beginnings[int(value)]:
+                end = place + len(sequences[index])
+                is_inside = index not in found and end <= split.offsets[document + 1]
+                if is_inside and np.array_equal(split.tokens[place:end], sequences[index]):
+                    found[index] = int(document)
+    return found
+
+
+Windows = Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]
+"""Blocks of (places of the windows' first tokens, hashes)."""
+
+
+def match_windows(split: TokenSplit, length: int, keys: NDArray[np.uint64]) -> Windows:
+    """The windows of a split whose hash is among the sorted keys."""
+    for places, hashes in hash_windows(split, length):
+        known = keys[np.searchsorted(keys, hashes).clip(max=len(keys) - 1)] == hashes
+        yield places[known], hashes[known]
+
+
+def hash_windows(split: TokenSplit, length: int, *, stop: int | None = None, block: int = BLOCK_TOKENS) -> Windows:
+    """All windows of `length` tokens inside documents, a block at a time, up to the place `stop`."""
+    last = max(0, split.num_tokens - length + 1)
+    for begin in range(0, last if stop is None else min(stop, last), block):
+        hashes = hash_tokens(np.asarray(split.tokens[begin : begin + block + length - 1]), length)
+        places = np.arange(begin, begin + len(hashes), dtype=np.int64)
+        is_inside = places + length <= split.offsets[find_documents(split, places) + 1]
+        yield places[is_inside], hashes[is_inside]
+
+
+def hash_tokens(tokens: NDArray[np.integer], length: int) -> NDArray[np.uint64]:
+    """A 64-bit hash of each window of `length` tokens: Σ_j mix(t_j) b^(length − 1 − j) modulo 2^64."""
+    # Ids are spread over 64 bits first (the finaliser of splitmix64), so that sums of them hardly ever collide.
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    count = max(0, len(tokens) - length + 1)
+    hashes = np.zeros(count, np.uint64)
+    for j in range(length):
+        hashes *= HASH_BASE
+        hashes += mixed[j : j + count]
+    return hashes
+
+
+def find_documents(split: TokenSplit, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The documents that the tokens at these places belong to."""
+    return np.searchsorted(split.offsets, places, side="right") - 1

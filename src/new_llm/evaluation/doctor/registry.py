@@ -1,0 +1,262 @@
+"""What every check shares: the registry, findings, and the model under examination with probes that leave no trace."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from new_llm.config import UserError
+from new_llm.config.doctor import DoctorConfig
+from new_llm.data.curriculum import BatchShape
+from new_llm.data.reversal_pairs import ReversalPair
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.scoring import find_device
+from new_llm.models import TransformerLM
+
+Level = Literal["ok", "warning", "fault", "skipped"]
+LEVELS: tuple[Level, ...] = ("ok", "warning", "fault", "skipped")
+PROBE_SEED = 0
+"""Seeds every probe, so that randomness inside the model can't look like another fault."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        level: ok, warning, fault, or skipped where the check does not apply.
+        found: one sentence: what was measured and, unless all is well, what it means.
+        advice: what to do about it; empty if there is nothing to do.
+        figures: the measured figures as plain values.
+        check: the check's name.
+    """
+
+    level: Level
+    found: str
+    advice: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    check: str = ""
+
+
+def ok(found: str, **figures: Any) -> Finding:
+    """All is well."""
+    return Finding("ok", found, "", figures)
+
+
+def warn(found: str, advice: str, **figures: Any) -> Finding:
+    """Something the reader should know before trusting the model's figures."""
+    return Finding("warning", found, advice, figures)
+
+
+def fault(found: str, advice: str, **figures: Any) -> Finding:
+    """The model's figures can't be trusted."""
+    return Finding("fault", found, advice, figures)
+
+
+def skip(why: str) -> Finding:
+    """The check does not apply."""
+    return Finding("skipped", why)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One registered check.
+
+    Attributes:
+        name: its name, for `--checks` and the report.
+        fault: the fault it looks for: the first line of its docstring.
+        run: measures and judges.
+        after: checks whose fault would make this one fail too, so that it is skipped.
+    """
+
+    name: str
+    fault: str
+    run: Callable[["Examination"], Finding]
+    after: tuple[str, ...]
+
+
+CHECKS: dict[str, Check] = {}
+"""The checks by name, in the order in which they run."""
+
+
+def register_check(
+    name: str, *, after: tuple[str, ...] = ()
+) -> Callable[[Callable[["Examination"], Finding]], Callable[["Examination"], Finding]]:
+    """Decorator that adds a check function; the first line of its docstring says which fault it looks for.
+
+    Args:
+        name: the check's name.
+        after: checks registered before, whose fault would make this one fail too.
+
+    Raises:
+        ValueError: a check in `after` is not registered yet, so it would run too late.
+    """
+    late = [other for other in after if other not in CHECKS]
+    if late:
+        raise ValueError(f"check {name}: {', '.join(late)} must be registered before it")
+
+    def register(run: Callable[[Examination], Finding]) -> Callable[[Examination], Finding]:
+        CHECKS[name] = Check(name, (inspect.getdoc(run) or "").partition("\n")[0].rstrip("."), run, after)
+        return run
+
+    return register
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is known of a model's training.
+
+    Attributes:
+        train: the training documents.
+        validation: the validation documents.
+        shapes: how batches are cut from them, one shape per curriculum stage.
+        order: stream or shuffled.
+        seed: seed of the order.
+        pairs: the reversal pairs whose forward sentences were trained on; empty if there were none.
+        differences: where the run's records differ from the data found now, one sentence each.
+        facts: fingerprints that agree with the run's records.
+    """
+
+    train: TokenSplit
+    validation: TokenSplit
+    shapes: tuple[BatchShape, ...]
+    order: Literal["stream", "shuffled"]
+    seed: int
+    pairs: tuple[ReversalPair, ...]
+    differences: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A model under examination.
+
+    Attributes:
+        model: a `TransformerLM` or `HuggingFaceLM`.
+        tokenizer: its tokenizer.
+        text: real text.
+        data: its training data; None if unknown.
+        config: the settings.
+        autocast: makes the context in which losses are measured.
+        device: the model's device.
+        tokens: the beginning of the text in one row, for probes.
+    """
+
+    model: Any
+    tokenizer: Any
+    text: TokenSplit
+    data: TrainingData | None
+    config: DoctorConfig
+    autocast: Callable[[], Any]
+    device: torch.device
+    tokens: Tensor
+
+    @classmethod
+    def begin(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        text: TokenSplit,
+        data: TrainingData | None,
+        config: DoctorConfig,
+        autocast: Callable[[], Any] | None,
+    ) -> "Examination":
+        """Set up an examination.
+
+        Raises:
+            UserError: the text is too short for the probes.
+        """
+        needed = config.num_rows * config.num_segments * config.segment_tokens + 1
+        if text.num_tokens < needed:
+            raise UserError(
+                f"doctor: the text has {text.num_tokens} tokens; at least {needed} are needed "
+                "(num_rows · num_segments · segment_tokens + 1)"
+            )
+        device = find_device(model, None)
+        tokens = torch.from_numpy(text.tokens[: max(needed, config.max_tokens)].astype(np.int64)).to(device)
+        return cls(model, tokenizer, text, data, config, autocast or contextlib.nullcontext, device, tokens)
+
+    @property
+    def own_model(self) -> TransformerLM | None:
+        """The model if it is a `TransformerLM`; None for a Hugging Face model."""
+        return self.model if isinstance(self.model, TransformerLM) else None
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model has memory layers."""
+        return self.own_model is not None and bool(self.own_model.memory_layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        if self.own_model is not None:
+            return self.own_model.vocab_size
+        return int(self.model.model.get_input_embeddings().weight.shape[0])
+
+    def take_rows(self, num_rows: int, num_tokens: int, start: int = 0) -> Tensor:
+        """Real text as [num_rows, num_tokens], different in each row; a short text is repeated."""
+        places = (start + torch.arange(num_rows * num_tokens, device=self.device)) % len(self.tokens)
+        return self.tokens[places].view(num_rows, num_tokens)
+
+    def take_segments(self, num_rows: int | None = None, start: int = 0) -> Tensor:
+        """A probe of `num_segments` short segments, [num_rows, T]; one segment of a model that can't read more."""
+        rows, width = num_rows or self.config.num_rows, self.config.segment_tokens * self.config.num_segments
+        return self.take_rows(rows, width if self.own_model else min(width, self.model.segment_length), start)
+
+    @contextlib.contextmanager
+    def probing(self, *, segment_tokens: int | None = None, training: bool = False) -> Iterator[None]:
+        """Inside: no gradients, the given mode and segment length; afterwards mode, length and memory as before."""
+        model = self.model
+        modes = [(module, module.training) for module in model.modules()]
+        length = model.segment_length
+        try:
+            model.train(training)
+            model.segment_length = min(segment_tokens or length, length)
+            with torch.no_grad(), model.fresh_memory():
+                yield
+        finally:
+            model.segment_length = length
+            for module, mode in modes:
+                module.training = mode
+
+    def compute_logits(self, input_ids: Tensor, *, seed: int = PROBE_SEED, **options: Any) -> Tensor:
+        """Logits [B, T, Z] in float32 or wider, read with the memory that is held."""
+        torch.manual_seed(seed)
+        if self.own_model is not None:
+            logits = self.model(input_ids, **options)
+        else:
+            logits = self.model.model(input_ids=input_ids, use_cache=False).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def read_fresh(self, input_ids: Tensor, *, fill: Tensor | None = None, per_row: bool = False) -> Tensor:
+        """Logits from an empty memory, or from one that has read `fill` [B, T'] first; one memory per row or shared."""
+        with self.model.fresh_memory(batch_size=len(input_ids) if per_row else None):
+            if fill is not None and self.has_memory:
+                torch.manual_seed(PROBE_SEED)
+                self.model(fill, update_memory=True)
+            return self.compute_logits(input_ids)
+
+    def allowed(self, logits: Tensor, *, is_rounded: bool = False) -> float:
+        """The difference from these logits that counts as rounding.
+
+        Args:
+            logits: what is compared.
+            is_rounded: the compared shapes differ, and with them the order of summation.
+        """
+        is_half = next(iter(self.model.parameters())).dtype.itemsize < 4
+        share = self.config.rounding_tolerance if is_rounded else self.config.tolerance
+        share = self.config.half_tolerance if is_half else share
+        return share * max(1.0, float(logits.abs().max()))
+
+
+def find_difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors; 0 if they are empty, infinite if either holds NaN or infinity."""
+    if not a.numel():
+        return 0.0
+    value = float((a.double() - b.double()).abs().max())
+    return value if np.isfinite(value) else float("inf")
