@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from new_llm.config import DataConfig, ModelType, PythiaConfig
+from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.dataset import prepare_data
-from new_llm.models import create_model
+from new_llm.models import ModelType, create_model
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, Segments
 from new_llm.training.metrics import read_peak_memory, reset_peak_memory
 from new_llm.training.precision import choose_device, choose_precision, make_autocast

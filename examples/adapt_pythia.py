@@ -11,18 +11,11 @@ document. Only carried against foreign tells whether the content of the memory i
 import argparse
 from pathlib import Path
 
-from new_llm.config import (
-    AdapterConfig,
-    AdapterTrainingConfig,
-    DataConfig,
-    EvalConfig,
-    ExperimentConfig,
-    ModelConfig,
-    TrainConfig,
-)
-from new_llm.config.adapter import AdapterDataConfig, AdapterTrainConfig
-from new_llm.experiments import run_experiment
+from new_llm.config import DataConfig, EvalConfig, TrainConfig
+from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
+from new_llm.experiments.adapter_config import AdapterDataConfig, AdapterTrainConfig, AdapterTrainingConfig
 from new_llm.experiments.adapter_training import train_adapter
+from new_llm.models.layers.parallel_infini import AdapterConfig
 
 
 def main() -> None:

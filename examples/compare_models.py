@@ -8,8 +8,8 @@ Without --text it reads the State of the Union addresses that come with the prog
 
 import argparse
 
-from new_llm.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
-from new_llm.experiments import run_experiment
+from new_llm.config import DataConfig, EvalConfig, TrainConfig
+from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
     config = ExperimentConfig(
         name="compare",
         model=ModelConfig(
+            recipe="tuned",
             hidden_size=arguments.hidden_size,
             num_hidden_layers=4,
             num_attention_heads=4,

@@ -10,10 +10,10 @@ every segment, and that of another document, beside Pythia in the same segments.
 import argparse
 from pathlib import Path
 
-from new_llm.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation import Baseline, evaluate_long_documents
-from new_llm.experiments import run_experiment
+from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.report.distance_plot import plot_distance
 from new_llm.report.picture import save_picture
@@ -32,6 +32,7 @@ def main() -> None:
     config = ExperimentConfig(
         name="long",
         model=ModelConfig(
+            recipe="tuned",
             hidden_size=arguments.hidden_size,
             num_hidden_layers=4,
             num_attention_heads=4,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from new_llm.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.data.sources import load_documents
-from new_llm.experiments import run_experiment
+from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 from new_llm.experiments.memory_filling import fill_memory
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models.memory_file import merge_memory_files
@@ -32,6 +32,7 @@ def main() -> None:
     config = ExperimentConfig(
         name="memories",
         model=ModelConfig(
+            recipe="tuned",
             hidden_size=arguments.hidden_size,
             num_hidden_layers=2,
             num_attention_heads=4,

@@ -17,9 +17,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from new_llm import TransformerLM
-from new_llm.config import DataConfig, ExperimentConfig, TrainConfig
+from new_llm.config import DataConfig, TrainConfig
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.evaluation import evaluate_streaming, examine_model
+from new_llm.experiments import ExperimentConfig
 from new_llm.experiments.measure import measure_validation_loss
 from new_llm.models.layers import (
     CompressiveAttention,

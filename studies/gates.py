@@ -25,7 +25,6 @@ from torch import Tensor
 from new_llm.config import UserError
 from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.run_settings import read_settings
-from new_llm.config.study import StudyConfig
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.bootstrap import find_t_interval
 from new_llm.evaluation.long_documents import select_long_documents
@@ -34,6 +33,7 @@ from new_llm.experiments.adapter_documents import select_documents
 from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.record import describe_code, write_json
 from new_llm.experiments.study import Cell, is_trained
+from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.subject import Subject, load_subject
 from new_llm.models.layers.token_memory import TokenMemoryAttention, TokenMemoryLayer
 

@@ -22,25 +22,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from new_llm.config import (
-    AdapterConfig,
-    AdapterTrainingConfig,
-    DataConfig,
-    EvalConfig,
-    ExperimentConfig,
-    ModelConfig,
-    TrainConfig,
-)
-from new_llm.config.adapter import AdapterDataConfig, AdapterTrainConfig
+from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.data.batches import plan_batches
 from new_llm.data.dataset import PreparedData
 from new_llm.evaluation import evaluate_streaming
 from new_llm.experiments import run_experiment
+from new_llm.experiments.adapter_config import AdapterDataConfig, AdapterTrainConfig, AdapterTrainingConfig
 from new_llm.experiments.adapter_training import find_base, load_configured_base, prepare_documents, train_adapter
+from new_llm.experiments.config import ExperimentConfig, ModelConfig
 from new_llm.experiments.record import read_json, write_json
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import add_parallel_infini
 from new_llm.models.hf.convert import export_pythia
+from new_llm.models.layers.parallel_infini import AdapterConfig
 
 SEGMENT = 64
 SEGMENTS = 8

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from new_llm.config import ExperimentConfig, TrainConfig
+from new_llm.config import TrainConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import (
@@ -33,6 +33,7 @@ from new_llm.evaluation import (
     evaluate_streaming,
     unigram_perplexity,
 )
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import describe_code, write_json
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.loss import IGNORE_INDEX

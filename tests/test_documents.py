@@ -13,7 +13,7 @@ from documents import PAGES, ROOT, find_blocks, find_commands, name_page, parse_
 from new_llm import __version__
 from new_llm.cli.completion import write_completion
 from new_llm.cli.main import COMMANDS
-from new_llm.config import ExperimentConfig, config_from_dict
+from new_llm.experiments.config import ExperimentConfig, config_from_dict
 
 LANGUAGES = {"", "bash", "python", "yaml", "text"}
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig, config_from_dict
+from new_llm.config import PythiaConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.data.tokens import tokenize_documents
@@ -31,6 +31,7 @@ from new_llm.evaluation import (
     evaluate_streaming,
 )
 from new_llm.experiments import run_experiment
+from new_llm.experiments.config import config_from_dict
 from new_llm.models.layers import InfiniLayer, ParallelInfiniLayer, PythiaLayer
 
 VALUES = Path(__file__).with_suffix(".json")
@@ -166,7 +167,7 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
         "models": ["infini", "token_memory"],
         "runs_dir": str(folder / "runs"),
         "device": "cpu",
-        "model": shape | {key: value for key, value in TUNED.items() if key != "memory_layers"},
+        "model": {"recipe": "tuned"} | shape | {key: value for key, value in TUNED.items() if key != "memory_layers"},
         "data": {
             "source": str(texts),
             "tokenizer_vocab_size": 512,

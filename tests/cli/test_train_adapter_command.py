@@ -13,8 +13,9 @@ from rich.console import Console
 
 from new_llm.cli.main import main
 from new_llm.cli.train_adapter import parse_arguments
-from new_llm.config import ExperimentConfig, UserError
+from new_llm.config import UserError
 from new_llm.experiments import run_experiment
+from new_llm.experiments.config import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,9 +14,9 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from new_llm.config import ExperimentConfig
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import evaluate_streaming
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import create_model
 from new_llm.processes import ALONE, Processes, start_processes
 from new_llm.training import Trainer

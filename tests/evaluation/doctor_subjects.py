@@ -7,7 +7,7 @@ import importlib.resources
 import torch
 
 from new_llm import create_model
-from new_llm.config import ModelConfig, PythiaConfig
+from new_llm.config import PythiaConfig
 from new_llm.config.doctor import DoctorConfig
 from new_llm.data.curriculum import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -57,8 +57,8 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
 def make_untrained(kind: str, recipe: str = "default"):
     torch.manual_seed(0)
     shape = PythiaConfig(vocab_size=padded_vocab_size(make_tokenizer()), **SHAPE)
-    options = ModelConfig(**SHAPE).options(kind) if recipe == "tuned" else {}
-    return create_model(kind, shape, segment_length=SEGMENT, **options).eval()
+    named = None if recipe == "default" else recipe
+    return create_model(kind, shape, segment_length=SEGMENT, recipe=named).eval()
 
 
 @functools.cache

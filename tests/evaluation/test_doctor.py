@@ -20,14 +20,16 @@ from doctor_subjects import (
     make_untrained,
 )
 
-from new_llm.config import MODEL_OPTIONS, ModelType, UserError
+from new_llm.config import UserError
 from new_llm.config.doctor import DoctorConfig
 from new_llm.evaluation.doctor import CHECKS, examine_model
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.evaluation.scoring import evaluation_mode
+from new_llm.models import ModelType
 from new_llm.models.loss import align_labels
+from new_llm.models.recipes import RECIPES
 
-KINDS = [(kind, "default") for kind in ModelType] + [(kind, "tuned") for kind in ModelType if MODEL_OPTIONS[kind]]
+KINDS = [(kind, "default") for kind in ModelType] + [(kind, "tuned") for kind in RECIPES["tuned"]]
 UNTRAINED = {"skill", "shift", "gates"}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.config import ExperimentConfig
+from new_llm.experiments.config import ExperimentConfig
 
 
 @pytest.fixture(scope="session")

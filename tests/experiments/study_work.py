@@ -6,8 +6,8 @@ import signal
 from rich.console import Console
 
 from new_llm.config import UserError
-from new_llm.config.study import StudyConfig
 from new_llm.experiments.study import Cell
+from new_llm.experiments.study_config import StudyConfig
 
 
 def note_process(study: StudyConfig, cell: Cell, console: Console) -> None:

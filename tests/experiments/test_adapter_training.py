@@ -13,14 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from new_llm.config import AdapterTrainingConfig, ExperimentConfig, UserError
+from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import evaluate_independent
 from new_llm.experiments import adapter_training, run_experiment
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.adapter_documents import choose_long_documents
 from new_llm.experiments.adapter_measure import limit_documents, measure_adapter, read_wikitext
 from new_llm.experiments.adapter_training import train_adapter
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model

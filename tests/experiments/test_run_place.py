@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.config import ExperimentConfig, UserError
+from new_llm.config import UserError
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_place import create_run, hold_run
 
 HOLD = (
-    "import sys; from new_llm.config import ExperimentConfig; from new_llm.experiments.run_place import hold_run\n"
+    "import sys; from new_llm.experiments.config import ExperimentConfig\n"
+    "from new_llm.experiments.run_place import hold_run\n"
     "with hold_run(ExperimentConfig(name='a', runs_dir=sys.argv[1]), resume=False):\n"
     "    print('held', flush=True); sys.stdin.read()"
 )

@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from new_llm.config import ExperimentConfig, ModelType, UserError
+from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
-from new_llm.models import TransformerLM
+from new_llm.experiments.config import ExperimentConfig
+from new_llm.models import ModelType, TransformerLM
 from new_llm.report.results import load_results
 from new_llm.training import TrainingError
 from new_llm.training.log import read_metrics

@@ -12,8 +12,8 @@ from conftest import tiny_settings
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.run_settings import read_settings
-from new_llm.config.study import StudyConfig, merge_settings
 from new_llm.experiments import study as study_module
+from new_llm.experiments.study_config import StudyConfig, merge_settings
 from new_llm.experiments.study_table import list_metrics, render_figure
 from new_llm.training import TrainingError
 

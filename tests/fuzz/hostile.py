@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import zstandard
 from targets import Read, Target
 
-from new_llm.config import DataConfig, ExperimentConfig
+from new_llm.config import DataConfig
 from new_llm.config.limits import ReadLimits
 from new_llm.config.run_settings import read_settings
-from new_llm.config.study import StudyConfig
 from new_llm.data.local_files import read_file
 from new_llm.data.sources import open_source
 from new_llm.data.tokenizer import read_tokenizer_file
+from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.study_config import StudyConfig
 from new_llm.report.results import load_results
 
 HUGE = 10 << 30

@@ -8,7 +8,8 @@ import torch
 from targets import Read, Target, find_texts, take_folder
 from tiny_shape import TINY
 
-from new_llm.config import DataConfig, ExperimentConfig
+from new_llm.config import DataConfig
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import create_model
 
 
@@ -72,8 +73,9 @@ def make_memories(folder: Path) -> dict[str, Target]:
 
 
 def make_runs(folder: Path) -> dict[str, Target]:
-    from new_llm.config import EvalConfig, ModelConfig, TrainConfig
+    from new_llm.config import EvalConfig, TrainConfig
     from new_llm.experiments import run_experiment
+    from new_llm.experiments.config import ModelConfig
     from new_llm.experiments.run_list import list_runs
     from new_llm.report.html import render_page
     from new_llm.report.runs import read_runs

@@ -16,16 +16,17 @@ import yaml
 import zstandard
 from tiny_shape import TINY
 
-from new_llm.config import DataConfig, ExperimentConfig
-from new_llm.config.adapter import AdapterTrainingConfig
+from new_llm.config import DataConfig
 from new_llm.config.fill import FillConfig
 from new_llm.config.limits import ReadLimits
 from new_llm.config.run_settings import read_settings
-from new_llm.config.study import StudyConfig
 from new_llm.data.local_files import read_file
 from new_llm.data.reversal_files import read_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
+from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.study_config import StudyConfig
 from new_llm.models import TransformerLM, create_model
 
 Read = Callable[[Path], Any]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import AdapterConfig, PythiaConfig, TrainConfig, UserError
+from new_llm.config import PythiaConfig, TrainConfig, UserError
 from new_llm.config.doctor import DoctorConfig
 from new_llm.evaluation.doctor.memory_checks import check_gates
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
+from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.training.optimizer import group_parameters
 
 SHAPE = PythiaConfig(

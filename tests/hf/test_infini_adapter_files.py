@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import AdapterConfig, PythiaConfig, UserError
+from new_llm.config import PythiaConfig, UserError
 from new_llm.models.hf.adapter_file import read_adapter_file
 from new_llm.models.hf.adapter_layers import add_parallel_infini
 from new_llm.models.hf.infini_adapter import (
@@ -22,6 +22,7 @@ from new_llm.models.hf.infini_adapter import (
     read_base_name,
     save_adapter,
 )
+from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.models.memory_file import fingerprint_weights, hash_content
 
 SHAPE = PythiaConfig(

@@ -85,7 +85,7 @@ INFINI_CASES = [
     for case in _combine(
         "infini",
         use_delta_rule=(True, False),
-        num_memory_heads=(None, 4),
+        num_memory_heads=(1, 4),
         num_memory_banks=(banks,),
         segments_per_bank=(segments_per_bank,),
         use_alibi=(True, False),

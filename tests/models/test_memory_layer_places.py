@@ -4,7 +4,8 @@ import pytest
 
 from new_llm import create_model
 from new_llm.cli.main import main
-from new_llm.config import ModelConfig, ModelType, PythiaConfig, UserError
+from new_llm.config import PythiaConfig, UserError
+from new_llm.experiments.config import ModelConfig
 
 SHAPE = PythiaConfig(
     vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
@@ -24,12 +25,12 @@ def test_by_default_it_is_the_first():
     assert list(create_model("infini", SHAPE).memory_layers) == [0]
 
 
-@pytest.mark.parametrize("places", [(4,), (1, 1), (-1,), ()])
+@pytest.mark.parametrize("places", [(4,), (1, 1), (-5,), (1, -3), ()])
 def test_other_places_are_refused_by_name(places, capsys):
     with pytest.raises(ValueError, match="memory_layers"):
         create_model("infini", SHAPE, memory_layers=places)
     with pytest.raises(UserError, match="memory_layers"):
-        ModelConfig(num_hidden_layers=4, memory_layers=places)
+        ModelConfig(num_hidden_layers=4, memory_layers=places).check_taken(["infini"])
 
 
 def test_the_command_refuses_them_too(capsys):
@@ -45,11 +46,18 @@ def test_models_without_memory_take_no_such_option():
             create_model(kind, SHAPE, memory_layers=(0,))
 
 
-def test_an_experiment_puts_memory_last_unless_told_otherwise() -> None:
-    config = ModelConfig(num_hidden_layers=3)
-    assert config.options(ModelType.INFINI)["memory_layers"] == (2,)
-    assert "memory_layers" not in config.options(ModelType.PYTHIA)
-    assert ModelConfig(num_hidden_layers=3, memory_layers=(0, 1)).options(ModelType.INFINI)["memory_layers"] == (0, 1)
-    model = create_model("infini", SHAPE, **ModelConfig(num_hidden_layers=4).options(ModelType.INFINI))
-    assert list(model.memory_layers) == [SHAPE.num_hidden_layers - 1]
-    assert model.layers[-1].attention.use_key_shift
+def test_places_count_from_the_end_too() -> None:
+    assert list(create_model("infini", SHAPE, memory_layers=(-1, 0)).memory_layers) == [0, 3]
+
+
+def test_the_tuned_recipe_is_the_same_from_python_and_in_an_experiment() -> None:
+    config = ModelConfig(recipe="tuned", num_hidden_layers=4)
+    assert config.options_of("infini")["memory_layers"] == (-1,)
+    assert ModelConfig(recipe="tuned", memory_layers=(0, 1)).options_of("infini")["memory_layers"] == (0, 1)
+    assert ModelConfig().options_of("infini")["memory_layers"] == (0,)
+    for model in (
+        create_model("infini", SHAPE, recipe="tuned"),
+        create_model("infini", SHAPE, **config.options_of("infini")),
+    ):
+        assert list(model.memory_layers) == [SHAPE.num_hidden_layers - 1]
+        assert model.layers[-1].attention.use_key_shift

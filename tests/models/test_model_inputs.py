@@ -9,8 +9,9 @@ import pytest
 import torch
 from model_cases import VOCAB_SIZE, get_model, text_ids
 
-from new_llm.config import MODEL_OPTIONS, ModelType, PythiaConfig
-from new_llm.models import TransformerLM, create_model
+from new_llm.config import PythiaConfig
+from new_llm.models import ModelType, TransformerLM, create_model
+from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, TokenMemoryLayer
 
 CONFIG = PythiaConfig(
@@ -81,7 +82,7 @@ def test_options_out_of_range_are_refused_by_name(model_type: ModelType, option:
 @pytest.mark.parametrize("model_type", ModelType)
 def test_each_model_takes_its_options_and_no_others(model_type: ModelType) -> None:
     taken = {option for option, (model_types, _) in RANGES.items() if model_type in model_types}
-    assert set(MODEL_OPTIONS[model_type]) == taken
+    assert set(MODEL_KINDS[model_type].defaults) == taken
     for option in RANGES.keys() - taken | {"num_memorys"}:
         refuse(
             lambda option=option: create_model(model_type, CONFIG, **{option: 1}),
@@ -166,7 +167,7 @@ def test_heads_that_do_not_divide_the_hidden_size(layer_type: type, heads: int) 
     if layer_type is not InfiniLayer:  # whose memory has one head unless asked
         refuse(lambda: layer_type(32, heads, 48), "heads", str(heads), "32")
     if layer_type is not PythiaLayer:
-        refuse(lambda: layer_type(32, 4, 48, num_memory_heads=heads), "num_memory_heads", str(heads), "32")
+        refuse(lambda: layer_type(32, 4, 48, num_memory_heads=heads), "num_memory_heads", str(heads))
 
 
 def test_an_odd_number_of_rotated_dimensions() -> None:

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from new_llm.config import ModelConfig, PythiaConfig, TrainConfig, UserError
+from new_llm.config import PythiaConfig, TrainConfig, UserError
+from new_llm.experiments.config import ModelConfig
 from new_llm.models import TransformerLM, create_model, export_pythia
 from new_llm.models.hf import NewLLMForCausalLM
 from new_llm.models.quantization import quantize_weights

@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from new_llm.config import ExperimentConfig
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.batches import plan_batches
 from new_llm.data.tokens import TokenSplit
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM, create_model
 from new_llm.training import Trainer, TrainingError
 from new_llm.training.checkpoint import list_checkpoints

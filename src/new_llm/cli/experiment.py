@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from new_llm.cli.arguments import parse_flags
 from new_llm.cli.resumable import read_start, run_training
-from new_llm.config import ExperimentConfig, ModelType
+from new_llm.experiments.config import ExperimentConfig
 
 DESCRIPTION = """Train some models on identical data, measure them, and write a report.
 
@@ -66,7 +66,7 @@ def show(results: dict[str, Any]) -> None:
 def parse_arguments(
     arguments: list[str],
     *,
-    models: tuple[ModelType, ...] | None = None,
+    models: tuple[str, ...] | None = None,
     command: str = "experiment",
     description: str = DESCRIPTION,
 ) -> ExperimentArguments:

@@ -1,9 +1,8 @@
 """`new-llm experiment-selective`: selective output against baselines of equal parameters and of equal compute."""
 
 from new_llm.cli.experiment import ExperimentArguments, parse_arguments, run_parsed
-from new_llm.config import ModelType
 
-BASELINES = (ModelType.PYTHIA, ModelType.DEEP_PYTHIA)
+BASELINES = ("pythia", "deep_pythia")
 DESCRIPTION = """Compare selective output (1 + skip_interval passes through the layers) with its baselines.
 
 `--models baseline selective`: the baseline stands for two models, a Pythia with the same layers (equal parameters, but
@@ -28,10 +27,10 @@ def parse_selective_arguments(arguments: list[str]) -> ExperimentArguments:
     """
     expanded: list[str] = []
     for argument in arguments:
-        expanded += map(str, BASELINES) if argument == "baseline" else [argument]
+        expanded += BASELINES if argument == "baseline" else [argument]
     return parse_arguments(
         expanded,
-        models=(*BASELINES, ModelType.SELECTIVE),
+        models=(*BASELINES, "selective"),
         command="experiment-selective",
         description=DESCRIPTION,
     )

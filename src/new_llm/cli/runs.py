@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from new_llm.cli.arguments import parse_flags
-from new_llm.config.experiment import ExperimentConfig
 
 if TYPE_CHECKING:
     from new_llm.experiments.run_list import ModelStatus, RunStatus
@@ -24,7 +23,7 @@ Examples:
 class RunsArguments:
     """Which runs."""
 
-    runs_dir: Path = ExperimentConfig.runs_dir
+    runs_dir: Path = Path("runs")
     """The folder of runs."""
 
 
@@ -34,7 +33,7 @@ class ShowArguments:
 
     run: Positional[str]
     """The run's folder, or its name in the folder of runs."""
-    runs_dir: Path = ExperimentConfig.runs_dir
+    runs_dir: Path = Path("runs")
     """The folder of runs."""
 
 
@@ -86,6 +85,7 @@ def show_run(parsed: ShowArguments) -> int:
     from rich.table import Table
 
     from new_llm.config.errors import UserError
+    from new_llm.experiments.config import ExperimentConfig
     from new_llm.experiments.record import list_differences
     from new_llm.experiments.run_list import describe_run
 
@@ -133,6 +133,6 @@ def list_files(found: "RunStatus") -> list[str]:
     """Where a reader goes on: the report, the results, the way to resume."""
     lines = [str(path) for name in ("report.html", "results.json") if (path := found.folder / name).exists()]
     if found.status != "complete":
-        place = "" if found.folder.parent == ExperimentConfig.runs_dir else f" --runs-dir {found.folder.parent}"
+        place = "" if found.folder.parent == Path("runs") else f" --runs-dir {found.folder.parent}"
         lines.append(f"go on with: new-llm experiment{place} --name {found.folder.name} --resume")
     return lines

@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     parsed = parse_flags(StudyArguments, arguments, prog="new-llm study", description=DESCRIPTION)
     from new_llm.config import UserError
     from new_llm.config.run_settings import read_settings
-    from new_llm.config.study import StudyConfig
+    from new_llm.experiments.study_config import StudyConfig
 
     study = read_settings(parsed.study, StudyConfig)
     if parsed.jobs < 1:

@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 from new_llm.cli.arguments import parse_flags
 from new_llm.cli.resumable import read_start, run_training
-from new_llm.config.adapter import AdapterTrainingConfig
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
 
 DESCRIPTION = """Train a parallel memory adapter, Base(x) + alpha * Infini(LN x), on long documents read as streams.
 

@@ -4,8 +4,12 @@ A section is a dataclass whose fields carry their range (pydantic) and, where it
 that Python, YAML and the command line accept and refuse the same values.
 """
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
+import textwrap
 from typing import Any, TypeVar, cast, dataclass_transform
 
 import tyro
@@ -40,6 +44,25 @@ def section(kind: type[T]) -> type[T]:
 def short(*flags: str) -> Any:
     """A field's flags beside its long one: `num_samples` is `--data.num-samples` and `--samples`."""
     return tyro.conf.arg(aliases=list(flags))
+
+
+def read_field_docs(kind: type) -> dict[str, str]:
+    """The text below each field of a dataclass and its bases, by the field's name."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if "__annotations__" not in vars(base):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError):  # a class that was made where no file is
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for statement, following in itertools.pairwise(body):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
+    return docs
 
 
 def describe_validation_error(error: ValidationError, where: str) -> UserError:

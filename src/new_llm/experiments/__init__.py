@@ -1,6 +1,19 @@
-"""Experiments: the runner and the run folder."""
+"""Experiments: train models on identical data, measure them, and keep a run folder."""
 
-from new_llm.config import ExperimentConfig, ModelType
-from new_llm.experiments.runner import run_experiment
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ExperimentConfig", "ModelType", "run_experiment"]
+from new_llm.experiments.config import ExperimentConfig, ModelConfig
+from new_llm.models.factory import ModelType
+
+if TYPE_CHECKING:
+    from new_llm.experiments.runner import run_experiment
+
+__all__ = ["ExperimentConfig", "ModelConfig", "ModelType", "run_experiment"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run_experiment":  # lazily: a configuration must not wait for accelerate
+        from new_llm.experiments.runner import run_experiment
+
+        return run_experiment
+    raise AttributeError(f"module 'new_llm.experiments' has no attribute {name!r}")

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from new_llm.config import AdapterTrainingConfig, EvalConfig, UserError
+from new_llm.config import EvalConfig, UserError
 from new_llm.config.measurement import TextConfig
 from new_llm.data.evaluation_text import read_evaluation_text
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
 from new_llm.evaluation.scoring import Autocast
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.adapter_documents import select_documents
 from new_llm.models import TransformerLM
 

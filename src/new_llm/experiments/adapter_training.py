@@ -18,13 +18,15 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from new_llm.config import AdapterTrainingConfig, ExperimentConfig, ModelConfig, UserError
+from new_llm.config import PythiaConfig, UserError
 from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.hub import hub_answers
 from new_llm.data.planted_facts import SamplePlanter
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.adapter_documents import choose_long_documents
 from new_llm.experiments.adapter_measure import measure_adapter, read_wikitext
+from new_llm.experiments.config import ExperimentConfig, ModelConfig
 from new_llm.experiments.measure import measure_validation_loss
 from new_llm.experiments.record import (
     DATA_FILE,
@@ -285,10 +287,11 @@ def run_training(
 ) -> TrainingResult:
     """Train by the experiments' own loop: streams of whole documents, memory carried between samples."""
     # All samples of the chosen documents; num_samples bounded what was read.
-    shape = ModelConfig(max_position_embeddings=max(ModelConfig.max_position_embeddings, config.segment_length))
+    longest = max(PythiaConfig.max_position_embeddings, config.segment_length)
     experiment = ExperimentConfig(
+        models=("pythia_segments",),
         seed=config.seed,
-        model=shape,
+        model=ModelConfig(max_position_embeddings=longest),
         data=dataclasses.replace(config.data, num_samples=None),
         train=config.train,
         eval=config.eval,

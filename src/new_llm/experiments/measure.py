@@ -4,9 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from new_llm.config import ExperimentConfig
 from new_llm.data.dataset import PreparedData
 from new_llm.evaluation import Subject, evaluate_sliding_window, evaluate_streaming
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM
 from new_llm.processes import ALONE, Processes
 

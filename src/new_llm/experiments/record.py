@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from new_llm import __version__
-from new_llm.config import ExperimentConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.atomic import write_text_atomically
 from new_llm.config.bounded_files import read_json_file
 from new_llm.config.run_settings import RunSettings, Settings, read_settings
+from new_llm.experiments.config import ExperimentConfig
 
 CONFIG_FILE = ExperimentConfig.file_name
 ENVIRONMENT_FILE = "environment.json"

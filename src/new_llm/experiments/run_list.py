@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from new_llm.config import ExperimentConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.measurement import EVALUATIONS_FOLDER
 from new_llm.data.hub import describe_failure
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from new_llm.config import ExperimentConfig, ModelType, UserError
+from new_llm.config import UserError
 from new_llm.config.atomic import write_text_atomically
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.evaluation import find_measures, measure, unigram_perplexity
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.measure import make_subject, measure_validation_loss
 from new_llm.experiments.record import (
     DATA_FILE,
@@ -48,7 +49,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def run_experiment(
-    model_types: Sequence[ModelType | str] | None = None,
+    model_types: Sequence[str] | None = None,
     exp_config: ExperimentConfig | None = None,
     *,
     resume: bool = False,
@@ -75,7 +76,7 @@ def run_experiment(
     """
     config = exp_config or ExperimentConfig()
     if model_types is not None:
-        config = dataclasses.replace(config, models=tuple(ModelType(kind) for kind in model_types))
+        config = dataclasses.replace(config, models=tuple(str(kind) for kind in model_types))
     processes = start_processes()
     with processes.guard(), compute_deterministically(config.train.deterministic):
         console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
@@ -101,6 +102,7 @@ def check_models(config: ExperimentConfig) -> None:
     Raises:
         UserError: names the model and what does not fit.
     """
+    config.model.check_taken(config.models)
     for kind in config.models:
         try:
             with torch.device("meta"):  # nothing is allocated or drawn
@@ -109,10 +111,10 @@ def check_models(config: ExperimentConfig) -> None:
             raise UserError(f"model: {kind} can't be built: {error}") from None
 
 
-def build_model(config: ExperimentConfig, kind: ModelType, vocab_size: int) -> TransformerLM:
+def build_model(config: ExperimentConfig, kind: str, vocab_size: int) -> TransformerLM:
     """One of an experiment's models, with fresh weights from torch's global generator."""
-    options = config.model.options(kind)
-    return create_model(kind, config.model.shape(vocab_size), segment_length=config.segment_length, **options)
+    options = config.model.options_of(kind)
+    return create_model(kind, config.model.shape(vocab_size), segment_length=config.context_tokens(kind), **options)
 
 
 def prepare_shared_data(config: ExperimentConfig, processes: Processes) -> PreparedData:
@@ -196,12 +198,12 @@ class _Experiment:
             "models": [],
         }
 
-    def create(self, kind: ModelType) -> TransformerLM:
+    def create(self, kind: str) -> TransformerLM:
         """A model with fresh weights: those it shares with the other models are the same."""
         seed_generators(self.config.seed)
         return build_model(self.config, kind, self.data.vocab_size)
 
-    def run_model(self, kind: ModelType) -> dict[str, Any]:
+    def run_model(self, kind: str) -> dict[str, Any]:
         """Train and measure one model, or read its result where a resumed run has it."""
         folder = self.folder / kind
         done = self.processes.run_on_main(lambda: self._read_result(folder))
@@ -243,7 +245,7 @@ class _Experiment:
         return done
 
     @torch.no_grad()
-    def _load_best(self, kind: ModelType, folder: Path) -> TransformerLM:
+    def _load_best(self, kind: str, folder: Path) -> TransformerLM:
         """The best weights, which the main process reads for all."""
         with self.processes.agree():
             model = TransformerLM.load(folder) if self.processes.is_main else self.create(kind)
@@ -253,12 +255,14 @@ class _Experiment:
         return model.to(self.device).eval()
 
     def _write_result(
-        self, kind: ModelType, folder: Path, model: TransformerLM, training: TrainingResult, measured: dict[str, Any]
+        self, kind: str, folder: Path, model: TransformerLM, training: TrainingResult, measured: dict[str, Any]
     ) -> dict[str, Any]:
         """The model's result, which says that it is done; its checkpoint is needed no more."""
         lines = read_metrics(folder)
         result = {
             "model_type": str(kind),
+            "options": self.config.model.options_of(kind),
+            "context_tokens": self.config.context_tokens(kind),
             "num_parameters": model.num_parameters(),
             "memory_info": model.memory_info(),
             "training": {

@@ -14,7 +14,6 @@ from new_llm.config.atomic import write_text_atomically
 from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.recall import RecallConfig
-from new_llm.config.study import StudyConfig
 from new_llm.evaluation.long_documents import Baseline
 from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
 from new_llm.experiments.evaluation_text import load_evaluation_text
@@ -25,6 +24,7 @@ from new_llm.experiments.memory_measurements import (
 )
 from new_llm.experiments.record import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import run_experiment
+from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.study_jobs import run_in_processes
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.experiments.subject import Subject, load_subject

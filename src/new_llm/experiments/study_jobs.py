@@ -16,7 +16,7 @@ from typing import Protocol
 from rich.console import Console
 
 from new_llm.config import UserError
-from new_llm.config.study import StudyConfig
+from new_llm.experiments.study_config import StudyConfig
 from new_llm.training import TrainingInterrupted
 
 LOGS_FOLDER = "logs"

@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from new_llm.config.study import StudyConfig
 from new_llm.evaluation.bootstrap import find_t_interval
+from new_llm.experiments.study_config import StudyConfig
 
 Run = Mapping[str, Any]
 

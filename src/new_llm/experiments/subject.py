@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from new_llm.config import ExperimentConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.measurement import SubjectConfig
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.scoring import LanguageModel
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import CONFIG_FILE, ENVIRONMENT_FILE, read_json, read_run_config
 from new_llm.experiments.run_folder import find_model_folder, load_run_model
 from new_llm.models import TransformerLM

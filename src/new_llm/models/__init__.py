@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from new_llm.models.factory import create_model
+from new_llm.models.factory import ModelType, create_model
 from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.state import MemoryState, merge_memory_states
 from new_llm.models.stream import MemoryStream
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MemoryState",
     "MemoryStream",
+    "ModelType",
     "SelectiveOutputLM",
     "TransformerLM",
     "create_model",

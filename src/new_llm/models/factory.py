@@ -1,52 +1,175 @@
-"""`create_model`: a model of the family by its name."""
+"""`create_model`: a model of the family by its name; what each name stands for, and which options it takes."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
 
-from new_llm.config import MODEL_OPTIONS, MemoryConfig, ModelConfig, ModelType, PythiaConfig, SelectiveConfig
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, PythiaLayer, TokenMemoryLayer
-from new_llm.models.selective import SelectiveOutputLM
+from pydantic import Field
+
+from new_llm.config import PythiaConfig, UserError
+from new_llm.config.sections import section, short
+from new_llm.config.user_code import load_by_name
+from new_llm.models.layers import LAYER_KINDS, Layer, MemoryLayer, PythiaLayer
+from new_llm.models.layers.base import NoOptions, build_layer
+from new_llm.models.recipes import RECIPES
+from new_llm.models.selective import DepthOptions, SelectiveOptions, SelectiveOutputLM
 from new_llm.models.transformer import TransformerLM
 
 
-def build_pythia_layer(config: PythiaConfig) -> PythiaLayer:
-    """One softmax layer of the configured shape."""
-    return PythiaLayer(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.intermediate_size,
-        rotary_pct=config.rotary_pct,
-        rotary_emb_base=config.rotary_emb_base,
-        layer_norm_eps=config.layer_norm_eps,
-    )
+@section
+class PlacementOptions:
+    """Where the layers of a kind stand among Pythia layers."""
+
+    memory_layers: Annotated[tuple[int, ...], Field(min_length=1), short("--memory-layers")] = (0,)
+    """Which layers are of this kind, counted from 0, or from −1 at the end; all others are Pythia layers."""
 
 
-def _build_memory_layer(kind: Callable[..., Layer]) -> Callable[..., Layer]:
-    def build(config: PythiaConfig, **options: Any) -> Layer:
-        return kind(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            layer_norm_eps=config.layer_norm_eps,
-            **options,
+@dataclass(frozen=True)
+class Built:
+    """The layers of a model, and its options beside its shape."""
+
+    layers: list[Layer]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What a model type stands for.
+
+    Attributes:
+        options: the dataclasses of what it takes.
+        build: makes its layers from the shape and all options.
+        reads_segments: whether an experiment cuts its samples into segments; else it reads each as a whole.
+    """
+
+    options: tuple[type, ...]
+    build: Callable[[PythiaConfig, dict[str, Any]], Built]
+    reads_segments: bool = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What its options are where none is given."""
+        return {key: value for kind in self.options for key, value in dataclasses.asdict(kind()).items()}
+
+
+def _build_pythia(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+    return Built([build_layer(PythiaLayer, shape) for _ in range(shape.num_hidden_layers)])
+
+
+def _build_selective(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+    return Built(_build_pythia(shape, {}).layers, options)
+
+
+def _build_deep(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+    num_layers = shape.num_hidden_layers * (1 + options["skip_interval"])
+    return _build_pythia(dataclasses.replace(shape, num_hidden_layers=num_layers), {})
+
+
+def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
+    """The model of Pythia layers of which some, or one more before the head, are of a kind."""
+
+    def build_among(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+        places = find_places(options.pop("memory_layers"), shape.num_hidden_layers)
+        return Built(
+            [
+                build_layer(layer_type, shape, **options) if index in places else build_layer(PythiaLayer, shape)
+                for index in range(shape.num_hidden_layers)
+            ]
         )
 
-    return build
+    def build_before_head(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+        return Built([*_build_pythia(shape, {}).layers, build_layer(layer_type, shape, **options)])
+
+    reads_segments = issubclass(layer_type, MemoryLayer)
+    if layer_type.follows_final_norm:
+        return ModelKind((layer_type.options_type,), build_before_head, reads_segments)
+    return ModelKind((PlacementOptions, layer_type.options_type), build_among, reads_segments)
 
 
-MEMORY_LAYERS: dict[ModelType, Callable[..., Layer]] = {
-    ModelType.INFINI: _build_memory_layer(InfiniLayer),
-    ModelType.MULTI_MEMORY: _build_memory_layer(MultiMemoryLayer),
-    ModelType.HIERARCHICAL: _build_memory_layer(HierarchicalLayer),
+def find_places(given: tuple[int, ...], num_layers: int) -> set[int]:
+    """The layers that `memory_layers` names, counted from 0.
+
+    Raises:
+        UserError: the model has no such layer, or one is named twice.
+    """
+    if any(not -num_layers <= index < num_layers for index in given):
+        raise UserError(f"memory_layers: {list(given)}: the layers are 0 to {num_layers - 1}")
+    places = {index % num_layers for index in given}
+    if len(places) < len(given):
+        raise UserError(f"memory_layers: {list(given)} names a layer twice")
+    return places
+
+
+MODEL_KINDS: dict[str, ModelKind] = {
+    "pythia": ModelKind((NoOptions,), _build_pythia),
+    "pythia_segments": ModelKind((NoOptions,), _build_pythia, reads_segments=True),
+    **{
+        name: _describe_layer_model(layer_type)
+        for name, layer_type in LAYER_KINDS.items()
+        if layer_type.is_model_type and layer_type is not PythiaLayer
+    },
+    "selective": ModelKind((SelectiveOptions,), _build_selective),
+    "deep_pythia": ModelKind((DepthOptions,), _build_deep),
 }
-"""The memory layer of each model that has one."""
+"""The model types by name. A layer of a user's own module is one too: `my_module:MyLayer`."""
+
+ModelType = StrEnum("ModelType", {name.upper(): name for name in MODEL_KINDS})
+"""The built-in model types, for completion in an editor: `ModelType.INFINI` is "infini"."""
+
+
+def find_model_kind(model_type: str) -> ModelKind:
+    """What a model type stands for; that of a user's own layer, `my_module:MyLayer`, is imported.
+
+    Raises:
+        ValueError: it is unknown: names those that are known.
+    """
+    name = str(model_type)
+    if ":" in name:
+        layer_type = load_by_name(name, "a layer")
+        if not isinstance(layer_type, type) or not issubclass(layer_type, Layer) or "kind" not in vars(layer_type):
+            raise UserError(f"{name}: is not a layer class decorated with register_layer")
+        return _describe_layer_model(layer_type)
+    if name in LAYER_KINDS and name not in MODEL_KINDS and LAYER_KINDS[name].is_model_type:
+        return _describe_layer_model(LAYER_KINDS[name])  # registered by the program that calls
+    if name not in MODEL_KINDS:
+        allowed = ", ".join(MODEL_KINDS)
+        raise UserError(f"model_type: {name!r} is unknown; allowed are {allowed}, or my_module:MyLayer")
+    return MODEL_KINDS[name]
+
+
+def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | None = None) -> dict[str, Any]:
+    """All options of a model type: those that are given, then the recipe's, then the defaults.
+
+    Raises:
+        ValueError: an unknown model type or recipe, an option that the type does not take, or a value out of range.
+    """
+    kind = find_model_kind(model_type)
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"recipe: {recipe!r} is unknown; allowed are {', '.join(RECIPES)}")
+    allowed = kind.defaults
+    if unknown := sorted(set(options) - set(allowed)):
+        names = ", ".join((*allowed, "segment_length"))
+        raise UserError(f"{model_type} takes no option {', '.join(unknown)}; allowed are {names}")
+    values = {**(RECIPES[recipe].get(str(model_type), {}) if recipe else {}), **options}
+    resolved: dict[str, Any] = {}
+    for part in kind.options:
+        names = {field.name for field in dataclasses.fields(part)}
+        try:
+            checked = part(**{name: value for name, value in values.items() if name in names})
+        except UserError as error:
+            raise UserError(str(error).replace(part.__name__, str(model_type), 1)) from None
+        resolved |= dataclasses.asdict(checked)
+    return resolved
 
 
 def create_model(
-    model_type: str | ModelType,
+    model_type: str,
     config: PythiaConfig | None = None,
     *,
+    size: str | None = None,
+    recipe: str | None = None,
     segment_length: int | None = None,
     **options: Any,
 ) -> TransformerLM:
@@ -54,53 +177,35 @@ def create_model(
 
     Args:
         model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
-            selective, a Pythia with extra passes; or deep_pythia, a Pythia with as many layers as such a selective
-            model runs.
-        config: the shape; None: pythia-70m's.
+            selective, a Pythia with extra passes; deep_pythia, a Pythia with as many layers as such a selective model
+            runs; or a layer of your own module, `my_module:MyLayer`.
+        config: the shape; None: that of `size`.
+        size: a shape by its name, 14m to 410m; None: 70m.
+        recipe: options that a study found, by name; see `recipes`. None: the defaults.
         segment_length: tokens in a segment; None: max_position_embeddings.
-        options: options of the model type; see `MODEL_OPTIONS`, `MemoryConfig` and `SelectiveConfig`.
+        options: fields of the model type's option dataclasses; see `resolve_options`.
 
     Raises:
-        ValueError: an unknown model type or option, or a value out of range: names what is allowed.
+        ValueError: an unknown model type, recipe or option, or a value out of range: names what is allowed.
     """
-    try:
-        kind = ModelType(model_type)
-    except ValueError:
-        raise ValueError(f"model_type: {str(model_type)!r} is unknown; allowed are {', '.join(ModelType)}") from None
-    allowed = MODEL_OPTIONS[kind]
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
-        raise ValueError(
-            f"{kind} takes no option {', '.join(unknown)}; allowed are {', '.join((*allowed, 'segment_length'))}"
-        )
-    config = config or PythiaConfig()
-    ModelConfig(num_hidden_layers=config.num_hidden_layers, **options)  # refuses values out of range by name
-    length = config.max_position_embeddings if segment_length is None else segment_length
-    if not isinstance(length, int) or not 1 <= length <= config.max_position_embeddings:
-        raise ValueError(
+    resolved = resolve_options(model_type, options, recipe)
+    if config is not None and size is not None:
+        raise UserError(f"size: {size} beside a config: give one of them")
+    shape = config or PythiaConfig.of_size(size or "70m")
+    length = shape.max_position_embeddings if segment_length is None else segment_length
+    if not isinstance(length, int) or not 1 <= length <= shape.max_position_embeddings:
+        raise UserError(
             f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
-            f"({config.max_position_embeddings})"
+            f"({shape.max_position_embeddings})"
         )
-    num_layers = config.num_hidden_layers
-    model_kind: Callable[..., TransformerLM] = TransformerLM
-    if kind == ModelType.SELECTIVE:
-        model_kind, options = functools.partial(SelectiveOutputLM, **options), {}
-    elif kind == ModelType.DEEP_PYTHIA:
-        num_layers, options = num_layers * (1 + options.get("skip_interval", SelectiveConfig.skip_interval)), {}
-    before_head: list[Layer] = []
-    if kind == ModelType.TOKEN_MEMORY:
-        before_head, options = [TokenMemoryLayer(config.hidden_size, **options)], {}
-    places = options.pop("memory_layers", MemoryConfig.memory_layers) if "memory_layers" in allowed else ()
-    build_memory_layer = MEMORY_LAYERS.get(kind, build_pythia_layer)
-    layers = [
-        build_memory_layer(config, **options) if index in places else build_pythia_layer(config)
-        for index in range(num_layers)
-    ]
-    return model_kind(
-        [*layers, *before_head],
-        vocab_size=config.vocab_size,
+    built = find_model_kind(model_type).build(shape, resolved)
+    model_class: Callable[..., TransformerLM] = SelectiveOutputLM if built.options else TransformerLM
+    return model_class(
+        built.layers,
+        vocab_size=shape.vocab_size,
         segment_length=length,
-        layer_norm_eps=config.layer_norm_eps,
-        initializer_range=config.initializer_range,
-        tie_word_embeddings=config.tie_word_embeddings,
+        layer_norm_eps=shape.layer_norm_eps,
+        initializer_range=shape.initializer_range,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        **built.options,
     )

@@ -3,15 +3,34 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig, SelectiveConfig
+from new_llm.config import PythiaConfig
+from new_llm.config.sections import section, short
 from new_llm.models.held_memory import LayerMemories
 from new_llm.models.layers import Layer, Segments
 from new_llm.models.loss import LossStatistics
 from new_llm.models.transformer import TransformerLM
+
+
+@section
+class DepthOptions:
+    """How many times as many layers run."""
+
+    skip_interval: Annotated[int, Field(ge=0), short("--skip-interval")] = 1
+    """Extra passes of selective models; deep_pythia has as many layers as such a model runs."""
+
+
+@section
+class SelectiveOptions(DepthOptions):
+    """The options of selective output: extra passes over the hidden states before a token."""
+
+    earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """γ: a pass weighs γ times the next one in the training loss; 0: the last pass alone, 1: all the same."""
 
 
 class SelectiveOutputLM(TransformerLM):
@@ -41,13 +60,13 @@ class SelectiveOutputLM(TransformerLM):
         vocab_size: int = PythiaConfig.vocab_size,
         segment_length: int = PythiaConfig.max_position_embeddings,
         *,
-        skip_interval: int = SelectiveConfig.skip_interval,
-        earlier_pass_weight: float = SelectiveConfig.earlier_pass_weight,
+        skip_interval: int = SelectiveOptions.skip_interval,
+        earlier_pass_weight: float = SelectiveOptions.earlier_pass_weight,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         initializer_range: float = PythiaConfig.initializer_range,
         tie_word_embeddings: bool = PythiaConfig.tie_word_embeddings,
     ) -> None:
-        SelectiveConfig(skip_interval=skip_interval, earlier_pass_weight=earlier_pass_weight)
+        SelectiveOptions(skip_interval=skip_interval, earlier_pass_weight=earlier_pass_weight)
         super().__init__(
             layers,
             vocab_size,

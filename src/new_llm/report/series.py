@@ -7,13 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from new_llm.config import ExperimentConfig, ModelType
-from new_llm.config.model import MODEL_OPTIONS, TOKEN_MEMORY_HEADS, MemoryConfig, SelectiveConfig
+from new_llm.config.model import SIZES, PythiaConfig
+from new_llm.experiments.config import ExperimentConfig, list_option_fields
 from new_llm.report.results import compute_mean, get_entries, get_finite, get_value
 from new_llm.report.runs import Run
 
-ANYTIME = {"name", "models", "seed", "device", "runs_dir", "out", "data.cache_dir"}  # what makes no other model
-OPTIONS = {field.name for kind in (MemoryConfig, SelectiveConfig) for field in dataclasses.fields(kind)}
+ANYTIME = {
+    "model.recipe",
+    "name",
+    "models",
+    "seed",
+    "device",
+    "runs_dir",
+    "out",
+    "data.cache_dir",
+}  # what makes no other model
+OPTIONS = {f"model.{name}" for name in list_option_fields()}
 MAX_LINES = 2000  # log lines that are read of one training, evenly; more are no finer on a screen
 MAX_NAMED = 2  # settings that a name holds; more are in the table of differences
 
@@ -86,7 +95,7 @@ def group_series(runs: Sequence[Run]) -> list[Series]:
 
 
 def describe_settings(results: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The settings that make this model, by their dotted names; those that its type does not take are left out.
+    """The settings that make this model, by their dotted names, and the options that its type takes.
 
     What an older configuration lacks has its default.
     """
@@ -95,17 +104,12 @@ def describe_settings(results: dict[str, Any], model_type: str) -> dict[str, Any
         return {}
     settings = flatten_settings(config)
     if results.get("kind") is None:
-        settings = {key: value for key, value in DEFAULTS.items() if key not in settings} | settings
-    taken = MODEL_OPTIONS[ModelType(model_type)] if model_type in set(ModelType) else tuple(OPTIONS)
-    kept = {
-        key: value
-        for key, value in settings.items()
-        if key not in ANYTIME and not (key.startswith("model.") and key[6:] in OPTIONS and key[6:] not in taken)
-    }
-    if "num_memory_heads" in taken and kept.get("model.num_memory_heads") is None:
-        heads = {str(ModelType.INFINI): 1, str(ModelType.TOKEN_MEMORY): TOKEN_MEMORY_HEADS}
-        kept["model.num_memory_heads"] = heads.get(model_type, kept.get("model.num_attention_heads"))
-    return kept
+        size = SIZES.get(str(settings.pop("model.size", None)), {})
+        settings = DEFAULTS | {f"model.{name}": value for name, value in size.items()} | settings
+    kept = {key: value for key, value in settings.items() if key not in ANYTIME | OPTIONS}
+    entries = [entry for entry in get_entries(results, "models") if entry.get("model_type") == model_type]
+    options = entries[0].get("options") if entries else None
+    return kept | {f"model.{name}": value for name, value in (options or {}).items()}
 
 
 def flatten_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -119,7 +123,9 @@ def flatten_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]
     return flat
 
 
-DEFAULTS = flatten_settings(json.loads(json.dumps(ExperimentConfig().to_dict())))
+DEFAULTS = flatten_settings(
+    json.loads(json.dumps(ExperimentConfig().to_dict())) | {"model": dataclasses.asdict(PythiaConfig())}
+)
 
 
 def name_groups(groups: Sequence[tuple[str, dict[str, Any], list[Member]]]) -> list[str]:

@@ -30,11 +30,12 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from new_llm import __version__
-from new_llm.config import AdapterLayerConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.adapter import check_adapter_suffix
 from new_llm.config.atomic import write_atomically
 from new_llm.config.bounded_files import check_regular_file
 from new_llm.config.sections import describe_validation_error, section
+from new_llm.models.layers.parallel_infini import ParallelInfiniOptions
 from new_llm.models.memory_file import hash_content
 from new_llm.models.memory_record import Size, shorten
 from new_llm.models.safetensors_header import read_header
@@ -60,7 +61,7 @@ class AdapterRecord:
     """Whether the file holds the base's weights too."""
     segment_length: Size
     """Tokens in a segment of the model that was saved."""
-    layers: Annotated[dict[Annotated[int, Field(ge=0)], AdapterLayerConfig], Field(min_length=1)]
+    layers: Annotated[dict[Annotated[int, Field(ge=0)], ParallelInfiniOptions], Field(min_length=1)]
     """The settings of each layer's memory, by the layer's index."""
     program_version: ShortText = __version__
     """The program that wrote the file."""

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from new_llm.config import AdapterConfig, AdapterLayerConfig, PythiaConfig, UserError
+from new_llm.config import PythiaConfig, UserError
 from new_llm.models.hf.replacement import split_heads_anew
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import Layer, ParallelInfiniLayer, PythiaLayer
+from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniOptions
 from new_llm.models.transformer import TransformerLM
 
-LAYER_OPTIONS = tuple(AdapterLayerConfig.__dataclass_fields__)
+LAYER_OPTIONS = tuple(ParallelInfiniOptions.__dataclass_fields__)
 BASE = ".base_layer."
 """What stands in the name of a base layer's weight, where the base has a dot."""
 
@@ -119,6 +120,6 @@ def replace_layers(model: TransformerLM, layers: dict[int, ParallelInfiniLayer])
     model.reset_memory()
 
 
-def describe_settings(layer: ParallelInfiniLayer) -> AdapterLayerConfig:
+def describe_settings(layer: ParallelInfiniLayer) -> ParallelInfiniOptions:
     """The settings of a layer's memory."""
-    return AdapterLayerConfig(**{name: layer.settings[name] for name in LAYER_OPTIONS})
+    return ParallelInfiniOptions(**{name: layer.settings[name] for name in LAYER_OPTIONS})

@@ -11,7 +11,6 @@ from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.models.factory import build_pythia_layer
 from new_llm.models.hf.checkpoint import CONFIG_FILE, find_checkpoint, read_config, read_weights
 from new_llm.models.hf.folder import (
     find_token_ids,
@@ -23,6 +22,7 @@ from new_llm.models.hf.folder import (
 from new_llm.models.hf.gpt_neox import HEAD, export_names, import_names, parse_config, write_config
 from new_llm.models.hf.replacement import LayerChoice, swap_layers
 from new_llm.models.layers import Layer, PythiaLayer
+from new_llm.models.layers.base import build_layer
 from new_llm.models.memory_record import shorten
 from new_llm.models.tensor_files import check_finite
 from new_llm.models.transformer import TransformerLM
@@ -71,7 +71,7 @@ def load_pythia(
         )
     with torch.device("meta"):  # nothing is drawn that the checkpoint replaces
         try:
-            layers: list[Layer] = [build_pythia_layer(config) for _ in range(config.num_hidden_layers)]
+            layers: list[Layer] = [build_layer(PythiaLayer, config) for _ in range(config.num_hidden_layers)]
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an odd number of rotated dimensions
             raise UserError(shorten(f"{folder / CONFIG_FILE}: {error}")) from None
         model = TransformerLM(layers, config.vocab_size, length, layer_norm_eps=config.layer_norm_eps)

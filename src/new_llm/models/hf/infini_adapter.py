@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from new_llm.config import AdapterConfig, UserError
+from new_llm.config import UserError
 from new_llm.models.hf.adapter_file import AdapterFile, AdapterRecord, read_adapter_file, write_adapter_file
 from new_llm.models.hf.adapter_layers import (
     BASE,
@@ -23,6 +23,7 @@ from new_llm.models.hf.adapter_layers import (
     split_weights,
 )
 from new_llm.models.hf.convert import load_pythia
+from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.models.memory_file import fingerprint_tensors
 from new_llm.models.memory_record import shorten
 from new_llm.models.model_file import STRUCTURE_FILE

@@ -6,12 +6,13 @@ Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import MemoryConfig
+from new_llm.config.sections import section
 from new_llm.models.layers.base import Segments, Step, check_divides
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
@@ -27,6 +28,30 @@ from new_llm.models.state import MemoryState, clear_rows, find_written_memory
 
 CHUNK_LENGTH = 1024
 """Tokens up to which local attention is one masked product; beyond, it runs in chunks of this length."""
+
+
+@section
+class MemoryOptions:
+    """The options that layers with compressive memory share."""
+
+    use_delta_rule: bool = True
+    """Write only what the memory does not hold yet (v − r) instead of v."""
+    use_key_shift: bool = False
+    """File each value under the key of the token before it, so that a query finds what followed its like."""
+    normalize_keys: bool = False
+    """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that every token weighs alike."""
+    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
+    """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
+    gate_init: float = 0.0
+    """Initial β; the gate towards memory is sigmoid(β) for each head."""
+    query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
+    """W_q and W_k of memory layers begin this many times as large as other weights."""
+    query_key_init_bias: float = 0.0
+    """Initial bias of q and k; below 0 few features of a token are large, and different tokens overlap less."""
+    match_query_key_init: bool = False
+    """W_k begins equal to W_q, so that similar tokens find one another from the start."""
+    memory_epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    """ε: the smallest divisor of a read."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +83,9 @@ class CompressiveAttention(MemoryAttention):
     Args:
         hidden_size: D.
         num_memory_heads: H, which divides D.
+        options: how the memory is written, and what it begins with.
         num_memories: N.
         segments_per_memory: segments written into one memory before the next.
-        use_delta_rule: write v − r in place of v.
-        use_key_shift: file each value under the key of the token before it in the segment.
-        normalize_keys: divide each key's features by their sum (arXiv:2102.11174, section 4.2).
-        gate_init: the initial β.
-        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
-        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
-        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
-        epsilon: ε, the least divisor of a read.
         decay: w of each head, H numbers; None: 1.
     """
 
@@ -75,42 +93,28 @@ class CompressiveAttention(MemoryAttention):
         self,
         hidden_size: int,
         num_memory_heads: int,
+        options: MemoryOptions,
         *,
         num_memories: int,
         segments_per_memory: int,
-        use_delta_rule: bool,
-        gate_init: float,
-        epsilon: float,
-        use_key_shift: bool = MemoryConfig.use_key_shift,
-        normalize_keys: bool = MemoryConfig.normalize_keys,
-        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
-        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
-        match_query_key_init: bool = MemoryConfig.match_query_key_init,
         decay: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.head_size = self.value_size = check_divides("num_memory_heads", num_memory_heads, hidden_size)
-        for name, value in (("num_memories", num_memories), ("segments_per_memory", segments_per_memory)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not positive")
-        if not query_key_init_scale > 0:
-            raise ValueError(f"query_key_init_scale: {query_key_init_scale} is not positive")
-        if not epsilon > 0:
-            raise ValueError(f"memory_epsilon: {epsilon} is not positive")
         self.num_memory_heads = num_memory_heads
         self.num_memories = num_memories
         self.segments_per_memory = segments_per_memory
-        self.use_delta_rule = use_delta_rule
-        self.use_key_shift = use_key_shift
-        self.normalize_keys = normalize_keys
-        self.query_key_init_scale = query_key_init_scale
-        self.query_key_init_bias = query_key_init_bias
-        self.match_query_key_init = match_query_key_init
-        self.epsilon = epsilon
+        self.use_delta_rule = options.use_delta_rule
+        self.use_key_shift = options.use_key_shift
+        self.normalize_keys = options.normalize_keys
+        self.query_key_init_scale = options.query_key_init_scale
+        self.query_key_init_bias = options.query_key_init_bias
+        self.match_query_key_init = options.match_query_key_init
+        self.epsilon = options.memory_epsilon
         self.decay = None if decay is None else tuple(decay)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
+        self.gate = nn.Parameter(torch.full((num_memory_heads,), options.gate_init))
 
     # What a kind of layer defines
 

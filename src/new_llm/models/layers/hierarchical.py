@@ -1,13 +1,13 @@
 """The hierarchical layer: fine memories, their sum as a coarse one, and a learned gate from coarse to fine."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.models.layers.base import register_layer
-from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer
+from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer, MultiMemoryOptions
 from new_llm.models.ops import ScannedReads, read_memories
 from new_llm.models.state import MemoryState
 
@@ -34,8 +34,8 @@ class HierarchicalAttention(MultiMemoryAttention):
 
     reads_sum: ClassVar[bool] = True
 
-    def __init__(self, hidden_size: int, num_memory_heads: int, **options: Any) -> None:
-        super().__init__(hidden_size, num_memory_heads, **options)
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: MultiMemoryOptions) -> None:
+        super().__init__(hidden_size, num_memory_heads, options)
         self.expansion_gate = ExpansionGate(hidden_size)
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
@@ -60,7 +60,7 @@ class HierarchicalAttention(MultiMemoryAttention):
         return p * reads.reads + (1 - p) * coarse
 
 
-@register_layer
+@register_layer("hierarchical", options=MultiMemoryOptions)
 class HierarchicalLayer(MultiMemoryLayer):
     """Multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion gate.
 
@@ -68,6 +68,5 @@ class HierarchicalLayer(MultiMemoryLayer):
     `MultiMemoryLayer`'s.
     """
 
-    kind: ClassVar[str] = "hierarchical"
     key_prefix: ClassVar[str] = "fine_"
     attention_type: ClassVar[type[MultiMemoryAttention]] = HierarchicalAttention

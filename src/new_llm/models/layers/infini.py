@@ -1,56 +1,53 @@
 """The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head."""
 
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import MemoryConfig, PythiaConfig
+from new_llm.config import PythiaConfig
+from new_llm.config.sections import section, short
 from new_llm.models.layers.base import check_divides, register_layer
-from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.compressive import CompressiveAttention, MemoryOptions
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
 
 
+@section
+class InfiniOptions(MemoryOptions):
+    """The options of an Infini layer."""
+
+    num_memory_heads: Annotated[int, Field(gt=0)] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Memory heads H, which divide the hidden size; one is as wide as the model."""
+    num_memory_banks: Annotated[int, Field(gt=0), short("--num-memory-banks")] = 1
+    """Banks of the memory, written in turn."""
+    segments_per_bank: Annotated[int, Field(gt=0), short("--segments-per-bank")] = 4
+    """Segments written into one bank before the next."""
+    use_alibi: Annotated[bool, short("--alibi")] = False
+    """Decay the memory at every segment's write by exp(−slope · alibi_scale)."""
+    alibi_scale: Annotated[float, Field(ge=0), short("--alibi-scale")] = 1.0
+    """Scale of the decay."""
+
+
 class InfiniAttention(CompressiveAttention):
     """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); one bank has no weights."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_memory_heads: int | None,
-        *,
-        num_memory_banks: int,
-        segments_per_bank: int,
-        use_delta_rule: bool,
-        use_alibi: bool,
-        alibi_scale: float,
-        gate_init: float,
-        epsilon: float,
-        **options: Any,
-    ) -> None:
-        if alibi_scale < 0:
-            raise ValueError(f"alibi_scale: {alibi_scale} is negative")
-        num_memory_heads = 1 if num_memory_heads is None else num_memory_heads
-        check_divides("num_memory_heads", num_memory_heads, hidden_size)
-        slopes = compute_alibi_slopes(num_memory_heads)
-        decay = [math.exp(-slope * alibi_scale) for slope in slopes] if use_alibi else None
+    def __init__(self, hidden_size: int, options: InfiniOptions) -> None:
+        heads, banks = options.num_memory_heads, options.num_memory_banks
+        check_divides("num_memory_heads", heads, hidden_size)
+        decay = [math.exp(-slope * options.alibi_scale) for slope in compute_alibi_slopes(heads)]
         super().__init__(
             hidden_size,
-            num_memory_heads,
-            num_memories=num_memory_banks,
-            segments_per_memory=segments_per_bank,
-            use_delta_rule=use_delta_rule,
-            gate_init=gate_init,
-            epsilon=epsilon,
-            decay=decay,
-            **options,
+            heads,
+            options,
+            num_memories=banks,
+            segments_per_memory=options.segments_per_bank,
+            decay=decay if options.use_alibi else None,
         )
-        self.bank_weights = None
-        if num_memory_banks > 1:
-            self.bank_weights = nn.Parameter(torch.zeros(num_memory_heads, num_memory_banks))
+        self.bank_weights = nn.Parameter(torch.zeros(heads, banks)) if banks > 1 else None
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """β and the bank weights."""
@@ -68,7 +65,7 @@ class InfiniAttention(CompressiveAttention):
         return None if self.bank_weights is None else self.bank_weights.to(products.dtype).softmax(-1).unsqueeze(1)
 
 
-@register_layer
+@register_layer("infini", options=InfiniOptions)
 class InfiniLayer(MemoryLayer):
     """Infini-attention (arXiv:2404.07143) with linear attention in place of the local softmax; no positions.
 
@@ -78,26 +75,13 @@ class InfiniLayer(MemoryLayer):
         hidden_size: D.
         num_heads: heads of the model's softmax layers; the memory has `num_memory_heads`.
         intermediate_size: width of the MLP.
-        num_memory_heads: H; one head is as wide as the model.
-        num_memory_banks: banks, written in turn.
-        segments_per_bank: segments written into one bank before the next.
-        use_delta_rule: write v − r in place of v.
-        use_key_shift: file each value under the key of the token before it in the segment.
-        normalize_keys: divide each key's features by their sum.
-        use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
-        alibi_scale: scale of the decay.
-        gate_init: initial β; g = sigmoid(β) is the share of memory in the output.
-        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
-        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
-        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
-        memory_epsilon: ε, the least divisor of a read.
         layer_norm_eps: ε of the LayerNorms.
+        options: fields of `InfiniOptions`.
 
     Raises:
-        ValueError: heads that do not divide the hidden size, or a count that is not positive.
+        ValueError: heads that do not divide the hidden size, or an option out of range.
     """
 
-    kind: ClassVar[str] = "infini"
     index_key: ClassVar[str] = "current_bank"
 
     def __init__(
@@ -106,39 +90,11 @@ class InfiniLayer(MemoryLayer):
         num_heads: int,
         intermediate_size: int,
         *,
-        num_memory_heads: int | None = None,
-        num_memory_banks: int = MemoryConfig.num_memory_banks,
-        segments_per_bank: int = MemoryConfig.segments_per_bank,
-        use_delta_rule: bool = MemoryConfig.use_delta_rule,
-        use_key_shift: bool = MemoryConfig.use_key_shift,
-        normalize_keys: bool = MemoryConfig.normalize_keys,
-        use_alibi: bool = MemoryConfig.use_alibi,
-        alibi_scale: float = MemoryConfig.alibi_scale,
-        gate_init: float = MemoryConfig.gate_init,
-        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
-        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
-        match_query_key_init: bool = MemoryConfig.match_query_key_init,
-        memory_epsilon: float = MemoryConfig.memory_epsilon,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+        **options: Any,
     ) -> None:
-        attention = InfiniAttention(
-            hidden_size,
-            num_memory_heads,
-            num_memory_banks=num_memory_banks,
-            segments_per_bank=segments_per_bank,
-            use_delta_rule=use_delta_rule,
-            use_key_shift=use_key_shift,
-            normalize_keys=normalize_keys,
-            use_alibi=use_alibi,
-            alibi_scale=alibi_scale,
-            gate_init=gate_init,
-            query_key_init_scale=query_key_init_scale,
-            query_key_init_bias=query_key_init_bias,
-            match_query_key_init=match_query_key_init,
-            epsilon=memory_epsilon,
-        )
         super().__init__(
-            attention,
+            InfiniAttention(hidden_size, InfiniOptions(**options)),
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             layer_norm_eps=layer_norm_eps,

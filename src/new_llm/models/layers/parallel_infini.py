@@ -1,18 +1,46 @@
 """The parallel adapter: a memory beside a whole Pythia layer, which it leaves as it is."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import AdapterLayerConfig, MemoryConfig, PythiaConfig
+from new_llm.config import PythiaConfig, UserError
+from new_llm.config.sections import section, short
 from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.compressive import OpenSegment
-from new_llm.models.layers.infini import InfiniAttention, InfiniLayer
+from new_llm.models.layers.infini import InfiniAttention, InfiniLayer, InfiniOptions
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
 from new_llm.models.state import MemoryState
+
+
+@section
+class ParallelInfiniOptions(InfiniOptions):
+    """The memory beside one layer: Base(x) + α · Infini(LN x)."""
+
+    initial_alpha: Annotated[float, short("--initial-alpha")] = 0.0
+    """α at the start; 0: the adapted model is the base, bit for bit."""
+
+
+@section
+class AdapterConfig(ParallelInfiniOptions):
+    """The adapter section: a memory beside some layers of a GPT-NeoX."""
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), short("--layers")] = (0,)
+    """The layers, by their index, that get a memory beside them."""
+    init: Annotated[Literal["base", "random"], short("--init")] = "base"
+    """The memory's weights at the start: those of the attention that it stands beside, or drawn anew."""
+    zero_init_dense: Annotated[bool, short("--zero-init-dense")] = False
+    """Begin with an output projection of zeros: with any α the adapted model is the base at first."""
+    freeze_base_model: Annotated[bool, short("--freeze")] = True
+    """Train the adapter's weights alone."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.layers)) != len(self.layers):
+            raise UserError(f"adapter.layers: {list(self.layers)} names a layer twice")
 
 
 @dataclass(frozen=True)
@@ -23,7 +51,7 @@ class OpenBranches:
     infini: OpenSegment | None
 
 
-@register_layer
+@register_layer("parallel_infini", options=ParallelInfiniOptions, model_type=False)
 class ParallelInfiniLayer(MemoryLayer):
     """Base(x) + α · Infini(LN x): a GPT-NeoX layer, and beside it an Infini attention that reads the same input.
 
@@ -37,27 +65,13 @@ class ParallelInfiniLayer(MemoryLayer):
         rotary_pct: share of each head of the base layer that is rotated.
         rotary_emb_base: base of its rotary wavelengths.
         layer_norm_eps: ε of all LayerNorms.
-        num_memory_heads: H; None: one head, as wide as the model.
-        num_memory_banks: banks, written in turn.
-        segments_per_bank: segments written into one bank before the next.
-        use_delta_rule: write v − r in place of v.
-        use_key_shift: file each value under the key of the token before it in the segment.
-        normalize_keys: divide each key's features by their sum.
-        use_alibi: decay the memory at each write by w = exp(−slope · alibi_scale) a head.
-        alibi_scale: scale of the decay.
-        gate_init: initial β; g = sigmoid(β) is the share of memory in Infini's output.
-        query_key_init_scale: W_q and W_k begin so many times as large as other weights.
-        query_key_init_bias: the initial bias of q and k; below 0 few features of a token are large.
-        match_query_key_init: W_k begins as W_q, so that alike tokens find one another.
-        memory_epsilon: ε, the least divisor of a read.
-        initial_alpha: α at the start.
         base_name: the directory or hub name that the base layer's weights come from, for the record.
+        options: fields of `ParallelInfiniOptions`.
 
     Raises:
-        ValueError: heads that do not divide the hidden size, or a count that is not positive.
+        ValueError: heads that do not divide the hidden size, or an option out of range.
     """
 
-    kind: ClassVar[str] = "parallel_infini"
     index_key: ClassVar[str] = InfiniLayer.index_key
 
     def __init__(
@@ -69,22 +83,10 @@ class ParallelInfiniLayer(MemoryLayer):
         rotary_pct: float = PythiaConfig.rotary_pct,
         rotary_emb_base: float = PythiaConfig.rotary_emb_base,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-        num_memory_heads: int | None = None,
-        num_memory_banks: int = MemoryConfig.num_memory_banks,
-        segments_per_bank: int = MemoryConfig.segments_per_bank,
-        use_delta_rule: bool = MemoryConfig.use_delta_rule,
-        use_key_shift: bool = MemoryConfig.use_key_shift,
-        normalize_keys: bool = MemoryConfig.normalize_keys,
-        use_alibi: bool = MemoryConfig.use_alibi,
-        alibi_scale: float = MemoryConfig.alibi_scale,
-        gate_init: float = MemoryConfig.gate_init,
-        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
-        query_key_init_bias: float = MemoryConfig.query_key_init_bias,
-        match_query_key_init: bool = MemoryConfig.match_query_key_init,
-        memory_epsilon: float = MemoryConfig.memory_epsilon,
-        initial_alpha: float = AdapterLayerConfig.initial_alpha,
         base_name: str | None = None,
+        **options: Any,
     ) -> None:
+        chosen = ParallelInfiniOptions(**options)
         nn.Module.__init__(self)  # not Layer's: the norms and the MLP around the base's attention are the base's own
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -98,23 +100,8 @@ class ParallelInfiniLayer(MemoryLayer):
             layer_norm_eps=layer_norm_eps,
         )
         self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.attention = InfiniAttention(
-            hidden_size,
-            num_memory_heads,
-            num_memory_banks=num_memory_banks,
-            segments_per_bank=segments_per_bank,
-            use_delta_rule=use_delta_rule,
-            use_key_shift=use_key_shift,
-            normalize_keys=normalize_keys,
-            use_alibi=use_alibi,
-            alibi_scale=alibi_scale,
-            gate_init=gate_init,
-            query_key_init_scale=query_key_init_scale,
-            query_key_init_bias=query_key_init_bias,
-            match_query_key_init=match_query_key_init,
-            epsilon=memory_epsilon,
-        )
-        self.alpha = nn.Parameter(torch.tensor(float(initial_alpha)))
+        self.attention = InfiniAttention(hidden_size, chosen)
+        self.alpha = nn.Parameter(torch.tensor(float(chosen.initial_alpha)))
 
     def read_segments(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments

@@ -1,7 +1,7 @@
 """The Pythia layer: GPT-NeoX's softmax attention with partial rotary positions, inside the segment."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class SoftmaxAttention(Attention):
         return KeyValueCache(keys, values)
 
 
-@register_layer
+@register_layer("pythia")
 class PythiaLayer(Layer):
     """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`.
 
@@ -129,8 +129,6 @@ class PythiaLayer(Layer):
     Raises:
         ValueError: the heads do not divide the hidden size, or an odd number of dimensions would be rotated.
     """
-
-    kind: ClassVar[str] = "pythia"
 
     def __init__(
         self,

@@ -2,20 +2,38 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import MemoryConfig
-from new_llm.config.model import TOKEN_MEMORY_HEADS
+from new_llm.config.sections import section
 from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.key_shift import pick_last_key, shift_keys
 from new_llm.models.layers.memory_attention import MemoryAttention
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes, sum_reads
 from new_llm.models.state import MemoryState, choose_rows, clear_rows
+
+
+@section
+class TokenMemoryOptions:
+    """The options of a token memory."""
+
+    num_memory_heads: Annotated[int, Field(gt=0)] = 4
+    """Memory heads H, each [K, D]."""
+    memory_key_size: Annotated[int | None, Field(gt=0)] = None
+    """Width K of the keys; None: half of the hidden size."""
+    read_gate_init: float = -1.0
+    """Initial β of the gates g = sigmoid(β + w x), which each token moves; far from 0 they hardly move."""
+    read_scale_init: float = 30.0
+    """Initial α: what is read is added α times."""
+    query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
+    """W_q = W_k begin this many times as large as other weights: they turn the slower."""
+    retention_init: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Initial w: the share of what was written that is left after a segment's write."""
 
 
 @dataclass(frozen=True)
@@ -46,39 +64,19 @@ class TokenMemoryAttention(MemoryAttention):
 
     Args:
         hidden_size: D, which is V as well.
-        num_memory_heads: H.
-        key_size: K.
-        gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
-        read_scale_init: the initial α.
-        query_key_init_scale: W_q = W_k begin so many times as large as other weights: they turn the slower.
-        retention_init: the initial w.
+        options: its size, and what it begins with.
     """
 
     num_memories = 1
     segments_per_memory = 1
     use_delta_rule = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_memory_heads: int,
-        key_size: int,
-        *,
-        gate_init: float,
-        read_scale_init: float,
-        query_key_init_scale: float,
-        retention_init: float,
-    ) -> None:
+    def __init__(self, hidden_size: int, options: TokenMemoryOptions) -> None:
         super().__init__()
-        if not 0 < retention_init < 1:
-            raise ValueError(f"retention_init: {retention_init} is not between 0 and 1")
-        for name, value in (("num_memory_heads", num_memory_heads), ("memory_key_size", key_size)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not positive")
-        if not query_key_init_scale > 0:
-            raise ValueError(f"query_key_init_scale: {query_key_init_scale} is not positive")
+        num_memory_heads, retention_init = options.num_memory_heads, options.retention_init
+        key_size = options.memory_key_size or max(hidden_size // 2, 1)
         self.num_memory_heads = num_memory_heads
-        self.query_key_init_scale = query_key_init_scale
+        self.query_key_init_scale = options.query_key_init_scale
         self.head_size = key_size
         self.value_size = hidden_size
         self.query = nn.Linear(hidden_size, num_memory_heads * key_size)
@@ -86,9 +84,9 @@ class TokenMemoryAttention(MemoryAttention):
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.strength = nn.Linear(hidden_size, num_memory_heads)
         self.token_gate = nn.Linear(hidden_size, num_memory_heads, bias=False)
-        self.gate = nn.Parameter(torch.full((num_memory_heads,), gate_init))
+        self.gate = nn.Parameter(torch.full((num_memory_heads,), options.read_gate_init))
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.read_scale = nn.Parameter(torch.full((1,), float(read_scale_init)))
+        self.read_scale = nn.Parameter(torch.full((1,), float(options.read_scale_init)))
         self.retention = nn.Parameter(torch.full((num_memory_heads,), math.log(retention_init / (1 - retention_init))))
         self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, key_size, hidden_size))
 
@@ -227,7 +225,7 @@ class TokenMemoryAttention(MemoryAttention):
         return clear_rows(ended, opened), memory
 
 
-@register_layer
+@register_layer("token_memory", options=TokenMemoryOptions)
 class TokenMemoryLayer(MemoryLayer):
     """x + α W_o Σ_h g_h q_h M_h between the final LayerNorm and the head: a memory of tokens by their context.
 
@@ -240,43 +238,19 @@ class TokenMemoryLayer(MemoryLayer):
 
     Args:
         hidden_size: D.
-        num_memory_heads: H memories [K, D]; None: 4.
-        memory_key_size: K; None: D / 2.
-        read_gate_init: the initial β_g of g = sigmoid(β_g + w_g x).
-        read_scale_init: the initial α.
-        query_key_init_scale: W_q = W_k begin so many times as large as other weights: they turn the slower.
-        retention_init: the initial w.
+        options: fields of `TokenMemoryOptions`.
 
     Raises:
-        ValueError: no memory head, or no width of keys.
+        ValueError: an option out of range.
     """
 
-    kind: ClassVar[str] = "token_memory"
     index_key: ClassVar[str] = "current_memory_idx"
     follows_final_norm: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_memory_heads: int | None = None,
-        memory_key_size: int | None = None,
-        read_gate_init: float = MemoryConfig.read_gate_init,
-        read_scale_init: float = MemoryConfig.read_scale_init,
-        query_key_init_scale: float = MemoryConfig.query_key_init_scale,
-        retention_init: float = MemoryConfig.retention_init,
-    ) -> None:
+    def __init__(self, hidden_size: int, **options: Any) -> None:
         nn.Module.__init__(self)  # not Layer's: there are no norms and no MLP
         self.hidden_size = hidden_size
-        self.attention = TokenMemoryAttention(
-            hidden_size,
-            TOKEN_MEMORY_HEADS if num_memory_heads is None else num_memory_heads,
-            max(hidden_size // 2, 1) if memory_key_size is None else memory_key_size,
-            gate_init=read_gate_init,
-            read_scale_init=read_scale_init,
-            query_key_init_scale=query_key_init_scale,
-            retention_init=retention_init,
-        )
+        self.attention = TokenMemoryAttention(hidden_size, TokenMemoryOptions(**options))
 
     def read_segments(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments

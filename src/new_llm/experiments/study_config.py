@@ -2,17 +2,19 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from new_llm.config.errors import UserError
-from new_llm.config.experiment import ExperimentConfig, config_from_dict
 from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.recall import RecallConfig
 from new_llm.config.run_settings import RunSettings
 from new_llm.config.sections import section
+from new_llm.experiments.config import ExperimentConfig, config_from_dict, list_option_fields
+from new_llm.models.factory import find_model_kind
 
 VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
@@ -65,7 +67,7 @@ class StudyConfig(RunSettings):
         for name in self.variants:
             config = self.configure(name, self.seeds[0])
             if name in self.window_baselines and self.long_documents:
-                self.choose_window_stride(name, config.segment_length)
+                self.choose_window_stride(name, config.context_tokens(config.models[0]))
         names = [Path(source).stem for source in self.texts]
         for position, name in enumerate(names):
             if name == VALIDATION or name in names[:position]:
@@ -101,15 +103,29 @@ class StudyConfig(RunSettings):
         Raises:
             UserError: an unknown key or a wrong value, or several models.
         """
-        values = merge_settings(self.base, self.variants[variant])
+        change = self.variants[variant]
+        values = merge_settings(self.base, change)
         for key in ("name", "seed", "runs_dir"):
             if key in values:
                 raise UserError(f"{self.name}: variant {variant}: {key}: is the study's to set")
+        own = change.get("model", {})
+        values["model"] = {
+            name: value
+            for name, value in values.get("model", {}).items()
+            if name in own or is_taken(name, values.get("models", ()))  # base speaks to the variants that take it
+        }
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = config_from_dict(values, f"{self.name}: variant {variant}")
         if len(config.models) != 1:
             raise UserError(f"{self.name}: variant {variant}: models: one is needed, {len(config.models)} are given")
         return config
+
+
+def is_taken(name: str, model_types: Iterable[str]) -> bool:
+    """Whether a field of the model section is the shape's, or an option of one of some model types."""
+    if name not in list_option_fields():
+        return True
+    return any(name in find_model_kind(model_type).defaults for model_type in model_types)
 
 
 def merge_settings(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,232 @@
+"""The configuration of an experiment: which models, of which shape and options, on which data, and its YAML form."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import tyro
+from pydantic import AfterValidator, Field, model_serializer
+
+from new_llm.config.data import DataConfig
+from new_llm.config.errors import UserError
+from new_llm.config.evaluation import EvalConfig
+from new_llm.config.model import SIZES, PythiaConfig
+from new_llm.config.run_settings import RunSettings, read_settings, settings_from_dict
+from new_llm.config.sections import read_field_docs, section, short
+from new_llm.config.train import TrainConfig
+from new_llm.models.factory import MODEL_KINDS, find_model_kind, find_places, resolve_options
+from new_llm.models.recipes import RECIPES
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class OptionField:
+    """A field of some option dataclasses: its type without its default, its text, and who takes it."""
+
+    annotation: Any
+    text: str
+    defaults: dict[str, Any]
+
+
+@functools.cache
+def list_option_fields() -> dict[str, OptionField]:
+    """Every option of every model type, by its name, in the order of registration."""
+    found: dict[str, OptionField] = {}
+    for name, kind in MODEL_KINDS.items():
+        for part in kind.options:
+            docs = read_field_docs(part)
+            annotations = _collect_annotations(part)
+            for field in dataclasses.fields(part):
+                entry = found.setdefault(field.name, OptionField(annotations[field.name], docs[field.name], {}))
+                entry.defaults[name] = kind.defaults[field.name]
+    return found
+
+
+def _collect_annotations(kind: type) -> dict[str, Any]:
+    return {
+        name: text for base in reversed(kind.__mro__) for name, text in vars(base).get("__annotations__", {}).items()
+    }
+
+
+def add_given_fields(kind: type[T]) -> type[T]:
+    """Class decorator: a field for each of the shape's and each option of a model type; None: it is not given."""
+    docs = read_field_docs(PythiaConfig)
+    for name, annotation in _collect_annotations(PythiaConfig).items():
+        _add_field(kind, name, annotation, f"{docs[name]} Default: {getattr(PythiaConfig, name)}, or the size's.")
+    for name, option in list_option_fields().items():
+        _add_field(kind, name, option.annotation, f"{option.text} {_describe_defaults(option.defaults)}")
+    return kind
+
+
+def _describe_defaults(defaults: dict[str, Any]) -> str:
+    """Which models take an option, and its default there: `(infini: 1; token_memory: 4)`."""
+    values: dict[str, list[str]] = {}
+    for name, value in defaults.items():
+        shown = list(value) if isinstance(value, tuple) else value
+        values.setdefault(str(shown), []).append(name)
+    return "(" + "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items()) + ")"
+
+
+def _add_field(kind: type, name: str, annotation: Any, text: str) -> None:
+    if name in kind.__annotations__:
+        return
+    base, *metadata = get_args(annotation) if hasattr(annotation, "__metadata__") else (annotation,)
+    aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
+    kept = [entry for entry in metadata if not hasattr(entry, "aliases") or not hasattr(entry, "metavar")]
+    help_text = tyro.conf.arg(aliases=aliases or None, help=" ".join(text.split()))
+    inner = Annotated[(base, *kept)] if kept else base  # the range holds for a value that is given
+    kind.__annotations__[name] = Annotated[tyro.conf.DisallowNone[inner | None], help_text]  # so that a bool is a flag
+    setattr(kind, name, None)
+
+
+@section
+@add_given_fields
+class ModelConfig:
+    """The model section of an experiment: one shape and one set of options for all compared models.
+
+    What is not given (None) has its default: the shape's, or that of the option at each model type. An option goes to
+    the models that take it; one that none of the run's models takes is an error.
+    """
+
+    size: Annotated[Literal[tuple(SIZES)] | None, short("--size")] = None  # pyright: ignore[reportInvalidTypeForm]
+    """A shape of the Pythia suite by its name; fields of the shape override it."""
+    recipe: Annotated[Literal[tuple(RECIPES)] | None, short("--recipe")] = None  # pyright: ignore[reportInvalidTypeForm]
+    """Options that a study found to work better than the defaults; options that are given override them."""
+    segment_length: Annotated[int | None, Field(gt=0), short("--segment-length")] = None
+    """Tokens in a segment; None: data.seq_length / data.segments_per_sample."""
+    vocab_size: Annotated[int | None, Field(gt=0)] = None
+    """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
+    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    """Options of a layer of your own module, by name."""
+
+    def __post_init__(self) -> None:
+        self.shape(vocab_size=1)
+
+    @model_serializer(mode="plain")
+    def list_given(self) -> dict[str, Any]:
+        """What is given: in YAML and JSON the rest is left out."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None and value != {}}
+
+    def shape(self, vocab_size: int) -> PythiaConfig:
+        """The shape that all models of the experiment share."""
+        names = (field.name for field in dataclasses.fields(PythiaConfig))
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        values = (SIZES[self.size] if self.size else {}) | {"vocab_size": vocab_size} | given
+        return PythiaConfig(**values)
+
+    def options_of(self, model_type: str) -> dict[str, Any]:
+        """All options of a model type, as keywords of `create_model`: given ones, the recipe's, the defaults."""
+        taken = find_model_kind(model_type).defaults
+        given = {name: value for name, value in self._given_options().items() if name in taken}
+        return resolve_options(model_type, given, self.recipe)
+
+    def check_taken(self, model_types: Sequence[str]) -> None:
+        """Refuse options that none of some model types takes, and layers that the shape does not have.
+
+        Raises:
+            UserError: names the option, and what takes it.
+        """
+        taken = {name for model_type in model_types for name in find_model_kind(model_type).defaults}
+        known = list_option_fields()
+        for name in self._given_options():
+            if name not in taken:
+                takers = f"; it is an option of {', '.join(known[name].defaults)}" if name in known else ""
+                raise UserError(f"model.{name}: no model of this run takes it ({', '.join(model_types)}){takers}")
+        num_layers = self.shape(vocab_size=1).num_hidden_layers
+        for model_type in model_types:
+            find_places(self.options_of(model_type).get("memory_layers", ()), num_layers)
+
+    def _given_options(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in list_option_fields()}
+        return {name: value for name, value in values.items() if value is not None} | self.options
+
+
+def check_model_type(name: str) -> str:
+    """Refuse a name that stands for no model type; a user's own module is imported."""
+    try:
+        find_model_kind(name)
+    except UserError as error:
+        raise UserError(str(error).replace("model_type:", "models:")) from None
+    return name
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+@section
+class ExperimentConfig(RunSettings):
+    """Train some models on identical data and compare them.
+
+    The defaults are the reference: the shape of Pythia-70m on 5,000 samples of 256 tokens of the Pile.
+    From Python, a section's field may be given by its own name where only one section has it:
+    `ExperimentConfig(num_samples=5000, seq_length=256, num_epochs=30, num_memories=4)`.
+    """
+
+    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)] = None
+    """The run's name and folder; None: the configuration's name and the time."""
+    models: Annotated[tuple[Annotated[str, AfterValidator(check_model_type)], ...], Field(min_length=1)] = (
+        "pythia",
+        "pythia_segments",
+        "infini",
+        "token_memory",
+    )
+    """The models to train and compare: a layer of your own module is my_module:MyLayer."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initialisation, splits and order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
+    runs_dir: Path = Path("runs")
+    """Where run folders are made."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    @classmethod
+    def place_keywords(cls, keywords: dict[str, Any]) -> dict[str, Any]:
+        """Move a keyword that is some one section's field into that section."""
+        placed = dict(keywords)
+        for name in [name for name in keywords if name not in cls.__dataclass_fields__]:
+            owners = [key for key, kind in SECTIONS.items() if name in kind.__dataclass_fields__]
+            if len(owners) != 1:
+                continue
+            given = placed.get(owners[0], {})
+            fields = dict(given) if isinstance(given, dict) else dataclasses.asdict(given)
+            placed[owners[0]] = fields | {name: placed.pop(name)}
+        return placed
+
+    def __post_init__(self) -> None:
+        if len(set(self.models)) != len(self.models):
+            raise UserError(f"models: {[str(m) for m in self.models]} names a model twice")
+        longest = self.model.shape(vocab_size=1).max_position_embeddings
+        for name in self.models:
+            if (length := self.context_tokens(name)) > longest:
+                what = "model.segment_length" if find_model_kind(name).reads_segments else "data.seq_length"
+                raise UserError(f"{what}: {length} is over model.max_position_embeddings ({longest})")
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens in a segment of the models that read segments."""
+        return self.model.segment_length or self.data.seq_length // self.data.segments_per_sample
+
+    def context_tokens(self, model_type: str) -> int:
+        """Tokens that a model reads at once: a segment, or a whole sample where it reads no segments."""
+        return self.segment_length if find_model_kind(model_type).reads_segments else self.data.seq_length
+
+
+def load_config(path: Path) -> ExperimentConfig:
+    """Read an experiment's YAML; what it leaves out keeps its default.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
+    """
+    return read_settings(path, ExperimentConfig)
+
+
+def config_from_dict(values: dict[str, Any], where: str) -> ExperimentConfig:
+    """Build a configuration from plain values; `where` names their origin in errors."""
+    return settings_from_dict(values, ExperimentConfig, where)
