@@ -267,6 +267,6 @@ def test_gates_have_their_own_rate_and_no_decay(tiny: ExperimentConfig) -> None:
 
 def test_gates_move_in_training(tiny: ExperimentConfig) -> None:
     results = run(tiny, ["infini"])
-    assert results["models"][0]["gates"]["layers.1"] != [0.5]
+    assert results["models"][0]["gates"]["layers.0"] != [0.5]
     lines = read_metrics(Path(results["folder"]) / "infini")
-    assert all("layers.1" in line["gates"] for line in lines if line["event"] == "train")
+    assert all("layers.0" in line["gates"] for line in lines if line["event"] == "train")
