@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,3 +291,9 @@ def test_bad_requests_are_one_line():
         examine(model, make_data(validation=["too short"]))
     only = examine(model, config=dataclasses.replace(CONFIG, checks=("causality", "labels")))
     assert [finding.check for finding in only.findings] == ["labels", "causality"]
+
+
+def test_the_page_lists_every_check():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\w+) \| (?!finds)", page, flags=re.MULTILINE) == list(CHECKS)
+    assert all(check.fault for check in CHECKS.values())

@@ -1,4 +1,4 @@
-"""What a perplexity most likely means: advice for the reader, never a reason to stop."""
+"""Verdicts: what a perplexity most likely means and what to do about it. Advice for the reader, never a stop."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ class Verdict:
     Attributes:
         level: abnormal, suspicious, normal, training or undertrained.
         range: the perplexities that get this verdict.
-        text: what they most likely mean.
+        text: what they most likely mean, and what to do about it.
     """
 
     level: str
@@ -23,22 +23,45 @@ class Verdict:
         return asdict(self)
 
 
-# Perplexities below the number get the verdict beside it, in rising order.
+# A perplexity below the number gets the verdict beside it.
 _VERDICTS = (
-    (5.0, Verdict("abnormal", "< 5", "the model sees what it is to predict: look for a leak or a mask bug")),
-    (30.0, Verdict("suspicious", "5–30", "overfit, or the text was in the training set")),
-    (100.0, Verdict("normal", "30–100", "normal for small data")),
-    (500.0, Verdict("normal", "100–500", "normal for a model trained from scratch")),
-    (math.nextafter(1000.0, math.inf), Verdict("training", "500–1000", "still training")),
+    (
+        5.0,
+        Verdict(
+            "abnormal",
+            "< 5",
+            "the model sees the tokens it is to predict: run new-llm eval doctor, and look for a leak or a mask bug",
+        ),
+    ),
+    (
+        30.0,
+        Verdict(
+            "suspicious",
+            "5–30",
+            "overfit, or the text was in training: compare training and validation loss, and check the splits with "
+            "new-llm eval doctor",
+        ),
+    ),
+    (100.0, Verdict("normal", "30–100", "normal for small data: for less, train on more text")),
+    (500.0, Verdict("normal", "100–500", "normal for a model trained from scratch: for less, train longer")),
+    (
+        math.nextafter(1000.0, math.inf),
+        Verdict("training", "500–1000", "still training: train more epochs, or with a higher learning rate"),
+    ),
 )
-_UNDERTRAINED = Verdict("undertrained", "> 1000", "undertrained, or measured on the wrong weights or labels")
-_NOT_FINITE = Verdict("abnormal", "not finite", "training diverged or the measurement broke")
+_UNDERTRAINED = Verdict(
+    "undertrained",
+    "> 1000",
+    "undertrained: train more epochs, on more text or with a higher learning rate; if the training loss is far lower, "
+    "check weights and labels with new-llm eval doctor",
+)
+_NOT_FINITE = Verdict("abnormal", "not finite", "training diverged: lower the learning rate, or train in fp32")
 
 
 def diagnose_perplexity(perplexity: float) -> Verdict:
     """Judge a validation perplexity of a model trained from scratch on real text.
 
-    A bound belongs to the range above it (30 is "30–100"), but for 1000, which is "500–1000".
+    A bound belongs to the range above it (30 is "30–100"), except 1000, which is "500–1000".
     """
     if not math.isfinite(perplexity):
         return _NOT_FINITE
