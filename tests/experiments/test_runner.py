@@ -39,6 +39,7 @@ def test_a_run_folder_holds_all_that_the_design_names(tiny: ExperimentConfig) ->
     results = run(tiny, list(ModelType))
     folder = Path(results["folder"])
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "config.yaml",
         "data.json",
         "environment.json",

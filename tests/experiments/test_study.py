@@ -1,5 +1,6 @@
 """A study: variants and seeds trained as runs, measured, compared, and gone on with."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
         "variants": {
             "reference": {},
             "no-delta": {"model": {"use_delta_rule": False}},
-            "pythia": {"models": ["pythia"], "eval": {"reversal": True}},
+            "pythia": {"models": ["pythia"], "eval": {"measures": ["sliding", "streaming", "reversal"]}},
             "whole": {"models": ["pythia"], "data": {"segments_per_sample": 1}},
         },
         "seeds": [0, 1],
@@ -121,6 +122,31 @@ def test_only_some_variants_and_then_the_rest(addresses, tmp_path, monkeypatch):
                           baselines=[], window_baselines=[])  # fmt: skip
     with pytest.raises(UserError, match="variant reference was begun with other settings"):
         study_module.run_study(read_settings(changed, StudyConfig))
+
+
+def test_a_moved_study_continues(addresses, tmp_path, monkeypatch):
+    path = write_study(tmp_path / "study.yaml", addresses, seeds=[0])
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console: None)
+    monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
+    study = read_settings(path, StudyConfig)
+    study_module.run_study(study)
+    study.folder.parent.rename(tmp_path / "elsewhere")
+    study_module.run_study(dataclasses.replace(study, runs_dir=tmp_path / "elsewhere"))
+
+
+def test_a_summary_that_fails_does_not_stop_the_trainings_of_the_next_seed(addresses, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console: trained.append(cell.name))
+    monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
+
+    def fail(study):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(study_module, "summarize_study", fail)
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
+    with pytest.raises(IndexError):
+        study_module.run_study(study)
+    assert len(trained) == 8
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from new_llm.config.manifest import check_manifest
+from new_llm.experiments.record import LOCK_FILE
 from new_llm.models import TransformerLM
 from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from new_llm.training.log import METRICS_FILE, read_metrics
@@ -197,5 +198,5 @@ def assert_same_end(found: FaultRun, expected: FaultRun) -> None:
     results, others = (json.loads((run.folder / "results.json").read_text()) for run in (found, expected))
     assert results["status"] == "complete"
     assert drop_clock(results) == drop_clock(others)
-    assert [str(path) for path in found.folder.rglob(".*")] == []
+    assert [path.name for path in found.folder.rglob(".*")] == [LOCK_FILE]
     assert [path.name for path in found.runs_dir.glob(f".{found.name}*")] == []

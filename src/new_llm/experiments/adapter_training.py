@@ -33,14 +33,15 @@ from new_llm.experiments.record import (
     ENVIRONMENT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
+    create_run,
     describe_code,
     describe_command,
     describe_environment,
+    hold_run,
     read_json,
     write_json,
 )
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
-from new_llm.experiments.run_place import create_run, hold_run
 from new_llm.experiments.runner import TOKENIZER_FILE
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights

@@ -1,4 +1,4 @@
-"""The run folder: what an experiment writes down, and where.
+"""The run folder: what an experiment writes down and where, and how one process holds it.
 
 ```
 runs/<name>/
@@ -7,9 +7,12 @@ runs/<name>/
   <model>/metrics.jsonl, tensorboard/, best/ (weights), checkpoints/ (while training), faults/ (if any),
                   result.json (when done)
   results.json       everything the report shows    report.html        one self-contained file
+  .lock              held by the process that uses the folder
 ```
 """
 
+import dataclasses
+import datetime
 import json
 import math
 import os
@@ -18,16 +21,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.atomic import write_text_atomically
+from new_llm.config.atomic import remove_leftovers, write_text_atomically
 from new_llm.config.bounded_files import read_json_file
+from new_llm.config.locks import hold_lock
 from new_llm.config.run_settings import RunSettings, Settings, read_settings
 from new_llm.experiments.config import ExperimentConfig
+from new_llm.processes import ALONE, Processes
 
 CONFIG_FILE = ExperimentConfig.file_name
 ENVIRONMENT_FILE = "environment.json"
@@ -35,9 +41,94 @@ DATA_FILE = "data.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 MODEL_RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
+UNNAMED = "experiment"
 RESULTS_VERSION = 1
 MAY_CHANGE = ("runs_dir", "train.sharding", "train.checkpoint_every_steps", "train.keep_checkpoints")
 """Settings of where and how a run is computed, not of what: it may go on with others."""
+
+
+@contextmanager
+def hold_run(config: Settings, *, resume: bool, processes: Processes = ALONE) -> Iterator[tuple[Settings, Path]]:
+    """Inside the block: a run that is to begin or to continue, and that no other process can use.
+
+    The lock is a file inside the folder, wherever links to it point. Unless the block makes a run (`create_run`), the
+    folder is removed at its end.
+
+    Args:
+        config: the run's, perhaps without a name.
+        resume: whether it continues.
+        processes: those that work in it together: the main one holds it for all.
+
+    Returns:
+        The configuration with its name filled in, and the folder.
+
+    Raises:
+        UserError: another process is using it; the folder exists already, or there is nothing to resume, or it began
+            with other settings.
+        OtherProcessError: on the others, likewise.
+    """
+    with ExitStack() as held:
+        yield processes.run_on_main(lambda: held.enter_context(_hold_alone(config, resume)))
+
+
+@contextmanager
+def _hold_alone(config: Settings, resume: bool) -> Iterator[tuple[Settings, Path]]:
+    if config.name is None:
+        if resume:
+            raise UserError("--resume needs --name NAME, the run to continue")
+        name = f"{UNNAMED}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        config = dataclasses.replace(cast(Any, config), name=name)
+    folder = config.runs_dir / str(config.name)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    lock = folder.resolve() / LOCK_FILE
+    try:
+        with hold_lock(lock, str(folder)):
+            try:
+                yield _find_run(config, folder, resume=resume), folder
+            finally:
+                if folder in made and not (folder / config.file_name).exists():  # bad input leaves nothing behind
+                    lock.unlink(missing_ok=True)
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
+    """The configuration of a run that can begin or continue in a folder. Leftovers of a killed process are removed.
+
+    Raises:
+        UserError: see `hold_run`.
+    """
+    if not resume:
+        if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+            raise UserError(
+                f"{folder}: a run of this name exists; choose another --name, or continue it by "
+                f"--name {config.name} --resume"
+            )
+        return config
+    begun = read_begun(folder, type(config))
+    changed = list_differences(begun, config, but=MAY_CHANGE)
+    if changed:
+        raise UserError(
+            f"{folder}: a run continues with the settings it began with; different now: {'; '.join(changed)}"
+        )
+    for place, _, _ in os.walk(folder):
+        remove_leftovers(Path(place))
+    return dataclasses.replace(cast(Any, config), runs_dir=begun.runs_dir)
+
+
+def create_run(config: RunSettings, folder: Path) -> None:
+    """Make a new run of a held folder: it is one from when its configuration is in it.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        write_text_atomically(folder / config.file_name, config.to_yaml())
+    except OSError as error:
+        raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
 
 
 def read_run_config(folder: Path) -> ExperimentConfig:

@@ -24,13 +24,14 @@ from new_llm.experiments.record import (
     REPORT_FILE,
     RESULTS_FILE,
     RESULTS_VERSION,
+    create_run,
     describe_code,
     describe_command,
     describe_environment,
+    hold_run,
     read_json,
     write_json,
 )
-from new_llm.experiments.run_place import create_run, hold_run
 from new_llm.models import TransformerLM, create_model
 from new_llm.processes import Processes, start_processes
 from new_llm.training import Trainer, TrainingResult

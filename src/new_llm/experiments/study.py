@@ -1,9 +1,22 @@
-"""Runs a study: trains its variants one by one, measures each, and writes the comparison. Resumable run by run."""
+"""Runs a study: trains its variants, measures each, and writes the comparison. Resumable run by run.
 
+With `jobs` several trainings run at once, each in a process of its own with its share of the cores.
+"""
+
+import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +27,7 @@ from new_llm.config.atomic import write_text_atomically
 from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.recall import RecallConfig
+from new_llm.config.run_settings import read_settings
 from new_llm.evaluation.long_documents import Baseline
 from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
 from new_llm.experiments.evaluation_text import load_evaluation_text
@@ -25,14 +39,17 @@ from new_llm.experiments.memory_measurements import (
 from new_llm.experiments.record import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import run_experiment
 from new_llm.experiments.study_config import StudyConfig
-from new_llm.experiments.study_jobs import run_in_processes
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.experiments.subject import Subject, load_subject
+from new_llm.training import TrainingInterrupted
 
 STUDY_FILE = "study.yaml"
 SUMMARY_FILE = "study.json"
 TABLE_FILE = "table.md"
 MEASURED_FOLDER = "measured"
+LOGS_FOLDER = "logs"
+INTERRUPTED, BAD_INPUT = 130, 2
+"""Exit codes of a job's process, those of the command."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +101,15 @@ def run_study(
                 continue
             for cell in of_seed:
                 work(study, cell, console)
-        summary = summarize_study(study)
-        if write_figures:
-            write_figures(summary, study.folder)
+        try:
+            summary = summarize_study(study)
+            if write_figures:
+                write_figures(summary, study.folder)
+        except Exception as error:
+            if seed == study.seeds[-1]:
+                raise
+            # The trainings of the other seeds do not depend on a table.
+            console.print(f"the summary after seed {seed} failed: {error!r}", markup=False, highlight=False)
     return summary
 
 
@@ -234,14 +257,101 @@ def _claim_folder(study: StudyConfig) -> None:
     """
     path = study.folder / STUDY_FILE
     if path.exists():
-        from new_llm.config.run_settings import read_settings
-
         begun = read_settings(path, StudyConfig)
+        moved = dataclasses.replace(study, runs_dir=begun.runs_dir)  # a study's folder may be moved
         for variant in begun.variants:
-            if variant in study.variants and begun.configure(variant, 0) != study.configure(variant, 0):
+            if variant in study.variants and begun.configure(variant, 0) != moved.configure(variant, 0):
                 raise UserError(
                     f"{study.folder}: variant {variant} was begun with other settings; choose another name for the "
                     "study, or another --runs-dir"
                 )
     study.folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, study.to_yaml())
+
+
+# Several trainings at once
+
+
+def run_in_processes(
+    work: Callable[..., None], study: StudyConfig, cells: Sequence[Cell], jobs: int, console: Console
+) -> None:
+    """Do work(study, cell, console) for every cell, `jobs` of them at once; what a process says goes to a log file.
+
+    Where one fails, the others are asked to stop; trainings among them write a checkpoint.
+
+    Args:
+        work: a function of a module.
+        study: the study.
+        cells: what to work on, in this order.
+        jobs: processes.
+        console: where it is said what is done.
+
+    Raises:
+        UserError: one of them failed: says which, its last words, and where its log is.
+        TrainingInterrupted: one of them was asked to stop.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(cells)
+    running: dict[int, tuple[Cell, BaseProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.popleft()
+                process = context.Process(target=_work, args=(work, study, cell, _log_file(study, cell)))
+                with share_cores(jobs):
+                    process.start()
+                running[process.sentinel] = cell, process
+            for sentinel in wait(list(running)):
+                cell, process = running.pop(int(sentinel))  # pyright: ignore[reportArgumentType]
+                process.join()
+                _check_end(process.exitcode, cell, _log_file(study, cell))
+                console.print(f"{cell.name}: done, {len(waiting)} to begin", highlight=False)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+
+
+@contextmanager
+def share_cores(jobs: int) -> Iterator[None]:
+    """Processes that are started inside the block compute with 1/jobs of the cores; a user's OMP_NUM_THREADS wins."""
+    name = "OMP_NUM_THREADS"
+    given = os.environ.get(name)
+    os.environ[name] = given or str(max(1, (os.cpu_count() or 1) // jobs))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
+def _log_file(study: StudyConfig, cell: Cell) -> Path:
+    return study.folder / LOGS_FOLDER / f"{cell.name}.log"
+
+
+def _work(work: Callable[..., None], study: StudyConfig, cell: Cell, log: Path) -> None:
+    """What a process does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, which catches both
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            work(study, cell, Console(file=file, width=120))
+        except (TrainingInterrupted, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        except UserError as error:
+            print(error, file=file)
+            sys.exit(BAD_INPUT)
+        except Exception:
+            traceback.print_exc(file=file)
+            sys.exit(1)
+
+
+def _check_end(code: int | None, cell: Cell, log: Path) -> None:
+    if code == 0:
+        return
+    if code == INTERRUPTED:
+        raise TrainingInterrupted(f"{cell.name}: interrupted", log.parent.parent / cell.name)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    last = lines[-1].strip() if lines else f"its process ended with {code}"
+    raise UserError(f"{cell.name}: {last}; more is in {log}")

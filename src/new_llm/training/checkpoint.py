@@ -138,7 +138,12 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
         folder: the model's folder in the run.
         step, epoch: see `name_checkpoint`.
         keep: checkpoints to keep, this one included; older ones are removed once it is complete.
+
+    Raises:
+        UserError: the folder is gone.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: deleted or renamed while the model trained; start the run again, or put it back")
     path = folder / CHECKPOINTS_FOLDER / name_checkpoint(step, epoch)
     with write_folder_atomically(path) as temporary:
         yield temporary

@@ -1,5 +1,6 @@
 """One process in a run folder, and a start that leaves nothing half made."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,11 +10,11 @@ import pytest
 
 from new_llm.config import UserError
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.run_place import create_run, hold_run
+from new_llm.experiments.record import LOCK_FILE, create_run, hold_run
 
 HOLD = (
     "import sys; from new_llm.experiments.config import ExperimentConfig\n"
-    "from new_llm.experiments.run_place import hold_run\n"
+    "from new_llm.experiments.record import hold_run\n"
     "with hold_run(ExperimentConfig(name='a', runs_dir=sys.argv[1]), resume=False):\n"
     "    print('held', flush=True); sys.stdin.read()"
 )
@@ -31,7 +32,7 @@ def test_a_second_process_is_refused_at_once_and_told_who_is_there(config: Exper
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(UserError, match=rf"runs/a: process {other.pid} on '.*' since .* is at work on it"),
+            pytest.raises(UserError, match=rf"runs/a: another process \(PID {other.pid} on .*\) is using it"),
             hold_run(config, resume=resume),
         ):
             pytest.fail("both are in it")
@@ -52,25 +53,41 @@ def test_bad_input_leaves_no_folder_behind(config: ExperimentConfig, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_folder_has_its_configuration_from_the_start(
-    config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_begins_with_its_configuration(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     class DiedError(Exception):
         pass
 
     def die(*args: object) -> None:
         raise DiedError
 
-    with hold_run(config, resume=False) as (_, folder):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", die)
-            with pytest.raises(DiedError):
-                create_run(config, folder)
-        assert not folder.exists()
-        create_run(config, folder)
-        assert os.listdir(folder) == ["config.yaml"]
-        with pytest.raises(UserError, match="made meanwhile"):
+    with monkeypatch.context() as patch, hold_run(config, resume=False) as (_, folder):
+        patch.setattr(os, "replace", die)
+        with pytest.raises(DiedError):
             create_run(config, folder)
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    (folder / LOCK_FILE).touch()  # what a process leaves that is killed before it makes the run
+    with hold_run(config, resume=False) as (_, folder):
+        create_run(config, folder)
+    assert sorted(os.listdir(folder)) == [LOCK_FILE, "config.yaml"]
+    with pytest.raises(UserError, match="a run of this name exists"), hold_run(config, resume=False):
+        pytest.fail("it was begun twice")
+
+
+def test_a_link_to_a_run_is_the_same_run(config: ExperimentConfig, tmp_path: Path) -> None:
+    with hold_run(config, resume=False) as (_, folder):
+        create_run(config, folder)
+    (tmp_path / "folder-link").symlink_to(folder.parent)
+    (folder.parent / "run-link").symlink_to(folder)
+    for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
+        linked = dataclasses.replace(config, **changes)
+        command = [sys.executable, "-c", HOLD.replace("resume=False", "resume=True"), str(config.runs_dir)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match=rf"\(PID {other.pid} on "), hold_run(linked, resume=True):
+                pytest.fail("both are in it")
+            other.kill()
 
 
 def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(config: ExperimentConfig) -> None:
