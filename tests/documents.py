@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,8 +37,8 @@ def find_commands(page: Path) -> list[str]:
     return [command for command in commands if command]
 
 
-class ParsedError(Exception):
-    """A command's arguments have been read; it was not run."""
+class ParsedError(SystemExit):
+    """A command's arguments have been read; it was not run. An exit, which the command lets pass."""
 
 
 def stop_after(read: Callable[..., Any]) -> Callable[..., NoReturn]:
@@ -84,7 +83,7 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parse_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`new-llm`: every command reads its flags through tyro, and lm-eval through argparse."""
+    """`new-llm`: every command reads its flags by its `read`; the harness of lm-eval reads its own."""
     from new_llm.cli import main
 
     if not arguments or arguments[0].startswith("-"):
@@ -125,14 +124,9 @@ def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyP
 
 def catch_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is read from a command line from now on ends the command."""
-    subcommands = tyro.extras.subcommand_cli_from_dict
-    plain = tyro.cli
-    monkeypatch.setattr(tyro, "cli", stop_after(plain))
+    from new_llm.cli.command import Command, CommandGroup
+    from new_llm.cli.training import TrainingCommand
 
-    def choose(*args: Any, **options: Any) -> NoReturn:
-        monkeypatch.setattr(tyro, "cli", plain)  # which the choice is made by
-        raise ParsedError(subcommands(*args, **options))
-
-    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", choose)
-    # The first look at --config and --name is by argparse too, but for known arguments.
+    for kind in (Command, CommandGroup, TrainingCommand):
+        monkeypatch.setattr(kind, "read", classmethod(stop_after(kind.read.__func__)))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))

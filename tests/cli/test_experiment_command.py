@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from new_llm.cli.experiment import Experiment, ExperimentSelective
 from new_llm.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,9 +217,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path, arguments: list[str]) -> N
     ],
 )
 def test_the_documented_flags_are_read(flags: str) -> None:
-    from new_llm.cli.experiment import parse_arguments
-
-    config = parse_arguments(flags.split()).experiment
+    config = Experiment.read(flags.split(), "new-llm experiment").settings
     assert [str(kind) for kind in config.models] == [word for word in flags.split() if word.isidentifier()]
     assert config.train.learning_rate == (5e-5 if "--lr" in flags else 1e-4)
     assert config.model.use_alibi == ("--alibi" in flags)
@@ -227,9 +226,7 @@ def test_the_documented_flags_are_read(flags: str) -> None:
 
 @pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])
 def test_the_selective_experiment_compares_both_baselines(flags: str) -> None:
-    from new_llm.cli.experiment_selective import parse_selective_arguments
-
-    config = parse_selective_arguments(flags.split()).experiment
+    config = ExperimentSelective.read(flags.split(), "new-llm experiment-selective").settings
     assert [str(kind) for kind in config.models] == ["pythia", "deep_pythia", "selective"]
     assert config.model.skip_interval == (2 if "2" in flags else 1)
 

@@ -15,7 +15,7 @@ from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
 from new_llm.models.memory_file import read_memory_file
 
-STATISTICS = r"(\d+) new tokens after (\d+) of the prompt in [\d.]+ s, [\d,]+ tokens/s, 1 pass a token\n"
+STATISTICS = r"(\d+) new tokens after (\d+) of the prompt in [\d.]+ s, [\d,]+ tokens/s, 1 pass per token\n"
 PROMPT = "The Congress — and the people — "
 
 

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from new_llm.cli.main import main
-from new_llm.cli.train_adapter import parse_arguments
+from new_llm.cli.train_adapter import TrainAdapter
 from new_llm.config import UserError
 from new_llm.experiments import run_experiment
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,10 @@ def base(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(run_experiment(exp_config=config, console=Console(file=io.StringIO()))["folder"])
 
 
+def read(*arguments: str) -> AdapterTrainingConfig:
+    return TrainAdapter.read(list(arguments), "new-llm train-adapter").settings
+
+
 def list_flags(base: Path, text: Path) -> list[str]:
     return [
         *("--base", str(base), "--data.source", str(text), "--device", "cpu", "--wikitext", "None", "--name", "one"),
@@ -80,10 +85,10 @@ def test_the_script_trains_an_adapter_from_a_run(base: Path, text: Path, tmp_pat
 def test_a_resumed_run_needs_its_name_alone(base: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train-adapter", *list_flags(base, text), "--initial-alpha", "0.25", "--layers", "0", "1"]) == 0
-    parsed = parse_arguments(["--name", "one", "--resume"])
-    assert parsed.training.base == str(base)
-    assert parsed.training.adapter.layers == (0, 1)
-    assert parsed.training.adapter.initial_alpha == 0.25
+    settings = read("--name", "one", "--resume")
+    assert settings.base == str(base)
+    assert settings.adapter.layers == (0, 1)
+    assert settings.adapter.initial_alpha == 0.25
     assert main(["train-adapter", "--name", "one", "--resume"]) == 0
     assert main(["train-adapter", *list_flags(base, text)]) == 2  # a run of this name exists
 
@@ -91,12 +96,12 @@ def test_a_resumed_run_needs_its_name_alone(base: Path, text: Path, tmp_path: Pa
 def test_a_file_of_settings_is_begun_from(tmp_path: Path) -> None:
     path = tmp_path / "adapter.yaml"
     path.write_text("base: runs/base\nadapter: {layers: [1], initial_alpha: 1e-1}\ntrain: {num_epochs: 3}\n")
-    training = parse_arguments(["--config", str(path), "--epochs", "4"]).training
+    training = read("--config", str(path), "--epochs", "4")
     assert (training.base, training.adapter.layers, training.adapter.initial_alpha) == ("runs/base", (1,), 0.1)
     assert (training.train.num_epochs, training.train.batch_size, training.data.seq_length) == (4, 4, 2048)
     path.write_text("models: [infini]\n")
     with pytest.raises(UserError, match="models"):
-        parse_arguments(["--config", str(path)])
+        read("--config", str(path))
 
 
 @pytest.mark.parametrize(

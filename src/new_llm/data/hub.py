@@ -17,12 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from new_llm.config import UserError
+from new_llm.config.errors import HubError
 
-INSTEAD = (
-    "use --config configs/quick.yaml, the embedded text (--data.source sotu) or local files "
-    "(--data.source FILE: .txt, .jsonl, .jsonl.zst, .parquet)"
-)
 MAX_REASON_CHARACTERS = 200  # of a library's message inside our one line
 
 
@@ -85,9 +81,9 @@ def dataset_is_cached(name: str) -> bool:
     )
 
 
-def out_of_reach(wanted: str) -> UserError:
+def out_of_reach(wanted: str) -> HubError:
     """The one line for a hub that doesn't answer."""
-    return UserError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}")
+    return HubError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach")
 
 
 def describe_failure(error: BaseException) -> str:
@@ -159,5 +155,5 @@ def _read_records(records: Any, wanted: str, skip: int) -> Iterator[dict[str, An
         raise _load_failed(wanted, error) from None
 
 
-def _load_failed(wanted: str, error: Exception) -> UserError:
-    return UserError(f"{wanted} could not be loaded: {describe_failure(error)}; {INSTEAD}")
+def _load_failed(wanted: str, error: Exception) -> HubError:
+    return HubError(f"{wanted} could not be loaded: {describe_failure(error)}")

@@ -1,0 +1,100 @@
+"""What a command is: a dataclass whose fields are its flags, read by tyro; bad flags are one line."""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NoReturn, Self, Union
+
+import tyro
+from tyro import _errors as failures  # the one hook by which tyro hands over what it would have printed
+
+from new_llm.config.errors import UserError
+
+
+@dataclasses.dataclass(kw_only=True)
+class Command(ABC):
+    """A command: its fields are its flags, its docstring is its help.
+
+    Modules of commands import no torch at their top, so that help and errors in flags come at once.
+    """
+
+    without_hub: ClassVar[str] = ""
+    """What to do where the hub is out of reach, in this command's own flags."""
+
+    @classmethod
+    def read(cls, arguments: list[str], prog: str) -> Self:
+        """The command of a command line; `prog` is its name in help and errors."""
+        return read_flags(cls, arguments, prog)
+
+    @abstractmethod
+    def execute(self) -> int:
+        """Do it; returns the exit code."""
+
+
+class CommandGroup:
+    """A command that only chooses among others; its docstring is its help."""
+
+    commands: ClassVar[Mapping[str, type[Command]]]
+    """The sub-commands by their names."""
+    default: ClassVar[str | None] = None
+    """The one that is meant where none is named; None: one must be named."""
+
+    @classmethod
+    def read(cls, arguments: list[str], prog: str) -> Command:
+        """The chosen command of a command line."""
+        return read_flags(choose_command(cls.commands, cls.default), arguments, prog, description=inspect.getdoc(cls))
+
+
+def read_flags(
+    kind: Any, arguments: list[str], prog: str, *, default: Any = tyro.MISSING_NONPROP, **options: Any
+) -> Any:
+    """`tyro.cli`, with enums by their values and the docstring as it stands for help.
+
+    Raises:
+        UserError: an unknown flag or a value that is refused, in one line.
+        SystemExit: help was asked for and has been printed.
+    """
+    options.setdefault("description", inspect.getdoc(kind))
+    with failures.on_parse_error(_refuse):
+        return tyro.cli(
+            kind, args=arguments, prog=prog, default=default, config=(tyro.conf.EnumChoicesFromValues,), **options
+        )
+
+
+def choose_command(kinds: Mapping[str, Any], default: str | None = None) -> Any:
+    """The type that tyro reads as a choice of sub-commands.
+
+    Args:
+        kinds: the sub-commands by their names.
+        default: the one that is meant where none is named; None: one must be named.
+    """
+    chosen = (
+        Annotated[kind, tyro.conf.subcommand(name, description=inspect.getdoc(kind), is_default=name == default)]
+        for name, kind in kinds.items()
+    )
+    return Union[tuple(chosen)]  # noqa: UP007
+
+
+def _refuse(event: failures.ParseErrorEvent) -> NoReturn:
+    """One line of what tyro would show in a box."""
+    match event:
+        case failures.UnrecognizedArgs():
+            message = f"unknown option {' '.join(event.tokens)}"
+        case failures.InvalidChoice():
+            allowed = ", ".join(event.choices)
+            message = f"{event.argument.display_name()}: {event.value!r} is an invalid choice; allowed are {allowed}"
+        case failures.MissingArgs():
+            missing = ", ".join(found.arg.display_name() for found in event.missing_arguments)
+            unknown = f" (unknown: {' '.join(event.unrecognized_tokens)})" if event.unrecognized_tokens else ""
+            message = f"missing {missing}{unknown}"
+        case failures.MissingSubcommand():
+            message = f"choose one of {', '.join(event.subcommand_spec.parser_from_name)}"
+        case failures.BadValue():
+            message = f"{event.argument.display_name()}: a value is missing"
+        case failures.InstantiationFailure():
+            flag = f"{event.argument.display_name()}: " if event.argument else ""
+            message = flag + str(event.message)
+        case _:
+            message = "these options do not go together"
+    raise UserError(f"{message} (see {event.prog} --help)")

@@ -1,1 +1,0 @@
-"""`new-llm eval`: measure a trained model."""

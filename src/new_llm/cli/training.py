@@ -1,0 +1,126 @@
+"""What the commands that train share: where their settings come from, and how a training ends."""
+
+import dataclasses
+import re
+import sys
+from abc import abstractmethod
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import tyro
+
+from new_llm.cli.command import Command, read_flags
+from new_llm.cli.launcher import end_quietly, is_main_process
+from new_llm.config.run_settings import RunSettings, read_settings
+from new_llm.config.terminal import make_line, open_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclasses.dataclass(kw_only=True)
+class Origin:
+    """The flags that say where the other flags' defaults come from."""
+
+    config: Path | None = None
+    """A YAML file with the settings to begin from; flags override it."""
+    resume: bool = False
+    """Continue the run that --name names, where it was interrupted."""
+    name: str | None = None
+    runs_dir: Path = Path("runs")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingCommand(Command):
+    """A command whose flags are a configuration's fields, with defaults from a file or from the run itself."""
+
+    command: ClassVar[str]
+    """The command's name, by which an interrupted run is continued."""
+    config: Path | None = None
+    """A YAML file with the settings to begin from; flags override it."""
+    resume: bool = False
+    """Continue the run that --name names, where it was interrupted."""
+    settings: Any
+
+    @classmethod
+    def read(cls, arguments: list[str], prog: str) -> Self:
+        """Defaults from --config, or with --resume from the run; flags override them."""
+        origin, _ = tyro.cli(Origin, args=arguments, return_unknown_args=True, add_help=False, console_outputs=False)
+        (field,) = (field for field in dataclasses.fields(cls) if field.name == "settings")
+        kind: type[RunSettings] = field.default_factory  # pyright: ignore[reportAssignmentType]
+        if origin.config is not None:
+            settings = cls.adapt(read_settings(origin.config, kind))
+            if settings.name is None and not origin.resume:
+                settings = dataclasses.replace(settings, name=name_run(origin.config.stem))  # pyright: ignore
+        elif origin.resume and origin.name is not None:
+            settings = read_settings(origin.runs_dir / origin.name / kind.file_name, kind)
+        else:
+            settings = cls.adapt(kind())
+        return read_flags(cls, arguments, prog, default=cls(settings=settings))
+
+    @classmethod
+    def adapt(cls, settings: Any) -> Any:
+        """The command's own defaults in settings that begin a run."""
+        return settings
+
+    @abstractmethod
+    def train(self, console: "Console") -> dict[str, Any]:
+        """Train; returns the results."""
+
+    @abstractmethod
+    def show(self, results: dict[str, Any]) -> None:
+        """Print the results."""
+
+    def execute(self) -> int:
+        """Train and show the results; where training was stopped or failed, say so. Of several processes one prints.
+
+        Returns:
+            The exit code: 130 where training was interrupted, 1 where it can't continue.
+        """
+
+        def describe_resumption(run_folder: Path) -> str:
+            place = "" if run_folder.parent == Path("runs") else f" --runs-dir {run_folder.parent}"
+            return f"new-llm {self.command}{place} --name {run_folder.name} --resume"
+
+        results = run_training(self.train, describe_resumption)
+        if isinstance(results, int):
+            return results
+        if is_main_process():
+            self.show(results)
+        return 0
+
+
+def run_training(
+    train: "Callable[[Console], dict[str, Any]]", describe_resumption: Callable[[Path], str]
+) -> dict[str, Any] | int:
+    """Train, with progress on stderr.
+
+    Args:
+        train: given the console for its progress, returns the results.
+        describe_resumption: the command line that continues an interrupted run, from the run's folder.
+
+    Returns:
+        The results; or an exit code, 130 where training was interrupted and 1 where it can't continue.
+    """
+    from new_llm.training import TrainingError, TrainingInterrupted
+
+    console = open_console(stderr=True)
+    try:
+        return train(console)
+    except TrainingInterrupted as stopped:
+        if not is_main_process():
+            return end_quietly(130)
+        again = describe_resumption(stopped.folder.parent)
+        console.print(f"{stopped}\ncontinue with: {again}", soft_wrap=True)
+        return 130
+    except TrainingError as error:
+        print(f"new-llm: {make_line(error)}", file=sys.stderr)
+        return 1
+
+
+def name_run(stem: str) -> str:
+    """A run's name from its configuration's file and the time; what a folder's name may not hold becomes a dash."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip(".-")[:80] or "run"
+    return f"{plain}-{datetime.now():%Y%m%d-%H%M%S}"
