@@ -188,7 +188,10 @@ def test_the_reference_experiment_without_a_hub_names_the_alternatives(
         assert alternative in line
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["experiment", "--help"], ["memory", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("eval", "export", "generate", "memory", "report", "runs", "study"))],
+)
 def test_help_does_not_wait_for_torch(tmp_path: Path, arguments: list[str]) -> None:
     script = (
         "import sys\nfrom new_llm.cli.main import main\n"
