@@ -3,6 +3,7 @@
 Checks never change the model; its mode, segment length and held memory are restored afterwards.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def examine_model(
     """
     config = config or DoctorConfig()
     checks = choose_checks(config.checks)
-    exam = Examination.begin(model, tokenizer, text, data, config, autocast)
+    exam = Examination(model, tokenizer, text, data, config, autocast or contextlib.nullcontext)
     findings: dict[str, Finding] = {}
     for check in checks:
         if on_check:

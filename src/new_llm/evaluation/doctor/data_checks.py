@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,6 @@ from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, 
 UNKNOWN = "the model belongs to no run, so its training text is unknown"
 MAX_BATCHES = 64
 EXAMPLE_CHARACTERS = 160
-MAX_WINDOWS = 1 << 24
-"""Validation windows whose hashes are held."""
 BLOCK_TOKENS = 1 << 20
 """Windows hashed at once."""
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -55,8 +53,7 @@ def check_batches(exam: Examination) -> Finding:
             num_labels += int((batch.labels != IGNORED_LABEL).sum())
             misaligned += _count_misaligned(batch)
             unreset += _count_missing_resets(plan[index - 1] if index else None, batch)
-    figures = {"num_batches": num_batches, "num_labels": num_labels}
-    figures |= {"misaligned_labels": misaligned, "missing_resets": unreset}
+    figures = {"num_labels": num_labels, "misaligned_labels": misaligned, "missing_resets": unreset}
     found = f"{num_labels:,} labels in {num_batches} batches"
     if misaligned:
         return fault(
@@ -122,29 +119,26 @@ def check_spans(exam: Examination) -> Finding:
     """Long passages of validation text that are also in training."""
     if exam.data is None:
         return skip(UNKNOWN)
-    config = exam.config
-    spans = find_shared_spans(exam.data.train, exam.data.validation, config.span_tokens)
-    if not spans.num_windows:
+    config, validation = exam.config, exam.data.validation
+    places, shared = find_shared_spans(exam.data.train, validation, config.span_tokens)
+    if not len(places):
         return skip(f"no validation document has {config.span_tokens} tokens")
-    share = spans.num_shared / spans.num_windows
-    copied = [index for index, held in spans.per_document.items() if held >= config.copied_share]
-    figures: dict[str, Any] = {
-        "span_tokens": config.span_tokens,
-        "num_spans": spans.num_windows,
-        "num_shared": spans.num_shared,
-        "share": share,
-        "num_documents": len(spans.per_document),
-        "copied_documents": copied[:8],
-    }
-    found = f"{spans.num_shared:,} of {spans.num_windows:,} validation spans of {config.span_tokens} tokens"
-    if spans.example is None:
+    windows = np.bincount(find_documents(validation, places), minlength=validation.num_documents)
+    held = np.bincount(find_documents(validation, places[shared]), minlength=validation.num_documents)
+    copied = np.flatnonzero((held > 0) & (held >= config.copied_share * windows)).tolist()
+    num_shared, share = int(shared.sum()), float(shared.mean())
+    figures: dict[str, Any] = {"span_tokens": config.span_tokens, "num_spans": len(places), "num_shared": num_shared}
+    figures |= {"share": share, "num_documents": int((held > 0).sum()), "copied_documents": copied[:8]}
+    found = f"{num_shared:,} of {len(places):,} validation spans of {config.span_tokens} tokens"
+    if not num_shared:
         return ok(f"{found} are in training", **figures)
-    train_at, validation_at, tokens = spans.example
-    text = exam.tokenizer.decode(tokens.tolist())
-    figures["example"] = {"training": train_at, "validation": validation_at, "text": text}
+    indices = np.flatnonzero(shared)
+    longest = max(np.split(indices, np.flatnonzero(np.diff(places[indices]) != 1) + 1), key=len)
+    tokens = validation.tokens[places[longest[0]] : places[longest[0]] + config.span_tokens]
+    figures["example"] = exam.tokenizer.decode(tokens.tolist())
     judge = fault if share >= config.overlap_share or copied else warn
     return judge(
-        f"{found} ({100 * share:.2g}%, in {len(spans.per_document):,} documents) are in training, such as "
+        f"{found} ({100 * share:.2g}%, in {figures['num_documents']:,} documents) are in training, such as "
         f"{_quote(exam, tokens)}: their perplexity is too low",
         "look for copies, quotations and boilerplate, and keep texts that share them in one split",
         **figures,
@@ -212,23 +206,6 @@ def _quote(exam: Examination, tokens: NDArray[np.integer]) -> str:
 # Text that two splits share: every window is hashed to 64 bits, in one pass over each split
 
 
-class SharedSpans(NamedTuple):
-    """Windows of tokens that two splits share.
-
-    Attributes:
-        num_windows: windows of the second split, one per token with enough tokens after it in its document.
-        num_shared: those that also occur in the first split.
-        per_document: the share of such windows in each document of the second split that has any.
-        example: (document, offset) in the first split, the same in the second, and the tokens of a shared window, from
-            the longest run of them; None if there is none.
-    """
-
-    num_windows: int
-    num_shared: int
-    per_document: dict[int, float]
-    example: tuple[tuple[int, int], tuple[int, int], NDArray[np.int64]] | None
-
-
 def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tuple[int, int]]:
     """(training document, validation document) pairs with the same tokens."""
 
@@ -242,33 +219,17 @@ def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tup
     return [(index, other) for index in range(train.num_documents) for other in known.get(digest(train, index), ())]
 
 
-def find_shared_spans(train: TokenSplit, validation: TokenSplit, length: int) -> SharedSpans:
-    """Windows of `length` tokens of validation documents that occur in a training document."""
-    blocks = list(hash_windows(validation, length, stop=MAX_WINDOWS))
-    places = np.concatenate([block for block, _ in blocks] or [np.zeros(0, np.int64)])
-    if not len(places):
-        return SharedSpans(0, 0, {}, None)
-    keys, inverse = np.unique(np.concatenate([hashes for _, hashes in blocks]), return_inverse=True)
-    train_places = np.full(len(keys), -1, np.int64)
-    for found, hashes in match_windows(train, length, keys):
-        train_places[np.searchsorted(keys, hashes)] = found
-    sources = train_places[inverse]
-    shared = np.flatnonzero(sources >= 0)
-    if not len(shared):
-        return SharedSpans(len(places), 0, {}, None)
-    documents, counts = np.unique(find_documents(validation, places[shared]), return_counts=True)
-    sizes = np.diff(validation.offsets)[documents] - length + 1
-    runs = np.split(shared, np.flatnonzero(np.diff(places[shared]) != 1) + 1)
-    first = max(runs, key=len)[0]
-    place, source = int(places[first]), int(sources[first])
-
-    def locate(split: TokenSplit, at: int) -> tuple[int, int]:
-        document = int(find_documents(split, np.array([at]))[0])
-        return document, at - int(split.offsets[document])
-
-    tokens = np.asarray(validation.tokens[place : place + length]).astype(np.int64)
-    shares = dict(zip(documents.tolist(), (counts / sizes).tolist(), strict=True))
-    return SharedSpans(len(places), len(shared), shares, (locate(train, source), locate(validation, place), tokens))
+def find_shared_spans(
+    train: TokenSplit, validation: TokenSplit, length: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The places of all windows of `length` tokens in validation documents, and which of them are in training."""
+    empty = (np.zeros(0, np.int64), np.zeros(0, np.uint64))
+    places, hashes = (np.concatenate(parts) for parts in zip(empty, *hash_windows(validation, length), strict=True))
+    keys, inverse = np.unique(hashes, return_inverse=True)
+    is_known = np.zeros(len(keys), bool)
+    for _, known in match_windows(train, length, keys):
+        is_known[np.searchsorted(keys, known)] = True
+    return places, is_known[inverse]
 
 
 def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) -> dict[int, int]:
@@ -283,7 +244,7 @@ def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) ->
             beginnings[int(hash_tokens(sequence[:shortest], shortest)[0])].append(index)
     found: dict[int, int] = {}
     keys = np.array(sorted(beginnings), np.uint64)
-    for places, hashes in match_windows(split, shortest, keys) if shortest else ():
+    for places, hashes in match_windows(split, shortest, keys):
         for place, document, value in zip(places, find_documents(split, places), hashes, strict=True):
             for index in beginnings[int(value)]:
                 end = place + len(sequences[index])
@@ -299,15 +260,14 @@ Windows = Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]
 
 def match_windows(split: TokenSplit, length: int, keys: NDArray[np.uint64]) -> Windows:
     """The windows of a split whose hash is among the sorted keys."""
-    for places, hashes in hash_windows(split, length):
+    for places, hashes in hash_windows(split, length) if len(keys) else ():
         known = keys[np.searchsorted(keys, hashes).clip(max=len(keys) - 1)] == hashes
         yield places[known], hashes[known]
 
 
-def hash_windows(split: TokenSplit, length: int, *, stop: int | None = None, block: int = BLOCK_TOKENS) -> Windows:
-    """All windows of `length` tokens inside documents, a block at a time, up to the place `stop`."""
-    last = max(0, split.num_tokens - length + 1)
-    for begin in range(0, last if stop is None else min(stop, last), block):
+def hash_windows(split: TokenSplit, length: int, block: int = BLOCK_TOKENS) -> Windows:
+    """All windows of `length` tokens inside documents, a block at a time."""
+    for begin in range(0, max(0, split.num_tokens - length + 1), block):
         hashes = hash_tokens(np.asarray(split.tokens[begin : begin + block + length - 1]), length)
         places = np.arange(begin, begin + len(hashes), dtype=np.int64)
         is_inside = places + length <= split.offsets[find_documents(split, places) + 1]

@@ -1,6 +1,7 @@
 """What every check shares: the registry, findings, and the model under examination with probes that leave no trace."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -143,8 +144,9 @@ class Examination:
         data: its training data; None if unknown.
         config: the settings.
         autocast: makes the context in which losses are measured.
-        device: the model's device.
-        tokens: the beginning of the text in one row, for probes.
+
+    Raises:
+        UserError: the text is too short for the probes.
     """
 
     model: Any
@@ -153,33 +155,28 @@ class Examination:
     data: TrainingData | None
     config: DoctorConfig
     autocast: Callable[[], Any]
-    device: torch.device
-    tokens: Tensor
 
-    @classmethod
-    def begin(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        text: TokenSplit,
-        data: TrainingData | None,
-        config: DoctorConfig,
-        autocast: Callable[[], Any] | None,
-    ) -> "Examination":
-        """Set up an examination.
-
-        Raises:
-            UserError: the text is too short for the probes.
-        """
-        needed = config.num_rows * config.num_segments * config.segment_tokens + 1
-        if text.num_tokens < needed:
+    def __post_init__(self) -> None:
+        if self.text.num_tokens < self._needed:
             raise UserError(
-                f"doctor: the text has {text.num_tokens} tokens; at least {needed} are needed "
+                f"doctor: the text has {self.text.num_tokens} tokens; at least {self._needed} are needed "
                 "(num_rows · num_segments · segment_tokens + 1)"
             )
-        device = find_device(model, None)
-        tokens = torch.from_numpy(text.tokens[: max(needed, config.max_tokens)].astype(np.int64)).to(device)
-        return cls(model, tokenizer, text, data, config, autocast or contextlib.nullcontext, device, tokens)
+
+    @property
+    def _needed(self) -> int:
+        return self.config.num_rows * self.config.num_segments * self.config.segment_tokens + 1
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return find_device(self.model, None)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """The beginning of the text in one row, for probes."""
+        tokens = self.text.tokens[: max(self._needed, self.config.max_tokens)]
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
     @property
     def own_model(self) -> TransformerLM | None:
