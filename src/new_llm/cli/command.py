@@ -11,6 +11,24 @@ from tyro import _errors as failures  # the one hook by which tyro hands over wh
 
 from new_llm.config.errors import UserError
 
+REGISTRY = tyro.constructors.ConstructorRegistry()
+"""How values are read where tyro's own way is not ours."""
+
+
+@REGISTRY.primitive_rule
+def read_none(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
+    """`none` beside Python's `None`, where a flag may be left without a value."""
+    if found.type is not type(None):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="none",
+        instance_from_str=lambda words: None,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda _: ["none"],
+        choices=("none", "None"),
+    )
+
 
 @dataclasses.dataclass(kw_only=True)
 class Command(ABC):
@@ -58,7 +76,13 @@ def read_flags(
     options.setdefault("description", inspect.getdoc(kind))
     with failures.on_parse_error(_refuse):
         return tyro.cli(
-            kind, args=arguments, prog=prog, default=default, config=(tyro.conf.EnumChoicesFromValues,), **options
+            kind,
+            args=arguments,
+            prog=prog,
+            default=default,
+            config=(tyro.conf.EnumChoicesFromValues,),
+            registry=REGISTRY,
+            **options,
         )
 
 

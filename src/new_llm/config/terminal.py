@@ -8,6 +8,7 @@ import codecs
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ UNPRINTABLE = re.compile(
 PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "‖": "|", "±": "+-", "→": "->", "…": "...", "·": "*", "×": "x",
                        "α": "alpha", "β": "beta", "≤": "<=", "≥": ">=", "\u00a0": " ", "│": "|"})  # fmt: skip
 """Stand-ins in a terminal without these characters."""
-MIN_COLUMNS = 60
+MIN_COLUMNS = 80
 """Narrower tables and help would be cut to single letters; a narrower terminal wraps these lines instead."""
 
 
@@ -48,7 +49,7 @@ def prepare_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="new_llm.plain")
-    if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) < MIN_COLUMNS:
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
 
 

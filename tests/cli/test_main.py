@@ -1,0 +1,181 @@
+"""The command itself: help, one line for every failure, any terminal, any name of a configuration."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from new_llm.cli import main as program
+from new_llm.cli.command import Command
+from new_llm.cli.experiment import Experiment
+from new_llm.cli.main import COMMANDS, explain, load_command, main
+from new_llm.cli.train_adapter import TrainAdapter
+from new_llm.config.errors import HubError, UserError
+from new_llm.config.terminal import make_line, make_printable, open_console
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+
+
+def call(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "new_llm.cli.main", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+class PanicException(BaseException):
+    """As libraries written in Rust raise it."""
+
+    __module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("a.yaml: is \x1b[31mred\nand long"), 2, r"a.yaml: is \x1b[31mred and long"),
+        (KeyError("x"), 1, "KeyError: 'x' (new_llm/cli/main.py, line "),
+        (MemoryError(), 2, "out of memory (MemoryError); a smaller model, batch or text needs less"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 2, "out of memory (RuntimeE"),
+        (PanicException("regex stack overflow"), 2, "the tokenizer failed in its own code (PanicException: regex"),
+        (RuntimeError("Could not determine home directory."), 2, "there is no home directory for ~: set HOME"),
+        (OSError(28, "No space left on device", "runs/a/x"), 2, "runs/a/x: No space left on device: free some space"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (HubError("pile: out of reach"), 2, "pile: out of reach: take --that instead"),
+    ],
+)
+def test_every_failure_is_a_line_and_an_exit_code(
+    error: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing(Command):
+        without_hub: ClassVar[str] = "take --that instead"
+
+        @classmethod
+        def read(cls, arguments: list[str], prog: str) -> Command:
+            raise error
+
+        def execute(self) -> int:
+            return 0
+
+    monkeypatch.setattr(program, "load_command", lambda name: Failing)
+    assert main(["runs"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"new-llm: {words}")
+    assert len(lines) == (2 if code == 1 else 1)
+    assert code != 1 or "please report it, with the output of the same command with --debug" in lines[1]
+    assert main(["runs", "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_names_its_place_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain(KeyError("x")) == 1
+    assert "KeyError: 'x' (outside this package)" in capsys.readouterr().err
+    with pytest.raises(TypeError) as caught:
+        open_console(nonsense=1)
+    assert explain(caught.value) == 1
+    assert "(new_llm/config/terminal.py, line " in capsys.readouterr().err
+
+
+def test_little_address_space_is_one_line(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
+
+    command = [sys.executable, "-m", "new_llm.cli.main", "generate", "--run", "x", "--prompt", "x"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=limit
+    )
+    assert done.returncode == 2
+    assert "new-llm: out of memory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "lm-eval"])
+def test_help_in_a_narrow_terminal_that_knows_ascii_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert f"usage: new-llm {name}" in shown
+    assert "show this help message" in " ".join(shown.split())
+
+
+def test_help_shows_the_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["runs", "--help"])
+    assert "\n  new-llm runs show quick-20260131-120000\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["experiment", "--help"], ["runs"], ["memory", "show", "–‖±α.x"]])
+def test_a_terminal_that_knows_ascii_alone(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "a–b").mkdir(parents=True)
+    (tmp_path / "runs" / "a–b" / "config.yaml").write_text("models: [pythia]")
+    done = call(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="20")
+    assert "UnicodeEncodeError" not in done.stderr
+    assert done.returncode == (2 if "show" in arguments else 0), done.stderr
+    if arguments == ["runs"]:
+        assert "a-b" in done.stdout
+    if "show" in arguments:
+        assert done.stderr.startswith("new-llm: -|+-alpha.x: ")
+
+
+def test_text_from_files_is_no_command_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    hostile = "[bold]x[/x] :smile: \x1b]0;title\x07\r\u202eabc\x9b31m \udc80"
+    table = Table(hostile, title=hostile)
+    table.add_row(hostile)
+    console = open_console(width=200)
+    console.print(table)
+    console.print(hostile)
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\r\u202e\x9b\udc80") & set(shown)
+    assert shown.count(r"[bold]x[/x] :smile: \x1b]0;title") == 4
+    assert make_line("a\n b\u2028c\td\x00") == r"a b c d\x00"
+    assert make_printable("a\n\tb – é 日本") == "a\n\tb – é 日本"
+
+
+@pytest.mark.parametrize("name", ["my config.yaml", "ünï-(1).yaml", " .yaml", "-x.yaml"])
+def test_a_configuration_s_name_may_be_any(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("models: [infini]\nseed: 3\n")
+    config = Experiment.read([f"--config={tmp_path / name}"], "new-llm experiment").settings
+    assert (config.models, config.seed) == (("infini",), 3)
+    assert config.name
+
+
+def test_dashes_and_underscores_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "other runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("models: [infini]\nname: a\n")
+    for flags in (["--runs_dir", "other runs"], ["--runs-dir", "other runs"], ["--runs_dir=other runs"]):
+        config = Experiment.read(["--name", "a", "--resume", *flags], "new-llm experiment").settings
+        assert (config.models, config.runs_dir) == (("infini",), Path("other runs"))
+    assert Experiment.read(["--data.seq_length", "64"], "x").settings.data.seq_length == 64
+    assert main(["runs", "--runs_dir", "other runs"]) == 0
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_advice_names_flags_that_the_command_has(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    kind = load_command(name)
+    for part in getattr(kind, "commands", {"": kind}):
+        command = getattr(kind, "commands", {"": kind})[part]
+        flags = re.findall(r"--[\w.-]+", re.sub(r"`.*?`", "", command.without_hub))
+        if flags:
+            with pytest.raises(SystemExit):
+                main([name, *([part] if part else []), "--help"])
+            shown = capsys.readouterr().out
+            assert all(flag in shown for flag in flags)
+
+
+@pytest.mark.parametrize("value", ["none", "None"])
+def test_no_wikitext_is_none(value: str) -> None:
+    assert TrainAdapter.read(["--wikitext", value], "new-llm train-adapter").settings.wikitext is None
