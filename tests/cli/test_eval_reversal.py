@@ -9,8 +9,7 @@ import torch
 from new_llm import TransformerLM, create_model
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
-from new_llm.data.reversal_files import draw_pairs, read_reversal_pairs
-from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs, read_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
 from new_llm.evaluation import evaluate_reversal_curse
 from new_llm.experiments.config import ExperimentConfig

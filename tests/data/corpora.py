@@ -12,7 +12,7 @@ from new_llm.data.sources import load_documents
 
 
 def write_corpus(path: Path, num_bytes: int, seed: int = 0, max_characters: int | None = None) -> int:
-    """Write .jsonl or .jsonl.zst with at least so many bytes of lines; the number of documents.
+    """Write .jsonl or .jsonl.zst with at least so many bytes of lines; the number of documents, all different.
 
     Args:
         path: the file.
@@ -27,7 +27,7 @@ def write_corpus(path: Path, num_bytes: int, seed: int = 0, max_characters: int 
         while written < num_bytes:
             order.shuffle(speeches)
             for text in speeches:
-                line = json.dumps({"text": text, "meta": {"round": number}}).encode() + b"\n"
+                line = json.dumps({"text": f"{number} {text}", "meta": {"round": number}}).encode() + b"\n"
                 (packer or file).write(line)
                 written, number = written + len(line), number + 1
                 if written >= num_bytes:
@@ -38,27 +38,21 @@ def write_corpus(path: Path, num_bytes: int, seed: int = 0, max_characters: int 
 
 
 PREPARE = """
-import json, resource, sys, time
+import json, resource, sys
 from pathlib import Path
 from new_llm.config import DataConfig
 from new_llm.data.dataset import prepare_data
 
 if __name__ == "__main__":
-    began = time.perf_counter()
     options = json.loads(sys.argv[1])
     options["cache_dir"] = Path(options["cache_dir"])
-    data = prepare_data(DataConfig(**options), 0)
+    data = prepare_data(DataConfig(**options))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"mib": round(peak), "seconds": round(time.perf_counter() - began, 1), **data.info}))
+    print(json.dumps({"mib": round(peak), "imports_datasets": "datasets" in sys.modules, **data.info}))
 """
-"""A program that prepares data as its argument says, and prints its peak memory, its time and the data's info."""
+"""A program that prepares data as its argument says, and prints its peak memory and the data's info."""
 
 
 def prepare_command(**options: object) -> list[str]:
     """The command that runs PREPARE."""
     return [sys.executable, "-c", PREPARE, json.dumps(options, default=str)]
-
-
-def read_cache(folder: Path) -> dict[str, bytes]:
-    """Everything that a cache folder holds but the times of its checks."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "verified.json"}

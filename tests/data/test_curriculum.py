@@ -10,8 +10,7 @@ from rich.console import Console
 from test_batches import make_split
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data.batches import IGNORED_LABEL, plan_batches
-from new_llm.data.curriculum import list_shapes, plan_curriculum
+from new_llm.data.batches import IGNORED_LABEL, list_shapes, plan_batches, plan_curriculum
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import create_model
 from new_llm.training import Trainer

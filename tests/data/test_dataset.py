@@ -1,83 +1,103 @@
+"""From a configuration to splits: what is in them, what is cached, and what a killed build leaves."""
+
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import prepare_command, write_corpus
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data import tagged_encoding
+from new_llm.data import builder
 from new_llm.data.batches import plan_batches
-from new_llm.data.dataset import PreparedData, prepare_data
+from new_llm.data.builder import Builder
+from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokens import TokenSplit
+
+PAIRS = get_reversal_pairs()
 
 
 def texts_of(data: PreparedData, split: TokenSplit) -> list[str]:
     return [data.tokenizer.decode(split.document(i).tolist()) for i in range(split.num_documents)]
 
 
+def write_lines(file: Path, texts: list[str]) -> str:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(file)
+
+
 @pytest.fixture
 def config(tmp_path, speeches) -> DataConfig:
     """A source of twelve short speeches, and a cache of its own."""
-    file = tmp_path / "speeches.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches))
     return DataConfig(
-        source=str(file),
+        source=write_lines(tmp_path / "speeches.jsonl", speeches),
         tokenizer_vocab_size=400,
         seq_length=32,
         num_samples=None,
         cache_dir=tmp_path / "cache",
+        max_reversal_share=1,
     )
 
 
+def list_caches(folder: Path | None) -> list[Path]:
+    """What a folder of caches holds but for locks; an interrupted build would show."""
+    return [path for path in (folder or Path()).iterdir() if path.suffix != ".lock"]
+
+
 @pytest.fixture
-def forbid_reading(monkeypatch):
-    """Call it, and from then on nothing may be tokenised."""
+def forbid_building(monkeypatch):
+    """Call it, and from then on no cache may be built."""
 
     def forbid() -> None:
         def refuse(*args):
             raise AssertionError("the cache should have been used")
 
-        monkeypatch.setattr(tagged_encoding, "encode_in_parallel", refuse)
+        monkeypatch.setattr(Builder, "build", refuse)
 
     return forbid
 
 
 def test_splits_are_whole_documents_and_disjoint(config, speeches):
-    data = prepare_data(replace(config, reversal_pairs=False), 0)
+    plain = replace(config, reversal_pairs=False)
+    data = prepare_data(plain)
     train, validation = texts_of(data, data.train), texts_of(data, data.validation)
     assert sorted(train + validation) == sorted(speeches)
     assert len(validation) == 1
     assert data.vocab_size == 512
     assert data.train.tokens.dtype == np.uint16
     assert data.train.num_bytes.sum() == sum(len(text.encode()) for text in train)
-    other = prepare_data(replace(config, reversal_pairs=False), 1)
+    other = prepare_data(replace(plain, split_seed=1))
     assert texts_of(other, other.validation) != validation
-    half = prepare_data(replace(config, validation_fraction=0.5), 0)
-    assert half.validation.num_documents == 6
+    assert prepare_data(replace(plain, validation_fraction=0.5)).validation.num_documents == 6
 
 
 def test_forward_sentences_are_trained_on_and_backward_ones_never(config):
-    data = prepare_data(config, 0)
-    plain = prepare_data(replace(config, reversal_pairs=False), 0)
+    data = prepare_data(config)
+    plain = prepare_data(replace(config, reversal_pairs=False))
     train, validation = texts_of(data, data.train), texts_of(data, data.validation)
-    pairs = get_reversal_pairs()
     pinned = train[: data.train.num_pinned_documents]
-    assert sorted("\n".join(pinned).split("\n")) == sorted(pair.forward for pair in pairs)
+    assert sorted("\n".join(pinned).split("\n")) == sorted(pair.forward for pair in PAIRS)
     assert train[len(pinned) :] == texts_of(plain, plain.train)
     assert validation == texts_of(plain, plain.validation)
     everything = "\n".join(train + validation)
-    assert not [pair for pair in pairs if pair.backward in everything]
-    assert not [pair for pair in pairs if pair.forward in "\n".join(validation)]
-    assert data.info["reversal_sentences"] == len(pairs)
+    assert not [pair for pair in PAIRS if pair.backward in everything]
+    assert not [pair for pair in PAIRS if pair.forward in "\n".join(validation)]
+    assert data.info["reversal_sentences"] == len(PAIRS)
     assert data.info["reversal_documents"] == len(pinned)
     assert plain.info["reversal_sentences"] == 0
+    with pytest.raises(ValueError, match="read-only"):
+        data.train.tokens[0] = 1
 
 
 def test_forward_sentences_are_among_any_number_of_samples(config):
-    data = prepare_data(config, 0)
+    data = prepare_data(config)
     first = data.train.offsets[data.train.num_pinned_documents]
     pinned = plan_batches(data.train, seq_length=32, batch_size=4, order="stream", seed=0, epoch=0).starts
     pinned = set(pinned[pinned < first].tolist())
@@ -87,8 +107,31 @@ def test_forward_sentences_are_among_any_number_of_samples(config):
     assert pinned < set(plan.starts.tolist())
 
 
+def count_pinned(data: PreparedData) -> int:
+    return int(data.train.offsets[data.train.num_pinned_documents])
+
+
+def test_a_small_text_takes_only_some_reversal_sentences_or_none(config, tmp_path, speeches):
+    """Before, a text of a user's own had 7.7 % of its training tokens, and a smaller one most, from these sentences."""
+    capped = replace(config, max_reversal_share=0.2)
+    data = prepare_data(capped)
+    share = count_pinned(data) / data.train.num_tokens
+    assert 0.15 < share <= 0.2
+    kept = data.info["reversal_sentences"]
+    assert 24 < kept < len(PAIRS)
+    (note,) = data.info["notes"]
+    assert note.startswith(f"{kept} of 240 reversal sentences join the training text, to stay within 20%")
+    few = prepare_data(replace(capped, num_samples=300))
+    assert count_pinned(few) <= 0.2 * 300 * 32, "of the samples that are trained on"
+    none = prepare_data(replace(config, max_reversal_share=0.01))
+    assert none.info["reversal_sentences"] == none.train.num_pinned_documents == 0
+    assert any("too small for reversal sentences" in note for note in none.info["notes"])
+    long = write_lines(tmp_path / "long.jsonl", [f"{i} {text}" for i in range(30) for text in speeches])
+    assert prepare_data(replace(config, source=long, max_reversal_share=0.05)).info["reversal_sentences"] == len(PAIRS)
+
+
 def test_info_is_plain_and_complete(config):
-    data = prepare_data(config, 0)
+    data = prepare_data(config)
     info = json.loads(json.dumps(data.info))
     assert info == data.info
     assert info["train"]["num_tokens"] == data.train.num_tokens
@@ -97,26 +140,44 @@ def test_info_is_plain_and_complete(config):
     assert info["tokenizer"]["num_entries"] == 400
     assert {len(info[name]) for name in ("source_fingerprint", "split_fingerprint")} == {64}
     assert info["notes"] == []
-    few = prepare_data(replace(config, num_samples=3), 0)
-    assert any("reversal sentences alone fill" in note for note in few.info["notes"])
-    many = prepare_data(replace(config, num_samples=5000), 0)
+    many = prepare_data(replace(config, num_samples=5000))
     assert any("5,000 training samples were asked for" in note for note in many.info["notes"])
 
 
-def test_a_second_call_reads_the_cache(config, forbid_reading):
-    first = prepare_data(config, 0)
-    forbid_reading()
-    second = prepare_data(config, 0)
+def test_changes_of_source_tokenizer_and_split_are_found(config, tmp_path, speeches):
+    info = prepare_data(config).info
+    assert find_changes(info, prepare_data(config).info) == []
+    assert find_changes(info, prepare_data(replace(config, split_seed=1)).info) == ["tokenizer", "split"]
+    write_lines(Path(config.source), speeches[1:])
+    assert find_changes(info, prepare_data(config).info) == ["source", "tokenizer", "split"]
+
+
+def test_a_second_call_reads_the_cache(config, forbid_building):
+    first = prepare_data(config)
+    forbid_building()
+    second = prepare_data(config)
     assert isinstance(second.train.tokens, np.memmap)
     assert np.array_equal(first.train.tokens, second.train.tokens)
     assert np.array_equal(first.validation.offsets, second.validation.offsets)
     assert second.info == first.info
     assert second.tokenizer.to_str() == first.tokenizer.to_str()
-    for change in ({"seq_length": 64}, {"tokenizer_vocab_size": 401}, {"validation_fraction": 0.3}):
+    for change in ({"tokenizer_vocab_size": 401}, {"validation_fraction": 0.3}, {"split_seed": 1}):
         with pytest.raises(AssertionError):
-            prepare_data(replace(config, **change), 0)
-    with pytest.raises(AssertionError):
-        prepare_data(config, 1)
+            prepare_data(replace(config, **change))
+
+
+def test_another_seq_length_or_number_of_samples_tokenises_nothing_again(config, tmp_path, speeches):
+    """Before, each made a cache of its own, with a tokenizer of its own where few documents were cut into parts."""
+    (tmp_path / "book.txt").write_text("\n\n".join(speeches))
+    book = replace(config, source=str(tmp_path / "book.txt"))
+    for options in (config, book):
+        first = prepare_data(options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Builder, "build", lambda *_: pytest.fail("tokenised again"))
+            for change in ({"seq_length": 64}, {"num_samples": 700}, {"seq_length": 128, "num_samples": 50}):
+                other = prepare_data(replace(options, **change))
+                assert other.info["tokenizer"] == first.info["tokenizer"]
+                assert other.info["validation"]["num_tokens"] == first.info["validation"]["num_tokens"]
 
 
 def cut_file(file: Path) -> None:
@@ -130,116 +191,272 @@ def damage_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "00000.train.tokens",
-        "00000.validation.index",
-        "train.offsets.npy",
-        "tokenizer.json",
-        "00000.json",
-        "plan.json",
-        "meta.json",
-    ],
+    "name", ["train.tokens", "validation.offsets.npy", "tokenizer.json", "meta.json", "manifest.json"]
 )
 @pytest.mark.parametrize("tear", [cut_file, damage_file, Path.unlink])
-def test_a_torn_cache_is_rebuilt(config, name, tear):
-    first = prepare_data(config, 0)
+def test_a_torn_cache_is_named_and_rebuilt(config, name, tear, capfd):
+    first = prepare_data(config)
     expected, info = texts_of(first, first.train), first.info
-    (folder,) = config.cache_dir.iterdir()
+    (folder,) = list_caches(config.cache_dir)
     tear(folder / name)
-    again = prepare_data(config, 0)
+    again = prepare_data(config)
+    assert f"{folder}: {name if name != 'manifest.json' else ''}" in capfd.readouterr().err
     assert texts_of(again, again.train) == expected
     assert again.info == info
-    assert [path.name for path in config.cache_dir.iterdir()] == [folder.name], "nothing else is left behind"
-
-
-def test_an_interrupted_build_leaves_nothing(config, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tagged_encoding, "encode_in_parallel", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_data(config, 0)
-    assert list(config.cache_dir.iterdir()) == []
+    assert list_caches(config.cache_dir) == [folder], "nothing else is left behind"
 
 
 def test_two_caches_of_the_same_data_are_equal(config, tmp_path):
-    first = prepare_data(config, 0)
-    second = prepare_data(replace(config, cache_dir=tmp_path / "other"), 0)
+    first = prepare_data(config)
+    second = prepare_data(replace(config, cache_dir=tmp_path / "other"))
     assert first.info["split_fingerprint"] == second.info["split_fingerprint"]
-    assert prepare_data(config, 1).info["split_fingerprint"] != first.info["split_fingerprint"]
+    assert prepare_data(replace(config, split_seed=1)).info["split_fingerprint"] != first.info["split_fingerprint"]
 
 
 def test_the_cache_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path / "by-environment"))
-    prepare_data(replace(config, cache_dir=None), 0)
-    assert len(list((tmp_path / "by-environment").iterdir())) == 1
+    prepare_data(replace(config, cache_dir=None))
+    assert len(list_caches(tmp_path / "by-environment")) == 1
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="the token cache can't be written"):
-        prepare_data(replace(config, cache_dir=tmp_path / "file"), 0)
+        prepare_data(replace(config, cache_dir=tmp_path / "file"))
 
 
 def test_a_single_file_is_cut_into_parts_that_are_split(config, tmp_path, speeches):
     text = "\n\n".join(speeches)
-    (tmp_path / "book.txt").write_text(text)
-    data = prepare_data(replace(config, source=str(tmp_path / "book.txt"), reversal_pairs=False), 0)
-    parts = texts_of(data, data.train) + texts_of(data, data.validation)
-    assert len(parts) == 20
-    assert sum(len(part) for part in parts) == len(text)
-    assert all(part in text for part in parts)
-    assert not set(texts_of(data, data.train)) & set(texts_of(data, data.validation))
-    assert any("into 20 parts" in note for note in data.info["notes"])
+    for name, content in (("book", text), ("no-spaces", "".join(text.split()))):
+        (tmp_path / f"{name}.txt").write_text(content)
+        size = len(content) * 2 // 3072 if len(content) < 30_720 else 20
+        data = prepare_data(replace(config, source=str(tmp_path / f"{name}.txt"), reversal_pairs=False))
+        parts = texts_of(data, data.train) + texts_of(data, data.validation)
+        assert abs(len(parts) - size) <= 1
+        assert sum(len(part) for part in parts) == len(content)
+        assert all(part in content for part in parts)
+        assert not set(texts_of(data, data.train)) & set(texts_of(data, data.validation))
+        assert any(f"into {len(parts)} parts" in note for note in data.info["notes"])
 
 
 def test_repeated_documents_are_read_once(config, tmp_path, speeches):
-    file = tmp_path / "repeated.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in speeches * 3))
-    data = prepare_data(replace(config, source=str(file), reversal_pairs=False), 0)
+    file = write_lines(tmp_path / "repeated.jsonl", speeches * 3)
+    data = prepare_data(replace(config, source=file, reversal_pairs=False))
     assert data.train.num_documents + data.validation.num_documents == len(speeches)
     assert any("left out 24 documents" in note for note in data.info["notes"])
 
 
-def test_a_long_source_is_not_read_to_its_end(config, tmp_path, speeches):
-    file = tmp_path / "long.jsonl"
-    long_lines = [json.dumps({"text": f"{i} {text}"}) for i in range(20) for text in speeches]
-    file.write_text("\n".join([*long_lines, "no json"]))
-    data = prepare_data(replace(config, source=str(file), num_samples=500, min_documents=2), 0)
-    assert 20 < data.train.num_documents - data.train.num_pinned_documents < 120
+def test_bad_rows_and_ignored_files_are_notes_of_the_run(config, tmp_path, speeches):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [*speeches, None, None])
+    (folder / "notes.md").write_text("ignored")
+    options = replace(config, source=str(folder), reversal_pairs=False)
+    with pytest.raises(UserError, match=r"a\.jsonl: line 13: the field 'text' holds null"):
+        prepare_data(options)
+    for _ in range(2):  # built, and read from the cache
+        notes = prepare_data(replace(options, on_bad_row="skip")).info["notes"]
+        assert notes[0].endswith("other formats: notes.md")
+        assert notes[1].startswith("skipped 2 bad rows; the first: ")
+
+
+@pytest.mark.parametrize("meaning", ["text", "control"])
+def test_special_tokens_that_a_document_spells_are_text_unless_asked_for(config, tmp_path, speeches, meaning):
+    """Before, they silently became control tokens."""
+    file = write_lines(tmp_path / "spelled.jsonl", [f"{text} <|endoftext|> More." for text in speeches])
+    data = prepare_data(replace(config, source=file, special_tokens=meaning, reversal_pairs=False))
+    found = sum(int((split.tokens == 0).sum()) for split in (data.train, data.validation))
+    assert found == (0 if meaning == "text" else 12)
+    (note,) = data.info["notes"]
+    assert "such as <|endoftext|>, 12 times: encoded as" in note
+    assert ("plain text" in note) == (meaning == "text")
+    if meaning == "text":
+        assert "<|endoftext|> More." in texts_of(data, data.validation)[0]
+    assert prepare_data(config).info["notes"] == []
+
+
+def test_a_long_source_is_not_read_to_its_end(config, tmp_path, speeches, monkeypatch):
+    monkeypatch.setattr(builder, "LEAST_READ_CHARACTERS", 1000)
+    file = write_lines(tmp_path / "long.jsonl", [f"{i} {text}" for i in range(20) for text in speeches])
+    with Path(file).open("a") as lines:
+        lines.write("no json")
+    options = replace(config, source=file, reversal_pairs=False)
+    data = prepare_data(replace(options, num_samples=500, min_documents=2))
+    assert 20 < data.train.num_documents < 120
     assert data.info["train"]["num_samples"] >= 500
     assert any(note.startswith("read the first") for note in data.info["notes"])
-    assert prepare_data(replace(config, source=str(file), max_documents=15), 0).validation.num_documents == 2
-    with pytest.raises(UserError, match="line 241 is no JSON object"):
-        prepare_data(replace(config, source=str(file)), 0)
+    assert prepare_data(replace(options, max_documents=15)).validation.num_documents == 2
+    with pytest.raises(UserError, match="line 241: not a JSON object"):
+        prepare_data(options)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Hello world.", "too short: it gives . tokens for training and . for validation; at least 32"),
-        ("Hello", "too short: it holds 1 document of 5 characters that can't be cut"),
+        ("Hello world.", "too short: it gives .* tokens for training and .* for validation; at least 32"),
+        ("H", "too short: it holds 1 document of 1 characters that can't be cut"),
         ("a b", "too short"),
     ],
 )
 def test_a_source_that_is_too_short_gets_one_line(config, tmp_path, text, message):
     (tmp_path / "short.txt").write_text(text)
     for reversal_pairs in (True, False):
-        options = replace(config, source=str(tmp_path / "short.txt"), reversal_pairs=reversal_pairs)
         with pytest.raises(UserError, match=message) as caught:
-            prepare_data(options, 0)
+            prepare_data(replace(config, source=str(tmp_path / "short.txt"), reversal_pairs=reversal_pairs))
         assert "\n" not in str(caught.value)
+    assert not list(config.cache_dir.glob(".*.work"))
 
 
-def test_a_given_tokenizer_and_the_real_pile(config, shared_data, forbid_reading):
+def test_a_given_tokenizer_and_the_real_pile(config, shared_data, forbid_building):
     options = replace(
         config,
         source=str(shared_data / "pile" / "pile_10docs.jsonl"),
         tokenizer=str(shared_data / "tokenizer" / "20B_tokenizer.json"),
     )
-    data = prepare_data(options, 0)
+    data = prepare_data(options)
     assert data.vocab_size == 50_304
     assert data.train.num_documents - data.train.num_pinned_documents == 9
-    forbid_reading()
+    forbid_building()
     copied = config.cache_dir.parent / "tokenizer.json"
     shutil.copy(shared_data / "tokenizer" / "20B_tokenizer.json", copied)
-    moved = prepare_data(replace(options, tokenizer=str(copied)), 0)
+    moved = prepare_data(replace(options, tokenizer=str(copied)))
     assert np.array_equal(moved.train.tokens, data.train.tokens), "the tokenizer's content counts, not its path"
+
+
+# A corpus of several shards: what another process, a kill or a wait may not change.
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    write_corpus(file, 1_200_000, max_characters=1500)
+    return file
+
+
+@pytest.fixture
+def sharded(corpus, config) -> DataConfig:
+    """About ten shards."""
+    return replace(config, source=str(corpus), shard_characters=120_000)
+
+
+def options_of(config: DataConfig, **changes: object) -> dict[str, object]:
+    names = "source tokenizer_vocab_size seq_length num_samples cache_dir shard_characters num_workers"
+    return {name: getattr(config, name) for name in names.split()} | changes
+
+
+def read_cache(config: DataConfig) -> dict[str, bytes]:
+    """Everything that the only cache of a folder holds."""
+    (folder,) = list_caches(config.cache_dir)
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_neither_shards_nor_workers_change_a_byte(sharded, tmp_path):
+    whole = replace(sharded, shard_characters=1 << 25, cache_dir=tmp_path / "whole")
+    workers = replace(sharded, num_workers=2, cache_dir=tmp_path / "workers")
+    data = [prepare_data(options) for options in (sharded, whole, workers)]
+    assert read_cache(sharded) == read_cache(whole) == read_cache(workers)
+    assert data[0].info == data[1].info == data[2].info
+    texts = [json.loads(line)["text"] for line in Path(sharded.source).read_text().splitlines()]
+    pinned = data[0].train.num_pinned_documents
+    assert sorted(texts_of(data[0], data[0].train)[pinned:] + texts_of(data[0], data[0].validation)) == sorted(texts)
+
+
+def test_an_interrupted_build_continues_after_its_last_shard(sharded, tmp_path, monkeypatch, capfd):
+    encode, done = builder.encode_table, list[int]()
+
+    def count(table, **options):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(table.num_rows)
+        return encode(table, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "encode_table", count)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(sharded)
+    (work,) = sharded.cache_dir.glob(".*.work")
+    times = {file: file.stat().st_mtime_ns for file in work.iterdir()}
+    assert len([file for file in times if file.name.startswith("train-")]) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "train_tokenizer", None)
+        patch.setattr(builder, "write_texts", None)
+        patch.setattr(builder, "encode_table", lambda table, **options: done.append(0) or encode(table, **options))
+        resumed = prepare_data(sharded)
+    assert "continuing an interrupted build" in capfd.readouterr().err
+    expected = prepare_data(replace(sharded, cache_dir=tmp_path / "other"))
+    assert resumed.info == expected.info
+    assert read_cache(sharded) == read_cache(replace(sharded, cache_dir=tmp_path / "other"))
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_a_killed_build_continues_and_equals_an_uninterrupted_one(sharded, tmp_path):
+    killed = replace(sharded, cache_dir=tmp_path / "killed")
+    process = subprocess.Popen(prepare_command(**options_of(killed)), stderr=subprocess.DEVNULL, text=True)
+    wait_until(lambda: list(tmp_path.glob("killed/.*.work/train-*00002.arrow")), process)
+    process.kill()
+    process.communicate()
+    assert not [path for path in killed.cache_dir.iterdir() if not path.name.startswith(".")]
+    prepare_data(killed)
+    prepare_data(sharded)
+    assert read_cache(killed) == read_cache(sharded)
+
+
+def test_workers_end_with_a_killed_parent(sharded, tmp_path):
+    source = tmp_path / "corpus.jsonl"
+    write_corpus(source, 14_000_000)
+    command = prepare_command(**options_of(sharded, num_workers=2, source=source, shard_characters=1 << 25))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(find_children(process.pid)) >= 2, process)
+    time.sleep(0.5)  # until both are at work
+    children = find_children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while (left := [child for child in children if is_running(child)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    assert not left, "a worker is left behind"
+
+
+def find_children(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_processes_want_one_cache(sharded):
+    command = prepare_command(**options_of(sharded))
+    processes = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    infos = [json.loads(output) for output, _ in results]
+    assert infos[0]["split_fingerprint"] == infos[1]["split_fingerprint"]
+    assert sorted(info["imports_datasets"] for info in infos) == [False, True], "what is cached needs no datasets"
+    assert sorted(errors.count("waiting for") for _, errors in results) == [0, 1], "the second waits and says so"
+    assert sorted("tokenising" in errors for _, errors in results) == [False, True], "and tokenises nothing"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """`NEW_LLM_CORPUS_BYTES=1000000000` makes it a gigabyte."""
+    size = int(os.environ.get("NEW_LLM_CORPUS_BYTES", "100000000"))
+    mib = list[int]()
+    for name, num_bytes in (("small", size // 10), ("large", size)):
+        source = tmp_path / f"{name}.jsonl.zst"
+        write_corpus(source, num_bytes)
+        options = {"source": source, "cache_dir": tmp_path / "cache", "num_samples": None, "tokenizer_vocab_size": 1000}
+        done = subprocess.run(prepare_command(**options, shard_characters=1 << 22), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        mib.append(json.loads(done.stdout)["mib"])
+    assert mib[1] < mib[0] + 100

@@ -43,7 +43,7 @@ def run_prepare(options: dict, environment: dict) -> tuple[str, float]:
     script = (
         "import sys\nfrom new_llm.config import DataConfig, UserError\n"
         "from new_llm.data.dataset import prepare_data\n"
-        f"try:\n    info = prepare_data(DataConfig(**{options!r}), 0).info\n"
+        f"try:\n    info = prepare_data(DataConfig(**{options!r})).info\n"
         "except UserError as error:\n    print('UserError', error)\n"
         "else:\n    print(info['tokenizer']['name'], info['train']['num_documents'], info['notes'])\n"
         "print('datasets' in sys.modules)"
@@ -77,9 +77,9 @@ def test_offline_by_setting(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for source in ("pile", "wikitext-2"):
         with pytest.raises(UserError, match="out of reach"):
-            prepare_data(DataConfig(source=source), 0)
-    with pytest.raises(UserError, match="no file, is not cached here, and the hub"):
-        prepare_data(DataConfig(source="sotu", tokenizer="EleutherAI/pythia-70m"), 0)
+            prepare_data(DataConfig(source=source))
+    with pytest.raises(UserError, match="not a file, is not cached here, and the hub"):
+        prepare_data(DataConfig(source="sotu", tokenizer="EleutherAI/pythia-70m"))
 
 
 def test_a_hub_that_accepts_and_never_answers(monkeypatch):
@@ -87,7 +87,7 @@ def test_a_hub_that_accepts_and_never_answers(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         began = time.perf_counter()
         with pytest.raises(UserError, match="out of reach"):
-            prepare_data(DataConfig(hub_timeout_seconds=0.3), 0)
+            prepare_data(DataConfig(hub_timeout_seconds=0.3))
         assert time.perf_counter() - began < 5
 
 
@@ -120,7 +120,7 @@ def test_a_hub_that_answers_but_has_no_such_dataset(poor_hub, monkeypatch):
     assert not hub_answers("broken/file", 5.0)
     output, seconds = run_prepare({"pile_name": "nobody/nothing"}, {})
     line = output.splitlines()[0]
-    assert line.startswith("UserError dataset nobody/nothing could not be loaded")
+    assert line.startswith("UserError data set nobody/nothing could not be loaded")
     assert seconds < 10
 
 
@@ -163,7 +163,7 @@ def test_records_of_the_hub_need_the_text_field(tmp_path, speeches, monkeypatch)
     (folder / "train.jsonl").write_text("\n".join(records))
     streamed = load_documents(DataConfig(pile_name=str(folder), max_documents=5))
     assert [text for _, text in streamed] == speeches[:5]
-    with pytest.raises(UserError, match=r"record 1 has no string in 'body' \(found: text, meta\)"):
+    with pytest.raises(UserError, match=r"record 1: no field 'body' \(found: text, meta\)"):
         next(load_documents(DataConfig(pile_name=str(folder), text_field="body")))
     (folder / "train.jsonl").write_text("no json")
     with pytest.raises(UserError, match="could not be loaded"):

@@ -9,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from new_llm.config import UserError
-from new_llm.data.reversal_files import SENTENCE_FIELDS, TEMPLATE_FIELDS, draw_pairs, read_reversal_pairs
-from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.reversal_pairs import (
+    SENTENCE_FIELDS,
+    TEMPLATE_FIELDS,
+    draw_pairs,
+    get_reversal_pairs,
+    read_reversal_pairs,
+)
 
 SENTENCES = ("capital", "The capital of France is", "Paris.", "Paris is the capital of", "France.")
 FACT = ("capital", "France", "Paris", "The capital of {subject} is {object}.", "{object} is the capital of {subject}.")

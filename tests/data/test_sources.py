@@ -1,4 +1,6 @@
+import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,9 @@ def read(path: Path | str, **options) -> list[tuple[str, str]]:
     return list(load_documents(DataConfig(source=str(path), **options)))
 
 
-def read_error(path: Path | str, **options) -> str:
+def read_error(path: Path | str, source: str | None = None, **options) -> str:
     with pytest.raises(UserError) as caught:
-        read(path, **options)
+        read(source or path, **options)
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
@@ -48,25 +50,45 @@ def test_the_embedded_text_is_one_document_a_speech_and_needs_no_pandas():
     assert sum(len(text) for _, text in documents) > 12_000_000
 
 
-@pytest.mark.parametrize("extension", ["jsonl", "jsonl.zst", "parquet", "txt"])
+def write_packed(file: Path, raw: bytes) -> None:
+    """Write bytes as the file's extension says, a packed file in two frames, as parallel compressors and `cat` do."""
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, ".xz": lzma.compress}.get(file.suffix)
+    half = len(raw) // 2
+    file.write_bytes(pack(raw[:half]) + pack(raw[half:]) if pack else raw)
+
+
+PACKED = [f"{kind}{packing}" for kind in ("jsonl", "txt") for packing in ("", ".gz", ".zst", ".xz")]
+
+
+@pytest.mark.parametrize("extension", [*PACKED, "parquet"])
 def test_every_format_gives_the_texts_back(tmp_path, speeches, extension):
     file = tmp_path / f"speeches.{extension}"
     if extension == "parquet":
         pq.write_table(pa.table({"text": speeches, "year": list(range(len(speeches)))}), file, row_group_size=5)
-    elif extension == "txt":
-        file.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(speeches).replace("\n", "\r\n").encode())
+    elif extension.startswith("txt"):
+        write_packed(file, b"\xef\xbb\xbf" + "\n\n".join(speeches).replace("\n", "\r\n").encode())
     else:
-        raw = pile_lines(speeches)
-        half = len(raw) // 2
-        pack = zstandard.ZstdCompressor().compress
-        # Two frames, as parallel compressors and `cat` make them.
-        file.write_bytes(pack(raw[:half]) + pack(raw[half:]) if extension.endswith("zst") else raw)
+        write_packed(file, pile_lines(speeches))
     texts = [text for _, text in read(file)]
-    if extension == "txt":
+    if extension.startswith("txt"):
         assert texts == ["\n\n".join(speeches)]
     else:
         assert texts == speeches
         assert [text for _, text in read(file, max_documents=3)] == speeches[:3]
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst", ".xz"])
+@pytest.mark.parametrize("harm", ["cut", "other"])
+def test_a_broken_packed_file_gets_one_line(tmp_path, packing, harm):
+    file = tmp_path / f"a.jsonl{packing}"
+    write_packed(file, pile_lines(["a" * 999, "b"]))
+    file.write_bytes(file.read_bytes()[:-5] if harm == "cut" else b"not packed at all")
+    assert "corrupt or truncated" in read_error(file)
+
+
+def test_every_line_end_of_a_text_is_a_newline(tmp_path):
+    (tmp_path / "mac.txt").write_bytes(b"one\rtwo\r\rthree\r\nfour\n")
+    assert [text for _, text in read(tmp_path / "mac.txt")] == ["one\ntwo\n\nthree\nfour\n"]
 
 
 def test_lines_longer_than_a_read_and_without_a_last_line_end(tmp_path):
@@ -86,8 +108,8 @@ def test_another_text_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}\n')
     assert read(tmp_path / "a.jsonl", text_field="content") == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
     message = read_error(tmp_path / "a.jsonl")
-    assert "line 1 has no field 'text' (found: content)" in message
-    assert "--data.text-field" in message
+    assert "line 1: no field 'text' (found: content)" in message
+    assert "data.text_field" in message
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, speeches):
@@ -98,6 +120,64 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, speeches):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "notes.md").write_text("ignored")
     assert [text for _, text in read(tmp_path)] == speeches[:4]
+
+
+def test_hidden_and_unknown_files_of_a_folder_are_ignored_with_a_note(tmp_path, speeches):
+    (tmp_path / "a.txt").write_text(speeches[0])
+    assert open_source(DataConfig(source=str(tmp_path))).notes == ()
+    (tmp_path / "._a.txt").write_bytes(b"\0\5\26\7")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "message.txt").write_text(speeches[1])
+    (tmp_path / "notes.md").write_text("ignored")
+    assert [text for _, text in read(tmp_path)] == speeches[:1]
+    (note,) = open_source(DataConfig(source=str(tmp_path))).notes
+    assert note.endswith("hidden or of other formats: ._a.txt, .git/message.txt, notes.md")
+    assert note.startswith(f"ignored 3 files of {tmp_path}")
+
+
+BAD_ROWS = b"""{"text": "good"}
+{"text": null}
+{"body": "no text"}
+no json
+{"text": 3}
+{"text": "na\xefve"}
+{"text": "good, too"}
+"""
+
+
+def test_bad_rows_stop_or_are_skipped_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(BAD_ROWS)
+    pq.write_table(pa.table({"text": ["good", None, "good, too"]}), tmp_path / "a.parquet")
+    lines = read_error(tmp_path / "a.jsonl"), read_error(tmp_path / "a.parquet")
+    assert "a.jsonl: line 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[0]
+    assert "a.parquet: row 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[1]
+    for name, count, first in (("a.jsonl", 5, "line 2"), ("a.parquet", 1, "row 2")):
+        source = open_source(DataConfig(source=str(tmp_path / name), on_bad_row="skip"))
+        for _ in range(2):  # reading again counts again
+            assert [text for _, text in source.read()] == ["good", "good, too"]
+            (note,) = source.bad_rows.describe()
+            assert note.startswith(f"skipped {count} bad rows; the first: {tmp_path / name}: {first}: the field 'text'")
+
+
+def test_hub_names_are_data_sets_configurations_and_fields(tmp_path, speeches, monkeypatch):
+    asked = []
+
+    def answer(name, subset, **options):
+        asked.append((name, subset, options["split"], options["streaming"]))
+        return iter({"text": f"{text}", "body": text.upper()} for text in speeches)
+
+    monkeypatch.setattr("new_llm.data.sources.read_hub_dataset", answer)
+    for name, subset, texts in (
+        ("hub:owner/name", None, speeches),
+        ("hub:owner/name:subset", "subset", speeches),
+        ("hub:owner/name:subset:body", "subset", [text.upper() for text in speeches]),
+        ("hub:owner/name::body", None, [text.upper() for text in speeches]),
+    ):
+        assert [text for _, text in read(name)] == texts
+        assert asked.pop() == ("owner/name", subset, "train", True)
+    assert open_source(DataConfig(source="hub:a/b")).is_hub
+    assert "record 1: no field 'title' (found: text, body)" in read_error("owner/name", "hub:owner/name::title")
+    assert "is not of the form hub:owner/name[:config][:field]" in read_error("hub:a/b:c:d:e")
 
 
 def test_the_fingerprint_follows_the_content(tmp_path, speeches):
@@ -140,23 +220,18 @@ BAD_FILES = {
     "blank.txt": (b" \n\t\n", "only white space"),
     "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "only white space"),
     "binary.txt": (b"abc\0def", "binary (a NUL at byte 3)"),
-    "binary.jsonl": (b'{"text": "a"}\n\0\0', "line 2: binary (a NUL at byte 14)"),
+    "binary.jsonl": (b'{"text": "a"}\n\0\0', "line 2: binary (a NUL at byte 0)"),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text: 0xef at byte 2"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "line 2: not UTF-8 text: 0xef at byte 26"),
-    "image.txt": (b"\x89PNG\r\n", "not UTF-8 text: 0x89 at byte 0"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON object"),
-    "array.jsonl": (b'["a", "b"]\n', "line 1 is no JSON object"),
-    "deep.jsonl": (b"[" * 100_000, "line 1 is no JSON object"),
-    "number.jsonl": (b'{"text": 3}\n', "line 1: the field 'text' holds no string but 3"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "line 2: not UTF-8 text: 0xef at byte 12"),
+    "latin.tokens": (b"a\nna\xefve\n", "line 2: not UTF-8 text: 0xef at byte 2"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object"),
+    "array.jsonl": (b'["a", "b"]\n', "line 1: not a JSON object"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: not a JSON object"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1: the field 'text' holds a int, not a string"),
     "surrogate.jsonl": (b'{"text": "a\\ud800"}\n', "line 1: half a surrogate pair at character 1"),
-    "fields.jsonl": (
-        b'{"text": "a"}\n{"body": "b", "id": 1}\n',
-        "line 2 has no field 'text' (found: body, id)",
-    ),
-    "no.jsonl.zst": (b"no zstd at all", "corrupt or no zstd file"),
-    "cut.jsonl.zst": (zstandard.ZstdCompressor().compress(pile_lines(["a" * 999, "b"]))[:-5], "truncated"),
-    "cut.parquet": (b"PAR1 and then no more", "corrupt or no Parquet file"),
-    "table.csv": (b"a,b\n1,2\n", "unknown extension; known are .txt, .jsonl, .jsonl.zst, .parquet"),
+    "fields.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "line 2: no field 'text' (found: body, id)"),
+    "cut.parquet": (b"PAR1 and then no more", "corrupt or not a Parquet file"),
+    "table.csv": (b"a,b\n1,2\n", "unknown extension; known are .txt, .jsonl, .parquet, .raw, .tokens, also with .gz"),
 }
 
 
@@ -170,10 +245,8 @@ def test_a_bad_file_gets_one_clear_line(tmp_path, name):
 def test_bad_parquet_columns(tmp_path):
     file = tmp_path / "table.parquet"
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), file)
-    assert "has no field 'text' (found: content, id)" in read_error(file)
+    assert "no field 'text' (found: content, id)" in read_error(file)
     assert "the field 'id' holds int64, not strings" in read_error(file, text_field="id")
-    pq.write_table(pa.table({"text": ["a", None]}), file)
-    assert "row 2: the field 'text' is null" in read_error(file)
 
 
 def test_a_parquet_file_damaged_in_the_middle(tmp_path, speeches):
@@ -182,13 +255,46 @@ def test_a_parquet_file_damaged_in_the_middle(tmp_path, speeches):
     raw = bytearray(file.read_bytes())
     raw[4:400] = b"\xff" * 396
     file.write_bytes(raw)
-    assert "corrupt or no Parquet file" in read_error(file)
+    assert "corrupt or not a Parquet file" in read_error(file)
 
 
 def test_missing_paths_and_folders(tmp_path):
     message = read_error(tmp_path / "missing.txt")
     assert "no such file or folder" in message
-    assert "pile, wikitext-2, sotu" in message
+    assert "pile, sotu, wikitext-2" in message
     (tmp_path / "notes.md").write_text("text")
     assert "no readable file" in read_error(tmp_path)
     assert "no such file or folder" in read_error("pyle")
+
+
+LINE = pile_lines(["word " * 500])
+LONG = {
+    "a.jsonl": (LINE * 3, "line 1 is longer than 2,000 bytes"),
+    "a.jsonl.zst": (LINE, "line 1 is longer than 2,000 bytes"),
+    "a.tokens": (b"x" * 3000, "line 1 is longer than 2,000 bytes"),
+    "a.txt": (b"x" * 3000, "one document of more than 2,000 bytes"),
+    "a.raw": (b"some words\n" * 300, "an article of more than 2,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", [*LONG, "a.parquet"])
+def test_a_document_that_is_too_long_is_rejected_by_the_setting_s_name(tmp_path, name):
+    content, message = LONG.get(name, (b"", "row 2 is longer than 2,000 bytes"))
+    if content:
+        write_packed(tmp_path / name, content)
+    else:
+        pq.write_table(pa.table({"text": ["a", "x" * 3000]}), tmp_path / name)
+    line = read_error(tmp_path / name, max_document_bytes=2000)
+    assert message in line
+    assert "data.max_document_bytes" in line
+    assert read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
+def test_a_small_file_that_unpacks_without_end_is_rejected(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("new_llm.data.local_files.FREE_BYTES", 1 << 10)
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": ["word " * 50_000] * 200}), tmp_path / name)
+    else:
+        write_packed(tmp_path / name, b'{"text": "a line"}\n' * 500_000)
+    assert "unpacks to more than 200 times its size" in read_error(tmp_path / name)

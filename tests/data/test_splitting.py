@@ -46,7 +46,13 @@ def test_cuts_fall_at_blank_lines_where_there_are_enough():
     assert len(lines) == 4
     assert all(part.endswith("\n") for part in lines)
     assert len(cut_text("word " * 100, 4)) == 4
-    assert cut_text("x" * 100, 4) == ["x" * 100]
+    assert cut_text("漢字" * 50, 4) == [
+        "漢字" * 12 + "漢",
+        *["字漢" * 12 + "字"],
+        "漢字" * 12 + "漢",
+        "字" + "漢字" * 12,
+    ]
+    assert cut_text("x", 4) == ["x"]
 
 
 def test_sentences_are_packed_in_a_seeded_order_into_documents_of_a_sample(speeches):

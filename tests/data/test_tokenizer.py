@@ -7,7 +7,7 @@ from new_llm.data.tokenizer import (
     END_OF_TEXT,
     find_tokenizer,
     fingerprint_tokenizer,
-    load_tokenizer,
+    get_tokenizer,
     padded_vocab_size,
     train_tokenizer,
 )
@@ -30,8 +30,8 @@ def test_training_is_deterministic_and_keeps_to_the_size(tokenizer, speeches):
 @given(text=st.text())
 @settings(deadline=None)
 def test_a_trained_tokenizer_loses_nothing(tokenizer, text):
-    text = text.replace(END_OF_TEXT, "")
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    split = tokenize_documents([text, END_OF_TEXT], tokenizer)
+    assert [tokenizer.decode(split.document(i).tolist()) for i in range(2)] == [text, END_OF_TEXT]
 
 
 def test_documents_are_counted_as_raw_text(tokenizer):
@@ -74,8 +74,20 @@ def test_a_tokenizer_file_cuts_and_pads_nothing(tokenizer, tmp_path, speeches):
         assert loaded.encode(speeches[0]).ids == tokenizer.encode(speeches[0]).ids
 
 
+def test_get_tokenizer_is_public_and_takes_a_name_or_a_file(tokenizer, tmp_path, monkeypatch):
+    from new_llm.data import get_tokenizer
+
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for place in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        assert fingerprint_tokenizer(get_tokenizer(place)) == fingerprint_tokenizer(tokenizer)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="'nobody/nothing' is not a file, is not cached here, and the hub"):
+        get_tokenizer("nobody/nothing")
+
+
 def test_the_neox_tokenizer_has_pythias_rows(shared_data):
-    neox = load_tokenizer(str(shared_data / "tokenizer" / "20B_tokenizer.json"), 1.0)
+    neox = get_tokenizer(str(shared_data / "tokenizer" / "20B_tokenizer.json"), 1.0)
     assert padded_vocab_size(neox) == 50_304
 
 
@@ -83,11 +95,11 @@ def test_the_neox_tokenizer_has_pythias_rows(shared_data):
 def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"no valid tokenizer file|not UTF-8") as caught:
-        load_tokenizer(str(file), 1.0)
+    with pytest.raises(UserError, match=r"not a valid tokenizer file|not UTF-8") as caught:
+        get_tokenizer(str(file), 1.0)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_tokenizer_file_is_not_taken_for_a_hub_name(tmp_path):
     with pytest.raises(UserError, match="no such tokenizer file"):
-        load_tokenizer(str(tmp_path / "tokenizer.json"), 1.0)
+        get_tokenizer(str(tmp_path / "tokenizer.json"), 1.0)

@@ -18,8 +18,7 @@ from evaluation_stand_ins import make_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from new_llm.data.batches import plan_batches
-from new_llm.data.curriculum import BatchShape
+from new_llm.data.batches import BatchShape, plan_batches
 from new_llm.evaluation.doctor import data_checks
 from new_llm.evaluation.doctor.data_checks import (
     find_sequences,

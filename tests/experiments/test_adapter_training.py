@@ -233,7 +233,7 @@ def test_a_tokenizer_that_the_base_does_not_know_is_refused(
 
 def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter: AdapterTrainingConfig) -> None:
     tokenizer = adapter_training.find_base(tiny_adapter)[1]
-    data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer), 0)
+    data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))
     lengths = np.diff(data.train.offsets)
     middle = int(np.sort(lengths)[len(lengths) // 2])
 

@@ -72,7 +72,7 @@ def sum_of_targets(config: ExperimentConfig) -> int:
     from new_llm.data.batches import plan_batches
     from new_llm.models.loss import align_labels
 
-    data = prepare_data(config.data, config.seed)
+    data = prepare_data(config.data)
     plan = plan_batches(
         data.train,
         seq_length=config.data.seq_length,

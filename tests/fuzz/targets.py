@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mutations
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -18,10 +17,9 @@ from tiny_shape import TINY
 
 from new_llm.config import DataConfig
 from new_llm.config.fill import FillConfig
-from new_llm.config.limits import ReadLimits
 from new_llm.config.run_settings import read_settings
 from new_llm.data.local_files import read_file
-from new_llm.data.reversal_files import read_reversal_pairs
+from new_llm.data.reversal_pairs import read_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
 from new_llm.experiments.adapter_config import AdapterTrainingConfig
@@ -30,7 +28,7 @@ from new_llm.experiments.study_config import StudyConfig
 from new_llm.models import TransformerLM, create_model
 
 Read = Callable[[Path], Any]
-FOLDER_LIMITS = ReadLimits(max_line_bytes=1 << 20, max_text_bytes=1 << 20, max_zstd_window_bytes=1 << 23)
+MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _make_texts(folder: Path) -> dict[str, Target]:
     }
 
     def read_all(name: str) -> Read:
-        return lambda folder: list(read_file(folder / name, "text", limits=FOLDER_LIMITS))
+        return lambda folder: list(read_file(folder / name, "text", max_bytes=MAX_BYTES))
 
     def read_blocks(folder: Path) -> None:
         for document in read_documents(folder / "text.txt", FillConfig(block_bytes=100), lambda _: None):
@@ -170,26 +168,13 @@ def _make_texts(folder: Path) -> dict[str, Target]:
 def _make_tokens(folder: Path) -> dict[str, Target]:
     from new_llm.data import cache
     from new_llm.data.dataset import prepare_data
-    from new_llm.data.megatron import find_megatron, open_megatron
 
     texts = find_texts()
     tokenizer = train_tokenizer(texts, 300)
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = [np.array(tokenizer.encode(text).ids, dtype="<u2") for text in texts]
-    import struct
-
-    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(ids), len(ids) + 1)
-    index += np.array([len(i) for i in ids], dtype="<i4").tobytes()
-    index += (2 * np.cumsum([0, *[len(i) for i in ids]])[:-1]).astype("<i8").tobytes()
-    index += np.arange(len(ids) + 1, dtype="<i8").tobytes()
 
     def read_tokenizer(folder: Path) -> None:
         read_tokenizer_file(folder / "tokenizer.json").encode("The state of the Union.")
-
-    def read_megatron(folder: Path) -> None:
-        found = find_megatron(folder / "tokens.idx")
-        assert found is not None
-        list(open_megatron(found).read(0))
 
     source = folder / "lines.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
@@ -200,23 +185,20 @@ def _make_tokens(folder: Path) -> dict[str, Target]:
         num_samples=None,
         reversal_pairs=False,
         cache_dir=folder / "cache",
-        max_spool_characters=1500,
         shard_characters=2000,
     )
-    expected = prepare_data(config, 0).info["split_fingerprint"]
+    expected = prepare_data(config).info["split_fingerprint"]
     (key,) = (path.name for path in (folder / "cache").iterdir() if path.is_dir())
     cached = take_folder(folder / "cache" / key)
 
     def read_cache(folder: Path) -> None:
-        entry = cache._load(folder, None, say=None)  # None where anything is not as it was written
-        assert entry is None or entry.meta["files"].keys() <= cached.keys(), expected
+        found = cache._load(folder)  # None where anything is not as it was written
+        assert found is None or found.digests.keys() <= cached.keys(), expected
 
-    tokens = {"tokens.idx": index, "tokens.bin": b"".join(i.tobytes() for i in ids)}
     return {
         "tokenizer.json": Target(
             {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, ("tokenizer.json",), read_tokenizer
         ),
-        "megatron": Target(tokens, ("tokens.idx", "tokens.idx", "tokens.bin"), read_megatron, 1.2),
         "token cache": Target(cached, tuple(sorted(cached)), read_cache, 0.3),
     }
 

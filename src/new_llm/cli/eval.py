@@ -402,8 +402,7 @@ class Reversal(Measurement):
 
     def measure(self, subject: "Subject") -> dict[str, Any]:
         """Score every pair in both directions."""
-        from new_llm.data.reversal_files import draw_pairs, read_reversal_pairs
-        from new_llm.data.reversal_pairs import get_reversal_pairs
+        from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs, read_reversal_pairs
         from new_llm.evaluation import evaluate_reversal_curse
         from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
 

@@ -1,13 +1,11 @@
 """Where text comes from and how it is cut into samples."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from new_llm.config.errors import UserError
-from new_llm.config.limits import ReadLimits
 from new_llm.config.sections import section, short
 
 
@@ -16,16 +14,24 @@ class DataConfig:
     """The data section of an experiment."""
 
     source: str = "pile"
-    """pile, wikitext-2, sotu (the embedded State of the Union addresses), or a path: a .txt, .jsonl,
-    .jsonl.zst, .parquet, or WikiText .raw or .tokens file, a folder of such files, or Megatron's tokens (.idx, or
-    the name that .idx and .bin share)."""
+    """pile, wikitext-2, sotu (the embedded State of the Union addresses), a path (.txt, .jsonl, .parquet, WikiText's
+    .raw or .tokens, also packed as .gz, .zst or .xz; or a folder of such files), hub:owner/name[:config][:field] for
+    any data set of the hub, or my_module:function for a source of your own."""
     tokenizer: str = "auto"
-    """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is the
-    Pile, WikiText-2 or Megatron's tokens, else a BPE trained on the source's training split."""
+    """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is on the hub, else
+    a BPE trained on the source's training split."""
     tokenizer_vocab_size: Annotated[int, Field(ge=300)] = 8192
     """Entries of a BPE that is trained here."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What the tokenizer's special tokens mean where a document spells them, e.g. <|endoftext|>: text encodes them like
+    any other text, control as the token itself."""
     text_field: str = "text"
-    """The field of a .jsonl or Parquet record that holds the text."""
+    """The field of a .jsonl, Parquet or hub record that holds the text."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A record without a text (null, a missing field, no JSON, no UTF-8): stop with one line, or skip and count it."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32), short("--split-seed")] = 0
+    """Seed of the split into training and validation, and so of a tokenizer that is trained here. It is apart from the
+    models' seed, so that runs with several seeds share their data and tokens."""
     num_samples: Annotated[int | None, Field(gt=0), short("--samples")] = 5000
     """Training samples; None: all that the source holds."""
     seq_length: Annotated[int, Field(ge=2), short("--seq-length")] = 256
@@ -46,12 +52,15 @@ class DataConfig:
     """A source with fewer documents has them cut at blank lines into contiguous parts, about twice as many as
     this in all; the parts are split as documents."""
     characters_per_token: Annotated[float, Field(gt=0)] = 6.0
-    """Characters a token at most, by which to tell how much of a long source num_samples needs."""
+    """Upper estimate of the characters in a token, by which to tell how much of a long source num_samples needs."""
     reversal_pairs: bool = True
     """Add the forward sentences of the reversal pairs to the training set."""
+    max_reversal_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of an epoch's training tokens that the reversal sentences may take. With a small text only some of the
+    sentences join it, and none where fewer than a tenth of them would fit; 1: no limit."""
     planted_facts: Annotated[float, Field(ge=0, le=50)] = 0.0
     """Facts to recall in every 1,000 tokens of a training sample, each stated twice, others in every epoch; 0: none.
-    They need `order: shuffled`, and no sample goes on where the one before ended."""
+    They need `order: shuffled`."""
     planted_distance: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (16, 1024)
     """Tokens between the two statements of a planted fact, at least and at most."""
     planted_made_up: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -64,15 +73,10 @@ class DataConfig:
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     num_workers: Annotated[int, Field(gt=0)] = 1
     """Processes that tokenise; 1: this one, with the tokenizer's own threads."""
-    max_spool_characters: Annotated[int, Field(gt=0)] = 1 << 26
-    """A source with more text than this is large: tokenised while it is read, in shards, and split by hash."""
-    shard_characters: Annotated[int, Field(gt=0)] = 1 << 26
-    """Text in one shard of a large source's tokens: what is done again after a crash, or where a shard is torn."""
-    verify_cache_bytes: Annotated[int | None, Field(ge=0)] = 1 << 28
-    """Of a larger cache the checksums of a file are compared only after its size or time has changed; None: at
-    every start, whatever its size."""
-    limits: ReadLimits = dataclasses.field(default_factory=ReadLimits)
-    """What a file may ask for before it is refused."""
+    shard_characters: Annotated[int, Field(gt=0)] = 1 << 25
+    """Text that is tokenised at once: what is done again after a crash."""
+    max_document_bytes: Annotated[int, Field(ge=1024)] = 1 << 27
+    """A longer document is rejected: a .txt file, a WikiText article, a line of JSON, a Parquet row."""
     pile_name: str = "monology/pile-uncopyrighted"
     """Hub name of the Pile."""
     wikitext_name: str = "Salesforce/wikitext"
@@ -86,10 +90,10 @@ class DataConfig:
         if self.planted_distance[0] > self.planted_distance[1]:
             raise UserError(f"data.planted_distance: {list(self.planted_distance)}: the least comes first")
         if self.planted_facts and self.order != "shuffled":
-            raise UserError(f"data.planted_facts: order is {self.order}; facts are planted into shuffled samples alone")
+            raise UserError(f"data.planted_facts needs data.order: shuffled; order is {self.order}")
         if self.segment_curriculum and self.order != "shuffled":
             raise UserError(
-                f"data.segment_curriculum: {list(self.segment_curriculum)}: it needs order shuffled; "
+                f"data.segment_curriculum ({list(self.segment_curriculum)}) needs data.order: shuffled; "
                 f"order is {self.order}"
             )
         uneven = [stage for stage in self.segment_curriculum if self.segments_per_sample % stage]
@@ -100,6 +104,6 @@ class DataConfig:
             )
         if self.seq_length % self.segments_per_sample:
             raise UserError(
-                f"data.seq_length: {self.seq_length} is no multiple of data.segments_per_sample "
+                f"data.seq_length: {self.seq_length} is not a multiple of data.segments_per_sample "
                 f"({self.segments_per_sample})"
             )

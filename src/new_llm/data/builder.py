@@ -1,275 +1,304 @@
-"""Making a token cache: look at the source's beginning, choose how it is split, tokenise it into shards.
+"""Building a token cache: read the source, split it by document, train a tokenizer, tokenise.
 
-A source of up to `data.max_spool_characters` is held on the disk whole: texts that it repeats are left out, its
-documents are split by a seeded permutation, and its tokens are one shard. A larger one is never held: each document is
-split by its own hash, and the shards are written one after the other while it is read; one that is there is kept.
+Texts and tokens pass through Arrow files on the disk, so that memory does not grow with the source (a document costs
+about a hundred bytes of index), and `datasets` maps shards of the texts to tokens, in several processes where asked
+for. Each shard is a file of its own: a build that was killed continues after its last one.
 """
 
+import ctypes
+import functools
 import hashlib
+import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.atomic import write_atomically
-from new_llm.config.manifest import describe_file
-from new_llm.data.cache import PLAN_FILE
+from new_llm.config.atomic import write_atomically, write_text_atomically
 from new_llm.data.progress import show_progress
-from new_llm.data.sealed import read_sealed, write_sealed
-from new_llm.data.shards import MAX_SHARD_DOCUMENTS, ShardWriter, read_records
-from new_llm.data.sources import Position, Source
-from new_llm.data.splitting import belongs_to_validation, cut_text, pack_sentences, split_documents
-from new_llm.data.spool import TextSpool, encode_bytes
-from new_llm.data.tagged_encoding import Place, Tag, encode_tagged
+from new_llm.data.sources import Source
+from new_llm.data.splitting import cut_text, split_documents
 from new_llm.data.tokenizer import TOKENIZER_FILE, padded_vocab_size, read_tokenizer_file, train_tokenizer
-from new_llm.data.tokens import Text, token_dtype
+from new_llm.data.tokens import SpecialTokens, count_special_tokens, encode_documents, token_dtype
+
+BATCH_CHARACTERS = 1 << 22  # of text in one batch of an Arrow file
+BATCH_DOCUMENTS = 1000
+LEAST_READ_CHARACTERS = 1 << 24
+LEAST_PART_CHARACTERS = 1536
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+DIGEST_BYTES = 16  # of a text, by which repeated ones are known
+
+_maps_in_processes = False
 
 
 def limit_characters(config: DataConfig, source: Source) -> int | None:
-    """How much to read of a long source: what num_samples needs, and validation's share; None: all of it."""
+    """How much to read of a long source: what num_samples needs, and validation's share; None: all of it.
+
+    It is rounded up to a power of two, so that most other values of num_samples and seq_length find the same cache.
+    """
     if config.num_samples is None or source.read_whole:
         return None
-    needed = config.num_samples * config.seq_length * (1 if source.holds_tokens else config.characters_per_token)
-    return int(needed / (1 - config.validation_fraction))
+    needed = config.num_samples * config.seq_length * config.characters_per_token / (1 - config.validation_fraction)
+    limit = max(LEAST_READ_CHARACTERS, 1 << int(needed - 1).bit_length())
+    return None if source.max_characters is not None and source.max_characters <= limit else limit
 
 
 @dataclass
 class Builder:
-    """Makes the files of one cache."""
+    """Makes the files of one cache.
+
+    Args:
+        config: the data section.
+        source: the documents.
+        sentences: reversal sentences, read by a tokenizer that is trained here.
+        tokenizer: the given one; None: train one.
+    """
 
     config: DataConfig
-    seed: int
     source: Source
     sentences: list[str]
     tokenizer: Tokenizer | None
 
-    def build(self, folder: Path) -> dict[str, Any]:
-        """Write the tokenizer and the shards that are missing; what they hold is in the value and in their records."""
-        plan = read_sealed(folder / PLAN_FILE)
-        if plan is None:
-            plan = self._look_ahead(folder)
-        if plan["streamed"]:
-            notes = self._stream(folder, plan)
-            plan = plan | {"notes": [*plan["notes"], *notes]}
-        return {name: plan[name] for name in ("dtype", "num_pinned_documents", "notes", "streamed")}
+    def build(self, work: Path, folder: Path) -> dict[str, Any]:
+        """Write the tokenizer and both splits into the folder; the value is what the cache is to note."""
+        texts, notes = self._read_texts(work)
+        train, validation = split_documents(len(texts), self.config.validation_fraction, self.config.split_seed)
+        tokenizer = self._find_tokenizer(work, texts.select(train), notes)
+        tokenizer.save(str(folder / TOKENIZER_FILE))
+        sentences = encode_documents([f"{sentence}\n" for sentence in self.sentences], tokenizer)
+        room, num_special = sum(len(sentence.ids) for sentence in sentences), 0
+        dtype = token_dtype(padded_vocab_size(tokenizer))
+        with show_progress("tokenising", "documents", len(texts)) as advance:
+            for name, rows in (("train", train), ("validation", validation)):
+                shards = self._tokenise(texts, rows, tokenizer, dtype, work / name)
+                num_special += write_split(folder, name, shards, dtype, room if name == "train" else 0, advance)
+        if num_special:
+            meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
+            notes.append(
+                f"the documents spell special tokens of the tokenizer, such as <|endoftext|>, {num_special:,} times: "
+                f"encoded as {meaning} (data.special_tokens)"
+            )
+        return {"dtype": dtype.str, "room": room, "notes": notes}
 
-    def _look_ahead(self, folder: Path) -> dict[str, Any]:
-        """Read a small source and write its shard, or a large one's beginning, and write the plan and the tokenizer."""
-        config, notes = self.config, list[str]()
-        with TextSpool(folder) as read, TextSpool(folder) as cut:
-            is_whole = self._read(read, notes)
-            spool = read
-            if is_whole:
-                if len(read) < config.min_documents and not self.source.holds_tokens:
-                    spool = self._cut(read, cut, notes)
-                if len(spool) < 2:
-                    raise UserError(
-                        f"{self.source.name}: too short: it holds {len(spool)} document of "
-                        f"{sum(spool.num_characters)} characters that can't be cut in two; at least 2 "
-                        f"documents are needed, one for training and one for validation"
-                    )
-                train, validation = split_documents(len(spool), config.validation_fraction, self.seed)
-            else:
-                train, validation = self._split_by_hash(spool)
-                notes.append(
-                    f"{self.source.name} is large: its documents were split by their hash, and texts that it repeats "
-                    f"were kept"
-                )
-            tokenizer = self.tokenizer or self._train_tokenizer(spool.select(train), len(train), notes)
-            with write_atomically(folder / TOKENIZER_FILE) as temporary:
-                tokenizer.save(str(temporary))
-            pinned = list(pack_sentences(self.sentences, tokenizer, config.seq_length))
-            plan = {
-                "streamed": not is_whole,
-                "notes": notes,
-                "dtype": token_dtype(padded_vocab_size(tokenizer)).newbyteorder("<").str,
-                "num_pinned_documents": len(pinned),
-                "files": {TOKENIZER_FILE: describe_file(folder / TOKENIZER_FILE)},
-            }
-            write_sealed(folder / PLAN_FILE, plan)
-            if is_whole:
-                self._write_whole(folder, plan, tokenizer, pinned, spool, train, validation)
-        return plan
+    def _read_texts(self, work: Path) -> tuple[Any, list[str]]:
+        """The source's distinct documents, or the parts of a few long ones, as a data set; and notes about them."""
+        file, done = work / "texts.arrow", work / "texts.json"
+        if not done.exists():
+            notes = list[str]()
+            write_texts(file, self._read_distinct(notes))
+            texts = open_arrow(file)
+            if len(texts) < self.config.min_documents:
+                write_texts(file, self._cut_texts([row["text"] for row in texts], notes))
+            write_text_atomically(done, json.dumps(notes))
+        texts, notes = open_arrow(file), json.loads(done.read_text(encoding="utf-8"))
+        if len(texts) < 2:
+            raise UserError(
+                f"{self.source.name}: too short: it holds {len(texts)} document of {sum(texts['size'])} characters "
+                f"that can't be cut in two; at least 2 documents are needed, one for training and one for validation"
+            )
+        return texts, notes
 
-    def _read(self, spool: TextSpool, notes: list[str]) -> bool:
-        """Read the source into the spool as far as it is needed; False: it is large, and was left at its beginning."""
+    def _read_distinct(self, notes: list[str]) -> Iterator[str]:
         config, limit = self.config, limit_characters(self.config, self.source)
-        seen, repeated, num_characters, num_read = set[bytes](), 0, 0, 0
-        splits = set[bool]()
-        documents = islice(self.source.read_from(Position()), config.max_documents)
+        seen, repeated, num_characters = set[bytes](), 0, 0
         with show_progress(f"reading {self.source.name}", "characters", limit) as advance:
-            for _, _, text in documents:
-                raw = encode_bytes(text)
-                num_read += len(text)
-                digest = hashlib.sha256(raw).digest()
+            for number, (_, text) in enumerate(self.source.read()):
+                if number == config.max_documents:
+                    break
+                digest = hashlib.sha256(text.encode("utf-8")).digest()[:DIGEST_BYTES]
                 if digest in seen:  # else the same text could be in both splits
                     repeated += 1
-                else:
-                    seen.add(digest)
-                    spool.append(text)
-                    num_characters += len(text)
-                    splits.add(belongs_to_validation(raw, config.validation_fraction, self.seed))
-                    advance(len(text))
-                if limit is not None and num_characters >= limit and len(spool) >= config.min_documents:
+                    continue
+                seen.add(digest)
+                yield text
+                num_characters += len(text)
+                advance(len(text))
+                if limit is not None and num_characters >= limit and len(seen) >= config.min_documents:
                     notes.append(
-                        f"read the first {len(spool):,} documents of {self.source.name}: enough for "
-                        f"{config.num_samples:,} samples"
+                        f"read the first {len(seen):,} documents of {self.source.name}: as many as num_samples and "
+                        f"seq_length need"
                     )
                     break
-                if num_read > config.max_spool_characters and len(splits) == 2:
-                    notes.clear()
-                    return False
+        notes += self.source.bad_rows.describe()
         if repeated:
             notes.append(f"left out {repeated:,} documents that repeat another one exactly")
-        return True
 
-    def _split_by_hash(self, spool: TextSpool) -> tuple[list[int], list[int]]:
-        found: dict[bool, list[int]] = {False: [], True: []}
-        for index in range(len(spool)):
-            raw = encode_bytes(spool[index])
-            found[belongs_to_validation(raw, self.config.validation_fraction, self.seed)].append(index)
-        return found[False], found[True]
-
-    def _cut(self, read: TextSpool, cut: TextSpool, notes: list[str]) -> TextSpool:
-        total = sum(read.num_characters)
-        part = max(total / (2 * self.config.min_documents), self.config.seq_length * self.config.characters_per_token)
-        for index, size in enumerate(read.num_characters):
-            num_parts = round(size / part)
-            for text in cut_text(str(read[index]), max(num_parts, 2 if len(read) == 1 else 1)):
-                cut.append(text)
-        if len(cut) > len(read):
+    def _cut_texts(self, texts: list[str], notes: list[str]) -> list[str]:
+        part = max(sum(map(len, texts)) / (2 * self.config.min_documents), LEAST_PART_CHARACTERS)
+        least = 2 if len(texts) == 1 else 1
+        parts = [piece for text in texts for piece in cut_text(text, max(round(len(text) / part), least))]
+        if len(parts) > len(texts):
             notes.append(
-                f"{self.source.name} holds few documents ({len(read)}): cut, at blank lines where it has "
-                f"enough, into {len(cut)} parts, which are split as documents"
+                f"{self.source.name} holds few documents ({len(texts)}): cut, at blank lines where it has "
+                f"enough, into {len(parts)} parts, which are split as documents"
             )
-        return cut
+        return parts
 
-    def _train_tokenizer(self, texts: Iterator[Text], num_texts: int, notes: list[str]) -> Tokenizer:
-        def sentences_and_texts() -> Iterator[str]:
-            if self.sentences:
-                yield "\n".join(self.sentences)
-            for text in texts:
-                yield str(text)
-                advance(1)
+    def _find_tokenizer(self, work: Path, texts: Any, notes: list[str]) -> Tokenizer:
+        if self.tokenizer is not None:
+            return self.tokenizer
+        wanted, file = self.config.tokenizer_vocab_size, work / TOKENIZER_FILE
+        if file.exists():
+            tokenizer = read_tokenizer_file(file)
+        else:
 
-        with show_progress("training the tokenizer", "documents", num_texts) as advance:
-            tokenizer = train_tokenizer(sentences_and_texts(), self.config.tokenizer_vocab_size)
-        size = tokenizer.get_vocab_size()
-        if size < self.config.tokenizer_vocab_size:
-            wanted = self.config.tokenizer_vocab_size
+            def sentences_and_texts() -> Iterator[str]:
+                if self.sentences:
+                    yield "\n".join(self.sentences)
+                for row in texts:
+                    yield row["text"]
+                    advance(1)
+
+            with show_progress("training the tokenizer", "documents", len(texts)) as advance:
+                tokenizer = train_tokenizer(sentences_and_texts(), wanted)
+            with write_atomically(file) as temporary:
+                tokenizer.save(str(temporary))
+        if (size := tokenizer.get_vocab_size()) < wanted:
             notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}")
         return tokenizer
 
-    def _write_whole(
-        self,
-        folder: Path,
-        plan: dict[str, Any],
-        tokenizer: Tokenizer,
-        pinned: list[str],
-        spool: TextSpool,
-        train: Iterable[int],
-        validation: Iterable[int],
-    ) -> None:
-        def items() -> Iterator[tuple[Tag, Text]]:
-            for text in pinned:
-                yield Tag("train", 0, Place()), text
-            for text in spool.select(train):
-                yield Tag("train", 0, Place()), text
-            for text in spool.select(validation):
-                yield Tag("validation", 0, Place()), text
-
-        writer = ShardWriter(folder, 0, np.dtype(plan["dtype"]))
-        try:
-            with show_progress("tokenising", "documents", len(pinned) + len(spool)) as advance:
-                for tag, document in encode_tagged(items(), tokenizer, self.config, self.source):
-                    writer.add(tag.split, document)
-                    advance(1)
-            writer.close({"last": True, "end": list(Place()), "notes": []})
-        except BaseException:
-            writer.abandon()
-            raise
-
-    def _stream(self, folder: Path, plan: dict[str, Any]) -> list[str]:
-        """Write the shards that are missing; the last one's notes."""
-        tokenizer = read_tokenizer_file(folder / TOKENIZER_FILE)
-        done = read_records(folder)
-        if done:
-            _say_resumed(folder, len(done))
-        index, place = 0, Place()
-        with show_progress(f"tokenising {self.source.name}", "characters") as advance:
-            while True:
-                record = done.get(index)
-                if record is None:
-                    record = self._write_shards(folder, plan, tokenizer, index, place, done, advance)
-                if record["last"]:
-                    return record["notes"]
-                index, place = record["index"] + 1, Place(*record["end"])
-
-    def _write_shards(
-        self,
-        folder: Path,
-        plan: dict[str, Any],
-        tokenizer: Tokenizer,
-        index: int,
-        place: Place,
-        done: dict[int, Any],
-        advance: Callable[[int], None],
-    ) -> dict[str, Any]:
-        """Shards from this place on, up to one that is there already or to the end; the last one's record."""
-        notes, dtype = list[str](), np.dtype(plan["dtype"])
-        writer, num_characters = ShardWriter(folder, index, dtype), 0
-        items = self._items(place, tokenizer, is_first=not index, notes=notes)
-        documents = encode_tagged(items, tokenizer, self.config, self.source)
-        try:
-            for tag, document in documents:
-                writer.add(tag.split, document)
-                place, num_characters = tag.place, num_characters + tag.num_characters
-                advance(tag.num_characters)
-                if num_characters < self.config.shard_characters and writer.num_documents < MAX_SHARD_DOCUMENTS:
-                    continue
-                record = writer.close({"last": False, "end": list(place), "notes": []})
-                index += 1
-                if index in done:
-                    return record
-                writer, num_characters = ShardWriter(folder, index, dtype), 0
-            return writer.close({"last": True, "end": list(place), "notes": notes})
-        except BaseException:
-            writer.abandon()
-            raise
-        finally:
-            documents.close()
-
-    def _items(
-        self, place: Place, tokenizer: Tokenizer, *, is_first: bool, notes: list[str]
-    ) -> Iterator[tuple[Tag, Text]]:
-        """The documents of a large source from a place on, the reversal sentences before the first."""
-        config, limit = self.config, limit_characters(self.config, self.source)
-        if is_first:
-            for text in pack_sentences(self.sentences, tokenizer, config.seq_length):
-                yield Tag("train", 0, place), text
-        for position, _, text in self.source.read_from(Position(place.part, place.document)):
-            if config.max_documents is not None and place.num_documents >= config.max_documents:
-                return
-            if limit is not None and place.num_characters >= limit and place.num_documents >= config.min_documents:
-                notes.append(
-                    f"read the first {place.num_documents:,} documents of {self.source.name}: enough for "
-                    f"{config.num_samples:,} samples"
+    def _tokenise(
+        self, texts: Any, rows: NDArray[np.int64], tokenizer: Tokenizer, dtype: np.dtype[Any], prefix: Path
+    ) -> Iterator[Any]:
+        """The shards of some rows of the texts, as Arrow tables; those that are on the disk are read from there."""
+        config = self.config
+        sizes = texts.data.column("size").to_numpy()[rows]
+        shards = (np.cumsum(sizes) - sizes) // config.shard_characters
+        encode = functools.partial(encode_table, tokenizer=tokenizer, special_tokens=config.special_tokens, dtype=dtype)
+        for shard in np.unique(shards).tolist():
+            chosen = rows[shards == shard]
+            name = f"{prefix.name}-{config.shard_characters}-{shard:05d}"  # another cut gives other files
+            with _workers(config.num_workers):
+                mapped = (
+                    texts.select(chosen)
+                    .with_format("arrow")
+                    .map(
+                        encode,
+                        batched=True,
+                        batch_size=BATCH_DOCUMENTS,
+                        remove_columns=["text", "size"],
+                        num_proc=min(config.num_workers, len(chosen)) if config.num_workers > 1 else None,
+                        cache_file_name=str(prefix.with_name(f"{name}.arrow")),
+                        load_from_cache_file=True,
+                        new_fingerprint=name,
+                    )
                 )
-                return
-            is_held_out = belongs_to_validation(encode_bytes(text), config.validation_fraction, self.seed)
-            place = Place(
-                *position,
-                place.num_documents + 1,
-                place.num_characters + len(text),
-            )
-            yield Tag("validation" if is_held_out else "train", len(text), place), text
+            yield mapped.data
 
 
-def _say_resumed(folder: Path, num_shards: int) -> None:
-    print(f"new-llm: {folder}: goes on after {num_shards:,} shards that are there", file=sys.stderr, flush=True)
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """Write texts and their lengths in characters as an Arrow file, whole or not at all."""
+    import pyarrow as pa
+
+    schema = pa.schema([("text", pa.large_string()), ("size", pa.int64())])
+    with (
+        write_atomically(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        for batch in cut_batches(texts):
+            writer.write_batch(pa.record_batch([batch, [len(text) for text in batch]], schema=schema))
+
+
+def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about BATCH_CHARACTERS, at most BATCH_DOCUMENTS."""
+    batch, size = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def open_arrow(path: Path) -> Any:
+    """A data set of an Arrow file, memory-mapped."""
+    import datasets
+
+    datasets.disable_progress_bars()  # ours are shown
+    return datasets.Dataset.from_file(str(path))
+
+
+def encode_table(table: Any, tokenizer: Tokenizer, special_tokens: SpecialTokens, dtype: np.dtype[Any]) -> Any:
+    """Tokenise the column `text` of an Arrow table: columns ids, num_bytes, num_words and num_special."""
+    import pyarrow as pa
+
+    texts = table.column("text").to_pylist()
+    documents = list(encode_documents(texts, tokenizer, special_tokens))
+    ids = np.concatenate([document.ids for document in documents]).astype(dtype)
+    offsets = np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int32)
+    return pa.table(
+        {
+            "ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
+            "num_bytes": [document.num_bytes for document in documents],
+            "num_words": [document.num_words for document in documents],
+            "num_special": count_special_tokens(texts, tokenizer),
+        }
+    )
+
+
+def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[Any], room: int, advance: Any) -> int:
+    """Write one split's files from tables of `encode_table`; how often its texts spell special tokens."""
+    lengths, columns = list[Any](), {"num_bytes": list[Any](), "num_words": list[Any](), "num_special": list[Any]()}
+    with (folder / f"{name}.tokens").open("wb") as file:
+        np.zeros(room, dtype).tofile(file)
+        for table in shards:
+            for ids in table.column("ids").chunks:
+                ids.flatten().to_numpy().tofile(file)
+                lengths.append(ids.value_lengths().to_numpy())
+            for column, parts in columns.items():
+                parts.append(table.column(column).to_numpy())
+            advance(table.num_rows)
+    index = {column: np.concatenate(parts).astype("<i8") for column, parts in columns.items()}
+    num_special = int(index.pop("num_special").sum())
+    index["offsets"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype="<i8")])
+    for column, values in index.items():
+        np.save(folder / f"{name}.{column}.npy", values)
+    return num_special
+
+
+@contextmanager
+def _workers(num_workers: int) -> Iterator[None]:
+    """Around a map in several processes: they are the threads, and one that is killed is one clear line."""
+    if num_workers == 1:
+        yield
+        return
+    global _maps_in_processes
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive the fork
+    _maps_in_processes = True
+    try:
+        yield
+    except RuntimeError as error:
+        if "subprocess" not in str(error):
+            raise
+        raise UserError(
+            f"data.num_workers: one of {num_workers} tokenising processes was killed, as happens where memory runs "
+            f"out; fewer workers need less"
+        ) from None
+    finally:
+        _maps_in_processes = False
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _end_with_parent() -> None:
+    """In a process forked for a map: let the kernel end it with its parent, which can't do so where it was killed."""
+    if _maps_in_processes and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_end_with_parent)

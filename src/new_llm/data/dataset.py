@@ -1,21 +1,34 @@
-"""From a configuration to two splits of tokens: read, split by document, tokenise, cache."""
+"""From a configuration to two splits of tokens; and from a measurement's to the tokens it measures on."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.measurement import TextConfig
 from new_llm.data.builder import Builder, limit_characters
-from new_llm.data.cache import CacheEntry, cache_folder, cache_key, load_or_build
+from new_llm.data.cache import TokenCache, cache_folder, cache_key, load_or_build
+from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.sources import Source, open_source
-from new_llm.data.splitting import shuffle_sentences
-from new_llm.data.tokenizer import TOKENIZER_FILE, find_tokenizer, fingerprint_tokenizer, padded_vocab_size
-from new_llm.data.tokens import TokenSplit, count_all_samples, longest_document
+from new_llm.data.splitting import pack_sentences, shuffle_sentences
+from new_llm.data.tokenizer import find_tokenizer, fingerprint_tokenizer, padded_vocab_size
+from new_llm.data.tokens import (
+    TokenizedDocument,
+    TokenSplit,
+    count_all_samples,
+    encode_documents,
+    longest_document,
+    tokenize_documents,
+)
 
 MIN_VALIDATION_TOKENS = 2  # a document's first token has no prediction
+LEAST_SENTENCES = 0.1  # share of the reversal sentences below which they are all left out
 
 
 @dataclass(frozen=True)
@@ -32,10 +45,10 @@ class PreparedData:
     that a reader of the results should see."""
 
 
-def prepare_data(config: DataConfig, seed: int) -> PreparedData:
+def prepare_data(config: DataConfig) -> PreparedData:
     """Read, split by document, tokenise and cache what the configuration asks for.
 
-    A second call reads the cache. The forward sentences of the reversal pairs join the training split alone:
+    A second call reads the cache. The forward sentences of the reversal pairs join the training split alone: they are
     its first documents, which are pinned.
 
     Raises:
@@ -43,97 +56,114 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
             source too short for one training sample and one validation document.
     """
     source = open_source(config)
-    sentences = _find_sentences(config, seed)
-    found = find_tokenizer(config, is_hub_source=source.is_hub or source.holds_tokens)
-    if source.holds_tokens and not found:
-        raise UserError(
-            f"{source.name}: holds tokens: data.tokenizer must name the tokenizer that made them, a tokenizer.json "
-            f"or a hub name ({config.hub_tokenizer}, tried first, is out of reach)"
-        )
+    sentences = [pair.forward for pair in get_reversal_pairs()] if config.reversal_pairs else []
+    sentences = shuffle_sentences(sentences, config.split_seed)
+    found = find_tokenizer(config, is_hub_source=source.is_hub)
     key = cache_key(
         {
             "source": source.fingerprint,
-            "text_field": config.text_field,
             "tokenizer": fingerprint_tokenizer(found[1]) if found else {"bpe": config.tokenizer_vocab_size},
-            "seed": seed,
-            "validation_fraction": config.validation_fraction,
-            "max_documents": config.max_documents,
-            "max_characters": limit_characters(config, source),
-            "min_documents": config.min_documents,
-            "part_characters": config.seq_length * config.characters_per_token,
-            "seq_length": config.seq_length,
+            "special_tokens": config.special_tokens,
+            "on_bad_row": config.on_bad_row,
+            "split": [config.split_seed, config.validation_fraction],
+            "limits": [config.max_documents, limit_characters(config, source), config.min_documents],
             "sentences": sentences,
-            "large": [config.max_spool_characters, config.shard_characters],
         }
     )
-    builder = Builder(config, seed, source, sentences, found[1] if found else None)
-    entry = load_or_build(cache_folder(config), key, builder.build, config.verify_cache_bytes)
-    _check_size(source, entry, config.seq_length)
-    notes = list[str]()
+    cache = load_or_build(cache_folder(config), key, Builder(config, source, sentences, found and found[1]).build)
+    train, validation = cache.load_split("train"), cache.load_split("validation")
+    _check_size(source, train, validation, config.seq_length)
+    notes = [*source.notes, *cache.meta["notes"]]
     if source.is_hub and config.tokenizer == "auto" and not found:
         notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
-    name = found[0] if found else f"byte-level BPE trained on the training split of {source.name}"
-    return _describe_data(config, source, sentences, entry, name, notes)
+    kept = choose_sentences(sentences, cache.tokenizer, train.num_tokens, config, notes)
+    pinned = list(encode_documents(pack_sentences(kept, cache.tokenizer, config.seq_length), cache.tokenizer))
+    if pinned:
+        train = cache.load_split("train", pinned)
+    if config.num_samples and (available := count_all_samples(train, config.seq_length)) < config.num_samples:
+        notes.append(f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}")
+    info = {
+        "source": source.name,
+        "source_fingerprint": source.fingerprint,
+        "tokenizer": {
+            "name": found[0] if found else f"byte-level BPE trained on the training split of {source.name}",
+            "fingerprint": fingerprint_tokenizer(cache.tokenizer),
+            "num_entries": cache.tokenizer.get_vocab_size(),
+        },
+        "vocab_size": padded_vocab_size(cache.tokenizer),
+        "train": _count_split(train, config.seq_length),
+        "validation": _count_split(validation, config.seq_length),
+        "split_fingerprint": _fingerprint_splits(cache, pinned),
+        "reversal_sentences": len(kept),
+        "reversal_documents": len(pinned),
+        "notes": notes,
+    }
+    return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)
 
 
-def _find_sentences(config: DataConfig, seed: int) -> list[str]:
-    if not config.reversal_pairs:
+def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What of a run's data is other than it was: "source", "tokenizer" and "split", each where its fingerprint differs.
+
+    Args:
+        before: `PreparedData.info` as a run recorded it.
+        after: the same of the data that is there now.
+    """
+    fingerprints = [
+        {
+            "source": info.get("source_fingerprint"),
+            "tokenizer": info.get("tokenizer", {}).get("fingerprint"),
+            "split": info.get("split_fingerprint"),
+        }
+        for info in (before, after)
+    ]
+    return [name for name, value in fingerprints[0].items() if value != fingerprints[1][name]]
+
+
+def choose_sentences(
+    sentences: Sequence[str], tokenizer: Tokenizer, num_tokens: int, config: DataConfig, notes: list[str]
+) -> list[str]:
+    """As many reversal sentences as may join a training text, `max_reversal_share` of an epoch's tokens at most.
+
+    Of a small text they would be a large part, and a model of it would learn to speak of capitals. Adds a note where
+    not all are taken.
+    """
+    share = config.max_reversal_share
+    if not sentences or share == 1:
+        return list(sentences)
+    encodings = tokenizer.encode_batch_fast([sentence + "\n" for sentence in sentences], add_special_tokens=False)
+    sizes = np.cumsum([len(encoding.ids) for encoding in encodings])
+    limit = share / (1 - share) * num_tokens
+    if config.num_samples is not None:
+        limit = min(limit, share * config.num_samples * config.seq_length)
+    num_kept = int(np.searchsorted(sizes, limit, side="right"))
+    limit_name = f"{share:.0%} of an epoch's training tokens (data.max_reversal_share)"
+    if num_kept < LEAST_SENTENCES * len(sentences):
+        notes.append(f"the training text is too small for reversal sentences: they would be more than {limit_name}")
         return []
-    from new_llm.data.reversal_pairs import get_reversal_pairs
+    if num_kept < len(sentences):
+        notes.append(
+            f"{num_kept:,} of {len(sentences):,} reversal sentences join the training text, to stay within {limit_name}"
+        )
+    return list(sentences[:num_kept])
 
-    return shuffle_sentences([pair.forward for pair in get_reversal_pairs()], seed)
 
-
-def _check_size(source: Source, entry: CacheEntry, seq_length: int) -> None:
-    train, validation = entry.splits["train"], entry.splits["validation"]
-    pinned = train.num_pinned_documents
-    num_samples = count_all_samples(train, seq_length) - count_all_samples(train, seq_length, pinned)
-    num_tokens = train.num_tokens - int(train.offsets[pinned])
-    longest = longest_document(validation)
-    if num_tokens < seq_length or not num_samples or longest < MIN_VALIDATION_TOKENS:
+def _check_size(source: Source, train: TokenSplit, validation: TokenSplit, seq_length: int) -> None:
+    if (
+        train.num_tokens < seq_length
+        or not count_all_samples(train, seq_length)
+        or longest_document(validation) < MIN_VALIDATION_TOKENS
+    ):
         raise UserError(
-            f"{source.name}: too short: it gives {num_tokens:,} tokens for training and "
+            f"{source.name}: too short: it gives {train.num_tokens:,} tokens for training and "
             f"{validation.num_tokens:,} for validation; at least {seq_length:,} (one sample, data.seq_length) and "
             f"{MIN_VALIDATION_TOKENS} are needed"
         )
 
 
-def _describe_data(
-    config: DataConfig,
-    source: Source,
-    sentences: list[str],
-    entry: CacheEntry,
-    tokenizer_name: str,
-    notes: list[str],
-) -> PreparedData:
-    train, validation = entry.splits["train"], entry.splits["validation"]
-    vocab_size = padded_vocab_size(entry.tokenizer)
-    notes = [*notes, *entry.meta["notes"]]
-    available = count_all_samples(train, config.seq_length)
-    pinned = count_all_samples(train, config.seq_length, train.num_pinned_documents)
-    if config.num_samples is not None and available < config.num_samples:
-        notes.append(f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}")
-    if config.num_samples is not None and config.num_samples <= pinned:
-        notes.append(f"the reversal sentences alone fill the {config.num_samples:,} training samples")
-    names = (TOKENIZER_FILE, *(name for name in entry.meta["files"] if name.endswith((".tokens", ".index"))))
-    files = {name: entry.meta["files"][name]["sha256"] for name in names}
-    info = {
-        "source": source.name,
-        "source_fingerprint": source.fingerprint,
-        "tokenizer": {
-            "name": tokenizer_name,
-            "fingerprint": fingerprint_tokenizer(entry.tokenizer),
-            "num_entries": entry.tokenizer.get_vocab_size(),
-        },
-        "vocab_size": vocab_size,
-        "train": _count_split(train, config.seq_length),
-        "validation": _count_split(validation, config.seq_length),
-        "split_fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
-        "reversal_sentences": len(sentences),
-        "reversal_documents": train.num_pinned_documents,
-        "notes": notes,
-    }
-    return PreparedData(train, validation, entry.tokenizer, vocab_size, info)
+def _fingerprint_splits(cache: TokenCache, pinned: Sequence[TokenizedDocument]) -> str:
+    names = [f"{split}.{file}" for split in ("train", "validation") for file in ("tokens", "offsets.npy")]
+    parts = [[cache.digests[name] for name in names], [document.ids.tolist() for document in pinned]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _count_split(split: TokenSplit, seq_length: int) -> dict[str, int]:
@@ -143,4 +173,45 @@ def _count_split(split: TokenSplit, seq_length: int) -> dict[str, int]:
         "num_samples": count_all_samples(split, seq_length),
         "num_bytes": int(split.num_bytes.sum()),
         "num_words": int(split.num_words.sum()),
+    }
+
+
+class EvaluationText(NamedTuple):
+    """Documents to measure on, and where they come from.
+
+    Attributes:
+        split: the documents' tokens.
+        info: plain values for the record: source, fingerprints, counts.
+    """
+
+    split: TokenSplit
+    info: dict[str, Any]
+
+
+def read_evaluation_text(config: TextConfig, tokenizer: Tokenizer) -> EvaluationText:
+    """Read and tokenise the configured source, whole documents in its own order.
+
+    Raises:
+        UserError: no source is named, it can't be read, or it holds no text.
+    """
+    if config.source is None:
+        raise UserError("data.source: a text is needed: a file, a folder, wikitext-2, pile or sotu")
+    source = open_source(
+        DataConfig(source=config.source, text_field=config.text_field),
+        whole_files=config.whole_files,
+        split=config.split,
+    )
+    texts = (text for _, text in islice(source.read(), config.max_documents))
+    split = tokenize_documents(texts, tokenizer)
+    return EvaluationText(split, {"source": source.name, "source_fingerprint": source.fingerprint} | count_text(split))
+
+
+def count_text(split: TokenSplit) -> dict[str, Any]:
+    """The size of a split and the fingerprint of its tokens, as plain values."""
+    return {
+        "num_documents": split.num_documents,
+        "num_tokens": split.num_tokens,
+        "num_bytes": int(split.num_bytes.sum()),
+        "num_words": int(split.num_words.sum()),
+        "tokens_fingerprint": hashlib.sha256(split.tokens.astype("<u4").tobytes()).hexdigest(),
     }

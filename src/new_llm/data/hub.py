@@ -1,7 +1,7 @@
-"""The Hugging Face hub: does it answer, what is cached here, and reading a dataset from either.
+"""The Hugging Face hub: whether it answers, what is cached here, and reading a data set from either.
 
-Out of reach, `datasets` retries for 23 seconds before it gives up; a short probe comes first, so that a
-machine without a network gets its one clear line at once.
+Out of reach, `datasets` retries for 23 seconds before it gives up; a short probe comes first, so that a machine without
+a network gets its one clear line at once, without importing `datasets`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def hub_answers(path: str, timeout_seconds: float) -> bool:
 
 @functools.lru_cache
 def _address_answers(address: str, timeout_seconds: float) -> bool:
-    answered = threading.Event()
+    answered, finished = threading.Event(), threading.Event()
 
     def ask() -> None:
         # Nothing is read but the status, and a proxy may have its own certificate: it is not verified here.
@@ -61,15 +61,14 @@ def _address_answers(address: str, timeout_seconds: float) -> bool:
         finally:
             finished.set()
 
-    # A thread, because the look-up of the host's name obeys no timeout.
-    finished = threading.Event()
+    # A thread, because looking up the host's name ignores the timeout.
     threading.Thread(target=ask, daemon=True).start()
     finished.wait(timeout_seconds)
     return answered.is_set()
 
 
 def dataset_is_cached(name: str) -> bool:
-    """Whether `datasets` has prepared this dataset here before."""
+    """Whether `datasets` has prepared this data set here before."""
     home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser()
 
@@ -79,11 +78,6 @@ def dataset_is_cached(name: str) -> bool:
     return cache.is_dir() and any(
         plain(folder.name) == plain(name) for folder in cache.iterdir() if any(folder.glob("*/*/*"))
     )
-
-
-def out_of_reach(wanted: str) -> HubError:
-    """The one line for a hub that doesn't answer."""
-    return HubError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach")
 
 
 def describe_failure(error: BaseException) -> str:
@@ -110,50 +104,32 @@ def _offline() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-Records = Callable[[int], Iterator[dict[str, Any]]]
-"""Reads records of one part, without the first so many."""
-
-
-def open_hub_dataset(
-    name: str, subset: str | None, *, streaming: bool, timeout_seconds: float, split: str = "train"
-) -> list[Records]:
-    """The parts of one split of a hub dataset, from the hub or this machine's cache: what is streamed has one a shard.
+def read_hub_dataset(
+    name: str, subset: str | None, *, split: str, streaming: bool, timeout_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """The records of one split of a hub data set, from the hub or from this machine's cache.
 
     Args:
         name: hub name.
-        subset: the dataset's configuration; None: its only one.
-        streaming: read from the hub as needed in place of downloading first.
-        timeout_seconds: how long to wait for the hub.
+        subset: the data set's configuration; None: its only one.
         split: the split's name on the hub.
+        streaming: read from the hub as needed instead of downloading first.
+        timeout_seconds: how long to wait for the hub.
 
     Raises:
-        UserError: the hub is out of reach and nothing is cached, or loading fails (also while reading).
+        HubError: the hub is out of reach and nothing is cached, or loading fails (also while reading).
     """
-    wanted = f"dataset {name}" + (f" ({subset})" if subset else "")
+    wanted = f"data set {name}" + (f" ({subset})" if subset else "")
     reachable = hub_answers(f"datasets/{name}/resolve/main/README.md", timeout_seconds)
     if not reachable and not dataset_is_cached(name):
-        raise out_of_reach(wanted)
+        raise HubError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach")
     try:
-        from datasets import IterableDataset, load_dataset
+        import datasets
 
+        datasets.disable_progress_bars()
         with contextlib.nullcontext() if reachable else _offline():
-            records: Any = load_dataset(name, subset, split=split, streaming=streaming and reachable)
-        parts = [records]
-        if isinstance(records, IterableDataset):
-            number = records.num_shards
-            parts = [records.shard(num_shards=number, index=index, contiguous=True) for index in range(number)]
-    except Exception as error:  # datasets raises whatever its many parts raise
-        raise _load_failed(wanted, error) from None
-    return [functools.partial(_read_records, part, wanted) for part in parts]
-
-
-def _read_records(records: Any, wanted: str, skip: int) -> Iterator[dict[str, Any]]:
-    try:
-        for record in records.skip(skip) if skip else records:
+            records: Any = datasets.load_dataset(name, subset, split=split, streaming=streaming and reachable)
+        for record in records:
             yield dict(record)
-    except Exception as error:
-        raise _load_failed(wanted, error) from None
-
-
-def _load_failed(wanted: str, error: Exception) -> HubError:
-    return HubError(f"{wanted} could not be loaded: {describe_failure(error)}")
+    except Exception as error:  # datasets raises whatever its many parts raise
+        raise HubError(f"{wanted} could not be loaded: {describe_failure(error)}") from None

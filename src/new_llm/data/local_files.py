@@ -1,32 +1,80 @@
-"""Documents in local files: plain text, WikiText, JSON lines (plain or zstd) and Parquet."""
+"""Documents in local files: plain text, WikiText, JSON lines and Parquet; also packed as .gz, .zst or .xz.
 
+The readers are our own because an error must name the file and the line. Those of `datasets` report a broken line as
+"row 2" of some block, a truncated .zst as StopIteration, and pass over a text that is null. Every read is bounded: a
+line or a document beyond `max_bytes` is rejected before it is held.
+"""
+
+import gzip
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from new_llm.config import UserError
 from new_llm.config.bounded_files import check_regular_file
-from new_llm.config.limits import ReadLimits
-from new_llm.data.byte_lines import UnpackingBudget, read_chunks, read_zstd, split_lines
 from new_llm.data.hub import describe_failure
 
 Document = tuple[str, str]
 """(name, text)"""
 
-PARQUET_ROWS = 256  # at once
-PARQUET_BUFFER = 1 << 20  # bytes
-ROW_BYTES = 64  # that a Parquet row counts as beside its text: a small file could hold billions of empty ones
-MAX_PARQUET_STRING, MAX_PARQUET_ITEMS = 1 << 24, 1 << 20  # of its metadata
+MAX_DOCUMENT_BYTES = 1 << 27
+PACKED = (".gz", ".zst", ".xz")
+ZSTD_BYTES = 1 << 12  # of a packed file at once; four bytes can unpack to 128 KiB, so these to 128 MiB at most
+PARQUET_ROWS = 64  # at once
+ROW_BYTES = 64  # that a row counts as beside its text: a small file could hold billions of empty ones
+MAX_RATIO, FREE_BYTES = 200, 1 << 24  # unpacked bytes for each byte of a file, and beyond: no text is packed so well
 MAX_SHOWN_FIELDS, MAX_SHOWN_CHARACTERS = 8, 40  # of a file's own names inside our one line
 
 
-Reader = Callable[[Path, str, ReadLimits], Iterator[Document]]
+class BadRows:
+    """What to do with a record that holds no text: stop with one line that names it, or skip and count it."""
+
+    def __init__(self, *, skip: bool = False) -> None:
+        self.count, self._skip, self._first = 0, skip, ""
+
+    def report(self, message: str) -> None:
+        """Take note of a bad record.
+
+        Raises:
+            UserError: it is not to be skipped.
+        """
+        if not self._skip:
+            raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)")
+        self._first = self._first or message
+        self.count += 1
+
+    def describe(self) -> list[str]:
+        """One line about what was skipped; none where nothing was."""
+        return [f"skipped {self.count:,} bad rows; the first: {self._first}"] if self.count else []
+
+
+class _Unpacked:
+    """Counts what a file unpacks to, so that a small one made to do harm does not keep us busy for hours."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._left = path, path.stat().st_size * MAX_RATIO + FREE_BYTES
+
+    def add(self, num_bytes: int) -> None:
+        self._left -= num_bytes
+        if self._left < 0:
+            raise UserError(f"{self._path}: unpacks to more than {MAX_RATIO} times its size: no text is packed so well")
+
+
+Reader = Callable[[Path, str, int, BadRows], Iterator[Document]]
 
 
 def read_file(
-    path: Path, text_field: str, *, whole: bool = False, limits: ReadLimits | None = None
+    path: Path,
+    text_field: str = "text",
+    *,
+    whole: bool = False,
+    max_bytes: int = MAX_DOCUMENT_BYTES,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Document]:
     """The documents of one file; those without a visible character are left out.
 
@@ -34,31 +82,86 @@ def read_file(
         path: the file.
         text_field: the field of a record that holds the text.
         whole: the file's text is one document, also where its format has articles.
-        limits: what the file may ask for; None: the defaults.
+        max_bytes: of a document.
+        bad_rows: told of records without a text; None: the first one stops.
 
     Raises:
-        UserError: the file can't be read in the format that its extension names, or holds records and not one text.
+        UserError: the file can't be read in the format that its extension names, or holds records instead of one text.
     """
     reader = find_reader(path)
     if reader is None:
-        raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}")
+        raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}, also with {', '.join(PACKED)}")
     if whole:
         if reader not in (_read_txt, _read_wikitext):
             raise UserError(f"{path}: holds records, which can't be read as one text; .txt, .raw and .tokens can")
         reader = _read_txt
     try:
         check_regular_file(path)
-        for name, text in reader(path, text_field, limits or ReadLimits()):
+        for name, text in reader(path, text_field, max_bytes, bad_rows or BadRows()):
             if text and not text.isspace():
                 yield name, text
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path}: corrupt or truncated: {describe_failure(error)}") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
 def find_reader(path: Path) -> Reader | None:
-    """The reader for a file's extension."""
-    name = path.name.lower()
-    return next((reader for extension, reader in READERS.items() if name.endswith(extension)), None)
+    """The reader for a file's extension; None: the extension is unknown."""
+    packed = path.suffix.lower() in PACKED
+    extension = Path(path.stem if packed else path.name).suffix.lower()
+    return None if packed and extension == ".parquet" else READERS.get(extension)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked where its extension says that it is packed."""
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(path, "rb"))
+        case ".zst":
+            return cast(BinaryIO, io.BufferedReader(_ZstdFile(path), 1 << 16))
+        case _:
+            return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """A zstd file of any number of frames; zstandard's own reader takes a truncated file for a complete one."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._error = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        self._file = path.open("rb")
+        self._frame = self._decompressor.decompressobj()
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._packed or self._file.read(ZSTD_BYTES)
+            if not packed:
+                if not self._frame.eof:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except self._error as error:
+                raise EOFError(str(error)) from None
+            self._packed = self._frame.unused_data
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[Document]:
@@ -84,152 +187,156 @@ def split_articles(lines: Iterable[str]) -> Iterator[Document]:
         yield title, "".join(article)
 
 
-def _read_txt(path: Path, text_field: str, limits: ReadLimits) -> Iterator[Document]:
-    num_bytes = path.stat().st_size
-    if num_bytes > limits.max_text_bytes:
+def join_line_ends(text: str) -> str:
+    """The text with \\n for every line end, the bare \\r of old files included."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_txt(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows) -> Iterator[Document]:
+    with open_file(path) as file:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
         raise UserError(
-            f"{path}: one document of {num_bytes:,} bytes; at most {limits.max_text_bytes:,} "
-            f"(limits.max_text_bytes); cut it into files, or into lines of JSON"
+            f"{path}: one document of more than {max_bytes:,} bytes (data.max_document_bytes); cut it into files, or "
+            f"into lines of JSON"
         )
-    with path.open("rb") as file:
-        raw = file.read(limits.max_text_bytes)
-    yield path.name, _decode(raw, f"{path}", 0).removeprefix("\ufeff").replace("\r\n", "\n")
+    try:
+        yield path.name, join_line_ends(_decode(raw).removeprefix("\ufeff"))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def _read_wikitext(path: Path, text_field: str, limits: ReadLimits) -> Iterator[Document]:
-    for title, text in split_articles(_read_text_lines(path, limits)):
+def _read_wikitext(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows) -> Iterator[Document]:
+    def lines() -> Iterator[str]:
+        article_bytes = 0
+        for number, raw in _read_lines(path, max_bytes):
+            try:
+                line = _decode(raw)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number}: {error}") from None
+            is_title = line.strip()[:2] == "= " and line.strip()[2:3] != "="
+            article_bytes = 0 if is_title else article_bytes + len(raw)
+            if article_bytes > max_bytes:
+                raise UserError(
+                    f"{path}: line {number}: an article of more than {max_bytes:,} bytes (data.max_document_bytes)"
+                )
+            yield (line.removeprefix("\ufeff") if number == 1 else line).replace("\r\n", "\n")
+
+    for title, text in split_articles(lines()):
         yield f"{path.name}: {title}", text
 
 
-def _read_text_lines(path: Path, limits: ReadLimits) -> Iterator[str]:
-    """The file's lines with their ends; those of one article, which are held together, are counted."""
-    offset, article_bytes = 0, 0
-    raws = split_lines(read_chunks(path), f"{path}", limits)
-    raw = next(raws)
-    for following in chain(raws, [None]):
-        line = _decode(raw, f"{path}", offset)
-        is_last = following is None
-        line = line if is_last else line.removesuffix("\r") + "\n"
-        if not offset:
-            line = line.removeprefix("\ufeff")
-        offset += len(raw) + 1
-        article_bytes = 0 if line.strip()[:2] == "= " and line.strip()[2:3] != "=" else article_bytes + len(raw) + 1
-        if article_bytes > limits.max_text_bytes:
-            raise UserError(
-                f"{path}: an article of more than {limits.max_text_bytes:,} bytes at byte {offset - article_bytes} "
-                f"(limits.max_text_bytes)"
-            )
-        if line:
-            yield line
-        raw = following or b""
+def _read_jsonl(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows) -> Iterator[Document]:
+    for number, raw in _read_lines(path, max_bytes):
+        if raw.strip():
+            try:
+                yield f"{path.name}:{number}", _parse_record(raw, text_field)
+            except ValueError as error:
+                bad_rows.report(f"{path}: line {number}: {error}")
 
 
-def _decode(raw: bytes, where: str, offset: int) -> str:
+def _read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """The lines with their ends, numbered from 1."""
+    number, unpacked = 0, _Unpacked(path)
+    with open_file(path) as file:
+        while raw := file.readline(max_bytes + 1):
+            number += 1
+            unpacked.add(len(raw))
+            if len(raw) > max_bytes:
+                raise UserError(f"{path}: line {number} is longer than {max_bytes:,} bytes (data.max_document_bytes)")
+            yield number, raw
+
+
+def _decode(raw: bytes) -> str:
     if (at := raw.find(b"\0")) >= 0:
-        raise UserError(f"{where}: binary (a NUL at byte {offset + at}); UTF-8 text is expected")
+        raise ValueError(f"binary (a NUL at byte {at}); UTF-8 text is expected")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf8(where, raw, error.start, offset) from None
+        raise ValueError(f"not UTF-8 text: 0x{raw[error.start]:02x} at byte {error.start}") from None
 
 
-def _not_utf8(where: str, raw: bytes, start: int, offset: int) -> UserError:
-    return UserError(f"{where}: not UTF-8 text: 0x{raw[start]:02x} at byte {offset + start}")
+def _parse_record(raw: bytes, text_field: str) -> str:
+    """The text of a line of JSON.
 
-
-def _read_jsonl(path: Path, text_field: str, limits: ReadLimits) -> Iterator[Document]:
-    chunks = read_zstd(path, limits) if path.name.lower().endswith(".zst") else read_chunks(path)
-    offset = 0
-    for number, line in enumerate(split_lines(chunks, f"{path}", limits), start=1):
-        where = f"{path}: line {number}"
-        if line.strip():
-            yield f"{path.name}:{number}", _text_of_line(line, text_field, where, offset)
-        offset += len(line) + 1
-
-
-def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
-    if (at := line.find(b"\0")) >= 0:
-        raise UserError(f"{where}: binary (a NUL at byte {offset + at}); JSON lines are expected")
+    Raises:
+        ValueError: there is none, and why.
+    """
+    line = _decode(raw).removeprefix("\ufeff").strip()
     try:
-        record = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, line, error.start, offset) from None
+        record = json.loads(line)
     except (ValueError, RecursionError):
-        raise UserError(f"{where} is no JSON object: {_preview(line)}") from None
+        record = None
     if not isinstance(record, dict):
-        raise UserError(f"{where} is no JSON object: {_preview(line)}")
+        raise ValueError(f"not a JSON object: {line[:MAX_SHOWN_CHARACTERS]!r}")
+    return take_text(record, text_field)
+
+
+def take_text(record: dict[str, Any], text_field: str) -> str:
+    """The text of a record.
+
+    Raises:
+        ValueError: there is none, and why.
+    """
     if text_field not in record:
-        raise UserError(f"{where} has no {_field(text_field, list(record))}")
+        raise ValueError(describe_missing(text_field, list(record)))
     text = record[text_field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: the field {text_field!r} holds no string but {json.dumps(text)[:40]}")
+        shown = "null" if text is None else f"a {type(text).__name__}"
+        raise ValueError(f"the field {text_field!r} holds {shown}, not a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half a surrogate pair at character {error.start} of the text: no UTF-8") from None
+        raise ValueError(f"half a surrogate pair at character {error.start} of the text: not UTF-8") from None
     return text
 
 
-def _preview(line: bytes) -> str:
-    text = line.strip().decode("utf-8", errors="replace")
-    return repr(text if len(text) <= 40 else text[:39] + "…")
-
-
-def _field(text_field: str, found: list[str]) -> str:
-    shown = [name if len(name) <= MAX_SHOWN_CHARACTERS else name[: MAX_SHOWN_CHARACTERS - 1] + "…" for name in found]
+def describe_missing(text_field: str, found: list[str]) -> str:
+    """That the field is missing, and which there are."""
+    shown = [name[:MAX_SHOWN_CHARACTERS] for name in found[:MAX_SHOWN_FIELDS]]
     more = f" and {len(found) - MAX_SHOWN_FIELDS:,} more" if len(found) > MAX_SHOWN_FIELDS else ""
-    fields = (", ".join(shown[:MAX_SHOWN_FIELDS]) or "none") + more
-    return f"field {text_field!r} (found: {fields}); --data.text-field names the one that holds the text"
+    return (
+        f"no field {text_field!r} (found: {', '.join(shown) or 'none'}{more}); data.text_field names the text's field"
+    )
 
 
-def _read_parquet(path: Path, text_field: str, limits: ReadLimits) -> Iterator[Document]:
+def _read_parquet(path: Path, text_field: str, max_bytes: int, bad_rows: BadRows) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    budget = UnpackingBudget(path, limits)
-    # Streamed page by page; repeated texts stay numbers until they are asked for, else one page could fill the memory.
-    options: dict[str, Any] = {
-        "buffer_size": PARQUET_BUFFER,
-        "pre_buffer": False,
-        "thrift_string_size_limit": MAX_PARQUET_STRING,
-        "thrift_container_size_limit": MAX_PARQUET_ITEMS,
-    }
     try:
-        with pq.ParquetFile(path, **options) as file:
-            columns: Any = file.schema_arrow
-            if text_field not in columns.names:
-                raise UserError(f"{path} has no {_field(text_field, columns.names)}")
-            kind = columns.field(text_field).type
-            if pa.types.is_dictionary(kind):
-                kind = kind.value_type
+        # Streamed page by page, so that a row group need not fit into memory.
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise UserError(f"{path}: {describe_missing(text_field, names)}")
+            kind: Any = file.schema_arrow.field(text_field).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UserError(f"{path}: the field {text_field!r} holds {kind}, not strings")
-        with pq.ParquetFile(path, **options, read_dictionary=[text_field]) as file:
-            row = 0
+            row, unpacked = 0, _Unpacked(path)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field], use_threads=False):
                 for value in batch.column(0):
                     row += 1
                     text = value.as_py()
+                    unpacked.add(len(text or "") + ROW_BYTES)
                     if text is None:
-                        raise UserError(f"{path}: row {row}: the field {text_field!r} is null")
-                    num_bytes = len(text.encode("utf-8"))
-                    budget.take(num_bytes + ROW_BYTES)
-                    if num_bytes > limits.max_line_bytes:
+                        bad_rows.report(f"{path}: row {row}: the field {text_field!r} holds null, not a string")
+                    elif len(text) > max_bytes:
                         raise UserError(
-                            f"{path}: row {row} holds {num_bytes:,} bytes; at most {limits.max_line_bytes:,} "
-                            f"(limits.max_line_bytes)"
+                            f"{path}: row {row} is longer than {max_bytes:,} bytes (data.max_document_bytes)"
                         )
-                    yield f"{path.name}:{row}", text
+                    else:
+                        yield f"{path.name}:{row}", text
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, MemoryError) as error:
-        raise UserError(f"{path}: corrupt or no Parquet file: {describe_failure(error)}") from None
+        raise UserError(f"{path}: corrupt or not a Parquet file: {describe_failure(error)}") from None
 
 
 READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
-    ".jsonl.zst": _read_jsonl,
     ".parquet": _read_parquet,
     ".raw": _read_wikitext,
     ".tokens": _read_wikitext,

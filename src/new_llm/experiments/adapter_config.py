@@ -60,15 +60,13 @@ class AdapterTrainingConfig(RunSettings):
     revision: str | None = None
     """Branch, tag or commit of a base on the hub."""
     num_docs: Annotated[int, Field(gt=0)] = 100
-    """Long documents of the training split to train on, in a seeded choice (split_seed)."""
+    """Long documents of the training split to train on, in a seeded choice (data.split_seed)."""
     min_doc_tokens: Annotated[int | None, Field(gt=1)] = None
     """Tokens that a document must have to count as long; None: a sample's (data.seq_length)."""
     max_doc_tokens: Annotated[int | None, Field(gt=1)] = None
     """Tokens of a document that are read at most, from its beginning; None: all."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the adapter's weights and of the documents' order."""
-    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the split: with the seed that the base was trained with, its held-out documents stay held out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
     runs_dir: Path = Path("runs")

@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from new_llm.config import UserError
-from new_llm.data.dataset import PreparedData
-from new_llm.data.evaluation_text import count_text
+from new_llm.data.dataset import PreparedData, count_text
 from new_llm.data.tokens import TokenSplit
 
 CHOICE_STREAM = 3  # keeps the choice of documents apart from other random numbers of the same seed

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.measurement import TextConfig
-from new_llm.data.evaluation_text import read_evaluation_text
+from new_llm.data.dataset import read_evaluation_text
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
 from new_llm.evaluation.scoring import Autocast

@@ -210,13 +210,13 @@ def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> Pre
         UserError: see `prepare_data`; or no training document is long enough.
     """
     tokenizer = tokenizer_name if config.data.tokenizer == "auto" else config.data.tokenizer
-    data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer), config.split_seed)
+    data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer))
     return choose_long_documents(
         data,
         num_docs=config.num_docs,
         min_tokens=config.min_doc_tokens or config.data.seq_length,
         max_tokens=config.max_doc_tokens,
-        seed=config.split_seed,
+        seed=config.data.split_seed,
     )
 
 

@@ -6,9 +6,8 @@ from typing import Any
 from new_llm.config import UserError
 from new_llm.config.doctor import DoctorConfig
 from new_llm.config.measurement import TextConfig
-from new_llm.data.curriculum import list_shapes
-from new_llm.data.dataset import PreparedData, prepare_data
-from new_llm.data.evaluation_text import EvaluationText, count_text, read_evaluation_text
+from new_llm.data.batches import list_shapes
+from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.doctor import DoctorReport, TrainingData, examine_model
@@ -30,7 +29,7 @@ def examine_subject(
     Raises:
         UserError: the text or the run's data can't be read, or an unknown check is asked for.
     """
-    prepared = prepare_data(subject.config.data, subject.config.seed) if subject.config else None
+    prepared = prepare_data(subject.config.data) if subject.config else None
     data = None if prepared is None else describe_training(subject, prepared)
     if text.source is not None or prepared is None:
         chosen = read_evaluation_text(text if text.source is not None else EMBEDDED_TEXT, subject.tokenizer)

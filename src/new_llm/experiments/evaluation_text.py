@@ -2,8 +2,7 @@
 
 from new_llm.config import UserError
 from new_llm.config.measurement import TextConfig
-from new_llm.data.dataset import prepare_data
-from new_llm.data.evaluation_text import EvaluationText, count_text, read_evaluation_text
+from new_llm.data.dataset import EvaluationText, count_text, prepare_data, read_evaluation_text
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.experiments.subject import Subject
 
@@ -20,7 +19,7 @@ def load_evaluation_text(subject: Subject, config: TextConfig) -> EvaluationText
         raise UserError(f"data.source: {subject.label} belongs to no run, so a text must be named: --data.source FILE")
     if config != TextConfig():
         raise UserError("data: without --data.source the run's validation documents are read as they are")
-    data = prepare_data(subject.config.data, subject.config.seed)
+    data = prepare_data(subject.config.data)
     if fingerprint_tokenizer(data.tokenizer) != fingerprint_tokenizer(subject.tokenizer):
         source = subject.config.data.source
         raise UserError(f"{source}: has changed since the run: it gives another tokenizer; name a text: --data.source")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from new_llm.config import DataConfig, UserError
 from new_llm.config.bounded_files import read_json_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
-from new_llm.data.tokenizer import load_tokenizer
+from new_llm.data.tokenizer import get_tokenizer
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.models import TransformerLM
 
@@ -51,7 +51,7 @@ def load_hugging_face(
             model = loaded.model
         else:
             model = HuggingFaceLM(loaded, segment_length)
-    return model, load_tokenizer(name, DataConfig.hub_timeout_seconds), kind
+    return model, get_tokenizer(name, DataConfig.hub_timeout_seconds), kind
 
 
 def _read_model_type(name: str, revision: str | None) -> str:

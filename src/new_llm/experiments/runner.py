@@ -124,7 +124,7 @@ def prepare_shared_data(config: ExperimentConfig, processes: Processes) -> Prepa
     Raises:
         UserError: as `prepare_data`; or machines that do not share the cache have read different texts.
     """
-    data = processes.run_main_first(lambda: prepare_data(config.data, config.seed))
+    data = processes.run_main_first(lambda: prepare_data(config.data))
     with processes.agree():
         if processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
             raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from new_llm.config import UserError
 from new_llm.config.fill import FillConfig
-from new_llm.data.local_files import READERS, find_reader, read_file
+from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
 """One text, read in blocks; the other formats hold documents, read one by one."""
@@ -101,7 +101,7 @@ def find_cut(text: str) -> int:
 
 
 def _read_plain(path: Path, block_bytes: int, on_bytes: OnBytes) -> Iterator[str]:
-    """UTF-8 text in blocks, without a byte order mark, with \\n for \\r\\n."""
+    """UTF-8 text in blocks, without a byte order mark, with \\n for every line end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, held, has_begun, is_visible = 0, "", False, False
     try:
@@ -118,7 +118,7 @@ def _read_plain(path: Path, block_bytes: int, on_bytes: OnBytes) -> Iterator[str
                     byte = error.object[error.start]
                     raise UserError(f"{path}: not UTF-8 text: 0x{byte:02x} at byte {at}") from None
                 held = "\r" if raw and text.endswith("\r") else ""  # its \n may come with the next block
-                text = text.removesuffix(held).replace("\r\n", "\n")
+                text = join_line_ends(text.removesuffix(held))
                 if text and not has_begun:
                     text, has_begun = text.removeprefix("\ufeff"), True
                 is_visible = is_visible or not (not text or text.isspace())

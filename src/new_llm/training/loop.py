@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from new_llm.config import DataConfig, TrainConfig
-from new_llm.data.batches import Batch, BatchPlan, plan_batches
-from new_llm.data.curriculum import CurriculumPlan, plan_curriculum, shape_batches
+from new_llm.data.batches import Batch, BatchPlan, CurriculumPlan, plan_batches, plan_curriculum, shape_batches
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM

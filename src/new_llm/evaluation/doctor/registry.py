@@ -13,7 +13,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.config.doctor import DoctorConfig
-from new_llm.data.curriculum import BatchShape
+from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.scoring import find_device
