@@ -146,3 +146,18 @@ def test_project_files_agree_with_the_project() -> None:
     copied = set(" ".join(re.findall(r"^COPY (.*) \S+$", read("Dockerfile"), re.MULTILINE)).split())
     assert copied == kept
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_names_of_the_specification_lead_to_ours() -> None:
+    names = re.findall(r"`(new_llm\.[\w.]+)`", (ROOT / "docs" / "specification-names.md").read_text(encoding="utf-8"))
+    assert len(names) > 15
+    for name in names:
+        find_object(name)
+
+
+@pytest.mark.parametrize("page", ["docs/life-of-a-batch.md", "docs/images/life-of-a-batch.svg"])
+def test_the_life_of_a_batch_names_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    files = set(re.findall(r"\b((?:config|data|models|training|evaluation|experiments|report|cli)/[\w/]+\.py)\b", text))
+    assert len(files) > 8
+    assert [file for file in sorted(files) if not (ROOT / "src" / "new_llm" / file).is_file()] == []
