@@ -110,8 +110,8 @@ def _make_configurations() -> dict[str, Hostile]:
         return read_settings(folder / "config.yaml", StudyConfig)
 
     return found | {
-        "yaml: a pipe": Hostile(make_pipe("config.yaml"), read, "no regular file"),
-        "yaml: a device": Hostile(make_link("config.yaml", "/dev/zero"), read, "no regular file"),
+        "yaml: a pipe": Hostile(make_pipe("config.yaml"), read, "not a regular file"),
+        "yaml: a device": Hostile(make_link("config.yaml", "/dev/zero"), read, "not a regular file"),
         "yaml: a variant that leads out": Hostile(write("config.yaml", study), read_study, "variants"),
     }
 
@@ -138,11 +138,11 @@ def _make_texts() -> dict[str, Hostile]:
     line = b'{"text": "a"}\n'
     return {
         "txt: 10 GB": Hostile(write_sparse("a.txt"), read("a.txt"), "one document of more than 134,217,728 bytes"),
-        "txt: a pipe": Hostile(make_pipe("a.txt"), read("a.txt"), "no regular file"),
-        "txt: a device": Hostile(make_link("a.txt", "/dev/zero"), read("a.txt"), "no regular file"),
+        "txt: a pipe": Hostile(make_pipe("a.txt"), read("a.txt"), "not a regular file"),
+        "txt: a device": Hostile(make_link("a.txt", "/dev/zero"), read("a.txt"), "not a regular file"),
         "tokens: 10 GB": Hostile(write_sparse("a.tokens"), read("a.tokens"), "line 1 is longer than 134,217,728 bytes"),
         "jsonl: a line of 10 GB": Hostile(write_sparse("a.jsonl"), read("a.jsonl"), "line 1 is longer than"),
-        "jsonl: a pipe": Hostile(make_pipe("a.jsonl"), read("a.jsonl"), "no regular file"),
+        "jsonl: a pipe": Hostile(make_pipe("a.jsonl"), read("a.jsonl"), "not a regular file"),
         "jsonl: deep": Hostile(
             write("a.jsonl", '{"text": ' + "[" * 1_000_000), read("a.jsonl"), "line 1: not a JSON object"
         ),
@@ -166,7 +166,7 @@ def _make_texts() -> dict[str, Hostile]:
         "parquet: millions of empty rows": Hostile(
             write_table(empty), read("a.parquet"), "unpacks to more than 200 times its size"
         ),
-        "parquet: a pipe": Hostile(make_pipe("a.parquet"), read("a.parquet"), "no regular file"),
+        "parquet: a pipe": Hostile(make_pipe("a.parquet"), read("a.parquet"), "not a regular file"),
     }
 
 
@@ -178,7 +178,7 @@ def _make_json() -> dict[str, Hostile]:
     return {
         "results: deep": Hostile(write("results.json", deep), load_results, "nested too deeply|not valid JSON"),
         "results: 10 GB": Hostile(write_sparse("results.json"), load_results, "more than 67,108,864 bytes"),
-        "results: a pipe": Hostile(make_pipe("results.json"), load_results, "no regular file"),
+        "results: a pipe": Hostile(make_pipe("results.json"), load_results, "not a regular file"),
         "results: a long number": Hostile(write("results.json", "9" * 100_000), load_results, "not valid JSON"),
         "tokenizer: deep": Hostile(write("tokenizer.json", deep), read_tokenizer, "no valid tokenizer file"),
         "tokenizer: 10 GB": Hostile(write_sparse("tokenizer.json"), read_tokenizer, "more than 268,435,456 bytes"),

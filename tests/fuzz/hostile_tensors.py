@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from new_llm.models.memory_file import read_memory_file
 
 def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
     own, neox, binary = (targets[name].files for name in ("model folder", "gpt-neox folder", "gpt-neox pickle"))
+    memory = targets["memory"]
     checkpoint = targets.get("checkpoint, any manifest", Target({}, (), lambda folder: None))
 
     def load_own(folder: Path) -> Any:
@@ -83,6 +85,14 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
 
         return change
 
+    def save_view(name: str, wrap: Callable[[torch.Tensor], Any]) -> Callable[[Path], Any]:
+        """A tensor of a few bytes that is 120 GB wherever it is copied."""
+        return lambda folder: torch.save(wrap(torch.zeros(1).expand(30_000_000, 1000)), folder / name)
+
+    def add_zeros(folder: Path) -> None:
+        """Three gigabytes at a file's end, which take no place on the disk."""
+        os.truncate(folder / "memory.safetensors", 3 << 30)
+
     def read_memory(folder: Path) -> Any:
         return read_memory_file(folder / "memory.safetensors")
 
@@ -112,23 +122,27 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
         ),
         "model: a huge layer": (spoil(own, edit_layer(hidden_size=1 << 40)), load_own, "model.json"),
         "model: a huge memory": (spoil(own, edit_layer(num_memory_banks=10**9)), load_own, "model.json|do not fit"),
-        "model: a huge header": (spoil(own, head("model.safetensors", {}, 1 << 62)), load_own, "no safetensors file"),
+        "model: a huge header": (
+            spoil(own, head("model.safetensors", {}, 1 << 62)),
+            load_own,
+            "not a safetensors file",
+        ),
         "model: a long header": (
             spoil(own, head("model.safetensors", {"a" * (5 << 20): 1})),
             load_own,
-            "no safetensors file",
+            "not a safetensors file",
         ),
         "model: claimed shapes": (spoil(own, head("model.safetensors", claims)), load_own, "do not fit"),
         "model: a twin tensor": (
             spoil(own, write("model.safetensors", len(twin).to_bytes(8, "little") + twin + bytes(8))),
             load_own,
-            "no safetensors file: its header is no JSON",
+            "not a safetensors file: its header is not JSON",
         ),
-        "model: a pickle": (spoil(own, save_pickle("model.safetensors")), load_own, "no safetensors file"),
+        "model: a pickle": (spoil(own, save_pickle("model.safetensors")), load_own, "not a safetensors file"),
         "model: a pipe": (
             spoil({"model.json": own["model.json"]}, make_pipe("model.safetensors")),
             load_own,
-            "no regular file",
+            "not a regular file",
         ),
         "gpt-neox: NaN": (spoil(neox, put_in("model.safetensors", float("nan"))), load_neox, "NaN or infinite"),
         "gpt-neox: endless layers": (
@@ -145,7 +159,17 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
         "gpt-neox: a bare pickle": (
             spoil(binary, save_pickle("pytorch_model.bin")),
             load_neox,
-            "no file of torch.save",
+            "not a file of torch.save",
+        ),
+        "gpt-neox: a view of 120 GB": (
+            spoil(binary, save_view("pytorch_model.bin", lambda view: {"embed_out.weight": view})),
+            load_neox,
+            "its tensors are larger than the file",
+        ),
+        "gpt-neox: a sparse tensor": (
+            spoil(binary, lambda folder: torch.save({"a": torch.eye(3).to_sparse()}, folder / "pytorch_model.bin")),
+            load_neox,
+            "not a dense one",
         ),
         "gpt-neox: packed entries": (spoil(binary, pack_zip("pytorch_model.bin")), load_neox, "holds packed entries"),
         "gpt-neox: an index that leads out": (
@@ -165,25 +189,41 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
                 ),
             ),
             load_neox,
-            "no regular file",
+            "not a regular file",
         ),
         "auto: code of the folder": (run_code, load_anything, "can't be loaded as a causal language model"),
-        "memory: a pickle": (save_pickle("memory.safetensors"), read_memory, "but a pickle|no safetensors file"),
+        "memory: zeros at its end": (spoil(memory.files, add_zeros), read_memory, "truncated, or not"),
+        "memory: an unknown dtype": (
+            head("memory.safetensors", {"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}),
+            read_memory,
+            "a has dtype F4; known are BOOL",
+        ),
+        "memory: overlapping tensors": (
+            head("memory.safetensors", {n: {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]} for n in "ab"}),
+            read_memory,
+            "do not lie one after another",
+        ),
+        "memory: a pickle": (save_pickle("memory.safetensors"), read_memory, "but a pickle|not a safetensors file"),
         "memory: a payload": (save_payload("memory.safetensors"), read_memory, "but a pickle"),
-        "memory: a huge header": (head("memory.safetensors", {}, 1 << 62), read_memory, "no safetensors file"),
-        "memory: a pipe": (make_pipe("memory.safetensors"), read_memory, "no regular file"),
-        "memory: a device": (make_link("memory.safetensors", "/dev/zero"), read_memory, "no regular file"),
+        "memory: a huge header": (head("memory.safetensors", {}, 1 << 62), read_memory, "not a safetensors file"),
+        "memory: a pipe": (make_pipe("memory.safetensors"), read_memory, "not a regular file"),
+        "memory: a device": (make_link("memory.safetensors", "/dev/zero"), read_memory, "not a regular file"),
         "adapter: a payload": (
             save_payload("a.pt"),
             lambda folder: read_adapter_file(folder / "a.pt"),
             "not readable as plain tensors",
+        ),
+        "adapter: a view of 120 GB": (
+            save_view("a.pt", lambda view: {"metadata": {}, "tensors": [({"a": view},)]}),
+            lambda folder: read_adapter_file(folder / "a.pt"),
+            "its tensors are larger than the file",
         ),
         "adapter: packed entries": (
             pack_zip("a.pt"),
             lambda folder: read_adapter_file(folder / "a.pt"),
             "holds packed entries",
         ),
-        "adapter: a pipe": (make_pipe("a.pt"), lambda folder: read_adapter_file(folder / "a.pt"), "no regular file"),
+        "adapter: a pipe": (make_pipe("a.pt"), lambda folder: read_adapter_file(folder / "a.pt"), "not a regular file"),
         "checkpoint: a payload": (
             spoil(
                 checkpoint.files,

@@ -10,7 +10,7 @@ from tiny_shape import TINY
 
 from new_llm.config import DataConfig
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.models import create_model
+from new_llm.models import create_model, tensor_files
 
 
 class _Agreeable(str):
@@ -25,14 +25,14 @@ class _Agreeable(str):
     __hash__ = str.__hash__
 
 
-def _without_digest(module: Any, read: Read) -> Read:
+def _without_digest(read: Read) -> Read:
     def read_unchecked(folder: Path) -> Any:
-        own = module.hash_content
-        module.hash_content = lambda metadata, tensors: _Agreeable()
+        own = tensor_files.hash_content
+        tensor_files.hash_content = lambda metadata, tensors: _Agreeable()
         try:
             return read(folder)
         finally:
-            module.hash_content = own
+            tensor_files.hash_content = own
 
     return read_unchecked
 
@@ -59,7 +59,7 @@ def make_memories(folder: Path) -> dict[str, Target]:
 
     targets = {}
     raw = {"memory.safetensors": (folder / "memory.safetensors").read_bytes()}
-    for name, read in (("memory", read_memory), ("memory, any digest", _without_digest(memory_file, read_memory))):
+    for name, read in (("memory", read_memory), ("memory, any digest", _without_digest(read_memory))):
         targets[name] = Target(raw, tuple(raw), read, 0.8)
     for file in ("adapter.safetensors", "adapter.pt"):
 
@@ -68,7 +68,7 @@ def make_memories(folder: Path) -> dict[str, Target]:
 
         raw = {file: (folder / file).read_bytes()}
         targets[file] = Target(raw, (file,), read_adapter, 0.6)
-        targets[f"{file}, any digest"] = Target(raw, (file,), _without_digest(adapter_file, read_adapter), 0.6)
+        targets[f"{file}, any digest"] = Target(raw, (file,), _without_digest(read_adapter), 0.6)
     return targets
 
 

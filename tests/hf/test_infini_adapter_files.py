@@ -23,7 +23,7 @@ from new_llm.models.hf.infini_adapter import (
     save_adapter,
 )
 from new_llm.models.layers.parallel_infini import AdapterConfig
-from new_llm.models.memory_file import fingerprint_weights, hash_content
+from new_llm.models.tensor_files import fingerprint_weights, hash_content
 
 SHAPE = PythiaConfig(
     vocab_size=128,
@@ -191,7 +191,7 @@ def set_option(name: str, value: Any, layer: str = "0") -> Change:
         (cut_tensor, "has shape"),
         (drop_tensor, "missing or unknown tensors"),
         (add_tensor, "missing or unknown tensors"),
-        (make_integers, "no plain tensor of floats"),
+        (make_integers, "not a tensor of floats"),
         (set_metadata("format", "new-llm-memory"), "no adapter file"),
         (set_metadata("format_version", "99"), "format version 99, this program reads 1"),
         (set_metadata("segment_length", "-4"), "segment_length"),

@@ -173,7 +173,7 @@ def test_broken_folders_are_one_line(tmp_path, neox):
     refuse("shape", r"final_layer_norm.bias has shape \(3,\)", **{"gpt_neox.final_layer_norm.bias": torch.zeros(3)})
     refuse("layers", "weights not GPT-NeoX's: layers.2", OLD_CONFIG | {"num_hidden_layers": 2})
     (tmp_path / "missing" / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         TransformerLM.from_pythia(tmp_path / "missing")
     (tmp_path / "missing" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights here"):

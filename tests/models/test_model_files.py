@@ -57,6 +57,22 @@ def test_saving_again_replaces_the_model_and_leaves_no_other_file(tmp_path: Path
     assert torch.equal(loaded.embed_in.weight, build_model(STACKS["mixed"], seed=1).embed_in.weight)
 
 
+def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
+    files = []
+    for number in range(8):  # the order of the metadata was random
+        build_model(STACKS["mixed"], seed=0).save(tmp_path / str(number))
+        files.append((tmp_path / str(number) / "model.safetensors").read_bytes())
+    assert len(set(files)) == 1
+
+
+def test_changed_weights_are_not_taken_for_the_model(tmp_path: Path) -> None:
+    get_model("mixed").save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="corrupted"):
+        TransformerLM.load(tmp_path)
+
+
 def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     class OwnLayer(PythiaLayer):
         kind = "own"
@@ -70,10 +86,26 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 def edit_structure(**changes: Any) -> Callable[[Path], Any]:
     def edit(folder: Path) -> None:
         structure = json.loads((folder / "model.json").read_text())
-        structure.pop("sha256")  # as who edits it by hand does
         (folder / "model.json").write_text(json.dumps({**structure, **changes}))
 
     return edit
+
+
+def edit_layer(**changes: Any) -> Callable[[Path], Any]:
+    def edit(folder: Path) -> None:
+        structure = json.loads((folder / "model.json").read_text())
+        structure["layers"][0] |= changes
+        (folder / "model.json").write_text(json.dumps(structure))
+
+    return edit
+
+
+def store_as(dtype: torch.dtype) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    return change
 
 
 def drop_a_weight(folder: Path) -> None:
@@ -90,18 +122,31 @@ def truncate(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no structure": (lambda folder: (folder / "model.json").unlink(), "model.json is missing"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "no JSON": (lambda folder: (folder / "model.json").write_text("{"), "not valid JSON"),
-    "a list": (lambda folder: (folder / "model.json").write_text("[1]"), "format version"),
-    "version": (edit_structure(format_version=9), "format version 9"),
+    "not JSON": (lambda folder: (folder / "model.json").write_text("{"), "not valid JSON"),
+    "a list": (lambda folder: (folder / "model.json").write_text("[1]"), "model.json"),
+    "version": (edit_structure(format_version=9), "format_version: input should be 1"),
     "layer kind": (edit_structure(layers=[{"kind": "mamba"}]), "unknown layer kind 'mamba'.*hierarchical"),
-    "layers": (edit_structure(layers=3), "not a model description"),
-    "arguments": (edit_structure(layers=[{"kind": "pythia", "width": 3}]), "not a model description"),
-    "vocabulary": (edit_structure(vocab_size=64), "do not fit"),
+    "layers": (edit_structure(layers=3), "layers: input should be a valid"),
+    "arguments": (edit_structure(layers=[{"kind": "pythia", "width": 3}]), "unexpected keyword argument"),
+    "vocabulary": (edit_structure(vocab_size=64), "vocab_size is 64, embed_in.weight"),
+    "a number as text": (edit_structure(segment_length="8"), "segment_length: input should be a valid integer"),
+    "a float for a number": (edit_structure(vocab_size=8.5), "vocab_size: input should be a valid integer"),
+    "negative": (edit_structure(segment_length=-3), "segment_length: input should be greater than 0"),
+    "yes for true": (edit_structure(tie_word_embeddings="no"), "tie_word_embeddings: input should be a valid boolean"),
+    "NaN": (edit_structure(layer_norm_eps=float("nan")), "layer_norm_eps"),
+    "another epsilon": (edit_structure(layer_norm_eps=-1e-5), "layer_norm_eps: input should be greater than 0"),
+    "a layer's epsilon": (edit_layer(layer_norm_eps=-1.0), "layer_norm_eps: input should be greater than 0"),
+    "a layer's width as text": (edit_layer(intermediate_size="64"), "intermediate_size: input should be a valid int"),
+    "an option's yes": (edit_layer(kind="infini", use_delta_rule="no"), "use_delta_rule: input should be a valid bool"),
+    "an option's NaN": (edit_layer(kind="infini", memory_epsilon=float("nan")), "memory_epsilon"),
+    "unknown key": (edit_structure(colour="red"), "unknown key 'colour'"),
+    "integers": (store_as(torch.int32), "has dtype I32; weights are floats"),
+    "8 bits": (store_as(torch.float8_e4m3fn), "has dtype F8_E4M3; weights are floats"),
     "missing weight": (drop_a_weight, r"do not fit.*layers\.0\.attention\.gate"),
-    "truncated": (truncate, "not a readable safetensors file"),
+    "truncated": (truncate, "truncated"),
     "pickle": (
         lambda folder: torch.save({}, folder / "model.safetensors"),
-        "no safetensors file",
+        "not a safetensors file",
     ),
 }
 

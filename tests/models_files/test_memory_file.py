@@ -3,7 +3,7 @@
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,10 +11,12 @@ from safetensors import safe_open
 
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
-from new_llm.models import memory_file
+from new_llm.config.atomic import write_atomically
+from new_llm.models import tensor_files
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.memory_compare import compare_memories, list_memories, measure_distance
-from new_llm.models.memory_file import fingerprint_weights, merge_memory_files, read_memory_file
+from new_llm.models.memory_file import merge_memory_files, read_memory_file
+from new_llm.models.tensor_files import fingerprint_weights
 
 KINDS = [
     ("infini", {}),
@@ -186,11 +188,13 @@ def test_an_interrupted_write_leaves_the_old_file(error, tmp_path, make_model, r
     before = path.read_bytes()
     model(read_rows(1, 20), update_memory=True)
 
-    def write_half(tensors, file, metadata):
-        Path(file).write_bytes(before[: len(before) // 2])
-        raise error
+    @contextmanager
+    def interrupt(path):
+        with write_atomically(path) as temporary:
+            yield temporary
+            raise error
 
-    monkeypatch.setattr(memory_file, "save_file", write_half)
+    monkeypatch.setattr(tensor_files, "write_atomically", interrupt)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
         model.save_memory(path)
     assert path.read_bytes() == before

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from new_llm import TransformerLM
 from new_llm.config import UserError
-from new_llm.models import memory_file
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.memory_file import read_memory_file
-from new_llm.models.safetensors_header import MAX_HEADER_BYTES
+from new_llm.models.tensor_files import MAX_HEADER_BYTES, hash_content
 
 
 def split(raw: bytes) -> tuple[dict, bytes]:
@@ -42,7 +41,7 @@ def change_metadata(**changes):
         metadata = {key: value for key, value in metadata.items() if value is not None}
         if "sha256" not in changes:
             del metadata["sha256"]
-            metadata["sha256"] = memory_file.hash_content(metadata, load(raw))
+            metadata["sha256"] = hash_content(metadata, load(raw))
         return join({**header, "__metadata__": metadata}, payload)
 
     return change
@@ -71,7 +70,7 @@ def change_tensors(**changes: Callable[[Any], Tensor] | None):
                 tensors[name] = make(old)
         metadata = header["__metadata__"]
         del metadata["sha256"]
-        metadata["sha256"] = memory_file.hash_content(metadata, tensors)
+        metadata["sha256"] = hash_content(metadata, tensors)
         return save(tensors, metadata=metadata)
 
     return change
@@ -103,27 +102,26 @@ def double_key(raw: bytes) -> bytes:
 BROKEN = {
     "empty": (lambda raw: b"", "truncated"),
     "truncated header": (lambda raw: raw[:100], "truncated"),
-    "truncated payload": (lambda raw: raw[:-1], "broken safetensors"),
-    "longer": (lambda raw: raw + b"\0", "broken safetensors"),
+    "truncated payload": (lambda raw: raw[:-1], "truncated"),
+    "longer": (lambda raw: raw + b"\0", "truncated, or not a safetensors file"),
     "flipped": (flip_last_byte, "corrupted"),
-    "text": (lambda raw: b"To be, or not to be, that is the question", "no safetensors file"),
-    "endless header": (lambda raw: struct.pack("<Q", 2**63) + raw[8:], "no safetensors file"),
+    "text": (lambda raw: b"To be, or not to be, that is the question", "not a safetensors file"),
+    "endless header": (lambda raw: struct.pack("<Q", 2**63) + raw[8:], "not a safetensors file"),
     "long header": (
         lambda raw: struct.pack("<Q", MAX_HEADER_BYTES + 1) + b" " * MAX_HEADER_BYTES * 2,
-        "no safetensors file",
+        "not a safetensors file",
     ),
-    "header no JSON": (lambda raw: join(b"{]", b""), "no JSON"),
-    "header a list": (lambda raw: join(b"[]", b""), "no JSON object"),
-    "header nested": (nest_header, "no JSON"),
-    "key twice": (double_key, "no JSON"),
-    "no metadata": (lambda raw: join({}, b""), "no memory file"),
+    "header no JSON": (lambda raw: join(b"{]", b""), "not JSON"),
+    "header a list": (lambda raw: join(b"[]", b""), "not a JSON object"),
+    "header nested": (nest_header, "not JSON"),
+    "key twice": (double_key, "not JSON"),
+    "no metadata": (lambda raw: join({}, b""), "not a memory file"),
     "metadata no strings": (
         lambda raw: join({"__metadata__": {"format": "new-llm-memory", "rows": 3}}, b""),
         "not all strings",
     ),
-    "other format": (change_metadata(format="pt"), "no memory file"),
+    "other format": (change_metadata(format="pt"), "not a memory file"),
     "format version": (change_metadata(format_version="2"), "format version 2, this program reads 1"),
-    "no digest": (change_metadata(sha256=None), "no digest"),
     "other digest": (change_metadata(sha256="0" * 64), "corrupted"),
     "tokens seen": (change_metadata(tokens_seen="7"), "corrupted"),
     "tokens no number": (change_metadata(tokens_seen="many"), "tokens_seen"),
@@ -214,9 +212,9 @@ def test_the_helpers_change_nothing_else(filled, valid):
 
 def test_what_is_no_file(filled, tmp_path, same_state):
     assert_refused(filled, tmp_path / "nowhere.safetensors", "No such file", same_state)
-    assert_refused(filled, tmp_path, "no regular file", same_state)
+    assert_refused(filled, tmp_path, "not a regular file", same_state)
     if Path("/dev/zero").exists():
-        assert_refused(filled, Path("/dev/zero"), "no regular file", same_state)
+        assert_refused(filled, Path("/dev/zero"), "not a regular file", same_state)
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -224,7 +222,7 @@ def test_what_is_no_file(filled, tmp_path, same_state):
 def test_pickles_are_not_executed(protocol, ending, filled, tmp_path, same_state):
     path, crater = tmp_path / f"m.{ending}", tmp_path / "crater"
     path.write_bytes(pickle.dumps(Bomb(crater), protocol=protocol))
-    assert_refused(filled, path, "no safetensors file", same_state)
+    assert_refused(filled, path, "not a safetensors file", same_state)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(Bomb(crater), protocol=protocol))
     assert_refused(filled, path, "a pickle, as torch.save writes", same_state)
@@ -237,7 +235,7 @@ def test_a_saved_state_and_saved_weights_are_no_memory_files(filled, tmp_path, s
     torch.save(filled.get_memory_state(), tmp_path / "m.pt")
     assert_refused(filled, tmp_path / "m.pt", "torch.load", same_state)
     filled.save(tmp_path / "model")
-    assert_refused(filled, tmp_path / "model" / "model.safetensors", "no memory file", same_state)
+    assert_refused(filled, tmp_path / "model" / "model.safetensors", "not a memory file", same_state)
 
 
 def test_a_header_as_long_as_a_pickle_begins(filled, valid):

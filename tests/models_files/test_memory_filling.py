@@ -172,7 +172,7 @@ def test_progress_is_told_in_bytes_of_the_files(texts, make_model, tokenizer):
         ("cut.txt", b"x " * 60 + "\xe9".encode()[:1], "0xc3 at byte 120"),
         ("bom.txt", "\ufeffabc".encode() + b"\xff", "0xff at byte 6"),
         ("picture.png", b"x", "unknown extension; known are .txt"),
-        ("broken.jsonl", b"{", "line 1 is no JSON object"),
+        ("broken.jsonl", b"{", "line 1: not a JSON object"),
     ],
 )
 def test_bad_files_are_refused_and_the_memory_stays(

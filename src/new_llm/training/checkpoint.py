@@ -29,10 +29,14 @@ from new_llm.config.errors import OtherProcessError
 from new_llm.config.manifest import check_manifest, write_manifest
 from new_llm.models import TransformerLM
 from new_llm.models.held_memory import entry_is_per_row
-from new_llm.models.memory_file import fingerprint_tensors
 from new_llm.models.model_file import find_model_fault, write_model_files
-from new_llm.models.tensor_files import check_finite, read_safetensors, read_torch_file
-from new_llm.models.write_errors import raise_os_errors
+from new_llm.models.tensor_files import (
+    check_finite,
+    fingerprint_tensors,
+    raise_os_errors,
+    read_safetensors,
+    read_torch_file,
+)
 from new_llm.processes import ALONE, Processes
 from new_llm.training.devices import read_random_states, set_random_states
 
@@ -417,7 +421,7 @@ def restore_best(
     if state.best_fingerprint is None:
         return state
     best = folder / BEST_FOLDER
-    fault = find_model_fault(best, state.best_fingerprint)
+    fault = find_model_fault(best, structure, state.best_fingerprint)
     if fault is None:
         return state
     complete = [path for path in list_checkpoints(folder) if not check_manifest(path)]

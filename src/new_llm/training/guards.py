@@ -26,7 +26,7 @@ from new_llm.config import TrainConfig
 from new_llm.config.atomic import write_folder_atomically
 from new_llm.data.batches import Batch
 from new_llm.models import TransformerLM
-from new_llm.models.write_errors import raise_os_errors
+from new_llm.models.tensor_files import raise_os_errors
 from new_llm.processes import Processes
 from new_llm.training.checkpoint import TrainerState
 

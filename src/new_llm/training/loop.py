@@ -18,8 +18,8 @@ from new_llm.data.planted_facts import SamplePlanter
 from new_llm.data.tokens import TokenSplit
 from new_llm.models import TransformerLM
 from new_llm.models.held_memory import KeptMemory
-from new_llm.models.memory_file import fingerprint_weights
 from new_llm.models.model_file import describe_model, save_model
+from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.processes import ALONE, Processes, gather_tensor
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, restore_best, save_checkpoint
 from new_llm.training.devices import choose_precision, read_peak_memory, reset_peak_memory

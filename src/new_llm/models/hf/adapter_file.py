@@ -25,26 +25,31 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
 from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.adapter import check_adapter_suffix
 from new_llm.config.atomic import write_atomically
-from new_llm.config.bounded_files import check_regular_file
+from new_llm.config.bounded_files import shorten
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.layers.parallel_infini import ParallelInfiniOptions
-from new_llm.models.memory_file import hash_content
-from new_llm.models.memory_record import Size, shorten
-from new_llm.models.safetensors_header import read_header
-from new_llm.models.tensor_files import read_torch_file
-from new_llm.models.write_errors import raise_os_errors
+from new_llm.models.memory_record import Size
+from new_llm.models.tensor_files import (
+    DIGEST,
+    check_digest,
+    check_finite,
+    hash_content,
+    raise_os_errors,
+    read_header,
+    read_safetensors,
+    read_torch_file,
+    write_safetensors,
+)
 
 FORMAT = "new-llm-parallel-adapter"
 FORMAT_VERSION = 1
-OWN_KEYS = ("format", "format_version", "sha256")
+OWN_KEYS = ("format", "format_version", DIGEST)
 """Metadata that are not the record's."""
 ShortText = Annotated[str, Field(max_length=1000)]
 
@@ -88,18 +93,17 @@ def write_adapter_file(path: Path, content: AdapterFile) -> None:
     check_adapter_suffix(path, "the adapter's file")
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     values = _RECORD.dump_python(dataclasses.replace(content.record, created=created), mode="json")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    metadata["sha256"] = hash_content(metadata, tensors)
     try:
-        with raise_os_errors(path), write_atomically(path) as temporary:
-            if path.suffix == ".pt":
-                with temporary.open("wb") as file:
-                    torch.save({"metadata": metadata, "tensors": tensors}, file)
-            else:
-                save_file(tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        if path.suffix == ".safetensors":
+            write_safetensors(path, content.tensors, metadata)
+            return
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
+        metadata[DIGEST] = hash_content(metadata, tensors)
+        with raise_os_errors(path), write_atomically(path) as temporary, temporary.open("wb") as file:
+            torch.save({"metadata": metadata, "tensors": tensors}, file)
+    except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(shorten(f"{path}: can't be written: {reason}")) from None
 
@@ -113,7 +117,9 @@ def read_adapter_file(path: Path) -> AdapterFile:
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
     try:
-        metadata, tensors = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
+        metadata, tensors = (
+            _read_pt(path) if path.suffix == ".pt" else (read_header(path).metadata, read_safetensors(path))
+        )
     except OSError as error:
         raise UserError(f"{where}: can't be read: {error.strerror or error}") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
@@ -125,20 +131,8 @@ def read_adapter_file(path: Path) -> AdapterFile:
         raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
     _check_tensors(tensors, where)
     record = _parse_record(metadata, where)
-    if metadata.pop("sha256", None) != hash_content(metadata, tensors):
-        raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
+    check_digest(metadata, tensors, where)
     return AdapterFile(record, tensors)
-
-
-def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    check_regular_file(path)
-    with path.open("rb") as file:
-        header = read_header(file, str(path))
-        file.seek(0)
-        try:
-            return header.get("__metadata__"), load(file.read())
-        except SafetensorError as error:
-            raise UserError(shorten(f"{path}: broken safetensors file: {error}")) from None
 
 
 def _read_pt(path: Path) -> tuple[Any, Any]:
@@ -153,17 +147,9 @@ def _check_tensors(tensors: Any, where: str) -> None:
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: broken adapter file: it holds no tensors")
     for name, tensor in tensors.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(tensor, Tensor)
-            or tensor.layout != torch.strided
-            or tensor.device.type != "cpu"
-            or not tensor.is_floating_point()
-            or not tensor.is_contiguous()
-        ):
-            raise UserError(shorten(f"{where}: broken adapter file: {name!r} is no plain tensor of floats"))
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(shorten(f"{where}: {name} holds NaN or infinite values"))
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise UserError(shorten(f"{where}: broken adapter file: {name!r} is not a tensor of floats"))
+    check_finite(tensors, where)
 
 
 def _parse_record(metadata: dict[str, str], where: str) -> AdapterRecord:

@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 
 from new_llm.config import PythiaConfig, UserError
+from new_llm.config.bounded_files import shorten
 from new_llm.models.hf.checkpoint import CONFIG_FILE, find_checkpoint, read_config, read_weights
 from new_llm.models.hf.folder import (
     find_token_ids,
@@ -23,7 +24,6 @@ from new_llm.models.hf.gpt_neox import HEAD, export_names, import_names, parse_c
 from new_llm.models.hf.replacement import LayerChoice, swap_layers
 from new_llm.models.layers import Layer, PythiaLayer
 from new_llm.models.layers.base import build_layer
-from new_llm.models.memory_record import shorten
 from new_llm.models.tensor_files import check_finite
 from new_llm.models.transformer import TransformerLM
 

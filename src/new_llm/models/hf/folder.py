@@ -14,7 +14,7 @@ from new_llm.config import UserError
 from new_llm.config.atomic import make_temporary_folder, write_atomically
 from new_llm.data.tokenizer import END_OF_TEXT
 from new_llm.models.hf.checkpoint import CONFIG_FILE
-from new_llm.models.write_errors import raise_os_errors
+from new_llm.models.tensor_files import raise_os_errors
 
 PADDING = "<|padding|>"
 """Pythia's padding token; a tokenizer without it pads with its end of text."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from new_llm.config import UserError
+from new_llm.config.bounded_files import shorten
 from new_llm.models.hf.adapter_file import AdapterFile, AdapterRecord, read_adapter_file, write_adapter_file
 from new_llm.models.hf.adapter_layers import (
     BASE,
@@ -24,9 +25,8 @@ from new_llm.models.hf.adapter_layers import (
 )
 from new_llm.models.hf.convert import load_pythia
 from new_llm.models.layers.parallel_infini import AdapterConfig
-from new_llm.models.memory_file import fingerprint_tensors
-from new_llm.models.memory_record import shorten
 from new_llm.models.model_file import STRUCTURE_FILE
+from new_llm.models.tensor_files import fingerprint_tensors
 from new_llm.models.transformer import TransformerLM
 
 
