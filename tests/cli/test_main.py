@@ -176,6 +176,29 @@ def test_advice_names_flags_that_the_command_has(name: str, capsys: pytest.Captu
             assert all(flag in shown for flag in flags)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["experiment", "--epoch", "3"], "unknown option --epoch 3; perhaps you meant --epochs (see new-llm exp"),
+        (["experiment", "--data.sorce=x"], "perhaps you meant --data.source (see"),
+        (["eval", "ppl", "--run", "x", "--protocl", "rolling"], "perhaps you meant --protocol (see new-llm eval"),
+        (["experiment", "--models"], "models: "),
+        (["experiment", "--device", "tpu"], "--device: 'tpu' is an invalid choice; allowed are auto, cpu, cuda (see"),
+        (["export", "--run", "x"], "missing --out (see new-llm export --help)"),
+        (["eval"], "choose one of doctor, long, ppl, recall, reversal (see new-llm eval --help)"),
+        (["runs", "shwo"], "unknown option shwo (see new-llm runs --help)"),
+        (["memory", "merge", "a", "--out"], "--out: a value is missing (see new-llm memory merge --help)"),
+    ],
+)
+def test_bad_flags_are_a_line_that_says_what_is_allowed(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("value", ["none", "None"])
 def test_no_wikitext_is_none(value: str) -> None:
     assert TrainAdapter.read(["--wikitext", value], "new-llm train-adapter").settings.wikitext is None

@@ -537,7 +537,7 @@ def show_progress(what: str, unit: str = "tokens") -> Iterator[Callable[[int, in
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = open_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     disabled = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=disabled, transient=True) as progress:
         task = progress.add_task(what, total=None)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from new_llm.config import DataConfig, UserError
 from new_llm.config.atomic import write_folder_atomically
 from new_llm.config.locks import hold_lock
 from new_llm.config.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from new_llm.config.terminal import print_text
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
 from new_llm.data.tokens import TokenizedDocument, TokenSplit
 
@@ -135,7 +135,7 @@ def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
 
 
 def _say(line: str) -> None:
-    print(f"new-llm: {line}", file=sys.stderr, flush=True)
+    print_text(f"new-llm: {line}", stderr=True)
 
 
 def _load(folder: Path, say: Callable[[str], None] | None = None) -> TokenCache | None:

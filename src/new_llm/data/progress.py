@@ -1,12 +1,12 @@
 """Progress of slow steps: a bar in a terminal, one plain line elsewhere."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from new_llm.config.terminal import open_console, print_text
 
 
 @contextmanager
@@ -18,11 +18,11 @@ def show_progress(description: str, unit: str, total: int | None = None) -> Iter
         unit: what is counted, in the plural.
         total: units in all; None: unknown.
     """
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     done = 0
     began = time.perf_counter()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -39,4 +39,4 @@ def show_progress(description: str, unit: str, total: int | None = None) -> Iter
         yield advance
     if not console.is_terminal:
         seconds = time.perf_counter() - began
-        print(f"{description}: {done:,} {unit} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print_text(f"{description}: {done:,} {unit} in {seconds:.1f} s", stderr=True)

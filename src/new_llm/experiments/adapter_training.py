@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.atomic import write_text_atomically
+from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.hub import hub_answers
 from new_llm.data.planted_facts import SamplePlanter
@@ -88,7 +89,7 @@ def train_adapter(
     """
     processes = start_processes()
     with processes.guard(), compute_deterministically(config.train.deterministic):
-        console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
+        console = (console or open_console(stderr=True)) if processes.is_main else Console(quiet=True)
         device = processes.place(choose_device(config.device))
         processes.slice_rows(config.train.batch_size)
         with hold_run(config, resume=resume, processes=processes) as (config, folder):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from new_llm.config import UserError
 from new_llm.config.atomic import write_text_atomically
+from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.evaluation import find_measures, measure, unigram_perplexity
@@ -80,7 +81,7 @@ def run_experiment(
         config = dataclasses.replace(config, models=tuple(str(kind) for kind in model_types))
     processes = start_processes()
     with processes.guard(), compute_deterministically(config.train.deterministic):
-        console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True)
+        console = (console or open_console(stderr=True)) if processes.is_main else Console(quiet=True)
         device = processes.place(choose_device(config.device))
         check_trackers(config.train.trackers)
         processes.slice_rows(config.train.batch_size)

@@ -28,6 +28,7 @@ from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.recall import RecallConfig
 from new_llm.config.run_settings import read_settings
+from new_llm.config.terminal import make_line, open_console
 from new_llm.evaluation.long_documents import Baseline
 from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
 from new_llm.experiments.evaluation_text import load_evaluation_text
@@ -89,7 +90,7 @@ def run_study(
         UserError: bad input, or a folder in which a study with other settings stands.
         TrainingInterrupted: a signal asked to stop; run the study again to go on.
     """
-    console = console or Console(stderr=True)
+    console = console or open_console(stderr=True)
     _claim_folder(study)
     cells = plan_cells(study, only)
     summary: dict[str, Any] = {}
@@ -336,11 +337,11 @@ def _work(work: Callable[..., None], study: StudyConfig, cell: Cell, log: Path) 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            work(study, cell, Console(file=file, width=120))
+            work(study, cell, open_console(file=file, width=120))
         except (TrainingInterrupted, KeyboardInterrupt):
             sys.exit(INTERRUPTED)
         except UserError as error:
-            print(error, file=file)
+            file.write(f"{make_line(error)}\n")
             sys.exit(BAD_INPUT)
         except Exception:
             traceback.print_exc(file=file)
