@@ -111,7 +111,7 @@ def test_a_file_of_settings_is_begun_from(tmp_path: Path) -> None:
         (["--train.sharding", "fsdp"], "trains with ddp"),
         (["--layers", "-1"], "layers"),
         (["--num-docs", "0"], "num_docs"),
-        (["--segments-per-sample", "3"], "no multiple"),
+        (["--segments-per-sample", "3"], "not a multiple"),
         (["--colour", "red"], "--colour"),
         (["--resume", "--name", "absent"], "absent"),
     ],

@@ -180,7 +180,7 @@ def _make_json() -> dict[str, Hostile]:
         "results: 10 GB": Hostile(write_sparse("results.json"), load_results, "more than 67,108,864 bytes"),
         "results: a pipe": Hostile(make_pipe("results.json"), load_results, "not a regular file"),
         "results: a long number": Hostile(write("results.json", "9" * 100_000), load_results, "not valid JSON"),
-        "tokenizer: deep": Hostile(write("tokenizer.json", deep), read_tokenizer, "no valid tokenizer file"),
+        "tokenizer: deep": Hostile(write("tokenizer.json", deep), read_tokenizer, "not a valid tokenizer file"),
         "tokenizer: 10 GB": Hostile(write_sparse("tokenizer.json"), read_tokenizer, "more than 268,435,456 bytes"),
         "tokenizer: a pickle": Hostile(
             lambda folder: write("tokenizer.json", pickle.dumps(Payload(folder)))(folder),

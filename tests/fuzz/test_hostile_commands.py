@@ -55,7 +55,7 @@ def test_names_that_lead_out(place, capsys):
 
 def test_texts_models_memories_and_results(place, capsys):
     Path("a.jsonl").write_bytes(b'{"text": ' + b"[" * 100_000)
-    assert "line 1 is no JSON object" in complain(
+    assert "line 1: not a JSON object" in complain(
         capsys, "experiment", "--data.source", "a.jsonl", "--name", "x", "--data.cache-dir", place / "cache"
     )
     Path("results.json").write_text('{"a":' * 50_000)

@@ -77,5 +77,5 @@ def test_a_tokenizer_that_does_not_fit(run, speeches):
     with pytest.raises(UserError, match=r"has ids up to 599; the model in .* knows up to 383"):
         load_run_model(run, "infini")
     (run / "infini" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="no valid tokenizer"):
+    with pytest.raises(UserError, match="not a valid tokenizer"):
         load_run_model(run, "infini")
