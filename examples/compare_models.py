@@ -10,6 +10,7 @@ import argparse
 
 from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
+from new_llm.report import write_report
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
         train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=2e-3, warmup_fraction=0.3),
         eval=EvalConfig(context=512, stride=256, max_tokens=20_000, measures=("sliding", "streaming")),
     )
-    results = run_experiment(arguments.models, config)
+    results = run_experiment(arguments.models, config, write_report=write_report)
 
     print(f"perplexity of the next token from its own frequency alone: {results['unigram_perplexity']:.1f}")
     for entry in results["models"]:

@@ -29,7 +29,7 @@ from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.bootstrap import find_t_interval
 from new_llm.evaluation.long_documents import select_long_documents
 from new_llm.evaluation.perplexity import evaluate_streaming
-from new_llm.experiments.adapter_documents import select_documents
+from new_llm.experiments.adapter import select_documents
 from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.record import describe_code, write_json
 from new_llm.experiments.study import Cell, is_trained

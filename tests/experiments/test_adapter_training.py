@@ -17,15 +17,20 @@ from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import evaluate_independent
-from new_llm.experiments import adapter_training, run_experiment
+from new_llm.experiments import run_experiment
+from new_llm.experiments.adapter import (
+    AdapterRun,
+    choose_long_documents,
+    find_base,
+    limit_documents,
+    train_adapter,
+)
 from new_llm.experiments.adapter_config import AdapterTrainingConfig
-from new_llm.experiments.adapter_documents import choose_long_documents
-from new_llm.experiments.adapter_measure import limit_documents, measure_adapter, read_wikitext
-from new_llm.experiments.adapter_training import train_adapter
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
+from new_llm.report import write_report
 from new_llm.training import Trainer, TrainingError
 from new_llm.training.log import read_metrics
 
@@ -85,7 +90,7 @@ def tiny_adapter(base_run: Path, addresses: Path, tmp_path: Path) -> AdapterTrai
 
 
 def run(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
-    return train_adapter(config, console=Console(file=io.StringIO()), **options)
+    return train_adapter(config, console=Console(file=io.StringIO()), write_report=write_report, **options)
 
 
 def load_base_of(run_folder: Path) -> TransformerLM:
@@ -114,6 +119,7 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
     assert json.loads((folder / "results.json").read_text())["status"] == "complete"
     assert {path.name for path in folder.iterdir()} >= {
         "adapter.yaml",
+        "report.html",
         "environment.json",
         "data.json",
         "tokenizer.json",
@@ -140,7 +146,7 @@ def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter: AdapterTra
 
 
 def curve(results: dict[str, Any]) -> list[Any]:
-    training = results["training"]
+    training = results["models"][1]["training"]
     return [[line[key] for key in ("step", "loss", "gates", "alpha")] for line in training["steps_log"]] + [
         line["validation_loss"] for line in training["epochs_log"]
     ]
@@ -232,7 +238,7 @@ def test_a_tokenizer_that_the_base_does_not_know_is_refused(
 
 
 def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter: AdapterTrainingConfig) -> None:
-    tokenizer = adapter_training.find_base(tiny_adapter)[1]
+    tokenizer = find_base(tiny_adapter)[1]
     data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))
     lengths = np.diff(data.train.offsets)
     middle = int(np.sort(lengths)[len(lengths) // 2])
@@ -259,21 +265,24 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    data = adapter_training.prepare_documents(tiny_adapter, adapter_training.find_base(tiny_adapter)[1])
-    offline = read_wikitext(dataclasses.replace(tiny_adapter, wikitext="wikitext-2"), data.tokenizer)
-    assert offline.split is None
-    assert "WikiText-2 is not measured" in offline.notes[0]
+
+    def prepare(source: str) -> tuple[AdapterRun, list[str]]:
+        run = AdapterRun(dataclasses.replace(tiny_adapter, wikitext=source), console=Console(quiet=True))
+        return run, run.prepare().info["notes"]
+
+    offline, notes = prepare("wikitext-2")
+    assert list(offline.texts) == ["held_out"]
+    assert "WikiText-2 is not measured" in notes[-1]
     (tmp_path / "wiki.txt").write_text("The Senate sat. " * 20)
-    found = read_wikitext(dataclasses.replace(tiny_adapter, wikitext=str(tmp_path / "wiki.txt")), data.tokenizer)
-    assert found.split is not None
-    assert found.notes == ()
-    model = load_base_of(Path(tiny_adapter.base))
-    measured = measure_adapter(model, model, {"one": found.split}, tiny_adapter.eval, nullcontext, lambda what: None)
-    perplexity = measured["one"]["overall"]["perplexity"]
+    found, notes = prepare(str(tmp_path / "wiki.txt"))
+    assert "WikiText-2" not in " ".join(notes)
+    found.device, found.autocast = torch.device("cpu"), nullcontext
+    measured = found._measure_texts(found.build("base"))
+    perplexity = measured["wikitext"]["overall"]["perplexity"]
     assert "foreign" not in perplexity  # one document has no other
     assert perplexity["base"]["value"] == pytest.approx(perplexity["carried"]["value"], rel=1e-6)
     assert perplexity["reset"]["value"] == pytest.approx(
-        evaluate_independent(model, found.split, batch_size=2).perplexity, rel=1e-6
+        evaluate_independent(found.build("base"), found.texts["wikitext"], batch_size=2).perplexity, rel=1e-6
     )
 
 

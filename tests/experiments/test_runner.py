@@ -15,13 +15,14 @@ from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import ModelType, TransformerLM
+from new_llm.report import write_report
 from new_llm.report.results import load_results
 from new_llm.training import TrainingError
 from new_llm.training.log import read_metrics
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
-    return run_experiment(models, config, console=Console(file=io.StringIO()), **options)
+    return run_experiment(models, config, console=Console(file=io.StringIO()), write_report=write_report, **options)
 
 
 def curve(results: dict[str, Any], model: int = 0) -> list[tuple[Any, ...]]:
@@ -271,3 +272,74 @@ def test_gates_move_in_training(tiny: ExperimentConfig) -> None:
     assert results["models"][0]["gates"]["layers.0"] != [0.5]
     lines = read_metrics(Path(results["folder"]) / "infini")
     assert all("layers.0" in line["gates"] for line in lines if line["event"] == "train")
+
+
+class GoneError(BaseException):
+    """The machine is gone."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, config: ExperimentConfig, models: list[str], num_models: int) -> None:
+    """Run until so many models are done."""
+    from new_llm.experiments.runner import Run
+
+    write, done = Run._write_result, []
+
+    def write_and_die(self: Run, name: str, *given: Any) -> Any:
+        result = write(self, name, *given)
+        done.append(name)
+        if len(done) == num_models:
+            raise GoneError
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_write_result", write_and_die)
+        with pytest.raises(GoneError):
+            run(config, models)
+
+
+def test_a_run_does_not_continue_on_other_text(
+    tiny: ExperimentConfig, addresses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "own"
+    source.mkdir()
+    for path in addresses.iterdir():
+        (source / path.name).write_text(path.read_text())
+    tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, source=str(source)))
+    stop_after(monkeypatch, tiny, ["pythia", "infini"], 1)
+    for path in source.iterdir():
+        path.write_text(path.read_text().replace("the", "those"))
+    with pytest.raises(UserError, match="source and tokenizer and split changed since") as error:
+        run(tiny, ["pythia", "infini"], resume=True)
+    assert "\n" not in str(error.value)
+    for path in source.iterdir():
+        path.write_text((addresses / path.name).read_text())
+    assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
+
+
+def test_a_loss_of_ones_own_trains_and_each_model_says_what_it_reads(tiny: ExperimentConfig) -> None:
+    tiny = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, num_epochs=1))
+    plain = run(tiny, ["pythia", "pythia_segments"])
+    doubled = run(
+        renamed(tiny, "doubled"),
+        ["pythia"],
+        loss_fn=lambda model, batch: 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask),
+    )
+    first, twice = (results["models"][0]["training"]["steps_log"][0]["loss"] for results in (plain, doubled))
+    assert twice == pytest.approx(2 * first, rel=0.1)
+    assert [entry["context_tokens"] for entry in plain["models"]] == [32, 16]
+
+
+def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from new_llm.training.loop import Trainer
+
+    step = Trainer._train_step
+
+    def move(self: Trainer, batches: list[Any]) -> None:
+        step(self, batches)
+        if self.state.step == 2:
+            (tiny.runs_dir / "tiny").rename(tiny.runs_dir / "elsewhere")
+
+    monkeypatch.setattr(Trainer, "_train_step", move)
+    with pytest.raises(UserError, match=r"runs/tiny.*: deleted or renamed while the "):
+        run(tiny, ["pythia"])
+    assert [path.name for path in tiny.runs_dir.iterdir()] == ["elsewhere"]

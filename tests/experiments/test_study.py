@@ -113,7 +113,7 @@ def test_only_some_variants_and_then_the_rest(addresses, tmp_path, monkeypatch):
     cells = study_module.plan_cells(study, ["no-delta"])
     assert [cell.variant for cell in cells] == ["no-delta", "pythia", "whole"]
     trained = []
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console: trained.append(cell.variant))
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: trained.append(cell.variant))
     monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
     summary = study_module.run_study(study, only=["reference"])
     assert trained == ["reference", "pythia", "whole"]
@@ -126,7 +126,7 @@ def test_only_some_variants_and_then_the_rest(addresses, tmp_path, monkeypatch):
 
 def test_a_moved_study_continues(addresses, tmp_path, monkeypatch):
     path = write_study(tmp_path / "study.yaml", addresses, seeds=[0])
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console: None)
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: None)
     monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
     study = read_settings(path, StudyConfig)
     study_module.run_study(study)
@@ -136,7 +136,7 @@ def test_a_moved_study_continues(addresses, tmp_path, monkeypatch):
 
 def test_a_summary_that_fails_does_not_stop_the_trainings_of_the_next_seed(addresses, tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console: trained.append(cell.name))
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: trained.append(cell.name))
     monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
 
     def fail(study):
@@ -178,7 +178,7 @@ def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message)
 
 
 def test_a_training_that_cannot_go_on_is_one_line(addresses, tmp_path, monkeypatch, capsys):
-    def train(study, cell, console):
+    def train(study, cell, console, **given):
         raise TrainingError("step 3: the loss is not finite")
 
     monkeypatch.setattr(study_module, "train_cell", train)

@@ -37,8 +37,9 @@ class Experiment(TrainingCommand):
     def train(self, console: "Console") -> dict[str, Any]:
         """Run the experiment; returns its results."""
         from new_llm.experiments import run_experiment
+        from new_llm.report import write_report
 
-        return run_experiment(exp_config=self.settings, resume=self.resume, console=console)
+        return run_experiment(exp_config=self.settings, resume=self.resume, console=console, write_report=write_report)
 
     def show(self, results: dict[str, Any]) -> None:
         """Print the summary table, and where results and report are."""

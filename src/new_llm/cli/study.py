@@ -57,6 +57,7 @@ class Study(Command):
 
         from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_table import render_markdown
+        from new_llm.report import write_report
         from new_llm.report.study_plots import write_study_figures
 
         def train(console: "Console") -> dict[str, Any]:
@@ -66,7 +67,14 @@ class Study(Command):
                 f"{study.cpu_minutes:g} minutes on two cores when it was written",
                 soft_wrap=True,
             )
-            return run_study(study, only=self.only, jobs=self.jobs, console=console, write_figures=write_study_figures)
+            return run_study(
+                study,
+                only=self.only,
+                jobs=self.jobs,
+                console=console,
+                write_report=write_report,
+                write_figures=write_study_figures,
+            )
 
         summary = run_training(train, lambda _: f"new-llm study {self.describe_flags()}")
         if isinstance(summary, int):

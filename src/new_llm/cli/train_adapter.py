@@ -43,9 +43,10 @@ class TrainAdapter(TrainingCommand):
 
     def train(self, console: "Console") -> dict[str, Any]:
         """Train the adapter; returns the results."""
-        from new_llm.experiments.adapter_training import train_adapter
+        from new_llm.experiments.adapter import train_adapter
+        from new_llm.report import write_report
 
-        return train_adapter(self.settings, resume=self.resume, console=console)
+        return train_adapter(self.settings, resume=self.resume, console=console, write_report=write_report)
 
     def show(self, results: dict[str, Any]) -> None:
         """Print the results in one table, and where they are."""

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
+from new_llm.config.evaluation import EvalConfig
 from new_llm.config.safe_yaml import read_yaml
 from new_llm.config.sections import describe_validation_error
+from new_llm.config.train import TrainConfig
 
 
 class RunSettings:
@@ -28,6 +31,16 @@ class RunSettings:
     def to_yaml(self) -> str:
         """The YAML that `read_settings` reads back to an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class TrainingSettings(RunSettings):
+    """What the configuration of any run that trains has beside: a seed, a device, and three sections."""
+
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig
 
 
 Settings = TypeVar("Settings", bound=RunSettings)

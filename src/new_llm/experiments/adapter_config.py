@@ -10,7 +10,7 @@ from new_llm.config.adapter import check_adapter_suffix
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
-from new_llm.config.run_settings import RunSettings
+from new_llm.config.run_settings import TrainingSettings
 from new_llm.config.sections import section, short
 from new_llm.config.train import TrainConfig
 from new_llm.models.layers.parallel_infini import AdapterConfig
@@ -49,7 +49,7 @@ class AdapterTrainConfig(TrainConfig):
 
 
 @section
-class AdapterTrainingConfig(RunSettings):
+class AdapterTrainingConfig(TrainingSettings):
     """Train a parallel memory adapter on long documents, and measure it against its base."""
 
     file_name: ClassVar[str] = "adapter.yaml"
@@ -76,8 +76,8 @@ class AdapterTrainingConfig(RunSettings):
     wikitext: str | None = "wikitext-2"
     """Also measure on this text: wikitext-2 (the hub's test split) or a local file; none: do not."""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-    data: AdapterDataConfig = dataclasses.field(default_factory=AdapterDataConfig)
-    train: AdapterTrainConfig = dataclasses.field(default_factory=AdapterTrainConfig)
+    data: AdapterDataConfig = dataclasses.field(default_factory=AdapterDataConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+    train: AdapterTrainConfig = dataclasses.field(default_factory=AdapterTrainConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.model import SIZES, PythiaConfig
-from new_llm.config.run_settings import RunSettings, read_settings, settings_from_dict
+from new_llm.config.run_settings import TrainingSettings, read_settings, settings_from_dict
 from new_llm.config.sections import read_field_docs, section, short
 from new_llm.config.train import TrainConfig
 from new_llm.models.factory import MODEL_KINDS, find_model_kind, find_places, resolve_options
@@ -115,7 +115,7 @@ class ModelConfig:
         """The shape that all models of the experiment share."""
         names = (field.name for field in dataclasses.fields(PythiaConfig))
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        values = (SIZES[self.size] if self.size else {}) | {"vocab_size": vocab_size} | given
+        values: dict[str, Any] = (SIZES[self.size] if self.size else {}) | {"vocab_size": vocab_size} | given
         return PythiaConfig(**values)
 
     def options_of(self, model_type: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eva
 
 
 @section
-class ExperimentConfig(RunSettings):
+class ExperimentConfig(TrainingSettings):
     """Train some models on identical data and compare them.
 
     The defaults are the reference: the shape of Pythia-70m on 5,000 samples of 256 tokens of the Pile.

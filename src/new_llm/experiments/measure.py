@@ -4,9 +4,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from new_llm.config.run_settings import TrainingSettings
 from new_llm.data.dataset import PreparedData
 from new_llm.evaluation import Subject, evaluate_sliding_window, evaluate_streaming
-from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM
 from new_llm.processes import ALONE, Processes
 
@@ -16,11 +16,11 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 def measure_validation_loss(
     model: TransformerLM,
     data: PreparedData,
-    config: ExperimentConfig,
+    config: TrainingSettings,
     autocast: Autocast,
     processes: Processes = ALONE,
 ) -> float:
-    """Nats a validation token under the conditions of training.
+    """Nats per validation token under the conditions of training.
 
     With `order: stream` documents are read as streams with their memory carried; with `shuffled` in samples that start
     from empty memory.
@@ -35,16 +35,16 @@ def measure_validation_loss(
 def make_subject(
     model: TransformerLM,
     data: PreparedData,
-    config: ExperimentConfig,
+    config: TrainingSettings,
     autocast: Autocast,
     processes: Processes = ALONE,
 ) -> Subject:
-    """One of an experiment's models as the subject of measures, on the validation documents.
+    """One of a run's models as the subject of measures, on the validation documents.
 
     Args:
         model: with its best weights.
-        data: the experiment's data.
-        config: the experiment.
+        data: the run's.
+        config: the run's.
         autocast: the context that training ran in.
         processes: those that share the work; each of them gets the whole result.
     """
@@ -62,7 +62,7 @@ def make_subject(
     )
 
 
-def _describe_reading(config: ExperimentConfig, autocast: Autocast, processes: Processes) -> dict[str, Any]:
+def _describe_reading(config: TrainingSettings, autocast: Autocast, processes: Processes) -> dict[str, Any]:
     """What all perplexities of an experiment have in common."""
     return {
         "batch_size": config.eval.batch_size,

@@ -1,19 +1,25 @@
-"""Train some models on identical data in identical order, measure their best weights, write the run folder."""
+"""A run: models trained on identical data in identical order, their best weights measured, the run folder written.
+
+`Run` is what all kinds of runs share. `ExperimentRun` trains the model types of an experiment; an adapter's training
+(`experiments/adapter.py`) is a run, too.
+"""
 
 import dataclasses
 import datetime
-import importlib
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
 
-from new_llm.config import UserError
+from new_llm.config import DataConfig, UserError
 from new_llm.config.atomic import write_text_atomically
+from new_llm.config.run_settings import TrainingSettings
 from new_llm.config.terminal import open_console
-from new_llm.data.dataset import PreparedData, prepare_data
+from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.planted_facts import SamplePlanter
 from new_llm.evaluation import find_measures, measure, unigram_perplexity
 from new_llm.experiments.config import ExperimentConfig
@@ -34,7 +40,7 @@ from new_llm.experiments.record import (
     write_json,
 )
 from new_llm.models import TransformerLM, create_model
-from new_llm.processes import Processes, start_processes
+from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
 from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoints
 from new_llm.training.devices import (
@@ -45,9 +51,13 @@ from new_llm.training.devices import (
     seed_generators,
 )
 from new_llm.training.log import TrainingProgress, check_trackers, read_metrics
+from new_llm.training.parallel import LossFunction
 from new_llm.training.signals import interrupt_training
 
 TOKENIZER_FILE = "tokenizer.json"
+ReportWriter = Callable[[dict[str, Any], Path], None]
+"""Writes a run's results so far to a path: `new_llm.report.write_report`."""
+Config = TypeVar("Config", bound=TrainingSettings)
 
 
 def run_experiment(
@@ -56,16 +66,18 @@ def run_experiment(
     *,
     resume: bool = False,
     console: Console | None = None,
-    write_report: Callable[[dict[str, Any], Path], None] | None = None,
+    write_report: ReportWriter | None = None,
+    loss_fn: LossFunction | None = None,
 ) -> dict[str, Any]:
     """Train and compare some models. Where a launcher has started several processes, each makes the same call.
 
     Args:
         model_types: the models; None: the configuration's.
         exp_config: the experiment; None: the reference.
-        resume: go on with the run of this name.
+        resume: continue the run of this name.
         console: where to show progress; None: the standard error.
-        write_report: writes the results so far to a path, after every model; None: `new_llm.report`'s page.
+        write_report: writes the page after every model, `new_llm.report.write_report`; None: no page.
+        loss_fn: a batch's training loss, summed over its predicted tokens; None: the model's own.
 
     Returns:
         What `results.json` holds; `results["folder"]` is the run folder.
@@ -79,105 +91,143 @@ def run_experiment(
     config = exp_config or ExperimentConfig()
     if model_types is not None:
         config = dataclasses.replace(config, models=tuple(str(kind) for kind in model_types))
-    processes = start_processes()
-    with processes.guard(), compute_deterministically(config.train.deterministic):
-        console = (console or open_console(stderr=True)) if processes.is_main else Console(quiet=True)
-        device = processes.place(choose_device(config.device))
-        check_trackers(config.train.trackers)
-        processes.slice_rows(config.train.batch_size)
-        check_models(config)
-        find_measures(config.eval.measures)  # an unknown one is refused before anything is trained
-        with hold_run(config, resume=resume, processes=processes) as (config, folder):
-            data = prepare_shared_data(config, processes)
-            if not resume:  # only now, so that bad data leaves no folder behind
-                processes.run_on_main(lambda: create_run(config, folder))
-            console.print(f"run folder {folder}", highlight=False)
-            for note in data.info.get("notes", []):
-                console.print(f"note: {note}", highlight=False, soft_wrap=True)
-            experiment = _Experiment(config, folder, data, device, console, processes)
-            return experiment.run(write_report or find_report_writer()) | {"folder": str(folder)}
+    return ExperimentRun(config, resume=resume, console=console, write_report=write_report, loss_fn=loss_fn).execute()
 
 
-def check_models(config: ExperimentConfig) -> None:
-    """Refuse a shape that a model can't be built with, before anything is read or written.
-
-    Raises:
-        UserError: names the model and what does not fit.
-    """
-    config.model.check_taken(config.models)
-    for kind in config.models:
-        try:
-            with torch.device("meta"):  # nothing is allocated or drawn
-                build_model(config, kind, vocab_size=1)
-        except ValueError as error:
-            raise UserError(f"model: {kind} can't be built: {error}") from None
-
-
-def build_model(config: ExperimentConfig, kind: str, vocab_size: int) -> TransformerLM:
-    """One of an experiment's models, with fresh weights from torch's global generator."""
-    options = config.model.options_of(kind)
-    return create_model(kind, config.model.shape(vocab_size), segment_length=config.context_tokens(kind), **options)
-
-
-def prepare_shared_data(config: ExperimentConfig, processes: Processes) -> PreparedData:
-    """The experiment's data: one process tokenizes them, and the others read its cache.
-
-    Raises:
-        UserError: as `prepare_data`; or machines that do not share the cache have read different texts.
-    """
-    data = processes.run_main_first(lambda: prepare_data(config.data))
-    with processes.agree():
-        if processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
-            raise UserError(
-                f"{config.data.source}: process {processes.rank} reads other data than process 0: their machines need "
-                "the same source and tokenizer, or one token cache (data.cache_dir)"
-            )
-    return data
-
-
-def write_results(results: dict[str, Any], folder: Path, write_report: Callable[[dict[str, Any], Path], None]) -> None:
-    """The results so far and their report."""
-    write_json(folder / RESULTS_FILE, results)
-    write_report(results, folder / REPORT_FILE)
-
-
-def find_report_writer() -> Callable[[dict[str, Any], Path], None]:
-    """The report's writer, found by name: the report stands above the experiments, and nothing here depends on it."""
-    return importlib.import_module("new_llm.report.html").write_report
-
-
-class _Experiment:
-    """One run: what its models share."""
+class Run(ABC, Generic[Config]):
+    """One run. Subclasses define which models there are, how they are made and on which data they are trained."""
 
     def __init__(
         self,
-        config: ExperimentConfig,
-        folder: Path,
-        data: PreparedData,
-        device: torch.device,
-        console: Console,
-        processes: Processes,
+        config: Config,
+        *,
+        resume: bool = False,
+        console: Console | None = None,
+        write_report: ReportWriter | None = None,
+        loss_fn: LossFunction | None = None,
     ) -> None:
         self.config = config
-        self.folder = folder
-        self.data = data
-        self.device = device
-        self.console = console
-        self.processes = processes
-        self.precision = choose_precision(config.train.precision, device)
-        self.autocast = make_autocast(self.precision, device)
+        self.resume = resume
+        self.processes = start_processes()
+        self.console = (console or open_console(stderr=True)) if self.processes.is_main else Console(quiet=True)
+        self.write_report = write_report
+        self.loss_fn = loss_fn
 
-    def run(self, write_report: Callable[[dict[str, Any], Path], None]) -> dict[str, Any]:
-        """Train and measure the models one after another; the results and the report are written after each."""
-        results = self.processes.run_on_main(self.describe)
-        for kind in self.config.models:
-            with interrupt_training(self.folder / kind):
-                results["models"].append(self.run_model(kind))
-                results["status"] = "complete" if len(results["models"]) == len(self.config.models) else "running"
-                self.processes.run_on_main(lambda: write_results(results, self.folder, write_report))
+    # What a kind of run defines
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse bad settings before anything is read or written.
+
+        Raises:
+            UserError: names the setting.
+        """
+
+    @abstractmethod
+    def prepare(self) -> PreparedData:
+        """The data of all models; `info["notes"]` are printed. Called by the main process first, then by the others."""
+
+    @abstractmethod
+    def list_models(self) -> Sequence[str]:
+        """The models' names, in the order in which they are trained."""
+
+    @abstractmethod
+    def build(self, name: str) -> TransformerLM:
+        """A model with fresh weights; torch's generators have just been seeded."""
+
+    @abstractmethod
+    def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
+        """What a model's result says of it beside its figures."""
+
+    def trains(self, name: str) -> bool:
+        """Whether a model is trained; else it is measured as it is."""
+        return True
+
+    @property
+    def training_data(self) -> DataConfig:
+        """How the training documents are cut into samples."""
+        return self.config.data
+
+    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The results with what is added once all models are done; the main process alone calls this."""
         return results
 
-    def describe(self) -> dict[str, Any]:
+    # What all runs do
+
+    def execute(self) -> dict[str, Any]:
+        """Train and measure all models that are not done; see `run_experiment`."""
+        train = self.config.train
+        with self.processes.guard(), compute_deterministically(train.deterministic):
+            self.device = self.processes.place(choose_device(self.config.device))
+            self.precision = choose_precision(train.precision, self.device)
+            self.autocast = make_autocast(self.precision, self.device)
+            check_trackers(train.trackers)
+            self.processes.slice_rows(train.batch_size)
+            find_measures(self.config.eval.measures)  # an unknown one is refused before anything is trained
+            self.check()
+            with hold_run(self.config, resume=self.resume, processes=self.processes) as (self.config, self.folder):
+                return self._execute() | {"folder": str(self.folder)}
+
+    def _execute(self) -> dict[str, Any]:
+        done = self.processes.run_on_main(lambda: read_json(self.folder / RESULTS_FILE) if self.resume else None)
+        if done is not None and done["status"] == "complete":
+            self.console.print(f"{self.folder} is done", highlight=False, markup=False)
+            return self.processes.run_on_main(lambda: self._write(done))
+        self.data = self._share_data()
+        if self.resume:
+            self.processes.run_on_main(self._check_same_data)
+        else:  # only now, so that bad data leaves no folder behind
+            self.processes.run_on_main(lambda: create_run(self.config, self.folder))
+        self.console.print(f"run folder {self.folder}", highlight=False, markup=False)
+        for note in self.data.info.get("notes", []):
+            self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        results = self.processes.run_on_main(self._describe)
+        try:
+            return self._run_models(results)
+        except OSError:
+            if (self.folder / self.config.file_name).exists():
+                raise
+            raise UserError(f"{self.folder}: deleted or renamed while the run used it; its results are lost") from None
+
+    def _run_models(self, results: dict[str, Any]) -> dict[str, Any]:
+        for name in self.list_models():
+            with interrupt_training(self.model_folder(name)):
+                results["models"].append(self._run_model(name))
+                self.processes.run_on_main(lambda: self._write(results))
+        with interrupt_training(self.folder):
+            return self.processes.run_on_main(lambda: self._write(self.finish(results | {"status": "complete"})))
+
+    def _share_data(self) -> PreparedData:
+        """The data: one process tokenises them, and the others read its cache.
+
+        Raises:
+            UserError: as `prepare`; or machines that do not share the cache have read different texts.
+        """
+        data = self.processes.run_main_first(self.prepare)
+        with self.processes.agree():
+            if self.processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
+                raise UserError(
+                    f"{self.config.data.source}: process {self.processes.rank} reads other data than process 0: their "
+                    "machines need the same source and tokenizer, or one token cache (data.cache_dir)"
+                )
+        return data
+
+    def _check_same_data(self) -> None:
+        """Refuse to continue on other data than the run began with.
+
+        Raises:
+            UserError: names what has changed.
+        """
+        begun = read_json(self.folder / DATA_FILE)
+        if begun is None:  # the process was killed before it could write it
+            return
+        if changed := find_changes(begun, self.data.info):
+            raise UserError(
+                f"{self.folder}: a run continues on the data it began with; of {self.config.data.source} "
+                f"{' and '.join(changed)} changed since: put back what was there, or choose another --name"
+            )
+
+    def _describe(self) -> dict[str, Any]:
         """Write the facts of the run, and begin its results with them. A resumed run keeps its first facts."""
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -200,44 +250,58 @@ class _Experiment:
             "models": [],
         }
 
-    def create(self, kind: str) -> TransformerLM:
-        """A model with fresh weights: those it shares with the other models are the same."""
-        seed_generators(self.config.seed)
-        return build_model(self.config, kind, self.data.vocab_size)
+    def _write(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write the results so far and their report."""
+        write_json(self.folder / RESULTS_FILE, results)
+        if self.write_report is not None:
+            self.write_report(results, self.folder / REPORT_FILE)
+        return results
 
-    def run_model(self, kind: str) -> dict[str, Any]:
+    def model_folder(self, name: str) -> Path:
+        """A model's folder in the run."""
+        return self.folder / name_model_folder(name)
+
+    def create(self, name: str) -> TransformerLM:
+        """A model with fresh weights: those it shares with the run's other models are the same."""
+        seed_generators(self.config.seed)
+        return self.build(name)
+
+    def _run_model(self, name: str) -> dict[str, Any]:
         """Train and measure one model, or read its result where a resumed run has it."""
-        folder = self.folder / kind
+        folder = self.model_folder(name)
         done = self.processes.run_on_main(lambda: self._read_result(folder))
         if done is not None:
-            self.console.print(f"{kind:<12} is done", highlight=False)
+            self.console.print(f"{name:<12} is done", highlight=False, markup=False)
             return done
-        progress = TrainingProgress(kind, self.console, device=self.device)
-        trainer = Trainer(
-            self.create(kind),
-            self.data.train,
-            self.config.data,
-            self.config.train,
-            folder,
-            validate=lambda model: measure_validation_loss(
-                model, self.data, self.config, self.autocast, self.processes
-            ),
-            device=self.device,
-            progress=progress,
-            seed=self.config.seed,
-            processes=self.processes,
-            planter=SamplePlanter.from_config(self.data.tokenizer, self.config.data, self.config.seed),
-            settings=self.config.to_dict(),
-        )
-        try:
-            training = trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
-        finally:
-            progress.stop()
-        model = self._load_best(kind, folder / BEST_FOLDER)
+        training = self._train(name, folder) if self.trains(name) else None
+        model = self._load_best(name, folder / BEST_FOLDER) if training else self.create(name).to(self.device).eval()
         with self.console.status("") as status:
             subject = make_subject(model, self.data, self.config, self.autocast, self.processes)
-            measured = measure(subject, say=lambda what: status.update(f"{kind}: measuring {what}"))
-        return self.processes.run_on_main(lambda: self._write_result(kind, folder, model, training, measured))
+            measured = measure(subject, say=lambda what: status.update(f"{name}: measuring {what}"))
+        return self.processes.run_on_main(lambda: self._write_result(name, model, training, measured))
+
+    def _train(self, name: str, folder: Path) -> TrainingResult:
+        config, data, processes = self.config, self.data, self.processes
+        progress = TrainingProgress(name, self.console, device=self.device)
+        trainer = Trainer(
+            self.create(name),
+            data.train,
+            self.training_data,
+            config.train,
+            folder,
+            validate=lambda model: measure_validation_loss(model, data, config, self.autocast, processes),
+            device=self.device,
+            progress=progress,
+            seed=config.seed,
+            loss_fn=self.loss_fn,
+            processes=processes,
+            planter=SamplePlanter.from_config(data.tokenizer, config.data, config.seed),
+            settings=config.to_dict(),
+        )
+        try:
+            return trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
+        finally:
+            progress.stop()
 
     @staticmethod
     def _read_result(folder: Path) -> dict[str, Any] | None:
@@ -247,34 +311,76 @@ class _Experiment:
         return done
 
     @torch.no_grad()
-    def _load_best(self, kind: str, folder: Path) -> TransformerLM:
+    def _load_best(self, name: str, folder: Path) -> TransformerLM:
         """The best weights, which the main process reads for all."""
         with self.processes.agree():
-            model = TransformerLM.load(folder) if self.processes.is_main else self.create(kind)
+            model = TransformerLM.load(folder) if self.processes.is_main else self.create(name)
         held = model.state_dict()
-        for name, tensor in self.processes.share_tensors(held):
-            held[name].copy_(tensor)
+        for key, tensor in self.processes.share_tensors(held):
+            held[key].copy_(tensor)
         return model.to(self.device).eval()
 
     def _write_result(
-        self, kind: str, folder: Path, model: TransformerLM, training: TrainingResult, measured: dict[str, Any]
+        self, name: str, model: TransformerLM, training: TrainingResult | None, measured: dict[str, Any]
     ) -> dict[str, Any]:
-        """The model's result, which says that it is done; its checkpoint is needed no more."""
-        lines = read_metrics(folder)
-        result = {
-            "model_type": str(kind),
-            "options": self.config.model.options_of(kind),
-            "context_tokens": self.config.context_tokens(kind),
+        """The model's result, which says that it is done; its checkpoints are needed no more."""
+        folder = self.model_folder(name)
+        result: dict[str, Any] = {
+            "model_type": name,
+            **self.describe_model(name, model),
             "num_parameters": model.num_parameters(),
             "memory_info": model.memory_info(),
-            "training": {
-                **dataclasses.asdict(training),
-                "steps_log": [line for line in lines if line["event"] == "train"],
-                "epochs_log": [line for line in lines if line["event"] == "epoch"],
-            },
             "gates": model.gate_values(),
             "evaluation": measured,
         }
+        if training is not None:
+            lines = read_metrics(folder)
+            result["training"] = {
+                **dataclasses.asdict(training),
+                "steps_log": [line for line in lines if line["event"] == "train"],
+                "epochs_log": [line for line in lines if line["event"] == "epoch"],
+            }
         write_json(folder / MODEL_RESULT_FILE, result)
         remove_checkpoints(folder)
         return result
+
+
+def name_model_folder(name: str) -> str:
+    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+class ExperimentRun(Run[ExperimentConfig]):
+    """A run of the model types that an experiment names."""
+
+    def check(self) -> None:
+        """Refuse a shape that a model can't be built with."""
+        self.config.model.check_taken(self.config.models)
+        for name in self.config.models:
+            try:
+                with torch.device("meta"):  # nothing is allocated or drawn
+                    build_model(self.config, name, vocab_size=1)
+            except ValueError as error:
+                raise UserError(f"model: {name} can't be built: {error}") from None
+
+    def prepare(self) -> PreparedData:
+        """The experiment's source, split and tokenised."""
+        return prepare_data(self.config.data)
+
+    def list_models(self) -> Sequence[str]:
+        """The experiment's model types."""
+        return self.config.models
+
+    def build(self, name: str) -> TransformerLM:
+        """A model of the type, of the experiment's shape."""
+        return build_model(self.config, name, self.data.vocab_size)
+
+    def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
+        """Its options, and how many tokens it reads at once."""
+        return {"options": self.config.model.options_of(name), "context_tokens": self.config.context_tokens(name)}
+
+
+def build_model(config: ExperimentConfig, name: str, vocab_size: int) -> TransformerLM:
+    """One of an experiment's models, with fresh weights from torch's global generator."""
+    options = config.model.options_of(name)
+    return create_model(name, config.model.shape(vocab_size), segment_length=config.context_tokens(name), **options)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,7 +38,7 @@ from new_llm.experiments.memory_measurements import (
     measure_recall,
 )
 from new_llm.experiments.record import RESULTS_FILE, describe_code, read_json, write_json
-from new_llm.experiments.runner import run_experiment
+from new_llm.experiments.runner import ReportWriter, run_experiment
 from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.experiments.subject import Subject, load_subject
@@ -72,6 +72,7 @@ def run_study(
     only: Sequence[str] = (),
     jobs: int = 1,
     console: Console | None = None,
+    write_report: ReportWriter | None = None,
     write_figures: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
     """Do what of a study is not done yet, seed by seed, and write its summary after every seed.
@@ -81,6 +82,7 @@ def run_study(
         only: variants to run now, and the baselines they need; none: all.
         jobs: runs at once, each in a process of its own with its share of the cores.
         console: where to show progress; None: the standard error.
+        write_report: writes each run's page; None: none is written.
         write_figures: draws the summary into the study's folder.
 
     Returns:
@@ -96,7 +98,8 @@ def run_study(
     summary: dict[str, Any] = {}
     for seed in study.seeds:
         of_seed = [cell for cell in cells if cell.seed == seed]
-        for work in (train_cell, measure_cell):  # a measurement reads the seed's other models, too
+        train = partial(train_cell, write_report=write_report)
+        for work in (train, measure_cell):  # a measurement reads the seed's other models, too
             if jobs > 1:
                 run_in_processes(work, study, of_seed, jobs, console)
                 continue
@@ -129,13 +132,14 @@ def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
     return [Cell(variant, seed) for seed in study.seeds for variant in study.variants if variant in wanted]
 
 
-def train_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
-    """Train and measure one variant as an experiment, or go on with it; nothing where it is done."""
+def train_cell(study: StudyConfig, cell: Cell, console: Console, *, write_report: ReportWriter | None = None) -> None:
+    """Train and measure one variant as an experiment, or continue it; nothing where it is done."""
     if is_trained(study, cell):
         return
     config = study.configure(cell.variant, cell.seed)
     console.print(cell.name, highlight=False)
-    run_experiment(exp_config=config, resume=(study.folder / cell.name).exists(), console=console)
+    begun = (study.folder / cell.name / config.file_name).exists()
+    run_experiment(exp_config=config, resume=begun, console=console, write_report=write_report)
 
 
 def is_trained(study: StudyConfig, cell: Cell) -> bool:

@@ -147,7 +147,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
         UserError: the folder is gone.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: deleted or renamed while the model trained; start the run again, or put it back")
+        raise UserError(f"{folder}: deleted or renamed while the model trained")
     path = folder / CHECKPOINTS_FOLDER / name_checkpoint(step, epoch)
     with write_folder_atomically(path) as temporary:
         yield temporary

@@ -1,0 +1,309 @@
+"""Train a parallel memory adapter on long documents and measure it against its base: a run like any other.
+
+The run's models are `base`, which is measured as it is, and `parallel_infini`, the base with the adapter. Beside the
+measures of every run, both read long held-out documents: does what the adapter carries in memory help, or only what it
+adds inside the segment?
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from new_llm.config import DataConfig, UserError
+from new_llm.config.measurement import TextConfig
+from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
+from new_llm.data.hub import hub_answers
+from new_llm.data.tokens import TokenSplit
+from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
+from new_llm.experiments.adapter_config import AdapterTrainingConfig
+from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
+from new_llm.experiments.runner import ReportWriter, Run
+from new_llm.models import TransformerLM
+from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
+from new_llm.models.hf.infini_adapter import load_base, save_adapter
+from new_llm.models.layers import ParallelInfiniLayer
+from new_llm.training.checkpoint import BEST_FOLDER
+from new_llm.training.devices import seed_generators
+
+BASE, ADAPTED = "base", ParallelInfiniLayer.kind
+WIKITEXT_ON_HUB = "wikitext-2"
+CHOICE_STREAM = 3
+"""Keeps the choice of documents apart from other random numbers of the same seed."""
+BASE_HERE = (
+    "without the hub a base is trained here by `new-llm experiment --models pythia --data.source sotu --name base` and "
+    "taken by `--base runs/base`"
+)
+
+
+def train_adapter(
+    config: AdapterTrainingConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    write_report: ReportWriter | None = None,
+) -> dict[str, Any]:
+    """Train and measure one adapter, and write its file. Of several processes each makes the same call.
+
+    Args:
+        config: the training.
+        resume: continue the run of this name.
+        console: where to show progress; None: the standard error.
+        write_report: writes the page, `new_llm.report.write_report`; None: no page.
+
+    Returns:
+        What `results.json` holds; `results["folder"]` is the run folder.
+
+    Raises:
+        UserError: bad input, in one line.
+        OtherProcessError: another process of the same training has failed.
+        TrainingError: a loss was not finite.
+        TrainingInterrupted: a signal asked to stop; the run can be resumed.
+    """
+    return AdapterRun(config, resume=resume, console=console, write_report=write_report).execute()
+
+
+class AdapterRun(Run[AdapterTrainingConfig]):
+    """A run of a base and the base with an adapter, trained on streams of whole documents."""
+
+    def check(self) -> None:
+        """Refuse, before the work, a place where the adapter's file can't be written."""
+        out = self.config.out
+        if out.is_dir():
+            raise UserError(f"--out: {out} is a folder")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: can't write to {out.parent}: {error.strerror or error}") from None
+
+    def prepare(self) -> PreparedData:
+        """The source's long documents, in the base's tokens, and the further text to measure on."""
+        self.source, tokenizer_name = find_base(self.config)
+        base = load_configured_base(self.config, self.source)
+        data = prepare_documents(self.config, tokenizer_name)
+        check_vocabulary(base, data.tokenizer, self.config.base)
+        add_parallel_infini(base, self.config.adapter, base_name=str(self.source))  # layers that the base lacks
+        self.texts = {"held_out": data.validation}
+        try:
+            if self.config.wikitext is not None:
+                text = TextConfig(source=self.config.wikitext)
+                self.texts["wikitext"] = read_evaluation_text(text, data.tokenizer).split
+        except UserError as error:
+            if self.config.wikitext != WIKITEXT_ON_HUB:
+                raise
+            note = f"WikiText-2 is not measured: {error} (--wikitext FILE names a local one)"
+            data.info["notes"].append(note)
+        return data
+
+    @property
+    def training_data(self) -> DataConfig:
+        """All samples of the chosen documents; `num_samples` limits what is read of the source."""
+        return dataclasses.replace(self.config.data, num_samples=None)
+
+    def list_models(self) -> Sequence[str]:
+        """The base and the adapted base."""
+        return BASE, ADAPTED
+
+    def trains(self, name: str) -> bool:
+        """The base is measured as it is."""
+        return name == ADAPTED
+
+    def build(self, name: str) -> TransformerLM:
+        """The base, with or without the adapter."""
+        base = load_configured_base(self.config, self.source)
+        if name == BASE:
+            return base
+        seed_generators(self.config.seed)  # whatever loading the base has drawn
+        return add_parallel_infini(base, self.config.adapter, base_name=str(self.source))
+
+    def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
+        """How many tokens it reads at once."""
+        return {"context_tokens": model.segment_length}
+
+    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write the adapter's file, and measure base and adapter on the long texts."""
+        best = TransformerLM.load(self.model_folder(ADAPTED) / BEST_FOLDER)
+        save_adapter(best, self.config.out, with_base=not self.config.adapter.freeze_base_model)
+        base_weights, adapter_weights = split_weights(best)
+        frozen = self.config.adapter.freeze_base_model
+        num_base, num_adapter = (
+            sum(tensor.numel() for tensor in part.values()) for part in (base_weights, adapter_weights)
+        )
+        return results | {
+            "kind": "parallel_adapter",
+            "num_parameters": {
+                "base": num_base,
+                "adapter": num_adapter,
+                "trained": num_adapter if frozen else num_base + num_adapter,
+            },
+            "alpha": best.get_alpha(),
+            "evaluation": self._measure_texts(best),
+        }
+
+    def _measure_texts(self, adapted: TransformerLM) -> dict[str, Any]:
+        """The adapted model with its memory carried, reset and foreign, and the base, on the same tokens of each text.
+
+        Returns:
+            By text: what `LongDocumentsResult.to_dict` gives.
+        """
+        settings = self.config.eval
+        base = load_configured_base(self.config, self.source).to(self.device).eval()
+        adapted = adapted.to(self.device).eval()
+        measured: dict[str, Any] = {}
+        with self.console.status("") as status:
+            for name, split in self.texts.items():
+                status.update(f"measuring {name}")
+                result = evaluate_long_documents(
+                    adapted,
+                    limit_documents(split, settings.max_tokens),
+                    min_tokens=2,
+                    batch_size=settings.batch_size,
+                    baselines=[Baseline(BASE, base, autocast=self.autocast)],
+                    num_resamples=settings.bootstrap_resamples,
+                    autocast=self.autocast,
+                )
+                measured[name] = result.to_dict()
+        return measured
+
+
+# The base
+
+
+def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
+    """Where the base is: a hub name or a directory; and its tokenizer: a hub name or a file.
+
+    Raises:
+        UserError: a directory without a model or tokenizer, or a run without a model of its own to choose.
+    """
+    path = Path(config.base).expanduser()
+    if not path.is_dir():
+        return config.base, config.base
+    if (path / "config.json").is_file():
+        folder = path
+    elif (path / "pythia" / BEST_FOLDER).is_dir():
+        folder = path / "pythia" / BEST_FOLDER
+    else:
+        folder = find_model_folder(path)
+    if config.data.tokenizer != "auto":
+        return folder, config.data.tokenizer
+    return folder, str(find_tokenizer_file(folder))
+
+
+def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> TransformerLM:
+    """The base with the segments of the training.
+
+    Raises:
+        UserError: it can't be found or read; offline the line says how to have a base here.
+    """
+    try:
+        return load_base(source, revision=config.revision, segment_length=config.segment_length)
+    except UserError as error:
+        timeout = config.data.hub_timeout_seconds
+        if isinstance(source, Path) or hub_answers(f"{source}/resolve/main/config.json", timeout):
+            raise
+        raise UserError(f"--base {source}: {error}; {BASE_HERE}") from None
+    except ValueError as error:
+        raise UserError(
+            f"--base {source}: {error}; a segment is data.seq_length ({config.data.seq_length}) / "
+            f"data.segments_per_sample ({config.data.segments_per_sample})"
+        ) from None
+
+
+def check_vocabulary(model: TransformerLM, tokenizer: Tokenizer, name: str) -> None:
+    """Refuse a tokenizer with ids that the base does not know.
+
+    Raises:
+        UserError: gives both numbers.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= model.vocab_size:
+        raise UserError(f"--base {name}: the tokenizer has ids up to {largest}, the base knows {model.vocab_size}")
+
+
+# The documents
+
+
+def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> PreparedData:
+    """The source's long documents, split and tokenised as the base's tokenizer does.
+
+    Raises:
+        UserError: see `prepare_data`; or no training document is long enough.
+    """
+    tokenizer = tokenizer_name if config.data.tokenizer == "auto" else config.data.tokenizer
+    data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer))
+    return choose_long_documents(
+        data,
+        num_docs=config.num_docs,
+        min_tokens=config.min_doc_tokens or config.data.seq_length,
+        max_tokens=config.max_doc_tokens,
+        seed=config.data.split_seed,
+    )
+
+
+def choose_long_documents(
+    data: PreparedData, *, num_docs: int, min_tokens: int, max_tokens: int | None, seed: int
+) -> PreparedData:
+    """Some long training documents in a seeded choice, and all long validation documents.
+
+    Args:
+        data: both splits.
+        num_docs: training documents at most.
+        min_tokens: tokens that a document must have to be long.
+        max_tokens: tokens of a document at most, from its beginning; None: all.
+        seed: of the choice.
+
+    Returns:
+        The same data with fewer documents; where no validation document is long, all of them, and a note.
+
+    Raises:
+        UserError: no training document is long.
+    """
+    notes = list(data.info.get("notes", []))
+    lengths = np.diff(data.train.offsets)
+    long = np.flatnonzero(lengths >= min_tokens)
+    if not len(long):
+        raise UserError(
+            f"{data.info['source']}: no training document has {min_tokens:,} tokens (the longest has "
+            f"{int(lengths.max()):,}): give longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
+        )
+    if len(long) < num_docs:
+        notes.append(f"{num_docs:,} long documents were asked for; {len(long):,} have {min_tokens:,} tokens or more")
+    chosen = np.sort(np.random.default_rng([seed, CHOICE_STREAM]).permutation(long)[:num_docs])
+    held_out = np.flatnonzero(np.diff(data.validation.offsets) >= min_tokens)
+    if not len(held_out):
+        notes.append(f"no held-out document has {min_tokens:,} tokens: all are measured on")
+        held_out = np.arange(data.validation.num_documents)
+    train = select_documents(data.train, chosen, max_tokens)
+    validation = select_documents(data.validation, held_out, max_tokens)
+    info = data.info | {
+        "notes": notes,
+        "min_doc_tokens": min_tokens,
+        "train": count_text(train),
+        "validation": count_text(validation),
+    }
+    return dataclasses.replace(data, train=train, validation=validation, info=info)
+
+
+def select_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None = None) -> TokenSplit:
+    """Some documents of a split, in the order given, cut to `max_tokens`; bytes and words stay the whole text's."""
+    documents = [split.document(int(index))[:max_tokens] for index in chosen]
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    return TokenSplit(
+        tokens=np.concatenate(documents),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        num_bytes=split.num_bytes[chosen],
+        num_words=split.num_words[chosen],
+    )
+
+
+def limit_documents(split: TokenSplit, max_tokens: int | None) -> TokenSplit:
+    """The first documents that together have at most `max_tokens` tokens, but two at least; None: all."""
+    if max_tokens is None:
+        return split
+    number = int((split.offsets[1:] <= max_tokens).sum())
+    return select_documents(split, np.arange(min(max(number, 2), split.num_documents)))
