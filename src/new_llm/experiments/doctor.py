@@ -9,6 +9,7 @@ from new_llm.config.measurement import TextConfig
 from new_llm.data.batches import list_shapes
 from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.splitting import shuffle_sentences
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.doctor import DoctorReport, TrainingData, examine_model
 from new_llm.experiments.record import DATA_FILE, read_json
@@ -71,13 +72,16 @@ def describe_training(subject: Subject, prepared: PreparedData) -> TrainingData:
         else:
             what = name.replace("_", " ")
             differences.append(f"the {what} was {str(then[name])[:12]}, and is {str(value)[:12]}")
+    # Of a small text only the first of the shuffled sentences join the training split.
+    sentences = shuffle_sentences([pair.forward for pair in get_reversal_pairs()], config.data.split_seed)
+    trained = set(sentences[: prepared.info["reversal_sentences"]])
     return TrainingData(
         train=prepared.train,
         validation=prepared.validation,
         shapes=list_shapes(config.data, config.train.batch_size),
         order=config.data.order,
         seed=config.seed,
-        pairs=tuple(get_reversal_pairs()) if config.data.reversal_pairs else (),
+        pairs=tuple(pair for pair in get_reversal_pairs() if pair.forward in trained),
         differences=tuple(differences),
         facts=facts,
     )

@@ -292,7 +292,8 @@ def check_skill(exam: Examination) -> Finding:
         "vocab_size": exam.vocab_size,
         "verdict": verdict.to_dict(),
     }
-    found = f"perplexity {result.perplexity:,.1f} ({verdict.level}); token frequencies alone {unigram:,.1f}"
+    whose = "the training text" if exam.data else "this text"
+    found = f"perplexity {result.perplexity:,.1f}; the token frequencies of {whose} alone give {unigram:,.1f}"
     if result.perplexity < unigram:
         return ok(found, **figures)
     is_guess = result.perplexity >= exam.vocab_size / 2
