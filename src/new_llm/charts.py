@@ -61,6 +61,10 @@ class Chart:
         writer.writerows(self.rows)
         return text.getvalue()
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """What Jupyter shows: it draws Vega-Lite itself."""
+        return {"application/vnd.vegalite.v5+json": self.spec, "text/plain": f"{self.title}: {len(self.rows)} rows"}
+
 
 def line_chart(
     name: str,

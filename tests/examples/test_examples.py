@@ -97,7 +97,6 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cells one after another, as Jupyter would run them; they hold no magic and no output."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
     names: dict[str, Any] = {"__name__": "notebook"}
     for number, cell in enumerate(read_cells(path), start=1):
         source = "".join(cell["source"])
