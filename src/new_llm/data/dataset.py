@@ -21,9 +21,8 @@ from new_llm.data.tokenizer import find_tokenizer, fingerprint_tokenizer, padded
 from new_llm.data.tokens import (
     TokenizedDocument,
     TokenSplit,
-    count_all_samples,
+    count_samples,
     encode_documents,
-    longest_document,
     tokenize_documents,
 )
 
@@ -80,7 +79,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     pinned = list(encode_documents(pack_sentences(kept, cache.tokenizer, config.seq_length), cache.tokenizer))
     if pinned:
         train = cache.load_split("train", pinned)
-    if config.num_samples and (available := count_all_samples(train, config.seq_length)) < config.num_samples:
+    if config.num_samples and (available := _count_all_samples(train, config.seq_length)) < config.num_samples:
         notes.append(f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}")
     info = {
         "source": source.name,
@@ -101,22 +100,29 @@ def prepare_data(config: DataConfig) -> PreparedData:
     return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)
 
 
-def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What of a run's data is other than it was: "source", "tokenizer" and "split", each where its fingerprint differs.
+def check_same_data(before: dict[str, Any], after: dict[str, Any], run: str) -> None:
+    """Compare the data that a run began with and those that are there now, by the fingerprints of both.
 
     Args:
-        before: `PreparedData.info` as a run recorded it.
-        after: the same of the data that is there now.
+        before: `PreparedData.info` as the run recorded it.
+        after: the same of the data now.
+        run: its name, for the error.
+
+    Raises:
+        UserError: the source, the tokenizer or the split has changed: names which.
     """
-    fingerprints = [
-        {
-            "source": info.get("source_fingerprint"),
-            "tokenizer": info.get("tokenizer", {}).get("fingerprint"),
-            "split": info.get("split_fingerprint"),
-        }
-        for info in (before, after)
-    ]
-    return [name for name, value in fingerprints[0].items() if value != fingerprints[1][name]]
+
+    def fingerprints(info: dict[str, Any]) -> dict[str, str]:
+        tokenizer = info["tokenizer"]["fingerprint"]
+        return {"source": info["source_fingerprint"], "tokenizer": tokenizer, "split": info["split_fingerprint"]}
+
+    now = fingerprints(after)
+    changed = [name for name, value in fingerprints(before).items() if value != now[name]]
+    if changed:
+        raise UserError(
+            f"{run}: can't continue with other data than it began with: {' and '.join(changed)} of {after['source']} "
+            f"changed since; restore the source, or start a run of another name"
+        )
 
 
 def choose_sentences(
@@ -150,8 +156,8 @@ def choose_sentences(
 def _check_size(source: Source, train: TokenSplit, validation: TokenSplit, seq_length: int) -> None:
     if (
         train.num_tokens < seq_length
-        or not count_all_samples(train, seq_length)
-        or longest_document(validation) < MIN_VALIDATION_TOKENS
+        or not _count_all_samples(train, seq_length)
+        or validation.lengths.max() < MIN_VALIDATION_TOKENS
     ):
         raise UserError(
             f"{source.name}: too short: it gives {train.num_tokens:,} tokens for training and "
@@ -166,11 +172,15 @@ def _fingerprint_splits(cache: TokenCache, pinned: Sequence[TokenizedDocument]) 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _count_all_samples(split: TokenSplit, seq_length: int) -> int:
+    return int(count_samples(split.lengths, seq_length).sum())
+
+
 def _count_split(split: TokenSplit, seq_length: int) -> dict[str, int]:
     return {
         "num_documents": split.num_documents,
         "num_tokens": split.num_tokens,
-        "num_samples": count_all_samples(split, seq_length),
+        "num_samples": _count_all_samples(split, seq_length),
         "num_bytes": int(split.num_bytes.sum()),
         "num_words": int(split.num_words.sum()),
     }

@@ -15,16 +15,12 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.atomic import write_text_atomically
 from new_llm.config.user_code import is_user_name, load_by_name
-from new_llm.data.cache import cache_folder
 from new_llm.data.hub import read_hub_dataset
 from new_llm.data.local_files import (
     PACKED,
@@ -36,10 +32,9 @@ from new_llm.data.local_files import (
     split_articles,
     take_text,
 )
-from new_llm.data.progress import show_progress
 
 WIKITEXT_CONFIGURATION = "wikitext-2-raw-v1"
-LARGE_FILE_BYTES = 1 << 26  # whose checksum is remembered by size and time
+HASH_BYTES = 1 << 20  # of a file at once
 
 Read = Callable[..., Iterable[str | Document]]
 """Given the configuration, yields texts or (name, text). It may take any of these keyword arguments: `split` ("train",
@@ -222,7 +217,7 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
         files = [file for file in found if find_reader(file) and not _is_hidden(file.relative_to(path))]
-        ignored = [file for file in found if file not in set(files)]
+        ignored = sorted(set(found) - set(files))
         if not files:
             raise UserError(f"{path}: no readable file in this folder; known extensions are {known}")
     elif path.is_file():
@@ -251,12 +246,11 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
                 )
 
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
-    hashes = _hash_files(files, config)
-    fingerprint = _hash([config.text_field, *(f"{name}:{digest}" for name, digest in zip(names, hashes, strict=True))])
+    contents = [f"{name}:{_hash_file(file)}" for name, file in zip(names, files, strict=True)]
     is_plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in files)
     return Source(
         str(path),
-        fingerprint,
+        _hash([config.text_field, *contents]),
         read_files,
         bad_rows,
         max_characters=sum(map(_size, files)) if is_plain else None,
@@ -287,31 +281,15 @@ def _size(file: Path) -> int:
         raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
 
 
-def _hash_files(files: Sequence[Path], config: DataConfig) -> list[str]:
-    """The sha256 of each file; a large one is read again only where its size or time has changed."""
-    total = sum(_size(file) for file in files)
-    if total < LARGE_FILE_BYTES:
-        return [_hash_file(file) for file in files]
-    memory, known = cache_folder(config) / "sources.json", dict[str, Any]()
-    with suppress(OSError, ValueError):
-        known = dict(json.loads(memory.read_text(encoding="utf-8")))
-    found = dict[str, Any]()
-    with show_progress("hashing the source", "bytes", total) as advance:
-        for file in files:
-            stamp = [_size(file), file.stat().st_mtime_ns]
-            entry = known.get(name := str(file.resolve()))
-            is_known = isinstance(entry, list) and entry[:2] == stamp
-            found[name] = entry if is_known else [*stamp, _hash_file(file)]
-            advance(stamp[0])
-    if found != {name: known.get(name) for name in found}:
-        with suppress(OSError):  # a cache that can't be written costs another hashing
-            write_text_atomically(memory, json.dumps(known | found, indent=1))
-    return [found[str(file.resolve())][2] for file in files]
-
-
 def _hash_file(file: Path) -> str:
+    """The content of a file in 32 characters; fast enough to read gigabytes at every start."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
     try:
         with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+            while piece := opened.read(HASH_BYTES):
+                digest.update(piece)
     except OSError as error:
         raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
+    return digest.hexdigest()

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 CHUNK_CHARACTERS = 1 << 22  # of text tokenised at once: bounds memory, whatever the source's size
-INDEX_BLOCK = 1 << 20  # documents whose index is read at once
 
 SpecialTokens = Literal["text", "control"]
 """What a special token that a document spells is encoded as: like any other text, or as the token itself."""
@@ -40,6 +39,11 @@ class TokenSplit:
     def num_tokens(self) -> int:
         """Tokens in the split."""
         return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[num_documents]: tokens of each document."""
+        return np.diff(self.offsets)
 
     def document(self, index: int) -> NDArray[np.unsignedinteger]:
         """The tokens of one document."""
@@ -101,22 +105,6 @@ def count_samples(lengths: NDArray[np.int64], seq_length: int) -> NDArray[np.int
     A tail of one token is no sample, but it is still predicted: it is the target after the sample before it.
     """
     return lengths // seq_length + (lengths % seq_length >= 2)
-
-
-def count_all_samples(split: TokenSplit, seq_length: int, num_documents: int | None = None) -> int:
-    """Samples in a split's first documents (None: in all), counted a block of documents at a time."""
-    stop = split.num_documents if num_documents is None else num_documents
-    total = 0
-    for start in range(0, stop, INDEX_BLOCK):
-        lengths = np.diff(split.offsets[start : min(start + INDEX_BLOCK, stop) + 1])
-        total += int(count_samples(lengths, seq_length).sum())
-    return total
-
-
-def longest_document(split: TokenSplit) -> int:
-    """Tokens of a split's longest document; 0 without any."""
-    starts = range(0, split.num_documents, INDEX_BLOCK)
-    return max((int(np.diff(split.offsets[start : start + INDEX_BLOCK + 1]).max()) for start in starts), default=0)
 
 
 def count_words(text: str) -> int:
