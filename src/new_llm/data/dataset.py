@@ -100,29 +100,24 @@ def prepare_data(config: DataConfig) -> PreparedData:
     return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)
 
 
-def check_same_data(before: dict[str, Any], after: dict[str, Any], run: str) -> None:
-    """Compare the data that a run began with and those that are there now, by the fingerprints of both.
+def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What of a run's data has changed, by fingerprint: "source", "tokenizer" and "split", or some of them.
 
     Args:
         before: `PreparedData.info` as the run recorded it.
-        after: the same of the data now.
-        run: its name, for the error.
-
-    Raises:
-        UserError: the source, the tokenizer or the split has changed: names which.
+        after: the same of the data that are there now.
     """
 
-    def fingerprints(info: dict[str, Any]) -> dict[str, str]:
-        tokenizer = info["tokenizer"]["fingerprint"]
-        return {"source": info["source_fingerprint"], "tokenizer": tokenizer, "split": info["split_fingerprint"]}
+    def fingerprints(info: dict[str, Any]) -> dict[str, Any]:
+        tokenizer = info.get("tokenizer", {}).get("fingerprint")
+        return {
+            "source": info.get("source_fingerprint"),
+            "tokenizer": tokenizer,
+            "split": info.get("split_fingerprint"),
+        }
 
     now = fingerprints(after)
-    changed = [name for name, value in fingerprints(before).items() if value != now[name]]
-    if changed:
-        raise UserError(
-            f"{run}: can't continue with other data than it began with: {' and '.join(changed)} of {after['source']} "
-            f"changed since; restore the source, or start a run of another name"
-        )
+    return [name for name, value in fingerprints(before).items() if value != now[name]]
 
 
 def choose_sentences(
