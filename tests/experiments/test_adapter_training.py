@@ -27,6 +27,7 @@ from new_llm.experiments.adapter import (
 )
 from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.run_list import list_runs
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
@@ -124,6 +125,12 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
         "data.json",
         "tokenizer.json",
     }
+    base_result, adapted = results["models"]
+    assert adapted["context_tokens"] == base_result["context_tokens"] == 16
+    assert adapted["evaluation"]["sliding"]["perplexity"] != base_result["evaluation"]["sliding"]["perplexity"]
+    assert [(run.status, [model.status for model in run.models]) for run in list_runs(folder.parent)] == [
+        ("complete", ["done", "done"])
+    ]
     alphas = [line["alpha"]["0"] for line in read_metrics(folder / "parallel_infini") if "gates" in line]
     assert len(set(alphas)) > 2
     figures = results["evaluation"]["held_out"]["overall"]

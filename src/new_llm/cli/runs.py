@@ -68,10 +68,11 @@ class ShowRun(Command):
         from rich.table import Table
 
         from new_llm.experiments.record import list_differences
-        from new_llm.experiments.run_list import describe_run
+        from new_llm.experiments.run_list import CONFIG_KINDS, describe_run
 
         places = (Path(self.run), self.runs_dir / self.run)
-        folder = next((path for path in places if (path / "config.yaml").is_file()), None)
+        files = [kind.file_name for kind in CONFIG_KINDS]
+        folder = next((path for path in places if any((path / file).is_file() for file in files)), None)
         if folder is None:
             raise UserError(f"{self.run}: no run of this name, here or in {self.runs_dir}; `new-llm runs` lists them")
         found = describe_run(folder)
@@ -128,5 +129,6 @@ def list_files(found: "RunStatus") -> list[str]:
     lines = [str(path) for name in ("report.html", "results.json") if (path := found.folder / name).exists()]
     if found.status != "complete":
         place = "" if found.folder.parent == Path("runs") else f" --runs-dir {found.folder.parent}"
-        lines.append(f"continue with: new-llm experiment{place} --name {found.folder.name} --resume")
+        command = "experiment" if (found.folder / "config.yaml").is_file() else "train-adapter"
+        lines.append(f"continue with: new-llm {command}{place} --name {found.folder.name} --resume")
     return lines

@@ -21,17 +21,16 @@ from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_ev
 from new_llm.data.hub import hub_answers
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
-from new_llm.experiments.adapter_config import AdapterTrainingConfig
+from new_llm.experiments.adapter_config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import load_base, save_adapter
-from new_llm.models.layers import ParallelInfiniLayer
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.devices import seed_generators
 
-BASE, ADAPTED = "base", ParallelInfiniLayer.kind
+BASE, ADAPTED = ADAPTER_MODELS
 WIKITEXT_ON_HUB = "wikitext-2"
 CHOICE_STREAM = 3
 """Keeps the choice of documents apart from other random numbers of the same seed."""
@@ -107,7 +106,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
     def list_models(self) -> Sequence[str]:
         """The base and the adapted base."""
-        return BASE, ADAPTED
+        return ADAPTER_MODELS
 
     def trains(self, name: str) -> bool:
         """The base is measured as it is."""

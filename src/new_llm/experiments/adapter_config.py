@@ -13,7 +13,10 @@ from new_llm.config.evaluation import EvalConfig
 from new_llm.config.run_settings import TrainingSettings
 from new_llm.config.sections import section, short
 from new_llm.config.train import TrainConfig
-from new_llm.models.layers.parallel_infini import AdapterConfig
+from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniLayer
+
+ADAPTER_MODELS = ("base", ParallelInfiniLayer.kind)
+"""The models of an adapter's run: the base, measured as it is, and the base with the adapter."""
 
 
 @section

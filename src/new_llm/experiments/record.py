@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -149,6 +150,11 @@ def read_begun(folder: Path, kind: type[Settings]) -> Settings:
     if not (folder / kind.file_name).exists():
         raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
     return read_settings(folder / kind.file_name, kind)
+
+
+def name_model_folder(name: str) -> str:
+    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:

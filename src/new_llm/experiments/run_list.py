@@ -7,17 +7,22 @@ from typing import Any
 
 from new_llm.config import UserError
 from new_llm.config.measurement import EVALUATIONS_FOLDER
+from new_llm.config.run_settings import TrainingSettings
 from new_llm.data.hub import describe_failure
+from new_llm.experiments.adapter_config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import (
-    CONFIG_FILE,
     ENVIRONMENT_FILE,
     MODEL_RESULT_FILE,
     RESULTS_FILE,
+    name_model_folder,
+    read_begun,
     read_json,
-    read_run_config,
 )
 from new_llm.training.log import read_metrics
+
+CONFIG_KINDS: tuple[type[TrainingSettings], ...] = (ExperimentConfig, AdapterTrainingConfig)
+"""The kinds of runs, by their configuration."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class RunStatus:
     folder: Path
     status: str
     created: datetime.datetime | None
-    config: ExperimentConfig | None
+    config: TrainingSettings | None
     models: tuple[ModelStatus, ...]
     evaluations: tuple[str, ...]
     fault: str | None = None
@@ -75,7 +80,12 @@ def list_runs(runs_dir: Path) -> list[RunStatus]:
     """
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: no such folder; runs are made by `new-llm experiment`")
-    folders = [path.parent for pattern in ("*", "*/*") for path in runs_dir.glob(f"{pattern}/{CONFIG_FILE}")]
+    folders = [
+        path.parent
+        for kind in CONFIG_KINDS
+        for pattern in ("*", "*/*")
+        for path in runs_dir.glob(f"{pattern}/{kind.file_name}")
+    ]
     found = [describe_run(folder) for folder in folders]
     oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
     return sorted(found, key=lambda run: (run.created or oldest, str(run.folder)))
@@ -85,10 +95,12 @@ def describe_run(folder: Path) -> RunStatus:
     """How far a run got; what can't be read of it is its `fault`."""
     evaluations = tuple(sorted(path.name for path in (folder / EVALUATIONS_FOLDER).glob("*.json")))
     try:
-        config = read_run_config(folder)
+        kind = next(kind for kind in CONFIG_KINDS if (folder / kind.file_name).exists())
+        config = read_begun(folder, kind)
         facts = read_json(folder / ENVIRONMENT_FILE) or {}
         results = read_json(folder / RESULTS_FILE) or {}
-        models = tuple(_describe_model(folder / kind, str(kind), config) for kind in config.models)
+        names = config.models if isinstance(config, ExperimentConfig) else ADAPTER_MODELS
+        models = tuple(_describe_model(folder / name_model_folder(name), name, config) for name in names)
         created = datetime.datetime.fromisoformat(facts["created"]) if facts.get("created") else None
         if created is not None and created.tzinfo is None:
             created = created.replace(tzinfo=datetime.UTC)
@@ -107,13 +119,13 @@ def describe_run(folder: Path) -> RunStatus:
         return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
 
 
-def _describe_model(folder: Path, name: str, config: ExperimentConfig) -> ModelStatus:
+def _describe_model(folder: Path, name: str, config: TrainingSettings) -> ModelStatus:
     lines = read_metrics(folder)
     epochs = [line for line in lines if line["event"] == "epoch"]
     steps = [line for line in lines if line["event"] == "train"]
     result: dict[str, Any] | None = read_json(folder / MODEL_RESULT_FILE)
     if result is not None:
-        perplexity = result["evaluation"]["sliding"]["perplexity"]
+        perplexity = result["evaluation"].get("sliding", {}).get("perplexity")
     else:
         perplexity = min((line["validation_perplexity"] for line in epochs), default=None)
     gates = result["gates"] if result else next((line["gates"] for line in reversed(steps) if line.get("gates")), {})

@@ -6,7 +6,6 @@
 
 import dataclasses
 import datetime
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from new_llm.experiments.record import (
     describe_command,
     describe_environment,
     hold_run,
+    name_model_folder,
     read_json,
     write_json,
 )
@@ -343,11 +343,6 @@ class Run(ABC, Generic[Config]):
         write_json(folder / MODEL_RESULT_FILE, result)
         remove_checkpoints(folder)
         return result
-
-
-def name_model_folder(name: str) -> str:
-    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 class ExperimentRun(Run[ExperimentConfig]):
