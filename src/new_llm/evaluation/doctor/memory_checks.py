@@ -119,13 +119,13 @@ def check_memory(exam: Examination) -> Finding:
     with exam.probing(segment_tokens=exam.config.segment_tokens):
         num_tokens, figures, faults = _fill_memory(exam, model)
         for index, layer in model.memory_layers.items():
-            if isinstance(layer.attention, CompressiveAttention):  # only there z is the divisor of M
+            if isinstance(getattr(layer, "attention", None), CompressiveAttention):  # only there z is the divisor of M
                 error = _compare_scales(layer, model.embed_in(exam.tokens[:1]), model.segment_length)
                 figures[str(index)]["scale_error"] = error
                 if not error <= exam.config.rounding_tolerance:
                     faults.append(f"layer {index}: M and z have different scales (M / z changes by {error:.2g})")
-    largest = max(layer["largest_memory"] for layer in figures.values())
-    found = f"‖M‖ is {largest:.3g} after {num_tokens:,} tokens"
+    largest = max(layer["largest_norm"] for layer in figures.values())
+    found = f"the memory's norm is {largest:.3g} after {num_tokens:,} tokens"
     if not faults:
         return ok(f"{found}; all is finite, counted and in one scale", num_tokens=num_tokens, layers=figures)
     return fault(
@@ -146,18 +146,20 @@ def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, dict[str
             model(part, update_memory=True)
         state = model.get_memory_state()
     for index, entry in state.items():
-        tensors = {key: value.double() for key, value in entry.items() if key.endswith(("memories", "memory_norms"))}
-        norms = next(value for key, value in tensors.items() if key.endswith("memory_norms"))
-        memories = next(value for key, value in tensors.items() if key.endswith("memories"))
-        counted = int(entry["token_counts"].sum())
-        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        held = {key: value.double() for key, value in entry.items() if _is_real(value)}
+        if not all(bool(torch.isfinite(value).all()) for value in held.values()):
             faults.append(f"layer {index}: the memory is not finite")
-        elif bool((norms < 0).any()):
+        elif any(key.endswith("memory_norms") and bool((value < 0).any()) for key, value in held.items()):
             faults.append(f"layer {index}: z is negative")
+        counted = int(entry["token_counts"].sum()) if "token_counts" in entry else ids.numel()
         if counted != ids.numel():
             faults.append(f"layer {index}: counts {counted:,} of {ids.numel():,} tokens")
-        figures[str(index)] = {"largest_memory": float(memories.flatten(-2).norm(dim=-1).max())}
+        figures[str(index)] = {"largest_norm": max((float(value.norm()) for value in held.values()), default=0.0)}
     return ids.numel(), figures, faults
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
 
 
 def _compare_scales(layer: Any, token: Tensor, length: int) -> float:
@@ -273,7 +275,7 @@ def _measure_token_gates(exam: Examination, model: TransformerLM) -> dict[int, T
     found: dict[int, Tensor] = {}
     hooks: list[Any] = []
     for index, layer in model.memory_layers.items():
-        attention: Any = layer.attention
+        attention: Any = getattr(layer, "attention", None)
         if hasattr(attention, "compute_gates"):
 
             def keep(module: Any, inputs: tuple[Any, ...], index: int = index) -> None:
