@@ -24,6 +24,7 @@ BAR_STEP, CELL_STEP = 24, 30
 MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
 MAX_TOOLTIPS = 24
 MAX_LABELLED_CELLS = 150
+MAX_LABEL, LETTER_WIDTH = 220, 7.8
 
 Row = dict[str, Any]
 
@@ -216,7 +217,8 @@ def bar_chart(
         "axis": _label_axis([bar["y"] for bar in drawn], y_format, base=10 if y_log else None),
     }
     encoding: Row = {
-        "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}},
+        "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}}
+        | {"axis": _make_room(labels)},
         "color": _encode_color(names, is_shown=series is not None),
         **_TIP,
     }
@@ -287,7 +289,7 @@ def heat_chart(
     axis = {"type": "ordinal", "sort": None, "scale": {"paddingInner": 0.06}}
     encoding = {
         "x": axis | {"field": "x", "title": x_title or None, "axis": {"labelAngle": 0, "labelOverlap": True}},
-        "y": axis | {"field": "column", "title": y_title or None},
+        "y": axis | {"field": "column", "title": y_title or None, "axis": _make_room([c["column"] for c in drawn])},
         **_TIP,
     }
     shade = {"fillOpacity": {"field": "shade", "type": "quantitative", "scale": None}, "color": {"value": HEAT}}
@@ -310,7 +312,7 @@ _CONFIG: Row = {
         "gridColor": GRID,
         "labelColor": MUTED,
         "labelFontSize": 12,
-        "labelLimit": 220,
+        "labelLimit": MAX_LABEL,
         "tickColor": GRID,
         "titleColor": MUTED,
         "titleFontSize": 12,
@@ -374,13 +376,19 @@ _BARE: dict[str, Row] = {
 
 def _label_axis(values: list[float], format_spec: str = "", *, base: int | None = None) -> Row:
     """About five ticks; on a logarithmic axis at powers of its base, or at 1, 2 and 5 times those of ten."""
-    labels = f"format(datum.value, '{format_spec or ('~s' if base is None else ',~r')}')"
+    default = ",~r" if base is not None else "~s" if max(map(abs, values), default=0) >= 10_000 else ",~g"
+    labels = f"format(datum.value, '{format_spec or default}')"
     if base is None or not values:
         return {"tickCount": 5, "labelExpr": labels}
     first, last = (math.floor(math.log(end, base)) for end in (min(values), max(values)))
     steps = (1, 2, 5) if base == 10 and last - first < 2 else (1,)
     powers = range(first, last + 2, 1 + (last - first) // 6)
     return {"values": [step * float(base) ** power for power in powers for step in steps], "labelExpr": labels}
+
+
+def _make_room(labels: Sequence[str]) -> Row:
+    """Room for labels left of the axis, in the larger letters of a narrow page."""
+    return {"minExtent": min(MAX_LABEL, LETTER_WIDTH * max(map(len, labels), default=0))}
 
 
 def _scale(is_log: bool, *, base: int = 10, zero: bool = False) -> Row:
@@ -424,8 +432,11 @@ def _say_value(point: Row, format_spec: str) -> str:
 
 
 def _format(value: float, format_spec: str) -> str:
-    """A number as d3 would write it; Python reads the same language but for "~" and "s"."""
-    return format(value, format_spec) if format_spec and not set(format_spec) & {"~", "s"} else _say(value)
+    """A number as d3 would write it; Python reads the same language but for "s", thousands, millions and billions."""
+    if format_spec.endswith("s"):
+        power = min(4, max(0, int(math.log10(abs(value)) // 3))) if abs(value) >= 1 else 0
+        return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T')[power]}"
+    return format(value, format_spec) if format_spec and "~" not in format_spec else _say(value)
 
 
 def _say(value: float) -> str:

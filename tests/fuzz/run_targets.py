@@ -77,8 +77,7 @@ def make_runs(folder: Path) -> dict[str, Target]:
     from new_llm.experiments import run_experiment
     from new_llm.experiments.config import ModelConfig
     from new_llm.experiments.run_list import list_runs
-    from new_llm.report.html import render_page
-    from new_llm.report.runs import read_runs
+    from new_llm.report import read_runs, write_page
     from new_llm.training.checkpoint import describe_fault, find_checkpoint, read_checkpoint
 
     source = folder / "lines.jsonl"
@@ -140,7 +139,7 @@ def make_runs(folder: Path) -> dict[str, Target]:
     whole = {f"checkpoints/{name}": raw for name, raw in kept.items() if name.startswith(last)}
 
     def read_report(folder: Path) -> None:
-        render_page(read_runs([folder / "run"]))
+        write_page(read_runs([folder / "run"]), folder / "page" / "report.html", with_figures=False)
 
     def read_any_checkpoint(folder: Path) -> None:
         place = folder / "checkpoints" / last

@@ -16,6 +16,13 @@ SHAPES = {
     "hierarchical": (4.345, 1_064_960, 6_170_113),
 }
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pythia": {},
+    "infini": {"num_memory_heads": 1, "gate_init": 0.0},
+    "multi_memory": {"num_memories": 4, "num_memory_heads": 4, "gate_init": 0.0},
+    "hierarchical": {"num_memories": 4, "num_memory_heads": 4, "gate_init": 0.0},
+}
+
 
 def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
     final, memory_bytes, parameters = SHAPES[model_type]
@@ -53,6 +60,8 @@ def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
     perplexity = math.exp(final)
     return {
         "model_type": model_type,
+        "options": OPTIONS[model_type],
+        "context_tokens": 256 if model_type == "pythia" else 64,
         "num_parameters": {
             "total": parameters,
             "embedding": 2_097_152,
@@ -115,6 +124,7 @@ def make_evaluation(perplexity: float, rng: random.Random) -> dict[str, Any]:
         "stride": 128,
         "seconds": 5.1,
         "tokens_per_second": 20_435.0,
+        "documents": make_documents(math.log(perplexity), rng),
         "unigram_perplexity": 649.0,
         "verdict": {"level": "normal", "range": "30–100", "text": "normal for small data"},
     }
@@ -145,6 +155,14 @@ def make_evaluation(perplexity: float, rng: random.Random) -> dict[str, Any]:
     }
 
 
+def make_documents(loss: float, rng: random.Random) -> dict[str, list[float]]:
+    """What each document cost; models of one run agree on which documents are hard, but for a little."""
+    hard = random.Random(1)
+    counts = [hard.randint(2000, 6000) for _ in range(22)]
+    losses = [loss + hard.gauss(0, 0.1) + rng.gauss(0, 0.01) for _ in counts]
+    return {"num_tokens": counts, "total_nll": [n * each for n, each in zip(counts, losses, strict=True)]}
+
+
 def make_reversal(rng: random.Random) -> dict[str, Any]:
     def numbers(scale: float) -> dict[str, float]:
         return {
@@ -155,13 +173,13 @@ def make_reversal(rng: random.Random) -> dict[str, Any]:
         }
 
     whole = numbers(1.0)
+    whole["ratio"] = whole["forward_perplexity"] / whole["backward_perplexity"]
+    whole["gap"] = whole["backward_perplexity"] - whole["forward_perplexity"]
     return {
         **whole,
         "forward_mean_rank": 5.1,
         "backward_mean_rank": 12.2,
         "intervals": {name: [0.9 * value, 1.1 * value] for name, value in whole.items()},
-        "ratio": whole["forward_perplexity"] / whole["backward_perplexity"],
-        "gap": whole["backward_perplexity"] - whole["forward_perplexity"],
         "num_pairs": 24 * len(RELATIONS),
         "chance_accuracy": 1 / 24,
         "per_relation": [{"relation": name, "num_pairs": 24, **numbers(0.8 + rng.random())} for name in RELATIONS],

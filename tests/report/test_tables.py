@@ -1,18 +1,33 @@
 import io
+import re
 from typing import Any
 
 import pytest
+from report_runs import make_results, make_seed
 from rich.console import Console
 
 from new_llm import formats
-from new_llm.report import render_summary_table
-from new_llm.report import tables as t
+from new_llm.report import SummaryTable
+from new_llm.report.results import make_run
+from new_llm.report.series import group_series
+from new_llm.report.tables import Summary, summarize
 
 
-def show(results: dict[str, Any], width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(render_summary_table(results))
-    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+def show(results: dict[str, Any], width: int = 100, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding=encoding) as file:
+        Console(file=file, width=width).print(SummaryTable(results))
+        file.flush()
+        return raw.getvalue().decode(encoding)
+
+
+def find_summary(*runs: dict[str, Any], **options: Any) -> Summary:
+    return summarize(group_series([make_run(results) for results in runs]), **options)
+
+
+def find_column(summary: Summary, group: str, title: str) -> list[Any]:
+    place = [(heading.group, heading.title) for heading in summary.headings].index((group, title))
+    return [cells[place] for _, _, cells in summary.rows]
 
 
 @pytest.mark.parametrize(
@@ -21,7 +36,6 @@ def show(results: dict[str, Any], width: int = 100) -> str:
         (formats.format_number(83.9271), "83.93"),
         (formats.format_number(14204.4), "14,204"),
         (formats.format_number(0.15832, 3), "0.158"),
-        (formats.format_number(9.9996), "10.000"),
         (formats.format_number(2.5e12), "2.500e+12"),
         (formats.format_number(0), "0"),
         (formats.format_number(None), "—"),
@@ -29,79 +43,99 @@ def show(results: dict[str, Any], width: int = 100) -> str:
         (formats.format_number(float("inf")), "∞"),
         (formats.format_with_error(83.9271, 0.5036), "83.93 ± 0.50"),
         (formats.format_with_error(1234.5, 12.3), "1,234 ± 12"),
-        (formats.format_with_error(83.9271, None), "83.93"),
         (formats.format_with_error(83.9271, float("inf")), "83.93"),
-        (formats.format_with_error(None, 0.5), "—"),
         (formats.format_count(70426624), "70,426,624"),
         (formats.format_short(70426624), "70.4M"),
         (formats.format_short(950), "950"),
         (formats.format_bytes(0), "0 B"),
         (formats.format_bytes(1050624), "1.05 MB"),
-        (formats.format_bytes(133120), "133 kB"),
         (formats.format_percent(0.0417), "4.2%"),
         (formats.format_seconds(3.21), "3.2 s"),
         (formats.format_seconds(59.6), "1 min 00 s"),
-        (formats.format_seconds(185), "3 min 05 s"),
         (formats.format_seconds(7800), "2 h 10 min"),
-        (formats.format_seconds(None), "—"),
     ],
 )
-def test_numbers_read_well(written: str, expected: str):
+def test_numbers_and_names_read_well(written: str, expected: str):
     assert written == expected
 
 
-def test_the_console_shows_every_model_and_measure(four_models: dict[str, Any]):
-    text = show(four_models)
-    for word in (
-        "pythia",
-        "infini",
-        "multi_memory",
-        "hierarchical",
-        "unigram",
-        "75.94 ± 0.46",
-        "normal",
-        "6.15M",
-    ):
-        assert word in text
-    for column in t.COLUMNS:
-        assert column.name in text
+WORDS = ("context,", "parameters", "state", "sliding", "streaming", "backward", "gap", "tokens/s")
+MODELS = ["pythia", "infini", "multi_memory", "hierarchical"]
 
 
-def test_it_fits_a_narrow_terminal(results: dict[str, Any]):
-    lines = show(results, width=80).splitlines()
-    assert max(map(len, lines)) <= 80
-    assert any("reversal, forward" in line and "14.82" in line for line in lines)
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_every_model_is_a_row_and_no_word_is_cut(four_models: dict[str, Any], width: int):
+    text = show(four_models, width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    for word in (*WORDS, "75.94 ± 0.46", "normal", "6.15M", "1.06 MB", "2 min 24 s"):
+        assert re.search(rf"(?<!\S){re.escape(word)}(?!\S)", text), word
+    rows = [line.split()[0] for line in lines if line and line.split()[0] in MODELS and not line.endswith(".")]
+    assert rows[:4] == MODELS
+    assert rows.count("infini") == {60: 5, 80: 3, 120: 2}[width]
+    assert "multi_memory has the lowest" in text
 
 
-def test_only_the_lowest_of_a_measure_is_marked(results: dict[str, Any]):
-    pythia, infini, unigram = t.summarize(results)
-    assert [cell.best for cell in unigram.cells] == [False] * len(t.COLUMNS)
-    best = {
-        column.name.strip(): (a.best, b.best)
-        for column, a, b in zip(t.COLUMNS, pythia.cells, infini.cells, strict=True)
-    }
-    assert best["perplexity"] == (False, True)
-    assert best["backward"] == (True, False)
-    assert best["parameters"] == (False, False)
-    assert not any(cell.best for cell in t.summarize({"models": results["models"][:1]})[0].cells)
+def test_a_terminal_without_other_characters_gets_ascii(four_models: dict[str, Any]):
+    four_models["name"] = "Über · 漢字"
+    text = show(four_models, 80, "ascii")
+    assert "75.94 +- 0.46" in text
+    assert "-----" in text
+    assert "?ber" in text
 
 
-def test_names_are_no_markup(results: dict[str, Any]):
-    results["name"] = "[/red] run"
-    results["models"][0]["model_type"] = "[bold]pythia"
-    assert "[bold]pythia" in show(results)
+def test_only_the_best_of_a_figure_is_marked(results: dict[str, Any]):
+    summary = find_summary(results)
+    assert [c.is_best for c in find_column(summary, "Validation perplexity", "sliding")] == [False, True]
+    assert [c.is_best for c in find_column(summary, "Reversal curse", "backward first")].count(True) == 1
+    assert not any(cell.is_best for cell in find_column(summary, "Model", "parameters"))
+    assert not any(cell.is_best for _, _, cells in find_summary(results, mark_best=False).rows for cell in cells)
+    results["models"] = results["models"][:1]
+    assert not any(cell.is_best for _, _, cells in find_summary(results).rows for cell in cells)
+
+
+def test_what_a_model_is_stands_beside_what_was_measured(results: dict[str, Any]):
+    summary = find_summary(results)
+    assert [cell.text for cell in find_column(summary, "Model", "context, tokens")] == ["256", "64"]
+    assert [cell.text for cell in find_column(summary, "Model", "state")] == ["0 B", "266 kB"]
+    assert [cell.hint for cell in find_column(summary, "Model", "state")] == ["0", "266,240"]
+    assert all(cell.value for cell in find_column(summary, "Reversal curse", "gap"))
+
+
+def test_seeds_are_a_mean_that_says_each():
+    summary = find_summary(*(make_seed(seed, {"infini": 1.0 + seed}) for seed in (0, 1)))
+    (cell,) = find_column(summary, "Validation perplexity", "sliding")
+    assert cell.text == "117.4"
+    assert cell.hint == "2 seeds: 78.26, 156.5; standard deviation 55.3"
+
+
+def test_names_are_no_markup_and_drive_no_terminal(results: dict[str, Any]):
+    results["name"] = "[/red] run\x1b]0;title\x07"
+    results["models"][0]["model_type"] = "[bold]pythia\x1b[2J\r"
+    results["models"][0]["evaluation"]["sliding"]["verdict"] = {"level": "a\x1b[31m", "text": "b\x9b"}
+    text = show(results, 300)
+    assert "[bold]pythia" in text
+    assert not set(text) & {"\x1b", "\x07", "\r", "\x9b"}
 
 
 def test_measures_that_no_model_has_are_left_out(results: dict[str, Any]):
     for model in results["models"]:
-        model["evaluation"]["reversal"] = None
-        del model["training"]
+        del model["evaluation"]["reversal"], model["training"]
     text = show(results)
-    assert "reversal" not in text
+    assert "Reversal" not in text
     assert "tokens/s" not in text
     assert "perplexity" in text
 
 
 def test_a_run_without_models_is_a_table_too():
-    assert "unigram" in show({"unigram_perplexity": 530.1})
+    assert "No model has been evaluated yet." in show({"unigram_perplexity": 530.1})
     assert show({})
+
+
+def test_one_spoiled_result_costs_its_own_cells_alone():
+    results = make_results("pythia", "infini")
+    results["models"][0]["evaluation"]["reversal"] = {"intervals": None}
+    summary = find_summary(results)
+    assert find_column(summary, "Reversal curse", "forward")[0].text == "—"
+    assert find_column(summary, "Reversal curse", "forward")[1].value
+    assert all(cell.value for cell in find_column(summary, "Validation perplexity", "sliding"))

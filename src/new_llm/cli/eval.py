@@ -650,7 +650,7 @@ def describe_pair_training(subject: "Subject", pairs: "list[ReversalPair]") -> s
 
 def describe_score(scores: dict[str, Any], name: str) -> str:
     """A figure, and below it its interval where it has one."""
-    from new_llm.report.tables import format_number, format_percent
+    from new_llm.formats import format_number, format_percent
 
     def write(value: float) -> str:
         return format_percent(value) if name.endswith("accuracy") else format_number(value, 3)

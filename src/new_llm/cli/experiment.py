@@ -44,10 +44,10 @@ class Experiment(TrainingCommand):
     def show(self, results: dict[str, Any]) -> None:
         """Print the summary table, and where results and report are."""
         from new_llm.experiments.record import REPORT_FILE
-        from new_llm.report.tables import render_summary_table
+        from new_llm.report import SummaryTable
 
         folder = Path(results["folder"])
-        open_console().print(render_summary_table(results))
+        open_console().print(SummaryTable(results))
         print_text(f"results: {folder / 'results.json'}\nreport:  {folder / REPORT_FILE}")
 
 

@@ -22,7 +22,8 @@ UNPRINTABLE = re.compile(
     "\ud800-\udfff]"  # what no encoding has, such as undecodable bytes of a file's name
 )
 PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "‖": "|", "±": "+-", "→": "->", "…": "...", "·": "*", "×": "x",
-                       "α": "alpha", "β": "beta", "≤": "<=", "≥": ">=", "\u00a0": " ", "│": "|"})  # fmt: skip
+                       "α": "alpha", "β": "beta", "≤": "<=", "≥": ">=", "\u00a0": " ", "│": "|",
+                       "─": "-", "∞": "inf"})  # fmt: skip
 """Stand-ins in a terminal without these characters."""
 MIN_COLUMNS = 80
 """Narrower tables and help would be cut to single letters; a narrower terminal wraps these lines instead."""

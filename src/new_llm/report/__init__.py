@@ -1,16 +1,8 @@
-"""The report of experiments: a page to show, and a table for the console."""
+"""The report of experiments: a page to show, charts as files, and tables for the console."""
 
-from new_llm.report.html import render_page, render_report, write_page, write_report
-from new_llm.report.results import load_results
-from new_llm.report.runs import read_runs
-from new_llm.report.tables import render_summary_table
+from new_llm.report.page import write_page, write_report
+from new_llm.report.render import write_chart, write_charts
+from new_llm.report.results import load_results, read_runs
+from new_llm.report.tables import SummaryTable
 
-__all__ = [
-    "load_results",
-    "read_runs",
-    "render_page",
-    "render_report",
-    "render_summary_table",
-    "write_page",
-    "write_report",
-]
+__all__ = ["SummaryTable", "load_results", "read_runs", "write_chart", "write_charts", "write_page", "write_report"]

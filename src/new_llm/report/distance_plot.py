@@ -10,7 +10,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from new_llm.formats import WAYS, name_range
 from new_llm.report.picture import COLORS, new_figure
-from new_llm.report.svg import MARKERS
+
+MARKERS = "os^Dvp*"
 
 WIDTH_INCHES = 7.2
 HEIGHT_INCHES = 6.2

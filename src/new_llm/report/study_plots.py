@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from new_llm.report.picture import COLORS, new_figure, save_picture
-from new_llm.report.svg import MARKERS
+
+MARKERS = "os^Dvp*"
 
 WIDTH_INCHES = 7.0
 ROW_INCHES = 0.28

@@ -1,242 +1,271 @@
-"""The summary of an experiment as rows of text: for the console, and for the page."""
+"""The summary of an experiment: a row a model, a column a figure, for the console and for the page alike."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from textwrap import wrap
+from typing import Any, Literal
 
-from rich import box
-from rich.table import Table
+from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from new_llm.config.terminal import PLAIN, make_line
+from new_llm.evaluation import MEASURES, Column
 from new_llm.formats import (
     MISSING,
     format_bytes,
     format_count,
     format_number,
-    format_percent,
+    format_seconds,
     format_short,
     format_with_error,
 )
-from new_llm.report.outcome import mean_unigram
-from new_llm.report.results import compute_mean, compute_spread, get_finite, get_number, get_value
-from new_llm.report.runs import Run
-from new_llm.report.series import Series, group_series
+from new_llm.report.headline import describe_outcome
+from new_llm.report.measures import list_columns, list_places
+from new_llm.report.results import VALIDATION, as_number, get_number, make_run
+from new_llm.report.series import Series, compute_mean, compute_spread, group_series
 
-__all__ = [
-    "COLUMNS",
-    "Cell",
-    "Row",
-    "format_number",
-    "format_percent",
-    "render_summary_table",
-    "summarize",
-    "summarize_series",
-]
-
-UNIGRAM = "unigram"
-RATIO = "×\N{NO-BREAK SPACE}unigram"
-VERDICT = "verdict"
+GAP = 2  # blanks between columns of the console's tables
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of the summary."""
+    """One figure of one model.
+
+    Attributes:
+        text: as it is shown.
+        hint: the exact value, the interval, the seeds: for who asks.
+        value: what rows are sorted by; None: a word, or nothing.
+        is_best: the best of its column.
+    """
 
     text: str
-    title: str = ""
-    """The exact value or a longer word, for who asks."""
-    best: bool = False
-    """The lowest of its column, where lower is better."""
-    level: str = ""
-    """A verdict's level; other cells have none."""
+    hint: str = ""
     value: float | None = None
-    """What the row is sorted by in this column; None: its text."""
+    is_best: bool = False
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model of the summary, or the floor of skill."""
+class Heading:
+    """What a column is called, under the heading that it shares with its neighbours."""
 
-    name: str
-    cells: tuple[Cell, ...]
-    is_floor: bool = False
-    series: int = -1
-    """The model's place; the floor has none."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One measure: where it is in a model's entry and how it reads."""
-
-    name: str
-    """Its name where it stands alone; an indented one belongs to the measure above it."""
     group: str
-    label: str
-    """Its name under its group's."""
-    value: Callable[[dict[str, Any], dict[str, Any]], float | None]
-    """From the model's entry and the whole results."""
-    text: Callable[[float | None], str] = format_number
-    compare: bool = False
-    """Lower is better, and the lowest is marked."""
-    exact: bool = False
-    """The text is rounded; the exact count goes into the cell's title."""
-    error: tuple[str, ...] = ()
-    """Where the standard error is."""
-    interval: tuple[str, ...] = ()
-    """Where the two ends of the interval are, for the cell's title."""
+    title: str
 
 
-def _at(*keys: str) -> Callable[[dict[str, Any], dict[str, Any]], float | None]:
-    return lambda entry, results: get_number(entry, *keys)
+@dataclass(frozen=True)
+class Summary:
+    """The table: `rows` are a model's name, its place among the models, and a cell for each heading."""
+
+    headings: list[Heading]
+    rows: list[tuple[str, int, list[Cell]]]
 
 
-def _unigram_ratio(entry: dict[str, Any], results: dict[str, Any]) -> float | None:
-    value = get_number(entry, "evaluation", "sliding", "perplexity")
-    unigram = get_finite(results, "unigram_perplexity")
-    return value / unigram if value is not None and unigram else None
-
-
-def _format_ratio(value: float | None) -> str:
-    return format_number(value, 3)
-
-
-PERPLEXITY, REVERSAL, TRAINING = "Validation perplexity", "Reversal perplexity", "Training"
-_SLIDING = ("evaluation", "sliding")
-_REVERSAL = ("evaluation", "reversal")
-COLUMNS = (
-    Column(
-        "perplexity",
-        PERPLEXITY,
-        "sliding",
-        _at(*_SLIDING, "perplexity"),
-        compare=True,
-        error=(*_SLIDING, "standard_error"),
-    ),
-    Column("  streaming", PERPLEXITY, "streaming", _at("evaluation", "streaming", "perplexity"), compare=True),
-    Column("  per word", PERPLEXITY, "per word", _at(*_SLIDING, "word_perplexity"), compare=True),
-    Column(f"  {RATIO}", PERPLEXITY, RATIO, _unigram_ratio, _format_ratio, compare=True),
-    Column("verdict", PERPLEXITY, VERDICT, lambda entry, results: None),
-    Column("bits per byte", "Bits", "per byte", _at(*_SLIDING, "bits_per_byte"), compare=True),
-    *(
-        Column(
-            name,
-            REVERSAL,
-            direction,
-            _at(*_REVERSAL, f"{direction}_perplexity"),
-            compare=True,
-            interval=(*_REVERSAL, "intervals", f"{direction}_perplexity"),
-        )
-        for name, direction in (("reversal, forward", "forward"), ("  backward", "backward"))
-    ),
-    Column("parameters", "Size", "parameters", _at("num_parameters", "total"), format_short, exact=True),
-    Column("memory", "Size", "memory", _at("memory_info", "total_bytes"), format_bytes, exact=True),
-    Column("tokens/s", TRAINING, "tokens/s", _at("training", "tokens_per_second"), format_count),
-    Column("peak memory", TRAINING, "peak memory", _at("training", "peak_memory_bytes"), format_bytes, exact=True),
+# What a model is and what its training cost: group, title, where it is in a model's entry, how it reads.
+FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ...] = (
+    ("Model", "context, tokens", ("context_tokens",), format_count),
+    ("Model", "parameters", ("num_parameters", "total"), format_short),
+    ("Model", "state", ("memory_info", "total_bytes"), format_bytes),
+    ("Training", "tokens/s", ("training", "tokens_per_second"), format_count),
+    ("Training", "time", ("training", "seconds"), format_seconds),
+    ("Training", "peak memory", ("training", "peak_memory_bytes"), format_bytes),
 )
 
 
-def summarize(results: dict[str, Any]) -> list[Row]:
-    """`summarize_series` of one run's results."""
-    runs = [Run(results)]
-    return summarize_series(group_series(runs), runs)
-
-
-def summarize_series(series: Sequence[Series], runs: Sequence[Run], *, mark_best: bool = True) -> list[Row]:
-    """One row a model, and the unigram's where it is known; cells follow `COLUMNS`.
-
-    A cell of several seeds holds their mean, that of the sliding perplexity with their standard deviation.
+def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
+    """What is known of the models: their size, what was measured of them, what their training cost.
 
     Args:
         series: the models.
-        runs: what they are from.
-        mark_best: whether the lowest of a column is marked: the models were measured on the same text.
+        mark_best: whether the best of a column is marked: the models were measured on the same text.
     """
-    columns: list[list[Cell]] = []
-    for column in COLUMNS:
-        if column.label == VERDICT:
-            columns.append([_make_verdict(one) for one in series])
-            continue
-        found = [_find_values(one, column) for one in series]
-        means = [compute_mean(values) if values else None for values in found]
-        finite = [value for value in means if value is not None and math.isfinite(value)]
-        lowest = min(finite) if mark_best and column.compare and len(set(finite)) > 1 else None
-        columns.append(
-            [
-                _make_cell(one, column, values, mean, is_best=lowest is not None and mean == lowest)
-                for one, values, mean in zip(series, found, means, strict=True)
-            ]
+    columns: list[tuple[Heading, list[Cell]]] = []
+    facts = [_collect_fact(series, *fact) for fact in FACTS]
+    columns += [found for found in facts if found[0].group == "Model"]
+    for measure, text in list_places(series):
+        columns += _collect_measure(series, measure, text, mark_best=mark_best)
+    columns += [found for found in facts if found[0].group != "Model"]
+    known = [(heading, cells) for heading, cells in columns if any(cell.text != MISSING for cell in cells)]
+    rows = [(one.name, one.index, [cells[place] for _, cells in known]) for place, one in enumerate(series)]
+    return Summary([heading for heading, _ in known], rows)
+
+
+def _collect_fact(
+    series: Sequence[Series], group: str, title: str, keys: tuple[str, ...], write: Callable[[float | None], str]
+) -> tuple[Heading, list[Cell]]:
+    cells = []
+    for one in series:
+        values = [value for member in one.members if (value := get_number(member.entry, *keys)) is not None]
+        cells.append(_make_cell(values, write, format_count(values[0]) if len(values) == 1 else ""))
+    return Heading(group, title), cells
+
+
+def _collect_measure(
+    series: Sequence[Series], measure: str, text: str, *, mark_best: bool
+) -> Iterator[tuple[Heading, list[Cell]]]:
+    """The columns of one measure on one text, in the order in which results show them."""
+    found: list[dict[str, list[Column]]] = []
+    for one in series:
+        by_key: dict[str, list[Column]] = {}
+        for member in one.members:
+            measured = member.list_measured().get((measure, text))
+            for column in list_columns(measured) if measured else ():
+                by_key.setdefault(column.key, []).append(column)
+        found.append(by_key)
+    for key in dict.fromkeys(key for by_key in found for key in by_key):
+        first = next(by_key[key][0] for by_key in found if key in by_key)
+        cells = [_make_measured_cell(by_key.get(key, [])) for by_key in found]
+        if mark_best and first.better:
+            cells = _mark_best(cells, first.better)
+        group = make_line(first.group or MEASURES[measure].title)
+        yield Heading(group if text == VALIDATION else f"{group}: {text}", make_line(first.title)), cells
+
+
+def _make_measured_cell(columns: Sequence[Column]) -> Cell:
+    """One model's figure: of several seeds their mean with its standard deviation."""
+    if not columns:
+        return Cell(MISSING)
+    values = [number for column in columns if (number := as_number(column.value)) is not None]
+    first = columns[0]
+    if not values:
+        return Cell(MISSING if first.value is None else make_line(first.value), make_line(first.hint))
+    hint = make_line(first.hint)
+    low, high, error = (as_number(end) for end in (first.low, first.high, first.error))
+    if low is not None and high is not None:
+        hint = f"{hint} interval {format_number(low)} to {format_number(high)}".strip()
+    cell = _make_cell(values, lambda value: make_line(first.format(value or 0.0)), hint)
+    if len(columns) == 1 and error is not None:
+        return Cell(format_with_error(values[0], error), hint, cell.value)
+    return cell
+
+
+def _make_cell(values: list[float], write: Callable[[float | None], str], hint: str) -> Cell:
+    if not values:
+        return Cell(MISSING)
+    finite = [value for value in values if math.isfinite(value)]
+    if len(values) == 1 or not finite:
+        return Cell(_write(values[0], write), hint, finite[0] if finite else None)
+    mean = compute_mean(finite)
+    each = ", ".join(_write(value, write) for value in values)
+    spread = f"; standard deviation {format_number(compute_spread(finite), 3)}" if len(finite) > 1 else ""
+    return Cell(_write(mean, write), f"{len(values)} seeds: {each}{spread}", mean)
+
+
+def _write(value: float, write: Callable[[float | None], str]) -> str:
+    """The formatted number; what no format can write as it is."""
+    try:
+        return write(value) if math.isfinite(value) else format_number(value)
+    except (ValueError, OverflowError):
+        return format_number(value)
+
+
+def _mark_best(cells: list[Cell], better: Literal["lower", "higher"]) -> list[Cell]:
+    values = {cell.value for cell in cells if cell.value is not None}
+    if len(values) < 2:
+        return cells
+    best = min(values) if better == "lower" else max(values)
+    return [Cell(c.text, c.hint, c.value, is_best=c.value == best) for c in cells]
+
+
+class SummaryTable:
+    """What rich prints of a run: its summary in tables as wide as the console, and what they say.
+
+    Where the console's encoding has no other characters, all is ASCII.
+    """
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.run = make_run(results)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        write = str if options.encoding.startswith("utf") else to_ascii
+        series = group_series([self.run])
+        yield Text(write(self.run.name), style="bold")
+        for line in render_lines(summarize(series), options.max_width, write):
+            line.no_wrap, line.overflow = True, "ignore"
+            yield line
+        outcome = describe_outcome(series)
+        yield Text(write(f"\n{outcome.text}"))
+        yield Text(write(" ".join(outcome.caveats)))
+
+
+def render_lines(summary: Summary, width: int, write: Callable[[str], str] = str) -> Iterator[Text]:
+    """The summary as lines of at most so many characters, but for words and figures that are longer.
+
+    No word is cut: headings and names break between words, and columns for which there is no room go into further
+    tables below the first.
+    """
+    names = [write(name) for name, _, _ in summary.rows]
+    name_width = min(max(map(len, names), default=0), max(_longest_word(names), width // 3))
+    block: list[int] = []
+    for column in range(len(summary.headings)):
+        if block and name_width + sum(GAP + one for one in _lay_out(summary, [*block, column], write)) > width:
+            yield from _render_block(summary, block, name_width, write)
+            block = []
+        block.append(column)
+    if block:
+        yield from _render_block(summary, block, name_width, write)
+
+
+def _lay_out(summary: Summary, columns: Sequence[int], write: Callable[[str], str]) -> list[int]:
+    """The widths of columns that stand side by side."""
+    widths = [
+        max(
+            [_longest_word([write(summary.headings[i].title)])]
+            + [len(write(cells[i].text)) for *_, cells in summary.rows]
         )
-    rows = [
-        Row(one.name, cells, series=one.index) for one, cells in zip(series, zip(*columns, strict=True), strict=True)
+        for i in columns
     ]
-    unigram = mean_unigram(runs)
-    if unigram is not None:
-        texts = {"sliding": format_number(unigram), RATIO: "1"}
-        rows.append(Row(UNIGRAM, tuple(Cell(texts.get(column.label, "")) for column in COLUMNS), is_floor=True))
-    return rows
+    for group, places in _list_spans(summary, columns):
+        missing = _longest_word([write(group)]) - _measure_span(widths, places)
+        widths[places[0]] += max(0, missing)
+    return widths
 
 
-def _find_values(series: Series, column: Column) -> list[float]:
-    """The members' values; of several members the finite ones."""
-    found = [column.value(member.entry, member.run.results) for member in series.members]
-    known = [value for value in found if value is not None]
-    return known if len(known) < 2 else [value for value in known if math.isfinite(value)]
+def _list_spans(summary: Summary, columns: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Groups of neighbouring columns, each with its columns' places in the list."""
+    groups = groupby(range(len(columns)), lambda place: summary.headings[columns[place]].group)
+    return [(group, list(places)) for group, places in groups]
 
 
-def _make_cell(series: Series, column: Column, values: list[float], mean: float | None, *, is_best: bool) -> Cell:
-    entry = series.members[0].entry
-    text, title = column.text(mean), _format_ends(entry, column)
-    if len(values) > 1:
-        spread = compute_spread(values)
-        text = format_with_error(mean, spread) if column.error else text
-        each = ", ".join(column.text(value) for value in values)
-        title = f"{len(values)} seeds: {each}; standard deviation {column.text(spread)}"
-    elif column.error:
-        text = format_with_error(mean, get_number(entry, *column.error))
-    elif column.exact and mean is not None:
-        title = format_count(mean)
-    return Cell(text, title, is_best, value=mean if mean is not None and math.isfinite(mean) else None)
+def _measure_span(widths: Sequence[int], places: Sequence[int]) -> int:
+    return sum(widths[place] for place in places) + GAP * (len(places) - 1)
 
 
-def _format_ends(entry: dict[str, Any], column: Column) -> str:
-    ends = get_value(entry, *column.interval) if column.interval else None
-    if not isinstance(ends, list) or len(ends) != 2:
-        return ""
-    low, high = (get_number({"end": end}, "end") for end in ends)
-    return f"interval {format_number(low)} – {format_number(high)}"
+def _render_block(
+    summary: Summary, columns: Sequence[int], name_width: int, write: Callable[[str], str]
+) -> Iterator[Text]:
+    widths, gap = _lay_out(summary, columns, write), " " * GAP
+    spans = _list_spans(summary, columns)
+    groups = [(write(group), _measure_span(widths, places)) for group, places in spans]
+    titles = [(write(summary.headings[i].title), width) for i, width in zip(columns, widths, strict=True)]
+    yield Text("")
+    for line in _stack(groups):
+        yield Text((" " * name_width + gap + gap.join(f"{part:<{width}}" for part, (_, width) in line)).rstrip())
+    for line in _stack(titles):
+        yield Text((" " * name_width + gap + gap.join(f"{part:>{width}}" for part, (_, width) in line)).rstrip())
+    yield Text(write("─") * (name_width + sum(GAP + width for width in widths)))
+    for name, _, cells in summary.rows:
+        first, *rest = wrap(write(name), name_width, break_long_words=False) or [""]
+        row = Text(f"{first:<{name_width}}")
+        for i, width in zip(columns, widths, strict=True):
+            row.append(gap + f"{write(cells[i].text):>{width}}", style="bold" if cells[i].is_best else "")
+        yield row
+        yield from map(Text, rest)
 
 
-def _make_verdict(series: Series) -> Cell:
-    """The first verdict that a member has."""
-    for member in series.members:
-        verdict = get_value(member.entry, "evaluation", "sliding", "verdict")
-        if isinstance(verdict, dict) and verdict.get("level"):
-            level, text, span = (str(verdict.get(key) or "") for key in ("level", "text", "range"))
-            title = f"{text or level}, perplexity {span}" if span else text
-            return Cell("still training" if level == "training" else level, title=title, level=level)
-    return Cell(MISSING)
+def _stack(parts: Sequence[tuple[str, int]]) -> list[list[tuple[str, tuple[str, int]]]]:
+    """Texts of given widths side by side in as many lines as they need, the last lines of all at the bottom."""
+    wrapped = [wrap(text, width, break_long_words=False) for text, width in parts]
+    height = max(map(len, wrapped), default=0)
+    padded = [[""] * (height - len(lines)) + lines for lines in wrapped]
+    return [[(lines[i], part) for lines, part in zip(padded, parts, strict=True)] for i in range(height)]
 
 
-def render_summary_table(results: dict[str, Any]) -> Table:
-    """The summary for a console: measures down, models across, so that it fits a narrow terminal.
+def to_ascii(text: str) -> str:
+    """The text in ASCII: our own signs as what they mean, any other character as a question mark."""
+    return text.translate(PLAIN).encode("ascii", "replace").decode()
 
-    The lowest perplexity of a row is bold. Measures that no model has are left out.
-    """
-    rows = summarize(results)
-    table = Table(
-        title=Text(str(results.get("name") or "results")),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-    )
-    table.add_column("")
-    for row in rows:
-        table.add_column(Text(row.name), justify="right", style="dim" if row.is_floor else "", overflow="fold")
-    for index, column in enumerate(COLUMNS):
-        cells = [row.cells[index] for row in rows]
-        if all(cell.text in ("", MISSING) for cell in cells):
-            continue
-        table.add_row(Text(column.name), *(Text(cell.text, style="bold" if cell.best else "") for cell in cells))
-    return table
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max((len(word) for text in texts for word in text.split()), default=0)

@@ -1,0 +1,203 @@
+"""The sentence that sums a report up: which model is best, by how much, and how far to trust it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from new_llm.config.terminal import make_line
+from new_llm.evaluation import MEASURES, Column
+from new_llm.evaluation.bootstrap import find_t_interval
+from new_llm.formats import format_number
+from new_llm.report.measures import CONFIDENCE, Place, compare, list_columns, list_places
+from new_llm.report.results import as_number, get_value
+from new_llm.report.series import Member, Series, compute_mean
+
+SAME_SHARE = 0.0005
+MAX_VALUE = 1e12  # beyond it a model broke, and seeds can't be compared
+TOKENIZERS = "they were measured with different tokenizers"
+# Where it stands what models were measured on, and what to say where it differs.
+SOURCE = (("data", "source_fingerprint"), "they were measured on different texts")
+SPLIT = (
+    (("data", "tokenizer", "fingerprint"), TOKENIZERS),
+    (("data", "split_fingerprint"), "they were measured on different validation documents"),
+)
+SAME_PROTOCOL = ("num_tokens", "context", "stride")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the results say, in words.
+
+    Attributes:
+        text: one sentence.
+        caveats: how far to trust it.
+        is_comparable: whether the models were measured on the same text.
+    """
+
+    text: str
+    caveats: list[str]
+    is_comparable: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's headline figure: its mean over seeds, and the measurement of each seed."""
+
+    series: Series
+    column: Column
+    values: dict[Any, float]
+    """By the member's place, its figure."""
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return compute_mean(list(self.values.values()))
+
+
+def describe_outcome(series: Sequence[Series]) -> Headline:
+    """Say which model is best, by how much, and how far to trust it.
+
+    The figure is the first of the summary for which lower or higher is better.
+    """
+    place, scores = find_scores(series)
+    if place is None:
+        return Headline("No model has been evaluated yet.", [])
+    column = scores[0].column
+    what = make_line(MEASURES[place[0]].title)
+    scores.sort(key=lambda score: score.mean, reverse=column.better == "higher")
+    missing = [one.name for one in series if one.name not in [score.series.name for score in scores]]
+    caveats = [f"Not evaluated: {', '.join(missing)}."] if missing else []
+    if unlike := find_mismatch(scores, place):
+        bits = "Figures per byte do not depend on the tokenizer where the text is the same."
+        caveats += [bits] if unlike == TOKENIZERS else []
+        return Headline(f"These models can't be ranked by {what}: {unlike}.", caveats, is_comparable=False)
+    best = scores[0]
+    seeds = sorted({len(score.values) for score in scores})
+    if seeds[-1] > 1:
+        many = f"{seeds[0]} to {seeds[-1]}" if seeds[0] < seeds[-1] else f"{seeds[0]}"
+        caveats.append(f"Figures are means over {many} seeds per model.")
+    if len(scores) == 1:
+        text = f"{best.series.name} reaches a {what} of {say(best)}."
+        return Headline(text, [*caveats, "There is one model only: nothing to compare it with."])
+    second, word = scores[1], "lowest" if column.better == "lower" else "highest"
+    if abs(best.mean - second.mean) <= SAME_SHARE * abs(second.mean):
+        text = f"{best.series.name} and {second.series.name} have the same {what}, {say(best)}, to within 0.05%."
+    else:
+        others = [second, *(score for score in scores[2:] if score.series is series[0])]
+        said = " and ".join(f"{say_share(best, other)} {other.series.name} ({say(other)})" for other in others)
+        text = f"{best.series.name} has the {word} {what}: {say(best)}, {said}."
+    return Headline(text, [describe_difference(best, second, place), *caveats])
+
+
+def find_scores(series: Sequence[Series]) -> tuple[Place | None, list[Score]]:
+    """The first figure that says which way is better, and the models that have a finite one."""
+    for place in list_places(series):
+        scores = []
+        for one in series:
+            values: dict[Any, float] = {}
+            shown: Column | None = None
+            for index, member in enumerate(one.members):
+                measured = member.list_measured().get(place)
+                column = next((c for c in list_columns(measured) if c.better), None) if measured else None
+                value = as_number(column.value) if column else None
+                if value is not None and math.isfinite(value):
+                    values[index], shown = value, shown or column
+            if shown is not None:
+                scores.append(Score(one, shown, values))
+        if scores:
+            return place, scores
+    return None, []
+
+
+def find_mismatch(scores: Sequence[Score], place: Place) -> str:
+    """What the models were measured on that differs between them, in words; nothing: ''.
+
+    A seed can also choose the split, so models are compared seed by seed, or by their source if none is shared.
+    """
+    first = scores[0].series
+    for other in (score.series for score in scores[1:]):
+        pairs = pair_members(first, other)
+        for one, two in pairs or [(first.members[0], other.members[0])]:
+            for path, words in (SOURCE, *SPLIT) if pairs else (SOURCE,):
+                if get_value(one.run.results, *path) != get_value(two.run.results, *path):
+                    return words
+            results = [found.result if (found := m.list_measured().get(place)) else {} for m in (one, two)]
+            for key in SAME_PROTOCOL if pairs else SAME_PROTOCOL[1:]:
+                if results[0].get(key) != results[1].get(key):
+                    return f"their {key.replace('num_tokens', 'number of scored tokens')} differs"
+    return ""
+
+
+def pair_members(one: Series, other: Series) -> list[tuple[Member, Member]]:
+    """The trainings of two models that share a seed."""
+    return [(a, b) for a in one.members for b in other.members if a.seed == b.seed]
+
+
+def describe_difference(best: Score, second: Score, place: Place) -> str:
+    """The paired difference of two models: over documents for one seed, over seeds for several."""
+    pairs = pair_members(best.series, second.series)
+    single = [score.series.name for score in (best, second) if len(score.values) == 1]
+    if len(single) == 1 and len(pairs) < 2:
+        return f"{single[0]} was trained with one seed, so the spread between seeds can't be told from the difference."
+    if len(pairs) == 1 or len(single) == 2:
+        return _describe_over_documents(pairs, place, second.series.name)
+    if max(*best.values.values(), *second.values.values()) > MAX_VALUE:
+        return "A figure is too large to compare seeds."
+    values = [_read(pair, best, second) for pair in pairs]
+    shares = [one / other - 1 for one, other in (pair for pair in values if pair is not None) if other]
+    if len(shares) < 2:
+        return (
+            f"{best.series.name} and {second.series.name} share no seeds, so their difference has no paired interval."
+        )
+    low, high = find_t_interval(shares, CONFIDENCE)
+    said = (
+        f"The difference from {second.series.name} is {compute_mean(shares):+.1%} [{low:+.1%}, {high:+.1%}] "
+        f"(95% interval over {len(shares)} seeds, paired by seed, Student's t)"
+    )
+    return f"{said}: {_judge(low, high)}."
+
+
+def _read(pair: tuple[Member, Member], best: Score, second: Score) -> tuple[float, float] | None:
+    """The figures of two trainings."""
+    found = []
+    for member, score in zip(pair, (best, second), strict=True):
+        found.append(score.values.get(score.series.members.index(member)))
+    return (found[0], found[1]) if None not in found else None
+
+
+def _describe_over_documents(pairs: Sequence[tuple[Member, Member]], place: Place, name: str) -> str:
+    unmeasured = "Each model was trained with one seed, so the spread between seeds is unmeasured."
+    results = [[found.result if (found := m.list_measured().get(place)) else {} for m in pair] for pair in pairs]
+    estimate = compare(*results[0]) if results else None
+    if estimate is None:
+        return unmeasured
+    num_documents = estimate.num_documents
+    if estimate.low is None or estimate.high is None:
+        return f"Only {num_documents} documents were measured, too few for an interval of the difference. {unmeasured}"
+    said = (
+        f"The difference from {name} is {estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}] "
+        f"(95% interval over {num_documents} documents, paired by document)"
+    )
+    return f"{said}: {_judge(estimate.low, estimate.high)}. {unmeasured}"
+
+
+def _judge(low: float | None, high: float | None) -> str:
+    is_clear = low is not None and high is not None and (low > 0 or high < 0)
+    return "more than chance explains" if is_clear else "chance could explain it, so read it as a tie"
+
+
+def say(score: Score) -> str:
+    """The figure in a sentence."""
+    try:
+        return make_line(score.column.format(score.mean))
+    except (ValueError, OverflowError):
+        return format_number(score.mean)
+
+
+def say_share(best: Score, other: Score) -> str:
+    """How far apart two figures are: "5.0% below"."""
+    if not other.mean:
+        return "against"
+    share = best.mean / other.mean - 1
+    return f"{abs(share):.1%} {'below' if share < 0 else 'above'}"

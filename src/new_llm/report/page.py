@@ -1,0 +1,305 @@
+"""The report: one self-contained HTML page of one run or several, and its charts as files beside it."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from new_llm import formats
+from new_llm.charts import Chart
+from new_llm.config.atomic import write_text_atomically
+from new_llm.config.terminal import make_line, make_printable
+from new_llm.evaluation import MEASURES
+from new_llm.formats import format_number
+from new_llm.report import measures, render, training_charts
+from new_llm.report.headline import describe_outcome
+from new_llm.report.results import VALIDATION, Run, get_entries, get_gates, get_number, get_text, get_value, make_run
+from new_llm.report.series import Series, group_series, list_differences
+from new_llm.report.tables import summarize
+
+PAGE_FOLDER = "page"
+FIGURES_FOLDER = "figures"
+TEMPLATES = ("page.html", "style.css", "script.js")
+# How a word of a table is shown: a verdict's levels.
+BADGES = {"abnormal": "bad", "suspicious": "warn", "normal": "good", "undertrained": "info", "training": "info"}
+
+
+@dataclass(frozen=True)
+class View:
+    """One chart of a figure, drawn."""
+
+    label: str
+    svg: Markup
+    csv: str
+    """The address of its numbers, which holds them."""
+    name: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Charts of one title, between which the page switches, with the key to their series."""
+
+    name: str
+    title: str
+    caption: str
+    views: list[View]
+    key: list[tuple[str, str, Markup]]
+    """(name, colour, mark) of each series."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A measure's part of the page, or the training's or the memory's."""
+
+    name: str
+    title: str
+    figures: list[Figure]
+    sentences: list[tuple[str, str]]
+    """(model, what was found)."""
+
+
+def write_report(results: dict[str, Any], path: Path) -> None:
+    """Write the page of one run, with the evaluations that lie beside it; what the results lack is left out.
+
+    Args:
+        results: as in results.json. NaN and infinite numbers may occur.
+        path: the .html file in the run's folder; an older file is replaced.
+    """
+    is_done = results.get("status") == "complete"  # a run writes its page after each model; figures only once
+    write_page([make_run(results, path.parent)], path, with_figures=is_done)
+
+
+def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) -> None:
+    """Write the page of some runs, and their charts as SVG and CSV into `figures` beside it.
+
+    The page loads nothing: style, script and charts are inside it. Each file appears whole or not at all.
+    """
+    series = group_series(runs)
+    charts = draw_charts(series)
+    # JSON may hold lone surrogates, which UTF-8 can't.
+    write_text_atomically(path, render_page(runs, series, charts).encode("utf-8", "replace").decode("utf-8"))
+    if with_figures:
+        render.write_charts([chart for group in charts.values() for chart in group], path.parent / FIGURES_FOLDER)
+
+
+def draw_charts(series: Sequence[Series]) -> dict[measures.Place, list[Chart]]:
+    """Every chart that the results have numbers for: of each measure and text, of the training, of the memory."""
+    places = measures.list_places(series)
+    drawn = {place: measures.draw_charts(measures.list_results(series, place), place) for place in places}
+    own = {("training", ""): training_charts.draw_training(series), ("memory", ""): training_charts.draw_memory(series)}
+    return drawn | own
+
+
+def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[measures.Place, list[Chart]]) -> str:
+    """The page's text: the same runs give the same text."""
+    outcome = describe_outcome(series)
+    files = {
+        name: resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8") for name in TEMPLATES
+    }
+    environment = Environment(
+        loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": formats.format_number,
+        "count": formats.format_count,
+        "bytes": formats.format_bytes,
+        "seconds": formats.format_seconds,
+        "text": make_line,
+    }
+    summary = summarize(series, mark_best=outcome.is_comparable)
+    script = files["script.js"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    names = [make_line(run.name) for run in runs]
+    return environment.get_template("page.html").render(
+        title=names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
+        facts=list_facts(runs),
+        unfinished=[(run.name, status) for run in runs if (status := get_text(run.results, "status")) != "complete"],
+        outcome=outcome,
+        keys=[(one.name, *_draw_mark(one.index)) for one in series],
+        groups=[(group, len(list(some))) for group, some in groupby(summary.headings, lambda heading: heading.group)],
+        summary=summary,
+        badges=BADGES,
+        sections=list_sections(series, charts),
+        training=list_training(series),
+        compute_note=training_charts.COMPUTE_NOTE,
+        layers=list_layers(series),
+        differences=list_differences(series),
+        evaluations=[(run.name, one, measures.describe(one)) for run in runs for one in run.evaluations],
+        origins=[describe_origin(run) for run in runs],
+        unknown=measures.list_unknown(series),
+        script=Markup(script),
+        style=Markup(files["style.css"]),
+        digest=digest,
+    )
+
+
+def list_sections(series: Sequence[Series], charts: dict[measures.Place, list[Chart]]) -> list[Section]:
+    """The page's parts that have something to show."""
+    places = {one.name: one.index for one in series}
+    sections = []
+    for number, ((measure, text), drawn) in enumerate(charts.items()):
+        if measure in MEASURES:
+            title = make_line(MEASURES[measure].title)
+            title = title[:1].upper() + title[1:] + ("" if text == VALIDATION else f": {text}")
+        else:
+            title = measure.capitalize()
+        sentences = [
+            (one.name, sentence)
+            for one in series
+            for member in one.members
+            if (found := member.list_measured().get((measure, text))) and (sentence := measures.describe(found))
+        ]
+        figures = [make_figure(list(same), places) for _, same in groupby(drawn, lambda chart: chart.title)]
+        shown = [figure for figure in figures if figure.views]
+        if shown or sentences:
+            sections.append(Section(f"section-{number}", title, shown, sentences))
+    order = {"Training": 1, "Memory": 2}
+    return sorted(sections, key=lambda section: order.get(section.title, 0))
+
+
+def make_figure(charts: Sequence[Chart], places: dict[str, int]) -> Figure:
+    """Draw the views of a figure; what can't be drawn, a user's own specification perhaps, is left out."""
+    views, key = [], {}
+    for chart in charts:
+        try:
+            svg = render.draw_for_page(chart, places)
+        except measures.BROKEN:
+            continue
+        table = base64.b64encode(chart.to_csv().encode("utf-8", "replace")).decode()
+        label = make_line(chart.view or chart.title)
+        views.append(View(label, Markup(svg), f"data:text/csv;charset=utf-8;base64,{table}", chart.name))
+        for place, name in enumerate(render.list_names(chart)):
+            key[make_line(name)] = _draw_mark(places.get(name, place))
+    first = charts[0]
+    named = [(name, *mark) for name, mark in key.items()]
+    return Figure(first.name, make_line(first.title), make_line(first.caption), views, named)
+
+
+# Marks of the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.
+_MARKS = (
+    "M5 .5a4.5 4.5 0 1 0 .01 0Z",
+    "M1 1h8v8h-8Z",
+    "M5 .7 9.5 9h-9Z",
+    "M5 0 10 5 5 10 0 5Z",
+    "M5 9.3.5 1h9Z",
+    "M3.5 0h3v3.5H10v3H6.5V10h-3V6.5H0v-3h3.5Z",
+    "M0 4h10v2h-10Z",
+)
+
+
+def _draw_mark(place: int) -> tuple[str, Markup]:
+    color, _ = render.choose_mark(place)
+    path = _MARKS[place % len(_MARKS)]
+    return color, Markup(f'<svg viewBox="0 0 10 10" aria-hidden="true"><path d="{path}" fill="currentColor"/></svg>')
+
+
+def list_facts(runs: Sequence[Run]) -> list[str]:
+    """What stands under the title: when, where the text is from, where it ran, the seeds."""
+
+    def collect(*keys: str) -> str:
+        found = [get_value(run.results, *keys) for run in runs]
+        return ", ".join(dict.fromkeys(make_line(value) for value in found if value is not None and value != ""))
+
+    created = get_text(runs[0].results, "created") if len(runs) == 1 else ""
+    seeds = collect("config", "seed")
+    facts = [
+        created[:16].replace("T", " "),
+        f"{len(runs)} runs" if len(runs) > 1 else "",
+        f"text: {source}" if (source := collect("data", "source")) else "",
+        " ".join(filter(None, (collect("environment", "device"), collect("environment", "precision")))),
+        f"seed{'s' if ',' in seeds else ''} {seeds}" if seeds else "",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def list_training(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """How each training went, a row a model and seed."""
+    keys = ("epochs", "best_epoch", "steps", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes")
+    rows = []
+    for one in series:
+        for member in one.members:
+            training = get_value(member.entry, "training")
+            if isinstance(training, dict):
+                losses = [get_number(line, "loss") for line in get_entries(training, "steps_log")]
+                stopped = {"True": "early", "False": "at the end"}.get(str(training.get("stopped_early")), "")
+                row = {key: get_number(training, key) for key in keys}
+                row |= {"loss": losses[-1] if losses else None, "name": one.name, "stopped": stopped}
+                rows.append(row | {"seed": get_text({"seed": member.seed}, "seed")})
+    return rows
+
+
+def list_layers(series: Sequence[Series]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Parameters, state and gates of each model's parts."""
+    models = []
+    for one in series:
+        entry = one.members[0].entry
+        parameters = get_value(entry, "num_parameters")
+        memories = {get_number(item, "layer"): item for item in get_entries(entry, "memory_info", "per_layer")}
+        gates = get_gates(entry)
+        counts = get_value(parameters, "per_layer")
+        counts = counts if isinstance(counts, list) else []
+        parts = [
+            {
+                "name": f"layer {index}",
+                "kind": get_text(memories.get(index), "kind"),
+                "parameters": get_number({"n": count}, "n"),
+                "bytes": get_number(memories.get(index), "bytes"),
+                "gates": ", ".join(f"{gate:.2f}" for gate in gates.get(f"layers.{index}", [])),
+            }
+            for index, count in enumerate(counts)
+        ]
+        for key in ("embedding", "lm_head", "total"):
+            size = get_number(entry, "memory_info", "total_bytes") if key == "total" else None
+            if (count := get_number(parameters, key)) is not None:
+                parts.append(
+                    {"name": key.replace("lm_", ""), "kind": "", "parameters": count, "bytes": size, "gates": ""}
+                )
+        if parts:
+            models.append((one.name, parts))
+    return models
+
+
+def flatten_facts(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """(name, value) of a mapping's leaves; the names of nested ones are joined."""
+    leaves: list[tuple[str, str]] = []
+    for key, value in entry.items() if isinstance(entry, dict) else ():
+        name = f"{prefix}{make_line(key).replace('_', ' ')}"
+        if isinstance(value, dict):
+            leaves += flatten_facts(value, f"{name}, ")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            leaves.append((name, f"{value:,}"))
+        elif isinstance(value, float):
+            leaves.append((name, format_number(value) if math.isfinite(value) else str(value)))
+        elif isinstance(value, list):
+            leaves.append((name, ", ".join(map(make_line, value))))
+        elif value is not None and value != "":
+            leaves.append((name, make_line(value)))
+    return leaves
+
+
+def describe_origin(run: Run) -> dict[str, Any]:
+    """What it takes to make the run again."""
+    results = run.results
+    config, data = results.get("config"), get_value(results, "data")
+    notes = [get_value(results, "notes"), get_value(data, "notes"), list(run.notes)]
+    version, revision = (get_text(results, "code", key) for key in ("version", "git_revision"))
+    code = ", ".join(filter(None, (version and f"new-llm {version}", revision and f"commit {revision[:12]}")))
+    is_dirty = bool(code and get_value(results, "code", "git_dirty"))
+    return {
+        "name": run.name,
+        "command": get_text(results, "command"),
+        "code": f"{code}, with changes that were not committed" if is_dirty else code,
+        "data": [leaf for leaf in flatten_facts(data) if leaf[0] != "notes"],
+        "environment": flatten_facts(get_value(results, "environment")),
+        "notes": [make_line(note) for group in notes if isinstance(group, list) for note in group],
+        "config": make_printable(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)) if config else "",
+    }

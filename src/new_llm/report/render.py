@@ -1,0 +1,115 @@
+"""Charts drawn: as SVG for the page, in its colours, and as files that stand alone."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+
+from new_llm import charts
+from new_llm.charts import PALETTE, SHAPES, Chart
+from new_llm.config import UserError
+from new_llm.config.atomic import write_atomically, write_text_atomically
+
+PNG_SCALE = 2.0
+ENDINGS = (".svg", ".png", ".csv")
+# Which of the page's variables stands for each colour of `new_llm.charts`.
+VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} | {
+    charts.INK: "--ink",
+    charts.MUTED: "--muted",
+    charts.GRID: "--grid",
+    charts.HEAT: "--heat",
+    charts.HEAT_INK: "--heat-ink",
+}
+
+
+def write_chart(chart: Chart, path: Path) -> None:
+    """Write a chart as .svg or .png, or its numbers as .csv.
+
+    Raises:
+        UserError: another ending.
+    """
+    if path.suffix == ".svg":
+        svg = vl_convert.vegalite_to_svg(chart.spec, allowed_base_urls=[])
+        write_text_atomically(path, svg)
+    elif path.suffix == ".png":
+        png = vl_convert.vegalite_to_png(chart.spec, scale=PNG_SCALE, allowed_base_urls=[])
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(png)
+    elif path.suffix == ".csv":
+        write_text_atomically(path, chart.to_csv().encode("utf-8", "replace").decode("utf-8"))
+    else:
+        raise UserError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
+
+
+def write_charts(drawn: Sequence[Chart], folder: Path, endings: Sequence[str] = (".svg", ".csv")) -> None:
+    """Write charts into a folder, each under its name; of two with one name the later one gets a number."""
+    taken: set[str] = set()
+    for chart in drawn:
+        name, number = chart.name, 2
+        while name in taken:
+            name, number = f"{chart.name}-{number}", number + 1
+        taken.add(name)
+        for ending in endings:
+            write_chart(chart, folder / f"{name}{ending}")
+
+
+def draw_for_page(chart: Chart, places: Mapping[str, int]) -> str:
+    """An SVG element for the page: no legend, the page's colours, a tooltip for each mark.
+
+    Args:
+        chart: what is drawn.
+        places: the place of each model, which chooses its colour and mark in all charts alike.
+    """
+    spec = copy.deepcopy(chart.spec)
+    spec["config"]["background"] = None
+    names = list_names(chart)
+    _adapt_encodings(spec, [places.get(name, place) for place, name in enumerate(names)])
+    svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+    return adapt_svg(svg, f"{chart.title} {chart.view}".strip())
+
+
+def list_names(chart: Chart) -> list[str]:
+    """The names of a chart's series in the order of its legend; none where the chart has no legend."""
+    color = chart.spec.get("encoding", {}).get("color", {})
+    return list(color["scale"]["domain"]) if color.get("legend") is not None else []
+
+
+def choose_mark(place: int) -> tuple[str, str]:
+    """The colour, as a variable of the page, and the shape of the series at a place."""
+    return f"var(--series-{place % len(PALETTE)})", SHAPES[place % len(SHAPES)]
+
+
+def _adapt_encodings(part: Any, places: Sequence[int]) -> None:
+    """Take the legends out, and let the models' places choose colours and shapes."""
+    for channel, options in (("color", PALETTE), ("shape", SHAPES)):
+        encoding = part.get("encoding", {}).get(channel)
+        if encoding and encoding.get("legend") is not None:
+            encoding["legend"] = None
+            encoding["scale"]["range"] = [options[place % len(options)] for place in places]
+    for layer in part.get("layer", ()):
+        _adapt_encodings(layer, places)
+
+
+_COLOR = re.compile(r'\b(fill|stroke)="(#[0-9a-f]{6})"')
+_NOISE = re.compile(
+    r' (?:role|aria-roledescription|aria-hidden|pointer-events|stroke-miterlimit|class|version|font-family)="[^"]*"'
+)
+_GROUP_LABEL = re.compile(r'(<g\b[^>]*?) aria-label="[^"]*"')
+_MARK_LABEL = re.compile(r'<(path|text|line|rect) aria-label="([^"]*)"([^>]*?)/>')
+_UNSEEN = re.compile(r'<path(?: [\w-]+="[^"]*")*? d="(?:M0,0h0v0h0Z)?"[^>]*/>|<g></g>')
+_ROOT = re.compile(r'<svg [^>]*?width="([\d.]+)" height="([\d.]+)"[^>]*>')
+
+
+def adapt_svg(svg: str, label: str) -> str:
+    """Vega's SVG as an element of the page: the page's colours and letters, labels of marks as tooltips."""
+    svg = _NOISE.sub("", svg)
+    svg = _GROUP_LABEL.sub(r"\1", svg)
+    svg = _MARK_LABEL.sub(r"<\1\3><title>\2</title></\1>", svg)
+    for _ in range(3):  # what holds nothing but what is empty is empty
+        svg = _UNSEEN.sub("", svg)
+    svg = _COLOR.sub(lambda m: f'{m[1]}="var({VARIABLES[m[2]]})"' if m[2] in VARIABLES else m[0], svg)
+    return _ROOT.sub(rf'<svg viewBox="0 0 \1 \2" role="img" aria-label="{escape(label)}">', svg, count=1)

@@ -1,0 +1,190 @@
+"""Charts of training: losses, validation and gates along the way, and what the models cost."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from new_llm.charts import Chart, bar_chart, heat_chart, line_chart
+from new_llm.report.results import get_entries, get_finite, get_gates, get_value, list_numbers
+from new_llm.report.series import Series, compute_mean
+
+FLOPS_PER_WEIGHT = 6  # multiplications and additions of one weight for one token, forward and backward
+MAX_POINTS = 160  # of a curve; more can't be seen
+SMOOTHING_SHARE = 0.08  # the training loss is averaged over about this share of its points
+MAX_LOSS, MAX_PERPLEXITY = 1e3, 1e9  # beyond these a model broke, and would flatten the others' curves
+
+Line = dict[str, Any]
+AXES = (
+    ("tokens", "training tokens"),
+    ("seconds", "seconds of training"),
+    ("compute", "FLOPs of compute, 6 N per token"),
+)
+COMPUTE_NOTE = (
+    "Compute is counted as 6 N per token, N the weights that multiply it (all but the input embedding; the layers of a "
+    "selective model once per pass). Attention and memory reads are not counted."
+)
+
+
+def count_weights(entry: Line) -> float | None:
+    """N of 6 · N · tokens: the weights that a token is multiplied with; None where the parts are not known.
+
+    Source: Kaplan et al., arXiv:2001.08361, section 2.1; the head, which they leave out, is counted.
+    """
+    layers, head = (get_finite(entry, "num_parameters", key) for key in ("transformer", "lm_head"))
+    if layers is None or head is None:
+        return None
+    return (1 + int(get_finite(entry, "options", "skip_interval") or 0)) * layers + head
+
+
+def read_curve(entry: Line, log: str, find: Callable[[Line], float | None]) -> list[tuple[Line, float]]:
+    """A log's lines with a drawable value, as many as can be seen, each with where it stands on every axis."""
+    weights = count_weights(entry)
+    found = []
+    for line in get_entries(entry, "training", log):
+        value, tokens, seconds = find(line), get_finite(line, "tokens"), get_finite(line, "seconds")
+        compute = FLOPS_PER_WEIGHT * weights * tokens if weights is not None and tokens is not None else None
+        if value is not None:
+            found.append(({"tokens": tokens, "seconds": seconds, "compute": compute}, value))
+    step = -(-len(found) // MAX_POINTS) or 1
+    return found[:-1][::step] + found[-1:]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A centred running mean over `SMOOTHING_SHARE` of the values; the window narrows at both ends."""
+    reach = round(SMOOTHING_SHARE * len(values) / 2)
+    sides = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [compute_mean(values[i - side : i + side + 1]) for i, side in enumerate(sides)]
+
+
+def draw_curves(
+    series: Sequence[Series],
+    name: str,
+    title: str,
+    caption: str,
+    *,
+    log: str,
+    find: Callable[[Line], float | None],
+    y_title: str,
+    y_log: bool = False,
+    is_smooth: bool = False,
+) -> Iterator[Chart]:
+    """A learning curve against tokens, time and compute, a view each."""
+    rows: list[Line] = []
+    for one in series:
+        for member in one.members:
+            curve = read_curve(member.entry, log, find)
+            values = [value for _, value in curve]
+            values = smooth(values) if is_smooth else values
+            known = zip(curve, values, strict=True)
+            rows += [{"model": one.name, "seed": member.seed, **place, y_title: y} for (place, _), y in known]
+    if any(len(one.members) > 1 for one in series):
+        caption += " Lines are means over seeds, bands reach from the lowest to the highest seed."
+    for axis, x_title in AXES:
+        # Seeds of a model share their tokens and compute, not their seconds: there each would be a line of its own.
+        shown = [row for row in rows if row[axis] is not None]
+        if axis == "seconds":
+            shown = [
+                row for row in shown if row["seed"] == next(r["seed"] for r in shown if r["model"] == row["model"])
+            ]
+        if shown:
+            chart_name = name if axis == "tokens" else f"{name}-{axis}"
+            axes: dict[str, Any] = {"x": axis, "y": y_title, "series": "model", "x_title": x_title, "y_title": y_title}
+            yield line_chart(chart_name, title, caption, shown, **axes, y_log=y_log, view=axis)
+
+
+def draw_training(series: Sequence[Series]) -> list[Chart]:
+    """Validation, training loss, and costs."""
+
+    def between(key: str, least: float, most: float) -> Callable[[Line], float | None]:
+        def find(line: Line) -> float | None:
+            value = get_finite(line, key)
+            return value if value is not None and least <= value <= most else None
+
+        return find
+
+    return [
+        *draw_curves(
+            series,
+            "validation",
+            "Validation perplexity",
+            "After each epoch, on documents that are never trained on. A curve that turns up shows overfitting.",
+            log="epochs_log",
+            find=between("validation_perplexity", 1.0, MAX_PERPLEXITY),
+            y_title="perplexity",
+            y_log=True,
+        ),
+        *draw_curves(
+            series,
+            "training-loss",
+            "Training loss",
+            "A running mean. The models of one run read the same samples in the same order.",
+            log="steps_log",
+            find=between("loss", -MAX_LOSS, MAX_LOSS),
+            y_title="loss, nats per token",
+            is_smooth=True,
+        ),
+        *draw_costs(series),
+    ]
+
+
+COSTS = (
+    ("tokens/s", "training tokens/s", ("training", "tokens_per_second")),
+    ("time", "seconds of training", ("training", "seconds")),
+    ("peak memory", "bytes, the most while training", ("training", "peak_memory_bytes")),
+    ("parameters", "parameters", ("num_parameters", "total")),
+    ("state", "bytes of memory carried from segment to segment, per row", ("memory_info", "total_bytes")),
+)
+
+
+def draw_costs(series: Sequence[Series]) -> Iterator[Chart]:
+    """Speed, time, memory and size, a view each."""
+    caption = "What each model costs on the machine named below."
+    for view, y_title, keys in COSTS:
+        rows = [{"model": one.name, view: value} for one in series for value in one.collect(*keys) if value >= 0]
+        if any(row[view] for row in rows):
+            name = f"cost-{view}"
+            yield bar_chart(name, "Cost", caption, rows, x="model", y=view, y_title=y_title, y_format=".3~s", view=view)
+
+
+def draw_memory(series: Sequence[Series]) -> list[Chart]:
+    """The gates of memory layers, at the end and along the training."""
+    cells = [
+        {"layer": f"{one.name}, {layer.replace('layers.', 'layer ')}", "head": head + 1, "gate": gate}
+        for one in series
+        for member in one.members
+        for layer, gates in get_gates(member.entry).items()
+        for head, gate in enumerate(gates)
+    ]
+    charts: list[Chart] = []
+    if cells:
+        caption = (
+            "1 reads from memory alone, 0 from the open segment alone. A gate that has not moved from where it began "
+            "has not been trained."
+        )
+        axes = {"x": "head", "y": "layer", "value": "gate", "x_title": "memory head", "value_title": "gate"}
+        charts.append(
+            heat_chart("gates", "Gates after training", caption, cells, **axes, value_format=".2f", low=0, high=1)
+        )
+    charts += draw_curves(
+        series,
+        "gates-training",
+        "Gates along the training",
+        "The mean gate of all memory heads.",
+        log="steps_log",
+        find=lambda line: _mean(gate for gates in get_gates(line).values() for gate in gates),
+        y_title="mean gate",
+    )
+    charts += draw_curves(
+        series,
+        "alpha-training",
+        "Strength of the adapter along the training",
+        "α times the memory's output is added to the base model's layer; 0 leaves the base model as it was.",
+        log="steps_log",
+        find=lambda line: _mean(list_numbers(list((get_value(line, "alpha") or {}).values()))),
+        y_title="mean α",
+    )
+    return charts
+
+
+def _mean(values: Any) -> float | None:
+    found = list(values)
+    return compute_mean(found) if found else None

@@ -1,0 +1,124 @@
+import re
+from typing import Any
+
+import pytest
+from report_runs import make_results, make_seed
+
+from new_llm.report.headline import describe_outcome
+from new_llm.report.results import make_run
+from new_llm.report.series import group_series
+
+
+def compare(*runs: dict[str, Any]) -> str:
+    said = describe_outcome(group_series([make_run(results) for results in runs]))
+    return " ".join([said.text, *said.caveats])
+
+
+def outcome(*perplexities: float | None) -> str:
+    results = make_results("pythia", "infini", "multi_memory")
+    results["models"] = results["models"][: len(perplexities)]
+    for entry, value in zip(results["models"], perplexities, strict=True):
+        entry["evaluation"] = {"sliding": entry["evaluation"]["sliding"] | {"perplexity": value}}
+    return compare(results)
+
+
+def test_the_headline_names_the_best_and_by_how_much():
+    assert outcome(80.0, 76.0).startswith(
+        "infini has the lowest sliding-window perplexity: 76.00, 5.0% below pythia (80.00)."
+    )
+    assert outcome(80.0, 84.0).startswith("pythia has the lowest sliding-window perplexity: 80.00, 4.8% below infini")
+    assert "2.6% below infini (78.00) and 5.0% below pythia (80.00)" in outcome(80.0, 78.0, 76.0)
+
+
+def test_the_headline_claims_no_more_than_was_measured():
+    assert "have the same sliding-window perplexity" in outcome(80.0, 80.01)
+    assert "There is one model only: nothing to compare it with." in outcome(80.0)
+    assert outcome(None, float("nan")).startswith("No model has been evaluated")
+    assert "Not evaluated: pythia." in outcome(float("inf"), 76.0)
+    for said in (outcome(80.0, 76.0), outcome(80.0, 79.0)):
+        assert "spread between seeds is unmeasured" in said
+        assert "standard error" not in said  # of tokens taken as independent
+
+
+def share_documents(results: dict[str, Any], *losses: list[float]) -> None:
+    """Give the models documents of 1,000 tokens with these losses per token."""
+    for entry, found in zip(results["models"], losses, strict=True):
+        entry["evaluation"]["sliding"]["documents"] = {
+            "num_tokens": [1000] * len(found),
+            "total_nll": [1000 * loss for loss in found],
+        }
+
+
+def test_models_are_compared_in_pairs_by_document():
+    results = make_results("pythia", "infini")
+    hard = [3.0, 4.0, 5.0, 4.5, 3.5, 5.5]
+    # Documents differ by far more than models do, but infini gains about a tenth of a nat on each.
+    share_documents(results, hard, [loss - 0.1 - 0.002 * place for place, loss in enumerate(hard)])
+    said = compare(results)
+    assert re.search(r"from pythia is -10.0% \[-10.\d%, -9.\d%\] \(95% interval over 6 documents, paired by doc", said)
+    assert "more than chance explains" in said
+    share_documents(results, hard, [loss + 0.5 * (-1) ** place for place, loss in enumerate(hard)])
+    assert "chance could explain it, so read it as a tie" in compare(results)
+
+
+def test_under_five_documents_there_is_no_interval():
+    results = make_results("pythia", "infini")
+    share_documents(results, [3.0, 4.0, 5.0, 4.5], [2.9, 3.9, 4.9, 4.4])
+    said = compare(results)
+    assert "Only 4 documents were measured, too few for an interval of the difference." in said
+    assert "[" not in said
+
+
+@pytest.mark.parametrize("broken", [None, {}, {"num_tokens": [1], "total_nll": ["x"]}, {"num_tokens": [2, 3]}])
+def test_documents_that_can_t_be_paired_give_no_interval(broken: Any):
+    results = make_results("pythia", "infini")
+    results["models"][1]["evaluation"]["sliding"]["documents"] = broken
+    said = compare(results)
+    assert said.startswith("infini has the lowest")
+    assert "interval" not in said
+
+
+def test_a_gap_beyond_the_seeds_spread_is_told_from_one_within():
+    # Both models move together from seed to seed: in pairs their ratio is nearly constant.
+    together = [
+        make_seed(seed, {"pythia": 1 + 0.1 * seed, "infini": (1 + 0.1 * seed) * (1 + 0.001 * seed)})
+        for seed in range(3)
+    ]
+    said = compare(*together)
+    assert said.startswith("infini has the lowest sliding-window perplexity: 86.17, 6.7% below")
+    assert "(95% interval over 3 seeds, paired by seed, Student's t): more than chance explains." in said
+    assert "Figures are means over 3 seeds per model." in said
+    apart = [make_seed(seed, {"pythia": 1 + 0.1 * seed, "infini": 1.2 - 0.1 * seed}) for seed in range(3)]
+    assert "chance could explain it, so read it as a tie" in compare(*apart)
+
+
+def test_seeds_with_huge_perplexities_are_no_error():
+    runs = [make_seed(seed, {"pythia": 1e306, "infini": 1.0}) for seed in range(2)]
+    assert "too large to compare seeds" in compare(*runs)
+
+
+def test_seeds_that_are_not_shared_are_not_paired():
+    runs = [make_seed(seed, {"pythia": 1 + 0.001 * seed}) for seed in (0, 1)]
+    runs += [make_seed(seed, {"infini": 1 + 0.001 * seed}) for seed in (2, 3)]
+    assert "infini and pythia share no seeds, so their difference has no paired interval." in compare(*runs)
+    assert "infini was trained with one seed, so" in compare(*runs[:3])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("data", "source_fingerprint"), "other", "different texts"),
+        (("data", "tokenizer", "fingerprint"), "other", "different tokenizers"),
+        (("data", "split_fingerprint"), "other", "different validation documents"),
+        (("models", 0, "evaluation", "sliding", "context"), 512, "their context differs"),
+    ],
+)
+def test_models_of_different_measurements_are_not_ranked(path: tuple[Any, ...], value: Any, words: str):
+    one, two = make_results("pythia"), make_results("infini")
+    entry: Any = two
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    said = compare(one, two)
+    assert said.startswith("These models can't be ranked by sliding-window perplexity: ")
+    assert words in said

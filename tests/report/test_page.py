@@ -1,0 +1,223 @@
+import base64
+import copy
+import hashlib
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page import Page, read_page
+
+from new_llm.report import write_report
+from new_llm.report.results import make_run
+
+CHARTS = {
+    "perplexity-sliding",
+    "perplexity-streaming",
+    "positions",
+    "reversal",
+    "memory-usage-infini",
+    "validation",
+    "training-loss",
+    "cost-tokens-s",
+    "gates",
+    "gates-training",
+}
+
+
+def show(results: dict[str, Any]) -> Page:
+    return read_page([make_run(results)])
+
+
+def test_a_complete_run_shows_everything(four_models: dict[str, Any], tmp_path: Path):
+    page = read_page([make_run(four_models)], tmp_path)
+    assert set(page.ids()) >= CHARTS
+    said = page.read()
+    for name in ("pythia", "infini", "multi_memory", "hierarchical"):
+        assert said.count(name) >= 8
+    assert "multi_memory has the lowest sliding-window perplexity: 75.94, 1.5% below hierarchical (77.09)" in said
+    assert "83.93 ± 0.50" in said
+    assert "normal for small data" in said
+    assert four_models["command"] in said
+    assert "sha256:5d41402abc4b2a76b9719d911017c592ae2b" in said
+    assert "asked for 5,000 samples" in said
+    assert "segments_per_sample: 4" in said
+    assert "context, tokens" in said
+    assert "paired by document" in said
+    files = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert files >= {f"{name}{ending}" for name in CHARTS for ending in (".svg", ".csv")}
+    assert (tmp_path / "figures" / "gates.svg").read_text().startswith("<svg")
+
+
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(four_models: dict[str, Any]):
+    page = show(four_models)
+    for tag, attributes in page.elements:
+        assert tag not in {"iframe", "object", "embed", "img", "base"}
+        for name in ("src", "href", "srcset", "xlink:href", "data", "poster", "action"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("#", "data:,", "data:text/csv;"))
+        assert not [name for name in attributes if name.startswith("on")]
+    assert not re.findall(r"[a-z]+://[^\"\s]*", page.source)
+    assert "@import" not in page.source
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] or "" for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';")
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert not re.search(r"url\((?!#)", page.source)
+
+
+def test_ids_are_unique_and_references_lead_somewhere(four_models: dict[str, Any]):
+    page = show(four_models)
+    assert [name for name, count in Counter(page.ids()).items() if count > 1] == []
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', page.source)) <= set(page.ids())
+
+
+def test_charts_have_the_page_s_colours_and_tooltips(results: dict[str, Any]):
+    page = show(results)
+    pictures = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("role") == "img"]
+    assert len(pictures) > len(CHARTS)
+    assert all(picture["aria-label"] for picture in pictures)
+    assert not re.search(r'(fill|stroke)="#', page.source)
+    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", page.source))
+    light, dark = page.source.split("prefers-color-scheme: dark", 1)
+    assert used <= set(re.findall(r"--([a-z0-9-]+):", light.split("<style>")[1]))
+    assert {"ink", "grid", "muted", "series-0", "series-1"} <= set(re.findall(r"--([a-z0-9-]+):", dark))
+    assert page.source.count("<title>") > 50
+    # The models keep their colours and marks where a chart leaves one out.
+    gates = page.source.split('<figure id="gates-training">')[1].split("</figure>")[0]
+    assert "var(--series-1)" in gates
+    assert "var(--series-0)" not in gates
+
+
+def test_hostile_text_is_shown_and_not_obeyed(results: dict[str, Any], tmp_path: Path):
+    hostile = '<script>alert(1)</script> & "q" $x^{$ \x1b[31m\u202e {{ 7 * 7 }} --> 漢字'
+    results["name"] = results["command"] = results["status"] = hostile
+    results["models"][1]["model_type"] = hostile
+    results["models"][1]["gates"] = {hostile: [0.5]}
+    results["models"][1]["options"] = {hostile: hostile}
+    results["models"][0]["evaluation"]["sliding"]["verdict"] = dict.fromkeys(("level", "range", "text"), hostile)
+    results["models"][0]["memory_info"]["per_layer"][0]["kind"] = hostile
+    results["data"][hostile] = {"source": hostile, "notes": [hostile]}
+    results["config"][hostile] = hostile
+    results["environment"]["processor"] = hostile
+    page = read_page([make_run(results)], tmp_path)
+    assert page.source.count("<script") == page.source.count("</script") == 1
+    assert "<script>alert" not in page.source
+    assert not set(page.source) & {"\x1b", "\u202e"}
+    assert "{{ 7 * 7 }}" in page.read()
+    assert " 49 " not in page.read()
+    for file in (tmp_path / "figures").iterdir():
+        assert re.fullmatch(r"[a-z0-9-]+\.(svg|csv)", file.name)
+        assert file.suffix == ".csv" or "<script" not in file.read_text()
+
+
+def test_lone_surrogates_of_json_can_be_written(results: dict[str, Any], tmp_path: Path):
+    results["name"] = results["models"][0]["model_type"] = "bad \ud800 name"
+    write_report(results, tmp_path / "report.html")
+    assert "bad \\ud800 name" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_figures_are_written_once_the_run_is_complete(results: dict[str, Any], tmp_path: Path):
+    write_report(results | {"status": "running"}, tmp_path / "report.html")
+    assert not (tmp_path / "figures").exists()
+    write_report(results, tmp_path / "report.html")
+    assert (tmp_path / "figures" / "validation.svg").exists()
+
+
+def test_a_run_that_has_only_begun(results: dict[str, Any]):
+    said = show(results | {"models": [], "status": "running"}).read()
+    assert "No model has been evaluated yet." in said
+    assert "status is running" in said
+    assert "No model has been evaluated" in show({"schema_version": 1}).read()
+
+
+def test_an_interrupted_run_shows_what_it_has(results: dict[str, Any]):
+    results["status"] = "interrupted"
+    del results["models"][1]["evaluation"], results["models"][1]["gates"]
+    results["models"][1]["training"]["epochs_log"] = []
+    page = show(results)
+    said = page.read()
+    assert "status is interrupted" in said
+    assert "pythia reaches a sliding-window perplexity of 83.93." in said
+    assert "Not evaluated: infini." in said
+    assert "gates" not in page.ids()
+    assert "gates-training" in page.ids()
+
+
+MISSING = {
+    "no training": [("models", 0, "training"), ("models", 1, "gates")],
+    "no facts about the run": [("data",), ("environment",), ("code",), ("config",), ("command",)],
+    "no measures": [("models", 0, "evaluation"), ("models", 0, "num_parameters")],
+    "no sizes": [("models", 0, "memory_info"), ("models", 0, "evaluation", "sliding", "perplexity")],
+    "no memory use": [("models", 1, "evaluation", "memory_usage", "layers", 0, "norms")],
+    "parts of measures": [
+        ("models", 0, "evaluation", "sliding", "documents"),
+        ("models", 0, "training", "steps_log"),
+        ("models", 0, "evaluation", "positions"),
+        ("models", 0, "evaluation", "reversal", "intervals"),
+    ],
+}
+
+
+@pytest.mark.parametrize("value", [None, "text"], ids=["null", "text"])
+@pytest.mark.parametrize("paths", MISSING.values(), ids=MISSING.keys())
+@pytest.mark.filterwarnings("error")
+def test_missing_or_broken_parts_leave_the_rest(results: dict[str, Any], paths: list[Any], value: Any):
+    for path in paths:
+        entry: Any = results
+        for key in path[:-1]:
+            entry = entry[key]
+        entry[path[-1]] = value
+    said = show(results).read()
+    assert "infini" in said
+    assert "78.26" in said
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), 1e308, -1.0, 1e-9, 10**400], ids=["nan", "huge", "minus", "tiny", "whole"]
+)
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_no_axis_can_hold(results: dict[str, Any], value: float):
+    def spoil(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {key: spoil(item) for key, item in entry.items()}
+        if isinstance(entry, list):
+            return [spoil(item) for item in entry]
+        return value if isinstance(entry, float) else entry
+
+    spoiled = spoil(results["models"][0])
+    assert "78.26" in show(results | {"models": [spoiled, results["models"][1]]}).read()
+    show(results | {"models": [spoiled]})
+
+
+def test_a_long_run_s_curves_are_thinned(results: dict[str, Any]):
+    line = results["models"][0]["training"]["steps_log"][0]
+    for model in results["models"]:
+        model["training"]["steps_log"] = [
+            line | {"step": i, "tokens": 4096 * i, "gates": {"layers.0": [0.5]}} for i in range(1, 6_001)
+        ]
+    assert len(show(results).source) < 500_000
+
+
+def test_the_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    results: dict[str, Any] = {"schema_version": 1, "name": "first"}
+    path = tmp_path / "new" / "report.html"
+    write_report(results, path)
+    first = path.read_text(encoding="utf-8")
+    assert first.startswith("<!doctype html>")
+    assert first.rstrip().endswith("</html>")
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_report(results | {"name": "other"}, path)
+    assert path.read_text(encoding="utf-8") == first
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+def test_the_same_results_give_the_same_page(results: dict[str, Any]):
+    assert show(results).source == show(copy.deepcopy(results)).source
