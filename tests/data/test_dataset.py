@@ -124,6 +124,8 @@ def test_a_small_text_takes_only_some_reversal_sentences_or_none(config, tmp_pat
     few = prepare_data(replace(capped, num_samples=300))
     assert count_pinned(few) <= 0.2 * 300 * 32, "of the samples that are trained on"
     none = prepare_data(replace(config, max_reversal_share=0.01))
+    plain = prepare_data(replace(config, reversal_pairs=False))
+    assert none.info["tokenizer"] == plain.info["tokenizer"], "nor is the tokenizer trained on them"
     assert none.info["reversal_sentences"] == none.train.num_pinned_documents == 0
     assert any("too small for reversal sentences" in note for note in none.info["notes"])
     long = write_lines(tmp_path / "long.jsonl", [f"{i} {text}" for i in range(30) for text in speeches])
@@ -338,13 +340,16 @@ def sharded(corpus, config) -> DataConfig:
 
 
 def options_of(config: DataConfig, **changes: object) -> dict[str, object]:
-    names = "source tokenizer_vocab_size seq_length num_samples cache_dir shard_characters num_workers"
+    names = (
+        "source tokenizer_vocab_size seq_length num_samples cache_dir shard_characters num_workers max_reversal_share"
+    )
     return {name: getattr(config, name) for name in names.split()} | changes
 
 
 def read_cache(config: DataConfig) -> dict[str, bytes]:
     """Everything that the only cache of a folder holds."""
-    (folder,) = list_caches(config.cache_dir)
+    folder, *more = list_caches(config.cache_dir)
+    assert not more, [folder, *more]
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 

@@ -59,7 +59,7 @@ class Builder:
     Args:
         config: the data section.
         source: the documents.
-        sentences: reversal sentences, read by a tokenizer that is trained here.
+        sentences: reversal sentences; a tokenizer that is trained here reads them, where the texts are long enough.
         tokenizer: the given one; None: train one.
     """
 
@@ -152,7 +152,7 @@ class Builder:
         else:
 
             def sentences_and_texts() -> Iterator[str]:
-                if self.sentences:
+                if self.sentences and self._has_room_for_sentences(texts):
                     yield "\n".join(self.sentences)
                 for row in texts:
                     yield row["text"]
@@ -165,6 +165,11 @@ class Builder:
         if (size := tokenizer.get_vocab_size()) < wanted:
             notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}")
         return tokenizer
+
+    def _has_room_for_sentences(self, texts: Any) -> bool:
+        """Whether all reversal sentences may join these texts; else the tokenizer is not trained on them either."""
+        share, num_characters = self.config.max_reversal_share, sum(map(len, self.sentences))
+        return num_characters <= share * (num_characters + sum(texts["size"]))
 
     def _tokenise(
         self, texts: Any, rows: NDArray[np.int64], tokenizer: Tokenizer, dtype: np.dtype[Any], prefix: Path

@@ -66,7 +66,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
             "on_bad_row": config.on_bad_row,
             "split": [config.split_seed, config.validation_fraction],
             "limits": [config.max_documents, limit_characters(config, source), config.min_documents],
-            "sentences": sentences,
+            "sentences": [sentences, config.max_reversal_share],
         }
     )
     cache = load_or_build(cache_folder(config), key, Builder(config, source, sentences, found and found[1]).build)

@@ -1,7 +1,7 @@
 """The Hugging Face hub: whether it answers, what is cached here, and reading a data set from either.
 
 Out of reach, `datasets` retries for 23 seconds before it gives up; a short probe comes first, so that a machine without
-a network gets its one clear line at once, without importing `datasets`.
+a network gets its one clear line, or what is cached here, at once.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from new_llm.config.errors import HubError
@@ -67,19 +66,6 @@ def _address_answers(address: str, timeout_seconds: float) -> bool:
     return answered.is_set()
 
 
-def dataset_is_cached(name: str) -> bool:
-    """Whether `datasets` has prepared this data set here before."""
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser()
-
-    def plain(text: str) -> str:  # datasets writes owner/MyName as owner___my_name
-        return text.replace("/", "").replace("_", "").lower()
-
-    return cache.is_dir() and any(
-        plain(folder.name) == plain(name) for folder in cache.iterdir() if any(folder.glob("*/*/*"))
-    )
-
-
 def describe_failure(error: BaseException) -> str:
     """A library's error in one short line."""
     text = " ".join(str(error).split())
@@ -121,15 +107,15 @@ def read_hub_dataset(
     """
     wanted = f"data set {name}" + (f" ({subset})" if subset else "")
     reachable = hub_answers(f"datasets/{name}/resolve/main/README.md", timeout_seconds)
-    if not reachable and not dataset_is_cached(name):
-        raise HubError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach")
-    try:
-        import datasets
+    import datasets
 
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
+    try:
         with contextlib.nullcontext() if reachable else _offline():
             records: Any = datasets.load_dataset(name, subset, split=split, streaming=streaming and reachable)
         for record in records:
             yield dict(record)
     except Exception as error:  # datasets raises whatever its many parts raise
+        if not reachable:
+            raise HubError(f"{wanted} is not cached here and the hub at {hub_endpoint()} is out of reach") from None
         raise HubError(f"{wanted} could not be loaded: {describe_failure(error)}") from None

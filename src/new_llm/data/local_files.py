@@ -220,7 +220,7 @@ def _read_wikitext(path: Path, text_field: str, max_bytes: int, bad_rows: BadRow
                 raise UserError(
                     f"{path}: line {number}: an article of more than {max_bytes:,} bytes (data.max_document_bytes)"
                 )
-            yield (line.removeprefix("\ufeff") if number == 1 else line).replace("\r\n", "\n")
+            yield join_line_ends(line.removeprefix("\ufeff") if number == 1 else line)
 
     for title, text in split_articles(lines()):
         yield f"{path.name}: {title}", text

@@ -103,7 +103,7 @@ def register_source(
     Args:
         name: of the source.
         fingerprint: text that changes whenever the documents do, e.g. a version; None: a hash of the documents, for
-            which they are read at every start.
+            which they are read at every start (max_documents of them).
         is_hub: it is read from the hub, so that the hub's tokenizer is tried first.
         read_whole: read all of it, however few samples are asked for.
     """
@@ -143,7 +143,7 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
     source = Source(name, "", read, bad_rows, kind.is_hub, kind.read_whole)
     if kind.fingerprint is None:
         digest = hashlib.sha256()
-        for _, text in source.read():
+        for _, text in islice(source.read(), config.max_documents):
             digest.update(hashlib.sha256(text.encode()).digest())
         return replace(source, fingerprint=digest.hexdigest())
     facts = [kind.fingerprint(config), *(f"{key} {used[key]}" for key in ("whole", "split") if key in used)]

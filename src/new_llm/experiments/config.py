@@ -176,7 +176,7 @@ class ExperimentConfig(TrainingSettings):
     )
     """The models to train and compare: a layer of your own module is my_module:MyLayer."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initialisation, splits and order."""
+    """Seed of initialisation and order; the split has its own (data.split_seed)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
     runs_dir: Path = Path("runs")
