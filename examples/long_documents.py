@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from new_llm.config import DataConfig, EvalConfig, TrainConfig
+from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation import Baseline, evaluate_long_documents
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
@@ -58,11 +59,11 @@ def main() -> None:
         result = evaluate_long_documents(
             model,
             data.validation,
-            min_tokens=2048,
-            edges=(0, 512, 1024, 2048, 4096),
-            batch_size=8,
-            max_documents=arguments.max_documents,
-            max_tokens_per_document=8192,
+            LongDocumentsConfig(
+                edges=(0, 512, 1024, 2048, 4096),
+                max_documents=arguments.max_documents,
+                max_tokens_per_document=8192,
+            ),
             baselines=[Baseline("pythia", pythia)],
         )
         print(f"{name}: {result.num_documents} documents, {result.num_tokens:,} tokens")

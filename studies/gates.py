@@ -26,7 +26,7 @@ from new_llm.config import UserError
 from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.run_settings import read_settings
 from new_llm.data.tokens import TokenSplit
-from new_llm.evaluation.bootstrap import find_t_interval
+from new_llm.evaluation.statistics import find_t_interval
 from new_llm.evaluation.long_documents import select_long_documents
 from new_llm.evaluation.perplexity import evaluate_streaming
 from new_llm.experiments.adapter import select_documents
@@ -106,10 +106,7 @@ def read_long_documents(study: StudyConfig, subject: Subject) -> TokenSplit:
     if settings is None:
         raise UserError(f"{study.name}: long_documents: the study measures none")
     split = load_evaluation_text(subject, TextConfig(source=None)).split
-    documents = select_long_documents(
-        split, settings.min_tokens, settings.max_documents, settings.max_tokens_per_document
-    )
-    chosen = np.array([document.index for document in documents], dtype=np.int64)
+    chosen = np.array(select_long_documents(split, settings), dtype=np.int64)
     return select_documents(split, chosen, settings.max_tokens_per_document)
 
 

@@ -109,7 +109,7 @@ def make_config(folder: Path, name: str, seed: int) -> AdapterTrainingConfig:
         adapter=AdapterConfig(**({"init": "random"} | adapter)),
         data=AdapterDataConfig(**shape),
         train=AdapterTrainConfig(patience=0, batch_size=batch_size, precision="fp32", log_every_steps=1, **settings),
-        eval=EvalConfig(max_tokens=None, measures=("sliding", "streaming"), bootstrap_resamples=2000),
+        eval=EvalConfig(max_tokens=None, measures=("sliding", "streaming")),
     )
 
 

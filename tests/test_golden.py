@@ -18,6 +18,8 @@ from rich.console import Console
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
+from new_llm.config.long_documents import LongDocumentsConfig
+from new_llm.config.recall import RecallConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.data.tokens import tokenize_documents
@@ -134,14 +136,17 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
     long = evaluate_long_documents(
         model,
         split,
-        min_tokens=256,
-        batch_size=4,
-        edges=(0, 16, 64, 256),
-        max_documents=2,
-        max_tokens_per_document=512,
-        num_resamples=20,
+        LongDocumentsConfig(
+            min_tokens=256,
+            batch_size=4,
+            edges=(0, 16, 64, 256),
+            max_documents=5,
+            max_tokens_per_document=512,
+            num_resamples=20,
+        ),
     ).to_dict()
-    recall = evaluate_recall(model, tokenizer, split, lengths=(5,), depths=(0.5,), trials=2, num_resamples=20).to_dict()
+    settings = RecallConfig(lengths=(5,), depths=(0.5,), trials=2, num_resamples=20)
+    recall = evaluate_recall(model, tokenizer, split, settings).to_dict()
     return {
         "sliding": sliding.loss,
         "streaming": streaming.loss,

@@ -107,15 +107,15 @@ def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_
 
 
 def test_an_interrupted_stream_leaves_a_partial_labelled_result(run, text, tmp_path, capsys, monkeypatch):
-    from new_llm.evaluation.tally import Tally
+    from new_llm.evaluation.scoring import Scorer
 
-    add = Tally.add
+    note = Scorer.note
 
-    def interrupt(self, losses, should_stop):
+    def interrupt(self, scores):
         signal.raise_signal(signal.SIGINT)
-        add(self, losses, should_stop)
+        return note(self, scores)
 
-    monkeypatch.setattr(Tally, "add", interrupt)
+    monkeypatch.setattr(Scorer, "note", interrupt)
     out = tmp_path / "partial.json"
     flags = ["--run", str(run), "--model", "infini", "--data.source", str(text), "--out", str(out)]
     assert main(["eval", "ppl", *flags, "--protocol", "streaming", "--segments-per-call", "2"]) == 130

@@ -138,7 +138,7 @@ def forget_the_mode(model, monkeypatch):
         for module in model.modules():
             module.training = False
 
-    monkeypatch.setattr("new_llm.evaluation.tally.evaluation_mode", forget)
+    monkeypatch.setattr("new_llm.evaluation.scoring.evaluation_mode", forget)
 
 
 def always_drop(model, monkeypatch):

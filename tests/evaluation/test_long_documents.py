@@ -9,12 +9,20 @@ from evaluation_stand_ins import BigramModel, make_documents, make_split, read_n
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
+from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.data.tokens import tokenize_documents
-from new_llm.evaluation import evaluate_independent, evaluate_sliding_window, evaluate_streaming
-from new_llm.evaluation.document_reader import plan_pairs
-from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
+from new_llm.evaluation import (
+    Baseline,
+    evaluate_independent,
+    evaluate_long_documents,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
+from new_llm.evaluation.document_pairs import plan_pairs
+from new_llm.evaluation.scoring import never
+from new_llm.evaluation.statistics import MIN_DOCUMENTS
 
 LENGTHS = [70, 3, 130, 65, 41, 17, 64, 16]
 DOCUMENTS = make_documents(LENGTHS)
@@ -23,10 +31,12 @@ EDGES = (0, 16, 40, 100, 1000)
 LONG = [index for index, length in enumerate(LENGTHS) if length >= 17]
 
 
-def measure(model, split=SPLIT, **options):
-    return evaluate_long_documents(
-        model, split, **({"min_tokens": 17, "edges": EDGES, "batch_size": 4, "num_resamples": 200} | options)
+def measure(model, split=SPLIT, *, baselines=(), on_progress=None, should_stop=never, **options):
+    settings = LongDocumentsConfig(
+        **({"min_tokens": 17, "edges": EDGES, "batch_size": 4, "num_resamples": 200} | options)
     )
+    hooks = {"on_progress": on_progress, "should_stop": should_stop}
+    return evaluate_long_documents(model, split, settings, baselines=baselines, **hooks)
 
 
 def read_with_foreign_memory(model, tokens, lender):
@@ -103,7 +113,7 @@ def check_figures(figures, columns, documents):
             if counts["carried"][chosen].sum():
                 a, b = (totals[w][chosen].sum() / counts[w][chosen].sum() for w in ("carried", way))
                 drawn.append(a - b)
-        if figures.num_documents < 2:
+        if figures.num_documents < MIN_DOCUMENTS:
             assert difference.nats[1:] == (None, None)
             continue
         low, high = np.quantile(drawn, [0.025, 0.975])

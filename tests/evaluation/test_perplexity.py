@@ -47,8 +47,14 @@ def check(result, losses, protocol):
     assert result.num_tokens == len(losses)
     assert result.loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
-    error = result.perplexity * np.std(losses, ddof=1) / math.sqrt(len(losses))
-    assert result.standard_error == pytest.approx(error, rel=1e-6)
+    lengths = [len(document) - 1 for document in DOCUMENTS if len(document) > 1]
+    totals = [part.sum() for part in np.split(np.array(losses), np.cumsum(lengths)[:-1])]
+    assert result.documents["num_tokens"] == lengths
+    assert result.documents["total_nll"] == pytest.approx(totals, rel=1e-6)
+    # Clustered by document: the spread of what the documents' losses are above the mean's.
+    residuals = np.array(totals) - np.array(lengths) * np.mean(losses)
+    error = math.sqrt(len(lengths) / (len(lengths) - 1) * (residuals**2).sum()) / len(losses)
+    assert result.standard_error == pytest.approx(result.perplexity * error, rel=1e-6)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(16, 4), (16, 15), (7, 3), (200, 50), (2, 1)])
@@ -184,8 +190,8 @@ def test_results_are_plain_json():
     result = evaluate_streaming(BigramModel(), SPLIT, batch_size=2)
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     names = "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_planned"
-    names += " num_words num_bytes num_documents context stride segment_length prefix_token seconds tokens_per_second"
-    names += " is_complete"
+    names += " num_words num_bytes num_documents documents context stride segment_length prefix_token seconds"
+    names += " tokens_per_second is_complete"
     assert " ".join(values) == names
     assert values["tokens_per_second"] == pytest.approx(values["num_tokens"] / values["seconds"])
 

@@ -12,17 +12,19 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
+from new_llm.config.recall import RecallConfig
 from new_llm.data.tokens import tokenize_documents
 from new_llm.evaluation import recall_texts
 from new_llm.evaluation.hugging_face import HuggingFaceLM
-from new_llm.evaluation.recall import evaluate_recall
-from new_llm.evaluation.recall_scoring import Answer
+from new_llm.evaluation.recall import Answer, evaluate_recall, summarize_answers
 from new_llm.evaluation.recall_texts import TextMaker
+from new_llm.evaluation.scoring import never
 
 
-def measure(model, **options):
+def measure(model, split=SPLIT, *, on_progress=None, should_stop=never, **options):
     settings = {"lengths": (1, 2, 4), "depths": (0, 0.5, 1), "trials": 3, "batch_size": 4, "num_resamples": 100}
-    return evaluate_recall(model, TOKENIZER, SPLIT, **(settings | options))
+    hooks = {"on_progress": on_progress, "should_stop": should_stop}
+    return evaluate_recall(model, TOKENIZER, split, RecallConfig(**(settings | options)), **hooks)
 
 
 def test_a_perfect_memory_finds_everything_and_its_control_nothing():
@@ -35,7 +37,7 @@ def test_a_perfect_memory_finds_everything_and_its_control_nothing():
         assert (cell.carried.exact.value, cell.carried.first.value, cell.carried.mean_rank.value) == (1, 1, 1)
         control = (cell.reset.exact.value, cell.reset.first.value)
         assert control == ((1, 1) if length == 1 else (0, 0))
-    assert (result.chance_first, result.chance_rank) == (0.1, 5.5)
+    assert (result.to_dict()["chance_first"], result.to_dict()["chance_rank"]) == (0.1, 5.5)
     assert result.is_complete
     assert result.notes == []
     assert result.num_tokens == 3 * 3 * 2 * (1 + 2 + 4) * SEGMENT
@@ -59,9 +61,9 @@ def test_batches_and_calls_do_not_change_the_result(batch_size):
 
 def test_a_cell_does_not_depend_on_the_others():
     whole = {(cell.task, cell.length, cell.depth): cell for cell in measure(Copier(num_segments=1)).cells}
-    (alone,) = measure(Copier(num_segments=1), tasks=["facts"], lengths=[4], depths=[0.5]).cells
+    (alone,) = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,)).cells
     assert alone == whole["facts", 4, 0.5]
-    other = measure(Copier(num_segments=1), tasks=["facts"], lengths=[4], depths=[0.5], seed=1).cells[0]
+    other = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,), seed=1).cells[0]
     assert other.mean_depth != alone.mean_depth
 
 
@@ -120,7 +122,7 @@ def test_short_segments_are_left_out_or_refused():
 
 def test_text_that_repeats_is_noted():
     short = tokenize_documents([TEXTS[0][:600]], TOKENIZER)
-    result = evaluate_recall(Copier(), TOKENIZER, short, lengths=[8], depths=[0.5], trials=1, tasks=["facts"])
+    result = measure(Copier(), short, lengths=(8,), depths=(0.5,), trials=1, tasks=("facts",))
     assert "repeats" in result.notes[0]
     assert result.cells[0].carried.exact.value == 1
 
@@ -196,7 +198,7 @@ def test_greedy_matches_are_found_where_there_are_any():
         loss, _ = model.compute_loss(ids, ids)
         loss.backward()
         optimizer.step()
-    options = {"lengths": [2], "depths": [0.5], "tasks": ["facts"], "num_candidates": 2}
+    options = {"lengths": (2,), "depths": (0.5,), "tasks": ("facts",), "num_candidates": 2}
     (cell,) = measure(model, trials=2, **options).cells
     assert cell.reset.answers[0] == Answer(True, 1.0, True)
     assert not cell.reset.answers[1].is_exact
@@ -221,7 +223,7 @@ def test_models_without_memory_are_their_own_control():
 
 def test_a_model_that_knows_nothing_stays_at_chance():
     model = make_model("pythia")  # untrained, and asked without reading, so that many trials cost little
-    for cell in measure(model, lengths=[2], depths=[0.5], trials=150, batch_size=50).cells:
+    for cell in measure(model, lengths=(2,), depths=(0.5,), trials=150, batch_size=50).cells:
         assert cell.carried.exact.value == 0
         assert cell.carried.first.low < 0.1 < cell.carried.first.high
         assert cell.carried.mean_rank.value == pytest.approx(5.5, abs=0.9)
@@ -230,12 +232,21 @@ def test_a_model_that_knows_nothing_stays_at_chance():
 def test_equals_share_the_mean_of_their_places_and_none_is_first():
     model = Copier()
     model.token_losses = lambda input_ids, labels, mask=None, **options: torch.zeros(input_ids.shape)
-    (cell,) = measure(model, lengths=[2], depths=[0.5], trials=1, tasks=["facts"]).cells
+    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",)).cells
     assert cell.carried.answers[0][1:] == (5.5, False)
 
 
 def test_a_model_that_gives_nan_comes_last():
     model = make_model("infini")
     nn.init.constant_(model.embed_out.weight, math.nan)
-    (cell,) = measure(model, lengths=[2], depths=[0.5], trials=1, tasks=["facts"]).cells
+    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",)).cells
     assert cell.carried.answers == (Answer(False, 10.0, False),)
+
+
+def test_figures_of_known_answers():
+    answers = [Answer(True, 1.0, True), Answer(False, 3.0, False), Answer(False, 1.0, True), Answer(False, 5.0, False)]
+    figures = summarize_answers(answers, RecallConfig(num_resamples=4000))
+    assert (figures.exact.value, figures.first.value, figures.mean_rank.value) == (0.25, 0.5, 2.5)
+    means = np.random.default_rng(1).choice([1, 3, 1, 5], size=(20000, 4)).mean(1)
+    assert figures.mean_rank[1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.26)
+    assert summarize_answers(answers[:1], RecallConfig(num_resamples=10)).mean_rank == (1.0, None, None)

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from new_llm.data.reversal_pairs import ReversalPair
-    from new_llm.evaluation import PerplexityResult
-    from new_llm.evaluation.long_documents import Baseline
+    from new_llm.evaluation import Baseline, PerplexityResult
     from new_llm.experiments.evaluation_text import EvaluationText
     from new_llm.experiments.subject import Subject
 
@@ -580,8 +579,8 @@ def load_baselines(
     Raises:
         UserError: one can't be loaded, has another tokenizer, or a stride that is longer than its window.
     """
-    from new_llm.evaluation.long_documents import Baseline
-    from new_llm.evaluation.recall_scoring import has_memory
+    from new_llm.evaluation import Baseline
+    from new_llm.evaluation.recall import has_memory
     from new_llm.experiments.memory_measurements import check_tokenizer
     from new_llm.experiments.subject import load_subject
 

@@ -1,11 +1,15 @@
 """How a trained model is measured."""
 
+import dataclasses
 from typing import Annotated
 
 from pydantic import Field
 
 from new_llm.config.errors import UserError
+from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.measurement import check_edges
+from new_llm.config.recall import RecallConfig
+from new_llm.config.reversal import ReversalConfig
 from new_llm.config.sections import section
 
 
@@ -33,12 +37,11 @@ class EvalConfig:
     """Windows, or documents of a stream, read at once; it does not change the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
     """Segments of a stream read by one call; it does not change the result."""
-    reversal_batch_size: Annotated[int, Field(gt=0)] = 128
-    """Short sentences evaluated at once."""
     memory_usage_segments: Annotated[int, Field(gt=0)] = 32
     """Segments of one document after which the memories' norms are measured."""
-    bootstrap_resamples: Annotated[int, Field(gt=0)] = 1000
-    """Resamples that the intervals of the reversal curse rest on."""
+    reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
+    long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
+    recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
 
     def __post_init__(self) -> None:
         if self.stride > self.context:

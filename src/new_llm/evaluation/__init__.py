@@ -2,10 +2,10 @@
 
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
 from new_llm.evaluation.doctor import DoctorReport, Finding, TrainingData, examine_model
-from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
-from new_llm.evaluation.long_documents_result import LongDocumentsResult
+from new_llm.evaluation.long_documents import LongDocumentsResult, evaluate_long_documents
 from new_llm.evaluation.measure import (
     MEASURES,
+    Baseline,
     Column,
     Measure,
     ModelResult,
@@ -16,6 +16,7 @@ from new_llm.evaluation.measure import (
 )
 from new_llm.evaluation.memory_usage import measure_memory_usage
 from new_llm.evaluation.perplexity import (
+    PerplexityResult,
     evaluate_independent,
     evaluate_rolling,
     evaluate_sliding_window,
@@ -23,12 +24,10 @@ from new_llm.evaluation.perplexity import (
     unigram_perplexity,
 )
 from new_llm.evaluation.positions import evaluate_positions
-from new_llm.evaluation.recall import evaluate_recall
-from new_llm.evaluation.recall_result import RecallResult
+from new_llm.evaluation.recall import RecallResult, evaluate_recall
 from new_llm.evaluation.reversal import evaluate_reversal_curse
 from new_llm.evaluation.reversal_scores import ReversalResult, ReversalScores
 from new_llm.evaluation.scoring import LanguageModel
-from new_llm.evaluation.tally import PerplexityResult
 from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segments, plan_windows
 
 __all__ = [

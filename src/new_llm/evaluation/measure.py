@@ -9,7 +9,7 @@ name: `--eval.measures sliding reversal my_module:MyMeasure`.
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -19,9 +19,29 @@ from new_llm.charts import Chart
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.user_code import load_by_name
 from new_llm.data.tokens import TokenSplit
-from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, never
+from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, Reading, never
 from new_llm.formats import format_number
 from new_llm.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another model that scores the same tokens.
+
+    Attributes:
+        name: what it is called in the result.
+        model: one with the same tokenizer.
+        stride: None: documents are read in consecutive segments, its memory, if it has one, carried; else in windows
+            as long as its segment, so many tokens from one to the next, each from an empty memory.
+        device: where it lies; None: where its weights are.
+        autocast: makes the context in which it computes.
+    """
+
+    name: str
+    model: LanguageModel
+    stride: int | None = None
+    device: torch.device | str | None = None
+    autocast: Autocast = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Subject:
         processes: those that share the work; every one of them calls the measure and gets the whole result.
         on_progress: called with what is done so far and what there is to do in all.
         should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+        baselines: other models that score the same long documents.
         facts: plain values about model and data, e.g. the run's data record.
     """
 
@@ -54,7 +75,21 @@ class Subject:
     processes: Processes = ALONE
     on_progress: Progress | None = None
     should_stop: Callable[[], bool] = never
+    baselines: Sequence[Baseline] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reading(self) -> Reading:
+        """How measures of perplexity read the documents."""
+        return {
+            "batch_size": self.settings.batch_size,
+            "max_tokens": self.settings.max_tokens,
+            "device": self.device,
+            "autocast": self.autocast,
+            "on_progress": self.on_progress,
+            "should_stop": self.should_stop,
+            "processes": self.processes,
+        }
 
 
 @dataclass(frozen=True)
@@ -127,8 +162,19 @@ class Measure(ABC):
         return ""
 
 
+def to_plain(value: Any) -> Any:
+    """Dataclasses and named tuples, nested in any way, as dicts and lists for JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {one.name: to_plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return to_plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: to_plain(one) for key, one in value.items()}
+    return [to_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 MEASURES: dict[str, Measure] = {}
-"""The registered measures by name, in the order in which tables and pages show them."""
+"""The registered measures by name. Tables and pages show them in the order of `EvalConfig.measures`."""
 
 MeasureClass = TypeVar("MeasureClass", bound=type[Measure])
 

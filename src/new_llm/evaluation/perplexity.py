@@ -6,15 +6,15 @@ compare the same predictions. The rolling protocol is lm-evaluation-harness's: i
 too.
 """
 
-import contextlib
 import dataclasses
-from collections import deque
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
-import torch
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
@@ -23,36 +23,80 @@ from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.diagnosis import diagnose_perplexity
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import (
-    Autocast,
     LanguageModel,
-    Progress,
-    Row,
-    cut_row,
-    evaluation_mode,
+    LossSums,
+    Reading,
+    Scorer,
     exp_or_inf,
-    find_device,
-    never,
-    score_rows,
+    join_scores,
     select_documents,
 )
-from new_llm.evaluation.tally import PerplexityResult, Tally
-from new_llm.evaluation.windows import plan_rolling_windows, plan_segments, plan_windows
-from new_llm.processes import ALONE, Processes
+from new_llm.evaluation.statistics import find_clustered_error
+from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_windows
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        protocol: sliding, streaming, independent or rolling.
+        perplexity: exp(loss).
+        standard_error: of the perplexity, clustered by document: perplexity · the standard error of the loss (delta
+            method). None for fewer than five documents, of which no error can be estimated.
+        loss: mean negative log-likelihood per token, nats.
+        bits_per_byte: total negative log-likelihood / (ln 2 · num_bytes). Each document's first token has no
+            context and is not scored: exact where documents begin with a mark of their own, else lower by
+            that one token.
+        word_perplexity: exp(total negative log-likelihood / num_words), under the same condition.
+        num_tokens: tokens scored.
+        num_planned: tokens that were to be scored: more than num_tokens where the measurement was stopped.
+        num_words: words of the documents' raw text, as lm-evaluation-harness counts them.
+        num_bytes: UTF-8 bytes of the documents' raw text. Where the only document was cut short, the text
+            that was scored is not known to the byte: num_bytes, num_words and what rests on them are None. So
+            they are where the measurement was stopped.
+        num_documents: documents scored.
+        documents: `index` in the split, `num_tokens` and `total_nll` of each document, as three lists; what models are
+            compared by, document by document (`compare_documents`).
+        context: tokens in a window or independent segment; None for streaming.
+        stride: tokens from one window to the next; None for streaming.
+        segment_length: tokens of the model's segments, which it cuts a longer window into.
+        prefix_token: the token put before each document; None: none.
+        seconds: wall-clock time of the measurement.
+        tokens_per_second: tokens scored per second.
+    """
+
+    protocol: str
+    perplexity: float
+    standard_error: float | None
+    loss: float
+    bits_per_byte: float | None
+    word_perplexity: float | None
+    num_tokens: int
+    num_planned: int
+    num_words: int | None
+    num_bytes: int | None
+    num_documents: int
+    documents: dict[str, list[Any]]
+    context: int | None
+    stride: int | None
+    segment_length: int
+    prefix_token: int | None
+    seconds: float
+    tokens_per_second: float
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything planned was scored."""
+        return self.num_tokens == self.num_planned
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a perplexity too large for a float is infinite."""
+        return dataclasses.asdict(self) | {"is_complete": self.is_complete}
 
 
 def evaluate_sliding_window(
-    model: LanguageModel,
-    split: TokenSplit,
-    *,
-    context: int,
-    stride: int,
-    batch_size: int,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-    processes: Processes = ALONE,
+    model: LanguageModel, split: TokenSplit, *, context: int, stride: int, **reading: Unpack[Reading]
 ) -> PerplexityResult:
     """Perplexity in sliding windows, each read from an empty memory (see `plan_windows`).
 
@@ -61,155 +105,57 @@ def evaluate_sliding_window(
         split: the documents.
         context: tokens in a window.
         stride: tokens from one window to the next, at most the context.
-        batch_size: windows read at once; it does not change the result.
-        max_tokens: score whole documents, in order, while their scored tokens are at most so many; but at
-            least one document, which alone is cut short if it is longer. None: all.
-        device: where the model lies; None: where its weights are.
-        autocast: makes the context in which the model computes.
-        on_progress: called with the tokens scored so far and in all.
-        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
-        processes: those that share the work; every one of them gets the whole result.
+        reading: batch_size and what else `Reading` names.
 
     Raises:
         UserError: the split has no token to score.
         ValueError: not 1 ≤ stride ≤ context.
     """
-    documents = select_documents(split, max_tokens)
-    tally = Tally(model, documents, on_progress, processes)
-    tally.score_alone(partial(plan_windows, context=context, stride=stride), batch_size, device, autocast, should_stop)
-    return tally.finish("sliding", context, stride)
+    plan = partial(plan_windows, context=context, stride=stride)
+    return _evaluate("sliding", model, split, reading, plan, context=context, stride=stride)
 
 
 def evaluate_rolling(
-    model: LanguageModel,
-    split: TokenSplit,
-    *,
-    context: int,
-    prefix_token: int,
-    batch_size: int,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-    processes: Processes = ALONE,
+    model: LanguageModel, split: TokenSplit, *, context: int, prefix_token: int, **reading: Unpack[Reading]
 ) -> PerplexityResult:
     """Perplexity in the windows of lm-evaluation-harness's rolling log-likelihood (see `plan_rolling_windows`).
 
-    Its word perplexity and bits a byte are that program's word_perplexity and bits_per_byte where each document is one
-    of the task's, the context its max_length, and the prefix token the tokenizer's bos or, without one, eos token.
+    Its word perplexity and bits per byte are that program's word_perplexity and bits_per_byte where each document is
+    one of the task's, the context its max_length, and the prefix token the tokenizer's bos or, without one, eos token.
 
     Args:
         model: as for `evaluate_sliding_window`.
         split: the documents.
         context: tokens that the model reads at most in a window.
         prefix_token: put before each document, so that its first token is scored.
-        batch_size: as for `evaluate_sliding_window`, and so are the other arguments and the errors.
-        max_tokens: score whole documents while their tokens are at most so many.
-        device: where the model lies.
-        autocast: makes the context in which the model computes.
-        on_progress: called with the tokens scored so far and in all.
-        should_stop: asked after each batch.
-        processes: those that share the work; every one of them gets the whole result.
+        reading: batch_size and what else `Reading` names.
     """
-    documents = select_documents(split, max_tokens, prefix_token)
-    tally = Tally(model, documents, on_progress, processes)
-    tally.score_alone(partial(plan_rolling_windows, context=context), batch_size, device, autocast, should_stop)
-    return tally.finish("rolling", context, context, prefix_token)
+    plan = partial(plan_rolling_windows, context=context)
+    return _evaluate("rolling", model, split, reading, plan, context=context, stride=context, prefix_token=prefix_token)
 
 
-def evaluate_independent(
-    model: LanguageModel,
-    split: TokenSplit,
-    *,
-    batch_size: int,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-    processes: Processes = ALONE,
-) -> PerplexityResult:
+def evaluate_independent(model: LanguageModel, split: TokenSplit, **reading: Unpack[Reading]) -> PerplexityResult:
     """Perplexity of the model's segments, each read alone: what streaming is to be compared with.
 
-    The same tokens in the same segments as `evaluate_streaming`, without the memory. Arguments and errors are
-    those of `evaluate_sliding_window`, with both context and stride the model's segment length.
+    The same tokens in the same segments as `evaluate_streaming`, without the memory.
     """
-    result = evaluate_sliding_window(
-        model,
-        split,
-        context=model.segment_length,
-        stride=model.segment_length,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        device=device,
-        autocast=autocast,
-        on_progress=on_progress,
-        should_stop=should_stop,
-        processes=processes,
-    )
-    return dataclasses.replace(result, protocol="independent")
+    length = model.segment_length
+    plan = partial(plan_windows, context=length, stride=length)
+    return _evaluate("independent", model, split, reading, plan, context=length, stride=length)
 
 
 def evaluate_streaming(
-    model: LanguageModel,
-    split: TokenSplit,
-    *,
-    batch_size: int,
-    segments_per_call: int = 8,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-    processes: Processes = ALONE,
+    model: LanguageModel, split: TokenSplit, *, segments_per_call: int = 8, **reading: Unpack[Reading]
 ) -> PerplexityResult:
     """Perplexity of documents read in consecutive segments, the memory carried within a document.
 
-    Each row reads one document with a memory of its own, and takes up the next unread document, from an empty
-    memory, when it has come to the end. Calls are cut at whole segments, so the segments are the same however
-    many one holds.
-
     Args:
-        model: evaluated in evaluation mode; its held memory is neither read nor changed.
+        model: as for `evaluate_sliding_window`.
         split: the documents.
-        batch_size: documents read at once; it does not change the result.
-        segments_per_call: segments a call; it changes the speed alone.
-        max_tokens: as for `evaluate_sliding_window`, so that both score the same documents.
-        device: where the model lies; None: where its weights are.
-        autocast: makes the context in which the model computes.
-        on_progress: called with the tokens scored so far and in all.
-        should_stop: as for `evaluate_sliding_window`.
-        processes: those that share the documents; every one of them gets the whole result.
-
-    Raises:
-        UserError: the split has no token to score.
+        segments_per_call: segments read by one call; it changes only the speed.
+        reading: batch_size and what else `Reading` names.
     """
-    documents = select_documents(split, max_tokens)
-    tally = Tally(model, documents, on_progress, processes)
-    by_length = sorted(documents.tokens, key=len, reverse=True)  # so that few rows idle at the end
-    unread = deque(by_length[processes.rank :: processes.count])
-    pieces: list[deque[Row]] = [deque() for _ in range(min(batch_size, len(unread)))]
-    with evaluation_mode(model, autocast), model.fresh_memory(batch_size=len(pieces) or None):
-        while not tally.is_stopped:
-            starts = [False] * len(pieces)
-            for index, row in enumerate(pieces):
-                if not row and unread:
-                    starts[index] = True
-                    document = unread.popleft()
-                    windows = plan_segments(len(document), segments_per_call * model.segment_length)
-                    row.extend(cut_row(document, window) for window in windows)
-            active = [row[0] for row in pieces if row]
-            if not active:
-                break
-            # A row without a document repeats another's tokens, unscored, so that it costs no mask.
-            longest = max((row.tokens for row in active), key=len)
-            idle = Row(longest, len(longest))
-            batch = [row.popleft() if row else idle for row in pieces]
-            where = find_device(model, device)
-            model.reset_rows(torch.tensor(starts, device=where))
-            tally.add(score_rows(model, batch, where, update_memory=True), should_stop)
-    return tally.finish("streaming", None, None)
+    return _evaluate("streaming", model, split, reading, segments_per_call)
 
 
 def unigram_perplexity(split: TokenSplit) -> float:
@@ -228,25 +174,70 @@ def unigram_perplexity(split: TokenSplit) -> float:
     return exp_or_inf(-float(np.sum(shares * np.log(shares))))
 
 
-class _Perplexity(Measure):
-    """What the protocols share as measures."""
+def _evaluate(
+    protocol: str,
+    model: LanguageModel,
+    split: TokenSplit,
+    reading: Reading,
+    plan: Callable[[int], list[Window]] | int,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    prefix_token: int | None = None,
+) -> PerplexityResult:
+    """Score in the planned windows, or in streams of so many segments per call."""
+    began = time.perf_counter()
+    chosen = select_documents(split, reading.get("max_tokens"), prefix_token)
+    scorer = Scorer(model, chosen.tokens, reading)
+    found = scorer.score_streams(plan) if isinstance(plan, int) else scorer.score_windows(plan)
+    sums = LossSums(len(chosen.tokens))
+    sums.add(join_scores(found))
+    tokens, nll = scorer.processes.sum(sums.counts[:, 0]), scorer.processes.sum(sums.total_nll[:, 0])
+    # Summed batch by batch, in the order of reading: so a result does not depend on how documents are counted.
+    parts = np.array([sum(float(scores.losses.sum()) for scores in found), scorer.is_stopped], dtype=np.float64)
+    total, num_stopped = scorer.processes.sum(parts).tolist()
+    count, num_bytes, num_words = int(tokens.sum()), chosen.num_bytes, chosen.num_words
+    if count < chosen.num_scored and num_stopped:
+        num_bytes = num_words = None
+    elif count != chosen.num_scored:  # a bug in New-LLM; no number is better than a wrong one
+        raise RuntimeError(f"{protocol}: scored {count} of {chosen.num_scored} tokens")
+    loss = total / count if count else math.nan
+    perplexity, error = exp_or_inf(loss), find_clustered_error(nll, tokens)
+    seconds = time.perf_counter() - began
+    return PerplexityResult(
+        protocol=protocol,
+        perplexity=perplexity,
+        standard_error=None if error is None else perplexity * error,
+        loss=loss,
+        bits_per_byte=total / (math.log(2) * num_bytes) if num_bytes else None,
+        word_perplexity=exp_or_inf(total / num_words) if num_words else None,
+        num_tokens=count,
+        num_planned=chosen.num_scored,
+        num_words=num_words,
+        num_bytes=num_bytes,
+        num_documents=len(chosen.tokens),
+        documents={"index": chosen.indices, "num_tokens": tokens.tolist(), "total_nll": nll.tolist()},
+        context=context,
+        stride=stride,
+        segment_length=model.segment_length,
+        prefix_token=prefix_token,
+        seconds=seconds,
+        tokens_per_second=count / seconds if seconds else math.inf,
+    )
 
-    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+
+class Perplexity(Measure):
+    """What the protocols share as measures; each names itself and how it evaluates."""
+
+    GROUP: ClassVar[str] = "Validation perplexity"
+
+    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
         """The perplexity of the subject's documents."""
         raise NotImplementedError
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same documents."""
-        result = self.evaluate(
-            subject,
-            batch_size=subject.settings.batch_size,
-            max_tokens=subject.settings.max_tokens,
-            device=subject.device,
-            autocast=subject.autocast,
-            on_progress=subject.on_progress,
-            should_stop=subject.should_stop,
-            processes=subject.processes,
-        )
+        """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same split."""
+        result = self.evaluate(subject, subject.reading)
         return result.to_dict() | {
             "verdict": diagnose_perplexity(result.perplexity).to_dict(),
             "unigram_perplexity": unigram_perplexity(subject.split),
@@ -254,21 +245,13 @@ class _Perplexity(Measure):
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """The perplexity and its standard error."""
-        return [
-            Column(
-                "perplexity",
-                self.name,
-                result["perplexity"],
-                better="lower",
-                group="Validation perplexity",
-                error=result["standard_error"],
-            )
-        ]
+        value, error = result["perplexity"], result["standard_error"]
+        return [Column("perplexity", self.name, value, better="lower", group=self.GROUP, error=error)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """A bar per model."""
         rows = [{"model": one.name, "perplexity": one.result["perplexity"]} for one in results]
-        caption = f"Perplexity of the validation documents, {self.title}; lower is better."
+        caption = f"{self.title.capitalize()} of the validation documents; lower is better."
         return [bar_chart(f"perplexity-{self.name}", self.title, caption, rows, x="model", y="perplexity")]
 
     def describe(self, result: dict[str, Any]) -> str:
@@ -277,75 +260,69 @@ class _Perplexity(Measure):
 
 
 @register_measure
-class SlidingPerplexity(_Perplexity):
+class SlidingPerplexity(Perplexity):
     """Perplexity in overlapping windows, each read from an empty memory."""
 
     name = "sliding"
     title = "sliding-window perplexity"
 
-    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
         """See `evaluate_sliding_window`."""
-        settings = subject.settings
-        return evaluate_sliding_window(
-            subject.model, subject.split, context=settings.context, stride=settings.stride, **options
-        )
+        context, stride = subject.settings.context, subject.settings.stride
+        return evaluate_sliding_window(subject.model, subject.split, context=context, stride=stride, **reading)
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Also the figures that do not depend on the tokenizer, the unigram's share, and the verdict."""
-        group = "Validation perplexity"
-        unigram = result["unigram_perplexity"]
+        unigram, verdict = result["unigram_perplexity"], result["verdict"]
         ratio = result["perplexity"] / unigram if unigram else None
-        verdict = result["verdict"]
         return [
             *super().columns(result),
-            Column("word_perplexity", "per word", result["word_perplexity"], better="lower", group=group),
-            Column("unigram_ratio", "× unigram", ratio, better="lower", group=group),
-            Column("verdict", "verdict", verdict["level"], group=group, hint=verdict["text"]),
-            Column("bits_per_byte", "bits/byte", result["bits_per_byte"], better="lower", group=group),
+            Column("word_perplexity", "per word", result["word_perplexity"], better="lower", group=self.GROUP),
+            Column("unigram_ratio", "× unigram", ratio, better="lower", group=self.GROUP),
+            Column("verdict", "verdict", verdict["level"], group=self.GROUP, hint=verdict["text"]),
+            Column("bits_per_byte", "bits/byte", result["bits_per_byte"], better="lower", group=self.GROUP),
         ]
 
 
 @register_measure
-class StreamingPerplexity(_Perplexity):
+class StreamingPerplexity(Perplexity):
     """Perplexity in consecutive segments, the memory carried along each document."""
 
     name = "streaming"
     title = "streaming perplexity"
 
-    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
         """See `evaluate_streaming`."""
-        return evaluate_streaming(
-            subject.model, subject.split, segments_per_call=subject.settings.segments_per_call, **options
-        )
+        per_call = subject.settings.segments_per_call
+        return evaluate_streaming(subject.model, subject.split, segments_per_call=per_call, **reading)
 
 
 @register_measure
-class IndependentPerplexity(_Perplexity):
+class IndependentPerplexity(Perplexity):
     """Perplexity in single segments, each read from an empty memory."""
 
     name = "independent"
     title = "perplexity of single segments"
 
-    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
         """See `evaluate_independent`."""
-        return evaluate_independent(subject.model, subject.split, **options)
+        return evaluate_independent(subject.model, subject.split, **reading)
 
 
 @register_measure
-class RollingPerplexity(_Perplexity):
+class RollingPerplexity(Perplexity):
     """Perplexity in lm-evaluation-harness's windows."""
 
     name = "rolling"
     title = "rolling perplexity"
 
-    def evaluate(self, subject: Subject, **options: Any) -> PerplexityResult:
+    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
         """See `evaluate_rolling`.
 
         Raises:
             UserError: the tokenizer has no end-of-text token to put before each document.
         """
-        prefix = subject.tokenizer.token_to_id(END_OF_TEXT)
+        prefix, context = subject.tokenizer.token_to_id(END_OF_TEXT), subject.settings.context
         if prefix is None:
             raise UserError(f"rolling perplexity: the tokenizer has no {END_OF_TEXT} token to begin with")
-        context = subject.settings.context
-        return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **options)
+        return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **reading)

@@ -12,7 +12,7 @@ import torch
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.config.reversal import ReversalConfig
-from new_llm.data.reversal_pairs import ReversalPair, get_reversal_pairs
+from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.reversal_scores import Reading, ReversalResult, ReversalTable
 from new_llm.evaluation.scoring import (
@@ -127,6 +127,18 @@ def evaluate_reversal_curse(
     )
 
 
+def load_pairs(settings: ReversalConfig) -> list[ReversalPair]:
+    """The configured pairs: those of a file or the project's own, all or so many of each relation.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    pairs = get_reversal_pairs() if settings.pairs is None else read_reversal_pairs(settings.pairs)
+    if settings.pairs_per_relation is not None:
+        pairs = draw_pairs(pairs, settings.pairs_per_relation, settings.seed)
+    return pairs
+
+
 def encode_text(tokenizer: Any, text: str) -> np.ndarray:
     """The ids of a text without special tokens, from a tokenizer of `tokenizers` or `transformers`."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -235,14 +247,17 @@ class ReversalCurse(Measure):
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """See `ReversalResult.to_dict`."""
+        settings = subject.settings.reversal
         return evaluate_reversal_curse(
             subject.model,
             subject.tokenizer,
-            get_reversal_pairs(),
+            load_pairs(settings),
             subject.device,
-            batch_size=subject.settings.reversal_batch_size,
-            num_resamples=subject.settings.bootstrap_resamples,
-            seed=subject.seed,
+            batch_size=settings.batch_size,
+            max_sentences=settings.max_sentences,
+            num_resamples=settings.num_resamples,
+            confidence=settings.confidence,
+            seed=settings.seed,
             autocast=subject.autocast,
             on_progress=subject.on_progress,
             processes=subject.processes,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from new_llm.evaluation.bootstrap import Interval, draw_resamples, find_interval
+from new_llm.evaluation.statistics import Interval, draw_resamples, find_interval
 
 
 class Reading(NamedTuple):

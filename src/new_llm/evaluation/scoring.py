@@ -1,20 +1,28 @@
-"""What every measurement shares: rows of tokens in, the loss of each scored token out."""
+"""The scorer under all measures: documents in, the loss of each scored token out, with its document and position.
+
+`Scorer.score_windows` reads pieces of documents, each from an empty memory; `Scorer.score_streams` reads documents in
+consecutive segments with the memory carried. Both return `Scores`, from which a measure sums what it needs.
+"""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.data.tokens import TokenSplit
-from new_llm.evaluation.windows import Window
+from new_llm.evaluation.windows import Window, plan_segments
 from new_llm.models.loss import IGNORE_INDEX
+from new_llm.processes import ALONE, Processes
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Makes the context in which the model computes, e.g. the autocast of training."""
@@ -59,26 +67,183 @@ class LanguageModel(Protocol):
         ...
 
 
-class Row(NamedTuple):
-    """One row of a batch to score.
-
-    Attributes:
-        tokens: [W]; the last one is there to be predicted.
-        first_scored: index in `tokens`, at least 1, of the first token that is scored; W: none is.
-    """
-
-    tokens: np.ndarray
-    first_scored: int = 1
-
-
-def cut_row(tokens: np.ndarray, window: Window) -> Row:
-    """The row that reads and scores a window of a document's tokens."""
-    return Row(tokens[window.begin : window.end], window.first_scored - window.begin)
-
-
 def never() -> bool:
     """The answer to `should_stop` of a measurement that runs to its end."""
     return False
+
+
+class Reading(TypedDict, total=False):
+    """How documents are read, in every measure of perplexity.
+
+    Attributes:
+        batch_size: windows or documents read at once; it does not change the result.
+        max_tokens: score whole documents, in order, while their scored tokens are at most so many; but at
+            least one document, which alone is cut short if it is longer. None: all.
+        device: where the model lies; None: where its weights are.
+        autocast: makes the context in which the model computes.
+        on_progress: called with the tokens scored so far and in all.
+        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+        processes: those that share the work; every one of them gets the whole result.
+    """
+
+    batch_size: Required[int]
+    max_tokens: int | None
+    device: torch.device | str | None
+    autocast: Autocast
+    on_progress: Progress | None
+    should_stop: Callable[[], bool]
+    processes: Processes
+
+
+class Scores(NamedTuple):
+    """The losses of one batch, three arrays of one length.
+
+    Attributes:
+        documents: index of each token's document in the list of documents.
+        positions: index of the token in its document.
+        losses: its negative log-likelihood in nats, float64.
+    """
+
+    documents: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    losses: NDArray[np.float64]
+
+
+def join_rows(rows: Iterable[tuple[int, int, NDArray[np.float64]]]) -> Scores:
+    """Scores of rows of consecutive tokens, each (document, position of the first token, losses)."""
+    found = list(rows) or [(0, 0, np.zeros(0))]
+    return Scores(
+        np.concatenate([np.full(len(losses), document, dtype=np.int64) for document, _, losses in found]),
+        np.concatenate([np.arange(first, first + len(losses)) for _, first, losses in found]),
+        np.concatenate([losses for *_, losses in found]),
+    )
+
+
+def join_scores(batches: Iterable[Scores]) -> Scores:
+    """Scores of several batches as one."""
+    found = list(batches) or [join_rows([])]
+    return Scores(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+
+class Scorer:
+    """Reads documents with a model and remembers how far it has come.
+
+    Args:
+        model: read in evaluation mode; its held memory is neither read nor changed.
+        documents: the tokens of each.
+        reading: how; see `Reading`. `max_tokens` is the caller's to apply: `select_documents`.
+
+    Attributes:
+        num_scored: tokens scored by this process.
+        is_stopped: whether `should_stop` has ended the reading.
+    """
+
+    def __init__(self, model: LanguageModel, documents: Sequence[NDArray[Any]], reading: Reading) -> None:
+        self.model = model
+        self.documents = documents
+        self.batch_size = reading["batch_size"]
+        self.device = find_device(model, reading.get("device"))
+        self.autocast = reading.get("autocast", contextlib.nullcontext)
+        self.on_progress = reading.get("on_progress")
+        self.should_stop = reading.get("should_stop", never)
+        self.processes = reading.get("processes", ALONE)
+        self.num_planned = sum(len(tokens) - 1 for tokens in documents)
+        self.num_scored = 0
+        self.is_stopped = False
+
+    def score_windows(self, plan: Callable[[int], list[Window]]) -> list[Scores]:
+        """Score the documents in windows, each read from an empty memory; a batch's scores each.
+
+        Args:
+            plan: the windows of a document of so many tokens.
+        """
+        windows = [(index, window) for index, tokens in enumerate(self.documents) for window in plan(len(tokens))]
+        rows = [cut_row(self.documents[index], window) for index, window in windows]
+        found: list[Scores] = []
+        with evaluation_mode(self.model, self.autocast), self.model.fresh_memory():
+            for batch in group_by_length(rows, self.batch_size)[self.processes.rank :: self.processes.count]:
+                losses = score_rows(self.model, [rows[i] for i in batch], self.device)
+                places = [(windows[i][0], windows[i][1].first_scored) for i in batch]
+                found.append(join_rows((*place, row) for place, row in zip(places, losses, strict=True)))
+                if self.note(found[-1]):
+                    break
+        return found
+
+    def score_streams(self, segments_per_call: int) -> list[Scores]:
+        """Score the documents in consecutive segments, the memory carried; a call's scores each.
+
+        Each row reads one document with a memory of its own, and takes up the next unread document, from an empty
+        memory, when it has come to the end. Calls are cut at whole segments, so the segments are the same however
+        many a call holds.
+        """
+        # Longest first, so that few rows idle at the end.
+        by_length = sorted(range(len(self.documents)), key=lambda index: -len(self.documents[index]))
+        unread = deque(by_length[self.processes.rank :: self.processes.count])
+        opened: list[deque[tuple[int, Window]]] = [deque() for _ in range(min(self.batch_size, len(unread)))]
+        per_call = segments_per_call * self.model.segment_length
+        found: list[Scores] = []
+        with evaluation_mode(self.model, self.autocast), self.model.fresh_memory(batch_size=len(opened) or None):
+            while not self.is_stopped:
+                begins = [False] * len(opened)
+                for row, pieces in enumerate(opened):
+                    if not pieces and unread:
+                        begins[row], index = True, unread.popleft()
+                        pieces.extend((index, window) for window in plan_segments(len(self.documents[index]), per_call))
+                batch = [pieces.popleft() if pieces else None for pieces in opened]
+                read = [cut_row(self.documents[piece[0]], piece[1]) for piece in batch if piece is not None]
+                if not read:
+                    break
+                # A row without a document repeats another's tokens, unscored, so that it costs no mask.
+                longest = max((row.tokens for row in read), key=len)
+                rest = iter(read)
+                rows = [Row(longest, len(longest)) if piece is None else next(rest) for piece in batch]
+                self.model.reset_rows(torch.tensor(begins, device=self.device))
+                losses = score_rows(self.model, rows, self.device, update_memory=True)
+                scored = zip(batch, losses, strict=True)
+                found.append(join_rows((p[0], p[1].first_scored, row) for p, row in scored if p is not None))
+                self.note(found[-1])
+        return found
+
+    def note(self, scores: Scores) -> bool:
+        """Count a batch; True: stop."""
+        self.num_scored += len(scores.losses)
+        if self.on_progress:
+            self.on_progress(self.num_scored, self.num_planned)
+        self.is_stopped = self.should_stop()
+        return self.is_stopped
+
+
+class LossSums:
+    """Total loss and scored tokens of each document in each range of positions.
+
+    Args:
+        num_documents: documents D.
+        edges: where the E ranges begin; the last one is open.
+
+    Raises:
+        ValueError: the edges do not rise from 0.
+    """
+
+    def __init__(self, num_documents: int, edges: Sequence[int] = (0,)) -> None:
+        if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
+            raise ValueError(f"edges: {list(edges)} must begin with 0 and rise")
+        self.edges = np.array(edges, dtype=np.int64)
+        self.total_nll = np.zeros((num_documents, len(edges)))
+        """Nats, [D, E]."""
+        self.counts = np.zeros((num_documents, len(edges)), dtype=np.int64)
+        """Tokens, [D, E]."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scored."""
+        return int(self.counts.sum())
+
+    def add(self, scores: Scores) -> None:
+        """Count a batch."""
+        ranges = np.searchsorted(self.edges, scores.positions, side="right") - 1
+        cells = scores.documents * len(self.edges) + ranges
+        self.total_nll += np.bincount(cells, scores.losses, self.counts.size).reshape(self.counts.shape)
+        self.counts += np.bincount(cells, minlength=self.counts.size).reshape(self.counts.shape)
 
 
 @dataclass(frozen=True)
@@ -86,20 +251,22 @@ class ScoredDocuments:
     """The documents that are scored, each of one scored token or more.
 
     Attributes:
+        indices: of the documents in the split.
         tokens: of each document.
         num_scored: tokens to score: all but each document's first, or all where a prefix stands before it.
         num_bytes: bytes of their raw text; None where the document was cut short.
         num_words: words of their raw text; None where the document was cut short.
     """
 
-    tokens: list[np.ndarray]
+    indices: list[int]
+    tokens: list[NDArray[Any]]
     num_scored: int
     num_bytes: int | None
     num_words: int | None
 
 
 def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | None = None) -> ScoredDocuments:
-    """Whole documents in order, as `evaluate_sliding_window` says of max_tokens.
+    """Whole documents in order, as `Reading` says of max_tokens.
 
     Args:
         split: the documents.
@@ -107,7 +274,7 @@ def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | No
         prefix: a token to put before each document, so that its first token is scored, too.
     """
     tokens: list[np.ndarray] = []
-    chosen: list[int] = []
+    indices: list[int] = []
     num_scored = 0
     for index in range(split.num_documents):
         document = split.document(index)
@@ -117,15 +284,17 @@ def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | No
             continue
         if max_tokens is not None and num_scored + len(document) - 1 > max_tokens:
             if not tokens:
-                return ScoredDocuments([document[: max_tokens + 1]], max_tokens, None, None)
+                return ScoredDocuments([index], [document[: max_tokens + 1]], max_tokens, None, None)
             break
         tokens.append(document)
-        chosen.append(index)
+        indices.append(index)
         num_scored += len(document) - 1
     if not tokens:
         least = "two tokens" if prefix is None else "a token"
         raise UserError(f"evaluation: no document has {least} or more, so there is nothing to score")
-    return ScoredDocuments(tokens, num_scored, int(split.num_bytes[chosen].sum()), int(split.num_words[chosen].sum()))
+    return ScoredDocuments(
+        indices, tokens, num_scored, int(split.num_bytes[indices].sum()), int(split.num_words[indices].sum())
+    )
 
 
 def find_device(model: LanguageModel, device: torch.device | str | None) -> torch.device:
@@ -148,6 +317,23 @@ def evaluation_mode(model: LanguageModel, autocast: Autocast = contextlib.nullco
     finally:
         for module, training in modes:
             module.training = training
+
+
+class Row(NamedTuple):
+    """One row of a batch to score.
+
+    Attributes:
+        tokens: [W]; the last one is there to be predicted.
+        first_scored: index in `tokens`, at least 1, of the first token that is scored; W: none is.
+    """
+
+    tokens: np.ndarray
+    first_scored: int = 1
+
+
+def cut_row(tokens: np.ndarray, window: Window) -> Row:
+    """The row that reads and scores a window of a document's tokens."""
+    return Row(tokens[window.begin : window.end], window.first_scored - window.begin)
 
 
 def score_rows(

@@ -20,7 +20,7 @@ from new_llm.config.measurement import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
 from new_llm.data.tokens import TokenSplit
-from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
+from new_llm.evaluation import Baseline, evaluate_long_documents
 from new_llm.experiments.adapter_config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
@@ -160,10 +160,8 @@ class AdapterRun(Run[AdapterTrainingConfig]):
                 result = evaluate_long_documents(
                     adapted,
                     limit_documents(split, settings.max_tokens),
-                    min_tokens=2,
-                    batch_size=settings.batch_size,
+                    dataclasses.replace(settings.long_documents, min_tokens=2, batch_size=settings.batch_size),
                     baselines=[Baseline(BASE, base, autocast=self.autocast)],
-                    num_resamples=settings.bootstrap_resamples,
                     autocast=self.autocast,
                 )
                 measured[name] = result.to_dict()

@@ -6,10 +6,13 @@ from new_llm.config import UserError
 from new_llm.config.long_documents import LongDocumentsConfig
 from new_llm.config.recall import RecallConfig
 from new_llm.data.tokens import TokenSplit
-from new_llm.evaluation.long_documents import Baseline, evaluate_long_documents
-from new_llm.evaluation.long_documents_result import LongDocumentsResult
-from new_llm.evaluation.recall import evaluate_recall
-from new_llm.evaluation.recall_result import RecallResult
+from new_llm.evaluation import (
+    Baseline,
+    LongDocumentsResult,
+    RecallResult,
+    evaluate_long_documents,
+    evaluate_recall,
+)
 from new_llm.evaluation.scoring import Progress, never
 from new_llm.experiments.subject import Subject
 
@@ -39,16 +42,8 @@ def measure_long_documents(
     return evaluate_long_documents(
         subject.model,
         split,
-        min_tokens=settings.min_tokens,
-        edges=settings.edges,
-        batch_size=settings.batch_size,
-        max_documents=settings.max_documents,
-        max_tokens_per_document=settings.max_tokens_per_document,
+        settings,
         baselines=baselines,
-        segments_per_call=settings.segments_per_call,
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
         device=subject.device,
         autocast=subject.autocast,
         on_progress=on_progress,
@@ -80,17 +75,7 @@ def measure_recall(
         subject.model,
         subject.tokenizer,
         split,
-        lengths=settings.lengths,
-        depths=settings.depths,
-        trials=settings.trials,
-        tasks=settings.tasks,
-        num_candidates=settings.num_candidates,
-        part=settings.part,
-        batch_size=settings.batch_size,
-        segments_per_call=settings.segments_per_call,
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
+        settings,
         device=subject.device,
         autocast=subject.autocast,
         on_progress=on_progress,

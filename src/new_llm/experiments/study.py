@@ -29,7 +29,7 @@ from new_llm.config.measurement import SubjectConfig, TextConfig
 from new_llm.config.recall import RecallConfig
 from new_llm.config.run_settings import read_settings
 from new_llm.config.terminal import make_line, open_console
-from new_llm.evaluation.long_documents import Baseline
+from new_llm.evaluation import Baseline
 from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
 from new_llm.experiments.evaluation_text import load_evaluation_text
 from new_llm.experiments.memory_measurements import (

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from new_llm.evaluation.bootstrap import find_t_interval
+from new_llm.evaluation.statistics import find_t_interval
 from new_llm.experiments.study_config import StudyConfig
 
 Run = Mapping[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
-from new_llm.evaluation.bootstrap import find_t_interval
+from new_llm.evaluation.statistics import find_t_interval
 from new_llm.formats import format_number
 from new_llm.report.measures import CONFIDENCE, Place, compare, list_columns, list_places
 from new_llm.report.results import as_number, get_value

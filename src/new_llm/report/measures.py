@@ -8,7 +8,7 @@ import numpy as np
 from new_llm.charts import Chart
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
-from new_llm.evaluation.bootstrap import draw_resamples, find_interval
+from new_llm.evaluation.statistics import draw_resamples, find_interval
 from new_llm.report.results import VALIDATION, Measured
 from new_llm.report.series import Series
 

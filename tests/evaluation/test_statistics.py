@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from new_llm.evaluation.bootstrap import draw_resamples, find_interval, find_t_interval
+from new_llm.evaluation.statistics import (
+    compare_documents,
+    draw_resamples,
+    find_clustered_error,
+    find_interval,
+    find_share_interval,
+    find_t_interval,
+)
 
 
 def test_each_resample_draws_as_many_items_as_there_are():
@@ -61,3 +68,40 @@ def test_one_seed_has_no_interval():
     assert find_t_interval([3.0], 0.95) == (None, None)
     with pytest.raises(ValueError, match="confidence"):
         find_t_interval([1.0, 2.0], 1.0)
+
+
+def test_wilson_interval():
+    assert find_share_interval(10, 20, 0.95) == pytest.approx((0.2993, 0.7007), abs=1e-4)
+    assert find_share_interval(0, 20, 0.95) == pytest.approx((0, 0.1611), abs=1e-4)
+    low, high = find_share_interval(20, 20, 0.95)
+    assert (low, high) == pytest.approx((0.8389, 1), abs=1e-4)
+    for hits, trials, confidence in ((1, 0, 0.9), (3, 2, 0.9), (1, 2, 1.0)):
+        with pytest.raises(ValueError, match=r"no interval|confidence"):
+            find_share_interval(hits, trials, confidence)
+
+
+def test_tokens_of_one_document_are_not_independent():
+    """Losses that are the same within each document: the error is that of the documents, not of the tokens."""
+    rng = np.random.default_rng(0)
+    counts = np.full(40, 100)
+    means = rng.normal(5.0, 1.0, size=40)
+    error = find_clustered_error(means * counts, counts)
+    assert error == pytest.approx(means.std(ddof=1) / np.sqrt(40))
+    assert error > 9 * means.std() / np.sqrt(40 * 100)  # what independent tokens would give
+    assert find_clustered_error((means * counts)[:4], counts[:4]) is None
+
+
+def test_models_are_compared_document_by_document():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(50, 200, size=30)
+    hard = rng.normal(5.0, 1.0, size=30)
+
+    def documents(losses, num=30):
+        return {"num_tokens": counts[:num].tolist(), "total_nll": (losses * counts)[:num].tolist()}
+
+    found = compare_documents(documents(hard - 0.05 + rng.normal(0, 0.01, size=30)), documents(hard))
+    assert found.value == pytest.approx(np.expm1(-0.05), abs=0.005)
+    assert -0.06 < found.low < found.value < found.high < -0.04  # though documents differ by a whole nat
+    few = compare_documents(documents(hard - 0.05, 4), documents(hard, 4))
+    assert few == (pytest.approx(np.expm1(-0.05)), None, None)
+    assert compare_documents(documents(hard, 29), documents(hard)) is None

@@ -1,0 +1,199 @@
+"""Confidence intervals: a bootstrap over documents, pairs or trials, Wilson's for shares, Student's t over seeds.
+
+Tokens of one document are not independent, and two models are measured on the same documents. So everything about
+perplexity is clustered by document, and models are compared in pairs, document by document. Fewer than MIN_DOCUMENTS
+documents give no interval: resampling so few says nothing about others.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+MIN_DOCUMENTS = 5
+"""Documents below which no interval over documents is given."""
+
+
+class Interval(NamedTuple):
+    """A confidence interval; both ends are NaN where there is no item to draw."""
+
+    low: float
+    high: float
+
+
+class Estimate(NamedTuple):
+    """A figure and its interval, whose ends are None where there are too few items for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def draw_resamples(num_items: int, num_resamples: int, seed: int) -> Array:
+    """How often each item is drawn in each resample, [num_resamples, num_items]; each row sums to num_items.
+
+    One table for all figures of a measurement pairs them: a statistic of a resample is a function of the rows' sums
+    (`table @ values`), and the difference of two statistics is taken within a resample.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+    if num_items < 1 or num_resamples < 1:
+        raise ValueError(f"{num_resamples} resamples of {num_items} items: both must be positive")
+    generator = np.random.default_rng(seed)
+    chances = np.full(num_items, 1 / num_items)
+    return generator.multinomial(num_items, chances, size=num_resamples).astype(np.float64)
+
+
+def find_interval(statistics: Array, confidence: float) -> Interval:
+    """The central share `confidence` of a statistic's resamples, [num_resamples]; NaN ones (empty groups) are left out.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (the percentile interval).
+
+    Raises:
+        ValueError: not 0 < confidence < 1.
+    """
+    _check_confidence(confidence)
+    known = statistics[~np.isnan(statistics)]
+    if not len(known):
+        return Interval(float("nan"), float("nan"))
+    tail = (1 - confidence) / 2
+    # Of infinite statistics (a perplexity that overflows) an interpolated quantile would be NaN.
+    low, high = np.quantile(known, [tail, 1 - tail], method="nearest")
+    return Interval(float(low), float(high))
+
+
+def estimate_over_documents(
+    function: Callable[..., Any],
+    ways: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+    resamples: Array,
+    confidence: float,
+) -> Estimate:
+    """A function of the mean losses of one or more ways to read documents, with its interval over documents.
+
+    Args:
+        function: of the mean loss in nats of each way, e.g. np.exp or np.subtract.
+        ways: (total loss [D], tokens [D]) of each, on the same documents.
+        resamples: how often each document is drawn, [R, D].
+        confidence: of the interval; there is none where fewer than MIN_DOCUMENTS documents have a token.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        value = function(*(total.sum() / count.sum() for total, count in ways))
+        if (ways[0][1] > 0).sum() < MIN_DOCUMENTS:
+            return Estimate(float(value), None, None)
+        drawn = function(*((resamples @ total) / (resamples @ count) for total, count in ways))
+    return Estimate(float(value), *find_interval(drawn, confidence))
+
+
+def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> float | None:
+    """Standard error of the mean loss of a token, √(D/(D−1) · Σ_d (L_d − n_d L̄)²) / Σ_d n_d, clustered by document.
+
+    Source: Cochran, Sampling Techniques, 1977, section 6.3 (a ratio estimate).
+
+    Args:
+        total_nll: L, the total loss of each document, [D].
+        num_tokens: n, its tokens, [D].
+
+    Returns:
+        None for fewer than MIN_DOCUMENTS documents.
+    """
+    is_read = num_tokens > 0
+    count = int(is_read.sum())
+    if count < MIN_DOCUMENTS:
+        return None
+    mean = total_nll.sum() / num_tokens.sum()
+    residuals = (total_nll - num_tokens * mean)[is_read]
+    return float(math.sqrt(count / (count - 1) * float(residuals @ residuals)) / num_tokens.sum())
+
+
+def compare_documents(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, confidence: float = 0.95, num_resamples: int = 2000
+) -> Estimate | None:
+    """Perplexity of one / the other − 1, paired by document, with its bootstrap interval over documents.
+
+    Args:
+        one: the `documents` of a perplexity's result: `num_tokens` and `total_nll`, lists with an entry per document.
+        other: those of another model on the same documents.
+        confidence: of the interval.
+        num_resamples: of the documents.
+
+    Returns:
+        None where the two were not measured on the same tokens.
+    """
+    if not one["num_tokens"] or one["num_tokens"] != other["num_tokens"]:
+        return None
+    counts = np.array(one["num_tokens"])
+    ways = [(np.array(found["total_nll"], np.float64), counts) for found in (one, other)]
+    resamples = draw_resamples(len(counts), num_resamples, seed=0)
+    return estimate_over_documents(lambda a, b: np.expm1(a - b), ways, resamples, confidence)
+
+
+def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> Interval:
+    """Wilson's interval of a share: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
+
+    Unlike the bootstrap's it has a width where all trials end alike. Source: Wilson, JASA 22, 1927.
+
+    Raises:
+        ValueError: no trials, or not 0 < confidence < 1.
+    """
+    _check_confidence(confidence)
+    if num_trials < 1 or not 0 <= num_hits <= num_trials:
+        raise ValueError(f"{num_hits} hits of {num_trials} trials: no interval")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, extra = num_hits / num_trials, z * z / num_trials
+    middle = share + extra / 2
+    half = z * math.sqrt(share * (1 - share) / num_trials + extra / (4 * num_trials))
+    return Interval(max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra)))
+
+
+def find_t_interval(values: Sequence[float], confidence: float) -> Interval | tuple[None, None]:
+    """Student's t interval of a mean, for the few seeds of a study; None, None for fewer than two values.
+
+    mean ± t · s / √n, with P(|T| ≤ t) = confidence for n − 1 degrees of freedom.
+
+    Raises:
+        ValueError: not 0 < confidence < 1.
+    """
+    _check_confidence(confidence)
+    if len(values) < 2:
+        return None, None
+    mean = float(np.mean(values))
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = _find_t_quantile(confidence, len(values) - 1) * spread
+    return Interval(mean - half, mean + half)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: {confidence} is not between 0 and 1")
+
+
+def _find_t_quantile(confidence: float, freedom: int) -> float:
+    """The t for which P(|T| ≤ t) is `confidence`, by bisection."""
+    low, high = 0.0, 1.0
+    while _student_within(high, freedom) < confidence:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_within(middle, freedom) < confidence else (low, middle)
+    return (low + high) / 2
+
+
+def _student_within(t: float, freedom: int) -> float:
+    """P(|T| ≤ t) of Student's distribution with whole degrees of freedom.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, equations 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    is_odd = freedom % 2
+    term = cosine if is_odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for power in range(2 + is_odd, freedom - 1, 2):
+        term *= cosine**2 * (power - 1) / power
+        total += term
+    return 2 / math.pi * (angle + sine * total) if is_odd else sine * total
