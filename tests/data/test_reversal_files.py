@@ -85,32 +85,32 @@ HEADER = ",".join(SENTENCE_FIELDS)
     ("name", "content", "message"),
     [
         ("p.txt", "x", r"p\.txt: pairs are read from \.csv and \.jsonl files"),
-        ("p.csv", "", r"p\.csv: holds no pair; the fields of one are relation, forward_prompt"),
+        ("p.csv", "", r"p\.csv: holds no pair; a pair's fields are relation, forward_prompt"),
         ("p.csv", HEADER, "holds no pair"),
         ("p.csv", "relation,forward\n", r"line 1: unknown field 'forward'; allowed are relation, forward_prompt"),
         ("p.csv", "relation,subject,object\n", r"line 1: no field 'forward_prompt'; a pair's fields are"),
         ("p.csv", "relation,subject,object,forward_template\n", "line 1: no field 'backward_template'"),
         ("p.csv", f"{HEADER},forward_template\n", "line 1: no field 'subject'"),
-        ("p.csv", f"{','.join(TEMPLATE_FIELDS)},forward_answer\n", "line 1: 'forward_answer' stands beside templates"),
-        ("p.csv", f"{HEADER},relation\n", "line 1: the field 'relation' stands there twice"),
+        ("p.csv", f"{','.join(TEMPLATE_FIELDS)},forward_answer\n", "line 1: 'forward_answer' beside templates"),
+        ("p.csv", f"{HEADER},relation\n", "line 1: duplicate field 'relation'"),
         ("p.csv", f"{HEADER}\nr,a,b,c\n", "line 2: 4 cells, but the first line names 5"),
         ("p.csv", f"{HEADER}\nr,a,b, ,d\n", "line 2: backward_prompt: is empty"),
-        ("p.csv", f'{HEADER}\nr,"a"b,c,d,e\n', r"line 2: no valid CSV: .* expected after"),
-        ("p.csv", f'{HEADER}\nr,a,b,c,"d\n', r"line 2: no valid CSV: unexpected end of data"),
-        ("p.csv", f"{HEADER}\nr,a,b,c,{'d' * 200_000}\n", r"line 2: no valid CSV: field larger"),
+        ("p.csv", f'{HEADER}\nr,"a"b,c,d,e\n', r"line 2: not valid CSV: .* expected after"),
+        ("p.csv", f'{HEADER}\nr,a,b,c,"d\n', r"line 2: not valid CSV: unexpected end of data"),
+        ("p.csv", f"{HEADER}\nr,a,b,c,{'d' * 200_000}\n", r"line 2: not valid CSV: field larger"),
         ("p.csv", f"{HEADER}\nr,a,b,c,{'d' * 3_000}\n", r"line 2: backward_answer: 3,000 characters; at most 2,000"),
         ("p.csv", f"{HEADER}\nr,a,b,c,\x1b[2J\n", r"line 2: backward_answer: holds the control character"),
         ("p.csv", f"{HEADER}\nr,a,b,c,d\n\nr,a,b,c,d\n", "line 4: repeats the pair of line 2"),
         ("p.csv", f"{HEADER},kind\nr,a,b,c,d,true\n", "line 2: kind: 'true' is neither real nor invented"),
-        ("p.csv", b"relation\n\xff", r"line 2: not UTF-8 text: 0xff"),
-        ("p.jsonl", f"{GOOD}\n[1]", r"line 2: no JSON object: '\[1\]'"),
-        ("p.jsonl", "{" * 100_000, r"line 1: no JSON object"),
-        ("p.jsonl", '{"relation": ' + "[" * 100_000, r"line 1: no JSON object"),
-        ("p.jsonl", '{"relation": ' + "1" * 10_000 + "}", r"line 1: no"),
-        ("p.jsonl", GOOD.replace('"Paris."', "NaN"), r"line 1: forward_answer: nan is no string"),
-        ("p.jsonl", GOOD.replace('"Paris."', '"\\ud800"'), r"line 1: forward_answer: holds .*half character"),
-        ("p.jsonl", GOOD.replace('"capital"', '"a", "relation": "b"'), "line 1: the field 'relation' stands there"),
-        ("p.jsonl", "null", "line 1: no JSON object"),
+        ("p.csv", b"relation\n\xff", r"not UTF-8: 0xff at byte 9"),
+        ("p.jsonl", f"{GOOD}\n[1]", r"line 2: not a JSON object: '\[1\]'"),
+        ("p.jsonl", "{" * 100_000, r"line 1: not a JSON object"),
+        ("p.jsonl", '{"relation": ' + "[" * 100_000, r"line 1: not a JSON object"),
+        ("p.jsonl", '{"relation": ' + "1" * 10_000 + "}", r"line 1: not"),
+        ("p.jsonl", GOOD.replace('"Paris."', "NaN"), r"line 1: forward_answer: nan is not a string"),
+        ("p.jsonl", GOOD.replace('"Paris."', '"\\ud800"'), r"line 1: forward_answer: holds .*lone surrogate"),
+        ("p.jsonl", GOOD.replace('"capital"', '"a", "relation": "b"'), "line 1: duplicate field 'relation'"),
+        ("p.jsonl", "null", "line 1: not a JSON object"),
         ("p.jsonl", "{}", "line 1: no field 'relation'"),
     ],
 )
@@ -140,10 +140,10 @@ def test_a_bad_template_is_one_line(tmp_path, forward, message):
 
 
 def test_a_missing_file_and_a_folder_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no\.csv: can't be read: No such file"):
+    with pytest.raises(UserError, match=r"no\.csv: no such file"):
         read_reversal_pairs(tmp_path / "no.csv")
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_reversal_pairs(tmp_path / "folder.csv")
 
 

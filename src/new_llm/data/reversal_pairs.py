@@ -27,7 +27,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import check_regular_file
+from new_llm.config.bounded_files import read_text_file
 
 FACTS_FILE = "reversal_pairs.json"
 SENTENCE_FIELDS = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
@@ -83,27 +83,21 @@ def get_reversal_pairs() -> list[ReversalPair]:
         The pairs in the file's order, relation after relation.
     """
     text = resources.files("new_llm.data").joinpath(FACTS_FILE).read_text(encoding="utf-8")
-    pairs: list[ReversalPair] = []
-    for relation in json.loads(text)["relations"]:
-        for subject, object_ in relation["facts"]:
-            forward_prompt = relation["forward_prompt"].format(subject=subject)
-            backward_prompt = relation["backward_prompt"].format(object=object_)
-            forward_answer, backward_answer = f" {object_}.", f" {subject}."
-            pairs.append(
-                ReversalPair(
-                    relation=relation["relation"],
-                    subject=subject,
-                    object=object_,
-                    kind=relation["kind"],
-                    forward=forward_prompt + forward_answer,
-                    backward=backward_prompt + backward_answer,
-                    forward_prompt=forward_prompt,
-                    forward_answer=forward_answer,
-                    backward_prompt=backward_prompt,
-                    backward_answer=backward_answer,
-                )
-            )
-    return pairs
+    return [
+        _make_pair(
+            {
+                "relation": relation["relation"],
+                "kind": relation["kind"],
+                "subject": subject,
+                "object": object_,
+                "forward_template": relation["forward_prompt"] + " {object}.",
+                "backward_template": relation["backward_prompt"] + " {subject}.",
+            },
+            FACTS_FILE,
+        )
+        for relation in json.loads(text)["relations"]
+        for subject, object_ in relation["facts"]
+    ]
 
 
 def read_reversal_pairs(path: Path) -> list[ReversalPair]:
@@ -120,7 +114,11 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
         raise UserError(f"{path}: pairs are read from .csv and .jsonl files")
     pairs: list[ReversalPair] = []
     lines: dict[tuple[str, str, str], int] = {}
-    for number, row in rows(path, _read_text(path)):
+    try:
+        text = read_text_file(path, MAX_FILE_BYTES).removeprefix("\ufeff")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    for number, row in rows(path, text):
         pair = _make_pair(row, f"{path}: line {number}")
         identity = (pair.relation, pair.forward, pair.backward)
         if identity in lines:
@@ -128,7 +126,7 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
         lines[identity] = number
         pairs.append(pair)
     if not pairs:
-        raise UserError(f"{path}: holds no pair; the fields of one are {ALLOWED}")
+        raise UserError(f"{path}: holds no pair; a pair's fields are {ALLOWED}")
     return pairs
 
 
@@ -155,23 +153,6 @@ def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> l
     return [pairs[index] for index in sorted(chosen)]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if path.is_dir() or size > MAX_FILE_BYTES:
-            what = "a folder" if path.is_dir() else f"{size:,} bytes long; at most {MAX_FILE_BYTES:,} are read"
-            raise UserError(f"{path}: is {what}; a .csv or .jsonl file of pairs is needed")
-        check_regular_file(path)
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: line {line}: not UTF-8 text: 0x{raw[error.start]:02x}") from None
-
-
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # strict: what follows a closing quote is no part of the field
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -181,7 +162,7 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: no valid CSV: {error}") from None
+            raise UserError(f"{path}: line {reader.line_num}: not valid CSV: {error}") from None
         if row is None:
             return
         number, first = first, reader.line_num + 1  # a quoted field may hold line ends
@@ -204,9 +185,9 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             found = json.loads(line, object_pairs_hook=list)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}: no JSON object: {_preview(line)}") from None
+            raise UserError(f"{where}: not a JSON object: {_preview(line)}") from None
         if not isinstance(found, list) or not all(isinstance(item, tuple) for item in found):
-            raise UserError(f"{where}: no JSON object: {_preview(line)}")
+            raise UserError(f"{where}: not a JSON object: {_preview(line)}")
         _check_fields([str(name) for name, _ in found], where)
         yield number, dict(found)
 
@@ -219,7 +200,7 @@ def _check_fields(names: Iterable[str], where: str) -> None:
         if name not in known:
             raise UserError(f"{where}: unknown field {_preview(name)}; allowed are {ALLOWED}")
         if names.count(name) > 1:
-            raise UserError(f"{where}: the field {name!r} stands there twice")
+            raise UserError(f"{where}: duplicate field {name!r}")
     has_templates = any(name.endswith("_template") for name in names)
     needed = TEMPLATE_FIELDS if has_templates else SENTENCE_FIELDS
     missing = [name for name in needed if name not in names]
@@ -227,7 +208,7 @@ def _check_fields(names: Iterable[str], where: str) -> None:
         raise UserError(f"{where}: no field {missing[0]!r}; a pair's fields are {ALLOWED}")
     mixed = [name for name in names if name not in needed and name not in OPTIONAL_FIELDS]
     if mixed:
-        raise UserError(f"{where}: {mixed[0]!r} stands beside templates; a pair's fields are {ALLOWED}")
+        raise UserError(f"{where}: {mixed[0]!r} beside templates; a pair's fields are {ALLOWED}")
 
 
 def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
@@ -259,14 +240,14 @@ def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
 
 def _check_text(name: str, value: Any, where: str) -> None:
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}: {_preview(value)} is no string")
+        raise UserError(f"{where}: {name}: {_preview(value)} is not a string")
     if not value.strip():
         raise UserError(f"{where}: {name}: is empty; text is needed")
     if len(value) > MAX_FIELD_CHARACTERS:
         raise UserError(f"{where}: {name}: {len(value):,} characters; at most {MAX_FIELD_CHARACTERS:,} are allowed")
     control = re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value)
     if control:
-        raise UserError(f"{where}: {name}: holds the control character or half character {control[0]!r}")
+        raise UserError(f"{where}: {name}: holds the control character or lone surrogate {control[0]!r}")
 
 
 def _join(prompt: str, answer: str) -> tuple[str, str]:
