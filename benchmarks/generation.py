@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from new_llm.models.generation import GenerationRun
+from new_llm.models.quantization import quantize_weights
 from rich.console import Console
 from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -27,9 +29,7 @@ from new_llm.config.generation import GenerationConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.data.sources import load_documents
 from new_llm.experiments.run_folder import load_run_model
-from new_llm.models.generation_run import GenerationRun
 from new_llm.models.layers import InfiniLayer, PythiaLayer
-from new_llm.models.quantization import quantize_weights
 
 QUALITY_TOKENS = 16384
 LONG_SHAPE = (128, 4, 512)  # hidden size, heads, width of the MLP

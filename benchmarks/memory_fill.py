@@ -30,6 +30,7 @@ from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.experiments.memory_filling import fill_memory
 from new_llm.experiments.run_folder import load_run_model
+from new_llm.models import save_model
 
 LENGTHS = (4_096, 65_536, 1_048_576)  # tokens
 SLICE_BYTES = 262_144  # of the longest text, between two turns of the others
@@ -48,7 +49,7 @@ def prepare(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     config = PythiaConfig(vocab_size=padded_vocab_size(tokenizer), **SHAPE)
-    create_model("infini", config, segment_length=SEGMENT_LENGTH).save(folder)
+    save_model(create_model("infini", config, segment_length=SEGMENT_LENGTH), folder)
     whole = "\n\n".join(texts)[: LENGTHS[-1] * MAX_CHARACTERS_PER_TOKEN]
     offsets = tokenizer.encode(whole).offsets
     for length in LENGTHS:

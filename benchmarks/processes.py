@@ -25,7 +25,16 @@ from rich.table import Table
 ALONE = "1 process"
 SHOWN_STEPS = 12
 SETTINGS = [
-    *("--data.source", "sotu", "--data.tokenizer-vocab-size", "1024", "--data.no-reversal-pairs", "--eval.measures", "sliding", "streaming"),
+    *(
+        "--data.source",
+        "sotu",
+        "--data.tokenizer-vocab-size",
+        "1024",
+        "--data.no-reversal-pairs",
+        "--eval.measures",
+        "sliding",
+        "streaming",
+    ),
     *("--model.hidden-size", "64", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2"),
     *("--model.intermediate-size", "256", "--data.seq-length", "128", "--data.segments-per-sample", "4"),
     *("--samples", "240", "--batch-size", "4", "--epochs", "2", "--lr", "2e-3", "--train.patience", "0"),

@@ -17,6 +17,7 @@ from new_llm.data.sources import load_documents
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 from new_llm.experiments.memory_filling import fill_memory
 from new_llm.experiments.run_folder import load_run_model
+from new_llm.models import load_memory_file, save_memory_file
 from new_llm.models.memory_file import merge_memory_files
 
 
@@ -61,7 +62,7 @@ def main() -> None:
         file.write_text(part, encoding="utf-8")
         model, tokenizer = load_run_model(run, "infini")  # a fresh copy of the weights on each machine
         fill_memory(model, tokenizer, [file])
-        model.save_memory(run / f"{machine}.safetensors")
+        save_memory_file(model, run / f"{machine}.safetensors")
     merged = merge_memory_files([run / "a.safetensors", run / "b.safetensors"], run / "both.safetensors").record
     print(f"merged: {merged.tokens_seen:,} tokens in {(run / 'both.safetensors').stat().st_size:,} bytes")
 
@@ -70,7 +71,7 @@ def main() -> None:
     for name in (None, "a", "b", "both"):
         model.reset_memory()
         if name is not None:
-            model.load_memory(run / f"{name}.safetensors")
+            load_memory_file(model, run / f"{name}.safetensors")
         with torch.no_grad():
             _, stats = model.compute_loss(ids, labels=ids)
         print(f"what follows, with memory {name or 'empty':<5}: perplexity {stats.perplexity:.2f}")

@@ -22,6 +22,7 @@ from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.evaluation import evaluate_streaming, examine_model
 from new_llm.experiments import ExperimentConfig
 from new_llm.experiments.measure import measure_validation_loss
+from new_llm.models import load_model
 from new_llm.models.layers import (
     CompressiveAttention,
     Layer,
@@ -123,7 +124,7 @@ def train(layers: list[Layer], data: PreparedData, config: ExperimentConfig, fol
         seed=config.seed,
         progress=TrainingProgress(folder.name, Console(stderr=True)),
     ).run()
-    return TransformerLM.load(folder / "best").eval()
+    return load_model(folder / "best").eval()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from new_llm.experiments.adapter import find_base, load_configured_base, prepare
 from new_llm.experiments.adapter_config import AdapterDataConfig, AdapterTrainConfig, AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig, ModelConfig
 from new_llm.experiments.record import read_json, write_json
-from new_llm.models import TransformerLM
+from new_llm.models import load_model
 from new_llm.models.hf.adapter_layers import add_parallel_infini
 from new_llm.models.hf.convert import export_pythia
 from new_llm.models.layers.parallel_infini import AdapterConfig
@@ -120,7 +120,7 @@ def make_base(folder: Path) -> None:
     run = folder / "base"
     if not (run / "pythia" / "best" / "model.json").exists():
         run_experiment(exp_config=dataclasses.replace(BASE, runs_dir=folder), resume=run.exists())
-    model = TransformerLM.load(run / "pythia" / "best")
+    model = load_model(run / "pythia" / "best")
     export_pythia(model, folder / "neox", Tokenizer.from_file(str(run / "tokenizer.json")))
 
 

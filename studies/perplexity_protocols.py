@@ -35,7 +35,7 @@ from new_llm.evaluation import (
 )
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import describe_code, write_json
-from new_llm.models import TransformerLM, create_model
+from new_llm.models import TransformerLM, create_model, load_model, save_model
 from new_llm.models.loss import IGNORE_INDEX
 from new_llm.training import Trainer
 from new_llm.training.log import TrainingProgress, read_metrics
@@ -98,7 +98,7 @@ def main() -> int:
     torch.manual_seed(CONFIG.seed + 1)
     untrained = create_model("infini", CONFIG.model.shape(data.vocab_size), segment_length=CONFIG.segment_length)
     stages: dict[str, TransformerLM] = {"untrained": untrained.eval()}
-    stages |= {f"below {target}": TransformerLM.load(stage_folder(folder, target)).eval() for target in TARGETS}
+    stages |= {f"below {target}": load_model(stage_folder(folder, target)).eval() for target in TARGETS}
     readings = {name: take_readings(model, text) for name, model in stages.items()}
     lines = [line for line in read_metrics(folder) if line["event"] == "epoch"]
     results = {
@@ -142,7 +142,7 @@ def train(text: TokenSplit, vocab_size: int, folder: Path) -> None:
         loss = evaluate_streaming(model, text, batch_size=8).loss
         for target in TARGETS:
             if loss < math.log(target) and not stage_folder(folder, target).exists():
-                model.save(stage_folder(folder, target))
+                save_model(model, stage_folder(folder, target))
         if loss < math.log(TARGETS[-1]):
             raise AllReached
         return loss

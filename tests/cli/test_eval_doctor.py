@@ -13,6 +13,7 @@ from new_llm.data.dataset import prepare_data
 from new_llm.evaluation.doctor import CHECKS
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.record import write_json
+from new_llm.models import save_model
 from new_llm.models.layers import PythiaLayer
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -34,7 +35,9 @@ def make_run(folder: Path, source: Path) -> Path:
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
     prepared = prepare_data(config.data)
     torch.manual_seed(0)
-    create_model("infini", config.model.shape(prepared.vocab_size), segment_length=32).save(folder / "infini" / "best")
+    save_model(
+        create_model("infini", config.model.shape(prepared.vocab_size), segment_length=32), folder / "infini" / "best"
+    )
     prepared.tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.yaml").write_text(config.to_yaml())
     write_json(folder / "data.json", prepared.info)

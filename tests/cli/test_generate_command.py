@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from new_llm import TransformerLM, create_model
+from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
+from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
 from new_llm.models.memory_file import read_memory_file
 
 STATISTICS = r"(\d+) new tokens after (\d+) of the prompt in [\d.]+ s, [\d,]+ tokens/s, 1 pass per token\n"
@@ -35,11 +36,11 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for kind in ("pythia", "infini", "multi_memory"):
         model = create_model(kind, shape, segment_length=16)
-        model.save(run / kind / "best")
+        save_model(model, run / kind / "best")
         if kind != "pythia":
             ids = torch.tensor([tokenizer.encode("Fellow-citizens of the Senate and House of Representatives:").ids])
             model(ids, update_memory=True)
-            model.save_memory(run / f"{kind}.safetensors")
+            save_memory_file(model, run / f"{kind}.safetensors")
     tokenizer.save(str(run / "tokenizer.json"))
     return run
 
@@ -50,10 +51,10 @@ def call(folder: Path, *arguments: object, model: str = "infini", prompts: tuple
 
 
 def expect(folder: Path, prompt: str = PROMPT, memory: Path | None = None, **options) -> str:
-    model = TransformerLM.load(folder / "infini" / "best")
+    model = load_model(folder / "infini" / "best")
     tokenizer = read_tokenizer_file(folder / "tokenizer.json")
     if memory is not None:
-        model.load_memory(memory)
+        load_memory_file(model, memory)
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     _, statistics = model.generate(ids, tokenizer=tokenizer, eos_token_id=0, **options)
     assert statistics.texts is not None

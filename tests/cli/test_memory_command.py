@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from new_llm import TransformerLM, create_model
+from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
+from new_llm.models import load_memory_file, load_model, save_model
 from new_llm.models.memory_file import read_memory_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def run(tmp_path_factory) -> Path:
         ("infini", "infini", {}),
         ("hierarchical", "hierarchical", {"use_delta_rule": False}),
     ):
-        create_model(kind, config, segment_length=16, **options).save(folder / name / "best")
+        save_model(create_model(kind, config, segment_length=16, **options), folder / name / "best")
     tokenizer.save(str(folder / "tokenizer.json"))
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text[:5000], encoding="utf-8")
@@ -70,7 +71,7 @@ def test_two_processes_equal_rows_of_one_call(run, tmp_path, capsys):
     assert (found[1], int(found[4].replace(",", ""))) == (str(out), out.stat().st_size)
     assert list(out.parent.iterdir()) == [out]
 
-    model = TransformerLM.load(run / "hierarchical" / "best")
+    model = load_model(run / "hierarchical" / "best")
     tokenizer = read_tokenizer_file(run / "tokenizer.json")
     rows = [torch.tensor(tokenizer.encode((run / f"{n}.txt").read_text()).ids) for n in (0, 1)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -84,7 +85,7 @@ def test_two_processes_equal_rows_of_one_call(run, tmp_path, capsys):
         elif isinstance(value, torch.Tensor):
             assert torch.equal(value, expected[key])
     assert content.record.tokens_seen == sum(map(len, rows)) == int(found[2].replace(",", ""))
-    model.load_memory(out)
+    load_memory_file(model, out)
 
 
 def test_where_memory_does_not_add_it_says_so(run, tmp_path, capsys):

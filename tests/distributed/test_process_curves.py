@@ -7,7 +7,7 @@ import pytest
 import torch
 from process_cases import make_config, make_trainer, read_curve, run_processes, stop_at
 
-from new_llm.models import TransformerLM
+from new_llm.models import load_model
 from new_llm.processes import ALONE, Processes
 from new_llm.training import TrainingInterrupted
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, read_checkpoint
@@ -34,12 +34,12 @@ def compare_all(root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str
     run_processes(count, train_all, root, cases)
     for name in cases:
         expected = read_curve(root / "one" / name)
-        best = TransformerLM.load(root / "one" / name / BEST_FOLDER).state_dict()
+        best = load_model(root / "one" / name / BEST_FOLDER).state_dict()
         assert len(expected) >= 12
         assert max(expected) - min(expected) > 0.1
         for way in WAYS:
             assert read_curve(root / way / name) == pytest.approx(expected, rel=TOLERANCE), (name, way)
-            found = TransformerLM.load(root / way / name / BEST_FOLDER).state_dict()
+            found = load_model(root / way / name / BEST_FOLDER).state_dict()
             for key, tensor in best.items():
                 assert torch.allclose(tensor, found[key], atol=1e-3), (name, way, key)
 

@@ -28,7 +28,7 @@ from new_llm.experiments.adapter import (
 from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_list import list_runs
-from new_llm.models import TransformerLM
+from new_llm.models import TransformerLM, load_model
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
 from new_llm.report import write_report
@@ -95,7 +95,7 @@ def run(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
 
 
 def load_base_of(run_folder: Path) -> TransformerLM:
-    return TransformerLM.load(run_folder / "pythia" / "best")
+    return load_model(run_folder / "pythia" / "best")
 
 
 def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
@@ -104,7 +104,7 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
     results = run(tiny_adapter)
     folder = Path(results["folder"])
     base = load_base_of(base_run)
-    last = TransformerLM.load(folder / "parallel_infini" / "best")
+    last = load_model(folder / "parallel_infini" / "best")
     kept, adapter = split_weights(last)
     assert kept.keys() == base.state_dict().keys()
     for name, value in base.state_dict().items():
@@ -144,7 +144,7 @@ def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter: AdapterTra
         train=dataclasses.replace(tiny_adapter.train, num_epochs=1),
     )
     results = run(config)
-    best = TransformerLM.load(Path(results["folder"]) / "parallel_infini" / "best")
+    best = load_model(Path(results["folder"]) / "parallel_infini" / "best")
     base = load_base_of(base_run)
     assert not torch.equal(best.embed_in.weight, base.embed_in.weight)
     loaded = load_adapted_model(config.out)

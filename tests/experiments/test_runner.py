@@ -14,7 +14,7 @@ from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.models import ModelType, TransformerLM
+from new_llm.models import ModelType, load_model
 from new_llm.report import write_report
 from new_llm.report.results import load_results
 from new_llm.training import TrainingError
@@ -64,7 +64,7 @@ def test_a_run_folder_holds_all_that_the_design_names(tiny: ExperimentConfig) ->
         assert entry["training"]["tokens"] == sum_of_targets(tiny) * tiny.train.num_epochs
         first, last = entry["training"]["steps_log"][0]["loss"], entry["training"]["steps_log"][-1]["loss"]
         assert last < first
-        best = TransformerLM.load(model_folder / "best")
+        best = load_model(model_folder / "best")
         assert best.num_parameters() == entry["num_parameters"]
     json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
 
@@ -113,7 +113,7 @@ def test_deterministic_runs_agree_in_every_bit(tiny: ExperimentConfig, monkeypat
     assert not torch.are_deterministic_algorithms_enabled()
     for number, kind in enumerate(("infini", "selective")):
         assert curve(first, number) == curve(again, number)
-        one, two = (TransformerLM.load(Path(r["folder"]) / kind / "best").state_dict() for r in (first, again))
+        one, two = (load_model(Path(r["folder"]) / kind / "best").state_dict() for r in (first, again))
         assert all(torch.equal(one[name], two[name]) for name in one)
         losses = [results["models"][number]["evaluation"]["sliding"]["loss"] for results in (first, again)]
         assert losses[0] == losses[1]
@@ -166,7 +166,7 @@ def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
     resumed = run_experiment(None, models, resume=True, console=Console(file=io.StringIO()))
     assert curve(resumed) == curve(expected)
     assert curve(resumed, 1) == curve(expected, 1)
-    one, two = (TransformerLM.load(Path(r["folder"]) / "infini" / "best") for r in (expected, resumed))
+    one, two = (load_model(Path(r["folder"]) / "infini" / "best") for r in (expected, resumed))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 

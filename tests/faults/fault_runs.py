@@ -17,7 +17,7 @@ import torch
 
 from new_llm.config.manifest import check_manifest
 from new_llm.experiments.record import LOCK_FILE
-from new_llm.models import TransformerLM
+from new_llm.models import load_model
 from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from new_llm.training.log import METRICS_FILE, read_metrics
 
@@ -48,7 +48,7 @@ SETTINGS = {
     "eval.context": 64,
     "eval.stride": 32,
     "eval.max_tokens": 300,
-    "eval.measures": "sliding streaming",
+    "eval.no_reversal": None,
     "device": "cpu",
 }
 
@@ -72,7 +72,7 @@ class FaultRun:
         else:
             arguments = ["--models", *MODELS]
             for key, value in SETTINGS.items():
-                arguments += [f"--{key.replace('_', '-')}"] + ([] if value is None else str(value).split())
+                arguments += [f"--{key.replace('_', '-')}"] + ([] if value is None else [str(value)])
         return subprocess.Popen(
             [
                 sys.executable, "-m", "new_llm.cli.main", "experiment",
@@ -191,7 +191,7 @@ def assert_same_end(found: FaultRun, expected: FaultRun) -> None:
         assert lines == whole
         assert len(whole) == 3 * (200 // 4 + 1)
         assert read_bytes(one / METRICS_FILE).count(b"\n") == len(lines)
-        weights, others = (TransformerLM.load(folder / "best").state_dict() for folder in (one, two))
+        weights, others = (load_model(folder / "best").state_dict() for folder in (one, two))
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[name], others[name]) for name in weights)
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}

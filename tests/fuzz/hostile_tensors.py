@@ -14,7 +14,8 @@ from hostile import Hostile, Payload, make_link, make_pipe, write
 from safetensors.torch import save_file
 from targets import Target
 
-from new_llm.models import TransformerLM
+from new_llm.models import load_model
+from new_llm.models.hf import load_pythia
 from new_llm.models.hf.adapter_file import read_adapter_file
 from new_llm.models.memory_file import read_memory_file
 
@@ -25,10 +26,10 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
     checkpoint = targets.get("checkpoint, any manifest", Target({}, (), lambda folder: None))
 
     def load_own(folder: Path) -> Any:
-        return TransformerLM.load(folder)
+        return load_model(folder)
 
     def load_neox(folder: Path) -> Any:
-        return TransformerLM.from_pythia(folder)
+        return load_pythia(folder)
 
     def spoil(files: dict[str, bytes], change: Callable[[Path], Any]) -> Callable[[Path], Any]:
         def make(folder: Path) -> None:

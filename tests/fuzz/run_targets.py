@@ -10,7 +10,7 @@ from tiny_shape import TINY
 
 from new_llm.config import DataConfig
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.models import create_model, tensor_files
+from new_llm.models import create_model, save_model, tensor_files
 
 
 class _Agreeable(str):
@@ -47,7 +47,7 @@ def make_memories(folder: Path) -> dict[str, Target]:
     model.reset_memory()
     model(torch.arange(24)[None] % 32, update_memory=True)
     memory_file.save_memory_file(model, folder / "memory.safetensors")
-    create_model("pythia", TINY).save(folder / "base")
+    save_model(create_model("pythia", TINY), folder / "base")
     adapted = create_pythia_with_parallel_infini(folder / "base", segment_length=8)
     for name in ("adapter.safetensors", "adapter.pt"):
         save_adapter(adapted, folder / name)

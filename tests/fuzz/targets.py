@@ -25,7 +25,8 @@ from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
 from new_llm.experiments.adapter_config import AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.study_config import StudyConfig
-from new_llm.models import TransformerLM, create_model
+from new_llm.models import create_model, load_model, save_model
+from new_llm.models.hf import load_pythia
 
 Read = Callable[[Path], Any]
 MAX_BYTES = 1 << 20
@@ -209,7 +210,7 @@ def _make_models(folder: Path) -> dict[str, Target]:
     from new_llm.models.hf import export_pythia
 
     torch.manual_seed(0)
-    create_model("infini", TINY, segment_length=8).save(folder / "own")
+    save_model(create_model("infini", TINY, segment_length=8), folder / "own")
     own = take_folder(folder / "own")
     structure = json.loads(own["model.json"])
     structure.pop("sha256")  # without digests, so that what is behind their check is reached
@@ -223,14 +224,12 @@ def _make_models(folder: Path) -> dict[str, Target]:
     shards = {"metadata": {}, "weight_map": dict.fromkeys(load(neox["model.safetensors"]), "part-1.safetensors")}
     del weights
     return {
-        "model folder": Target(own, ("model.json", "model.safetensors"), lambda f: TransformerLM.load(f), 1.0),
-        "gpt-neox folder": Target(
-            neox, ("config.json", "model.safetensors"), lambda f: TransformerLM.from_pythia(f), 1.0
-        ),
+        "model folder": Target(own, ("model.json", "model.safetensors"), lambda f: load_model(f), 1.0),
+        "gpt-neox folder": Target(neox, ("config.json", "model.safetensors"), lambda f: load_pythia(f), 1.0),
         "gpt-neox pickle": Target(
             {"config.json": neox["config.json"], "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()},
             ("pytorch_model.bin",),
-            lambda f: TransformerLM.from_pythia(f),
+            lambda f: load_pythia(f),
             1.0,
         ),
         "gpt-neox index": Target(
@@ -240,7 +239,7 @@ def _make_models(folder: Path) -> dict[str, Target]:
                 "model.safetensors.index.json": json.dumps(shards).encode(),
             },
             ("model.safetensors.index.json",),
-            lambda f: TransformerLM.from_pythia(f),
+            lambda f: load_pythia(f),
             0.4,
         ),
     }

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from new_llm.config import UserError
 from new_llm.config.generation import GenerationConfig
 from new_llm.data.tokenizer import END_OF_TEXT, train_tokenizer
-from new_llm.models import generation_run
+from new_llm.models import generation
 from new_llm.models.generation import encode_prompts, generate, stream_text
 from new_llm.models.text_decoding import LONGEST_WINDOW, REPLACEMENT, StoppingText, TextDecoder
 
@@ -40,7 +40,7 @@ class Script:
             def choose(self, _: torch.Tensor) -> torch.Tensor:
                 return next(script)
 
-        monkeypatch.setattr(generation_run, "TokenSampler", Sampler)
+        monkeypatch.setattr(generation, "TokenSampler", Sampler)
 
 
 def test_pieces_joined_are_the_text_and_hold_whole_characters(byte_tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from new_llm import TransformerLM
 from new_llm.models import SelectiveOutputLM
-from new_llm.models.generation_run import GenerationRun
+from new_llm.models.generation import GenerationRun
 
 NAMES = [
     "pythia",

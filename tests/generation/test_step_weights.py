@@ -9,11 +9,10 @@ from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from torch import Tensor, nn
 
 from new_llm.models import TransformerLM
+from new_llm.models.decoding_weights import DecodingWeights, can_pack
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import MAX_STEP_ROWS, PythiaStep
-from new_llm.models.packed_linears import can_pack
-from new_llm.models.step_weights import StepWeights
 
 pytestmark = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
 
@@ -29,8 +28,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def make_weights(model: TransformerLM, num_rows: int = 1) -> StepWeights:
-    return StepWeights(model, "auto", num_rows=num_rows, packs=True)
+def make_weights(model: TransformerLM, num_rows: int = 1) -> DecodingWeights:
+    return DecodingWeights(model, num_rows=num_rows, packs=True)
 
 
 def read_by_steps(model: TransformerLM, ids: Tensor, mask: Tensor | None = None, first: int = 1) -> Tensor:
@@ -209,7 +208,7 @@ def test_without_kernels_long_generations_pack(monkeypatch: pytest.MonkeyPatch) 
     model = build_model(STACKS["pythia"], dtype=torch.float32)
     expected = read(model)
     for packs, names in ((False, 0), (True, 9)):
-        weights = StepWeights(model, "auto", num_rows=1, packs=packs)
+        weights = DecodingWeights(model, num_rows=1, packs=packs)
         assert len(weights.replaced) == names
         with weights.in_use():
             torch.testing.assert_close(read(model), expected, atol=1e-5, rtol=1e-5)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
-from new_llm.models import TransformerLM, create_model
+from new_llm.models import create_model, load_model, save_model
+from new_llm.models.hf import load_pythia
 
 RESULT = {
     "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
@@ -32,7 +33,7 @@ def run_folder(tmp_path_factory, tokenizer) -> Path:
                          intermediate_size=48, initializer_range=0.2)  # fmt: skip
     torch.manual_seed(0)
     for kind in ("pythia", "infini"):
-        create_model(kind, shape, segment_length=16).save(run / kind / "best")
+        save_model(create_model(kind, shape, segment_length=16), run / kind / "best")
     tokenizer.save(str(run / "tokenizer.json"))
     (run / "infini" / "result.json").write_text(json.dumps(RESULT))
     (run / "data.json").write_text(json.dumps({"source": "sotu", "train": {"num_documents": 234}}))
@@ -45,7 +46,7 @@ def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
     assert main(["export", "--run", str(run_folder), "--model", "infini", "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(out)
-    best = TransformerLM.load(run_folder / "infini" / "best").eval()
+    best = load_model(run_folder / "infini" / "best").eval()
     ids = text_ids(2, 40)
     with torch.no_grad():
         assert torch.equal(loaded(ids, use_cache=False).logits, best(ids))
@@ -74,8 +75,8 @@ def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
     assert main(command) == 0
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
     assert type(loaded).__name__ == "GPTNeoXForCausalLM"
-    again = TransformerLM.from_pythia(out)
-    best = TransformerLM.load(run_folder / "pythia" / "best")
+    again = load_pythia(out)
+    best = load_model(run_folder / "pythia" / "best")
     assert all(torch.equal(value, best.state_dict()[name]) for name, value in again.state_dict().items())
     card = (out / "README.md").read_text()
     assert "import new_llm" not in card

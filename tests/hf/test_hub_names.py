@@ -14,7 +14,7 @@ from neox_folders import OLD_CONFIG, disk_weights, make_neox, write_folder
 
 from new_llm.config import UserError
 from new_llm.data import hub
-from new_llm.models import TransformerLM
+from new_llm.models.hf import load_pythia
 
 NAME = "EleutherAI/pythia-tiny"
 COMMIT = "a" * 40
@@ -100,20 +100,20 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
     server.files |= {"flax_model.msgpack": b"not wanted"}
     if kind == "safetensors":
         server.files |= {"pytorch_model.bin": b"not wanted"}
-    model = TransformerLM.from_pythia(NAME, revision="step3000")
+    model = load_pythia(NAME, revision="step3000")
     assert torch.equal(model.embed_in.weight, weights["gpt_neox.embed_in.weight"])
     assert {name.split("/", 1)[1] for name in server.asked} == wanted
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.files.clear()
-    again = TransformerLM.from_pythia(NAME, revision="step3000")
+    again = load_pythia(NAME, revision="step3000")
     assert torch.equal(again.embed_in.weight, model.embed_in.weight)
     with pytest.raises(UserError, match="pythia-tiny is not cached here"):
-        TransformerLM.from_pythia(NAME, revision="step4000")
+        load_pythia(NAME, revision="step4000")
 
 
 def test_a_repository_that_is_not_there(server):
     with pytest.raises(UserError, match=r"EleutherAI/pythia-none could not be loaded: .+; give a directory") as refused:
-        TransformerLM.from_pythia("EleutherAI/pythia-none")
+        load_pythia("EleutherAI/pythia-none")
     assert "\n" not in str(refused.value)
 
 
@@ -121,7 +121,7 @@ def test_out_of_reach_is_one_line_at_once(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     begin = time.monotonic()
     with pytest.raises(UserError) as refused:
-        TransformerLM.from_pythia("EleutherAI/pythia-70m")
+        load_pythia("EleutherAI/pythia-70m")
     assert time.monotonic() - begin < 3
     message = str(refused.value)
     assert "\n" not in message
@@ -133,4 +133,4 @@ def test_a_name_that_no_hub_has(cache, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, message in (("no such name", "neither a directory nor a hub name"), ("./none", "no such directory")):
         with pytest.raises(UserError, match=message):
-            TransformerLM.from_pythia(name)
+            load_pythia(name)

@@ -11,6 +11,7 @@ from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, TrainConfig, UserError
 from new_llm.config.doctor import DoctorConfig
 from new_llm.evaluation.doctor.memory_checks import check_gates
+from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
 from new_llm.models.layers.parallel_infini import AdapterConfig
@@ -95,9 +96,9 @@ def test_memory_is_saved_and_carried_like_any_other(ids: Tensor, tmp_path: Path)
     model(ids, update_memory=True)
     filled = model(ids)
     assert not torch.allclose(empty, filled, atol=1e-4)
-    model.save_memory(tmp_path / "memory.safetensors")
+    save_memory_file(model, tmp_path / "memory.safetensors")
     other = make_adapted(initial_alpha=0.7)
-    other.load_memory(tmp_path / "memory.safetensors")
+    load_memory_file(other, tmp_path / "memory.safetensors")
     assert torch.equal(other(ids), filled)
     other.reset_memory()
     assert torch.equal(other(ids), empty)
@@ -202,7 +203,7 @@ def test_the_base_may_be_trained_too() -> None:
     ],
 )
 def test_bad_options_are_named(options: dict, said: str, tmp_path: Path) -> None:
-    make_base().save(tmp_path)
+    save_model(make_base(), tmp_path)
     with pytest.raises(ValueError, match=said):
         create_pythia_with_parallel_infini(tmp_path, **options)
 
@@ -219,7 +220,7 @@ def test_a_pythia_of_a_directory_gets_a_memory(tmp_path: Path, ids: Tensor) -> N
     from new_llm.models.hf.convert import export_pythia
 
     base = make_base()
-    base.save(tmp_path / "ours")
+    save_model(base, tmp_path / "ours")
     export_pythia(base, tmp_path / "neox")
     for folder in ("ours", "neox"):
         model = create_pythia_with_parallel_infini(model_name=str(tmp_path / folder), layers=(0, 2), segment_length=4)
@@ -231,7 +232,7 @@ def test_a_pythia_of_a_directory_gets_a_memory(tmp_path: Path, ids: Tensor) -> N
 
 def test_a_saved_adapted_model_is_one_again(tmp_path: Path, ids: Tensor) -> None:
     model = make_adapted(initial_alpha=0.5, layers=(0, 1), num_memory_heads=4)
-    model.save(tmp_path)
-    again = TransformerLM.load(tmp_path)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
     assert torch.equal(again(ids), model(ids))
     assert again.get_alpha() == {0: 0.5, 1: 0.5}

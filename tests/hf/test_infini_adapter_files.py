@@ -14,6 +14,7 @@ from torch import Tensor
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, UserError
+from new_llm.models import save_model
 from new_llm.models.hf.adapter_file import read_adapter_file
 from new_llm.models.hf.adapter_layers import add_parallel_infini
 from new_llm.models.hf.infini_adapter import (
@@ -68,7 +69,7 @@ def test_an_adapter_comes_back_on_its_base(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_base_is_found_by_the_name_in_the_file(tmp_path: Path, name: str) -> None:
-    make_base().save(tmp_path / "base")
+    save_model(make_base(), tmp_path / "base")
     model = make_adapted(base_name=str(tmp_path / "base"))
     save_adapter(model, tmp_path / name)
     assert read_base_name(tmp_path / name) == str(tmp_path / "base")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.models import TransformerLM, create_model, export_pythia
+from new_llm.models import TransformerLM, create_model, export_pythia, save_model
+from new_llm.models.hf import load_pythia
 from new_llm.models.layers import InfiniLayer, PythiaLayer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +37,7 @@ def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
     weights = disk_weights(neox)
     if config is OLD_CONFIG:
         weights |= old_buffers()
-    model = TransformerLM.from_pythia(write_folder(tmp_path, config, weights, kind)).eval()
+    model = load_pythia(write_folder(tmp_path, config, weights, kind)).eval()
     assert model.segment_length == 64
     ids = text_ids(2, 64)
     with torch.no_grad():
@@ -45,7 +46,7 @@ def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
 
 def test_the_installed_versions_own_folder_gives_its_logits(tmp_path, neox):
     neox.save_pretrained(tmp_path)
-    model = TransformerLM.from_pythia(str(tmp_path), segment_length=16).eval()
+    model = load_pythia(str(tmp_path), segment_length=16).eval()
     ids = text_ids(3, 16)
     with torch.no_grad():
         assert_near(model(ids), neox(ids).logits, 1e-5)
@@ -56,18 +57,18 @@ def test_the_installed_versions_own_folder_gives_its_logits(tmp_path, neox):
 def test_the_heads_name_in_memory_is_read_too(tmp_path, neox, head):
     weights = disk_weights(neox)
     weights[head] = weights.pop("embed_out.weight")
-    model = TransformerLM.from_pythia(write_folder(tmp_path, NEW_CONFIG, weights))
+    model = load_pythia(write_folder(tmp_path, NEW_CONFIG, weights))
     assert torch.equal(model.embed_out.weight, weights[head])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
     weights = disk_weights(neox, dtype)
-    first = TransformerLM.from_pythia(write_folder(tmp_path / "theirs", OLD_CONFIG, weights))
+    first = load_pythia(write_folder(tmp_path / "theirs", OLD_CONFIG, weights))
     assert first.embed_in.weight.dtype == dtype
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in first.parameters())
     export_pythia(first, tmp_path / "ours")
-    assert_bit_identical(first, TransformerLM.from_pythia(tmp_path / "ours"))
+    assert_bit_identical(first, load_pythia(tmp_path / "ours"))
     stored = load_file(tmp_path / "ours" / "model.safetensors")
     assert stored.keys() == weights.keys()
     assert all(torch.equal(stored[name], value) for name, value in weights.items())
@@ -104,7 +105,7 @@ def test_an_export_replaces_the_weights_that_stood_there(tmp_path, neox):
     weights = disk_weights(neox)
     write_folder(tmp_path, OLD_CONFIG, weights, "safetensors-sharded")
     (tmp_path / "notes.txt").write_text("mine")
-    model = TransformerLM.from_pythia(tmp_path)
+    model = load_pythia(tmp_path)
     with torch.no_grad():
         model.embed_in.weight.neg_()
     export_pythia(model, tmp_path)
@@ -114,14 +115,14 @@ def test_an_export_replaces_the_weights_that_stood_there(tmp_path, neox):
         "model.safetensors",
         "notes.txt",
     ]
-    assert_bit_identical(model, TransformerLM.from_pythia(tmp_path))
+    assert_bit_identical(model, load_pythia(tmp_path))
 
 
 def test_a_checkpoint_of_several_precisions_becomes_one_that_holds_them(tmp_path, neox):
     weights = disk_weights(neox, torch.float16)
     norm = "gpt_neox.final_layer_norm.weight"
     weights[norm] = weights[norm].float() + 1e-6
-    model = TransformerLM.from_pythia(write_folder(tmp_path, OLD_CONFIG, weights))
+    model = load_pythia(write_folder(tmp_path, OLD_CONFIG, weights))
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
     assert torch.equal(model.final_layer_norm.weight, weights[norm])
 
@@ -149,14 +150,14 @@ REFUSED = {
 def test_what_our_layers_can_not_represent_is_one_line(tmp_path, neox, changes, message):
     folder = write_folder(tmp_path, OLD_CONFIG | changes, disk_weights(neox))
     with pytest.raises(UserError) as refused:
-        TransformerLM.from_pythia(folder)
+        load_pythia(folder)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_rope_scaling_of_the_default_type_is_none(tmp_path, neox):
     folder = write_folder(tmp_path, OLD_CONFIG | {"rope_scaling": {"type": "default"}}, disk_weights(neox))
-    assert TransformerLM.from_pythia(folder).layers[0].settings["rotary_pct"] == 0.5
+    assert load_pythia(folder).layers[0].settings["rotary_pct"] == 0.5
 
 
 def test_broken_folders_are_one_line(tmp_path, neox):
@@ -165,7 +166,7 @@ def test_broken_folders_are_one_line(tmp_path, neox):
     def refuse(name: str, message: str, config=OLD_CONFIG, **changes) -> None:
         folder = write_folder(tmp_path / name, config, {k: v for k, v in (weights | changes).items() if v is not None})
         with pytest.raises(UserError, match=message):
-            TransformerLM.from_pythia(folder)
+            load_pythia(folder)
 
     refuse("missing", "weights missing: embed_in.weight", **{"gpt_neox.embed_in.weight": None})
     refuse("unknown", "weights not GPT-NeoX's: lm.head", **{"lm.head": torch.zeros(2)})
@@ -174,15 +175,15 @@ def test_broken_folders_are_one_line(tmp_path, neox):
     refuse("layers", "weights not GPT-NeoX's: layers.2", OLD_CONFIG | {"num_hidden_layers": 2})
     (tmp_path / "missing" / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a safetensors file"):
-        TransformerLM.from_pythia(tmp_path / "missing")
+        load_pythia(tmp_path / "missing")
     (tmp_path / "missing" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights here"):
-        TransformerLM.from_pythia(tmp_path / "missing")
+        load_pythia(tmp_path / "missing")
     with pytest.raises(UserError, match="no such directory"):
-        TransformerLM.from_pythia(tmp_path / "nowhere")
-    get_model("pythia").save(tmp_path / "saved")
+        load_pythia(tmp_path / "nowhere")
+    save_model(get_model("pythia"), tmp_path / "saved")
     with pytest.raises(UserError, match=r"TransformerLM\.load reads it"):
-        TransformerLM.from_pythia(tmp_path / "saved")
+        load_pythia(tmp_path / "saved")
 
 
 class Payload:
@@ -199,7 +200,7 @@ def test_a_pickle_runs_no_code(tmp_path):
     folder = write_folder(tmp_path / "model", OLD_CONFIG, {}, "bin")
     torch.save({"weight": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="not readable as plain tensors"):
-        TransformerLM.from_pythia(folder)
+        load_pythia(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -208,7 +209,7 @@ def test_an_index_names_no_files_outside_its_folder(tmp_path, neox):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"embed_out.weight": "../other.safetensors"}}))
     with pytest.raises(UserError, match="is no file of this folder"):
-        TransformerLM.from_pythia(folder)
+        load_pythia(folder)
 
 
 def test_gpt_neox_has_no_memory_and_one_pass(tmp_path):
@@ -249,9 +250,9 @@ def split_fused(weight: torch.Tensor, heads: int) -> list[torch.Tensor]:
 )
 def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
     folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox, torch.bfloat16))
-    plain = TransformerLM.from_pythia(folder)
+    plain = load_pythia(folder)
     torch.manual_seed(5)
-    model = TransformerLM.from_pythia(folder, replace_layers={1: choice}, segment_length=8)
+    model = load_pythia(folder, replace_layers={1: choice}, segment_length=8)
     assert [layer.kind for layer in model.layer_list][::2] == ["pythia", "pythia"]
     assert list(model.memory_layers) == [1]
     ours, theirs = model.state_dict(), plain.state_dict()
@@ -271,7 +272,7 @@ def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
 
 def test_an_mlp_of_another_width_is_drawn_anew(tmp_path, neox):
     folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox))
-    model = TransformerLM.from_pythia(folder, replace_layers={0: {"kind": "infini", "intermediate_size": 16}})
+    model = load_pythia(folder, replace_layers={0: {"kind": "infini", "intermediate_size": 16}})
     weight = model.layers[0].mlp.dense_h_to_4h.weight
     assert weight.shape == (16, 32)
     assert float(weight.detach().std()) == pytest.approx(0.03, rel=0.2)  # the checkpoint's initializer_range
@@ -290,9 +291,9 @@ def test_swaps_out_of_range_are_named(tmp_path, neox):
         ({1: "token_memory"}, "token_memory follows the final LayerNorm and can only be the last, not 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            TransformerLM.from_pythia(folder, replace_layers=choices)
+            load_pythia(folder, replace_layers=choices)
     with pytest.raises(ValueError, match="allowed are 1 to max_position_embeddings"):
-        TransformerLM.from_pythia(folder, segment_length=65)
+        load_pythia(folder, segment_length=65)
 
 
 def test_a_parallel_memory_keeps_the_layer_it_stands_beside(tmp_path):
@@ -302,7 +303,7 @@ def test_a_parallel_memory_keeps_the_layer_it_stands_beside(tmp_path):
         max_position_embeddings=32, initializer_range=0.3,
     )  # fmt: skip
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    plain = TransformerLM.from_pythia(tmp_path).eval()
-    beside = TransformerLM.from_pythia(tmp_path, replace_layers={1: "parallel_infini"}).eval()
+    plain = load_pythia(tmp_path).eval()
+    beside = load_pythia(tmp_path, replace_layers={1: "parallel_infini"}).eval()
     ids = torch.arange(20).view(1, 20)
     assert torch.equal(plain(ids), beside(ids))  # α begins at 0

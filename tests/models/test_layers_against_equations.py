@@ -54,8 +54,8 @@ def test_layer_equals_its_equations(case: LayerCase, dtype: torch.dtype) -> None
     reference = make_reference(layer, case)
     with torch.no_grad():
         whole, memory = layer(x[:, :-tail].to(dtype).unflatten(1, (-1, length)))
-        last, memory = layer(x[:, -tail:].to(dtype), memory)
-    actual = torch.cat((whole.flatten(1, 2), last), dim=1)
+        last, memory = layer(x[:, None, -tail:].to(dtype), memory)
+    actual = torch.cat((whole.flatten(1, 2), last[:, 0]), dim=1)
     rows = [reference.read_row(x[row].numpy(), reference.empty_memory(), length) for row in range(ROWS)]
     expected = torch.from_numpy(np.stack([output for output, _ in rows]))
     assert_near(actual, expected.to(dtype), TOLERANCES[dtype])
@@ -83,18 +83,17 @@ def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> N
 
 
 @by_dtype
-def test_a_long_segment_runs_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_segment_runs_in_chunks(dtype: torch.dtype) -> None:
     """Beyond the length up to which local attention is one masked product."""
-    monkeypatch.setattr("new_llm.models.layers.compressive.CHUNK_LENGTH", 4)
-    case = LayerCase("infini", {"num_memory_heads": 2})
+    case = LayerCase("infini", {"num_memory_heads": 2, "chunk_length": 4})
     layer = case.build()
     randomize(layer)
     x = draw_hidden(1, 11)
     reference = make_reference(layer, case)
     expected, _ = reference.read_row(x[0].numpy(), reference.empty_memory(), 11)
     with torch.no_grad():
-        actual, _ = layer.to(dtype)(x.to(dtype))
-    assert_near(actual[0], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
+        actual, _ = layer.to(dtype)(x[:, None].to(dtype))
+    assert_near(actual[0, 0], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 13])
@@ -180,7 +179,7 @@ def test_banks_are_written_in_turn() -> None:
     written = []
     for step in range(8):
         before = torch.zeros(1, 3, dtype=torch.int64) if memory is None else memory.num_tokens
-        _, memory = layer(draw_hidden(1, 3).float() + step, memory)
+        _, memory = layer(draw_hidden(1, 3)[:, None].float() + step, memory)
         assert memory is not None
         written.append((memory.num_tokens - before)[0].nonzero().flatten().tolist())
     assert written == [[0], [0], [1], [1], [2], [2], [0], [0]]

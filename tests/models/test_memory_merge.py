@@ -87,7 +87,7 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
         (fill(multi, multi), r"state 1 has memory layers \[0, 1\]"),
         (fill(LayerCase("hierarchical", options)), "layer kind"),
         (fill(LayerCase("multi_memory", {**options, "num_memories": 2})), "shape"),
-        ({0: {**state[0], "version": 2}}, "version"),
+        ({0: {**state[0], "version": 1}}, "version"),
         ({0: None}, "layer 0 of state 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""`model.save` and `TransformerLM.load`: the same model, bit for bit, or one clear line."""
+"""`model.save` and `load_model`: the same model, bit for bit, or one clear line."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from model_cases import MIXED_STACKS, STACKS, build_model, get_model, text_ids
 from safetensors.torch import load_file, save_file
 
 from new_llm.config import UserError
-from new_llm.models import TransformerLM
+from new_llm.models import TransformerLM, load_model, save_model
 from new_llm.models.layers import PythiaLayer
 
 
@@ -25,8 +25,8 @@ from new_llm.models.layers import PythiaLayer
 )
 def test_a_loaded_model_is_the_same_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build_model(STACKS[name], dtype=dtype, segment_length=6)
-    model.save(tmp_path / "model")
-    loaded = TransformerLM.load(tmp_path / "model")
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
     assert loaded.segment_length == 6
     assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in model.layers]
     weights = loaded.state_dict()
@@ -44,33 +44,33 @@ def test_a_loaded_model_is_the_same_bit_for_bit(name: str, dtype: torch.dtype, t
 def test_a_shape_off_the_defaults_is_kept(tmp_path: Path) -> None:
     layer = PythiaLayer(24, 3, 20, rotary_pct=0.5, rotary_emb_base=300.0, layer_norm_eps=1e-3)
     model = TransformerLM([layer], vocab_size=128, segment_length=9, layer_norm_eps=1e-2)
-    model.save(tmp_path)
+    save_model(model, tmp_path)
     ids = text_ids(1, 14)
-    assert torch.equal(TransformerLM.load(tmp_path)(ids), model(ids))
+    assert torch.equal(load_model(tmp_path)(ids), model(ids))
 
 
 def test_saving_again_replaces_the_model_and_leaves_no_other_file(tmp_path: Path) -> None:
     for seed in (0, 1):
-        build_model(STACKS["mixed"], seed=seed).save(tmp_path)
+        save_model(build_model(STACKS["mixed"], seed=seed), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    loaded = TransformerLM.load(tmp_path)
+    loaded = load_model(tmp_path)
     assert torch.equal(loaded.embed_in.weight, build_model(STACKS["mixed"], seed=1).embed_in.weight)
 
 
 def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
     files = []
     for number in range(8):  # the order of the metadata was random
-        build_model(STACKS["mixed"], seed=0).save(tmp_path / str(number))
+        save_model(build_model(STACKS["mixed"], seed=0), tmp_path / str(number))
         files.append((tmp_path / str(number) / "model.safetensors").read_bytes())
     assert len(set(files)) == 1
 
 
 def test_changed_weights_are_not_taken_for_the_model(tmp_path: Path) -> None:
-    get_model("mixed").save(tmp_path)
+    save_model(get_model("mixed"), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match="corrupted"):
-        TransformerLM.load(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
     model = TransformerLM([OwnLayer(16, 2, 24)], vocab_size=128)
     with pytest.raises(ValueError, match=r"layer 0: OwnLayer is not registered"):
-        model.save(tmp_path / "model")
+        save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -153,9 +153,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_folder_is_refused_with_one_line(spoil: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    get_model("mixed").save(tmp_path)
+    save_model(get_model("mixed"), tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        TransformerLM.load(tmp_path)
+        load_model(tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)

@@ -61,6 +61,8 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "query_key_init_scale": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0.0, -1.0, float("nan")]),
     "query_key_init_bias": (MEMORY_TYPES, []),
     "match_query_key_init": (MEMORY_TYPES, []),
+    "chunk_length": (MEMORY_TYPES, [0, -1]),
+    "expansion_ratio": ([ModelType.HIERARCHICAL], [0, 1.5]),
     "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
     "earlier_pass_weight": ([ModelType.SELECTIVE], [-0.1, 1.5]),
 }
@@ -178,7 +180,7 @@ def test_models_without_layers_or_of_different_layers() -> None:
     pythia = PythiaLayer(32, 4, 48)
     refuse(lambda: TransformerLM([]), "layers", "at least one")
     refuse(lambda: TransformerLM([pythia, InfiniLayer(16, 2, 24)]), "16", "32")
-    refuse(lambda: TransformerLM([TokenMemoryLayer(32), pythia]), "token_memory", "can only be the last")
+    refuse(lambda: TransformerLM([TokenMemoryLayer(32), pythia]), "token_memory", "can only be among the last")
     refuse(lambda: TransformerLM([pythia], vocab_size=0), "vocab_size", "0")
     refuse(lambda: TransformerLM([pythia], segment_length=-3), "segment_length", "-3")
 

@@ -9,13 +9,14 @@ from model_cases import VOCAB_SIZE, randomize, text_ids
 from torch import Tensor
 
 from new_llm.config import PythiaConfig
-from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
+from new_llm.models import SelectiveOutputLM, TransformerLM, create_model, load_model, save_model
 from new_llm.models.layers import (
+    Block,
     HierarchicalLayer,
     InfiniLayer,
-    Layer,
     MultiMemoryLayer,
     PythiaLayer,
+    ReadTokens,
     Segments,
     TokenMemoryLayer,
 )
@@ -87,7 +88,8 @@ def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interva
     expected: list[Tensor] = []
     for begin in range(0, ids.shape[1], SEGMENT):
         part = ids[:, begin : begin + SEGMENT]
-        hidden, segments = model.embed_in(part), Segments(token_rows=model.embed_out.weight[part].unsqueeze(1))
+        hidden = model.embed_in(part)[:, None]
+        segments = Segments(tokens=ReadTokens(part[:, None], model.embed_out.weight))
         for number in range(skip_interval + 1):
             if number:
                 assert model.pass_projection is not None
@@ -100,7 +102,7 @@ def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interva
                 after.append(written)
         memories = after
         is_normed = model.layer_list[-1].kind == "token_memory"
-        expected.append(model.embed_out(hidden if is_normed else model.final_layer_norm(hidden)))
+        expected.append(model.embed_out(hidden if is_normed else model.final_layer_norm(hidden))[:, 0])
     torch.testing.assert_close(model(ids), torch.cat(expected, 1), atol=1e-10, rtol=1e-10)
 
 
@@ -150,7 +152,7 @@ def test_padding_changes_nothing(stack: str) -> None:
 @pytest.mark.parametrize("skip_interval", [0, 1, 2])
 def test_the_layers_run_as_often_as_there_are_passes(skip_interval: int) -> None:
     model, ids = make("pythia", skip_interval), text_ids(2, 2 * SEGMENT)
-    with patch.object(Layer, "forward", autospec=True, side_effect=Layer.forward) as forward:
+    with patch.object(Block, "forward", autospec=True, side_effect=Block.forward) as forward:
         model(ids)
     assert forward.call_count == (skip_interval + 1) * len(model.layers)
 
@@ -158,18 +160,19 @@ def test_the_layers_run_as_often_as_there_are_passes(skip_interval: int) -> None
 @by_stack
 def test_the_loss_after_every_pass_ends_with_the_models_loss(stack: str) -> None:
     model, ids = make(stack, 2), text_ids(2, 18)
-    losses = model.pass_losses(ids, ids)
+    targets = model.find_targets(ids, ids)
+    losses = [model.score_passes([hidden], targets) for hidden in model.compute_passes(ids)]
     assert len(losses) == 3
     assert torch.equal(losses[-1], model.token_losses(ids, ids))
-    with model.one_pass():
-        first = model.token_losses(ids[:, :SEGMENT], ids[:, :SEGMENT])
+    first = model.token_losses(ids[:, :SEGMENT], ids[:, :SEGMENT], use_selective=False)
     torch.testing.assert_close(losses[0][:, : SEGMENT - 1], first[:, :-1], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0])
 def test_training_can_weigh_the_passes(weight: float) -> None:
     model, ids = make("pythia", 2, earlier_pass_weight=weight), text_ids(2, 12)
-    losses = [loss.mean() for loss in model.pass_losses(ids, ids)]
+    targets = model.find_targets(ids, ids)
+    losses = [model.score_passes([hidden], targets).mean() for hidden in model.compute_passes(ids)]
     powers = [weight**2, weight, 1.0]
     expected = sum(power * loss for power, loss in zip(powers, losses, strict=True)) / sum(powers)
     torch.testing.assert_close(model.train().token_losses(ids, ids).mean(), expected)
@@ -179,13 +182,12 @@ def test_training_can_weigh_the_passes(weight: float) -> None:
 @by_stack
 def test_a_saved_model_is_the_same_model(stack: str, tmp_path: Any) -> None:
     model, ids = make(stack, 2, earlier_pass_weight=0.25), text_ids(1, 12)
-    model.save(tmp_path)
-    again = TransformerLM.load(tmp_path)
-    assert isinstance(again, SelectiveOutputLM)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
     assert (again.skip_interval, again.earlier_pass_weight) == (2, 0.25)
     assert torch.equal(again(ids), model(ids))
 
 
 def test_the_baseline_of_equal_compute_has_as_many_layers_as_run() -> None:
     deep, selective = make_plain("deep_pythia", skip_interval=2), make_plain("selective", skip_interval=2)
-    assert len(deep.layers) == len(selective.layers) * selective.num_passes
+    assert len(deep.layers) == len(selective.layers) * selective.count_passes()

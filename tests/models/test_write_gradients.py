@@ -33,7 +33,7 @@ def test_what_segment_1_wrote_trains_its_keys_and_values(name: str) -> None:
     model = get_model(name, segment_length=4)
     for layer in model.memory_layers.values():
         with torch.no_grad():
-            first, second, third = model.embed_in(text_ids(2, 12)).unflatten(1, (3, 4)).unbind(1)
+            first, second, third = model.embed_in(text_ids(2, 12)).unflatten(1, (3, 4)).split(1, dim=1)
         layer.zero_grad()
         _, written = layer(first)
         layer.requires_grad_(False)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
 from new_llm.config.atomic import write_atomically
-from new_llm.models import tensor_files
+from new_llm.models import load_memory_file, save_memory_file, save_model, tensor_files
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.memory_compare import compare_memories, list_memories, measure_distance
 from new_llm.models.memory_file import merge_memory_files, read_memory_file
@@ -28,10 +28,11 @@ KINDS = [
 
 LOADER = """
 import hashlib, sys, torch
-from new_llm import TransformerLM
+from new_llm.models import load_memory_file, load_model
+
 torch.set_num_threads(1)
-model = TransformerLM.load(sys.argv[1])
-model.load_memory(sys.argv[2])
+model = load_model(sys.argv[1])
+load_memory_file(model, sys.argv[2])
 ids = torch.tensor([[int(i) for i in sys.argv[3].split()]])
 print(hashlib.sha256(model(ids).detach().numpy().tobytes()).hexdigest())
 """
@@ -55,9 +56,9 @@ def test_round_trip_is_bit_identical(kind, options, per_row, tmp_path, make_mode
     model = make_model(kind, **options)
     model.reset_memory(3 if per_row else None)
     model(read_rows(3, 45), update_memory=True)
-    model.save_memory(tmp_path / "m.safetensors")
+    save_memory_file(model, tmp_path / "m.safetensors")
     other = make_model(kind, **options)
-    other.load_memory(tmp_path / "m.safetensors")
+    load_memory_file(other, tmp_path / "m.safetensors")
     same_state(model.get_memory_state(), other.get_memory_state())
     ids = read_rows(3, 70)[:, 45:]
     assert torch.equal(model(ids), other(ids))
@@ -67,8 +68,8 @@ def test_round_trip_is_bit_identical(kind, options, per_row, tmp_path, make_mode
 def test_another_process_gives_identical_logits(tmp_path, make_model, read_rows, tokenizer):
     model = make_mixed_model(make_model().vocab_size)
     model(read_rows(2, 100), update_memory=True)
-    model.save(tmp_path / "model")
-    model.save_memory(tmp_path / "m.safetensors")
+    save_model(model, tmp_path / "model")
+    save_memory_file(model, tmp_path / "m.safetensors")
     ids = read_rows(1, 130)[:, 100:]
     arguments = [tmp_path / "model", tmp_path / "m.safetensors", " ".join(map(str, ids[0].tolist()))]
     done = subprocess.run(
@@ -81,35 +82,25 @@ def test_another_process_gives_identical_logits(tmp_path, make_model, read_rows,
 def test_other_precisions(dtype, tmp_path, make_model, read_rows, same_state):
     model = make_model("multi_memory").to(dtype)
     model(read_rows(1, 30), update_memory=True)
-    model.save_memory(tmp_path / "m.safetensors")
+    save_memory_file(model, tmp_path / "m.safetensors")
     memories = read_memory_file(tmp_path / "m.safetensors").state[0]["memories"]
     assert memories.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     other = make_model("multi_memory").to(dtype)
-    other.load_memory(tmp_path / "m.safetensors")
+    load_memory_file(other, tmp_path / "m.safetensors")
     same_state(model.get_memory_state(), other.get_memory_state())
-
-
-def test_frozen_banks_stay_frozen(tmp_path, make_model, read_rows):
-    model = make_model(num_memory_banks=2, segments_per_bank=1)
-    model(read_rows(1, 16), update_memory=True)
-    model.freeze_memory([0])
-    model.save_memory(tmp_path / "m.safetensors")
-    other = make_model(num_memory_banks=2, segments_per_bank=1)
-    other.load_memory(tmp_path / "m.safetensors")
-    assert other.get_memory_state()[0]["frozen"].tolist() == [True, False]
 
 
 def test_an_empty_memory_is_a_memory(tmp_path, make_model, same_state):
     model = make_model()
-    model.save_memory(tmp_path / "m.safetensors")
+    save_memory_file(model, tmp_path / "m.safetensors")
     other = make_model()
-    other.load_memory(tmp_path / "m.safetensors")
+    load_memory_file(other, tmp_path / "m.safetensors")
     same_state(model.get_memory_state(), other.get_memory_state())
 
 
 def test_a_model_without_memory_has_nothing_to_save(tmp_path, make_model):
     with pytest.raises(UserError, match="no memory layer"):
-        make_model("pythia").save_memory(tmp_path / "m.safetensors")
+        save_memory_file(make_model("pythia"), tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -124,26 +115,27 @@ def test_a_model_without_memory_has_nothing_to_save(tmp_path, make_model):
 def test_size_on_disk(layers, num_bytes, tmp_path):
     model = TransformerLM(layers, 16, 4)
     assert model.memory_info()["total_bytes"] == num_bytes
-    model.save_memory(tmp_path / "m.safetensors")
+    save_memory_file(model, tmp_path / "m.safetensors")
     assert num_bytes < (tmp_path / "m.safetensors").stat().st_size <= num_bytes * 1.02 + 4096
 
 
 def test_metadata_are_strings_that_describe_the_file(tmp_path, make_model, read_rows):
     model = make_model(use_alibi=True)
     model(read_rows(2, 20), update_memory=True)
-    model.save_memory(tmp_path / "m.safetensors")
+    save_memory_file(model, tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         metadata = file.metadata()
         assert set(file.keys()) == {
             "layers.0.memories",
             "layers.0.memory_norms",
             "layers.0.segment_counter",
+            "layers.0.segments_seen",
             "layers.0.token_counts",
         }
     assert metadata["format"] == "new-llm-memory"
     assert metadata["format_version"] == "1"
     assert metadata["tokens_seen"] == "40"
-    assert metadata["segments_seen"] == "3"
+    assert metadata["segments_seen"] == "6"
     assert metadata["rows"] == "shared"
     assert metadata["program_version"] == __version__
     assert metadata["weights_fingerprint"] == fingerprint_weights(model)
@@ -172,11 +164,11 @@ def test_fingerprint_tells_weights_apart(make_model):
 def test_force_takes_the_memory_of_other_weights(tmp_path, make_model, read_rows, same_state):
     model = make_model()
     model(read_rows(1, 20), update_memory=True)
-    model.save_memory(tmp_path / "m.safetensors")
+    save_memory_file(model, tmp_path / "m.safetensors")
     other = make_model(seed=1)
     with pytest.raises(UserError, match="other weights"):
-        other.load_memory(tmp_path / "m.safetensors")
-    other.load_memory(tmp_path / "m.safetensors", force=True)
+        load_memory_file(other, tmp_path / "m.safetensors")
+    load_memory_file(other, tmp_path / "m.safetensors", force=True)
     same_state(model.get_memory_state(), other.get_memory_state())
 
 
@@ -184,7 +176,7 @@ def test_force_takes_the_memory_of_other_weights(tmp_path, make_model, read_rows
 def test_an_interrupted_write_leaves_the_old_file(error, tmp_path, make_model, read_rows, monkeypatch):
     path = tmp_path / "m.safetensors"
     model = make_model()
-    model.save_memory(path)
+    save_memory_file(model, path)
     before = path.read_bytes()
     model(read_rows(1, 20), update_memory=True)
 
@@ -196,7 +188,7 @@ def test_an_interrupted_write_leaves_the_old_file(error, tmp_path, make_model, r
 
     monkeypatch.setattr(tensor_files, "write_atomically", interrupt)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
-        model.save_memory(path)
+        save_memory_file(model, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -207,7 +199,7 @@ def test_an_interrupted_write_leaves_the_old_file(error, tmp_path, make_model, r
 def save_part(model, ids, path):
     model.reset_memory()
     model(ids, update_memory=True)
-    model.save_memory(path)
+    save_memory_file(model, path)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +216,9 @@ def test_merge_is_one_call_that_reads_all(kind, options, tmp_path, make_model, r
     model(ids, update_memory=True)
     expected = model.get_memory_state()
     assert difference(expected, merged.state) < 1e-6
-    model.load_memory(paths[0])
+    load_memory_file(model, paths[0])
     assert difference(expected, model.get_memory_state()) < 1e-6
-    assert (merged.record.tokens_seen, merged.record.segments_seen) == (3 * 43, 6)
+    assert (merged.record.tokens_seen, merged.record.segments_seen) == (3 * 43, 3 * 6)
 
 
 def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
@@ -280,7 +272,7 @@ def test_compare_lists_every_memory(tmp_path, make_model, read_rows):
     for length in (20, 30):
         model.reset_memory(2)
         model(read_rows(2, length), update_memory=True)
-        model.save_memory(tmp_path / "m.safetensors")
+        save_memory_file(model, tmp_path / "m.safetensors")
         content = read_memory_file(tmp_path / "m.safetensors")
         listed.append(list_memories(content.record, content.state))
     rows = compare_memories(*listed)

@@ -143,17 +143,6 @@ def test_filling_replaces_what_was_held_and_keeps_no_gradients(texts, make_model
     assert not any(memory.memories.requires_grad for memory in model._held if memory is not None)
 
 
-def test_frozen_banks_stay(texts, make_model, tokenizer):
-    model = make_model(num_memory_banks=2, segments_per_bank=1, use_delta_rule=False)
-    fill_memory(model, tokenizer, texts[:1])
-    model.freeze_memory([1])
-    before = model.get_memory_state()[0]
-    fill_memory(model, tokenizer, texts[1:])
-    after = model.get_memory_state()[0]
-    assert torch.equal(before["memories"][1], after["memories"][1])
-    assert not torch.equal(before["memories"][0], after["memories"][0])
-
-
 def test_progress_is_told_in_bytes_of_the_files(texts, make_model, tokenizer):
     told: list[int] = []
     fill_memory(make_model(), tokenizer, texts, config=SMALL, on_bytes=told.append)

@@ -7,13 +7,14 @@ import pytest
 from new_llm.config import UserError
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.experiments.run_folder import find_model_folder, load_run_model
+from new_llm.models import save_model
 
 
 @pytest.fixture
 def run(tmp_path, make_model, tokenizer):
     folder = tmp_path / "run"
     for kind in ("pythia", "infini", "multi_memory"):
-        make_model(kind).save(folder / kind / "best")
+        save_model(make_model(kind), folder / kind / "best")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -66,7 +67,7 @@ def test_the_tokenizer_is_beside_the_model_or_above(run, tokenizer, make_model, 
         model, found = load_run_model(place)
         assert found.to_str() == tokenizer.to_str()
         assert model.segment_length == 8
-    make_model().save(tmp_path / "a" / "b" / "c")
+    save_model(make_model(), tmp_path / "a" / "b" / "c")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no tokenizer.json here or in the 2 folders above"):
         load_run_model(tmp_path / "a" / "b" / "c")

@@ -10,7 +10,7 @@ import torch
 from test_training_path import make_trainer, read_curve
 
 from new_llm.config import UserError
-from new_llm.models import TransformerLM
+from new_llm.models import TransformerLM, load_model
 from new_llm.training import checkpoint, loop
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints
 
@@ -30,7 +30,7 @@ def train(folder: Path, losses: list[float], *, resume: bool = False, epochs: in
 
 
 def read_best(folder: Path) -> dict[str, torch.Tensor]:
-    return TransformerLM.load(folder / BEST_FOLDER).state_dict()
+    return load_model(folder / BEST_FOLDER).state_dict()
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:

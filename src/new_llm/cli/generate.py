@@ -11,6 +11,7 @@ from new_llm.cli.command import Command
 from new_llm.config.errors import UserError
 from new_llm.config.generation import GenerationConfig
 from new_llm.config.terminal import make_printable
+from new_llm.models.memory_file import load_memory_file, save_memory_file
 
 # What imports torch is imported after help and bad flags have been answered.
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Generate(Command):
         model, tokenizer = load_run_model(self.run, self.model, needs_memory=needs_memory)
         model.to(device)
         if self.memory is not None:
-            model.load_memory(self.memory, force=self.force)
+            load_memory_file(model, self.memory, force=self.force)
         end = tokenizer.token_to_id(END_OF_TEXT)
         config = self.generation
         if unused := find_unused(config):
@@ -86,7 +87,7 @@ class Generate(Command):
         except ValueError as error:  # of the library: rows of a memory, ids outside the vocabulary
             raise UserError(str(error)) from None
         if self.save_memory is not None:
-            model.save_memory(self.save_memory)
+            save_memory_file(model, self.save_memory)
         describe(statistics)
         return 0
 

@@ -179,7 +179,7 @@ def _tabulate_facts(path: Path, content: "MemoryFile") -> "Table":
     for layer in record.layers:
         decay = "no decay"
         if layer.decay is not None:
-            decay = f"decay {min(layer.decay):.3g} to {max(layer.decay):.3g}"
+            decay = f"each write leaves {min(layer.decay):.3g} to {max(layer.decay):.3g} of the memory"
         facts[f"layer {layer.layer}"] = (
             f"{layer.kind}: {_count(layer.num_memories, 'memory', 'memories')} of "
             f"{_count(layer.num_memory_heads, 'head')}, {layer.head_size} by {layer.value_size}, "
@@ -195,9 +195,8 @@ def _tabulate_memories(content: "MemoryFile") -> "Table":
 
     from new_llm.models.memory_compare import list_memories
 
-    frozen = {layer.layer: layer.frozen for layer in content.record.layers}
     has_rows = content.record.rows is not None
-    table = Table(*("layer", *(["row"] * has_rows), "memory", "tokens", "‖M‖", "‖z‖", "frozen"))
+    table = Table(*("layer", *(["row"] * has_rows), "memory", "tokens", "‖M‖", "‖z‖"))
     for memory in list_memories(content.record, content.state):
         table.add_row(
             str(memory.layer),
@@ -206,7 +205,6 @@ def _tabulate_memories(content: "MemoryFile") -> "Table":
             f"{memory.num_tokens:,}",
             _number(float(memory.memories.double().norm())),
             _number(float(memory.norms.double().norm())),
-            "yes" if frozen[memory.layer][memory.memory] else "no",
         )
     return table
 

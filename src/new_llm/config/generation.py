@@ -1,6 +1,6 @@
 """How a model goes on with a text."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -36,8 +36,6 @@ class GenerationConfig:
     """Fills a row that ended before the others."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draws; row r draws by seed + r, whatever stands in the other rows."""
-    weights: Literal["auto", "int8"] = "auto"
-    """auto: the model's own; int8: those of its linear layers rounded to 8 bits, twice as fast on a CPU as 16 bits."""
     prompt_tokens_per_call: Annotated[int, Field(gt=0)] = 2048
     """Tokens of a prompt that are read at once, rounded down to whole segments; one segment at least."""
 

@@ -60,7 +60,7 @@ def measure_memory_usage(
             score_rows(model, [row], place, update_memory=True)
             state = model.get_memory_state()
             for index, layer in model.memory_layers.items():
-                memories = state[index][layer.memory_facts.memory_keys[0]]  # [M, H, K, V]
+                memories = state[index][layer.memory_facts.key("memories")]  # [M, H, K, V]
                 found = memories.float().flatten(2).norm(dim=-1).tolist()
                 norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in found])
     layers = [

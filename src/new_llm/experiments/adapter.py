@@ -27,6 +27,7 @@ from new_llm.experiments.runner import ReportWriter, Run
 from new_llm.models import TransformerLM
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import load_base, save_adapter
+from new_llm.models.model_file import load_model
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.devices import seed_generators
 
@@ -126,7 +127,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write the adapter's file, and measure base and adapter on the long texts."""
-        best = TransformerLM.load(self.model_folder(ADAPTED) / BEST_FOLDER)
+        best = load_model(self.model_folder(ADAPTED) / BEST_FOLDER)
         save_adapter(best, self.config.out, with_base=not self.config.adapter.freeze_base_model)
         base_weights, adapter_weights = split_weights(best)
         frozen = self.config.adapter.freeze_base_model

@@ -12,6 +12,7 @@ from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import get_tokenizer
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.models import TransformerLM
+from new_llm.models.hf.convert import load_pythia
 
 CONFIG_FILE = "config.json"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -29,7 +30,7 @@ def load_hugging_face(
     model: TransformerLM | HuggingFaceLM
     if kind == "gpt_neox":
         try:
-            model = TransformerLM.from_pythia(name, revision=revision, segment_length=segment_length)
+            model = load_pythia(name, revision=revision, segment_length=segment_length)
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"--segment-length: {error}") from None
     else:

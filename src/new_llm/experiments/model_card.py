@@ -79,8 +79,8 @@ def _describe_model(model: TransformerLM, kinds: list[str]) -> list[tuple[str, .
         ("segment", f"{model.segment_length:,} tokens"),
         ("precision of the weights", str(model.embed_in.weight.dtype).removeprefix("torch.")),
     ]
-    if model.num_passes > 1:
-        rows.append(("passes a token", str(model.num_passes)))
+    if model.count_passes() > 1:
+        rows.append(("passes a token", str(model.count_passes())))
     if model.memory_layers:
         rows.append(("memory", f"{model.memory_info()['total_bytes']:,} bytes"))
     return rows

@@ -89,7 +89,7 @@ def fill_memory_from_run(
             for part in parts:
                 state = add_state(state, read_memory_file(part).state)
             model.set_memory_state(state or {})
-    model.save_memory(out)
+    save_memory_file(model, out)
     return result
 
 

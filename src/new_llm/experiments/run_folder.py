@@ -8,7 +8,7 @@ from new_llm.config import UserError
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
 from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
-from new_llm.models.model_file import STRUCTURE_FILE, read_structure
+from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
 from new_llm.training.checkpoint import BEST_FOLDER
 
 TOKENIZER_LEVELS = 3
@@ -82,7 +82,7 @@ def load_run_model(
     folder = find_model_folder(run, model, needs_memory=needs_memory)
     tokenizer_path = find_tokenizer_file(folder)
     tokenizer = read_tokenizer_file(tokenizer_path)
-    loaded = TransformerLM.load(folder).eval()
+    loaded = load_model(folder).eval()
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= loaded.vocab_size:
         raise UserError(

@@ -3,15 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 from new_llm.models.factory import ModelType, create_model
-from new_llm.models.selective import SelectiveOutputLM
-from new_llm.models.state import MemoryState, merge_memory_states
+from new_llm.models.memory_file import load_memory_file, save_memory_file
+from new_llm.models.model_file import load_model, save_model
+from new_llm.models.state import LayerMemory, MemoryState, merge_memory_states
 from new_llm.models.stream import MemoryStream
-from new_llm.models.transformer import TransformerLM
+from new_llm.models.transformer import SelectiveOutputLM, TransformerLM
 
 if TYPE_CHECKING:
     from new_llm.models.hf.convert import export_pythia
 
 __all__ = [
+    "LayerMemory",
     "MemoryState",
     "MemoryStream",
     "ModelType",
@@ -19,7 +21,11 @@ __all__ = [
     "TransformerLM",
     "create_model",
     "export_pythia",
+    "load_memory_file",
+    "load_model",
     "merge_memory_states",
+    "save_memory_file",
+    "save_model",
 ]
 
 

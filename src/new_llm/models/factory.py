@@ -11,11 +11,10 @@ from pydantic import Field
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section, short
 from new_llm.config.user_code import load_by_name
-from new_llm.models.layers import LAYER_KINDS, Layer, MemoryLayer, PythiaLayer
-from new_llm.models.layers.base import NoOptions, build_layer
+from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, build_layer
+from new_llm.models.layers.registry import NoOptions
 from new_llm.models.recipes import RECIPES
-from new_llm.models.selective import DepthOptions, SelectiveOptions, SelectiveOutputLM
-from new_llm.models.transformer import TransformerLM
+from new_llm.models.transformer import DepthOptions, SelectiveOptions, SelectiveOutputLM, TransformerLM
 
 
 @section
@@ -82,8 +81,8 @@ def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
     def build_before_head(shape: PythiaConfig, options: dict[str, Any]) -> Built:
         return Built([*_build_pythia(shape, {}).layers, build_layer(layer_type, shape, **options)])
 
-    reads_segments = issubclass(layer_type, MemoryLayer)
-    if layer_type.follows_final_norm:
+    reads_segments = layer_type.has_memory
+    if layer_type.stands_before_head:
         return ModelKind((layer_type.options_type,), build_before_head, reads_segments)
     return ModelKind((PlacementOptions, layer_type.options_type), build_among, reads_segments)
 

@@ -1,28 +1,61 @@
-"""Going on with a text: the prompt read whole, then one token a step, in constant memory at any length."""
+"""Continuing a text: the prompt read whole, then one token per step, in constant memory at any length."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.config.generation import GenerationConfig
-from new_llm.models.generation_run import GenerationRun, GenerationStatistics
-from new_llm.models.padding import mark_valid
+from new_llm.models.decoding_weights import DecodingWeights
+from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
+from new_llm.models.sampling import TokenSampler
+from new_llm.models.text_decoding import CONTEXT_TOKENS, StoppingText
 
-if TYPE_CHECKING:
-    from new_llm.models.transformer import TransformerLM
-
+PACK_FROM = 16
+"""New tokens from which packing the weights takes less time than it saves."""
 OnToken = Callable[[list[int | None]], None]
 """Told of each step's tokens, one a row; None for a row that has ended."""
 OnText = Callable[[int, str], None]
 """Told of a row and the text that is new in it."""
 
 
+@dataclass(frozen=True)
+class GenerationStatistics:
+    """What a generation made and took.
+
+    Attributes:
+        num_tokens: new tokens of all rows.
+        seconds: wall time of all.
+        passes: passes through the layers for each token.
+        num_prompt_tokens: tokens of the prompts.
+        prompt_seconds: the share of `seconds` in which the prompts were read.
+        row_tokens: new tokens of each row; a stop token, and the tokens of a stop string, are among them.
+        finish_reasons: of each row, `stop` (a stop token or string came) or `length` (max_new_tokens were made).
+        texts: of each row, the text of its new tokens before what ended it; None: no tokenizer was given.
+    """
+
+    num_tokens: int
+    seconds: float
+    passes: int
+    num_prompt_tokens: int
+    prompt_seconds: float
+    row_tokens: tuple[int, ...]
+    finish_reasons: tuple[str, ...]
+    texts: tuple[str, ...] | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second of wall time."""
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+
 def generate(
-    model: "TransformerLM",
+    model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -31,11 +64,12 @@ def generate(
     on_token: OnToken | None = None,
     on_text: OnText | None = None,
     update_memory: bool = False,
+    use_selective: bool = True,
     **options: Any,
 ) -> tuple[Tensor, GenerationStatistics]:
-    """Go on with each row's text from the held memory; at a segment's end a scratch copy of it is written.
+    """Continue each row's text from the held memory; at a segment's end a scratch copy of it is written.
 
-    Rows go on as each would alone, wherever their padding stands: masked tokens take no place.
+    Rows continue as each would alone, wherever their padding stands: masked tokens take no place.
 
     Args:
         model: any model of the family.
@@ -46,6 +80,7 @@ def generate(
         on_token: called after each step.
         on_text: called with text as it is made, whole characters only.
         update_memory: hold what was read, prompts and all new tokens, as `model(ids, update_memory=True)` does.
+        use_selective: False: one pass through the layers for each token, also where the model has several.
         options: fields of `GenerationConfig` that override the config's, such as `max_new_tokens`.
 
     Returns:
@@ -59,7 +94,9 @@ def generate(
     config = dataclasses.replace(config or GenerationConfig(), **options)
     if tokenizer is None and on_text is not None:
         raise ValueError("on_text: a tokenizer is needed to make text")
-    run = GenerationRun(model, input_ids, attention_mask, config, tokenizer, update_memory=update_memory)
+    run = GenerationRun(
+        model, input_ids, attention_mask, config, tokenizer, update_memory=update_memory, use_selective=use_selective
+    )
     for _ in run.run(tracks_tokens=on_token is not None):
         if on_token is not None:
             on_token(run.step_tokens)
@@ -70,7 +107,7 @@ def generate(
 
 
 def stream_text(
-    model: "TransformerLM",
+    model: Any,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -97,6 +134,182 @@ def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Te
     """
     rows = [torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64) for text in prompts]
     if not rows or not all(map(len, rows)):
-        raise ValueError("the prompt is empty: at least one token is needed to go on from")
+        raise ValueError("the prompt is empty: at least one token is needed")
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return ids, mark_valid(torch.tensor([len(row) for row in rows]), ids.shape[1])
+
+
+class GenerationRun:
+    """One generation, step by step; `generate` and `stream_text` run it.
+
+    Attributes:
+        step_tokens: the last step's tokens, one a row; None for a row that had ended, or where nobody asked.
+        pieces: the text that the last step made certain, one a row; empty without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        config: GenerationConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        update_memory: bool,
+        use_selective: bool = True,
+    ) -> None:
+        check_prompt(input_ids, attention_mask, model.vocab_size)
+        for name, ids in (("pad_token_id", (config.pad_token_id,)), ("eos_token_id", config.eos_token_id)):
+            if any(token >= model.vocab_size for token in ids):
+                raise ValueError(f"{name}: {max(ids)}; the model knows 0 to {model.vocab_size - 1}")
+        if config.stop_strings and tokenizer is None:
+            raise ValueError("stop_strings: a tokenizer is needed to find them in the text")
+        self.model, self.config, self.update_memory = model, config, update_memory
+        device = model.embed_in.weight.device
+        self.input_ids = input_ids.to(device)
+        self.mask = None if attention_mask is None else attention_mask.to(device, torch.bool)
+        rows = len(input_ids)
+        self.texts: list[StoppingText] | None = None
+        if tokenizer is not None:
+            real = [ids if self.mask is None else ids[self.mask[row]] for row, ids in enumerate(self.input_ids)]
+            self.texts = [StoppingText(tokenizer, config.stop_strings, ids[-CONTEXT_TOKENS:].tolist()) for ids in real]
+        self.parts: list[list[str]] = [[] for _ in range(rows)]
+        self.pieces = [""] * rows
+        self.step_tokens: list[int | None] = [None] * rows
+        self.num_new = [0] * rows
+        self.is_done = torch.zeros(rows, dtype=torch.bool)  # on the host, as the stream plans there
+        self.new_ids = torch.full((rows, config.max_new_tokens), config.pad_token_id, device=device)
+        self.prompt_seconds = self.seconds = 0.0
+        self.stream = model.open_stream(rows, use_selective=use_selective)
+
+    def run(self, *, tracks_tokens: bool = False) -> Iterator[None]:
+        """Read the prompts and make tokens, one a row between two yields. At the end the memory is held if asked."""
+        begin = time.perf_counter()
+        tracks = tracks_tokens or self.texts is not None or bool(self.config.eos_token_id)
+        packs = self.config.max_new_tokens >= PACK_FROM
+        self.weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
+        with torch.no_grad(), self.weights.in_use():
+            logits = self._read_prompts()
+        unread = ~self.is_done
+        self.prompt_seconds = self.seconds = time.perf_counter() - begin
+        for number in range(self.config.max_new_tokens):
+            # The caller runs between two yields: it is not timed, may have gradients, and finds the model as it was.
+            begin = time.perf_counter()
+            with torch.no_grad(), self.weights.in_use():
+                if number:
+                    logits = self._read(unread)
+                making = ~self.is_done
+                tokens = self.sampler.choose(logits)
+                self._keep(tokens, number, making, tracks)
+                # What ends a row is read only for the memory.
+                unread = making if self.update_memory else ~self.is_done
+                is_last = number + 1 == self.config.max_new_tokens or bool(self.is_done.all())
+                if is_last:
+                    self._end(unread)
+                if is_last and self.input_ids.device.type == "cuda":
+                    torch.cuda.synchronize()  # the work that is still under way belongs to the time
+            self.seconds += time.perf_counter() - begin
+            yield
+            if is_last:
+                return
+
+    def collect_ids(self) -> Tensor:
+        """The prompts and what was made; see `generate`."""
+        return torch.cat((self.input_ids, self.new_ids[:, : max(self.num_new)]), dim=1)
+
+    def describe(self) -> GenerationStatistics:
+        """The statistics so far."""
+        return GenerationStatistics(
+            num_tokens=sum(self.num_new),
+            seconds=self.seconds,
+            passes=self.stream.num_passes,
+            num_prompt_tokens=self.input_ids.numel() if self.mask is None else int(self.mask.sum()),
+            prompt_seconds=self.prompt_seconds,
+            row_tokens=tuple(self.num_new),
+            finish_reasons=tuple("stop" if done else "length" for done in self.is_done.tolist()),
+            texts=None if self.texts is None else tuple("".join(parts) for parts in self.parts),
+        )
+
+    def _read_prompts(self) -> Tensor:
+        """Feed the prompts in pieces of whole segments; the logits after each row's last token, [B, Z]."""
+        ids, mask = self.input_ids, self.mask
+        self.sampler = TokenSampler(
+            self.config, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, self.model.vocab_size
+        )
+        packing = plan_packing(mask, ids)
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        if packing is not None:
+            ids, lengths = packing.pack(ids), packing.lengths
+        segment_length, last = self.model.segment_length, lengths - 1
+        piece_length = max(1, self.config.prompt_tokens_per_call // segment_length) * segment_length
+        ends: Tensor | None = None
+        for begin in range(0, int(lengths.max()), piece_length):
+            piece = ids[:, begin : begin + piece_length]
+            valid = None if packing is None else mark_valid(lengths - begin, piece.shape[1])
+            hidden = self.stream.feed_hidden(piece, valid)
+            ends = torch.zeros_like(hidden[:, 0]) if ends is None else ends
+            places = (last - begin).clamp(0, piece.shape[1] - 1)
+            found = hidden[torch.arange(len(ids), device=ids.device), places]
+            is_here = (last >= begin) & (last < begin + piece_length)
+            ends = torch.where(is_here.unsqueeze(1), found, ends)
+        assert ends is not None  # a prompt has a token
+        return self.model.embed_out(ends)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Feed the last tokens of some rows [B]; the logits of all, [B, Z]."""
+        mask = None if bool(rows.all()) else rows.to(self.input_ids.device).unsqueeze(1)
+        return self.stream.feed(self.last_tokens, mask)[:, 0]
+
+    def _keep(self, tokens: Tensor, number: int, rows: Tensor, tracks: bool) -> None:
+        """Write down the tokens that rows [B] made, and find which of the rows they end."""
+        if not bool(rows.all()):
+            tokens = tokens.masked_fill(~rows.to(tokens.device), self.config.pad_token_id)
+        self.last_tokens = tokens.unsqueeze(1)
+        self.new_ids[:, number] = tokens
+        if not tracks:
+            self.num_new = [number + 1] * len(tokens)
+            return
+        for row, (token, is_made) in enumerate(zip(tokens.tolist(), rows.tolist(), strict=True)):
+            self.step_tokens[row] = token if is_made else None
+            self.pieces[row] = ""
+            if is_made:
+                self.num_new[row] = number + 1
+                self._add_token(row, token)
+
+    def _add_token(self, row: int, token: int) -> None:
+        is_end = token in self.config.eos_token_id
+        self.is_done[row] = is_end
+        if self.texts is None:
+            return
+        text = self.texts[row]
+        piece = "" if is_end else text.push(token)
+        if text.is_stopped:
+            self.is_done[row] = True
+        elif is_end or self.num_new[row] == self.config.max_new_tokens:
+            piece += text.finish()
+            self.is_done[row] = is_end or text.is_stopped
+        self.pieces[row] = piece
+        self.parts[row].append(piece)
+
+    def _end(self, unread: Tensor) -> None:
+        if self.update_memory:
+            self.stream.feed_hidden(self.last_tokens, unread.to(self.input_ids.device).unsqueeze(1))
+        self.stream.close(update_memory=self.update_memory)
+
+
+def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
+    """Refuse prompts that nothing can follow.
+
+    Raises:
+        ValueError: no tokens, ids of another shape or outside the vocabulary, or a row of which all is masked.
+    """
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"the prompt is empty (input_ids of shape {tuple(input_ids.shape)}): at least one token is needed"
+        )
+    check_input_ids(input_ids.cpu(), vocab_size)
+    check_mask(attention_mask, input_ids)
+    if attention_mask is not None:
+        empty = (~attention_mask.to(torch.bool).any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"attention_mask: row {empty[0]} has no real token; its prompt is empty")

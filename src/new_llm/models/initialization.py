@@ -13,7 +13,7 @@
 
 from torch import nn
 
-from new_llm.models.layers.memory_attention import MemoryAttention
+from new_llm.models.layers import MemoryAttention
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:

@@ -1,4 +1,10 @@
-"""What a call refuses: ids and labels of another shape, or outside the vocabulary."""
+"""What a call is given: what it refuses, and how its tokens are laid out.
+
+Real tokens move to the left and are then cut into segments. A masked token takes no place: a padded row is cut exactly
+as the row without its padding would be.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,3 +51,67 @@ def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
 def is_integer(x: Tensor) -> bool:
     """Whether a tensor holds integers (booleans are none)."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a batch stand.
+
+    Attributes:
+        order: for each place of the packed row the column it comes from, [B, T]; None: nothing moves.
+        lengths: real tokens of each row, [B].
+    """
+
+    order: Tensor | None
+    lengths: Tensor
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T] or [B, T, D], real tokens moved to the left in their order."""
+        return x if self.order is None else _gather(x, self.order)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        return x if self.order is None else _gather(x, self.order.argsort(dim=1))
+
+
+def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | None:
+    """The packing that an attention mask asks for; None where every token is real.
+
+    Raises:
+        ValueError: the mask's shape is not the tokens'.
+    """
+    check_mask(attention_mask, input_ids)
+    if attention_mask is None:
+        return None
+    mask = attention_mask.to(torch.bool)
+    if bool(mask.all()):
+        return None
+    lengths = mask.sum(1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    on_the_left = bool((mask == (columns < lengths.unsqueeze(1))).all())
+    order = None if on_the_left else torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    return Packing(order, lengths)
+
+
+def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    """Refuse a mask that is not the tokens' shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
+            "they must be equal"
+        )
+
+
+def mark_valid(lengths: Tensor, num_tokens: int) -> Tensor:
+    """[B, num_tokens] bool: the first `lengths` places of each row."""
+    return torch.arange(num_tokens, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    if x.dim() == 3:
+        index = index.unsqueeze(-1).expand(-1, -1, x.shape[2])
+    return x.gather(1, index)

@@ -63,7 +63,7 @@ def list_memories(record: MemoryRecord, state: dict[int, dict[str, Any]]) -> lis
     """Every memory of every layer and row of a state."""
     listed: list[MemoryTensors] = []
     for layer in record.layers:
-        memories_key, norms_key = layer.facts.memory_keys
+        memories_key, norms_key = layer.facts.key("memories"), layer.facts.key("norms")
         entry = state[layer.layer]
         tensors = [entry[key] for key in (memories_key, norms_key, "token_counts")]
         for row in [None] if record.rows is None else range(record.rows):

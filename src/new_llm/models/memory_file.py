@@ -38,7 +38,6 @@ from new_llm.models.tensor_files import (
 )
 
 FLOATS, COUNTS = ("F32", "F64"), ("I64",)
-DTYPES = {"memories": FLOATS, "memory_norms": FLOATS, "token_counts": COUNTS, "segment_counter": COUNTS}
 OWN_KEYS = ("format", "format_version", DIGEST)
 """Metadata that are not the record's."""
 
@@ -61,7 +60,7 @@ class MemoryFile:
         return {layer.layer: layer.settings for layer in self.record.layers}
 
 
-def save_memory_file(model: HeldMemory, path: Path, *, weights_fingerprint: str | None = None) -> None:
+def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint: str | None = None) -> None:
     """Write the memory that a model holds; the file is whole, or what was there before.
 
     Args:
@@ -81,10 +80,10 @@ def save_memory_file(model: HeldMemory, path: Path, *, weights_fingerprint: str 
         weights_fingerprint=weights_fingerprint or fingerprint_weights(model),
         segment_length=model.segment_length,
     )
-    write_memory_file(path, MemoryFile(record, state))
+    write_memory_file(Path(path), MemoryFile(record, state))
 
 
-def load_memory_file(model: HeldMemory, path: Path, *, force: bool = False) -> None:
+def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False) -> None:
     """Hold the memory of a file. All of it is held, or after an error none.
 
     Args:
@@ -95,7 +94,7 @@ def load_memory_file(model: HeldMemory, path: Path, *, force: bool = False) -> N
     Raises:
         UserError: the file is broken or no memory file, or other layers or (unless forced) weights filled it.
     """
-    content = read_memory_file(path, check=lambda record: _check_fits(record, model, str(path), force))
+    content = read_memory_file(Path(path), check=lambda record: _check_fits(record, model, str(path), force))
     try:
         model.set_memory_state(content.state)
     except ValueError as error:
@@ -111,7 +110,8 @@ def _check_fits(record: MemoryRecord, model: HeldMemory, where: str, force: bool
         layer = layers[entry.layer]
         expected = {"layer kind": layer.kind, **describe_memory_options(layer)}
         for name, value in ({"layer kind": entry.kind} | entry.settings).items():
-            if value != expected[name]:
+            is_learned = name == "decay" and layer.attention.decay is None  # then it is part of the weights
+            if value != expected[name] and not (force and is_learned and None not in (value, expected[name])):
                 raise UserError(
                     shorten(f"{where}: layer {entry.layer}: {name} {value}, this model has {expected[name]}")
                 )
@@ -221,7 +221,7 @@ def _check_metadata(metadata: dict[str, str], where: str) -> dict[str, str]:
 def _check_tensors(header: TensorHeader, record: MemoryRecord, where: str) -> None:
     """Refuse other tensors, shapes or dtypes than the record's, before any is read."""
     expected = {
-        f"layers.{layer.layer}.{key}": (shape, DTYPES[key.removeprefix(layer.facts.key_prefix)])
+        f"layers.{layer.layer}.{key}": (shape, FLOATS if key.endswith(("memories", "memory_norms")) else COUNTS)
         for layer in record.layers
         for key, shape in layer.tensor_shapes(record.rows).items()
     }
@@ -243,11 +243,11 @@ def _restore_layer(layer: Any, tensors: dict[str, Tensor], rows: int | None, whe
     values = [tensors[f"layers.{layer.layer}.{key}"] for key in layer.tensor_shapes(rows)]
     if rows is None:
         values = [tensor.unsqueeze(0) for tensor in values]
-    memories, norms, num_tokens, num_segments = values
+    memories, norms, num_tokens, num_segments, segments_seen = values
     if not bool(torch.isfinite(memories).all() and torch.isfinite(norms).all()):
         raise UserError(f"{where}: layer {layer.layer} holds NaN or infinite values")
-    for counts in (num_tokens, num_segments):
+    for counts in (num_tokens, num_segments, segments_seen):
         if not bool(((counts >= 0) & (counts < MAX_COUNT)).all()):
             raise UserError(f"{where}: layer {layer.layer} holds impossible token or segment counts")
-    state = MemoryState(memories, norms, num_tokens, num_segments, frozen=layer.frozen)
+    state = MemoryState(memories, norms, num_tokens, num_segments, segments_seen)
     return state_to_dict(state, layer.facts, per_row=rows is not None)

@@ -26,9 +26,8 @@ from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.bounded_files import shorten
 from new_llm.config.sections import describe_validation_error, section
-from new_llm.models.held_memory import entry_is_per_row
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
-from new_llm.models.state import STATE_VERSION, MemoryFacts
+from new_llm.models.state import STATE_VERSION, MemoryFacts, entry_is_per_row
 
 FORMAT = "new-llm-memory"
 FORMAT_VERSION = 1
@@ -65,13 +64,9 @@ class LayerRecord:
     use_delta_rule: bool
     """Whether writes subtract what the memory holds."""
     decay: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None
-    """w of each head; None: 1."""
-    frozen: tuple[bool, ...]
-    """Which memories are read but not written."""
+    """w of each head, fixed or learned: what a segment's write leaves of the memory; None: all of it."""
 
     def __post_init__(self) -> None:
-        if len(self.frozen) != self.num_memories:
-            raise UserError(f"layer {self.layer}: frozen has {len(self.frozen)} entries, not {self.num_memories}")
         if self.decay is not None and len(self.decay) != self.num_memory_heads:
             raise UserError(f"layer {self.layer}: decay has {len(self.decay)} entries, not {self.num_memory_heads}")
         if self.version != STATE_VERSION:
@@ -85,12 +80,9 @@ class LayerRecord:
     def facts(self) -> MemoryFacts:
         """What the layer's state dictionary repeats of this."""
         layer_type: Any = LAYER_KINDS[self.kind]
-        return MemoryFacts(
-            layer_kind=self.kind,
-            key_prefix=layer_type.key_prefix,
-            index_key=layer_type.index_key,
+        return layer_type.make_facts(
             use_delta_rule=self.use_delta_rule,
-            additive=not self.use_delta_rule and self.decay is None,
+            has_decay=self.decay is not None,
             segments_per_memory=self.segments_per_memory,
         )
 
@@ -112,12 +104,13 @@ class LayerRecord:
         """The tensors of this layer in the state dictionary: name → shape."""
         lead = () if rows is None else (rows,)
         shape = (self.num_memories, self.num_memory_heads, self.head_size)
-        memories_key, norms_key = self.facts.memory_keys
+        facts = self.facts
         return {
-            memories_key: (*lead, *shape, self.value_size),
-            norms_key: (*lead, *shape),
+            facts.key("memories"): (*lead, *shape, self.value_size),
+            facts.key("norms"): (*lead, *shape),
             "token_counts": (*lead, self.num_memories),
             "segment_counter": lead,
+            "segments_seen": lead,
         }
 
 
@@ -138,7 +131,7 @@ class MemoryRecord:
     tokens_seen: Count
     """Tokens in the memory, all rows together."""
     segments_seen: Count
-    """Segments of the longest row; rows, and files that were merged, advance together."""
+    """Segments in the memory, all rows and merged files together."""
     layers: Annotated[tuple[LayerRecord, ...], Field(min_length=1)]
     """The memory layers, by their index."""
 
@@ -171,7 +164,6 @@ def make_record(
                 layer=index,
                 kind=entry["layer_kind"],
                 version=entry["version"],
-                frozen=tuple(entry["frozen"].tolist()),
                 **settings[index],
             )
             for index, entry in sorted(state.items())
@@ -180,10 +172,10 @@ def make_record(
 
 
 def count_seen(state: dict[int, dict[str, Any]]) -> tuple[int, int]:
-    """Tokens in the memory and segments of the longest row, of the layer that has seen most."""
+    """Tokens and segments in the memory, all rows and merged files together, of the layer that has seen most."""
     # Python's integers: a broken file's counts can't overflow here.
     tokens = max(sum(entry["token_counts"].flatten().tolist()) for entry in state.values())
-    segments = max(max(entry["segment_counter"].flatten().tolist()) for entry in state.values())
+    segments = max(sum(entry["segments_seen"].flatten().tolist()) for entry in state.values())
     return tokens, segments
 
 

@@ -13,12 +13,11 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from new_llm.config import UserError
+from new_llm.config import PythiaConfig, UserError
 from new_llm.config.atomic import write_text_atomically
 from new_llm.config.bounded_files import read_json_file, shorten
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.layers import LAYER_KINDS, Layer
-from new_llm.models.selective import SelectiveOutputLM
 from new_llm.models.tensor_files import (
     TensorHeader,
     check_finite,
@@ -62,6 +61,7 @@ class ModelStructure:
     vocab_size: Size
     segment_length: Size
     layer_norm_eps: Epsilon
+    initializer_range: Annotated[float, Field(gt=0)] = PythiaConfig.initializer_range
     tie_word_embeddings: bool
     selective: dict[Literal["skip_interval", "earlier_pass_weight"], float] | None
     layers: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
@@ -88,10 +88,11 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "segment_length": model.segment_length,
         "layer_norm_eps": model.final_layer_norm.eps,
+        "initializer_range": model.initializer_range,
         "tie_word_embeddings": model.tie_word_embeddings,
         "selective": (
             {"skip_interval": model.skip_interval, "earlier_pass_weight": model.earlier_pass_weight}
-            if isinstance(model, SelectiveOutputLM)
+            if model.skip_interval
             else None
         ),
         "layers": [{"kind": layer.kind, **layer.settings} for layer in model.layer_list],
@@ -120,12 +121,13 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
             "vocab_size": plan.vocab_size,
             "segment_length": plan.segment_length,
             "layer_norm_eps": plan.layer_norm_eps,
+            "initializer_range": plan.initializer_range,
             "tie_word_embeddings": plan.tie_word_embeddings,
         }
-        if plan.selective is None:
-            return TransformerLM(layers, **options)
-        passes = int(plan.selective.pop("skip_interval", 1))
-        return SelectiveOutputLM(layers, skip_interval=passes, **plan.selective, **options)
+        if plan.selective is not None:
+            passes = int(plan.selective.pop("skip_interval", 1))
+            options |= {"skip_interval": passes, **plan.selective}
+        return TransformerLM(layers, **options)
     except ValidationError as error:
         message = str(describe_validation_error(error, where))
     except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, MemoryError) as error:
@@ -177,14 +179,14 @@ def _check_layers(plan: ModelStructure, header: TensorHeader, where: str) -> Non
                 )
 
 
-def save_model(model: TransformerLM, folder: Path) -> None:
+def save_model(model: TransformerLM, folder: str | Path) -> None:
     """Write a model's weights and structure; each file is whole or not there.
 
     Raises:
         OSError: the disk refuses.
         ValueError: a layer of a class that is not registered.
     """
-    write_model_files(describe_model(model), model.state_dict(), folder)
+    write_model_files(describe_model(model), model.state_dict(), Path(folder))
 
 
 def write_model_files(structure: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
@@ -224,12 +226,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
 
 
-def load_model(folder: Path) -> TransformerLM:
+def load_model(folder: str | Path) -> TransformerLM:
     """Make a model from `save_model`'s folder, on the CPU, in the dtype it was saved in.
 
     Raises:
         UserError: a file is missing or broken, or the weights are not the structure's, or not finite.
     """
+    folder = Path(folder)
     where, weights = str(folder / STRUCTURE_FILE), str(folder / WEIGHTS_FILE)
     structure = read_structure(folder)
     try:

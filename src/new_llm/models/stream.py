@@ -1,16 +1,12 @@
 """Reading a text in pieces of any size, with the result of reading it whole."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from new_llm.models.inputs import check_input_ids
-from new_llm.models.layers import Step
-from new_llm.models.padding import mark_valid, plan_packing
-
-if TYPE_CHECKING:
-    from new_llm.models.transformer import TransformerLM
+from new_llm.models.inputs import check_input_ids, mark_valid, plan_packing
+from new_llm.models.layers import Layer, ReadTokens, Step
 
 
 class MemoryStream:
@@ -24,11 +20,12 @@ class MemoryStream:
     `close(update_memory=True)`.
 
     Args:
-        model: the model that reads.
+        model: the `TransformerLM` that reads.
         batch_size: rows B.
+        use_selective: False: one pass through the layers, also where the model has several.
     """
 
-    def __init__(self, model: "TransformerLM", batch_size: int = 1) -> None:
+    def __init__(self, model: Any, batch_size: int = 1, *, use_selective: bool = True) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not positive")
         self.model = model
@@ -36,7 +33,9 @@ class MemoryStream:
         self.device = model.embed_in.weight.device
         self.memories, self._start = model._begin_call(batch_size, self.device)
         self._start_rows = model.memory_rows
-        self.opened: list[list[Any]] = [[None] * len(model.layers) for _ in range(model.num_passes)]
+        self.num_passes: int = model.count_passes(use_selective)
+        self.opened: list[list[Any]] = [[None] * len(model.layers) for _ in range(self.num_passes)]
+        self._head_weight: Tensor | None = None  # the same for all of the stream: a head that is called costs time
         self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
         self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
         self._is_closed = False
@@ -135,7 +134,9 @@ class MemoryStream:
             self.model._hold(self.memories, self._start)
 
     def _run_whole(self, input_ids: Tensor) -> Tensor:
-        passes, self.memories = self.model.run_segments(input_ids, self.memories, write_last=True)
+        passes, self.memories = self.model.run_segments(
+            input_ids, self.memories, write_last=True, num_passes=self.num_passes
+        )
         return passes[-1]
 
     def _run_open(self, input_ids: Tensor, fed: Tensor, taken: Tensor) -> Tensor:
@@ -150,19 +151,26 @@ class MemoryStream:
             longest=int((self.offsets + taken).max()),
             segment_length=self.model.segment_length,
             start=int(self.offsets[0]) if self._is_level(taken) else None,
-            token_rows=self.model.find_token_rows(tokens),
+            tokens=self._describe_tokens(tokens),
         )
         hidden = self.model.embed_in(tokens)
         for number, opened in enumerate(self.opened):
-            if number:
-                hidden = self.model.begin_pass(hidden)
-            for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
-                if layer.follows_final_norm:
-                    hidden = self.model.final_layer_norm(hidden)
-                hidden, opened[index] = layer.step(hidden, opened[index], memory, step)
+
+            def run(index: int, layer: Layer, entering: Tensor, opened: list[Any] = opened) -> Tensor:
+                entering, opened[index] = layer.step(entering, opened[index], self.memories[index], step)
+                return entering
+
+            hidden = self.model.run_layers(self.model.begin_pass(hidden) if number else hidden, run)
         self.offsets = self.offsets + taken
         self._end_segments(self.offsets == self.model.segment_length)
-        return self.model.normalize_last(hidden)
+        return self.model.finish_pass(hidden)
+
+    def _describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
+        if self.model.first_before_head is None:
+            return None
+        if self._head_weight is None:
+            self._head_weight = self.model.read_head_weight()
+        return ReadTokens(input_ids, self._head_weight)
 
     def _is_level(self, taken: Tensor) -> bool:
         """Whether all rows stand at one place and take the same number of tokens."""

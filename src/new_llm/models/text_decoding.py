@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
 """What a decoder puts in place of bytes that are no character, or not yet."""
+MOST_REPLACEMENTS = 3
 CONTEXT_TOKENS = 4
 """Tokens that are decoded again before new ones: the bytes of one character, and what the tokenizer joins to them."""
 LONGEST_WINDOW = 32
@@ -19,12 +20,14 @@ class TextDecoder:
 
     Args:
         tokenizer: the model's.
+        context: the last tokens before the text, such as a prompt's: tokenizers that mark a word's beginning (as
+            SentencePiece) leave out the space before a text's first word, but not between words.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.given = 0  # characters of the window's text that are out
+        self.ids = list(context)
+        self.given = count_whole(tokenizer.decode(self.ids))  # characters of the window's text that are out
 
     def push(self, token: int) -> str:
         """The text that a token completes; may be empty."""
@@ -47,8 +50,13 @@ class TextDecoder:
 
 
 def count_whole(text: str) -> int:
-    """Characters of a decoded text that later bytes can't change: all but one replacement at its end."""
-    return len(text) - text.endswith(REPLACEMENT)
+    """Characters of a decoded text that later bytes can't change: all but the replacements of one at its end.
+
+    A character whose last byte is missing is one replacement to a byte-level decoder, and one for each of its up to
+    three bytes to one that falls back to bytes.
+    """
+    end = text[-MOST_REPLACEMENTS:]
+    return len(text) - (len(end) - len(end.rstrip(REPLACEMENT)))
 
 
 class StoppingText:
@@ -57,10 +65,11 @@ class StoppingText:
     Args:
         tokenizer: the model's.
         stop_strings: none of them empty.
+        context: as of `TextDecoder`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
-        self.decoder = TextDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+        self.decoder = TextDecoder(tokenizer, context)
         self.stop_strings = stop_strings
         self.held = ""
         self.is_stopped = False

@@ -1,28 +1,45 @@
 """The language model: an embedding, any list of layers, a head, and the memory it holds."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from new_llm.config import PythiaConfig
+from new_llm.config.sections import section, short
 from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
-from new_llm.models.inputs import check_input_ids, check_targets
-from new_llm.models.layers import Layer, ParallelInfiniLayer, Segments, check_order
+from new_llm.models.inputs import Packing, check_input_ids, check_mask, check_targets, mark_valid, plan_packing
+from new_llm.models.layers import Layer, ParallelInfiniLayer, ReadTokens, Segments
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
 from new_llm.models.ops.head_loss import linear_cross_entropy
-from new_llm.models.padding import Packing, check_mask, mark_valid, plan_packing
 from new_llm.models.stream import MemoryStream
-from new_llm.models.tied_embeddings import tie_embeddings
 
 SCORED_ROWS = 2048
 """Rows of logits that a head of another kind makes at once; more would only take memory."""
+
+
+@section
+class DepthOptions:
+    """How many times as many layers run."""
+
+    skip_interval: Annotated[int, Field(ge=0), short("--skip-interval")] = 1
+    """Extra passes of selective models; deep_pythia has as many layers as such a model runs."""
+
+
+@section
+class SelectiveOptions(DepthOptions):
+    """The options of selective output: extra passes over the hidden states before a token."""
+
+    earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """γ: a pass weighs γ times the next one in the training loss; 0: the last pass alone, 1: all the same."""
 
 
 class TransformerLM(HeldMemory):
@@ -32,17 +49,23 @@ class TransformerLM(HeldMemory):
     segment; memory is the only path from one segment to the next. One call of n segments gives the logits of n calls
     of one segment with the memory carried.
 
+    With `skip_interval` the stack runs several times: h₁ = Layers(embed(x)), h_{p+1} = Layers(W h_p + b), and the head
+    reads the last pass. Every pass is parallel over positions and causal. All passes read the memory as it was before
+    the segment; the last alone writes it. Training, evaluation and generation run the same passes.
+
     Args:
         layers: the layers, all of one hidden size; their weights are drawn anew.
         vocab_size: rows Z of the embedding and the head.
         segment_length: tokens S in a segment.
+        skip_interval: extra passes through the layers before a token is predicted.
+        earlier_pass_weight: γ; in training pass p of P weighs γ^(P − p) / Σ γ^(P − q). 0: the last pass alone.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: the head's weight is the embedding's.
 
     Raises:
-        ValueError: no layers, layers of different sizes, a token memory that is not the last, or a length that is not
-            positive.
+        ValueError: no layers, layers of different sizes, a layer before the head that is not among the last, or a
+            length or another setting that is out of range.
     """
 
     gradient_checkpointing = False
@@ -54,11 +77,14 @@ class TransformerLM(HeldMemory):
         vocab_size: int = PythiaConfig.vocab_size,
         segment_length: int = PythiaConfig.max_position_embeddings,
         *,
+        skip_interval: int = 0,
+        earlier_pass_weight: float = 0.0,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         initializer_range: float = PythiaConfig.initializer_range,
         tie_word_embeddings: bool = PythiaConfig.tie_word_embeddings,
     ) -> None:
         super().__init__()
+        SelectiveOptions(skip_interval=skip_interval, earlier_pass_weight=earlier_pass_weight)
         if not layers:
             raise ValueError("layers: at least one layer is needed")
         sizes = sorted({layer.hidden_size for layer in layers})
@@ -67,17 +93,25 @@ class TransformerLM(HeldMemory):
         for name, value in (("vocab_size", vocab_size), ("segment_length", segment_length)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
-        check_order(layers)
         self.vocab_size = vocab_size
         self.segment_length = segment_length
+        self.skip_interval = skip_interval
+        self.earlier_pass_weight = earlier_pass_weight
+        self.initializer_range = initializer_range
         self.embed_in = nn.Embedding(vocab_size, sizes[0])
         self.layers = nn.ModuleList(layers)
+        check_order(self.layer_list)
         self.final_layer_norm = nn.LayerNorm(sizes[0], eps=layer_norm_eps)
         self.embed_out = nn.Linear(sizes[0], vocab_size, bias=False)
         initialize_weights(self, initializer_range)
         self.tie_word_embeddings = tie_word_embeddings
         if tie_word_embeddings:
             tie_embeddings(self)
+        self.pass_projection = None
+        if skip_interval:  # drawn last, so that a seed gives the plain model's weights to all the rest
+            self.pass_projection = nn.Linear(sizes[0], sizes[0])
+            nn.init.normal_(self.pass_projection.weight, std=initializer_range)
+            nn.init.zeros_(self.pass_projection.bias)
         self.reset_memory()
 
     # Calls
@@ -102,26 +136,52 @@ class TransformerLM(HeldMemory):
         return self.embed_out(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory))
 
     def compute_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+        use_selective: bool = True,
     ) -> Tensor:
-        """The hidden states before the head, [B, T, D]; arguments as in `forward`."""
-        return self.compute_passes(input_ids, attention_mask, update_memory=update_memory)[-1]
+        """The hidden states before the head, [B, T, D]; arguments as in `compute_passes`."""
+        return self.compute_passes(input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective)[
+            -1
+        ]
 
     def compute_passes(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+        use_selective: bool = True,
     ) -> list[Tensor]:
-        """What the head would read after each pass through the layers, [B, T, D]; arguments as in `forward`."""
+        """What the head would read after each pass through the layers, [B, T, D].
+
+        Args:
+            input_ids: as in `forward`.
+            attention_mask: as in `forward`.
+            update_memory: as in `forward`.
+            use_selective: False: one pass with the same weights.
+        """
         check_input_ids(input_ids, self.vocab_size)
         memories, start = self._begin_call(input_ids.shape[0], input_ids.device)
         packing = plan_packing(attention_mask, input_ids)
         packed = input_ids if packing is None else packing.pack(input_ids)
-        passes, memories = self.run_segments(packed, memories, packing, write_last=update_memory)
+        num_passes = self.count_passes(use_selective)
+        passes, memories = self.run_segments(packed, memories, packing, write_last=update_memory, num_passes=num_passes)
         if update_memory:
             self._hold(memories, start)
         return passes if packing is None else [packing.unpack(hidden) for hidden in passes]
 
     def run_segments(
-        self, input_ids: Tensor, memories: LayerMemories, packing: Packing | None = None, *, write_last: bool
+        self,
+        input_ids: Tensor,
+        memories: LayerMemories,
+        packing: Packing | None = None,
+        *,
+        write_last: bool,
+        num_passes: int = 1,
     ) -> tuple[list[Tensor], LayerMemories]:
         """The functional core: tokens and memories to hidden states and new memories. It keeps nothing.
 
@@ -130,6 +190,7 @@ class TransformerLM(HeldMemory):
             memories: each layer's memory, with B rows.
             packing: how many tokens of each row are real; None: all.
             write_last: also write the last segment.
+            num_passes: passes through the layers.
 
         Returns:
             Hidden states after each pass and the final LayerNorm [B, T, D], and each layer's memory.
@@ -148,50 +209,102 @@ class TransformerLM(HeldMemory):
         segments = Segments(
             valid=None if valid is None else valid.view(batch, num_segments, length),
             write_last=write_last,
-            token_rows=self.find_token_rows(padded.view(batch, num_segments, length)),
+            tokens=self.describe_tokens(padded.view(batch, num_segments, length)),
         )
-        passes, memories = self.run_passes(hidden.view(batch, num_segments, length, -1), memories, segments)
-        return [self.normalize_last(hidden.flatten(1, 2)[:, :num_tokens]) for hidden in passes], memories
+        hidden = hidden.view(batch, num_segments, length, -1)
+        passes, memories = self._run_passes(hidden, memories, segments, num_passes)
+        return [hidden.flatten(1, 2)[:, :num_tokens] for hidden in passes], memories
 
-    def run_passes(
-        self, hidden: Tensor, memories: LayerMemories, segments: Segments
+    def _run_passes(
+        self, hidden: Tensor, memories: LayerMemories, segments: Segments, num_passes: int
     ) -> tuple[list[Tensor], LayerMemories]:
-        """Hidden states after each pass, [B, n, S, D], and each layer's memory after the last. Here there is one."""
-        hidden, memories = self.run_layers(hidden, memories, segments)
-        return [hidden], memories
+        """What the head would read after each pass, [B, n, S, D], and each layer's memory after the last.
 
-    def run_layers(self, hidden: Tensor, memories: LayerMemories, segments: Segments) -> tuple[Tensor, LayerMemories]:
-        """One pass through all layers, [B, n, S, D] to the same, and each layer's memory after it."""
-        new_memories: LayerMemories = []
-        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer, memory in zip(self.layer_list, memories, strict=True):
-            if layer.follows_final_norm:
-                hidden = self.final_layer_norm(hidden)
-            if checkpoints:
-                hidden, new_memory = checkpoint(
-                    layer, hidden, memory, segments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden, new_memory = layer(hidden, memory, segments)
-            new_memories.append(new_memory)
-        return hidden, new_memories
+        With memory, a segment's first pass needs what the last pass of the segment before has written: segments then
+        run one after another. Without memory all segments run at once.
+        """
+        num_segments = hidden.shape[1]
+        if num_passes > 1 and num_segments > 1 and self.memory_layers:
+            parts: list[list[Tensor]] = []
+            for index, part in enumerate(hidden.split(1, dim=1)):
+                one = segments.select(index, num_segments)
+                passes, memories = self._run_passes(part, memories, one, num_passes)
+                parts.append(passes)
+            return [torch.cat(same_pass, dim=1) for same_pass in zip(*parts, strict=True)], memories
+        passes = []
+        for number in range(num_passes):
+            is_last = number + 1 == num_passes
+            written = list(memories)
+            reading = segments if is_last else Segments(segments.valid, write_last=False, tokens=segments.tokens)
+            run = functools.partial(self._run_layer, memories=memories, segments=reading, written=written)
+            hidden = self.run_layers(self.begin_pass(hidden) if number else hidden, run)
+            passes.append(self.finish_pass(hidden))
+        return passes, written
 
-    def find_token_rows(self, input_ids: Tensor) -> Tensor | None:
-        """The head's row of each token, [..., D], for a layer before the head; None: there is none."""
-        return F.embedding(input_ids, self.embed_out.weight) if self.layer_list[-1].follows_final_norm else None
+    def run_layers(self, hidden: Tensor, run: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
+        """Hidden states through all layers; the final LayerNorm stands before the layers before the head.
 
-    def normalize_last(self, hidden: Tensor) -> Tensor:
-        """What the head reads, from what comes out of the last layer."""
-        return hidden if self.layer_list[-1].follows_final_norm else self.final_layer_norm(hidden)
+        Args:
+            hidden: [..., D].
+            run: one layer's work: its index, itself and what enters it, to what comes out.
+        """
+        first = self.first_before_head
+        for index, layer in enumerate(self.layer_list):
+            hidden = run(index, layer, self.final_layer_norm(hidden) if index == first else hidden)
+        return hidden
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: Layer,
+        hidden: Tensor,
+        *,
+        memories: LayerMemories,
+        segments: Segments,
+        written: LayerMemories,
+    ) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            hidden, written[index] = checkpoint(
+                layer, hidden, memories[index], segments, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            hidden, written[index] = layer(hidden, memories[index], segments)
+        return hidden
 
     @property
-    def num_passes(self) -> int:
-        """Passes through the layers that a call runs; a selective model has more than one."""
-        return 1
+    def first_before_head(self) -> int | None:
+        """The first layer that stands between the final LayerNorm and the head; None: there is none."""
+        return next((index for index, layer in enumerate(self.layer_list) if layer.stands_before_head), None)
+
+    def describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
+        """What layers before the head may look at; None: there is none."""
+        return None if self.first_before_head is None else ReadTokens(input_ids, self.read_head_weight())
+
+    def read_head_weight(self) -> Tensor:
+        """The head as a matrix [Z, D], also where it is an adapter's, quantised or hooked: what it does is what counts.
+
+        Such a head is called with the D unit vectors, and gradients flow through the call.
+        """
+        head = self.embed_out
+        if is_plain_linear(head):
+            return head.weight
+        like = self.final_layer_norm.weight
+        units = torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
+        return (head(units) - head(torch.zeros_like(units[:1]))).t()
 
     def begin_pass(self, hidden: Tensor) -> Tensor:
-        """What the next pass begins from, given the hidden states after the last layer, [..., D]."""
-        return hidden
+        """What the next pass begins from, given the hidden states after the last layer: W h + b, [..., D]."""
+        return hidden if self.pass_projection is None else self.pass_projection(hidden)
+
+    def finish_pass(self, hidden: Tensor) -> Tensor:
+        """What the head reads, from what comes out of the last layer."""
+        return self.final_layer_norm(hidden) if self.first_before_head is None else hidden
+
+    def count_passes(self, use_selective: bool = True) -> int:
+        """Passes through the layers: 1 + skip_interval, or 1 without the extra ones."""
+        return 1 + self.skip_interval if use_selective else 1
+
+    # Losses
 
     def token_losses(
         self,
@@ -200,17 +313,24 @@ class TransformerLM(HeldMemory):
         attention_mask: Tensor | None = None,
         *,
         update_memory: bool = False,
+        use_selective: bool = True,
     ) -> Tensor:
         """The loss of the token after each position, [B, T] float32 nats; 0 where there is no target.
+
+        In training the passes' losses are weighted by `earlier_pass_weight`.
 
         Args:
             input_ids: [B, T].
             labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
-            attention_mask: [B, T]; a masked token is no target either.
+            attention_mask: [B, T]; a masked token is not a target either.
             update_memory: as in `forward`.
+            use_selective: False: one pass with the same weights.
         """
-        targets = self._find_targets(input_ids, labels, attention_mask)
-        return self._score(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory), targets)
+        targets = self.find_targets(input_ids, labels, attention_mask)
+        passes = self.compute_passes(
+            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
+        )
+        return self.score_passes(passes, targets)
 
     def total_loss(
         self,
@@ -221,7 +341,7 @@ class TransformerLM(HeldMemory):
         label_weights: Tensor | None = None,
         update_memory: bool = False,
     ) -> Tensor:
-        """The sum of `token_losses`, by the way that is the fastest to train with; arguments as there.
+        """What training minimises: the sum of `token_losses`, and the layers' auxiliary losses for each target.
 
         Args:
             input_ids: [B, T].
@@ -233,13 +353,14 @@ class TransformerLM(HeldMemory):
         Raises:
             ValueError: as there, or weights of another shape than the labels.
         """
-        targets = self._find_targets(input_ids, labels, attention_mask)
+        targets = self.find_targets(input_ids, labels, attention_mask)
         weights = None
         if label_weights is not None:
             if label_weights.shape != labels.shape:
                 raise ValueError(f"label_weights: {list(label_weights.shape)} beside labels {list(labels.shape)}")
             weights = align_labels(label_weights, input_ids.shape[1])
-        return self._sum_losses(input_ids, targets, attention_mask, update_memory, weights)
+        passes = self.compute_passes(input_ids, attention_mask, update_memory=update_memory)
+        return self.add_auxiliary_loss(self.score_passes(passes, targets, "sum", weights), targets)
 
     def compute_loss(
         self,
@@ -248,22 +369,29 @@ class TransformerLM(HeldMemory):
         attention_mask: Tensor | None = None,
         *,
         update_memory: bool = False,
+        use_selective: bool = True,
     ) -> tuple[Tensor, LossStatistics]:
         """The mean loss of all predicted tokens, and what it was measured on; arguments as in `token_losses`.
+
+        In training the layers' auxiliary losses are added to it; the statistics are without them.
 
         Raises:
             ValueError: no token is predicted.
         """
-        targets = self._find_targets(input_ids, labels, attention_mask)
+        targets = self.find_targets(input_ids, labels, attention_mask)
         num_tokens = int((targets != IGNORE_INDEX).sum())
         if num_tokens == 0:
             raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
-        total = self._sum_losses(input_ids, targets, attention_mask, update_memory)
-        return total / num_tokens, LossStatistics(
-            num_tokens=num_tokens, total_nll=float(total.detach()), passes=self.num_passes
+        passes = self.compute_passes(
+            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
+        )
+        total = self.score_passes(passes, targets, "sum")
+        return self.add_auxiliary_loss(total, targets) / num_tokens, LossStatistics(
+            num_tokens=num_tokens, total_nll=float(total.detach()), passes=len(passes)
         )
 
-    def _find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The token that each position is to predict, [B, T]; -100 where there is none, or where it is masked."""
         check_input_ids(input_ids, self.vocab_size)
         check_mask(attention_mask, input_ids)
         targets = align_labels(labels, input_ids.shape[1])
@@ -274,16 +402,37 @@ class TransformerLM(HeldMemory):
             targets = targets.masked_fill(masked, IGNORE_INDEX)
         return targets
 
-    def _sum_losses(
+    def score_passes(
         self,
-        input_ids: Tensor,
+        passes: list[Tensor],
         targets: Tensor,
-        attention_mask: Tensor | None,
-        update_memory: bool,
+        reduction: Literal["none", "sum"] = "none",
         weights: Tensor | None = None,
     ) -> Tensor:
-        hidden = self.compute_hidden(input_ids, attention_mask, update_memory=update_memory)
-        return self._score(hidden, targets, "sum", weights)
+        """The losses [B, T] of what `compute_passes` returned, or their sum: Σ γ^(P − p) ℓ_p / Σ γ^(P − q).
+
+        Outside training, and with γ = 0, that is the loss of the last pass.
+
+        Args:
+            passes: hidden states, [B, T, D] each.
+            targets: from `find_targets`.
+            reduction: "sum" takes less memory and time.
+            weights: what each position's loss is multiplied by, [B, T].
+        """
+        if len(passes) == 1 or not self.training or not self.earlier_pass_weight:
+            return self._score(passes[-1], targets, reduction, weights)
+        shares = [self.earlier_pass_weight ** (len(passes) - 1 - number) for number in range(len(passes))]
+        losses = [self._score(hidden, targets, reduction, weights) for hidden in passes]
+        return torch.stack([share / sum(shares) * loss for share, loss in zip(shares, losses, strict=True)]).sum(0)
+
+    def add_auxiliary_loss(self, total: Tensor, targets: Tensor) -> Tensor:
+        """A summed loss, in training with the losses that layers left in the last call, once for each target."""
+        found = [layer.auxiliary_loss for layer in self.layer_list if layer.auxiliary_loss is not None]
+        for layer in self.layer_list:
+            layer.auxiliary_loss = None
+        if not self.training or not found:
+            return total
+        return total + torch.stack(found).sum() * (targets != IGNORE_INDEX).sum()
 
     def _score(
         self,
@@ -296,7 +445,7 @@ class TransformerLM(HeldMemory):
         rows, wanted = hidden.flatten(0, 1), targets.flatten()
         head = self.embed_out
         # A head that is another module (an adapter's, a quantised one) or that has hooks is called as it is.
-        if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks:
+        if is_plain_linear(head):
             label_weights = None if weights is None else weights.flatten()
             losses = linear_cross_entropy(rows, head.weight, wanted, label_weights=label_weights, reduction=reduction)
         else:
@@ -306,35 +455,31 @@ class TransformerLM(HeldMemory):
             losses = losses.sum() if reduction == "sum" else losses
         return losses if reduction == "sum" else losses.view_as(targets)
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and structure (JSON) to a folder; see `model_file.save_model`."""
-        from new_llm.models.model_file import save_model
+    # Streams and generation
 
-        save_model(self, Path(folder))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "TransformerLM":
-        """Make a model again from the folder that `save` wrote; see `model_file.load_model`."""
-        from new_llm.models.model_file import load_model
-
-        return load_model(Path(folder))
-
-    @classmethod
-    def from_pythia(cls, name_or_directory: str | Path, revision: str | None = None, **options: Any) -> "TransformerLM":
-        """Make a model from a GPT-NeoX checkpoint, a directory or a hub name; see `hf.convert.load_pythia`."""
-        from new_llm.models.hf.convert import load_pythia
-
-        return load_pythia(name_or_directory, revision, **options)
-
-    def open_stream(self, batch_size: int = 1) -> MemoryStream:
+    def open_stream(self, batch_size: int = 1, *, use_selective: bool = True) -> MemoryStream:
         """Begin to read token by token, in pieces of any size, from the held memory; see `MemoryStream`."""
-        return MemoryStream(self, batch_size)
+        return MemoryStream(self, batch_size, use_selective=use_selective)
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, GenerationStatistics]:
-        """Go on with each row's text: `model.generate(input_ids, max_new_tokens=50)`; see `generation.generate`."""
+        """Continue each row's text: `model.generate(input_ids, max_new_tokens=50)`; see `generation.generate`."""
         return generate(self, input_ids, attention_mask, **options)
+
+    # Training on less memory
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training keep only what enters each layer, and run the layer once more in backward.
+
+        Args:
+            gradient_checkpointing_kwargs: as Hugging Face's models take it; checkpoints are never re-entrant here.
+        """
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.gradient_checkpointing = False
 
     # Facts
 
@@ -362,7 +507,8 @@ class TransformerLM(HeldMemory):
 
     def gate_values(self) -> dict[str, list[float]]:
         """g of each memory layer's heads, by the layer's name in the state dict."""
-        return {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
+        found = {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
+        return {name: values for name, values in found.items() if values}
 
     def get_alpha(self) -> float | dict[int, float]:
         """α of the parallel adapter; of several, {layer index: α}.
@@ -384,3 +530,54 @@ class TransformerLM(HeldMemory):
 def count_parameters(module: nn.Module) -> int:
     """Numbers in a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+class SelectiveOutputLM(TransformerLM):
+    """A `TransformerLM` with one extra pass unless told otherwise; arguments as there."""
+
+    def __init__(self, layers: Sequence[Layer], *arguments: Any, skip_interval: int = 1, **options: Any) -> None:
+        super().__init__(layers, *arguments, skip_interval=skip_interval, **options)
+
+
+def check_order(layers: Sequence[Layer]) -> None:
+    """Refuse layers of which one that stands before the head is followed by another kind.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for index, (layer, following) in enumerate(itertools.pairwise(layers)):
+        if layer.stands_before_head and not following.stands_before_head:
+            raise ValueError(f"layers: {layer.kind} stands before the head and can only be among the last, not {index}")
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether a head does x Wᵀ and nothing else."""
+    forward: Any = vars(head).get("forward")  # decoding replaces it by a faster product with the same weight
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and (forward is None or getattr(forward, "multiplies_weight", False))
+    )
+
+
+def tie_embeddings(model: TransformerLM) -> None:
+    """Make the head's weight the embedding's, one parameter; a state dict then holds it once, as the embedding.
+
+    Source: Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
+    """
+    model.embed_out.weight = model.embed_in.weight
+    model.register_state_dict_post_hook(_leave_out_head)
+    model.register_load_state_dict_pre_hook(_add_head)
+
+
+def _leave_out_head(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if module.tie_word_embeddings:
+        state.pop(f"{prefix}embed_out.weight", None)
+
+
+def _add_head(module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    embedding = state.get(f"{prefix}embed_in.weight")
+    if module.tie_word_embeddings and embedding is not None:
+        state.setdefault(f"{prefix}embed_out.weight", embedding)

@@ -28,8 +28,8 @@ from new_llm.config.bounded_files import read_json_file
 from new_llm.config.errors import OtherProcessError
 from new_llm.config.manifest import check_manifest, write_manifest
 from new_llm.models import TransformerLM
-from new_llm.models.held_memory import entry_is_per_row
 from new_llm.models.model_file import find_model_fault, write_model_files
+from new_llm.models.state import entry_is_per_row
 from new_llm.models.tensor_files import (
     check_finite,
     fingerprint_tensors,
@@ -47,8 +47,6 @@ WEIGHTS_FILE = "model.safetensors"
 VALUES_FILE = "trainer.pt"
 STATE_FILE = "state.json"
 FORMAT_VERSION = 6
-SHARED_BY_ROWS = "frozen"
-"""The one tensor of a layer's memory that has no row dimension when the memory has one."""
 
 
 @dataclass
@@ -342,26 +340,21 @@ def restore_weights(
     processes: Processes,
 ) -> None:
     """Give every process its part of the main process's weights and optimizer state. All processes call this."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
 
     shares = processes.count > 1
-    share_weights(weights, model, processes)
     options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares, strict=False)
+    set_model_state_dict(model, cast(Any, weights), options=options)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
     # A parameter that had no gradient yet has no state; torch gives it one as after a step, which would be one too far.
     known = processes.share(set(optimizer_state.get("state", {})))
     for name, parameter in model.named_parameters():
         if name not in known:
             optimizer.state.pop(parameter, None)
-
-
-def share_weights(weights: dict[str, Tensor], model: TransformerLM, processes: Processes) -> None:
-    """Give every process the main process's weights, or its share of them. All processes call this."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    shares = processes.count > 1
-    options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares)
-    set_model_state_dict(model, cast(Any, weights), options=options)
 
 
 def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
@@ -399,7 +392,7 @@ def restore_memory(
 
 
 def _has_rows(entry: dict[str, Any], key: str) -> bool:
-    return entry_is_per_row(entry) and isinstance(entry[key], Tensor) and key != SHARED_BY_ROWS
+    return entry_is_per_row(entry) and isinstance(entry[key], Tensor)
 
 
 # The best weights

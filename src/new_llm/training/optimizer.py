@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from new_llm.config import TrainConfig
-from new_llm.models.layers import MemoryAttention, MemoryLayer
+from new_llm.models.layers import Layer
 
 
 def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
@@ -19,13 +19,13 @@ def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     gates = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, MemoryLayer)
+        if isinstance(module, Layer)
         for parameter in module.gate_parameters()
     }
     undecayed = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, MemoryAttention)
+        if isinstance(module, Layer)
         for parameter in module.undecayed_parameters()
     }
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "undecayed": [], "gates": []}

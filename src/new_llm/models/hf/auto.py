@@ -23,7 +23,7 @@ UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     """A `TransformerLM` in `transformers`' clothes.
 
-    `model` is the `TransformerLM` itself, with its memory: `hf.model.load_memory(path)` before `hf.generate(...)`
+    `model` is the `TransformerLM` itself, with its memory: `load_memory_file(hf.model, path)` before `hf.generate(...)`
     begins every row from that memory. Memory is no weight: `save_pretrained` leaves it out.
 
     Args:

@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        hint = " (a model that TransformerLM.save wrote: TransformerLM.load reads it)"
+        hint = " (a model that TransformerLM.save wrote: load_model reads it)"
         raise UserError(
             f"{folder}: no {CONFIG_FILE} here{hint if (folder / STRUCTURE_FILE).is_file() else ''}; {INSTEAD}"
         )

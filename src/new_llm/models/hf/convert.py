@@ -22,8 +22,7 @@ from new_llm.models.hf.folder import (
 )
 from new_llm.models.hf.gpt_neox import HEAD, export_names, import_names, parse_config, write_config
 from new_llm.models.hf.replacement import LayerChoice, swap_layers
-from new_llm.models.layers import Layer, PythiaLayer
-from new_llm.models.layers.base import build_layer
+from new_llm.models.layers import Layer, PythiaLayer, build_layer
 from new_llm.models.tensor_files import check_finite
 from new_llm.models.transformer import TransformerLM
 
@@ -38,7 +37,7 @@ def load_pythia(
     segment_length: int | None = None,
     replace_layers: Mapping[int, LayerChoice] | None = None,
 ) -> TransformerLM:
-    """Make a model from a GPT-NeoX checkpoint, in the precision it is stored in: `TransformerLM.from_pythia`.
+    """Make a model from a GPT-NeoX checkpoint, in the precision it is stored in: `load_pythia`.
 
     Args:
         name_or_directory: a directory that any version of `transformers`, or `export_pythia`, has written, or a hub

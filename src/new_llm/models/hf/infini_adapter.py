@@ -25,7 +25,7 @@ from new_llm.models.hf.adapter_layers import (
 )
 from new_llm.models.hf.convert import load_pythia
 from new_llm.models.layers.parallel_infini import AdapterConfig
-from new_llm.models.model_file import STRUCTURE_FILE
+from new_llm.models.model_file import STRUCTURE_FILE, load_model
 from new_llm.models.tensor_files import fingerprint_tensors
 from new_llm.models.transformer import TransformerLM
 
@@ -85,7 +85,7 @@ def load_base(name: str | Path, *, revision: str | None = None, segment_length: 
     folder = Path(name).expanduser()
     if not (folder / STRUCTURE_FILE).is_file():
         return load_pythia(name, revision, segment_length=segment_length)
-    model = TransformerLM.load(folder)
+    model = load_model(folder)
     if segment_length is not None:
         model.segment_length = segment_length
     return model

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.models.initialization import initialize_weights
-from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, check_order
+from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer
+from new_llm.models.transformer import check_order
 
 LayerChoice = str | Mapping[str, Any] | Layer
 """A kind ("infini"), a kind with options ({"kind": "infini", "num_memory_heads": 8}), or a layer."""

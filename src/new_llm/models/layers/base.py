@@ -1,23 +1,37 @@
-"""What every layer is: x + Attention(LN1 x) + MLP(LN2 x), with a core that keeps nothing.
+"""What every layer is: a map from hidden states and memory to hidden states and memory, which keeps nothing.
 
-Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step, D hidden size.
+`forward` over whole segments is all that a layer must define: it then trains, streams, generates and is saved. `step`
+and `end_segments` are an optional fast path for streams, with the same result.
+
+Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step, D hidden size, Z vocabulary.
 """
 
-import dataclasses
-import functools
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig
-from new_llm.config.sections import section
-from new_llm.models.state import MemoryState
+from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
+
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """The tokens that are read and the head's weight: what a layer before the head may look at.
+
+    Attributes:
+        input_ids: [B, n, S] or [B, T].
+        head_weight: one row for each token of the vocabulary, [Z, D].
+    """
+
+    input_ids: Tensor
+    head_weight: Tensor
+
+    def look_up_rows(self) -> Tensor:
+        """The head's row of each token, [..., D]."""
+        return F.embedding(self.input_ids, self.head_weight)
 
 
 @dataclass(frozen=True)
@@ -27,18 +41,28 @@ class Segments:
     Attributes:
         valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real.
         write_last: whether the last segment's write is wanted; without it the returned memory lacks that segment.
-        token_rows: the head's rows of the tokens, [B, n, S, D]; None: no layer asks for them.
+        tokens: for layers before the head; None for others.
     """
 
     valid: Tensor | None = None
     write_last: bool = True
-    token_rows: Tensor | None = None
+    tokens: ReadTokens | None = None
 
     def count_tokens(self, batch: int, num_segments: int, length: int, device: torch.device) -> Tensor:
         """Real tokens of the first segments, which have `length` places, [batch, num_segments]."""
         if self.valid is None:
             return torch.full((batch, num_segments), length, device=device)
         return self.valid[:, :num_segments].sum(-1)
+
+    def select(self, index: int, num_segments: int) -> "Segments":
+        """One segment of the call."""
+        only = slice(index, index + 1)
+        tokens = self.tokens
+        return Segments(
+            valid=None if self.valid is None else self.valid[:, only],
+            write_last=self.write_last or index + 1 < num_segments,
+            tokens=None if tokens is None else replace(tokens, input_ids=tokens.input_ids[:, only]),
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ class Step:
         longest: tokens in the longest row's segment after this step.
         segment_length: tokens of a whole segment.
         start: offset of every row, where all are the same and no token is masked; None: rows differ.
-        token_rows: the head's rows of the tokens, [B, T, D]; None: no layer asks for them.
+        tokens: for layers before the head; None for others.
         shared: what layers of one kind compute alike and share within the step.
     """
 
@@ -62,7 +86,7 @@ class Step:
     longest: int
     segment_length: int
     start: int | None = None
-    token_rows: Tensor | None = None
+    tokens: ReadTokens | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def count_tokens(self) -> Tensor:
@@ -70,21 +94,179 @@ class Step:
         return torch.full_like(self.offsets, self.positions.shape[1]) if self.valid is None else self.valid.sum(-1)
 
 
-class Attention(nn.Module, ABC):
-    """The part of a layer that mixes tokens. Subclasses implement both paths with the same result."""
+@dataclass(frozen=True)
+class OpenInputs:
+    """What a layer without a fast path keeps of the open segments: its inputs, which each step runs again.
+
+    Attributes:
+        hidden: [B, S, D], zero after a row's last token.
+        input_ids: [B, S], likewise; None where the layer does not ask for them.
+        counts: tokens of each row, [B].
+        head_weight: [Z, D], beside input_ids.
+    """
+
+    hidden: Tensor
+    counts: Tensor
+    input_ids: Tensor | None = None
+    head_weight: Tensor | None = None
+
+    def describe(self, longest: int, counts: Tensor, *, write_last: bool) -> Segments:
+        """The open segments as segments of a call, each row with so many tokens."""
+        valid = torch.arange(longest, device=counts.device) < counts.unsqueeze(1)
+        tokens = None
+        if self.input_ids is not None and self.head_weight is not None:
+            tokens = ReadTokens(self.input_ids[:, None, :longest], self.head_weight)
+        return Segments(valid.unsqueeze(1), write_last, tokens)
+
+
+class Layer(nn.Module, ABC):
+    """The interface of a layer; `Block` is a base with norms and an MLP. Register a kind with `register_layer`.
+
+    A layer with memory sets `has_memory` and defines `empty_memory`; what it then gives as memory is a frozen dataclass
+    of tensors derived from `LayerMemory`.
+    """
+
+    kind: ClassVar[str]
+    """The layer's name in configurations, reports and files; set by `register_layer`."""
+    options_type: ClassVar[type]
+    """The dataclass of its options; set by `register_layer`."""
+    is_model_type: ClassVar[bool]
+    """Whether `create_model` knows the layer by its name; set by `register_layer`."""
+    has_memory: ClassVar[bool] = False
+    """Whether the layer carries a memory from segment to segment."""
+    stands_before_head: ClassVar[bool] = False
+    """Whether the layer, which can only be among the last, stands between the final LayerNorm and the head."""
+    settings: dict[str, Any]
+    """The constructor's arguments, from which a saved model is made again; set by `register_layer`."""
+    hidden_size: int
+    auxiliary_loss: Tensor | None = None
+    """A loss, a number, that `forward` may leave here in training; the model adds it to the loss of each token."""
 
     @abstractmethod
     def forward(
-        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
-    ) -> tuple[Tensor, MemoryState | None]:
+        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        """Read whole segments; the memory is the only path from one to the next.
+
+        Args:
+            hidden: [B, n, S, D].
+            memory: each row's memory before the first segment (rows B); None: empty, or the layer has none.
+            segments: which tokens are real; None: all, and all segments are written.
+
+        Returns:
+            The new hidden states, in hidden's shape, and the memory after the last segment.
+        """
+
+    # Memory
+
+    def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
+        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        raise NotImplementedError(f"{type(self).__name__} has_memory, but does not define empty_memory")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of one memory in the layer's precision, float32 at least."""
+        if not self.has_memory:
+            return 0
+        like = next(self.parameters())
+        with torch.device("meta"):
+            return self.empty_memory(1, torch.empty(0, dtype=like.dtype)).num_bytes
+
+    @property
+    def memory_facts(self) -> MemoryFacts:
+        """What the layer's memory dictionary says beside its tensors."""
+        return MemoryFacts(layer_kind=self.kind)
+
+    # Training
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train at the gates' learning rate, without decay."""
+        return []
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Matrices that train at the model's learning rate, but without decay."""
+        return []
+
+    def gate_values(self) -> list[float]:
+        """The share of memory in each head's output; empty where there are no gates."""
+        return []
+
+    # Streams
+
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
+        """Read some more tokens of open segments, with the result of `forward` for the whole segment.
+
+        Here the open segment is run again from its stored inputs; a layer with a faster way overrides it.
+
+        Args:
+            hidden: [B, T, D].
+            opened: what the layer keeps of the open segments; None: they are empty. It is used up by the call.
+            memory: each row's memory before the open segment.
+            step: where the tokens stand.
+
+        Returns:
+            The new hidden states [B, T, D] and what the layer keeps now.
+        """
+        opened = self._store(hidden, opened, step)
+        segments = opened.describe(step.longest, opened.counts, write_last=False)
+        whole, _ = self(opened.hidden[:, None, : step.longest], memory, segments)
+        places = step.positions.clamp(max=step.longest - 1).unsqueeze(-1).expand_as(hidden)
+        return whole[:, 0].gather(1, places), opened
+
+    def _store(self, hidden: Tensor, opened: OpenInputs | None, step: Step) -> OpenInputs:
+        rows, length = len(hidden), step.segment_length
+        if opened is None:
+            opened = OpenInputs(hidden.new_zeros(rows, length, hidden.shape[2]), torch.zeros_like(step.offsets))
+        valid = torch.ones_like(step.positions, dtype=torch.bool) if step.valid is None else step.valid
+        row, column = valid.nonzero(as_tuple=True)
+        kept = opened.hidden.clone()
+        kept[row, step.positions[row, column]] = hidden[row, column]
+        opened = replace(opened, hidden=kept, counts=step.offsets + step.count_tokens())
+        if step.tokens is not None:
+            ids = step.tokens.input_ids
+            stored = ids.new_zeros(rows, length) if opened.input_ids is None else opened.input_ids.clone()
+            stored[row, step.positions[row, column]] = ids[row, column]
+            opened = replace(opened, input_ids=stored, head_weight=step.tokens.head_weight)
+        return opened
+
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
+        """Write and clear the open segments of some rows.
+
+        Args:
+            opened: what `step` returned.
+            memory: each row's memory before the open segment.
+            ended: rows whose segment ends here, [B] bool.
+
+        Returns:
+            What the layer keeps now, and the memory after the write.
+        """
+        if opened is None:
+            return opened, memory
+        counts = opened.counts * ended
+        if self.has_memory:
+            longest = max(1, int(counts.max()))
+            before = self.empty_memory(len(ended), opened.hidden) if memory is None else memory
+            segments = opened.describe(longest, counts, write_last=True)
+            _, written = self(opened.hidden[:, None, :longest], before, segments)
+            assert written is not None
+            memory = written.select_rows(counts > 0, before)
+        kept = choose_rows(ended, torch.zeros_like(opened.hidden), opened.hidden)
+        return replace(opened, hidden=kept, counts=opened.counts - counts), memory
+
+
+class Attention(nn.Module, ABC):
+    """The part of a block that mixes tokens. Subclasses implement both paths with the same result."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
         """Whole segments, [B, n, S, D], in one pass; see `Layer.forward`."""
 
     @abstractmethod
-    def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """Some more tokens, [B, T, D], of open segments; see `Layer.step`."""
 
     @abstractmethod
-    def end_segments(self, opened: Any, memory: MemoryState | None, ended: Tensor) -> tuple[Any, MemoryState | None]:
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
         """Close the segments of rows `ended`; see `Layer.end_segments`."""
 
 
@@ -101,7 +283,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden)))
 
 
-class Layer(nn.Module):
+class Block(Layer):
     """x + Attention(LN1 x) + MLP(LN2 x): GPT-NeoX's parallel residual around any attention.
 
     Args:
@@ -110,17 +292,6 @@ class Layer(nn.Module):
         intermediate_size: width of the MLP.
         layer_norm_eps: ε of both LayerNorms.
     """
-
-    kind: ClassVar[str]
-    """The layer's name in configurations, reports and files; set by `register_layer`."""
-    options_type: ClassVar[type]
-    """The dataclass of its options; set by `register_layer`."""
-    is_model_type: ClassVar[bool]
-    """Whether `create_model` knows the layer by its name; set by `register_layer`."""
-    follows_final_norm: ClassVar[bool] = False
-    """Whether the layer, which can only be the last, stands between the final LayerNorm and the head."""
-    settings: dict[str, Any]
-    """The constructor's arguments, from which a saved model is made again; set by `register_layer`."""
 
     def __init__(
         self, attention: Attention, *, hidden_size: int, intermediate_size: int, layer_norm_eps: float
@@ -133,147 +304,23 @@ class Layer(nn.Module):
         self.mlp = MLP(hidden_size, intermediate_size)
 
     def forward(
-        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
-    ) -> tuple[Tensor, MemoryState | None]:
-        """Read whole segments; the memory is the only path from one to the next.
-
-        Args:
-            hidden: [B, n, S, D], or [B, S, D] for one segment.
-            memory: each row's memory before the first segment (rows B); None: empty, or the layer has none.
-            segments: which tokens are real; None: all, and all segments are written.
-
-        Returns:
-            The new hidden states, in hidden's shape, and the memory after the last segment.
-        """
-        if hidden.dim() == 3:
-            whole, memory = self(hidden.unsqueeze(1), memory, segments)
-            return whole.squeeze(1), memory
-        return self.read_segments(hidden, memory, segments or Segments())
-
-    def read_segments(
-        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
-    ) -> tuple[Tensor, MemoryState | None]:
-        """`forward` for hidden states [B, n, S, D]."""
-        mixed, memory = self.attention(self.input_layernorm(hidden), memory, segments)
+        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        """As `Layer.forward`."""
+        mixed, memory = self.attention(self.input_layernorm(hidden), memory, segments or Segments())
         return self._add(hidden, mixed), memory
 
-    def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
-        """Read some more tokens of open segments, with the result of `forward` for the whole segment.
-
-        Args:
-            hidden: [B, T, D].
-            opened: what the layer keeps of the open segments; None: they are empty. It is used up by the call.
-            memory: each row's memory before the open segment.
-            step: where the tokens stand.
-
-        Returns:
-            The new hidden states [B, T, D] and what the layer keeps now.
-        """
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
+        """As `Layer.step`."""
         mixed, opened = self.attention.step(self.input_layernorm(hidden), opened, memory, step)
         return self._add(hidden, mixed), opened
 
-    def end_segments(self, opened: Any, memory: MemoryState | None, ended: Tensor) -> tuple[Any, MemoryState | None]:
-        """Write and clear the open segments of some rows.
-
-        Args:
-            opened: what `step` returned.
-            memory: each row's memory before the open segment.
-            ended: rows whose segment ends here, [B] bool.
-
-        Returns:
-            What the layer keeps now, and the memory after the write.
-        """
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
+        """As `Layer.end_segments`."""
         return self.attention.end_segments(opened, memory, ended)
 
     def _add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden
-
-
-LayerType = TypeVar("LayerType", bound=type[Layer])
-LAYER_KINDS: dict[str, type[Layer]] = {}
-"""The layer classes by the name they are registered with."""
-
-
-@section
-class NoOptions:
-    """The options of a layer that has none."""
-
-
-def register_layer(
-    name: str, *, options: type = NoOptions, model_type: bool = True
-) -> Callable[[LayerType], LayerType]:
-    """Class decorator: the name becomes a model type, its options become flags, and models with the layer are saved.
-
-    Args:
-        name: the layer's kind, as `create_model` and `--models` take it.
-        options: a dataclass of the keywords that the constructor takes beside the model's shape (see `build_layer`),
-            with their defaults; plain values, since they are written to model files.
-        model_type: whether a model of Pythia layers with some of this kind is a model type of its own.
-
-    Raises:
-        ValueError: another class has this name.
-    """
-
-    def register(layer_type: LayerType) -> LayerType:
-        taken = LAYER_KINDS.setdefault(name, layer_type)
-        if (taken.__module__, taken.__qualname__) != (layer_type.__module__, layer_type.__qualname__):
-            raise ValueError(f"layer kind {name!r} is taken by {taken.__name__}")
-        LAYER_KINDS[name] = layer_type  # a notebook's cell may define its layer again
-        layer_type.kind, layer_type.options_type, layer_type.is_model_type = name, options, model_type
-        _record_settings(layer_type)
-        return layer_type
-
-    return register
-
-
-def _record_settings(layer_type: type[Layer]) -> None:
-    """Let each new layer keep its constructor's arguments, defaults included, as `settings`."""
-    initialize: Any = layer_type.__init__
-    signature = inspect.signature(initialize)
-
-    @functools.wraps(initialize)
-    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        initialize(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        settings: dict[str, Any] = {}
-        for parameter, value in list(bound.arguments.items())[1:]:
-            settings |= (
-                value if signature.parameters[parameter].kind == inspect.Parameter.VAR_KEYWORD else {parameter: value}
-            )
-        names = {field.name for field in dataclasses.fields(layer_type.options_type)}
-        given = {key: value for key, value in settings.items() if key in names}
-        self.settings = settings | dataclasses.asdict(cast(Any, layer_type.options_type(**given)))
-
-    cast(Any, layer_type).__init__ = __init__
-
-
-def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) -> Layer:
-    """A layer of a model's shape: of `shape` its constructor is given the fields that it names.
-
-    It may name hidden_size, num_heads, intermediate_size, layer_norm_eps, rotary_pct and rotary_emb_base.
-    """
-    fields = {
-        "hidden_size": shape.hidden_size,
-        "num_heads": shape.num_attention_heads,
-        "intermediate_size": shape.intermediate_size,
-        "layer_norm_eps": shape.layer_norm_eps,
-        "rotary_pct": shape.rotary_pct,
-        "rotary_emb_base": shape.rotary_emb_base,
-    }
-    named = inspect.signature(layer_type).parameters
-    return layer_type(**{name: value for name, value in fields.items() if name in named}, **options)
-
-
-def check_order(layers: Sequence[Layer]) -> None:
-    """Refuse layers of which one that follows the final LayerNorm is not the last.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for index, layer in enumerate(layers[:-1]):
-        if layer.follows_final_norm:
-            raise ValueError(f"layers: {layer.kind} follows the final LayerNorm and can only be the last, not {index}")
 
 
 def check_divides(what: str, number: int, hidden_size: int) -> int:

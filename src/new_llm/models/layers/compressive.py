@@ -14,20 +14,18 @@ from torch import Tensor, nn
 
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Segments, Step, check_divides
-from new_llm.models.layers.key_shift import pick_last_key, shift_keys
-from new_llm.models.layers.memory_attention import MemoryAttention
-from new_llm.models.layers.recurrence import scan_segments
+from new_llm.models.layers.memory_layer import MemoryAttention, pick_last_key, shift_keys
 from new_llm.models.ops import (
     ScannedReads,
     add_outer_products,
     feature_map,
     local_linear_attention,
+    multiply_norms,
     read_memories,
+    scan_memories,
+    scan_sums,
 )
 from new_llm.models.state import MemoryState, clear_rows, find_written_memory
-
-CHUNK_LENGTH = 1024
-"""Tokens up to which local attention is one masked product; beyond, it runs in chunks of this length."""
 
 
 @section
@@ -52,6 +50,8 @@ class MemoryOptions:
     """W_k begins equal to W_q, so that similar tokens find one another from the start."""
     memory_epsilon: Annotated[float, Field(gt=0)] = 1e-6
     """ε: the smallest divisor of a read."""
+    chunk_length: Annotated[int, Field(gt=0)] = 1024
+    """Tokens up to which local attention is one masked product; longer segments run in chunks of this length."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,66 @@ class OpenSegment:
     writes: Tensor
     num_tokens: Tensor
     last_key: Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The writes of a call of which the first w segments are written. B rows, N memories.
+
+    Attributes:
+        slots: whose turn it is, [B, w] int64.
+        chosen: whether a segment is written to a memory, [B, w, N]; nowhere True for a segment without tokens.
+        num_tokens: tokens that each memory has seen before each segment and after the last, [B, w + 1, N].
+        num_segments: segments read after the last, [B].
+    """
+
+    slots: Tensor
+    chosen: Tensor
+    num_tokens: Tensor
+    num_segments: Tensor
+
+    def count_writes(self) -> Tensor:
+        """Writes to each memory, [B, N]."""
+        return self.chosen.sum(1)
+
+    def spread_decay(self, decay: Sequence[float] | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """w of each head at each write, 1 where nothing is written.
+
+        Returns:
+            That of the memory whose turn it is, [B, w, H], and those of all memories, [B, w, N, H].
+        """
+        if decay is None:
+            return None, None
+        of_heads = like.new_tensor(decay)
+        every = torch.where(self.chosen.unsqueeze(-1), of_heads, torch.ones_like(of_heads))
+        return every.amin(2), every
+
+
+def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -> Schedule:
+    """The schedule of segments with `counts` [B, w] tokens, from the memory before them."""
+    has_tokens = counts > 0
+    seen = has_tokens.cumsum(1)
+    num_memories = memory.norms.shape[1]
+    slots = find_written_memory(
+        memory.num_segments.unsqueeze(1) + seen - has_tokens.long(), segments_per_memory, num_memories
+    )
+    numbers = torch.arange(num_memories, device=slots.device)
+    chosen = (slots.unsqueeze(-1) == numbers) & has_tokens.unsqueeze(-1)
+    added = (chosen * counts.unsqueeze(-1)).cumsum(1)
+    before = memory.num_tokens.unsqueeze(1)
+    return Schedule(
+        slots=slots,
+        chosen=chosen,
+        num_tokens=torch.cat((before, before + added), dim=1),
+        num_segments=memory.num_segments + has_tokens.sum(1),
+    )
+
+
+def _pick_norms(norms: Tensor, slots: Tensor) -> Tensor:
+    """z of the memory that each segment is written to: [B, w, N, H, K] to [B, w, H, K]."""
+    if norms.shape[2] == 1:
+        return norms[:, :, 0]
+    return norms.gather(2, slots[:, :, None, None, None].expand(-1, -1, 1, *norms.shape[3:])).squeeze(2)
 
 
 class CompressiveAttention(MemoryAttention):
@@ -111,6 +171,7 @@ class CompressiveAttention(MemoryAttention):
         self.query_key_init_bias = options.query_key_init_bias
         self.match_query_key_init = options.match_query_key_init
         self.epsilon = options.memory_epsilon
+        self.chunk_length = options.chunk_length
         self.decay = None if decay is None else tuple(decay)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
@@ -159,10 +220,10 @@ class CompressiveAttention(MemoryAttention):
             q, k = self._map_features(q, k)
             if self.use_key_shift:
                 k = shift_keys(k)
-            local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH)
+            local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=self.chunk_length)
             if segments.valid is not None:  # masked keys are zero, so that they add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
-            from_memory, memory = scan_segments(self, q, k, v, memory, segments)
+            from_memory, memory = self._scan(q, k, v, memory, segments)
             mixed = self._gate(from_memory, local)
         return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
 
@@ -184,6 +245,65 @@ class CompressiveAttention(MemoryAttention):
 
     # Writing
 
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Read and write all segments of a call.
+
+        Which memory a segment is written to is known before anything is read, and so is z, which no value enters: both
+        are made for all segments at once. What is left is `scan_memories`.
+
+        Args:
+            q: features of the queries, [B, n, H, S, K].
+            k: features of the keys, likewise, zero at masked tokens.
+            v: values, [B, n, H, S, V].
+            memory: the memory before the call; None: empty.
+            segments: which tokens are real, and whether the last segment is written.
+
+        Returns:
+            A_mem [B, n, H, S, V], and the memory after the last write.
+        """
+        batch, num_segments, _, length, _ = q.shape
+        num_writes = num_segments - (not segments.write_last)
+        if memory is None and num_writes == 0:
+            return torch.zeros_like(v), None
+        counts = segments.count_tokens(batch, num_writes, length, q.device)
+        before = self.empty_memory(batch, v) if memory is None else memory
+        schedule = plan_writes(before, counts, self.segments_per_memory)
+        decay, norm_decay = schedule.spread_decay(self.decay, before.norms)
+        # z of all memories before each segment and after the last, [B, w + 1, N, H, K]
+        changes = schedule.chosen[..., None, None] * k[:, :num_writes].sum(-2, dtype=before.norms.dtype).unsqueeze(2)
+        norms = scan_sums(before.norms, changes, None if norm_decay is None else norm_decay.unsqueeze(-1))
+        products = multiply_norms(q, norms[:, :num_segments].transpose(2, 3))  # [B, n, H, S, N]
+        weights = self.weigh(products, schedule.num_tokens[:, :num_segments])
+        divisors = products.clamp_min(self.epsilon)
+        delta_scales = None
+        if self.use_delta_rule and num_writes:
+            written = _pick_norms(norms[:, :num_writes], schedule.slots).unsqueeze(-2)
+            delta_scales = 1 / multiply_norms(k[:, :num_writes], written).squeeze(-1).clamp_min(self.epsilon)
+        reads = scan_memories(
+            q,
+            k,
+            v,
+            None if memory is None else memory.memories,
+            divisors.reciprocal() if weights is None else weights / divisors,
+            schedule.slots,
+            num_writes=num_writes,
+            sum_scales=products.sum(-1).clamp_min(self.epsilon).reciprocal() if self.reads_sum else None,
+            delta_scales=delta_scales,
+            decay=decay,
+        )
+        if num_writes:
+            memory = MemoryState(
+                memories=reads.memories,
+                norms=norms[:, -1],
+                num_tokens=schedule.num_tokens[:, -1],
+                num_segments=schedule.num_segments,
+                segments_seen=before.segments_seen + schedule.num_segments - before.num_segments,
+                retained=self.decay_retained(before, schedule.count_writes()),
+            )
+        return self.combine(reads), memory
+
     def _decay_like(self, norm: Tensor) -> Tensor | None:
         """w as a tensor of the memory's precision, which the model's need not be."""
         return None if self.decay is None else norm.new_tensor(self.decay)
@@ -192,16 +312,14 @@ class CompressiveAttention(MemoryAttention):
         if self.num_memories == 1:
             return memory.memories[:, 0], memory.norms[:, 0]
         rows = torch.arange(memory.rows, device=memory.norms.device)
-        index = find_written_memory(memory.num_segments, self.segments_per_memory, memory.frozen)
+        index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
         return memory.memories[rows, index], memory.norms[rows, index]
 
     def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
         """Put a row's written memory back where the row read any token, [B] `count`, and count the segment."""
         has_tokens = count > 0
         num_segments = memory.num_segments + has_tokens
-        if all(memory.frozen):
-            return replace(memory, num_segments=num_segments)
-        index = find_written_memory(memory.num_segments, self.segments_per_memory, memory.frozen)
+        index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
         slots = torch.arange(self.num_memories, device=index.device)
         chosen = (slots == index.unsqueeze(1)) & has_tokens.unsqueeze(1)  # [B, N]
         return MemoryState(
@@ -209,7 +327,7 @@ class CompressiveAttention(MemoryAttention):
             norms=torch.where(chosen[..., None, None], norm.unsqueeze(1), memory.norms),
             num_tokens=memory.num_tokens + chosen * count.unsqueeze(1),
             num_segments=num_segments,
-            frozen=memory.frozen,
+            segments_seen=memory.segments_seen + has_tokens,
             retained=self.decay_retained(memory, chosen.long()),
         )
 
@@ -240,7 +358,7 @@ class CompressiveAttention(MemoryAttention):
             else:
                 sums = None if opened is None else (opened.products, opened.keys)
                 local = local_linear_attention(
-                    q, k, v, epsilon=self.epsilon, chunk_length=CHUNK_LENGTH, initial_sums=sums
+                    q, k, v, epsilon=self.epsilon, chunk_length=self.chunk_length, initial_sums=sums
                 )
                 from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
                 opened = self._sum_step(k, v, opened, memory, step)

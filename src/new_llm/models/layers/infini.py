@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import check_divides, register_layer
+from new_llm.models.layers.base import Block, check_divides
 from new_llm.models.layers.compressive import CompressiveAttention, MemoryOptions
 from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
 
@@ -66,7 +67,7 @@ class InfiniAttention(CompressiveAttention):
 
 
 @register_layer("infini", options=InfiniOptions)
-class InfiniLayer(MemoryLayer):
+class InfiniLayer(MemoryLayer, Block):
     """Infini-attention (arXiv:2404.07143) with linear attention in place of the local softmax; no positions.
 
     M ← w M + Σ σ(k)ᵀ(v − r) at each segment's end, A_mem = σ(q) M / max(σ(q) z, ε) before it.

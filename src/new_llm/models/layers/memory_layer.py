@@ -1,19 +1,61 @@
-"""A layer with compressive memory: the description of what it holds."""
+"""What layers with associative memories share: what their attention holds, how it is described, and shifted keys."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from new_llm.models.layers.base import Layer
-from new_llm.models.layers.memory_attention import MemoryAttention
+from new_llm.models.layers.base import Attention, Layer
 from new_llm.models.state import MemoryFacts, MemoryState
 from new_llm.processes import gather_tensor
 
 
-class MemoryLayer(Layer):
-    """A layer around `MemoryAttention`: what it adds is the description of its memory."""
+class MemoryAttention(Attention):
+    """An attention with N memories of H heads, each a matrix [K, V], and a gate β for each head.
 
+    Attributes:
+        head_size: K.
+        value_size: V.
+        decay: w of each head at each write, fixed; None: 1.
+    """
+
+    gate: nn.Parameter
+    dense: nn.Linear
+    num_memories: int
+    num_memory_heads: int
+    head_size: int
+    value_size: int
+    segments_per_memory: int
+    use_delta_rule: bool
+    decay: Sequence[float] | None = None
+
+    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
+        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        shape = (self.num_memories, self.num_memory_heads, self.head_size, self.value_size)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return MemoryState.empty(rows, shape, dtype=dtype, device=like.device)
+
+    def initialize_features(self) -> None:
+        """Give freshly drawn weights what else they are to begin with."""
+
+    def retention_values(self) -> list[float] | None:
+        """The share of a memory that is left after a segment's write, for each head; None: all of it."""
+        return None if self.decay is None else list(self.decay)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Parameters that train at the gates' learning rate, without decay."""
+        return [self.gate]
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Matrices that train at the model's learning rate, but without decay."""
+        return []
+
+
+class MemoryLayer(Layer):
+    """A layer whose memory is that of one `MemoryAttention`, its `attention`."""
+
+    has_memory: ClassVar[bool] = True
     attention: MemoryAttention
     key_prefix: ClassVar[str] = ""
     """What stands before `memories` in the keys of the layer's state."""
@@ -21,33 +63,42 @@ class MemoryLayer(Layer):
     """The key of the memory that is written next."""
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
-        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        """As `Layer.empty_memory`."""
         return self.attention.empty_memory(rows, like)
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of one memory (M and z of all N) in the layer's precision, float32 at least."""
-        attention = self.attention
-        dtype = torch.promote_types(attention.gate.dtype, torch.float32)
-        numbers = attention.num_memory_heads * attention.head_size * (attention.value_size + 1)
-        return attention.num_memories * numbers * dtype.itemsize
-
-    @property
     def memory_facts(self) -> MemoryFacts:
-        """What the layer's memory dictionary says beside its tensors."""
+        """As `Layer.memory_facts`."""
         attention = self.attention
-        return MemoryFacts(
-            layer_kind=self.kind,
-            key_prefix=self.key_prefix,
-            index_key=self.index_key,
+        return self.make_facts(
             use_delta_rule=attention.use_delta_rule,
-            additive=not attention.use_delta_rule and attention.decay is None,
+            has_decay=attention.decay is not None,
             segments_per_memory=attention.segments_per_memory,
         )
 
+    @classmethod
+    def make_facts(cls, *, use_delta_rule: bool, has_decay: bool, segments_per_memory: int) -> MemoryFacts:
+        """The facts of a layer of this kind with such settings."""
+        return MemoryFacts(
+            layer_kind=cls.kind,
+            settings={"use_delta_rule": use_delta_rule, "segments_per_memory": segments_per_memory},
+            additive=not use_delta_rule and not has_decay,
+            keys={
+                "memories": f"{cls.key_prefix}memories",
+                "norms": f"{cls.key_prefix}memory_norms",
+                "num_tokens": "token_counts",
+                "num_segments": "segment_counter",
+            },
+            index_key=cls.index_key,
+        )
+
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train at the gates' learning rate, without decay."""
+        """Those of the attention."""
         return self.attention.gate_parameters()
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Those of the attention."""
+        return self.attention.undecayed_parameters()
 
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""
@@ -64,5 +115,33 @@ def describe_memory_options(layer: Any) -> dict[str, Any]:
         "value_size": attention.value_size,
         "segments_per_memory": attention.segments_per_memory,
         "use_delta_rule": attention.use_delta_rule,
-        "decay": None if attention.decay is None else list(attention.decay),
+        "decay": attention.retention_values(),
     }
+
+
+def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
+    """Each token's key becomes that of the token before it: what is filed under a word is the word that followed it.
+
+    So a query for a context finds what came after such a context, in one layer. It is the shift of H3
+    (arXiv:2212.14052, section 3), here of keys.
+
+    Args:
+        k: features of the keys, [..., S, K].
+        first: what the first token gets, [..., K]; None: 0, so that it is written nowhere.
+    """
+    before = torch.zeros_like(k[..., :1, :]) if first is None else first.unsqueeze(-2).to(k.dtype)
+    return torch.cat((before, k[..., :-1, :]), dim=-2)
+
+
+def pick_last_key(k: Tensor, last_key: Tensor, valid: Tensor | None) -> Tensor:
+    """The features of the last real token's own key, [B, H, K].
+
+    Args:
+        k: keys of new tokens, [B, H, T, K], not shifted.
+        last_key: what a row without a real token keeps.
+        valid: real tokens, [B, T], on the left; None: all.
+    """
+    if valid is None:
+        return k[:, :, -1]
+    every = torch.cat((last_key.unsqueeze(2).to(k.dtype), k), dim=2)
+    return every[torch.arange(len(k), device=k.device), :, valid.sum(-1)]

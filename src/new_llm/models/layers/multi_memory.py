@@ -7,9 +7,10 @@ from torch import Tensor
 
 from new_llm.config import PythiaConfig
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import register_layer
+from new_llm.models.layers.base import Block
 from new_llm.models.layers.compressive import CompressiveAttention, MemoryOptions
 from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
 from new_llm.models.state import MemoryState
 
@@ -27,7 +28,7 @@ class MultiMemoryOptions(MemoryOptions):
 class MultiMemoryAttention(CompressiveAttention):
     """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled ones of σ(q)·(z_m / n_m) / (τ √K)."""
 
-    def __init__(self, hidden_size: int, num_memory_heads: int, options: MultiMemoryOptions) -> None:
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(
             hidden_size, num_memory_heads, options, num_memories=options.num_memories, segments_per_memory=1
         )
@@ -44,7 +45,7 @@ class MultiMemoryAttention(CompressiveAttention):
 
 
 @register_layer("multi_memory", options=MultiMemoryOptions)
-class MultiMemoryLayer(MemoryLayer):
+class MultiMemoryLayer(MemoryLayer, Block):
     """Several independent memories, a segment each in turn; a read selects among them by attention to their z.
 
     Selection has no parameters, and each token's weights look at the past alone.
@@ -62,6 +63,7 @@ class MultiMemoryLayer(MemoryLayer):
 
     index_key: ClassVar[str] = "current_memory_idx"
     attention_type: ClassVar[type[MultiMemoryAttention]] = MultiMemoryAttention
+    attention_options: ClassVar[type[MultiMemoryOptions]] = MultiMemoryOptions
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class MultiMemoryLayer(MemoryLayer):
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         **options: Any,
     ) -> None:
-        chosen = MultiMemoryOptions(**options)
+        chosen = self.attention_options(**options)
         super().__init__(
             self.attention_type(hidden_size, chosen.num_memory_heads or num_heads, chosen),
             hidden_size=hidden_size,

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Segments, Step, register_layer
+from new_llm.models.layers.base import Segments, Step
 from new_llm.models.layers.compressive import OpenSegment
 from new_llm.models.layers.infini import InfiniAttention, InfiniLayer, InfiniOptions
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
+from new_llm.models.layers.registry import register_layer
 from new_llm.models.state import MemoryState
 
 
@@ -87,7 +88,7 @@ class ParallelInfiniLayer(MemoryLayer):
         **options: Any,
     ) -> None:
         chosen = ParallelInfiniOptions(**options)
-        nn.Module.__init__(self)  # not Layer's: the norms and the MLP around the base's attention are the base's own
+        super().__init__()
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.base_name = base_name
@@ -103,10 +104,11 @@ class ParallelInfiniLayer(MemoryLayer):
         self.attention = InfiniAttention(hidden_size, chosen)
         self.alpha = nn.Parameter(torch.tensor(float(chosen.initial_alpha)))
 
-    def read_segments(
-        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, MemoryState | None]:
         """Whole segments through both branches; see `Layer.forward`."""
+        segments = segments or Segments()
         base, _ = self.base_layer(hidden, None, segments)
         recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments)
         return self._add(base, recalled), memory

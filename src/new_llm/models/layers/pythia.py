@@ -8,10 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
-from new_llm.models.layers.base import Attention, Layer, Segments, Step, check_divides, register_layer
+from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides
+from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops.local_attention import causal_attention
-from new_llm.models.rope import apply_rotary, compute_rotary_angles
-from new_llm.models.state import MemoryState
+from new_llm.models.state import LayerMemory
+
+
+def compute_rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of p · base^(−2i / rotary_dim), i = 0 … rotary_dim / 2 − 1, each twice in a row of blocks.
+
+    Source: RoFormer, arXiv:2104.09864, eq. 15, in the half-split layout of GPT-NeoX. Angles are computed in float32
+    whatever the model's dtype, as Hugging Face does, so that logits agree in float64 too.
+
+    Args:
+        positions: token positions, [...], integers.
+        rotary_dim: rotated dimensions of a head, even.
+        base: base of the wavelengths.
+        dtype: dtype of the result.
+
+    Returns:
+        cos and sin, each [..., rotary_dim].
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device) / rotary_dim
+    angles = positions.to(torch.float32).unsqueeze(-1) * (1.0 / base**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of queries or keys [..., T, K] by cos and sin [..., T, rotary_dim]."""
+    rotary_dim = cos.shape[-1]
+    rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, passed), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -43,8 +73,8 @@ class SoftmaxAttention(Attention):
         self.dense = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
-    ) -> tuple[Tensor, MemoryState | None]:
+        self, hidden: Tensor, memory: LayerMemory | None, segments: Segments
+    ) -> tuple[Tensor, LayerMemory | None]:
         """All segments in one call. Padding is on the right, where causality already hides it."""
         batch, num_segments, length, width = hidden.shape
         positions = torch.arange(length, device=hidden.device)
@@ -53,7 +83,7 @@ class SoftmaxAttention(Attention):
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
 
     def step(
-        self, hidden: Tensor, opened: KeyValueCache | None, memory: MemoryState | None, step: Step
+        self, hidden: Tensor, opened: KeyValueCache | None, memory: LayerMemory | None, step: Step
     ) -> tuple[Tensor, KeyValueCache]:
         """Attend to the cache and to the new tokens, which join it."""
         q, k, v = self._project(hidden, step.positions.unsqueeze(1), step.shared)
@@ -82,8 +112,8 @@ class SoftmaxAttention(Attention):
         cache.values.scatter_(2, index, v)
 
     def end_segments(
-        self, opened: KeyValueCache | None, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[KeyValueCache | None, MemoryState | None]:
+        self, opened: KeyValueCache | None, memory: LayerMemory | None, ended: Tensor
+    ) -> tuple[KeyValueCache | None, LayerMemory | None]:
         """Nothing to write: the next segment overwrites the slots before it reads them."""
         return opened, memory
 
@@ -115,7 +145,7 @@ class SoftmaxAttention(Attention):
 
 
 @register_layer("pythia")
-class PythiaLayer(Layer):
+class PythiaLayer(Block):
     """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`.
 
     Args:

@@ -10,10 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from new_llm.config.sections import section
-from new_llm.models.layers.base import Segments, Step, register_layer
-from new_llm.models.layers.key_shift import pick_last_key, shift_keys
-from new_llm.models.layers.memory_attention import MemoryAttention
-from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.layers.base import ReadTokens, Segments, Step
+from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
+from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes, sum_reads
 from new_llm.models.state import MemoryState, choose_rows, clear_rows
 
@@ -100,6 +99,10 @@ class TokenMemoryAttention(MemoryAttention):
         for linear in (self.strength, self.token_gate):
             nn.init.zeros_(linear.weight)
 
+    def retention_values(self) -> list[float]:
+        """w of each head, as it is learned."""
+        return torch.sigmoid(self.retention.detach().float()).tolist()
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """β_g, α and the logits of w."""
         return [self.gate, self.read_scale, self.retention]
@@ -116,7 +119,7 @@ class TokenMemoryAttention(MemoryAttention):
         """All segments' reads and writes."""
         batch, num_segments, length, _ = hidden.shape
         num_writes = num_segments - (not segments.write_last)
-        q, k, v, beta = self._project(hidden, segments.token_rows)
+        q, k, v, beta = self._project(hidden, segments.tokens)
         with torch.autocast(hidden.device.type, enabled=False):
             k = shift_keys(k)
             counts = segments.count_tokens(batch, num_writes, length, hidden.device)
@@ -124,9 +127,8 @@ class TokenMemoryAttention(MemoryAttention):
                 k = k * segments.valid[:, :, None, :, None]
             before = self.empty_memory(batch, q) if memory is None else memory
             decay = self._decay(counts > 0, before)
-            is_frozen = all(before.frozen)
-            rest, written = self.initial_memory.to(q.dtype), decay[:, :0] if is_frozen else decay
-            reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, written)
+            rest = self.initial_memory.to(q.dtype)
+            reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, decay)
             if num_writes:
                 squares = k[:, :num_writes].square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
@@ -142,10 +144,11 @@ class TokenMemoryAttention(MemoryAttention):
         """g of each token and head, [..., S, H], float32 at least."""
         return torch.sigmoid(self.gate + self.token_gate(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
 
-    def _project(self, hidden: Tensor, token_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor, tokens: ReadTokens | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """g q and k [..., H, S, K], v [..., S, V] and β [..., H, S], float32 at least."""
-        if token_rows is None:
+        if tokens is None:
             raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
+        token_rows = tokens.look_up_rows()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
 
         def split(x: Tensor) -> Tensor:
@@ -164,15 +167,14 @@ class TokenMemoryAttention(MemoryAttention):
 
     def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
         """The memory after segments of `counts` tokens [B, w], which left C = `change` [B, H, K, V] and z = `norms`."""
-        num_segments = memory.num_segments + (counts > 0).sum(1)
-        if all(memory.frozen):
-            return replace(memory, num_segments=num_segments)
+        new_segments = (counts > 0).sum(1)
         return replace(
             memory,
             memories=change.unsqueeze(1),
             norms=norms.unsqueeze(1),
             num_tokens=memory.num_tokens + counts.sum(1, keepdim=True),
-            num_segments=num_segments,
+            num_segments=memory.num_segments + new_segments,
+            segments_seen=memory.segments_seen + new_segments,
             retained=memory.share_left * decay.detach().prod(1).unsqueeze(1),
         )
 
@@ -182,7 +184,7 @@ class TokenMemoryAttention(MemoryAttention):
         self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenTokens]:
         """Reads from the memory of before the segment; what is written waits for the segment's end."""
-        q, k, v, beta = self._project(hidden, step.token_rows)
+        q, k, v, beta = self._project(hidden, step.tokens)
         with torch.autocast(hidden.device.type, enabled=False):
             rest = self.initial_memory.to(q.dtype)
             memory = self.empty_memory(len(hidden), q) if memory is None else memory
@@ -245,21 +247,25 @@ class TokenMemoryLayer(MemoryLayer):
     """
 
     index_key: ClassVar[str] = "current_memory_idx"
-    follows_final_norm: ClassVar[bool] = True
+    stands_before_head: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, **options: Any) -> None:
-        nn.Module.__init__(self)  # not Layer's: there are no norms and no MLP
+        super().__init__()
         self.hidden_size = hidden_size
         self.attention = TokenMemoryAttention(hidden_size, TokenMemoryOptions(**options))
 
-    def read_segments(
-        self, hidden: Tensor, memory: MemoryState | None, segments: Segments
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, MemoryState | None]:
-        """Whole segments; see `Layer.forward`. `segments.token_rows` is needed."""
-        recalled, memory = self.attention(hidden, memory, segments)
+        """Whole segments; see `Layer.forward`. `segments.tokens` is needed."""
+        recalled, memory = self.attention(hidden, memory, segments or Segments())
         return hidden + recalled, memory
 
     def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
         """Some more tokens; see `Layer.step`."""
         recalled, opened = self.attention.step(hidden, opened, memory, step)
         return hidden + recalled, opened
+
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, MemoryState | None]:
+        """See `Layer.end_segments`."""
+        return self.attention.end_segments(opened, memory, ended)

@@ -1,0 +1,208 @@
+"""What decoding computes with: the model's weights in the form that reads fastest, a token at a time.
+
+A step multiplies every weight with few rows, and its time is that of reading the weights. On a CPU with a compiler the
+compiled kernels read them where they stand, a whole Pythia layer in one call; without one oneDNN reads a copy in its
+own order.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from new_llm.models.layers import PythiaLayer, Step
+from new_llm.models.layers.base import MLP
+from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention, compute_rotary_angles
+from new_llm.models.ops.kernels import native
+from new_llm.models.ops.kernels.native import (
+    MAX_ROWS,
+    MAX_STEP_ROWS,
+    Matrix,
+    PythiaStep,
+    can_run_compiled,
+    linear_rows,
+)
+
+MAX_PACKED_ROWS = 8
+"""Rows up to which the packed weight is used; more rows share the reading of the usual one."""
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+PARTS = {"": PythiaLayer, "attention": SoftmaxAttention, "mlp": MLP}
+PARTS |= dict.fromkeys(LINEARS, nn.Linear) | dict.fromkeys(NORMS, nn.LayerNorm)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class DecodingWeights:
+    """A model's weights for one generation.
+
+    Args:
+        model: the `TransformerLM`.
+        num_rows: rows of the batch; for many the kernels are not the fastest.
+        packs: where the kernels are not, let oneDNN copy the weights, which takes the time of some steps.
+    """
+
+    def __init__(self, model: nn.Module, *, num_rows: int, packs: bool) -> None:
+        linears = [part for part in model.modules() if type(part) is nn.Linear and "forward" not in vars(part)]
+        layers = [part for part in model.modules() if type(part) is PythiaLayer and "step" not in vars(part)]
+        forwards = [(linear, choose_forward(linear, num_rows, packs)) for linear in linears]
+        self.replaced: list[tuple[nn.Module, str, Any]] = [
+            *((linear, "forward", forward) for linear, forward in forwards if forward is not None),
+            *((layer, "step", FusedPythiaStep(layer)) for layer in layers if native.find_kernels(*layer.parameters())),
+        ]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside the block the model computes with them. Blocks of one model may not overlap."""
+        try:
+            for module, name, replacement in self.replaced:
+                vars(module)[name] = replacement
+            yield
+        finally:
+            for module, name, _ in self.replaced:
+                vars(module).pop(name, None)
+
+
+def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
+    """The fastest product of a few rows with a layer's weight; None: the usual one."""
+    if num_rows <= MAX_ROWS.get(linear.weight.dtype, 0) and native.find_kernels(linear.weight) is not None:
+        forward = make_native_forward(linear)
+    elif packs and can_pack(linear.weight):
+        forward = pack_linear(linear)
+    else:
+        return None
+    cast(Any, forward).multiplies_weight = True  # so that the head still counts as its weight
+    return forward
+
+
+def make_native_forward(linear: nn.Linear) -> Forward:
+    """A forward that runs few rows by the compiled kernel, and the others as ever."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = linear.weight, linear.bias
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        if can_run_compiled(x, weight.dtype):
+            kernels = native.find_kernels(*tensors)
+            if kernels is not None and all(tensor.dtype == x.dtype for tensor in tensors):
+                return linear_rows(kernels, x, Matrix(weight, None, bias))
+        return F.linear(x, weight, bias)
+
+    return forward
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN packs this weight here."""
+    if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or weight.is_inference():
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A forward of the layer with its weight packed.
+
+    A weight that changes later, a call with gradients or under autocast, and one with more rows run as ever.
+    """
+    weight, bias = linear.weight, linear.bias
+    version, place = weight._version, weight.data_ptr()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(x: Tensor) -> Tensor:
+        has_changed = linear.weight._version != version or linear.weight.data_ptr() != place
+        if (
+            has_changed
+            or x.dtype != packed.dtype
+            or x.numel() > MAX_PACKED_ROWS * x.shape[-1]
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return F.linear(x, linear.weight, linear.bias)
+        return multiply(x, packed, bias, "none", [], "")
+
+    return forward
+
+
+class FusedPythiaStep:
+    """In place of `layer.step`: one token of few rows runs compiled, everything else as ever.
+
+    Sums are float32 from the layer's input to its output, also where the layer's own step rounds to 16 bits between.
+    Weights are read where they stand, so a change of them is seen.
+    """
+
+    def __init__(self, layer: PythiaLayer) -> None:
+        self.layer = layer
+        self.parts = {name: layer.get_submodule(name) for name in PARTS}
+        self.call: PythiaStep | None = None
+        self.seen: list[tuple[dict[str, Any], str, Any, int]] = []
+
+    def __call__(
+        self, hidden: Tensor, opened: KeyValueCache | None, memory: None, step: Step
+    ) -> tuple[Tensor, KeyValueCache]:
+        """As `Layer.step`."""
+        call = self._prepare(hidden)
+        if call is None:
+            return PythiaLayer.step(self.layer, hidden, opened, memory, step)
+        attention = self.layer.attention
+        assert isinstance(attention, SoftmaxAttention)
+        cache = attention.grow_cache(opened, hidden, step)
+        settings = (attention.rotary_dim, attention.rotary_emb_base)
+        if ("fused", settings) not in step.shared:
+            angles = compute_rotary_angles(step.positions[:, 0], *settings, torch.float32)
+            step.shared["fused", settings] = tuple(part.contiguous() for part in angles)
+        valid = None if step.valid is None else step.valid.contiguous()
+        angles = step.shared["fused", settings]
+        return call.run(hidden, cache.keys, cache.values, step.positions, valid, angles, step.longest), cache
+
+    def _prepare(self, hidden: Tensor) -> PythiaStep | None:
+        """The call for these tokens; None: the compiled step can't take them."""
+        if hidden.shape[1] != 1 or len(hidden) > MAX_STEP_ROWS or not hidden.is_contiguous() or self._has_hooks():
+            return None
+        is_same = self.seen and all(
+            owner.get(name) is found and (not place or found.data_ptr() == place)
+            for owner, name, found, place in self.seen
+        )
+        if not is_same:
+            self.call = self._describe()
+        if self.call is None or hidden.dtype != self.dtype or not can_run_compiled(hidden, self.weight_dtype):
+            return None
+        return self.call
+
+    def _describe(self) -> PythiaStep | None:
+        """The layer's weights as the kernel takes them, if it is a plain layer and they fit."""
+        self.parts = {name: self.layer.get_submodule(name) for name in PARTS}
+        parameters = [entry for part in (*LINEARS, *NORMS) for entry in self._watch(part, "_parameters")]
+        self.seen = [
+            *parameters,
+            *(entry for part in ("", "attention", "mlp") for entry in self._watch(part, "_modules")),
+        ]
+        if any(type(self.parts[name]) is not kind for name, kind in PARTS.items()):
+            return None
+        given = [tensor for _, _, tensor, _ in parameters if tensor is not None]
+        kernels = native.find_kernels(*given)
+        if kernels is None or len(given) < len(parameters) or len({tensor.dtype for tensor in given}) > 1:
+            return None
+        linears: list[Any] = [self.parts[name] for name in LINEARS]
+        matrices = [Matrix(linear.weight, None, linear.bias) for linear in linears]
+        if len({matrix.weight.dtype for matrix in matrices}) > 1:
+            return None
+        self.dtype, self.weight_dtype = given[0].dtype, matrices[0].weight.dtype
+        norms: list[Any] = [self.parts[name] for name in NORMS]
+        attention: Any = self.parts["attention"]
+        return PythiaStep(kernels, norms, matrices, attention.num_heads, attention.rotary_dim)
+
+    def _watch(self, part: str, kind: str) -> list[tuple[dict[str, Any], str, Any, int]]:
+        """Each parameter or module of a part: the dictionary it stands in, its name, itself, and a tensor's address."""
+        owner = vars(self.parts[part])[kind]
+        return [
+            (owner, key, found, found.data_ptr() if isinstance(found, Tensor) else 0) for key, found in owner.items()
+        ]
+
+    def _has_hooks(self) -> bool:
+        return any(vars(part)[hooks] for part in self.parts.values() for hooks in HOOKS)
