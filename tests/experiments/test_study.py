@@ -14,6 +14,7 @@ from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.run_settings import read_settings
 from new_llm.experiments import study as study_module
+from new_llm.experiments import study_table
 from new_llm.experiments.study_config import StudyConfig, merge_settings
 from new_llm.experiments.study_table import list_metrics, render_figure
 from new_llm.training import TrainingError
@@ -268,3 +269,26 @@ def test_cells_of_the_table():
     found = {"mean": -0.05, "low": -0.06, "high": -0.04}
     assert render_figure("validation: carried vs reset", found) == "-5.00 % [-6.00 %, -4.00 %]"
     assert render_figure("p", None) == "–"
+
+
+def test_seeds_whose_documents_reach_different_distances_are_averaged_where_they_reach():
+    def measured(*perplexities):
+        starts = (0, 64, 256)[: len(perplexities)]
+        ranges = [
+            {"start": start, "end": None, "num_tokens": 10, "perplexity": {"carried": {"value": value}},
+             "differences": {"reset": {"relative": {"value": -0.1}}}}
+            for start, value in zip(starts, perplexities, strict=True)
+        ]  # fmt: skip
+        cells = [
+            {"task": "facts", "mean_distance": float(place), "num_trials": 2,
+             **{way: {figure: {"value": 0.5} for figure in ("exact", "first")} for way in ("carried", "reset")}}
+            for place in range(1, len(perplexities))
+        ]  # fmt: skip
+        return {"measured": {"long-own": {"result": {"ranges": ranges}}, "recall": {"result": {"cells": cells}}}}
+
+    runs = [measured(10.0, 8.0, 6.0), measured(20.0, 12.0)]
+    for order in (runs, runs[::-1]):  # the first seed's ranges are not those of all
+        ranges = study_table._collect_ranges(order, "long-own")
+        assert [found["perplexity"]["carried"]["mean"] for found in ranges] == [15, 10, 6]
+        assert [found["relative"]["reset"]["num_seeds"] for found in ranges] == [2, 2, 1]
+        assert [found["exact"]["num_seeds"] for found in study_table._collect_recall(order)["facts"]] == [2, 1]

@@ -52,6 +52,8 @@ class TrainAdapter(TrainingCommand):
         """Print the results in one table, and where they are."""
         from rich.table import Table
 
+        from new_llm.report import SummaryTable
+
         measured = results["evaluation"]
         table = Table(title="perplexity, and its 95% interval over documents")
         table.add_column("")
@@ -66,7 +68,7 @@ class TrainAdapter(TrainingCommand):
         for key, label in {"base": "base", "reset": "memory reset", "foreign": "memory foreign"}.items():
             differences = [entry["differences"].get(key, {}).get("relative") for entry in figures]
             table.add_row(f"carried against {label}", *(describe(found, "{:+.2%}") for found in differences))
-        open_console().print(table)
+        open_console().print(table, SummaryTable(results))
         alpha, parameters = results["alpha"], results["num_parameters"]
         alphas = alpha.items() if isinstance(alpha, dict) else [(None, alpha)]
         said = ", ".join(f"{value:+.4f}" + ("" if layer is None else f" (layer {layer})") for layer, value in alphas)

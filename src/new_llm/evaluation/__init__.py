@@ -27,7 +27,7 @@ from new_llm.evaluation.positions import evaluate_positions
 from new_llm.evaluation.recall import RecallResult, evaluate_recall
 from new_llm.evaluation.reversal import evaluate_reversal_curse
 from new_llm.evaluation.reversal_scores import ReversalResult, ReversalScores
-from new_llm.evaluation.scoring import LanguageModel
+from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, Scores, join_scores
 from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segments, plan_windows
 
 __all__ = [
@@ -41,9 +41,12 @@ __all__ = [
     "Measure",
     "ModelResult",
     "PerplexityResult",
+    "Reading",
     "RecallResult",
     "ReversalResult",
     "ReversalScores",
+    "Scorer",
+    "Scores",
     "Subject",
     "TrainingData",
     "Verdict",
@@ -59,6 +62,7 @@ __all__ = [
     "evaluate_streaming",
     "examine_model",
     "find_measures",
+    "join_scores",
     "measure",
     "measure_memory_usage",
     "plan_rolling_windows",

@@ -56,6 +56,7 @@ REVERSAL_METRICS = {
     "reversal forward perplexity": "forward_perplexity",
     "reversal backward perplexity": "backward_perplexity",
     "reversal ratio": "ratio",
+    "reversal gap": "gap",
     "answers first, forward": "forward_accuracy",
     "answers first, backward": "backward_accuracy",
 }
@@ -160,29 +161,34 @@ def _summarize(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _collect_ranges(runs: Sequence[Run], what: str) -> list[dict[str, Any]]:
-    """Of each range of distance: the mean over seeds of each way's perplexity and of each difference."""
+    """Of each range of distance: the mean of each way's perplexity and of each difference.
+
+    Seeds may have different validation documents, and reach different distances: each range is the mean over the seeds
+    that reach it, `num_seeds` says how many those are, and `num_tokens` is their tokens together.
+    """
     records = [record["result"] for run in runs if (record := run["measured"].get(what))]
-    if not records:
-        return []
-    collected: list[dict[str, Any]] = []
-    for index, entry in enumerate(records[0]["ranges"]):
-        same = [record["ranges"][index] for record in records]
-        collected.append(
-            {
-                "start": entry["start"],
-                "end": entry["end"],
-                "num_tokens": entry["num_tokens"],
-                "perplexity": {
-                    way: _summarize([found["perplexity"][way]["value"] for found in same])
-                    for way in entry["perplexity"]
-                },
-                "relative": {
-                    way: _summarize([found["differences"][way]["relative"]["value"] for found in same])
-                    for way in entry["differences"]
-                },
-            }
-        )
-    return collected
+    found: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        for entry in record["ranges"]:
+            found.setdefault(entry["start"], []).append(entry)
+    return [
+        {
+            "start": start,
+            "end": same[0]["end"],
+            "num_tokens": sum(entry["num_tokens"] for entry in same),
+            "perplexity": _average_ways([{way: e["value"] for way, e in x["perplexity"].items()} for x in same]),
+            "relative": _average_ways(
+                [{way: e["relative"]["value"] for way, e in x["differences"].items()} for x in same]
+            ),
+        }
+        for start, same in sorted(found.items())
+    ]
+
+
+def _average_ways(values: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The mean of each way over the seeds that have it."""
+    ways = dict.fromkeys(way for by_way in values for way in by_way)
+    return {way: _summarize([by_way[way] for by_way in values if way in by_way]) for way in ways}
 
 
 def _collect_recall(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
@@ -198,16 +204,19 @@ def _collect_recall(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     for task, distance in sorted(places):
 
         def average(way: str, figure: str, task: str = task, distance: int = distance) -> dict[str, Any]:
-            return _summarize([_average_cells(record["cells"], task, distance, way, figure) for record in records])
+            means = (_average_cells(record["cells"], task, distance, way, figure) for record in records)
+            return _summarize([mean for mean in means if mean is not None])
 
         entry = {"distance": distance, "exact": average("carried", "exact"), "first": average("carried", "first")}
         collected.setdefault(task, []).append(entry | {"reset": average("reset", "first")})
     return collected
 
 
-def _average_cells(cells: Sequence[Run], task: str, distance: int, way: str, figure: str) -> float:
+def _average_cells(cells: Sequence[Run], task: str, distance: int, way: str, figure: str) -> float | None:
+    """The mean over the trials of a distance; None where the seed has none."""
     same = [cell for cell in cells if cell["task"] == task and round(cell["mean_distance"]) == distance]
-    return sum(cell[way][figure]["value"] * cell["num_trials"] for cell in same) / sum(c["num_trials"] for c in same)
+    num_trials = sum(cell["num_trials"] for cell in same)
+    return sum(cell[way][figure]["value"] * cell["num_trials"] for cell in same) / num_trials if same else None
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:

@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from new_llm.charts import Chart
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
-from new_llm.evaluation.statistics import draw_resamples, find_interval
+from new_llm.evaluation.statistics import compare_documents
 from new_llm.report.results import VALIDATION, Measured
 from new_llm.report.series import Series
 
@@ -16,8 +14,6 @@ Place = tuple[str, str]
 """A measure's name, and the text that was measured."""
 
 CONFIDENCE = 0.95
-MIN_DOCUMENTS = 5  # of fewer, resampling tells nothing about others
-NUM_RESAMPLES = 2000
 
 # Results are anyone's JSON, and a measure of a user's own may have bugs: neither may cost a finished run its report.
 BROKEN = (Exception,)
@@ -81,18 +77,9 @@ class Difference(NamedTuple):
 def compare(one: Any, other: Any) -> Difference | None:
     """The paired difference of two results by document; None where they don't tell the same documents."""
     try:
-        counts = np.array(one["documents"]["num_tokens"], np.float64)
-        totals = [np.array(found["documents"]["total_nll"], np.float64) for found in (one, other)]
-        if not len(counts) or one["documents"]["num_tokens"] != other["documents"]["num_tokens"]:
-            return None
-        difference = totals[0] - totals[1]
-        value = float(np.expm1(difference.sum() / counts.sum()))
-        num_documents = int((counts > 0).sum())
-        if num_documents < MIN_DOCUMENTS:
-            return Difference(value, None, None, num_documents)
-        resamples = draw_resamples(len(counts), NUM_RESAMPLES, seed=0)
-        drawn = np.expm1((resamples @ difference) / (resamples @ counts))
-        return Difference(value, *find_interval(drawn, CONFIDENCE), num_documents)
+        found = compare_documents(one["documents"], other["documents"], confidence=CONFIDENCE)
+        num_documents = sum(count > 0 for count in one["documents"]["num_tokens"])
+        return None if found is None else Difference(*found, num_documents)
     except BROKEN:
         return None
 
