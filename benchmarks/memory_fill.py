@@ -25,7 +25,7 @@ from rich.table import Table
 
 from new_llm import create_model
 from new_llm.config import DataConfig, PythiaConfig
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.experiments.memory_filling import fill_memory

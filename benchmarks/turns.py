@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-
 from new_llm.training.metrics import read_peak_memory
 
 Answers = dict[str, list[dict[str, Any]]]

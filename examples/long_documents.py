@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from new_llm.config import DataConfig, EvalConfig, TrainConfig
-from new_llm.config.long_documents import LongDocumentsConfig
+from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation import Baseline, evaluate_long_documents
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment

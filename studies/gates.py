@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.measurement import SubjectConfig, TextConfig
-from new_llm.config.run_settings import read_settings
+from new_llm.config.evaluation import SubjectConfig, TextConfig
+from new_llm.config.loading import read_settings
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.statistics import find_t_interval
 from new_llm.evaluation.long_documents import select_long_documents

@@ -18,8 +18,7 @@ from rich.console import Console
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
-from new_llm.config.long_documents import LongDocumentsConfig
-from new_llm.config.recall import RecallConfig
+from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.data.tokens import tokenize_documents

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.config.run_settings import read_settings
+from new_llm.config.loading import read_settings
 from new_llm.experiments.study_config import StudyConfig
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))

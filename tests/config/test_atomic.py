@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from disk_faults import stop_at
-from new_llm.config.atomic import (
+from new_llm.config.files import (
     remove_folder_atomically,
     remove_leftovers,
     write_atomically,
@@ -84,7 +84,7 @@ def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path: Path) -> None:
     path = tmp_path / "file"
     program = (
-        "import os, sys; from pathlib import Path; from new_llm.config.atomic import write_atomically\n"
+        "import os, sys; from pathlib import Path; from new_llm.config.files import write_atomically\n"
         "with write_atomically(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_text('half'); print('writing', flush=True); sys.stdin.read()"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.config.manifest import (
+from new_llm.config.files import (
     MANIFEST_FILE,
     check_manifest,
     describe_file,

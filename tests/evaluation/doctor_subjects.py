@@ -8,7 +8,7 @@ import torch
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig
-from new_llm.config.doctor import DoctorConfig
+from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer

@@ -23,7 +23,7 @@ from doctor_subjects import (
 )
 
 from new_llm.config import UserError
-from new_llm.config.doctor import DoctorConfig
+from new_llm.config.evaluation import DoctorConfig
 from new_llm.evaluation.doctor import CHECKS, examine_model
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.evaluation.scoring import evaluation_mode

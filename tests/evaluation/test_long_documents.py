@@ -9,7 +9,7 @@ from evaluation_stand_ins import BigramModel, make_documents, make_split, read_n
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.long_documents import LongDocumentsConfig
+from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.data.tokens import tokenize_documents

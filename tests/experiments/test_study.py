@@ -12,7 +12,7 @@ from rich.console import Console
 from conftest import tiny_settings
 from new_llm.cli.main import main
 from new_llm.config import UserError
-from new_llm.config.run_settings import read_settings
+from new_llm.config.loading import read_settings
 from new_llm.experiments import study as study_module
 from new_llm.experiments import study_table
 from new_llm.experiments.study_config import StudyConfig, merge_settings

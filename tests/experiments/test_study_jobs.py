@@ -11,7 +11,7 @@ from test_study import write_study
 
 from new_llm.cli.main import main
 from new_llm.config import UserError
-from new_llm.config.run_settings import read_settings
+from new_llm.config.loading import read_settings
 from new_llm.experiments.study import LOGS_FOLDER, Cell, run_in_processes
 from new_llm.experiments.study_config import StudyConfig
 from new_llm.training import TrainingInterrupted

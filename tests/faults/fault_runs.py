@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from new_llm.config.manifest import check_manifest
+from new_llm.config.files import check_manifest
 from new_llm.experiments.record import LOCK_FILE
 from new_llm.models import load_model
 from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import zstandard
 from targets import Read, Target
 
-from new_llm.config.run_settings import read_settings
+from new_llm.config.loading import read_settings
 from new_llm.data.local_files import read_file
 from new_llm.data.tokenizer import read_tokenizer_file
 from new_llm.experiments.config import ExperimentConfig

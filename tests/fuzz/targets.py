@@ -16,8 +16,8 @@ import zstandard
 from tiny_shape import TINY
 
 from new_llm.config import DataConfig
-from new_llm.config.fill import FillConfig
-from new_llm.config.run_settings import read_settings
+from new_llm.config.evaluation import FillConfig
+from new_llm.config.loading import read_settings
 from new_llm.data.local_files import read_file
 from new_llm.data.reversal_pairs import read_reversal_pairs
 from new_llm.data.sources import load_documents

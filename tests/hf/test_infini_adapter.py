@@ -9,7 +9,7 @@ from torch import Tensor
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, TrainConfig, UserError
-from new_llm.config.doctor import DoctorConfig
+from new_llm.config.evaluation import DoctorConfig
 from new_llm.evaluation.doctor.memory_checks import check_gates
 from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights

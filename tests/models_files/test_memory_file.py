@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically
+from new_llm.config.files import write_atomically
 from new_llm.models import load_memory_file, save_memory_file, save_model, tensor_files
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.memory_compare import compare_memories, list_memories, measure_distance

@@ -7,7 +7,7 @@ import torch
 
 from new_llm import TransformerLM
 from new_llm.config import UserError
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
 from new_llm.experiments.memory_filling import fill_memory, memory_adds, take_memory_part
 from new_llm.models import SelectiveOutputLM
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer

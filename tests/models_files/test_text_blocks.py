@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
 from new_llm.experiments.text_blocks import cut_at_white_space, find_cut, read_documents
 
 SNIPPETS = (

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from new_llm.config import UserError
-from new_llm.config.manifest import MANIFEST_FILE
+from new_llm.config.files import MANIFEST_FILE
 from new_llm.training.checkpoint import (
     CHECKPOINTS_FOLDER,
     find_checkpoint,

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from tyro.conf import arg
 
 from new_llm.cli.command import Command, CommandGroup
-from new_llm.config.doctor import DoctorConfig
 from new_llm.config.errors import UserError
-from new_llm.config.long_documents import LongDocumentsConfig
-from new_llm.config.measurement import PerplexityConfig, SubjectConfig, TextConfig
-from new_llm.config.recall import RecallConfig
-from new_llm.config.reversal import ReversalConfig
+from new_llm.config.evaluation import (
+    DoctorConfig,
+    LongDocumentsConfig,
+    PerplexityConfig,
+    RecallConfig,
+    ReversalConfig,
+    SubjectConfig,
+    TextConfig,
+)
 from new_llm.config.terminal import open_console, print_text
 
 if TYPE_CHECKING:

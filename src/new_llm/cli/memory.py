@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from new_llm.cli.command import Command, CommandGroup
 from new_llm.config.errors import UserError
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
 from new_llm.config.terminal import open_console, print_text
 
 # The commands themselves import what imports torch, after help and bad flags have been answered.

@@ -42,7 +42,7 @@ class Study(Command):
 
     def execute(self) -> int:
         """Train what has not been trained, compare, and print the table."""
-        from new_llm.config.run_settings import read_settings
+        from new_llm.config.loading import read_settings
         from new_llm.experiments.study_config import StudyConfig
 
         study = read_settings(self.study, StudyConfig)

@@ -13,7 +13,7 @@ import tyro
 
 from new_llm.cli.command import Command, read_flags
 from new_llm.cli.launcher import end_quietly, is_main_process
-from new_llm.config.run_settings import RunSettings, read_settings
+from new_llm.config.loading import RunSettings, read_settings
 from new_llm.config.terminal import make_line, open_console
 
 if TYPE_CHECKING:

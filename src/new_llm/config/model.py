@@ -1,5 +1,6 @@
-"""The shape of a model, and the named sizes of the Pythia suite."""
+"""The shape of a model, the named sizes of the Pythia suite, and the endings of an adapter's file."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -63,3 +64,17 @@ class PythiaConfig:
         if size not in SIZES:
             raise UserError(f"size: {size!r} is unknown; allowed are {', '.join(SIZES)}")
         return cls(**{**SIZES[size], **others})
+
+
+ADAPTER_SUFFIXES = (".safetensors", ".pt")
+"""Endings of an adapter's file, which say its format."""
+
+
+def check_adapter_suffix(path: Path, what: str) -> None:
+    """Refuse a file name whose ending says no format.
+
+    Raises:
+        UserError: names the endings that do.
+    """
+    if path.suffix not in ADAPTER_SUFFIXES:
+        raise UserError(f"{what}: {path} must end with {' or '.join(ADAPTER_SUFFIXES)}")

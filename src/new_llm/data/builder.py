@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.atomic import write_atomically, write_text_atomically
+from new_llm.config.files import write_atomically, write_text_atomically
 from new_llm.data.progress import show_progress
 from new_llm.data.sources import Source
 from new_llm.data.splitting import cut_text, split_documents

@@ -23,9 +23,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.atomic import write_folder_atomically
+from new_llm.config.files import MANIFEST_FILE, check_manifest, write_folder_atomically, write_manifest
 from new_llm.config.locks import hold_lock
-from new_llm.config.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from new_llm.config.terminal import print_text
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
 from new_llm.data.tokens import TokenizedDocument, TokenSplit

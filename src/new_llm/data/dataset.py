@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.measurement import TextConfig
+from new_llm.config.evaluation import TextConfig
 from new_llm.data.builder import Builder, limit_characters
 from new_llm.data.cache import TokenCache, cache_folder, cache_key, load_or_build
 from new_llm.data.reversal_pairs import get_reversal_pairs

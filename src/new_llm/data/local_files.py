@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import check_regular_file
+from new_llm.config.files import check_regular_file
 from new_llm.data.hub import describe_failure
 
 Document = tuple[str, str]

@@ -27,7 +27,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import read_text_file
+from new_llm.config.files import read_text_file
 
 FACTS_FILE = "reversal_pairs.json"
 SENTENCE_FIELDS = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")

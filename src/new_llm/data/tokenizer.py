@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.bounded_files import read_text_file
+from new_llm.config.files import read_text_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 
 END_OF_TEXT = "<|endoftext|>"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
-from new_llm.config.recall import RecallConfig
+from new_llm.config.evaluation import RecallConfig
 from new_llm.data.recall_facts import RecallTask
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation.hugging_face import HuggingFaceLM

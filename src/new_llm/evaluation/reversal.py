@@ -11,7 +11,7 @@ import torch
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
-from new_llm.config.reversal import ReversalConfig
+from new_llm.config.evaluation import ReversalConfig
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.reversal_scores import Reading, ReversalResult, ReversalTable

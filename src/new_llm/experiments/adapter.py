@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.measurement import TextConfig
+from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
 from new_llm.data.tokens import TokenSplit

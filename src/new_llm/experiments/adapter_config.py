@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from new_llm.config.adapter import check_adapter_suffix
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
-from new_llm.config.run_settings import TrainingSettings
+from new_llm.config.loading import TrainingSettings
+from new_llm.config.model import check_adapter_suffix
 from new_llm.config.sections import section, short
 from new_llm.config.train import TrainConfig
 from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniLayer

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field, model_serializer
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
+from new_llm.config.loading import TrainingSettings, read_settings, settings_from_dict
 from new_llm.config.model import SIZES, PythiaConfig
-from new_llm.config.run_settings import TrainingSettings, read_settings, settings_from_dict
 from new_llm.config.sections import read_field_docs, section, short
 from new_llm.config.train import TrainConfig
 from new_llm.models.factory import MODEL_KINDS, find_model_kind, find_places, resolve_options

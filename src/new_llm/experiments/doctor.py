@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from new_llm.config import UserError
-from new_llm.config.doctor import DoctorConfig
-from new_llm.config.measurement import TextConfig
+from new_llm.config.evaluation import DoctorConfig, TextConfig
 from new_llm.data.batches import list_shapes
 from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs

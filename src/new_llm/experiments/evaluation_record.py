@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from new_llm.config.measurement import EVALUATIONS_FOLDER, RECORD_VERSION
+from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.experiments.record import describe_code, describe_command, describe_environment, write_json
 from new_llm.experiments.subject import Subject
 

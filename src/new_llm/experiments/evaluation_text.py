@@ -1,7 +1,7 @@
 """The text of a measurement: a source, or the validation documents of the subject's run."""
 
 from new_llm.config import UserError
-from new_llm.config.measurement import TextConfig
+from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import EvaluationText, count_text, prepare_data, read_evaluation_text
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.experiments.subject import Subject

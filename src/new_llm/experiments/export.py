@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_text_atomically
+from new_llm.config.files import write_text_atomically
 from new_llm.experiments.model_card import write_card
 from new_llm.experiments.record import DATA_FILE, ENVIRONMENT_FILE, MODEL_RESULT_FILE, read_json
 from new_llm.experiments.run_folder import find_model_folder, load_run_model

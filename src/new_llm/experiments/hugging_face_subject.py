@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.bounded_files import read_json_file
+from new_llm.config.files import read_json_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import get_tokenizer
 from new_llm.evaluation.hugging_face import HuggingFaceLM

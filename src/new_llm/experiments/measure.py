@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from new_llm.config.run_settings import TrainingSettings
+from new_llm.config.loading import TrainingSettings
 from new_llm.data.dataset import PreparedData
 from new_llm.evaluation import Subject, evaluate_sliding_window, evaluate_streaming
 from new_llm.models import TransformerLM

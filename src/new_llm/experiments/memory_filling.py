@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from new_llm.config import UserError
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
 from new_llm.experiments.text_blocks import OnBytes, check_text_files, read_documents
 from new_llm.models import TransformerLM, merge_memory_states
 

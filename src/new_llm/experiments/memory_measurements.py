@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from new_llm.config import UserError
-from new_llm.config.long_documents import LongDocumentsConfig
-from new_llm.config.recall import RecallConfig
+from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import (
     Baseline,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from new_llm.config import UserError
-from new_llm.config.atomic import make_temporary_folder
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
+from new_llm.config.files import make_temporary_folder
 from new_llm.experiments.memory_filling import FillResult, State, add_state, fill_memory, memory_adds
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.text_blocks import OnBytes, check_text_files

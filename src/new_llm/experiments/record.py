@@ -29,10 +29,9 @@ from typing import Any, cast
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.atomic import remove_leftovers, write_text_atomically
-from new_llm.config.bounded_files import read_json_file
+from new_llm.config.files import read_json_file, remove_leftovers, write_text_atomically
+from new_llm.config.loading import RunSettings, Settings, read_settings
 from new_llm.config.locks import hold_lock
-from new_llm.config.run_settings import RunSettings, Settings, read_settings
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.processes import ALONE, Processes
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
-from new_llm.config.measurement import EVALUATIONS_FOLDER
-from new_llm.config.run_settings import TrainingSettings
+from new_llm.config.evaluation import EVALUATIONS_FOLDER
+from new_llm.config.loading import TrainingSettings
 from new_llm.data.hub import describe_failure
 from new_llm.experiments.adapter_config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.config import ExperimentConfig

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.atomic import write_text_atomically
-from new_llm.config.run_settings import TrainingSettings
+from new_llm.config.files import write_text_atomically
+from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.planted_facts import SamplePlanter

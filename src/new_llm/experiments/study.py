@@ -23,11 +23,9 @@ from typing import Any
 from rich.console import Console
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_text_atomically
-from new_llm.config.long_documents import LongDocumentsConfig
-from new_llm.config.measurement import SubjectConfig, TextConfig
-from new_llm.config.recall import RecallConfig
-from new_llm.config.run_settings import read_settings
+from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig, SubjectConfig, TextConfig
+from new_llm.config.files import write_text_atomically
+from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
 from new_llm.evaluation import Baseline
 from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from new_llm.config.errors import UserError
-from new_llm.config.long_documents import LongDocumentsConfig
-from new_llm.config.recall import RecallConfig
-from new_llm.config.run_settings import RunSettings
+from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig
+from new_llm.config.loading import RunSettings
 from new_llm.config.sections import section
 from new_llm.experiments.config import ExperimentConfig, config_from_dict, list_option_fields
 from new_llm.models.factory import find_model_kind

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from new_llm.config import UserError
-from new_llm.config.measurement import SubjectConfig
+from new_llm.config.evaluation import SubjectConfig
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.scoring import LanguageModel
 from new_llm.experiments.config import ExperimentConfig

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from new_llm.config import UserError
-from new_llm.config.fill import FillConfig
+from new_llm.config.evaluation import FillConfig
 from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")

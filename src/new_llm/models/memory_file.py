@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import shorten
+from new_llm.config.files import shorten
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.layers.memory_layer import describe_memory_options
 from new_llm.models.memory_record import (

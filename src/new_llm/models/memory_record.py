@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.bounded_files import shorten
+from new_llm.config.files import shorten
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
 from new_llm.models.state import STATE_VERSION, MemoryFacts, entry_is_per_row

@@ -14,8 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.atomic import write_text_atomically
-from new_llm.config.bounded_files import read_json_file, shorten
+from new_llm.config.files import read_json_file, shorten, write_text_atomically
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.layers import LAYER_KINDS, Layer
 from new_llm.models.tensor_files import (

@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically
-from new_llm.config.bounded_files import check_regular_file, load_json, shorten
+from new_llm.config.files import check_regular_file, load_json, shorten, write_atomically
 
 MAX_HEADER_BYTES = 1 << 22
 """Thousands of tensors need less; a longer header is refused before it is read."""

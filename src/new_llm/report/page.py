@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from new_llm import formats
 from new_llm.charts import Chart
-from new_llm.config.atomic import write_text_atomically
+from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line, make_printable
 from new_llm.evaluation import MEASURES
 from new_llm.formats import format_number

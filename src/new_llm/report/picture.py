@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically
+from new_llm.config.files import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -12,7 +12,7 @@ import vl_convert
 from new_llm import charts
 from new_llm.charts import PALETTE, SHAPES, Chart
 from new_llm.config import UserError
-from new_llm.config.atomic import write_atomically, write_text_atomically
+from new_llm.config.files import write_atomically, write_text_atomically
 
 PNG_SCALE = 2.0
 ENDINGS = (".svg", ".png", ".csv")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import read_json_file
-from new_llm.config.measurement import EVALUATIONS_FOLDER, RECORD_VERSION
+from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
+from new_llm.config.files import read_json_file
 from new_llm.config.terminal import make_line
 
 SCHEMA_VERSION = 1

@@ -23,10 +23,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from new_llm.config import UserError
-from new_llm.config.atomic import remove_folder_atomically, remove_leftovers, write_folder_atomically
-from new_llm.config.bounded_files import read_json_file
 from new_llm.config.errors import OtherProcessError
-from new_llm.config.manifest import check_manifest, write_manifest
+from new_llm.config.files import (
+    check_manifest,
+    read_json_file,
+    remove_folder_atomically,
+    remove_leftovers,
+    write_folder_atomically,
+    write_manifest,
+)
 from new_llm.models import TransformerLM
 from new_llm.models.model_file import find_model_fault, write_model_files
 from new_llm.models.state import entry_is_per_row

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from new_llm.config import TrainConfig
-from new_llm.config.atomic import write_folder_atomically
+from new_llm.config.files import write_folder_atomically
 from new_llm.data.batches import Batch
 from new_llm.models import TransformerLM
 from new_llm.models.tensor_files import raise_os_errors

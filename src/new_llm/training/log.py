@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from new_llm.config import UserError
-from new_llm.config.atomic import write_text_atomically
+from new_llm.config.files import write_text_atomically
 from new_llm.training.devices import read_used_bytes
 
 METRICS_FILE = "metrics.jsonl"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.doctor import DoctorConfig
+from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokens import TokenSplit

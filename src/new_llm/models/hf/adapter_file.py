@@ -29,9 +29,8 @@ from torch import Tensor
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.adapter import check_adapter_suffix
-from new_llm.config.atomic import write_atomically
-from new_llm.config.bounded_files import shorten
+from new_llm.config.files import shorten, write_atomically
+from new_llm.config.model import check_adapter_suffix
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.layers.parallel_infini import ParallelInfiniOptions
 from new_llm.models.memory_record import Size

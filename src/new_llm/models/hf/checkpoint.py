@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.bounded_files import read_json_file
+from new_llm.config.files import read_json_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.models.model_file import STRUCTURE_FILE
 from new_llm.models.tensor_files import read_safetensors, read_torch_file

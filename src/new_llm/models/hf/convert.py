@@ -11,7 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.bounded_files import shorten
+from new_llm.config.files import shorten
 from new_llm.models.hf.checkpoint import CONFIG_FILE, find_checkpoint, read_config, read_weights
 from new_llm.models.hf.folder import (
     find_token_ids,

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from new_llm.config import UserError
-from new_llm.config.atomic import make_temporary_folder, write_atomically
+from new_llm.config.files import make_temporary_folder, write_atomically
 from new_llm.data.tokenizer import END_OF_TEXT
 from new_llm.models.hf.checkpoint import CONFIG_FILE
 from new_llm.models.tensor_files import raise_os_errors

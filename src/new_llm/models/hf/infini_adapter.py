@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.bounded_files import shorten
+from new_llm.config.files import shorten
 from new_llm.models.hf.adapter_file import AdapterFile, AdapterRecord, read_adapter_file, write_adapter_file
 from new_llm.models.hf.adapter_layers import (
     BASE,

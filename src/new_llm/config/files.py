@@ -1,0 +1,319 @@
+"""Files that are whole or not there at all, and files from elsewhere read in bounded memory.
+
+First reading: no device, no endless file, no bad UTF-8; `shorten` makes one plain line of what an error quotes. Then
+writing: a file or folder takes its name only when it is complete and on the disk. Last manifests, the size and sha256
+of every file of a folder, by which torn and changed files are found.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from new_llm.config.errors import UserError
+from new_llm.config.locks import try_lock
+from new_llm.config.terminal import make_line
+
+MAX_JSON_BYTES = 1 << 26
+"""Of results, records, structures and index files; those of the largest models and studies have a few megabytes."""
+MAX_ERROR_CHARACTERS = 300
+
+
+def check_regular_file(path: Path) -> None:
+    """Refuse a folder, a device or a pipe, which could be without end or never answer.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        UserError: it is not a regular file, or can't be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file")
+
+
+def read_text_file(path: Path, max_bytes: int) -> str:
+    """The text of a regular file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is not a regular file, has more than `max_bytes`, is not UTF-8, or can't be read.
+    """
+    try:
+        check_regular_file(path)
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    if len(raw) > max_bytes:
+        raise UserError(f"{path}: more than {max_bytes:,} bytes; such files are smaller")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: can't be read as text: not UTF-8: 0x{raw[error.start]:02x} at byte {error.start}"
+        ) from None
+
+
+def read_json_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: as `read_text_file`, or it is not JSON.
+    """
+    text = read_text_file(path, max_bytes)
+    try:
+        return load_json(text)
+    except ValueError as error:
+        raise UserError(shorten(f"{path}: not valid JSON: {error}")) from None
+
+
+def load_json(text: str) -> Any:
+    """What JSON from elsewhere holds.
+
+    Raises:
+        ValueError: it is not JSON, it is nested too deeply, or an object has a key twice, of which another reader
+            might see the other value.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("duplicate key")
+    return values
+
+
+def shorten(message: str) -> str:
+    """One line of bounded length without control characters."""
+    line = make_line(message)
+    return line if len(line) <= MAX_ERROR_CHARACTERS else line[: MAX_ERROR_CHARACTERS - 1] + "…"
+
+
+ENDING = ".tmp"
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """A temporary path on `path`'s disk; at the block's end it is flushed to disk and takes `path`'s place.
+
+    An error inside the block leaves `path` as it was and removes the temporary file. What a killed process has left is
+    removed by whoever writes the same file next.
+    """
+    # A folder of its own also takes in the temporary files of the libraries that write, which replace the file.
+    with make_temporary_folder(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        temporary.chmod(0o666 & ~_read_umask())
+        sync_to_disk(temporary)
+        temporary.replace(path)
+        sync_to_disk(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 text through `write_atomically`."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def write_folder_atomically(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`; at the block's end its files are flushed and it takes `path`'s place.
+
+    A folder that stands there is moved aside first and removed last. A machine that dies between the two moves leaves
+    none: what must not be lost is not to be replaced, but written under a name of its own.
+    """
+    with make_temporary_folder(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync_to_disk(file)
+        sync_to_disk(temporary)
+        if path.exists():
+            path.replace(folder / f"{path.name}.aside")
+        temporary.replace(path)
+        sync_to_disk(path.parent)
+
+
+def remove_folder_atomically(path: Path) -> None:
+    """Remove a folder, if it is there: it is gone whole, so that a process killed meanwhile leaves no half of it."""
+    if path.exists():
+        with make_temporary_folder(path) as folder:
+            path.replace(folder / path.name)
+
+
+@contextmanager
+def make_temporary_folder(path: Path) -> Iterator[Path]:
+    """Inside the block: an empty folder `.name.….tmp` beside a path, locked for as long as this process lives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ENDING, dir=path.parent))
+        try:
+            mark = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # taken for a leftover by another process before it was locked, as below
+        except OSError:
+            folder.rmdir()
+            raise
+        with suppress(OSError):  # a disk without locks, where nobody takes it for a leftover
+            try_lock(mark)
+        if folder.exists():
+            break
+        os.close(mark)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(mark)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove what killed processes have left of files and folders they were writing; never what a live one writes.
+
+    Args:
+        folder: where to look.
+        name: of the file or folder that was being written; None: of any.
+
+    Returns:
+        What was removed.
+    """
+    start = "." if name is None else f".{name}."
+    removed = list[Path]()
+    for entry in _list_entries(folder):
+        if entry.name.startswith(start) and entry.name.endswith(ENDING) and entry.is_dir(follow_symlinks=False):
+            with suppress(OSError):  # gone by now, or on a disk without locks
+                descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    if try_lock(descriptor):  # its writer has ended
+                        shutil.rmtree(entry.path)
+                        removed.append(Path(entry.path))
+                finally:
+                    os.close(descriptor)
+    return removed
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _list_entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """`{"num_bytes": ..., "sha256": ...}` of a file, read in pieces.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"num_bytes": file.tell(), "sha256": digest}
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `describe_file` says of every file of a folder and its subfolders, by relative name, but for a manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
+    return {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
+
+
+def find_fault(path: Path, expected: Any) -> str | None:
+    """What is wrong with a file, in a few words that follow its name; None: nothing.
+
+    Args:
+        path: the file.
+        expected: of `describe_file`, perhaps from a damaged file itself.
+    """
+    if not isinstance(expected, dict) or not {"num_bytes", "sha256"} <= expected.keys():
+        return "its size and sha256 are not known"
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is no file"
+        if found.st_size != expected["num_bytes"]:  # without reading it
+            return f"has {found.st_size:,} bytes instead of {expected['num_bytes']:,}"
+        if describe_file(path) != {key: expected[key] for key in ("num_bytes", "sha256")}:
+            return "has changed since it was written (sha256)"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError, TypeError) as error:
+        return f"can't be read: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def find_faults(folder: Path, files: Any) -> list[str]:
+    """What is wrong with a folder's files, "weights.safetensors is missing"; none: all is as it was written.
+
+    Args:
+        folder: the folder.
+        files: of `describe_files`, perhaps from a damaged file itself. A name that leads out of the folder is a fault.
+    """
+    if not isinstance(files, dict):
+        return ["its list of files is none"]
+    faults = list[str]()
+    for name, expected in files.items():
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+            faults.append(f"{name!r} is not a name inside the folder")
+        elif (fault := find_fault(folder / name, expected)) is not None:
+            faults.append(f"{name} {fault}")
+    return faults
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json` over the files that a folder holds by now; the last file to be written into it."""
+    files = describe_files(folder)
+    (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def check_manifest(folder: Path) -> list[str]:
+    """What is wrong with a folder that `write_manifest` closed, its manifest included; none: all is as written."""
+    path = folder / MANIFEST_FILE
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            return [f"{MANIFEST_FILE} is too large"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = content["files"]
+    except FileNotFoundError:
+        return [f"{MANIFEST_FILE} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [f"{MANIFEST_FILE} can't be read"]
+    return find_faults(folder, files)
