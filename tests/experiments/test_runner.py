@@ -17,7 +17,7 @@ from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import ModelType, load_model
 from new_llm.report import write_report
 from new_llm.report.results import load_results
-from new_llm.training import TrainingError
+from new_llm.training import Trainer
 from new_llm.training.log import read_metrics
 
 
@@ -44,6 +44,7 @@ def test_a_run_folder_holds_all_that_the_design_names(tiny: ExperimentConfig) ->
         "config.yaml",
         "data.json",
         "environment.json",
+        "figures",
         "report.html",
         "results.json",
         "tokenizer.json",
@@ -97,8 +98,6 @@ def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfi
 
 
 def test_deterministic_runs_agree_in_every_bit(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from new_llm.training.loop import Trainer
-
     asked: list[bool] = []
     step = Trainer._train_step
 
@@ -145,23 +144,26 @@ def test_accumulated_batches_weigh_every_token_the_same(tiny: ExperimentConfig) 
         assert one == pytest.approx(two, rel=1e-3)
 
 
-def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
-    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from new_llm.training.loop import Trainer
-
-    expected = run(renamed(tiny, "whole"), ["infini", "pythia"])
+def fail_at_step(number: int, config: ExperimentConfig, models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends in an error at an optimizer step of its first model."""
     step = Trainer._train_step
 
     def fail(self: Trainer, batches: list[Any]) -> None:
-        if self.state.step == 17:  # in the second epoch, between two checkpoints
+        if self.state.step == number:
             raise OSError("the machine is gone")
         step(self, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", fail)
         with pytest.raises(OSError, match="gone"):
-            run(renamed(tiny, "broken"), ["infini", "pythia"])
+            run(config, models)
+
+
+def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
+    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(renamed(tiny, "whole"), ["infini", "pythia"])
+    fail_at_step(17, renamed(tiny, "broken"), ["infini", "pythia"], monkeypatch)  # in the second epoch
     models = renamed(tiny, "broken", models=(ModelType.INFINI, ModelType.PYTHIA))
     resumed = run_experiment(None, models, resume=True, console=Console(file=io.StringIO()))
     assert curve(resumed) == curve(expected)
@@ -174,20 +176,9 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from new_llm.training.checkpoint import list_checkpoints
-    from new_llm.training.loop import Trainer
 
     expected = run(renamed(tiny, "whole"), ["infini"])
-    step = Trainer._train_step
-
-    def fail(self: Trainer, batches: list[Any]) -> None:
-        if self.state.step == 17:
-            raise OSError("the machine is gone")
-        step(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", fail)
-        with pytest.raises(OSError, match="gone"):
-            run(renamed(tiny, "broken"), ["infini"])
+    fail_at_step(17, renamed(tiny, "broken"), ["infini"], monkeypatch)
     last, before = list_checkpoints(tiny.runs_dir / "broken" / "infini")
     content = bytearray((last / "trainer.pt").read_bytes())
     content[len(content) // 2] ^= 4
@@ -218,22 +209,6 @@ def test_bad_data_leaves_no_run_folder(tiny: ExperimentConfig, tmp_path: Path) -
     with pytest.raises(UserError):
         run(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, source=str(empty))), ["pythia"])
     assert not tiny.runs_dir.exists()
-
-
-def test_a_loss_that_is_not_finite_stops_with_step_and_batch(
-    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from new_llm.training.loop import Trainer
-
-    forward = Trainer._forward
-
-    def poison(self: Trainer, batch: Any) -> torch.Tensor:
-        loss = forward(self, batch)
-        return loss * float("nan") if self.state.step == 4 else loss
-
-    monkeypatch.setattr(Trainer, "_forward", poison)
-    with pytest.raises(TrainingError, match=r"loss is nan at step 5 \(epoch 1, batch 4"):
-        run(tiny, ["pythia"])
 
 
 def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
@@ -316,6 +291,19 @@ def test_a_run_does_not_continue_on_other_text(
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
 
 
+def test_a_run_continues_with_its_own_copy_of_a_tokenizer(
+    tiny: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    prepare_data(tiny.data).tokenizer.save(str(tokenizer))
+    tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, tokenizer=str(tokenizer)))
+    stop_after(monkeypatch, tiny, ["pythia", "infini"], 1)
+    begun = (tiny.runs_dir / "tiny" / "data.json").read_text()
+    tokenizer.unlink()
+    assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
+    assert (tiny.runs_dir / "tiny" / "data.json").read_text() == begun
+
+
 def test_a_loss_of_ones_own_trains_and_each_model_says_what_it_reads(tiny: ExperimentConfig) -> None:
     tiny = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, num_epochs=1))
     plain = run(tiny, ["pythia", "pythia_segments"])
@@ -330,8 +318,6 @@ def test_a_loss_of_ones_own_trains_and_each_model_says_what_it_reads(tiny: Exper
 
 
 def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from new_llm.training.loop import Trainer
-
     step = Trainer._train_step
 
     def move(self: Trainer, batches: list[Any]) -> None:

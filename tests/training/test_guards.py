@@ -12,6 +12,7 @@ from test_training_path import list_weights, make_trainer, read_curve, read_late
 
 from new_llm.data.batches import Batch
 from new_llm.training import Trainer, TrainingError
+from new_llm.training.checkpoint import list_checkpoints
 from new_llm.training.devices import compute_deterministically
 from new_llm.training.guards import BATCHES_FILE, FAULTS_FOLDER, NORMS_FILE
 from new_llm.training.log import read_metrics
@@ -67,6 +68,8 @@ def test_a_fault_that_stops_is_saved_for_study(tmp_path: Path, every_steps: int,
     total = math.sqrt(sum(group["weight_norm"] ** 2 for group in norms["groups"]))
     assert total == pytest.approx(math.sqrt(sum(float(w.detach().norm()) ** 2 for w in weights.values())))
     assert equal(list_weights(trainer.model), met["weights"][0])
+    assert {int(entry["step"]) for entry in trainer.optimizer.optimizer.state.values()} == {5}
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_norms_tell_which_parameter_it_was(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import threading
 from pathlib import Path
 
@@ -13,9 +12,18 @@ from accelerate.tracking import GeneralTracker
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from test_training_path import make_trainer
 
 from new_llm.cli.main import main
-from new_llm.training.log import BLOCKS, MetricsWriter, Sparkline, TrainingProgress, flatten_settings, name_numbers
+from new_llm.training.log import (
+    BLOCKS,
+    MetricsWriter,
+    Sparkline,
+    TrainingProgress,
+    flatten_settings,
+    name_numbers,
+    read_metrics,
+)
 
 
 class Recorder(GeneralTracker):
@@ -46,25 +54,19 @@ class Recorder(GeneralTracker):
 
 def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
     found: list[Recorder] = []
-    monkeypatch.setattr("new_llm.experiments.runner.check_trackers", lambda names: None)
 
     def accelerate(*, log_with, **options):
         found.extend(Recorder() for _ in log_with)
         return Accelerator(log_with=found[-1:], **options)
 
     monkeypatch.setattr("new_llm.training.parallel.Accelerator", accelerate)
-    flags = "--data.source sotu --data.max-documents 20 --data.tokenizer-vocab-size 300 --samples 8 --epochs 2"
-    flags += " --model.hidden-size 16 --model.num-hidden-layers 1 --model.num-attention-heads 2"
-    flags += " --model.intermediate-size 32 --seq-length 32 --eval.max-tokens 200 --train.log-every-steps 1"
-    flags += (
-        " --train.precision fp32 --eval.measures sliding streaming --device cpu --models infini --train.trackers mlflow"
-    )
-    assert main(["experiment", "--name", "tracked", "--runs-dir", str(tmp_path), *flags.split()]) == 0
+    trainer = make_trainer(tmp_path, trackers=("mlflow",))
+    trainer.settings = {"train": {"learning_rate": 1e-4}}
+    trainer.run()
     (recorder,) = found
     assert recorder.is_finished
-    assert recorder.config["train.learning_rate"] == 1e-4
-    assert recorder.config["data.source"] == "sotu"
-    lines = [json.loads(line) for line in (tmp_path / "tracked/infini/metrics.jsonl").read_text().splitlines()]
+    assert recorder.config == {"train.learning_rate": 1e-4}
+    lines = read_metrics(tmp_path)
     assert [step for step, _ in recorder.lines] == [line["step"] for line in lines]
     for (_, values), line in zip(recorder.lines, lines, strict=True):
         if line["event"] == "train":

@@ -10,14 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from new_llm.config import TrainConfig
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.batches import plan_batches
 from new_llm.data.tokens import TokenSplit
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM, create_model
-from new_llm.training import Trainer, TrainingError
-from new_llm.training.checkpoint import list_checkpoints
+from new_llm.training import Trainer
 from new_llm.training.log import TrainingProgress, read_metrics
+from new_llm.training.optimizer import make_schedule
 from new_llm.training.prefetch import prefetch_batches
 
 VOCAB = 64
@@ -85,32 +86,6 @@ def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path: Path)
     assert (expected.steps, expected.tokens) == (found.steps, found.tokens)
     for one, two in zip(list_weights(plain.model), list_weights(other.model), strict=True):
         assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("every_steps", [1, 4])
-def test_a_fault_leaves_the_weights_of_before_its_step_however_late_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int
-) -> None:
-    """The fault is at step 6; read late, steps 7 and 8 run before it is known."""
-    trainer = make_trainer(tmp_path)
-    read_late(trainer, every_steps)
-    forward, before = trainer._forward, []
-
-    def poison(batch) -> torch.Tensor:
-        if trainer.state.step == 5:
-            before.extend(list_weights(trainer.model))
-            before.append(trainer.optimizer.optimizer.state_dict()["state"][0]["step"].clone())
-            return forward(batch) * float("nan")
-        return forward(batch)
-
-    monkeypatch.setattr(trainer, "_forward", poison)
-    with pytest.raises(TrainingError, match=r"loss is nan at step 6 \(epoch 1, batch 5 of"):
-        trainer.run()
-    assert trainer.state.step == (5 if every_steps == 1 else 7)
-    after = [*list_weights(trainer.model), trainer.optimizer.optimizer.state_dict()["state"][0]["step"]]
-    for one, two in zip(before, after, strict=True):
-        assert torch.equal(one, two)
-    assert list_checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["pythia", "infini", "selective", "token_memory"])
@@ -190,3 +165,18 @@ def test_a_user_s_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert not keep_freed_memory()
+
+
+def test_the_rate_rises_linearly_then_falls_as_a_half_cosine() -> None:
+    config = TrainConfig(num_epochs=4, warmup_fraction=0.1, min_lr_ratio=0.1)
+    share = make_schedule(config, steps_per_epoch=100)
+    assert [share(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert share(10) == pytest.approx(1.0)
+    assert share(10 + 195) == pytest.approx(0.55)
+    assert share(400) == pytest.approx(0.1)
+    assert share(10_000) == pytest.approx(0.1)
+
+
+def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
+    share = make_schedule(TrainConfig(num_epochs=1, warmup_fraction=0.0), steps_per_epoch=10)
+    assert share(0) == 1.0

@@ -88,6 +88,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
             "name": found[0] if found else f"byte-level BPE trained on the training split of {source.name}",
             "fingerprint": fingerprint_tokenizer(cache.tokenizer),
             "num_entries": cache.tokenizer.get_vocab_size(),
+            "is_trained": found is None,
         },
         "vocab_size": padded_vocab_size(cache.tokenizer),
         "train": _count_split(train, config.seq_length),

@@ -360,8 +360,18 @@ class ExperimentRun(Run[ExperimentConfig]):
                 raise UserError(f"model: {name} can't be built: {error}") from None
 
     def prepare(self) -> PreparedData:
-        """The experiment's source, split and tokenised."""
-        return prepare_data(self.config.data)
+        """The experiment's source, split and tokenised.
+
+        A resumed run reads it with its own copy of a tokenizer that was given: that may be out of reach by now. A
+        tokenizer that was trained here is trained again, so that text that has changed is noticed.
+        """
+        begun = (read_json(self.folder / DATA_FILE) if self.resume else None) or {}
+        own = self.folder / TOKENIZER_FILE
+        if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
+            return prepare_data(self.config.data)
+        data = prepare_data(dataclasses.replace(self.config.data, tokenizer=str(own)))
+        data.info["tokenizer"]["name"] = begun["tokenizer"]["name"]
+        return data
 
     def list_models(self) -> Sequence[str]:
         """The experiment's model types."""
