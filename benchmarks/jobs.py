@@ -47,7 +47,6 @@ class Job:
         tokens: tokens of a row; in decoding those of the prompt.
         segment: tokens of a segment of models with memory.
         new_tokens: of decoding.
-        weights: of decoding by ours: auto or int8.
         device: auto, cpu or cuda.
     """
 
@@ -58,7 +57,6 @@ class Job:
     tokens: int = 1024
     segment: int = 256
     new_tokens: int = 32
-    weights: str = "auto"
     device: str = "auto"
 
     @property
@@ -182,7 +180,7 @@ def make_decoding(job: Job, model: Any, text: torch.Tensor) -> Callable[[], obje
 
             model.generate(prompt=prompt, filter_fn=top_k, **best)
         else:
-            model.generate(prompt, max_new_tokens=count, weights=job.weights)
+            model.generate(prompt, max_new_tokens=count)
 
     def step() -> float:
         seconds = []

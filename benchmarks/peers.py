@@ -35,9 +35,6 @@ def list_models() -> list[str]:
 
 def print_table(console: Console, task: str, job: Job, arguments: argparse.Namespace) -> None:
     jobs = {NAMES[model]: replace(job, model=model) for model in list_models()}
-    if task == "decoding":
-        ours = {f"{NAMES[model]}, int8": replace(job, model=model, weights="int8") for model in ("pythia", "infini")}
-        jobs |= ours
     answers = take_turns(
         {name: one.command for name, one in jobs.items()},
         rounds=arguments.rounds,

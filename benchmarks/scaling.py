@@ -27,7 +27,6 @@ WAYS = {
     "decoding": {
         "GPT-NeoX": Job("decoding", "hugging_face"),
         "ours, Pythia": Job("decoding", "pythia"),
-        "ours, Pythia, int8": Job("decoding", "pythia", weights="int8"),
         "ours, all Infini": Job("decoding", "infini"),
     },
 }

@@ -149,23 +149,24 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and update_memory:
             raise ValueError("update_memory: a call with a cache holds nothing; leave past_key_values out")
         if cache is not None:
-            hidden = cache.feed(input_ids, attention_mask)
+            passes = [cache.feed(input_ids, attention_mask)]
         else:
-            hidden = self.model.compute_hidden(input_ids, attention_mask, update_memory=update_memory)
-            hidden = hold_over_padding(hidden, attention_mask)
+            passes = self.model.compute_passes(input_ids, attention_mask, update_memory=update_memory)
+        hidden = passes[-1] if cache is not None else hold_over_padding(passes[-1], attention_mask)
         loss = None
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model.embed_out(hidden[:, kept])
         else:
             logits = self.model.embed_out(hidden)
-            loss = self._average_loss(logits, input_ids, labels, attention_mask, num_items_in_batch)
+            loss = self._average_loss(passes, logits, input_ids, labels, attention_mask, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_tuple = return_dict is False or (return_dict is None and not getattr(self.config, "return_dict", True))
         return output.to_tuple() if wants_tuple else output
 
     def _average_loss(
         self,
+        passes: list[Tensor],
         logits: Tensor,
         input_ids: Tensor,
         labels: Tensor,
@@ -173,11 +174,12 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         num_items: Tensor | int | None,
     ) -> Tensor:
         """The summed loss over `num_items`, or over the tokens that are predicted; NaN where there are none."""
-        targets = self.model._find_targets(input_ids, labels.to(input_ids.device), attention_mask)
-        if self.model.training and getattr(self.model, "earlier_pass_weight", 0):
-            losses = self.model.token_losses(input_ids, labels, attention_mask)  # of all passes, with their weights
+        targets = self.model.find_targets(input_ids, labels.to(input_ids.device), attention_mask)
+        if self.model.training and self.model.earlier_pass_weight:
+            total = self.model.score_passes(passes, targets, "sum")  # of all passes, with their weights
         else:
-            losses = compute_token_losses(logits.flatten(0, 1), targets.flatten())
+            total = compute_token_losses(logits.flatten(0, 1), targets.flatten()).sum()
+        total = self.model.add_auxiliary_loss(total, targets)
         if num_items is None:
             num_items = (targets != IGNORE_INDEX).sum()
-        return losses.sum() / (num_items.to(losses.device) if isinstance(num_items, Tensor) else num_items)
+        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

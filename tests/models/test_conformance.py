@@ -1,0 +1,149 @@
+"""Every built-in layer keeps the contract, and so does one that defines `forward` alone; broken ones are found."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from new_llm import TransformerLM, create_model
+from new_llm.config import PythiaConfig
+from new_llm.models import load_model, save_model
+from new_llm.models.layers import (
+    HierarchicalLayer,
+    InfiniLayer,
+    Layer,
+    MultiMemoryLayer,
+    ParallelInfiniLayer,
+    PythiaLayer,
+    Segments,
+    TokenMemoryLayer,
+    register_layer,
+)
+from new_llm.models.state import LayerMemory
+from new_llm.testing import check_layer
+
+SIZE = (16, 2, 24)
+
+
+def test_pythia() -> None:
+    check_layer(lambda: PythiaLayer(*SIZE, rotary_pct=0.5))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}])
+def test_infini(options: dict[str, Any]) -> None:
+    check_layer(lambda: InfiniLayer(*SIZE, **options))
+    check_layer(lambda: InfiniLayer(*SIZE, use_delta_rule=False, use_key_shift=True, **options))
+
+
+def test_multi_memory() -> None:
+    check_layer(lambda: MultiMemoryLayer(*SIZE, num_memories=2))
+
+
+def test_hierarchical() -> None:
+    check_layer(lambda: HierarchicalLayer(*SIZE, num_memories=2))
+
+
+def test_parallel_infini() -> None:
+    check_layer(lambda: ParallelInfiniLayer(*SIZE, initial_alpha=0.7))
+
+
+def test_token_memory() -> None:
+    check_layer(lambda: TokenMemoryLayer(16, num_memory_heads=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanMemory(LayerMemory):
+    total: Tensor
+    count: Tensor
+
+
+@dataclasses.dataclass
+class MeanOptions:
+    strength: float = 1.0
+
+
+@register_layer("mean_of_segments", options=MeanOptions)
+class MeanLayer(Layer):
+    """Adds the mean of the earlier segments and a causal mean of its own: it defines `forward` alone."""
+
+    has_memory: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, *, strength: float = 1.0) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.strength = strength
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def empty_memory(self, rows: int, like: Tensor) -> MeanMemory:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(rows, self.hidden_size, dtype=dtype, device=like.device)
+        return MeanMemory(zeros, zeros[:, :1])
+
+    def forward(
+        self, hidden: Tensor, memory: MeanMemory | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, LayerMemory]:
+        segments = segments or Segments()
+        memory = memory or self.empty_memory(len(hidden), hidden)
+        num_segments, length = hidden.shape[1:3]
+        valid = torch.ones(hidden.shape[:3], dtype=torch.bool) if segments.valid is None else segments.valid
+        real = hidden * valid.unsqueeze(-1)
+        places = torch.arange(1, length + 1, dtype=hidden.dtype).unsqueeze(-1)
+        outputs = []
+        for index in range(num_segments):
+            recalled = (memory.total / memory.count.clamp_min(1)).to(hidden.dtype).unsqueeze(1)
+            outputs.append(hidden[:, index] + self.strength * self.dense(real[:, index].cumsum(1) / places + recalled))
+            if index + 1 < num_segments or segments.write_last:
+                memory = MeanMemory(
+                    memory.total + real[:, index].sum(1, dtype=memory.total.dtype),
+                    memory.count + valid[:, index].sum(1, keepdim=True),
+                )
+        if self.training:
+            self.auxiliary_loss = self.dense.weight.square().mean()
+        return torch.stack(outputs, dim=1), memory
+
+
+def test_a_layer_that_defines_forward_alone() -> None:
+    check_layer(lambda: MeanLayer(16))
+
+
+def test_such_a_layer_is_a_model_type_that_generates_and_is_saved(tmp_path: Any) -> None:
+    shape = PythiaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model = create_model("mean_of_segments", shape, segment_length=4, strength=0.5, memory_layers=(-1,))
+    assert [layer.kind for layer in model.layer_list] == ["pythia", "mean_of_segments"]
+    ids = torch.arange(22).view(2, 11)
+    made, _ = model.generate(ids, max_new_tokens=9)
+    for number in range(9):  # each token is the likeliest after all before it
+        assert torch.equal(model(made[:, : 11 + number])[:, -1].argmax(-1), made[:, 11 + number])
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(ids), model(ids))
+
+
+def test_auxiliary_losses_reach_training_and_no_evaluation() -> None:
+    model, ids = TransformerLM([MeanLayer(16)], 64, 4), torch.arange(10).view(1, 10)
+    extra = model.layers[0].dense.weight.square().mean()
+    trained, statistics = model.train().compute_loss(ids, ids)
+    measured, _ = model.eval().compute_loss(ids, ids)
+    torch.testing.assert_close(trained, measured + extra)
+    assert statistics.total_nll == pytest.approx(9 * float(measured), rel=1e-6)
+    torch.testing.assert_close(model.train().total_loss(ids, ids), 9 * (measured + extra))
+
+
+@pytest.mark.parametrize("fault", ["future", "rows", "padding", "write"])
+def test_broken_layers_are_found(fault: str) -> None:
+    class Broken(MeanLayer):
+        def forward(self, hidden, memory=None, segments=None):
+            out, written = super().forward(
+                hidden, memory, Segments(None, segments.write_last) if fault == "padding" else segments
+            )
+            if fault == "future":
+                out = out + hidden.mean(2, keepdim=True)
+            if fault == "rows":
+                out = out + hidden.mean(0, keepdim=True)
+            return out, (written.emptied() if fault == "write" else written)
+
+    with pytest.raises(AssertionError):
+        check_layer(lambda: Broken(16))
