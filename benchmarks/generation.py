@@ -196,9 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: as torch chooses")
-    parser.add_argument(
-        "--run", type=Path, help="a run folder: also measure what bfloat16 costs its models in perplexity"
-    )
+    parser.add_argument("--run", type=Path, help="a run folder: also measure what bfloat16 costs in perplexity")
     parser.add_argument("--quick", action="store_true", help="few tokens, once: to see that the program runs")
     parser.add_argument("--skip", choices=("short", "long"), help="leave one of the two parts out")
     arguments = parser.parse_args()

@@ -24,6 +24,7 @@ from new_llm.experiments import ExperimentConfig
 from new_llm.experiments.measure import measure_validation_loss
 from new_llm.models import load_model
 from new_llm.models.layers import (
+    Block,
     CompressiveAttention,
     Layer,
     MemoryLayer,
@@ -31,6 +32,7 @@ from new_llm.models.layers import (
     PythiaLayer,
     register_layer,
 )
+from new_llm.models.layers.multi_memory import MultiMemoryOptions
 from new_llm.models.ops import multiply_norms, read_memories, weigh_memories
 from new_llm.training import Trainer
 from new_llm.training.log import TrainingProgress
@@ -39,8 +41,8 @@ from new_llm.training.log import TrainingProgress
 class SharpAttention(CompressiveAttention):
     """A_mem = Σ_m w_m σ(q) M_m / (σ(q) z_m), w = softmax over the filled memories of τ σ(q)·(z_m/n_m)/√K."""
 
-    def __init__(self, hidden_size, num_heads, **options):
-        super().__init__(hidden_size, num_heads, **options)
+    def __init__(self, hidden_size, num_heads, options):
+        super().__init__(hidden_size, num_heads, options, num_memories=options.num_memories, segments_per_memory=1)
         self.sharpness = nn.Parameter(torch.ones(num_heads))  # τ
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor:  # [B, n, H, S, N]: all segments of a call
@@ -55,14 +57,12 @@ class SharpAttention(CompressiveAttention):
         return [self.gate, self.sharpness]
 
 
-@register_layer  # so that models with it can be saved and loaded
-class SharpLayer(MemoryLayer):
-    kind = "sharp"
+@register_layer("sharp", options=MultiMemoryOptions)  # its name and its options, everywhere
+class SharpLayer(MemoryLayer, Block):
     index_key = "current_memory_idx"
 
-    def __init__(self, hidden_size, num_heads, intermediate_size, num_memories=4):
-        options = {"segments_per_memory": 1, "use_delta_rule": True, "gate_init": 0.0, "epsilon": 1e-6}
-        attention = SharpAttention(hidden_size, num_heads, num_memories=num_memories, **options)
+    def __init__(self, hidden_size, num_heads, intermediate_size, **options):
+        attention = SharpAttention(hidden_size, num_heads, MultiMemoryOptions(**options))
         super().__init__(attention, hidden_size=hidden_size, intermediate_size=intermediate_size, layer_norm_eps=1e-5)
 
 

@@ -25,7 +25,7 @@ from new_llm.models.tensor_files import (
     read_safetensors,
     write_safetensors,
 )
-from new_llm.models.transformer import TransformerLM
+from new_llm.models.transformer import SelectiveOutputLM, TransformerLM
 
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
@@ -125,7 +125,7 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
         }
         if plan.selective is not None:
             passes = int(plan.selective.pop("skip_interval", 1))
-            options |= {"skip_interval": passes, **plan.selective}
+            return SelectiveOutputLM(layers, skip_interval=passes, **plan.selective, **options)
         return TransformerLM(layers, **options)
     except ValidationError as error:
         message = str(describe_validation_error(error, where))
