@@ -1,0 +1,193 @@
+"""The code blocks of the specification's section 1, as they stand there, on small shapes and a short text."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import new_llm.config
+from new_llm import TransformerLM, create_model
+from new_llm.config import PythiaConfig
+from new_llm.models import SelectiveOutputLM, merge_memory_states
+from new_llm.models.factory import MODEL_KINDS
+from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.recipes import RECIPES
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+def test_models_by_name() -> None:
+    with torch.device("meta"):  # the shapes of pythia-70m, without their memory
+        model = create_model("pythia")
+        assert [layer.kind for layer in model.layer_list] == ["pythia"] * 6
+        assert model.num_parameters()["total"] == 70_426_624
+        model = create_model("infini")
+        assert [layer.kind for layer in model.layer_list] == ["infini", *["pythia"] * 5]
+        model = create_model("multi_memory", num_memories=8)
+        model = create_model("hierarchical", num_memories=4, use_delta_rule=False)
+        assert sum(p.numel() for p in model.layers[0].attention.expansion_gate.parameters()) == 65_793
+        model = create_model("infini", num_memory_banks=2, segments_per_bank=4)
+        model = create_model("infini", PythiaConfig(), use_alibi=True, alibi_scale=1.0)
+        model = create_model("selective", skip_interval=1)
+        assert model.segment_length == 2048
+        assert isinstance(model, SelectiveOutputLM)
+        assert create_model("infini", size="14m").layers[0].hidden_size == 128
+
+
+def test_layers_of_ones_own_choice() -> None:
+    with torch.device("meta"):
+        model = TransformerLM(
+            layers=[
+                InfiniLayer(512, 8, 2048),
+                MultiMemoryLayer(512, 8, 2048, num_memories=4),
+                *[PythiaLayer(hidden_size=512, num_heads=8, intermediate_size=2048) for _ in range(4)],
+            ],
+            vocab_size=50304,
+            segment_length=256,
+        )
+    assert model.memory_info()["total_bytes"] == 1_050_624 + 532_480
+
+
+def test_memory_from_one_machine_to_another(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = create_model("infini", PythiaConfig(**SMALL), segment_length=8)
+    other = create_model("infini", PythiaConfig(**SMALL), segment_length=8)
+    other.load_state_dict(model.state_dict())
+    data_loader = torch.arange(90).view(3, 2, 15)
+    input_ids = torch.arange(20).view(1, 20)
+
+    model.reset_memory()
+    for batch in data_loader:
+        _ = model(batch, update_memory=True)
+    torch.save(model.get_memory_state(), "memory.pt")
+    other.set_memory_state(torch.load("memory.pt", weights_only=True))
+    logits = other(input_ids)
+    assert logits.shape == (1, 20, 96)
+    assert torch.equal(logits, model(input_ids))
+    assert not torch.equal(logits, create_model("infini", PythiaConfig(**SMALL), segment_length=8)(input_ids))
+
+
+@pytest.mark.parametrize("use_selective", [True, False])
+def test_selective_models_with_and_without_their_extra_passes(use_selective: bool) -> None:
+    torch.manual_seed(0)
+    model = create_model("selective", PythiaConfig(**SMALL, initializer_range=0.2), skip_interval=2, segment_length=8)
+    plain = create_model("pythia", PythiaConfig(**SMALL, initializer_range=0.2), segment_length=8)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("pass_projection")})
+    input_ids = torch.arange(12).view(1, 12)
+    labels = input_ids
+    loss, stats = model.compute_loss(input_ids, labels, use_selective=use_selective)
+    assert stats.passes == (3 if use_selective else 1)
+    assert torch.equal(loss, plain.compute_loss(input_ids, labels)[0]) != use_selective
+    ids, made = model.generate(input_ids, max_new_tokens=50, use_selective=use_selective)
+    assert ids.shape == (1, 62)
+    assert made.passes == (3 if use_selective else 1)
+    assert torch.equal(ids, plain.generate(input_ids, max_new_tokens=50)[0]) != use_selective
+
+
+def test_one_set_of_defaults_and_named_recipes() -> None:
+    torch.manual_seed(0)
+    by_name = create_model("infini", PythiaConfig(**SMALL))
+    by_layer = InfiniLayer(32, 4, 48)
+    assert by_name.layers[0].settings == by_layer.settings
+    for kind, options in RECIPES["tuned"].items():
+        assert set(options) <= set(MODEL_KINDS[kind].defaults)
+        tuned = create_model(kind, PythiaConfig(**SMALL), recipe="tuned")
+        assert list(tuned.memory_layers) == [2 if kind == "token_memory" else 1]
+    assert new_llm.config.PythiaConfig is PythiaConfig
+
+
+def test_two_halves_of_a_text_merge_and_count_all_segments() -> None:
+    torch.manual_seed(0)
+    model = create_model("infini", PythiaConfig(**SMALL), segment_length=4, use_delta_rule=False)
+    states = []
+    for length in (12, 20):
+        model.reset_memory()
+        model(torch.arange(length).view(1, -1), update_memory=True)
+        states.append(model.get_memory_state())
+    merged = merge_memory_states(states)[0]
+    assert int(merged["segments_seen"]) == 3 + 5
+    assert int(merged["token_counts"].sum()) == 32
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "token_memory"])
+def test_memory_written_in_inference_mode_can_be_trained_on(kind: str) -> None:
+    model = create_model(kind, PythiaConfig(**SMALL), segment_length=4)
+    ids = torch.arange(10).view(1, 10)
+    with torch.inference_mode():
+        model(ids, update_memory=True)
+        model.generate(ids, max_new_tokens=3, update_memory=True)
+    model.compute_loss(ids, ids, update_memory=True)[0].backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_a_default_dtype_of_16_bits_changes_nothing(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = create_model(kind, PythiaConfig(**SMALL, initializer_range=0.2), segment_length=8)
+    ids = torch.arange(22).view(2, 11)
+    expected, made = model(ids), model.generate(ids, max_new_tokens=20)[0]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=20)[0], made)
+        narrow = create_model(kind, PythiaConfig(**SMALL), segment_length=8)
+        assert narrow.generate(ids, max_new_tokens=20)[0].shape == (2, 31)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_gradient_checkpointing_has_hugging_faces_name() -> None:
+    model, ids = create_model("infini", PythiaConfig(**SMALL), segment_length=4).train(), torch.arange(12).view(1, 12)
+    gradients = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        model.compute_loss(ids, ids)[0].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+class LowRankHead(torch.nn.Module):
+    """What LoRA makes of a head: W x + B A x, with a `weight` that says W alone."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = head
+        self.down = torch.nn.Linear(head.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, head.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_memory_reads_the_head_as_it_is(tied: bool) -> None:
+    """Wrapped and then merged, the head gives the same logits, streams and tokens."""
+    torch.manual_seed(0)
+    shape = PythiaConfig(**SMALL, initializer_range=0.2, tie_word_embeddings=tied)
+    model = create_model("token_memory", shape, segment_length=4).double().eval()
+    merged = create_model("token_memory", shape, segment_length=4).double().eval()
+    merged.load_state_dict(model.state_dict())
+    merged.untie_embeddings()
+    head = LowRankHead(model.embed_out).double()
+    model.embed_out = head
+    with torch.no_grad():
+        merged.embed_out.weight.add_(head.up.weight @ head.down.weight)
+        ids = torch.arange(13).view(1, 13)
+        torch.testing.assert_close(model(ids), merged(ids), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(model.open_stream(1).feed(ids), merged(ids), atol=1e-9, rtol=1e-9)
+        assert torch.equal(model.generate(ids, max_new_tokens=5)[0], merged.generate(ids, max_new_tokens=5)[0])
+    model.compute_loss(ids, ids)[0].backward()
+    assert head.down.weight.grad is not None
