@@ -102,8 +102,8 @@ class Builder:
         texts, notes = open_arrow(file), json.loads(done.read_text(encoding="utf-8"))
         if len(texts) < 2:
             raise UserError(
-                f"{self.source.name}: too short: it holds {len(texts)} document of {sum(texts['size'])} characters "
-                f"that can't be cut in two; at least 2 documents are needed, one for training and one for validation"
+                f"{self.source.name}: too short: it holds {len(texts)} document of {read_sizes(texts).sum()} "
+                f"characters that can't be cut in two; at least 2 documents are needed, one for training and one for validation"
             )
         return texts, notes
 
@@ -169,14 +169,14 @@ class Builder:
     def _has_room_for_sentences(self, texts: Any) -> bool:
         """Whether all reversal sentences may join these texts; else the tokenizer is not trained on them either."""
         share, num_characters = self.config.max_reversal_share, sum(map(len, self.sentences))
-        return num_characters <= share * (num_characters + sum(texts["size"]))
+        return num_characters <= share * (num_characters + int(read_sizes(texts).sum()))
 
     def _tokenise(
         self, texts: Any, rows: NDArray[np.int64], tokenizer: Tokenizer, dtype: np.dtype[Any], prefix: Path
     ) -> Iterator[Any]:
         """The shards of some rows of the texts, as Arrow tables; those that are on the disk are read from there."""
         config = self.config
-        sizes = texts.data.column("size").to_numpy()[rows]
+        sizes = read_sizes(texts)[rows]
         shards = (np.cumsum(sizes) - sizes) // config.shard_characters
         encode = functools.partial(encode_table, tokenizer=tokenizer, special_tokens=config.special_tokens, dtype=dtype)
         for shard in np.unique(shards).tolist():
@@ -233,6 +233,11 @@ def open_arrow(path: Path) -> Any:
 
     datasets.disable_progress_bars()  # ours are shown
     return datasets.Dataset.from_file(str(path))
+
+
+def read_sizes(texts: Any) -> NDArray[np.int64]:
+    """[N]: the characters of each text of a data set."""
+    return texts.select_columns("size").with_format("numpy")[:]["size"]
 
 
 def encode_table(table: Any, tokenizer: Tokenizer, special_tokens: SpecialTokens, dtype: np.dtype[Any]) -> Any:
