@@ -1,24 +1,7 @@
-import time
-from contextlib import contextmanager
-
 import pytest
 
 from new_llm.config import DataConfig
 from new_llm.data.sources import load_documents
-
-
-@pytest.fixture
-def time_limit():
-    """A context that fails where its body takes longer than it may."""
-
-    @contextmanager
-    def limit(seconds: float):
-        began = time.perf_counter()
-        yield
-        taken = time.perf_counter() - began
-        assert taken < seconds, f"took {taken:.2f} s, not {seconds} s"
-
-    return limit
 
 
 @pytest.fixture(scope="session")

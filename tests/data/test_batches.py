@@ -199,13 +199,3 @@ def test_bad_arguments_are_refused(changed):
     }
     with pytest.raises(ValueError, match=r"seq_length|batch_size|order|num_samples|no sample"):
         plan_batches(**(arguments | changed))
-
-
-def test_a_plan_of_a_hundred_thousand_samples_is_quick(time_limit):
-    split = make_split([1000] * 25_000)
-    plan = None
-    for order in ("stream", "shuffled"):
-        with time_limit(1.0):
-            plan = plan_batches(split, seq_length=256, batch_size=8, order=order, seed=0, epoch=0)
-    assert plan is not None
-    assert plan.num_samples == 100_000

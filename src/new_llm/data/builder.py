@@ -103,7 +103,8 @@ class Builder:
         if len(texts) < 2:
             raise UserError(
                 f"{self.source.name}: too short: it holds {len(texts)} document of {read_sizes(texts).sum()} "
-                f"characters that can't be cut in two; at least 2 documents are needed, one for training and one for validation"
+                f"characters that can't be cut in two; at least 2 documents are needed, one for training and one for "
+                f"validation"
             )
         return texts, notes
 
