@@ -79,7 +79,7 @@ def test_offline_by_setting(monkeypatch):
 def test_a_hub_that_accepts_and_never_answers(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-            with pytest.raises(UserError, match="out of reach"):
+        with pytest.raises(UserError, match="out of reach"):
             prepare_data(DataConfig(hub_timeout_seconds=0.3))
 
 
