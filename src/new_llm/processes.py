@@ -119,15 +119,6 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def share_tensors(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The main process's CPU tensors by name, one after another, so that nobody else holds them all."""
-        kinds = self.share({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
-        for name, (shape, dtype) in kinds.items():
-            tensor = tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
-            if self.count > 1:
-                dist.broadcast(tensor, src=0, group=self.group)
-            yield name, tensor
-
     def sum(self, values: NDArray[Any]) -> NDArray[Any]:
         """The sum over processes, in the precision of the values."""
         if self.count == 1:

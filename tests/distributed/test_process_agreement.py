@@ -14,6 +14,7 @@ from process_cases import run_processes
 from new_llm.config import UserError
 from new_llm.config.errors import OtherProcessError
 from new_llm.processes import ALONE, Processes, start_processes
+from new_llm.training.checkpoint import share_weights
 
 
 def fail_on(processes: Processes, rank: int, error: Exception) -> None:
@@ -32,10 +33,10 @@ def talk(processes: Processes) -> None:
     assert processes.slice_rows(6) == slice(2 * rank, 2 * rank + 2)
     with pytest.raises(UserError, match=r"train\.batch_size: 7 rows can't be divided among 3 processes"):
         processes.slice_rows(7)
-    tensors = {"a": torch.full((2, 3), float(rank)), "step": torch.tensor(rank + 5)}
-    shared = dict(processes.share_tensors(tensors if rank == 0 else {}))
-    assert shared["a"].tolist() == [[0.0] * 3] * 2
-    assert int(shared["step"]) == 5
+    model = torch.nn.Linear(2, 3)
+    torch.nn.init.constant_(model.weight, rank)
+    share_weights(model.state_dict() if rank == 0 else {}, model, processes)
+    assert model.weight.tolist() == [[0.0] * 2] * 3
 
     order: list[float] = []
     began = processes.run_main_first(lambda: order.append(time.monotonic()) or time.sleep(0.1) or order[0])

@@ -61,7 +61,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path: Path, f
     out, err = process.communicate(timeout=60)
     assert out == ""
     assert err.count("interrupted at step") == 1
-    assert err.count("go on with: new-llm experiment") == 1
+    assert err.count("continue with: new-llm experiment") == 1
     assert read_json(tmp_path / "both" / "results.json") is None
     assert finish(start(tmp_path, "--name", "both", "--resume", "--train.sharding", "ddp"))[0] == 0
     expected = read_curve(tmp_path / "whole" / "infini")

@@ -95,6 +95,9 @@ def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfi
     other = run(renamed(tiny, "three", seed=1), ["infini"])
     assert curve(first) == curve(again)
     assert curve(first) != curve(other)
+    # The seed is the models' alone: their tokens and their split are the same.
+    assert first["data"]["tokenizer"] == other["data"]["tokenizer"]
+    assert first["data"]["split_fingerprint"] == other["data"]["split_fingerprint"]
 
 
 def test_deterministic_runs_agree_in_every_bit(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ SETTINGS = {
     "eval.context": 64,
     "eval.stride": 32,
     "eval.max_tokens": 300,
-    "eval.no_reversal": None,
+    "eval.measures": "sliding streaming positions memory_usage",
     "device": "cpu",
 }
 
@@ -72,7 +72,7 @@ class FaultRun:
         else:
             arguments = ["--models", *MODELS]
             for key, value in SETTINGS.items():
-                arguments += [f"--{key.replace('_', '-')}"] + ([] if value is None else [str(value)])
+                arguments += [f"--{key.replace('_', '-')}"] + ([] if value is None else str(value).split())
         return subprocess.Popen(
             [
                 sys.executable, "-m", "new_llm.cli.main", "experiment",

@@ -43,7 +43,7 @@ from new_llm.models import TransformerLM, create_model
 from new_llm.models.model_file import load_model
 from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoints
+from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoints, share_weights
 from new_llm.training.devices import (
     choose_device,
     choose_precision,
@@ -311,14 +311,12 @@ class Run(ABC, Generic[Config]):
             remove_checkpoints(folder)  # if the process was killed before it could
         return done
 
-    @torch.no_grad()
     def _load_best(self, name: str, folder: Path) -> TransformerLM:
         """The best weights, which the main process reads for all."""
         with self.processes.agree():
             model = load_model(folder) if self.processes.is_main else self.create(name)
-        held = model.state_dict()
-        for key, tensor in self.processes.share_tensors(held):
-            held[key].copy_(tensor)
+        if self.processes.count > 1:
+            share_weights(model.state_dict() if self.processes.is_main else {}, model, self.processes)
         return model.to(self.device).eval()
 
     def _write_result(

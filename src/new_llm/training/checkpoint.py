@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -345,21 +345,26 @@ def restore_weights(
     processes: Processes,
 ) -> None:
     """Give every process its part of the main process's weights and optimizer state. All processes call this."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     shares = processes.count > 1
+    share_weights(weights, model, processes)
     options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares, strict=False)
-    set_model_state_dict(model, cast(Any, weights), options=options)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
     # A parameter that had no gradient yet has no state; torch gives it one as after a step, which would be one too far.
     known = processes.share(set(optimizer_state.get("state", {})))
     for name, parameter in model.named_parameters():
         if name not in known:
             optimizer.state.pop(parameter, None)
+
+
+def share_weights(weights: dict[str, Tensor], model: nn.Module, processes: Processes) -> None:
+    """Give every process the main process's weights, or its share of them. All processes call this."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    shares = processes.count > 1
+    options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares)
+    set_model_state_dict(model, cast(Any, weights), options=options)
 
 
 def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
