@@ -268,7 +268,7 @@ def test_special_tokens_that_a_document_spells_are_text_unless_asked_for(config,
     found = sum(int((split.tokens == 0).sum()) for split in (data.train, data.validation))
     assert found == (0 if meaning == "text" else 12)
     (note,) = data.info["notes"]
-    assert "such as <|endoftext|>, 12 times: encoded as" in note
+    assert "such as <|endoftext|>, in 12 places: encoded as" in note
     assert ("plain text" in note) == (meaning == "text")
     if meaning == "text":
         assert "<|endoftext|> More." in texts_of(data, data.validation)[0]

@@ -84,8 +84,8 @@ class Builder:
         if num_special:
             meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
             notes.append(
-                f"the documents spell special tokens of the tokenizer, such as <|endoftext|>, {num_special:,} times: "
-                f"encoded as {meaning} (data.special_tokens)"
+                f"the documents spell special tokens of the tokenizer, such as <|endoftext|>, in {num_special:,} "
+                f"places: encoded as {meaning} (data.special_tokens)"
             )
         return {"dtype": dtype.str, "room": room, "notes": notes}
 
