@@ -1,6 +1,6 @@
 """The layers that a model is composed of."""
 
-from new_llm.models.layers.base import Attention, Block, Layer, ReadTokens, Segments, Step
+from new_llm.models.layers.base import MLP, Attention, Block, Layer, ReadTokens, Segments, Step
 from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.hierarchical import HierarchicalLayer
 from new_llm.models.layers.infini import InfiniLayer
@@ -13,6 +13,7 @@ from new_llm.models.layers.token_memory import TokenMemoryLayer
 
 __all__ = [
     "LAYER_KINDS",
+    "MLP",
     "Attention",
     "Block",
     "CompressiveAttention",

@@ -1,0 +1,113 @@
+"""The code of the how-to pages, each in a module of a user's own as the page says, does what the page promises."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from documents import ROOT, find_blocks
+from new_llm import create_model
+from new_llm.cli.main import main
+from new_llm.config import PythiaConfig
+from new_llm.models import load_model
+
+TINY = """
+experiment --name mine --device cpu --data.source text --data.tokenizer-vocab-size 300 --samples 16 --seq-length 32
+--segments-per-sample 2 --batch-size 4 --epochs 1 --model.hidden-size 16 --model.num-hidden-layers 2
+--model.num-attention-heads 2 --model.intermediate-size 32 --eval.context 32 --eval.stride 16
+"""
+
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty current directory with some text, whose modules are forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "text").mkdir()
+    for number in range(12):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"Text {number}: the river rose above its banks. " * 40)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+def write_module(name: str, page: str, max_lines: int) -> None:
+    """The first block of a page as a module."""
+    block = find_blocks(ROOT / "docs" / "how-to" / page, "python")[0]
+    assert len(block.splitlines()) <= max_lines
+    Path(f"{name}.py").write_text(block)
+
+
+def run_tiny(*flags: str) -> dict:
+    assert main([*TINY.split(), *flags]) == 0
+    return json.loads(Path("runs/mine/results.json").read_text())
+
+
+def test_a_gated_layer_that_defines_forward_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    write_module("my_layers", "own-layer.md", 60)
+    name = "my_layers:GatedLayer"
+    flags = ["--eval.measures", "streaming", "--model.options", "keep", "0.7"]
+    results = run_tiny("--models", "pythia", name, *flags)
+    assert [model["model_type"] for model in results["models"]] == ["pythia", name]
+    assert all(model["evaluation"]["streaming"]["perplexity"] > 1 for model in results["models"])
+    assert name in capsys.readouterr().out
+    assert name in Path("runs/mine/report.html").read_text()
+
+    model = load_model(Path("runs/mine") / name / "best").eval()
+    assert model.layer_list[0].keep == 0.7
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        whole = model(ids)
+        stream = model.open_stream()
+        pieces = torch.cat([stream.feed(ids[:, start : start + 7]) for start in range(0, 40, 7)], 1)
+    assert torch.allclose(whole, pieces, atol=1e-4)
+    assert (
+        main(["generate", "--run", "runs/mine", "--model", name, "--prompt", "The river", "--max-new-tokens", "9"]) == 0
+    )
+    assert capsys.readouterr().out.startswith("The river")
+    shape = PythiaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    layer = create_model(name, shape, keep=0.7).layer_list[0]
+    assert layer.state_dict().keys() == model.layer_list[0].state_dict().keys()
+    assert main([*TINY.split(), "--name", "bad", "--models", name, "--model.options", "kept", "1"]) == 2
+    assert "kept" in capsys.readouterr().err
+
+
+def test_a_measure_stands_in_results_console_and_report(capsys: pytest.CaptureFixture[str]) -> None:
+    write_module("my_measures", "own-measure.md", 40)
+    results = run_tiny("--models", "pythia", "--eval.measures", "sliding", "my_measures:Surprise")
+    nats = results["models"][0]["evaluation"]["surprise"]["nats"]
+    assert nats > 1
+    assert "surprisal" in capsys.readouterr().out
+    page = Path("runs/mine/report.html").read_text()
+    assert "surprisal" in page
+    assert f"the worst token costs {nats:.2f} nats" in page
+
+
+def test_a_source_is_one_function(folder: Path) -> None:
+    write_module("my_sources", "own-source.md", 20)
+    (folder / "verses").mkdir()
+    stanzas = [f"Stanza {number}: the river rose above its banks. " * 30 for number in range(12)]
+    (folder / "verses" / "a.verse").write_text("\n\n".join(stanzas))
+    results = run_tiny("--models", "pythia", "--eval.measures", "sliding", "--data.source", "my_sources:read_verses")
+    assert sum(results["data"][split]["num_documents"] for split in ("train", "validation")) == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--models", "my_layers:Absent"], "no module named my_layers"),
+        (["--models", "json:dumps"], "json:dumps"),
+        (["--eval.measures", "json:dumps"], "json:dumps"),
+        (["--data.source", "my_sources:absent"], "no module named my_sources"),
+    ],
+)
+def test_what_is_not_there_is_one_line(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY.split(), *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("new-llm: ") == 1
