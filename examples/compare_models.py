@@ -47,8 +47,9 @@ def main() -> None:
     print(f"perplexity of the next token from its own frequency alone: {results['unigram_perplexity']:.1f}")
     for entry in results["models"]:
         measured = entry["evaluation"]["streaming"]
+        error = measured["standard_error"]  # none under five documents
         print(
-            f"{entry['model_type']:<13} perplexity {measured['perplexity']:7.2f} ± {measured['standard_error']:.2f}, "
+            f"{entry['model_type']:<13} perplexity {measured['perplexity']:7.2f}{f' ± {error:.2f}' if error else ''}, "
             f"{entry['memory_info']['total_bytes']:,} bytes of memory, "
             f"{entry['training']['tokens_per_second']:,.0f} tokens/s"
         )

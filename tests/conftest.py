@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from new_llm.data.sources import SOURCES
+from new_llm.evaluation import MEASURES
+from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import LAYER_KINDS
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -34,9 +37,11 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def own_layers_are_forgotten():
-    """Layers that a test, an example or a page registers do not meet those of the next."""
-    before = dict(LAYER_KINDS)
+def own_kinds_are_forgotten():
+    """Layers, measures and sources that a test, an example or a page registers do not meet those of the next."""
+    registries: tuple[dict, ...] = (LAYER_KINDS, MODEL_KINDS, MEASURES, SOURCES)
+    before = [dict(registry) for registry in registries]
     yield
-    LAYER_KINDS.clear()
-    LAYER_KINDS.update(before)
+    for registry, kinds in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(kinds)

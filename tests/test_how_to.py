@@ -20,7 +20,6 @@ experiment --name mine --device cpu --data.source text --data.tokenizer-vocab-si
 """
 
 
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty current directory with some text, whose modules are forgotten."""
@@ -58,7 +57,7 @@ def test_a_gated_layer_that_defines_forward_alone(capsys: pytest.CaptureFixture[
     assert name in capsys.readouterr().out
     assert name in Path("runs/mine/report.html").read_text()
 
-    model = load_model(Path("runs/mine") / name / "best").eval()
+    model = load_model(Path("runs/mine/my_layers-GatedLayer/best")).eval()
     assert model.layer_list[0].keep == 0.7
     ids = torch.arange(40).unsqueeze(0)
     with torch.no_grad():

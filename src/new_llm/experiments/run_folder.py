@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import UserError
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
+from new_llm.experiments.record import name_model_folder
 from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
@@ -43,11 +44,12 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
         )
     names = ", ".join(folders)
     if model is not None:
-        if model not in folders:
+        folder = folders.get(model) or folders.get(name_model_folder(model))
+        if folder is None:
             raise UserError(f"{run}: no model {model!r} here; it has {names}")
-        if needs_memory and not has_memory(folders[model]):
+        if needs_memory and not has_memory(folder):
             raise UserError(f"{run}: the model {model} has no memory layer")
-        return folders[model]
+        return folder
     if needs_memory:
         folders = {name: folder for name, folder in folders.items() if has_memory(folder)}
         if not folders:
