@@ -165,10 +165,6 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def wait(self) -> None:
-        """Wait until everyone is here."""
-        self.gather(None)
-
     def run_on_main(self, work: Callable[[], Value]) -> Value:
         """What the main process's work returns, on everyone; an error of it ends everyone.
 
