@@ -11,7 +11,6 @@ Each check is a function of its own, and fails with an `AssertionError` that say
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +163,7 @@ def check_precision(model: TransformerLM, ids: Tensor) -> None:
 
 def check_gradients(model: TransformerLM, ids: Tensor) -> None:
     """Gradients are finite; of a layer with memory they flow from a later segment through the write of an earlier."""
-    inputs: list[Any] = []
+    inputs: list[Tensor] = []
     hook = model.embed_in.register_forward_hook(lambda _, __, output: inputs.append(output))
     labels = ids.clone()
     labels[:, : 2 * SEGMENT_LENGTH] = -100

@@ -136,7 +136,7 @@ class MemoryState(LayerMemory):
         """Without `retained`, which compares with the memory of before the call."""
         return replace(self, retained=None)
 
-    def add_changes(self, start: Any, rows: Any) -> Self:
+    def add_changes(self, start: "MemoryState", rows: "MemoryState") -> "MemoryState":
         """As `LayerMemory.add_changes`, with decay: what was held decays as the row with the most writes let it.
 
         `num_segments` counts in time, not over rows: rows of one call advance together, so that memories that are
@@ -152,8 +152,7 @@ class MemoryState(LayerMemory):
             new_memories, new_norms = new_memories.sum(0, keepdim=True), new_norms.sum(0, keepdim=True)
             new_tokens, new_segments = new_tokens.sum(0, keepdim=True), new_segments.amax(0, keepdim=True)
             newly_seen = newly_seen.sum(0, keepdim=True)
-        return replace(
-            self,
+        return MemoryState(
             memories=left[..., None, None] * self.memories + new_memories,
             norms=left[..., None] * self.norms + new_norms,
             num_tokens=self.num_tokens + new_tokens,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.models.initialization import initialize_weights
@@ -78,7 +78,7 @@ def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: f
     reference = next(old.parameters())
     initialize_weights(new, initializer_range)
     new.to(reference.device, reference.dtype)
-    theirs, heads = old.state_dict(), [count_heads(getattr(layer, "attention", None)) for layer in (old, new)]
+    theirs, heads = old.state_dict(), (count_heads(old.attention), count_heads(new.attention))
     for name, mine in new.state_dict().items():
         if name.startswith(BASE):  # a layer that keeps the old one whole, and adds to it
             mine.copy_(theirs[name.removeprefix(BASE)])
@@ -94,7 +94,7 @@ def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: f
     return new
 
 
-def count_heads(attention: Any) -> int | None:
+def count_heads(attention: nn.Module) -> int | None:
     """Heads whose q, k, v a fused projection holds; None where the attention does not name them."""
     heads = getattr(attention, "num_memory_heads", getattr(attention, "num_heads", None))
     return heads if isinstance(heads, int) else None

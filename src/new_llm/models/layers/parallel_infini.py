@@ -15,7 +15,7 @@ from new_llm.models.layers.infini import InfiniAttention, InfiniLayer, InfiniOpt
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
 from new_llm.models.layers.registry import register_layer
-from new_llm.models.state import LayerMemory, MemoryState
+from new_llm.models.state import MemoryState
 
 
 @section
@@ -106,12 +106,12 @@ class ParallelInfiniLayer(MemoryLayer):
 
     def forward(
         self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
-    ) -> tuple[Tensor, LayerMemory | None]:
+    ) -> tuple[Tensor, MemoryState | None]:
         """Whole segments through both branches; see `Layer.forward`."""
         segments = segments or Segments()
         base, _ = self.base_layer(hidden, None, segments)
-        recalled, written = self.attention(self.input_layernorm(hidden), memory, segments)
-        return self._add(base, recalled), written
+        recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments)
+        return self._add(base, recalled), memory
 
     def step(
         self, hidden: Tensor, opened: OpenBranches | None, memory: MemoryState | None, step: Step
@@ -124,13 +124,13 @@ class ParallelInfiniLayer(MemoryLayer):
 
     def end_segments(
         self, opened: OpenBranches | None, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[Any, LayerMemory | None]:
+    ) -> tuple[Any, MemoryState | None]:
         """Write and clear the open segments of some rows; see `Layer.end_segments`."""
         if opened is None:
             return None, memory
-        sums, written = self.attention.end_segments(opened.infini, memory, ended)
+        sums, memory = self.attention.end_segments(opened.infini, memory, ended)
         cache, _ = self.base_layer.end_segments(opened.base, None, ended)
-        return OpenBranches(cache, sums), written
+        return OpenBranches(cache, sums), memory
 
     def _add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         return hidden + self.alpha.to(mixed.dtype) * mixed

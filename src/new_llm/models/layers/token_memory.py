@@ -14,7 +14,7 @@ from new_llm.models.layers.base import ReadTokens, Segments, Step
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes, sum_reads
-from new_llm.models.state import LayerMemory, MemoryState, choose_rows, clear_rows
+from new_llm.models.state import MemoryState, choose_rows, clear_rows
 
 
 @section
@@ -266,6 +266,6 @@ class TokenMemoryLayer(MemoryLayer):
         recalled, opened = self.attention.step(hidden, opened, memory, step)
         return hidden + recalled, opened
 
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, MemoryState | None]:
         """See `Layer.end_segments`."""
         return self.attention.end_segments(opened, memory, ended)

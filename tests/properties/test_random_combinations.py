@@ -1,0 +1,315 @@
+"""Random combinations of model kind, options, precision, tokenizer and use, checked against DESIGN's invariants.
+
+`pytest -m slow tests/properties/test_random_combinations.py` draws for ten minutes; `NEW_LLM_DRAWS=20` draws twenty
+instead. A failure names the seed of its draw: `NEW_LLM_DRAW=17` repeats draw 17 alone.
+"""
+
+import copy
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from new_llm import TransformerLM, create_model
+from new_llm.config import PythiaConfig
+from new_llm.models import load_model, save_model
+from new_llm.models.generation import encode_prompts, generate
+
+MINUTES = 10
+VOCAB_SIZE = 300
+# Abraham Lincoln's address at Gettysburg, 1863; in the public domain.
+TEXT = (
+    "Four score and seven years ago our fathers brought forth, on this continent, a new nation, "
+    "conceived in Liberty, and dedicated to the proposition that all men are created equal. Now we are "
+    "engaged in a great civil war, testing whether that nation, or any nation so conceived and so "
+    "dedicated, can long endure. We are met on a great battle-field of that war. Grüße, 世界! ☕"
+)
+KINDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "pythia": {},
+    "infini": {
+        "use_delta_rule": (True, False),
+        "num_memory_heads": (1, 2),
+        "num_memory_banks": (1, 2),
+        "segments_per_bank": (1, 3),
+        "use_alibi": (True, False),
+        "memory_layers": ((0,), (1,), (0, 1)),
+    },
+    "multi_memory": {"use_delta_rule": (True, False), "num_memories": (1, 3)},
+    "hierarchical": {"use_delta_rule": (True, False), "num_memories": (1, 3)},
+    "token_memory": {"num_memory_heads": (1, 2)},
+    "selective": {"skip_interval": (0, 1, 2)},
+}
+RECIPES = {name: ((None, "tuned") if name in ("infini", "multi_memory", "hierarchical") else (None,)) for name in KINDS}
+
+
+def train_family(family: str) -> Tokenizer:
+    """A tokenizer of one family: byte-level as GPT-NeoX's, or with a mark for spaces as SentencePiece's."""
+    if family == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
+    elif family == "metaspace":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=["<unk>", "<s>", "</s>", "<pad>"], unk_token="<unk>", show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
+
+
+TOKENIZERS = {family: train_family(family) for family in ("byte-level", "metaspace", "wordpiece")}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One combination."""
+
+    seed: int
+    kind: str
+    recipe: str | None
+    options: dict[str, Any]
+    dtype: torch.dtype
+    default_dtype: torch.dtype
+    is_tied: bool
+    family: str
+    padding_side: str
+    batch: int
+    segment: int
+    num_tokens: int
+    shares_memory: bool
+
+    @property
+    def tolerance(self) -> float:
+        return {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}[self.dtype]
+
+
+def draw(seed: int) -> Draw:
+    """The combination of a seed."""
+    rng = random.Random(seed)
+    kind = rng.choice(list(KINDS))
+    chosen = {name: rng.choice(values) for name, values in KINDS[kind].items() if rng.random() < 0.6}
+    return Draw(
+        seed=seed,
+        kind=kind,
+        recipe=rng.choice(RECIPES[kind]),
+        options=chosen,
+        dtype=rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
+        default_dtype=rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+        is_tied=rng.random() < 0.3,
+        family=rng.choice(list(TOKENIZERS)),
+        padding_side=rng.choice(["left", "right"]),
+        batch=rng.choice([1, 2, 3]),
+        segment=rng.choice([1, 4, 7, 16]),
+        num_tokens=rng.choice([1, 2, 9, 16, 40]),
+        shares_memory=rng.random() < 0.5,
+    )
+
+
+def build(case: Draw) -> TransformerLM:
+    torch.manual_seed(case.seed)
+    shape = PythiaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=case.is_tied,
+    )
+    options = case.options | ({"recipe": case.recipe} if case.recipe else {})
+    model = create_model(case.kind, shape, segment_length=case.segment, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():  # gates, norms and biases too
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float32).to(parameter.dtype))
+    return model.to(case.dtype).eval()
+
+
+def read_text(case: Draw, length: int) -> Tensor:
+    """Tokens [B, length] of the text, each row from another place."""
+    ids = torch.tensor(TOKENIZERS[case.family].encode(TEXT * 3, add_special_tokens=False).ids)
+    return torch.stack([ids[7 * row : 7 * row + length] for row in range(case.batch)])
+
+
+def is_close(found: Tensor, wanted: Tensor, case: Draw) -> bool:
+    if wanted.numel() == 0:
+        return True
+    scale = max(1.0, float(wanted.abs().max()))
+    return bool(torch.isfinite(found).all()) and float((found - wanted).abs().max()) <= case.tolerance * scale
+
+
+def states_are_equal(one: dict[int, dict[str, Any]], two: dict[int, dict[str, Any]]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    return one.keys() == two.keys() and all(
+        one[i].keys() == two[i].keys() and all(same(one[i][key], two[i][key]) for key in one[i]) for i in one
+    )
+
+
+def check_calls(model: TransformerLM, case: Draw) -> None:
+    """Causality, independent rows, calls of any number of segments, masks and the held memory."""
+    rng = random.Random(case.seed)
+    ids = read_text(case, case.num_tokens)
+    rows = None if case.shares_memory else case.batch
+    model.reset_memory(batch_size=rows)
+    model(read_text(case, 2 * case.segment), update_memory=True)
+    held = model.get_memory_state()
+    logits = model(ids)
+    assert states_are_equal(held, model.get_memory_state()), "a call without update_memory changed the memory"
+
+    place = rng.randrange(case.num_tokens)
+    other = ids.clone()
+    other[:, place] = (other[:, place] + 1) % VOCAB_SIZE
+    assert is_close(model(other)[:, :place], logits[:, :place], case), "a later token changed an earlier logit"
+    if case.batch > 1:
+        other = ids.clone()
+        other[0] = other[0].flip(0)
+        assert is_close(model(other)[1:], logits[1:], case), "a row changed another row"
+
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    pads = rng.randrange(1, 6)
+    padding = torch.zeros(case.batch, pads, dtype=ids.dtype)
+    left = case.padding_side == "left"
+    padded = torch.cat((padding, ids) if left else (ids, padding), dim=1)
+    mask = torch.cat((torch.zeros_like(padding, dtype=torch.bool), mask) if left else (mask, padding.bool()), dim=1)
+    read = model(padded, mask)
+    read = read[:, pads:] if left else read[:, :-pads]
+    assert is_close(read, logits, case), f"padding on the {case.padding_side} changed logits"
+
+    restored = copy.deepcopy(model)
+    restored.reset_memory(batch_size=rows)
+    restored.set_memory_state(held)
+    assert torch.equal(restored(ids), logits), "a restored memory gives other logits"
+
+    model.reset_memory(batch_size=case.batch)
+    long = read_text(case, 3 * case.segment)
+    whole = model(long)
+    pieces = [model(piece, update_memory=True) for piece in long.split(case.segment, dim=1)]
+    assert is_close(torch.cat(pieces, dim=1), whole, case), "segments read by several calls give other logits"
+
+
+def check_stream(model: TransformerLM, case: Draw) -> None:
+    """The stream's logits, and greedy generation from them, equal the parallel path's."""
+    rng = random.Random(case.seed)
+    model.reset_memory()
+    length = max(case.num_tokens, 2 * case.segment + 3)
+    ids = read_text(case, length)
+    whole = model(ids)
+    stream = model.open_stream(case.batch)
+    cuts = sorted({0, length, *(rng.randrange(length) for _ in range(4))})
+    fed = [stream.feed(ids[:, a:b]) for a, b in pairwise(cuts)]
+    assert is_close(torch.cat(fed, dim=1), whole, case), f"the stream cut at {cuts} gives other logits"
+    if case.dtype == torch.bfloat16:  # near ties may fall either way
+        return
+    prompt = ids[:, : case.num_tokens]
+    made, _ = model.generate(prompt, max_new_tokens=6)
+    for step in range(6):
+        end = case.num_tokens + step
+        logits = model(made[:, :end])[:, -1]
+        chosen = logits.gather(1, made[:, end : end + 1])[:, 0]
+        assert is_close(chosen, logits.max(-1).values, case), "generation is not greedy"
+
+
+def check_text(model: TransformerLM, case: Draw) -> None:
+    """Text shown while it is made is the text of all tokens."""
+    tokenizer = TOKENIZERS[case.family]
+    ids, mask = encode_prompts(tokenizer, [TEXT[:20]])
+    shown: list[str] = []
+    made, statistics = generate(
+        model, ids, mask, tokenizer=tokenizer, on_text=lambda _, piece: shown.append(piece), max_new_tokens=12
+    )
+    before = tokenizer.decode(ids[0].tolist())
+    assert statistics.texts is not None
+    assert "".join(shown) == statistics.texts[0], "the text shown is not the text returned"
+    new = [token for token in made[0].tolist() if token < tokenizer.get_vocab_size()]
+    if len(new) == made.shape[1] and tokenizer.decode(new).startswith(before):
+        assert before + statistics.texts[0] == tokenizer.decode(new), "the text is not that of all tokens"
+
+
+def check_training(model: TransformerLM, case: Draw) -> None:
+    """Memory written in any mode trains afterwards; equal steps give equal weights; a saved model goes on alike."""
+    ids = read_text(case, 2 * case.segment + 2)
+    model = copy.deepcopy(model).train()
+    model.reset_memory(batch_size=case.batch)
+    with torch.inference_mode():
+        model(ids, update_memory=True)
+    for _ in range(2):
+        loss, statistics = model.compute_loss(ids, ids, update_memory=True)
+        assert torch.isfinite(loss)
+        loss.backward()
+    assert statistics.num_tokens == case.batch * (ids.shape[1] - 1)
+    missing = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    assert not missing, f"gradients that are not finite: {missing}"
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model")
+        loaded = load_model(Path(folder) / "model")
+    assert loaded.embed_in.weight.dtype == case.dtype
+    loaded.eval(), model.eval()
+    loaded.set_memory_state(model.get_memory_state())
+    assert torch.equal(loaded(ids), model(ids)), "a saved model gives other logits"
+
+
+def check_loss(model: TransformerLM, case: Draw) -> None:
+    """The loss is the cross entropy of the logits, aligned once."""
+    if case.num_tokens < 2:
+        return
+    model.reset_memory()
+    ids = read_text(case, case.num_tokens)
+    loss, _ = model.compute_loss(ids, ids)
+    logits = model(ids)[:, :-1]
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten())
+    assert abs(float(loss) - float(wanted)) <= max(case.tolerance * 0.1, 1e-5) * max(1.0, float(wanted))
+
+
+def check_draw(seed: int) -> None:
+    """Every check of one draw, under its default dtype."""
+    case = draw(seed)
+    before = torch.get_default_dtype()
+    try:
+        model = build(case)
+        torch.set_default_dtype(case.default_dtype)
+        with torch.no_grad():
+            for check in (check_calls, check_stream, check_text, check_loss):
+                check(copy.deepcopy(model), case)
+        check_training(model, case)
+    except Exception as error:
+        raise AssertionError(f"draw {seed}: {case}: {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_some_combinations() -> None:
+    for seed in range(12):
+        check_draw(seed)
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_combinations() -> None:
+    if "NEW_LLM_DRAW" in os.environ:
+        check_draw(int(os.environ["NEW_LLM_DRAW"]))
+        return
+    limit = int(os.environ.get("NEW_LLM_DRAWS", "0"))
+    begin, seed = time.monotonic(), 1000
+    while (seed - 1000 < limit) if limit else time.monotonic() - begin < 60 * MINUTES:
+        check_draw(seed)
+        seed += 1
+    print(f"{seed - 1000} combinations")
