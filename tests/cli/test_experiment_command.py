@@ -15,40 +15,12 @@ from new_llm.cli.experiment import Experiment, ExperimentSelective
 from new_llm.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "--model.hidden-size",
-    "32",
-    "--model.num-hidden-layers",
-    "2",
-    "--model.num-attention-heads",
-    "2",
-    "--model.intermediate-size",
-    "64",
-    "--data.tokenizer-vocab-size",
-    "384",
-    "--samples",
-    "48",
-    "--seq-length",
-    "32",
-    "--segments-per-sample",
-    "2",
-    "--batch-size",
-    "4",
-    "--lr",
-    "3e-3",
-    "--train.log-every-steps",
-    "1",
-    "--train.checkpoint-every-steps",
-    "4",
-    "--eval.context",
-    "32",
-    "--eval.stride",
-    "16",
-    "--eval.max-tokens",
-    "300",
-    "--device",
-    "cpu",
-]
+TINY = """
+--model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64
+--data.tokenizer-vocab-size 384 --samples 48 --seq-length 32 --segments-per-sample 2 --batch-size 4 --lr 3e-3
+--train.log-every-steps 1 --train.checkpoint-every-steps 4 --eval.context 32 --eval.stride 16 --eval.max-tokens 300
+--device cpu
+""".split()  # noqa: SIM905
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
