@@ -32,6 +32,7 @@ def write_speeches(folder: Path, *, copied: bool) -> Path:
 def make_run(folder: Path, source: Path) -> Path:
     """A run's folder as an experiment leaves it, but for the training."""
     data = {"source": str(source), "tokenizer_vocab_size": 384, "seq_length": 64, "segments_per_sample": 2}
+    data["max_reversal_share"] = 1.0
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
     prepared = prepare_data(config.data)
     torch.manual_seed(0)
@@ -71,7 +72,7 @@ def test_a_run_is_examined_with_its_own_data(run, capsys):
     assert (record["kind"], record["settings"]["span_tokens"]) == ("doctor", 50)
     assert record["text"]["source"].startswith("validation documents of")
     reversal = next(finding for finding in record["result"]["findings"] if finding["check"] == "reversal")
-    assert 0 < reversal["figures"]["num_pairs"] < 240  # of a small text not all sentences are trained on
+    assert reversal["figures"]["forward_in_training"] == reversal["figures"]["num_pairs"] == 240
     shown = capsys.readouterr().out
     assert "to do: " in shown
     assert "0 fault" in shown

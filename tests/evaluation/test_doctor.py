@@ -108,7 +108,7 @@ def mix_memories(model, monkeypatch):
     def average(hold):
         def changed(rows, start):
             is_mixed = model.memory_rows is not None
-            return hold([None if m is None else m._map(mean) for m in rows] if is_mixed else rows, start)
+            return hold([None if m is None else m.map(mean) for m in rows] if is_mixed else rows, start)
 
         return changed
 

@@ -166,7 +166,7 @@ def _compare_scales(layer: Any, token: Tensor, length: int) -> float:
     """The relative change of M / z between one token repeated `length` and 2 `length` times in a segment."""
     ratios: list[Tensor] = []
     for count in (length, 2 * length):
-        _, memory = layer(token.expand(1, count, -1))
+        _, memory = layer(token.expand(1, 1, count, -1))  # one segment
         memories, norms = memory.memories[:, 0].double(), memory.norms[:, 0].double()  # written by the first segment
         ratios.append(memories / norms.unsqueeze(-1).clamp_min(1e-30))
     return float((ratios[1] - ratios[0]).norm() / ratios[0].norm().clamp_min(1e-30))
