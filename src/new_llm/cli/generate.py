@@ -11,7 +11,6 @@ from new_llm.cli.command import Command
 from new_llm.config.errors import UserError
 from new_llm.config.generation import GenerationConfig
 from new_llm.config.terminal import make_printable
-from new_llm.models.memory_file import load_memory_file, save_memory_file
 
 # What imports torch is imported after help and bad flags have been answered.
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ class Generate(Command):
         from new_llm.data.tokenizer import END_OF_TEXT
         from new_llm.experiments.parallel_filling import check_output
         from new_llm.experiments.run_folder import load_run_model
+        from new_llm.models.memory_file import load_memory_file, save_memory_file
         from new_llm.training.devices import choose_device
 
         device = choose_device(self.device)
