@@ -292,7 +292,9 @@ class LongDocuments(PicturedMeasurement):
         console.print(perplexities)
         console.print(changes)
         if "foreign" not in names:
-            console.print("one document alone: there is no other document's memory, and no interval")
+            console.print("one document alone: there is no other document's memory")
+        if result["overall"]["perplexity"]["carried"]["low"] is None:
+            console.print(f"{result['num_documents']} documents are too few for intervals over documents")
 
     @staticmethod
     def describe_change(found: dict[str, Any] | None) -> str:
