@@ -124,7 +124,7 @@ def _make_configurations(folder: Path) -> dict[str, Target]:
 
 
 def _make_texts(folder: Path) -> dict[str, Target]:
-    from new_llm.experiments.text_blocks import read_documents
+    from new_llm.experiments.memory_filling import read_documents
 
     texts = find_texts()
     lines = b"".join(json.dumps({"text": text, "meta": {"n": i}}).encode() + b"\n" for i, text in enumerate(texts))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from new_llm.config.evaluation import FillConfig
-from new_llm.experiments.text_blocks import cut_at_white_space, find_cut, read_documents
+from new_llm.experiments.memory_filling import cut_at_white_space, find_cut, read_documents
 
 SNIPPETS = (
     "The memory of the world, ",

@@ -61,7 +61,7 @@ class Generate(Command):
     def execute(self) -> int:
         """Generate, print the texts and write the memory that was asked for."""
         from new_llm.data.tokenizer import END_OF_TEXT
-        from new_llm.experiments.parallel_filling import check_output
+        from new_llm.experiments.memory_filling import check_output
         from new_llm.experiments.run_folder import load_run_model
         from new_llm.models.memory_file import load_memory_file, save_memory_file
         from new_llm.training.devices import choose_device

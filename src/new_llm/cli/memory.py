@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Fill(Command):
     """Read texts into an empty memory of a run's model, and write it to a file.
 
-    Where memory adds (no delta rule, no decay) each file is read from an empty memory and the memories are
-    summed, so several processes can share the files. Where it does not, they are read one after another.
+    Where memory adds (no delta rule, no decay) each file is read from an empty memory and the memories are summed.
+    Otherwise the files are read one after another, in the order given.
     """
 
     run: Path
@@ -37,16 +37,13 @@ class Fill(Command):
     """The memory file to write, *.safetensors."""
     model: str | None = None
     """Which model of the run; not needed where only one has memory."""
-    processes: int = 1
-    """Processes that read files at the same time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     reading: Annotated[FillConfig, arg(name="")] = dataclasses.field(default_factory=FillConfig)
 
     def execute(self) -> int:
         """Fill, with a progress bar in a terminal."""
-        from new_llm.experiments.parallel_filling import fill_memory_from_run
-        from new_llm.experiments.text_blocks import check_text_files, is_plain
+        from new_llm.experiments.memory_filling import check_text_files, fill_memory_from_run, is_plain
 
         check_text_files(self.text)
         console = open_console(stderr=True)
@@ -62,7 +59,6 @@ class Fill(Command):
                 self.text,
                 self.out,
                 model_name=self.model,
-                processes=self.processes,
                 device=self.device,
                 config=self.reading,
                 on_bytes=lambda num_bytes: progress.advance(task, num_bytes),
@@ -107,7 +103,7 @@ class Merge(Command):
 
     def execute(self) -> int:
         """Merge and say what came out."""
-        from new_llm.experiments.parallel_filling import check_output
+        from new_llm.experiments.memory_filling import check_output
         from new_llm.models.memory_file import merge_memory_files
 
         check_output(self.out)

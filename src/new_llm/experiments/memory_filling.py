@@ -1,14 +1,22 @@
-"""Filling a memory with texts of any length, in constant memory.
+"""Fill a memory with texts of any length, in constant working memory.
 
-Where memory adds (no delta rule, no decay) each file is read from an empty memory, and the files' memories
-are summed: the result is that of one call that reads the files as rows of one batch with a shared memory, and
-several processes can share the work. Where it does not add, the files are read one after another, in their
-order, into one memory. A document always begins a new segment.
+Where memory adds (no delta rule, no decay) each file is read from an empty memory and the files' memories are summed: the
+result equals one call that reads the files as rows of one batch with a shared memory, and several machines can share
+the work. Otherwise the files are read one after another, in the order given, into one memory. Every document begins a
+new segment.
+
+Files are read in blocks, cut where the tokenizer would cut anyway. A byte-level BPE (GPT-NeoX's, or one trained here)
+splits text before it merges, and never joins a visible character to white space after it. So a cut in front of white
+space that follows a visible character changes no token. A single space between two visible characters is preferred:
+tokenizers that put a prefix in front of a text agree there, too. Only a run without white space that is longer than
+`max_run_characters` is cut elsewhere.
 """
 
+import codecs
 import copy
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +26,16 @@ from tokenizers import Tokenizer
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import FillConfig
-from new_llm.experiments.text_blocks import OnBytes, check_text_files, read_documents
+from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
+from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
+from new_llm.models.memory_file import save_memory_file
+from new_llm.training.devices import choose_device
 
-State = dict[int, dict[str, Any]]
-"""What `get_memory_state` returns."""
+PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
+"""These hold one text, read in blocks; the other formats hold documents, read one by one."""
+
+OnBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -32,21 +45,74 @@ class FillResult:
     Attributes:
         num_files: text files.
         num_tokens: their tokens.
-        num_segments: segments they were cut into; each document's last one may be short.
-        num_processes: processes that read.
-        seconds: wall time of reading, where there are several processes with their start.
+        num_segments: segments they were cut into; the last one of each document may be short.
+        seconds: wall time of reading.
     """
 
     num_files: int
     num_tokens: int
     num_segments: int
-    num_processes: int
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second of wall time."""
+        """Tokens per second of wall time."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
+
+
+def fill_memory_from_run(
+    run: Path,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    model_name: str | None = None,
+    device: str = "auto",
+    config: FillConfig | None = None,
+    on_bytes: OnBytes = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
+) -> FillResult:
+    """Fill an empty memory with a run's model and write it to a file.
+
+    Args:
+        run: a run folder or a model's folder; see `find_model_folder`.
+        paths: text files.
+        out: the memory file to write.
+        model_name: which model of the run; None: its only one with memory.
+        device: auto, cpu, cuda or cuda:N.
+        config: how much is read at once.
+        on_bytes: called with the bytes read since the last call.
+        on_note: called with a line that the user should read.
+
+    Raises:
+        UserError: anything wrong with the run, the texts or the place to write; `out` is left as it was.
+    """
+    check_text_files(paths)
+    model, tokenizer = load_run_model(run, model_name, needs_memory=True)
+    check_output(out, paths)
+    if len(paths) > 1 and not memory_adds(model):
+        on_note("this memory does not add (delta rule or decay): the files are read one after another, in this order")
+    result = fill_memory(model.to(choose_device(device)), tokenizer, paths, config=config, on_bytes=on_bytes)
+    save_memory_file(model, out)
+    return result
+
+
+def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Reject, before the work, a path where a memory file can't be written.
+
+    Raises:
+        UserError: not *.safetensors, a folder, one of the inputs, or in a read-only place.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out: {out} must end in .safetensors")
+    if out.is_dir():
+        raise UserError(f"--out: {out} is a folder")
+    if out.exists() and any(out.samefile(path) for path in inputs):
+        raise UserError(f"--out: {out} is one of the files to read")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(f"--out: can't write to {out.parent}: {error.strerror or error}") from None
 
 
 def memory_adds(model: TransformerLM) -> bool:
@@ -62,19 +128,16 @@ def fill_memory(
     config: FillConfig | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> FillResult:
-    """Replace the model's memory by one that texts have filled, in this process; no gradients are held.
+    """Replace the model's memory by one that texts have filled; no gradients are kept.
 
-    After an error the model holds what it held before. Frozen banks stay.
+    After an error the model holds what it held before.
 
     Args:
         model: a model with memory layers, which will hold one memory shared by all rows.
         tokenizer: the model's.
-        paths: text files (.txt, .jsonl and what else `new_llm.data` reads).
-        config: sizes of what is held at once.
-        on_bytes: told of the bytes read since the last call.
-
-    Returns:
-        What was read.
+        paths: text files (.txt, .jsonl and whatever else `new_llm.data` reads).
+        config: how much is read at once.
+        on_bytes: called with the bytes read since the last call.
 
     Raises:
         UserError: no memory layer, no files, or a file that holds no text.
@@ -87,7 +150,7 @@ def fill_memory(
     config = config or FillConfig()
     reader = take_memory_part(model)
     adds = memory_adds(model)
-    state: State | None = None
+    state: dict[int, dict[str, Any]] | None = None
     num_tokens = num_segments = 0
     began = time.perf_counter()
     reader.reset_memory()
@@ -97,15 +160,11 @@ def fill_memory(
             num_tokens += tokens
             num_segments += -(-tokens // model.segment_length)
         if adds:
-            state = add_state(state, reader.get_memory_state())
+            own = reader.get_memory_state()
+            state = own if state is None else merge_memory_states([state, own])
             reader.reset_memory()
     model.set_memory_state(state or reader.get_memory_state())
-    return FillResult(len(paths), num_tokens, num_segments, 1, time.perf_counter() - began)
-
-
-def add_state(total: State | None, state: State) -> State:
-    """The sum of the files read so far, file by file: no more than two states are ever held."""
-    return state if total is None else merge_memory_states([total, state])
+    return FillResult(len(paths), num_tokens, num_segments, time.perf_counter() - began)
 
 
 def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[str], config: FillConfig) -> int:
@@ -118,15 +177,12 @@ def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[s
         config: tokens that are read at once.
     """
     stream = model.open_stream(1)
-    for ids in gather_calls(tokenizer, pieces, count_call_tokens(model.segment_length, config)):
+    # A call reads whole segments, in parallel.
+    num_tokens = max(1, config.tokens_per_call // model.segment_length) * model.segment_length
+    for ids in gather_calls(tokenizer, pieces, num_tokens):
         stream.feed_hidden(ids.to(stream.device))
     stream.close(update_memory=True)
     return int(stream.num_tokens)
-
-
-def count_call_tokens(segment_length: int, config: FillConfig) -> int:
-    """Tokens of a call: whole segments, which the model reads in parallel."""
-    return max(1, config.tokens_per_call // segment_length) * segment_length
 
 
 def gather_calls(tokenizer: Tokenizer, pieces: Iterable[str], num_tokens: int) -> Iterator[torch.Tensor]:
@@ -155,3 +211,119 @@ def take_memory_part(model: TransformerLM) -> TransformerLM:
         part.layers = model.layers[: max(model.memory_layers) + 1]
         part._held = part._held[: len(part.layers)]
     return part
+
+
+# Texts in blocks
+
+
+def check_text_files(paths: Iterable[Path]) -> None:
+    """Reject, before any is read, files that can't hold text.
+
+    Raises:
+        UserError: one is missing, not a regular file, empty, or of an unknown format.
+    """
+    for path in paths:
+        try:
+            if not path.exists():
+                raise UserError(f"{path}: no such file")
+            if not path.is_file():
+                raise UserError(f"{path}: not a regular file")
+            if find_reader(path) is None:
+                raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}")
+            if path.stat().st_size == 0:
+                raise UserError(f"{path}: empty: there is no text in it")
+        except OSError as error:
+            raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is one text, of which progress is known in bytes of the file."""
+    return path.name.lower().endswith(PLAIN_EXTENSIONS)
+
+
+def read_documents(path: Path, config: FillConfig, on_bytes: OnBytes) -> Iterator[Iterator[str]]:
+    """Each document of a file as pieces that may be tokenised one by one; consume one before the next.
+
+    Args:
+        path: a text file in one of the known formats.
+        config: how much is read at once.
+        on_bytes: called with the bytes read since the last call; of a plain text they are the file's.
+
+    Raises:
+        UserError: the file can't be read, is binary or not UTF-8, or holds no visible character.
+    """
+    limit = config.max_run_characters
+    if is_plain(path):
+        yield cut_at_white_space(_read_plain(path, config.block_bytes, on_bytes), limit)
+        return
+    found = False
+    for _, text in read_file(path, config.text_field):
+        found = True
+        blocks = (text[i : i + config.block_bytes] for i in range(0, len(text), config.block_bytes))
+        yield cut_at_white_space(blocks, limit)
+        on_bytes(len(text.encode("utf-8")))
+    if not found:
+        raise UserError(f"{path}: holds no text, only white space")
+
+
+def cut_at_white_space(blocks: Iterable[str], max_run_characters: int) -> Iterator[str]:
+    """The same text in other pieces; all but the first begin with white space after a visible character.
+
+    Args:
+        blocks: a text, cut anywhere.
+        max_run_characters: a longer run without such a place is cut at its end.
+    """
+    held = ""
+    for block in blocks:
+        held += block
+        cut = find_cut(held) or (len(held) if len(held) > max_run_characters else 0)
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def find_cut(text: str) -> int:
+    """The last place where a text may be cut without changing tokens; 0: there is none."""
+    for mark, is_single in ((" ", True), ("\n", False), (" ", False), ("\t", False)):
+        at = len(text)
+        while (at := text.rfind(mark, 1, at)) > 0:
+            ends = at + 1 == len(text)
+            if not text[at - 1].isspace() and not (is_single and (ends or text[at + 1].isspace())):
+                return at
+    return 0
+
+
+def _read_plain(path: Path, block_bytes: int, on_bytes: OnBytes) -> Iterator[str]:
+    """UTF-8 text in blocks, without a byte order mark, with \\n for every line end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, held, has_begun, is_visible = 0, "", False, False
+    try:
+        with path.open("rb") as file:
+            while True:
+                raw = file.read(block_bytes)
+                if (at := raw.find(b"\0")) >= 0:
+                    raise UserError(f"{path}: binary (a NUL at byte {offset + at}); UTF-8 text is expected")
+                pending = len(decoder.getstate()[0])
+                try:
+                    text = held + decoder.decode(raw, final=not raw)
+                except UnicodeDecodeError as error:
+                    at = offset - pending + error.start
+                    byte = error.object[error.start]
+                    raise UserError(f"{path}: not UTF-8 text: 0x{byte:02x} at byte {at}") from None
+                held = "\r" if raw and text.endswith("\r") else ""  # its \n may come with the next block
+                text = join_line_ends(text.removesuffix(held))
+                if text and not has_begun:
+                    text, has_begun = text.removeprefix("\ufeff"), True
+                is_visible = is_visible or not (not text or text.isspace())
+                if text:
+                    yield text
+                if not raw:
+                    break
+                offset += len(raw)
+                on_bytes(len(raw))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    if not is_visible:
+        raise UserError(f"{path}: holds no text, only white space")

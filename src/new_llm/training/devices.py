@@ -22,13 +22,16 @@ def choose_device(name: str) -> torch.device:
     """auto: a GPU where there is one.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: no such device, or a GPU is asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: {name!r} is unknown; allowed are auto, cpu, cuda and cuda:N") from None
 
 
 def choose_precision(name: str, device: torch.device) -> str:
