@@ -141,7 +141,7 @@ def test_show_merge_compare(run, tmp_path, capsys, monkeypatch):
         (["fill", "--run", "{run}/infini", "--text", "--out", "m.safetensors"], "no text file"),
         (["show", "nowhere.safetensors"], "No such file"),
         (["show", "{run}/tokenizer.json"], "not a safetensors file"),
-        (["show", "{run}/infini/best/model.safetensors"], "no memory file"),
+        (["show", "{run}/infini/best/model.safetensors"], "not a memory file"),
         (["merge", "one.safetensors", "--out", "m.safetensors"], "at least two"),
         (["merge", "a.safetensors", "b.safetensors", "--out", "m"], "must end in .safetensors"),
     ],

@@ -1,9 +1,9 @@
 """Fill a memory with texts of any length, in constant working memory.
 
-Where memory adds (no delta rule, no decay) each file is read from an empty memory and the files' memories are summed: the
-result equals one call that reads the files as rows of one batch with a shared memory, and several machines can share
-the work. Otherwise the files are read one after another, in the order given, into one memory. Every document begins a
-new segment.
+Where memory adds (no delta rule, no decay) each file is read from an empty memory and the files' memories are summed.
+The result equals one call that reads the files as rows of one batch with a shared memory, and several machines can
+share the work. Otherwise the files are read one after another, in the order given, into one memory. Every document
+begins a new segment.
 
 Files are read in blocks, cut where the tokenizer would cut anyway. A byte-level BPE (GPT-NeoX's, or one trained here)
 splits text before it merges, and never joins a visible character to white space after it. So a cut in front of white
