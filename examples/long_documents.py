@@ -13,11 +13,10 @@ from pathlib import Path
 from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.dataset import prepare_data
-from new_llm.evaluation import Baseline, evaluate_long_documents
+from new_llm.evaluation import MEASURES, Baseline, ModelResult, evaluate_long_documents
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 from new_llm.experiments.run_folder import load_run_model
-from new_llm.report.distance_plot import plot_distance
-from new_llm.report.picture import save_picture
+from new_llm.report import write_chart
 
 
 def main() -> None:
@@ -75,7 +74,8 @@ def main() -> None:
             low, high = difference.relative.low, difference.relative.high
             interval = "" if low is None or high is None else f" ({100 * low:+.2f} to {100 * high:+.2f})"
             print(f"  carried against {way}: {100 * difference.relative.value:+.2f} %{interval}")
-        save_picture(plot_distance(result.to_dict()), folder / f"{name}-by-distance.svg")
+        charts = MEASURES["long"].charts([ModelResult(name, result.to_dict())])
+        write_chart(charts[0], folder / f"{name}-by-distance.svg")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_long_documents_with_baselines(run, text, tmp_path, capsys):
     assert str(tmp_path / "long.svg") in printed
 
 
-def test_recall_writes_its_heat_map(run, text, tmp_path, capsys):
+def test_recall_writes_its_charts(run, text, tmp_path, capsys):
     out, picture = tmp_path / "recall.json", tmp_path / "map.png"
     flags = ["--lengths", 1, 2, 3, "--depths", 0, 1, "--trials", 2, "--tasks", "passkey", "--num-candidates", 4]
     assert call("recall", run, text, *flags, "--out", out, "--picture", picture) == 0
@@ -100,7 +100,7 @@ def test_recall_writes_its_heat_map(run, text, tmp_path, capsys):
     assert all(len(cell["carried"]["answers"]) == 2 for cell in record["result"]["cells"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "pass key: greedy exact match" in printed
+    assert "pass keys: greedy exact match" in printed
     assert "chance 25.0 %" in printed
     assert "12 of 12 texts" in printed
 

@@ -1,9 +1,11 @@
 """A study: variants and seeds trained as runs, measured, compared, and gone on with."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -14,10 +16,12 @@ from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
 from new_llm.experiments import study as study_module
-from new_llm.experiments import study_table
 from new_llm.experiments.study_config import StudyConfig, merge_settings
-from new_llm.experiments.study_table import list_metrics, render_figure
+from new_llm.experiments.study_table import describe_study, render_markdown
+from new_llm.report.study_figures import write_study_figures
 from new_llm.training import TrainingError
+
+VS_RESET = "Long documents: validation: vs. reset"
 
 
 def write_study(path: Path, addresses: Path, **changes: object) -> Path:
@@ -57,11 +61,11 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert [code["version"] for code in summary["variants"]["no-delta"]["code"]] == [summary["code"]["version"]]
     reference, other = (summary["variants"][name]["figures"] for name in ("reference", "no-delta"))
     for figures in (reference, other):
-        for metric in ("streaming perplexity", "validation: carried vs reset", "validation: carried vs whole"):
+        for metric in ("Validation perplexity: streaming", VS_RESET, "Long documents: validation: vs. whole"):
             assert set(figures[metric]["by_seed"]) == {"0", "1"}
             assert figures[metric]["low"] < figures[metric]["mean"] < figures[metric]["high"]
     # A difference from the reference is that of the same seed.
-    metric = "sliding perplexity"
+    metric = "Validation perplexity: sliding"
     first, second = (figures[metric]["by_seed"] for figures in (reference, other))
     expected = sum(second[seed] - first[seed] for seed in "01") / 2
     assert other[metric]["difference_from_reference"]["mean"] == pytest.approx(expected)
@@ -69,35 +73,36 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     # Carried against reset is what the records of the runs say.
     record = json.loads((folder / "measured" / "no-delta-s1-long-validation.json").read_text())
     relative = record["result"]["overall"]["differences"]["reset"]["relative"]["value"]
-    assert other["validation: carried vs reset"]["by_seed"]["1"] == pytest.approx(relative)
+    assert other[VS_RESET]["by_seed"]["1"] == pytest.approx(relative)
     assert record["subject"]["seed"] == 1
-    assert "validation: carried vs reset" not in summary["variants"]["pythia"]["figures"]
+    assert VS_RESET not in summary["variants"]["pythia"]["figures"]
     table = (folder / "table.md").read_text()
     assert "| no-delta | 2 |" in table
-    titles = ["Validation perplexity.", "Long documents: validation.", "Reversal curse.", "Gates and cost."]
-    assert [line for line in table.splitlines() if line in titles] == titles
+    titles = ["Validation perplexity.", "Reversal curse.", "Long documents: validation.", "Gates and cost."]
+    assert {line for line in table.splitlines() if line in titles} == set(titles)
     # The reversal curse is what the runs say, recall what the records say, averaged over seeds.
     runs = [json.loads((folder / f"pythia-s{seed}" / "results.json").read_text()) for seed in (0, 1)]
     ratios = [one["models"][0]["evaluation"]["reversal"]["ratio"] for one in runs]
-    assert summary["variants"]["pythia"]["figures"]["reversal ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
+    assert summary["variants"]["pythia"]["figures"]["Reversal curse: ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
     records = [json.loads((folder / "measured" / f"reference-s{seed}-recall.json").read_text()) for seed in (0, 1)]
-    shares = [record["result"]["cells"][1]["carried"]["first"]["value"] for record in records]
-    by_distance = summary["variants"]["reference"]["recall"]["facts"]
-    distances = [round(cell["mean_distance"]) for cell in records[0]["result"]["cells"]]
-    assert distances[0] < distances[1]
-    assert [found["distance"] for found in by_distance] == distances
-    assert by_distance[1]["first"]["mean"] == pytest.approx(sum(shares) / 2)
-    assert f"| variant | {distances[0]} | {distances[1]} |" in table
-    assert {file.name for file in folder.glob("*.svg")} == {
-        "differences.svg",
-        "distance-validation.svg",
-        "distance-validation-against-pythia.svg",
-        "distance-validation-against-whole.svg",
+    shares = [
+        sum(cell["carried"]["exact"]["value"] for cell in record["result"]["cells"]) / len(record["result"]["cells"])
+        for record in records
+    ]
+    figures = summary["variants"]["reference"]["figures"]
+    (metric,) = (name for name in figures if name.startswith("Recall, exact: "))
+    assert figures[metric]["mean"] == pytest.approx(sum(shares) / 2)
+    drawn = {file.name for file in (folder / "figures").glob("*.svg")}
+    assert drawn >= {
+        "reversal.svg",
         "recall-facts.svg",
-        "recall-facts-first.svg",
+        "long-validation-distance-reference.svg",
+        "long-validation-distance-against-reset.svg",
+        "figure-long-documents-validation-vs-reset.svg",
     }
-    assert (folder / "differences.svg").read_text().startswith("<?xml")
-    assert (folder / "distance-validation.svg").exists()
+    assert {file.stem for file in (folder / "figures").glob("*.csv")} == {Path(name).stem for name in drawn}
+    rows = list(csv.DictReader((folder / "figures" / "figure-long-documents-validation-vs-reset.csv").open()))
+    assert [row["variant"] for row in rows] == ["reference", "no-delta"]
     captured = capsys.readouterr()
     assert "results:" in captured.out
     assert "minutes on two cores" in captured.err
@@ -214,8 +219,6 @@ def test_a_cell_loads_each_of_its_models_once_and_none_where_all_is_measured(add
         assert loaded == ["no-delta-s1", "pythia-s1", "whole-s1"]
     whats = ("long-validation", "long-a", "long-b", "recall")
     assert all(study_module.measured_path(study, cell, what).exists() for what in whats)
-    metrics = list_metrics(study)
-    assert all(f"{text}: carried perplexity" in metrics for text in ("validation", "a", "b"))
 
 
 def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path, loaded):
@@ -264,31 +267,49 @@ def test_settings_are_merged_key_by_key():
     assert base == {"model": {"a": 1, "b": 2}, "seed": 0}
 
 
-def test_cells_of_the_table():
-    assert render_figure("p", {"mean": 1234.5, "low": None, "high": None}) == "1,234"
-    found = {"mean": -0.05, "low": -0.06, "high": -0.04}
-    assert render_figure("validation: carried vs reset", found) == "-5.00 % [-6.00 %, -4.00 %]"
-    assert render_figure("p", None) == "–"
+def make_run(seed: int, starts: list[int]) -> dict[str, Any]:
+    """A training whose validation documents reach so far."""
+
+    def figures(start: int) -> dict[str, Any]:
+        found = {"value": -0.05 - seed / 100, "low": -0.1, "high": 0.0}
+        ways = {way: {"value": 50.0 + seed, "low": None, "high": None} for way in ("carried", "reset")}
+        return {"start": start, "end": None, "perplexity": ways, "differences": {"reset": {"relative": found}}}
+
+    result = {
+        "ranges": [figures(start) for start in starts],
+        "overall": figures(0),
+        "num_documents": 3,
+        "confidence": 0.95,
+    }
+    training = {"tokens": 100, "tokens_per_second": 10.0, "peak_memory_bytes": 1_000_000}
+    model = {"evaluation": {}, "gates": {}, "training": training, "num_parameters": {"total": 5}}
+    return {
+        "seed": seed,
+        "model": model,
+        "code": {"version": "1"},
+        "measured": {"long-books": {"kind": "long", "result": result}},
+    }
 
 
-def test_seeds_whose_documents_reach_different_distances_are_averaged_where_they_reach():
-    def measured(*perplexities):
-        starts = (0, 64, 256)[: len(perplexities)]
-        ranges = [
-            {"start": start, "end": None, "num_tokens": 10, "perplexity": {"carried": {"value": value}},
-             "differences": {"reset": {"relative": {"value": -0.1}}}}
-            for start, value in zip(starts, perplexities, strict=True)
-        ]  # fmt: skip
-        cells = [
-            {"task": "facts", "mean_distance": float(place), "num_trials": 2,
-             **{way: {figure: {"value": 0.5} for figure in ("exact", "first")} for way in ("carried", "reset")}}
-            for place in range(1, len(perplexities))
-        ]  # fmt: skip
-        return {"measured": {"long-own": {"result": {"ranges": ranges}}, "recall": {"result": {"cells": cells}}}}
+def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path):
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
+    found = {"reference": [make_run(0, [0, 1024]), make_run(1, [0, 1024, 2048])], "no-delta": [make_run(0, [0])]}
+    summary = describe_study(study, found)
+    figure = summary["variants"]["reference"]["figures"][VS_RESET.replace("validation", "books")]
+    assert figure["mean"] == pytest.approx(-0.055)
+    write_study_figures(summary, found, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "figures" / "long-books-distance-against-reset.csv").open()))
+    assert [row["distance"] for row in rows if row["model"] == "reference"] == ["0+", "1k+", "0+", "1k+", "2k+"]
+    assert "| no-delta | 1 |" in render_markdown(summary)
+    # One seed: the measure's own interval, over documents.
+    assert summary["variants"]["no-delta"]["figures"][VS_RESET.replace("validation", "books")]["high"] == 0.0
 
-    runs = [measured(10.0, 8.0, 6.0), measured(20.0, 12.0)]
-    for order in (runs, runs[::-1]):  # the first seed's ranges are not those of all
-        ranges = study_table._collect_ranges(order, "long-own")
-        assert [found["perplexity"]["carried"]["mean"] for found in ranges] == [15, 10, 6]
-        assert [found["relative"]["reset"]["num_seeds"] for found in ranges] == [2, 2, 1]
-        assert [found["exact"]["num_seeds"] for found in study_table._collect_recall(order)["facts"]] == [2, 1]
+
+def test_a_result_that_can_t_be_read_loses_its_own_cells(addresses, tmp_path):
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
+    broken = make_run(0, [0])
+    broken["measured"]["long-books"]["result"] = {"ranges": None}
+    broken["model"]["evaluation"] = {"reversal": {}, "their_own": {"x": 1}}
+    table = render_markdown(describe_study(study, {"reference": [broken], "no-delta": [make_run(0, [0])]}))
+    assert "| reference | 1 | 10 | 1.00 MB |" in table
+    assert "Long documents: books." in table

@@ -25,7 +25,6 @@ from new_llm.config.evaluation import (
 from new_llm.config.terminal import open_console, print_text
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.table import Table
 
     from new_llm.data.reversal_pairs import ReversalPair
@@ -46,6 +45,7 @@ REVERSAL_TABLES = {
     "mean rank of the right answer": ("{}_mean_rank", ("chance_mean_rank",)),
 }
 """Title of a table: the figure in both directions, and what stands beside it."""
+RECALL_FIGURES = {"exact": "greedy exact match", "first": "right answer ranked first", "mean_rank": "mean rank"}
 REVERSAL_HEADINGS = {"answer_ratio": "ratio", "chance_accuracy": "chance", "chance_mean_rank": "chance"}
 
 
@@ -68,7 +68,7 @@ class Measurement(Command):
         record = self.measure(subject)
         self.show(record)
         path = write_evaluation(record, subject, self.out)
-        self.draw(record["result"], path)
+        self.draw(record, path)
         if record["status"] == "partial":
             print("interrupted: the result is partial, and is labelled so", file=sys.stderr)
         print_text(f"results: {path}")
@@ -85,7 +85,7 @@ class Measurement(Command):
     def show(self, record: dict[str, Any]) -> None:
         """Print the result."""
 
-    def draw(self, result: dict[str, Any], path: Path) -> None:
+    def draw(self, record: dict[str, Any], path: Path) -> None:
         """Draw the result, where there is a picture of it."""
 
     def judge(self, record: dict[str, Any]) -> int:
@@ -105,17 +105,18 @@ class PicturedMeasurement(Measurement):
         if self.picture is not None and self.picture.suffix not in PICTURE_ENDINGS:
             raise UserError(f"--picture: {self.picture} must end with {' or '.join(PICTURE_ENDINGS)}")
 
-    def draw(self, result: dict[str, Any], path: Path) -> None:
-        """Draw the result beside its JSON file, or where --picture says."""
-        from new_llm.report.picture import save_picture
+    def draw(self, record: dict[str, Any], path: Path) -> None:
+        """Draw the measure's charts beside the JSON file, or where --picture says."""
+        from new_llm.evaluation import MEASURES, ModelResult
+        from new_llm.report import write_chart
 
-        picture = self.picture or path.with_suffix(".svg")
-        save_picture(self.plot(result), picture)
-        print_text(f"picture: {picture}")
-
-    @abstractmethod
-    def plot(self, result: dict[str, Any]) -> "Figure":
-        """The picture of a result."""
+        first = self.picture or path.with_suffix(".svg")
+        name = record["subject"].get("model") or "model"
+        charts = MEASURES[record["kind"]].charts([ModelResult(name, record["result"])])
+        for place, chart in enumerate(charts):
+            picture = first if place == 0 else first.with_name(f"{first.stem}-{chart.name}{first.suffix}")
+            write_chart(chart, picture)
+            print_text(f"picture: {picture}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -258,15 +259,9 @@ class LongDocuments(PicturedMeasurement):
         settings = plain_settings(self.data, self.options)
         return describe_evaluation("long", subject, text.info, settings, values, is_complete=result.is_complete)
 
-    def plot(self, result: dict[str, Any]) -> "Figure":
-        """Perplexity by distance."""
-        from new_llm.report.distance_plot import plot_distance
-
-        return plot_distance(result)
-
     def show(self, record: dict[str, Any]) -> None:
         """Print perplexities, and what the carried memory is worth against each other way, by distance."""
-        from new_llm.report.distance_plot import WAYS, name_range
+        from new_llm.formats import WAYS, name_range
 
         result = record["result"]
         rows = [*((name_range(entry), entry) for entry in result["ranges"]), ("all", result["overall"])]
@@ -333,15 +328,9 @@ class Recall(PicturedMeasurement):
             "recall", subject, text.info, settings, result.to_dict(), is_complete=result.is_complete
         )
 
-    def plot(self, result: dict[str, Any]) -> "Figure":
-        """A heat map for each task and figure."""
-        from new_llm.report.heat_map import plot_recall
-
-        return plot_recall(result)
-
     def show(self, record: dict[str, Any]) -> None:
         """Print a depth × length table for each task and figure, the control's figures below."""
-        from new_llm.report.heat_map import FIGURES, TASKS
+        from new_llm.evaluation.recall import TASKS
 
         result = record["result"]
         console = open_console()
@@ -353,7 +342,7 @@ class Recall(PicturedMeasurement):
         for task in dict.fromkeys(cell["task"] for cell in result["cells"]):
             cells = {(cell["depth"], cell["length"]): cell for cell in result["cells"] if cell["task"] == task}
             lengths, depths = (sorted({key[place] for key in cells}) for place in (1, 0))
-            for name, words in FIGURES.items():
+            for name, words in RECALL_FIGURES.items():
                 title = f"{TASKS[task]}: {words}{chances[name]}{PARTIAL[record['status']]}"
                 table = make_table(title, "depth \\ segments", *(f"{length:,}" for length in lengths))
                 for depth in depths:

@@ -307,7 +307,7 @@ def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
 class LongDocuments(Measure):
     """Long documents with the memory carried, emptied, and another document's."""
 
-    name = "long_documents"
+    name = "long"
     title = "long documents"
 
     def run(self, subject: Subject) -> dict[str, Any]:
@@ -337,21 +337,38 @@ class LongDocuments(Measure):
         return columns
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """Per model, perplexity by distance, a line per way."""
+        """Perplexity by distance: per model a line per way, and per other way a line per model."""
         charts: list[Chart] = []
-        for one in results:
+        for name in dict.fromkeys(one.name for one in results):
             rows = [
                 {"distance": name_range(entry), "way": WAYS.get(way, way), **found}
+                for one in results
+                if one.name == name
                 for entry in one.result["ranges"]
                 for way, found in entry["perplexity"].items()
             ]
             caption = (
                 "Perplexity by distance from the document's start. Where the line of the carried memory lies below the "
-                f"others, the memory helps; bands are {one.result['confidence']:.0%} intervals over documents."
+                "others, the memory helps; bands are intervals over documents."
             )
-            columns = {"x": "distance", "y": "value", "series": "way", "low": "low", "high": "high"}
-            titles = {"x_title": "tokens from the start", "y_title": "perplexity", "view": one.name}
-            charts.append(line_chart(f"distance-{one.name}", "Long documents", caption, rows, **columns, **titles))
+            columns: dict[str, Any] = {"x": "distance", "y": "value", "series": "way", "low": "low", "high": "high"}
+            titles = {"x_title": "tokens from the start", "y_title": "perplexity", "view": name}
+            charts.append(line_chart(f"distance-{name}", "Long documents", caption, rows, **columns, **titles))
+        for way in (RESET, FOREIGN):
+            rows = [
+                {"model": one.name, "distance": name_range(entry), **entry["differences"][way]["relative"]}
+                for one in results
+                for entry in one.result["ranges"]
+                if way in entry["differences"]
+            ]
+            if rows:
+                caption = "Perplexity with the memory carried against the other way, on the same documents."
+                columns = {"x": "distance", "y": "value", "series": "model", "low": "low", "high": "high"}
+                titles = {"x_title": "tokens from the start", "y_title": f"against {WAYS[way]}", "view": WAYS[way]}
+                name, title = f"distance-against-{way}", "What the memory is worth by distance"
+                charts.append(
+                    line_chart(name, title, caption, rows, **columns, **titles, y_format="+.1%", reference=0.0)
+                )
         return charts
 
     def describe(self, result: dict[str, Any]) -> str:

@@ -91,21 +91,21 @@ class MemoryUsage(Measure):
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """A heat map per model: segments across, memories and heads down."""
         charts: list[Chart] = []
-        for one in results:
+        for name in dict.fromkeys(one.name for one in results):
             rows = [
                 {
                     "segment": segment + 1,
                     "memory": f"layer {layer['layer']}, memory {memory + 1}, head {head + 1}",
                     "norm": value,
                 }
+                for one in results
+                if one.name == name
                 for layer in one.result["layers"]
                 for segment, memories in enumerate(layer["norms"])
                 for memory, heads in enumerate(memories)
                 for head, value in enumerate(heads)
             ]
             caption = "Norm of each memory after each segment of one document: does it fill up, and are all written?"
-            title = f"Memory usage: {one.name}"
-            name = f"memory-usage-{one.name}"
-            axes = {"x": "segment", "y": "memory", "value": "norm"}
-            charts.append(heat_chart(name, title, caption, rows, **axes, x_title="segment"))
+            axes: dict[str, Any] = {"x": "segment", "y": "memory", "value": "norm", "x_title": "segment", "view": name}
+            charts.append(heat_chart(f"memory-usage-{name}", "Memory usage", caption, rows, **axes))
         return charts

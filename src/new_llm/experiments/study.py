@@ -50,6 +50,9 @@ LOGS_FOLDER = "logs"
 INTERRUPTED, BAD_INPUT = 130, 2
 """Exit codes of a job's process, those of the command."""
 
+FiguresWriter = Callable[[dict[str, Any], dict[str, list[dict[str, Any]]], Path], None]
+"""Draws a study's summary and its runs into a folder: `new_llm.report.study_figures.write_study_figures`."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -71,7 +74,7 @@ def run_study(
     jobs: int = 1,
     console: Console | None = None,
     write_report: ReportWriter | None = None,
-    write_figures: Callable[[dict[str, Any], Path], None] | None = None,
+    write_figures: FiguresWriter | None = None,
 ) -> dict[str, Any]:
     """Do what of a study is not done yet, seed by seed, and write its summary after every seed.
 
@@ -106,7 +109,7 @@ def run_study(
         try:
             summary = summarize_study(study)
             if write_figures:
-                write_figures(summary, study.folder)
+                write_figures(summary, gather_runs(study), study.folder)
         except Exception as error:
             if seed == study.seeds[-1]:
                 raise
@@ -235,8 +238,8 @@ def _measure_recall(subject: Subject, config: RecallConfig, settings: dict[str, 
     return describe_evaluation("recall", subject, text.info, settings, result.to_dict())
 
 
-def summarize_study(study: StudyConfig) -> dict[str, Any]:
-    """Gather all that is done by now, and write `study.json` and `table.md`."""
+def gather_runs(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
+    """By variant, all trainings that are done by now, with what was measured of them."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in plan_cells(study):
         results = read_json(study.folder / cell.name / RESULTS_FILE)
@@ -246,7 +249,12 @@ def summarize_study(study: StudyConfig) -> dict[str, Any]:
         found.setdefault(cell.variant, []).append(
             {"seed": cell.seed, "model": results["models"][0], "code": results["code"], "measured": measured}
         )
-    summary = describe_study(study, found) | {"code": describe_code()}
+    return found
+
+
+def summarize_study(study: StudyConfig) -> dict[str, Any]:
+    """Compare all that is done by now, and write `study.json` and `table.md`."""
+    summary = describe_study(study, gather_runs(study)) | {"code": describe_code()}
     write_json(study.folder / SUMMARY_FILE, summary)
     write_text_atomically(study.folder / TABLE_FILE, render_markdown(summary))
     return summary

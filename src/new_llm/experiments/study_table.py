@@ -1,96 +1,59 @@
-"""The figures of a study: means over seeds with intervals, and differences from the reference, paired by seed."""
+"""The figures of a study: means over seeds with intervals, and differences from the reference, paired by seed.
+
+Which figures there are is the measures' to say: their columns, of what the runs measured themselves and of what the
+study measured afterwards. A result that a measure can't read loses its own cells, never the table.
+"""
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from new_llm.config.terminal import make_line
+from new_llm.evaluation import MEASURES, Column
 from new_llm.evaluation.statistics import find_t_interval
 from new_llm.experiments.study_config import StudyConfig
+from new_llm.formats import format_bytes, format_count, format_number
 
 Run = Mapping[str, Any]
+"""One training: `seed`, `model` (its entry in results.json), `measured` (records by what was measured), `code`."""
 
 CONFIDENCE = 0.95
+COST = "Gates and cost"
 
 
-def _validation(protocol: str) -> Callable[[Run], float | None]:
-    return lambda run: run["model"]["evaluation"][protocol]["perplexity"]
+def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(what was measured, the measure's name, its result) of a training."""
+    for name, result in (run["model"].get("evaluation") or {}).items():
+        yield name, name, result
+    for what, record in run["measured"].items():
+        if record is not None:
+            yield what, record["kind"], record["result"]
 
 
-def _relative(what: str, against: str) -> Callable[[Run], float | None]:
-    """Perplexity with the memory carried / another way − 1, on long documents."""
-
-    def find(run: Run) -> float | None:
-        record = run["measured"].get(what)
-        difference = record and record["result"]["overall"]["differences"].get(against)
-        return difference["relative"]["value"] if difference else None
-
-    return find
-
-
-def _carried(what: str) -> Callable[[Run], float | None]:
-    def find(run: Run) -> float | None:
-        record = run["measured"].get(what)
-        return record["result"]["overall"]["perplexity"]["carried"]["value"] if record else None
-
-    return find
-
-
-def _gate(choose: Callable[[Sequence[float]], float]) -> Callable[[Run], float | None]:
-    def find(run: Run) -> float | None:
-        values = [value for gates in run["model"]["gates"].values() for value in gates]
-        return choose(values) if values else None
-
-    return find
-
-
-def _reversal(name: str) -> Callable[[Run], float | None]:
-    def find(run: Run) -> float | None:
-        reversal = run["model"]["evaluation"].get("reversal")
-        return reversal[name] if reversal else None
-
-    return find
-
-
-REVERSAL_METRICS = {
-    "reversal forward perplexity": "forward_perplexity",
-    "reversal backward perplexity": "backward_perplexity",
-    "reversal ratio": "ratio",
-    "reversal gap": "gap",
-    "answers first, forward": "forward_accuracy",
-    "answers first, backward": "backward_accuracy",
-}
-"""The column's name, and that of the reversal curse's figure."""
-
-
-def group_metrics(study: StudyConfig) -> dict[str, dict[str, Callable[[Run], float | None]]]:
-    """By table, its columns: a name, and how to find the figure of one run (None: it has none)."""
-    groups: dict[str, dict[str, Callable[[Run], float | None]]] = {
-        "Validation perplexity": {
-            "sliding perplexity": _validation("sliding"),
-            "streaming perplexity": _validation("streaming"),
-        }
-    }
-    if study.long_documents is not None:
-        for text in study.long_texts:
-            what = f"long-{text}"
-            ways = ("reset", "foreign", *study.baselines, *study.window_baselines)
-            groups[f"Long documents: {text}"] = {f"{text}: carried perplexity": _carried(what)} | {
-                f"{text}: carried vs {against}": _relative(what, against) for against in ways
-            }
-    groups["Reversal curse"] = {name: _reversal(figure) for name, figure in REVERSAL_METRICS.items()}
-    groups["Gates and cost"] = {
-        "least gate": _gate(min),
-        "greatest gate": _gate(max),
-        "tokens/s": lambda run: run["model"]["training"]["tokens_per_second"],
-        "peak MiB": lambda run: run["model"]["training"]["peak_memory_bytes"] / 2**20,
-    }
-    return groups
-
-
-def list_metrics(study: StudyConfig) -> dict[str, Callable[[Run], float | None]]:
-    """All columns of `group_metrics`."""
-    return {name: find for group in group_metrics(study).values() for name, find in group.items()}
+def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
+    """By its name, each figure of a training, and the table that it stands in."""
+    figures: dict[str, tuple[str, Column]] = {}
+    for what, name, result in list_results(run):
+        measure = MEASURES.get(name)
+        try:
+            columns = measure.columns(dict(result)) if measure else []
+        except Exception:  # a bug of a user's own measure costs its own figures, not a finished study's table
+            continue
+        text = what.removeprefix(f"{name}-") if what != name else ""
+        for column in columns:
+            if isinstance(column.value, int | float):
+                table = (column.group or measure.title if measure else name) + (f": {text}" if text else "")
+                figures[f"{table}: {column.title}"] = (table, column)
+    gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
+    training = run["model"]["training"]
+    costs = [
+        Column("least gate", "least gate", min(gates, default=None)),
+        Column("greatest gate", "greatest gate", max(gates, default=None)),
+        Column("tokens/s", "tokens/s", training["tokens_per_second"], format_count),
+        Column("peak memory", "peak memory", training["peak_memory_bytes"], format_bytes),
+    ]
+    return figures | {f"{COST}: {column.title}": (COST, column) for column in costs if column.value is not None}
 
 
 def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -101,31 +64,35 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         found: by variant, its finished runs.
 
     Returns:
-        `name`, `question`, `reference`, `tables` (which figures stand in which), and `variants`: for each its runs'
-        figures, the versions of the code that trained them, their mean and interval (Student's t over seeds; None for
-        one seed), the paired difference from the reference, long documents by distance, and recall by task and
-        distance.
+        `name`, `question`, `reference`, `tables` (which figures are in which), and `variants`: for each its changes,
+        its seeds, the versions of the code that trained it, its size, and `figures`: by name the values by seed, their
+        mean with its interval (Student's t over seeds; of one seed the measure's own, over documents), the text of the
+        table's cell, and the difference from the reference, paired by seed.
     """
-    metrics = list_metrics(study)
-    reference = {run["seed"]: run for run in found.get(study.reference_variant, [])}
+    by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
+    reference = by_variant.get(study.reference_variant, {})
+    tables: dict[str, list[str]] = {}
     variants: dict[str, Any] = {}
     for name, runs in found.items():
+        by_seed = by_variant[name]
         figures: dict[str, Any] = {}
-        for metric, find in metrics.items():
-            by_seed = {run["seed"]: find(run) for run in runs}
-            known = {seed: value for seed, value in by_seed.items() if value is not None}
-            if not known:
-                continue
+        for metric in dict.fromkeys(metric for listed in by_seed.values() for metric in listed):
+            known = {seed: listed[metric][1] for seed, listed in by_seed.items() if metric in listed}
+            table, column = next(listed[metric] for listed in by_seed.values() if metric in listed)
+            if metric not in tables.setdefault(table, []):
+                tables[table].append(metric)
             differences = [
-                value - other
-                for seed, value in known.items()
-                if name != study.reference_variant
-                and seed in reference
-                and (other := find(reference[seed])) is not None
+                column.value - reference[seed][metric][1].value
+                for seed, column in known.items()
+                if name != study.reference_variant and metric in reference.get(seed, {})
             ]
+            summary = _summarize([column.value for column in known.values()])
+            if len(known) == 1:
+                summary |= {"low": column.low, "high": column.high}
             figures[metric] = {
-                "by_seed": {str(seed): value for seed, value in known.items()},
-                **_summarize(list(known.values())),
+                "by_seed": {str(seed): column.value for seed, column in known.items()},
+                **summary,
+                "text": _render(column, summary),
                 "difference_from_reference": _summarize(differences) if differences else None,
             }
         variants[name] = {
@@ -135,16 +102,15 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
             "num_parameters": runs[0]["model"]["num_parameters"]["total"],
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": figures,
-            "ranges": {what: _collect_ranges(runs, what) for what in runs[0]["measured"] if what.startswith("long-")},
-            "recall": _collect_recall(runs),
         }
+    cost = {COST: tables.pop(COST)} if COST in tables else {}
     return {
         "name": study.name,
         "question": study.question,
         "reference": study.reference_variant,
         "baselines": [*study.baselines, *study.window_baselines],
         "num_seeds": len(study.seeds),
-        "tables": {name: list(group) for name, group in group_metrics(study).items()},
+        "tables": tables | cost,
         "variants": variants,
     }
 
@@ -155,125 +121,43 @@ def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def _summarize(values: Sequence[float]) -> dict[str, Any]:
-    low, high = find_t_interval(values, CONFIDENCE)
-    return {"mean": statistics.fmean(values), "low": low, "high": high, "num_seeds": len(values)}
+def _summarize(values: Sequence[Any]) -> dict[str, Any]:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    low, high = find_t_interval(finite, CONFIDENCE)
+    return {
+        "mean": statistics.fmean(finite) if finite else None,
+        "low": low,
+        "high": high,
+        "num_seeds": len(finite),
+    }
 
 
-def _collect_ranges(runs: Sequence[Run], what: str) -> list[dict[str, Any]]:
-    """Of each range of distance: the mean of each way's perplexity and of each difference.
+def _render(column: Column, summary: Mapping[str, Any]) -> str:
+    """A cell: the mean, and its interval where there is one."""
 
-    Seeds may have different validation documents, and reach different distances: each range is the mean over the seeds
-    that reach it, `num_seeds` says how many those are, and `num_tokens` is their tokens together.
-    """
-    records = [record["result"] for run in runs if (record := run["measured"].get(what))]
-    found: dict[int, list[dict[str, Any]]] = {}
-    for record in records:
-        for entry in record["ranges"]:
-            found.setdefault(entry["start"], []).append(entry)
-    return [
-        {
-            "start": start,
-            "end": same[0]["end"],
-            "num_tokens": sum(entry["num_tokens"] for entry in same),
-            "perplexity": _average_ways([{way: e["value"] for way, e in x["perplexity"].items()} for x in same]),
-            "relative": _average_ways(
-                [{way: e["relative"]["value"] for way, e in x["differences"].items()} for x in same]
-            ),
-        }
-        for start, same in sorted(found.items())
-    ]
+    def write(value: float | None) -> str:
+        if value is None or not math.isfinite(value):
+            return format_number(value)
+        return column.format(value)
 
-
-def _average_ways(values: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The mean of each way over the seeds that have it."""
-    ways = dict.fromkeys(way for by_way in values for way in by_way)
-    return {way: _summarize([by_way[way] for by_way in values if way in by_way]) for way in ways}
-
-
-def _collect_recall(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """By task, for each distance in segments: how often the answer was exact, and ranked first, mean over seeds.
-
-    `reset` is the share ranked first with the memory emptied before the question.
-    """
-    records = [record["result"] for run in runs if (record := run["measured"].get("recall"))]
-    collected: dict[str, list[dict[str, Any]]] = {}
-    places = dict.fromkeys(
-        (cell["task"], round(cell["mean_distance"])) for record in records for cell in record["cells"]
-    )
-    for task, distance in sorted(places):
-
-        def average(way: str, figure: str, task: str = task, distance: int = distance) -> dict[str, Any]:
-            means = (_average_cells(record["cells"], task, distance, way, figure) for record in records)
-            return _summarize([mean for mean in means if mean is not None])
-
-        entry = {"distance": distance, "exact": average("carried", "exact"), "first": average("carried", "first")}
-        collected.setdefault(task, []).append(entry | {"reset": average("reset", "first")})
-    return collected
-
-
-def _average_cells(cells: Sequence[Run], task: str, distance: int, way: str, figure: str) -> float | None:
-    """The mean over the trials of a distance; None where the seed has none."""
-    same = [cell for cell in cells if cell["task"] == task and round(cell["mean_distance"]) == distance]
-    num_trials = sum(cell["num_trials"] for cell in same)
-    return sum(cell[way][figure]["value"] * cell["num_trials"] for cell in same) / num_trials if same else None
+    text = write(summary["mean"])
+    ends = (summary["low"], summary["high"])
+    return text if None in ends else f"{text} [{', '.join(map(write, ends))}]"
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
-    """The tables of a study: a line a variant, a column a metric; intervals where there are several seeds."""
+    """The tables of a study: a line per variant, a column per figure; the interval beside the mean."""
     variants = summary["variants"]
     lines = [
-        f"**{summary['question']}** Mean and 95 % interval over {summary['num_seeds']} seeds; differences of "
-        "perplexity are relative: below 0 the carried memory is better.",
+        f"**{make_line(summary['question'])}** Mean over {summary['num_seeds']} seeds and its 95 % interval; of one "
+        "seed the interval over documents. Differences are relative: below 0 the carried memory is better.",
     ]
-    for title, names in summary["tables"].items():
-        metrics = [name for name in names if any(name in entry["figures"] for entry in variants.values())]
+    for title, metrics in summary["tables"].items():
         known = {name: entry for name, entry in variants.items() if any(m in entry["figures"] for m in metrics)}
-        if not known:
-            continue
-        columns = [metric.rpartition(": ")[2] for metric in metrics]
-        lines += ["", f"{title}.", "", "| " + " | ".join(["variant", "seeds", *columns]) + " |"]
+        columns = [make_line(metric.removeprefix(f"{title}: ")) for metric in metrics]
+        lines += ["", f"{make_line(title)}.", "", "| " + " | ".join(["variant", "seeds", *columns]) + " |"]
         lines.append("|" + "---|" * (2 + len(metrics)))
         for name, entry in known.items():
-            cells = [render_figure(metric, entry["figures"].get(metric)) for metric in metrics]
+            cells = [entry["figures"].get(metric, {"text": "–"})["text"] for metric in metrics]
             lines.append("| " + " | ".join([name, str(len(entry["seeds"])), *cells]) + " |")
-    for task in dict.fromkeys(task for entry in variants.values() for task in entry["recall"]):
-        lines += ["", *_render_recall(task, variants)]
     return "\n".join(lines) + "\n"
-
-
-def _render_recall(task: str, variants: Mapping[str, Any]) -> list[str]:
-    """A table: a line a variant, a column a distance; shares of exact answers, and of answers ranked first."""
-    known = {name: entry["recall"][task] for name, entry in variants.items() if task in entry["recall"]}
-    distances = sorted({found["distance"] for cells in known.values() for found in cells})
-    lines = [
-        f"Recall of {task} by segments between the sentence and the question: exact / ranked first, mean over seeds.",
-        "",
-        "| " + " | ".join(["variant", *map(str, distances)]) + " |",
-        "|" + "---|" * (1 + len(distances)),
-    ]
-    for name, cells in known.items():
-        by_distance = {found["distance"]: found for found in cells}
-        shown = [
-            f"{found['exact']['mean']:.0%} / {found['first']['mean']:.0%}" if (found := by_distance.get(d)) else "–"
-            for d in distances
-        ]
-        lines.append("| " + " | ".join([name, *shown]) + " |")
-    return lines
-
-
-def render_figure(metric: str, figure: Mapping[str, Any] | None) -> str:
-    """One cell: the mean, and the interval where there is one."""
-    if figure is None:
-        return "–"
-    is_relative = " vs " in metric
-
-    def render(value: float) -> str:
-        if is_relative:
-            return f"{100 * value:+.2f} %"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
-
-    text = render(figure["mean"])
-    if figure["low"] is not None and math.isfinite(figure["low"]):
-        text += f" [{render(figure['low'])}, {render(figure['high'])}]"
-    return text

@@ -145,7 +145,8 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[meas
 def list_sections(series: Sequence[Series], charts: dict[measures.Place, list[Chart]]) -> list[Section]:
     """The page's parts that have something to show."""
     places = {one.name: one.index for one in series}
-    sections = []
+    sections: list[Section] = []
+    taken: set[str] = {"summary", "layers", "differences", "evaluations", "reproduce", "theme"}
     for number, ((measure, text), drawn) in enumerate(charts.items()):
         if measure in MEASURES:
             title = make_line(MEASURES[measure].title)
@@ -158,7 +159,7 @@ def list_sections(series: Sequence[Series], charts: dict[measures.Place, list[Ch
             for member in one.members
             if (found := member.list_measured().get((measure, text))) and (sentence := measures.describe(found))
         ]
-        figures = [make_figure(list(same), places) for _, same in groupby(drawn, lambda chart: chart.title)]
+        figures = [make_figure(list(same), places, taken) for _, same in groupby(drawn, lambda chart: chart.title)]
         shown = [figure for figure in figures if figure.views]
         if shown or sentences:
             sections.append(Section(f"section-{number}", title, shown, sentences))
@@ -166,8 +167,14 @@ def list_sections(series: Sequence[Series], charts: dict[measures.Place, list[Ch
     return sorted(sections, key=lambda section: order.get(section.title, 0))
 
 
-def make_figure(charts: Sequence[Chart], places: dict[str, int]) -> Figure:
-    """Draw the views of a figure; what can't be drawn, a user's own specification perhaps, is left out."""
+def make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str]) -> Figure:
+    """Draw the views of a figure; what can't be drawn, a user's own specification perhaps, is left out.
+
+    Args:
+        charts: the views.
+        places: each model's place.
+        taken: the page's ids so far; the figure's is added.
+    """
     views, key = [], {}
     for chart in charts:
         try:
@@ -181,7 +188,11 @@ def make_figure(charts: Sequence[Chart], places: dict[str, int]) -> Figure:
             key[make_line(name)] = _draw_mark(places.get(name, place))
     first = charts[0]
     named = [(name, *mark) for name, mark in key.items()]
-    return Figure(first.name, make_line(first.title), make_line(first.caption), views, named)
+    name, number = first.name, 2
+    while name in taken or name.startswith("section-"):
+        name, number = f"{first.name}-{number}" if number > 2 else f"figure-{first.name}", number + 1
+    taken.add(name)
+    return Figure(name, make_line(first.title), make_line(first.caption), views, named)
 
 
 # Marks of the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.
