@@ -24,7 +24,7 @@ BAR_STEP, CELL_STEP = 24, 30
 MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
 MAX_TOOLTIPS = 24
 MAX_LABELLED_CELLS = 150
-MAX_LABEL, LETTER_WIDTH = 220, 7.8
+MAX_LABEL, LETTER_WIDTH = 220, 8.6
 
 Row = dict[str, Any]
 
