@@ -1,16 +1,18 @@
-"""The conformance check of layers: what training, evaluation, streams and files rely on.
+"""Conformance checks: what training, evaluation, streams and files rely on.
 
     from new_llm.testing import check_layer
 
     def test_my_layer():
         check_layer(lambda: MyLayer(hidden_size=32, num_heads=4, intermediate_size=64))
 
-Each check is a function of its own, and fails with an `AssertionError` that says what was expected.
+`check_layer` puts a layer into a small model; `check_model` checks a model of any layers. Each check is a function of
+its own and fails with an `AssertionError` that says what was expected.
 """
 
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +23,36 @@ from new_llm.models.transformer import TransformerLM
 VOCAB_SIZE = 61
 SEGMENT_LENGTH = 5
 TOLERANCE = 1e-9
-"""In float64; what two ways of computing one thing may differ by."""
+"""Largest difference, in float64, between two ways to compute the same value."""
 
 
 def check_layer(make_layer: Callable[[], Layer]) -> None:
     """Check that a layer keeps the contract of `Layer`, inside a small model in float64.
 
     Args:
-        make_layer: makes a new layer with weights of any kind; they are drawn anew.
+        make_layer: makes a new layer; its weights are drawn again.
 
     Raises:
         AssertionError: names the first part of the contract that the layer breaks.
     """
     model = make_model(make_layer())
-    ids = draw_ids(3, 4 * SEGMENT_LENGTH - 2)
+    check_model(model)
+    ids = draw_ids(model, 3, 4 * SEGMENT_LENGTH - 2)
+    with torch.no_grad():
+        check_precision(model, ids)
+    check_registration(model.layer_list[0])
+
+
+def check_model(model: TransformerLM) -> None:
+    """Check that a float64 model keeps the contract of its layers, with all passes; its memory is reset.
+
+    Use a short `segment_length`, such as 5: every check reads several segments.
+
+    Raises:
+        AssertionError: names the first part of the contract that the model breaks.
+    """
+    ids = draw_ids(model, 3, 4 * model.segment_length - 2)
+    model.reset_memory()
     with torch.no_grad():
         check_causality(model, ids)
         check_rows(model, ids)
@@ -43,9 +61,7 @@ def check_layer(make_layer: Callable[[], Layer]) -> None:
         check_streams(model, ids)
         check_state(model, ids)
         check_held_memory(model, ids)
-        check_precision(model, ids)
     check_gradients(model, ids)
-    check_registration(model.layer_list[0])
 
 
 def make_model(layer: Layer) -> TransformerLM:
@@ -54,66 +70,85 @@ def make_model(layer: Layer) -> TransformerLM:
     return TransformerLM([layer], VOCAB_SIZE, SEGMENT_LENGTH, initializer_range=0.3).double().eval()
 
 
-def draw_ids(rows: int, length: int) -> Tensor:
-    """Token ids [rows, length], always the same."""
-    return torch.randint(VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(1))
+def draw_ids(model: TransformerLM, rows: int, length: int) -> Tensor:
+    """Token ids [rows, length] of the model's vocabulary, the same at every call."""
+    return torch.randint(model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def check_causality(model: TransformerLM, ids: Tensor) -> None:
-    """Logits do not depend on later tokens."""
+    """Logits do not depend on later tokens, and do depend on the token itself."""
     expected = model(ids)
-    for place in range(1, ids.shape[1]):
+    for place in range(ids.shape[1]):
         changed = ids.clone()
-        changed[:, place:] = (changed[:, place:] + 1) % VOCAB_SIZE
-        _assert_near(model(changed)[:, :place], expected[:, :place], f"logits before token {place}, which changed")
+        changed[:, place:] = (changed[:, place:] + 1) % model.vocab_size
+        found = model(changed)
+        _assert_near(found[:, :place], expected[:, :place], f"logits before token {place}, which changed")
+        assert not torch.allclose(found[:, place], expected[:, place]), f"token {place} does not change its logits"
 
 
 def check_rows(model: TransformerLM, ids: Tensor) -> None:
-    """Rows of a batch do not depend on one another."""
-    whole = model(ids)
+    """Rows of a batch do not depend on one another, also with a shared memory that the call updates."""
+    whole = model(ids, update_memory=True)
     for row in range(len(ids)):
+        model.reset_memory()
         _assert_near(model(ids[row : row + 1])[0], whole[row], f"logits of row {row} alone and in a batch")
 
 
 def check_padding(model: TransformerLM, ids: Tensor) -> None:
-    """A padded row gives the logits, and writes the memory, of the row without its padding."""
-    length = SEGMENT_LENGTH + 2
-    mask = torch.ones_like(ids)
-    mask[1, length:] = 0
+    """Padded on any side, or with holes, a row gives the logits and the memory of its real tokens alone."""
+    length = model.segment_length + 2
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, :length] = mask[1, -length:] = True
+    mask[2, 1::2] = True
     model.reset_memory(len(ids))
     padded = model(ids, mask, update_memory=True)
     states = model.get_memory_state()
-    model.reset_memory(1)
-    _assert_near(padded[1:2, :length], model(ids[1:2, :length], update_memory=True), "logits of a padded row")
-    for index, entry in model.get_memory_state().items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                _assert_near(states[index][key][1:2], value, f"{key} of a padded row")
+    for row in range(len(ids)):
+        model.reset_memory(1)
+        alone = model(ids[row][mask[row]].unsqueeze(0), update_memory=True)
+        _assert_near(padded[row][mask[row]], alone[0], "logits of a padded row")
+        for index, key, value in _list_tensors(model.get_memory_state()):
+            _assert_near(states[index][key][row : row + 1], value, f"{key} of a padded row")
     model.reset_memory()
 
 
 def check_cuts(model: TransformerLM, ids: Tensor) -> None:
-    """One call of n segments gives the logits of n calls with the memory carried."""
-    expected = model(ids)
+    """One call of n segments gives the logits and the memory of n calls with the memory carried."""
     model.reset_memory(len(ids))
-    pieces = [model(piece, update_memory=True) for piece in ids.split(SEGMENT_LENGTH, dim=1)]
-    model.reset_memory()
+    expected = model(ids, update_memory=True)
+    states = model.get_memory_state()
+    model.reset_memory(len(ids))
+    pieces = [model(piece, update_memory=True) for piece in ids.split(model.segment_length, dim=1)]
     _assert_near(torch.cat(pieces, dim=1), expected, "logits of single segments with their memory carried")
+    for index, key, value in _list_tensors(model.get_memory_state()):
+        _assert_near(value, states[index][key], f"{key} of single segments")
+    model.reset_memory()
 
 
 def check_streams(model: TransformerLM, ids: Tensor) -> None:
-    """A stream gives the logits of one call, however the text is cut, also where rows stand at different places."""
-    expected = model(ids)
-    for length in (1, 2, 3, SEGMENT_LENGTH, 2 * SEGMENT_LENGTH + 1):
+    """A stream gives the logits and the memory of one call, whatever the pieces and the rows' positions."""
+    segment_length = model.segment_length
+    model.reset_memory(len(ids))
+    model(ids[:, : segment_length + 1], update_memory=True)
+    held = model.get_memory_state()
+    expected = model(ids, update_memory=True)
+    states = model.get_memory_state()
+    for length in (1, 2, 3, segment_length, 2 * segment_length + 1):
+        model.set_memory_state(held)
         stream = model.open_stream(len(ids))
         pieces = [stream.feed(piece) for piece in ids.split(length, dim=1)]
+        stream.close(update_memory=True)
         _assert_near(torch.cat(pieces, dim=1), expected, f"logits of a stream of {length} tokens at a time")
+        for index, key, value in _list_tensors(model.get_memory_state()):
+            _assert_near(value, states[index][key], f"{key} after a stream of {length} tokens at a time")
+    model.set_memory_state(held)
     stream = model.open_stream(len(ids))
     first = torch.ones(len(ids), 3, dtype=torch.int64)
     first[1, 1:] = 0
     stream.feed(ids[:, :3], first)
-    later = stream.feed(torch.cat((ids[1:2, 1:4], ids[1:2, 1:4], ids[1:2, 1:4])))
-    _assert_near(later[1], expected[1, 1:4], "logits of a stream whose rows stand at different places")
+    later = stream.feed(ids[1:2, 1:4].expand(len(ids), -1))
+    _assert_near(later[1], expected[1, 1:4], "logits of a stream whose rows have different positions")
+    model.reset_memory()
 
 
 def check_state(model: TransformerLM, ids: Tensor) -> None:
@@ -132,22 +167,18 @@ def check_state(model: TransformerLM, ids: Tensor) -> None:
 
 def check_held_memory(model: TransformerLM, ids: Tensor) -> None:
     """A call without update_memory leaves the held memory as it was; a layer with memory writes with it."""
-    model(ids[:, :SEGMENT_LENGTH], update_memory=True)
+    model(ids[:, : model.segment_length], update_memory=True)
     before = model.get_memory_state()
-    model(ids)
-    after = model.get_memory_state()
-    for index, entry in before.items():
-        same = all(torch.equal(value, after[index][key]) for key, value in entry.items() if isinstance(value, Tensor))
-        assert same, "a call without update_memory changed the held memory"
-    if model.layer_list[0].has_memory:
-        with_memory = model(ids)
-        model.reset_memory()
-        assert not torch.equal(model(ids), with_memory), "the layer has_memory, but what it read changes nothing"
+    with_memory = model(ids)
+    for index, key, value in _list_tensors(model.get_memory_state()):
+        assert torch.equal(value, before[index][key]), "a call without update_memory changed the held memory"
     model.reset_memory()
+    if model.memory_layers:
+        assert not torch.equal(model(ids), with_memory), "the layer has_memory, but what it read changes nothing"
 
 
 def check_precision(model: TransformerLM, ids: Tensor) -> None:
-    """bfloat16 computes, finite and near float64; its memory stays float32 at least."""
+    """A bfloat16 model is finite and near float64; its memory stays float32 at least."""
     narrow = copy.deepcopy(model).to(torch.bfloat16)
     narrow.reset_memory(len(ids))
     logits = narrow(ids, update_memory=True)
@@ -155,24 +186,28 @@ def check_precision(model: TransformerLM, ids: Tensor) -> None:
     assert bool(logits.isfinite().all()), "logits of a bfloat16 model are not finite"
     apart = (logits.double() - model(ids)).norm() / model(ids).norm()
     assert apart < 0.2, f"logits of a bfloat16 model are {float(apart):.2f} of their size away from float64's"
-    for entry in narrow.get_memory_state().values():
-        for key, value in entry.items():
-            is_wide = not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize >= 4
-            assert is_wide, f"{key} of a bfloat16 model is {getattr(value, 'dtype', None)}: float32 is needed"
+    for _, key, value in _list_tensors(narrow.get_memory_state()):
+        is_wide = not value.is_floating_point() or value.dtype.itemsize >= 4
+        assert is_wide, f"{key} of a bfloat16 model is {value.dtype}: float32 is needed"
 
 
 def check_gradients(model: TransformerLM, ids: Tensor) -> None:
-    """Gradients are finite; of a layer with memory they flow from a later segment through the write of an earlier."""
+    """Gradients are finite and reach earlier segments of the same row through memory, and only through memory."""
+    length = model.segment_length
     inputs: list[Tensor] = []
     hook = model.embed_in.register_forward_hook(lambda _, __, output: inputs.append(output))
-    labels = ids.clone()
-    labels[:, : 2 * SEGMENT_LENGTH] = -100
-    loss, _ = model.compute_loss(ids, labels)
+    labels = torch.full_like(ids, -100)
+    labels[1, 2 * length :] = ids[1, 2 * length :]
+    for _ in range(2):  # a second backward must not reach into the first call's graph
+        inputs.clear()
+        loss, _ = model.compute_loss(ids, labels, update_memory=True)
+        (gradient,) = torch.autograd.grad(loss, inputs[0])
     hook.remove()
-    (gradient,) = torch.autograd.grad(loss, inputs)
+    model.reset_memory()
     assert bool(gradient.isfinite().all()), "a gradient is not finite"
-    reaches = bool((gradient[:, :SEGMENT_LENGTH] != 0).any())
-    if model.layer_list[0].has_memory:
+    assert not gradient[[0, 2]].any(), "a row's loss depends on another row"
+    reaches = bool((gradient[1, :length] != 0).any())
+    if model.memory_layers:
         assert reaches, "no gradient flows from a later segment through what an earlier one wrote"
     else:
         assert not reaches, "a layer without memory lets a later segment depend on an earlier one"
@@ -186,6 +221,12 @@ def check_registration(layer: Layer) -> None:
     assert shapes[0] == shapes[1], "the layer's settings make a layer with other weights"
 
 
+def _list_tensors(state: dict[int, dict[str, Any]]) -> list[tuple[int, str, Tensor]]:
+    """The tensors of a memory state: layer, key and value."""
+    return [(i, key, value) for i, entry in state.items() for key, value in entry.items() if isinstance(value, Tensor)]
+
+
 def _assert_near(found: Tensor, expected: Tensor, what: str) -> None:
-    apart = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
+    scale = max(1.0, float(expected.double().abs().max())) if found.numel() else 1.0
+    apart = float((found.double() - expected.double()).abs().max()) / scale if found.numel() else 0.0
     assert apart <= TOLERANCE, f"{what}: {apart:.2g} apart"

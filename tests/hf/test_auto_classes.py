@@ -1,7 +1,7 @@
 """Save, load, train and place models through `transformers`' own classes."""
 
 import json
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
 from new_llm.models.hf import NewLLMConfig, NewLLMForCausalLM, export_auto
-from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
+from new_llm.models.layers import InfiniLayer, PythiaLayer, register_layer
 
 
 def make_model(kind: str = "infini", seed: int = 0, **options: Any) -> TransformerLM:
@@ -46,10 +46,8 @@ def test_save_and_load_bit_for_bit(tmp_path, kind, dtype):
 
 
 def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
-    @register_layer
+    @register_layer("doubled")
     class DoubledLayer(InfiniLayer):
-        kind: ClassVar[str] = "doubled"
-
         def __init__(self, hidden_size: int, factor: float = 2.0) -> None:
             super().__init__(hidden_size, 1, 2 * hidden_size)
             self.factor = factor
@@ -57,20 +55,18 @@ def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
         def _add(self, hidden, mixed):
             return hidden + self.factor * mixed
 
-    try:
-        model = TransformerLM([DoubledLayer(16, factor=3.0), PythiaLayer(16, 2, 24)], 128, 5)
-        randomize(model)
-        NewLLMForCausalLM.from_model(model).save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-        assert type(loaded.model.layers[0]) is DoubledLayer
-        ids = text_ids(2, 12)
-        expected, _ = model.generate(ids, max_new_tokens=7)
-        beams = [loaded.generate(input_ids=ids, max_new_tokens=7, num_beams=2, do_sample=False, use_cache=use_cache)
-                 for use_cache in (True, False)]  # fmt: skip
-        assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=7, do_sample=False), expected)
-        assert torch.equal(*beams)
-    finally:
-        LAYER_KINDS.pop("doubled")
+    model = TransformerLM([DoubledLayer(16, factor=3.0), PythiaLayer(16, 2, 24)], 128, 5)
+    randomize(model)
+    NewLLMForCausalLM.from_model(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.model.layers[0]) is DoubledLayer
+    ids = text_ids(2, 12)
+    expected, _ = model.generate(ids, max_new_tokens=7)
+    beams = [loaded.generate(input_ids=ids, max_new_tokens=7, num_beams=2, do_sample=False, use_cache=use_cache)
+             for use_cache in (True, False)]  # fmt: skip
+    assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=7, do_sample=False), expected)
+    assert torch.equal(*beams)
+    LAYER_KINDS.pop("doubled")
     with pytest.raises(UserError, match=r"unknown layer kind 'doubled'; known are .*pythia"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 

@@ -1,7 +1,6 @@
 """Small models of every layer kind and option combination, all parameters random, and real text to read."""
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,56 +61,25 @@ class LayerCase:
         shape = (hidden_size,) if self.kind == "token_memory" else (hidden_size, num_heads, INTERMEDIATE_SIZE)
         return LAYER_TYPES[self.kind](*shape, **self.options)
 
-    @property
-    def name(self) -> str:
-        short = {
-            "use_delta_rule": "delta",
-            "use_key_shift": "shift",
-            "normalize_keys": "norm",
-            "selection_temperature": "tau",
-            "num_memory_heads": "heads",
-            "num_memory_banks": "banks",
-        }
-        return "-".join([self.kind, *(f"{short.get(k, k)}={v}" for k, v in self.options.items())])
 
-
-def _combine(kind: str, **choices: tuple[Any, ...]) -> list[LayerCase]:
-    return [LayerCase(kind, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
-
-
-INFINI_CASES = [
-    case
-    for banks, segments_per_bank in ((1, 4), (2, 1), (3, 2))
-    for case in _combine(
-        "infini",
-        use_delta_rule=(True, False),
-        num_memory_heads=(1, 4),
-        num_memory_banks=(banks,),
-        segments_per_bank=(segments_per_bank,),
-        use_alibi=(True, False),
-        alibi_scale=(1.5,),
-    )
-]
-SELECTING_CASES = [
-    case
-    for kind in ("multi_memory", "hierarchical")
-    for case in _combine(kind, use_delta_rule=(True, False), num_memory_heads=(None, 1, 4), num_memories=(1, 3))
-]
-SHIFTED_CASES = [
-    case
-    for kind in ("infini", "multi_memory", "hierarchical")
-    for case in _combine(kind, use_key_shift=(True,), use_delta_rule=(True, False), num_memory_heads=(4,))
-]
-NORMALIZED_CASES = [
-    LayerCase("infini", {"normalize_keys": True, "use_alibi": True}),
-    LayerCase("infini", {"normalize_keys": True, "use_key_shift": True, "num_memory_banks": 2}),
-    LayerCase("multi_memory", {"normalize_keys": True, "selection_temperature": 0.25}),
-    LayerCase("multi_memory", {"normalize_keys": True, "use_delta_rule": False, "use_key_shift": True}),
-    LayerCase("hierarchical", {"normalize_keys": True, "selection_temperature": 4.0}),
-    LayerCase("hierarchical", {"selection_temperature": 0.1, "use_key_shift": True}),
-]
-MEMORY_CASES = {case.name: case for case in (*INFINI_CASES, *SELECTING_CASES, *SHIFTED_CASES, *NORMALIZED_CASES)}
-"""Every combination of the options of every memory layer."""
+MEMORY_CASES = {
+    "infini": LayerCase("infini"),
+    "infini-sum": LayerCase("infini", {"use_delta_rule": False, "num_memory_heads": 4}),
+    "infini-alibi": LayerCase("infini", {"use_alibi": True, "alibi_scale": 1.5, "num_memory_heads": 4}),
+    "infini-sum-alibi": LayerCase("infini", {"use_delta_rule": False, "use_alibi": True, "use_key_shift": True}),
+    "infini-banks": LayerCase("infini", {"num_memory_banks": 3, "segments_per_bank": 2, "num_memory_heads": 4}),
+    "infini-sum-banks": LayerCase("infini", {"use_delta_rule": False, "num_memory_banks": 2, "segments_per_bank": 1}),
+    "infini-features": LayerCase("infini", {"normalize_keys": True, "use_key_shift": True, "num_memory_banks": 2}),
+    "multi_memory": LayerCase("multi_memory", {"num_memories": 3}),
+    "multi_memory-sum": LayerCase("multi_memory", {"use_delta_rule": False, "num_memory_heads": 4}),
+    "multi_memory-one": LayerCase("multi_memory", {"num_memories": 1, "num_memory_heads": 1, "use_key_shift": True}),
+    "multi_memory-features": LayerCase("multi_memory", {"normalize_keys": True, "selection_temperature": 0.25}),
+    "hierarchical": LayerCase("hierarchical", {"num_memories": 3}),
+    "hierarchical-sum": LayerCase("hierarchical", {"use_delta_rule": False, "use_key_shift": True}),
+    "hierarchical-one": LayerCase("hierarchical", {"num_memories": 1, "num_memory_heads": 4}),
+    "hierarchical-features": LayerCase("hierarchical", {"normalize_keys": True, "selection_temperature": 4.0}),
+}
+"""Every option of every compressive layer, with each other option where they meet in the code."""
 
 _PYTHIA = LayerCase("pythia")
 _BANKS = LayerCase("infini", {"num_memory_heads": 4, "num_memory_banks": 2, "segments_per_bank": 1})
@@ -145,16 +113,7 @@ MIXED_STACKS = {
 }
 MEMORY_STACKS = {**{name: [case, _PYTHIA] for name, case in MEMORY_CASES.items()}, **MIXED_STACKS}
 STACKS = {"pythia": [_PYTHIA, _PYTHIA], **MEMORY_STACKS}
-"""Models to test: each option combination below a Pythia layer, plain Pythia, and mixtures."""
-SHORT_STACKS = {
-    name: MEMORY_STACKS[name]
-    for name in (
-        next(name for name in MEMORY_CASES if name.startswith("infini")),
-        *(next(name for name in MEMORY_CASES if name.startswith(kind)) for kind in ("multi", "hier")),
-        *MIXED_STACKS,
-    )
-}
-"""One of each kind, and the mixtures: for what does not depend on the options."""
+"""Models to test: each option set below a Pythia layer, plain Pythia, and mixtures."""
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:

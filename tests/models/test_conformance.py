@@ -5,52 +5,32 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, get_model
 from torch import Tensor, nn
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
 from new_llm.models import load_model, save_model
-from new_llm.models.layers import (
-    HierarchicalLayer,
-    InfiniLayer,
-    Layer,
-    MultiMemoryLayer,
-    ParallelInfiniLayer,
-    PythiaLayer,
-    Segments,
-    TokenMemoryLayer,
-    register_layer,
-)
+from new_llm.models.layers import Layer, Segments, register_layer
 from new_llm.models.state import LayerMemory
-from new_llm.testing import check_layer
+from new_llm.testing import check_layer, check_model
 
-SIZE = (16, 2, 24)
-
-
-def test_pythia() -> None:
-    check_layer(lambda: PythiaLayer(*SIZE, rotary_pct=0.5))
-
-
-@pytest.mark.parametrize("options", [{}, {"num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}])
-def test_infini(options: dict[str, Any]) -> None:
-    check_layer(lambda: InfiniLayer(*SIZE, **options))
-    check_layer(lambda: InfiniLayer(*SIZE, use_delta_rule=False, use_key_shift=True, **options))
+CASES = {
+    "pythia": LayerCase("pythia", {"rotary_pct": 0.5}),
+    **MEMORY_CASES,
+    "parallel_infini": LayerCase("parallel_infini", {"initial_alpha": 0.7}),
+    "token_memory": LayerCase("token_memory", {"num_memory_heads": 2}),
+}
 
 
-def test_multi_memory() -> None:
-    check_layer(lambda: MultiMemoryLayer(*SIZE, num_memories=2))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_built_in_layers(case: LayerCase) -> None:
+    check_layer(case.build)
 
 
-def test_hierarchical() -> None:
-    check_layer(lambda: HierarchicalLayer(*SIZE, num_memories=2))
-
-
-def test_parallel_infini() -> None:
-    check_layer(lambda: ParallelInfiniLayer(*SIZE, initial_alpha=0.7))
-
-
-def test_token_memory() -> None:
-    check_layer(lambda: TokenMemoryLayer(16, num_memory_heads=2))
+@pytest.mark.parametrize("name", MIXED_STACKS)
+def test_mixed_models(name: str) -> None:
+    check_model(get_model(name))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,7 @@ from model_cases import LAYER_TYPES
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import MemoryLayer
 
-KINDS = [
-    kind for kind, layer_type in LAYER_TYPES.items() if issubclass(layer_type, MemoryLayer) and kind != "token_memory"
-]
-by_kind = pytest.mark.parametrize("kind", KINDS)
+by_kind = pytest.mark.parametrize("kind", ["infini", "parallel_infini"])
 
 
 def draw(kind: str, **options: Any) -> dict[str, torch.Tensor]:

@@ -43,23 +43,21 @@ def assert_memories_near(state: MemoryState | None, references: list[ReferenceMe
         assert int(state.num_segments[row]) == reference.segments
 
 
-@by_dtype
 @by_case
-def test_layer_equals_its_equations(case: LayerCase, dtype: torch.dtype) -> None:
+def test_layer_equals_its_equations(case: LayerCase) -> None:
     """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
-    layer = case.build()
+    layer = case.build().double()
     randomize(layer)
-    layer.to(dtype)
     x, length, tail = draw_hidden(ROWS, 7 * 3 + 2), 3, 2
     reference = make_reference(layer, case)
     with torch.no_grad():
-        whole, memory = layer(x[:, :-tail].to(dtype).unflatten(1, (-1, length)))
-        last, memory = layer(x[:, None, -tail:].to(dtype), memory)
+        whole, memory = layer(x[:, :-tail].unflatten(1, (-1, length)))
+        last, memory = layer(x[:, None, -tail:], memory)
     actual = torch.cat((whole.flatten(1, 2), last[:, 0]), dim=1)
     rows = [reference.read_row(x[row].numpy(), reference.empty_memory(), length) for row in range(ROWS)]
     expected = torch.from_numpy(np.stack([output for output, _ in rows]))
-    assert_near(actual, expected.to(dtype), TOLERANCES[dtype])
-    assert_memories_near(memory, [memory for _, memory in rows], TOLERANCES[dtype])
+    assert_near(actual, expected, 1e-10)
+    assert_memories_near(memory, [memory for _, memory in rows], 1e-10)
 
 
 @by_case
@@ -96,7 +94,7 @@ def test_a_long_segment_runs_in_chunks(dtype: torch.dtype) -> None:
     assert_near(actual[0, 0], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("length", [1, 4, 5, 13])
+@pytest.mark.parametrize("length", [1, 13])
 @by_dtype
 def test_model_of_all_memory_layers_equals_the_equations(length: int, dtype: torch.dtype) -> None:
     """Embedding, one layer of each kind, norm and head; one row has holes in its mask."""
@@ -163,12 +161,6 @@ def test_the_cases_hold_every_option_of_the_table() -> None:
 def test_decay_of_each_head_follows_alibi(heads: int, slopes: list[float]) -> None:
     layer = InfiniLayer(48, 4, 24, num_memory_heads=heads, use_alibi=True, alibi_scale=2.0)
     assert layer.attention.decay == pytest.approx([np.exp(-2.0 * slope) for slope in slopes], rel=1e-12)
-
-
-@pytest.mark.parametrize(("kind", "heads"), [("infini", 1), ("multi_memory", NUM_HEADS), ("hierarchical", NUM_HEADS)])
-def test_default_memory_heads(kind: str, heads: int) -> None:
-    layer = LayerCase(kind).build()
-    assert layer.attention.num_memory_heads == heads
 
 
 def test_banks_are_written_in_turn() -> None:

@@ -12,7 +12,7 @@ from model_cases import VOCAB_SIZE, get_model, text_ids
 from new_llm.config import PythiaConfig
 from new_llm.models import ModelType, TransformerLM, create_model
 from new_llm.models.factory import MODEL_KINDS
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, TokenMemoryLayer
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, PythiaLayer, TokenMemoryLayer
 
 CONFIG = PythiaConfig(
     vocab_size=VOCAB_SIZE,
@@ -23,7 +23,6 @@ CONFIG = PythiaConfig(
     max_position_embeddings=64,
 )
 MEMORY_TYPES = [ModelType.INFINI, ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL]
-LAYER_TYPES = [PythiaLayer, InfiniLayer, MultiMemoryLayer, HierarchicalLayer]
 IDS = text_ids(2, 6)
 
 
@@ -66,19 +65,13 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
     "earlier_pass_weight": ([ModelType.SELECTIVE], [-0.1, 1.5]),
 }
-OUT_OF_RANGE = [
-    (model_type, option, value)
-    for option, (model_types, values) in RANGES.items()
-    for model_type in model_types
-    for value in values
-]
-OUT_OF_RANGE += itertools.product(MEMORY_TYPES, ["num_memory_heads"], [3, 64])  # a head is a part of the width
 
 
-@pytest.mark.parametrize(("model_type", "option", "value"), OUT_OF_RANGE)
-def test_options_out_of_range_are_refused_by_name(model_type: ModelType, option: str, value: Any) -> None:
-    options = {option: value, **({"use_alibi": True} if option == "alibi_scale" else {})}
-    refuse(lambda: create_model(model_type, CONFIG, **options), option, str(value))
+@pytest.mark.parametrize("option", [option for option, (_, values) in RANGES.items() if values])
+def test_options_out_of_range_are_refused_by_name(option: str) -> None:
+    for model_type, value in itertools.product(*RANGES[option]):
+        options = {option: value, **({"use_alibi": True} if option == "alibi_scale" else {})}
+        refuse(lambda: create_model(model_type, CONFIG, **options), option, str(value))  # noqa: B023
 
 
 @pytest.mark.parametrize("model_type", ModelType)
@@ -95,18 +88,11 @@ def test_each_model_takes_its_options_and_no_others(model_type: ModelType) -> No
 
 
 @pytest.mark.parametrize("length", [0, -1, 65, 6.5])
-@pytest.mark.parametrize("model_type", ModelType)
-def test_segment_length_out_of_range(model_type: ModelType, length: Any) -> None:
-    refuse(
-        lambda: create_model(model_type, CONFIG, segment_length=length),
-        "segment_length",
-        str(length),
-        "1 to",
-        "64",
-    )
+def test_segment_length_out_of_range(length: Any) -> None:
+    refuse(lambda: create_model("infini", CONFIG, segment_length=length), "segment_length", str(length), "1 to", "64")
 
 
-@pytest.mark.parametrize("model_type", ["gpt", "", "Infini", "multi-memory", None, 3])
+@pytest.mark.parametrize("model_type", ["", "multi-memory", None, 3])
 def test_unknown_model_type(model_type: Any) -> None:
     refuse(lambda: create_model(model_type, CONFIG), repr(str(model_type)), *ModelType)
 
@@ -163,8 +149,8 @@ def test_shapes_out_of_range(values: dict[str, Any], words: tuple[str, ...]) -> 
     refuse(lambda: PythiaConfig(**{"num_attention_heads": 4, **values}), *words)
 
 
-@pytest.mark.parametrize("heads", [0, -2, 3, 64])
-@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("layer_type", [PythiaLayer, InfiniLayer, HierarchicalLayer])
 def test_heads_that_do_not_divide_the_hidden_size(layer_type: type, heads: int) -> None:
     if layer_type is not InfiniLayer:  # whose memory has one head unless asked
         refuse(lambda: layer_type(32, heads, 48), "heads", str(heads), "32")
@@ -201,15 +187,14 @@ BAD_IDS: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("ids", "words"), BAD_IDS.values(), ids=BAD_IDS)
-@pytest.mark.parametrize("name", ["pythia", "mixed"])
-def test_ids_out_of_range(name: str, ids: torch.Tensor, words: tuple[str, ...]) -> None:
-    model = get_model(name)
+def test_ids_out_of_range(ids: torch.Tensor, words: tuple[str, ...]) -> None:
+    model = get_model("mixed")
     refuse(lambda: model(ids), *words)
     refuse(lambda: model.open_stream(2).feed(ids), *words[:1])
     refuse(lambda: model.token_losses(ids, IDS))
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 7), (1, 6), (2, 6, 1), (2, 1)])
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (1, 6), (2, 6, 1)])
 def test_masks_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
     model = get_model("mixed")
     for call in (

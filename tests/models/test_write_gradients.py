@@ -1,29 +1,21 @@
-"""Gradients flow through every write inside a call, and none past its end."""
+"""Gradients through a write: every parameter learns, keys and values by what later segments read."""
 
 import pytest
 import torch
 from model_cases import MEMORY_STACKS, build_model, get_model, text_ids
-from torch import Tensor
-
-by_stack = pytest.mark.parametrize("name", MEMORY_STACKS)
 
 
-@by_stack
-def test_training_steps_follow_one_another(name: str) -> None:
-    """The held memory is detached at a call's end, so no step backs into the one before; inside it is not."""
+@pytest.mark.parametrize("name", MEMORY_STACKS)
+def test_every_parameter_has_a_gradient(name: str) -> None:
     model = build_model(MEMORY_STACKS[name], dtype=torch.float32)
-    for rows in (None, 2):
-        model.reset_memory(rows)
-        for _ in range(3):
-            ids = text_ids(2, 12)
-            loss, _ = model.compute_loss(ids, ids, update_memory=True)
-            loss.backward()
-            assert all(not memory.memories.requires_grad for memory in model._held if memory is not None)
+    ids = text_ids(2, 12)
+    model.compute_loss(ids, ids, update_memory=True)[0].backward()
+    assert all(not memory.memories.requires_grad for memory in model._held if memory is not None)
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert bool(parameter.grad.isfinite().all()), parameter_name
         # One fine memory is the coarse memory: the expansion gate between them changes nothing.
-        is_idle = "expansion_gate" in parameter_name and "num_memories=1" in name
+        is_idle = "expansion_gate" in parameter_name and name == "hierarchical-one"
         assert bool(parameter.grad.any()) != is_idle, parameter_name
 
 
@@ -51,17 +43,3 @@ def test_what_segment_1_wrote_trains_its_keys_and_values(name: str) -> None:
             assert bool((values.norm(dim=-1) > 0).all())
             assert not queries.any()  # queries are no part of a write
         layer.zero_grad()
-
-
-@by_stack
-def test_a_loss_on_segment_3_reaches_segment_1(name: str) -> None:
-    model = build_model(MEMORY_STACKS[name], segment_length=4)
-    ids = text_ids(1, 12)
-    labels = ids.clone()
-    labels[:, :9] = -100
-    embedded: list[Tensor] = []
-    model.embed_in.register_forward_hook(lambda _, __, output: embedded.append(output))
-    loss, statistics = model.compute_loss(ids, labels)
-    assert statistics.num_tokens == 3
-    (gradient,) = torch.autograd.grad(loss, embedded)
-    assert bool((gradient[0, :4].norm(dim=-1) > 0).all())

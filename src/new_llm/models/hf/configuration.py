@@ -82,7 +82,7 @@ class NewLLMConfig(PretrainedConfig):
         Raises:
             ValueError: a layer of a class that is not registered.
         """
-        return cls(**describe_model(model), **kwargs)
+        return cls(**{**describe_model(model), **kwargs})
 
     @property
     def structure(self) -> dict[str, Any]:
