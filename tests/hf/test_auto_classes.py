@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
 from new_llm.models.hf import NewLLMConfig, NewLLMForCausalLM, export_auto
-from new_llm.models.layers import InfiniLayer, PythiaLayer, register_layer
+from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
 
 
 def make_model(kind: str = "infini", seed: int = 0, **options: Any) -> TransformerLM:
