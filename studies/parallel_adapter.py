@@ -28,9 +28,14 @@ from new_llm.data.dataset import PreparedData
 from new_llm.evaluation import evaluate_streaming
 from new_llm.experiments import run_experiment
 from new_llm.experiments.adapter import find_base, load_configured_base, prepare_documents, train_adapter
-from new_llm.experiments.adapter_config import AdapterDataConfig, AdapterTrainConfig, AdapterTrainingConfig
-from new_llm.experiments.config import ExperimentConfig, ModelConfig
-from new_llm.experiments.record import read_json, write_json
+from new_llm.experiments.config import (
+    AdapterDataConfig,
+    AdapterTrainConfig,
+    AdapterTrainingConfig,
+    ExperimentConfig,
+    ModelConfig,
+)
+from new_llm.experiments.run_folder import read_json, write_json
 from new_llm.models import load_model
 from new_llm.models.hf.adapter_layers import add_parallel_infini
 from new_llm.models.hf.convert import export_pythia

@@ -34,7 +34,7 @@ from new_llm.evaluation import (
     unigram_perplexity,
 )
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.record import describe_code, write_json
+from new_llm.experiments.run_folder import describe_code, write_json
 from new_llm.models import TransformerLM, create_model, load_model, save_model
 from new_llm.models.loss import IGNORE_INDEX
 from new_llm.training import Trainer

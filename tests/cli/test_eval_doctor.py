@@ -12,7 +12,7 @@ from new_llm.cli.main import main
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation.doctor import CHECKS
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.record import write_json
+from new_llm.experiments.run_folder import write_json
 from new_llm.models import save_model
 from new_llm.models.layers import PythiaLayer
 

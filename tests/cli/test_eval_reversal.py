@@ -90,7 +90,7 @@ def test_pairs_of_a_file(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pairs", "{folder}/none.csv"], "none.csv: can't be read"),
+        (["--pairs", "{folder}/none.csv"], "none.csv: no such file"),
         (["--pairs", "{folder}/bad.jsonl"], "bad.jsonl: line 1: no field 'forward_prompt'"),
         (["--pairs-per-relation", "0"], "pairs_per_relation"),
         (["--confidence", "1"], "confidence"),

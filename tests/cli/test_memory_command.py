@@ -203,6 +203,13 @@ def wait_until_it_reads(pid: int) -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
     until = time.monotonic() + 60
-    while not any(os.readlink(link).endswith(".txt") for link in Path(f"/proc/{pid}/fd").iterdir()):
+    while not any(name.endswith(".txt") for name in list_open_files(pid)):
         assert time.monotonic() < until, "it does not read"
         time.sleep(0.05)
+
+
+def list_open_files(pid: int) -> list[str]:
+    try:
+        return [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:  # closed meanwhile
+        return []

@@ -8,7 +8,7 @@ import pytest
 from new_llm.cli.main import main
 from new_llm.cli.runs import shorten_count
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.run_list import describe_run, list_runs
+from new_llm.experiments.run_folder import describe_run, list_runs
 
 
 def make_run(folder: Path, *, begun: str, is_done: bool) -> None:

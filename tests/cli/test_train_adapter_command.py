@@ -15,8 +15,7 @@ from new_llm.cli.main import main
 from new_llm.cli.train_adapter import TrainAdapter
 from new_llm.config import UserError
 from new_llm.experiments import run_experiment
-from new_llm.experiments.adapter_config import AdapterTrainingConfig
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -25,9 +25,8 @@ from new_llm.experiments.adapter import (
     limit_documents,
     train_adapter,
 )
-from new_llm.experiments.adapter_config import AdapterTrainingConfig
-from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.run_list import list_runs
+from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
+from new_llm.experiments.run_folder import list_runs
 from new_llm.models import TransformerLM, load_model
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model

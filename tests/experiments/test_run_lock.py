@@ -10,11 +10,11 @@ import pytest
 
 from new_llm.config import UserError
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.record import LOCK_FILE, create_run, hold_run
+from new_llm.experiments.run_folder import LOCK_FILE, create_run, hold_run
 
 HOLD = (
     "import sys; from new_llm.experiments.config import ExperimentConfig\n"
-    "from new_llm.experiments.record import hold_run\n"
+    "from new_llm.experiments.run_folder import hold_run\n"
     "with hold_run(ExperimentConfig(name='a', runs_dir=sys.argv[1]), resume=False):\n"
     "    print('held', flush=True); sys.stdin.read()"
 )

@@ -220,7 +220,7 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
     from new_llm.experiments import runner
 
     losses = iter([5.0, 4.0, 4.5, 4.4, 1.0])
-    monkeypatch.setattr(runner, "measure_validation_loss", lambda *arguments: next(losses))
+    monkeypatch.setattr(runner.Run, "measure_validation_loss", lambda *arguments: next(losses))
     train = dataclasses.replace(tiny.train, num_epochs=5, patience=2)
     training = run(dataclasses.replace(tiny, train=train), ["pythia"])["models"][0]["training"]
     assert (training["epochs"], training["best_epoch"], training["stopped_early"]) == (4, 2, True)

@@ -200,12 +200,19 @@ def loaded(monkeypatch) -> list[str]:
     def load(config):
         found.append(Path(config.run).name)
         facts = {"tokenizer_fingerprint": "other" if "odd" in config.run else "one"}
-        return SimpleNamespace(model=SimpleNamespace(segment_length=32), facts=facts, device="cpu", autocast=None)
+        return SimpleNamespace(
+            model=SimpleNamespace(segment_length=32),
+            facts=facts,
+            device="cpu",
+            autocast=None,
+            tokenizer=None,
+            reading={},
+        )
 
     monkeypatch.setattr(study_module, "load_subject", load)
     monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
-    for name in ("measure_long_documents", "measure_recall"):
-        monkeypatch.setattr(study_module, name, lambda *given: SimpleNamespace(to_dict=lambda: {}))
+    for name in ("evaluate_long_documents", "evaluate_recall"):
+        monkeypatch.setattr(study_module, name, lambda *given, **reading: SimpleNamespace(to_dict=lambda: {}))
     monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3]})
     return found
 

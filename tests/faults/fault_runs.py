@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from new_llm.config.files import check_manifest
-from new_llm.experiments.record import LOCK_FILE
+from new_llm.experiments.run_folder import LOCK_FILE
 from new_llm.models import load_model
 from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from new_llm.training.log import METRICS_FILE, read_metrics

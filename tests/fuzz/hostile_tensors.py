@@ -103,7 +103,7 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
         (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": automatic}))
 
     def load_anything(folder: Path) -> Any:
-        from new_llm.experiments.hugging_face_subject import load_hugging_face
+        from new_llm.experiments.subject import load_hugging_face
 
         return load_hugging_face(str(folder), None, None)
 

@@ -76,7 +76,7 @@ def make_runs(folder: Path) -> dict[str, Target]:
     from new_llm.config import EvalConfig, TrainConfig
     from new_llm.experiments import run_experiment
     from new_llm.experiments.config import ModelConfig
-    from new_llm.experiments.run_list import list_runs
+    from new_llm.experiments.run_folder import list_runs
     from new_llm.report import read_runs, write_page
     from new_llm.training.checkpoint import describe_fault, find_checkpoint, read_checkpoint
 

@@ -18,10 +18,6 @@ RESULT = {
     "evaluation": {
         "sliding": {"perplexity": 184.06, "bits_per_byte": 1.694, "num_tokens": 54886},
         "streaming": {"perplexity": 181.2, "bits_per_byte": 1.68, "num_tokens": 54886},
-        "positions": {"ranges": [{"start": 0, "end": 16, "perplexity": 186.9},
-                                 {"start": 16, "end": 32, "perplexity": None}]},
-        "reversal": {"forward_perplexity": 149.5, "backward_perplexity": 184.7,
-                     "forward_accuracy": 0.0417, "backward_accuracy": 0.05},
     },
 }  # fmt: skip
 
@@ -58,11 +54,9 @@ def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
     for line in (
         "import new_llm.models.hf",
         "| tokens read | 482,619 |",
-        "| documents | 234 |",
+        "| trained on | sotu |",
         "| command | `new-llm experiment --name tiny` |",
-        "| streaming, memory carried | 181.2 | 1.68 | 54,886 |",
-        "| 16–32 | — |",
-        "| perplexity | 149.5 | 184.7 |",
+        "| streaming perplexity | 181.2 |",
         f"| parameters | {best.num_parameters()['total']:,} |",
         f"| memory | {best.memory_info()['total_bytes']:,} bytes |",
     ):
@@ -80,7 +74,7 @@ def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
     assert all(torch.equal(value, best.state_dict()[name]) for name, value in again.state_dict().items())
     card = (out / "README.md").read_text()
     assert "import new_llm" not in card
-    assert "Perplexity" not in card  # this model of the run was not measured
+    assert "perplexity" not in card  # this model of the run was not measured
 
 
 def test_what_can_not_be_exported_is_one_line(run_folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from new_llm.config import UserError
-from new_llm.experiments.record import RESULTS_VERSION
+from new_llm.experiments.run_folder import RESULTS_VERSION
 from new_llm.report import load_results
 from new_llm.report.results import SCHEMA_VERSION, get_gates
 

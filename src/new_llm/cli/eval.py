@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from new_llm.data.reversal_pairs import ReversalPair
     from new_llm.evaluation import Baseline, PerplexityResult
-    from new_llm.experiments.evaluation_text import EvaluationText
-    from new_llm.experiments.subject import Subject
+    from new_llm.experiments.subject import EvaluationText, Subject
 
 FAULT_FOUND, INTERRUPTED = 1, 130
 PICTURE_ENDINGS = (".svg", ".png")
@@ -60,8 +59,7 @@ class Measurement(Command):
 
     def execute(self) -> int:
         """Measure, print and write; 130 where the measurement was interrupted and the result is partial."""
-        from new_llm.experiments.evaluation_record import write_evaluation
-        from new_llm.experiments.subject import load_subject
+        from new_llm.experiments.subject import load_subject, write_evaluation
 
         self.check()
         subject = load_subject(self.subject)
@@ -133,8 +131,7 @@ class Perplexity(Measurement):
     def measure(self, subject: "Subject") -> dict[str, Any]:
         """Score the text, and where it is asked for the positions in a window."""
         from new_llm.evaluation import diagnose_perplexity, evaluate_positions
-        from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
-        from new_llm.experiments.evaluation_text import load_evaluation_text
+        from new_llm.experiments.subject import describe_evaluation, load_evaluation_text, plain_settings
 
         settings = self.protocol
         text = load_evaluation_text(subject, self.data)
@@ -245,14 +242,14 @@ class LongDocuments(PicturedMeasurement):
 
     def measure(self, subject: "Subject") -> dict[str, Any]:
         """Read the documents with the model and its baselines."""
-        from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
-        from new_llm.experiments.evaluation_text import load_evaluation_text
-        from new_llm.experiments.memory_measurements import measure_long_documents
+        from new_llm.evaluation import evaluate_long_documents
+        from new_llm.experiments.subject import describe_evaluation, load_evaluation_text, plain_settings
 
         baselines, facts = load_baselines(subject, self.subject, self.options)
         text = load_evaluation_text(subject, self.data)
         with watch("long documents") as hooks:
-            result = measure_long_documents(subject, text.split, self.options, baselines, **hooks)
+            reading = subject.reading | hooks
+            result = evaluate_long_documents(subject.model, text.split, self.options, baselines=baselines, **reading)
         values = result.to_dict()
         for name, found in facts.items():
             values["baselines"][name] |= {"subject": found}
@@ -316,13 +313,13 @@ class Recall(PicturedMeasurement):
 
     def measure(self, subject: "Subject") -> dict[str, Any]:
         """Hide, read and ask."""
-        from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
-        from new_llm.experiments.evaluation_text import load_evaluation_text
-        from new_llm.experiments.memory_measurements import measure_recall
+        from new_llm.evaluation import evaluate_recall
+        from new_llm.experiments.subject import describe_evaluation, load_evaluation_text, plain_settings
 
         text = load_evaluation_text(subject, self.data)
         with watch("recall") as hooks:
-            result = measure_recall(subject, text.split, self.options, **hooks)
+            reading = subject.reading | hooks
+            result = evaluate_recall(subject.model, subject.tokenizer, text.split, self.options, **reading)
         settings = plain_settings(self.data, self.options)
         return describe_evaluation(
             "recall", subject, text.info, settings, result.to_dict(), is_complete=result.is_complete
@@ -398,7 +395,7 @@ class Reversal(Measurement):
         """Score every pair in both directions."""
         from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs, read_reversal_pairs
         from new_llm.evaluation import evaluate_reversal_curse
-        from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
+        from new_llm.experiments.subject import describe_evaluation, plain_settings
 
         options = self.options
         pairs = get_reversal_pairs() if options.pairs is None else read_reversal_pairs(options.pairs)
@@ -470,7 +467,7 @@ class Doctor(Measurement):
     def measure(self, subject: "Subject") -> dict[str, Any]:
         """Run the checks."""
         from new_llm.experiments.doctor import examine_subject
-        from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
+        from new_llm.experiments.subject import describe_evaluation, plain_settings
 
         with open_console(stderr=True).status("") as status:
             report, text = examine_subject(
@@ -576,8 +573,7 @@ def load_baselines(
     """
     from new_llm.evaluation import Baseline
     from new_llm.evaluation.recall import has_memory
-    from new_llm.experiments.memory_measurements import check_tokenizer
-    from new_llm.experiments.subject import load_subject
+    from new_llm.experiments.subject import check_tokenizer, load_subject
 
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
     shorts = [shorten_spec(spec) for spec, _ in specs]

@@ -43,7 +43,7 @@ class Experiment(TrainingCommand):
 
     def show(self, results: dict[str, Any]) -> None:
         """Print the summary table, and where results and report are."""
-        from new_llm.experiments.record import REPORT_FILE
+        from new_llm.experiments.run_folder import REPORT_FILE
         from new_llm.report import SummaryTable
 
         folder = Path(results["folder"])

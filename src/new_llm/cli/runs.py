@@ -11,7 +11,7 @@ from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console
 
 if TYPE_CHECKING:
-    from new_llm.experiments.run_list import ModelStatus, RunStatus
+    from new_llm.experiments.run_folder import ModelStatus, RunStatus
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class ListRuns(Command):
         from rich import box
         from rich.table import Table
 
-        from new_llm.experiments.run_list import list_runs
+        from new_llm.experiments.run_folder import list_runs
 
         runs = list_runs(self.runs_dir)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -67,8 +67,7 @@ class ShowRun(Command):
         """
         from rich.table import Table
 
-        from new_llm.experiments.record import list_differences
-        from new_llm.experiments.run_list import CONFIG_KINDS, describe_run
+        from new_llm.experiments.run_folder import CONFIG_KINDS, describe_run, list_differences
 
         places = (Path(self.run), self.runs_dir / self.run)
         files = [kind.file_name for kind in CONFIG_KINDS]

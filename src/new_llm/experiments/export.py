@@ -1,16 +1,47 @@
-"""A run's model as a folder for Hugging Face's tools, with a model card of the run's figures."""
+"""Export a run's model as a folder for Hugging Face's tools, with a model card of what the run measured."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 from new_llm.config import UserError
 from new_llm.config.files import write_text_atomically
-from new_llm.experiments.model_card import write_card
-from new_llm.experiments.record import DATA_FILE, ENVIRONMENT_FILE, MODEL_RESULT_FILE, read_json
-from new_llm.experiments.run_folder import find_model_folder, load_run_model
+from new_llm.evaluation import MEASURES
+from new_llm.experiments.run_folder import (
+    DATA_FILE,
+    ENVIRONMENT_FILE,
+    MODEL_RESULT_FILE,
+    find_model_folder,
+    load_run_model,
+    read_json,
+)
+from new_llm.models import TransformerLM
+from new_llm.models.hf import export_auto, export_pythia
 from new_llm.models.model_file import STRUCTURE_FILE
 
 CARD_FILE = "README.md"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {title}
+
+A causal language model in the shape of Pythia, trained with New-LLM. A base model: it continues a text, and answers
+nothing.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{registration}
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+ids = tokenizer("The Congress", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```
+
+{facts}
+"""
+REGISTRATION = "import new_llm.models.hf  # registers the model type; no code comes from the model's folder\n"
 
 
 def export_run(
@@ -21,7 +52,7 @@ def export_run(
     Args:
         run: a run folder, or the folder of a saved model.
         model: which model of a run folder; None: the only one.
-        directory: where to write; a model that stands there is replaced.
+        directory: where to write; an exported model that is there is replaced.
         layout: auto, for every kind of model; gpt_neox, for plain Pythia models.
 
     Raises:
@@ -32,19 +63,54 @@ def export_run(
     if (directory / STRUCTURE_FILE).is_file():
         raise UserError(f"{directory}: a model of this project is stored here; choose another folder to export to")
     loaded, tokenizer = load_run_model(run, model)
-    from new_llm.models.hf import export_auto, export_pythia
-
     loaded.untie_embeddings()
     export = export_pythia if layout == "gpt_neox" else export_auto
     export(loaded, directory, tokenizer)
-    card = write_card(loaded, read_figures(source), layout, directory.resolve().name)
-    write_text_atomically(directory / CARD_FILE, card)
+    write_text_atomically(directory / CARD_FILE, write_card(loaded, source, layout, directory.resolve().name))
 
 
-def read_figures(folder: Path) -> dict[str, Any]:
-    """What the run of a model's folder says of it: `result`, `data`, `environment`; empty where it says nothing."""
-    places = {"result": folder.parent / MODEL_RESULT_FILE}
-    places |= {"data": folder.parent.parent / DATA_FILE, "environment": folder.parent.parent / ENVIRONMENT_FILE}
-    if not places["result"].is_file():
+def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> str:
+    """The model card, in Markdown with the hub's metadata: how to load the model, what it is, and its run's figures.
+
+    Args:
+        model: the model.
+        source: its folder in the run, or any other folder: then there are no figures.
+        layout: auto or gpt_neox.
+        title: the exported folder's name.
+    """
+    kinds = [layer.kind for layer in model.layer_list]
+    facts = {
+        "layers": ", ".join(kinds),
+        "parameters": f"{model.num_parameters()['total']:,}",
+        "segment": f"{model.segment_length:,} tokens",
+        "weights": str(model.embed_in.weight.dtype).removeprefix("torch."),
+        "memory": f"{model.memory_info()['total_bytes']:,} bytes" if model.memory_layers else None,
+        **_read_figures(source),
+    }
+    rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    return CARD.format(
+        tags=", ".join(["new-llm", *dict.fromkeys(kinds)]),
+        title=title,
+        registration=REGISTRATION if layout == "auto" else "",
+        facts="\n".join(["| | |", "| --- | --- |", *rows]),
+    )
+
+
+def _read_figures(source: Path) -> dict[str, Any]:
+    """What the run of a model's folder recorded; empty where there is no run."""
+    result = read_json(source.parent / MODEL_RESULT_FILE)
+    if result is None:
         return {}
-    return {name: read_json(path) or {} for name, path in places.items()}
+    data, run = (read_json(source.parent.parent / name) or {} for name in (DATA_FILE, ENVIRONMENT_FILE))
+    training = result.get("training", {})
+    return {
+        "trained on": data.get("source"),
+        "tokenizer": data.get("tokenizer", {}).get("name"),
+        "tokens read": f"{training['tokens']:,}" if training else None,
+        "command": f"`{run['command']}`" if "command" in run else None,
+        "code revision": run.get("code", {}).get("git_revision"),
+    } | {
+        MEASURES[name].title: f"{found['perplexity']:,.4g}"
+        for name, found in result.get("evaluation", {}).items()
+        if name in MEASURES and found and found.get("perplexity") is not None
+    }

@@ -1,19 +1,269 @@
-"""Finding the model and the tokenizer of a run."""
+"""The run folder: what a run writes and where, how one process holds it, and how others find what is in it.
 
+```
+runs/<name>/
+  config.yaml        the resolved configuration     environment.json   machine, versions, code revision, command
+  data.json          fingerprints and counts        tokenizer.json     the tokenizer of all models
+  <model>/metrics.jsonl, tensorboard/, best/ (weights), checkpoints/ (while training), faults/ (if any),
+                  result.json (when done)
+  results.json       everything the report shows    report.html        one self-contained file
+  .lock              held by the process that uses the folder
+```
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
+import accelerate
+import torch
+import transformers
 from tokenizers import Tokenizer
 
+from new_llm import __version__
 from new_llm.config import UserError
+from new_llm.config.evaluation import EVALUATIONS_FOLDER
+from new_llm.config.files import read_json_file, remove_leftovers, write_text_atomically
+from new_llm.config.loading import RunSettings, Settings, TrainingSettings, read_settings
+from new_llm.config.locks import hold_lock
+from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
-from new_llm.experiments.record import name_model_folder
+from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig
 from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
+from new_llm.processes import ALONE, Processes
 from new_llm.training.checkpoint import BEST_FOLDER
+from new_llm.training.log import read_metrics
 
+CONFIG_FILE = ExperimentConfig.file_name
+ENVIRONMENT_FILE = "environment.json"
+DATA_FILE = "data.json"
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+MODEL_RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
+UNNAMED = "experiment"
+RESULTS_VERSION = 1
+MAY_CHANGE = ("runs_dir", "train.sharding", "train.checkpoint_every_steps", "train.keep_checkpoints")
+"""Settings of where and how a run is computed, not of what: a run may continue with others."""
 TOKENIZER_LEVELS = 3
 """A model's tokenizer is in its folder or at most two above: runs/<name>/<model>/best."""
+CONFIG_KINDS: tuple[type[TrainingSettings], ...] = (ExperimentConfig, AdapterTrainingConfig)
+"""The kinds of runs, by their configuration."""
+
+# Holding a run
+
+
+@contextmanager
+def hold_run(config: Settings, *, resume: bool, processes: Processes = ALONE) -> Iterator[tuple[Settings, Path]]:
+    """Inside the block: a new or resumed run that no other process can use.
+
+    The lock is a file inside the folder, wherever links to it point. Unless the block creates a run (`create_run`), the
+    folder is removed at its end.
+
+    Args:
+        config: the run's, perhaps without a name.
+        resume: whether to continue a run.
+        processes: those that work in it together; the main one holds it for all.
+
+    Returns:
+        The configuration with its name filled in, and the folder.
+
+    Raises:
+        UserError: another process is using it; the folder exists already, or there is nothing to resume, or it began
+            with other settings.
+        OtherProcessError: on the others, likewise.
+    """
+    with ExitStack() as held:
+        yield processes.run_on_main(lambda: held.enter_context(_hold_alone(config, resume)))
+
+
+@contextmanager
+def _hold_alone(config: Settings, resume: bool) -> Iterator[tuple[Settings, Path]]:
+    if config.name is None:
+        if resume:
+            raise UserError("--resume needs --name NAME, the run to continue")
+        name = f"{UNNAMED}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        config = dataclasses.replace(cast(Any, config), name=name)
+    folder = config.runs_dir / str(config.name)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    lock = folder.resolve() / LOCK_FILE
+    try:
+        with hold_lock(lock, str(folder)):
+            try:
+                yield _find_run(config, folder, resume=resume), folder
+            finally:
+                if folder in made and not (folder / config.file_name).exists():  # bad input leaves nothing behind
+                    lock.unlink(missing_ok=True)
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
+    """The configuration of a run that can begin or continue in a folder. Leftovers of a killed process are removed.
+
+    Raises:
+        UserError: see `hold_run`.
+    """
+    if not resume:
+        if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+            raise UserError(
+                f"{folder}: a run of this name exists; choose another --name, or continue it by "
+                f"--name {config.name} --resume"
+            )
+        return config
+    begun = read_begun(folder, type(config))
+    changed = list_differences(begun, config, but=MAY_CHANGE)
+    if changed:
+        raise UserError(
+            f"{folder}: a run continues with the settings it began with; different now: {'; '.join(changed)}"
+        )
+    for place, _, _ in os.walk(folder):
+        remove_leftovers(Path(place))
+    return dataclasses.replace(cast(Any, config), runs_dir=begun.runs_dir)
+
+
+def create_run(config: RunSettings, folder: Path) -> None:
+    """Turn a held folder into a run by writing its configuration."""
+    try:
+        write_text_atomically(folder / config.file_name, config.to_yaml())
+    except OSError as error:
+        raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
+
+
+def read_begun(folder: Path, kind: type[Settings]) -> Settings:
+    """The configuration that a run began with.
+
+    Raises:
+        UserError: there is no run of this kind in this folder.
+    """
+    if not (folder / kind.file_name).exists():
+        raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
+    return read_settings(folder / kind.file_name, kind)
+
+
+def name_model_folder(name: str) -> str:
+    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:
+    """The fields, `but` some, in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
+
+    def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                flat |= flatten(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    one, two = flatten(first.to_dict()), flatten(second.to_dict())
+    return [f"{key} {one[key]} → {two[key]}" for key in one if one[key] != two[key] and key not in but]
+
+
+# What a result depends on
+
+
+def describe_environment(device: str, precision: str, num_threads: int) -> dict[str, Any]:
+    """The machine and the versions that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name() if device.startswith("cuda") else read_processor_name(),
+        "device": device,
+        "precision": precision,
+        "num_threads": num_threads,
+        "num_cpus": os.cpu_count(),
+    }
+
+
+def read_processor_name() -> str:
+    """The processor's name, where the system reports it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_code() -> dict[str, Any]:
+    """The program's version and, where it runs from a git checkout, its revision."""
+    checkout = Path(__file__).resolve().parents[3]
+    code: dict[str, Any] = {"version": __version__, "git_revision": None, "git_dirty": None}
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return code
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        code["git_revision"] = git("rev-parse", "HEAD")
+        code["git_dirty"] = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (subprocess.SubprocessError, OSError):
+        pass
+    return code
+
+
+def describe_command() -> str:
+    """The command line, without the paths of the interpreter and the program."""
+    program = Path(sys.argv[0])
+    start = ["python3", f"scripts/{program.name}"] if program.parent.name == "scripts" else ["new-llm"]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write strict JSON atomically; NaN and infinity, which JSON lacks, become null."""
+    write_text_atomically(path, json.dumps(_strict(values), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that `write_json` wrote; None where there is none.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return read_json_file(path)
+    except FileNotFoundError:
+        return None
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# Finding a model and its tokenizer
 
 
 def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool = False) -> Path:
@@ -104,3 +354,121 @@ def find_tokenizer_file(folder: Path) -> Path:
         if (place / TOKENIZER_FILE).is_file():
             return place / TOKENIZER_FILE
     raise UserError(f"{folder}: no {TOKENIZER_FILE} here or in the {TOKENIZER_LEVELS - 1} folders above")
+
+
+# Listing runs
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One model of a run.
+
+    Attributes:
+        name: the model type.
+        status: waiting, training, or done.
+        epochs: finished epochs.
+        num_epochs: epochs at most.
+        perplexity: sliding-window where the model is done, else the best validation's; None: none yet.
+        tokens: tokens trained on.
+        gates: smallest and largest gate; None: no memory, or nothing logged yet.
+    """
+
+    name: str
+    status: str
+    epochs: int
+    num_epochs: int
+    perplexity: float | None
+    tokens: int
+    gates: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run.
+
+    Attributes:
+        folder: where it is.
+        status: complete, unreadable, or unfinished (running, interrupted or failed: a folder does not show which).
+        created: when it began; None: unknown.
+        config: its configuration; None: unreadable.
+        models: its models, in order.
+        evaluations: file names of later measurements.
+        fault: why its files can't be read; None: they can.
+    """
+
+    folder: Path
+    status: str
+    created: datetime.datetime | None
+    config: TrainingSettings | None
+    models: tuple[ModelStatus, ...]
+    evaluations: tuple[str, ...]
+    fault: str | None = None
+
+
+def list_runs(runs_dir: Path) -> list[RunStatus]:
+    """The runs below a folder, those of studies included, the latest last; unreadable ones are listed with their fault.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir}: no such folder; runs are made by `new-llm experiment`")
+    folders = [
+        path.parent
+        for kind in CONFIG_KINDS
+        for pattern in ("*", "*/*")
+        for path in runs_dir.glob(f"{pattern}/{kind.file_name}")
+    ]
+    found = [describe_run(folder) for folder in folders]
+    oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+    return sorted(found, key=lambda run: (run.created or oldest, str(run.folder)))
+
+
+def describe_run(folder: Path) -> RunStatus:
+    """How far a run got; for an unreadable run, its `fault`."""
+    evaluations = tuple(sorted(path.name for path in (folder / EVALUATIONS_FOLDER).glob("*.json")))
+    try:
+        kind = next(kind for kind in CONFIG_KINDS if (folder / kind.file_name).exists())
+        config = read_begun(folder, kind)
+        facts = read_json(folder / ENVIRONMENT_FILE) or {}
+        results = read_json(folder / RESULTS_FILE) or {}
+        names = config.models if isinstance(config, ExperimentConfig) else ADAPTER_MODELS
+        models = tuple(_describe_model(folder / name_model_folder(name), name, config) for name in names)
+        created = datetime.datetime.fromisoformat(facts["created"]) if facts.get("created") else None
+        if created is not None and created.tzinfo is None:
+            created = created.replace(tzinfo=datetime.UTC)
+        return RunStatus(
+            folder=folder,
+            status="complete" if results.get("status") == "complete" else "unfinished",
+            created=created,
+            config=config,
+            models=models,
+            evaluations=evaluations,
+        )
+    except UserError as error:
+        return RunStatus(folder, "unreadable", None, None, (), evaluations, str(error))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        fault = f"{folder}: unexpected content in its files: {describe_failure(error)}"
+        return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
+
+
+def _describe_model(folder: Path, name: str, config: TrainingSettings) -> ModelStatus:
+    lines = read_metrics(folder)
+    epochs = [line for line in lines if line["event"] == "epoch"]
+    steps = [line for line in lines if line["event"] == "train"]
+    result: dict[str, Any] | None = read_json(folder / MODEL_RESULT_FILE)
+    if result is not None:
+        perplexity = result["evaluation"].get("sliding", {}).get("perplexity")
+    else:
+        perplexity = min((line["validation_perplexity"] for line in epochs), default=None)
+    gates = result["gates"] if result else next((line["gates"] for line in reversed(steps) if line.get("gates")), {})
+    values = [value for heads in gates.values() for value in heads]
+    return ModelStatus(
+        name=name,
+        status="done" if result is not None else "training" if lines else "waiting",
+        epochs=len(epochs),
+        num_epochs=config.train.num_epochs,
+        perplexity=perplexity,
+        tokens=max((line["tokens"] for line in lines), default=0),
+        gates=(min(values), max(values)) if values else None,
+    )

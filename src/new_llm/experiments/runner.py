@@ -20,10 +20,16 @@ from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.planted_facts import SamplePlanter
-from new_llm.evaluation import find_measures, measure, unigram_perplexity
+from new_llm.evaluation import (
+    Subject,
+    evaluate_sliding_window,
+    evaluate_streaming,
+    find_measures,
+    measure,
+    unigram_perplexity,
+)
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.measure import make_subject, measure_validation_loss
-from new_llm.experiments.record import (
+from new_llm.experiments.run_folder import (
     DATA_FILE,
     ENVIRONMENT_FILE,
     MODEL_RESULT_FILE,
@@ -277,8 +283,7 @@ class Run(ABC, Generic[Config]):
         training = self._train(name, folder) if self.trains(name) else None
         model = self._load_best(name, folder / BEST_FOLDER) if training else self.create(name).to(self.device).eval()
         with self.console.status("") as status:
-            subject = make_subject(model, self.data, self.config, self.autocast, self.processes)
-            measured = measure(subject, say=lambda what: status.update(f"{name}: measuring {what}"))
+            measured = measure(self._make_subject(model), say=lambda what: status.update(f"{name}: measuring {what}"))
         return self.processes.run_on_main(lambda: self._write_result(name, model, training, measured))
 
     def _train(self, name: str, folder: Path) -> TrainingResult:
@@ -290,7 +295,7 @@ class Run(ABC, Generic[Config]):
             self.training_data,
             config.train,
             folder,
-            validate=lambda model: measure_validation_loss(model, data, config, self.autocast, processes),
+            validate=self.measure_validation_loss,
             device=self.device,
             progress=progress,
             seed=config.seed,
@@ -303,6 +308,34 @@ class Run(ABC, Generic[Config]):
             return trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
         finally:
             progress.stop()
+
+    def measure_validation_loss(self, model: TransformerLM) -> float:
+        """Nats per validation token under the conditions of training.
+
+        With `order: stream` documents are read as streams with their memory carried; with `shuffled` in samples that
+        start from empty memory.
+        """
+        settings, split = self.config.eval, self.data.validation
+        reading = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens}
+        shared = {"autocast": self.autocast, "processes": self.processes}
+        if self.config.data.order == "stream":
+            return evaluate_streaming(model, split, **reading, **shared).loss
+        length = self.config.data.seq_length
+        return evaluate_sliding_window(model, split, context=length, stride=length, **reading, **shared).loss
+
+    def _make_subject(self, model: TransformerLM) -> Subject:
+        return Subject(
+            model=model,
+            tokenizer=self.data.tokenizer,
+            split=self.data.validation,
+            settings=self.config.eval,
+            seq_length=self.config.data.seq_length,
+            seed=self.config.seed,
+            device=self.device,
+            autocast=self.autocast,
+            processes=self.processes,
+            facts=self.data.info,
+        )
 
     @staticmethod
     def _read_result(folder: Path) -> dict[str, Any] | None:

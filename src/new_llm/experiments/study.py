@@ -27,19 +27,19 @@ from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig, Subject
 from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
-from new_llm.evaluation import Baseline
-from new_llm.experiments.evaluation_record import describe_evaluation, plain_settings
-from new_llm.experiments.evaluation_text import load_evaluation_text
-from new_llm.experiments.memory_measurements import (
-    check_tokenizer,
-    measure_long_documents,
-    measure_recall,
-)
-from new_llm.experiments.record import RESULTS_FILE, describe_code, read_json, write_json
+from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall
+from new_llm.experiments.run_folder import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
 from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
-from new_llm.experiments.subject import Subject, load_subject
+from new_llm.experiments.subject import (
+    Subject,
+    check_tokenizer,
+    describe_evaluation,
+    load_evaluation_text,
+    load_subject,
+    plain_settings,
+)
 from new_llm.training import TrainingInterrupted
 
 STUDY_FILE = "study.yaml"
@@ -228,13 +228,13 @@ def _measure_long(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig(source=source))
-    result = measure_long_documents(subject, text.split, config, baselines)
+    result = evaluate_long_documents(subject.model, text.split, config, baselines=baselines, **subject.reading)
     return describe_evaluation("long", subject, text.info, settings, result.to_dict())
 
 
 def _measure_recall(subject: Subject, config: RecallConfig, settings: dict[str, Any]) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig())
-    result = measure_recall(subject, text.split, config)
+    result = evaluate_recall(subject.model, subject.tokenizer, text.split, config, **subject.reading)
     return describe_evaluation("recall", subject, text.info, settings, result.to_dict())
 
 

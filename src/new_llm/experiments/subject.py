@@ -1,5 +1,13 @@
-"""The model of a measurement: one of a run, a saved one, or a Hugging Face checkpoint."""
+"""What `new-llm eval` and studies measure: a trained model, the text it reads, and the JSON record of the result.
 
+The model is one of a run, a saved one, or a Hugging Face checkpoint. GPT-NeoX checkpoints become models of this
+project; other kinds are read through a wrapper.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,16 +18,35 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from new_llm.config import UserError
-from new_llm.config.evaluation import SubjectConfig
-from new_llm.data.tokenizer import fingerprint_tokenizer
+import new_llm.models.hf  # registers this project's models with the Auto classes
+from new_llm.config import DataConfig, UserError
+from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION, SubjectConfig, TextConfig
+from new_llm.config.files import read_json_file
+from new_llm.data.dataset import EvaluationText, count_text, prepare_data, read_evaluation_text
+from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
+from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
+from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.evaluation.scoring import LanguageModel
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.record import CONFIG_FILE, ENVIRONMENT_FILE, read_json, read_run_config
-from new_llm.experiments.run_folder import find_model_folder, load_run_model
+from new_llm.experiments.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    describe_code,
+    describe_command,
+    describe_environment,
+    find_model_folder,
+    load_run_model,
+    read_begun,
+    read_json,
+    write_json,
+)
 from new_llm.models import TransformerLM
+from new_llm.models.hf.convert import load_pythia
+from new_llm.models.hf.infini_adapter import attach_adapter, read_base_name
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.devices import choose_device, choose_precision, make_autocast
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -27,15 +54,15 @@ class Subject:
     """A model to measure, on its device and in evaluation mode.
 
     Attributes:
-        label: short name, fit for a file's.
+        label: short name that can be part of a file name.
         model: the model.
         tokenizer: its tokenizer.
-        device: where it lies.
+        device: where it is.
         precision: fp32, bf16 (autocast), or the dtype of its weights.
         autocast: makes the context in which it computes.
         facts: plain values for the record.
-        folder: the run that it belongs to; None: none.
-        config: that run's configuration; None: none.
+        folder: the run it belongs to; None: no run.
+        config: that run's configuration; None: no run.
     """
 
     label: str
@@ -48,8 +75,13 @@ class Subject:
     folder: Path | None
     config: ExperimentConfig | None
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How all measures read the model: keywords of the `evaluate_` functions."""
+        return {"device": self.device, "autocast": self.autocast}
+
     def require_own(self, what: str) -> TransformerLM:
-        """The model as one of this family, which some measurements need.
+        """The model as a `TransformerLM`, which some measurements need.
 
         Raises:
             UserError: it is a Hugging Face model of another kind.
@@ -78,8 +110,6 @@ def _name_model(config: SubjectConfig) -> str:
         return config.run
     if config.parallel_adapter is None:
         raise UserError("--run: a model is needed: a run folder, a saved model, or a Hugging Face folder or name")
-    from new_llm.models.hf.infini_adapter import read_base_name
-
     return read_base_name(config.parallel_adapter)
 
 
@@ -93,7 +123,7 @@ def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> Subjec
     model, tokenizer = load_run_model(path, config.model)
     model = _adapt(model, config)
     run = _find_run(model_folder)
-    run_config = read_run_config(run) if run else None
+    run_config = read_begun(run, ExperimentConfig) if run else None
     environment = (read_json(run / ENVIRONMENT_FILE) if run else None) or {}
     trained_in = environment.get("environment", {}).get("precision", "auto")
     precision = choose_precision(trained_in if config.precision == "auto" else config.precision, device)
@@ -115,8 +145,6 @@ def _find_run(model_folder: Path) -> Path | None:
 
 
 def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -> Subject:
-    from new_llm.experiments.hugging_face_subject import load_hugging_face
-
     if config.model is not None:
         raise UserError(f"--model: is for a run of several models; {name} is one model")
     if config.parallel_adapter is not None and config.segment_length is not None:
@@ -125,7 +153,7 @@ def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -
     if isinstance(model, TransformerLM):
         model = _adapt(model, config)
     elif config.parallel_adapter is not None:
-        raise UserError(f"--parallel-adapter: {name} is no GPT-NeoX model, and adapters are for those")
+        raise UserError(f"--parallel-adapter: {name} not a GPT-NeoX model; adapters fit only those")
     dtype = next(iter(model.parameters())).dtype
     precision = {torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
     if config.precision != "auto" and config.precision != precision:
@@ -137,11 +165,74 @@ def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -
     return _make(label, model, tokenizer, device, precision, facts, config)
 
 
+def load_hugging_face(
+    name: str, revision: str | None, segment_length: int | None
+) -> tuple[TransformerLM | HuggingFaceLM, Tokenizer, str]:
+    """The model of a folder or a hub name, its tokenizer and its model type. The checkpoint's own code never runs.
+
+    Raises:
+        UserError: neither a folder of a Hugging Face model nor on a reachable hub, or it can't be loaded.
+    """
+    kind = _read_model_type(name, revision)
+    model: TransformerLM | HuggingFaceLM
+    if kind == "gpt_neox":
+        try:
+            model = load_pythia(name, revision=revision, segment_length=segment_length)
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(f"--segment-length: {error}") from None
+    else:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision or "main", torch_dtype="auto", trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises whatever its many parts raise
+            raise UserError(f"{name}: can't be loaded as a causal language model: {describe_failure(error)}") from None
+        if kind == new_llm.models.hf.NewLLMConfig.model_type:
+            if segment_length is not None:
+                raise UserError(f"--segment-length: {name} has its own ({loaded.model.segment_length})")
+            model = loaded.model
+        else:
+            model = HuggingFaceLM(loaded, segment_length)
+    return model, get_tokenizer(name, DataConfig.hub_timeout_seconds), kind
+
+
+def _read_model_type(name: str, revision: str | None) -> str:
+    import huggingface_hub
+
+    path = Path(name).expanduser() / "config.json"
+    if not path.parent.is_dir():
+        if not HUB_NAME.fullmatch(name):
+            raise UserError(f"{name}: no such folder, and not a name of a model on the hub")
+        try:
+            if hub_answers(f"{name}/resolve/{revision or 'main'}/{'config.json'}", DataConfig.hub_timeout_seconds):
+                cached: Any = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+            else:
+                cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+        except Exception as error:
+            raise UserError(f"{name}: could not be loaded: {describe_failure(error)}") from None
+        if not isinstance(cached, str):
+            raise UserError(
+                f"{name}: no such folder, nothing of this name is cached here, and the hub at {hub_endpoint()} is out "
+                "of reach; give a run folder, or a folder that save_pretrained or `new-llm export` wrote"
+            )
+        path = Path(cached)
+    try:
+        values = read_json_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: names no model_type")
+    return kind
+
+
 def _adapt(model: TransformerLM, config: SubjectConfig) -> TransformerLM:
     if config.parallel_adapter is None:
         return model
-    from new_llm.models.hf.infini_adapter import attach_adapter
-
     return attach_adapter(model, config.parallel_adapter)
 
 
@@ -167,3 +258,108 @@ def _make(
     model.to(device).eval()
     autocast = make_autocast(precision, device)
     return Subject(label, model, tokenizer, device, precision, autocast, facts, folder, run_config)
+
+
+def check_tokenizer(other: Subject, subject: Subject, where: str, name: str) -> None:
+    """Reject a baseline whose tokens are not the subject's.
+
+    Args:
+        other: the baseline.
+        subject: the model that is measured.
+        where: what names the baseline, for the message.
+        name: what the subject is called.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+    if other.facts["tokenizer_fingerprint"] != subject.facts["tokenizer_fingerprint"]:
+        raise UserError(f"{where}: its tokenizer is not that of {name}: tokens can't be compared")
+
+
+# Text and record
+
+
+def load_evaluation_text(subject: Subject, config: TextConfig) -> EvaluationText:
+    """Read what the configuration names with the subject's tokenizer; no source: its run's validation documents.
+
+    Raises:
+        UserError: the text can't be read, or the subject belongs to no run and no source is named.
+    """
+    if config.source is not None:
+        return read_evaluation_text(config, subject.tokenizer)
+    if subject.config is None:
+        raise UserError(f"data.source: {subject.label} belongs to no run, so a text must be named: --data.source FILE")
+    if config != TextConfig():
+        raise UserError("data: without --data.source the run's validation documents are read as they are")
+    data = prepare_data(subject.config.data)
+    if fingerprint_tokenizer(data.tokenizer) != fingerprint_tokenizer(subject.tokenizer):
+        source = subject.config.data.source
+        raise UserError(f"{source}: has changed since the run: it gives another tokenizer; name a text: --data.source")
+    info = {
+        "source": f"validation documents of {data.info['source']}",
+        "source_fingerprint": data.info["source_fingerprint"],
+    }
+    return EvaluationText(data.validation, info | count_text(data.validation))
+
+
+def describe_evaluation(
+    kind: str,
+    subject: Subject,
+    text: dict[str, Any] | None,
+    settings: dict[str, Any],
+    result: dict[str, Any],
+    *,
+    is_complete: bool = True,
+) -> dict[str, Any]:
+    """The record of a measurement: the result with everything needed to repeat it.
+
+    Args:
+        kind: perplexity, reversal, long, recall or doctor.
+        subject: the model.
+        text: what it was measured on; None: the measurement's own text.
+        settings: the options of the measurement, seeds included.
+        result: plain values.
+        is_complete: False: it was interrupted, and the result holds what was measured by then.
+    """
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": kind,
+        "status": "complete" if is_complete else "partial",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": describe_command(),
+        "code": describe_code(),
+        "environment": describe_environment(str(subject.device), subject.precision, torch.get_num_threads()),
+        "subject": subject.facts,
+        "text": text,
+        "settings": settings,
+        "result": result,
+    }
+
+
+def write_evaluation(record: dict[str, Any], subject: Subject, out: Path | None) -> Path:
+    """Write a record, by default into the run's folder; repeating a measurement replaces its file.
+
+    Args:
+        record: of `describe_evaluation`.
+        subject: the model.
+        out: the file; None: `<run>/evaluations/<kind>-<model>-<hash of model, text and settings>.json`, under runs/
+            for a model that belongs to no run.
+    """
+    if out is None:
+        identity = {key: record[key] for key in ("subject", "text", "settings", "status")}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        folder = (subject.folder or Path("runs")) / EVALUATIONS_FOLDER
+        out = folder / f"{record['kind']}-{subject.label}-{digest[:10]}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, record)
+    return out
+
+
+def plain_settings(*sections: Any) -> dict[str, Any]:
+    """The fields of some configuration sections as plain values."""
+    values: dict[str, Any] = {}
+    for section in sections:
+        values |= {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(section).items()
+        }
+    return values
