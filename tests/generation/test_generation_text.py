@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from model_cases import get_model, text_ids
 from tokenizers import Tokenizer
 
-from new_llm.config import UserError
+from new_llm import create_model
+from new_llm.config import PythiaConfig, UserError
 from new_llm.config.generation import GenerationConfig
-from new_llm.data.tokenizer import END_OF_TEXT, train_tokenizer
+from new_llm.data.tokenizer import END_OF_TEXT, padded_vocab_size, train_tokenizer
 from new_llm.models import generation
 from new_llm.models.generation import encode_prompts, generate, stream_text
 from new_llm.models.text_decoding import LONGEST_WINDOW, REPLACEMENT, StoppingText, TextDecoder
@@ -176,10 +177,6 @@ def test_prompts_are_padded_on_the_right_and_masked(tokenizer: Tokenizer) -> Non
 
 
 def make_model(tokenizer: Tokenizer):
-    from new_llm import create_model
-    from new_llm.config import PythiaConfig
-    from new_llm.data.tokenizer import padded_vocab_size
-
     shape = PythiaConfig(
         vocab_size=padded_vocab_size(tokenizer),
         hidden_size=16,

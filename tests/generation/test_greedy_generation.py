@@ -4,9 +4,7 @@ import pytest
 import torch
 from model_cases import (
     MIXED_STACKS,
-    STREAM_TOLERANCES,
     VOCAB_SIZE,
-    assert_near,
     assert_states_equal,
     assert_states_near,
     build_model,
@@ -17,7 +15,6 @@ from torch import Tensor
 
 from new_llm import TransformerLM
 from new_llm.models import SelectiveOutputLM
-from new_llm.models.generation import GenerationRun
 
 NAMES = ["pythia", *MIXED_STACKS]
 NEW_TOKENS = 14  # across two ends of segments of 5 at least
@@ -53,27 +50,6 @@ def test_stream_equals_recomputing_token_for_token(name: str, prompt_length: int
     assert statistics.finish_reasons == ("length", "length")
     assert 0 < statistics.prompt_seconds < statistics.seconds
     assert statistics.tokens_per_second == pytest.approx(2 * NEW_TOKENS / statistics.seconds)
-
-
-@pytest.mark.parametrize("skip_interval", [0, 1, 2])
-def test_selective_models_generate_with_all_their_passes(skip_interval: int) -> None:
-    model = make_selective(skip_interval)
-    prompt = text_ids(2, 7)
-    ids, statistics = model.generate(prompt, max_new_tokens=NEW_TOKENS)
-    assert torch.equal(ids, recompute(model, prompt, NEW_TOKENS))
-    assert statistics.passes == 1 + skip_interval
-
-
-@pytest.mark.parametrize("name", [*NAMES, "selective"])
-def test_logits_of_every_step_in_single_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_selective(1, torch.float32) if name == "selective" else get_model(name, dtype=torch.float32)
-    steps: list[Tensor] = []
-    read = GenerationRun._read
-    monkeypatch.setattr(GenerationRun, "_read", lambda run, rows: steps.append(read(run, rows)) or steps[-1])
-    ids, _ = model.generate(text_ids(2, 7), max_new_tokens=NEW_TOKENS)
-    with torch.no_grad():
-        expected = model(ids[:, :-1])[:, 7:]
-    assert_near(torch.stack(steps, dim=1), expected, STREAM_TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -186,21 +162,3 @@ def test_gradients_are_as_the_caller_had_them() -> None:
     ids, _ = model.generate(text_ids(1, 3), max_new_tokens=2, on_token=lambda _: modes.append(torch.is_grad_enabled()))
     assert modes == [True, True]
     assert not ids.requires_grad
-
-
-def test_a_model_that_knows_a_text_continues_it_from_its_first_line() -> None:
-    """Trained a few hundred steps on a poem cut into segments, so that lines reach one another through memory."""
-    lines = ["the rain is on the roof again", "and every gutter sings", "a cat upon the window sill", "dreams of wings"]
-    text = torch.tensor([list("\n".join(lines).encode())])
-    torch.manual_seed(0)
-    model = build_model(MIXED_STACKS["pythia-first"], segment_length=32, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for _ in range(300):
-        loss, _ = model.compute_loss(text, text)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    begin = len(lines[0])
-    ids, _ = model.generate(text[:, :begin], max_new_tokens=text.shape[1] - begin)
-    assert bytes(ids[0].tolist()).decode() == "\n".join(lines)

@@ -42,8 +42,7 @@ def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **opt
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("chunk_rows", [1, 5, 1024])
+@pytest.mark.parametrize(("chunk_rows", "weighted"), [(1, False), (5, True), (1024, True)])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_results_and_gradients_are_the_naive_form_s(

@@ -13,7 +13,6 @@ from new_llm.models.ops import (
     read_memories_naive,
     select_memories,
     select_memories_naive,
-    sum_outer_products,
     write_memory,
     write_memory_naive,
 )
@@ -58,8 +57,8 @@ def test_feature_map_is_elu_plus_one() -> None:
 
 
 @by_dtype
-@pytest.mark.parametrize("chunk_length", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("length", [1, 2, 7, 11])
+@pytest.mark.parametrize("chunk_length", [1, 3, 64])
+@pytest.mark.parametrize("length", [1, 7, 11])
 def test_local_attention_equals_its_naive_form(length: int, chunk_length: int, dtype: torch.dtype) -> None:
     q, k, v = draw_segment(length, dtype)
     actual = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=chunk_length)
@@ -107,12 +106,6 @@ def test_write_equals_its_naive_form(dtype: torch.dtype, use_delta_rule: bool, d
         assert torch.equal(norms[:, n], before[1])
 
 
-def test_sum_of_outer_products() -> None:
-    _, k, v = draw_segment()
-    expected = sum(torch.einsum("bhk,bhv->bhkv", k[:, :, t], v[:, :, t]) for t in range(LENGTH))
-    assert_near(sum_outer_products(k, v, torch.float64), torch.as_tensor(expected), 1e-12)
-
-
 def test_read_of_another_width_is_refused() -> None:
     memories, norms, _ = draw_memories()
     with pytest.raises(ValueError, match=r"width 3 .* width 4"):
@@ -124,10 +117,6 @@ def test_read_of_another_width_is_refused() -> None:
 
 def check_gradients(function, *inputs: Tensor) -> None:
     assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in inputs))
-
-
-def test_gradient_of_feature_map() -> None:
-    check_gradients(feature_map, torch.tensor([-3.0, -0.5, -1e-3, 1e-3, 0.5, 4.0], dtype=torch.float64))
 
 
 def test_slope_of_feature_map_at_zero_is_one() -> None:
@@ -194,7 +183,7 @@ def test_gradients_through_empty_memories_are_finite() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1.0, 1e4, 1e7])
+@pytest.mark.parametrize("size", [1.0, 1e7])
 def test_read_in_16_bits_survives_a_huge_memory(dtype: torch.dtype, size: float) -> None:
     """After 10 million tokens z and M are far beyond float16's 65,504; what is read is not."""
     memories, norms, num_tokens = draw_memories(torch.float32)

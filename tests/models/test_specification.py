@@ -8,7 +8,7 @@ import torch
 import new_llm.config
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
-from new_llm.models import SelectiveOutputLM, merge_memory_states
+from new_llm.models import SelectiveOutputLM
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.recipes import RECIPES
@@ -101,47 +101,6 @@ def test_one_set_of_defaults_and_named_recipes() -> None:
         tuned = create_model(kind, PythiaConfig(**SMALL), recipe="tuned")
         assert list(tuned.memory_layers) == [2 if kind == "token_memory" else 1]
     assert new_llm.config.PythiaConfig is PythiaConfig
-
-
-def test_two_halves_of_a_text_merge_and_count_all_segments() -> None:
-    torch.manual_seed(0)
-    model = create_model("infini", PythiaConfig(**SMALL), segment_length=4, use_delta_rule=False)
-    states = []
-    for length in (12, 20):
-        model.reset_memory()
-        model(torch.arange(length).view(1, -1), update_memory=True)
-        states.append(model.get_memory_state())
-    merged = merge_memory_states(states)[0]
-    assert int(merged["segments_seen"]) == 3 + 5
-    assert int(merged["token_counts"].sum()) == 32
-
-
-@pytest.mark.parametrize("kind", ["infini", "multi_memory", "token_memory"])
-def test_memory_written_in_inference_mode_can_be_trained_on(kind: str) -> None:
-    model = create_model(kind, PythiaConfig(**SMALL), segment_length=4)
-    ids = torch.arange(10).view(1, 10)
-    with torch.inference_mode():
-        model(ids, update_memory=True)
-        model.generate(ids, max_new_tokens=3, update_memory=True)
-    model.compute_loss(ids, ids, update_memory=True)[0].backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", MODEL_KINDS)
-def test_a_default_dtype_of_16_bits_changes_nothing(kind: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = create_model(kind, PythiaConfig(**SMALL, initializer_range=0.2), segment_length=8)
-    ids = torch.arange(22).view(2, 11)
-    expected, made = model(ids), model.generate(ids, max_new_tokens=20)[0]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        assert torch.equal(model(ids), expected)
-        assert torch.equal(model.generate(ids, max_new_tokens=20)[0], made)
-        narrow = create_model(kind, PythiaConfig(**SMALL), segment_length=8)
-        assert narrow.generate(ids, max_new_tokens=20)[0].shape == (2, 31)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def test_gradient_checkpointing_has_hugging_faces_name() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from new_llm.config import PythiaConfig, TrainConfig, UserError
-from new_llm.experiments.config import ModelConfig
 from new_llm.models import TransformerLM, create_model, export_pythia, load_model, save_model
 from new_llm.models.hf import NewLLMForCausalLM, load_pythia
 from new_llm.processes import ALONE
@@ -85,19 +84,6 @@ def test_untied_and_exported_the_logits_stay(ids, tmp_path):
     assert "embed_out.weight" in model.state_dict()
     assert torch.equal(model(ids), logits)
     assert torch.equal(NewLLMForCausalLM.from_model(model)(ids).logits, logits)
-
-
-def test_generation_and_streams_read_the_tied_head(ids):
-    model = make()
-    with torch.no_grad():
-        stream = model.open_stream(2)
-        torch.testing.assert_close(torch.cat([stream.feed(ids[:, :7]), stream.feed(ids[:, 7:])], 1), model(ids))
-    out, _ = model.generate(ids, max_new_tokens=4)
-    assert out.shape == (2, 24)
-
-
-def test_the_option_reaches_every_model_of_an_experiment():
-    assert ModelConfig(tie_word_embeddings=True).shape(40).tie_word_embeddings
 
 
 def test_shared_out_weights_refuse_them():

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import DTYPES, TOLERANCES, LayerCase, assert_near, build_model, get_model, randomize, text_ids
+from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
 from torch import Tensor
 
-from new_llm.models import TransformerLM
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import ReadTokens, Segments, TokenMemoryLayer
 from new_llm.models.ops import scan_delta_rule, scan_delta_rule_naive
@@ -152,33 +151,6 @@ def test_a_key_that_was_written_with_all_of_its_error_reads_its_value() -> None:
     assert not reads[:, 0].any()
     assert_near(reads[:, 1, -1], v[:, 0, -1], 1e-12)
     assert not torch.allclose(reads[:, 1, 0], v[:, 0, 0])
-
-
-def test_the_model_reads_the_memory_between_its_last_norm_and_the_head() -> None:
-    """Logits from the model's parts, with the equations in the place of the layer."""
-    model, ids = build_model([LayerCase("pythia"), LayerCase("token_memory", {"num_memory_heads": 2})]), text_ids(2, 13)
-    layer = model.layers[-1]
-    with torch.no_grad():
-        logits = model(ids)
-        hidden = torch.cat([model.layers[0](model.embed_in(part)[:, None])[0][:, 0] for part in ids.split(5, 1)], dim=1)
-        normed, rows = model.final_layer_norm(hidden), model.embed_out.weight[ids]
-        memory, parts = None, []
-        for x, u in zip(normed.split(5, 1), rows.split(5, 1), strict=True):
-            out, memory = layer(x[:, None], memory, Segments(tokens=RowsOf(u[:, None])))
-            parts.append(out[:, 0])
-        assert_near(logits, model.embed_out(torch.cat(parts, dim=1)), 1e-10)
-        assert not torch.allclose(logits, model.embed_out(normed))
-
-
-def test_what_is_read_of_a_context_raises_the_token_that_followed_it() -> None:
-    """As the layer begins, with queries like keys: the text again is expected once it has been read."""
-    torch.manual_seed(0)
-    model = TransformerLM([TokenMemoryLayer(64)], vocab_size=128, segment_length=16)
-    ids = text_ids(1, 16)
-    with torch.no_grad():
-        again = model.token_losses(ids.repeat(1, 2), ids.repeat(1, 2))[0, 16:31]
-        fresh = model.token_losses(ids, ids)[0, :15]
-    assert float(again.mean()) < float(fresh.mean()) - 0.3
 
 
 def test_how_the_layer_begins() -> None:

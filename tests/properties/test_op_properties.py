@@ -45,28 +45,6 @@ def make_empty(rows: int = 2, heads: int = 2) -> tuple[Tensor, Tensor]:
 
 
 @often
-@given(seeds, lengths, chunk_lengths, st.data())
-def test_local_attention_is_causal(seed: int, length: int, chunk_length: int, data: st.DataObject) -> None:
-    changed = data.draw(st.integers(0, length - 1))
-    q, k, v = draw_segment(seed, length)
-    before = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=chunk_length)
-    others = [t.clone() for t in (q, k, v)]
-    for t, new in zip(others, draw_segment(seed + 7, length), strict=True):
-        t[..., changed, :] = new[..., changed, :]
-    after = local_linear_attention(*others, epsilon=EPSILON, chunk_length=chunk_length)
-    assert torch.equal(before[..., :changed, :], after[..., :changed, :])
-    assert not torch.allclose(before[..., changed, :], after[..., changed, :])
-
-
-@often
-@given(seeds, lengths, chunk_lengths, chunk_lengths)
-def test_local_attention_does_not_depend_on_chunks(seed: int, length: int, one: int, other: int) -> None:
-    segment = draw_segment(seed, length)
-    first, second = (local_linear_attention(*segment, epsilon=EPSILON, chunk_length=c) for c in (one, other))
-    torch.testing.assert_close(first, second, atol=TINY, rtol=TINY)
-
-
-@often
 @given(seeds, st.integers(2, 12), chunk_lengths, st.data())
 def test_initial_sums_stand_for_earlier_tokens(seed: int, length: int, chunk_length: int, data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, length - 1))
@@ -76,16 +54,6 @@ def test_initial_sums_stand_for_earlier_tokens(seed: int, length: int, chunk_len
     rest = (t[..., cut:, :] for t in (q, k, v))
     continued = local_linear_attention(*rest, epsilon=EPSILON, chunk_length=chunk_length, initial_sums=sums)
     torch.testing.assert_close(continued, whole[..., cut:, :], atol=TINY, rtol=TINY)
-
-
-@often
-@given(seeds, lengths, memory_numbers)
-def test_an_empty_memory_reads_zero(seed: int, length: int, number: int) -> None:
-    q, _, _ = draw_segment(seed, length)
-    memory, norm = (t.unsqueeze(1).expand(2, number, *t.shape[1:]) for t in make_empty())
-    weights = select_memories(q, norm, torch.zeros(2, number, dtype=torch.int64))
-    for w in (None, weights):
-        assert not read_memories(q, memory, norm, epsilon=EPSILON, weights=w).any()
 
 
 @often
@@ -149,32 +117,3 @@ def test_selection_weighs_the_filled_memories(seed: int, length: int, number: in
     assert bool((weights >= 0).all())
     torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
     assert not weights[some][(counts == 0)[some]].any()
-
-
-@often
-@given(seeds, st.integers(2, 12), st.data())
-def test_selection_of_a_token_looks_at_that_token_alone(seed: int, length: int, data: st.DataObject) -> None:
-    changed = data.draw(st.integers(0, length - 1))
-    norms = draw_features(seed + 1, 2, 3, 2, 3)
-    counts = torch.full((2, 3), 4)
-    q, _, _ = draw_segment(seed, length)
-    other = q.clone()
-    other[:, :, changed] = draw_features(seed + 9, 2, 2, 3)
-    before, after = select_memories(q, norms, counts), select_memories(other, norms, counts)
-    kept = torch.arange(length) != changed
-    assert torch.equal(before[..., kept], after[..., kept])
-    assert not torch.allclose(before[..., changed], after[..., changed])
-
-
-@often
-@given(seeds, lengths, st.booleans())
-def test_rows_and_heads_of_a_write_do_not_mix(seed: int, length: int, delta: bool) -> None:
-    _, k, v = draw_segment(seed, length)
-    state = write(k, v, make_empty(), delta=False)
-    whole = write(k, v, state, delta=delta)
-    for row in range(2):
-        for head in range(2):
-            part = (slice(row, row + 1), slice(head, head + 1))
-            alone = write(k[part], v[part], (state[0][part], state[1][part]), delta=delta)
-            for one, two in zip(alone, whole, strict=True):
-                torch.testing.assert_close(one, two[part], atol=TINY, rtol=TINY)
