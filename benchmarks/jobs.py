@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from layers import load_text
-from new_llm.training.metrics import reset_peak_memory
-from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from turns import serve
 
 from new_llm.config import PythiaConfig, TrainConfig
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.layers import InfiniLayer
-from new_llm.training.optimizer import make_optimizer
+from new_llm.training.devices import choose_device, choose_precision, make_autocast, reset_peak_memory
+from new_llm.training.preparation import make_optimizer
 
 # hidden size, layers, heads: Pythia, arXiv:2304.01373, table 1 (14m, 31m: EleutherAI's cards); MLPs are 4 times wider
 SIZES = {

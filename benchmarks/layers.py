@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from new_llm.training.metrics import read_peak_memory, reset_peak_memory
-from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +23,7 @@ from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.models import ModelType, create_model
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, Segments
+from new_llm.training.devices import choose_device, choose_precision, make_autocast, read_peak_memory, reset_peak_memory
 
 
 def load_text(num_tokens: int) -> torch.Tensor:

@@ -20,14 +20,13 @@ from collections.abc import Callable
 
 import torch
 from layers import load_text, time_alternately
-from new_llm.training.metrics import read_peak_memory, reset_peak_memory
-from new_llm.training.precision import choose_device, choose_precision, make_autocast
 from rich.console import Console
 from rich.table import Table
 
 from new_llm.config import PythiaConfig
 from new_llm.models import create_model
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer, Segments
+from new_llm.training.devices import choose_device, choose_precision, make_autocast, read_peak_memory, reset_peak_memory
 
 STACKS: dict[str, Callable[[], torch.nn.Module]] = {
     "softmax": lambda: PythiaLayer(512, 8, 2048),

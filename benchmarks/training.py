@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from new_llm.training.metrics import reset_peak_memory
 from rich.console import Console
 from rich.table import Table
 from turns import Answers, compare, describe_spread, serve, take_turns
@@ -29,7 +28,8 @@ from new_llm.config import DataConfig, PythiaConfig, TrainConfig
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.dataset import prepare_data
 from new_llm.models import ModelType, create_model
-from new_llm.training.optimizer import make_optimizer
+from new_llm.training.devices import reset_peak_memory
+from new_llm.training.preparation import make_optimizer
 
 SHAPE = PythiaConfig()
 PRODUCT = 2048  # rows, columns and depth of the product that measures the ceiling

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from new_llm.training.metrics import read_peak_memory
+
+from new_llm.training.devices import read_peak_memory
 
 Answers = dict[str, list[dict[str, Any]]]
 """Of each worker: seconds, cpu_seconds and peak (bytes) of each round."""

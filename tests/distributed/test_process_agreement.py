@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from process_cases import run_processes
 
 from new_llm.config import UserError
 from new_llm.config.errors import OtherProcessError
 from new_llm.processes import ALONE, Processes, start_processes
 from new_llm.training.checkpoint import share_weights
+from training_cases import run_processes
 
 
 def fail_on(processes: Processes, rank: int, error: Exception) -> None:

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from process_cases import read_curve
 
 from new_llm.cli.launcher import check_command, is_main_process
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.experiments.run_folder import read_json
+from training_cases import read_curve
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}

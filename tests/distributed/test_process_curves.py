@@ -5,20 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from process_cases import make_config, make_trainer, read_curve, run_processes, stop_at
 
 from new_llm.models import load_model
 from new_llm.processes import ALONE, Processes
 from new_llm.training import TrainingInterrupted
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, read_checkpoint
+from training_cases import make_trainer, read_curve, run_processes, stop_at
 
 WAYS = ("ddp", "fsdp")
 KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory")
 TOLERANCE = 1e-4
 
 
+ROWS = {"batch_size": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+
+
 def train(processes: Processes, folder: Path, kind: str, options: dict[str, Any], changes: dict[str, Any]) -> None:
-    make_trainer(folder, kind, make_config(**changes), processes, **options).run()
+    make_trainer(folder, kind, processes=processes, options=options, **ROWS | changes).run()
 
 
 def train_all(processes: Processes, root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
@@ -85,22 +88,20 @@ def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path: Path) 
 
 
 def test_a_model_without_memory_goes_on_in_the_middle_of_a_stream(tmp_path: Path) -> None:
-    config = make_config(order="stream")
-    make_trainer(tmp_path / "whole", "pythia", config).run()
-    trainer = make_trainer(tmp_path / "stopped", "pythia", config)
+    make_trainer(tmp_path / "whole", "pythia").run()
+    trainer = make_trainer(tmp_path / "stopped", "pythia")
     stop_at(trainer, 2)
     with pytest.raises(TrainingInterrupted, match="step 2"):
         trainer.run()
-    make_trainer(tmp_path / "stopped", "pythia", config).run(resume=True)
+    make_trainer(tmp_path / "stopped", "pythia").run(resume=True)
     assert read_curve(tmp_path / "stopped") == read_curve(tmp_path / "whole")
 
 
 def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str, ...]) -> None:
     """Stop a training after 4 of its steps, or go on with it."""
     for way in ways:
-        changes = {"sharding": way, "order": "stream"}
         folder = root / saved_by.format(way=way)
-        trainer = make_trainer(folder, "infini", make_config(**changes), processes)
+        trainer = make_trainer(folder, processes=processes, sharding=way, **ROWS)
         if not (folder / "checkpoints").exists():
             stop_at(trainer, 4 if processes.count == 1 else 3, rank=processes.count - 1)
             with pytest.raises(TrainingInterrupted, match="step 4"):
@@ -111,7 +112,7 @@ def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str,
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path: Path) -> None:
     """Each training is stopped by SIGTERM to its last process alone, and goes on with other processes."""
-    make_trainer(tmp_path / "whole", "infini", make_config(order="stream")).run()
+    make_trainer(tmp_path / "whole", **ROWS).run()
     expected = read_curve(tmp_path / "whole")
     run_processes(2, resume_all, tmp_path, "two-{way}", WAYS)
     resume_all(ALONE, tmp_path, "one-{way}", WAYS)

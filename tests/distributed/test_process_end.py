@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from process_cases import make_config, make_trainer, run_processes
 
 from new_llm.processes import Processes, _end_processes
+from training_cases import make_trainer, run_processes
 
 
 def count_gloo_threads() -> int:
@@ -16,7 +16,7 @@ def count_gloo_threads() -> int:
 
 def train_and_count(processes: Processes, folder: Path) -> None:
     """Train, and note how many threads the groups have before and after the process takes leave of the other."""
-    make_trainer(folder, "infini", make_config(num_epochs=1), processes).run()
+    make_trainer(folder, processes=processes, num_epochs=1, batch_size=6).run()
     rank = processes.rank  # the handler must not hold the processes themselves
 
     def end() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from process_cases import VOCAB, make_config, make_split, run_processes
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -22,6 +21,7 @@ from new_llm.evaluation import (
 )
 from new_llm.models import create_model
 from new_llm.processes import ALONE, Processes
+from training_cases import VOCAB, make_config, make_split, run_processes
 
 TIMING = {"seconds", "tokens_per_second"}
 

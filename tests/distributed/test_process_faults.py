@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_cases import make_config, make_trainer, read_curve, run_processes
 
 from new_llm.processes import ALONE, Processes
 from new_llm.training import Trainer, TrainingError
 from new_llm.training.log import read_metrics
+from training_cases import make_trainer, read_curve, run_processes
 
 
 def poison(trainer: Trainer, step: int) -> None:
@@ -26,9 +26,9 @@ def poison(trainer: Trainer, step: int) -> None:
 def train(processes: Processes, root: Path) -> None:
     for way in ("ddp", "fsdp"):
         for on_nonfinite in ("skip", "stop"):
-            config = make_config(sharding=way, on_nonfinite=on_nonfinite, order="stream", gradient_accumulation_steps=1)
             folder = root / f"{way}-{on_nonfinite}"
-            trainer = make_trainer(folder, "infini", config, processes)
+            changes = {"sharding": way, "on_nonfinite": on_nonfinite, "batch_size": 6, "learning_rate": 1e-2}
+            trainer = make_trainer(folder, processes=processes, **changes)
             poison(trainer, 3)
             if on_nonfinite == "skip":
                 trainer.run()

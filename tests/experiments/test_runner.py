@@ -228,7 +228,7 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
 
 def test_gates_have_their_own_rate_and_no_decay(tiny: ExperimentConfig) -> None:
     from new_llm.models import create_model
-    from new_llm.training.optimizer import group_parameters
+    from new_llm.training.preparation import group_parameters
 
     model = create_model("infini", tiny.model.shape(384), num_memory_banks=2)
     groups = {group["name"]: group for group in group_parameters(model, tiny.train)}

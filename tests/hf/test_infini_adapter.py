@@ -15,7 +15,7 @@ from new_llm.models import load_memory_file, load_model, save_memory_file, save_
 from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
 from new_llm.models.layers.parallel_infini import AdapterConfig
-from new_llm.training.optimizer import group_parameters
+from new_llm.training.preparation import group_parameters
 
 SHAPE = PythiaConfig(
     vocab_size=128,

@@ -9,8 +9,7 @@ from new_llm.config import PythiaConfig, TrainConfig, UserError
 from new_llm.models import TransformerLM, create_model, export_pythia, load_model, save_model
 from new_llm.models.hf import NewLLMForCausalLM, load_pythia
 from new_llm.processes import ALONE
-from new_llm.training.optimizer import make_optimizer
-from new_llm.training.parallel import shard_weights
+from new_llm.training.preparation import make_optimizer, shard_weights
 
 SHAPE = PythiaConfig(
     vocab_size=40,

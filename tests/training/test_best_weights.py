@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_path import make_trainer, read_curve
 
 from new_llm.config import UserError
 from new_llm.models import TransformerLM, load_model
 from new_llm.training import checkpoint, loop
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints
+from training_cases import make_trainer, read_curve
 
 
 class KilledError(BaseException):
@@ -21,7 +21,7 @@ class KilledError(BaseException):
 
 def train(folder: Path, losses: list[float], *, resume: bool = False, epochs: int = 4) -> list[str]:
     """Train with these validation losses, one an epoch that is still to come; returns what was said."""
-    trainer = make_trainer(folder, num_epochs=epochs, patience=0, checkpoint_every_steps=5)
+    trainer = make_trainer(folder, num_epochs=epochs, checkpoint_every_steps=5)
     values, lines = iter(losses), list[str]()
     trainer.validate = lambda model: next(values)
     trainer.progress.note = lines.append

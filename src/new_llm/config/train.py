@@ -62,7 +62,7 @@ class TrainConfig:
     be damaged, --resume goes on from the one before."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: stop training, or skip the step, which then changes neither
-    weights, optimizer nor memory. Either way the batch and all norms are saved in the model's folder under faults/."""
+    weights, optimizer nor memory. Either way the batch is saved in the model's folder under faults/."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Steps in a row that may be skipped before training stops."""
     max_saved_faults: Annotated[int, Field(ge=0)] = 20

@@ -58,7 +58,7 @@ from new_llm.training.devices import (
     seed_generators,
 )
 from new_llm.training.log import TrainingProgress, check_trackers, read_metrics
-from new_llm.training.parallel import LossFunction
+from new_llm.training.preparation import LossFunction
 from new_llm.training.signals import interrupt_training
 
 TOKENIZER_FILE = "tokenizer.json"

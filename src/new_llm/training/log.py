@@ -1,4 +1,4 @@
-"""What a training says of itself: `metrics.jsonl`, TensorBoard, other trackers, and the live view on a terminal."""
+"""What a training logs: `metrics.jsonl`, TensorBoard, other trackers, and the live view on a terminal."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from new_llm.training.devices import read_used_bytes
 
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE_CHARACTERS = 1 << 24
-"""A longer line was not written here, and ends the reading."""
+"""A longer line counts as broken."""
 BOARD_FOLDER = "tensorboard"
 TRACKER_PROJECT = "new-llm"
 TRACKER_RUN_NAMES = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
@@ -35,8 +35,8 @@ class MetricsWriter:
 
     Args:
         folder: the model's folder in the run.
-        num_lines: lines to keep of those that are there, as the checkpoint counts them; an interrupted run wrote the
-            others after it. 0: a new run, or one that begins anew.
+        num_lines: existing lines to keep: those that the checkpoint counts; an interrupted run wrote the rest after
+            it. 0: a new run, or one that starts over.
         step: the optimizer step that training continues from.
         accelerator: sends the numbers to its open trackers; None: there are none.
 
@@ -55,7 +55,7 @@ class MetricsWriter:
         self.num_lines = len(kept)
         self._file = self.path.open("a", encoding="utf-8")
         if step == 0:
-            shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that got to no checkpoint
+            shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that reached no checkpoint
         self._thread_hook = threading.excepthook
         threading.excepthook = self._note_thread_error
         self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
@@ -87,28 +87,27 @@ class MetricsWriter:
             threading.excepthook = self._thread_hook
 
     def _note_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        # What TensorBoard's thread can't write is raised again by its writer's next call, in one line.
+        # TensorBoard's writer raises its thread's error again at the next call, where it becomes one line.
         if not type(error.thread).__module__.startswith("tensorboard."):
             self._thread_hook(error)
 
 
 class SilentMetrics:
-    """The metrics on a process other than the main one, which writes them."""
+    """Stands for the metrics on every process but the main one, which alone writes them."""
 
     num_lines = 0
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
-    def close(self) -> None:
-        """Nothing."""
+    close = sync
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that was cut off in the middle is left out."""
+    """The lines of `metrics.jsonl` up to the first broken one: a killed process may leave half a line."""
     path = folder / METRICS_FILE
     lines: list[dict[str, Any]] = []
     if path.exists():
@@ -140,7 +139,7 @@ def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker that is not installed, before anything is done.
+    """Reject a tracker that is not installed, before any work is done.
 
     Raises:
         UserError: names the package.
@@ -154,10 +153,10 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     accelerator: Accelerator, names: Sequence[str], run: str, settings: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Inside the block `accelerator.log` reaches the trackers, if any; at its end they are told that the run is over.
+    """Inside the block `accelerator.log` reaches the trackers, if any; at its end they are closed.
 
     Args:
-        accelerator: of the training; it was made with `log_with=names`.
+        accelerator: the training's, made with `log_with=names`.
         names: the trackers.
         run: the run's name.
         settings: the run's configuration, nested.
@@ -185,43 +184,10 @@ def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 # The live view
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-MAX_POINTS = 24
-"""Of the sparkline; when it is full, two points become one."""
 SMOOTHING = 0.9
 """Share of the old value in a smoothed loss or rate."""
 REFRESH_SECONDS = 0.5
-"""Between two looks at the process's memory."""
-
-
-class Sparkline:
-    """The whole course of a number in a few characters, however long it gets."""
-
-    def __init__(self, max_points: int = MAX_POINTS) -> None:
-        self.max_points = max_points
-        self._points: list[float] = []
-        self._sum, self._count, self._per_point = 0.0, 0, 1
-
-    def add(self, value: float) -> None:
-        """One more value; a point is the mean of as many values as fit the width."""
-        self._sum += value
-        self._count += 1
-        if self._count == self._per_point:
-            self._points.append(self._sum / self._count)
-            self._sum, self._count = 0.0, 0
-        if len(self._points) == 2 * self.max_points:
-            pairs = zip(self._points[::2], self._points[1::2], strict=True)
-            self._points = [(a + b) / 2 for a, b in pairs]
-            self._per_point *= 2
-
-    def __str__(self) -> str:
-        stride = 1 if len(self._points) <= self.max_points else 2
-        points = self._points[::stride]
-        if not points:
-            return ""
-        low, high = min(points), max(points)
-        scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-        return "".join(BLOCKS[round((point - low) * scale)] for point in points)
+"""Between two readings of the process's memory."""
 
 
 class TrainingProgress:
@@ -229,7 +195,7 @@ class TrainingProgress:
 
     Args:
         name: the model's name.
-        console: where to draw; to a file or pipe it writes one line per epoch and, in long epochs, one per minute.
+        console: where to draw; a file or pipe gets one line per epoch and, in long epochs, one per minute.
         device: whose memory is shown; None: the CPU's.
         line_seconds: seconds between two plain lines inside an epoch.
     """
@@ -244,7 +210,6 @@ class TrainingProgress:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None
-        self._losses = Sparkline()
         self._rate = 0.0
         self._memory_text = ""
         self._last_look = -REFRESH_SECONDS
@@ -271,10 +236,9 @@ class TrainingProgress:
         self._bar.start()
 
     def step(self, step: int, loss: float | None, num_tokens: int, seconds: float) -> None:
-        """An optimizer step is done; its loss may not have been read. The loss shown is smoothed."""
+        """An optimizer step is done. Its loss may not have been read yet; the loss shown is smoothed."""
         if loss is not None:
             self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
-            self._losses.add(self._loss)
         rate = num_tokens / max(seconds, 1e-9)
         self._rate = rate if self._rate == 0 else SMOOTHING * self._rate + (1 - SMOOTHING) * rate
         text = f"{'' if self._loss is None else f'loss {self._loss:.3f}  '}{self._rate:,.0f} tokens/s"
@@ -282,7 +246,7 @@ class TrainingProgress:
             if time.monotonic() - self._last_look >= REFRESH_SECONDS:
                 self._last_look = time.monotonic()
                 self._memory_text = f"{read_used_bytes(self.device) / 2**30:.1f} GiB"
-            self._bar.update(self._task, completed=step, status=f"{self._losses} {text}  {self._memory_text}")
+            self._bar.update(self._task, completed=step, status=f"{text}  {self._memory_text}")
         elif time.monotonic() - self._last_line > self.line_seconds:
             self._print(f"{self._epoch_text}  step {step:,}/{self._total_steps:,}  {text}")
 
@@ -296,11 +260,11 @@ class TrainingProgress:
         )
 
     def note(self, text: str) -> None:
-        """Report something out of the ordinary, in one line."""
+        """Print a line about something unusual."""
         self._print(text)
 
     def stop(self) -> None:
-        """Take the live view away."""
+        """Remove the live view."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -23,11 +23,16 @@ from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.processes import ALONE, Processes, gather_tensor
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, restore_best, save_checkpoint
 from new_llm.training.devices import choose_precision, read_peak_memory, reset_peak_memory
-from new_llm.training.guards import StepMonitor, StepPlace, measure_gradients
+from new_llm.training.guards import StepMonitor, StepPlace
 from new_llm.training.log import MetricsWriter, SilentMetrics, TrainingProgress, open_trackers
-from new_llm.training.optimizer import make_scheduler
-from new_llm.training.parallel import LossFunction, gather_model, prepare_training
-from new_llm.training.prefetch import map_tensors, prefetch_batches
+from new_llm.training.preparation import (
+    LossFunction,
+    gather_model,
+    make_scheduler,
+    map_tensors,
+    prefetch_batches,
+    prepare_training,
+)
 from new_llm.training.signals import StopSignals, TrainingInterrupted, catch_stop_signals
 
 
@@ -111,13 +116,11 @@ class Trainer:
         self.state = TrainerState()
         self.metrics: MetricsWriter | SilentMetrics = SilentMetrics()
         self.monitor = StepMonitor(
-            model,
             self.optimizer.optimizer,
             config,
             folder,
             device=self.device,
             processes=processes,
-            is_sharded=self.structure is not None,
             describe_place=lambda at: f"epoch {at.epoch}, batch {at.batch} of {self.num_batches}, seed {seed}",
             write=lambda *line: self.metrics.write(*line),
             note=lambda line: progress.note(line),
@@ -214,11 +217,10 @@ class Trainer:
                 loss = self._forward(batch) / max(num_tokens, 1)
                 self.accelerator.backward(loss * self.processes.count)  # of the processes' gradients the mean is taken
             losses.append(loss.detach())
-        grad_norms = measure_gradients(self.optimizer.optimizer)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         assert norm is not None
         place = StepPlace(state.step + 1, state.epoch + 1, state.batch, num_tokens)
-        is_read = self.monitor.add(place, losses, gather_tensor(norm), batches, grad_norms)
+        is_read = self.monitor.add(place, losses, gather_tensor(norm), batches)
         if is_read:
             self._read_numbers()
         if before is not None:

@@ -1,8 +1,12 @@
-"""From a model on the CPU to what a training step calls, in one process or several: DDP, or FSDP2's shares."""
+"""What a training step calls: the wrapped model (alone, DDP or FSDP2), the optimizer, and batches made ahead."""
 
+import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,15 +15,17 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from new_llm.config import TrainConfig, UserError
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.data.batches import Batch
 from new_llm.models import TransformerLM
+from new_llm.models.layers import Layer
 from new_llm.models.model_file import build_model, describe_model
 from new_llm.models.ops.kernels import native
 from new_llm.processes import Processes, gather_tensor
-from new_llm.training.optimizer import make_optimizer
 
 LossFunction = Callable[[TransformerLM, Batch], Tensor]
 """A batch's loss, summed over its predicted tokens: a step divides by the tokens of all its batches and processes."""
@@ -148,3 +154,115 @@ def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> Tran
         whole = build_model(structure, "the model in training").to(device)
     whole.load_state_dict({name: gather_tensor(tensor.detach()) for name, tensor in model.state_dict().items()})
     return whole.train(model.training)
+
+
+# The optimizer
+
+
+def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Three groups: weight matrices (decayed); norms, biases and expansion gates (not decayed); memory gates, bank
+    weights and the α of adapters (not decayed, with a learning rate of their own).
+    """
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    gates = {id(parameter) for layer in layers for parameter in layer.gate_parameters()}
+    undecayed = {id(parameter) for layer in layers for parameter in layer.undecayed_parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "undecayed": [], "gates": []}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in gates:
+            groups["gates"].append(parameter)
+        elif parameter.dim() < 2 or id(parameter) in undecayed:
+            groups["undecayed"].append(parameter)
+        else:
+            groups["decayed"].append(parameter)
+    rates = {"gates": config.gate_learning_rate}
+    return [
+        {
+            "params": parameters,
+            "name": name,
+            "lr": rates.get(name, config.learning_rate),
+            "weight_decay": config.weight_decay if name == "decayed" else 0.0,
+        }
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """Fused AdamW over `group_parameters`."""
+    return AdamW(
+        group_parameters(model, config),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Share of the peak learning rate at a step: a linear rise, then a half cosine down to `min_lr_ratio`."""
+    warmup_steps = max(1, round(config.warmup_fraction * steps_per_epoch))
+    total_steps = steps_per_epoch * config.num_epochs
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return share
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> LambdaLR:
+    """The schedule applied to every group."""
+    return LambdaLR(optimizer, make_schedule(config, steps_per_epoch))
+
+
+# Batches
+
+
+@contextmanager
+def prefetch_batches(plan: Sequence[Batch], first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
+    """Inside the block: an iterator over the plan's batches from `first` on, in their order.
+
+    Args:
+        plan: an epoch's batches.
+        first: where to begin.
+        num_ahead: batches that a thread makes ahead; 0: none, each is made on demand.
+        pin: put tensors in page-locked memory, from which a GPU copies while it computes.
+    """
+
+    def make(number: int) -> Batch:
+        batch = plan[number]
+        return map_tensors(batch, Tensor.pin_memory) if pin else batch
+
+    numbers = iter(range(first, len(plan)))
+    if num_ahead == 0:
+        yield map(make, numbers)
+        return
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+    ahead: deque[Future[Batch]] = deque()
+
+    def take() -> Iterator[Batch]:
+        for _ in range(first, len(plan)):
+            while len(ahead) < num_ahead and (number := next(numbers, None)) is not None:
+                ahead.append(executor.submit(make, number))
+            yield ahead.popleft().result()
+
+    try:
+        yield take()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its tensors changed, except `resets`, which the host reads."""
+    mask, weights = batch.attention_mask, batch.label_weights
+    return replace(
+        batch,
+        input_ids=change(batch.input_ids),
+        labels=change(batch.labels),
+        attention_mask=None if mask is None else change(mask),
+        label_weights=None if weights is None else change(weights),
+    )

@@ -1,4 +1,4 @@
-"""Small trainings, and how a test runs them in several processes on this machine."""
+"""Small trainings, in one process or in several on this machine."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ from rich.console import Console
 from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import evaluate_streaming
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.models import create_model
+from new_llm.models import TransformerLM, create_model
 from new_llm.processes import ALONE, Processes, start_processes
 from new_llm.training import Trainer
 from new_llm.training.log import TrainingProgress, read_metrics
@@ -41,19 +41,11 @@ def make_split(lengths: tuple[int, ...] = (97, 33, 150, 12, 61, 40, 75)) -> Toke
 def make_config(**changes: Any) -> ExperimentConfig:
     """A training of some steps; `changes` are fields of any section."""
     config = ExperimentConfig(
-        name="processes",
+        name="case",
         device="cpu",
         model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-        data={"seq_length": 16, "segments_per_sample": 2, "num_samples": None},
-        train={
-            "num_epochs": 2,
-            "patience": 0,
-            "batch_size": 6,
-            "learning_rate": 1e-2,
-            "log_every_steps": 1,
-            "precision": "fp32",
-            "gradient_accumulation_steps": 2,
-        },
+        data={"seq_length": 16, "segments_per_sample": 2, "num_samples": None, "order": "stream"},
+        train={"num_epochs": 2, "patience": 0, "batch_size": 2, "log_every_steps": 1, "precision": "fp32"},
     )
     for name, value in changes.items():
         section = next(key for key in ("train", "data", "model") if hasattr(getattr(config, key), name))
@@ -64,12 +56,19 @@ def make_config(**changes: Any) -> ExperimentConfig:
 
 
 def make_trainer(
-    folder: Path, kind: str, config: ExperimentConfig, processes: Processes = ALONE, **options: Any
+    folder: Path,
+    kind: str = "infini",
+    *,
+    processes: Processes = ALONE,
+    options: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Trainer:
+    """A trainer of a small model; `changes` as in `make_config`."""
+    config = make_config(**changes)
     torch.manual_seed(0)
     split = make_split()
     return Trainer(
-        create_model(kind, config.model.shape(VOCAB), segment_length=config.segment_length, **options),
+        create_model(kind, config.model.shape(VOCAB), segment_length=config.segment_length, **options or {}),
         split,
         config.data,
         config.train,
@@ -85,6 +84,19 @@ def read_curve(folder: Path) -> list[float]:
     """Losses and gradient norms of the steps, training and validation losses of the epochs."""
     names = ("loss", "grad_norm", "train_loss", "validation_loss")
     return [line[name] for line in read_metrics(folder) for name in names if name in line]
+
+
+def list_weights(model: TransformerLM) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def read_late(trainer: Trainer, every_steps: int) -> None:
+    """Treat the CPU as a GPU, whose numbers are read only now and then."""
+    trainer.monitor.every_steps = every_steps
 
 
 def run_processes(count: int, work: Callable[..., None], *arguments: Any) -> None:
