@@ -10,14 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from conftest import tiny_settings
 from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.config import ExperimentConfig, config_from_dict
+from new_llm.experiments.runner import Run
 from new_llm.models import ModelType, load_model
 from new_llm.report import write_report
 from new_llm.report.results import load_results
 from new_llm.training import Trainer
+from new_llm.training.checkpoint import list_checkpoints
 from new_llm.training.log import read_metrics
 
 
@@ -36,71 +39,56 @@ def renamed(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentCo
     return dataclasses.replace(config, name=name, **changes)
 
 
-def test_a_run_folder_holds_all_that_the_design_names(tiny: ExperimentConfig) -> None:
-    results = run(tiny, list(ModelType))
-    folder = Path(results["folder"])
-    assert {path.name for path in folder.iterdir()} == {
-        ".lock",
-        "config.yaml",
-        "data.json",
-        "environment.json",
-        "figures",
-        "report.html",
-        "results.json",
-        "tokenizer.json",
-        *ModelType,
-    }
+@pytest.fixture(scope="module")
+def whole(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A finished run of two models."""
+    runs_dir = tmp_path_factory.mktemp("whole")
+    config = ExperimentConfig(name="whole", device="cpu", **tiny_settings(addresses, runs_dir))
+    return run(config, ["infini", "pythia"])
+
+
+def test_a_run_folder_holds_all_that_the_design_names(whole: dict[str, Any]) -> None:
+    folder = Path(whole["folder"])
+    models = {"infini", "pythia"}
+    files = {".lock", "config.yaml", "data.json", "environment.json", "figures", "report.html", "results.json"}
+    assert {path.name for path in folder.iterdir()} == files | {"tokenizer.json"} | models
     stored = load_results(folder / "results.json")
     assert stored["status"] == "complete"
-    assert [entry["model_type"] for entry in stored["models"]] == list(ModelType)
+    assert {entry["model_type"] for entry in stored["models"]} == models
     for entry in stored["models"]:
         model_folder = folder / entry["model_type"]
-        assert {path.name for path in model_folder.iterdir()} == {
-            "metrics.jsonl",
-            "tensorboard",
-            "best",
-            "result.json",
-        }
-        assert list((model_folder / "tensorboard").iterdir())
-        assert entry["training"]["tokens"] == sum_of_targets(tiny) * tiny.train.num_epochs
-        first, last = entry["training"]["steps_log"][0]["loss"], entry["training"]["steps_log"][-1]["loss"]
-        assert last < first
-        best = load_model(model_folder / "best")
-        assert best.num_parameters() == entry["num_parameters"]
+        assert {path.name for path in model_folder.iterdir()} == {"metrics.jsonl", "tensorboard", "best", "result.json"}
+        steps = entry["training"]["steps_log"]
+        assert steps[-1]["loss"] < steps[0]["loss"]
+        assert load_model(model_folder / "best").num_parameters() == entry["num_parameters"]
     json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert stored["models"][0]["gates"]["layers.0"] != [0.5]
+    lines = read_metrics(folder / "infini")
+    assert all("layers.0" in line["gates"] for line in lines if line["event"] == "train")
 
 
-def sum_of_targets(config: ExperimentConfig) -> int:
-    from new_llm.data.batches import plan_batches
-    from new_llm.models.loss import align_labels
-
-    data = prepare_data(config.data)
-    plan = plan_batches(
-        data.train,
-        seq_length=config.data.seq_length,
-        batch_size=config.train.batch_size,
-        order=config.data.order,
-        seed=config.seed,
-        epoch=0,
-        num_samples=config.data.num_samples,
-    )
-    return sum(int((align_labels(batch.labels, batch.input_ids.shape[1]) != -100).sum()) for batch in plan)
+def test_every_model_trains_as_an_experiment(tiny: ExperimentConfig) -> None:
+    train = dataclasses.replace(tiny.train, num_epochs=1)
+    data = dataclasses.replace(tiny.data, num_samples=8)
+    results = run(dataclasses.replace(tiny, train=train, data=data), list(ModelType))
+    assert [entry["model_type"] for entry in results["models"]] == list(ModelType)
+    by_name = {entry["model_type"]: entry["context_tokens"] for entry in results["models"]}
+    assert (by_name["pythia"], by_name["pythia_segments"]) == (32, 16)
 
 
-@pytest.mark.parametrize("order", ["stream", "shuffled"])
-def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfig, order: str) -> None:
-    tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, order=order))
-    first = run(renamed(tiny, "one"), ["infini"])
-    again = run(renamed(tiny, "two"), ["infini"])
-    other = run(renamed(tiny, "three", seed=1), ["infini"])
-    assert curve(first) == curve(again)
-    assert curve(first) != curve(other)
+def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+    """Bit for bit; a Pythia trained beside another model has the curve of a Pythia trained alone."""
+    again = run(renamed(tiny, "again"), ["pythia"])
+    assert curve(again) == curve(whole, 1)
+    assert again["models"][0]["evaluation"]["sliding"]["loss"] == whole["models"][1]["evaluation"]["sliding"]["loss"]
+    other = run(renamed(tiny, "other", seed=1), ["pythia"])
+    assert curve(other) != curve(again)
     # The seed is the models' alone: their tokens and their split are the same.
-    assert first["data"]["tokenizer"] == other["data"]["tokenizer"]
-    assert first["data"]["split_fingerprint"] == other["data"]["split_fingerprint"]
+    assert again["data"]["tokenizer"] == other["data"]["tokenizer"]
+    assert again["data"]["split_fingerprint"] == other["data"]["split_fingerprint"]
 
 
-def test_deterministic_runs_agree_in_every_bit(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_training_asks_torch_for_it(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     step = Trainer._train_step
 
@@ -109,39 +97,25 @@ def test_deterministic_runs_agree_in_every_bit(tiny: ExperimentConfig, monkeypat
         step(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", watch)
-    tiny = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, deterministic=True))
-    first, again = (run(renamed(tiny, name), ["infini", "selective"]) for name in ("one", "two"))
+    train = dataclasses.replace(tiny.train, deterministic=True, num_epochs=1)
+    run(dataclasses.replace(tiny, train=train), ["infini"])
+    assert asked
     assert all(asked)
     assert not torch.are_deterministic_algorithms_enabled()
-    for number, kind in enumerate(("infini", "selective")):
-        assert curve(first, number) == curve(again, number)
-        one, two = (load_model(Path(r["folder"]) / kind / "best").state_dict() for r in (first, again))
-        assert all(torch.equal(one[name], two[name]) for name in one)
-        losses = [results["models"][number]["evaluation"]["sliding"]["loss"] for results in (first, again)]
-        assert losses[0] == losses[1]
-
-
-def test_all_models_read_the_same_batches_and_begin_with_the_same_shared_weights(
-    tiny: ExperimentConfig,
-) -> None:
-    """A Pythia trained beside another model has the curve of a Pythia trained alone."""
-    together = run(renamed(tiny, "together"), ["infini", "pythia"])
-    alone = run(renamed(tiny, "alone"), ["pythia"])
-    assert curve(together, 1) == curve(alone)
 
 
 def test_accumulated_batches_weigh_every_token_the_same(tiny: ExperimentConfig) -> None:
     """Two rows at a time, summed over two batches, step like four rows at once (shuffled: the same samples)."""
     data = dataclasses.replace(tiny.data, order="shuffled")
     train = dataclasses.replace(tiny.train, num_epochs=1, log_every_steps=1)
-    whole = renamed(tiny, "whole", data=data, train=train)
+    at_once = renamed(tiny, "at-once", data=data, train=train)
     halves = renamed(
         tiny,
         "halves",
         data=data,
         train=dataclasses.replace(train, batch_size=2, gradient_accumulation_steps=2),
     )
-    expected, found = curve(run(whole, ["pythia"])), curve(run(halves, ["pythia"]))
+    expected, found = curve(run(at_once, ["pythia"])), curve(run(halves, ["pythia"]))
     assert len(expected) == len(found)
     for one, two in zip(expected, found, strict=True):
         assert one == pytest.approx(two, rel=1e-3)
@@ -163,24 +137,20 @@ def fail_at_step(number: int, config: ExperimentConfig, models: list[str], monke
 
 
 def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
-    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+    tiny: ExperimentConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(renamed(tiny, "whole"), ["infini", "pythia"])
     fail_at_step(17, renamed(tiny, "broken"), ["infini", "pythia"], monkeypatch)  # in the second epoch
     models = renamed(tiny, "broken", models=(ModelType.INFINI, ModelType.PYTHIA))
     resumed = run_experiment(None, models, resume=True, console=Console(file=io.StringIO()))
-    assert curve(resumed) == curve(expected)
-    assert curve(resumed, 1) == curve(expected, 1)
-    one, two = (load_model(Path(r["folder"]) / "infini" / "best") for r in (expected, resumed))
+    assert curve(resumed) == curve(whole)
+    assert curve(resumed, 1) == curve(whole, 1)
+    one, two = (load_model(Path(r["folder"]) / "infini" / "best") for r in (whole, resumed))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
-    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+    tiny: ExperimentConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from new_llm.training.checkpoint import list_checkpoints
-
-    expected = run(renamed(tiny, "whole"), ["infini"])
     fail_at_step(17, renamed(tiny, "broken"), ["infini"], monkeypatch)
     last, before = list_checkpoints(tiny.runs_dir / "broken" / "infini")
     content = bytearray((last / "trainer.pt").read_bytes())
@@ -192,18 +162,18 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     line = f"{last.name} is damaged (trainer.pt has changed since it was written (sha256)): "
     line += f"continuing from {before.name}"
     assert line in said.getvalue()
-    assert curve(resumed) == curve(expected)
+    assert curve(resumed) == curve(whole)
 
 
-def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(tiny: ExperimentConfig) -> None:
-    run(tiny, ["pythia"])
+def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(whole: dict[str, Any]) -> None:
+    config = config_from_dict(whole["config"], "test")
     with pytest.raises(UserError, match="--resume"):
-        run(tiny, ["pythia"])
+        run_experiment(None, config)
     with pytest.raises(UserError, match="seed 0 → 1"):
-        run(dataclasses.replace(tiny, seed=1), ["pythia"], resume=True)
+        run_experiment(None, dataclasses.replace(config, seed=1), resume=True)
     with pytest.raises(UserError, match="no run here"):
-        run(renamed(tiny, "absent"), ["pythia"], resume=True)
-    assert run(tiny, ["pythia"], resume=True)["status"] == "complete"
+        run_experiment(None, renamed(config, "absent"), resume=True)
+    assert run_experiment(None, config, resume=True)["created"] == whole["created"]
 
 
 def test_bad_data_leaves_no_run_folder(tiny: ExperimentConfig, tmp_path: Path) -> None:
@@ -217,61 +187,24 @@ def test_bad_data_leaves_no_run_folder(tiny: ExperimentConfig, tmp_path: Path) -
 def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
     tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from new_llm.experiments import runner
-
     losses = iter([5.0, 4.0, 4.5, 4.4, 1.0])
-    monkeypatch.setattr(runner.Run, "measure_validation_loss", lambda *arguments: next(losses))
+    monkeypatch.setattr(Run, "measure_validation_loss", lambda *arguments: next(losses))
     train = dataclasses.replace(tiny.train, num_epochs=5, patience=2)
     training = run(dataclasses.replace(tiny, train=train), ["pythia"])["models"][0]["training"]
     assert (training["epochs"], training["best_epoch"], training["stopped_early"]) == (4, 2, True)
 
 
-def test_gates_have_their_own_rate_and_no_decay(tiny: ExperimentConfig) -> None:
-    from new_llm.models import create_model
-    from new_llm.training.preparation import group_parameters
+def stop_after_one(monkeypatch: pytest.MonkeyPatch, config: ExperimentConfig, models: list[str]) -> None:
+    """Run until one model is done."""
+    write = Run._write_result
 
-    model = create_model("infini", tiny.model.shape(384), num_memory_banks=2)
-    groups = {group["name"]: group for group in group_parameters(model, tiny.train)}
-    attention = model.layers[0].attention
-    assert {id(p) for p in groups["gates"]["params"]} == {id(attention.gate), id(attention.bank_weights)}
-    assert groups["gates"]["lr"] == tiny.train.gate_learning_rate
-    assert groups["gates"]["weight_decay"] == groups["undecayed"]["weight_decay"] == 0.0
-    assert all(p.dim() >= 2 for p in groups["decayed"]["params"])
-    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
-    hierarchical = create_model("hierarchical", tiny.model.shape(384))
-    undecayed = {
-        id(p) for g in group_parameters(hierarchical, tiny.train) if g["name"] == "undecayed" for p in g["params"]
-    }
-    assert {id(p) for p in hierarchical.layers[0].attention.expansion_gate.parameters()} <= undecayed
-
-
-def test_gates_move_in_training(tiny: ExperimentConfig) -> None:
-    results = run(tiny, ["infini"])
-    assert results["models"][0]["gates"]["layers.0"] != [0.5]
-    lines = read_metrics(Path(results["folder"]) / "infini")
-    assert all("layers.0" in line["gates"] for line in lines if line["event"] == "train")
-
-
-class GoneError(BaseException):
-    """The machine is gone."""
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, config: ExperimentConfig, models: list[str], num_models: int) -> None:
-    """Run until so many models are done."""
-    from new_llm.experiments.runner import Run
-
-    write, done = Run._write_result, []
-
-    def write_and_die(self: Run, name: str, *given: Any) -> Any:
-        result = write(self, name, *given)
-        done.append(name)
-        if len(done) == num_models:
-            raise GoneError
-        return result
+    def write_and_die(self: Run, *given: Any) -> None:
+        write(self, *given)
+        raise OSError("the machine is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_write_result", write_and_die)
-        with pytest.raises(GoneError):
+        with pytest.raises(OSError, match="gone"):
             run(config, models)
 
 
@@ -283,7 +216,7 @@ def test_a_run_does_not_continue_on_other_text(
     for path in addresses.iterdir():
         (source / path.name).write_text(path.read_text())
     tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, source=str(source)))
-    stop_after(monkeypatch, tiny, ["pythia", "infini"], 1)
+    stop_after_one(monkeypatch, tiny, ["pythia", "infini"])
     for path in source.iterdir():
         path.write_text(path.read_text().replace("the", "those"))
     with pytest.raises(UserError, match="source and tokenizer and split changed since") as error:
@@ -300,24 +233,24 @@ def test_a_run_continues_with_its_own_copy_of_a_tokenizer(
     tokenizer = tmp_path / "tokenizer.json"
     prepare_data(tiny.data).tokenizer.save(str(tokenizer))
     tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, tokenizer=str(tokenizer)))
-    stop_after(monkeypatch, tiny, ["pythia", "infini"], 1)
+    stop_after_one(monkeypatch, tiny, ["pythia", "infini"])
     begun = (tiny.runs_dir / "tiny" / "data.json").read_text()
     tokenizer.unlink()
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
     assert (tiny.runs_dir / "tiny" / "data.json").read_text() == begun
 
 
-def test_a_loss_of_ones_own_trains_and_each_model_says_what_it_reads(tiny: ExperimentConfig) -> None:
-    tiny = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, num_epochs=1))
-    plain = run(tiny, ["pythia", "pythia_segments"])
+def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+    train = dataclasses.replace(tiny.train, num_epochs=1)
     doubled = run(
-        renamed(tiny, "doubled"),
+        dataclasses.replace(tiny, train=train),
         ["pythia"],
         loss_fn=lambda model, batch: 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask),
     )
-    first, twice = (results["models"][0]["training"]["steps_log"][0]["loss"] for results in (plain, doubled))
+    first, twice = (
+        results["models"][n]["training"]["steps_log"][0]["loss"] for n, results in ((1, whole), (0, doubled))
+    )
     assert twice == pytest.approx(2 * first, rel=0.1)
-    assert [entry["context_tokens"] for entry in plain["models"]] == [32, 16]
 
 
 def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
