@@ -113,38 +113,30 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
-def test_only_some_variants_and_then_the_rest(addresses, tmp_path, monkeypatch):
-    path = write_study(tmp_path / "study.yaml", addresses, seeds=[0])
-    study = read_settings(path, StudyConfig)
-    cells = study_module.plan_cells(study, ["no-delta"])
-    assert [cell.variant for cell in cells] == ["no-delta", "pythia", "whole"]
-    trained = []
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: trained.append(cell.variant))
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The cells that were to be trained; nothing is trained or measured."""
+    names: list[str] = []
+    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: names.append(cell.name))
     monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
+    return names
+
+
+def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, trained):
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
     summary = study_module.run_study(study, only=["reference"])
-    assert trained == ["reference", "pythia", "whole"]
+    assert trained == ["reference-s0", "pythia-s0", "whole-s0"]  # its baselines too
     assert summary["variants"] == {}
-    changed = write_study(tmp_path / "other.yaml", addresses, variants={"reference": {"model": {"gate_init": 1.0}}},
-                          baselines=[], window_baselines=[])  # fmt: skip
+    other = {"variants": {"reference": {"model": {"gate_init": 1.0}}}, "baselines": [], "window_baselines": []}
+    changed = write_study(tmp_path / "other.yaml", addresses, **other)
     with pytest.raises(UserError, match="variant reference was begun with other settings"):
         study_module.run_study(read_settings(changed, StudyConfig))
-
-
-def test_a_moved_study_continues(addresses, tmp_path, monkeypatch):
-    path = write_study(tmp_path / "study.yaml", addresses, seeds=[0])
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: None)
-    monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
-    study = read_settings(path, StudyConfig)
-    study_module.run_study(study)
     study.folder.parent.rename(tmp_path / "elsewhere")
     study_module.run_study(dataclasses.replace(study, runs_dir=tmp_path / "elsewhere"))
+    assert len(trained) == 3 + 4
 
 
-def test_a_summary_that_fails_does_not_stop_the_trainings_of_the_next_seed(addresses, tmp_path, monkeypatch):
-    trained = []
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: trained.append(cell.name))
-    monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
-
+def test_a_summary_that_fails_does_not_stop_the_trainings_of_the_next_seed(addresses, tmp_path, trained, monkeypatch):
     def fail(study):
         raise IndexError("list index out of range")
 
