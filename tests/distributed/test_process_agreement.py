@@ -1,6 +1,5 @@
 """What processes say to one another: values, errors, the wish to stop."""
 
-import datetime
 import os
 import time
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from new_llm.config import UserError
 from new_llm.config.errors import OtherProcessError
@@ -78,23 +76,6 @@ def test_one_process_talks_to_itself() -> None:
         raise OSError("no disk")
     with ALONE.agree_to_stop(lambda: True) as stops:
         assert stops()
-
-
-def wait_for_main(processes: Processes, seconds: float) -> None:
-    assert processes.run_on_main(lambda: time.sleep(seconds) or 7) == 7
-
-
-def wait_beyond_the_timeout(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "unused", "MASTER_PORT": "1"}
-    place = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=1))
-    wait_for_main(start_processes(), 2.5)
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_others_wait_for_the_main_process_longer_than_for_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(wait_beyond_the_timeout, (str(tmp_path),), nprocs=2)
 
 
 def fail_alone(processes: Processes, folder: Path) -> None:

@@ -13,16 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from conftest import tiny_settings
 from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
-from new_llm.data.tokens import TokenSplit
 from new_llm.evaluation import evaluate_independent
 from new_llm.experiments import run_experiment
 from new_llm.experiments.adapter import (
     AdapterRun,
     choose_long_documents,
     find_base,
-    limit_documents,
     train_adapter,
 )
 from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
@@ -38,23 +37,9 @@ from new_llm.training.log import read_metrics
 @pytest.fixture(scope="module")
 def base_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Pythia that has seen a little text."""
-    config = ExperimentConfig(
-        name="base",
-        models=("pythia",),
-        device="cpu",
-        runs_dir=tmp_path_factory.mktemp("base"),
-        model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-        data={
-            "source": str(addresses),
-            "tokenizer_vocab_size": 384,
-            "num_samples": 48,
-            "seq_length": 32,
-            "segments_per_sample": 2,
-            "reversal_pairs": False,
-        },
-        train={"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "precision": "fp32"},
-        eval={"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
-    )
+    settings = tiny_settings(addresses, tmp_path_factory.mktemp("base"))
+    settings["train"] |= {"num_epochs": 1}
+    config = ExperimentConfig(name="base", models=("pythia",), device="cpu", **settings)
     return Path(run_experiment(exp_config=config, console=Console(file=io.StringIO()))["folder"])
 
 
@@ -290,17 +275,3 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
     assert perplexity["reset"]["value"] == pytest.approx(
         evaluate_independent(found.build("base"), found.texts["wikitext"], batch_size=2).perplexity, rel=1e-6
     )
-
-
-def test_documents_are_measured_up_to_a_number_of_tokens_but_two_at_least() -> None:
-    lengths = np.array([10, 20, 30, 40])
-    split = TokenSplit(
-        tokens=np.arange(100, dtype=np.uint16),
-        offsets=np.cumsum([0, *lengths]),
-        num_bytes=lengths * 4,
-        num_words=lengths,
-    )
-    for max_tokens, number in ((None, 4), (1, 2), (30, 2), (59, 2), (60, 3), (99, 3), (100, 4), (500, 4)):
-        limited = limit_documents(split, max_tokens)
-        assert limited.num_documents == number
-        assert limited.tokens.tolist() == split.tokens[: lengths[:number].sum()].tolist()

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "studies" / "gates.py"
 
 def test_gates_set_elsewhere(addresses, tmp_path):
     variants = {"reference": {}, "token": {"models": ["token_memory"]}}
-    study = {"variants": variants, "seeds": [0, 1], "baselines": [], "window_baselines": []}
+    study = {"variants": variants, "seeds": [0], "baselines": [], "window_baselines": []}
     path = write_study(tmp_path / "study.yaml", addresses, **study)
     assert main(["study", str(path)]) == 0
     command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference", "token", "--shares", "0", "0.5"]
@@ -24,10 +24,10 @@ def test_gates_set_elsewhere(addresses, tmp_path):
     folder = tmp_path / "runs" / "tiny-study"
     summary = json.loads((folder / "study.json").read_text())
     record = json.loads((folder / "gates.json").read_text())
-    assert [model["seed"] for model in record["models"]] == [0, 1] * 2
+    assert [model["seed"] for model in record["models"]] == [0, 0]
     for model in record["models"]:
         figures = summary["variants"][model["variant"]]["figures"]
-        carried = figures["validation: carried perplexity"]["by_seed"]
+        carried = figures["Long documents: validation: carried"]["by_seed"]
         assert model["perplexity"] == pytest.approx(carried[str(model["seed"])], rel=1e-4)
         assert model["relative"].keys() == {"0.0", "0.5"}
         assert model["relative"]["0.0"] != 0  # without its memory the model reads otherwise
@@ -45,10 +45,6 @@ def test_gates_set_elsewhere(addresses, tmp_path):
 
 def test_models_that_were_not_trained_are_one_line(addresses, tmp_path):
     path = write_study(tmp_path / "study.yaml", addresses)
-    done = subprocess.run([sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "'infini' is no variant" in done.stderr
-    assert done.stderr.count("\n") == 1
     command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

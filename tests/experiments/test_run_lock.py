@@ -4,6 +4,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,20 @@ from new_llm.experiments.run_folder import LOCK_FILE, create_run, hold_run
 HOLD = (
     "import sys; from new_llm.experiments.config import ExperimentConfig\n"
     "from new_llm.experiments.run_folder import hold_run\n"
-    "with hold_run(ExperimentConfig(name='a', runs_dir=sys.argv[1]), resume=False):\n"
+    "with hold_run(ExperimentConfig(name='a', runs_dir=sys.argv[1]), resume=bool(sys.argv[2])):\n"
     "    print('held', flush=True); sys.stdin.read()"
 )
+
+
+@contextmanager
+def hold_elsewhere(config: ExperimentConfig, *, resume: bool = False) -> Iterator[int]:
+    """Inside the block another process holds the run; gives its PID."""
+    command = [sys.executable, "-c", HOLD, str(config.runs_dir), "resume" if resume else ""]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        yield other.pid
+        other.kill()
 
 
 @pytest.fixture
@@ -27,19 +40,12 @@ def config(tmp_path: Path) -> ExperimentConfig:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_process_is_refused_at_once_and_told_who_is_there(config: ExperimentConfig, resume: bool) -> None:
-    command = [sys.executable, "-c", HOLD, str(config.runs_dir)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with (
-            pytest.raises(UserError, match=rf"runs/a: another process \(PID {other.pid} on .*\) is using it"),
-            hold_run(config, resume=resume),
-        ):
+    with hold_elsewhere(config) as pid:
+        message = rf"runs/a: another process \(PID {pid} on .*\) is using it"
+        with pytest.raises(UserError, match=message), hold_run(config, resume=resume):
             pytest.fail("both are in it")
-        other.kill()
-        other.wait()
-        with hold_run(config, resume=False) as (_, folder):
-            create_run(config, folder)
+    with hold_run(config, resume=False) as (_, folder):
+        create_run(config, folder)
     with hold_run(config, resume=True):
         pass
     assert os.listdir(config.runs_dir) == ["a"]
@@ -53,21 +59,11 @@ def test_bad_input_leaves_no_folder_behind(config: ExperimentConfig, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_begins_with_its_configuration(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    class DiedError(Exception):
-        pass
-
-    def die(*args: object) -> None:
-        raise DiedError
-
-    with monkeypatch.context() as patch, hold_run(config, resume=False) as (_, folder):
-        patch.setattr(os, "replace", die)
-        with pytest.raises(DiedError):
-            create_run(config, folder)
-    assert not folder.exists()
+def test_a_run_begins_with_its_configuration(config: ExperimentConfig) -> None:
+    folder = config.runs_dir / "a"
     folder.mkdir(parents=True)
     (folder / LOCK_FILE).touch()  # what a process leaves that is killed before it makes the run
-    with hold_run(config, resume=False) as (_, folder):
+    with hold_run(config, resume=False):
         create_run(config, folder)
     assert sorted(os.listdir(folder)) == [LOCK_FILE, "config.yaml"]
     with pytest.raises(UserError, match="a run of this name exists"), hold_run(config, resume=False):
@@ -81,13 +77,12 @@ def test_a_link_to_a_run_is_the_same_run(config: ExperimentConfig, tmp_path: Pat
     (folder.parent / "run-link").symlink_to(folder)
     for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
         linked = dataclasses.replace(config, **changes)
-        command = [sys.executable, "-c", HOLD.replace("resume=False", "resume=True"), str(config.runs_dir)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "held\n"
-            with pytest.raises(UserError, match=rf"\(PID {other.pid} on "), hold_run(linked, resume=True):
-                pytest.fail("both are in it")
-            other.kill()
+        with (
+            hold_elsewhere(config, resume=True) as pid,
+            pytest.raises(UserError, match=rf"\(PID {pid} on "),
+            hold_run(linked, resume=True),
+        ):
+            pytest.fail("both are in it")
 
 
 def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(config: ExperimentConfig) -> None:
