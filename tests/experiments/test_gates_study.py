@@ -40,7 +40,7 @@ def test_gates_set_elsewhere(addresses, tmp_path):
         assert len(gates["heads"]) == 4
         assert gates["num_tokens"] > 0
     assert "| reference | " in done.stdout
-    assert done.stdout.count("of tokens' gates") == 2
+    assert done.stdout.count("of tokens' gates") == 1
 
 
 def test_models_that_were_not_trained_are_one_line(addresses, tmp_path):
