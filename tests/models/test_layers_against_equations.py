@@ -18,7 +18,7 @@ from model_cases import (
 )
 from torch import Tensor
 
-from new_llm.models.layers import InfiniLayer, Layer, Segments
+from new_llm.models.layers import InfiniLayer, Layer, Segments, compressive
 from new_llm.models.state import MemoryState
 
 ROWS = 2
@@ -81,9 +81,10 @@ def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> N
 
 
 @by_dtype
-def test_a_long_segment_runs_in_chunks(dtype: torch.dtype) -> None:
+def test_a_long_segment_runs_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the length up to which local attention is one masked product."""
-    case = LayerCase("infini", {"num_memory_heads": 2, "chunk_length": 4})
+    monkeypatch.setattr(compressive, "CHUNK_LENGTH", 4)
+    case = LayerCase("infini", {"num_memory_heads": 2})
     layer = case.build()
     randomize(layer)
     x = draw_hidden(1, 11)

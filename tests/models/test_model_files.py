@@ -134,7 +134,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a layer's epsilon": (edit_layer(layer_norm_eps=-1.0), "layer_norm_eps: input should be greater than 0"),
     "a layer's width as text": (edit_layer(intermediate_size="64"), "intermediate_size: input should be a valid int"),
     "an option's yes": (edit_layer(kind="infini", use_delta_rule="no"), "use_delta_rule: input should be a valid bool"),
-    "an option's NaN": (edit_layer(kind="infini", memory_epsilon=float("nan")), "memory_epsilon"),
+    "an option's NaN": (edit_layer(kind="infini", gate_init=float("inf"), alibi_scale=float("nan")), "alibi_scale"),
     "unknown key": (edit_structure(colour="red"), "unknown key 'colour'"),
     "integers": (store_as(torch.int32), "has dtype I32; weights are floats"),
     "8 bits": (store_as(torch.float8_e4m3fn), "has dtype F8_E4M3; weights are floats"),

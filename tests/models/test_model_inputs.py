@@ -51,7 +51,6 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "use_alibi": ([ModelType.INFINI], []),
     "alibi_scale": ([ModelType.INFINI], [-0.5, float("nan")]),
     "num_memory_heads": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0, -1]),
-    "memory_epsilon": (MEMORY_TYPES, [0.0, -1e-6, float("nan")]),
     "gate_init": (MEMORY_TYPES, []),
     "memory_key_size": ([ModelType.TOKEN_MEMORY], [0, -1, 1.5]),
     "retention_init": ([ModelType.TOKEN_MEMORY], [0.0, 1.0, -0.5, float("nan")]),
@@ -60,8 +59,6 @@ RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
     "query_key_init_scale": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0.0, -1.0, float("nan")]),
     "query_key_init_bias": (MEMORY_TYPES, []),
     "match_query_key_init": (MEMORY_TYPES, []),
-    "chunk_length": (MEMORY_TYPES, [0, -1]),
-    "expansion_ratio": ([ModelType.HIERARCHICAL], [0, 1.5]),
     "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
     "earlier_pass_weight": ([ModelType.SELECTIVE], [-0.1, 1.5]),
 }

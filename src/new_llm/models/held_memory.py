@@ -1,4 +1,4 @@
-"""The stateful shell: the memory that a model holds between calls, for its users."""
+"""The stateful shell: the memory that a model holds between calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from new_llm.models.state import LayerMemory, entry_is_per_row, state_from_dict,
 LayerMemories = list[LayerMemory | None]
 """The memory of every layer of a model: None for a layer without memory, or where it is known to be empty."""
 KeptMemory = tuple[LayerMemories, int | None]
-"""What a model held, and the rows that had a memory each; see `keep_memory`."""
+"""A held memory and its number of rows; see `keep_memory`."""
 
 
 class HeldMemory(nn.Module):
-    """What a model offers to hold, reset, carry and describe its memory.
+    """Holds, resets, saves, restores and describes a model's memory.
 
-    The memory is one for all rows (after `reset_memory()`) or one a row (after `reset_memory(batch_size=B)`). It is
-    no parameter and no buffer: it is not in the state dict, and moves to the model's device when it is used.
+    All rows share one memory (after `reset_memory()`) or each has its own (after `reset_memory(batch_size=B)`). The
+    memory is neither a parameter nor a buffer: it is not in the state dict, and moves to the model's device when used.
     """
 
     layers: nn.ModuleList
@@ -33,7 +33,7 @@ class HeldMemory(nn.Module):
 
     @property
     def layer_list(self) -> list[Layer]:
-        """The layers, typed."""
+        """The layers as a typed list."""
         return cast(list[Layer], list(self.layers))
 
     @property
@@ -43,14 +43,14 @@ class HeldMemory(nn.Module):
 
     @property
     def memory_rows(self) -> int | None:
-        """Rows that hold a memory each; None: all rows share one."""
+        """Number of rows with a memory of their own; None: all rows share one."""
         return self._held_rows
 
     def reset_memory(self, batch_size: int | None = None) -> None:
         """Empty the memory.
 
         Args:
-            batch_size: give each of so many rows its own memory; None: one memory shared by all rows.
+            batch_size: number of rows, each with its own memory; None: one memory shared by all rows.
 
         Raises:
             ValueError: batch_size is not positive.
@@ -61,13 +61,13 @@ class HeldMemory(nn.Module):
         self._held_rows = batch_size
 
     def reset_rows(self, rows: Tensor) -> None:
-        """Empty the memory of some rows of a per-row memory: where a stream goes on to its next document.
+        """Empty the memory of some rows of a per-row memory, as where a row's next document begins.
 
         Args:
             rows: [B] bool.
 
         Raises:
-            ValueError: the memory is shared, or has another number of rows.
+            ValueError: the memory is shared or has a different number of rows.
         """
         if self._held_rows != rows.shape[0]:
             held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
@@ -83,27 +83,25 @@ class HeldMemory(nn.Module):
         ]
 
     def keep_memory(self) -> KeptMemory:
-        """What is held now, for `restore_memory`. Nothing is copied: a held memory is never changed in place."""
+        """The held memory, for `restore_memory`. Nothing is copied: a held memory is never changed in place."""
         return self._held, self._held_rows
 
     def restore_memory(self, kept: KeptMemory, if_true: Tensor | None = None) -> None:
-        """Hold again what was held before.
+        """Hold again what `keep_memory` returned.
 
         Args:
-            kept: from `keep_memory`; with a condition the rows are as many as now.
-            if_true: one bool on the device, read without synchronising: only where it is True; None: in any case.
+            kept: from `keep_memory`; with `if_true` it must have as many rows as now.
+            if_true: one bool on the device, read without synchronising: restore only if it is True; None: always.
 
         Raises:
-            ValueError: the rows are not as many.
+            ValueError: the numbers of rows differ.
         """
         before, rows = kept
         if if_true is None:
             self._held, self._held_rows = kept
             return
         if rows != self._held_rows:
-            raise ValueError(f"restore_memory: {rows} rows were held, now it is {self._held_rows}")
-        if not before:
-            before = [None] * len(self._held)
+            raise ValueError(f"restore_memory: {rows} rows were held, now {self._held_rows}")
         self._held = [
             None if now is None else (now.emptied() if old is None else old).select_rows(if_true.expand(now.rows), now)
             for old, now in zip(before, self._held, strict=True)
@@ -111,13 +109,13 @@ class HeldMemory(nn.Module):
 
     @contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
-        """An empty memory inside the block; what the model held before is back after it."""
-        before = (self._held, self._held_rows)
+        """An empty memory inside the block; afterwards the model holds what it held before."""
+        before = self.keep_memory()
         try:
             self.reset_memory(batch_size)
             yield
         finally:
-            self._held, self._held_rows = before
+            self.restore_memory(before)
 
     def memory_info(self) -> dict[str, Any]:
         """`total_bytes` and `per_layer` (layer, kind, bytes) of one memory that all rows share."""
@@ -139,10 +137,10 @@ class HeldMemory(nn.Module):
         }
 
     def set_memory_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Hold a memory that `get_memory_state` returned, here or on another machine. All or nothing is set.
+        """Hold a memory that `get_memory_state` returned, here or on another machine. On an error nothing changes.
 
         Raises:
-            ValueError: other memory layers, layer kinds, version, shapes or settings than this model's: says which.
+            ValueError: its layers, layer kinds, version, shapes or settings differ from this model's; names which.
         """
         if not isinstance(state, dict) or set(state) != set(self.memory_layers):
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -154,14 +152,14 @@ class HeldMemory(nn.Module):
             held[index] = state_from_dict(state[index], layer.memory_facts, empty, f"memory state, layer {index}")
         rows = {memory.rows for memory in held if memory is not None}
         if len(rows) > 1 or len(set(per_row.values())) > 1:
-            raise ValueError("memory state: its layers hold memories of different numbers of rows")
+            raise ValueError("memory state: its layers have different numbers of rows")
         self._held = held
         self._held_rows = rows.pop() if rows and any(per_row.values()) else None
 
-    # What the model's calls use
+    # For the model's own calls
 
     def _begin_call(self, batch_size: int, device: torch.device) -> tuple[LayerMemories, LayerMemories]:
-        """Each row's own copy (a view) of the held memory, and the held memory itself."""
+        """The held memory expanded to the batch's rows (views), and the held memory itself."""
         if self._held_rows not in (None, batch_size):
             raise ValueError(
                 f"a batch of {batch_size} rows, but the model holds a memory for each of {self._held_rows}: "
@@ -174,18 +172,18 @@ class HeldMemory(nn.Module):
         return rows, list(self._held)
 
     def _fit(self, memory: LayerMemory, index: int, device: torch.device) -> LayerMemory:
-        """A held memory as a call can use it: on its device, in the layer's precision, and fit for gradients."""
+        """The memory on the call's device, in the layer's precision, and usable with gradients."""
         dtype = torch.promote_types(next(self.layers[index].parameters()).dtype, torch.float32)
         tensors = memory.tensors().values()
         if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
             memory = memory.to(device, dtype)
-        # What was written under inference_mode can't be saved for a backward pass; a copy made outside can.
+        # Tensors made under inference_mode can't be saved for backward; a copy made outside can.
         if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in memory.tensors().values()):
             memory = memory.clone()
         return memory
 
     def _hold(self, rows: LayerMemories, start: LayerMemories) -> None:
-        """Hold what rows that began from `start` have written, detached; a shared memory takes the sum over rows."""
+        """Hold, detached, what `rows` wrote since `start`; a shared memory takes the sum over the rows."""
         held = list(self._held)
         for index, memory in enumerate(rows):
             if memory is None:
@@ -202,8 +200,7 @@ class HeldMemory(nn.Module):
         self._held = held
 
     def _held_or_empty(self, index: int) -> LayerMemory:
-        held = self._held[index] if self._held else None
+        held, layer = self._held[index], self.layer_list[index]
         if held is not None:
             return held
-        layer = self.layer_list[index]
         return layer.empty_memory(self._held_rows or 1, next(layer.parameters()))

@@ -1,7 +1,7 @@
-"""What a call is given: what it refuses, and how its tokens are laid out.
+"""Checks of a call's inputs, and the layout of its tokens.
 
-Real tokens move to the left and are then cut into segments. A masked token takes no place: a padded row is cut exactly
-as the row without its padding would be.
+Real tokens move to the left and are then cut into segments. A masked token takes no position: a padded row is cut
+exactly like the same row without padding.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ from new_llm.models.loss import IGNORE_INDEX
 
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Refuse ids of another shape or, where that costs no synchronisation, outside the vocabulary.
+    """Raise ValueError unless ids are [B, T] integers, B, T ≥ 1, and on a CPU within 0 … vocab_size − 1.
 
-    Raises:
-        ValueError: not [B, T] integers with B, T ≥ 1, or an id outside 0 … vocab_size − 1.
+    On a GPU their range is not checked: that would synchronise.
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0 or not is_integer(input_ids):
         raise ValueError(
@@ -30,11 +29,7 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
-    """Refuse labels that do not fit the ids or, where that costs no synchronisation, lie outside the vocabulary.
-
-    Raises:
-        ValueError: other rows than the ids, no integers, or a label that is neither an id nor -100.
-    """
+    """Raise ValueError unless targets are integers in the ids' shape, and on a CPU each an id or -100."""
     if targets.shape != input_ids.shape or not is_integer(targets):
         raise ValueError(
             f"labels: {targets.shape[0]} rows, dtype {targets.dtype}: integers for {input_ids.shape[0]} rows are needed"
@@ -49,16 +44,16 @@ def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:
 
 
 def is_integer(x: Tensor) -> bool:
-    """Whether a tensor holds integers (booleans are none)."""
+    """Whether a tensor holds integers; booleans do not count."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the real tokens of a batch stand.
+    """The positions of a batch's real tokens.
 
     Attributes:
-        order: for each place of the packed row the column it comes from, [B, T]; None: nothing moves.
+        order: the column that each position of the packed row comes from, [B, T]; None: nothing moves.
         lengths: real tokens of each row, [B].
     """
 
@@ -66,7 +61,7 @@ class Packing:
     lengths: Tensor
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T] or [B, T, D], real tokens moved to the left in their order."""
+        """Move the real tokens of [B, T] or [B, T, D] to the left, in their order."""
         return x if self.order is None else _gather(x, self.order)
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -75,11 +70,7 @@ class Packing:
 
 
 def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | None:
-    """The packing that an attention mask asks for; None where every token is real.
-
-    Raises:
-        ValueError: the mask's shape is not the tokens'.
-    """
+    """The packing for an attention mask; None where every token is real. Raises ValueError as `check_mask`."""
     check_mask(attention_mask, input_ids)
     if attention_mask is None:
         return None
@@ -94,11 +85,7 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
 
 
 def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
-    """Refuse a mask that is not the tokens' shape.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Raise ValueError if the mask's shape differs from the tokens'."""
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
@@ -107,7 +94,7 @@ def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
 
 
 def mark_valid(lengths: Tensor, num_tokens: int) -> Tensor:
-    """[B, num_tokens] bool: the first `lengths` places of each row."""
+    """[B, num_tokens] bool: True at the first `lengths` positions of each row."""
     return torch.arange(num_tokens, device=lengths.device) < lengths.unsqueeze(1)
 
 

@@ -1,4 +1,4 @@
-"""The one owner of label alignment: which token each position is to predict."""
+"""Label alignment, which only this file decides: the token that each position predicts."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""A label that asks for no prediction, as in Hugging Face's models."""
+"""The label of positions that predict nothing, as in Hugging Face's models."""
 
 
 @dataclass(frozen=True)
 class LossStatistics:
-    """What a loss was measured on.
+    """The statistics of a loss.
 
     Attributes:
-        num_tokens: tokens that were predicted.
+        num_tokens: predicted tokens.
         total_nll: their summed negative log-likelihood, nats.
         passes: passes through the layers.
     """
@@ -35,7 +35,7 @@ def align_labels(labels: Tensor, num_positions: int) -> Tensor:
 
     Args:
         labels: the tokens themselves, not shifted (Hugging Face's convention), [B, T] or [B, T + 1]; the extra column
-            holds the token after the last position, which otherwise has no target. -100 asks for no prediction.
+            holds the token after the last position, which otherwise has no target. -100 is ignored.
         num_positions: T, the positions of the input.
 
     Returns:

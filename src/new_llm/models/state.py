@@ -1,31 +1,28 @@
-"""The memory of one layer as a value: made, reset by rows, summed over rows, written down as plain tensors.
+"""The memory of one layer as an immutable value, and its form as a dictionary of plain tensors.
 
 Legend: R rows (1 where all rows of a batch share one memory), N memories or banks, H heads, K key width, V value width.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 STATE_VERSION = 2
 """Version of the layer dictionaries of `get_memory_state`."""
 WHY_NOT_ADDITIVE = (
-    "was written with the delta rule or with decay: such memories do not add; "
-    "those of layers with use_delta_rule=False and without use_alibi do"
+    "was written with the delta rule or with decay: such memories can't be added; "
+    "only layers with use_delta_rule=False and without use_alibi have memories that add"
 )
-"""What an error says of a layer whose memories can't be merged."""
+"""Why a layer's memories can't be merged, for errors."""
 
 
 @dataclass(frozen=True)
 class LayerMemory:
     """What a layer carries from segment to segment: a frozen dataclass whose fields are tensors [R, ...] or None.
 
-    Tensors are never changed in place, so that a memory can be kept and shared. An empty memory is all zeros.
+    Tensors are never changed in place, so a memory can be kept and shared. An empty memory is all zeros.
     """
 
     def tensors(self) -> dict[str, Tensor]:
@@ -44,11 +41,11 @@ class LayerMemory:
         return sum(t.numel() * t.element_size() for t in self.tensors().values() if t.is_floating_point())
 
     def map(self, function: Any) -> Self:
-        """The same with a function applied to every tensor."""
+        """A copy with a function applied to every tensor."""
         return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
-        """The same on another device, floating-point tensors in another dtype."""
+        """A copy on another device, with floating-point tensors in another dtype."""
         return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     def clone(self) -> Self:
@@ -56,15 +53,15 @@ class LayerMemory:
         return self.map(lambda t: t.detach().clone())
 
     def detach(self) -> Self:
-        """The same values without their history."""
+        """The same values without gradients."""
         return self.map(lambda t: t.detach())
 
     def expand(self, rows: int) -> Self:
-        """One shared memory as a view for every row."""
+        """A shared memory expanded to one view per row."""
         return self if self.rows == rows else self.map(lambda t: t.expand(rows, *t.shape[1:]))
 
     def select_rows(self, chosen: Tensor, other: Self) -> Self:
-        """Rows of this memory where `chosen` [R] is True, else of the other."""
+        """This memory's rows where `chosen` [R] is True, the other's elsewhere."""
         mine, others = self.tensors(), other.tensors()
         return replace(self, **{name: choose_rows(chosen, mine[name], others[name]) for name in mine})
 
@@ -73,13 +70,13 @@ class LayerMemory:
         return self.map(torch.zeros_like)
 
     def finish_call(self) -> Self:
-        """What is held after a call: what only the call's own bookkeeping needed is dropped."""
+        """The memory to hold after a call, without fields that only the call itself needs."""
         return self
 
     def add_changes(self, start: Self, rows: Self) -> Self:
-        """This memory, as it is held now, plus what rows that began from `start` have changed.
+        """The held memory plus the changes that `rows` made since `start`.
 
-        A shared memory (R = 1) takes the sum over the rows: what each row wrote is added once.
+        A shared memory (R = 1) takes the sum over the rows, so that what each row wrote is added once.
         """
         mine, before, after = self.tensors(), start.tensors(), rows.tensors()
         changes = {name: after[name] - before[name] for name in mine}
@@ -96,9 +93,9 @@ class MemoryState(LayerMemory):
         memories: M, [R, N, H, K, V], float32 or wider.
         norms: z, [R, N, H, K], likewise; zero means an empty memory.
         num_tokens: tokens that each memory has seen, [R, N], int64.
-        num_segments: segments that this layer has read, [R], int64; says which memory is written next.
-        segments_seen: segments written, over all rows and all merged memories, [R], int64.
-        retained: what share of the memory of before the call is left after its decay, [R, N, H]; None: all of it.
+        num_segments: segments that this layer has read, [R], int64; decides which memory is written next.
+        segments_seen: segments written, summed over rows and merged memories, [R], int64.
+        retained: share of the memory before the call that is left after decay, [R, N, H]; None: all of it.
     """
 
     memories: Tensor
@@ -108,39 +105,20 @@ class MemoryState(LayerMemory):
     segments_seen: Tensor
     retained: Tensor | None = None
 
-    @classmethod
-    def empty(
-        cls, rows: int, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device
-    ) -> "MemoryState":
-        """A state of `rows` empty memories of shape (N, H, K, V)."""
-        counts = torch.zeros(rows, dtype=torch.int64, device=device)
-        return cls(
-            memories=torch.zeros(rows, *shape, dtype=dtype, device=device),
-            norms=torch.zeros(rows, *shape[:3], dtype=dtype, device=device),
-            num_tokens=torch.zeros(rows, shape[0], dtype=torch.int64, device=device),
-            num_segments=counts,
-            segments_seen=counts,
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, H, K, V)."""
-        return tuple(self.memories.shape[1:])
-
     @property
     def share_left(self) -> Tensor:
-        """`retained`, where it is None 1: [R, N, H]."""
+        """`retained` as a tensor, 1 where it is None, [R, N, H]."""
         return self.norms.new_ones(self.norms.shape[:3]) if self.retained is None else self.retained
 
     def finish_call(self) -> "MemoryState":
-        """Without `retained`, which compares with the memory of before the call."""
+        """Without `retained`, which is relative to the memory before the call."""
         return replace(self, retained=None)
 
     def add_changes(self, start: "MemoryState", rows: "MemoryState") -> "MemoryState":
-        """As `LayerMemory.add_changes`, with decay: what was held decays as the row with the most writes let it.
+        """As `LayerMemory.add_changes`; what was held decays as in the row with the most writes.
 
-        `num_segments` counts in time, not over rows: rows of one call advance together, so that memories that are
-        written in turn stay in turn.
+        `num_segments` counts time, not rows: rows of one call advance together, so that memories written in turn stay
+        in turn.
         """
         left = rows.share_left
         new_memories = rows.memories - left[..., None, None] * start.memories
@@ -166,17 +144,6 @@ def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
-Opened = TypeVar("Opened", bound="DataclassInstance")
-
-
-def clear_rows(chosen: Tensor, opened: Opened) -> Opened:
-    """What a layer keeps of open segments, tensors [R, ...], with 0 in the chosen rows [R]."""
-    kept = {one.name: getattr(opened, one.name) for one in fields(opened)}
-    return replace(
-        opened, **{name: choose_rows(chosen, torch.zeros_like(value), value) for name, value in kept.items()}
-    )
-
-
 def find_written_memory(num_segments: Tensor, segments_per_memory: int, num_memories: int) -> Tensor:
     """Which memory the next segment [R] is written to: (segments read // segments_per_memory) mod N."""
     return (num_segments // segments_per_memory) % num_memories
@@ -187,14 +154,14 @@ def find_written_memory(num_segments: Tensor, segments_per_memory: int, num_memo
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """What a layer's memory dictionary says beside its tensors.
+    """What a layer's memory dictionary holds beside its tensors.
 
     Attributes:
         layer_kind: the layer's kind.
-        settings: plain values that memories must have in common to be exchanged.
-        additive: whether memories of different texts add (no delta rule, no decay).
-        keys: the dictionary's key of each field that has another name there.
-        index_key: the key of the memory that is written next, which follows from the others; None: there is none.
+        settings: plain values that must be equal for memories to be exchanged.
+        additive: whether memories of different texts can be added (no delta rule, no decay).
+        keys: the dictionary key of each field whose key is not its name.
+        index_key: key under which the index of the next written memory is stored; None: not stored.
     """
 
     layer_kind: str
@@ -239,10 +206,10 @@ def entry_is_per_row(entry: Any) -> bool:
 
 
 def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: LayerMemory, where: str) -> LayerMemory:
-    """Read `state_to_dict`'s result for a layer whose empty memory is `empty` (one row).
+    """The inverse of `state_to_dict`, for a layer whose empty memory is `empty` (one row).
 
     Raises:
-        ValueError: another version, layer kind, set of keys, shape or setting, or values that are not finite.
+        ValueError: the version, layer kind, keys, shapes or settings differ, or a value is not finite.
     """
     per_row = entry_is_per_row(entry)
     tensors = [value for value in entry.values() if isinstance(value, Tensor)] if isinstance(entry, dict) else []
@@ -262,10 +229,10 @@ def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: LayerMemor
 
 
 def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
-    """Add the memories of machines that read different texts from empty: M = Σ M_i, z = Σ z_i.
+    """Add memories that started empty and read different texts: M = Σ M_i, z = Σ z_i.
 
-    Exact where memories add, that is without the delta rule and without decay: the result equals one machine that read
-    all texts as rows of one batch with a shared memory.
+    Needs memories without the delta rule and without decay; the result equals that of one machine that read all texts
+    as rows of one batch with a shared memory.
 
     Args:
         states: what `get_memory_state` returned on each machine.
@@ -274,7 +241,7 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
         A state for `set_memory_state`.
 
     Raises:
-        ValueError: no states, different layers or shapes, or a memory that does not add.
+        ValueError: no states, different layers or shapes, or memories that can't be added.
     """
     if not states:
         raise ValueError("merge_memory_states needs at least one state")
@@ -306,10 +273,10 @@ def _merge_layer(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_same_layer(entry: Any, expected: dict[str, Any], where: str, whose: str) -> None:
-    """Refuse a layer dictionary of another version, layer kind or setting, or of other keys or shapes.
+    """Check that a layer dictionary has the expected version, layer kind, settings, keys and shapes.
 
     Raises:
-        ValueError: says which of them differs and what was expected.
+        ValueError: names what differs and what was expected.
     """
     if not isinstance(entry, dict) or not {"layer_kind", "version"} <= set(entry):
         raise ValueError(f"{where}: not a memory state of a layer (no layer_kind and version)")

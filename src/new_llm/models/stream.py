@@ -1,4 +1,4 @@
-"""Reading a text in pieces of any size, with the result of reading it whole."""
+"""Reading a text in pieces of any size, with the same result as reading it whole."""
 
 from typing import Any
 
@@ -10,19 +10,18 @@ from new_llm.models.layers import Layer, ReadTokens, Step
 
 
 class MemoryStream:
-    """Token-by-token reading with constant memory: logits equal the parallel path's however the text is cut.
+    """Reads token by token in constant memory; the logits equal the parallel path's however the text is cut.
 
     Softmax layers keep keys and values of the open segment (at most S tokens), memory layers running sums of constant
-    size. At a segment's end the memory is written and the open segment is empty again. Rows may stand at different
-    places: masked tokens take none. No gradients flow here; training uses the parallel path.
+    size. At a segment's end the memory is written and a new segment begins. Rows may be at different positions:
+    masked tokens take none. No gradients flow through a stream; training uses the parallel path.
 
-    The stream starts from a copy of the model's held memory and leaves the held memory alone until
-    `close(update_memory=True)`.
+    A stream starts from the model's held memory and does not change it before `close(update_memory=True)`.
 
     Args:
         model: the `TransformerLM` that reads.
         batch_size: rows B.
-        use_selective: False: one pass through the layers, also where the model has several.
+        use_selective: False: a single pass, also for a model with several.
     """
 
     def __init__(self, model: Any, batch_size: int = 1, *, use_selective: bool = True) -> None:
@@ -35,7 +34,7 @@ class MemoryStream:
         self._start_rows = model.memory_rows
         self.num_passes: int = model.count_passes(use_selective)
         self.opened: list[list[Any]] = [[None] * len(model.layers) for _ in range(self.num_passes)]
-        self._head_weight: Tensor | None = None  # the same for all of the stream: a head that is called costs time
+        self._head_weight: Tensor | None = None  # computed once per stream: calling a wrapped head is slow
         self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
         self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
         self._is_closed = False
@@ -43,16 +42,16 @@ class MemoryStream:
 
     @torch.no_grad()
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, Z] of the next tokens [B, T]; masked tokens are passed over.
+        """Read the next tokens [B, T] and return their logits [B, T, Z]; masked tokens are skipped.
 
         Raises:
-            ValueError: the stream is closed, another number of rows, or ids outside the vocabulary.
+            ValueError: the stream is closed, the number of rows differs, or ids are outside the vocabulary.
         """
         return self.model.embed_out(self.feed_hidden(input_ids, attention_mask))
 
     @torch.no_grad()
     def feed_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """As `feed`, the hidden states before the head, [B, T, D]."""
+        """As `feed`, but returns the hidden states before the head, [B, T, D]."""
         if self._is_closed:
             raise ValueError("the stream is closed: open another")
         check_input_ids(input_ids, self.model.vocab_size)
@@ -65,7 +64,7 @@ class MemoryStream:
         return packing.unpack(self._feed_packed(packing.pack(input_ids), packing.lengths.cpu()))
 
     def _feed_packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Feed every row up to its segment's end again and again; whole segments together take the parallel path."""
+        """Feed rows up to their segment's end, repeatedly; whole segments take the parallel path."""
         segment_length = self.model.segment_length
         hidden: Tensor | None = None
         fed = torch.zeros_like(lengths)
@@ -90,13 +89,13 @@ class MemoryStream:
 
     @torch.no_grad()
     def reset_rows(self, rows: Tensor) -> None:
-        """Begin some rows anew, from empty memory: where a row goes on to its next document.
+        """Restart some rows from empty memory, as where a row's next document begins.
 
         Args:
             rows: [B] bool.
 
         Raises:
-            ValueError: another number of rows.
+            ValueError: the number of rows differs.
         """
         if rows.shape != (self.batch_size,):
             raise ValueError(f"reset_rows of shape {tuple(rows.shape)} for a stream of {self.batch_size} rows")
@@ -111,18 +110,18 @@ class MemoryStream:
         self._is_reset = True
 
     def close(self, *, update_memory: bool = False) -> None:
-        """End the stream; with `update_memory` an open segment is written too and the model holds the result.
+        """End the stream; with `update_memory` also write open segments and add what was read to the held memory.
 
-        What the model has written meanwhile stays: the stream adds what it read.
+        What the model has written in the meantime is kept.
 
         Raises:
-            ValueError: the model's memory was reset to other rows since the stream began, or rows of this stream were
-                reset and the memory is shared, so that what they had read can't be told from what was there.
+            ValueError: the number of rows of the model's memory has changed since the stream began, or rows of this
+                stream were reset while the memory is shared, so that their changes can't be separated.
         """
         if self._is_closed:
             return
         if update_memory and self._is_reset and self._start_rows is None:
-            raise ValueError("a stream whose rows were reset can't be added to a shared memory: use one memory a row")
+            raise ValueError("a stream whose rows were reset can't be added to a shared memory: use one memory per row")
         if update_memory and self.model.memory_rows != self._start_rows:
             raise ValueError(
                 f"the model holds {describe_rows(self.model.memory_rows)}, but {describe_rows(self._start_rows)} "
@@ -173,7 +172,7 @@ class MemoryStream:
         return ReadTokens(input_ids, self._head_weight)
 
     def _is_level(self, taken: Tensor) -> bool:
-        """Whether all rows stand at one place and take the same number of tokens."""
+        """Whether all rows are at the same position and take the same number of tokens."""
         return bool(((taken == taken[0]) & (self.offsets == self.offsets[0])).all())
 
     def _end_segments(self, ended: Tensor) -> None:
@@ -181,7 +180,7 @@ class MemoryStream:
             return
         rows = ended.to(self.device)
         for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
-            for opened in self.opened:  # every pass begins its next segment; the last one's write is the memory
+            for opened in self.opened:  # every pass starts a new segment; the last pass's write is the memory
                 opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
         self.offsets = torch.where(ended, 0, self.offsets)
 

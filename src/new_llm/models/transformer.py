@@ -23,23 +23,23 @@ from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.stream import MemoryStream
 
 SCORED_ROWS = 2048
-"""Rows of logits that a head of another kind makes at once; more would only take memory."""
+"""Rows of logits computed at once by a head that is not a plain matrix; more would only cost memory."""
 
 
 @section
 class DepthOptions:
-    """How many times as many layers run."""
+    """How many times the stack of layers runs, or how many times as deep the model is."""
 
     skip_interval: Annotated[int, Field(ge=0), short("--skip-interval")] = 1
-    """Extra passes of selective models; deep_pythia has as many layers as such a model runs."""
+    """Extra passes of a selective model; deep_pythia has as many layers as that model runs."""
 
 
 @section
 class SelectiveOptions(DepthOptions):
-    """The options of selective output: extra passes over the hidden states before a token."""
+    """The options of selective output: extra passes over the hidden states before a token is predicted."""
 
     earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """γ: a pass weighs γ times the next one in the training loss; 0: the last pass alone, 1: all the same."""
+    """γ: in the training loss a pass weighs γ times as much as the next; 0: only the last counts, 1: all alike."""
 
 
 class TransformerLM(HeldMemory):
@@ -50,15 +50,15 @@ class TransformerLM(HeldMemory):
     of one segment with the memory carried.
 
     With `skip_interval` the stack runs several times: h₁ = Layers(embed(x)), h_{p+1} = Layers(W h_p + b), and the head
-    reads the last pass. Every pass is parallel over positions and causal. All passes read the memory as it was before
-    the segment; the last alone writes it. Training, evaluation and generation run the same passes.
+    reads the last pass. Every pass is parallel over positions and causal. All passes read the memory from before the
+    segment; only the last writes it. Training, evaluation and generation run the same passes.
 
     Args:
-        layers: the layers, all of one hidden size; their weights are drawn anew.
+        layers: the layers, all with the same hidden size; their weights are drawn again.
         vocab_size: rows Z of the embedding and the head.
         segment_length: tokens S in a segment.
         skip_interval: extra passes through the layers before a token is predicted.
-        earlier_pass_weight: γ; in training pass p of P weighs γ^(P − p) / Σ γ^(P − q). 0: the last pass alone.
+        earlier_pass_weight: γ; in training pass p of P weighs γ^(P − p) / Σ γ^(P − q). 0: only the last pass.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: the head's weight is the embedding's.
@@ -69,7 +69,7 @@ class TransformerLM(HeldMemory):
     """
 
     gradient_checkpointing = False
-    """In training keep only what enters each layer, and run the layer once more in backward."""
+    """In training keep only each layer's input and run the layer again in backward."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class TransformerLM(HeldMemory):
         if tie_word_embeddings:
             tie_embeddings(self)
         self.pass_projection = None
-        if skip_interval:  # drawn last, so that a seed gives the plain model's weights to all the rest
+        if skip_interval:  # drawn last, so that with the same seed all other weights equal the plain model's
             self.pass_projection = nn.Linear(sizes[0], sizes[0])
             nn.init.normal_(self.pass_projection.weight, std=initializer_range)
             nn.init.zeros_(self.pass_projection.bias)
@@ -123,9 +123,9 @@ class TransformerLM(HeldMemory):
 
         Args:
             input_ids: [B, T] token ids; T may be any number of segments.
-            attention_mask: [B, T], 1 or True at real tokens; the others are neither read nor written, and take no place
-                in a segment. Their logits mean nothing.
-            update_memory: hold what the call wrote; otherwise the held memory stays bit for bit as it was.
+            attention_mask: [B, T], 1 or True at real tokens; the others are neither read nor written and take no
+                position in a segment. Their logits are meaningless.
+            update_memory: keep what the call wrote; otherwise the held memory stays bit for bit as it was.
 
         Returns:
             [B, T, Z].
@@ -156,13 +156,13 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> list[Tensor]:
-        """What the head would read after each pass through the layers, [B, T, D].
+        """The hidden states before the head after each pass through the layers, [B, T, D] each.
 
         Args:
             input_ids: as in `forward`.
             attention_mask: as in `forward`.
             update_memory: as in `forward`.
-            use_selective: False: one pass with the same weights.
+            use_selective: False: a single pass with the same weights.
         """
         check_input_ids(input_ids, self.vocab_size)
         memories, start = self._begin_call(input_ids.shape[0], input_ids.device)
@@ -183,7 +183,7 @@ class TransformerLM(HeldMemory):
         write_last: bool,
         num_passes: int = 1,
     ) -> tuple[list[Tensor], LayerMemories]:
-        """The functional core: tokens and memories to hidden states and new memories. It keeps nothing.
+        """The functional core: tokens and memories to hidden states and new memories, without side effects.
 
         Args:
             input_ids: [B, T], real tokens on the left.
@@ -218,10 +218,10 @@ class TransformerLM(HeldMemory):
     def _run_passes(
         self, hidden: Tensor, memories: LayerMemories, segments: Segments, num_passes: int
     ) -> tuple[list[Tensor], LayerMemories]:
-        """What the head would read after each pass, [B, n, S, D], and each layer's memory after the last.
+        """The hidden states after each pass, [B, n, S, D], and each layer's memory after the last.
 
-        With memory, a segment's first pass needs what the last pass of the segment before has written: segments then
-        run one after another. Without memory all segments run at once.
+        With memory, the first pass of a segment needs what the last pass of the previous segment wrote, so segments run
+        one after another. Without memory all segments run at once.
         """
         num_segments = hidden.shape[1]
         if num_passes > 1 and num_segments > 1 and self.memory_layers:
@@ -242,11 +242,11 @@ class TransformerLM(HeldMemory):
         return passes, written
 
     def run_layers(self, hidden: Tensor, run: Callable[[int, Layer, Tensor], Tensor]) -> Tensor:
-        """Hidden states through all layers; the final LayerNorm stands before the layers before the head.
+        """Pass hidden states through all layers; the final LayerNorm precedes those that stand before the head.
 
         Args:
             hidden: [..., D].
-            run: one layer's work: its index, itself and what enters it, to what comes out.
+            run: runs one layer: (its index, the layer, its input) to its output.
         """
         first = self.first_before_head
         for index, layer in enumerate(self.layer_list):
@@ -273,17 +273,17 @@ class TransformerLM(HeldMemory):
 
     @property
     def first_before_head(self) -> int | None:
-        """The first layer that stands between the final LayerNorm and the head; None: there is none."""
+        """The index of the first layer between the final LayerNorm and the head; None: there is none."""
         return next((index for index, layer in enumerate(self.layer_list) if layer.stands_before_head), None)
 
     def describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
-        """What layers before the head may look at; None: there is none."""
+        """The tokens and head weight that layers before the head read; None where there is no such layer."""
         return None if self.first_before_head is None else ReadTokens(input_ids, self.read_head_weight())
 
     def read_head_weight(self) -> Tensor:
-        """The head as a matrix [Z, D], also where it is an adapter's, quantised or hooked: what it does is what counts.
+        """The head as a matrix [Z, D], also where it is wrapped by an adapter, quantised or hooked.
 
-        Such a head is called with the D unit vectors, and gradients flow through the call.
+        Such a head is applied to the D unit vectors; gradients flow through that call.
         """
         head = self.embed_out
         if is_plain_linear(head):
@@ -293,11 +293,11 @@ class TransformerLM(HeldMemory):
         return (head(units) - head(torch.zeros_like(units[:1]))).t()
 
     def begin_pass(self, hidden: Tensor) -> Tensor:
-        """What the next pass begins from, given the hidden states after the last layer: W h + b, [..., D]."""
+        """The input of the next pass, W h + b, from the output of the last layer, [..., D]."""
         return hidden if self.pass_projection is None else self.pass_projection(hidden)
 
     def finish_pass(self, hidden: Tensor) -> Tensor:
-        """What the head reads, from what comes out of the last layer."""
+        """The head's input, from the output of the last layer."""
         return self.final_layer_norm(hidden) if self.first_before_head is None else hidden
 
     def count_passes(self, use_selective: bool = True) -> int:
@@ -315,14 +315,14 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> Tensor:
-        """The loss of the token after each position, [B, T] float32 nats; 0 where there is no target.
+        """The loss of the token that follows each position, [B, T] float32 nats; 0 where there is no target.
 
         In training the passes' losses are weighted by `earlier_pass_weight`.
 
         Args:
             input_ids: [B, T].
             labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
-            attention_mask: [B, T]; a masked token is not a target either.
+            attention_mask: [B, T]; masked tokens are not targets either.
             update_memory: as in `forward`.
             use_selective: False: one pass with the same weights.
         """
@@ -341,17 +341,17 @@ class TransformerLM(HeldMemory):
         label_weights: Tensor | None = None,
         update_memory: bool = False,
     ) -> Tensor:
-        """What training minimises: the sum of `token_losses`, and the layers' auxiliary losses for each target.
+        """The training objective: the sum of `token_losses`, plus the layers' auxiliary losses once per target.
 
         Args:
             input_ids: [B, T].
             labels: [B, T] or [B, T + 1].
             attention_mask: [B, T].
-            label_weights: what each label's loss is multiplied by before the sum, as wide as the labels; None: 1.
+            label_weights: factor of each label's loss in the sum, in the labels' shape; None: 1.
             update_memory: as in `forward`.
 
         Raises:
-            ValueError: as there, or weights of another shape than the labels.
+            ValueError: as for `token_losses`, or weights whose shape differs from the labels'.
         """
         targets = self.find_targets(input_ids, labels, attention_mask)
         weights = None
@@ -371,9 +371,9 @@ class TransformerLM(HeldMemory):
         update_memory: bool = False,
         use_selective: bool = True,
     ) -> tuple[Tensor, LossStatistics]:
-        """The mean loss of all predicted tokens, and what it was measured on; arguments as in `token_losses`.
+        """The mean loss of all predicted tokens and its statistics; arguments as in `token_losses`.
 
-        In training the layers' auxiliary losses are added to it; the statistics are without them.
+        In training the layers' auxiliary losses are added to the loss, but not to the statistics.
 
         Raises:
             ValueError: no token is predicted.
@@ -391,14 +391,14 @@ class TransformerLM(HeldMemory):
         )
 
     def find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The token that each position is to predict, [B, T]; -100 where there is none, or where it is masked."""
+        """The token that each position predicts, [B, T]; -100 where there is none or either token is masked."""
         check_input_ids(input_ids, self.vocab_size)
         check_mask(attention_mask, input_ids)
         targets = align_labels(labels, input_ids.shape[1])
         check_targets(targets, input_ids, self.vocab_size)
         if attention_mask is not None:
             mask = attention_mask.to(torch.bool)
-            masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # no loss at a masked token, nor for one
+            masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # neither predict from nor predict a masked token
             targets = targets.masked_fill(masked, IGNORE_INDEX)
         return targets
 
@@ -409,15 +409,15 @@ class TransformerLM(HeldMemory):
         reduction: Literal["none", "sum"] = "none",
         weights: Tensor | None = None,
     ) -> Tensor:
-        """The losses [B, T] of what `compute_passes` returned, or their sum: Σ γ^(P − p) ℓ_p / Σ γ^(P − q).
+        """The losses [B, T] of the passes from `compute_passes`, or their sum: Σ γ^(P − p) ℓ_p / Σ γ^(P − q).
 
-        Outside training, and with γ = 0, that is the loss of the last pass.
+        Outside training, and with γ = 0, only the last pass counts.
 
         Args:
             passes: hidden states, [B, T, D] each.
             targets: from `find_targets`.
-            reduction: "sum" takes less memory and time.
-            weights: what each position's loss is multiplied by, [B, T].
+            reduction: "sum" needs less memory and time.
+            weights: factor of each position's loss, [B, T].
         """
         if len(passes) == 1 or not self.training or not self.earlier_pass_weight:
             return self._score(passes[-1], targets, reduction, weights)
@@ -426,7 +426,7 @@ class TransformerLM(HeldMemory):
         return torch.stack([share / sum(shares) * loss for share, loss in zip(shares, losses, strict=True)]).sum(0)
 
     def add_auxiliary_loss(self, total: Tensor, targets: Tensor) -> Tensor:
-        """A summed loss, in training with the losses that layers left in the last call, once for each target."""
+        """A summed loss plus, in training, the auxiliary losses of the last call, once per target; clears them."""
         found = [layer.auxiliary_loss for layer in self.layer_list if layer.auxiliary_loss is not None]
         for layer in self.layer_list:
             layer.auxiliary_loss = None
@@ -441,10 +441,10 @@ class TransformerLM(HeldMemory):
         reduction: Literal["none", "sum"] = "none",
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Losses [B, T] of hidden states [B, T, D], or their sum, each multiplied by its weight [B, T]."""
+        """Weighted losses [B, T] of hidden states [B, T, D], or their sum."""
         rows, wanted = hidden.flatten(0, 1), targets.flatten()
         head = self.embed_out
-        # A head that is another module (an adapter's, a quantised one) or that has hooks is called as it is.
+        # A wrapped, quantised or hooked head must be called, not multiplied by its weight.
         if is_plain_linear(head):
             label_weights = None if weights is None else weights.flatten()
             losses = linear_cross_entropy(rows, head.weight, wanted, label_weights=label_weights, reduction=reduction)
@@ -458,7 +458,7 @@ class TransformerLM(HeldMemory):
     # Streams and generation
 
     def open_stream(self, batch_size: int = 1, *, use_selective: bool = True) -> MemoryStream:
-        """Begin to read token by token, in pieces of any size, from the held memory; see `MemoryStream`."""
+        """Open a stream that reads pieces of any size, starting from the held memory; see `MemoryStream`."""
         return MemoryStream(self, batch_size, use_selective=use_selective)
 
     def generate(
@@ -467,13 +467,13 @@ class TransformerLM(HeldMemory):
         """Continue each row's text: `model.generate(input_ids, max_new_tokens=50)`; see `generation.generate`."""
         return generate(self, input_ids, attention_mask, **options)
 
-    # Training on less memory
+    # Training in less memory
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """In training keep only what enters each layer, and run the layer once more in backward.
+        """In training keep only each layer's input and run the layer again in backward.
 
         Args:
-            gradient_checkpointing_kwargs: as Hugging Face's models take it; checkpoints are never re-entrant here.
+            gradient_checkpointing_kwargs: accepted for Hugging Face's trainer; checkpoints are never re-entrant here.
         """
         self.gradient_checkpointing = True
 
@@ -484,7 +484,7 @@ class TransformerLM(HeldMemory):
     # Facts
 
     def untie_embeddings(self) -> None:
-        """Give the head a weight of its own, equal to the embedding's; nothing where it has one."""
+        """Give a tied head a weight of its own, equal to the embedding's."""
         if self.tie_word_embeddings:
             self.embed_out.weight = nn.Parameter(self.embed_in.weight.detach().clone())
             self.tie_word_embeddings = False
@@ -506,15 +506,15 @@ class TransformerLM(HeldMemory):
         }
 
     def gate_values(self) -> dict[str, list[float]]:
-        """g of each memory layer's heads, by the layer's name in the state dict."""
+        """The gates g of each memory layer's heads, by the layer's name in the state dict."""
         found = {f"layers.{index}": layer.gate_values() for index, layer in self.memory_layers.items()}
         return {name: values for name, values in found.items() if values}
 
     def get_alpha(self) -> float | dict[int, float]:
-        """α of the parallel adapter; of several, {layer index: α}.
+        """α of the parallel adapter; with several adapters {layer index: α}.
 
         Raises:
-            ValueError: no layer has one.
+            ValueError: the model has no adapter.
         """
         alphas = self.alpha_values()
         if not alphas:
@@ -533,26 +533,22 @@ def count_parameters(module: nn.Module) -> int:
 
 
 class SelectiveOutputLM(TransformerLM):
-    """A `TransformerLM` with one extra pass unless told otherwise; arguments as there."""
+    """A `TransformerLM` with one extra pass by default."""
 
     def __init__(self, layers: Sequence[Layer], *arguments: Any, skip_interval: int = 1, **options: Any) -> None:
         super().__init__(layers, *arguments, skip_interval=skip_interval, **options)
 
 
 def check_order(layers: Sequence[Layer]) -> None:
-    """Refuse layers of which one that stands before the head is followed by another kind.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Raise ValueError if a layer that stands before the head is followed by one that does not."""
     for index, (layer, following) in enumerate(itertools.pairwise(layers)):
         if layer.stands_before_head and not following.stands_before_head:
             raise ValueError(f"layers: {layer.kind} stands before the head and can only be among the last, not {index}")
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether a head does x Wᵀ and nothing else."""
-    forward: Any = vars(head).get("forward")  # decoding replaces it by a faster product with the same weight
+    """Whether a head computes x Wᵀ and nothing else."""
+    forward: Any = vars(head).get("forward")  # decoding replaces it with a faster product with the same weight
     return (
         type(head) is nn.Linear
         and head.bias is None
@@ -563,7 +559,7 @@ def is_plain_linear(head: nn.Module) -> bool:
 
 
 def tie_embeddings(model: TransformerLM) -> None:
-    """Make the head's weight the embedding's, one parameter; a state dict then holds it once, as the embedding.
+    """Share one parameter between head and embedding; a state dict holds it once, as the embedding.
 
     Source: Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
     """

@@ -58,7 +58,7 @@ def create_pythia_with_parallel_infini(
         segment_length: tokens in a segment; None: the base's own.
         revision: branch, tag or commit of a name on the hub.
         options: further fields of `AdapterConfig`: init, zero_init_dense, num_memory_heads, num_memory_banks,
-            segments_per_bank, alibi_scale, gate_init, memory_epsilon.
+            segments_per_bank, alibi_scale, gate_init.
 
     Raises:
         ValueError: an unknown option, a value out of range, or a layer that the base lacks.

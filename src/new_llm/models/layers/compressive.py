@@ -6,15 +6,16 @@ Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from new_llm.config import PythiaConfig
 from new_llm.config.sections import section
-from new_llm.models.layers.base import Segments, Step, check_divides
-from new_llm.models.layers.memory_layer import MemoryAttention, pick_last_key, shift_keys
+from new_llm.models.layers.base import Block, Segments, Step, check_divides
+from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
 from new_llm.models.ops import (
     ScannedReads,
     add_outer_products,
@@ -25,7 +26,12 @@ from new_llm.models.ops import (
     scan_memories,
     scan_sums,
 )
-from new_llm.models.state import MemoryState, clear_rows, find_written_memory
+from new_llm.models.state import LayerMemory, MemoryState, find_written_memory
+
+EPSILON = 1e-6
+"""ε: the smallest divisor of a read."""
+CHUNK_LENGTH = 1024
+"""Tokens up to which local attention is one masked product; longer segments run in chunks of this length."""
 
 
 @section
@@ -48,14 +54,10 @@ class MemoryOptions:
     """Initial bias of q and k; below 0 few features of a token are large, and different tokens overlap less."""
     match_query_key_init: bool = False
     """W_k begins equal to W_q, so that similar tokens find one another from the start."""
-    memory_epsilon: Annotated[float, Field(gt=0)] = 1e-6
-    """ε: the smallest divisor of a read."""
-    chunk_length: Annotated[int, Field(gt=0)] = 1024
-    """Tokens up to which local attention is one masked product; longer segments run in chunks of this length."""
 
 
 @dataclass(frozen=True)
-class OpenSegment:
+class OpenSegment(LayerMemory):
     """Running sums over the tokens of an open segment, of constant size; `step` adds to them in place.
 
     Attributes:
@@ -170,8 +172,6 @@ class CompressiveAttention(MemoryAttention):
         self.query_key_init_scale = options.query_key_init_scale
         self.query_key_init_bias = options.query_key_init_bias
         self.match_query_key_init = options.match_query_key_init
-        self.epsilon = options.memory_epsilon
-        self.chunk_length = options.chunk_length
         self.decay = None if decay is None else tuple(decay)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
@@ -220,7 +220,7 @@ class CompressiveAttention(MemoryAttention):
             q, k = self._map_features(q, k)
             if self.use_key_shift:
                 k = shift_keys(k)
-            local = local_linear_attention(q, k, v, epsilon=self.epsilon, chunk_length=self.chunk_length)
+            local = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH)
             if segments.valid is not None:  # masked keys are zero, so that they add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
             from_memory, memory = self._scan(q, k, v, memory, segments)
@@ -276,11 +276,11 @@ class CompressiveAttention(MemoryAttention):
         norms = scan_sums(before.norms, changes, None if norm_decay is None else norm_decay.unsqueeze(-1))
         products = multiply_norms(q, norms[:, :num_segments].transpose(2, 3))  # [B, n, H, S, N]
         weights = self.weigh(products, schedule.num_tokens[:, :num_segments])
-        divisors = products.clamp_min(self.epsilon)
+        divisors = products.clamp_min(EPSILON)
         delta_scales = None
         if self.use_delta_rule and num_writes:
             written = _pick_norms(norms[:, :num_writes], schedule.slots).unsqueeze(-2)
-            delta_scales = 1 / multiply_norms(k[:, :num_writes], written).squeeze(-1).clamp_min(self.epsilon)
+            delta_scales = 1 / multiply_norms(k[:, :num_writes], written).squeeze(-1).clamp_min(EPSILON)
         reads = scan_memories(
             q,
             k,
@@ -289,7 +289,7 @@ class CompressiveAttention(MemoryAttention):
             divisors.reciprocal() if weights is None else weights / divisors,
             schedule.slots,
             num_writes=num_writes,
-            sum_scales=products.sum(-1).clamp_min(self.epsilon).reciprocal() if self.reads_sum else None,
+            sum_scales=products.sum(-1).clamp_min(EPSILON).reciprocal() if self.reads_sum else None,
             delta_scales=delta_scales,
             decay=decay,
         )
@@ -357,9 +357,7 @@ class CompressiveAttention(MemoryAttention):
                 mixed, opened = self._step_one(q, k, v, opened, memory, step)
             else:
                 sums = None if opened is None else (opened.products, opened.keys)
-                local = local_linear_attention(
-                    q, k, v, epsilon=self.epsilon, chunk_length=self.chunk_length, initial_sums=sums
-                )
+                local = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH, initial_sums=sums)
                 from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
                 opened = self._sum_step(k, v, opened, memory, step)
                 mixed = self._gate(from_memory, local)
@@ -377,7 +375,7 @@ class CompressiveAttention(MemoryAttention):
         dtype = torch.promote_types(v.dtype, torch.float32)
         wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
         opened = self._sum_step(wide_k, wide_v, opened, memory, step)
-        mixed = wide_q @ opened.products / (wide_q @ opened.keys.unsqueeze(-1)).clamp_min(self.epsilon)
+        mixed = wide_q @ opened.products / (wide_q @ opened.keys.unsqueeze(-1)).clamp_min(EPSILON)
         from_memory = torch.zeros_like(mixed) if memory is None else self.read(wide_q, memory)
         return self._gate(from_memory, mixed).to(v.dtype), opened
 
@@ -387,7 +385,7 @@ class CompressiveAttention(MemoryAttention):
         written = v
         if self.use_delta_rule and memory is not None:
             current, norm = self._current(memory)
-            written = v - read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=self.epsilon)
+            written = v - read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=EPSILON)
         if opened is None:
             opened = self._open_segment(k.shape[0], v, is_one_sum=written is v)
         add_outer_products(opened.products, k, v)
@@ -419,4 +417,40 @@ class CompressiveAttention(MemoryAttention):
             current, norm = current * decay[:, None, None], norm * decay[:, None]
         count = opened.num_tokens * ended
         memory = self._replace(memory, current + opened.writes, norm + opened.keys, count)
-        return clear_rows(ended, opened), memory
+        return opened.emptied().select_rows(ended, opened), memory
+
+
+class CompressiveLayer(MemoryLayer, Block):
+    """A block whose attention is compressive; subclasses are registered with their options and name their attention.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
+        intermediate_size: width of the MLP.
+        layer_norm_eps: ε of the LayerNorms.
+        options: fields of the options dataclass that the layer is registered with.
+
+    Raises:
+        ValueError: heads that do not divide the hidden size, or an option out of range.
+    """
+
+    attention_type: ClassVar[type[CompressiveAttention]]
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+        **options: Any,
+    ) -> None:
+        chosen = self.options_type(**options)
+        make_attention: Any = self.attention_type
+        super().__init__(
+            make_attention(hidden_size, chosen.num_memory_heads or num_heads, chosen),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.num_heads = num_heads

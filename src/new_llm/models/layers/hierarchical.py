@@ -1,33 +1,24 @@
 """The hierarchical layer: fine memories, their sum as a coarse one, and a learned gate from coarse to fine."""
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config.sections import section
+from new_llm.models.layers.compressive import EPSILON, CompressiveAttention
 from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer, MultiMemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import ScannedReads, read_memories
 from new_llm.models.state import MemoryState
 
 
-@section
-class HierarchicalOptions(MultiMemoryOptions):
-    """The options of a hierarchical layer."""
-
-    expansion_ratio: Annotated[int, Field(gt=0)] = 4
-    """The hidden width of the expansion gate is the hidden size over this."""
-
-
 class ExpansionGate(nn.Module):
-    """p = sigmoid(W2 GELU(W1 x + b1) + b2), D → D / expansion_ratio → 1 for each token."""
+    """p = sigmoid(W2 GELU(W1 x + b1) + b2), D → D/4 → 1 for each token."""
 
-    def __init__(self, hidden_size: int, expansion_ratio: int) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        width = max(1, hidden_size // expansion_ratio)
+        width = max(1, hidden_size // 4)
         self.dense_in = nn.Linear(hidden_size, width)
         self.dense_out = nn.Linear(width, 1)
 
@@ -42,9 +33,9 @@ class HierarchicalAttention(MultiMemoryAttention):
 
     reads_sum: ClassVar[bool] = True
 
-    def __init__(self, hidden_size: int, num_memory_heads: int, options: HierarchicalOptions) -> None:
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: MultiMemoryOptions) -> None:
         super().__init__(hidden_size, num_memory_heads, options)
-        self.expansion_gate = ExpansionGate(hidden_size, options.expansion_ratio)
+        self.expansion_gate = ExpansionGate(hidden_size)
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The expansion gate."""
@@ -56,7 +47,7 @@ class HierarchicalAttention(MultiMemoryAttention):
             q,
             memory.memories.sum(1, keepdim=True),
             memory.norms.sum(1, keepdim=True),
-            epsilon=self.epsilon,
+            epsilon=EPSILON,
         )
         return self.combine(ScannedReads(super().read(q, memory), coarse, memory.memories))
 
@@ -68,14 +59,13 @@ class HierarchicalAttention(MultiMemoryAttention):
         return p * reads.reads + (1 - p) * coarse
 
 
-@register_layer("hierarchical", options=HierarchicalOptions)
+@register_layer("hierarchical", options=MultiMemoryOptions)
 class HierarchicalLayer(MultiMemoryLayer):
     """Multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion gate.
 
     p = sigmoid(MLP(coarse read)) a token says how far to look into the fine memories. Arguments are
-    `MultiMemoryLayer`'s, options those of `HierarchicalOptions`.
+    `MultiMemoryLayer`'s.
     """
 
     key_prefix: ClassVar[str] = "fine_"
-    attention_type: ClassVar[type[MultiMemoryAttention]] = HierarchicalAttention
-    attention_options: ClassVar[type[MultiMemoryOptions]] = HierarchicalOptions
+    attention_type: ClassVar[type[CompressiveAttention]] = HierarchicalAttention

@@ -1,17 +1,15 @@
 """The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head."""
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Block, check_divides
-from new_llm.models.layers.compressive import CompressiveAttention, MemoryOptions
-from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.layers.base import check_divides
+from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
@@ -36,8 +34,8 @@ class InfiniOptions(MemoryOptions):
 class InfiniAttention(CompressiveAttention):
     """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); one bank has no weights."""
 
-    def __init__(self, hidden_size: int, options: InfiniOptions) -> None:
-        heads, banks = options.num_memory_heads, options.num_memory_banks
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: InfiniOptions) -> None:
+        heads, banks = num_memory_heads, options.num_memory_banks
         check_divides("num_memory_heads", heads, hidden_size)
         decay = [math.exp(-slope * options.alibi_scale) for slope in compute_alibi_slopes(heads)]
         super().__init__(
@@ -59,7 +57,7 @@ class InfiniAttention(CompressiveAttention):
         weights = None
         if self.bank_weights is not None:
             weights = self.bank_weights.to(memory.norms.dtype).softmax(-1).t()[None, :, :, None]
-        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
+        return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights)
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
         """The bank weights, [H, 1, N]: the same for every token."""
@@ -67,40 +65,16 @@ class InfiniAttention(CompressiveAttention):
 
 
 @register_layer("infini", options=InfiniOptions)
-class InfiniLayer(MemoryLayer, Block):
+class InfiniLayer(CompressiveLayer):
     """Infini-attention (arXiv:2404.07143) with linear attention in place of the local softmax; no positions.
 
     M ← w M + Σ σ(k)ᵀ(v − r) at each segment's end, A_mem = σ(q) M / max(σ(q) z, ε) before it.
 
-    Args:
-        hidden_size: D.
-        num_heads: heads of the model's softmax layers; the memory has `num_memory_heads`.
-        intermediate_size: width of the MLP.
-        layer_norm_eps: ε of the LayerNorms.
-        options: fields of `InfiniOptions`.
-
-    Raises:
-        ValueError: heads that do not divide the hidden size, or an option out of range.
+    Arguments are those of `CompressiveLayer`; the memory has one head by default.
     """
 
     index_key: ClassVar[str] = "current_bank"
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        *,
-        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            InfiniAttention(hidden_size, InfiniOptions(**options)),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
-        self.num_heads = num_heads
+    attention_type: ClassVar[type[CompressiveAttention]] = InfiniAttention
 
 
 def compute_alibi_slopes(num_heads: int) -> list[float]:

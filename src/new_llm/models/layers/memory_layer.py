@@ -32,9 +32,16 @@ class MemoryAttention(Attention):
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
         """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
-        shape = (self.num_memories, self.num_memory_heads, self.head_size, self.value_size)
+        shape = (rows, self.num_memories, self.num_memory_heads, self.head_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return MemoryState.empty(rows, shape, dtype=dtype, device=like.device)
+        counts = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        return MemoryState(
+            memories=torch.zeros(*shape, self.value_size, dtype=dtype, device=like.device),
+            norms=torch.zeros(shape, dtype=dtype, device=like.device),
+            num_tokens=counts.new_zeros(shape[:2]),
+            num_segments=counts,
+            segments_seen=counts,
+        )
 
     def initialize_features(self) -> None:
         """Give freshly drawn weights what else they are to begin with."""

@@ -5,11 +5,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from new_llm.config import PythiaConfig
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Block
-from new_llm.models.layers.compressive import CompressiveAttention, MemoryOptions
-from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
 from new_llm.models.state import MemoryState
@@ -37,7 +34,7 @@ class MultiMemoryAttention(CompressiveAttention):
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]."""
         weights = select_memories(q, memory.norms, memory.num_tokens, temperature=self.selection_temperature)
-        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
+        return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights)
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor:
         """The selection of each token, [B, n, H, S, N]."""
@@ -45,40 +42,13 @@ class MultiMemoryAttention(CompressiveAttention):
 
 
 @register_layer("multi_memory", options=MultiMemoryOptions)
-class MultiMemoryLayer(MemoryLayer, Block):
+class MultiMemoryLayer(CompressiveLayer):
     """Several independent memories, a segment each in turn; a read selects among them by attention to their z.
 
     Selection has no parameters, and each token's weights look at the past alone.
 
-    Args:
-        hidden_size: D.
-        num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
-        intermediate_size: width of the MLP.
-        layer_norm_eps: ε of the LayerNorms.
-        options: fields of `MultiMemoryOptions`.
-
-    Raises:
-        ValueError: heads that do not divide the hidden size, or an option out of range.
+    Arguments are those of `CompressiveLayer`; the memory has `num_heads` heads by default.
     """
 
     index_key: ClassVar[str] = "current_memory_idx"
-    attention_type: ClassVar[type[MultiMemoryAttention]] = MultiMemoryAttention
-    attention_options: ClassVar[type[MultiMemoryOptions]] = MultiMemoryOptions
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        *,
-        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-        **options: Any,
-    ) -> None:
-        chosen = self.attention_options(**options)
-        super().__init__(
-            self.attention_type(hidden_size, chosen.num_memory_heads or num_heads, chosen),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
-        self.num_heads = num_heads
+    attention_type: ClassVar[type[CompressiveAttention]] = MultiMemoryAttention

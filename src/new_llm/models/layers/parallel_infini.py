@@ -101,7 +101,7 @@ class ParallelInfiniLayer(MemoryLayer):
             layer_norm_eps=layer_norm_eps,
         )
         self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.attention = InfiniAttention(hidden_size, chosen)
+        self.attention = InfiniAttention(hidden_size, chosen.num_memory_heads, chosen)
         self.alpha = nn.Parameter(torch.tensor(float(chosen.initial_alpha)))
 
     def forward(

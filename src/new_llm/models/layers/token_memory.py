@@ -14,7 +14,7 @@ from new_llm.models.layers.base import ReadTokens, Segments, Step
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes, sum_reads
-from new_llm.models.state import MemoryState, choose_rows, clear_rows
+from new_llm.models.state import LayerMemory, MemoryState, choose_rows
 
 
 @section
@@ -36,7 +36,7 @@ class TokenMemoryOptions:
 
 
 @dataclass(frozen=True)
-class OpenTokens:
+class OpenTokens(LayerMemory):
     """What an open segment has written so far, of constant size.
 
     Attributes:
@@ -224,7 +224,7 @@ class TokenMemoryAttention(MemoryAttention):
         change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
         norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
         memory = self._write(memory, change, norms, counts, decay)
-        return clear_rows(ended, opened), memory
+        return opened.emptied().select_rows(ended, opened), memory
 
 
 @register_layer("token_memory", options=TokenMemoryOptions)
