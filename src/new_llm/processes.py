@@ -1,8 +1,8 @@
-"""The processes that train one model together: which one this is, and what they say to one another.
+"""The processes that train one model together: which one this is, and how they exchange values and errors.
 
-A launcher (`torchrun`, `accelerate launch`, `srun`) starts the same command several times and tells each its RANK and
-the WORLD_SIZE. What is said here goes over the host (gloo), whatever the gradients take, and waits as long as it has
-to: one process may tokenize for hours while the others wait for it.
+A launcher (`torchrun`, `accelerate launch`, `srun`) starts the same command several times with RANK and WORLD_SIZE set.
+Messages go over the host (gloo), whatever carries the gradients, and wait as long as needed: one process may tokenize
+for hours while the others wait for it.
 """
 
 import atexit
@@ -29,10 +29,10 @@ from new_llm.config.errors import OtherProcessError, UserError
 Value = TypeVar("Value")
 
 HOST_TIMEOUT = datetime.timedelta(days=14)
-"""How long a process waits for what another does alone."""
+"""How long a process waits for work that another does alone."""
 FAILURES_KEY, FAILURE_KIND_KEY = "failures", "failure_kind"
 USER_ERRORS = (UserError, OSError)
-"""What the command answers in one line and with the exit code of bad input."""
+"""What the command reports in one line, with the exit code of bad input."""
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
 LAUNCHER_OPTIONS = {
     "ACCELERATE_USE_FSDP": "--use_fsdp",
@@ -49,8 +49,8 @@ class Processes:
         rank: this process, from 0; the main process is 0, and it alone writes files.
         count: how many there are.
         local_rank: this process among those of its machine.
-        group: what the host talks over; None: there is one process.
-        store: where failures are noted.
+        group: the gloo group of the messages; None: there is one process.
+        store: where failures are recorded.
     """
 
     rank: int = 0
@@ -82,7 +82,7 @@ class Processes:
         return own
 
     def slice_rows(self, num_rows: int, what: str = "train.batch_size") -> slice:
-        """The rows of a batch that this process reads: equally many each, in the order of ranks.
+        """The rows of a batch that this process reads: an equal share each, in the order of ranks.
 
         Raises:
             UserError: the processes do not divide the rows.
@@ -129,24 +129,24 @@ class Processes:
 
     @contextmanager
     def agree_to_stop(self, is_asked: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-        """Inside the block: a question that turns one's own wish to stop into everyone's, at the same call.
+        """Inside the block: a function that turns True for all processes at the same call, once one is asked to stop.
 
-        What is wished at a call is known at the next one, so that nobody waits for the answer.
+        A call sends this process's answer and receives those of the call before, so that nobody waits.
         """
         if self.count == 1:
             yield is_asked
             return
         asked: deque[tuple[Tensor, Any]] = deque()
 
-        def hear() -> bool:
+        def receive() -> bool:
             answer, work = asked.popleft()
             work.wait()
             return bool(answer)
 
         def stops() -> bool:
-            wish = torch.tensor([is_asked()], dtype=torch.int32)
-            asked.append((wish, dist.all_reduce(wish, dist.ReduceOp.MAX, group=self.group, async_op=True)))
-            return len(asked) > 1 and hear()
+            answer = torch.tensor([is_asked()], dtype=torch.int32)
+            asked.append((answer, dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.group, async_op=True)))
+            return len(asked) > 1 and receive()
 
         try:
             yield stops
@@ -154,19 +154,19 @@ class Processes:
             raise
         except BaseException:
             if asked:
-                hear()
+                receive()
             raise
         if asked:
-            hear()
+            receive()
 
     def sum_on_device(self, tensor: Tensor) -> Tensor:
-        """The sum over processes of a small tensor where it lies; on a GPU the host does not wait for it."""
+        """The sum over processes of a small tensor, in place; on a GPU without synchronising."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def run_on_main(self, work: Callable[[], Value]) -> Value:
-        """What the main process's work returns, on everyone; an error of it ends everyone.
+        """Run work on the main process; everyone gets its result, or fails with it.
 
         Raises:
             OtherProcessError: on the others, where the main process failed.
@@ -178,7 +178,7 @@ class Processes:
         return self.share(result)
 
     def run_main_first(self, work: Callable[[], Value]) -> Value:
-        """Everyone's own result of some work that the main process does first: the others find what it has made.
+        """Run work on the main process first, then on the others, which find what it has made, e.g. a cache.
 
         Raises:
             OtherProcessError: on the others, where one process failed.
@@ -192,7 +192,7 @@ class Processes:
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """At the block's end everyone goes on, or nobody: an error of one is an error of all.
+        """At the block's end all processes continue, or none: an error of one is an error of all.
 
         Raises:
             OtherProcessError: another process failed in the block.
@@ -200,7 +200,7 @@ class Processes:
         try:
             yield
         except OtherProcessError:
-            raise  # it is agreed on already
+            raise  # all know it already
         except Exception as error:
             self._agree_on(error)
             raise
@@ -213,14 +213,14 @@ class Processes:
         failed = [rank for rank, entry in enumerate(found) if entry is not None]
         if not failed:
             return
-        # The first process that failed tells it, once; the others end without a word.
+        # Only the first process that failed reports it; the others end silently.
         if error is None or failed[0] != self.rank:
             is_user_error, text = found[failed[0]] or (False, "")
             raise OtherProcessError(f"process {failed[0]}: {text}", is_user_error=is_user_error) from error
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around all that processes do together: the first that fails tells why, and the others end without a word.
+        """Around all that processes do together: the first that fails reports why, and the others end silently.
 
         Raises:
             OtherProcessError: another process has failed before.
@@ -241,7 +241,7 @@ class Processes:
             raise
 
     def _note_failure(self, kind: str) -> str | None:
-        """The kind of the failure that came before this one; None: this is the first."""
+        """The kind of an earlier failure of another process; None: this is the first."""
         if self.store is None:
             return None
         try:
@@ -250,7 +250,7 @@ class Processes:
                 return None
             self.store.wait([FAILURE_KIND_KEY], STORE_TIMEOUT)
             return self.store.get(FAILURE_KIND_KEY).decode()
-        except RuntimeError:  # the process that kept the notes has ended
+        except RuntimeError:  # the process that holds the store has ended
             return "other"
 
 
@@ -269,16 +269,16 @@ def have_met() -> bool:
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a share; then all of them call this."""
-    gather = getattr(tensor, "full_tensor", None)  # a DTensor's; to import the class takes longer than most commands
+    """The whole of a tensor that may be sharded; then all processes call this."""
+    gather = getattr(tensor, "full_tensor", None)  # a DTensor's; importing the class takes longer than most commands
     return tensor if gather is None else gather()
 
 
 def start_processes() -> Processes:
-    """Meet the other processes that the launcher started; alone without a launcher. A second call returns the first's.
+    """Join the other processes of the launcher; without one, this process is alone. Repeated calls return the same.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or it asks for a way of training that is chosen elsewhere.
+        UserError: the launcher's variables are incomplete, or it asks for FSDP, DeepSpeed or Megatron.
     """
     if _State.processes is not None:
         return _State.processes
@@ -293,7 +293,7 @@ def start_processes() -> Processes:
         )
     for name, option in LAUNCHER_OPTIONS.items():
         if os.environ.get(name, "").lower() == "true":
-            raise UserError(f"accelerate launch {option}: the way to share weights is train.sharding, ddp or fsdp")
+            raise UserError(f"accelerate launch {option}: choose by train.sharding (ddp or fsdp) instead")
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     store = None
     if not dist.is_initialized():
@@ -312,13 +312,13 @@ def start_processes() -> Processes:
 
 
 def _end_processes() -> None:
-    """Take leave of the others while Python still runs.
+    """Destroy the groups while Python still runs.
 
-    A group's threads end with the group, and one of them that drops its last tensor while Python ends aborts the
-    process. So nothing may hold a group any longer: trainings and their meshes are cycles, and they go before the
-    groups do, since a DDP model that is the last to hold one would wait for its threads with the GIL.
+    A group's threads end with the group; one that drops its last tensor during interpreter shutdown aborts the process.
+    So nothing may hold a group any longer. Trainings and their meshes are reference cycles, collected before the groups
+    are destroyed: a DDP model that is the last to hold a group would wait for its threads while holding the GIL.
     """
-    if not dist.is_initialized() or _State.has_failed:  # after a failure the others may not be there to take leave
+    if not dist.is_initialized() or _State.has_failed:  # after a failure the others may be gone
         return
     _State.processes = None
     gc.collect()

@@ -1,8 +1,8 @@
 """Train a parallel memory adapter on long documents and measure it against its base: a run like any other.
 
-The run's models are `base`, which is measured as it is, and `parallel_infini`, the base with the adapter. Beside the
-measures of every run, both read long held-out documents: does what the adapter carries in memory help, or only what it
-adds inside the segment?
+The run's models are `base`, which is only measured, and `parallel_infini`, the base with the adapter. Beside the usual
+measures both read long held-out documents: does the memory that the adapter carries help, or only what it adds inside
+the segment?
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from new_llm.training.devices import seed_generators
 BASE, ADAPTED = ADAPTER_MODELS
 WIKITEXT_ON_HUB = "wikitext-2"
 CHOICE_STREAM = 3
-"""Keeps the choice of documents apart from other random numbers of the same seed."""
+"""Keeps the choice of documents independent of other random numbers of the same seed."""
 BASE_HERE = (
-    "without the hub a base is trained here by `new-llm experiment --models pythia --data.source sotu --name base` and "
-    "taken by `--base runs/base`"
+    "without the hub, train a base by `new-llm experiment --models pythia --data.source sotu --name base` and "
+    "use it by `--base runs/base`"
 )
 
 
@@ -48,7 +48,7 @@ def train_adapter(
     console: Console | None = None,
     write_report: ReportWriter | None = None,
 ) -> dict[str, Any]:
-    """Train and measure one adapter, and write its file. Of several processes each makes the same call.
+    """Train and measure one adapter, and write its file. Under a launcher every process makes the same call.
 
     Args:
         config: the training.
@@ -72,7 +72,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
     """A run of a base and the base with an adapter, trained on streams of whole documents."""
 
     def check(self) -> None:
-        """Refuse, before the work, a place where the adapter's file can't be written."""
+        """Reject, before the work, a path where the adapter's file can't be written."""
         out = self.config.out
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder")
@@ -87,7 +87,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         base = load_configured_base(self.config, self.source)
         data = prepare_documents(self.config, tokenizer_name)
         check_vocabulary(base, data.tokenizer, self.config.base)
-        add_parallel_infini(base, self.config.adapter, base_name=str(self.source))  # layers that the base lacks
+        add_parallel_infini(base, self.config.adapter, base_name=str(self.source))  # rejects layers that the base lacks
         self.texts = {"held_out": data.validation}
         try:
             if self.config.wikitext is not None:
@@ -102,7 +102,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
     @property
     def training_data(self) -> DataConfig:
-        """All samples of the chosen documents; `num_samples` limits what is read of the source."""
+        """All samples of the chosen documents; `num_samples` limits only what is read of the source."""
         return dataclasses.replace(self.config.data, num_samples=None)
 
     def list_models(self) -> Sequence[str]:
@@ -110,7 +110,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         return ADAPTER_MODELS
 
     def trains(self, name: str) -> bool:
-        """The base is measured as it is."""
+        """Only the adapted base is trained."""
         return name == ADAPTED
 
     def build(self, name: str) -> TransformerLM:
@@ -118,7 +118,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         base = load_configured_base(self.config, self.source)
         if name == BASE:
             return base
-        seed_generators(self.config.seed)  # whatever loading the base has drawn
+        seed_generators(self.config.seed)  # loading the base may have drawn numbers
         return add_parallel_infini(base, self.config.adapter, base_name=str(self.source))
 
     def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
     """The base with the segments of the training.
 
     Raises:
-        UserError: it can't be found or read; offline the line says how to have a base here.
+        UserError: it can't be found or read; offline the message says how to train one.
     """
     try:
         return load_base(source, revision=config.revision, segment_length=config.segment_length)
@@ -213,7 +213,7 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
 
 
 def check_vocabulary(model: TransformerLM, tokenizer: Tokenizer, name: str) -> None:
-    """Refuse a tokenizer with ids that the base does not know.
+    """Reject a tokenizer with ids that the base does not know.
 
     Raises:
         UserError: gives both numbers.
@@ -246,7 +246,7 @@ def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> Pre
 def choose_long_documents(
     data: PreparedData, *, num_docs: int, min_tokens: int, max_tokens: int | None, seed: int
 ) -> PreparedData:
-    """Some long training documents in a seeded choice, and all long validation documents.
+    """A seeded choice of long training documents, and all long validation documents.
 
     Args:
         data: both splits.
@@ -256,7 +256,7 @@ def choose_long_documents(
         seed: of the choice.
 
     Returns:
-        The same data with fewer documents; where no validation document is long, all of them, and a note.
+        The same data with fewer documents; where no validation document is long, all of them and a note.
 
     Raises:
         UserError: no training document is long.
@@ -288,7 +288,7 @@ def choose_long_documents(
 
 
 def select_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None = None) -> TokenSplit:
-    """Some documents of a split, in the order given, cut to `max_tokens`; bytes and words stay the whole text's."""
+    """Some documents of a split, in the order given, cut to `max_tokens`; bytes and words still count whole texts."""
     documents = [split.document(int(index))[:max_tokens] for index in chosen]
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     return TokenSplit(
@@ -300,7 +300,7 @@ def select_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: i
 
 
 def limit_documents(split: TokenSplit, max_tokens: int | None) -> TokenSplit:
-    """The first documents that together have at most `max_tokens` tokens, but two at least; None: all."""
+    """The first documents with at most `max_tokens` tokens together, but at least two; None: all."""
     if max_tokens is None:
         return split
     number = int((split.offsets[1:] <= max_tokens).sum())

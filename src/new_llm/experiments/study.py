@@ -76,7 +76,7 @@ def run_study(
     write_report: ReportWriter | None = None,
     write_figures: FiguresWriter | None = None,
 ) -> dict[str, Any]:
-    """Do what of a study is not done yet, seed by seed, and write its summary after every seed.
+    """Run what is missing of a study, seed by seed, and write its summary after every seed.
 
     Args:
         study: the study.
@@ -90,8 +90,8 @@ def run_study(
         The summary, as `study.json` holds it.
 
     Raises:
-        UserError: bad input, or a folder in which a study with other settings stands.
-        TrainingInterrupted: a signal asked to stop; run the study again to go on.
+        UserError: bad input, or the folder holds a study with other settings.
+        TrainingInterrupted: a signal asked to stop; run the study again to continue.
     """
     console = console or open_console(stderr=True)
     _claim_folder(study)
@@ -134,7 +134,7 @@ def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
 
 
 def train_cell(study: StudyConfig, cell: Cell, console: Console, *, write_report: ReportWriter | None = None) -> None:
-    """Train and measure one variant as an experiment, or continue it; nothing where it is done."""
+    """Train and measure one variant as an experiment, or continue it; does nothing if it is done."""
     if is_trained(study, cell):
         return
     config = study.configure(cell.variant, cell.seed)
@@ -149,7 +149,7 @@ def is_trained(study: StudyConfig, cell: Cell) -> bool:
 
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
-    """Measure one trained model on long documents and recall, what of it is not measured so yet."""
+    """Measure one trained model on long documents and recall, unless there is a record with these settings."""
     for what, measure in _plan_measurements(study, cell):
         if read_measured(study, cell, what):
             continue
@@ -166,7 +166,7 @@ def measured_path(study: StudyConfig, cell: Cell, what: str) -> Path:
 
 
 def list_measurements(study: StudyConfig) -> dict[str, dict[str, Any]]:
-    """What a study measures, and the settings that the record of each is to hold."""
+    """What a study measures, with the settings that its records must have."""
     wanted: dict[str, dict[str, Any]] = {}
     if study.long_documents is not None:
         others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
@@ -178,14 +178,14 @@ def list_measurements(study: StudyConfig) -> dict[str, dict[str, Any]]:
 
 
 def read_measured(study: StudyConfig, cell: Cell, what: str) -> dict[str, Any] | None:
-    """The record of one measurement; None where there is none, or one that was made with other settings."""
+    """The record of one measurement; None: there is none, or it was made with other settings."""
     record = read_json(measured_path(study, cell, what))
     is_wanted = record and record.get("settings") == json.loads(json.dumps(list_measurements(study)[what]))
     return record if is_wanted else None
 
 
 def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """What is to be measured of a training, and the function that makes its record."""
+    """What to measure of a training, each with the function that makes its record."""
     load = cache(lambda: _load(study, cell))
     wanted = list_measurements(study)
     is_baseline = cell.variant in (*study.baselines, *study.window_baselines)
@@ -261,10 +261,10 @@ def summarize_study(study: StudyConfig) -> dict[str, Any]:
 
 
 def _claim_folder(study: StudyConfig) -> None:
-    """Make the study's folder, or find in it the same study; more variants or seeds may have been added since.
+    """Create the study's folder, or check that it holds the same study; variants and seeds may have been added.
 
     Raises:
-        UserError: other settings have made it.
+        UserError: a variant was begun with other settings.
     """
     path = study.folder / STUDY_FILE
     if path.exists():
@@ -286,19 +286,19 @@ def _claim_folder(study: StudyConfig) -> None:
 def run_in_processes(
     work: Callable[..., None], study: StudyConfig, cells: Sequence[Cell], jobs: int, console: Console
 ) -> None:
-    """Do work(study, cell, console) for every cell, `jobs` of them at once; what a process says goes to a log file.
+    """Call work(study, cell, console) for every cell, `jobs` at once, each in a process that writes to a log file.
 
-    Where one fails, the others are asked to stop; trainings among them write a checkpoint.
+    If one fails, the others are asked to stop; trainings write a checkpoint.
 
     Args:
         work: a function of a module.
         study: the study.
         cells: what to work on, in this order.
         jobs: processes.
-        console: where it is said what is done.
+        console: where to show what is done.
 
     Raises:
-        UserError: one of them failed: says which, its last words, and where its log is.
+        UserError: one of them failed: its name, its last line, and its log.
         TrainingInterrupted: one of them was asked to stop.
     """
     context = multiprocessing.get_context("spawn")
@@ -326,7 +326,7 @@ def run_in_processes(
 
 @contextmanager
 def share_cores(jobs: int) -> Iterator[None]:
-    """Processes that are started inside the block compute with 1/jobs of the cores; a user's OMP_NUM_THREADS wins."""
+    """Processes started inside the block use 1/jobs of the cores each; a user's OMP_NUM_THREADS wins."""
     name = "OMP_NUM_THREADS"
     given = os.environ.get(name)
     os.environ[name] = given or str(max(1, (os.cpu_count() or 1) // jobs))
@@ -342,8 +342,8 @@ def _log_file(study: StudyConfig, cell: Cell) -> Path:
 
 
 def _work(work: Callable[..., None], study: StudyConfig, cell: Cell, log: Path) -> None:
-    """What a process does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, which catches both
+    """The body of a job's process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # training itself catches both
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:

@@ -1,9 +1,9 @@
-"""Checkpoints: everything an interrupted training needs to continue as if it had not been interrupted.
+"""Checkpoints: everything an interrupted training needs to continue as if nothing had happened.
 
 `best/` holds the best weights as a model folder. Each folder in `checkpoints/` holds the weights (safetensors), the
 optimizer, schedule, stream memory and random states (loaded with `weights_only=True`), the counters (JSON) and a
-manifest. Weights and optimizer state are whole and named by parameter, the memory has all rows of the batch in order,
-so any number of processes can continue what another number has saved, whichever way they share the weights.
+manifest. Weights and optimizer state are unsharded and named by parameter, and the memory has all rows of the batch in
+order, so any number of processes can continue, with DDP or FSDP.
 """
 
 import json
@@ -56,7 +56,7 @@ FORMAT_VERSION = 6
 
 @dataclass
 class TrainerState:
-    """Where training stands.
+    """The counters of a training.
 
     Attributes:
         epoch: epochs finished.
@@ -69,12 +69,12 @@ class TrainerState:
         best_fingerprint: of its weights, as `fingerprint_weights` gives it.
         epochs_without_gain: epochs since then.
         stopped_early: whether patience has run out.
-        window_loss, window_tokens, window_seconds: what the next line of metrics averages over.
-        epoch_loss, epoch_tokens: what the epoch's training loss averages over.
-        skipped_steps: steps that a non-finite number has cost so far.
-        skips_in_a_row: those of them since the last step that counted.
-        saved_faults: those that have been saved under `faults/`.
-        recent_losses: what a spike is measured against.
+        window_loss, window_tokens, window_seconds: sums since the last line of metrics.
+        epoch_loss, epoch_tokens: sums since the epoch's start.
+        skipped_steps: steps skipped because of a non-finite number.
+        skips_in_a_row: skipped steps since the last good one.
+        saved_faults: steps saved under `faults/`.
+        recent_losses: the losses that a spike is compared with.
         in_spike: whether the last step's loss was in a spike.
         metrics_lines: lines of `metrics.jsonl` that had been written by then.
     """
@@ -118,15 +118,15 @@ class Checkpoint(NamedTuple):
     state: TrainerState
 
 
-# Folders: one per checkpoint, each complete or not there
+# Folders: one per checkpoint, complete or absent
 
 
 def name_checkpoint(step: int, epoch: int) -> str:
-    """A checkpoint's folder; names sort by time, and no two places of a training have the same.
+    """A checkpoint's folder. Names sort by time and are unique.
 
     Args:
         step: optimizer steps done.
-        epoch: epochs finished: after an epoch's last step there is a checkpoint before and one after its validation.
+        epoch: epochs finished: after an epoch's last step there may be a checkpoint before and one after validation.
     """
     return f"step-{step:09d}-epoch-{epoch:04d}"
 
@@ -139,7 +139,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 @contextmanager
 def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -> Iterator[Path]:
-    """Inside the block: the folder to write a checkpoint's files into; at its end they are on disk, with a manifest.
+    """Inside the block: a folder for a checkpoint's files; at its end they are on disk, with a manifest.
 
     Args:
         folder: the model's folder in the run.
@@ -156,7 +156,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
         yield temporary
         write_manifest(temporary)
     others = [other for other in list_checkpoints(folder) if other != path]
-    # Whatever is newer than this place was damaged: training has continued from an older one.
+    # Newer ones were damaged: training has continued from an older one.
     newer = [other for other in others if _read_place(other) > (step, epoch)]
     older = others[len(newer) :]
     for outdated in (*newer, *older[keep - 1 :]):
@@ -167,8 +167,8 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest undamaged checkpoint; None where there is none at all.
 
     Args:
-        folder: the model's folder in the run, which no other process writes to. What a killed one has left is removed.
-        warn: told in one line of damaged ones that are passed over.
+        folder: the model's folder in the run, held by this process. Leftovers of a killed process are removed.
+        warn: called with a line about damaged ones that are skipped.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
@@ -214,9 +214,9 @@ def save_checkpoint(
     keep: int,
     processes: Processes = ALONE,
 ) -> None:
-    """Write a checkpoint into the model's folder, and remove those beyond the newest `keep`.
+    """Write a checkpoint into the model's folder and remove those beyond the newest `keep`.
 
-    All processes call this, and the main one writes.
+    All processes call this; the main one writes.
 
     Raises:
         OtherProcessError: on the others, where the main process can't write.
@@ -255,9 +255,9 @@ def load_checkpoint(
     warn: Callable[[str], None],
     processes: Processes = ALONE,
 ) -> TrainerState | None:
-    """Put the values of the last good checkpoint into model, optimizer and schedule; None where there is no checkpoint.
+    """Load the last good checkpoint into model, optimizer and schedule; None: there is no checkpoint.
 
-    All processes call this, and the main one reads.
+    All processes call this; the main one reads.
 
     Raises:
         UserError: all are damaged, or the last one is of another version or another model.
@@ -322,15 +322,15 @@ def describe_fault(path: Path) -> Iterator[None]:
 
 
 def _check_model(found: Checkpoint, model: TransformerLM, optimizer: Optimizer) -> None:
-    """Refuse the checkpoint of another model, or of another optimizer.
+    """Reject the checkpoint of another model or optimizer.
 
     Raises:
-        ValueError: says what differs.
+        ValueError: names what differs.
     """
     here, there = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.state_dict(), found.weights))
     if here != there:
         odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-        raise ValueError(f"it is another model's: {odd[0]} is {there.get(odd[0])}, here {here.get(odd[0])}")
+        raise ValueError(f"it belongs to another model: {odd[0]} is {there.get(odd[0])}, here {here.get(odd[0])}")
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {group["name"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
     if {group["name"]: set(group["params"]) for group in found.values["optimizer"]["param_groups"]} != groups:
@@ -351,7 +351,7 @@ def restore_weights(
     share_weights(weights, model, processes)
     options = StateDictOptions(full_state_dict=shares, broadcast_from_rank0=shares, strict=False)
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
-    # A parameter that had no gradient yet has no state; torch gives it one as after a step, which would be one too far.
+    # A parameter without gradients so far has no state; torch fills in a state as after one step, so remove it.
     known = processes.share(set(optimizer_state.get("state", {})))
     for name, parameter in model.named_parameters():
         if name not in known:
@@ -411,17 +411,17 @@ def _has_rows(entry: dict[str, Any], key: str) -> bool:
 def restore_best(
     folder: Path, structure: dict[str, Any], state: TrainerState, warn: Callable[[str], None]
 ) -> TrainerState:
-    """Make sure that `best/` holds the weights that a checkpoint's counters refer to.
+    """Make sure that `best/` holds the best weights of a checkpoint's counters.
 
-    A checkpoint is written before the best weights are, and holds them when its last epoch was the best: a training
-    killed between the two writes gets them from there, and so does one whose best weights are damaged. Where no
-    checkpoint has them any more, the newest one's weights stand in for them until the next epoch.
+    A checkpoint is written before the best weights and contains them if its last epoch was the best. A training killed
+    between the two writes, or with damaged best weights, restores them from there. If no checkpoint has them, the
+    newest one's weights replace them until the next epoch ends.
 
     Args:
         folder: the model's folder in the run.
         structure: the model's, as `describe_model` gives it.
         state: the counters of the checkpoint that training continues from.
-        warn: told in one line what was done.
+        warn: called with a line about what was done.
 
     Returns:
         The counters, changed where the best weights are lost.

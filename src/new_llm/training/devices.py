@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """bf16 where it is asked for, or (auto) where the machine multiplies in it; else fp32."""
+    """The precision asked for; auto: bf16 where the hardware multiplies in it, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -54,7 +54,7 @@ def make_autocast(precision: str, device: torch.device) -> Callable[[], Abstract
 
 @contextmanager
 def compute_deterministically(is_wanted: bool = True) -> Iterator[None]:
-    """Inside the block torch takes only algorithms that give the same bits every time; an op without one is an error.
+    """Inside the block torch uses only deterministic algorithms; an op without one is an error.
 
     The number of threads must be the same too, since it decides how sums are split; `environment.json` records it.
 
@@ -104,7 +104,7 @@ def read_random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put the generators where `read_random_states` found them; GPUs that are not here are left out.
+    """Restore what `read_random_states` returned; states of missing GPUs are ignored.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: these are not such states.
@@ -124,7 +124,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def read_used_bytes(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident in the process on a CPU; 0 where the system does not say."""
+    """Bytes in use: allocated on a GPU, resident in the process on a CPU; 0 where unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -134,7 +134,7 @@ def read_used_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew, where the machine can."""
+    """Reset the peak, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":

@@ -39,7 +39,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepPlace:
-    """Which optimizer step: its number and epoch (from 1), the epoch's batches before it, its predicted tokens."""
+    """An optimizer step: its number and epoch (from 1), the epoch's batches before it, its predicted tokens."""
 
     step: int
     epoch: int
@@ -70,7 +70,7 @@ class _PendingStep:
 
 
 class StepMonitor:
-    """Keeps the steps' numbers on the device until they are read, and judges them then.
+    """Keeps the steps' numbers on the device until they are read, then judges them.
 
     Args:
         optimizer: fused AdamW.
@@ -130,16 +130,16 @@ class StepMonitor:
         return len(self._pending) >= self.every_steps
 
     def read(self, state: TrainerState) -> tuple[list[StepNumbers], int]:
-        """Read the steps since the last call, which waits for the device.
+        """Read the numbers of the steps since the last call; this synchronises with the device.
 
         Args:
             state: the counters; those of skipped steps and of recent losses are updated.
 
         Returns:
-            The steps that count, oldest first: their updates have been made. And the tokens of those that were skipped.
+            The good steps, oldest first, and the number of tokens of the skipped ones.
 
         Raises:
-            TrainingError: a number is not finite, and steps are not to be skipped, or too many have been.
+            TrainingError: a number is not finite, and steps are not skipped, or too many have been.
         """
         pending, self._pending = self._pending, []
         values = torch.stack([step.numbers for step in pending]).tolist() if pending else []

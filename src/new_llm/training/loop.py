@@ -56,16 +56,16 @@ class Trainer:
     Args:
         model: the model, on the CPU.
         split: the training documents.
-        data: how they are cut into samples and in which order they are read.
+        data: how they are cut into samples, and the order of samples.
         config: how the model is trained.
         folder: the model's folder in the run.
         validate: measures the validation loss (nats per token) of the model as it is.
         device: where to train.
-        progress: shows how it goes.
+        progress: shows progress.
         seed: of the order of the samples.
         loss_fn: a batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`).
         processes: those that train the model together; each reads its rows of every batch.
-        planter: plants facts to recall into the samples.
+        planter: plants facts to recall in the samples.
         settings: the run's configuration, which trackers record.
 
     Raises:
@@ -149,7 +149,7 @@ class Trainer:
             while self.state.epoch < self.config.num_epochs and not self.state.stopped_early:
                 self._train_epoch(stop)
                 self._end_epoch(is_asked)
-        # A signal may have come too late for a step to see it. Asked once nobody catches signals any more.
+        # A signal may have come after the last step checked; check again now that signals are no longer caught.
         if any(self.processes.gather(is_asked())):
             raise self._interrupted()
         state = self.state
@@ -215,7 +215,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             with self._synchronise(is_last=number + 1 == len(batches)):
                 loss = self._forward(batch) / max(num_tokens, 1)
-                self.accelerator.backward(loss * self.processes.count)  # of the processes' gradients the mean is taken
+                self.accelerator.backward(loss * self.processes.count)  # gradients are averaged over processes
             losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         assert norm is not None
@@ -255,11 +255,11 @@ class Trainer:
         )
 
     def _synchronise(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        # Of sharded weights a whole gradient would have to be kept, so each batch's is reduced at once.
+        # Unreduced gradients of sharded weights would need the memory of whole ones, so each batch's are reduced.
         return nullcontext() if is_last or self.structure is not None else self.accelerator.no_sync(self.batch_loss)
 
     def _keep_memory(self, batches: list[Batch]) -> KeptMemory:
-        """The memory to continue with if the step is skipped: as it is now, but empty where a document begins."""
+        """The memory to continue with if the step is skipped: the current one, but empty where a document begins."""
         now = self.model.keep_memory()
         self.model.reset_rows(torch.stack([batch.resets for batch in batches]).any(0))
         kept = self.model.keep_memory()
@@ -267,7 +267,7 @@ class Trainer:
         return kept
 
     def _after_step(self, stop: Callable[[], bool], *, is_last: bool) -> None:
-        """Read, log and save where it is time for it."""
+        """Read numbers, log and save when due."""
         state, config = self.state, self.config
         logs = state.step % config.log_every_steps == 0
         # An epoch's last step is followed by validation, which writes its own checkpoint.
@@ -283,7 +283,7 @@ class Trainer:
             raise self._interrupted()
 
     def _read_numbers(self) -> None:
-        """Take in the numbers of the steps since the last reading; skipped steps have trained on nothing.
+        """Add the numbers of the steps since the last reading to the counters, without the skipped steps.
 
         Raises:
             TrainingError: see `StepMonitor.read`.
@@ -337,7 +337,7 @@ class Trainer:
 
     @contextmanager
     def _open_metrics(self) -> Iterator[None]:
-        """Inside the block lines of metrics are written, by the main process."""
+        """Inside the block the main process writes metrics."""
         run = f"{self.folder.parent.name}/{self.folder.name}"
         with open_trackers(self.accelerator, self.config.trackers, run, self.settings):
             with self.processes.agree():
@@ -377,7 +377,7 @@ class Trainer:
         save_checkpoint(self.folder, *parts, keep=self.config.keep_checkpoints, processes=self.processes)
 
     def _resume(self) -> None:
-        """Continue from the last checkpoint, if there is one, and make sure that it has its best weights."""
+        """Continue from the last checkpoint, if there is one, and make sure that its best weights are there."""
         parts = self.model, self.optimizer.optimizer, self.scheduler
         warn = self.progress.note
         loaded = load_checkpoint(self.folder, *parts, warn=warn, processes=self.processes)

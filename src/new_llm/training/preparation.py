@@ -74,12 +74,12 @@ def prepare_training(
     Raises:
         UserError: the weights can't be sharded.
     """
-    AcceleratorState._reset_state(True)  # Accelerate allows one precision per process unless it is told to begin anew
+    AcceleratorState._reset_state(True)  # Accelerate allows one precision per process unless it is reset
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(config.trackers) or None,
-        # Samples of one segment write no memory that is read: what only writes has no gradient then.
+        # In samples of one segment nothing reads the memory: parameters that only write have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(model.memory_layers))],
     )
     model.to(accelerator.device)
@@ -87,24 +87,24 @@ def prepare_training(
     if device.type == "cpu":
         keep_freed_memory()
     if config.compile:
-        native.load_kernels()  # which compiled layers can't do themselves
+        native.load_kernels()  # compiled layers can't load them
         for layer in model.layers:
             layer.compile()
-    # DDP's advice for models all of whose weights had a gradient in the first step; in a later one they may not.
+    # DDP warns if every weight had a gradient in the first step; in a later step some may not.
     warnings.filterwarnings("ignore", message=r"find_unused_parameters=True was specified")
     batch_loss = BatchLoss(model, loss_fn)
     structure = None
     if config.sharding == "fsdp" and processes.count > 1:
         structure = shard_weights(batch_loss, model, accelerator.device, processes)
     optimizer = make_optimizer(model, config)
-    # In evaluation mode Accelerate sets the precision alone; else it adds DDP where there are several processes.
+    # In evaluation mode Accelerate only sets the precision; otherwise it adds DDP for several processes.
     wrapped = accelerator.prepare_model(batch_loss, device_placement=False, evaluation_mode=structure is not None)
     prepared = cast(AcceleratedOptimizer, accelerator.prepare_optimizer(optimizer))
     return PreparedTraining(accelerator, wrapped, prepared, structure)
 
 
 def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, processes: Processes) -> dict[str, Any]:
-    """Leave this process its share of every weight, layer by layer: FSDP2's `fully_shard`.
+    """Shard the weights over the processes layer by layer, by FSDP2's `fully_shard`.
 
     A layer's weights are gathered when it runs and freed after it. Embedding, head and whatever else is outside the
     layers belong to the root, which gathers them for the whole step: the fused loss reads the head's weights directly.
@@ -119,19 +119,18 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
         The model's structure, from which `gather_model` rebuilds it.
 
     Raises:
-        UserError: the model has a weight that is a single number, as α of a parallel adapter, which can't be sharded,
-            or its head is its embedding.
+        UserError: the model has a scalar parameter (the α of a parallel adapter), or tied embeddings.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     scalars = [name for name, parameter in model.named_parameters() if parameter.dim() == 0]
     if scalars:
-        raise UserError(f"train.sharding fsdp: {scalars[0]} is a single number, which can't be sharded; use ddp")
+        raise UserError(f"train.sharding fsdp: {scalars[0]} is a scalar, which can't be sharded; use ddp")
     if model.tie_word_embeddings:
         raise UserError("train.sharding fsdp: tied embeddings can't be sharded; use ddp, or tie_word_embeddings false")
-    structure = describe_model(model)  # now: a layer whose weights are sharded is of another class
-    # Parts of a layer's memory are views; nothing changes a memory in place, which is what the warning is about.
+    structure = describe_model(model)  # now: sharding changes the layers' classes
+    # The warning is about in-place changes of views; memories are views, but are never changed in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (processes.count,))
     for layer in model.layers:
@@ -150,7 +149,7 @@ def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> Tran
     if structure is None:
         return model
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):  # the copy's first weights are drawn and replaced
+    with torch.random.fork_rng(devices=[]):  # the copy's random weights are replaced
         whole = build_model(structure, "the model in training").to(device)
     whole.load_state_dict({name: gather_tensor(tensor.detach()) for name, tensor in model.state_dict().items()})
     return whole.train(model.training)

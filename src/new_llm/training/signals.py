@@ -1,4 +1,4 @@
-"""Stopping at a good place: what Ctrl-C, SIGTERM and SIGUSR1 do to a training."""
+"""Stop signals: Ctrl-C, SIGTERM and SIGUSR1 stop a training after its step, with a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, what systems send before they kill, and what some clusters send a while before that."""
+"""Ctrl-C, what systems send before they kill, and what some clusters send some time before that."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -24,7 +24,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def interrupt_training(folder: Path) -> Iterator[None]:
-    """Around the work on one model: an interrupt after its training can be resumed like one during it.
+    """Around the work on one model: an interrupt outside its training can be resumed like one during it.
 
     Args:
         folder: the model's folder in the run.
@@ -37,7 +37,7 @@ def interrupt_training(folder: Path) -> Iterator[None]:
     except TrainingInterrupted:
         raise
     except KeyboardInterrupt:
-        raise TrainingInterrupted(f"interrupted; what is done is in {folder}", folder) from None
+        raise TrainingInterrupted(f"interrupted; finished work is in {folder}", folder) from None
 
 
 class StopSignals:
@@ -58,7 +58,7 @@ class StopSignals:
 
     @contextmanager
     def interrupt(self) -> Iterator[None]:
-        """Around work that can simply be repeated: a signal interrupts it at once, also one that came before.
+        """Around work that can simply be repeated: a signal interrupts it at once, even one that came before.
 
         Raises:
             KeyboardInterrupt: a signal has come.
@@ -80,10 +80,10 @@ class StopSignals:
 
 @contextmanager
 def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
-    """Inside the block `STOP_SIGNALS` only set a flag, which the loop asks for.
+    """Inside the block `STOP_SIGNALS` only set a flag, which the loop checks.
 
     Args:
-        repeats_end: a second signal ends the block at once. Not so under a launcher, which passes on to every process
+        repeats_end: a second signal ends the block at once. False under a launcher, which forwards to every process
             what the terminal has already sent it.
     """
     stop = StopSignals(repeats_end=repeats_end)
