@@ -1,8 +1,7 @@
-"""What decoding computes with: the model's weights in the form that reads fastest, a token at a time.
+"""Fast products for decoding, where each step multiplies every weight with few rows.
 
-A step multiplies every weight with few rows, and its time is that of reading the weights. On a CPU with a compiler the
-compiled kernels read them where they stand, a whole Pythia layer in one call; without one oneDNN reads a copy in its
-own order.
+The time of a step is the time to read the weights. On a CPU with a C compiler, kernels read them in place, a whole
+Pythia layer per call; without a compiler oneDNN reads a copy in its own layout.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from new_llm.models.ops.kernels.native import (
 )
 
 MAX_PACKED_ROWS = 8
-"""Rows up to which the packed weight is used; more rows share the reading of the usual one."""
+"""Most rows for which the packed weight is used; with more, the usual product is as fast."""
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -43,8 +42,8 @@ class DecodingWeights:
 
     Args:
         model: the `TransformerLM`.
-        num_rows: rows of the batch; for many the kernels are not the fastest.
-        packs: where the kernels are not, let oneDNN copy the weights, which takes the time of some steps.
+        num_rows: rows of the batch; with many rows the usual product is faster.
+        packs: without kernels, let oneDNN copy the weights, which takes as long as some steps.
     """
 
     def __init__(self, model: nn.Module, *, num_rows: int, packs: bool) -> None:
@@ -58,7 +57,7 @@ class DecodingWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside the block the model computes with them. Blocks of one model may not overlap."""
+        """Use them inside the block. Blocks of one model must not overlap."""
         try:
             for module, name, replacement in self.replaced:
                 vars(module)[name] = replacement
@@ -69,19 +68,19 @@ class DecodingWeights:
 
 
 def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
-    """The fastest product of a few rows with a layer's weight; None: the usual one."""
+    """The fastest product of few rows with a layer's weight; None: the usual one."""
     if num_rows <= MAX_ROWS.get(linear.weight.dtype, 0) and native.find_kernels(linear.weight) is not None:
         forward = make_native_forward(linear)
     elif packs and can_pack(linear.weight):
         forward = pack_linear(linear)
     else:
         return None
-    cast(Any, forward).multiplies_weight = True  # so that the head still counts as its weight
+    cast(Any, forward).multiplies_weight = True  # see is_plain_linear
     return forward
 
 
 def make_native_forward(linear: nn.Linear) -> Forward:
-    """A forward that runs few rows by the compiled kernel, and the others as ever."""
+    """A forward that uses the compiled kernel for few rows and the usual product otherwise."""
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = linear.weight, linear.bias
@@ -96,7 +95,7 @@ def make_native_forward(linear: nn.Linear) -> Forward:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN packs this weight here."""
+    """Whether oneDNN can pack this weight on this machine."""
     if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or weight.is_inference():
         return False
     if not torch.backends.mkldnn.is_available():
@@ -105,9 +104,9 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A forward of the layer with its weight packed.
+    """A forward with the layer's weight packed.
 
-    A weight that changes later, a call with gradients or under autocast, and one with more rows run as ever.
+    With gradients, under autocast, with more rows, or once the weight has changed, the usual product runs.
     """
     weight, bias = linear.weight, linear.bias
     version, place = weight._version, weight.data_ptr()
@@ -130,10 +129,10 @@ def pack_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 class FusedPythiaStep:
-    """In place of `layer.step`: one token of few rows runs compiled, everything else as ever.
+    """Replaces `layer.step`: one token of few rows runs compiled, everything else by the layer itself.
 
-    Sums are float32 from the layer's input to its output, also where the layer's own step rounds to 16 bits between.
-    Weights are read where they stand, so a change of them is seen.
+    Sums are float32 throughout, also where the layer's own step rounds to 16 bits in between. Weights are read in
+    place, so changes to them are seen.
     """
 
     def __init__(self, layer: PythiaLayer) -> None:
@@ -161,7 +160,7 @@ class FusedPythiaStep:
         return call.run(hidden, cache.keys, cache.values, step.positions, valid, angles, step.longest), cache
 
     def _prepare(self, hidden: Tensor) -> PythiaStep | None:
-        """The call for these tokens; None: the compiled step can't take them."""
+        """The compiled call for these tokens; None: it can't take them."""
         if hidden.shape[1] != 1 or len(hidden) > MAX_STEP_ROWS or not hidden.is_contiguous() or self._has_hooks():
             return None
         is_same = self.seen and all(
@@ -175,7 +174,7 @@ class FusedPythiaStep:
         return self.call
 
     def _describe(self) -> PythiaStep | None:
-        """The layer's weights as the kernel takes them, if it is a plain layer and they fit."""
+        """The layer's weights in the kernel's form, if the layer is plain and they fit."""
         self.parts = {name: self.layer.get_submodule(name) for name in PARTS}
         parameters = [entry for part in (*LINEARS, *NORMS) for entry in self._watch(part, "_parameters")]
         self.seen = [
@@ -198,7 +197,7 @@ class FusedPythiaStep:
         return PythiaStep(kernels, norms, matrices, attention.num_heads, attention.rotary_dim)
 
     def _watch(self, part: str, kind: str) -> list[tuple[dict[str, Any], str, Any, int]]:
-        """Each parameter or module of a part: the dictionary it stands in, its name, itself, and a tensor's address."""
+        """Each parameter or module of a part: its owning dictionary, name, itself, and a tensor's address."""
         owner = vars(self.parts[part])[kind]
         return [
             (owner, key, found, found.data_ptr() if isinstance(found, Tensor) else 0) for key, found in owner.items()

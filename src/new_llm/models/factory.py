@@ -1,4 +1,4 @@
-"""`create_model`: a model of the family by its name; what each name stands for, and which options it takes."""
+"""`create_model`: the model types by name, their options, and how their models are built."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ from new_llm.models.transformer import DepthOptions, SelectiveOptions, Selective
 
 @section
 class PlacementOptions:
-    """Where the layers of a kind stand among Pythia layers."""
+    """Which layers of the stack have memory."""
 
     memory_layers: Annotated[tuple[int, ...], Field(min_length=1), short("--memory-layers")] = (0,)
-    """Which layers are of this kind, counted from 0, or from −1 at the end; all others are Pythia layers."""
+    """Indices of the memory layers, from 0, or from −1 at the end; all others are Pythia layers."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """The layers of a model, and its options beside its shape."""
+    """The layers of a model, and further options of `TransformerLM`."""
 
     layers: list[Layer]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -35,12 +35,12 @@ class Built:
 
 @dataclass(frozen=True)
 class ModelKind:
-    """What a model type stands for.
+    """A model type.
 
     Attributes:
-        options: the dataclasses of what it takes.
+        options: the dataclasses of its options.
         build: makes its layers from the shape and all options.
-        reads_segments: whether an experiment cuts its samples into segments; else it reads each as a whole.
+        reads_segments: whether an experiment cuts its samples into segments or lets it read them whole.
     """
 
     options: tuple[type, ...]
@@ -49,7 +49,7 @@ class ModelKind:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What its options are where none is given."""
+        """Its options and their default values."""
         return {key: value for kind in self.options for key, value in dataclasses.asdict(kind()).items()}
 
 
@@ -67,7 +67,7 @@ def _build_deep(shape: PythiaConfig, options: dict[str, Any]) -> Built:
 
 
 def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
-    """The model of Pythia layers of which some, or one more before the head, are of a kind."""
+    """A stack of Pythia layers in which some are replaced by this layer, or which it follows before the head."""
 
     def build_among(shape: PythiaConfig, options: dict[str, Any]) -> Built:
         places = find_places(options.pop("memory_layers"), shape.num_hidden_layers)
@@ -88,10 +88,10 @@ def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
 
 
 def find_places(given: tuple[int, ...], num_layers: int) -> set[int]:
-    """The layers that `memory_layers` names, counted from 0.
+    """The indices in `memory_layers`, counted from 0.
 
     Raises:
-        UserError: the model has no such layer, or one is named twice.
+        UserError: the model has no such layer, or a layer is named twice.
     """
     if any(not -num_layers <= index < num_layers for index in given):
         raise UserError(f"memory_layers: {list(given)}: the layers are 0 to {num_layers - 1}")
@@ -112,17 +112,17 @@ MODEL_KINDS: dict[str, ModelKind] = {
     "selective": ModelKind((SelectiveOptions,), _build_selective),
     "deep_pythia": ModelKind((DepthOptions,), _build_deep),
 }
-"""The model types by name. A layer of a user's own module is one too: `my_module:MyLayer`."""
+"""The built-in model types by name. A user's own layer is one too: `my_module:MyLayer`."""
 
 ModelType = StrEnum("ModelType", {name.upper(): name for name in MODEL_KINDS})
 """The built-in model types, for completion in an editor: `ModelType.INFINI` is "infini"."""
 
 
 def find_model_kind(model_type: str) -> ModelKind:
-    """What a model type stands for; that of a user's own layer, `my_module:MyLayer`, is imported.
+    """Find a model type by name; the module of a user's own layer, `my_module:MyLayer`, is imported.
 
     Raises:
-        ValueError: it is unknown: names those that are known.
+        ValueError: it is unknown; names the known ones.
     """
     name = str(model_type)
     if ":" in name:
@@ -131,7 +131,7 @@ def find_model_kind(model_type: str) -> ModelKind:
             raise UserError(f"{name}: is not a layer class decorated with register_layer")
         return _describe_layer_model(layer_type)
     if name in LAYER_KINDS and name not in MODEL_KINDS and LAYER_KINDS[name].is_model_type:
-        return _describe_layer_model(LAYER_KINDS[name])  # registered by the program that calls
+        return _describe_layer_model(LAYER_KINDS[name])  # registered by the calling program
     if name not in MODEL_KINDS:
         allowed = ", ".join(MODEL_KINDS)
         raise UserError(f"model_type: {name!r} is unknown; allowed are {allowed}, or my_module:MyLayer")
@@ -139,10 +139,10 @@ def find_model_kind(model_type: str) -> ModelKind:
 
 
 def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | None = None) -> dict[str, Any]:
-    """All options of a model type: those that are given, then the recipe's, then the defaults.
+    """All options of a model type; given values override the recipe's, which override the defaults.
 
     Raises:
-        ValueError: an unknown model type or recipe, an option that the type does not take, or a value out of range.
+        ValueError: the model type, recipe or an option is unknown, or a value is out of range.
     """
     kind = find_model_kind(model_type)
     if recipe is not None and recipe not in RECIPES:
@@ -172,20 +172,20 @@ def create_model(
     segment_length: int | None = None,
     **options: Any,
 ) -> TransformerLM:
-    """A model of the family with fresh weights from torch's global generator.
+    """Make a model with fresh weights from torch's global generator.
 
     Args:
         model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
-            selective, a Pythia with extra passes; deep_pythia, a Pythia with as many layers as such a selective model
-            runs; or a layer of your own module, `my_module:MyLayer`.
+            selective, a Pythia with extra passes; deep_pythia, a Pythia with as many layers as that selective model
+            runs; or a layer of your own, `my_module:MyLayer`.
         config: the shape; None: that of `size`.
-        size: a shape by its name, 14m to 410m; None: 70m.
-        recipe: options that a study found, by name; see `recipes`. None: the defaults.
+        size: the name of a shape, 14m to 410m; None: 70m.
+        recipe: the name of options that a study found, see `recipes`; None: the defaults.
         segment_length: tokens in a segment; None: max_position_embeddings.
         options: fields of the model type's option dataclasses; see `resolve_options`.
 
     Raises:
-        ValueError: an unknown model type, recipe or option, or a value out of range: names what is allowed.
+        ValueError: the model type, recipe or an option is unknown, or a value is out of range; names what is allowed.
     """
     resolved = resolve_options(model_type, options, recipe)
     if config is not None and size is not None:

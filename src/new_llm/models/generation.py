@@ -17,26 +17,26 @@ from new_llm.models.sampling import TokenSampler
 from new_llm.models.text_decoding import CONTEXT_TOKENS, StoppingText
 
 PACK_FROM = 16
-"""New tokens from which packing the weights takes less time than it saves."""
+"""Fewest new tokens for which packing the weights pays off."""
 OnToken = Callable[[list[int | None]], None]
-"""Told of each step's tokens, one a row; None for a row that has ended."""
+"""Called with each step's tokens, one per row; None for a row that has ended."""
 OnText = Callable[[int, str], None]
-"""Told of a row and the text that is new in it."""
+"""Called with a row and its new text."""
 
 
 @dataclass(frozen=True)
 class GenerationStatistics:
-    """What a generation made and took.
+    """Counts, times and texts of a generation.
 
     Attributes:
         num_tokens: new tokens of all rows.
-        seconds: wall time of all.
+        seconds: total wall time.
         passes: passes through the layers for each token.
         num_prompt_tokens: tokens of the prompts.
-        prompt_seconds: the share of `seconds` in which the prompts were read.
-        row_tokens: new tokens of each row; a stop token, and the tokens of a stop string, are among them.
-        finish_reasons: of each row, `stop` (a stop token or string came) or `length` (max_new_tokens were made).
-        texts: of each row, the text of its new tokens before what ended it; None: no tokenizer was given.
+        prompt_seconds: the part of `seconds` spent reading the prompts.
+        row_tokens: new tokens of each row, including a stop token or the tokens of a stop string.
+        finish_reasons: for each row `stop` (a stop token or string) or `length` (max_new_tokens were made).
+        texts: for each row the text of its new tokens before the stop; None: no tokenizer was given.
     """
 
     num_tokens: int
@@ -50,7 +50,7 @@ class GenerationStatistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens a second of wall time."""
+        """New tokens per second of wall time."""
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
 
@@ -67,25 +67,25 @@ def generate(
     use_selective: bool = True,
     **options: Any,
 ) -> tuple[Tensor, GenerationStatistics]:
-    """Continue each row's text from the held memory; at a segment's end a scratch copy of it is written.
+    """Continue each row's text, starting from the held memory, which changes only with `update_memory`.
 
-    Rows continue as each would alone, wherever their padding stands: masked tokens take no place.
+    Each row continues as it would alone, wherever its padding is: masked tokens take no position.
 
     Args:
         model: any model of the family.
         input_ids: the prompts, [B, T].
         attention_mask: [B, T], 1 or True at real tokens.
         config: the settings; None: the defaults, which are greedy.
-        tokenizer: needed for stop strings and `on_text`; with it the statistics hold the texts.
+        tokenizer: needed for stop strings and `on_text`; adds the texts to the statistics.
         on_token: called after each step.
         on_text: called with text as it is made, whole characters only.
-        update_memory: hold what was read, prompts and all new tokens, as `model(ids, update_memory=True)` does.
-        use_selective: False: one pass through the layers for each token, also where the model has several.
+        update_memory: keep what was read, prompts and all new tokens, as `model(ids, update_memory=True)` does.
+        use_selective: False: a single pass per token, also for a model with several.
         options: fields of `GenerationConfig` that override the config's, such as `max_new_tokens`.
 
     Returns:
-        Ids [B, T + N], N the new tokens of the longest row: columns 0 … T − 1 are `input_ids` as they were given, every
-        row's new tokens begin in column T, and `pad_token_id` stands after a row's end. And the statistics.
+        Ids [B, T + N], N the new tokens of the longest row, and the statistics. Columns 0 … T − 1 are `input_ids`; each
+        row's new tokens begin in column T and are followed by `pad_token_id`.
 
     Raises:
         ValueError: an empty prompt, a row without real tokens, ids outside the vocabulary, a setting out of range,
@@ -115,9 +115,10 @@ def stream_text(
     update_memory: bool = False,
     **options: Any,
 ) -> Iterator[str]:
-    """The text that follows a prompt, piece by piece as it is made; the pieces hold whole characters.
+    """Generate the text that follows a prompt, piece by piece; pieces hold whole characters.
 
-    With `update_memory` the memory is held when the last piece has been taken. Arguments and errors as in `generate`.
+    With `update_memory` the memory is updated once the last piece has been taken. Arguments and errors as in
+    `generate`.
     """
     config = dataclasses.replace(config or GenerationConfig(), **options)
     run = GenerationRun(
@@ -127,10 +128,10 @@ def stream_text(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Ids [B, T], padded by 0 on the right, and the mask of the real tokens [B, T] bool.
+    """Encode prompts as ids [B, T], padded with 0 on the right, and a mask of real tokens [B, T] bool.
 
     Raises:
-        ValueError: no prompt, or one without tokens.
+        ValueError: there is no prompt, or one has no tokens.
     """
     rows = [torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64) for text in prompts]
     if not rows or not all(map(len, rows)):
@@ -143,8 +144,8 @@ class GenerationRun:
     """One generation, step by step; `generate` and `stream_text` run it.
 
     Attributes:
-        step_tokens: the last step's tokens, one a row; None for a row that had ended, or where nobody asked.
-        pieces: the text that the last step made certain, one a row; empty without a tokenizer.
+        step_tokens: the last step's tokens, one per row; None for a row that had ended, or if tokens are not tracked.
+        pieces: the text that the last step completed, one per row; empty without a tokenizer.
     """
 
     def __init__(
@@ -177,13 +178,13 @@ class GenerationRun:
         self.pieces = [""] * rows
         self.step_tokens: list[int | None] = [None] * rows
         self.num_new = [0] * rows
-        self.is_done = torch.zeros(rows, dtype=torch.bool)  # on the host, as the stream plans there
+        self.is_done = torch.zeros(rows, dtype=torch.bool)  # on the host, where the stream plans its pieces
         self.new_ids = torch.full((rows, config.max_new_tokens), config.pad_token_id, device=device)
         self.prompt_seconds = self.seconds = 0.0
         self.stream = model.open_stream(rows, use_selective=use_selective)
 
     def run(self, *, tracks_tokens: bool = False) -> Iterator[None]:
-        """Read the prompts and make tokens, one a row between two yields. At the end the memory is held if asked."""
+        """Read the prompts, then make one token per row between two yields; updates the memory at the end if asked."""
         begin = time.perf_counter()
         tracks = tracks_tokens or self.texts is not None or bool(self.config.eos_token_id)
         packs = self.config.max_new_tokens >= PACK_FROM
@@ -193,7 +194,7 @@ class GenerationRun:
         unread = ~self.is_done
         self.prompt_seconds = self.seconds = time.perf_counter() - begin
         for number in range(self.config.max_new_tokens):
-            # The caller runs between two yields: it is not timed, may have gradients, and finds the model as it was.
+            # Between two yields the caller runs: untimed, with its own gradient mode, and with the model unpatched.
             begin = time.perf_counter()
             with torch.no_grad(), self.weights.in_use():
                 if number:
@@ -201,20 +202,20 @@ class GenerationRun:
                 making = ~self.is_done
                 tokens = self.sampler.choose(logits)
                 self._keep(tokens, number, making, tracks)
-                # What ends a row is read only for the memory.
+                # A row's last token needs to be read only for the memory.
                 unread = making if self.update_memory else ~self.is_done
                 is_last = number + 1 == self.config.max_new_tokens or bool(self.is_done.all())
                 if is_last:
                     self._end(unread)
                 if is_last and self.input_ids.device.type == "cuda":
-                    torch.cuda.synchronize()  # the work that is still under way belongs to the time
+                    torch.cuda.synchronize()  # count the work that is still running
             self.seconds += time.perf_counter() - begin
             yield
             if is_last:
                 return
 
     def collect_ids(self) -> Tensor:
-        """The prompts and what was made; see `generate`."""
+        """The prompts and the new tokens; see `generate`."""
         return torch.cat((self.input_ids, self.new_ids[:, : max(self.num_new)]), dim=1)
 
     def describe(self) -> GenerationStatistics:
@@ -231,7 +232,7 @@ class GenerationRun:
         )
 
     def _read_prompts(self) -> Tensor:
-        """Feed the prompts in pieces of whole segments; the logits after each row's last token, [B, Z]."""
+        """Feed the prompts in pieces of whole segments and return the logits after each row's last token, [B, Z]."""
         ids, mask = self.input_ids, self.mask
         self.sampler = TokenSampler(
             self.config, ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, self.model.vocab_size
@@ -256,12 +257,12 @@ class GenerationRun:
         return self.model.embed_out(ends)
 
     def _read(self, rows: Tensor) -> Tensor:
-        """Feed the last tokens of some rows [B]; the logits of all, [B, Z]."""
+        """Feed the last tokens of rows [B] bool and return the logits of all rows, [B, Z]."""
         mask = None if bool(rows.all()) else rows.to(self.input_ids.device).unsqueeze(1)
         return self.stream.feed(self.last_tokens, mask)[:, 0]
 
     def _keep(self, tokens: Tensor, number: int, rows: Tensor, tracks: bool) -> None:
-        """Write down the tokens that rows [B] made, and find which of the rows they end."""
+        """Record the tokens that rows [B] bool made, and mark the rows that they end."""
         if not bool(rows.all()):
             tokens = tokens.masked_fill(~rows.to(tokens.device), self.config.pad_token_id)
         self.last_tokens = tokens.unsqueeze(1)
@@ -298,11 +299,7 @@ class GenerationRun:
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Refuse prompts that nothing can follow.
-
-    Raises:
-        ValueError: no tokens, ids of another shape or outside the vocabulary, or a row of which all is masked.
-    """
+    """Raise ValueError for a prompt without tokens, ids of a wrong shape or range, or a fully masked row."""
     if input_ids.numel() == 0:
         raise ValueError(
             f"the prompt is empty (input_ids of shape {tuple(input_ids.shape)}): at least one token is needed"

@@ -6,8 +6,8 @@
 | biases | 0 |
 | LayerNorm | weight 1, bias 0 |
 | memory gate β | gate_init (set by the layer) |
-| W_q, W_k of a memory layer | query_key_init_scale times what was drawn; with match_query_key_init W_k = W_q |
-| biases of its q and k | query_key_init_bias |
+| W_q, W_k of a memory layer | as drawn, times query_key_init_scale; with match_query_key_init W_k = W_q |
+| its biases of q and k | query_key_init_bias |
 | bank weights | 0: all banks weigh the same (set by the layer) |
 """
 
@@ -19,7 +19,7 @@ from new_llm.models.layers import MemoryAttention
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
     """Draw the weights of a model, in the order of its modules, from torch's global generator.
 
-    Models that differ only in parameters without randomness (gates) get the same weights from the same seed.
+    With the same seed, models that differ only in parameters that are not drawn (gates) get the same weights.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -6,14 +6,14 @@ from torch import Tensor
 from new_llm.config.generation import GenerationConfig
 
 FIRST_CANDIDATES = 1024
-"""Likeliest tokens that are ranked first: top_p rarely needs more, and ranking a whole vocabulary takes long."""
+"""Tokens that top_p ranks first: it rarely needs more, and ranking a whole vocabulary is slow."""
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """x / θ where x > 0, x θ elsewhere, for tokens that were seen; the others' logits stay.
+    """For seen tokens x / θ where x > 0 and x θ elsewhere; other logits are unchanged.
 
-    Source: CTRL, arXiv:1909.05858, section 4.1, which divides; a negative logit is multiplied, as its division would
-    make the token likelier.
+    Source: CTRL, arXiv:1909.05858, section 4.1, which divides; negative logits are multiplied, as division would raise
+    them.
 
     Args:
         logits: x, [B, Z].
@@ -27,7 +27,7 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def rank_candidates(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The highest logits and their tokens, [B, number] each; the first is argmax's also where several are highest."""
+    """The highest logits and their tokens, [B, number] each; among equal maxima the first is argmax's."""
     values, tokens = logits.topk(number, dim=-1)
     best, first = logits.argmax(-1, keepdim=True), tokens[:, :1].clone()
     tokens = torch.where(tokens == best, first, tokens)
@@ -38,8 +38,8 @@ def rank_candidates(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
 class TokenSampler:
     """Greedy choice, or a draw after penalty, temperature, top_k and top_p in this order.
 
-    A draw turns one uniform number a row into a token by the inverse of the cumulative distribution, in float32 or
-    wider. Every row has a generator of its own, so that its draws do not depend on the batch it stands in.
+    A draw inverts the cumulative distribution, in float32 or wider, at one uniform number per row. Each row has its own
+    generator, so that its draws do not depend on the rest of the batch.
 
     Args:
         config: the settings.
@@ -60,7 +60,7 @@ class TokenSampler:
         """The next token of each row, [B], from logits [B, Z]."""
         if self.seen is not None:
             logits = penalize_repetition(_widen(logits), self.seen, self.config.repetition_penalty)
-        logits = _widen(logits)  # argmax of 16 bits takes five times as long
+        logits = _widen(logits)  # argmax in 16 bits is five times as slow
         tokens = self._draw(logits) if self.config.do_sample else logits.argmax(-1)
         if self.seen is not None:
             self.seen.scatter_(1, tokens.unsqueeze(1), True)
@@ -87,12 +87,12 @@ class TokenSampler:
             if bool(((values - log_sums).exp().sum(-1) < top_p).any()):
                 values, tokens = rank_candidates(scaled, size)
             probabilities = (values - log_sums).exp()
-        before = probabilities.cumsum(-1) - probabilities  # of the likelier ones; 0 for the first, which always stays
+        before = probabilities.cumsum(-1) - probabilities  # of more likely tokens; the first is always kept
         return probabilities.masked_fill(before >= top_p, 0), tokens
 
 
 def invert_cumulative(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The first place whose cumulative probability is over a share of the whole; never one of probability 0.
+    """The first index whose cumulative probability exceeds a share of the total; never one of probability 0.
 
     Args:
         probabilities: [B, C], of any sum above 0.

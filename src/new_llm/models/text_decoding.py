@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
-"""What a decoder puts in place of bytes that are no character, or not yet."""
+"""What a decoder returns for bytes that do not form a character, or not yet."""
 MOST_REPLACEMENTS = 3
 CONTEXT_TOKENS = 4
-"""Tokens that are decoded again before new ones: the bytes of one character, and what the tokenizer joins to them."""
+"""Earlier tokens that are decoded again with new ones: the bytes of one character, and joins across tokens."""
 LONGEST_WINDOW = 32
-"""Tokens without a whole character at their end after which the window moves on; a character has 4 bytes at most."""
+"""Most tokens in the window while its end is not a whole character; a character has at most 4 bytes."""
 
 
 class TextDecoder:
     """Decode one row token by token; the pieces joined are the text of all tokens.
 
-    Bytes that do not make a character yet are held back until they do, or can no longer. Special tokens have no text.
+    Bytes that do not form a character yet are held back until they do, or no longer can. Special tokens have no text.
 
     Args:
         tokenizer: the model's.
@@ -27,40 +27,40 @@ class TextDecoder:
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.ids = list(context)
-        self.given = count_whole(tokenizer.decode(self.ids))  # characters of the window's text that are out
+        self.given = count_whole(tokenizer.decode(self.ids))  # characters of the window's text already returned
 
     def push(self, token: int) -> str:
-        """The text that a token completes; may be empty."""
+        """Add a token and return the text that it completes, possibly none."""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         whole = count_whole(text)
         piece = text[self.given : whole]
         self.given = max(self.given, whole)
         if len(self.ids) > (CONTEXT_TOKENS if whole == len(text) else LONGEST_WINDOW):
-            # An end that is not whole yet lies within the kept tokens, and grows there as it would have here.
+            # An incomplete character at the end lies within the kept tokens.
             self.ids = self.ids[-CONTEXT_TOKENS:]
             self.given = count_whole(self.tokenizer.decode(self.ids))
         return piece
 
     def finish(self) -> str:
-        """What was held back: an end that is no character."""
+        """Return what was held back, an incomplete character."""
         piece = self.tokenizer.decode(self.ids)[self.given :]
         self.ids, self.given = [], 0
         return piece
 
 
 def count_whole(text: str) -> int:
-    """Characters of a decoded text that later bytes can't change: all but the replacements of one at its end.
+    """Number of leading characters that later bytes can't change: all but the replacements at the end.
 
-    A character whose last byte is missing is one replacement to a byte-level decoder, and one for each of its up to
-    three bytes to one that falls back to bytes.
+    A byte-level decoder shows an incomplete character as one replacement, a byte-fallback decoder as one for each
+    of its up to three bytes.
     """
     end = text[-MOST_REPLACEMENTS:]
     return len(text) - (len(end) - len(end.rstrip(REPLACEMENT)))
 
 
 class StoppingText:
-    """The text of one row, which ends before the first stop string, also where that spans tokens.
+    """The text of one row up to its first stop string, which may span tokens.
 
     Args:
         tokenizer: the model's.
@@ -75,11 +75,11 @@ class StoppingText:
         self.is_stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is now certain to belong to the row; sets `is_stopped` where a stop string is whole."""
+        """Add a token and return the text that can be shown; sets `is_stopped` when a stop string is complete."""
         return self._cut(self.decoder.push(token))
 
     def finish(self) -> str:
-        """The rest of a row that ended otherwise."""
+        """Return the rest of a row that ended for another reason."""
         piece = "" if self.is_stopped else self._cut(self.decoder.finish())
         held, self.held = self.held, ""
         return piece + held
@@ -95,7 +95,7 @@ class StoppingText:
         return text[: len(text) - kept]
 
     def _count_begun(self, text: str) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+        """Number of characters at the end that may start a stop string."""
         longest = max(map(len, self.stop_strings), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self.stop_strings):

@@ -1,7 +1,7 @@
-"""What every layer is: a map from hidden states and memory to hidden states and memory, which keeps nothing.
+"""The interface of layers: a layer maps hidden states and memory to new hidden states and memory, and keeps nothing.
 
-`forward` over whole segments is all that a layer must define: it then trains, streams, generates and is saved. `step`
-and `end_segments` are an optional fast path for streams, with the same result.
+A layer only has to define `forward` over whole segments; it can then be trained, streamed, used for generation and
+saved. `step` and `end_segments` are an optional fast path for streams with the same result.
 
 Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step, D hidden size, Z vocabulary.
 """
@@ -19,7 +19,7 @@ from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """The tokens that are read and the head's weight: what a layer before the head may look at.
+    """The tokens of a call and the head's weight, for layers that stand before the head.
 
     Attributes:
         input_ids: [B, n, S] or [B, T].
@@ -36,11 +36,11 @@ class ReadTokens:
 
 @dataclass(frozen=True)
 class Segments:
-    """What a layer must know of a call's tokens beside their hidden states.
+    """What a layer needs to know about a call's tokens beside their hidden states.
 
     Attributes:
         valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real.
-        write_last: whether the last segment's write is wanted; without it the returned memory lacks that segment.
+        write_last: whether to write the last segment too; if False, the returned memory lacks it.
         tokens: for layers before the head; None for others.
     """
 
@@ -49,7 +49,7 @@ class Segments:
     tokens: ReadTokens | None = None
 
     def count_tokens(self, batch: int, num_segments: int, length: int, device: torch.device) -> Tensor:
-        """Real tokens of the first segments, which have `length` places, [batch, num_segments]."""
+        """Real tokens of each of the first segments, which are `length` long, [batch, num_segments]."""
         if self.valid is None:
             return torch.full((batch, num_segments), length, device=device)
         return self.valid[:, :num_segments].sum(-1)
@@ -67,7 +67,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Step:
-    """What a layer must know of tokens that continue open segments.
+    """What a layer needs to know about tokens that continue open segments.
 
     Attributes:
         offsets: tokens that each row's segment already holds, [B], int64.
@@ -75,9 +75,9 @@ class Step:
         valid: real tokens, [B, T] bool, on the left; None: all are real.
         longest: tokens in the longest row's segment after this step.
         segment_length: tokens of a whole segment.
-        start: offset of every row, where all are the same and no token is masked; None: rows differ.
+        start: the offset that all rows share, where no token is masked; None: rows differ.
         tokens: for layers before the head; None for others.
-        shared: what layers of one kind compute alike and share within the step.
+        shared: values that equal layers compute once per step, such as rotary angles.
     """
 
     offsets: Tensor
@@ -96,11 +96,11 @@ class Step:
 
 @dataclass(frozen=True)
 class OpenInputs:
-    """What a layer without a fast path keeps of the open segments: its inputs, which each step runs again.
+    """The inputs of the open segments, which a layer without a fast path runs again at each step.
 
     Attributes:
         hidden: [B, S, D], zero after a row's last token.
-        input_ids: [B, S], likewise; None where the layer does not ask for them.
+        input_ids: [B, S], likewise; None where the layer does not use them.
         counts: tokens of each row, [B].
         head_weight: [Z, D], beside input_ids.
     """
@@ -111,7 +111,7 @@ class OpenInputs:
     head_weight: Tensor | None = None
 
     def describe(self, longest: int, counts: Tensor, *, write_last: bool) -> Segments:
-        """The open segments as segments of a call, each row with so many tokens."""
+        """The open segments as segments of a call, with `counts` tokens in each row."""
         valid = torch.arange(longest, device=counts.device) < counts.unsqueeze(1)
         tokens = None
         if self.input_ids is not None and self.head_weight is not None:
@@ -122,8 +122,8 @@ class OpenInputs:
 class Layer(nn.Module, ABC):
     """The interface of a layer; `Block` is a base with norms and an MLP. Register a kind with `register_layer`.
 
-    A layer with memory sets `has_memory` and defines `empty_memory`; what it then gives as memory is a frozen dataclass
-    of tensors derived from `LayerMemory`.
+    A layer with memory sets `has_memory` and defines `empty_memory`; its memory is a frozen dataclass of tensors
+    derived from `LayerMemory`.
     """
 
     kind: ClassVar[str]
@@ -131,22 +131,22 @@ class Layer(nn.Module, ABC):
     options_type: ClassVar[type]
     """The dataclass of its options; set by `register_layer`."""
     is_model_type: ClassVar[bool]
-    """Whether `create_model` knows the layer by its name; set by `register_layer`."""
+    """Whether the name is a model type of `create_model`; set by `register_layer`."""
     has_memory: ClassVar[bool] = False
     """Whether the layer carries a memory from segment to segment."""
     stands_before_head: ClassVar[bool] = False
-    """Whether the layer, which can only be among the last, stands between the final LayerNorm and the head."""
+    """Whether the layer stands between the final LayerNorm and the head; such layers come last."""
     settings: dict[str, Any]
-    """The constructor's arguments, from which a saved model is made again; set by `register_layer`."""
+    """The constructor's arguments, from which a saved model is rebuilt; set by `register_layer`."""
     hidden_size: int
     auxiliary_loss: Tensor | None = None
-    """A loss, a number, that `forward` may leave here in training; the model adds it to the loss of each token."""
+    """A scalar loss that `forward` may set in training; the model adds it to the loss of each token."""
 
     @abstractmethod
     def forward(
         self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
     ) -> tuple[Tensor, LayerMemory | None]:
-        """Read whole segments; the memory is the only path from one to the next.
+        """Read whole segments; memory is the only path from one to the next.
 
         Args:
             hidden: [B, n, S, D].
@@ -174,17 +174,17 @@ class Layer(nn.Module, ABC):
 
     @property
     def memory_facts(self) -> MemoryFacts:
-        """What the layer's memory dictionary says beside its tensors."""
+        """What the layer's memory dictionary holds beside its tensors."""
         return MemoryFacts(layer_kind=self.kind)
 
     # Training
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train at the gates' learning rate, without decay."""
+        """Parameters trained at the gates' learning rate, without weight decay."""
         return []
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Matrices that train at the model's learning rate, but without decay."""
+        """Matrices trained at the model's learning rate, but without weight decay."""
         return []
 
     def gate_values(self) -> list[float]:
@@ -194,18 +194,18 @@ class Layer(nn.Module, ABC):
     # Streams
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """Read some more tokens of open segments, with the result of `forward` for the whole segment.
+        """Read more tokens of open segments, with the same result as `forward` over the whole segment.
 
-        Here the open segment is run again from its stored inputs; a layer with a faster way overrides it.
+        This default runs the open segment again from its stored inputs; layers with a faster way override it.
 
         Args:
             hidden: [B, T, D].
-            opened: what the layer keeps of the open segments; None: they are empty. It is used up by the call.
+            opened: the layer's state of the open segments; None: they are empty. The call may change it in place.
             memory: each row's memory before the open segment.
-            step: where the tokens stand.
+            step: the positions of the tokens.
 
         Returns:
-            The new hidden states [B, T, D] and what the layer keeps now.
+            The new hidden states [B, T, D] and the new state of the open segments.
         """
         opened = self._store(hidden, opened, step)
         segments = opened.describe(step.longest, opened.counts, write_last=False)
@@ -238,7 +238,7 @@ class Layer(nn.Module, ABC):
             ended: rows whose segment ends here, [B] bool.
 
         Returns:
-            What the layer keeps now, and the memory after the write.
+            The new state of the open segments, and the memory after the write.
         """
         if opened is None:
             return opened, memory
@@ -263,7 +263,7 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """Some more tokens, [B, T, D], of open segments; see `Layer.step`."""
+        """More tokens, [B, T, D], of open segments; see `Layer.step`."""
 
     @abstractmethod
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:

@@ -1,4 +1,4 @@
-"""What all memory layers share: local linear attention, a gate, and the recurrence over segments.
+"""What compressive layers share: local linear attention, a gate, and the recurrence over segments.
 
 Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H, N memories or banks.
 """
@@ -39,21 +39,21 @@ class MemoryOptions:
     """The options that layers with compressive memory share."""
 
     use_delta_rule: bool = True
-    """Write only what the memory does not hold yet (v − r) instead of v."""
+    """Write only what the memory does not return yet (v − r) instead of v."""
     use_key_shift: bool = False
     """File each value under the key of the token before it, so that a query finds what followed its like."""
     normalize_keys: bool = False
-    """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that every token weighs alike."""
+    """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens weigh the same."""
     num_memory_heads: Annotated[int | None, Field(gt=0)] = None
     """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
     gate_init: float = 0.0
     """Initial β; the gate towards memory is sigmoid(β) for each head."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
-    """W_q and W_k of memory layers begin this many times as large as other weights."""
+    """W_q and W_k of memory layers start this many times as large as other weights."""
     query_key_init_bias: float = 0.0
-    """Initial bias of q and k; below 0 few features of a token are large, and different tokens overlap less."""
+    """Initial bias of q and k; negative values make few features of a token large, so that tokens overlap less."""
     match_query_key_init: bool = False
-    """W_k begins equal to W_q, so that similar tokens find one another from the start."""
+    """W_k starts equal to W_q, so that similar tokens find one another from the start."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class OpenSegment(LayerMemory):
     Attributes:
         products: Σ kᵀv, [B, H, K, V], which local attention reads.
         keys: Σ k, [B, H, K].
-        writes: Σ kᵀ(v − r), [B, H, K, V], which the segment's end adds to the memory; without the delta rule the same
+        writes: Σ kᵀ(v − r), [B, H, K, V], added to the memory at the segment's end; without the delta rule the same
             tensor as `products`.
         num_tokens: tokens summed, [B].
-        last_key: features of the last token's own key, [B, H, K], under which shifted keys file the next token; 0 where
+        last_key: features of the last token's own key, [B, H, K], under which a key shift files the next token; 0 where
             there is none.
     """
 
@@ -79,11 +79,11 @@ class OpenSegment(LayerMemory):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The writes of a call of which the first w segments are written. B rows, N memories.
+    """The writes of a call whose first w segments are written. B rows, N memories.
 
     Attributes:
-        slots: whose turn it is, [B, w] int64.
-        chosen: whether a segment is written to a memory, [B, w, N]; nowhere True for a segment without tokens.
+        slots: the memory that each segment is written to, [B, w] int64.
+        chosen: the same as a mask, [B, w, N]; all False for a segment without tokens.
         num_tokens: tokens that each memory has seen before each segment and after the last, [B, w + 1, N].
         num_segments: segments read after the last, [B].
     """
@@ -98,10 +98,10 @@ class Schedule:
         return self.chosen.sum(1)
 
     def spread_decay(self, decay: Sequence[float] | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """w of each head at each write, 1 where nothing is written.
+        """The decay w of each head at each write, 1 where nothing is written.
 
         Returns:
-            That of the memory whose turn it is, [B, w, H], and those of all memories, [B, w, N, H].
+            The decay of the written memory, [B, w, H], and of all memories, [B, w, N, H].
         """
         if decay is None:
             return None, None
@@ -111,7 +111,7 @@ class Schedule:
 
 
 def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -> Schedule:
-    """The schedule of segments with `counts` [B, w] tokens, from the memory before them."""
+    """The schedule for segments of `counts` [B, w] tokens, given the memory before them."""
     has_tokens = counts > 0
     seen = has_tokens.cumsum(1)
     num_memories = memory.norms.shape[1]
@@ -138,14 +138,14 @@ def _pick_norms(norms: Tensor, slots: Tensor) -> Tensor:
 
 
 class CompressiveAttention(MemoryAttention):
-    """g A_mem + (1 − g) A_loc with g = sigmoid(β) a head; a kind of layer says how A_mem mixes its memories.
+    """g A_mem + (1 − g) A_loc with g = sigmoid(β) per head; subclasses define how A_mem mixes the memories.
 
     Source: Infini-attention, arXiv:2404.07143, section 2, with linear attention in place of the local softmax.
 
     Args:
         hidden_size: D.
         num_memory_heads: H, which divides D.
-        options: how the memory is written, and what it begins with.
+        options: how the memory is written, and initial values.
         num_memories: N.
         segments_per_memory: segments written into one memory before the next.
         decay: w of each head, H numbers; None: 1.
@@ -177,10 +177,12 @@ class CompressiveAttention(MemoryAttention):
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.gate = nn.Parameter(torch.full((num_memory_heads,), options.gate_init))
 
-    # What a kind of layer defines
+    # What subclasses define
 
+    options_type: ClassVar[type[MemoryOptions]]
+    """The dataclass of the attention's options."""
     reads_sum: ClassVar[bool] = False
-    """Whether the kind reads the sum of its memories too."""
+    """Whether the attention also reads the sum of its memories."""
 
     @abstractmethod
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
@@ -188,7 +190,7 @@ class CompressiveAttention(MemoryAttention):
 
     @abstractmethod
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """Each memory's weight for each token of n segments, [B, n, H, S, N] or what broadcasts to it; None: 1.
+        """Each memory's weight for each token of n segments, broadcastable to [B, n, H, S, N]; None: 1.
 
         Args:
             products: q·z of each memory, [B, n, H, S, N], float32 or wider.
@@ -196,12 +198,12 @@ class CompressiveAttention(MemoryAttention):
         """
 
     def combine(self, reads: ScannedReads) -> Tensor:
-        """A_mem of n segments, [B, n, H, S, V], from the weighed reads and, with `reads_sum`, those of the sum."""
+        """A_mem of n segments, [B, n, H, S, V], from the weighted reads and, with `reads_sum`, the reads of the sum."""
         return reads.reads
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Give freshly drawn queries and keys the scale, bias and likeness that they are to begin with."""
+        """Scale W_q and W_k, set their biases, and copy W_q to W_k, as the options ask."""
         shape = (self.num_memory_heads, 3, self.head_size)
         weight = self.query_key_value.weight.unflatten(0, shape)
         weight[:, :2] *= self.query_key_init_scale
@@ -221,7 +223,7 @@ class CompressiveAttention(MemoryAttention):
             if self.use_key_shift:
                 k = shift_keys(k)
             local = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH)
-            if segments.valid is not None:  # masked keys are zero, so that they add nothing to M and z
+            if segments.valid is not None:  # masked keys are zero and add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
             from_memory, memory = self._scan(q, k, v, memory, segments)
             mixed = self._gate(from_memory, local)
@@ -233,7 +235,7 @@ class CompressiveAttention(MemoryAttention):
         return q, k, v
 
     def _map_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """σ(q), and σ(k) or its share in the sum over K; of q such a share would cancel out in every read."""
+        """σ(q), and σ(k), divided by its sum over K with `normalize_keys`; for q that would cancel in every read."""
         q, k = feature_map(q), feature_map(k)
         if self.normalize_keys:
             k = k / k.sum(-1, keepdim=True)
@@ -250,8 +252,8 @@ class CompressiveAttention(MemoryAttention):
     ) -> tuple[Tensor, MemoryState | None]:
         """Read and write all segments of a call.
 
-        Which memory a segment is written to is known before anything is read, and so is z, which no value enters: both
-        are made for all segments at once. What is left is `scan_memories`.
+        Neither the schedule nor z depends on values, so both are computed for all segments at once; only M is left to
+        `scan_memories`.
 
         Args:
             q: features of the queries, [B, n, H, S, K].
@@ -305,7 +307,7 @@ class CompressiveAttention(MemoryAttention):
         return self.combine(reads), memory
 
     def _decay_like(self, norm: Tensor) -> Tensor | None:
-        """w as a tensor of the memory's precision, which the model's need not be."""
+        """w as a tensor in the memory's precision, which may differ from the model's."""
         return None if self.decay is None else norm.new_tensor(self.decay)
 
     def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
@@ -316,7 +318,7 @@ class CompressiveAttention(MemoryAttention):
         return memory.memories[rows, index], memory.norms[rows, index]
 
     def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
-        """Put a row's written memory back where the row read any token, [B] `count`, and count the segment."""
+        """Put back the written memory of rows that read any token (`count` [B] > 0), and count their segment."""
         has_tokens = count > 0
         num_segments = memory.num_segments + has_tokens
         index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
@@ -332,7 +334,7 @@ class CompressiveAttention(MemoryAttention):
         )
 
     def decay_retained(self, memory: MemoryState, num_writes: Tensor) -> Tensor | None:
-        """`memory.retained` after some writes to each memory, [B, N]."""
+        """`memory.retained` after `num_writes` [B, N] more writes to each memory."""
         decay = self._decay_like(memory.norms)
         if decay is None:
             return None
@@ -343,7 +345,7 @@ class CompressiveAttention(MemoryAttention):
     def step(
         self, hidden: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenSegment]:
-        """The segment's write can be summed as it goes, since r reads the memory of before the segment."""
+        """More tokens; the write is summed as they come, since r reads the memory from before the segment."""
         q, k, v = self._project(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             q, k = self._map_features(q, k)
@@ -368,9 +370,9 @@ class CompressiveAttention(MemoryAttention):
     def _step_one(
         self, q: Tensor, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenSegment]:
-        """One token a row: the sums take it first, and one product with them is the local attention.
+        """One token per row: add it to the sums first; local attention is then one product with them.
 
-        All in the sums' precision: M is then read as it is, where 16 bits would scale and round all of it each time.
+        This runs in the sums' precision, so that M is read as it is; 16 bits would scale and round all of it each time.
         """
         dtype = torch.promote_types(v.dtype, torch.float32)
         wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -395,7 +397,7 @@ class CompressiveAttention(MemoryAttention):
         return replace(opened, keys=keys, num_tokens=opened.num_tokens + step.count_tokens())
 
     def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
-        """An open segment without tokens; where r = 0 one tensor serves as `products` and as `writes`."""
+        """An open segment without tokens; where r = 0, `products` and `writes` are one tensor."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         keys = torch.zeros(rows, self.num_memory_heads, self.head_size, dtype=dtype, device=like.device)
         products = keys.new_zeros(*keys.shape, self.head_size)
@@ -406,7 +408,7 @@ class CompressiveAttention(MemoryAttention):
     def end_segments(
         self, opened: OpenSegment | None, memory: MemoryState | None, ended: Tensor
     ) -> tuple[OpenSegment | None, MemoryState | None]:
-        """Add the ended rows' sums to the memory whose turn it is, and begin anew."""
+        """Add the ended rows' sums to the memory whose turn it is, and clear them."""
         if opened is None:
             return opened, memory
         if memory is None:
@@ -421,14 +423,14 @@ class CompressiveAttention(MemoryAttention):
 
 
 class CompressiveLayer(MemoryLayer, Block):
-    """A block whose attention is compressive; subclasses are registered with their options and name their attention.
+    """A block whose attention is compressive; subclasses name their attention.
 
     Args:
         hidden_size: D.
         num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
         intermediate_size: width of the MLP.
         layer_norm_eps: ε of the LayerNorms.
-        options: fields of the options dataclass that the layer is registered with.
+        options: fields of the attention's `options_type`.
 
     Raises:
         ValueError: heads that do not divide the hidden size, or an option out of range.
@@ -445,8 +447,8 @@ class CompressiveLayer(MemoryLayer, Block):
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         **options: Any,
     ) -> None:
-        chosen = self.options_type(**options)
         make_attention: Any = self.attention_type
+        chosen = make_attention.options_type(**options)
         super().__init__(
             make_attention(hidden_size, chosen.num_memory_heads or num_heads, chosen),
             hidden_size=hidden_size,

@@ -52,7 +52,7 @@ class HierarchicalAttention(MultiMemoryAttention):
         return self.combine(ScannedReads(super().read(q, memory), coarse, memory.memories))
 
     def combine(self, reads: ScannedReads) -> Tensor:
-        """[..., H, S, V]; the gate looks at all heads of a token."""
+        """[..., H, S, V]; the gate reads all heads of a token."""
         coarse = reads.sum_reads
         assert coarse is not None
         p = self.expansion_gate(coarse.transpose(-2, -3).flatten(-2)).unsqueeze(-3)  # [..., 1, S, 1]
@@ -63,7 +63,7 @@ class HierarchicalAttention(MultiMemoryAttention):
 class HierarchicalLayer(MultiMemoryLayer):
     """Multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion gate.
 
-    p = sigmoid(MLP(coarse read)) a token says how far to look into the fine memories. Arguments are
+    p = sigmoid(MLP(coarse read)), computed for each token, weighs the fine memories. Arguments are
     `MultiMemoryLayer`'s.
     """
 

@@ -20,19 +20,21 @@ class InfiniOptions(MemoryOptions):
     """The options of an Infini layer."""
 
     num_memory_heads: Annotated[int, Field(gt=0)] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Memory heads H, which divide the hidden size; one is as wide as the model."""
+    """Memory heads H, which divide the hidden size; a single head is as wide as the model."""
     num_memory_banks: Annotated[int, Field(gt=0), short("--num-memory-banks")] = 1
     """Banks of the memory, written in turn."""
     segments_per_bank: Annotated[int, Field(gt=0), short("--segments-per-bank")] = 4
     """Segments written into one bank before the next."""
     use_alibi: Annotated[bool, short("--alibi")] = False
-    """Decay the memory at every segment's write by exp(−slope · alibi_scale)."""
+    """Decay the memory by exp(−slope · alibi_scale) at every segment's write."""
     alibi_scale: Annotated[float, Field(ge=0), short("--alibi-scale")] = 1.0
     """Scale of the decay."""
 
 
 class InfiniAttention(CompressiveAttention):
     """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); one bank has no weights."""
+
+    options_type: ClassVar[type[MemoryOptions]] = InfiniOptions
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: InfiniOptions) -> None:
         heads, banks = num_memory_heads, options.num_memory_banks
@@ -53,7 +55,7 @@ class InfiniAttention(CompressiveAttention):
         return [self.gate] if self.bank_weights is None else [self.gate, self.bank_weights]
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
-        """[B, H, S, K] to [B, H, S, V]; all banks are mixed, an empty one adds 0."""
+        """[B, H, S, K] to [B, H, S, V]; all banks are mixed, empty ones add 0."""
         weights = None
         if self.bank_weights is not None:
             weights = self.bank_weights.to(memory.norms.dtype).softmax(-1).t()[None, :, :, None]
@@ -78,7 +80,7 @@ class InfiniLayer(CompressiveLayer):
 
 
 def compute_alibi_slopes(num_heads: int) -> list[float]:
-    """Slopes 2^(−8i/H), i = 1 … H; for H no power of 2 as ALiBi interleaves them.
+    """Slopes 2^(−8i/H), i = 1 … H; where H is not a power of 2, interleaved as in ALiBi.
 
     Source: ALiBi, arXiv:2108.12409, section 3 and its published code for other numbers of heads.
     """

@@ -1,4 +1,4 @@
-"""What layers with associative memories share: what their attention holds, how it is described, and shifted keys."""
+"""What layers with associative memories share: sizes and facts of the memory, parameter groups, and shifted keys."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ class MemoryAttention(Attention):
     Attributes:
         head_size: K.
         value_size: V.
-        decay: w of each head at each write, fixed; None: 1.
+        decay: the fixed decay w of each head at each write; None: 1.
     """
 
     gate: nn.Parameter
@@ -44,30 +44,30 @@ class MemoryAttention(Attention):
         )
 
     def initialize_features(self) -> None:
-        """Give freshly drawn weights what else they are to begin with."""
+        """Adjust freshly drawn weights, as the options ask."""
 
     def retention_values(self) -> list[float] | None:
-        """The share of a memory that is left after a segment's write, for each head; None: all of it."""
+        """The share of a memory that a segment's write leaves, for each head; None: all of it."""
         return None if self.decay is None else list(self.decay)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters that train at the gates' learning rate, without decay."""
+        """Parameters trained at the gates' learning rate, without weight decay."""
         return [self.gate]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Matrices that train at the model's learning rate, but without decay."""
+        """Matrices trained at the model's learning rate, but without weight decay."""
         return []
 
 
 class MemoryLayer(Layer):
-    """A layer whose memory is that of one `MemoryAttention`, its `attention`."""
+    """A layer whose memory belongs to one `MemoryAttention`, its `attention`."""
 
     has_memory: ClassVar[bool] = True
     attention: MemoryAttention
     key_prefix: ClassVar[str] = ""
-    """What stands before `memories` in the keys of the layer's state."""
+    """Prefix of `memories` in the keys of the layer's state."""
     index_key: ClassVar[str]
-    """The key of the memory that is written next."""
+    """The key of the index of the memory that is written next."""
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
         """As `Layer.empty_memory`."""
@@ -85,7 +85,7 @@ class MemoryLayer(Layer):
 
     @classmethod
     def make_facts(cls, *, use_delta_rule: bool, has_decay: bool, segments_per_memory: int) -> MemoryFacts:
-        """The facts of a layer of this kind with such settings."""
+        """The facts of a layer of this kind with these settings."""
         return MemoryFacts(
             layer_kind=cls.kind,
             settings={"use_delta_rule": use_delta_rule, "segments_per_memory": segments_per_memory},
@@ -113,7 +113,7 @@ class MemoryLayer(Layer):
 
 
 def describe_memory_options(layer: Any) -> dict[str, Any]:
-    """Settings of a memory layer that a memory file records."""
+    """The settings of a memory layer that a memory file records."""
     attention = layer.attention
     return {
         "num_memories": attention.num_memories,
@@ -127,14 +127,14 @@ def describe_memory_options(layer: Any) -> dict[str, Any]:
 
 
 def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
-    """Each token's key becomes that of the token before it: what is filed under a word is the word that followed it.
+    """Replace each token's key by the previous token's: each token is filed under the word that it followed.
 
-    So a query for a context finds what came after such a context, in one layer. It is the shift of H3
-    (arXiv:2212.14052, section 3), here of keys.
+    A query for a context then finds, in one layer, what followed similar contexts. It is the shift of H3
+    (arXiv:2212.14052, section 3), applied to keys.
 
     Args:
         k: features of the keys, [..., S, K].
-        first: what the first token gets, [..., K]; None: 0, so that it is written nowhere.
+        first: the key of the first token, [..., K]; None: 0, so that it is not written.
     """
     before = torch.zeros_like(k[..., :1, :]) if first is None else first.unsqueeze(-2).to(k.dtype)
     return torch.cat((before, k[..., :-1, :]), dim=-2)
@@ -145,7 +145,7 @@ def pick_last_key(k: Tensor, last_key: Tensor, valid: Tensor | None) -> Tensor:
 
     Args:
         k: keys of new tokens, [B, H, T, K], not shifted.
-        last_key: what a row without a real token keeps.
+        last_key: the value kept by rows without a real token.
         valid: real tokens, [B, T], on the left; None: all.
     """
     if valid is None:

@@ -19,11 +19,13 @@ class MultiMemoryOptions(MemoryOptions):
     num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4
     """Independent memories, written in turn."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """τ, which divides their scores: near 0 a token reads one memory, far above 1 all alike."""
+    """τ, which divides the scores: near 0 a token reads one memory, far above 1 all memories equally."""
 
 
 class MultiMemoryAttention(CompressiveAttention):
     """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled ones of σ(q)·(z_m / n_m) / (τ √K)."""
+
+    options_type: ClassVar[type[MemoryOptions]] = MultiMemoryOptions
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(
@@ -43,9 +45,9 @@ class MultiMemoryAttention(CompressiveAttention):
 
 @register_layer("multi_memory", options=MultiMemoryOptions)
 class MultiMemoryLayer(CompressiveLayer):
-    """Several independent memories, a segment each in turn; a read selects among them by attention to their z.
+    """Independent memories, written in turn, one segment each; a read selects among them by attention to their z.
 
-    Selection has no parameters, and each token's weights look at the past alone.
+    Selection has no parameters, and each token's weights depend only on the past.
 
     Arguments are those of `CompressiveLayer`; the memory has `num_heads` heads by default.
     """

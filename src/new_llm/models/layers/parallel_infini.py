@@ -1,4 +1,4 @@
-"""The parallel adapter: a memory beside a whole Pythia layer, which it leaves as it is."""
+"""The parallel adapter: a memory beside an unchanged Pythia layer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,7 +23,7 @@ class ParallelInfiniOptions(InfiniOptions):
     """The memory beside one layer: Base(x) + α · Infini(LN x)."""
 
     initial_alpha: Annotated[float, short("--initial-alpha")] = 0.0
-    """α at the start; 0: the adapted model is the base, bit for bit."""
+    """Initial α; 0: the adapted model equals the base bit for bit."""
 
 
 @section
@@ -46,7 +46,7 @@ class AdapterConfig(ParallelInfiniOptions):
 
 @dataclass(frozen=True)
 class OpenBranches:
-    """What the two branches keep of the open segments."""
+    """The two branches' states of the open segments."""
 
     base: KeyValueCache | None
     infini: OpenSegment | None
@@ -57,7 +57,7 @@ class ParallelInfiniLayer(MemoryLayer):
     """Base(x) + α · Infini(LN x): a GPT-NeoX layer, and beside it an Infini attention that reads the same input.
 
     Infini is that of `InfiniLayer`: compressive memory, local linear attention, gates, and an output projection. With
-    α = 0 the layer's output is the base layer's, bit for bit; what it holds in memory never changes that.
+    α = 0 the output equals the base layer's bit for bit, whatever the memory holds.
 
     Args:
         hidden_size: D.
@@ -66,7 +66,7 @@ class ParallelInfiniLayer(MemoryLayer):
         rotary_pct: share of each head of the base layer that is rotated.
         rotary_emb_base: base of its rotary wavelengths.
         layer_norm_eps: ε of all LayerNorms.
-        base_name: the directory or hub name that the base layer's weights come from, for the record.
+        base_name: directory or hub name of the base layer's weights; only recorded.
         options: fields of `ParallelInfiniOptions`.
 
     Raises:
@@ -116,7 +116,7 @@ class ParallelInfiniLayer(MemoryLayer):
     def step(
         self, hidden: Tensor, opened: OpenBranches | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenBranches]:
-        """Some more tokens through both branches; see `Layer.step`."""
+        """More tokens through both branches; see `Layer.step`."""
         opened = opened or OpenBranches(None, None)
         base, cache = self.base_layer.step(hidden, opened.base, None, step)
         recalled, sums = self.attention.step(self.input_layernorm(hidden), opened.infini, memory, step)

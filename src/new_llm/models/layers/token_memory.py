@@ -1,4 +1,4 @@
-"""The token memory: what followed a context comes back as the head's own row of the token that followed."""
+"""The token memory: for a context it returns the head's rows of the tokens that followed similar contexts."""
 
 import math
 from dataclasses import dataclass, replace
@@ -26,21 +26,21 @@ class TokenMemoryOptions:
     memory_key_size: Annotated[int | None, Field(gt=0)] = None
     """Width K of the keys; None: half of the hidden size."""
     read_gate_init: float = -1.0
-    """Initial β of the gates g = sigmoid(β + w x), which each token moves; far from 0 they hardly move."""
+    """Initial β of the gates g = sigmoid(β + w x); far from 0 they hardly learn."""
     read_scale_init: float = 30.0
-    """Initial α: what is read is added α times."""
+    """Initial α, the factor of what is read."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
-    """W_q = W_k begin this many times as large as other weights: they turn the slower."""
+    """W_q = W_k start this many times as large as other weights, so that they turn more slowly."""
     retention_init: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Initial w: the share of what was written that is left after a segment's write."""
+    """Initial w: the share of the memory that a segment's write leaves."""
 
 
 @dataclass(frozen=True)
 class OpenTokens(LayerMemory):
-    """What an open segment has written so far, of constant size.
+    """What an open segment has written so far, in constant size.
 
     Attributes:
-        change: M now less what is left of M before the segment, [B, H, K, V].
+        change: M minus the decayed M from before the segment, [B, H, K, V].
         norms: Σ k², [B, H, K].
         num_tokens: tokens read, [B].
         last_key: the last token's own key, [B, H, K], under which the next token is filed; 0 where there is none.
@@ -55,15 +55,15 @@ class OpenTokens(LayerMemory):
 class TokenMemoryAttention(MemoryAttention):
     """α W_o Σ_h g_h q_h M_h, with M written by the delta rule token by token: M ← M + kᵀ β (v − k M).
 
-    Before a segment is written M ← M₀ + w (M − M₀), M₀ and w learned: a memory trained on few segments would not know
-    what all of a long text leaves there.
+    Before a segment is written, M ← M₀ + w (M − M₀) with learned M₀ and w: without decay, a memory trained on few
+    segments would meet states in a long text that it has never seen.
 
-    Queries and keys are projections of length 1 of what enters; a token's value is W_v u, u the head's row for it at
-    length 1, filed under the key of the token before it. A segment reads M of before it.
+    Queries and keys are projections of the input, normalised to length 1. A token's value is W_v u, where u is the
+    head's row for it at length 1; it is filed under the key of the previous token. A segment reads M from before it.
 
     Args:
         hidden_size: D, which is V as well.
-        options: its size, and what it begins with.
+        options: sizes and initial values.
     """
 
     num_memories = 1
@@ -91,7 +91,7 @@ class TokenMemoryAttention(MemoryAttention):
 
     @torch.no_grad()
     def initialize_features(self) -> None:
-        """Queries find their like, values pass unchanged, every token writes with β = 1 and reads with one gate."""
+        """Start with W_k = W_q, values passed unchanged, and for every token β = 1 and the same gate."""
         self.query.weight *= self.query_key_init_scale
         self.key.weight.copy_(self.query.weight)
         for linear in (self.value, self.dense):
@@ -100,7 +100,7 @@ class TokenMemoryAttention(MemoryAttention):
             nn.init.zeros_(linear.weight)
 
     def retention_values(self) -> list[float]:
-        """w of each head, as it is learned."""
+        """The learned w of each head."""
         return torch.sigmoid(self.retention.detach().float()).tolist()
 
     def gate_parameters(self) -> list[nn.Parameter]:
@@ -108,7 +108,7 @@ class TokenMemoryAttention(MemoryAttention):
         return [self.gate, self.read_scale, self.retention]
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """What the memory holds of no text."""
+        """M₀, the memory before any text."""
         return [self.initial_memory]
 
     # The core over whole segments
@@ -116,7 +116,7 @@ class TokenMemoryAttention(MemoryAttention):
     def forward(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
-        """All segments' reads and writes."""
+        """Read and write whole segments; see `Layer.forward`."""
         batch, num_segments, length, _ = hidden.shape
         num_writes = num_segments - (not segments.write_last)
         q, k, v, beta = self._project(hidden, segments.tokens)
@@ -136,7 +136,7 @@ class TokenMemoryAttention(MemoryAttention):
         return self._mix(hidden, reads), memory
 
     def _decay(self, is_written: Tensor, memory: MemoryState) -> Tensor:
-        """w of each segment [B, n] and head, [B, n, H]: 1 where the segment is empty."""
+        """w for each segment and head, [B, n, H]; 1 where the segment is empty."""
         retained = torch.sigmoid(self.retention.to(memory.memories.dtype))
         return torch.where(is_written.unsqueeze(-1), retained, torch.ones_like(retained))
 
@@ -160,13 +160,13 @@ class TokenMemoryAttention(MemoryAttention):
         return q.transpose(-2, -3), k.transpose(-2, -3), v.to(dtype), beta.transpose(-1, -2)
 
     def _mix(self, hidden: Tensor, reads: Tensor) -> Tensor:
-        """Σ_h g_h q_h M_h [..., S, V] to what is added, [..., S, D]."""
+        """The layer's contribution [..., S, D] from Σ_h g_h q_h M_h [..., S, V]."""
         return self.dense(reads.to(hidden.dtype)) * self.read_scale.to(hidden.dtype)
 
-    # Writing: a state holds what text has changed, so that an empty one is zero
+    # Writing. A state holds M − M₀, so that an empty one is zero.
 
     def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
-        """The memory after segments of `counts` tokens [B, w], which left C = `change` [B, H, K, V] and z = `norms`."""
+        """The memory after segments of `counts` tokens [B, w] that left `change` = M − M₀ [B, H, K, V] and `norms` = z."""
         new_segments = (counts > 0).sum(1)
         return replace(
             memory,
@@ -183,7 +183,7 @@ class TokenMemoryAttention(MemoryAttention):
     def step(
         self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenTokens]:
-        """Reads from the memory of before the segment; what is written waits for the segment's end."""
+        """More tokens; they read the memory from before the segment, and their writes wait for its end."""
         q, k, v, beta = self._project(hidden, step.tokens)
         with torch.autocast(hidden.device.type, enabled=False):
             rest = self.initial_memory.to(q.dtype)
@@ -213,7 +213,7 @@ class TokenMemoryAttention(MemoryAttention):
     def end_segments(
         self, opened: OpenTokens | None, memory: MemoryState | None, ended: Tensor
     ) -> tuple[OpenTokens | None, MemoryState | None]:
-        """Add the ended rows' changes to the memory, and begin anew."""
+        """Add the ended rows' changes to the memory, and clear them."""
         if opened is None:
             return opened, memory
         memory = self.empty_memory(len(ended), opened.change) if memory is None else memory
@@ -231,12 +231,11 @@ class TokenMemoryAttention(MemoryAttention):
 class TokenMemoryLayer(MemoryLayer):
     """x + α W_o Σ_h g_h q_h M_h between the final LayerNorm and the head: a memory of tokens by their context.
 
-    Keys and queries are made of what the head reads, x, values of the head's rows of the tokens that are read: so what
-    is found for a context is a direction in which the head has the tokens that followed its like. The rule is
-    DeltaNet's (arXiv:2102.11174, section 4.2, arXiv:2406.06484), token by token; as in Infini-attention
-    (arXiv:2404.07143) a segment reads the memory of before it. To give the head what followed like contexts is the idea
-    of the continuous cache (arXiv:1612.04426), which keeps every context; here the memory's size is constant. An empty
-    memory holds what has been learned for texts of which nothing is known.
+    Keys and queries are projections of the head's input x, values of the head's rows of the tokens read: what is found
+    for a context points towards the tokens that followed similar contexts. The write is DeltaNet's (arXiv:2102.11174,
+    section 4.2, arXiv:2406.06484), token by token; as in Infini-attention (arXiv:2404.07143) a segment reads the memory
+    from before it. The idea is that of the continuous cache (arXiv:1612.04426), which keeps every context; here the
+    memory's size is constant. An empty memory reads the learned M₀.
 
     Args:
         hidden_size: D.
@@ -262,7 +261,7 @@ class TokenMemoryLayer(MemoryLayer):
         return hidden + recalled, memory
 
     def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
-        """Some more tokens; see `Layer.step`."""
+        """More tokens; see `Layer.step`."""
         recalled, opened = self.attention.step(hidden, opened, memory, step)
         return hidden + recalled, opened
 
