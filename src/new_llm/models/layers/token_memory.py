@@ -166,7 +166,7 @@ class TokenMemoryAttention(MemoryAttention):
     # Writing. A state holds M − M₀, so that an empty one is zero.
 
     def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
-        """The memory after segments of `counts` tokens [B, w] that left `change` = M − M₀ [B, H, K, V] and `norms` = z."""
+        """The memory after segments of `counts` tokens [B, w], with M − M₀ = `change` [B, H, K, V] and z = `norms`."""
         new_segments = (counts > 0).sum(1)
         return replace(
             memory,
