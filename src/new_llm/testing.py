@@ -194,10 +194,11 @@ def check_precision(model: TransformerLM, ids: Tensor) -> None:
 def check_gradients(model: TransformerLM, ids: Tensor) -> None:
     """Gradients are finite and reach earlier segments of the same row through memory, and only through memory."""
     length = model.segment_length
-    inputs: list[Tensor] = []
+    inputs: list[Any] = []
     hook = model.embed_in.register_forward_hook(lambda _, __, output: inputs.append(output))
     labels = torch.full_like(ids, -100)
     labels[1, 2 * length :] = ids[1, 2 * length :]
+    gradient = torch.empty(0)
     for _ in range(2):  # a second backward must not reach into the first call's graph
         inputs.clear()
         loss, _ = model.compute_loss(ids, labels, update_memory=True)

@@ -352,7 +352,7 @@ class LongDocuments(Measure):
                 "others, the memory helps; bands are intervals over documents."
             )
             columns: dict[str, Any] = {"x": "distance", "y": "value", "series": "way", "low": "low", "high": "high"}
-            titles = {"x_title": "tokens from the start", "y_title": "perplexity", "view": name}
+            titles: dict[str, Any] = {"x_title": "tokens from the start", "y_title": "perplexity", "view": name}
             charts.append(line_chart(f"distance-{name}", "Long documents", caption, rows, **columns, **titles))
         for way in (RESET, FOREIGN):
             rows = [

@@ -166,8 +166,8 @@ def to_plain(value: Any) -> Any:
     """Dataclasses and named tuples, nested in any way, as dicts and lists for JSON."""
     if is_dataclass(value) and not isinstance(value, type):
         return {one.name: to_plain(getattr(value, one.name)) for one in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return to_plain(value._asdict())
+    if isinstance(value, tuple) and (names := getattr(value, "_fields", None)):
+        return {name: to_plain(one) for name, one in zip(names, value, strict=True)}
     if isinstance(value, dict):
         return {key: to_plain(one) for key, one in value.items()}
     return [to_plain(one) for one in value] if isinstance(value, list | tuple) else value
@@ -176,10 +176,10 @@ def to_plain(value: Any) -> Any:
 MEASURES: dict[str, Measure] = {}
 """The registered measures by name. Tables and pages show them in the order of `EvalConfig.measures`."""
 
-MeasureClass = TypeVar("MeasureClass", bound=type[Measure])
+MeasureKind = TypeVar("MeasureKind", bound=Measure)
 
 
-def register_measure(kind: MeasureClass) -> MeasureClass:
+def register_measure(kind: type[MeasureKind]) -> type[MeasureKind]:
     """Make a class known by its `name`.
 
     Raises:

@@ -78,8 +78,8 @@ class Positions(Measure):
             for entry in one.result["ranges"]
         ]
         caption = "Perplexity of the tokens in each range of positions of a sample; falling lines use what came before."
-        columns = {"x": "position", "y": "perplexity", "series": "model"}
-        titles = {"x_title": "position in the sample", "y_title": "perplexity"}
+        columns: dict[str, Any] = {"x": "position", "y": "perplexity", "series": "model"}
+        titles: dict[str, Any] = {"x_title": "position in the sample", "y_title": "perplexity"}
         return [line_chart("positions", "Perplexity by position", caption, rows, **columns, **titles)]
 
     def describe(self, result: dict[str, Any]) -> str:

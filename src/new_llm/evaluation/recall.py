@@ -455,8 +455,8 @@ class Recall(Measure):
             ]
             if rows:
                 caption = "Share of questions whose right answer ranks first, by segments from the sentence to it."
-                columns = {"x": "distance", "y": "share", "series": "model", "y_format": ".0%"}
-                titles = {"x_title": "segments", "y_title": "ranked first"}
+                columns: dict[str, Any] = {"x": "distance", "y": "share", "series": "model", "y_format": ".0%"}
+                titles: dict[str, Any] = {"x_title": "segments", "y_title": "ranked first"}
                 charts.append(line_chart(f"recall-{task}", f"Recall: {words}", caption, rows, **columns, **titles))
         return charts
 

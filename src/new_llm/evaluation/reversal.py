@@ -288,7 +288,7 @@ class ReversalCurse(Measure):
             for direction in ("forward", "backward")
         ]
         caption = "Share of the pairs whose right answer ranks first among the answers of its relation."
-        axes = {"x": "model", "y": "share", "series": "direction", "low": "low", "high": "high"}
+        axes: dict[str, Any] = {"x": "model", "y": "share", "series": "direction", "low": "low", "high": "high"}
         return [bar_chart("reversal", "The reversal curse", caption, rows, **axes, y_format=".0%")]
 
     def describe(self, result: dict[str, Any]) -> str:

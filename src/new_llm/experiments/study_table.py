@@ -82,9 +82,11 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
             if metric not in tables.setdefault(table, []):
                 tables[table].append(metric)
             differences = [
-                column.value - reference[seed][metric][1].value
+                value - base
                 for seed, column in known.items()
                 if name != study.reference_variant and metric in reference.get(seed, {})
+                if isinstance(value := column.value, float | int)
+                and isinstance(base := reference[seed][metric][1].value, float | int)
             ]
             summary = _summarize([column.value for column in known.values()])
             if len(known) == 1:

@@ -114,7 +114,7 @@ class MemoryState(LayerMemory):
         """Without `retained`, which is relative to the memory before the call."""
         return replace(self, retained=None)
 
-    def add_changes(self, start: "MemoryState", rows: "MemoryState") -> "MemoryState":
+    def add_changes(self, start: Any, rows: Any) -> "MemoryState":
         """As `LayerMemory.add_changes`; what was held decays as in the row with the most writes.
 
         `num_segments` counts time, not rows: rows of one call advance together, so that memories written in turn stay

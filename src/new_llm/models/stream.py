@@ -167,9 +167,9 @@ class MemoryStream:
     def _describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
         if self.model.first_before_head is None:
             return None
-        if self._head_weight is None:
-            self._head_weight = self.model.read_head_weight()
-        return ReadTokens(input_ids, self._head_weight)
+        weight = self.model.read_head_weight() if self._head_weight is None else self._head_weight
+        self._head_weight = weight
+        return ReadTokens(input_ids, weight)
 
     def _is_level(self, taken: Tensor) -> bool:
         """Whether all rows are at the same position and take the same number of tokens."""

@@ -231,7 +231,7 @@ class TransformerLM(HeldMemory):
                 passes, memories = self._run_passes(part, memories, one, num_passes)
                 parts.append(passes)
             return [torch.cat(same_pass, dim=1) for same_pass in zip(*parts, strict=True)], memories
-        passes = []
+        passes, written = [], memories
         for number in range(num_passes):
             is_last = number + 1 == num_passes
             written = list(memories)

@@ -78,7 +78,7 @@ def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: f
     reference = next(old.parameters())
     initialize_weights(new, initializer_range)
     new.to(reference.device, reference.dtype)
-    theirs, heads = old.state_dict(), (count_heads(old.attention), count_heads(new.attention))
+    theirs, heads = old.state_dict(), tuple(count_heads(layer.get_submodule("attention")) for layer in (old, new))
     for name, mine in new.state_dict().items():
         if name.startswith(BASE):  # a layer that keeps the old one whole, and adds to it
             mine.copy_(theirs[name.removeprefix(BASE)])

@@ -229,7 +229,7 @@ class Layer(nn.Module, ABC):
             opened = replace(opened, input_ids=stored, head_weight=step.tokens.head_weight)
         return opened
 
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Write and clear the open segments of some rows.
 
         Args:
@@ -266,7 +266,7 @@ class Attention(nn.Module, ABC):
         """More tokens, [B, T, D], of open segments; see `Layer.step`."""
 
     @abstractmethod
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Close the segments of rows `ended`; see `Layer.end_segments`."""
 
 
@@ -315,7 +315,7 @@ class Block(Layer):
         mixed, opened = self.attention.step(self.input_layernorm(hidden), opened, memory, step)
         return self._add(hidden, mixed), opened
 
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, LayerMemory | None]:
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """As `Layer.end_segments`."""
         return self.attention.end_segments(opened, memory, ended)
 
