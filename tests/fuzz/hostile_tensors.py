@@ -114,7 +114,7 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
     files = {
         "model: NaN": (spoil(own, put_in("model.safetensors", float("nan"))), load_own, "holds NaN or infinite values"),
         "model: infinity": (spoil(own, put_in("model.safetensors", float("inf"))), load_own, "NaN or infinite"),
-        "model: a huge vocabulary": (spoil(own, edit("model.json", vocab_size=10**14)), load_own, "do not fit"),
+        "model: a huge vocabulary": (spoil(own, edit("model.json", vocab_size=10**14)), load_own, "vocab_size"),
         "model: an endless vocabulary": (spoil(own, edit("model.json", vocab_size=10**40)), load_own, "model.json"),
         "model: millions of layers": (
             spoil(own, edit("model.json", layers=[{"kind": "pythia"}] * 300_000)),
@@ -133,7 +133,7 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
             load_own,
             "not a safetensors file",
         ),
-        "model: claimed shapes": (spoil(own, head("model.safetensors", claims)), load_own, "do not fit"),
+        "model: claimed shapes": (spoil(own, head("model.safetensors", claims)), load_own, "does not fill the bytes"),
         "model: a twin tensor": (
             spoil(own, write("model.safetensors", len(twin).to_bytes(8, "little") + twin + bytes(8))),
             load_own,

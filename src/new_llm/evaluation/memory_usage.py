@@ -38,7 +38,7 @@ def measure_memory_usage(
 
     Returns:
         `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
-        `layer`, its `kind` and `norms` [num_segments][num_memories][num_memory_heads]. None: the model has no memory,
+        `layer`, its `kind` and `norms` [num_segments, num_memories, num_memory_heads]. None: the model has no memory,
         or no document has a whole segment.
     """
     length = model.segment_length
