@@ -213,7 +213,7 @@ class TransformerLM(HeldMemory):
         )
         hidden = hidden.view(batch, num_segments, length, -1)
         passes, memories = self._run_passes(hidden, memories, segments, num_passes)
-        return [hidden.flatten(1, 2)[:, :num_tokens] for hidden in passes], memories
+        return [hidden.flatten(1, 2)[:, :num_tokens].contiguous() for hidden in passes], memories
 
     def _run_passes(
         self, hidden: Tensor, memories: LayerMemories, segments: Segments, num_passes: int
