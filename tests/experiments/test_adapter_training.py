@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from conftest import tiny_settings
 from new_llm.config import UserError
@@ -27,6 +28,7 @@ from new_llm.experiments.adapter import (
 from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
 from new_llm.experiments.run_folder import list_runs
 from new_llm.models import TransformerLM, load_model
+from new_llm.models.hf import export_pythia
 from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
 from new_llm.report import write_report
@@ -80,6 +82,21 @@ def run(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
 
 def load_base_of(run_folder: Path) -> TransformerLM:
     return load_model(run_folder / "pythia" / "best")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_16_bits_is_widened_for_training(
+    tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = load_base_of(base_run).to(dtype)
+    export_pythia(base, tmp_path / "published", Tokenizer.from_file(str(base_run / "tokenizer.json")))
+    train = dataclasses.replace(tiny_adapter.train, num_epochs=1)
+    results = run(dataclasses.replace(tiny_adapter, base=str(tmp_path / "published"), train=train))
+    trained = load_model(Path(results["folder"]) / "parallel_infini" / "best")
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
+    assert torch.equal(split_weights(trained)[0]["embed_in.weight"], base.embed_in.weight.float())
+    assert math.isfinite(results["alpha"]) and results["alpha"] != 0
+    assert load_adapted_model(tiny_adapter.out).get_alpha() == pytest.approx(results["alpha"], rel=1e-2)
 
 
 def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(

@@ -77,18 +77,21 @@ def create_pythia_with_parallel_infini(
 
 
 def load_base(name: str | Path, *, revision: str | None = None, segment_length: int | None = None) -> TransformerLM:
-    """A GPT-NeoX by hub name or directory, or a model folder of this project; on the CPU.
+    """A GPT-NeoX by hub name or directory, or a model folder of this project; on the CPU, in float32 at least.
+
+    Pythia is published in float16, and training in 16 bits loses small updates: such weights are widened, for training
+    and for use alike, so that an adapter meets the base it was trained on.
 
     Raises:
         UserError: there is none, or it can't be read.
     """
     folder = Path(name).expanduser()
-    if not (folder / STRUCTURE_FILE).is_file():
-        return load_pythia(name, revision, segment_length=segment_length)
-    model = load_model(folder)
-    if segment_length is not None:
-        model.segment_length = segment_length
-    return model
+    if (folder / STRUCTURE_FILE).is_file():
+        model = load_model(folder)
+        model.segment_length = segment_length or model.segment_length
+    else:
+        model = load_pythia(name, revision, segment_length=segment_length)
+    return model.to(torch.promote_types(model.embed_in.weight.dtype, torch.float32))
 
 
 def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = False) -> None:
