@@ -237,7 +237,7 @@ def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
     out = tmp_path / "out.safetensors"
     for name, message in (
         ("delta", "delta.safetensors: layer 0 was written with the delta rule or with decay"),
-        ("decay", "do not add"),
+        ("decay", "can.t be added"),
         ("other", "other.safetensors: filled by other weights than .*a.safetensors"),
         ("long", "segments of another length"),
     ):

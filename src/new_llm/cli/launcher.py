@@ -13,18 +13,18 @@ QUIET_SECONDS = 1.0
 """What the process that says what is wrong is given for it."""
 
 
-def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the one that prints."""
-    return environment.get("RANK") in (None, "", "0")
+def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is the one that prints; None: this process's environment, as it is now."""
+    return (os.environ if environment is None else environment).get("RANK") in (None, "", "0")
 
 
-def check_command(command: str, environment: Mapping[str, str] = os.environ) -> None:
+def check_command(command: str, environment: Mapping[str, str] | None = None) -> None:
     """Refuse several processes for a command that would do the same in each of them.
 
     Raises:
         UserError: names the commands that several processes work on together.
     """
-    count = environment.get("WORLD_SIZE") or "1"
+    count = (os.environ if environment is None else environment).get("WORLD_SIZE") or "1"
     if not count.isdigit():
         raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")
     if int(count) > 1 and command not in TOGETHER:
