@@ -95,7 +95,8 @@ def test_a_base_in_16_bits_is_widened_for_training(
     trained = load_model(Path(results["folder"]) / "parallel_infini" / "best")
     assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
     assert torch.equal(split_weights(trained)[0]["embed_in.weight"], base.embed_in.weight.float())
-    assert math.isfinite(results["alpha"]) and results["alpha"] != 0
+    assert math.isfinite(results["alpha"])
+    assert results["alpha"] != 0
     assert load_adapted_model(tiny_adapter.out).get_alpha() == pytest.approx(results["alpha"], rel=1e-2)
 
 
