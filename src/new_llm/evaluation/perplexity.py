@@ -9,6 +9,7 @@ too.
 import dataclasses
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -231,9 +232,9 @@ class Perplexity(Measure):
 
     GROUP: ClassVar[str] = "Validation perplexity"
 
+    @abstractmethod
     def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
         """The perplexity of the subject's documents."""
-        raise NotImplementedError
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same split."""

@@ -15,8 +15,8 @@ from new_llm.models.transformer import TransformerLM
 class StreamCache(Cache):
     """What a model has read so far, row by row, of constant size beyond a segment.
 
-    Rows can be chosen and repeated (beam search) and the cache can be copied (`copy.deepcopy`, for several goings-on
-    of one prompt), but not shortened: a memory does not forget its last tokens.
+    Rows can be selected and repeated (beam search), and the cache can be copied (`copy.deepcopy`, for several
+    continuations of one prompt). It can't be shortened: a memory does not forget its last tokens.
 
     Args:
         model: the model that reads; its held memory is where every row begins.
