@@ -58,7 +58,7 @@ def make_step(width: int = 16, inner: int = 24, **changed: object) -> PythiaStep
     kernels = native.load_kernels()
     assert kernels is not None
     shapes = {"qkv": (3 * width, width), "dense": (width, width), "up": (inner, width), "down": (width, inner)}
-    matrices = {name: Matrix(torch.randn(shape), None, torch.randn(shape[0])) for name, shape in shapes.items()}
+    matrices = {name: Matrix(torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
     given: dict[str, object] = {
         "norms": [nn.LayerNorm(width).requires_grad_(False) for _ in range(2)],
         "matrices": [changed.pop(name, matrix) for name, matrix in matrices.items()],
@@ -73,11 +73,11 @@ def test_a_step_whose_numbers_do_not_fit_is_refused() -> None:
     for changed, words in (
         ({"num_heads": 3}, "3 heads"),
         ({"rotary_dim": 10}, "10 rotary"),
-        ({"up": Matrix(torch.randn(24, 15), None, None)}, r"dense_h_to_4h\.weight: \[24, 15\]"),
-        ({"qkv": Matrix(torch.randn(47, 16), None, None)}, r"query_key_value\.weight: \[47, 16\]"),
-        ({"down": Matrix(torch.randn(24, 16).t(), None, None)}, "not contiguous"),
-        ({"dense": Matrix(torch.randn(16, 16).double(), None, None)}, "float64"),
-        ({"dense": Matrix(torch.randn(16, 16), None, torch.randn(4))}, r"dense\.bias: \[4\]"),
+        ({"up": Matrix(torch.randn(24, 15), None)}, r"dense_h_to_4h\.weight: \[24, 15\]"),
+        ({"qkv": Matrix(torch.randn(47, 16), None)}, r"query_key_value\.weight: \[47, 16\]"),
+        ({"down": Matrix(torch.randn(24, 16).t(), None)}, "not contiguous"),
+        ({"dense": Matrix(torch.randn(16, 16).double(), None)}, "float64"),
+        ({"dense": Matrix(torch.randn(16, 16), torch.randn(4))}, r"dense\.bias: \[4\]"),
         ({"norms": [nn.LayerNorm(16), nn.LayerNorm(8)]}, r"norm\.weight: \[8\]"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -135,7 +135,7 @@ def test_other_calls_check_too() -> None:
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),
         r"matrix\.weight": lambda: native.linear_rows(
-            kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None, None)
+            kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None)
         ),
     }
     for words, call in refused.items():

@@ -88,7 +88,7 @@ def make_native_forward(linear: nn.Linear) -> Forward:
         if can_run_compiled(x, weight.dtype):
             kernels = native.find_kernels(*tensors)
             if kernels is not None and all(tensor.dtype == x.dtype for tensor in tensors):
-                return linear_rows(kernels, x, Matrix(weight, None, bias))
+                return linear_rows(kernels, x, Matrix(weight, bias))
         return F.linear(x, weight, bias)
 
     return forward
@@ -188,7 +188,7 @@ class FusedPythiaStep:
         if kernels is None or len(given) < len(parameters) or len({tensor.dtype for tensor in given}) > 1:
             return None
         linears: list[Any] = [self.parts[name] for name in LINEARS]
-        matrices = [Matrix(linear.weight, None, linear.bias) for linear in linears]
+        matrices = [Matrix(linear.weight, linear.bias) for linear in linears]
         if len({matrix.weight.dtype for matrix in matrices}) > 1:
             return None
         self.dtype, self.weight_dtype = given[0].dtype, matrices[0].weight.dtype

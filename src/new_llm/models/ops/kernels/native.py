@@ -19,7 +19,7 @@ from new_llm.models.ops.kernels import are_enabled, build, check_tensor
 
 SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """The dtypes that kernels are written for, and how their names end."""
-MAX_ROWS = {torch.bfloat16: 4, torch.float32: 8, torch.int8: 16}
+MAX_ROWS = {torch.bfloat16: 4, torch.float32: 8}
 """Rows up to which products with few rows take less time than torch's, by the weight's dtype."""
 MAX_STEP_ROWS = 8
 """Rows that a layer's step takes; decoding.c has room for no more."""
@@ -66,14 +66,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """State what the functions take: pointers, 64-bit sizes and ints."""
     for suffix in SUFFIXES.values():
         scoring = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _INT, _INT]
-        rounding = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT]
-        for name, types in ((f"score_rows_{suffix}", scoring), (f"quantize_rows_{suffix}", rounding)):
-            getattr(library, name).argtypes, getattr(library, name).restype = types, None
-        for ending in (suffix, f"{suffix}_int8"):
-            step, linear = getattr(library, f"step_pythia_{ending}"), getattr(library, f"linear_rows_{ending}")
-            step.argtypes = [_POINTER, _POINTER]
-            linear.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _INT]
-            step.restype = linear.restype = None
+        score, step, linear = (
+            getattr(library, f"{name}_{suffix}") for name in ("score_rows", "step_pythia", "linear_rows")
+        )
+        score.argtypes, step.argtypes = scoring, [_POINTER, _POINTER]
+        linear.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _INT]
+        score.restype = step.restype = linear.restype = None
     shape = [_SIZE, _SIZE, _SIZE, _SIZE, _REAL, _INT]
     library.causal_softmax.argtypes = [_POINTER, _POINTER, *shape]
     library.causal_softmax_backward.argtypes = [_POINTER, _POINTER, _POINTER, *shape]
@@ -82,10 +80,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _get_function(kernels: ctypes.CDLL, name: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Any:
+def _get_function(kernels: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
     if dtype not in SUFFIXES:
         raise ValueError(f"{name}: no kernel for {dtype}; there are some for {', '.join(map(str, SUFFIXES))}")
-    return getattr(kernels, f"{name}_{SUFFIXES[dtype]}" + "_int8" * (weight_dtype == torch.int8))
+    return getattr(kernels, f"{name}_{SUFFIXES[dtype]}")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -177,33 +175,28 @@ class Matrix:
     """A linear layer's numbers, contiguous and on the CPU.
 
     Attributes:
-        weight: [outputs, inputs], in the activations' dtype, or int8.
-        scales: of an int8 weight, [outputs] float32.
+        weight: [outputs, inputs], in the activations' dtype.
         bias: [outputs] in the activations' dtype, or None.
     """
 
     weight: Tensor
-    scales: Tensor | None
     bias: Tensor | None
 
     def check(self, name: str, dtype: torch.dtype, inputs: int, outputs: int | None = None) -> None:
         """Make sure that a kernel for activations of this dtype and width may read it."""
         outputs = len(self.weight) if outputs is None else outputs
-        is_int8 = self.scales is not None
-        check_tensor(f"{name}.weight", self.weight, (outputs, inputs), torch.int8 if is_int8 else dtype)
-        if self.scales is not None:
-            check_tensor(f"{name}.scales", self.scales, (outputs,), torch.float32)
+        check_tensor(f"{name}.weight", self.weight, (outputs, inputs), dtype)
         if self.bias is not None:
             check_tensor(f"{name}.bias", self.bias, (outputs,), dtype)
 
     def describe(self) -> "_Linear":
         """What C reads."""
-        pointers = (None if part is None else part.data_ptr() for part in (self.weight, self.bias, self.scales))
+        pointers = (None if part is None else part.data_ptr() for part in (self.weight, self.bias))
         return _Linear(*pointers, self.weight.shape[1], self.weight.shape[0])
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("weight", _POINTER), ("bias", _POINTER), ("scales", _POINTER), ("inputs", _SIZE), ("outputs", _SIZE)]
+    _fields_ = [("weight", _POINTER), ("bias", _POINTER), ("inputs", _SIZE), ("outputs", _SIZE)]
 
 
 class _Norm(ctypes.Structure):
@@ -234,7 +227,7 @@ def linear_rows(kernels: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
     check_tensor("x", rows, x.shape, torch.float32)
     matrix.check("matrix", x.dtype, x.shape[-1])
     out = _empty(*x.shape[:-1], len(matrix.weight), dtype=x.dtype)
-    _get_function(kernels, "linear_rows", x.dtype, matrix.weight.dtype)(
+    _get_function(kernels, "linear_rows", x.dtype)(
         ctypes.byref(matrix.describe()),
         rows.data_ptr(),
         rows.numel() // rows.shape[-1],
@@ -280,7 +273,7 @@ class PythiaStep:
         described = [_Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps) for norm in norms]
         self._layer = _Layer(*described, *(matrix.describe() for matrix in matrices), num_heads, rotary_dim)
         self._kept = [*norms, *matrices]  # what the pointers point to
-        self._run = _get_function(kernels, "step_pythia", dtype, matrices[0].weight.dtype)
+        self._run = _get_function(kernels, "step_pythia", dtype)
         self._count_scratch = kernels.count_step_scratch
         self._dtype, self._rotary_dim = dtype, rotary_dim
         self._sizes = (width, num_heads, inner)
@@ -347,13 +340,3 @@ class PythiaStep:
         )
         self._run(ctypes.byref(self._layer), ctypes.byref(step))
         return out
-
-
-def quantize_rows(kernels: ctypes.CDLL, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [rows, columns] int8 and scales [rows] of a contiguous bfloat16 or float32 weight."""
-    check_tensor("weight", weight, weight.shape, weight.dtype)
-    values, scales = _empty(*weight.shape, dtype=torch.int8), _empty(len(weight))
-    _get_function(kernels, "quantize_rows", weight.dtype)(
-        weight.data_ptr(), *weight.shape, values.data_ptr(), scales.data_ptr(), torch.get_num_threads()
-    )
-    return values, scales

@@ -1,4 +1,4 @@
-/* Decoding: every weight is read once a token, so its time is that of reading them, in 16 bits or in 8.
+/* Decoding: every weight is read once a token, so its time is that of reading them.
    A Pythia layer's step is one call with one barrier: LayerNorms, a head's projection and attention over the cache, the
    MLP's first matrix; then both last matrices and the residual. */
 #include "dot.h"
@@ -8,10 +8,9 @@
 
 int omp_get_thread_num(void);
 
-/* y = x W^T + b; W [outputs, inputs]. scales: of each output, NULL: 1. bias: NULL: none. */
+/* y = x W^T + b; W [outputs, inputs]. bias: NULL: none. */
 struct linear {
     const void *weight, *bias;
-    const float *scales;
     int64_t inputs, outputs;
 };
 
@@ -58,67 +57,17 @@ int64_t count_step_scratch(int64_t width, int64_t heads, int64_t inner, int64_t 
 #define TYPE bf16
 #define LOAD from_bf16
 #define STORE to_bf16
-#define DOT_CACHE dot_4_bf16
-#define WEIGHT bf16
-#define LOAD_WEIGHT from_bf16
 #define DOT_4 dot_4_bf16
 #define NAME(x) x##_bfloat16
-#include "layer_step.h"
-#undef WEIGHT
-#undef LOAD_WEIGHT
-#undef DOT_4
-#undef NAME
-#define WEIGHT int8_t
-#define LOAD_WEIGHT from_int8
-#define DOT_4 dot_4_int8
-#define NAME(x) x##_bfloat16_int8
 #include "layer_step.h"
 #undef TYPE
 #undef LOAD
 #undef STORE
-#undef DOT_CACHE
+#undef DOT_4
 #undef NAME
 #define TYPE float
 #define LOAD from_float
 #define STORE to_float
-#define DOT_CACHE dot_4_float
-#define NAME(x) x##_float32_int8
-#include "layer_step.h"
-#undef WEIGHT
-#undef LOAD_WEIGHT
-#undef DOT_4
-#undef NAME
-#define WEIGHT float
-#define LOAD_WEIGHT from_float
 #define DOT_4 dot_4_float
 #define NAME(x) x##_float32
 #include "layer_step.h"
-
-/* values [rows, columns] <- round(weight / scale), scale = max |row| / 127; a row of zeros has scale 0, and one with a
-   number that is not finite has a scale that is none either. */
-#define DEFINE_QUANTIZE(NAME, TYPE, LOAD)                                                                           \
-    void NAME(const TYPE *weight, int64_t rows, int64_t columns, int8_t *values, float *scales, int threads) {     \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int64_t i = 0; i < rows; i++) {     \
-            const TYPE *row = weight + i * columns;                                                                \
-            int8_t *out = values + i * columns;                                                                    \
-            float top = 0.0f, broken = 0.0f;                                                                       \
-            _Pragma("omp simd reduction(max : top) reduction(+ : broken)") for (int64_t j = 0; j < columns; j++) { \
-                float size = fabsf(LOAD(row[j]));                                                                  \
-                top = size > top ? size : top;                                                                     \
-                broken += size * 0.0f;                                                                             \
-            }                                                                                                      \
-            float scale = top / 127.0f + broken;                                                                   \
-            scales[i] = scale;                                                                                     \
-            if (!(scale > 0.0f) || !isfinite(scale)) {                                                             \
-                memset(out, 0, (size_t)columns);                                                                   \
-                continue;                                                                                          \
-            }                                                                                                      \
-            _Pragma("omp simd") for (int64_t j = 0; j < columns; j++) {                                            \
-                float level = rintf(LOAD(row[j]) / scale);                                                         \
-                out[j] = (int8_t)(level > 127.0f ? 127.0f : level < -127.0f ? -127.0f : level);                    \
-            }                                                                                                      \
-        }                                                                                                          \
-    }
-
-DEFINE_QUANTIZE(quantize_rows_bfloat16, bf16, from_bf16)
-DEFINE_QUANTIZE(quantize_rows_float32, float, from_float)

@@ -18,10 +18,7 @@
         sums[0] += a, sums[1] += b, sums[2] += c, sums[3] += d;                                           \
     }
 
-static inline float from_int8(int8_t x) { return (float)x; }
-
 DEFINE_DOT(add_dots_bf16, bf16, from_bf16)
-DEFINE_DOT(add_dots_int8, int8_t, from_int8)
 DEFINE_DOT(add_dots_float, float, from_float)
 
 #ifdef __AVX512F__
@@ -49,10 +46,6 @@ static inline void dot_4_bf16(const bf16 *w, const float *x, int64_t n, float *s
     if (whole < n) add_dots_bf16(w, x, whole, n, sums);
 }
 
-static inline __m512 load_int8(const int8_t *w) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
-}
-
 static inline __m512 load_float(const float *w) { return _mm512_loadu_ps(w); }
 
 #define DEFINE_DOT_4(NAME, TYPE, LOAD, REST)                                                                  \
@@ -69,7 +62,6 @@ static inline __m512 load_float(const float *w) { return _mm512_loadu_ps(w); }
         if (whole < n) REST(w, x, whole, n, sums);                                                            \
     }
 
-DEFINE_DOT_4(dot_4_int8, int8_t, load_int8, add_dots_int8)
 DEFINE_DOT_4(dot_4_float, float, load_float, add_dots_float)
 
 #else
@@ -81,7 +73,6 @@ DEFINE_DOT_4(dot_4_float, float, load_float, add_dots_float)
     }
 
 DEFINE_DOT_4(dot_4_bf16, bf16, add_dots_bf16)
-DEFINE_DOT_4(dot_4_int8, int8_t, add_dots_int8)
 DEFINE_DOT_4(dot_4_float, float, add_dots_float)
 
 #endif

@@ -1,18 +1,18 @@
 /* Products with few rows, and one decoding step of a Pythia layer. Included once for each pair of dtypes, with
-   TYPE, LOAD, STORE, DOT_CACHE: activations, biases, LayerNorms and the cache; WEIGHT, LOAD_WEIGHT, DOT_4: matrices;
-   NAME(x): the name of a function for this pair. All sums are float. */
+   TYPE, LOAD, STORE, DOT_4: activations, matrices, biases, LayerNorms and the cache;
+   NAME(x): the name of a function for this type. All sums are float. */
 
-static inline float NAME(dot_1)(const WEIGHT *restrict w, const float *restrict x, int64_t n) {
+static inline float NAME(dot_1)(const TYPE *restrict w, const float *restrict x, int64_t n) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += LOAD_WEIGHT(w[j]) * x[j];
+    for (int64_t j = 0; j < n; j++) sum += LOAD(w[j]) * x[j];
     return sum;
 }
 
 /* out[r, o - begin] = (W x_r + b)[o] for o = begin ... end - 1; each row of W is read once for all rows of x. */
 static void NAME(multiply)(const struct linear *linear, const float *x, int64_t rows, int64_t begin, int64_t end,
                            float *out, int64_t stride) {
-    const WEIGHT *weight = linear->weight;
+    const TYPE *weight = linear->weight;
     const TYPE *bias = linear->bias;
     const int64_t n = linear->inputs;
     for (int64_t o = begin; o < end; o += 4) {
@@ -24,7 +24,7 @@ static void NAME(multiply)(const struct linear *linear, const float *x, int64_t 
             else
                 for (int64_t i = 0; i < count; i++) sums[i] = NAME(dot_1)(weight + (o + i) * n, x + r * n, n);
             for (int64_t i = 0; i < count; i++) {
-                float y = linear->scales ? sums[i] * linear->scales[o + i] : sums[i];
+                float y = sums[i];
                 out[r * stride + o + i - begin] = bias ? y + LOAD(bias[o + i]) : y;
             }
         }
@@ -78,7 +78,7 @@ static void NAME(attend)(const float *q, const TYPE *keys, const TYPE *values, i
     const float scale = 1.0f / sqrtf((float)width);
     float top = -INFINITY, total = 0.0f;
     int64_t t = 0;
-    for (; t + 4 <= count; t += 4) DOT_CACHE(keys + t * width, q, width, scores + t);
+    for (; t + 4 <= count; t += 4) DOT_4(keys + t * width, q, width, scores + t);
     for (; t < count; t++) {
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
