@@ -134,9 +134,7 @@ def test_other_calls_check_too() -> None:
         "gradients": lambda: native.causal_softmax_backward(
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),
-        r"matrix\.weight": lambda: native.linear_rows(
-            kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None)
-        ),
+        r"matrix\.weight": lambda: native.linear_rows(kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None)),
     }
     for words, call in refused.items():
         with pytest.raises(ValueError, match=words):
