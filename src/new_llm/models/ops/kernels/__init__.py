@@ -7,7 +7,6 @@ compares device, dtype, shape and layout with what the kernel was written for, w
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -43,7 +42,7 @@ def load_triton() -> ModuleType:
 
 
 def check_tensor(
-    name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | None = None
+    name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | None = None
 ) -> None:
     """Make sure that a kernel may read or write a tensor's memory.
 
@@ -57,8 +56,8 @@ def check_tensor(
     Raises:
         ValueError: another device, dtype, shape or layout.
     """
-    is_placed = t.device == device if device is not None else t.device.type == "cpu"
-    if is_placed and t.dtype == (dtype or t.dtype) and t.shape == tuple(shape) and t.is_contiguous():
+    is_placed = t.is_cpu if device is None else t.device == device
+    if is_placed and (dtype is None or t.dtype is dtype) and t.shape == shape and t.is_contiguous():
         return
     layout = "contiguous" if t.is_contiguous() else "not contiguous"
     raise ValueError(

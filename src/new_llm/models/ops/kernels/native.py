@@ -184,7 +184,7 @@ class Matrix:
 
     def check(self, name: str, dtype: torch.dtype, inputs: int, outputs: int | None = None) -> None:
         """Make sure that a kernel for activations of this dtype and width may read it."""
-        outputs = len(self.weight) if outputs is None else outputs
+        outputs = self.weight.shape[0] if outputs is None else outputs
         check_tensor(f"{name}.weight", self.weight, (outputs, inputs), dtype)
         if self.bias is not None:
             check_tensor(f"{name}.bias", self.bias, (outputs,), dtype)
@@ -226,7 +226,7 @@ def linear_rows(kernels: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
     rows = x.to(torch.float32).contiguous()
     check_tensor("x", rows, x.shape, torch.float32)
     matrix.check("matrix", x.dtype, x.shape[-1])
-    out = _empty(*x.shape[:-1], len(matrix.weight), dtype=x.dtype)
+    out = _empty(*x.shape[:-1], matrix.weight.shape[0], dtype=x.dtype)
     _get_function(kernels, "linear_rows", x.dtype)(
         ctypes.byref(matrix.describe()),
         rows.data_ptr(),
@@ -303,7 +303,7 @@ class PythiaStep:
             ValueError: tensors that do not fit the layer or one another.
         """
         width, num_heads, _ = self._sizes
-        num_rows, num_slots = len(hidden), keys.shape[2]
+        num_rows, num_slots = hidden.shape[0], keys.shape[2]
         check_tensor("hidden", hidden, (num_rows, 1, width), self._dtype)
         for name, cached in (("keys", keys), ("values", values)):
             check_tensor(name, cached, (num_rows, num_heads, num_slots, width // num_heads), self._dtype)
