@@ -23,7 +23,7 @@ from turns import describe_spread
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import DataConfig, PythiaConfig
-from new_llm.config.generation import GenerationConfig
+from new_llm.config.model import GenerationConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.data.sources import load_documents
 from new_llm.experiments.run_folder import load_run_model

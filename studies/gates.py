@@ -25,7 +25,7 @@ from torch import Tensor
 from new_llm.config import UserError
 from new_llm.config.evaluation import SubjectConfig, TextConfig
 from new_llm.config.loading import read_settings
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.long_documents import select_long_documents
 from new_llm.evaluation.perplexity import evaluate_streaming
 from new_llm.evaluation.statistics import find_t_interval

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from new_llm.config import TrainConfig
 from new_llm.data.dataset import prepare_data
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation import (
     PerplexityResult,
     evaluate_independent,

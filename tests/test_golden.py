@@ -20,8 +20,7 @@ from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
 from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokenizer import train_tokenizer
-from new_llm.data.tokens import tokenize_documents
+from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
     evaluate_independent,
     evaluate_long_documents,

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation import evaluate_streaming
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import TransformerLM, create_model

@@ -12,8 +12,7 @@ from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.sources import load_documents
-from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
-from new_llm.data.tokens import tokenize_documents
+from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, tokenize_documents, train_tokenizer
 from new_llm.evaluation import evaluate_independent, evaluate_sliding_window, evaluate_streaming
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.models import load_model, save_model
@@ -117,7 +116,7 @@ def test_a_model_without_memory_is_said_to_have_none(run, text, tmp_path, capsys
 def test_interrupted_measurements_are_labelled(run, text, tmp_path, kind, capsys, monkeypatch):
     import contextlib
 
-    from new_llm.training import signals
+    from new_llm.training import devices as signals
 
     asked = []
 

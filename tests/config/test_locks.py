@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from new_llm.config import UserError
-from new_llm.config.locks import describe_holder, hold_lock
+from new_llm.config.files import describe_holder, hold_lock
 
 HOLD = (
-    "import sys; from pathlib import Path; from new_llm.config.locks import hold_lock\n"
+    "import sys; from pathlib import Path; from new_llm.config.files import hold_lock\n"
     "with hold_lock(Path(sys.argv[1]), 'runs/a'):\n    print('held', flush=True); sys.stdin.read()"
 )
 COUNT = (
-    "import sys, time; from pathlib import Path; from new_llm.config import locks\n"
+    "import sys, time; from pathlib import Path; from new_llm.config import files as locks\n"
     "folder = Path(sys.argv[1])\n"
     "for _ in range(int(sys.argv[2])):\n"
     "    with locks.hold_lock(folder / 'lock', 'x', on_wait=lambda line: None):\n"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from new_llm.data.batches import IGNORED_LABEL, BatchPlan, plan_batches
-from new_llm.data.tokens import TokenSplit, count_samples
+from new_llm.data.tokenizer import TokenSplit, count_samples
 
 
 def make_split(lengths: list[int], num_pinned: int = 0) -> TokenSplit:

@@ -19,7 +19,7 @@ from new_llm.data.batches import plan_batches
 from new_llm.data.builder import Builder
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 
 PAIRS = get_reversal_pairs()
 

@@ -11,9 +11,8 @@ import pytest
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data.batches import plan_batches
-from new_llm.data.planted_facts import SamplePlanter, WordPieces
-from new_llm.data.tokenizer import train_tokenizer
-from new_llm.data.tokens import TokenSplit, tokenize_documents
+from new_llm.data.recall_facts import SamplePlanter, WordPieces
+from new_llm.data.tokenizer import TokenSplit, tokenize_documents, train_tokenizer
 
 FACTS = json.loads(resources.files("new_llm.data").joinpath("recall_facts.json").read_text())
 CONFIG = DataConfig(order="shuffled", planted_facts=10, planted_distance=(20, 60), planted_made_up=0)

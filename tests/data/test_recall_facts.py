@@ -2,8 +2,15 @@ import numpy as np
 import pytest
 
 from new_llm.config.evaluation import MAX_CANDIDATES
-from new_llm.data.planted_facts import SentenceBorders, choose_place, encode_sentence, plant_sentence
-from new_llm.data.recall_facts import _read_facts, draw_needle, is_key_of
+from new_llm.data.recall_facts import (
+    SentenceBorders,
+    _read_facts,
+    choose_place,
+    draw_needle,
+    encode_sentence,
+    is_key_of,
+    plant_sentence,
+)
 from new_llm.data.tokenizer import train_tokenizer
 
 TEXT = (

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from new_llm.data.splitting import cut_text, pack_sentences, shuffle_sentences, split_documents
+from new_llm.data.builder import cut_text, pack_sentences, shuffle_sentences, split_documents
 from new_llm.data.tokenizer import train_tokenizer
 
 

@@ -5,13 +5,16 @@ from hypothesis import strategies as st
 from new_llm.config import DataConfig, UserError
 from new_llm.data.tokenizer import (
     END_OF_TEXT,
+    count_words,
+    encode_documents,
     find_tokenizer,
     fingerprint_tokenizer,
     get_tokenizer,
     padded_vocab_size,
+    token_dtype,
+    tokenize_documents,
     train_tokenizer,
 )
-from new_llm.data.tokens import count_words, encode_documents, token_dtype, tokenize_documents
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_documents_are_counted_as_raw_text(tokenizer):
 
 def test_chunks_change_nothing(tokenizer, speeches, monkeypatch):
     whole = [document.ids.tolist() for document in encode_documents(speeches, tokenizer)]
-    monkeypatch.setattr("new_llm.data.tokens.CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr("new_llm.data.tokenizer.CHUNK_CHARACTERS", 3000)
     assert [document.ids.tolist() for document in encode_documents(speeches, tokenizer)] == whole
 
 

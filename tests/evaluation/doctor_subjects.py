@@ -11,8 +11,7 @@ from new_llm.config import PythiaConfig
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
-from new_llm.data.tokens import TokenSplit, tokenize_documents
+from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation.doctor import DoctorReport, Finding, TrainingData, examine_model
 
 SEGMENT = 16

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.models.loss import IGNORE_INDEX, align_labels
 
 VOCAB_SIZE = 11

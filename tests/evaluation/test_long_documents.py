@@ -11,8 +11,7 @@ from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
-from new_llm.data.tokens import tokenize_documents
+from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
     Baseline,
     evaluate_independent,

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from new_llm.config import PythiaConfig
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.memory_usage import measure_memory_usage
 from new_llm.models import create_model
 

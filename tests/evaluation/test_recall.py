@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.evaluation import RecallConfig
-from new_llm.data.tokens import tokenize_documents
+from new_llm.data.tokenizer import tokenize_documents
 from new_llm.evaluation import recall_texts
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.evaluation.recall import Answer, evaluate_recall, summarize_answers

@@ -29,8 +29,8 @@ from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
 from new_llm.experiments.run_folder import list_runs
 from new_llm.models import TransformerLM, load_model
 from new_llm.models.hf import export_pythia
-from new_llm.models.hf.adapter_layers import split_weights
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
+from new_llm.models.hf.replacement import split_weights
 from new_llm.report import write_report
 from new_llm.training import Trainer, TrainingError
 from new_llm.training.log import read_metrics
@@ -223,7 +223,7 @@ def test_without_the_hub_the_line_says_how_to_have_a_base_here(
 def test_an_exported_pythia_is_a_base_too(tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    from new_llm.models.hf.convert import export_pythia
+    from new_llm.models.hf.gpt_neox import export_pythia
 
     export_pythia(load_base_of(base_run), tmp_path / "neox", Tokenizer.from_file(str(base_run / "tokenizer.json")))
     config = dataclasses.replace(

@@ -18,7 +18,7 @@ from new_llm.config.loading import read_settings
 from new_llm.experiments import study as study_module
 from new_llm.experiments.study_config import StudyConfig, merge_settings
 from new_llm.experiments.study_table import describe_study, render_markdown
-from new_llm.report.study_figures import write_study_figures
+from new_llm.report.figures import write_study_figures
 from new_llm.training import TrainingError
 
 VS_RESET = "Long documents: validation: vs. reset"

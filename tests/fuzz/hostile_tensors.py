@@ -16,7 +16,7 @@ from targets import Target
 
 from new_llm.models import load_model
 from new_llm.models.hf import load_pythia
-from new_llm.models.hf.adapter_file import read_adapter_file
+from new_llm.models.hf.infini_adapter import read_adapter_file
 from new_llm.models.memory_file import read_memory_file
 
 

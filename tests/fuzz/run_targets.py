@@ -39,7 +39,7 @@ def _without_digest(read: Read) -> Read:
 
 def make_memories(folder: Path) -> dict[str, Target]:
     from new_llm.models import memory_file
-    from new_llm.models.hf import adapter_file
+    from new_llm.models.hf import infini_adapter as adapter_file
     from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini, save_adapter
 
     torch.manual_seed(0)

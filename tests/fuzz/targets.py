@@ -166,7 +166,7 @@ def _make_texts(folder: Path) -> dict[str, Target]:
 
 
 def _make_tokens(folder: Path) -> dict[str, Target]:
-    from new_llm.data import cache
+    from new_llm.data import dataset as cache
     from new_llm.data.dataset import prepare_data
 
     texts = find_texts()

@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.generation import GenerationConfig
+from new_llm.config.model import GenerationConfig
 from new_llm.data.tokenizer import END_OF_TEXT, padded_vocab_size, train_tokenizer
 from new_llm.models import generation
 from new_llm.models.generation import encode_prompts, generate, stream_text
-from new_llm.models.text_decoding import LONGEST_WINDOW, REPLACEMENT, StoppingText, TextDecoder
+from new_llm.models.sampling import LONGEST_WINDOW, REPLACEMENT, StoppingText, TextDecoder
 
 TEXT = "Grüße, 世界! A naïve café ☕ — 👩‍🚀 and 🦜🦜🦜 said: “no”.\n"
 

@@ -12,8 +12,8 @@ from new_llm.config import PythiaConfig, TrainConfig, UserError
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.evaluation.doctor.memory_checks import check_gates
 from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
-from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
+from new_llm.models.hf.replacement import add_parallel_infini, split_weights
 from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.training.preparation import group_parameters
 
@@ -217,7 +217,7 @@ def test_an_adapter_stands_beside_pythia_layers_alone() -> None:
 
 
 def test_a_pythia_of_a_directory_gets_a_memory(tmp_path: Path, ids: Tensor) -> None:
-    from new_llm.models.hf.convert import export_pythia
+    from new_llm.models.hf.gpt_neox import export_pythia
 
     base = make_base()
     save_model(base, tmp_path / "ours")

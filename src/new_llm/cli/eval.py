@@ -538,7 +538,7 @@ def show_progress(what: str, unit: str = "tokens") -> Iterator[Callable[[int, in
 @contextmanager
 def watch(what: str) -> Iterator[dict[str, Any]]:
     """Inside the block a measurement shows its progress, and Ctrl-C asks it to stop; gives both as its arguments."""
-    from new_llm.training.signals import catch_stop_signals
+    from new_llm.training.devices import catch_stop_signals
 
     with catch_stop_signals() as should_stop, show_progress(what) as on_progress:
         yield {"on_progress": on_progress, "should_stop": should_stop}

@@ -9,7 +9,7 @@ from tyro.conf import UseAppendAction, arg
 
 from new_llm.cli.command import Command
 from new_llm.config.errors import UserError
-from new_llm.config.generation import GenerationConfig
+from new_llm.config.model import GenerationConfig
 from new_llm.config.terminal import make_printable
 
 # What imports torch is imported after help and bad flags have been answered.

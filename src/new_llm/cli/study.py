@@ -58,7 +58,7 @@ class Study(Command):
         from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_table import render_markdown
         from new_llm.report import write_report
-        from new_llm.report.study_figures import write_study_figures
+        from new_llm.report.figures import write_study_figures
 
         def train(console: "Console") -> dict[str, Any]:
             cells = plan_cells(study, self.only)

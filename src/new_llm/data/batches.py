@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from new_llm.config import DataConfig
-from new_llm.data.planted_facts import SamplePlanter
-from new_llm.data.tokens import TokenSplit, count_samples
+from new_llm.data.recall_facts import SamplePlanter
+from new_llm.data.tokenizer import TokenSplit, count_samples
 
 IGNORED_LABEL = -100
 SUBSET_STREAM = 2**32 - 1  # keeps the choice of samples apart from every epoch's order

@@ -1,18 +1,27 @@
-"""Sentences to hide in a text and to ask for later: pass keys, and facts about invented persons.
+"""Facts to recall: sentences to hide in a text and to ask for later, and training samples in which they are planted.
 
 Names, values and keys of the parts "train" and "eval" are disjoint, so that a model may be trained to recall the ones
 and measured on the others. The pass key task is that of Landmark Attention, arXiv:2305.16300.
+
+A planted sample holds a sentence somewhere, and the same sentence again some way on. What the second one ends with can
+be known from the first alone, so that predicting it trains the memory.
 """
 
 import functools
 import hashlib
 import itertools
 import json
+import math
+import re
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from new_llm.config import DataConfig
 
 RecallTask = Literal["passkey", "facts"]
 """passkey: a number; facts: one sentence about an invented person."""
@@ -108,3 +117,257 @@ def _read_facts(part: RecallPart) -> tuple[dict[str, list[str]], list[dict[str, 
     """The part's names, and all relations."""
     facts = json.loads(resources.files("new_llm.data").joinpath(FACTS_FILE).read_text(encoding="utf-8"))
     return facts[part], facts["relations"]
+
+
+# Planting
+
+
+TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
+NAMES = 2  # a made-up person has a first name and a surname
+TEXT_WORDS = 0.5  # share of the values from no list that are words of the sample's own text
+PLANT_STREAM = 2**32 - 2  # keeps the choice of facts apart from a sample's place in the order
+MAX_CONTINUATIONS = 6  # pieces after a word's first one, at most
+NAME_PIECES = (1, 4)  # pieces after a name's first letter, at least and at most
+CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_BEGINS_WORD = re.compile(r" [A-Za-z]?[a-z]*")  # a space alone stands before letters that have no entry with one
+_CONTINUES_WORD = re.compile(r"[A-Za-z][a-z]*")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
+
+
+class SentenceBorders:
+    """Where a sentence may be put into a sequence of tokens.
+
+    A border stands between a token whose text ends with a full stop, an exclamation or a question mark (quotes and
+    brackets may follow) and one whose text begins with white space. An abbreviation's full stop counts, too.
+
+    Args:
+        tokenizer: a byte-level one, whose tokens don't run across white space from a word's side.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        texts = decode_entries(tokenizer)
+        self._ends_sentence = np.array([bool(_SENTENCE_END.search(text)) for text in texts])
+        self._begins_word = np.array([text[:1].isspace() for text in texts])
+
+    def find_sentences(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Indices before which a sentence may stand, rising, without 0 and the end."""
+        begins = self._begins_word[tokens[1:]]
+        return np.flatnonzero(self._ends_sentence[tokens[:-1]] & begins) + 1
+
+    def find_words(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Indices at which a word begins, rising, without 0 and the end."""
+        return np.flatnonzero(self._begins_word[tokens[1:]]) + 1
+
+
+def decode_entries(tokenizer: Tokenizer) -> list[str]:
+    """The text of every entry of a tokenizer, by its token."""
+    size = max(tokenizer.get_vocab().values()) + 1
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(size)]
+
+
+def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:
+    """The tokens of a sentence, with the space before it that divides it from the sentence before."""
+    return np.array(tokenizer.encode(f" {sentence}", add_special_tokens=False).ids, dtype=np.int64)
+
+
+def choose_place(
+    tokens: NDArray[np.integer], length: int, depth: float, segment_length: int, borders: SentenceBorders
+) -> int:
+    """Where in a text to put a sentence, so that no segment's end cuts it in two.
+
+    The place at the depth is depth · len(tokens). Taken is the nearest border of sentences, at most half a segment
+    away, that keeps the sentence inside one segment (inside as few as its length allows); without one the nearest such
+    border of words, without that the nearest such place.
+
+    Args:
+        tokens: the text, [N], without the sentence; its first token begins a segment and a sentence.
+        length: tokens of the sentence.
+        depth: 0 is the text's beginning, 1 its end.
+        segment_length: tokens in a segment.
+        borders: of the text's tokenizer.
+
+    Returns:
+        An index from 0 to N: the sentence stands before tokens[index].
+    """
+    wanted = depth * len(tokens)
+    reach = segment_length / 2
+    least = -(-length // segment_length)
+
+    def choose(places: NDArray[np.int64], limit: float) -> int | None:
+        away = np.abs(places - wanted)
+        num_segments = (places + length - 1) // segment_length - places // segment_length + 1
+        places, away = places[fits := (num_segments == least) & (away <= limit)], away[fits]
+        return int(places[away.argmin()]) if len(places) else None
+
+    for found in (borders.find_sentences(tokens), borders.find_words(tokens)):
+        place = choose(np.concatenate([np.zeros(1, np.int64), found]), reach)
+        if place is not None:
+            return place
+    place = choose(np.arange(len(tokens) + 1), np.inf)
+    return round(wanted) if place is None else place
+
+
+def plant_sentence(tokens: NDArray[np.integer], sentence: NDArray[np.integer], place: int) -> NDArray[np.int64]:
+    """The text with the sentence before tokens[place]."""
+    return np.concatenate([tokens[:place], sentence, tokens[place:]]).astype(np.int64)
+
+
+class WordPieces:
+    """Draws words: made up of a tokenizer's own pieces, or found in a text.
+
+    Args:
+        tokenizer: a byte-level one.
+
+    Raises:
+        ValueError: no entry of it begins a word, or none continues one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._texts = decode_entries(tokenizer)
+        self._is_first = np.array([bool(_BEGINS_WORD.fullmatch(text)) for text in self._texts])
+        self._is_next = np.array([bool(_CONTINUES_WORD.fullmatch(text)) for text in self._texts])
+        self._first = np.flatnonzero(self._is_first & [text != " " for text in self._texts])
+        self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
+        self.full_stop = np.array(tokenizer.encode(".", add_special_tokens=False).ids, dtype=np.int64)
+        if not len(self._first) or not len(self._next):
+            raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
+
+    def make_word(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """The tokens of a made-up word: one that begins a word, and up to MAX_CONTINUATIONS more."""
+        rest = generator.choice(self._next, generator.integers(MAX_CONTINUATIONS + 1))
+        return np.append(generator.choice(self._first), rest)
+
+    def make_name(self, generator: np.random.Generator) -> str:
+        """A made-up name: a capital letter and some pieces."""
+        low, high = NAME_PIECES
+        pieces = generator.choice(self._next, generator.integers(low, high + 1))
+        return str(generator.choice(list(CAPITALS))) + "".join(self._texts[piece] for piece in pieces)
+
+    def find_word(self, tokens: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:
+        """The tokens of a word of a text, [N], rare ones as often as frequent ones; None: it has none that is whole."""
+        begins = np.flatnonzero(self._is_first[tokens[:-1]])
+        if not len(begins):
+            return None
+        begin = generator.choice(begins[tokens[begins] == generator.choice(np.unique(tokens[begins]))])
+        rest = tokens[begin + 1 : begin + 2 + MAX_CONTINUATIONS]
+        is_other = ~self._is_next[rest]
+        if not is_other.any():
+            return None
+        word = tokens[begin : begin + 1 + int(is_other.argmax())]
+        return None if self._texts[word[-1]] == " " else word.copy()
+
+
+class PlantedSample(NamedTuple):
+    """A sample with its facts.
+
+    Attributes:
+        tokens: as many as the sample had; what the facts displaced is missing at the end.
+        is_answer: the tokens that can be known from an earlier statement: those after the second one's question.
+    """
+
+    tokens: NDArray[np.int64]
+    is_answer: NDArray[np.bool_]
+
+
+class _Statement(NamedTuple):
+    place: int
+    tokens: NDArray[np.int64]
+    answer_begin: int
+
+
+class SamplePlanter:
+    """Puts `planted_facts` facts into every thousand tokens of a sample, each stated twice.
+
+    The first place is drawn evenly over the sample; the way to the second, in tokens of the sample's text, so that its
+    logarithm is even between the two `planted_distance`. Both are moved to the nearest border of sentences. A fact
+    whose second place lies beyond the sample's end is left out, and so is one whose question has been asked before.
+    The share `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share
+    of the values in words is from no list: made up, too, or a word of the sample's own text.
+
+    Args:
+        tokenizer: the documents', byte-level.
+        config: how many facts, of which tasks, how far apart.
+        seed: of all choices.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
+        self._tokenizer, self._config, self._seed = tokenizer, config, seed
+        self._borders = SentenceBorders(tokenizer)
+        self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
+
+    @classmethod
+    def from_config(cls, tokenizer: Tokenizer, config: DataConfig, seed: int) -> "SamplePlanter | None":
+        """One, or None where no facts are asked for."""
+        return cls(tokenizer, config, seed) if config.planted_facts else None
+
+    def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> PlantedSample:
+        """One sample, [N], with its facts.
+
+        Args:
+            tokens: the sample.
+            epoch: each pass over the samples plants other facts.
+            begin: where in its split the sample begins, which with the epoch and the seed decides all choices.
+        """
+        config, length = self._config, len(tokens)
+        generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])
+        is_answer = np.zeros(length, np.bool_)
+        places = self._borders.find_sentences(tokens) if length > 1 else np.zeros(0, np.int64)
+        if not len(places):
+            return PlantedSample(tokens, is_answer)
+        low, high = (math.log(distance) for distance in config.planted_distance)
+        asked = set[str]()
+        statements: list[_Statement] = []
+        for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
+            question, sentence, answer_begin = self._draw(tokens, generator)
+            first = int(generator.integers(length))
+            second = first + round(math.exp(generator.uniform(low, high)))
+            if second >= length or question in asked:
+                continue
+            asked.add(question)
+            first, second = (int(places[np.abs(places - wanted).argmin()]) for wanted in (first, second))
+            statements += [_Statement(first, sentence, len(sentence)), _Statement(second, sentence, answer_begin)]
+        pieces: list[NDArray[np.int64]] = []
+        marks: list[NDArray[np.bool_]] = []
+        end = 0
+        for statement in sorted(statements, key=lambda one: (one.place, -one.answer_begin)):
+            pieces += [tokens[end : statement.place], statement.tokens]
+            marks += [is_answer[end : statement.place], np.arange(len(statement.tokens)) >= statement.answer_begin]
+            end = statement.place
+        pieces.append(tokens[end:])
+        marks.append(is_answer[end:])
+        return PlantedSample(np.concatenate(pieces)[:length], np.concatenate(marks)[:length])
+
+    def _draw(self, text: NDArray[np.int64], generator: np.random.Generator) -> tuple[str, NDArray[np.int64], int]:
+        """A question, the tokens of the whole statement, and where in them the answer begins."""
+        config, pieces = self._config, self._pieces
+        task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
+        name = None
+        if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
+            name = self._make_name(pieces, generator)
+        needle = draw_needle(task, "train", 1, generator, name=name)
+        question = encode_sentence(self._tokenizer, needle.prompt)
+        if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
+            statement = np.concatenate([question, self._make_word(pieces, text, generator), pieces.full_stop])
+        else:
+            statement = encode_sentence(self._tokenizer, needle.statement)
+        return needle.prompt, statement, len(question)
+
+    def _make_name(self, pieces: WordPieces, generator: np.random.Generator) -> str:
+        """A first name and a surname that the measurement of recall does not ask for."""
+        names: list[str] = []
+        while len(names) < NAMES:
+            name = pieces.make_name(generator)
+            if name not in list_words("eval"):
+                names.append(name)
+        return " ".join(names)
+
+    def _make_word(
+        self, pieces: WordPieces, text: NDArray[np.int64], generator: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """A made-up word or one of the text, as often the one as the other, that recall is not measured with."""
+        while True:
+            word = pieces.find_word(text, generator) if generator.random() < TEXT_WORDS else None
+            word = pieces.make_word(generator) if word is None else word
+            if self._tokenizer.decode(word.tolist()).strip() not in list_words("eval"):
+                return word

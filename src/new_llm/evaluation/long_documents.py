@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import LongDocumentsConfig
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.document_pairs import score_pairs
 from new_llm.evaluation.measure import Baseline, Column, Measure, ModelResult, Subject, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, LanguageModel, LossSums, Progress, Reading, Scorer, Scores, never

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from new_llm.charts import Chart
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.user_code import load_by_name
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, Reading, never
 from new_llm.formats import format_number
 from new_llm.processes import ALONE, Processes

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from new_llm.charts import Chart, heat_chart
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import Autocast, Row, evaluation_mode, find_device, score_rows
 from new_llm.models import TransformerLM

@@ -19,8 +19,7 @@ import numpy as np
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
-from new_llm.data.tokenizer import END_OF_TEXT
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import END_OF_TEXT, TokenSplit
 from new_llm.evaluation.diagnosis import diagnose_perplexity
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import (

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from new_llm.charts import Chart, line_chart
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, exp_or_inf, join_scores, select_documents
 from new_llm.evaluation.windows import Window

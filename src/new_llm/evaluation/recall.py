@@ -15,7 +15,7 @@ from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import RecallConfig
 from new_llm.data.recall_facts import RecallTask
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.hugging_face import HuggingFaceLM
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure, to_plain
 from new_llm.evaluation.recall_texts import RecallText, TextMaker

@@ -8,9 +8,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import UserError
-from new_llm.data.planted_facts import SentenceBorders, choose_place, encode_sentence, plant_sentence
-from new_llm.data.recall_facts import Needle, RecallPart, RecallTask, draw_needle
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.recall_facts import (
+    Needle,
+    RecallPart,
+    RecallTask,
+    SentenceBorders,
+    choose_place,
+    draw_needle,
+    encode_sentence,
+    plant_sentence,
+)
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.scoring import count_shared
 
 NEEDLE_STREAM, FILLER_STREAM = 1, 2  # keep the random numbers of different choices apart

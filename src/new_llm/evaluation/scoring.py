@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.windows import Window, plan_segments
 from new_llm.models.loss import IGNORE_INDEX
 from new_llm.processes import ALONE, Processes

@@ -19,14 +19,14 @@ from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation import Baseline, evaluate_long_documents
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
 from new_llm.models import TransformerLM
-from new_llm.models.hf.adapter_layers import add_parallel_infini, split_weights
 from new_llm.models.hf.infini_adapter import load_base, save_adapter
+from new_llm.models.hf.replacement import add_parallel_infini, split_weights
 from new_llm.models.model_file import load_model
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.devices import seed_generators

@@ -5,9 +5,9 @@ from typing import Any
 
 from new_llm.config.evaluation import DoctorConfig, TextConfig
 from new_llm.data.batches import list_shapes
+from new_llm.data.builder import shuffle_sentences
 from new_llm.data.dataset import PreparedData, prepare_data, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.splitting import shuffle_sentences
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation.doctor import DoctorReport, TrainingData, examine_model
 from new_llm.experiments.run_folder import DATA_FILE, read_json

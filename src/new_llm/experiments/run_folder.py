@@ -36,9 +36,8 @@ from tokenizers import Tokenizer
 from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER
-from new_llm.config.files import read_json_file, remove_leftovers, write_text_atomically
+from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, write_text_atomically
 from new_llm.config.loading import RunSettings, Settings, TrainingSettings, read_settings
-from new_llm.config.locks import hold_lock
 from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig

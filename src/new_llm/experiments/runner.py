@@ -19,7 +19,7 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
-from new_llm.data.planted_facts import SamplePlanter
+from new_llm.data.recall_facts import SamplePlanter
 from new_llm.evaluation import (
     Subject,
     evaluate_sliding_window,
@@ -54,12 +54,12 @@ from new_llm.training.devices import (
     choose_device,
     choose_precision,
     compute_deterministically,
+    interrupt_training,
     make_autocast,
     seed_generators,
 )
 from new_llm.training.log import TrainingProgress, check_trackers, read_metrics
 from new_llm.training.preparation import LossFunction
-from new_llm.training.signals import interrupt_training
 
 TOKENIZER_FILE = "tokenizer.json"
 ReportWriter = Callable[[dict[str, Any], Path], None]

@@ -51,7 +51,7 @@ INTERRUPTED, BAD_INPUT = 130, 2
 """Exit codes of a job's process, those of the command."""
 
 FiguresWriter = Callable[[dict[str, Any], dict[str, list[dict[str, Any]]], Path], None]
-"""Draws a study's summary and its runs into a folder: `new_llm.report.study_figures.write_study_figures`."""
+"""Draws a study's summary and its runs into a folder: `new_llm.report.figures.write_study_figures`."""
 
 
 @dataclass(frozen=True)

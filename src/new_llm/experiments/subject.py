@@ -41,7 +41,7 @@ from new_llm.experiments.run_folder import (
     write_json,
 )
 from new_llm.models import TransformerLM
-from new_llm.models.hf.convert import load_pythia
+from new_llm.models.hf.gpt_neox import load_pythia
 from new_llm.models.hf.infini_adapter import attach_adapter, read_base_name
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.devices import choose_device, choose_precision, make_autocast

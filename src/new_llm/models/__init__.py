@@ -10,7 +10,7 @@ from new_llm.models.stream import MemoryStream
 from new_llm.models.transformer import SelectiveOutputLM, TransformerLM
 
 if TYPE_CHECKING:
-    from new_llm.models.hf.convert import export_pythia
+    from new_llm.models.hf.gpt_neox import export_pythia
 
 __all__ = [
     "LayerMemory",
@@ -31,7 +31,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "export_pythia":  # lazily: models must not wait for transformers
-        from new_llm.models.hf.convert import export_pythia
+        from new_llm.models.hf.gpt_neox import export_pythia
 
         return export_pythia
     raise AttributeError(f"module 'new_llm.models' has no attribute {name!r}")

@@ -10,11 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from new_llm.config.generation import GenerationConfig
+from new_llm.config.model import GenerationConfig
 from new_llm.models.decoding_weights import DecodingWeights
 from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
-from new_llm.models.sampling import TokenSampler
-from new_llm.models.text_decoding import CONTEXT_TOKENS, StoppingText
+from new_llm.models.sampling import CONTEXT_TOKENS, StoppingText, TokenSampler
 
 PACK_FROM = 16
 """Fewest new tokens for which packing the weights pays off."""

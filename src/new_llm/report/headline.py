@@ -9,9 +9,8 @@ from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
 from new_llm.evaluation.statistics import find_t_interval
 from new_llm.formats import format_number
-from new_llm.report.measures import CONFIDENCE, Place, compare, list_columns, list_places
 from new_llm.report.results import as_number, get_value
-from new_llm.report.series import Member, Series, compute_mean
+from new_llm.report.series import CONFIDENCE, Member, Place, Series, compare, compute_mean, list_columns, list_places
 
 SAME_SHARE = 0.0005
 MAX_VALUE = 1e12  # beyond it a model broke, and seeds can't be compared

@@ -20,10 +20,22 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line, make_printable
 from new_llm.evaluation import MEASURES
 from new_llm.formats import format_number
-from new_llm.report import measures, render, training_charts
+from new_llm.report import render
+from new_llm.report.figures import COMPUTE_NOTE, draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import VALIDATION, Run, get_entries, get_gates, get_number, get_text, get_value, make_run
-from new_llm.report.series import Series, group_series, list_differences
+from new_llm.report.series import (
+    BROKEN,
+    Place,
+    Series,
+    describe,
+    draw_measure,
+    group_series,
+    list_differences,
+    list_places,
+    list_results,
+    list_unknown,
+)
 from new_llm.report.tables import summarize
 
 PAGE_FOLDER = "page"
@@ -91,15 +103,15 @@ def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) ->
         render.write_charts([chart for group in charts.values() for chart in group], path.parent / FIGURES_FOLDER)
 
 
-def draw_charts(series: Sequence[Series]) -> dict[measures.Place, list[Chart]]:
+def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
     """Every chart that the results have numbers for: of each measure and text, of the training, of the memory."""
-    places = measures.list_places(series)
-    drawn = {place: measures.draw_charts(measures.list_results(series, place), place) for place in places}
-    own = {("training", ""): training_charts.draw_training(series), ("memory", ""): training_charts.draw_memory(series)}
+    places = list_places(series)
+    drawn = {place: draw_measure(list_results(series, place), place) for place in places}
+    own = {("training", ""): draw_training(series), ("memory", ""): draw_memory(series)}
     return drawn | own
 
 
-def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[measures.Place, list[Chart]]) -> str:
+def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Place, list[Chart]]) -> str:
     """The page's text: the same runs give the same text."""
     outcome = describe_outcome(series)
     files = {
@@ -130,19 +142,19 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[meas
         badges=BADGES,
         sections=list_sections(series, charts),
         training=list_training(series),
-        compute_note=training_charts.COMPUTE_NOTE,
+        compute_note=COMPUTE_NOTE,
         layers=list_layers(series),
         differences=list_differences(series),
-        evaluations=[(run.name, one, measures.describe(one)) for run in runs for one in run.evaluations],
+        evaluations=[(run.name, one, describe(one)) for run in runs for one in run.evaluations],
         origins=[describe_origin(run) for run in runs],
-        unknown=measures.list_unknown(series),
+        unknown=list_unknown(series),
         script=Markup(script),
         style=Markup(files["style.css"]),
         digest=digest,
     )
 
 
-def list_sections(series: Sequence[Series], charts: dict[measures.Place, list[Chart]]) -> list[Section]:
+def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) -> list[Section]:
     """The page's parts that have something to show."""
     places = {one.name: one.index for one in series}
     sections: list[Section] = []
@@ -157,7 +169,7 @@ def list_sections(series: Sequence[Series], charts: dict[measures.Place, list[Ch
             (one.name, sentence)
             for one in series
             for member in one.members
-            if (found := member.list_measured().get((measure, text))) and (sentence := measures.describe(found))
+            if (found := member.list_measured().get((measure, text))) and (sentence := describe(found))
         ]
         figures = [make_figure(list(same), places, taken) for _, same in groupby(drawn, lambda chart: chart.title)]
         shown = [figure for figure in figures if figure.views]
@@ -179,7 +191,7 @@ def make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str]
     for chart in charts:
         try:
             svg = render.draw_for_page(chart, places)
-        except measures.BROKEN:
+        except BROKEN:
             continue
         table = base64.b64encode(chart.to_csv().encode("utf-8", "replace")).decode()
         label = make_line(chart.view or chart.title)

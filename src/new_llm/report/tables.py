@@ -22,9 +22,8 @@ from new_llm.formats import (
     format_with_error,
 )
 from new_llm.report.headline import describe_outcome
-from new_llm.report.measures import list_columns, list_places
 from new_llm.report.results import VALIDATION, as_number, get_number, make_run
-from new_llm.report.series import Series, compute_mean, compute_spread, group_series
+from new_llm.report.series import Series, compute_mean, compute_spread, group_series, list_columns, list_places
 
 GAP = 2  # blanks between columns of the console's tables
 

@@ -14,15 +14,22 @@ from torch import Tensor
 
 from new_llm.config import DataConfig, TrainConfig
 from new_llm.data.batches import Batch, BatchPlan, CurriculumPlan, plan_batches, plan_curriculum, shape_batches
-from new_llm.data.planted_facts import SamplePlanter
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.recall_facts import SamplePlanter
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.models import TransformerLM
 from new_llm.models.held_memory import KeptMemory
 from new_llm.models.model_file import describe_model, save_model
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.processes import ALONE, Processes, gather_tensor
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, restore_best, save_checkpoint
-from new_llm.training.devices import choose_precision, read_peak_memory, reset_peak_memory
+from new_llm.training.devices import (
+    StopSignals,
+    TrainingInterrupted,
+    catch_stop_signals,
+    choose_precision,
+    read_peak_memory,
+    reset_peak_memory,
+)
 from new_llm.training.guards import StepMonitor, StepPlace
 from new_llm.training.log import MetricsWriter, SilentMetrics, TrainingProgress, open_trackers
 from new_llm.training.preparation import (
@@ -33,7 +40,6 @@ from new_llm.training.preparation import (
     prefetch_batches,
     prepare_training,
 )
-from new_llm.training.signals import StopSignals, TrainingInterrupted, catch_stop_signals
 
 
 @dataclass(frozen=True)

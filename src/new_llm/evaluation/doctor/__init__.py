@@ -13,7 +13,7 @@ import torch
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import DoctorConfig
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.doctor import data_checks, forward_checks, memory_checks  # noqa: F401 - they register the checks
 from new_llm.evaluation.doctor.registry import CHECKS, LEVELS, Check, Examination, Finding, Level, TrainingData, skip
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from new_llm.data.batches import IGNORED_LABEL, Batch, plan_batches
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
 
 UNKNOWN = "the model belongs to no run, so its training text is unknown"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.doctor.registry import (
     PROBE_SEED,
     Examination,

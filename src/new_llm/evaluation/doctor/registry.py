@@ -15,7 +15,7 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
-from new_llm.data.tokens import TokenSplit
+from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.scoring import find_device
 from new_llm.models import TransformerLM
 

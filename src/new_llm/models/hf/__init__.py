@@ -6,11 +6,9 @@ No code from a model's folder is ever run.
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from new_llm.models.hf.auto import NewLLMForCausalLM
+from new_llm.models.hf.auto import NewLLMConfig, NewLLMForCausalLM, export_auto
 from new_llm.models.hf.cache import StreamCache
-from new_llm.models.hf.configuration import NewLLMConfig
-from new_llm.models.hf.convert import export_pythia, load_pythia
-from new_llm.models.hf.export import export_auto
+from new_llm.models.hf.gpt_neox import export_pythia, load_pythia
 
 AutoConfig.register(NewLLMConfig.model_type, NewLLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(NewLLMConfig, NewLLMForCausalLM, exist_ok=True)

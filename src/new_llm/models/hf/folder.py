@@ -1,4 +1,4 @@
-"""Model folders in `transformers`' layout: written whole, with the tokenizer."""
+"""Model folders in `transformers`' layout: found on the disk or the hub, read, and written whole."""
 
 import json
 import os
@@ -8,13 +8,147 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from new_llm.config import UserError
-from new_llm.config.files import make_temporary_folder, write_atomically
+from new_llm.config import DataConfig, UserError
+from new_llm.config.files import make_temporary_folder, read_json_file, write_atomically
+from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import END_OF_TEXT
-from new_llm.models.hf.checkpoint import CONFIG_FILE
-from new_llm.models.tensor_files import raise_os_errors
+from new_llm.models.model_file import STRUCTURE_FILE
+from new_llm.models.tensor_files import raise_os_errors, read_safetensors, read_torch_file
+
+CONFIG_FILE = "config.json"
+INDEX_ENDING = ".index.json"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights are looked for, the first that is there wins; an index names the files of a sharded checkpoint."""
+INSTEAD = (
+    "give a directory that save_pretrained or export_pythia has written; `new-llm export --format gpt_neox` makes one "
+    "of a run"
+)
+
+
+def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: the one given, or the hub repository's files on this machine.
+
+    Args:
+        name_or_directory: a directory, or a hub name such as EleutherAI/pythia-70m.
+        revision: branch, tag or commit of the hub repository; a directory has none.
+
+    Raises:
+        UserError: there is no such directory or repository, or the hub is out of reach and nothing is cached.
+    """
+    name = str(name_or_directory)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(name_or_directory, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such directory; {INSTEAD}, or give a hub name such as EleutherAI/pythia-70m")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    reachable = hub_answers(f"{name}/resolve/{revision or 'main'}/{CONFIG_FILE}", DataConfig.hub_timeout_seconds)
+    try:
+        if reachable:
+            info = huggingface_hub.HfApi(endpoint=hub_endpoint()).model_info(name, revision=revision)
+            files = choose_files([sibling.rfilename for sibling in info.siblings or []])
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=files, endpoint=hub_endpoint()
+            )
+            return Path(folder)
+        cached = huggingface_hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
+    except HFValidationError as error:
+        raise UserError(f"{name}: neither a directory nor a hub name: {describe_failure(error)}") from None
+    except Exception as error:  # huggingface_hub raises what its transport raises
+        raise UserError(f"{name} could not be loaded: {describe_failure(error)}; {INSTEAD}") from None
+    if not isinstance(cached, str):
+        raise UserError(f"{name} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}")
+    return Path(cached).parent
+
+
+def choose_files(files: list[str]) -> list[str]:
+    """Of a repository's files those to download: the configuration and one set of weights."""
+    chosen = next((name for name in WEIGHT_FILES if name in files), None)
+    if chosen is None:
+        return [CONFIG_FILE]
+    if not chosen.endswith(INDEX_ENDING):
+        return [CONFIG_FILE, chosen]
+    stem, ending = chosen.removesuffix(INDEX_ENDING).rsplit(".", 1)
+    return [CONFIG_FILE, chosen, f"{stem}-*.{ending}"]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's `config.json`.
+
+    Raises:
+        UserError: it is missing or no JSON mapping.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        hint = " (a model that TransformerLM.save wrote: load_model reads it)"
+        raise UserError(
+            f"{folder}: no {CONFIG_FILE} here{hint if (folder / STRUCTURE_FILE).is_file() else ''}; {INSTEAD}"
+        )
+    return _read_mapping(path)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names, on the CPU, as they were stored. No pickled code is run.
+
+    Raises:
+        UserError: there are no weights, or a file is missing or broken.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            break
+    else:
+        raise UserError(f"{folder}: no weights here; looked for {', '.join(WEIGHT_FILES)}")
+    if not name.endswith(INDEX_ENDING):
+        return _read_tensors(folder / name)
+    places = _read_mapping(folder / name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise UserError(f"{folder / name}: no weight_map of names and files")
+    weights: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise UserError(f"{folder / name}: {file!r} is no file of this folder")
+        weights |= _read_tensors(folder / file)
+    if missing := sorted(set(places) - set(weights)):
+        raise UserError(f"{folder / name}: the files lack {', '.join(missing[:5])}")
+    return weights
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = read_json_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        values = read_torch_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though the index names it") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {describe_failure(error)}") from None
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise UserError(f"{path}: not a mapping of names and tensors")
+    return values
+
+
+# Writing
+
 
 PADDING = "<|padding|>"
 """Pythia's padding token; a tokenizer without it pads with its end of text."""

@@ -5,7 +5,6 @@ the rule token by token. `local_attention`: attention inside a segment. `head_lo
 `kernels`: what runs compiled.
 """
 
-from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, solve_writes, sum_reads
 from new_llm.models.ops.local_attention import (
     feature_map,
     local_linear_attention,
@@ -16,11 +15,15 @@ from new_llm.models.ops.memory import (
     multiply_norms,
     read_memories,
     read_memories_naive,
+    scan_delta_rule,
+    scan_delta_rule_naive,
     scan_sums,
     scan_sums_naive,
     select_memories,
     select_memories_naive,
+    solve_writes,
     sum_outer_products,
+    sum_reads,
     weigh_memories,
     write_memory,
     write_memory_naive,
