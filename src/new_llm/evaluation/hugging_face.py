@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from new_llm.config import UserError
 from new_llm.models.loss import align_labels, compute_token_losses
 
 
@@ -55,6 +56,43 @@ class HuggingFaceLM(nn.Module):
             wanted = targets[:, piece]
             losses.append(compute_token_losses(logits.flatten(0, 1), wanted.flatten()).view_as(wanted))
         return torch.cat(losses, dim=1)
+
+    # What a cache around the model reads; the same names as a TransformerLM's
+
+    @property
+    def embed_out(self) -> nn.Module:
+        """The head."""
+        return self.model.get_output_embeddings()
+
+    def compute_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+    ) -> Tensor:
+        """The input of the head, [B, T, D]; arguments as in `token_losses`.
+
+        Raises:
+            UserError: the model's logits are not simply its head's output.
+        """
+        found, logits = list[Tensor](), input_ids
+        hook = self.embed_out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        try:
+            for begin in range(0, input_ids.shape[1], self.segment_length):
+                piece = slice(begin, begin + self.segment_length)
+                mask = None if attention_mask is None else attention_mask[:, piece]
+                logits = self.model(input_ids=input_ids[:, piece], attention_mask=mask, use_cache=False).logits
+        finally:
+            hook.remove()
+        if not torch.allclose(self.embed_out(found[-1][:1, -1:]), logits[:1, -1:], rtol=1e-2, atol=1e-2):
+            raise UserError(f"{type(self.model).__name__}: its logits are not simply its head's: it takes no cache")
+        return torch.cat(found, dim=1)
+
+    def find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The token that each position predicts, [B, T]; -100: none."""
+        return align_labels(labels, input_ids.shape[1])
+
+    def score_passes(self, passes: list[Tensor], targets: Tensor) -> Tensor:
+        """The losses of the last hidden states, [B, T]."""
+        rows = zip(passes[-1].split(1), targets.split(1), strict=True)  # row by row: logits of all would be large
+        return torch.cat([compute_token_losses(self.embed_out(h)[0], wanted[0])[None] for h, wanted in rows])
 
     @contextlib.contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:

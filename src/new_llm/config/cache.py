@@ -1,0 +1,47 @@
+"""How large a cache around a trained model is, and how it is mixed with the model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from new_llm.config.errors import UserError
+from new_llm.config.sections import section, short
+
+COMPONENTS = ("model", "states", "unigrams", "bigrams", "trigrams")
+"""What a cached model mixes."""
+MAX_ORDER = 3
+
+Weight = Annotated[float, Field(ge=0)]
+Weights = tuple[Weight, Weight, Weight, Weight, Weight]
+
+
+@section
+class CacheConfig:
+    """A cache of the text read so far: of its last states, and of what followed its n-grams."""
+
+    num_states: Annotated[int, Field(ge=0), short("--cache")] = 0
+    """N: the last states that are kept, each with the token that followed; 0: none."""
+    ngram_order: Annotated[int, Field(ge=0, le=MAX_ORDER), short("--ngrams")] = 0
+    """Count what followed in the text: 1 all tokens, 2 also each token (bigrams), 3 also each pair; 0: nothing."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """How two states are compared: by the angle between them, or by their inner product."""
+    theta: Annotated[float, Field(gt=0)] = 12.0
+    """θ: how much more a similar state counts; its best value depends on the similarity."""
+    weights: tuple[Weights, Weights, Weights, Weights] = (
+        (0.67, 0.33, 0.0, 0.0, 0.0),
+        (0.67, 0.28, 0.05, 0.0, 0.0),
+        (0.50, 0.25, 0.05, 0.20, 0.0),
+        (0.30, 0.20, 0.05, 0.20, 0.25),
+    )
+    """Weights of model, states, unigrams, bigrams and trigrams where the longest n-gram context that the text has
+    seen before is none, the empty one, the last token, the last two tokens. What is off or knows nothing is left out,
+    and the others' weights are scaled to sum to 1."""
+
+    def __post_init__(self) -> None:
+        if any(row[0] <= 0 for row in self.weights):
+            raise UserError("weights: the model's must be positive, or a token that no cache knows is impossible")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is cached."""
+        return self.num_states > 0 or self.ngram_order > 0

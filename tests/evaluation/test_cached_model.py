@@ -1,0 +1,134 @@
+"""Cached models: read by every measure, against loops that use transformers alone."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from evaluation_stand_ins import make_documents, make_split
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from new_llm import create_model
+from new_llm.config import PythiaConfig
+from new_llm.config.cache import CacheConfig
+from new_llm.config.evaluation import LongDocumentsConfig
+from new_llm.evaluation import evaluate_long_documents, evaluate_sliding_window, evaluate_streaming
+from new_llm.evaluation.cached_model import CachedModel
+from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation.scoring import Scorer, join_scores
+from new_llm.models.hf.gpt_neox import load_pythia
+
+SEGMENT, VOCAB_SIZE = 8, 11
+SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+DOCUMENTS = make_documents([70, 3, 41, 2, 64, 17])
+SPLIT = make_split(DOCUMENTS)
+WEIGHTS = ((0.7, 0.3, 0, 0, 0), (0.6, 0.3, 0.1, 0, 0), (0.4, 0.2, 0.1, 0.3, 0), (0.1, 0.2, 0.3, 0.2, 0.2))
+CONFIG = CacheConfig(num_states=12, ngram_order=3, theta=3.0, weights=WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(**SHAPE, intermediate_size=32, max_position_embeddings=SEGMENT, initializer_range=0.5)
+    path = tmp_path_factory.mktemp("neox")
+    GPTNeoXForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b / a.norm() / b.norm())
+
+
+def score_with_transformers_alone(path, tokens: list[int], config: CacheConfig) -> list[float]:
+    """The loss of each token but the first; segments are read alone, the cache sees the whole document."""
+    model = GPTNeoXForCausalLM.from_pretrained(path).double().eval()
+    states, shares = [], []
+    with torch.no_grad():
+        for begin in range(0, len(tokens) - 1, SEGMENT):
+            piece = torch.tensor([tokens[begin : min(begin + SEGMENT, len(tokens) - 1)]])
+            found = model(piece, output_hidden_states=True)
+            states += list(found.hidden_states[-1][0])
+            shares += list(found.logits[0].softmax(-1))
+    losses = []
+    for now, following in enumerate(tokens[1:]):
+        parts = {0: float(shares[now][following])}
+        past = range(max(0, now - config.num_states), now)
+        if past:
+            near = {i: math.exp(config.theta * cosine(states[now], states[i])) for i in past}
+            parts[1] = sum(near[i] for i in past if tokens[i + 1] == following) / sum(near.values())
+        for order in (1, 2, 3):
+            grams = [tuple(tokens[i : i + order]) for i in range(now + 2 - order)]
+            context = tuple(tokens[now + 2 - order : now + 1])
+            known = Counter(gram[-1] for gram in grams if gram[:-1] == context)
+            if known:
+                parts[1 + order] = known[following] / known.total()
+        chosen = config.weights[sum(part > 1 for part in parts)]
+        total = sum(chosen[part] for part in parts)
+        losses.append(-math.log(sum(chosen[part] * share for part, share in parts.items()) / total))
+    return losses
+
+
+@pytest.fixture(scope="module")
+def expected_losses(folder):
+    return [score_with_transformers_alone(folder, tokens, CONFIG) for tokens in DOCUMENTS]
+
+
+@pytest.mark.parametrize("wrap", [load_pythia, lambda path: HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(path))])
+@pytest.mark.parametrize(("batch_size", "segments_per_call"), [(4, 1), (9, 20)])
+def test_streams_equal_a_loop_written_with_transformers_alone(
+    folder, expected_losses, wrap, batch_size, segments_per_call
+):
+    model = CachedModel(wrap(folder), CONFIG).double()
+    scorer = Scorer(model, [np.array(tokens) for tokens in DOCUMENTS], {"batch_size": batch_size})
+    found = join_scores(scorer.score_streams(segments_per_call))
+    for index in range(len(DOCUMENTS)):
+        chosen = found.documents == index
+        order = np.argsort(found.positions[chosen])
+        np.testing.assert_allclose(found.losses[chosen][order], expected_losses[index], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pythia_segments", "infini", "token_memory"])
+def test_an_empty_cache_is_the_bare_model_bit_for_bit(kind):
+    model = make_model(kind)
+    plain, cached = (
+        [
+            evaluate_streaming(one, SPLIT, batch_size=3, segments_per_call=2).documents["total_nll"],
+            evaluate_sliding_window(one, SPLIT, context=12, stride=5, batch_size=3).documents["total_nll"],
+        ]
+        for one in (model, CachedModel(model, CacheConfig()))
+    )
+    assert plain == cached
+
+
+@pytest.mark.parametrize("kind", ["pythia_segments", "token_memory"])
+def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
+    model = CachedModel(make_model(kind), CONFIG)
+    ids = torch.tensor([DOCUMENTS[0][:30], DOCUMENTS[4][:30]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 11:] = False
+    with torch.inference_mode(), model.fresh_memory(batch_size=2):
+        for piece in (slice(0, 13), slice(13, 29)):
+            logs = model(ids[:, piece], mask[:, piece])
+            torch.testing.assert_close(logs.exp().sum(-1), torch.ones_like(logs[..., 0]), rtol=1e-12, atol=0)
+            labels = ids[:, piece.start : piece.stop + 1].masked_fill(~mask[:, piece.start : piece.stop + 1], -100)
+            losses = model.token_losses(ids[:, piece], labels, mask[:, piece], update_memory=True)
+            wanted = labels[:, 1:] >= 0
+            named = -logs.gather(2, labels[:, 1:].clamp_min(0)[..., None])[..., 0]
+            torch.testing.assert_close(losses, torch.where(wanted, named, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_long_documents_carry_empty_and_lend_the_cache():
+    model = CachedModel(make_model("pythia_segments"), CONFIG)
+    result = evaluate_long_documents(model, SPLIT, LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
+    plain = evaluate_long_documents(model.model, SPLIT, LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
+    perplexity = {way: found.value for way, found in result.overall.perplexity.items()}
+    assert len({round(value, 6) for value in perplexity.values()}) == 3  # a Pythia alone has three equal ways
+    assert len({round(found.value, 6) for found in plain.overall.perplexity.values()}) == 1
+    assert model.held is None
+
+
+def make_model(kind: str):
+    torch.manual_seed(0)
+    shape = PythiaConfig(**SHAPE, intermediate_size=32, max_position_embeddings=SEGMENT, initializer_range=0.5)
+    return create_model(kind, shape).eval()
