@@ -88,9 +88,11 @@ def check_causality(model: TransformerLM, ids: Tensor) -> None:
 
 def check_rows(model: TransformerLM, ids: Tensor) -> None:
     """Rows of a batch do not depend on one another, also with a shared memory that the call updates."""
+    shared = None if memories_add(model) else 1
+    model.reset_memory(None if memories_add(model) else len(ids))
     whole = model(ids, update_memory=True)
     for row in range(len(ids)):
-        model.reset_memory()
+        model.reset_memory(shared)
         _assert_near(model(ids[row : row + 1])[0], whole[row], f"logits of row {row} alone and in a batch")
 
 
@@ -153,7 +155,7 @@ def check_streams(model: TransformerLM, ids: Tensor) -> None:
 
 def check_state(model: TransformerLM, ids: Tensor) -> None:
     """A memory that is saved and loaded continues bit for bit."""
-    for rows in (None, len(ids)):
+    for rows in (None, len(ids)) if memories_add(model) else (len(ids),):
         model.reset_memory(rows)
         model(ids, update_memory=True)
         buffer = io.BytesIO()
@@ -167,6 +169,7 @@ def check_state(model: TransformerLM, ids: Tensor) -> None:
 
 def check_held_memory(model: TransformerLM, ids: Tensor) -> None:
     """A call without update_memory leaves the held memory as it was; a layer with memory writes with it."""
+    model.reset_memory(len(ids))
     model(ids[:, : model.segment_length], update_memory=True)
     before = model.get_memory_state()
     with_memory = model(ids)
@@ -199,6 +202,7 @@ def check_gradients(model: TransformerLM, ids: Tensor) -> None:
     labels = torch.full_like(ids, -100)
     labels[1, 2 * length :] = ids[1, 2 * length :]
     gradient = torch.empty(0)
+    model.reset_memory(len(ids))
     for _ in range(2):  # a second backward must not reach into the first call's graph
         inputs.clear()
         loss, _ = model.compute_loss(ids, labels, update_memory=True)
@@ -208,10 +212,10 @@ def check_gradients(model: TransformerLM, ids: Tensor) -> None:
     assert bool(gradient.isfinite().all()), "a gradient is not finite"
     assert not gradient[[0, 2]].any(), "a row's loss depends on another row"
     reaches = bool((gradient[1, :length] != 0).any())
-    if model.memory_layers:
+    if any(layer.passes_gradients for layer in model.memory_layers.values()):
         assert reaches, "no gradient flows from a later segment through what an earlier one wrote"
     else:
-        assert not reaches, "a layer without memory lets a later segment depend on an earlier one"
+        assert not reaches, "a layer without memory, or whose gradients stop there, passes them to an earlier segment"
 
 
 def check_registration(layer: Layer) -> None:
@@ -220,6 +224,12 @@ def check_registration(layer: Layer) -> None:
     again = type(layer)(**layer.settings)
     shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (layer, again)]
     assert shapes[0] == shapes[1], "the layer's settings make a layer with other weights"
+
+
+def memories_add(model: TransformerLM) -> bool:
+    """Whether rows can share the memories of all layers of a model."""
+    layers = model.memory_layers.values()
+    return all(layer.empty_memory(1, model.embed_in.weight).can_add for layer in layers)
 
 
 def _list_tensors(state: dict[int, dict[str, Any]]) -> list[tuple[int, str, Tensor]]:

@@ -17,6 +17,7 @@ from new_llm.models.layers import (
     ParallelInfiniLayer,
     PythiaLayer,
     TokenMemoryLayer,
+    TransformerXLLayer,
 )
 
 VOCAB_SIZE = 128
@@ -46,6 +47,7 @@ LAYER_TYPES: dict[str, type[Layer]] = {
         HierarchicalLayer,
         ParallelInfiniLayer,
         TokenMemoryLayer,
+        TransformerXLLayer,
     )
 }
 

@@ -1,6 +1,9 @@
 """Every built-in layer keeps the contract, and so does one that defines `forward` alone; broken ones are found."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -13,19 +16,50 @@ from new_llm.config import PythiaConfig
 from new_llm.models import load_model, save_model
 from new_llm.models.layers import Layer, Segments, register_layer
 from new_llm.models.state import LayerMemory
-from new_llm.testing import check_layer, check_model
+from new_llm.testing import check_layer, check_model, draw_ids, make_model
 
 CASES = {
     "pythia": LayerCase("pythia", {"rotary_pct": 0.5}),
     **MEMORY_CASES,
     "parallel_infini": LayerCase("parallel_infini", {"initial_alpha": 0.7}),
     "token_memory": LayerCase("token_memory", {"num_memory_heads": 2}),
+    "transformer_xl": LayerCase("transformer_xl", {"memory_tokens": 7}),
+    "transformer_xl-gradients": LayerCase("transformer_xl", {"memory_tokens": 3, "detach_memory": False}),
+    "transformer_xl-none": LayerCase("transformer_xl", {"memory_tokens": 0}),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_built_in_layers(case: LayerCase) -> None:
     check_layer(case.build)
+
+
+CONTINUE = """
+import sys, torch
+from pathlib import Path
+from new_llm.models import load_model
+
+for folder in Path(sys.argv[1]).iterdir():
+    model = load_model(folder)
+    model.set_memory_state(torch.load(folder / "memory.pt", weights_only=True))
+    torch.save(model(torch.load(folder / "ids.pt")), folder / "logits.pt")
+"""
+
+
+def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path: Path) -> None:
+    expected = {}
+    for name, case in CASES.items():
+        model = make_model(case.build())
+        model.reset_memory(3)
+        ids = draw_ids(model, 3, 17)
+        model(ids, update_memory=True)
+        save_model(model, tmp_path / name)
+        torch.save(model.get_memory_state(), tmp_path / name / "memory.pt")
+        torch.save(ids, tmp_path / name / "ids.pt")
+        expected[name] = model(ids)
+    subprocess.run([sys.executable, "-c", CONTINUE, str(tmp_path)], check=True)
+    for name, logits in expected.items():
+        assert torch.equal(torch.load(tmp_path / name / "logits.pt"), logits), name
 
 
 @pytest.mark.parametrize("name", MIXED_STACKS)

@@ -38,35 +38,38 @@ def measure_memory_usage(
 
     Returns:
         `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
-        `layer`, its `kind` and `norms` [num_segments, num_memories, num_memory_heads]. None: the model has no memory,
-        or no document has a whole segment.
+        `layer`, its `kind` and `norms` [num_segments, num_memories, num_memory_heads]. None: the model has no
+        memory matrices, or no document has a whole segment.
     """
     length = model.segment_length
-    if not model.memory_layers or split.num_documents == 0:
+    layers = {
+        index: layer
+        for index, layer in model.memory_layers.items()
+        if "memories" in layer.empty_memory(1, model.embed_in.weight).tensors()
+    }
+    if not layers or split.num_documents == 0:
         return None
-    sizes = np.diff(split.offsets)
+    lengths = np.diff(split.offsets)
     needed = num_segments * length + 1  # the last segment's last target
-    enough = np.flatnonzero(sizes >= needed)
-    document = int(enough[0] if len(enough) else sizes.argmax())
+    enough = np.flatnonzero(lengths >= needed)
+    document = int(enough[0] if len(enough) else lengths.argmax())
     tokens = split.document(document)[:needed]
     count = (len(tokens) - 1) // length
     if count == 0:
         return None
-    norms: dict[int, list[list[list[float]]]] = {index: [] for index in model.memory_layers}
+    norms: dict[int, list[list[list[float]]]] = {index: [] for index in layers}
     place = find_device(model, device)
     with evaluation_mode(model, autocast), model.fresh_memory():
         for segment in range(count):
             row = Row(tokens[segment * length : (segment + 1) * length + 1])
             score_rows(model, [row], place, update_memory=True)
             state = model.get_memory_state()
-            for index, layer in model.memory_layers.items():
+            for index, layer in layers.items():
                 memories = state[index][layer.memory_facts.key("memories")]  # [M, H, K, V]
-                found = memories.float().flatten(2).norm(dim=-1).tolist()
-                norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in found])
-    layers = [
-        {"layer": index, "kind": layer.kind, "norms": norms[index]} for index, layer in model.memory_layers.items()
-    ]
-    return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}
+                sizes = memories.float().flatten(2).norm(dim=-1).tolist()
+                norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in sizes])
+    found = [{"layer": index, "kind": layer.kind, "norms": norms[index]} for index, layer in layers.items()]
+    return {"document": document, "num_segments": count, "segment_length": length, "layers": found}
 
 
 @register_measure

@@ -78,10 +78,15 @@ def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
             ]
         )
 
+    def build_all(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+        return Built([build_layer(layer_type, shape, **options) for _ in range(shape.num_hidden_layers)])
+
     def build_before_head(shape: PythiaConfig, options: dict[str, Any]) -> Built:
         return Built([*_build_pythia(shape, {}).layers, build_layer(layer_type, shape, **options)])
 
     reads_segments = layer_type.has_memory
+    if layer_type.fills_model:
+        return ModelKind((layer_type.options_type,), build_all, reads_segments)
     if layer_type.stands_before_head:
         return ModelKind((layer_type.options_type,), build_before_head, reads_segments)
     return ModelKind((PlacementOptions, layer_type.options_type), build_among, reads_segments)
@@ -176,7 +181,7 @@ def create_model(
 
     Args:
         model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
-            selective, a Pythia with extra passes; deep_pythia, a Pythia with as many layers as that selective model
+            transformer_xl, whose layers keep the last tokens' keys and values; selective, a Pythia with extra passes; deep_pythia, a Pythia with as many layers as that selective model
             runs; or a layer of your own, `my_module:MyLayer`.
         config: the shape; None: that of `size`.
         size: the name of a shape, 14m to 410m; None: 70m.

@@ -4,7 +4,7 @@ Legend: R rows (1 where all rows of a batch share one memory), N memories or ban
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class LayerMemory:
 
     Tensors are never changed in place, so a memory can be kept and shared. An empty memory is all zeros.
     """
+
+    can_add: ClassVar[bool] = True
+    """Whether what several rows wrote can be added up in one memory that they share."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold a tensor."""
@@ -77,7 +80,15 @@ class LayerMemory:
         """The held memory plus the changes that `rows` made since `start`.
 
         A shared memory (R = 1) takes the sum over the rows, so that what each row wrote is added once.
+
+        Raises:
+            ValueError: memories of this kind can't be added.
         """
+        if not self.can_add:
+            raise ValueError(
+                "a memory that holds one text's last tokens can't take what several rows or streams wrote: "
+                "call reset_memory(batch_size) first, so that each row has its own"
+            )
         mine, before, after = self.tensors(), start.tensors(), rows.tensors()
         changes = {name: after[name] - before[name] for name in mine}
         if self.rows != rows.rows:

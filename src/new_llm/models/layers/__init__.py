@@ -10,6 +10,7 @@ from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer
 from new_llm.models.layers.registry import LAYER_KINDS, build_layer, register_layer
 from new_llm.models.layers.token_memory import TokenMemoryLayer
+from new_llm.models.layers.transformer_xl import TransformerXLLayer
 
 __all__ = [
     "LAYER_KINDS",
@@ -29,6 +30,7 @@ __all__ = [
     "Segments",
     "Step",
     "TokenMemoryLayer",
+    "TransformerXLLayer",
     "build_layer",
     "register_layer",
 ]

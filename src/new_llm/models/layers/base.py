@@ -39,7 +39,8 @@ class Segments:
     """What a layer needs to know about a call's tokens beside their hidden states.
 
     Attributes:
-        valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real.
+        valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real. Segments before a row's
+            last token are full.
         write_last: whether to write the last segment too; if False, the returned memory lacks it.
         tokens: for layers before the head; None for others.
     """
@@ -132,8 +133,12 @@ class Layer(nn.Module, ABC):
     """The dataclass of its options; set by `register_layer`."""
     is_model_type: ClassVar[bool]
     """Whether the name is a model type of `create_model`; set by `register_layer`."""
-    has_memory: ClassVar[bool] = False
+    has_memory: bool = False
     """Whether the layer carries a memory from segment to segment."""
+    passes_gradients: bool = True
+    """Whether gradients flow through the memory into the segments that wrote it."""
+    fills_model: ClassVar[bool] = False
+    """Whether the models of its type are made of such layers alone."""
     stands_before_head: ClassVar[bool] = False
     """Whether the layer stands between the final LayerNorm and the head; such layers come last."""
     settings: dict[str, Any]

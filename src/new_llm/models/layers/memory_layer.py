@@ -62,7 +62,7 @@ class MemoryAttention(Attention):
 class MemoryLayer(Layer):
     """A layer whose memory belongs to one `MemoryAttention`, its `attention`."""
 
-    has_memory: ClassVar[bool] = True
+    has_memory = True
     attention: MemoryAttention
     key_prefix: ClassVar[str] = ""
     """Prefix of `memories` in the keys of the layer's state."""

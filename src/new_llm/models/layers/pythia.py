@@ -118,15 +118,26 @@ class SoftmaxAttention(Attention):
         return opened, memory
 
     def _project(self, hidden: Tensor, positions: Tensor, shared: dict[Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = hidden.shape
-        mixed = self.query_key_value(hidden).view(batch, length, self.num_heads, 3 * self.head_size)
+        q, k, v = self.split(hidden)
+        return self.rotate(q, positions, shared), self.rotate(k, positions, shared), v
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, [B, T, D] to [B, heads, T, K] each."""
+        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_heads, 3 * self.head_size))
         q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
-        if self.rotary_dim:
-            settings = (self.rotary_dim, self.rotary_emb_base, q.dtype)
-            if settings not in shared:
-                shared[settings] = compute_rotary_angles(positions, *settings)
-            q, k = apply_rotary(q, *shared[settings]), apply_rotary(k, *shared[settings])
         return q, k, v
+
+    def rotate(self, x: Tensor, positions: Tensor, shared: dict[Any, Any], name: str = "") -> Tensor:
+        """Rotate queries or keys [B, heads, T, K] to their positions, [T] or [B, 1, T].
+
+        `shared` keeps the angles of positions with this `name`, for equal layers.
+        """
+        if not self.rotary_dim:
+            return x
+        settings = (self.rotary_dim, self.rotary_emb_base, x.dtype)
+        if (name, *settings) not in shared:
+            shared[name, *settings] = compute_rotary_angles(positions, *settings)
+        return apply_rotary(x, *shared[name, *settings])
 
     def grow_cache(self, opened: KeyValueCache | None, like: Tensor, step: Step) -> KeyValueCache:
         """A cache with room for the longest row, in the dtype of `like`: capacity doubles, up to a segment."""

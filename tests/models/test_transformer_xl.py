@@ -1,0 +1,117 @@
+"""The Transformer-XL layer against its equations token by token, and against the Pythia that it is at both ends."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_cases import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_HEADS, VOCAB_SIZE, assert_near, randomize, text_ids
+
+from new_llm import TransformerLM, create_model
+from new_llm.config import PythiaConfig
+from new_llm.models.layers import Segments
+from new_llm.models.layers.pythia import compute_rotary_angles
+from new_llm.models.layers.transformer_xl import TransformerXLLayer
+
+SHAPE = PythiaConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=HIDDEN_SIZE,
+    num_hidden_layers=2,
+    num_attention_heads=NUM_HEADS,
+    intermediate_size=INTERMEDIATE_SIZE,
+    max_position_embeddings=64,
+    rotary_pct=0.5,
+)
+
+
+def make(kind: str, segment_length: int, **options: Any) -> TransformerLM:
+    model = create_model(kind, SHAPE, segment_length=segment_length, **options)
+    randomize(model)
+    return model
+
+
+def attend(layer: TransformerXLLayer, x: np.ndarray, segment_length: int, memory_tokens: int) -> np.ndarray:
+    """What attention adds to one row [T, D], before W_o: softmax over the segment and the C tokens before it."""
+    parts = {name: value.double().numpy() for name, value in layer.attention.state_dict().items()}
+    size, half = HIDDEN_SIZE // NUM_HEADS, layer.attention.rotary_dim // 2
+    projected = x @ parts["query_key_value.weight"].T + parts["query_key_value.bias"]
+    q, k, v = np.moveaxis(projected.reshape(len(x), NUM_HEADS, 3, size), 2, 0)
+
+    def turn(head: np.ndarray, place: int) -> np.ndarray:
+        cos, sin = (
+            part[:half].numpy() for part in compute_rotary_angles(torch.tensor(place), 2 * half, 1e4, torch.float64)
+        )
+        first, second, rest = np.split(head, [half, 2 * half])
+        return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest))
+
+    mixed = np.zeros((len(x), NUM_HEADS, size))
+    for t in range(len(x)):
+        start = t // segment_length * segment_length
+        seen = range(max(0, start - memory_tokens), t + 1)
+        for h in range(NUM_HEADS):
+            query = turn(q[t, h], t - start)
+            scores = np.array([query @ turn(k[j, h], j - start) for j in seen]) / math.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            mixed[t, h] = weights / weights.sum() @ v[list(seen), h]
+    return mixed.reshape(len(x), -1)
+
+
+@pytest.mark.parametrize("memory_tokens", [3, 4, 9])
+def test_attention_equals_its_equation(memory_tokens: int) -> None:
+    """Four segments of 4 tokens in one call, then an odd piece of 3 that reads what they left."""
+    layer = TransformerXLLayer(HIDDEN_SIZE, NUM_HEADS, 8, rotary_pct=0.5, memory_tokens=memory_tokens).double()
+    randomize(layer)
+    torch.nn.init.eye_(layer.attention.dense.weight)
+    torch.nn.init.zeros_(layer.attention.dense.bias)
+    x = torch.randn(2, 19, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
+    with torch.no_grad():
+        whole, memory = layer.attention(x[:, :16].unflatten(1, (4, 4)), None, Segments())
+        last, _ = layer.attention(x[:, None, 16:], memory, Segments())
+    expected = np.stack([attend(layer, row, 4, memory_tokens) for row in x.numpy()])
+    assert_near(torch.cat((whole.flatten(1, 2), last[:, 0]), 1), torch.from_numpy(expected), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_memory_it_is_pythia_bit_for_bit(dtype: torch.dtype) -> None:
+    ids = text_ids(2, 19)
+    models = [make(kind, 5, **options).to(dtype) for kind, options in KINDS_WITHOUT_MEMORY]
+    found = []
+    for model in models:
+        loss, _ = model.compute_loss(ids, ids, update_memory=True)
+        loss.backward()
+        stream = model.open_stream(2)
+        streamed = torch.cat([stream.feed(piece) for piece in ids.split(3, dim=1)], dim=1)
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append((model(ids), loss, gradients, streamed))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not models[1].memory_layers
+
+
+KINDS_WITHOUT_MEMORY: list[tuple[str, dict[str, Any]]] = [("pythia", {}), ("transformer_xl", {"memory_tokens": 0})]
+
+
+@pytest.mark.parametrize("detach_memory", [True, False])
+def test_with_the_whole_text_it_is_pythia_that_reads_it_whole(detach_memory: bool) -> None:
+    ids = text_ids(2, 37)
+    model = make("transformer_xl", 5, memory_tokens=40, detach_memory=detach_memory)
+    whole = make("pythia", 64)
+    with torch.no_grad():
+        assert_near(model(ids), whole(ids), 1e-5)
+        stream = model.open_stream(2)
+        assert_near(torch.cat([stream.feed(piece) for piece in ids.split(1, dim=1)], dim=1), whole(ids), 1e-5)
+    gradients = []
+    for one in (model, whole):
+        one.compute_loss(ids, ids)[0].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in one.parameters()]))
+    assert torch.allclose(*gradients, atol=1e-5) is not detach_memory
+
+
+def test_rows_do_not_share_a_cache() -> None:
+    """One row may write into the shared memory; the sum of several rows' keys would be no one's."""
+    model, ids = make("transformer_xl", 5), text_ids(2, 19)
+    model(ids[:1], update_memory=True)
+    before = model.get_memory_state()
+    with pytest.raises(ValueError, match=r"call reset_memory\(batch_size\) first"):
+        model(ids, update_memory=True)
+    assert torch.equal(model.get_memory_state()[0]["keys"], before[0]["keys"])
