@@ -72,9 +72,7 @@ class SoftmaxAttention(Attention):
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
 
-    def forward(
-        self, hidden: Tensor, memory: LayerMemory | None, segments: Segments
-    ) -> tuple[Tensor, LayerMemory | None]:
+    def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
         """All segments in one call. Padding is on the right, where causality already hides it."""
         batch, num_segments, length, width = hidden.shape
         positions = torch.arange(length, device=hidden.device)
@@ -82,9 +80,7 @@ class SoftmaxAttention(Attention):
         mixed = causal_attention(q, k, v)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
 
-    def step(
-        self, hidden: Tensor, opened: KeyValueCache | None, memory: LayerMemory | None, step: Step
-    ) -> tuple[Tensor, KeyValueCache]:
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """Attend to the cache and to the new tokens, which join it."""
         q, k, v = self._project(hidden, step.positions.unsqueeze(1), step.shared)
         if q.device.type == "cpu" and q.dtype.itemsize < 4:  # 16-bit attention to few tokens is slow on a CPU
@@ -111,9 +107,7 @@ class SoftmaxAttention(Attention):
         cache.keys.scatter_(2, index, k)
         cache.values.scatter_(2, index, v)
 
-    def end_segments(
-        self, opened: KeyValueCache | None, memory: LayerMemory | None, ended: Tensor
-    ) -> tuple[KeyValueCache | None, LayerMemory | None]:
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Nothing to write: the next segment overwrites the slots before it reads them."""
         return opened, memory
 
