@@ -65,11 +65,7 @@ class Processes:
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """This process's own device of a kind.
-
-        Raises:
-            UserError: the machine has fewer GPUs than processes.
-        """
+        """This process's own device of a kind; a machine with fewer GPUs than processes is a `UserError`."""
         if device.type != "cuda" or self.count == 1:
             return device
         if self.local_rank >= torch.cuda.device_count():
@@ -166,11 +162,7 @@ class Processes:
         return tensor
 
     def run_on_main(self, work: Callable[[], Value]) -> Value:
-        """Run work on the main process; everyone gets its result, or fails with it.
-
-        Raises:
-            OtherProcessError: on the others, where the main process failed.
-        """
+        """Run work on the main process; everyone gets its result, or fails with it (by an OtherProcessError)."""
         result: Any = None
         with self.agree():
             if self.is_main:
@@ -178,11 +170,7 @@ class Processes:
         return self.share(result)
 
     def run_main_first(self, work: Callable[[], Value]) -> Value:
-        """Run work on the main process first, then on the others, which find what it has made, e.g. a cache.
-
-        Raises:
-            OtherProcessError: on the others, where one process failed.
-        """
+        """Run work on the main process first, then on the others, which find what it has made, e.g. a cache."""
         result: Any = None
         for is_turn in (self.is_main, not self.is_main):
             with self.agree():
@@ -192,11 +180,7 @@ class Processes:
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """At the block's end all processes continue, or none: an error of one is an error of all.
-
-        Raises:
-            OtherProcessError: another process failed in the block.
-        """
+        """At the block's end all processes continue, or none: an error of one is an OtherProcessError of all others."""
         try:
             yield
         except OtherProcessError:
@@ -220,11 +204,7 @@ class Processes:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around all that processes do together: the first that fails reports why, and the others end silently.
-
-        Raises:
-            OtherProcessError: another process has failed before.
-        """
+        """Around all that processes do together: the first that fails reports why, and the others end silently."""
         try:
             yield
         except OtherProcessError:

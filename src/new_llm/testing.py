@@ -27,13 +27,8 @@ TOLERANCE = 1e-9
 
 
 def check_layer(make_layer: Callable[[], Layer]) -> None:
-    """Check that a layer keeps the contract of `Layer`, inside a small model in float64.
-
-    Args:
-        make_layer: makes a new layer; its weights are drawn again.
-
-    Raises:
-        AssertionError: names the first part of the contract that the layer breaks.
+    """Check that a new layer keeps the contract of `Layer`, inside a small model in float64; its weights are drawn
+    again.
     """
     model = make_model(make_layer())
     check_model(model)
@@ -46,10 +41,7 @@ def check_layer(make_layer: Callable[[], Layer]) -> None:
 def check_model(model: TransformerLM) -> None:
     """Check that a float64 model keeps the contract of its layers, with all passes; its memory is reset.
 
-    Use a short `segment_length`, such as 5: every check reads several segments.
-
-    Raises:
-        AssertionError: names the first part of the contract that the model breaks.
+    Use a short `segment_length`, such as 5: every check reads several segments. An AssertionError names what is broken.
     """
     ids = draw_ids(model, 3, 4 * model.segment_length - 2)
     model.reset_memory()

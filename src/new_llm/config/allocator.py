@@ -21,10 +21,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the process's next use of it; for the rest of the process.
 
     Other C libraries are left as they are, as is a process whose user has set the allocator by the environment
-    (MALLOC_..., GLIBC_TUNABLES) or preloads another one (LD_PRELOAD).
-
-    Returns:
-        Whether it has been set.
+    (MALLOC_..., GLIBC_TUNABLES) or preloads another one (LD_PRELOAD). Returns whether it has been set.
     """
     if sys.platform != "linux" or any(name.startswith(SETTINGS_OF_USERS) for name in os.environ):
         return False

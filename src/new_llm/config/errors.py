@@ -11,8 +11,7 @@ class UserError(ValueError):
 class OtherProcessError(RuntimeError):
     """Another process of the same training has failed and says why: this one ends without a word.
 
-    Attributes:
-        is_user_error: whether the other's error was a `UserError`, or what the system could not do (`OSError`).
+    `is_user_error` tells a `UserError` of the other's, or what its system could not do (`OSError`), from a bug.
     """
 
     def __init__(self, message: str, *, is_user_error: bool) -> None:

@@ -192,14 +192,9 @@ def make_temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
-    """Remove what killed processes have left of files and folders they were writing; never what a live one writes.
+    """Remove what killed processes have left of the file or folder of this name (None: of any) in a folder.
 
-    Args:
-        folder: where to look.
-        name: of the file or folder that was being written; None: of any.
-
-    Returns:
-        What was removed.
+    What a live process is writing stays. Returns what was removed.
     """
     start = "." if name is None else f".{name}."
     removed = list[Path]()
@@ -261,11 +256,8 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_fault(path: Path, expected: Any) -> str | None:
-    """What is wrong with a file, in a few words that follow its name; None: nothing.
-
-    Args:
-        path: the file.
-        expected: of `describe_file`, perhaps from a damaged file itself.
+    """What is wrong with a file that should be as `describe_file` said, in words that follow its name; None:
+    nothing.
     """
     if not isinstance(expected, dict) or not {"num_bytes", "sha256"} <= expected.keys():
         return "its size and sha256 are not known"
@@ -287,9 +279,7 @@ def find_fault(path: Path, expected: Any) -> str | None:
 def find_faults(folder: Path, files: Any) -> list[str]:
     """What is wrong with a folder's files, "weights.safetensors is missing"; none: all is as it was written.
 
-    Args:
-        folder: the folder.
-        files: of `describe_files`, perhaps from a damaged file itself. A name that leads out of the folder is a fault.
+    `files` is of `describe_files`, perhaps from a damaged file itself. A name that leads out of the folder is a fault.
     """
     if not isinstance(files, dict):
         return ["its list of files is none"]
@@ -377,11 +367,7 @@ def describe_holder(path: Path) -> str:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open folder for this process; False where another one has it.
-
-    Raises:
-        OSError: the disk can't lock it.
-    """
+    """Lock an open folder for this process; False where another one has it. A disk without locks raises OSError."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -69,11 +69,7 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
 
 
 def settings_from_dict(values: dict[str, Any], kind: type[Settings], where: str) -> Settings:
-    """Build a configuration from plain values; `where` names their origin in errors.
-
-    Raises:
-        UserError: an unknown key, a wrong type or a value out of range.
-    """
+    """Build a configuration from plain values; `where` names their origin in errors."""
     try:
         # The JSON form is validated strictly: a YAML list is a tuple and a string an enum, but 'yes' is no bool.
         text = json.dumps(values, default=str)

@@ -56,11 +56,7 @@ class PythiaConfig:
 
     @classmethod
     def of_size(cls, size: str, **others: Any) -> "PythiaConfig":
-        """The shape of a named size; other fields may be given too.
-
-        Raises:
-            UserError: there is no such size.
-        """
+        """The shape of a named size; other fields may be given too."""
         if size not in SIZES:
             raise UserError(f"size: {size!r} is unknown; allowed are {', '.join(SIZES)}")
         return cls(**{**SIZES[size], **others})
@@ -71,11 +67,7 @@ ADAPTER_SUFFIXES = (".safetensors", ".pt")
 
 
 def check_adapter_suffix(path: Path, what: str) -> None:
-    """Refuse a file name whose ending says no format.
-
-    Raises:
-        UserError: names the endings that do.
-    """
+    """Refuse a file name whose ending says no format."""
     if path.suffix not in ADAPTER_SUFFIXES:
         raise UserError(f"{what}: {path} must end with {' or '.join(ADAPTER_SUFFIXES)}")
 

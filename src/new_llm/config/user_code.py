@@ -15,13 +15,9 @@ def is_user_name(name: str) -> bool:
 
 
 def load_by_name(name: str, what: str = "an object") -> Any:
-    """Import a user's module and return what it calls by this name.
+    """Import a user's module and return what it calls by this name, such as "my_module:MyLayer".
 
-    Modules are looked for where Python looks for them, then in the current directory.
-
-    Args:
-        name: "my_module:MyLayer" or "my_package.my_module:MyLayer".
-        what: what is expected there, for errors: "a layer".
+    Modules are looked for where Python looks for them, then in the current directory. `what` is expected there.
 
     Raises:
         UserError: the name has another form, there is no such module, its code fails, or it lacks the attribute.

@@ -260,13 +260,7 @@ class BatchShape(NamedTuple):
 
 
 def shape_batches(data: DataConfig, batch_size: int, segments: int) -> BatchShape:
-    """Samples of so many segments, at the tokens a batch and an epoch that whole samples have.
-
-    Args:
-        data: says what a whole sample is.
-        batch_size: whole samples in a batch.
-        segments: a divisor of the segments of a whole sample.
-    """
+    """Samples of so many segments, at the tokens a batch and an epoch of whole samples have."""
     share = data.segments_per_sample // segments
     num_samples = None if data.num_samples is None else data.num_samples * share
     return BatchShape(data.seq_length // share, batch_size * share, num_samples)
@@ -305,14 +299,9 @@ class CurriculumPlan(BatchSequence):
 def plan_curriculum(
     stages: Sequence[int], epoch: int, num_epochs: int, num_batches: int, plan: Callable[[int], BatchPlan]
 ) -> CurriculumPlan:
-    """Plan one epoch of a training whose batches are divided evenly over the stages.
+    """Plan one epoch of a training whose batches are divided evenly over the stages (segments of a sample, in order).
 
-    Args:
-        stages: segments of a sample in each stage, in order.
-        epoch: which pass this is, from 0.
-        num_epochs: passes in all.
-        num_batches: batches of an epoch.
-        plan: makes the epoch's batches of samples of so many segments.
+    `plan` makes the epoch's batches of samples of so many segments.
     """
     total = num_epochs * num_batches
     first = epoch * num_batches

@@ -67,11 +67,7 @@ def limit_characters(config: DataConfig, source: Source) -> int | None:
 class Builder:
     """Makes the files of one cache.
 
-    Args:
-        config: the data section.
-        source: the documents.
-        sentences: reversal sentences; a tokenizer that is trained here reads them, where the texts are long enough.
-        tokenizer: the given one; None: train one.
+    A tokenizer that is trained here (None is given) reads the reversal sentences too, where the texts are long enough.
     """
 
     config: DataConfig
@@ -339,11 +335,7 @@ def split_documents(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divide documents into training and validation by a seeded permutation; each gets at least one.
 
-    Returns:
-        The indices of the training and of the validation documents, both rising.
-
-    Raises:
-        ValueError: fewer than two documents.
+    Returns their indices, both rising.
     """
     if num_documents < 2:
         raise ValueError(f"{num_documents} document can't be split; at least 2 are needed")
@@ -404,13 +396,7 @@ def pack_sentences(sentences: list[str], tokenizer: Tokenizer, seq_length: int) 
 
 @contextmanager
 def show_progress(description: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Report a step on stderr; the value is a function to call with the units done since the last call.
-
-    Args:
-        description: what is being done.
-        unit: what is counted, in the plural.
-        total: units in all; None: unknown.
-    """
+    """Report a step on stderr; the value is a function to call with the units done since the last call."""
     console = open_console(stderr=True)
     done = 0
     began = time.perf_counter()

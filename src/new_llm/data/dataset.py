@@ -76,12 +76,11 @@ class TokenCache:
     """sha256 of each file."""
 
     def load_split(self, name: str, pinned: Sequence[TokenizedDocument] = ()) -> TokenSplit:
-        """One split, memory-mapped.
+        """One split, memory-mapped, with `pinned` documents, `room` tokens at most, before the others.
 
-        Args:
-            name: train or validation.
-            pinned: documents to put before the others, at most `room` tokens in all. They are written into this
-                process's own copy of the few pages before the first token, so that the array stays one mapped file.
+        They are written into this process's own copy of the few pages before the first token, so that the array stays
+        one
+        mapped file.
         """
         room, dtype = self.meta["room"] if name == "train" else 0, np.dtype(self.meta["dtype"])
         tokens = np.memmap(self.folder / f"{name}.tokens", dtype=dtype, mode="c" if pinned else "r")
@@ -113,11 +112,6 @@ def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
     """Load the cache with this key, or build it where it is absent or damaged.
 
     A second process that wants the same cache waits, says so in a line, and uses what the first has built.
-
-    Args:
-        root: the folder of all caches.
-        key: from `cache_key`.
-        build: see `Build`.
 
     Raises:
         UserError: the folder can't be written, or the build's own errors.
@@ -247,11 +241,9 @@ def prepare_data(config: DataConfig) -> PreparedData:
 
 
 def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What of a run's data has changed, by fingerprint: "source", "tokenizer" and "split", or some of them.
+    """What of a run's data has changed: "source", "tokenizer" and "split", or some of them.
 
-    Args:
-        before: `PreparedData.info` as the run recorded it.
-        after: the same of the data that are there now.
+    `before` is `PreparedData.info` as the run recorded it, `after` the same of the data that are there now.
     """
 
     def fingerprints(info: dict[str, Any]) -> dict[str, Any]:
@@ -328,12 +320,7 @@ def _count_split(split: TokenSplit, seq_length: int) -> dict[str, int]:
 
 
 class EvaluationText(NamedTuple):
-    """Documents to measure on, and where they come from.
-
-    Attributes:
-        split: the documents' tokens.
-        info: plain values for the record: source, fingerprints, counts.
-    """
+    """Documents to measure on, and plain values for the record: source, fingerprints, counts."""
 
     split: TokenSplit
     info: dict[str, Any]

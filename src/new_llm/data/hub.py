@@ -95,12 +95,7 @@ def read_hub_dataset(
 ) -> Iterator[dict[str, Any]]:
     """The records of one split of a hub data set, from the hub or from this machine's cache.
 
-    Args:
-        name: hub name.
-        subset: the data set's configuration; None: its only one.
-        split: the split's name on the hub.
-        streaming: read from the hub as needed instead of downloading first.
-        timeout_seconds: how long to wait for the hub.
+    With `streaming` records are read from the hub as needed instead of downloading all first.
 
     Raises:
         HubError: the hub is out of reach and nothing is cached, or loading fails (also while reading).

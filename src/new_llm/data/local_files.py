@@ -38,11 +38,7 @@ class BadRows:
         self.count, self._skip, self._first = 0, skip, ""
 
     def report(self, message: str) -> None:
-        """Take note of a bad record.
-
-        Raises:
-            UserError: it is not to be skipped.
-        """
+        """Take note of a bad record; a `UserError` if it is not to be skipped."""
         if not self._skip:
             raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)")
         self._first = self._first or message
@@ -78,12 +74,7 @@ def read_file(
 ) -> Iterator[Document]:
     """The documents of one file; those without a visible character are left out.
 
-    Args:
-        path: the file.
-        text_field: the field of a record that holds the text.
-        whole: the file's text is one document, also where its format has articles.
-        max_bytes: of a document.
-        bad_rows: told of records without a text; None: the first one stops.
+    With `whole` the file's text is one document, also where its format has articles. `max_bytes` is that of a document.
 
     Raises:
         UserError: the file can't be read in the format that its extension names, or holds records instead of one text.
@@ -257,11 +248,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _parse_record(raw: bytes, text_field: str) -> str:
-    """The text of a line of JSON.
-
-    Raises:
-        ValueError: there is none, and why.
-    """
+    """The text of a line of JSON; a ValueError says why there is none."""
     line = _decode(raw).removeprefix("\ufeff").strip()
     try:
         record = json.loads(line)
@@ -273,11 +260,7 @@ def _parse_record(raw: bytes, text_field: str) -> str:
 
 
 def take_text(record: dict[str, Any], text_field: str) -> str:
-    """The text of a record.
-
-    Raises:
-        ValueError: there is none, and why.
-    """
+    """The text of a record; a ValueError says why there is none."""
     if text_field not in record:
         raise ValueError(describe_missing(text_field, list(record)))
     text = record[text_field]

@@ -55,12 +55,12 @@ class Needle:
 def draw_needle(
     task: RecallTask, part: RecallPart, num_candidates: int, generator: np.random.Generator, *, name: str | None = None
 ) -> Needle:
-    """Draw a sentence to hide, with its question and the answers to choose from.
+    """Draw a sentence to hide, with its question and the answers to choose from, the right one among them.
 
     Args:
         task: what kind of sentence.
         part: which names, values and keys to draw from.
-        num_candidates: answers to choose from, the right one among them.
+        num_candidates: answers to choose from.
         generator: draws.
         name: whom a fact is about; None: one of the part's names.
 
@@ -136,13 +136,10 @@ _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 
 class SentenceBorders:
-    """Where a sentence may be put into a sequence of tokens.
+    """Where a sentence may be put into a sequence of tokens of a byte-level tokenizer.
 
     A border stands between a token whose text ends with a full stop, an exclamation or a question mark (quotes and
     brackets may follow) and one whose text begins with white space. An abbreviation's full stop counts, too.
-
-    Args:
-        tokenizer: a byte-level one, whose tokens don't run across white space from a word's side.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -174,21 +171,12 @@ def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:
 def choose_place(
     tokens: NDArray[np.integer], length: int, depth: float, segment_length: int, borders: SentenceBorders
 ) -> int:
-    """Where in a text to put a sentence, so that no segment's end cuts it in two.
+    """Where in a text, [N], to put a sentence, so that no segment's end cuts it in two: before tokens[index], 0 to N.
 
-    The place at the depth is depth · len(tokens). Taken is the nearest border of sentences, at most half a segment
-    away, that keeps the sentence inside one segment (inside as few as its length allows); without one the nearest such
-    border of words, without that the nearest such place.
-
-    Args:
-        tokens: the text, [N], without the sentence; its first token begins a segment and a sentence.
-        length: tokens of the sentence.
-        depth: 0 is the text's beginning, 1 its end.
-        segment_length: tokens in a segment.
-        borders: of the text's tokenizer.
-
-    Returns:
-        An index from 0 to N: the sentence stands before tokens[index].
+    The place at the depth is depth · N. Taken is the nearest border of sentences, at most half a segment away, that
+    keeps
+    the sentence inside one segment (inside as few as its length allows); without one the nearest such border of words,
+    without that the nearest such place. The text's first token begins a segment and a sentence.
     """
     wanted = depth * len(tokens)
     reach = segment_length / 2
@@ -214,13 +202,10 @@ def plant_sentence(tokens: NDArray[np.integer], sentence: NDArray[np.integer], p
 
 
 class WordPieces:
-    """Draws words: made up of a tokenizer's own pieces, or found in a text.
-
-    Args:
-        tokenizer: a byte-level one.
+    """Draws words: made up of a byte-level tokenizer's own pieces, or found in a text.
 
     Raises:
-        ValueError: no entry of it begins a word, or none continues one.
+        ValueError: no entry of the tokenizer begins a word, or none continues one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -259,11 +244,9 @@ class WordPieces:
 
 
 class PlantedSample(NamedTuple):
-    """A sample with its facts.
+    """A sample with its facts: as many tokens as it had; what the facts displaced is missing at the end.
 
-    Attributes:
-        tokens: as many as the sample had; what the facts displaced is missing at the end.
-        is_answer: the tokens that can be known from an earlier statement: those after the second one's question.
+    `is_answer` marks the tokens that can be known from an earlier statement: those after the second one's question.
     """
 
     tokens: NDArray[np.int64]
@@ -284,11 +267,6 @@ class SamplePlanter:
     whose second place lies beyond the sample's end is left out, and so is one whose question has been asked before.
     The share `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share
     of the values in words is from no list: made up, too, or a word of the sample's own text.
-
-    Args:
-        tokenizer: the documents', byte-level.
-        config: how many facts, of which tasks, how far apart.
-        seed: of all choices.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
@@ -304,10 +282,7 @@ class SamplePlanter:
     def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> PlantedSample:
         """One sample, [N], with its facts.
 
-        Args:
-            tokens: the sample.
-            epoch: each pass over the samples plants other facts.
-            begin: where in its split the sample begins, which with the epoch and the seed decides all choices.
+        The epoch, where in its split the sample begins, and the seed decide all choices.
         """
         config, length = self._config, len(tokens)
         generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])

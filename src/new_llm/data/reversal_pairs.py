@@ -101,14 +101,7 @@ def get_reversal_pairs() -> list[ReversalPair]:
 
 
 def read_reversal_pairs(path: Path) -> list[ReversalPair]:
-    """Read the pairs of a file.
-
-    Args:
-        path: a .csv or .jsonl file in UTF-8.
-
-    Raises:
-        UserError: the file can't be read, holds no pair, or a line of it is malformed: says which, and what is allowed.
-    """
+    """Read the pairs of a .csv or .jsonl file in UTF-8; what is wrong with it is a `UserError` that names the line."""
     rows = {".csv": _read_csv, ".jsonl": _read_jsonl}.get(path.suffix.lower())
     if rows is None:
         raise UserError(f"{path}: pairs are read from .csv and .jsonl files")
@@ -131,15 +124,9 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
 
 
 def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> list[ReversalPair]:
-    """A random subset of each relation's pairs, in their order; all of a relation that has no more.
+    """`per_relation` random pairs of each relation, without replacement and in their order, or all that it has.
 
-    Args:
-        pairs: what to draw from.
-        per_relation: pairs of each relation, without replacement.
-        seed: another relation's pairs change nothing of what is drawn of one.
-
-    Raises:
-        ValueError: per_relation is not positive.
+    Another relation's pairs change nothing of what is drawn of one.
     """
     if per_relation < 1:
         raise ValueError(f"per_relation: {per_relation} is not positive")

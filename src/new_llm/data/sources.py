@@ -151,11 +151,7 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:
-    """Read the configured source's documents, (name, text), whole, in its own order, max_documents at most.
-
-    Raises:
-        UserError: at once or while reading: the source is missing, out of reach, no text or malformed.
-    """
+    """The configured source's documents, (name, text), whole, in its own order, max_documents at most."""
     return islice(open_source(config).read(), config.max_documents)
 
 

@@ -22,11 +22,7 @@ VOCAB_MULTIPLE = 128  # rows of the embedding; 50,277 entries become Pythia's 50
 
 
 def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tokenizer] | None:
-    """The name and the tokenizer that the configuration asks for; None: one must be trained.
-
-    Raises:
-        UserError: see `get_tokenizer`.
-    """
+    """The name and the tokenizer that the configuration asks for; None: one must be trained."""
     if config.tokenizer != "auto":
         return config.tokenizer, get_tokenizer(config.tokenizer, config.hub_timeout_seconds)
     if is_hub_source:
@@ -40,9 +36,7 @@ def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tok
 def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) -> Tokenizer:
     """Load a tokenizer: a tokenizer.json, a folder that holds one, or a name on the hub or in the hub's cache here.
 
-    Args:
-        name_or_file: "EleutherAI/pythia-70m", "my_tokenizer.json" or "runs/mine".
-        hub_timeout_seconds: how long to wait for the hub before it counts as out of reach.
+    The hub counts as out of reach after `hub_timeout_seconds`.
 
     Raises:
         UserError: the file is missing or not a tokenizer, or the hub is out of reach and has not been cached.
@@ -74,11 +68,7 @@ def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) ->
 
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
-    """Read a tokenizer.json.
-
-    Raises:
-        UserError: it can't be read or is not a tokenizer.
-    """
+    """Read a tokenizer.json; one that can't be read or is not a tokenizer is a `UserError`."""
     try:
         text = read_text_file(path, MAX_TOKENIZER_BYTES)
     except FileNotFoundError:

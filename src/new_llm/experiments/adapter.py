@@ -48,23 +48,7 @@ def train_adapter(
     console: Console | None = None,
     write_report: ReportWriter | None = None,
 ) -> dict[str, Any]:
-    """Train and measure one adapter, and write its file. Under a launcher every process makes the same call.
-
-    Args:
-        config: the training.
-        resume: continue the run of this name.
-        console: where to show progress; None: the standard error.
-        write_report: writes the page, `new_llm.report.write_report`; None: no page.
-
-    Returns:
-        What `results.json` holds; `results["folder"]` is the run folder.
-
-    Raises:
-        UserError: bad input, in one line.
-        OtherProcessError: another process of the same training has failed.
-        TrainingError: a loss was not finite.
-        TrainingInterrupted: a signal asked to stop; the run can be resumed.
-    """
+    """Train and measure one adapter, and write its file; arguments, results and errors as of `run_experiment`."""
     return AdapterRun(config, resume=resume, console=console, write_report=write_report).execute()
 
 
@@ -146,11 +130,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         }
 
     def _measure_texts(self, adapted: TransformerLM) -> dict[str, Any]:
-        """The adapted model with its memory carried, reset and foreign, and the base, on the same tokens of each text.
-
-        Returns:
-            By text: what `LongDocumentsResult.to_dict` gives.
-        """
+        """By text, the adapted model with its memory carried, reset and foreign, and the base, on the same tokens."""
         settings = self.config.eval
         base = load_configured_base(self.config, self.source).to(self.device).eval()
         adapted = adapted.to(self.device).eval()
@@ -173,7 +153,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
 
 def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
-    """Where the base is: a hub name or a directory; and its tokenizer: a hub name or a file.
+    """Where the base is (a hub name or a directory), and its tokenizer (a hub name or a file).
 
     Raises:
         UserError: a directory without a model or tokenizer, or a run without a model of its own to choose.
@@ -193,11 +173,7 @@ def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
 
 
 def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> TransformerLM:
-    """The base with the segments of the training.
-
-    Raises:
-        UserError: it can't be found or read; offline the message says how to train one.
-    """
+    """The base with the segments of the training; offline the error says how to train one."""
     try:
         return load_base(source, revision=config.revision, segment_length=config.segment_length)
     except UserError as error:
@@ -213,11 +189,7 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
 
 
 def check_vocabulary(model: TransformerLM, tokenizer: Tokenizer, name: str) -> None:
-    """Reject a tokenizer with ids that the base does not know.
-
-    Raises:
-        UserError: gives both numbers.
-    """
+    """Reject a tokenizer with ids that the base does not know."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= model.vocab_size:
         raise UserError(f"--base {name}: the tokenizer has ids up to {largest}, the base knows {model.vocab_size}")
@@ -227,11 +199,7 @@ def check_vocabulary(model: TransformerLM, tokenizer: Tokenizer, name: str) -> N
 
 
 def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> PreparedData:
-    """The source's long documents, split and tokenised as the base's tokenizer does.
-
-    Raises:
-        UserError: see `prepare_data`; or no training document is long enough.
-    """
+    """The source's long documents, split and tokenised as the base's tokenizer does; errors as of `prepare_data`."""
     tokenizer = tokenizer_name if config.data.tokenizer == "auto" else config.data.tokenizer
     data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer))
     return choose_long_documents(
@@ -246,20 +214,12 @@ def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> Pre
 def choose_long_documents(
     data: PreparedData, *, num_docs: int, min_tokens: int, max_tokens: int | None, seed: int
 ) -> PreparedData:
-    """A seeded choice of long training documents, and all long validation documents.
+    """A seeded choice of long training documents, and all long validation documents, cut to `max_tokens`.
 
-    Args:
-        data: both splits.
-        num_docs: training documents at most.
-        min_tokens: tokens that a document must have to be long.
-        max_tokens: tokens of a document at most, from its beginning; None: all.
-        seed: of the choice.
-
-    Returns:
-        The same data with fewer documents; where no validation document is long, all of them and a note.
+    Where no validation document is long, all of them stay, with a note.
 
     Raises:
-        UserError: no training document is long.
+        UserError: no training document has `min_tokens`.
     """
     notes = list(data.info.get("notes", []))
     lengths = np.diff(data.train.offsets)

@@ -126,11 +126,7 @@ class ModelConfig:
         return resolve_options(model_type, given, self.recipe)
 
     def check_taken(self, model_types: Sequence[str]) -> None:
-        """Refuse options that none of some model types takes, and layers that the shape does not have.
-
-        Raises:
-            UserError: names the option, and what takes it.
-        """
+        """Refuse options that none of some model types takes, and layers that the shape does not have."""
         taken = {name for model_type in model_types for name in find_model_kind(model_type).defaults}
         known = list_option_fields()
         for name in self._given_options():
@@ -302,11 +298,7 @@ class AdapterTrainingConfig(TrainingSettings):
 
 
 def load_config(path: Path) -> ExperimentConfig:
-    """Read an experiment's YAML; what it leaves out keeps its default.
-
-    Raises:
-        UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
-    """
+    """Read an experiment's YAML; see `read_settings`."""
     return read_settings(path, ExperimentConfig)
 
 

@@ -22,11 +22,7 @@ def examine_subject(
 ) -> tuple[DoctorReport, dict[str, Any]]:
     """Examine a model on the named text, else its run's validation documents, else embedded text.
 
-    Returns:
-        The report, and what it was made on, as plain values for the record.
-
-    Raises:
-        UserError: the text or the run's data can't be read, or an unknown check is asked for.
+    Returns the report, and what it was made on, as plain values for the record.
     """
     prepared = prepare_data(subject.config.data) if subject.config else None
     data = None if prepared is None else describe_training(subject, prepared)

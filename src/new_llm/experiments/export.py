@@ -47,13 +47,9 @@ REGISTRATION = "import new_llm.models.hf  # registers the model type; no code co
 def export_run(
     run: str | Path, model: str | None, directory: str | Path, *, layout: Literal["auto", "gpt_neox"] = "auto"
 ) -> None:
-    """Write a run's model with its best weights, its tokenizer and a model card.
+    """Write a run's model with its best weights, its tokenizer and a model card; an exported model there is replaced.
 
-    Args:
-        run: a run folder, or the folder of a saved model.
-        model: which model of a run folder; None: the only one.
-        directory: where to write; an exported model that is there is replaced.
-        layout: auto, for every kind of model; gpt_neox, for plain Pythia models.
+    `layout` is auto, for every kind of model, or gpt_neox, for plain Pythia models.
 
     Raises:
         UserError: there is no such model, GPT-NeoX can't express it, or the folder can't be written.
@@ -70,14 +66,7 @@ def export_run(
 
 
 def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> str:
-    """The model card, in Markdown with the hub's metadata: how to load the model, what it is, and its run's figures.
-
-    Args:
-        model: the model.
-        source: its folder in the run, or any other folder: then there are no figures.
-        layout: auto or gpt_neox.
-        title: the exported folder's name.
-    """
+    """The model card, in Markdown with the hub's metadata: how to load the model, what it is, and its run's figures."""
     kinds = [layer.kind for layer in model.layer_list]
     facts = {
         "layers": ", ".join(kinds),

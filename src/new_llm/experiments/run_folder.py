@@ -69,18 +69,10 @@ CONFIG_KINDS: tuple[type[TrainingSettings], ...] = (ExperimentConfig, AdapterTra
 
 @contextmanager
 def hold_run(config: Settings, *, resume: bool, processes: Processes = ALONE) -> Iterator[tuple[Settings, Path]]:
-    """Inside the block: a new or resumed run that no other process can use.
+    """Inside the block: a new or resumed run that no other process can use, with its configuration's name filled in.
 
-    The lock is a file inside the folder, wherever links to it point. Unless the block creates a run (`create_run`), the
-    folder is removed at its end.
-
-    Args:
-        config: the run's, perhaps without a name.
-        resume: whether to continue a run.
-        processes: those that work in it together; the main one holds it for all.
-
-    Returns:
-        The configuration with its name filled in, and the folder.
+    The lock is a file inside the folder, wherever links to it point. The main process holds it for all. Unless the
+    block creates a run (`create_run`), the folder is removed at its end.
 
     Raises:
         UserError: another process is using it; the folder exists already, or there is nothing to resume, or it began
@@ -115,11 +107,7 @@ def _hold_alone(config: Settings, resume: bool) -> Iterator[tuple[Settings, Path
 
 
 def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
-    """The configuration of a run that can begin or continue in a folder. Leftovers of a killed process are removed.
-
-    Raises:
-        UserError: see `hold_run`.
-    """
+    """The configuration of a run that can begin or continue in a folder. Leftovers of a killed process are removed."""
     if not resume:
         if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
             raise UserError(
@@ -147,11 +135,7 @@ def create_run(config: RunSettings, folder: Path) -> None:
 
 
 def read_begun(folder: Path, kind: type[Settings]) -> Settings:
-    """The configuration that a run began with.
-
-    Raises:
-        UserError: there is no run of this kind in this folder.
-    """
+    """The configuration that a run of this kind began with."""
     if not (folder / kind.file_name).exists():
         raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
     return read_settings(folder / kind.file_name, kind)
@@ -241,11 +225,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a file that `write_json` wrote; None where there is none.
-
-    Raises:
-        UserError: it is not JSON.
-    """
+    """Read a file that `write_json` wrote; None where there is none."""
     try:
         return read_json_file(path)
     except FileNotFoundError:
@@ -309,11 +289,7 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
 
 
 def has_memory(folder: Path) -> bool:
-    """Whether a saved model has a memory layer, by its structure alone.
-
-    Raises:
-        UserError: the structure can't be read.
-    """
+    """Whether a saved model has a memory layer, by its structure alone."""
     structure = read_structure(folder)
     layers = structure.get("layers") if isinstance(structure, dict) else None
     if not isinstance(layers, list):
@@ -343,11 +319,7 @@ def load_run_model(
 
 
 def find_tokenizer_file(folder: Path) -> Path:
-    """The tokenizer of the model in a folder: in it, or in one of the two folders above.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The tokenizer of the model in a folder: in it, or in one of the two folders above."""
     places = [folder, *folder.resolve().parents][:TOKENIZER_LEVELS]
     for place in places:
         if (place / TOKENIZER_FILE).is_file():
@@ -360,16 +332,10 @@ def find_tokenizer_file(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One model of a run.
+    """One model of a run: waiting, training or done.
 
-    Attributes:
-        name: the model type.
-        status: waiting, training, or done.
-        epochs: finished epochs.
-        num_epochs: epochs at most.
-        perplexity: sliding-window where the model is done, else the best validation's; None: none yet.
-        tokens: tokens trained on.
-        gates: smallest and largest gate; None: no memory, or nothing logged yet.
+    `perplexity` is sliding-window where the model is done, else the best validation's; `gates` the smallest and
+    largest.
     """
 
     name: str
@@ -383,16 +349,9 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run.
+    """One run: complete, unreadable (by its `fault`), or unfinished.
 
-    Attributes:
-        folder: where it is.
-        status: complete, unreadable, or unfinished (running, interrupted or failed: a folder does not show which).
-        created: when it began; None: unknown.
-        config: its configuration; None: unreadable.
-        models: its models, in order.
-        evaluations: file names of later measurements.
-        fault: why its files can't be read; None: they can.
+    Unfinished is running, interrupted or failed: a folder does not show which. `evaluations` are names of files.
     """
 
     folder: Path
@@ -405,11 +364,7 @@ class RunStatus:
 
 
 def list_runs(runs_dir: Path) -> list[RunStatus]:
-    """The runs below a folder, those of studies included, the latest last; unreadable ones are listed with their fault.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """The runs below a folder, those of studies included, the latest last; unreadable ones with their fault."""
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: no such folder; runs are made by `new-llm experiment`")
     folders = [

@@ -124,11 +124,7 @@ class Run(ABC, Generic[Config]):
 
     @abstractmethod
     def check(self) -> None:
-        """Reject bad settings before anything is read or written.
-
-        Raises:
-            UserError: names the setting.
-        """
+        """Reject bad settings by a `UserError` before anything is read or written."""
 
     @abstractmethod
     def prepare(self) -> PreparedData:
@@ -205,11 +201,7 @@ class Run(ABC, Generic[Config]):
             return self.processes.run_on_main(lambda: self._write(self.finish(results | {"status": "complete"})))
 
     def _share_data(self) -> PreparedData:
-        """The data: one process tokenises them, and the others read its cache.
-
-        Raises:
-            UserError: as `prepare`; or machines without a shared cache have read different texts.
-        """
+        """The data: one process tokenises them, and the others read its cache, or on other machines the same texts."""
         data = self.processes.run_main_first(self.prepare)
         with self.processes.agree():
             if self.processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
@@ -220,11 +212,7 @@ class Run(ABC, Generic[Config]):
         return data
 
     def _check_same_data(self) -> None:
-        """Reject data other than those that the run began with.
-
-        Raises:
-            UserError: names what has changed.
-        """
+        """Reject data other than those that the run began with, and name what has changed."""
         begun = read_json(self.folder / DATA_FILE)
         if begun is None:  # the process was killed before it could write it
             return
@@ -310,11 +298,7 @@ class Run(ABC, Generic[Config]):
             progress.stop()
 
     def measure_validation_loss(self, model: TransformerLM) -> float:
-        """Nats per validation token under the conditions of training.
-
-        With `order: stream` documents are read as streams with their memory carried; with `shuffled` in samples that
-        start from empty memory.
-        """
+        """Nats per validation token under the conditions of training: streams with memory, or single samples."""
         settings, split = self.config.eval, self.data.validation
         reading = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens}
         shared = {"autocast": self.autocast, "processes": self.processes}

@@ -119,11 +119,7 @@ def run_study(
 
 
 def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
-    """Every variant with every seed; seed by seed, so that a study that is stopped has compared all variants.
-
-    Raises:
-        UserError: `only` names no variant.
-    """
+    """Every variant, or `only` some, with every seed; seed by seed, so that a stopped study compares all."""
     for name in only:
         if name not in study.variants:
             raise UserError(f"--only: {name!r} is no variant of {study.name}; there are {', '.join(study.variants)}")
@@ -261,11 +257,7 @@ def summarize_study(study: StudyConfig) -> dict[str, Any]:
 
 
 def _claim_folder(study: StudyConfig) -> None:
-    """Create the study's folder, or check that it holds the same study; variants and seeds may have been added.
-
-    Raises:
-        UserError: a variant was begun with other settings.
-    """
+    """Create the study's folder, or check that it holds the same study; variants and seeds may have been added."""
     path = study.folder / STUDY_FILE
     if path.exists():
         begun = read_settings(path, StudyConfig)
@@ -288,14 +280,7 @@ def run_in_processes(
 ) -> None:
     """Call work(study, cell, console) for every cell, `jobs` at once, each in a process that writes to a log file.
 
-    If one fails, the others are asked to stop; trainings write a checkpoint.
-
-    Args:
-        work: a function of a module.
-        study: the study.
-        cells: what to work on, in this order.
-        jobs: processes.
-        console: where to show what is done.
+    If one fails, the others are asked to stop; trainings write a checkpoint. `work` is a function of a module.
 
     Raises:
         UserError: one of them failed: its name, its last line, and its log.

@@ -73,11 +73,7 @@ class StudyConfig(RunSettings):
                 raise UserError(f"texts: {self.texts[position]}: another text is called {name!r}, too; rename the file")
 
     def choose_window_stride(self, name: str, window: int) -> int:
-        """Tokens from one window of a baseline to the next, where long documents are measured.
-
-        Raises:
-            UserError: the stride is longer than the window.
-        """
+        """Tokens from one window of a baseline to the next, where long documents are measured; at most a window."""
         assert self.long_documents is not None
         return self.long_documents.choose_window_stride(window, f"{self.name}: long_documents.window_stride", name)
 
@@ -97,11 +93,7 @@ class StudyConfig(RunSettings):
         return {VALIDATION: None} | {Path(source).stem: source for source in self.texts}
 
     def configure(self, variant: str, seed: int) -> ExperimentConfig:
-        """The experiment of one variant and seed.
-
-        Raises:
-            UserError: an unknown key or a wrong value, or several models.
-        """
+        """The experiment of one variant and seed; an unknown key, a wrong value or several models are a `UserError`."""
         change = self.variants[variant]
         values = merge_settings(self.base, change)
         for key in ("name", "seed", "runs_dir"):

@@ -57,17 +57,13 @@ def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
 
 
 def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """All figures of the study as plain values.
+    """All figures of a study's finished runs by variant, as plain values: what `study.json` holds.
 
-    Args:
-        study: the study.
-        found: by variant, its finished runs.
-
-    Returns:
-        `name`, `question`, `reference`, `tables` (which figures are in which), and `variants`: for each its changes,
-        its seeds, the versions of the code that trained it, its size, and `figures`: by name the values by seed, their
-        mean with its interval (Student's t over seeds; of one seed the measure's own, over documents), the text of the
-        table's cell, and the difference from the reference, paired by seed.
+    Each variant has its changes, its seeds, the versions of the code that trained it, its size, and `figures`: by name
+    the
+    values by seed, their mean with its interval (Student's t over seeds; of one seed the measure's own, over
+    documents),
+    the text of the table's cell, and the difference from the reference, paired by seed.
     """
     by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
     reference = by_variant.get(study.reference_variant, {})

@@ -38,12 +38,9 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class DecodingWeights:
-    """A model's weights for one generation.
+    """A model's weights for one generation of `num_rows` rows; with many rows the usual product is faster.
 
-    Args:
-        model: the `TransformerLM`.
-        num_rows: rows of the batch; with many rows the usual product is faster.
-        packs: without kernels, let oneDNN copy the weights, which takes as long as some steps.
+    `packs` lets oneDNN, where there are no kernels, copy the weights, which takes as long as some steps.
     """
 
     def __init__(self, model: nn.Module, *, num_rows: int, packs: bool) -> None:

@@ -127,10 +127,8 @@ def stream_text(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Encode prompts as ids [B, T], padded with 0 on the right, and a mask of real tokens [B, T] bool.
-
-    Raises:
-        ValueError: there is no prompt, or one has no tokens.
+    """Prompts as ids [B, T], padded with 0 on the right, and a mask of real tokens [B, T] bool; an empty one is an
+    error.
     """
     rows = [torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64) for text in prompts]
     if not rows or not all(map(len, rows)):

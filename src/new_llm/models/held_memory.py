@@ -47,28 +47,14 @@ class HeldMemory(nn.Module):
         return self._held_rows
 
     def reset_memory(self, batch_size: int | None = None) -> None:
-        """Empty the memory.
-
-        Args:
-            batch_size: number of rows, each with its own memory; None: one memory shared by all rows.
-
-        Raises:
-            ValueError: batch_size is not positive.
-        """
+        """Empty the memory; `batch_size` rows then have one each, or without it all rows share one."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is not positive")
         self._held = [None] * len(self.layers)
         self._held_rows = batch_size
 
     def reset_rows(self, rows: Tensor) -> None:
-        """Empty the memory of some rows of a per-row memory, as where a row's next document begins.
-
-        Args:
-            rows: [B] bool.
-
-        Raises:
-            ValueError: the memory is shared or has a different number of rows.
-        """
+        """Empty the memory of some rows, [B] bool, of a per-row memory, as where a row's next document begins."""
         if self._held_rows != rows.shape[0]:
             held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
             raise ValueError(
@@ -89,12 +75,9 @@ class HeldMemory(nn.Module):
     def restore_memory(self, kept: KeptMemory, if_true: Tensor | None = None) -> None:
         """Hold again what `keep_memory` returned.
 
-        Args:
-            kept: from `keep_memory`; with `if_true` it must have as many rows as now.
-            if_true: one bool on the device, read without synchronising: restore only if it is True; None: always.
-
-        Raises:
-            ValueError: the numbers of rows differ.
+        `if_true` is one bool on the device, read without synchronising: restore only if it is True; the rows must be as
+        many as
+        now. None: always.
         """
         before, rows = kept
         if if_true is None:

@@ -72,10 +72,8 @@ _SHAPE_KEYS = tuple(LayerShape.__dataclass_fields__)
 
 
 def describe_model(model: TransformerLM) -> dict[str, Any]:
-    """The structure that `build_model` makes the model from: plain values.
-
-    Raises:
-        ValueError: a layer of a class that is not registered.
+    """The structure that `build_model` makes the model from: plain values. A layer that is not registered is a
+    ValueError.
     """
     for index, layer in enumerate(model.layer_list):
         if LAYER_KINDS.get(layer.kind) is not type(layer):
@@ -179,12 +177,7 @@ def _check_layers(plan: ModelStructure, header: TensorHeader, where: str) -> Non
 
 
 def save_model(model: TransformerLM, folder: str | Path) -> None:
-    """Write a model's weights and structure; each file is whole or not there.
-
-    Raises:
-        OSError: the disk refuses.
-        ValueError: a layer of a class that is not registered.
-    """
+    """Write a model's weights and structure; each file is whole or not there."""
     write_model_files(describe_model(model), model.state_dict(), Path(folder))
 
 
@@ -207,11 +200,7 @@ def find_model_fault(folder: Path, structure: dict[str, Any], fingerprint: str) 
 
 
 def read_structure(folder: Path) -> Any:
-    """What `model.json` in a folder holds, which `build_model` validates.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
+    """What `model.json` in a folder holds, which `build_model` validates."""
     try:
         return read_json_file(folder / STRUCTURE_FILE)
     except FileNotFoundError:

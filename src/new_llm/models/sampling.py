@@ -130,11 +130,8 @@ class TextDecoder:
     """Decode one row token by token; the pieces joined are the text of all tokens.
 
     Bytes that do not form a character yet are held back until they do, or no longer can. Special tokens have no text.
-
-    Args:
-        tokenizer: the model's.
-        context: the last tokens before the text, such as a prompt's: tokenizers that mark a word's beginning (as
-            SentencePiece) leave out the space before a text's first word, but not between words.
+    `context` are the last tokens before the text, such as a prompt's: tokenizers that mark a word's beginning (as
+    SentencePiece) leave out the space before a text's first word, but not between words.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
@@ -173,13 +170,7 @@ def count_whole(text: str) -> int:
 
 
 class StoppingText:
-    """The text of one row up to its first stop string, which may span tokens.
-
-    Args:
-        tokenizer: the model's.
-        stop_strings: none of them empty.
-        context: as of `TextDecoder`.
-    """
+    """The text of one row up to its first stop string, which may span tokens; `context` as of `TextDecoder`."""
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), context: Sequence[int] = ()) -> None:
         self.decoder = TextDecoder(tokenizer, context)

@@ -42,11 +42,7 @@ class MemoryStream:
 
     @torch.no_grad()
     def feed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Read the next tokens [B, T] and return their logits [B, T, Z]; masked tokens are skipped.
-
-        Raises:
-            ValueError: the stream is closed, the number of rows differs, or ids are outside the vocabulary.
-        """
+        """Read the next tokens [B, T] and return their logits [B, T, Z]; masked tokens are skipped."""
         return self.model.embed_out(self.feed_hidden(input_ids, attention_mask))
 
     @torch.no_grad()
@@ -89,14 +85,7 @@ class MemoryStream:
 
     @torch.no_grad()
     def reset_rows(self, rows: Tensor) -> None:
-        """Restart some rows from empty memory, as where a row's next document begins.
-
-        Args:
-            rows: [B] bool.
-
-        Raises:
-            ValueError: the number of rows differs.
-        """
+        """Restart some rows, [B] bool, from empty memory, as where a row's next document begins."""
         if rows.shape != (self.batch_size,):
             raise ValueError(f"reset_rows of shape {tuple(rows.shape)} for a stream of {self.batch_size} rows")
         chosen = rows.to(self.device, torch.bool)

@@ -59,12 +59,8 @@ PICKLE_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x8
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says of itself, in agreement with its length.
-
-    Attributes:
-        shapes: of each tensor, by name.
-        dtypes: of each tensor: `F32`, `BF16`, `I64`, …
-        metadata: strings by name.
+    """What a safetensors file says of its tensors (`F32`, `BF16`, `I64`, …), in agreement with its length, and its
+    metadata.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -72,11 +68,7 @@ class TensorHeader:
     metadata: dict[str, str]
 
     def check_weights(self, where: str) -> None:
-        """Make sure that all tensors are floats.
-
-        Raises:
-            UserError: names the first that is not.
-        """
+        """Make sure that all tensors are floats; names the first that is not."""
         for name, dtype in self.dtypes.items():
             if dtype not in WEIGHT_DTYPES:
                 allowed = ", ".join(WEIGHT_DTYPES)
@@ -173,21 +165,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Compare content with the digest among its metadata, if there is one.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Compare content with the digest among its metadata, if there is one."""
     if DIGEST in metadata and metadata[DIGEST] != hash_content(metadata, tensors):
         raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Make sure that no weight is NaN or infinite.
-
-    Raises:
-        UserError: names the first such tensor.
-    """
+    """Make sure that no weight is NaN or infinite; names the first such tensor."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(shorten(f"{where}: {name} holds NaN or infinite values"))
@@ -247,11 +231,7 @@ def _list_tensors(value: Any, where: str) -> Iterator[Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with its digest; it is whole, or what was there before.
-
-    Raises:
-        OSError: the disk refuses.
-    """
+    """Write a safetensors file with its digest; it is whole, or what was there before."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # so that every number is aligned
     facts = {**metadata, DIGEST: hash_content(metadata, plain)}
@@ -271,10 +251,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 @contextmanager
 def raise_os_errors(path: Path) -> Iterator[None]:
-    """Around writing a file by safetensors, or by `torch.save` into an open file.
-
-    Raises:
-        OSError: with the system's number and the path, where the system refused to write.
+    """Around writing a file by safetensors, or by `torch.save` into an open file: the system's own error, with the
+    path.
     """
     try:
         yield

@@ -201,13 +201,7 @@ FIGURES_FOLDER = "figures"
 
 
 def write_study_figures(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]], folder: Path) -> None:
-    """Draw a study into `figures` in its folder, each chart as SVG and CSV.
-
-    Args:
-        summary: of `describe_study`.
-        found: by variant, its finished runs.
-        folder: the study's.
-    """
+    """Draw a study's summary and finished runs into `figures` in its folder, each chart as SVG and CSV."""
     write_charts([*draw_figures(summary), *draw_measures(found)], folder / FIGURES_FOLDER)
 
 

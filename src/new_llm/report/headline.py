@@ -26,12 +26,9 @@ SAME_PROTOCOL = ("num_tokens", "context", "stride")
 
 @dataclass(frozen=True)
 class Headline:
-    """What the results say, in words.
+    """What the results say in one sentence, and caveats: how far to trust it.
 
-    Attributes:
-        text: one sentence.
-        caveats: how far to trust it.
-        is_comparable: whether the models were measured on the same text.
+    `is_comparable` is whether the models were measured on the same text.
     """
 
     text: str

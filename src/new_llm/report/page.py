@@ -80,12 +80,7 @@ class Section:
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
-    """Write the page of one run, with the evaluations that lie beside it; what the results lack is left out.
-
-    Args:
-        results: as in results.json. NaN and infinite numbers may occur.
-        path: the .html file in the run's folder; an older file is replaced.
-    """
+    """Write the page of one run, with the evaluations that lie beside it; what the results lack is left out."""
     is_done = results.get("status") == "complete"  # a run writes its page after each model; figures only once
     write_page([make_run(results, path.parent)], path, with_figures=is_done)
 
@@ -182,10 +177,7 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) ->
 def make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str]) -> Figure:
     """Draw the views of a figure; what can't be drawn, a user's own specification perhaps, is left out.
 
-    Args:
-        charts: the views.
-        places: each model's place.
-        taken: the page's ids so far; the figure's is added.
+    `places` are the models' places; the figure's name is added to `taken`, the page's ids so far.
     """
     views, key = [], {}
     for chart in charts:

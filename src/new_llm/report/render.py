@@ -27,11 +27,7 @@ VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} 
 
 
 def write_chart(chart: Chart, path: Path) -> None:
-    """Write a chart as .svg or .png, or its numbers as .csv.
-
-    Raises:
-        UserError: another ending.
-    """
+    """Write a chart as .svg or .png, or its numbers as .csv; another ending is a `UserError`."""
     if path.suffix == ".svg":
         svg = vl_convert.vegalite_to_svg(chart.spec, allowed_base_urls=[])
         write_text_atomically(path, svg)
@@ -60,9 +56,7 @@ def write_charts(drawn: Sequence[Chart], folder: Path, endings: Sequence[str] = 
 def draw_for_page(chart: Chart, places: Mapping[str, int]) -> str:
     """An SVG element for the page: no legend, the page's colours, a tooltip for each mark.
 
-    Args:
-        chart: what is drawn.
-        places: the place of each model, which chooses its colour and mark in all charts alike.
+    `places` are the models' places, which choose their colours and marks in all charts alike.
     """
     spec = copy.deepcopy(chart.spec)
     spec["config"]["background"] = None

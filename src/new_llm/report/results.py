@@ -18,13 +18,7 @@ VALIDATION = "validation documents"
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """Read a run's results.
-
-    Args:
-        path: a results.json, or the run folder that holds one.
-
-    Returns:
-        The file's mapping. Any part but `schema_version` may be missing or empty: a run can be interrupted.
+    """Read a results.json, or that of a run folder; any part but `schema_version` may be missing.
 
     Raises:
         UserError: the file is missing, not a JSON mapping, of another schema version, or its models are not a list.
@@ -47,17 +41,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model measured once.
-
-    Attributes:
-        measure: the measure's name.
-        model: the model's name in its run.
-        text: what it was measured on.
-        result: what the measure found.
-        is_complete: False: it was interrupted.
-        created: when.
-        command: that measured it; empty: the run itself did.
-    """
+    """One model measured once, on a text; without a command by its own run."""
 
     measure: str
     model: str
@@ -70,13 +54,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
-
-    Attributes:
-        results: as in results.json; any part may be missing.
-        evaluations: what `new-llm eval` has measured since, oldest first.
-        notes: files that could not be read.
-    """
+    """One run's results, the evaluations made since (oldest first), and notes on unreadable files."""
 
     results: dict[str, Any]
     evaluations: tuple[Measured, ...] = ()
@@ -110,11 +88,7 @@ def name_model(entry: dict[str, Any]) -> str:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read some runs, each a folder or its results.json.
-
-    Raises:
-        UserError: one can't be read, or is given twice.
-    """
+    """Read some runs, each a folder or its results.json, and each once."""
     files = [path / "results.json" if path.is_dir() else path for path in paths]
     for index, file in enumerate(files):
         if any(file.resolve() == other.resolve() for other in files[:index]):

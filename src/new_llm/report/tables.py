@@ -32,11 +32,7 @@ GAP = 2  # blanks between columns of the console's tables
 class Cell:
     """One figure of one model.
 
-    Attributes:
-        text: as it is shown.
-        hint: the exact value, the interval, the seeds: for who asks.
-        value: what rows are sorted by; None: a word, or nothing.
-        is_best: the best of its column.
+    `hint` is the exact value, the interval, the seeds; rows are sorted by `value` (None: a word, or nothing).
     """
 
     text: str
@@ -75,9 +71,7 @@ FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ..
 def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     """What is known of the models: their size, what was measured of them, what their training cost.
 
-    Args:
-        series: the models.
-        mark_best: whether the best of a column is marked: the models were measured on the same text.
+    The best of a column is marked if the models were measured on the same text.
     """
     columns: list[tuple[Heading, list[Cell]]] = []
     facts = [_collect_fact(series, *fact) for fact in FACTS]

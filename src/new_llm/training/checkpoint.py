@@ -58,25 +58,7 @@ FORMAT_VERSION = 6
 class TrainerState:
     """The counters of a training.
 
-    Attributes:
-        epoch: epochs finished.
-        batch: batches of the running epoch that are done.
-        step: optimizer steps done.
-        num_tokens: tokens trained on.
-        seconds: seconds spent in training steps.
-        best_loss: the best validation loss, nats per token; None before the first validation.
-        best_epoch: the epoch (from 1) it was reached in.
-        best_fingerprint: of its weights, as `fingerprint_weights` gives it.
-        epochs_without_gain: epochs since then.
-        stopped_early: whether patience has run out.
-        window_loss, window_tokens, window_seconds: sums since the last line of metrics.
-        epoch_loss, epoch_tokens: sums since the epoch's start.
-        skipped_steps: steps skipped because of a non-finite number.
-        skips_in_a_row: skipped steps since the last good one.
-        saved_faults: steps saved under `faults/`.
-        recent_losses: the losses that a spike is compared with.
-        in_spike: whether the last step's loss was in a spike.
-        metrics_lines: lines of `metrics.jsonl` that had been written by then.
+    Losses are nats per token; `window_*` and `epoch_*` are sums since the last line of metrics and the epoch's start.
     """
 
     epoch: int = 0
@@ -104,13 +86,10 @@ class TrainerState:
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint's files hold.
+    """What a checkpoint's files hold: weights by name, the counters, and `values`.
 
-    Attributes:
-        weights: by name.
-        values: `optimizer` (by the parameters' names), `scheduler`, `memory` (of `get_memory_state`, with all rows),
-            `memory_rows` (None: one memory is shared by all rows), `random_states` (of the main process).
-        state: the counters.
+    `values` has `optimizer` (by the parameters' names), `scheduler`, `memory` (of `get_memory_state`, with all rows),
+    `memory_rows` (None: one memory is shared by all rows) and `random_states` (of the main process).
     """
 
     weights: dict[str, Tensor]
@@ -122,11 +101,9 @@ class Checkpoint(NamedTuple):
 
 
 def name_checkpoint(step: int, epoch: int) -> str:
-    """A checkpoint's folder. Names sort by time and are unique.
+    """A checkpoint's folder, by steps done and epochs finished, whose names sort by time.
 
-    Args:
-        step: optimizer steps done.
-        epoch: epochs finished: after an epoch's last step there may be a checkpoint before and one after validation.
+    After an epoch's last step there may be a checkpoint before and one after validation.
     """
     return f"step-{step:09d}-epoch-{epoch:04d}"
 
@@ -141,13 +118,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -> Iterator[Path]:
     """Inside the block: a folder for a checkpoint's files; at its end they are on disk, with a manifest.
 
-    Args:
-        folder: the model's folder in the run.
-        step, epoch: see `name_checkpoint`.
-        keep: checkpoints to keep, this one included; older ones are removed once it is complete.
+    Of the older checkpoints `keep` − 1 stay; newer ones, which were damaged, are removed.
 
     Raises:
-        UserError: the folder is gone.
+        UserError: the model's folder in the run is gone.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: deleted or renamed while the model trained")
@@ -164,11 +138,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none at all.
-
-    Args:
-        folder: the model's folder in the run, held by this process. Leftovers of a killed process are removed.
-        warn: called with a line about damaged ones that are skipped.
+    """The newest undamaged checkpoint; None where there is none at all. `warn` is told in a line what was skipped.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
@@ -214,13 +184,7 @@ def save_checkpoint(
     keep: int,
     processes: Processes = ALONE,
 ) -> None:
-    """Write a checkpoint into the model's folder and remove those beyond the newest `keep`.
-
-    All processes call this; the main one writes.
-
-    Raises:
-        OtherProcessError: on the others, where the main process can't write.
-    """
+    """Write a checkpoint into the model's folder and keep the newest `keep`. The main process writes, all call this."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
 
     # Whole tensors on the main process's CPU, by the parameters' names; on the others nothing.
@@ -255,7 +219,7 @@ def load_checkpoint(
     warn: Callable[[str], None],
     processes: Processes = ALONE,
 ) -> TrainerState | None:
-    """Load the last good checkpoint into model, optimizer and schedule; None: there is no checkpoint.
+    """Load the last good checkpoint into model, optimizer and schedule; None: there is none.
 
     All processes call this; the main one reads.
 
@@ -284,11 +248,7 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint's files.
-
-    Raises:
-        UserError: another version. A broken file raises what its library does.
-    """
+    """Read a checkpoint's files; another version is a `UserError`, a broken file raises what its library does."""
     state = read_json_file(path / STATE_FILE)
     if not isinstance(state, dict):
         raise UserError(f"{path / STATE_FILE}: expected a mapping, found {type(state).__name__}")
@@ -322,11 +282,7 @@ def describe_fault(path: Path) -> Iterator[None]:
 
 
 def _check_model(found: Checkpoint, model: TransformerLM, optimizer: Optimizer) -> None:
-    """Reject the checkpoint of another model or optimizer.
-
-    Raises:
-        ValueError: names what differs.
-    """
+    """Reject the checkpoint of another model or optimizer by a ValueError that names what differs."""
     here, there = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.state_dict(), found.weights))
     if here != there:
         odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
@@ -368,9 +324,9 @@ def share_weights(weights: dict[str, Tensor], model: nn.Module, processes: Proce
 
 
 def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
-    """The model's memory with the rows of all processes in order, on the main process; and how many rows.
+    """The model's memory with the rows of all processes in order, on the main process, and how many (None: shared).
 
-    All processes call this. None rows: one memory is shared by all rows.
+    All processes call this.
     """
     rows = model.memory_rows
     own = model.get_memory_state()
@@ -411,20 +367,11 @@ def _has_rows(entry: dict[str, Any], key: str) -> bool:
 def restore_best(
     folder: Path, structure: dict[str, Any], state: TrainerState, warn: Callable[[str], None]
 ) -> TrainerState:
-    """Make sure that `best/` holds the best weights of a checkpoint's counters.
+    """Make sure that `best/` holds the best weights of the counters that training continues from.
 
     A checkpoint is written before the best weights and contains them if its last epoch was the best. A training killed
     between the two writes, or with damaged best weights, restores them from there. If no checkpoint has them, the
-    newest one's weights replace them until the next epoch ends.
-
-    Args:
-        folder: the model's folder in the run.
-        structure: the model's, as `describe_model` gives it.
-        state: the counters of the checkpoint that training continues from.
-        warn: called with a line about what was done.
-
-    Returns:
-        The counters, changed where the best weights are lost.
+    newest one's weights replace them until the next epoch ends, and the counters returned say so.
     """
     if state.best_fingerprint is None:
         return state

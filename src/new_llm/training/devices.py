@@ -21,11 +21,7 @@ CUBLAS_WORKSPACE = ":4096:8"
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: a GPU where there is one.
-
-    Raises:
-        UserError: no such device, or a GPU is asked for and there is none.
-    """
+    """`auto` is a GPU where there is one; a device that is unknown or missing is a `UserError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -56,12 +52,9 @@ def make_autocast(precision: str, device: torch.device) -> Callable[[], Abstract
 
 @contextmanager
 def compute_deterministically(is_wanted: bool = True) -> Iterator[None]:
-    """Inside the block torch uses only deterministic algorithms; an op without one is an error.
+    """Inside the block, if wanted, torch uses only deterministic algorithms; an op without one is an error.
 
     The number of threads must be the same too, since it decides how sums are split; `environment.json` records it.
-
-    Args:
-        is_wanted: False: the block changes nothing.
     """
     if not is_wanted:
         yield
@@ -106,11 +99,7 @@ def read_random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Restore what `read_random_states` returned; states of missing GPUs are ignored.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: these are not such states.
-    """
+    """Restore what `read_random_states` returned; states of missing GPUs are ignored."""
     python, numpy_state = states["python"], states["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     words = numpy_state["words"].numpy().astype(np.uint32)
@@ -166,11 +155,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved a checkpoint.
-
-    Attributes:
-        folder: the model's folder in the run.
-    """
+    """Training was asked to stop and has saved a checkpoint in the model's `folder`."""
 
     def __init__(self, message: str, folder: Path) -> None:
         super().__init__(message)
@@ -179,14 +164,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def interrupt_training(folder: Path) -> Iterator[None]:
-    """Around the work on one model: an interrupt outside its training can be resumed like one during it.
-
-    Args:
-        folder: the model's folder in the run.
-
-    Raises:
-        TrainingInterrupted: a signal asked to stop.
-    """
+    """Around the work on one model: an interrupt outside its training can be resumed like one during it."""
     try:
         yield
     except TrainingInterrupted:
@@ -196,11 +174,7 @@ def interrupt_training(folder: Path) -> Iterator[None]:
 
 
 class StopSignals:
-    """Whether a signal has asked to stop: call it to find out.
-
-    Args:
-        repeats_end: see `catch_stop_signals`.
-    """
+    """Whether a signal has asked to stop: call it to find out. See `catch_stop_signals`."""
 
     def __init__(self, *, repeats_end: bool = True) -> None:
         self.repeats_end = repeats_end
@@ -213,11 +187,7 @@ class StopSignals:
 
     @contextmanager
     def interrupt(self) -> Iterator[None]:
-        """Around work that can simply be repeated: a signal interrupts it at once, even one that came before.
-
-        Raises:
-            KeyboardInterrupt: a signal has come.
-        """
+        """Around work that can simply be repeated: a signal raises KeyboardInterrupt, even one that came before."""
         self._interrupts = True
         try:
             if self():
@@ -235,11 +205,9 @@ class StopSignals:
 
 @contextmanager
 def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
-    """Inside the block `STOP_SIGNALS` only set a flag, which the loop checks.
+    """Inside the block `STOP_SIGNALS` only set a flag, which the loop checks; with `repeats_end` a second one ends it.
 
-    Args:
-        repeats_end: a second signal ends the block at once. False under a launcher, which forwards to every process
-            what the terminal has already sent it.
+    Not so under a launcher, which forwards to every process what the terminal has already sent it.
     """
     stop = StopSignals(repeats_end=repeats_end)
     try:

@@ -72,15 +72,8 @@ class _PendingStep:
 class StepMonitor:
     """Keeps the steps' numbers on the device until they are read, then judges them.
 
-    Args:
-        optimizer: fused AdamW.
-        config: the training's.
-        folder: the model's folder in the run, for `faults/`.
-        device: where the losses are.
-        processes: those that train together; losses are summed over them, the gradients' norm already is.
-        describe_place: where a step is in the data, for messages.
-        write: writes a line of metrics.
-        note: prints a line on the console.
+    Losses are summed over the processes; the gradients' norm already is. `describe_place` says where a step is in the
+    data, `write` takes a line of metrics and `note` one for the console.
 
     Attributes:
         every_steps: how often numbers are read; 1: before each update.
@@ -130,13 +123,9 @@ class StepMonitor:
         return len(self._pending) >= self.every_steps
 
     def read(self, state: TrainerState) -> tuple[list[StepNumbers], int]:
-        """Read the numbers of the steps since the last call; this synchronises with the device.
+        """The good steps since the last call, oldest first, and the number of tokens of the skipped ones.
 
-        Args:
-            state: the counters; those of skipped steps and of recent losses are updated.
-
-        Returns:
-            The good steps, oldest first, and the number of tokens of the skipped ones.
+        This synchronises with the device and updates the counters of skipped steps and recent losses.
 
         Raises:
             TrainingError: a number is not finite, and steps are not skipped, or too many have been.

@@ -33,15 +33,8 @@ TRACKER_RUN_NAMES = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
 class MetricsWriter:
     """Appends to `metrics.jsonl` (one JSON object per line), to TensorBoard's event files and to other trackers.
 
-    Args:
-        folder: the model's folder in the run.
-        num_lines: existing lines to keep: those that the checkpoint counts; an interrupted run wrote the rest after
-            it. 0: a new run, or one that starts over.
-        step: the optimizer step that training continues from.
-        accelerator: sends the numbers to its open trackers; None: there are none.
-
-    Attributes:
-        num_lines: lines of the file.
+    Of an existing file `num_lines` lines stay: those that the checkpoint counts; an interrupted run wrote the rest
+    after it. `step` is the optimizer step that training continues from.
     """
 
     def __init__(self, folder: Path, num_lines: int = 0, step: int = 0, accelerator: Accelerator | None = None) -> None:
@@ -139,11 +132,7 @@ def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Reject a tracker that is not installed, before any work is done.
-
-    Raises:
-        UserError: names the package.
-    """
+    """Reject a tracker that is not installed, before any work is done."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"train.trackers: {name} is not installed: pip install {name}")
@@ -153,14 +142,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     accelerator: Accelerator, names: Sequence[str], run: str, settings: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Inside the block `accelerator.log` reaches the trackers, if any; at its end they are closed.
-
-    Args:
-        accelerator: the training's, made with `log_with=names`.
-        names: the trackers.
-        run: the run's name.
-        settings: the run's configuration, nested.
-    """
+    """Inside the block `accelerator.log` reaches the trackers, if any, as this run with these nested settings."""
     if names:
         options = {name: {TRACKER_RUN_NAMES[name]: run} for name in names}
         accelerator.init_trackers(TRACKER_PROJECT, config=flatten_settings(settings), init_kwargs=options)
@@ -191,13 +173,9 @@ REFRESH_SECONDS = 0.5
 
 
 class TrainingProgress:
-    """The progress of one model's training.
+    """The progress of one model's training: a live view on a terminal.
 
-    Args:
-        name: the model's name.
-        console: where to draw; a file or pipe gets one line per epoch and, in long epochs, one per minute.
-        device: whose memory is shown; None: the CPU's.
-        line_seconds: seconds between two plain lines inside an epoch.
+    A file or pipe gets one line per epoch and, in long epochs, one every `line_seconds`.
     """
 
     def __init__(

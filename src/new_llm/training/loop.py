@@ -66,9 +66,6 @@ class Trainer:
         config: how the model is trained.
         folder: the model's folder in the run.
         validate: measures the validation loss (nats per token) of the model as it is.
-        device: where to train.
-        progress: shows progress.
-        seed: of the order of the samples.
         loss_fn: a batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`).
         processes: those that train the model together; each reads its rows of every batch.
         planter: plants facts to recall in the samples.
@@ -134,10 +131,7 @@ class Trainer:
         self.step_loss = self.grad_norm = math.nan
 
     def run(self, *, resume: bool = False) -> TrainingResult:
-        """Train until the last epoch or until patience runs out.
-
-        Args:
-            resume: continue from the last checkpoint where there is one.
+        """Train until the last epoch or until patience runs out; with `resume` from the last checkpoint.
 
         Raises:
             TrainingError: a loss or gradient is not finite.
@@ -289,11 +283,7 @@ class Trainer:
             raise self._interrupted()
 
     def _read_numbers(self) -> None:
-        """Add the numbers of the steps since the last reading to the counters, without the skipped steps.
-
-        Raises:
-            TrainingError: see `StepMonitor.read`.
-        """
+        """Add the numbers of the steps since the last reading to the counters, without the skipped steps."""
         state = self.state
         good, num_skipped = self.monitor.read(state)
         state.num_tokens -= num_skipped

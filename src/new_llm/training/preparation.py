@@ -46,14 +46,7 @@ class BatchLoss(nn.Module):
 
 @dataclass
 class PreparedTraining:
-    """What a step calls.
-
-    Attributes:
-        accelerator: Accelerate's.
-        batch_loss: `BatchLoss` in the training's precision, wrapped for several processes where there are several.
-        optimizer: over the model's weights as they are held.
-        structure: of the model, where its weights are sharded; None: they are not.
-    """
+    """What a step calls. `batch_loss` is wrapped for several processes; `structure` is a sharded model's, else None."""
 
     accelerator: Accelerator
     batch_loss: nn.Module
@@ -69,11 +62,7 @@ def prepare_training(
     precision: str,
     processes: Processes,
 ) -> PreparedTraining:
-    """Move the model to its device and wrap it as the configuration says.
-
-    Raises:
-        UserError: the weights can't be sharded.
-    """
+    """Move the model to its device and wrap it as configured; weights that can't be sharded are a `UserError`."""
     AcceleratorState._reset_state(True)  # Accelerate allows one precision per process unless it is reset
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -104,19 +93,10 @@ def prepare_training(
 
 
 def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, processes: Processes) -> dict[str, Any]:
-    """Shard the weights over the processes layer by layer, by FSDP2's `fully_shard`.
+    """Shard the weights over the processes layer by layer, by FSDP2's `fully_shard`; returns the model's structure.
 
     A layer's weights are gathered when it runs and freed after it. Embedding, head and whatever else is outside the
     layers belong to the root, which gathers them for the whole step: the fused loss reads the head's weights directly.
-
-    Args:
-        root: the module that training calls, with the model in it.
-        model: the model.
-        device: where it is.
-        processes: those that share it.
-
-    Returns:
-        The model's structure, from which `gather_model` rebuilds it.
 
     Raises:
         UserError: the model has a scalar parameter (the α of a parallel adapter), or tied embeddings.
@@ -140,11 +120,9 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
 
 
 def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> TransformerLM:
-    """The model with all its weights. All processes call this.
+    """The model with all its weights: a copy, of the structure that `shard_weights` returned, if it is sharded.
 
-    Args:
-        model: the model.
-        structure: what `shard_weights` returned, for a copy with all weights; None: the model itself, not sharded.
+    All processes call this.
     """
     if structure is None:
         return model
@@ -223,13 +201,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
 
 @contextmanager
 def prefetch_batches(plan: Sequence[Batch], first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
-    """Inside the block: an iterator over the plan's batches from `first` on, in their order.
+    """Inside the block: an iterator over the plan's batches from `first` on; a thread makes `num_ahead` of them ahead.
 
-    Args:
-        plan: an epoch's batches.
-        first: where to begin.
-        num_ahead: batches that a thread makes ahead; 0: none, each is made on demand.
-        pin: put tensors in page-locked memory, from which a GPU copies while it computes.
+    With `pin` their tensors are in page-locked memory, from which a GPU copies while it computes.
     """
 
     def make(number: int) -> Batch:
