@@ -33,8 +33,10 @@ $(VENV)/.bench: $(VENV)/.runtime
 demo: setup
 	$(BIN)/new-llm experiment --config configs/quick.yaml
 
+# Two processes that deal the tests among them; `make test JOBS=8` where there are more cores.
+JOBS ?= 2
 test: dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow

@@ -22,9 +22,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Models as small as the tests' only lose by threads: twice as many take several times as long."""
+def one_thread():
+    """Models as small as the tests' only lose by threads, in the commands that tests start too."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiment_cases import tiny_settings
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from conftest import tiny_settings
 from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation import evaluate_independent

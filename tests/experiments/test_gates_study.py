@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_study import write_study
+from experiment_cases import write_study
 
 from new_llm.cli.main import main
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from experiment_cases import tiny_settings
 from rich.console import Console
 
-from conftest import tiny_settings
 from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
+from experiment_cases import write_study
 from rich.console import Console
 
-from conftest import tiny_settings
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
@@ -22,32 +21,6 @@ from new_llm.report.figures import write_study_figures
 from new_llm.training import TrainingError
 
 VS_RESET = "Long documents: validation: vs. reset"
-
-
-def write_study(path: Path, addresses: Path, **changes: object) -> Path:
-    base = tiny_settings(addresses, path.parent)
-    del base["runs_dir"]
-    base["train"] |= {"num_epochs": 1}
-    base["data"] |= {"num_samples": 16, "seq_length": 128}  # segments that hold a question of recall
-    values = {
-        "name": "tiny-study",
-        "question": "Does the memory help?",
-        "cpu_minutes": 1,
-        "base": base | {"models": ["infini"], "device": "cpu"},
-        "variants": {
-            "reference": {},
-            "no-delta": {"model": {"use_delta_rule": False}},
-            "pythia": {"models": ["pythia"], "eval": {"measures": ["sliding", "streaming", "reversal"]}},
-            "whole": {"models": ["pythia"], "data": {"segments_per_sample": 1}},
-        },
-        "seeds": [0, 1],
-        "baselines": ["pythia"],
-        "window_baselines": ["whole"],
-        "long_documents": {"min_tokens": 64, "edges": [0, 128], "num_resamples": 50},
-        "runs_dir": str(path.parent / "runs"),
-    }
-    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
-    return path
 
 
 def test_a_study_from_one_command(addresses, tmp_path, capsys):

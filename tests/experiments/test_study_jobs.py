@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+from experiment_cases import break_one, fail_one, note_process, stop_one, write_study
 from rich.console import Console
-from study_work import break_one, fail_one, note_process, stop_one
-from test_study import write_study
 
 from new_llm.cli.main import main
 from new_llm.config import UserError

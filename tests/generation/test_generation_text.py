@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import get_model, text_ids
 from tokenizers import Tokenizer
 
+from model_cases import get_model, text_ids
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.model import GenerationConfig

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from model_cases import (
     MIXED_STACKS,
     VOCAB_SIZE,
@@ -11,8 +13,6 @@ from model_cases import (
     get_model,
     text_ids,
 )
-from torch import Tensor
-
 from new_llm import TransformerLM
 from new_llm.models import SelectiveOutputLM
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from model_cases import VOCAB_SIZE, get_model, text_ids
 from torch import Tensor
 
+from model_cases import VOCAB_SIZE, get_model, text_ids
 from new_llm.config.model import GenerationConfig
 from new_llm.models import sampling
 from new_llm.models.sampling import TokenSampler, invert_cumulative, penalize_repetition, rank_candidates

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from torch import Tensor, nn
 
+from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from new_llm.models import TransformerLM
 from new_llm.models.decoding_weights import DecodingWeights, can_pack
 from new_llm.models.layers import PythiaLayer

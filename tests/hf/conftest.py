@@ -1,12 +1,9 @@
-"""What these tests share: the small models of tests/models, and quiet libraries."""
+"""What these tests share: quiet libraries and a tokenizer."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

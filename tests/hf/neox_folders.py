@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_cases import randomize
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from model_cases import randomize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import MIXED_STACKS, build_model, get_model, randomize, text_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
+from model_cases import MIXED_STACKS, build_model, get_model, randomize, text_ids
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
 from new_llm.models.hf import NewLLMConfig, NewLLMForCausalLM, export_auto

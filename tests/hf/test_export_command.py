@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import text_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from model_cases import text_ids
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
 from new_llm.models import create_model, load_model, save_model

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from model_cases import HIDDEN_SIZE, INTERMEDIATE_SIZE, MIXED_STACKS, VOCAB_SIZE, build_model, get_model, text_ids
 from model_cases import randomize as randomize_weights
-
 from new_llm.models import SelectiveOutputLM, TransformerLM
 from new_llm.models.hf import NewLLMForCausalLM, StreamCache
 from new_llm.models.layers import InfiniLayer, PythiaLayer

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import assert_near, get_model, text_ids
 from neox_folders import NEW_CONFIG, OLD_CONFIG, disk_weights, make_neox, old_buffers, write_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from model_cases import assert_near, get_model, text_ids
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import TransformerLM, create_model, export_pythia, save_model
 from new_llm.models.hf import load_pythia

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, get_model
 from torch import Tensor, nn
 
+from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, get_model
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
 from new_llm.models import load_model, save_model

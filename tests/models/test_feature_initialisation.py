@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import LAYER_TYPES
 
+from model_cases import LAYER_TYPES
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import MemoryLayer
 

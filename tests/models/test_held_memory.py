@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from model_cases import (
     MEMORY_STACKS,
     MIXED_STACKS,
@@ -12,8 +14,6 @@ from model_cases import (
     get_model,
     text_ids,
 )
-from torch import Tensor
-
 from new_llm.models import TransformerLM
 
 UNDECAYED_STACKS = [

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import STACKS, build_model, text_ids
 from torch import nn
 
+from model_cases import STACKS, build_model, text_ids
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.ops.kernels import SWITCH, build, check_tensor, native
 from new_llm.models.ops.kernels.native import Matrix, PythiaStep

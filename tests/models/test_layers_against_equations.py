@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from memory_reference import ALIBI_SLOPES, ReferenceLayer, ReferenceMemory, read_row_of_model
 from model_cases import (
     DTYPES,
@@ -16,8 +18,6 @@ from model_cases import (
     randomize,
     text_ids,
 )
-from torch import Tensor
-
 from new_llm.models.layers import InfiniLayer, Layer, Segments, compressive
 from new_llm.models.state import MemoryState
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from model_cases import LayerCase, assert_near, build_model, get_model, text_ids
 
+from model_cases import LayerCase, assert_near, build_model, get_model, text_ids
 from new_llm.models import TransformerLM
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.loss import LossStatistics, align_labels

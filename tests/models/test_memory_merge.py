@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from model_cases import (
     MEMORY_CASES,
     MEMORY_STACKS,
@@ -14,8 +16,6 @@ from model_cases import (
     get_model,
     text_ids,
 )
-from torch import Tensor
-
 from new_llm.models import TransformerLM, merge_memory_states
 
 SUMS = [

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from model_cases import DTYPES, TOLERANCES, assert_near
 from torch import Tensor
 
+from model_cases import DTYPES, TOLERANCES, assert_near
 from new_llm.models.ops import (
     feature_map,
     local_linear_attention,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from model_cases import TOLERANCES, assert_near
 from torch import Tensor
 
+from model_cases import TOLERANCES, assert_near
 from new_llm.models.layers import InfiniLayer, Segments
 from new_llm.models.ops import (
     feature_map,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from model_cases import get_model
 from torch import Tensor
 
+from model_cases import get_model
 from new_llm.models import TransformerLM
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, TokenMemoryLayer
 

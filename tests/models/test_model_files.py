@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import MIXED_STACKS, STACKS, build_model, get_model, text_ids
 from safetensors.torch import load_file, save_file
 
+from model_cases import MIXED_STACKS, STACKS, build_model, get_model, text_ids
 from new_llm.config import UserError
 from new_llm.models import TransformerLM, load_model, save_model
 from new_llm.models.layers import PythiaLayer

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import VOCAB_SIZE, get_model, text_ids
 
+from model_cases import VOCAB_SIZE, get_model, text_ids
 from new_llm.config import PythiaConfig
 from new_llm.models import ModelType, TransformerLM, create_model
 from new_llm.models.factory import MODEL_KINDS

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from torch import Tensor
 
+from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from new_llm.models import TransformerLM
 
 by_stack = pytest.mark.parametrize("name", [*MIXED_STACKS, "pythia"])

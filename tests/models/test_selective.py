@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import VOCAB_SIZE, randomize, text_ids
 from torch import Tensor
 
+from model_cases import VOCAB_SIZE, randomize, text_ids
 from new_llm.config import PythiaConfig
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model, load_model, save_model
 from new_llm.models.layers import (

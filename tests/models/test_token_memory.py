@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
 from torch import Tensor
 
+from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import ReadTokens, Segments, TokenMemoryLayer
 from new_llm.models.ops import scan_delta_rule, scan_delta_rule_naive

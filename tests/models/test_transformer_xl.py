@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_cases import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_HEADS, VOCAB_SIZE, assert_near, randomize, text_ids
 
+from model_cases import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_HEADS, VOCAB_SIZE, assert_near, randomize, text_ids
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
 from new_llm.models.layers import Segments

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from model_cases import assert_near
 from torch import Tensor
+
+from model_cases import assert_near
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

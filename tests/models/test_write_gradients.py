@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from model_cases import MEMORY_STACKS, build_model, get_model, text_ids
 
 

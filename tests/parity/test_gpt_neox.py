@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_cases import assert_near, randomize, text_ids
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from model_cases import assert_near, randomize, text_ids
 from new_llm.config import PythiaConfig
 from new_llm.models import TransformerLM, create_model
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from model_cases import LayerCase, randomize
 from torch import Tensor
 
+from model_cases import LayerCase, randomize
 from new_llm.config import DataConfig
 from new_llm.data.sources import load_documents
 from new_llm.models.layers import CompressiveAttention

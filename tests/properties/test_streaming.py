@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import MIXED_STACKS, STREAM_TOLERANCES, assert_near, assert_states_near, get_model, text_ids
 from torch import Tensor
+
+from model_cases import MIXED_STACKS, STREAM_TOLERANCES, assert_near, assert_states_near, get_model, text_ids
 
 
 @st.composite

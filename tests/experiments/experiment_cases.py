@@ -1,0 +1,91 @@
+"""Settings of tiny experiments and studies, and what a study's processes do in tests.
+
+A module of its own, which a fresh process can import.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from new_llm.config import UserError
+from new_llm.experiments.study import Cell
+from new_llm.experiments.study_config import StudyConfig
+
+
+def tiny_settings(source: Path, runs_dir: Path) -> dict[str, object]:
+    return {
+        "runs_dir": str(runs_dir),
+        "model": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+        "data": {
+            "source": str(source),
+            "tokenizer_vocab_size": 384,
+            "num_samples": 48,
+            "seq_length": 32,
+            "segments_per_sample": 2,
+            "reversal_pairs": False,
+        },
+        "train": {
+            "num_epochs": 2,
+            "batch_size": 4,
+            "learning_rate": 3e-3,
+            "log_every_steps": 2,
+            "checkpoint_every_steps": 3,
+            "precision": "fp32",
+        },
+        "eval": {"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
+    }
+
+
+def write_study(path: Path, addresses: Path, **changes: object) -> Path:
+    base = tiny_settings(addresses, path.parent)
+    del base["runs_dir"]
+    base["train"] |= {"num_epochs": 1}
+    base["data"] |= {"num_samples": 16, "seq_length": 128}  # segments that hold a question of recall
+    values = {
+        "name": "tiny-study",
+        "question": "Does the memory help?",
+        "cpu_minutes": 1,
+        "base": base | {"models": ["infini"], "device": "cpu"},
+        "variants": {
+            "reference": {},
+            "no-delta": {"model": {"use_delta_rule": False}},
+            "pythia": {"models": ["pythia"], "eval": {"measures": ["sliding", "streaming", "reversal"]}},
+            "whole": {"models": ["pythia"], "data": {"segments_per_sample": 1}},
+        },
+        "seeds": [0, 1],
+        "baselines": ["pythia"],
+        "window_baselines": ["whole"],
+        "long_documents": {"min_tokens": 64, "edges": [0, 128], "num_resamples": 50},
+        "runs_dir": str(path.parent / "runs"),
+    }
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return path
+
+
+def note_process(study: StudyConfig, cell: Cell, console: Console) -> None:
+    console.print(f"here is {cell.name}")
+    (study.folder / cell.name).write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
+
+
+def fail_one(study: StudyConfig, cell: Cell, console: Console) -> None:
+    if cell.variant == "no-delta":
+        raise UserError("the text is gone")
+
+
+def break_one(study: StudyConfig, cell: Cell, console: Console) -> None:
+    if cell.variant == "no-delta":
+        raise ZeroDivisionError("nothing to divide by")
+
+
+def stop_one(study: StudyConfig, cell: Cell, console: Console) -> None:
+    if cell.variant == "no-delta":
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
