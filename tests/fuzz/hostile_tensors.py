@@ -119,7 +119,7 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
         "model: millions of layers": (
             spoil(own, edit("model.json", layers=[{"kind": "pythia"}] * 300_000)),
             load_own,
-            "300,000 layers, but model.safetensors holds",
+            "at most 1024 items",
         ),
         "model: a huge layer": (spoil(own, edit_layer(hidden_size=1 << 40)), load_own, "model.json"),
         "model: a huge memory": (spoil(own, edit_layer(num_memory_banks=10**9)), load_own, "model.json|do not fit"),
@@ -149,12 +149,12 @@ def make_tensors(targets: dict[str, Target]) -> dict[str, Hostile]:
         "gpt-neox: endless layers": (
             spoil(neox, edit("config.json", num_hidden_layers=10**9)),
             load_neox,
-            "1,000,000,000 layers, but the weights",
+            "num_hidden_layers",
         ),
         "gpt-neox: a huge width": (
             spoil(neox, edit("config.json", hidden_size=1 << 40)),
             load_neox,
-            "embed_in.weight has shape|config.json",
+            "config.json: PythiaConfig: hidden_size",
         ),
         "gpt-neox: a payload": (spoil(binary, save_payload("pytorch_model.bin")), load_neox, "not readable as plain"),
         "gpt-neox: a bare pickle": (

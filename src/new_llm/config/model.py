@@ -1,4 +1,4 @@
-"""The shape of a model, the named sizes of the Pythia suite, how it continues a text, and adapters' files."""
+"""The shape of a model and its limits, the named sizes of the Pythia suite, generation, and adapters' files."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """The shapes of EleutherAI/pythia-14m to pythia-410m (arXiv:2304.01373, table 1, and their config.json)."""
 
+MAX_SIZE = 1 << 24
+"""Of any width, vocabulary, number of heads or memories, or tokens in a segment."""
+MAX_LAYERS = 1 << 10
+"""Of a model, and passes through them."""
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+
 
 @section
 class PythiaConfig:
@@ -25,17 +31,17 @@ class PythiaConfig:
     Names are those of Hugging Face's `GPTNeoXConfig`.
     """
 
-    vocab_size: Annotated[int, Field(gt=0)] = 50304
+    vocab_size: Size = 50304
     """Rows of the embedding and of the head."""
-    hidden_size: Annotated[int, Field(gt=0)] = 512
+    hidden_size: Size = 512
     """Width D of the residual stream."""
-    num_hidden_layers: Annotated[int, Field(gt=0)] = 6
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)] = 6
     """Layers; in a memory model those of `memory_layers` have memory."""
-    num_attention_heads: Annotated[int, Field(gt=0)] = 8
+    num_attention_heads: Size = 8
     """Heads of softmax attention."""
-    intermediate_size: Annotated[int, Field(gt=0)] = 2048
+    intermediate_size: Size = 2048
     """Width of the MLP."""
-    max_position_embeddings: Annotated[int, Field(gt=0)] = 2048
+    max_position_embeddings: Size = 2048
     """The longest segment that rotary positions are meant for, in tokens."""
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of each head's width that is rotated."""

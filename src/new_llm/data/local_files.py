@@ -232,7 +232,7 @@ def _read_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
     with open_file(path) as file:
         while raw := file.readline(max_bytes + 1):
             number += 1
-            unpacked.add(len(raw))
+            unpacked.add(len(raw) + ROW_BYTES)
             if len(raw) > max_bytes:
                 raise UserError(f"{path}: line {number} is longer than {max_bytes:,} bytes (data.max_document_bytes)")
             yield number, raw

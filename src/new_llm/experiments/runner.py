@@ -46,6 +46,7 @@ from new_llm.experiments.run_folder import (
     write_json,
 )
 from new_llm.models import TransformerLM, create_model
+from new_llm.models.capacity import check_fits
 from new_llm.models.model_file import load_model
 from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
@@ -370,7 +371,8 @@ class ExperimentRun(Run[ExperimentConfig]):
         for name in self.config.models:
             try:
                 with torch.device("meta"):  # nothing is allocated or drawn
-                    build_model(self.config, name, vocab_size=1)
+                    model = build_model(self.config, name, self.config.model.vocab_size or 1)
+                check_fits(model.layer_list, model.vocab_size)
             except ValueError as error:
                 raise UserError(f"model: {name} can't be built: {error}") from None
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section, short
 from new_llm.config.user_code import load_by_name
+from new_llm.models.capacity import check_fits
 from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, build_layer
 from new_llm.models.layers.registry import NoOptions
 from new_llm.models.recipes import RECIPES
@@ -192,6 +194,7 @@ def create_model(
 
     Raises:
         ValueError: the model type, recipe or an option is unknown, or a value is out of range; names what is allowed.
+            Or the model is too large for this machine.
     """
     resolved = resolve_options(model_type, options, recipe)
     if config is not None and size is not None:
@@ -203,7 +206,11 @@ def create_model(
             f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
             f"({shape.max_position_embeddings})"
         )
-    built = find_model_kind(model_type).build(shape, resolved)
+    build = find_model_kind(model_type).build
+    if torch.get_default_device().type == "cpu":  # elsewhere too much is refused at once
+        with torch.device("meta"):
+            check_fits(build(shape, dict(resolved)).layers, shape.vocab_size)
+    built = build(shape, resolved)
     model_class: Callable[..., TransformerLM] = SelectiveOutputLM if built.options else TransformerLM
     return model_class(
         built.layers,

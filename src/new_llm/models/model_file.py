@@ -15,7 +15,9 @@ from torch import Tensor
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import read_json_file, shorten, write_text_atomically
+from new_llm.config.model import MAX_LAYERS, Size
 from new_llm.config.sections import describe_validation_error, section
+from new_llm.models.capacity import check_fits
 from new_llm.models.layers import LAYER_KINDS, Layer
 from new_llm.models.tensor_files import (
     TensorHeader,
@@ -30,12 +32,7 @@ from new_llm.models.transformer import SelectiveOutputLM, TransformerLM
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
 FORMAT_VERSION = 1
-MAX_MEMORY_BYTES = 1 << 34
-"""Of a model's memory, about which the weights' sizes say nothing."""
-MAX_SIZE = 1 << 24
-"""Of any width or number of heads, memories or tokens in a segment."""
 
-Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -63,7 +60,7 @@ class ModelStructure:
     initializer_range: Annotated[float, Field(gt=0)] = PythiaConfig.initializer_range
     tie_word_embeddings: bool
     selective: dict[Literal["skip_interval", "earlier_pass_weight"], float] | None
-    layers: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    layers: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=MAX_LAYERS)]
 
 
 _STRUCTURE = TypeAdapter(ModelStructure)
@@ -102,8 +99,8 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
     Args:
         structure: of `describe_model`, perhaps from a file; nothing in it is trusted.
         where: its origin, for errors.
-        header: of the weights that the model is to take: each layer is planned without memory and compared with it
-            before the next one is; None: the model's weights are drawn.
+        header: of the weights that the model is to take, with whose shapes the structure's are compared before any
+            memory is taken; None: the model's weights are drawn.
 
     Raises:
         UserError: another format version, an unknown layer kind, a setting of another type or out of range, or a
@@ -111,8 +108,11 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
     """
     try:
         plan = _validate(_STRUCTURE, structure)
+        with torch.device("meta"):
+            planned = [_build_layer(entry) for entry in plan.layers]
         if header is not None:
-            _check_layers(plan, header, where)
+            _check_layers(plan, planned, header)
+        check_fits(planned, plan.vocab_size)
         layers = [_build_layer(entry) for entry in plan.layers]
         options: dict[str, Any] = {
             "vocab_size": plan.vocab_size,
@@ -149,31 +149,25 @@ def _build_layer(entry: dict[str, Any]) -> Layer:
     return layer_type(**settings)
 
 
-def _check_layers(plan: ModelStructure, header: TensorHeader, where: str) -> None:
+def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHeader) -> None:
     """Compare the shapes that follow from a structure with those of the weights, layer by layer."""
-    if len(plan.layers) > len(header.shapes):
-        raise ValueError(f"{len(plan.layers):,} layers, but {WEIGHTS_FILE} holds {len(header.shapes):,} tensors")
     embedding = header.shapes.get("embed_in.weight", ())
     if len(embedding) != 2 or embedding[0] != plan.vocab_size:
         raise ValueError(f"vocab_size is {plan.vocab_size}, embed_in.weight of {WEIGHTS_FILE} is {list(embedding)}")
-    num_bytes = 0
-    with torch.device("meta"):
-        for index, entry in enumerate(plan.layers):
-            if entry.get("hidden_size", embedding[1]) != embedding[1]:
-                raise ValueError(f"layer {index} is {entry['hidden_size']} wide, the embedding of {WEIGHTS_FILE} not")
-            layer = _build_layer(entry)
-            num_bytes += getattr(layer, "memory_bytes", 0)
-            if num_bytes > MAX_MEMORY_BYTES:
-                raise ValueError(f"its memory would take more than the {MAX_MEMORY_BYTES:,} bytes that are allowed")
-            prefix = f"layers.{index}."
-            found = {name: shape for name, shape in header.shapes.items() if name.startswith(prefix)}
-            wanted = {prefix + name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-            if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-                shapes = [list(of[odd[0]]) if odd[0] in of else "missing" for of in (found, wanted)]
-                raise ValueError(
-                    f"weights do not fit {STRUCTURE_FILE}: {odd[0]} is {shapes[0]} in {WEIGHTS_FILE}, "
-                    f"{shapes[1]} in the structure"
-                )
+    for index, layer in enumerate(planned):
+        if layer.hidden_size != embedding[1]:
+            raise ValueError(
+                f"layer {index} is {layer.hidden_size} wide, the embedding of {WEIGHTS_FILE} {embedding[1]}"
+            )
+        prefix = f"layers.{index}."
+        found = {name: shape for name, shape in header.shapes.items() if name.startswith(prefix)}
+        wanted = {prefix + name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+            shapes = [list(of[odd[0]]) if odd[0] in of else "missing" for of in (found, wanted)]
+            raise ValueError(
+                f"weights do not fit {STRUCTURE_FILE}: {odd[0]} is {shapes[0]} in {WEIGHTS_FILE}, "
+                f"{shapes[1]} in the structure"
+            )
 
 
 def save_model(model: TransformerLM, folder: str | Path) -> None:

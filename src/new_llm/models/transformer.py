@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from new_llm.config import PythiaConfig
+from new_llm.config.model import MAX_LAYERS
 from new_llm.config.sections import section, short
 from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
@@ -30,7 +31,7 @@ SCORED_ROWS = 2048
 class DepthOptions:
     """How many times the stack of layers runs, or how many times as deep the model is."""
 
-    skip_interval: Annotated[int, Field(ge=0), short("--skip-interval")] = 1
+    skip_interval: Annotated[int, Field(ge=0, le=MAX_LAYERS), short("--skip-interval")] = 1
     """Extra passes of a selective model; deep_pythia has as many layers as that model runs."""
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
+from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Block, Segments, Step, check_divides
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
@@ -44,7 +45,7 @@ class MemoryOptions:
     """File each value under the key of the token before it, so that a query finds what followed its like."""
     normalize_keys: bool = False
     """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens weigh the same."""
-    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
+    num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
     gate_init: float = 0.0
     """Initial β; the gate towards memory is sigmoid(β) for each head."""

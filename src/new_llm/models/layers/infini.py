@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from new_llm.config.model import Size
 from new_llm.config.sections import section, short
 from new_llm.models.layers.base import check_divides
 from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
@@ -19,11 +20,11 @@ from new_llm.models.state import MemoryState
 class InfiniOptions(MemoryOptions):
     """The options of an Infini layer."""
 
-    num_memory_heads: Annotated[int, Field(gt=0)] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_memory_heads: Size = 1  # pyright: ignore[reportIncompatibleVariableOverride]
     """Memory heads H, which divide the hidden size; a single head is as wide as the model."""
-    num_memory_banks: Annotated[int, Field(gt=0), short("--num-memory-banks")] = 1
+    num_memory_banks: Annotated[Size, short("--num-memory-banks")] = 1
     """Banks of the memory, written in turn."""
-    segments_per_bank: Annotated[int, Field(gt=0), short("--segments-per-bank")] = 4
+    segments_per_bank: Annotated[Size, short("--segments-per-bank")] = 4
     """Segments written into one bank before the next."""
     use_alibi: Annotated[bool, short("--alibi")] = False
     """Decay the memory by exp(−slope · alibi_scale) at every segment's write."""

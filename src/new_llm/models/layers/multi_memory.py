@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from new_llm.config.model import Size
 from new_llm.config.sections import section, short
 from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
@@ -16,7 +17,7 @@ from new_llm.models.state import MemoryState
 class MultiMemoryOptions(MemoryOptions):
     """The options of a multi-memory or hierarchical layer."""
 
-    num_memories: Annotated[int, Field(gt=0), short("--num-memories")] = 4
+    num_memories: Annotated[Size, short("--num-memories")] = 4
     """Independent memories, written in turn."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
     """τ, which divides the scores: near 0 a token reads one memory, far above 1 all memories equally."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from new_llm.config.model import MAX_SIZE, Size
 from new_llm.config.sections import section
 from new_llm.models.layers.base import ReadTokens, Segments, Step
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
@@ -21,9 +22,9 @@ from new_llm.models.state import LayerMemory, MemoryState, choose_rows
 class TokenMemoryOptions:
     """The options of a token memory."""
 
-    num_memory_heads: Annotated[int, Field(gt=0)] = 4
+    num_memory_heads: Size = 4
     """Memory heads H, each [K, D]."""
-    memory_key_size: Annotated[int | None, Field(gt=0)] = None
+    memory_key_size: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Width K of the keys; None: half of the hidden size."""
     read_gate_init: float = -1.0
     """Initial β of the gates g = sigmoid(β + w x); far from 0 they hardly learn."""
