@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from new_llm.config import PythiaConfig
+from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section, short
 from new_llm.models.layers.base import Block, Segments, Step
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention
@@ -20,7 +21,7 @@ from new_llm.models.state import LayerMemory
 class TransformerXLOptions:
     """The options of a Transformer-XL layer."""
 
-    memory_tokens: Annotated[int, Field(ge=0), short("--memory-tokens")] = 64
+    memory_tokens: Annotated[int, Field(ge=0, le=MAX_SIZE), short("--memory-tokens")] = 64
     """C: tokens before the segment whose keys and values are kept; with 0 the layer is Pythia's."""
     detach_memory: bool = True
     """Stop gradients at the segment's border; False: they flow into the keys and values of earlier segments."""
