@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from new_llm.config.cache import COMPONENTS, MAX_ORDER
 from new_llm.config.errors import UserError
 from new_llm.config.sections import section, short
 
@@ -219,6 +220,38 @@ class ReversalConfig:
 
 
 @section
+class CacheMeasureConfig:
+    """Which caches the measure `caches` puts around a model, and among which θ it chooses."""
+
+    sizes: tuple[Annotated[int, Field(gt=0)], ...] = (254, 2000)
+    """Numbers of states N, one cache each. 254 states of width 128 are as many numbers as the token memory of a model
+    of that width with four heads."""
+    ngram_orders: tuple[Annotated[int, Field(ge=1, le=MAX_ORDER)], ...] = (2, 3)
+    """Longest n-grams, one cache each; the longest one and the most states together are another."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """How two states are compared: by the angle between them, or by their inner product."""
+    thetas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (4, 6, 8, 12, 16, 24, 32)
+    """Values of θ among which the best is chosen; inner products need smaller ones."""
+    segments_per_call: Annotated[int, Field(gt=0)] = 8
+    """Segments read by one call; it does not change the result."""
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "ngram_orders", "thetas"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise UserError(f"{name}: {list(values)}: duplicate value")
+
+    def list_caches(self) -> list[tuple[str, int, int]]:
+        """Name, number of states and longest n-grams of each cache, the bare model first."""
+        found = [("bare", 0, 0)]
+        found += [(f"+ {size:,} states", size, 0) for size in self.sizes]
+        found += [(f"+ {COMPONENTS[1 + order]}", 0, order) for order in self.ngram_orders]
+        if self.sizes and self.ngram_orders:
+            found.append(("+ all", max(self.sizes), max(self.ngram_orders)))
+        return found
+
+
+@section
 class EvalConfig:
     """The eval section of an experiment."""
 
@@ -245,6 +278,7 @@ class EvalConfig:
     memory_usage_segments: Annotated[int, Field(gt=0)] = 32
     """Segments of one document after which the memories' norms are measured."""
     reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
+    caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
     long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
 

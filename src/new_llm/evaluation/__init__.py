@@ -1,5 +1,7 @@
 """Measurements of a trained model: perplexity, the reversal curse, and what a reading most likely means."""
 
+from new_llm.evaluation.cached_model import CachedModel
+from new_llm.evaluation.caches import CachesResult, evaluate_caches, tune_cache
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
 from new_llm.evaluation.doctor import DoctorReport, Finding, TrainingData, examine_model
 from new_llm.evaluation.long_documents import LongDocumentsResult, evaluate_long_documents
@@ -33,6 +35,8 @@ from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segmen
 __all__ = [
     "MEASURES",
     "Baseline",
+    "CachedModel",
+    "CachesResult",
     "Column",
     "DoctorReport",
     "Finding",
@@ -52,6 +56,7 @@ __all__ = [
     "Verdict",
     "Window",
     "diagnose_perplexity",
+    "evaluate_caches",
     "evaluate_independent",
     "evaluate_long_documents",
     "evaluate_positions",
@@ -69,5 +74,6 @@ __all__ = [
     "plan_segments",
     "plan_windows",
     "register_measure",
+    "tune_cache",
     "unigram_perplexity",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from new_llm.config import UserError
 from new_llm.models.loss import align_labels, compute_token_losses
+from new_llm.models.transformer import SCORED_ROWS
 
 
 class HuggingFaceLM(nn.Module):
@@ -91,8 +92,8 @@ class HuggingFaceLM(nn.Module):
 
     def score_passes(self, passes: list[Tensor], targets: Tensor) -> Tensor:
         """The losses of the last hidden states, [B, T]."""
-        rows = zip(passes[-1].split(1), targets.split(1), strict=True)  # row by row: logits of all would be large
-        return torch.cat([compute_token_losses(self.embed_out(h)[0], wanted[0])[None] for h, wanted in rows])
+        pieces = zip(passes[-1].flatten(0, 1).split(SCORED_ROWS), targets.flatten().split(SCORED_ROWS), strict=True)
+        return torch.cat([compute_token_losses(self.embed_out(h), wanted) for h, wanted in pieces]).view_as(targets)
 
     @contextlib.contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:

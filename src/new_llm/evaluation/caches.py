@@ -1,0 +1,368 @@
+"""What caches that cost no training add to a model: the baseline that a trained memory has to beat.
+
+Documents are read once. Of each token the probabilities by the model, by its last states and by the text's n-grams are
+kept, and all mixtures are made of them afterwards. θ and the weights of a mixture are tuned on every other document and
+applied to the rest, and the other way round: so every document is measured with settings that other documents gave.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from new_llm.charts import Chart, bar_chart
+from new_llm.config.cache import COMPONENTS, CacheConfig
+from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig
+from new_llm.data.tokenizer import TokenSplit
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure, to_plain
+from new_llm.evaluation.scoring import Autocast, Progress, evaluation_mode, find_device, never
+from new_llm.evaluation.statistics import Estimate, draw_resamples, estimate_over_documents
+from new_llm.evaluation.windows import plan_segments
+from new_llm.formats import format_bytes, format_percent
+from new_llm.models.cache import (
+    Probabilities,
+    TextCache,
+    describe_cache,
+    mix,
+    prepare_states,
+    score_states,
+    tune_weights,
+)
+
+BARE = "bare"
+
+
+class Parts(NamedTuple):
+    """What a document's tokens were expected to be; NaN where a component knows nothing.
+
+    Attributes:
+        losses: the model's own, [T].
+        states: by the states, for each N and each θ, [T, N, Θ].
+        ngrams: by unigrams, bigrams and trigrams of the text, [T, 3].
+    """
+
+    losses: NDArray[np.float64]
+    states: Probabilities
+    ngrams: Probabilities
+
+    def select(self, size: int | None, theta: int, order: int) -> Probabilities:
+        """What a mixture is made of, [T, 5]: the place of its N (None: no states) and θ, and its longest n-grams."""
+        found = np.full((len(self.losses), len(COMPONENTS)), np.nan)
+        found[:, 0] = np.exp(-self.losses)
+        if size is not None:
+            found[:, 1] = self.states[:, size, theta]
+        found[:, 2 : 2 + order] = self.ngrams[:, :order]
+        return found
+
+
+class Tuned(NamedTuple):
+    """Settings of a mixture that other text gave, and how many tokens that was."""
+
+    theta: float
+    weights: list[list[float]]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class CacheFigures:
+    """One cache around the model.
+
+    Attributes:
+        name: what readers know it by; `bare` is the model alone.
+        num_states: N.
+        ngram_order: the longest n-grams.
+        perplexity: of all tokens.
+        bits_per_byte: None where documents were cut short.
+        relative: perplexity against the bare model − 1, paired by document.
+        settings: what was tuned for each half of the documents, on the other half.
+        size: of `describe_cache`.
+    """
+
+    name: str
+    num_states: int
+    ngram_order: int
+    perplexity: Estimate
+    bits_per_byte: float | None
+    relative: Estimate
+    settings: list[Tuned]
+    size: dict[str, int]
+
+
+@dataclass(frozen=True)
+class CachesResult:
+    """A model bare and with caches.
+
+    Attributes:
+        caches: the bare model first.
+        documents: of each document its index in the split, half, tokens scored and total loss by cache.
+        num_tokens: tokens scored.
+        num_planned: tokens that were to be scored.
+        is_complete: whether all were.
+        similarity: of states.
+        confidence: of the intervals, over documents.
+        seconds: wall-clock time.
+    """
+
+    caches: list[CacheFigures]
+    documents: list[dict[str, Any]]
+    num_tokens: int
+    num_planned: int
+    is_complete: bool
+    similarity: str
+    confidence: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return to_plain(self)
+
+
+def evaluate_caches(
+    model: Any,
+    split: TokenSplit,
+    settings: CacheMeasureConfig | None = None,
+    long_documents: LongDocumentsConfig | None = None,
+    *,
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    autocast: Autocast = contextlib.nullcontext,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> CachesResult | None:
+    """Perplexity of long documents by the model alone and with each cache; documents are read as streams.
+
+    Args:
+        model: a `TransformerLM` or a `HuggingFaceLM`; its held memory is neither read nor changed.
+        split: the documents.
+        settings: which caches; None: the defaults.
+        long_documents: which documents, and the intervals; None: the defaults.
+        max_tokens: score the first long documents while they have at most so many tokens, but two at least.
+        device: where the model lies; None: where its weights are.
+        autocast: makes the context in which the model computes.
+        on_progress: called with the tokens scored so far and in all.
+        should_stop: asked after each document; once it says True, the result is of those that have been read by then.
+
+    Returns:
+        None where fewer than two documents are long enough (or were read): none could be tuned on another.
+    """
+    settings, choice = settings or CacheMeasureConfig(), long_documents or LongDocumentsConfig()
+    began = time.perf_counter()
+    indices = np.flatnonzero(split.lengths >= choice.min_tokens)[: choice.max_documents]
+    lengths = np.minimum(split.lengths[indices], choice.max_tokens_per_document or np.inf).astype(np.int64) - 1
+    if max_tokens is not None:
+        num_kept = max(2, int(np.searchsorted(lengths.cumsum(), max_tokens, side="right")))
+        indices, lengths = indices[:num_kept], lengths[:num_kept]
+    parts: list[Parts] = []
+    hidden_size, vocab_size = 0, getattr(model, "vocab_size", 0) or len(model.embed_out.weight)
+    for index, length in zip(indices, lengths, strict=True):
+        if len(indices) < 2:
+            return None
+        found, hidden_size = read_parts(
+            model, split.document(int(index))[: length + 1], settings, device=device, autocast=autocast
+        )
+        parts.append(found)
+        if on_progress:
+            on_progress(int(lengths[: len(parts)].sum()), int(lengths.sum()))
+        if should_stop():
+            break
+    if len(parts) < 2:
+        return None
+    indices, num_planned, lengths = indices[: len(parts)], int(lengths.sum()), lengths[: len(parts)]
+    resamples = draw_resamples(len(parts), choice.num_resamples, choice.seed)
+    is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
+    num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
+    bare = np.array([found.losses.sum() for found in parts])
+    caches: list[CacheFigures] = []
+    totals: dict[str, NDArray[np.float64]] = {}
+    for name, num_states, order in settings.list_caches():
+        tuned, total = ([], bare) if name == BARE else cross_tune(parts, settings, num_states, order)
+        totals[name] = total
+        ways = [(total, lengths), (bare, lengths)]
+        config = CacheConfig(num_states=num_states, ngram_order=order)
+        caches.append(
+            CacheFigures(
+                name=name,
+                num_states=num_states,
+                ngram_order=order,
+                perplexity=estimate_over_documents(np.exp, ways[:1], resamples, choice.confidence),
+                bits_per_byte=float(total.sum() / np.log(2) / num_bytes) if num_bytes else None,
+                relative=estimate_over_documents(lambda a, b: np.expm1(a - b), ways, resamples, choice.confidence),
+                settings=tuned,
+                size=describe_cache(config, hidden_size, vocab_size),
+            )
+        )
+    return CachesResult(
+        caches=caches,
+        documents=[
+            {
+                "index": int(index),
+                "half": place % 2,
+                "num_tokens": int(lengths[place]),
+                "total_nll": {name: float(total[place]) for name, total in totals.items()},
+            }
+            for place, index in enumerate(indices)
+        ],
+        num_tokens=int(lengths.sum()),
+        num_planned=num_planned,
+        is_complete=int(lengths.sum()) == num_planned,
+        similarity=settings.similarity,
+        confidence=choice.confidence,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def read_parts(
+    model: Any,
+    tokens: NDArray[Any],
+    settings: CacheMeasureConfig,
+    *,
+    device: torch.device | str | None = None,
+    autocast: Autocast = contextlib.nullcontext,
+) -> tuple[Parts, int]:
+    """Read a document as a stream, from an empty memory; what its tokens were expected to be, and the states' size."""
+    place = find_device(model, device)
+    ids = torch.from_numpy(tokens.astype(np.int64)).to(place)
+    hidden: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
+    with evaluation_mode(model, autocast), model.fresh_memory(batch_size=1):
+        for window in plan_segments(len(tokens), settings.segments_per_call * model.segment_length):
+            piece = ids[None, window.begin : window.end]
+            targets = model.find_targets(piece[:, :-1], piece)
+            hidden.append(model.compute_hidden(piece[:, :-1], update_memory=True))
+            losses.append(model.score_passes([hidden[-1]], targets)[0].double().cpu())
+        states = prepare_states(torch.cat(hidden, dim=1)[0], settings.similarity)
+        by_states = [score_states(states, ids[:-1], ids[1:], size, settings.thetas) for size in settings.sizes]
+        counted = TextCache(CacheConfig(ngram_order=max(settings.ngram_orders, default=0)))
+        by_ngrams = counted.score(states, ids[:-1], ids[1:])[:, 2:]
+    shape = (len(tokens) - 1, len(by_states), len(settings.thetas))
+    stacked = np.stack(by_states, axis=1) if by_states else np.empty(shape)
+    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams), states.shape[1]
+
+
+def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int) -> Tuned:
+    """The θ among those given, and its weights by EM, that make some documents most probable."""
+    size = settings.sizes.index(num_states) if num_states else None
+    found: list[tuple[float, Tuned]] = []
+    for place, theta in enumerate(settings.thetas[: None if num_states else 1]):
+        probabilities = np.concatenate([one.select(size, place, order) for one in parts])
+        weights = tune_weights(probabilities, CacheConfig().weights)
+        likelihood = float(np.log(mix(probabilities, weights)).sum())
+        found.append((likelihood, Tuned(theta, weights.tolist(), len(probabilities))))
+    return max(found)[1]
+
+
+def cross_tune(
+    parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int
+) -> tuple[list[Tuned], NDArray[np.float64]]:
+    """Settings for either half of the documents from the other one, and each document's total loss with them."""
+    tuned = [tune(parts[1 - half :: 2], settings, num_states, order) for half in range(2)]
+    totals: list[float] = []
+    for place, found in enumerate(parts):
+        chosen = tuned[place % 2]
+        size = settings.sizes.index(num_states) if num_states else None
+        probabilities = found.select(size, settings.thetas.index(chosen.theta), order)
+        totals.append(-float(np.log(mix(probabilities, chosen.weights)).sum()))
+    return tuned, np.array(totals)
+
+
+def tune_cache(
+    model: Any,
+    documents: Sequence[NDArray[Any]],
+    config: CacheConfig,
+    settings: CacheMeasureConfig | None = None,
+    *,
+    device: torch.device | str | None = None,
+    autocast: Autocast = contextlib.nullcontext,
+) -> CacheConfig:
+    """A cache with θ and weights that make some documents most probable; they must not be the ones to be measured."""
+    chosen = dataclasses.replace(
+        settings or CacheMeasureConfig(),
+        similarity=config.similarity,
+        sizes=(config.num_states,) if config.num_states else (),
+        ngram_orders=(config.ngram_order,) if config.ngram_order else (),
+    )
+    parts = [read_parts(model, tokens, chosen, device=device, autocast=autocast)[0] for tokens in documents]
+    tuned = tune(parts, chosen, config.num_states, config.ngram_order)
+    weights: Any = tuple(map(tuple, tuned.weights))
+    return dataclasses.replace(config, theta=tuned.theta, weights=weights)
+
+
+@register_measure
+class Caches(Measure):
+    """Long documents by the model alone and with caches that cost no training."""
+
+    name = "caches"
+    title = "with caches"
+
+    def run(self, subject: Subject) -> dict[str, Any] | None:
+        """See `CachesResult`; None for a model whose hidden states can't be had, and for fewer than two documents."""
+        if not hasattr(subject.model, "compute_hidden"):
+            return None
+        found = evaluate_caches(
+            subject.model,
+            subject.split,
+            subject.settings.caches,
+            subject.settings.long_documents,
+            max_tokens=subject.settings.max_tokens,
+            device=subject.device,
+            autocast=subject.autocast,
+            on_progress=subject.on_progress,
+            should_stop=subject.should_stop,
+        )
+        return None if found is None else found.to_dict()
+
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """The perplexity with each cache, and what it is worth against the bare model."""
+        columns: list[Column] = []
+        for one in result["caches"]:
+            hint = "" if one["name"] == BARE else describe_size(one["size"])
+            columns.append(
+                Column(one["name"], one["name"], **one["perplexity"], better="lower", group="With caches", hint=hint)
+            )
+        for one in result["caches"][1:]:
+            key, group = f"vs_bare_{one['name']}", "Caches against the bare model"
+            columns.append(
+                Column(key, one["name"], **one["relative"], format=format_percent, better="lower", group=group)
+            )
+        return columns
+
+    def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
+        """A dot for each model and cache."""
+        rows = [
+            {"model": one.name, "cache": found["name"], **found["perplexity"]}
+            for one in results
+            for found in one.result["caches"]
+        ]
+        caption = (
+            "Perplexity of long documents by each model alone and with caches of the same text, which cost no "
+            "training. A memory knows more than repetition where it is ahead with the same caches."
+        )
+        columns: dict[str, Any] = {"x": "cache", "y": "value", "series": "model", "low": "low", "high": "high"}
+        return [bar_chart("caches", "With caches", caption, rows, **columns, y_title="perplexity", is_dotted=True)]
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """The bare model, and the cache that brings most."""
+        bare, best = result["caches"][0], min(result["caches"], key=lambda one: one["perplexity"]["value"])
+        opening = f"perplexity of {len(result['documents'])} long documents {bare['perplexity']['value']:,.2f}"
+        if best is bare:
+            return f"{opening}; no cache lowers it"
+        change, low, high = best["relative"]["value"], best["relative"]["low"], best["relative"]["high"]
+        interval = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+        cache = f"{best['name']} ({describe_size(best['size'])})"
+        return f"{opening}; with {cache} {best['perplexity']['value']:,.2f}, {100 * change:+.1f} %{interval}"
+
+
+def describe_size(size: dict[str, int]) -> str:
+    """What a cache stores, in words."""
+    parts: list[str] = []
+    if size["state_numbers"]:
+        parts.append(f"{size['state_numbers']:,} numbers, {format_bytes(size['state_bytes'])}")
+    if size["bytes_per_token"]:
+        parts.append(f"{size['bytes_per_token']} bytes per token of the text")
+    return " and ".join(parts)
