@@ -141,23 +141,6 @@ class ReferenceLayer:
         return layer_norm(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
 
-def read_row_of_model(
-    ids: list[int],
-    embedding: np.ndarray,
-    layers: list[ReferenceLayer],
-    final_norm: tuple[np.ndarray, np.ndarray],
-    head: np.ndarray,
-    segment_length: int,
-) -> tuple[np.ndarray, list[ReferenceMemory]]:
-    """A row's logits [T, Z] from empty memories, and each layer's memory after it."""
-    hidden = embedding[ids]
-    memories = []
-    for layer in layers:
-        hidden, memory = layer.read_row(hidden, layer.empty_memory(), segment_length)
-        memories.append(memory)
-    return layer_norm(hidden, *final_norm) @ head.T, memories
-
-
 def recall(features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
     """σ(q) M / max(σ(q) z, ε), and 0 where the memory is empty."""
     if not z.any():

@@ -87,12 +87,6 @@ def test_no_two_processes_are_ever_inside_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "number").read_text() == "180"
 
 
-def test_a_lock_is_dropped_after_an_error_and_can_be_taken_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(ValueError, match="inside"), hold_lock(tmp_path / "deep" / "lock", "x"):
-            raise ValueError("inside")
-
-
 def test_a_lock_that_can_t_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't make the lock"), hold_lock(tmp_path / "file" / "lock", "x"):

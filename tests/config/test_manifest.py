@@ -8,10 +8,7 @@ import pytest
 from new_llm.config.files import (
     MANIFEST_FILE,
     check_manifest,
-    describe_file,
     describe_files,
-    find_fault,
-    find_faults,
     write_manifest,
 )
 
@@ -79,11 +76,3 @@ def test_a_damaged_manifest_is_itself_a_fault(folder: Path, content: bytes | Non
     if content is not None:
         path.write_bytes(content)
     assert check_manifest(folder) == [fault]
-
-
-def test_one_file_alone(folder: Path) -> None:
-    expected = describe_file(folder / "weights")
-    assert find_fault(folder / "weights", expected) is None
-    assert find_fault(folder / "other", expected) == "is missing"
-    assert find_fault(folder / "weights", None) == "its size and sha256 are not known"
-    assert find_faults(folder, {"weights": expected, "none": expected}) == ["none is missing"]

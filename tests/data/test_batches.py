@@ -51,7 +51,7 @@ plans = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_sample_is_used_exactly_once(order, arguments):
     split = make_split(arguments.pop("lengths"))
     batches = read_plan(plan := plan_batches(split, order=order, **arguments))
@@ -64,7 +64,7 @@ def test_every_sample_is_used_exactly_once(order, arguments):
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_labels_are_unshifted_with_the_next_token_of_the_document_in_an_extra_column(order, arguments):
     split = make_split(arguments.pop("lengths"))
     T = arguments["seq_length"]
@@ -88,7 +88,7 @@ def test_labels_are_unshifted_with_the_next_token_of_the_document_in_an_extra_co
 
 
 @given(arguments=plans)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_stream_rows_read_documents_in_order_and_reset_between_them(arguments):
     split = make_split(arguments.pop("lengths"))
     T, B = arguments["seq_length"], arguments["batch_size"]
@@ -114,7 +114,7 @@ def test_stream_rows_read_documents_in_order_and_reset_between_them(arguments):
 
 
 @given(arguments=plans)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_shuffled_samples_all_start_from_empty_memory(arguments):
     split = make_split(arguments.pop("lengths"))
     batches = list(plan_batches(split, order="shuffled", **arguments))
@@ -125,7 +125,7 @@ def test_shuffled_samples_all_start_from_empty_memory(arguments):
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans, num_samples=st.integers(1, 30), num_pinned=st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(order, arguments, num_samples, num_pinned):
     lengths = arguments.pop("lengths")
     num_pinned = min(num_pinned, len(lengths))

@@ -48,13 +48,6 @@ def test_a_stage_that_is_an_epoch_reads_every_token_once(segments: int) -> None:
     assert read_tokens(found) == Counter(range(512))
 
 
-def test_a_stage_with_fewer_batches_begins_again() -> None:
-    plan = plan_batches(make_split([64]), seq_length=16, batch_size=2, **SHUFFLE)
-    found = plan_curriculum((8,), 0, 1, 3, lambda _: plan)
-    assert len(plan) == 2
-    assert found[2].input_ids.tolist() == plan[0].input_ids.tolist()
-
-
 def test_training_follows_the_curriculum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ExperimentConfig(
         device="cpu",

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -15,7 +14,6 @@ from corpora import prepare_command, write_corpus
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data import builder
-from new_llm.data.batches import plan_batches
 from new_llm.data.builder import Builder
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -96,17 +94,6 @@ def test_forward_sentences_are_trained_on_and_backward_ones_never(config):
         data.train.tokens[0] = 1
 
 
-def test_forward_sentences_are_among_any_number_of_samples(config):
-    data = prepare_data(config)
-    first = data.train.offsets[data.train.num_pinned_documents]
-    pinned = plan_batches(data.train, seq_length=32, batch_size=4, order="stream", seed=0, epoch=0).starts
-    pinned = set(pinned[pinned < first].tolist())
-    number = len(pinned) + 5
-    plan = plan_batches(data.train, seq_length=32, batch_size=4, order="stream", seed=0, epoch=3, num_samples=number)
-    assert len(plan.starts) == number
-    assert pinned < set(plan.starts.tolist())
-
-
 def count_pinned(data: PreparedData) -> int:
     return int(data.train.offsets[data.train.num_pinned_documents])
 
@@ -130,20 +117,6 @@ def test_a_small_text_takes_only_some_reversal_sentences_or_none(config, tmp_pat
     assert any("too small for reversal sentences" in note for note in none.info["notes"])
     long = write_lines(tmp_path / "long.jsonl", [f"{i} {text}" for i in range(30) for text in speeches])
     assert prepare_data(replace(config, source=long, max_reversal_share=0.05)).info["reversal_sentences"] == len(PAIRS)
-
-
-def test_info_is_plain_and_complete(config):
-    data = prepare_data(config)
-    info = json.loads(json.dumps(data.info))
-    assert info == data.info
-    assert info["train"]["num_tokens"] == data.train.num_tokens
-    assert info["train"]["num_documents"] == data.train.num_documents
-    assert info["validation"]["num_bytes"] == data.validation.num_bytes.sum()
-    assert info["tokenizer"]["num_entries"] == 400
-    assert {len(info[name]) for name in ("source_fingerprint", "split_fingerprint")} == {64}
-    assert info["notes"] == []
-    many = prepare_data(replace(config, num_samples=5000))
-    assert any("5,000 training samples were asked for" in note for note in many.info["notes"])
 
 
 def test_changes_of_source_tokenizer_and_split_are_found(config, speeches):
@@ -209,13 +182,6 @@ def test_a_torn_cache_is_named_and_rebuilt(config, name, tear, capfd):
     assert list_caches(config.cache_dir) == [folder], "nothing else is left behind"
 
 
-def test_two_caches_of_the_same_data_are_equal(config, tmp_path):
-    first = prepare_data(config)
-    second = prepare_data(replace(config, cache_dir=tmp_path / "other"))
-    assert first.info["split_fingerprint"] == second.info["split_fingerprint"]
-    assert prepare_data(replace(config, split_seed=1)).info["split_fingerprint"] != first.info["split_fingerprint"]
-
-
 def test_the_cache_folder(config, tmp_path, monkeypatch):
     monkeypatch.setenv("NEW_LLM_CACHE", str(tmp_path / "by-environment"))
     prepare_data(replace(config, cache_dir=None))
@@ -244,20 +210,6 @@ def test_repeated_documents_are_read_once(config, tmp_path, speeches):
     data = prepare_data(replace(config, source=file, reversal_pairs=False))
     assert data.train.num_documents + data.validation.num_documents == len(speeches)
     assert any("left out 24 documents" in note for note in data.info["notes"])
-
-
-def test_bad_rows_and_ignored_files_are_notes_of_the_run(config, tmp_path, speeches):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_lines(folder / "a.jsonl", [*speeches, None, None])
-    (folder / "notes.md").write_text("ignored")
-    options = replace(config, source=str(folder), reversal_pairs=False)
-    with pytest.raises(UserError, match=r"a\.jsonl: line 13: the field 'text' holds null"):
-        prepare_data(options)
-    for _ in range(2):  # built, and read from the cache
-        notes = prepare_data(replace(options, on_bad_row="skip")).info["notes"]
-        assert notes[0].endswith("other formats: notes.md")
-        assert notes[1].startswith("skipped 2 bad rows; the first: ")
 
 
 @pytest.mark.parametrize("meaning", ["text", "control"])
@@ -409,36 +361,6 @@ def test_a_killed_build_continues_and_equals_an_uninterrupted_one(sharded, tmp_p
     prepare_data(killed)
     prepare_data(sharded)
     assert read_cache(killed) == read_cache(sharded)
-
-
-def test_workers_end_with_a_killed_parent(sharded, tmp_path):
-    source = tmp_path / "corpus.jsonl"
-    write_corpus(source, 14_000_000)
-    command = prepare_command(**options_of(sharded, num_workers=2, source=source, shard_characters=1 << 25))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(find_children(process.pid)) >= 2, process)
-    time.sleep(0.5)  # until both are at work
-    children = find_children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 20
-    while (left := [child for child in children if is_running(child)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for child in left:
-        os.kill(child, signal.SIGKILL)
-    assert not left, "a worker is left behind"
-
-
-def find_children(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_two_processes_want_one_cache(sharded):

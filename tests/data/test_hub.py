@@ -3,14 +3,11 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data.dataset import prepare_data
-from new_llm.data.hub import hub_answers
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import train_tokenizer
 
@@ -56,17 +53,6 @@ def run_prepare(options: dict, environment: dict) -> str:
     return result.stdout
 
 
-def test_out_of_reach_is_one_line_at_once(closed_port):
-    output = run_prepare({}, {"HF_ENDPOINT": closed_port})
-    (line,) = output.splitlines()
-    for part in (
-        "pile",
-        closed_port,
-        "out of reach",
-    ):
-        assert part in line
-
-
 def test_offline_by_setting(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for source in ("pile", "wikitext-2"):
@@ -81,38 +67,6 @@ def test_a_hub_that_accepts_and_never_answers(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(UserError, match="out of reach"):
             prepare_data(DataConfig(hub_timeout_seconds=0.3))
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers at its root, and nothing else: 404 for files, 503 under /broken."""
-
-    def do_HEAD(self):
-        self.send_response(503 if "broken" in self.path else 200 if self.path in ("", "/") else 404)
-        self.end_headers()
-
-    def do_GET(self):
-        self.do_HEAD()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def poor_hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_hub_that_answers_but_has_no_such_dataset(poor_hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", poor_hub)
-    assert hub_answers("some/file", 5.0)
-    assert not hub_answers("broken/file", 5.0)
-    output = run_prepare({"pile_name": "nobody/nothing"}, {})
-    line = output.splitlines()[0]
-    assert line.startswith("UserError data set nobody/nothing could not be loaded")
 
 
 def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches):

@@ -51,19 +51,6 @@ def make_config(source: str, folder: Path) -> DataConfig:
     return DataConfig(source=source, cache_dir=folder / "cache", **sizes)
 
 
-def test_a_module_of_ones_own_is_a_source(own_module: str, tmp_path: Path, speeches: list[str]) -> None:
-    (tmp_path / "verses" / "a.verse").write_text("\n\n".join(speeches))
-    stanzas = [stanza for text in speeches for stanza in text.split("\n\n")]
-    config = make_config(f"{own_module}:read_verses", tmp_path)
-    assert [text for _, text in load_documents(config)] == stanzas
-    data = prepare_data(config)
-    assert data.train.num_documents + data.validation.num_documents == len(set(stanzas))
-    by_name = prepare_data(make_config("verses", tmp_path))  # registered when the module was imported
-    assert by_name.info["split_fingerprint"] == data.info["split_fingerprint"]
-    (tmp_path / "verses" / "b.verse").write_text("One verse more.")
-    assert prepare_data(config).info["source_fingerprint"] != data.info["source_fingerprint"]
-
-
 def test_documents_may_be_texts_alone(own_module: str, tmp_path: Path) -> None:
     config = make_config(f"{own_module}:read_numbers", tmp_path)
     names = [name for name, _ in load_documents(config)]

@@ -118,22 +118,6 @@ def test_made_up_names_and_values_are_of_no_list(split, tokenizer):
     assert 0.2 < share < 0.8  # words of the text, and made-up ones
 
 
-def test_no_made_up_word_is_one_that_recall_is_measured_with(split, tokenizer, monkeypatch):
-    words = iter(["piano", "piano", "London", "velt"] * 1000)
-    names = iter(["Quillan", "Umberly", "Ossa", "Quillan", "Vire"] * 1000)
-
-    def make_word(self, generator):
-        return np.array(tokenizer.encode(f" {next(words)}", add_special_tokens=False).ids)
-
-    monkeypatch.setattr(WordPieces, "make_word", make_word)
-    monkeypatch.setattr(WordPieces, "find_word", lambda self, tokens, generator: make_word(self, generator))
-    monkeypatch.setattr(WordPieces, "make_name", lambda self, generator: next(names))
-    planter = SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=1), seed=1)
-    planted = planter.plant(split.document(0)[:500].astype(np.int64), 0, 0)
-    found = read_made_up(tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False))
-    assert found == ({"Ossa", "Vire"}, {"velt"})
-
-
 def test_a_word_of_a_text_is_whole(tokenizer):
     pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
     text = "The Constitution, which we hold dear, is 12 parts old; Xylo don't vouch."
@@ -143,14 +127,6 @@ def test_a_word_of_a_text_is_whole(tokenizer):
     assert {"we", "hold", "dear", "Xylo"} <= words
     assert words <= {"Constitution", "which", "we", "hold", "dear", "is", "parts", "old", "Xylo", "don", "vouch"}
     assert pieces.find_word(np.array(tokenizer.encode("12, 13.").ids), generator) is None
-
-
-def test_word_pieces_make_one_word(tokenizer):
-    pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
-    words = [tokenizer.decode(pieces.make_word(generator).tolist()) for _ in range(50)]
-    assert all(re.fullmatch(r" [A-Za-z][a-z]*", word) for word in words)
-    assert len(set(words)) > 40
-    assert tokenizer.decode(pieces.full_stop.tolist()) == "."
 
 
 def test_the_distances_are_those_asked_for(split, tokenizer):

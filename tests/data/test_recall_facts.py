@@ -36,13 +36,6 @@ def test_a_needle_is_a_question_with_its_answer(task, part):
         assert needle == draw_needle(task, part, 10, np.random.default_rng(trial))
 
 
-def test_passkeys_have_five_digits_and_read_as_they_should():
-    needle = draw_needle("passkey", "eval", 3, np.random.default_rng(0))
-    key = needle.answer.strip(" .")
-    assert len(key) == 5
-    assert needle.statement == f"The pass key is {key}. Remember it."
-
-
 def test_train_and_eval_share_no_name_value_or_key():
     parts = {part: _read_facts(part) for part in ("train", "eval")}
     for names in ("first_names", "surnames"):

@@ -155,14 +155,6 @@ def test_no_content_raises_anything_else(tmp_path_factory, content, name):
         read_reversal_pairs(write(path, content))
 
 
-def test_own_pairs_read_back_from_a_file(tmp_path):
-    pairs = get_reversal_pairs()
-    fields = (*SENTENCE_FIELDS, "subject", "object", "kind")
-    rows = [tuple(getattr(pair, name) for name in fields) for pair in pairs]
-    assert read_reversal_pairs(write_csv(tmp_path / "p.csv", fields, *rows)) == pairs
-    assert read_reversal_pairs(write_jsonl(tmp_path / "p.jsonl", fields, *rows)) == pairs
-
-
 def test_pairs_are_drawn_for_each_relation():
     pairs = get_reversal_pairs()
     drawn = draw_pairs(pairs, 5, seed=1)

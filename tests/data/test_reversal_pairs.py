@@ -46,21 +46,20 @@ def test_a_known_fact_reads_as_documented():
         france.object = "Lyon"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.subject)
-def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity(pair: ReversalPair):
-    assert pair.forward == pair.forward_prompt + pair.forward_answer
-    assert pair.backward == pair.backward_prompt + pair.backward_answer
-    assert pair.forward_answer == f" {pair.object}."
-    assert pair.backward_answer == f" {pair.subject}."
-    # An entity is whole words of its prompt, and the answer is not given away there.
-    assert re.search(rf"(?<!\w){re.escape(pair.subject)} ", pair.forward_prompt)
-    assert re.search(rf"(?<!\w){re.escape(pair.object)} ", pair.backward_prompt)
-    assert not re.search(rf"(?<!\w){re.escape(pair.object)}(?!\w)", pair.forward_prompt)
-    assert not re.search(rf"(?<!\w){re.escape(pair.subject)}(?!\w)", pair.backward_prompt)
-    for sentence in (pair.forward, pair.backward):
-        assert sentence[0].isupper()
-        assert sentence == " ".join(sentence.split())
-        assert not re.search(r"[{}]", sentence)
+def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity():
+    for pair in PAIRS:
+        assert pair.forward == pair.forward_prompt + pair.forward_answer
+        assert pair.backward == pair.backward_prompt + pair.backward_answer
+        assert (pair.forward_answer, pair.backward_answer) == (f" {pair.object}.", f" {pair.subject}.")
+        # An entity is whole words of its prompt, and the answer is not given away there.
+        assert re.search(rf"(?<!\w){re.escape(pair.subject)} ", pair.forward_prompt), pair
+        assert re.search(rf"(?<!\w){re.escape(pair.object)} ", pair.backward_prompt), pair
+        assert not re.search(rf"(?<!\w){re.escape(pair.object)}(?!\w)", pair.forward_prompt), pair
+        assert not re.search(rf"(?<!\w){re.escape(pair.subject)}(?!\w)", pair.backward_prompt), pair
+        for sentence in (pair.forward, pair.backward):
+            assert sentence[0].isupper()
+            assert sentence == " ".join(sentence.split())
+            assert not re.search(r"[{}]", sentence)
 
 
 def test_no_entity_stands_for_two_things():

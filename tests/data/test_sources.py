@@ -86,11 +86,6 @@ def test_a_broken_packed_file_gets_one_line(tmp_path, packing, harm):
     assert "corrupt or truncated" in read_error(file)
 
 
-def test_every_line_end_of_a_text_is_a_newline(tmp_path):
-    (tmp_path / "mac.txt").write_bytes(b"one\rtwo\r\rthree\r\nfour\n")
-    assert [text for _, text in read(tmp_path / "mac.txt")] == ["one\ntwo\n\nthree\nfour\n"]
-
-
 def test_lines_longer_than_a_read_and_without_a_last_line_end(tmp_path):
     text = "À la carte. " * 200_000
     file = tmp_path / "long.jsonl"

@@ -11,7 +11,6 @@ from new_llm.data.tokenizer import (
     fingerprint_tokenizer,
     get_tokenizer,
     padded_vocab_size,
-    token_dtype,
     tokenize_documents,
     train_tokenizer,
 )
@@ -52,17 +51,6 @@ def test_documents_are_counted_as_raw_text(tokenizer):
     with pytest.raises(IndexError):
         split.document(3)
     assert tokenize_documents([], tokenizer).num_tokens == 0
-
-
-def test_chunks_change_nothing(tokenizer, speeches, monkeypatch):
-    whole = [document.ids.tolist() for document in encode_documents(speeches, tokenizer)]
-    monkeypatch.setattr("new_llm.data.tokenizer.CHUNK_CHARACTERS", 3000)
-    assert [document.ids.tolist() for document in encode_documents(speeches, tokenizer)] == whole
-
-
-def test_types_hold_the_vocabulary():
-    assert token_dtype(65_536).itemsize == 2
-    assert token_dtype(65_537).itemsize == 4
 
 
 def test_a_tokenizer_file_cuts_and_pads_nothing(tokenizer, tmp_path, speeches):

@@ -139,21 +139,6 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
     assert all(math.isfinite(figures["perplexity"][way]["value"]) for way in ("base", "carried", "reset", "foreign"))
 
 
-def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter: AdapterTrainingConfig, base_run: Path) -> None:
-    config = dataclasses.replace(
-        tiny_adapter,
-        adapter=dataclasses.replace(tiny_adapter.adapter, freeze_base_model=False),
-        train=dataclasses.replace(tiny_adapter.train, num_epochs=1),
-    )
-    results = run(config)
-    best = load_model(Path(results["folder"]) / "parallel_infini" / "best")
-    base = load_base_of(base_run)
-    assert not torch.equal(best.embed_in.weight, base.embed_in.weight)
-    loaded = load_adapted_model(config.out)
-    for name, value in best.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
-
-
 def curve(results: dict[str, Any]) -> list[Any]:
     training = results["models"][1]["training"]
     return [[line[key] for key in ("step", "loss", "gates", "alpha")] for line in training["steps_log"]] + [
@@ -205,36 +190,6 @@ def test_bad_input_leaves_no_run_behind(tiny_adapter: AdapterTrainingConfig, tmp
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match=r"out: .*must end with"):
         dataclasses.replace(tiny_adapter, out=tmp_path / "adapter.bin")
-
-
-def test_without_the_hub_the_line_says_how_to_have_a_base_here(
-    tiny_adapter: AdapterTrainingConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = dataclasses.replace(tiny_adapter, base="EleutherAI/no-such-pythia")
-    with pytest.raises(
-        UserError, match=r"EleutherAI/no-such-pythia.*new-llm experiment --models pythia .*--base"
-    ) as refused:
-        run(config)
-    assert "\n" not in str(refused.value)
-    assert not config.runs_dir.exists()
-
-
-def test_an_exported_pythia_is_a_base_too(tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    from new_llm.models.hf.gpt_neox import export_pythia
-
-    export_pythia(load_base_of(base_run), tmp_path / "neox", Tokenizer.from_file(str(base_run / "tokenizer.json")))
-    config = dataclasses.replace(
-        tiny_adapter, base=str(tmp_path / "neox"), train=dataclasses.replace(tiny_adapter.train, num_epochs=1)
-    )
-    results = run(config)
-    own = run(
-        dataclasses.replace(tiny_adapter, name="own", train=dataclasses.replace(tiny_adapter.train, num_epochs=1))
-    )
-    assert curve(results) == curve(own)
-    assert load_adapted_model(config.out, tmp_path / "neox").get_alpha() == results["alpha"]
 
 
 def test_a_tokenizer_that_the_base_does_not_know_is_refused(
@@ -293,3 +248,18 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
     assert perplexity["reset"]["value"] == pytest.approx(
         evaluate_independent(found.build("base"), found.texts["wikitext"], batch_size=2).perplexity, rel=1e-6
     )
+
+
+def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter: AdapterTrainingConfig, base_run: Path) -> None:
+    config = dataclasses.replace(
+        tiny_adapter,
+        adapter=dataclasses.replace(tiny_adapter.adapter, freeze_base_model=False),
+        train=dataclasses.replace(tiny_adapter.train, num_epochs=1),
+    )
+    results = run(config)
+    best = load_model(Path(results["folder"]) / "parallel_infini" / "best")
+    base = load_base_of(base_run)
+    assert not torch.equal(best.embed_in.weight, base.embed_in.weight)
+    loaded = load_adapted_model(config.out)
+    for name, value in best.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)

@@ -13,6 +13,7 @@ from new_llm.cli.main import main
 SCRIPT = Path(__file__).parents[2] / "studies" / "gates.py"
 
 
+@pytest.mark.slow
 def test_gates_set_elsewhere(addresses, tmp_path):
     variants = {"reference": {}, "token": {"models": ["token_memory"]}}
     study = {"variants": variants, "seeds": [0], "baselines": [], "window_baselines": []}

@@ -12,7 +12,7 @@ import pytest
 
 from new_llm.config import UserError
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.run_folder import LOCK_FILE, create_run, hold_run
+from new_llm.experiments.run_folder import create_run, hold_run
 
 HOLD = (
     "import sys; from new_llm.experiments.config import ExperimentConfig\n"
@@ -57,17 +57,6 @@ def test_bad_input_leaves_no_folder_behind(config: ExperimentConfig, tmp_path: P
     with pytest.raises(UserError, match="bad data"), hold_run(config, resume=False):
         raise UserError("bad data")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_begins_with_its_configuration(config: ExperimentConfig) -> None:
-    folder = config.runs_dir / "a"
-    folder.mkdir(parents=True)
-    (folder / LOCK_FILE).touch()  # what a process leaves that is killed before it makes the run
-    with hold_run(config, resume=False):
-        create_run(config, folder)
-    assert sorted(os.listdir(folder)) == [LOCK_FILE, "config.yaml"]
-    with pytest.raises(UserError, match="a run of this name exists"), hold_run(config, resume=False):
-        pytest.fail("it was begun twice")
 
 
 def test_a_link_to_a_run_is_the_same_run(config: ExperimentConfig, tmp_path: Path) -> None:

@@ -240,19 +240,6 @@ def test_a_run_continues_with_its_own_copy_of_a_tokenizer(
     assert (tiny.runs_dir / "tiny" / "data.json").read_text() == begun
 
 
-def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
-    train = dataclasses.replace(tiny.train, num_epochs=1)
-    doubled = run(
-        dataclasses.replace(tiny, train=train),
-        ["pythia"],
-        loss_fn=lambda model, batch: 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask),
-    )
-    first, twice = (
-        results["models"][n]["training"]["steps_log"][0]["loss"] for n, results in ((1, whole), (0, doubled))
-    )
-    assert twice == pytest.approx(2 * first, rel=0.1)
-
-
 def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer._train_step
 
@@ -265,3 +252,16 @@ def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: p
     with pytest.raises(UserError, match=r"runs/tiny.*: deleted or renamed while the "):
         run(tiny, ["pythia"])
     assert [path.name for path in tiny.runs_dir.iterdir()] == ["elsewhere"]
+
+
+def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+    train = dataclasses.replace(tiny.train, num_epochs=1)
+    doubled = run(
+        dataclasses.replace(tiny, train=train),
+        ["pythia"],
+        loss_fn=lambda model, batch: 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask),
+    )
+    first, twice = (
+        results["models"][n]["training"]["steps_log"][0]["loss"] for n, results in ((1, whole), (0, doubled))
+    )
+    assert twice == pytest.approx(2 * first, rel=0.1)

@@ -109,17 +109,6 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, train
     assert len(trained) == 3 + 4
 
 
-def test_a_summary_that_fails_does_not_stop_the_trainings_of_the_next_seed(addresses, tmp_path, trained, monkeypatch):
-    def fail(study):
-        raise IndexError("list index out of range")
-
-    monkeypatch.setattr(study_module, "summarize_study", fail)
-    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
-    with pytest.raises(IndexError):
-        study_module.run_study(study)
-    assert len(trained) == 8
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -275,13 +264,3 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     assert "| no-delta | 1 |" in render_markdown(summary)
     # One seed: the measure's own interval, over documents.
     assert summary["variants"]["no-delta"]["figures"][VS_RESET.replace("validation", "books")]["high"] == 0.0
-
-
-def test_a_result_that_can_t_be_read_loses_its_own_cells(addresses, tmp_path):
-    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
-    broken = make_run(0, [0])
-    broken["measured"]["long-books"]["result"] = {"ranges": None}
-    broken["model"]["evaluation"] = {"reversal": {}, "their_own": {"x": 1}}
-    table = render_markdown(describe_study(study, {"reference": [broken], "no-delta": [make_run(0, [0])]}))
-    assert "| reference | 1 | 10 | 1.00 MB |" in table
-    assert "Long documents: books." in table

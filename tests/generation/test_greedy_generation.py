@@ -71,15 +71,6 @@ def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name: str, side: 
         assert together[row, 11:].tolist() == alone[0, length:].tolist()
 
 
-@pytest.mark.parametrize("tokens_per_call", [1, 5, 12])
-def test_prompts_read_in_pieces_are_prompts_read_whole(tokens_per_call: int) -> None:
-    model = get_model("mixed")
-    ids, mask = text_ids(3, 23), torch.arange(23) < torch.tensor([[4], [23], [11]])
-    expected, _ = model.generate(ids, mask, max_new_tokens=6)
-    found, _ = model.generate(ids, mask, max_new_tokens=6, prompt_tokens_per_call=tokens_per_call)
-    assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("name", ["mixed", "infini-tokens"])
 def test_rows_that_end_early_are_padded_and_leave_the_others_alone(name: str) -> None:
     model = get_model(name)
@@ -154,11 +145,3 @@ def test_on_token_is_told_of_every_token() -> None:
     told = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
     for row, tokens in enumerate(told):
         assert tokens == ids[row, 7 : 7 + statistics.row_tokens[row]].tolist()
-
-
-def test_gradients_are_as_the_caller_had_them() -> None:
-    model = get_model("pythia")
-    modes: list[bool] = []
-    ids, _ = model.generate(text_ids(1, 3), max_new_tokens=2, on_token=lambda _: modes.append(torch.is_grad_enabled()))
-    assert modes == [True, True]
-    assert not ids.requires_grad

@@ -56,16 +56,6 @@ def test_a_failed_call_changes_nothing() -> None:
     assert_states_equal(model.get_memory_state(), before)
 
 
-@by_mixture
-@pytest.mark.parametrize("rows", [None, 2])
-def test_a_call_of_masked_tokens_alone_changes_nothing(name: str, rows: int | None) -> None:
-    model = get_model(name)
-    before = fill(model, rows)
-    logits = model(text_ids(2, 7), torch.zeros(2, 7), update_memory=True)
-    assert bool(logits.isfinite().all())
-    assert_states_equal(model.get_memory_state(), before)
-
-
 @pytest.mark.parametrize("name", UNDECAYED_STACKS)
 def test_shared_memory_takes_the_sum_of_the_rows_changes(name: str) -> None:
     """Every row starts from the memory before the call; its change is what it alone would have made."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memory_reference import ALIBI_SLOPES, ReferenceLayer, ReferenceMemory, read_row_of_model
+from memory_reference import ALIBI_SLOPES, ReferenceLayer, ReferenceMemory
 from model_cases import (
     DTYPES,
     HIDDEN_SIZE,
@@ -14,9 +14,7 @@ from model_cases import (
     TOLERANCES,
     LayerCase,
     assert_near,
-    build_model,
     randomize,
-    text_ids,
 )
 from new_llm.models.layers import InfiniLayer, Layer, Segments, compressive
 from new_llm.models.state import MemoryState
@@ -93,60 +91,6 @@ def test_a_long_segment_runs_in_chunks(dtype: torch.dtype, monkeypatch: pytest.M
     with torch.no_grad():
         actual, _ = layer.to(dtype)(x[:, None].to(dtype))
     assert_near(actual[0, 0], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
-
-
-@pytest.mark.parametrize("length", [1, 13])
-@by_dtype
-def test_model_of_all_memory_layers_equals_the_equations(length: int, dtype: torch.dtype) -> None:
-    """Embedding, one layer of each kind, norm and head; one row has holes in its mask."""
-    cases = [
-        LayerCase(
-            "infini",
-            {"num_memory_heads": 2, "num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True},
-        ),
-        LayerCase("multi_memory", {"num_memories": 2}),
-        LayerCase("hierarchical", {"num_memories": 3, "use_delta_rule": False}),
-    ]
-    model = build_model(cases, segment_length=4, dtype=dtype)
-    model.reset_memory(batch_size=ROWS)
-    ids = text_ids(ROWS, length)
-    mask = torch.ones(ROWS, length, dtype=torch.bool)
-    mask[1, 1::3] = False
-    with torch.no_grad():
-        actual = model(ids, mask, update_memory=True)
-    parts = {name: value.double().numpy() for name, value in model.state_dict().items()}
-    layers = [make_reference(layer, case) for layer, case in zip(model.layers, cases, strict=True)]
-    state = model.get_memory_state()
-    for row in range(ROWS):
-        expected, memories = read_row_of_model(
-            ids[row][mask[row]].tolist(),
-            parts["embed_in.weight"],
-            layers,
-            (parts["final_layer_norm.weight"], parts["final_layer_norm.bias"]),
-            parts["embed_out.weight"],
-            segment_length=4,
-        )
-        assert_near(actual[row][mask[row]], torch.from_numpy(expected).to(dtype), TOLERANCES[dtype])
-        for index, key in enumerate(("memories", "memories", "fine_memories")):
-            found = state[index][key][row].double().numpy()
-            scale = max(1.0, np.abs(memories[index].M).max())
-            assert np.abs(found - memories[index].M).max() <= TOLERANCES[dtype] * scale
-
-
-def test_the_cases_hold_every_option_of_the_table() -> None:
-    options = {name for case in MEMORY_CASES.values() for name in case.options}
-    assert options == {
-        "use_delta_rule",
-        "use_key_shift",
-        "num_memory_heads",
-        "num_memory_banks",
-        "segments_per_bank",
-        "use_alibi",
-        "alibi_scale",
-        "num_memories",
-        "normalize_keys",
-        "selection_temperature",
-    }
 
 
 @pytest.mark.parametrize(

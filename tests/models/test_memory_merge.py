@@ -43,14 +43,6 @@ def test_two_halves_merge_into_one_batch_of_both(name: str) -> None:
     assert_states_equal(model.get_memory_state(), merged)
 
 
-def test_halves_of_different_lengths_merge_into_one_masked_batch() -> None:
-    model = get_model("mixed-sums")
-    ids, mask = text_ids(2, 23), torch.ones(2, 23)
-    mask[1, 8:] = 0
-    merged = merge_memory_states([read_from_empty(model, ids[:1]), read_from_empty(model, ids[1:, :8])])
-    assert_states_near(merged, read_from_empty(model, ids, mask), 1e-6)
-
-
 def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs() -> None:
     model = get_model("mixed-sums")
     states = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]

@@ -10,16 +10,11 @@ from torch import Tensor
 from model_cases import TOLERANCES, assert_near
 from new_llm.models.layers import InfiniLayer, Segments
 from new_llm.models.ops import (
-    feature_map,
-    multiply_norms,
     scan_memories,
     scan_memories_naive,
     scan_sums,
     scan_sums_naive,
-    select_memories_naive,
-    weigh_memories,
 )
-from new_llm.models.ops.memory import add_in_rounds
 from new_llm.models.ops.memory_scan import choose_group
 
 ROWS, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 2, 3, 4, 5
@@ -153,14 +148,6 @@ def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch, has_de
     assert torch.autograd.gradcheck(scan, tuple(call.tensors.values()), fast_mode=True)
 
 
-def test_what_is_given_stays_as_it_was() -> None:
-    call = Call.draw(4, 2, 4, has_decay=True, has_sum=True)
-    before = {name: t.detach().clone() for name, t in call.tensors.items()}
-    out = call.run(scan_memories)
-    sum(t.sum() for t in out).backward()
-    assert all(torch.equal(t, before[name]) for name, t in call.tensors.items())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("has_delta", [True, False])
 def test_16_bits_stay_near(dtype: torch.dtype, has_delta: bool) -> None:
@@ -178,18 +165,6 @@ def test_16_bits_stay_near(dtype: torch.dtype, has_delta: bool) -> None:
     for mine, other in zip([*actual, *grads[0]], [*expected, *grads[1]], strict=True):
         error = (mine.double() - other).norm() / other.norm()
         assert error < 0.02
-
-
-def test_compiled_scan_is_one_operation() -> None:
-    call = Call.draw(5, 2, 4, has_sum=True, dtype=torch.float32)
-    compiled = torch.compile(scan_memories, backend="aot_eager", fullgraph=True)
-    actual, expected = call.run(compiled), call.run(scan_memories)
-    inputs = list(call.tensors.values())
-    for mine, other in zip(actual, expected, strict=True):
-        assert_near(mine, other, 1e-6)
-    grads = [torch.autograd.grad(sum(t.sum() for t in out), inputs) for out in (actual, expected)]
-    for mine, other in zip(*grads, strict=True):
-        assert_near(mine, other, 1e-4)
 
 
 # What backward keeps
@@ -224,40 +199,3 @@ def test_states_are_kept_once_a_group() -> None:
 
 
 # Scales
-
-
-def test_products_with_norms_keep_no_wide_copy() -> None:
-    q = draw(2, 3, 7, 4, seed=1, dtype=torch.bfloat16).requires_grad_()
-    norms = draw(2, 3, 5, 4, seed=2, dtype=torch.float32).requires_grad_()
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        products = multiply_norms(q, norms)
-    assert {t.dtype for t in kept if t.shape == q.shape} == {torch.bfloat16}
-    wide = q.detach().float().requires_grad_()
-    expected = wide @ norms.transpose(-1, -2)
-    assert_near(products, expected, 1e-6)
-    mine = torch.autograd.grad(products.sum(), (q, norms))
-    other = torch.autograd.grad(expected.sum(), (wide, norms))
-    assert_near(mine[0].float(), other[0].bfloat16().float(), 1e-6)
-    assert_near(mine[1], other[1], 1e-5)
-
-
-def test_weights_from_products_equal_the_selection() -> None:
-    q = feature_map(draw(2, HEADS, 5, WIDTH, seed=1))
-    norms = feature_map(draw(2, 3, HEADS, WIDTH, seed=2))
-    num_tokens = torch.tensor([[9, 8, 7], [6, 5, 0]])
-    products = torch.einsum("bhsk,bnhk->bhsn", q, norms)
-    actual = weigh_memories(products, num_tokens, width=WIDTH).movedim(-1, 1)
-    assert_near(actual, select_memories_naive(q, norms, num_tokens), 1e-12)
-
-
-@pytest.mark.parametrize("length", [0, 1, 8, 13])
-@pytest.mark.parametrize("dim", [0, 1])
-def test_sums_in_rounds_are_cumsum(length: int, dim: int) -> None:
-    values = draw(*((length, 3) if dim == 0 else (3, length)), seed=1, dtype=torch.float64).requires_grad_()
-    found, expected = add_in_rounds(values, dim), values.cumsum(dim)
-    assert_near(found, expected, 1e-12)
-    if length:
-        weights = draw(*values.shape, seed=2, dtype=torch.float64)
-        one, two = (torch.autograd.grad((sums * weights).sum(), values)[0] for sums in (found, expected))
-        assert_near(one, two, 1e-12)

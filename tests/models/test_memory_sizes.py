@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import get_model
 from new_llm.models import TransformerLM
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, TokenMemoryLayer
 
@@ -28,24 +27,3 @@ def test_memory_bytes(layer: torch.nn.Module, num_bytes: int) -> None:
     entry = model.get_memory_state()[0]
     held = [value for value in entry.values() if isinstance(value, Tensor) and value.is_floating_point()]
     assert sum(value.numel() * value.element_size() for value in held) == num_bytes
-
-
-def test_parameters_of_the_expansion_gate() -> None:
-    def count(layer: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in layer.parameters())
-
-    assert count(HierarchicalLayer(512, 8, 64)) - count(MultiMemoryLayer(512, 8, 64)) == 65_793
-    assert count(InfiniLayer(512, 8, 64)) + 7 == count(MultiMemoryLayer(512, 8, 64))  # gates of 1 and 8 heads
-
-
-def test_mixed_stacks_list_each_memory() -> None:
-    model = get_model("mixed")
-    per_layer = model.memory_info()["per_layer"]
-    assert [(entry["layer"], entry["kind"]) for entry in per_layer] == [
-        (0, "infini"),
-        (2, "multi_memory"),
-        (3, "hierarchical"),
-    ]
-    assert model.memory_info()["total_bytes"] == sum(entry["bytes"] for entry in per_layer)
-    assert get_model("pythia").memory_info() == {"total_bytes": 0, "per_layer": []}
-    assert get_model("pythia").get_memory_state() == {}

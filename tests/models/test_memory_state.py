@@ -1,11 +1,7 @@
 """`get_memory_state` and `set_memory_state`: what they hold and refuse, and the way to another process."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +9,12 @@ import torch
 from torch import Tensor
 
 from model_cases import (
-    DTYPES,
     MIXED_STACKS,
-    STACKS,
     assert_states_equal,
     get_model,
     text_ids,
 )
-from new_llm.models import TransformerLM, save_model
+from new_llm.models import TransformerLM
 
 LAYER_KEYS = {
     "infini": {"memories", "memory_norms", "current_bank", "segment_counter"},
@@ -59,45 +53,6 @@ def test_states_hold_the_documented_keys_as_cpu_tensors() -> None:
     assert int(state[3]["current_memory_idx"]) == 3 % 3
     assert int(state[0]["token_counts"].sum()) == 2 * 13
     assert fill(model, 2)[3]["fine_memories"].shape == (2, 3, 2, 8, 8)
-
-
-CONTINUE = """
-import sys
-from pathlib import Path
-import torch
-from new_llm.models import load_model
-
-torch.set_num_threads(int(sys.argv[2]))
-ids = torch.load(Path(sys.argv[1]) / "ids.pt", weights_only=True)
-for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
-    model = load_model(folder)
-    model.set_memory_state(torch.load(folder / "memory.pt", weights_only=True))
-    with torch.no_grad():
-        torch.save((model(ids, update_memory=True), model.get_memory_state()), folder / "continued.pt")
-"""
-
-
-def test_another_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Every layer kind and option combination: save, load elsewhere, the same logits."""
-    ids = text_ids(2, 11, start=70)
-    torch.save(ids, tmp_path / "ids.pt")
-    expected = {}
-    for number, name in enumerate(STACKS):
-        folder = tmp_path / f"{number:03}"
-        model = get_model(name, dtype=DTYPES[number % 2])
-        state = fill(model, rows=(None, 2)[number // 2 % 2])
-        save_model(model, folder)
-        torch.save(state, folder / "memory.pt")
-        with torch.no_grad():
-            expected[folder] = name, model(ids, update_memory=True), model.get_memory_state()
-    arguments = [sys.executable, "-c", CONTINUE, str(tmp_path), str(torch.get_num_threads())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    for folder, (name, logits, state) in expected.items():
-        found_logits, found_state = torch.load(folder / "continued.pt", weights_only=True)
-        assert torch.equal(found_logits, logits), name
-        assert_states_equal(found_state, state)
 
 
 # What is refused

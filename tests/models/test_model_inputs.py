@@ -1,6 +1,5 @@
 """Bad input: a ValueError of one line that names what is allowed."""
 
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 from model_cases import VOCAB_SIZE, get_model, text_ids
-from new_llm.config import PythiaConfig
+from new_llm.config import PythiaConfig, UserError
+from new_llm.experiments.config import ModelConfig
 from new_llm.models import ModelType, TransformerLM, create_model
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, PythiaLayer, TokenMemoryLayer
@@ -22,7 +22,6 @@ CONFIG = PythiaConfig(
     intermediate_size=48,
     max_position_embeddings=64,
 )
-MEMORY_TYPES = [ModelType.INFINI, ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL]
 IDS = text_ids(2, 6)
 
 
@@ -36,52 +35,43 @@ def refuse(call: Callable[[], Any], *words: str) -> None:
         assert word in message, message
 
 
-# create_model: DESIGN's table of options
+# create_model
 
-# Option, the models that take it, values out of range. What a message must name is the option itself.
-RANGES: dict[str, tuple[list[ModelType], list[Any]]] = {
-    "use_delta_rule": (MEMORY_TYPES, []),
-    "use_key_shift": (MEMORY_TYPES, []),
-    "normalize_keys": (MEMORY_TYPES, []),
-    "selection_temperature": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0.0, -1.0, float("nan")]),
-    "memory_layers": (MEMORY_TYPES, []),
-    "num_memories": ([ModelType.MULTI_MEMORY, ModelType.HIERARCHICAL], [0, -1, 1.5]),
-    "num_memory_banks": ([ModelType.INFINI], [0, -1, 1.5]),
-    "segments_per_bank": ([ModelType.INFINI], [0, -2]),
-    "use_alibi": ([ModelType.INFINI], []),
-    "alibi_scale": ([ModelType.INFINI], [-0.5, float("nan")]),
-    "num_memory_heads": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0, -1]),
-    "gate_init": (MEMORY_TYPES, []),
-    "memory_key_size": ([ModelType.TOKEN_MEMORY], [0, -1, 1.5]),
-    "retention_init": ([ModelType.TOKEN_MEMORY], [0.0, 1.0, -0.5, float("nan")]),
-    "read_gate_init": ([ModelType.TOKEN_MEMORY], []),
-    "read_scale_init": ([ModelType.TOKEN_MEMORY], []),
-    "query_key_init_scale": ([*MEMORY_TYPES, ModelType.TOKEN_MEMORY], [0.0, -1.0, float("nan")]),
-    "query_key_init_bias": (MEMORY_TYPES, []),
-    "match_query_key_init": (MEMORY_TYPES, []),
-    "skip_interval": ([ModelType.SELECTIVE, ModelType.DEEP_PYTHIA], [-1, 1.5]),
-    "earlier_pass_weight": ([ModelType.SELECTIVE], [-0.1, 1.5]),
+TABLE: dict[str, list[str]] = {  # DESIGN's: an option and the models that take it
+    "use_delta_rule": ["infini", "multi_memory", "hierarchical"],
+    "num_memories": ["multi_memory", "hierarchical"],
+    "num_memory_banks": ["infini"],
+    "segments_per_bank": ["infini"],
+    "use_alibi": ["infini"],
+    "alibi_scale": ["infini"],
+    "num_memory_heads": ["infini", "multi_memory", "hierarchical", "token_memory"],
+}
+BAD_VALUES: dict[str, list[Any]] = {
+    "selection_temperature": [0.0, -1.0, float("nan")],
+    "num_memories": [0, -1, 1.5],
+    "num_memory_banks": [0, -1, 1.5],
+    "segments_per_bank": [0, -2],
+    "alibi_scale": [-0.5, float("nan")],
+    "num_memory_heads": [0, -1],
+    "memory_key_size": [0, -1, 1.5],
+    "retention_init": [0.0, 1.0, -0.5, float("nan")],
+    "query_key_init_scale": [0.0, -1.0, float("nan")],
+    "skip_interval": [-1, 1.5],
+    "earlier_pass_weight": [-0.1, 1.5],
 }
 
 
-@pytest.mark.parametrize("option", [option for option, (_, values) in RANGES.items() if values])
-def test_options_out_of_range_are_refused_by_name(option: str) -> None:
-    for model_type, value in itertools.product(*RANGES[option]):
-        options = {option: value, **({"use_alibi": True} if option == "alibi_scale" else {})}
-        refuse(lambda: create_model(model_type, CONFIG, **options), option, str(value))  # noqa: B023
-
-
 @pytest.mark.parametrize("model_type", ModelType)
-def test_each_model_takes_its_options_and_no_others(model_type: ModelType) -> None:
-    taken = {option for option, (model_types, _) in RANGES.items() if model_type in model_types}
-    assert set(MODEL_KINDS[model_type].defaults) == taken
-    for option in RANGES.keys() - taken | {"num_memorys"}:
-        refuse(
-            lambda option=option: create_model(model_type, CONFIG, **{option: 1}),
-            option,
-            "segment_length",
-            *taken,
-        )
+def test_each_model_takes_its_options_in_range_and_no_others(model_type: ModelType) -> None:
+    taken = set(MODEL_KINDS[model_type].defaults)
+    if model_type in ("pythia", "infini", "multi_memory", "hierarchical", "token_memory"):
+        assert taken & TABLE.keys() == {option for option, kinds in TABLE.items() if model_type in kinds}
+    for option in {o for kind in MODEL_KINDS.values() for o in kind.defaults} - taken | {"num_memorys"}:
+        refuse(lambda o=option: create_model(model_type, CONFIG, **{o: 1}), option, "segment_length", *taken)
+    for option in taken & BAD_VALUES.keys():
+        for value in BAD_VALUES[option]:
+            options = {option: value, **({"use_alibi": True} if option == "alibi_scale" else {})}
+            refuse(lambda options=options: create_model(model_type, CONFIG, **options), option, str(value))
 
 
 @pytest.mark.parametrize("length", [0, -1, 65, 6.5])
@@ -96,37 +86,39 @@ def test_unknown_model_type(model_type: Any) -> None:
 
 def test_options_reach_the_layer() -> None:
     """And the defaults are DESIGN's."""
-    infini = create_model("infini", CONFIG).layers[0].attention
-    assert (infini.num_memory_heads, infini.num_memories, infini.segments_per_memory) == (1, 1, 4)
-    assert infini.use_delta_rule
-    assert infini.decay is None
-    for model_type in ("multi_memory", "hierarchical"):
-        attention = create_model(model_type, CONFIG).layers[0].attention
-        assert (attention.num_memory_heads, attention.num_memories, attention.segments_per_memory) == (
-            4,
-            4,
-            1,
-        )
-        assert attention.use_delta_rule
-        chosen = create_model(model_type, CONFIG, num_memories=8, num_memory_heads=2, use_delta_rule=False)
-        attention = chosen.layers[0].attention
-        assert (attention.num_memory_heads, attention.num_memories, attention.use_delta_rule) == (2, 8, False)
-    banked = create_model("infini", CONFIG, num_memory_banks=2, segments_per_bank=3, use_alibi=True).layers[0].attention
-    assert (banked.num_memories, banked.segments_per_memory) == (2, 3)
-    assert banked.decay is not None
+
+    def read(kind: str, **options: Any) -> tuple[Any, ...]:
+        layer = create_model(kind, CONFIG, **options).layers[0].attention
+        return layer.num_memory_heads, layer.num_memories, layer.segments_per_memory, layer.use_delta_rule
+
+    assert read("infini") == (1, 1, 4, True)
+    assert read("infini", num_memory_banks=2, segments_per_bank=3) == (1, 2, 3, True)
+    for kind in ("multi_memory", "hierarchical"):
+        assert read(kind) == (4, 4, 1, True)
+        assert read(kind, num_memories=8, num_memory_heads=2, use_delta_rule=False) == (2, 8, 1, False)
     for options in ({}, {"num_memory_heads": 3, "memory_key_size": 5, "read_gate_init": 1.5, "read_scale_init": 0.25}):
         tokens = create_model("token_memory", CONFIG, **options).layers[-1].attention
         assert tokens.gate.tolist() == [options.get("read_gate_init", -1.0)] * options.get("num_memory_heads", 4)
         assert tokens.head_size == options.get("memory_key_size", CONFIG.hidden_size // 2)
         assert tokens.read_scale.tolist() == [options.get("read_scale_init", 30.0)]
-    for model_type in ModelType:
-        model = create_model(model_type, CONFIG)
-        assert model.segment_length == CONFIG.max_position_embeddings
-        kinds = [model_type if model_type in MEMORY_TYPES else "pythia", "pythia"]
-        kinds *= 2 if model_type == ModelType.DEEP_PYTHIA else 1
-        before_head = ["token_memory"] if model_type == ModelType.TOKEN_MEMORY else []
-        assert [layer.kind for layer in model.layers] == kinds + before_head
-        assert create_model(model_type, CONFIG, segment_length=7).segment_length == 7
+    assert create_model("infini", CONFIG).segment_length == CONFIG.max_position_embeddings
+    assert create_model("infini", CONFIG, segment_length=7).segment_length == 7
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical"])
+@pytest.mark.parametrize("places", [None, (1, 0), (-1,)])
+def test_the_named_layers_have_memory_and_no_others(kind: str, places: tuple[int, ...] | None) -> None:
+    model = create_model(kind, CONFIG, **({} if places is None else {"memory_layers": places}))
+    expected = sorted(place % 2 for place in places or (0,))  # by default it is the first
+    assert sorted(model.memory_layers) == [entry["layer"] for entry in model.memory_info()["per_layer"]] == expected
+    assert [layer.kind for layer in model.layer_list] == [kind if i in expected else "pythia" for i in range(2)]
+
+
+@pytest.mark.parametrize("places", [(2,), (1, -1), ()])
+def test_other_places_are_refused_by_name(places: tuple[int, ...]) -> None:
+    refuse(lambda: create_model("infini", CONFIG, memory_layers=places), "memory_layers")
+    with pytest.raises(UserError, match="memory_layers"):
+        ModelConfig(num_hidden_layers=2, memory_layers=places).check_taken(["infini"])
 
 
 # Shapes

@@ -92,11 +92,6 @@ def test_a_gap_beyond_the_seeds_spread_is_told_from_one_within():
     assert "chance could explain it, so read it as a tie" in compare(*apart)
 
 
-def test_seeds_with_huge_perplexities_are_no_error():
-    runs = [make_seed(seed, {"pythia": 1e306, "infini": 1.0}) for seed in range(2)]
-    assert "too large to compare seeds" in compare(*runs)
-
-
 def test_seeds_that_are_not_shared_are_not_paired():
     runs = [make_seed(seed, {"pythia": 1 + 0.001 * seed}) for seed in (0, 1)]
     runs += [make_seed(seed, {"infini": 1 + 0.001 * seed}) for seed in (2, 3)]

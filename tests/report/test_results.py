@@ -7,7 +7,7 @@ import pytest
 from new_llm.config import UserError
 from new_llm.experiments.run_folder import RESULTS_VERSION
 from new_llm.report import load_results
-from new_llm.report.results import SCHEMA_VERSION, get_gates
+from new_llm.report.results import SCHEMA_VERSION
 
 
 def test_results_are_read_from_the_file_or_its_folder(results: dict[str, Any], tmp_path: Path):
@@ -48,8 +48,3 @@ def test_a_missing_file_gets_one_line(tmp_path: Path):
         load_results(tmp_path)
     with pytest.raises(UserError, match="no such results file"):
         load_results(tmp_path / "other.json")
-
-
-def test_gates_of_any_nesting_are_one_number_a_head():
-    gates = get_gates({"gates": {"layers.0": [[0.1], 0.2], "layers.1": 0.3, "layers.2": [None, float("nan"), 7]}})
-    assert gates == {"layers.0": [0.1, 0.2], "layers.1": [0.3]}

@@ -100,19 +100,6 @@ def record(model: str, luck: Any, **changes: Any) -> Any:
     return read_record(values | changes)
 
 
-def test_a_measure_of_one_s_own_is_on_the_page_in_the_table_and_in_a_file(luck: Any, tmp_path: Path):
-    results = make_results("pythia", "infini")
-    for place, entry in enumerate(results["models"]):
-        entry["evaluation"]["luck"] = {"luck": 0.25 + 0.5 * place}
-    page = read_page([make_run(results)], tmp_path)
-    said = page.read()
-    assert "Luck of <the> draw" in said
-    assert "lucky in 75%" in said
-    assert "0.7500" in said
-    assert "luck" in page.ids()
-    assert (tmp_path / "figures" / "luck.csv").read_text() == "model,luck\npythia,0.25\ninfini,0.75\n"
-
-
 def test_the_newest_complete_measurement_of_a_text_is_shown(luck: Any):
     evaluations = [
         record("infini", 0.10, created="2026-02-01"),

@@ -94,14 +94,6 @@ def test_only_the_best_of_a_figure_is_marked(results: dict[str, Any]):
     assert not any(cell.is_best for _, _, cells in find_summary(results).rows for cell in cells)
 
 
-def test_what_a_model_is_stands_beside_what_was_measured(results: dict[str, Any]):
-    summary = find_summary(results)
-    assert [cell.text for cell in find_column(summary, "Model", "context, tokens")] == ["256", "64"]
-    assert [cell.text for cell in find_column(summary, "Model", "state")] == ["0 B", "266 kB"]
-    assert [cell.hint for cell in find_column(summary, "Model", "state")] == ["0", "266,240"]
-    assert all(cell.value for cell in find_column(summary, "Reversal curse", "gap"))
-
-
 def test_seeds_are_a_mean_that_says_each():
     summary = find_summary(*(make_seed(seed, {"infini": 1.0 + seed}) for seed in (0, 1)))
     (cell,) = find_column(summary, "Validation perplexity", "sliding")
@@ -125,11 +117,6 @@ def test_measures_that_no_model_has_are_left_out(results: dict[str, Any]):
     assert "Reversal" not in text
     assert "tokens/s" not in text
     assert "perplexity" in text
-
-
-def test_a_run_without_models_is_a_table_too():
-    assert "No model has been evaluated yet." in show({"unigram_perplexity": 530.1})
-    assert show({})
 
 
 def test_one_spoiled_result_costs_its_own_cells_alone():

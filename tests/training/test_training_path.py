@@ -8,7 +8,6 @@ import torch
 
 from new_llm.config import TrainConfig
 from new_llm.data.batches import plan_batches
-from new_llm.training.devices import compute_deterministically
 from new_llm.training.preparation import group_parameters, make_schedule, prefetch_batches
 from training_cases import VOCAB, equal, list_weights, make_split, make_trainer, read_curve, read_late
 
@@ -102,12 +101,3 @@ def test_gates_have_their_own_rate_and_no_decay(tmp_path: Path) -> None:
     undecayed = next(g for g in group_parameters(hierarchical, config) if g["name"] == "undecayed")
     known = {id(p) for p in undecayed["params"]}
     assert {id(p) for p in hierarchical.layers[0].attention.expansion_gate.parameters()} <= known
-
-
-def test_deterministic_computing_is_asked_of_torch_and_taken_back() -> None:
-    with compute_deterministically():
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.backends.cudnn.deterministic
-    assert not torch.are_deterministic_algorithms_enabled()
-    with compute_deterministically(False):
-        assert not torch.are_deterministic_algorithms_enabled()
