@@ -13,7 +13,6 @@ from disk_faults import stop_at
 from new_llm.config.files import (
     remove_folder_atomically,
     remove_leftovers,
-    write_atomically,
     write_folder_atomically,
     write_text_atomically,
 )
@@ -118,11 +117,3 @@ def test_only_folders_with_our_ending_are_leftovers(tmp_path: Path) -> None:
     assert remove_leftovers(tmp_path) == []
     assert all(folder.is_dir() for folder in kept)
     assert remove_leftovers(tmp_path / "absent") == []
-
-
-def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.touch()
-    with write_atomically(tmp_path / "file") as temporary:
-        temporary.touch(mode=0o600)
-    assert (tmp_path / "file").stat().st_mode == plain.stat().st_mode

@@ -83,15 +83,6 @@ def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path: Path, text: str, na
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such"):
-        load_config(tmp_path / "absent.yaml")
-    path = tmp_path / "binary.yaml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="text"):
-        load_config(path)
-
-
 @pytest.mark.parametrize(
     "bad",
     [{"num_samples": -1}, {"nonsense": 1}, {"model": {"hidden_size": "x"}}, {"models": ["pythia", "gpt"]}],

@@ -128,20 +128,6 @@ def test_changes_of_source_tokenizer_and_split_are_found(config, speeches):
     assert find_changes(info, prepare_data(config).info) == ["source", "tokenizer", "split"]
 
 
-def test_a_second_call_reads_the_cache(config, forbid_building):
-    first = prepare_data(config)
-    forbid_building()
-    second = prepare_data(config)
-    assert isinstance(second.train.tokens, np.memmap)
-    assert np.array_equal(first.train.tokens, second.train.tokens)
-    assert np.array_equal(first.validation.offsets, second.validation.offsets)
-    assert second.info == first.info
-    assert second.tokenizer.to_str() == first.tokenizer.to_str()
-    for change in ({"tokenizer_vocab_size": 401}, {"validation_fraction": 0.3}, {"split_seed": 1}):
-        with pytest.raises(AssertionError):
-            prepare_data(replace(config, **change))
-
-
 def test_another_seq_length_or_number_of_samples_tokenises_nothing_again(config, tmp_path, speeches):
     """Before, each made a cache of its own, with a tokenizer of its own where few documents were cut into parts."""
     (tmp_path / "book.txt").write_text("\n\n".join(speeches))
@@ -203,13 +189,6 @@ def test_a_single_file_is_cut_into_parts_that_are_split(config, tmp_path, speech
         assert all(part in content for part in parts)
         assert not set(texts_of(data, data.train)) & set(texts_of(data, data.validation))
         assert any(f"into {len(parts)} parts" in note for note in data.info["notes"])
-
-
-def test_repeated_documents_are_read_once(config, tmp_path, speeches):
-    file = write_lines(tmp_path / "repeated.jsonl", speeches * 3)
-    data = prepare_data(replace(config, source=file, reversal_pairs=False))
-    assert data.train.num_documents + data.validation.num_documents == len(speeches)
-    assert any("left out 24 documents" in note for note in data.info["notes"])
 
 
 @pytest.mark.parametrize("meaning", ["text", "control"])

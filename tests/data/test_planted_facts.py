@@ -11,7 +11,7 @@ import pytest
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data.batches import plan_batches
-from new_llm.data.recall_facts import SamplePlanter, WordPieces
+from new_llm.data.recall_facts import SamplePlanter
 from new_llm.data.tokenizer import TokenSplit, tokenize_documents, train_tokenizer
 
 FACTS = json.loads(resources.files("new_llm.data").joinpath("recall_facts.json").read_text())
@@ -116,17 +116,6 @@ def test_made_up_names_and_values_are_of_no_list(split, tokenizer):
     assert len(values & listed) <= 1
     share = len(values & own) / len(values)
     assert 0.2 < share < 0.8  # words of the text, and made-up ones
-
-
-def test_a_word_of_a_text_is_whole(tokenizer):
-    pieces, generator = WordPieces(tokenizer), np.random.default_rng(0)
-    text = "The Constitution, which we hold dear, is 12 parts old; Xylo don't vouch."
-    tokens = np.array(tokenizer.encode(text).ids)
-    found = [pieces.find_word(tokens, generator) for _ in range(200)]
-    words = {tokenizer.decode(word.tolist()).strip() for word in found if word is not None}
-    assert {"we", "hold", "dear", "Xylo"} <= words
-    assert words <= {"Constitution", "which", "we", "hold", "dear", "is", "parts", "old", "Xylo", "don", "vouch"}
-    assert pieces.find_word(np.array(tokenizer.encode("12, 13.").ids), generator) is None
 
 
 def test_the_distances_are_those_asked_for(split, tokenizer):

@@ -53,11 +53,6 @@ def test_train_and_eval_share_no_name_value_or_key():
     assert np.mean([is_key_of(key, "eval") for key in range(10_000, 20_000)]) == pytest.approx(0.2, abs=0.02)
 
 
-def test_more_candidates_than_values_are_refused():
-    with pytest.raises(ValueError, match="13 candidates: a relation has 12 values"):
-        draw_needle("facts", "eval", 13, np.random.default_rng(0))
-
-
 def test_borders_are_between_sentences():
     found = BORDERS.find_sentences(TOKENS)
     before = [TOKENIZER.decode(TOKENS[:place].tolist())[-1] for place in found]

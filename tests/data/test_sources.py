@@ -93,12 +93,6 @@ def test_lines_longer_than_a_read_and_without_a_last_line_end(tmp_path):
     assert [text for _, text in read(file)] == ["short", text]
 
 
-def test_the_pile_format_of_the_real_pile(shared_data):
-    documents = read(shared_data / "pile" / "pile_10docs.jsonl")
-    assert len(documents) == 10
-    assert all(len(text) > 100 for _, text in documents)
-
-
 def test_another_text_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}\n')
     assert read(tmp_path / "a.jsonl", text_field="content") == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
@@ -242,15 +236,6 @@ def test_bad_parquet_columns(tmp_path):
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), file)
     assert "no field 'text' (found: content, id)" in read_error(file)
     assert "the field 'id' holds int64, not strings" in read_error(file, text_field="id")
-
-
-def test_a_parquet_file_damaged_in_the_middle(tmp_path, speeches):
-    file = tmp_path / "table.parquet"
-    pq.write_table(pa.table({"text": speeches}), file)
-    raw = bytearray(file.read_bytes())
-    raw[4:400] = b"\xff" * 396
-    file.write_bytes(raw)
-    assert "corrupt or not a Parquet file" in read_error(file)
 
 
 def test_missing_paths_and_folders(tmp_path):

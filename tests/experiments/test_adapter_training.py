@@ -192,15 +192,6 @@ def test_bad_input_leaves_no_run_behind(tiny_adapter: AdapterTrainingConfig, tmp
         dataclasses.replace(tiny_adapter, out=tmp_path / "adapter.bin")
 
 
-def test_a_tokenizer_that_the_base_does_not_know_is_refused(
-    tiny_adapter: AdapterTrainingConfig, shared_data: Path
-) -> None:
-    tokenizer = str(shared_data / "tokenizer" / "20B_tokenizer.json")
-    config = dataclasses.replace(tiny_adapter, data=dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))
-    with pytest.raises(UserError, match=r"the tokenizer has ids up to 50276, the base knows 384"):
-        run(config)
-
-
 def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter: AdapterTrainingConfig) -> None:
     tokenizer = find_base(tiny_adapter)[1]
     data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))

@@ -42,12 +42,3 @@ def test_gates_set_elsewhere(addresses, tmp_path):
         assert gates["num_tokens"] > 0
     assert "| reference | " in done.stdout
     assert done.stdout.count("of tokens' gates") == 1
-
-
-def test_models_that_were_not_trained_are_one_line(addresses, tmp_path):
-    path = write_study(tmp_path / "study.yaml", addresses)
-    command = [sys.executable, str(SCRIPT), str(path), "--variants", "reference"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "no finished training is there" in done.stderr
-    assert done.stderr.count("\n") == 1

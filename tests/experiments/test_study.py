@@ -15,10 +15,9 @@ from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
 from new_llm.experiments import study as study_module
-from new_llm.experiments.study_config import StudyConfig, merge_settings
+from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.report.figures import write_study_figures
-from new_llm.training import TrainingError
 
 VS_RESET = "Long documents: validation: vs. reset"
 
@@ -137,15 +136,6 @@ def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_training_that_cannot_go_on_is_one_line(addresses, tmp_path, monkeypatch, capsys):
-    def train(study, cell, console, **given):
-        raise TrainingError("step 3: the loss is not finite")
-
-    monkeypatch.setattr(study_module, "train_cell", train)
-    assert main(["study", str(write_study(tmp_path / "study.yaml", addresses))]) == 1
-    assert capsys.readouterr().err.endswith("new-llm: step 3: the loss is not finite\n")
-
-
 @pytest.fixture
 def loaded(monkeypatch) -> list[str]:
     """The runs that models were loaded of; the models are stand-ins with segments of 32, and are not measured."""
@@ -220,12 +210,6 @@ def test_baselines_that_nothing_can_be_compared_with(addresses, tmp_path, loaded
     with pytest.raises(UserError) as error:
         study_module.measure_cell(study, study_module.Cell("reference", 0), Console(stderr=True))
     assert str(error.value) == message
-
-
-def test_settings_are_merged_key_by_key():
-    base = {"model": {"a": 1, "b": 2}, "seed": 0}
-    assert merge_settings(base, {"model": {"b": 3}, "x": [1]}) == {"model": {"a": 1, "b": 3}, "seed": 0, "x": [1]}
-    assert base == {"model": {"a": 1, "b": 2}, "seed": 0}
 
 
 def make_run(seed: int, starts: list[int]) -> dict[str, Any]:

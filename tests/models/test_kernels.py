@@ -249,20 +249,6 @@ def test_a_folder_that_others_could_change_is_not_used(
     assert kept == ([] if fault == "owner" else [tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"])
 
 
-@needs_compiler
-def test_a_user_without_a_home_or_a_disk_to_write_to_has_kernels_all_the_same(
-    compiled: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no-folder-can-be-made-here")
-    build.load_library()
-    build.load_library()
-    assert len(compiled) == 1
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
-    build.load_library()
-    assert len(compiled) == 1
-
-
 def test_the_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     assert native.load_kernels.__wrapped__() is None

@@ -9,7 +9,6 @@ from new_llm.models.ops import (
     feature_map,
     local_linear_attention,
     read_memories,
-    select_memories,
     sum_outer_products,
     write_memory,
 )
@@ -20,7 +19,6 @@ often = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 10_000)
 lengths = st.integers(1, 12)
 chunk_lengths = st.integers(1, 13)
-memory_numbers = st.integers(1, 4)
 
 
 def draw_features(seed: int, *shape: int) -> Tensor:
@@ -68,16 +66,6 @@ def test_reading_is_a_mean_of_the_written_values(seed: int, length: int) -> None
 
 
 @often
-@given(seeds, lengths, st.booleans())
-def test_zeroed_keys_write_nothing(seed: int, length: int, delta: bool) -> None:
-    _, k, v = draw_segment(seed, length)
-    before = write(k, v, make_empty(), delta=False)
-    after = write(torch.zeros_like(k), v * 3, before, delta=delta)
-    assert torch.equal(before[0], after[0])
-    assert torch.equal(before[1], after[1])
-
-
-@often
 @given(seeds, lengths, lengths)
 def test_without_delta_rule_writes_add_in_any_order(seed: int, length: int, other_length: int) -> None:
     _, k, v = draw_segment(seed, length)
@@ -103,17 +91,3 @@ def test_with_delta_rule_the_same_token_is_learned_once(seed: int, length: int) 
     assert (twice[0] - once[0]).norm() <= 1e-9 * first_change
     torch.testing.assert_close((summed[0] - once[0]).norm(), first_change)
     torch.testing.assert_close(twice[1], 2 * once[1])
-
-
-@often
-@given(seeds, lengths, memory_numbers, st.data())
-def test_selection_weighs_the_filled_memories(seed: int, length: int, number: int, data: st.DataObject) -> None:
-    q, _, _ = draw_segment(seed, length)
-    filled = data.draw(st.lists(st.booleans(), min_size=2 * number, max_size=2 * number).filter(any))
-    counts = torch.tensor(filled).view(2, number).long() * torch.arange(1, number + 1)
-    norms = draw_features(seed + 1, 2, number, 2, 3) * counts[..., None, None]
-    weights = select_memories(q, norms, counts)
-    some = (counts > 0).any(1)
-    assert bool((weights >= 0).all())
-    torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
-    assert not weights[some][(counts == 0)[some]].any()

@@ -61,14 +61,6 @@ def test_models_are_compared_in_pairs_by_document():
     assert "chance could explain it, so read it as a tie" in compare(results)
 
 
-def test_under_five_documents_there_is_no_interval():
-    results = make_results("pythia", "infini")
-    share_documents(results, [3.0, 4.0, 5.0, 4.5], [2.9, 3.9, 4.9, 4.4])
-    said = compare(results)
-    assert "Only 4 documents were measured, too few for an interval of the difference." in said
-    assert "[" not in said
-
-
 @pytest.mark.parametrize("broken", [None, {}, {"num_tokens": [1], "total_nll": ["x"]}, {"num_tokens": [2, 3]}])
 def test_documents_that_can_t_be_paired_give_no_interval(broken: Any):
     results = make_results("pythia", "infini")

@@ -119,13 +119,6 @@ def test_figures_are_written_once_the_run_is_complete(results: dict[str, Any], t
     assert (tmp_path / "figures" / "validation.svg").exists()
 
 
-def test_a_run_that_has_only_begun(results: dict[str, Any]):
-    said = show(results | {"models": [], "status": "running"}).read()
-    assert "No model has been evaluated yet." in said
-    assert "status is running" in said
-    assert "No model has been evaluated" in show({"schema_version": 1}).read()
-
-
 def test_an_interrupted_run_shows_what_it_has(results: dict[str, Any]):
     results["status"] = "interrupted"
     del results["models"][1]["evaluation"], results["models"][1]["gates"]
@@ -183,12 +176,3 @@ def test_numbers_that_no_axis_can_hold(results: dict[str, Any], value: float):
     spoiled = spoil(results["models"][0])
     assert "78.26" in show(results | {"models": [spoiled, results["models"][1]]}).read()
     show(results | {"models": [spoiled]})
-
-
-def test_a_long_run_s_curves_are_thinned(results: dict[str, Any]):
-    line = results["models"][0]["training"]["steps_log"][0]
-    for model in results["models"]:
-        model["training"]["steps_log"] = [
-            line | {"step": i, "tokens": 4096 * i, "gates": {"layers.0": [0.5]}} for i in range(1, 6_001)
-        ]
-    assert len(show(results).source) < 500_000
