@@ -3,6 +3,13 @@
 Whatever measures something builds its charts here, without drawing them; `new_llm.report.render` turns a chart into SVG
 or PNG, and `Chart.to_csv` gives the numbers. Rows are copied under fixed field names, so that text from files is
 always a value and never part of the specification.
+
+All charts take a name (of their files), a title, a caption, the rows, and the names of columns: places `x`, heights
+`y`, `series` (which line or bar a row belongs to; None: there is one), `low` and `high` (the ends of an interval).
+A row that can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) is left out; rows of one place and
+series, seeds of a model, become their mean with a band from the lowest to the highest. `y_format` says in d3's
+language how values read, as ".1%"; `reference` draws a level; `view` is the chart's label among the views of one
+figure.
 """
 
 import csv
@@ -88,24 +95,7 @@ def line_chart(
 ) -> Chart:
     """A line for each series, with a band where rows have the ends of an interval.
 
-    Args:
-        name: of the chart's files.
-        title: of the figure.
-        caption: below it.
-        rows: the data. Those whose x or y can't be drawn (missing, not finite, ≤ 0 on a logarithmic axis) are left out;
-            rows of one series and x, seeds of a model, become their mean with a band from the lowest to the highest.
-        x: the column along the x-axis: numbers, or texts in the order of the rows.
-        y: the column of heights.
-        series: the column that says which line a row belongs to; None: there is one line.
-        low: the column of the interval's lower end.
-        high: the column of its upper end.
-        x_title: of the axis.
-        y_title: of the axis.
-        x_log: a logarithmic axis (base 2).
-        y_log: a logarithmic axis.
-        y_format: how values read, in d3's format language, as ".1%".
-        reference: a value to draw a level at.
-        view: this chart's label among the views of one figure.
+    `x` may hold numbers or texts, in the order of the rows; a logarithmic x-axis has base 2.
     """
     is_ordinal = any(isinstance(row.get(x), str) for row in rows)
     found = []
@@ -177,22 +167,9 @@ def bar_chart(
 ) -> Chart:
     """Bars with their values beside them, or dots with intervals; lying, so that long names can be read.
 
-    Args:
-        name: of the chart's files.
-        title: of the figure.
-        caption: below it.
-        rows: the data; rows whose value can't be drawn are left out, and rows of one bar become their mean.
-        x: the column of labels, one place each.
-        y: the column of values.
-        series: the column that says which bar of a place a row is; None: one bar a place, in the place's own colour.
-        low: the column of the interval's lower end.
-        high: the column of its upper end.
-        y_title: of the values' axis.
-        y_log: a logarithmic axis: dots, since bars need a zero.
-        y_format: how values read, in d3's format language.
-        reference: a value to draw a level at.
-        is_dotted: dots in place of bars: the axis need not begin at zero.
-        view: this chart's label among the views of one figure.
+    `x` are labels, one place each; without `series` each place has a colour of its own. `is_dotted`, as on a
+    logarithmic
+    axis, draws dots, whose axis need not begin at zero.
     """
     is_dotted = is_dotted or y_log
     found = []
@@ -254,23 +231,9 @@ def heat_chart(
     high: float | None = None,
     view: str = "",
 ) -> Chart:
-    """A table of shaded cells: the stronger the shade, the greater the value.
+    """A table of shaded cells, a row of the data each: the stronger the shade, the greater the `value`.
 
-    Args:
-        name: of the chart's files.
-        title: of the figure.
-        caption: below it.
-        rows: the data, a row a cell; those without a finite value are left out.
-        x: the column of places along the x-axis, in the order of the rows.
-        y: likewise down the y-axis.
-        value: the column of values.
-        x_title: of the axis.
-        y_title: of the axis.
-        value_title: what the shade stands for.
-        value_format: how values read, in d3's format language.
-        low: what no shade stands for; None: the least value.
-        high: what full shade stands for; None: the greatest.
-        view: this chart's label among the views of one figure.
+    `low` is what no shade stands for (None: the least value) and `high` what full shade stands for.
     """
     known = [(row, shown) for row in rows if (shown := _number(row.get(value))) is not None]
     drawn = _average(

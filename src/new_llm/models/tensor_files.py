@@ -1,15 +1,13 @@
 """Files of tensors: what every reader of one checks, and how they are written.
 
-A file from elsewhere is believed only within its own length. The header of a safetensors file must describe exactly the
-bytes that follow it, in dtypes that are known, before any tensor is read; a file of `torch.save` may hold nothing but
+A file from elsewhere is believed only within its own length. The library makes sure that a safetensors header
+describes exactly the bytes that follow it, before any tensor is read; a file of `torch.save` may hold nothing but
 plain values and tensors no larger than their own bytes, and no code of it is run. A safetensors file that we write
-carries one digest, `sha256` over its metadata and tensors; who reads a file with a digest has it checked. Equal
-tensors and metadata give equal bytes.
+carries one digest, `sha256` over its metadata and tensors, which every reader checks. Equal content gives equal bytes.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
 import zipfile
@@ -17,28 +15,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from new_llm.config import UserError
-from new_llm.config.files import check_regular_file, load_json, shorten, write_atomically
+from new_llm.config.files import check_regular_file, shorten, write_atomically
 
-MAX_HEADER_BYTES = 1 << 22
-"""Thousands of tensors need less; a longer header is refused before it is read."""
 MAX_ARCHIVE_ENTRIES = 1 << 16
 """Of a file of `torch.save`: one a tensor, and a few."""
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-"""The dtypes that are known, and the bytes of a number."""
-_ENTRY_KEYS = ("shape", "dtype", "data_offsets")
 DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -86,64 +74,25 @@ def read_header(path: Path) -> TensorHeader:
         UserError: it is no safetensors file, it is truncated, or its header disagrees with its length.
     """
     check_regular_file(path)
+    beginning = b""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header, header_bytes = _read_json(file, size, str(path))
+            beginning = file.read(8)
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            return TensorHeader(shapes, {name: part.get_dtype() for name, part in parts.items()}, file.metadata() or {})
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{path}: broken safetensors file: its metadata are not all strings")
-    shapes, dtypes, extents = dict[str, tuple[int, ...]](), dict[str, str](), list[tuple[int, int]]()
-    for name, entry in header.items():
-        shapes[name], dtypes[name], extent = _parse_entry(entry, f"{path}: broken safetensors file: {name}")
-        extents.append(extent)
-    end = 0
-    for begin, stop in sorted(extents):
-        if begin != end:
-            raise UserError(f"{path}: broken safetensors file: its tensors do not lie one after another")
-        end = stop
-    if header_bytes + end != size:
-        raise UserError(f"{path}: truncated, or not a safetensors file: {size:,} bytes, not {header_bytes + end:,}")
-    return TensorHeader(shapes, dtypes, metadata)
-
-
-def _read_json(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Any], int]:
-    beginning = file.read(8)
-    length = int.from_bytes(beginning, "little")
-    if len(beginning) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        # Only now: a header of 1,152 bytes begins as a pickle does.
+    except SafetensorError as error:
         if beginning.startswith(PICKLE_SIGNATURES):
             raise UserError(
-                f"{where}: not a safetensors file but a pickle, as torch.save writes: read it with "
+                f"{path}: not a safetensors file but a pickle, as torch.save writes: read it with "
                 "torch.load(path, weights_only=True) and set_memory_state"
-            )
-        raise UserError(f"{where}: not a safetensors file, or a truncated one")
-    try:
-        header = load_json(file.read(length).decode("utf-8"))
-    except ValueError:
-        raise UserError(f"{where}: not a safetensors file: its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{where}: not a safetensors file: its header is not a JSON object")
-    return header, 8 + length
-
-
-def _parse_entry(entry: Any, where: str) -> tuple[tuple[int, ...], str, tuple[int, int]]:
-    """Shape, dtype and extent of a tensor, which agree."""
-    shape, dtype, extent = (entry.get(key) if isinstance(entry, dict) else None for key in _ENTRY_KEYS)
-    for value in (shape, extent):
-        if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
-            raise UserError(shorten(f"{where} has no shape or extent"))
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise UserError(shorten(f"{where} has dtype {dtype}; known are {', '.join(ITEM_BYTES)}"))
-    assert isinstance(shape, list)
-    assert isinstance(extent, list)
-    if len(extent) != 2 or extent[1] - extent[0] != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise UserError(shorten(f"{where} of shape {shape} and dtype {dtype} does not fill the bytes {extent}"))
-    return tuple(shape), dtype, (extent[0], extent[1])
+            ) from None
+        raise UserError(shorten(f"{path}: truncated, or not a safetensors file: {error}")) from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
