@@ -74,6 +74,32 @@ class Chart:
         return {"application/vnd.vegalite.v5+json": self.spec, "text/plain": f"{self.title}: {len(self.rows)} rows"}
 
 
+@dataclass(frozen=True)
+class ShadedToken:
+    """A token of a shaded text: its text, the value that shades it (above 0: it helped), and what is shown on hover."""
+
+    text: str
+    value: float
+    details: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ShadedText:
+    """A passage whose tokens are shaded by a value.
+
+    Attributes:
+        title: what it is.
+        before: the text ahead of it, unshaded.
+        tokens: of the passage, in order.
+        view: texts are grouped by it, e.g. a model's name.
+    """
+
+    title: str
+    before: str
+    tokens: list[ShadedToken]
+    view: str = ""
+
+
 def line_chart(
     name: str,
     title: str,

@@ -252,6 +252,20 @@ class CacheMeasureConfig:
 
 
 @section
+class PassagesConfig:
+    """Which passages of the long documents show what the memory knew."""
+
+    max_documents: Annotated[int, Field(gt=0)] = 4
+    """Documents that are read at most, the first ones of `long`."""
+    num_helped: Annotated[int, Field(ge=0)] = 4
+    """Segments shown that the memory helped most."""
+    num_harmed: Annotated[int, Field(ge=0)] = 2
+    """Segments shown that it harmed most."""
+    num_candidates: Annotated[int, Field(gt=0)] = 4
+    """Likeliest tokens listed for each token, with the memory and without."""
+
+
+@section
 class EvalConfig:
     """The eval section of an experiment."""
 
@@ -280,6 +294,7 @@ class EvalConfig:
     reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
     caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
     long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
+    passages: PassagesConfig = dataclasses.field(default_factory=PassagesConfig)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from new_llm.evaluation.measure import (
     register_measure,
 )
 from new_llm.evaluation.memory_usage import measure_memory_usage
+from new_llm.evaluation.passages import Passages
 from new_llm.evaluation.perplexity import (
     PerplexityResult,
     evaluate_independent,
@@ -44,6 +45,7 @@ __all__ = [
     "LongDocumentsResult",
     "Measure",
     "ModelResult",
+    "Passages",
     "PerplexityResult",
     "Reading",
     "RecallResult",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from new_llm.charts import Chart
+from new_llm.charts import Chart, ShadedText
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.user_code import load_by_name
 from new_llm.data.tokenizer import TokenSplit
@@ -155,6 +155,10 @@ class Measure(ABC):
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """The charts that compare the models."""
+        return []
+
+    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
+        """Passages to show with each token shaded."""
         return []
 
     def describe(self, result: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from new_llm import formats
-from new_llm.charts import Chart
+from new_llm.charts import Chart, ShadedText
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line, make_printable
 from new_llm.evaluation import MEASURES
@@ -34,6 +34,7 @@ from new_llm.report.series import (
     list_differences,
     list_places,
     list_results,
+    list_texts,
     list_unknown,
 )
 from new_llm.report.tables import summarize
@@ -41,6 +42,8 @@ from new_llm.report.tables import summarize
 PAGE_FOLDER = "page"
 FIGURES_FOLDER = "figures"
 TEMPLATES = ("page.html", "style.css", "script.js")
+FULL_SHADE = 2.0
+"""Nats from which a token's shade grows no stronger."""
 # How a word of a table is shown: a verdict's levels.
 BADGES = {"abnormal": "bad", "suspicious": "warn", "normal": "good", "undertrained": "info", "training": "info"}
 
@@ -77,6 +80,8 @@ class Section:
     figures: list[Figure]
     sentences: list[tuple[str, str]]
     """(model, what was found)."""
+    texts: list[tuple[str, list[ShadedText]]]
+    """(model, its passages)."""
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
@@ -121,6 +126,8 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Plac
         "bytes": formats.format_bytes,
         "seconds": formats.format_seconds,
         "text": make_line,
+        "printable": make_printable,
+        "shade": shade,
     }
     summary = summarize(series, mark_best=outcome.is_comparable)
     script = files["script.js"]
@@ -149,6 +156,12 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Plac
     )
 
 
+def shade(value: float) -> str:
+    """The style of a token that is worth so many nats: the stronger its colour, the more; full at 2 nats."""
+    share = min(abs(value) / FULL_SHADE, 1) if math.isfinite(value) else 0
+    return f"--share:{share:.2f}"
+
+
 def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) -> list[Section]:
     """The page's parts that have something to show."""
     places = {one.name: one.index for one in series}
@@ -168,8 +181,12 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) ->
         ]
         figures = [make_figure(list(same), places, taken) for _, same in groupby(drawn, lambda chart: chart.title)]
         shown = [figure for figure in figures if figure.views]
-        if shown or sentences:
-            sections.append(Section(f"section-{number}", title, shown, sentences))
+        found = list_texts(list_results(series, (measure, text)), (measure, text))
+        texts = [
+            (view, [one for one in found if one.view == view]) for view in dict.fromkeys(one.view for one in found)
+        ]
+        if shown or sentences or texts:
+            sections.append(Section(f"section-{number}", title, shown, sentences, texts))
     order = {"Training": 1, "Memory": 2}
     return sorted(sections, key=lambda section: order.get(section.title, 0))
 

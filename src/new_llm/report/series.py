@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from new_llm.charts import Chart
+from new_llm.charts import Chart, ShadedText
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
 from new_llm.evaluation.statistics import compare_documents
@@ -197,6 +197,14 @@ def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
             return []
 
     return draw(results) or draw([result for result in results if draw([result])])
+
+
+def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText]:
+    """The measure's shaded passages."""
+    try:
+        return MEASURES[place[0]].texts(results)
+    except BROKEN:
+        return []
 
 
 class Difference(NamedTuple):

@@ -1,0 +1,260 @@
+"""What did the memory know? Passages of held-out text, with what the memory was worth to each token.
+
+A token's value is its loss with the memory emptied minus its loss with the memory carried, in nats: above 0 the memory
+helped. Both losses are those of the measure `long`, on the same documents in the same batches.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from new_llm.charts import ShadedText, ShadedToken
+from new_llm.config.evaluation import PassagesConfig
+from new_llm.evaluation.document_pairs import score_pairs
+from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
+from new_llm.evaluation.scoring import Autocast, Scorer, evaluation_mode, join_scores
+
+DIGITS = 4
+
+
+def choose_documents(subject: Subject, settings: PassagesConfig) -> list[int]:
+    """The documents that `long` measures first; of a text without long documents those of two segments or more."""
+    long, lengths = subject.settings.long_documents, np.diff(subject.split.offsets)
+    fewest = subject.model.segment_length + 2
+    for at_least in (max(long.min_tokens, fewest), fewest):
+        chosen = (lengths >= at_least).nonzero()[0][: settings.max_documents].tolist()
+        if chosen:
+            return chosen
+    return []
+
+
+def find_passages(
+    values: Sequence[NDArray[np.float64]], segment_length: int, num_helped: int, num_harmed: int
+) -> list[tuple[int, int]]:
+    """The segments that the memory helped most, then those that it harmed most, as (document, segment).
+
+    Args:
+        values: of each document's tokens but the first, in nats.
+        segment_length: S; segment i of a document predicts its tokens i·S + 1 to (i + 1)·S.
+        num_helped: segments of the first kind, at most.
+        num_harmed: of the second.
+    """
+    sums = [
+        (float(found[begin : begin + segment_length].sum()), document, begin // segment_length)
+        for document, found in enumerate(values)
+        for begin in range(segment_length, len(found), segment_length)  # the first segment has no memory to read
+    ]
+    sums.sort(reverse=True)
+    helped = [one for one in sums if one[0] > 0][:num_helped]
+    harmed = [one for one in reversed(sums) if one[0] < 0][:num_harmed]
+    return [(document, segment) for _, document, segment in helped + harmed]
+
+
+def find_half_share(values: NDArray[np.float64]) -> float | None:
+    """The smallest share of tokens whose values sum to half of all that the memory was worth where it helped."""
+    helped = np.sort(values[values > 0])[::-1].cumsum()
+    return None if not len(helped) else float(np.searchsorted(helped, helped[-1] / 2) + 1) / len(values)
+
+
+@contextmanager
+def watch_gates(model: Any, found: list[Tensor]) -> Iterator[None]:
+    """Append to `found` the gates [S, H] of each layer that computes them for each token, at each call."""
+
+    def note(module: Any, inputs: tuple[Any, ...]) -> None:
+        found.append(module.compute_gates(inputs[0]).detach().float().flatten(0, -2))
+
+    modules = [module for module in model.modules() if hasattr(module, "compute_gates")]
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def list_candidates(logits: Tensor, tokenizer: Tokenizer, previous: Sequence[int], number: int) -> list[Any]:
+    """The likeliest tokens after each position: [[text, probability], …]."""
+    top = logits.float().softmax(-1).topk(min(number, logits.shape[-1]), dim=-1)
+    return [
+        [
+            [continue_text(tokenizer, [last], token), round(share, DIGITS)]
+            for token, share in zip(ids, shares, strict=True)
+        ]
+        for last, ids, shares in zip(previous, top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def continue_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
+    """The text that a token adds to the tokens before it: whether it begins with a blank depends on them."""
+    start = tokenizer.decode(list(before), skip_special_tokens=False)
+    whole = tokenizer.decode([*before, token], skip_special_tokens=False)
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode([token], skip_special_tokens=False)
+
+
+def read_details(
+    subject: Subject, document: NDArray[Any], segments: Iterable[int], num_candidates: int, autocast: Autocast
+) -> dict[int, dict[str, Any]]:
+    """Read a document as a stream and look at some of its segments: the likeliest tokens both ways, and the gates."""
+    model: Any = subject.model
+    length, wanted = model.segment_length, set(segments)
+    device = next(model.parameters()).device
+    details: dict[int, dict[str, Any]] = {}
+    with evaluation_mode(model, autocast), model.fresh_memory(batch_size=1):
+        for segment in range(max(wanted) + 1):
+            tokens = document[segment * length : (segment + 1) * length].astype(np.int64)
+            ids = torch.from_numpy(tokens).to(device).unsqueeze(0)
+            if segment in wanted:
+                gates: list[Tensor] = []
+                with watch_gates(model, gates):
+                    carried = model(ids)[0]
+                with model.fresh_memory():
+                    emptied = model(ids)[0]
+                previous = tokens.tolist()
+                details[segment] = {
+                    "carried": list_candidates(carried, subject.tokenizer, previous, num_candidates),
+                    "emptied": list_candidates(emptied, subject.tokenizer, previous, num_candidates),
+                    "gate": torch.cat(gates, -1).mean(-1).tolist() if gates else None,
+                }
+            model(ids, update_memory=True)
+    return details
+
+
+@register_measure
+class Passages(Measure):
+    """The passages that the memory helped and harmed most, token by token."""
+
+    name = "passages"
+    title = "what the memory knew"
+
+    def run(self, subject: Subject) -> dict[str, Any] | None:
+        """The passages; None: the model has no memory, or no document reaches into a second segment.
+
+        The result holds `num_tokens` and `value_nats` (the mean over all tokens of the documents), `half_share`
+        (`find_half_share`), and `passages`: each with its document's index, its segment, `before` (the text ahead of
+        it), its `value_nats` in all, and its tokens: text, losses `carried` and `emptied` in nats, the likeliest
+        tokens `with_memory` and `without`, and the gate, where it is computed for each token.
+        """
+        model: Any = subject.model
+        settings = subject.settings.passages
+        chosen = choose_documents(subject, settings)
+        if not chosen or not any(getattr(layer, "has_memory", False) for layer in getattr(model, "layers", ())):
+            return None
+        limit = subject.settings.long_documents.max_tokens_per_document
+        documents = [subject.split.document(index)[:limit] for index in chosen]
+        batch_size = subject.settings.long_documents.batch_size
+        reading = subject.reading | {"batch_size": batch_size, "max_tokens": None}
+        scorer = Scorer(model, documents, reading)
+        pairs = score_pairs(scorer)
+        if scorer.is_stopped:
+            return None
+        losses = [{way: np.full(len(document) - 1, np.nan) for way in ("carried", "emptied")} for document in documents]
+        for way, batches in (("carried", pairs.carried), ("emptied", pairs.reset)):
+            scores = join_scores(batches)
+            for index in range(len(documents)):
+                own = scores.documents == index
+                losses[index][way][scores.positions[own] - 1] = scores.losses[own]
+        values = [one["emptied"] - one["carried"] for one in losses]
+        length = model.segment_length
+        places = find_passages(values, length, settings.num_helped, settings.num_harmed)
+        details = {
+            document: read_details(
+                subject,
+                documents[document],
+                [segment for other, segment in places if other == document],
+                settings.num_candidates,
+                subject.autocast,
+            )
+            for document in dict.fromkeys(document for document, _ in places)
+        }
+        every = np.concatenate(values)
+        return {
+            "documents": chosen,
+            "segment_length": length,
+            "num_tokens": len(every),
+            "value_nats": float(every.mean()),
+            "half_share": find_half_share(every),
+            "passages": [
+                describe_passage(
+                    subject.tokenizer, documents[place], segment, length, losses[place], details[place][segment]
+                )
+                | {"document": chosen[place]}
+                for place, segment in places
+            ],
+        }
+
+    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
+        """Each passage as a shaded text."""
+        return [shade(one.name, passage) for one in results for passage in one.result["passages"]]
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """What the memory was worth in all, and how unevenly."""
+        value, share = result["value_nats"], result["half_share"]
+        said = f"the memory was worth {value:+.3f} nats per token over {result['num_tokens']:,} tokens"
+        return said if share is None else f"{said}; half of what it helped falls on {share:.1%} of them"
+
+
+def describe_passage(
+    tokenizer: Tokenizer,
+    document: NDArray[Any],
+    segment: int,
+    length: int,
+    losses: dict[str, NDArray[np.float64]],
+    details: dict[str, Any],
+) -> dict[str, Any]:
+    """One entry of `passages`."""
+    begin = segment * length
+    end = min(begin + length, len(document) - 1)
+    ids = document[max(0, begin + 1 - length) : end + 1].tolist()
+    first = len(ids) - (end - begin)
+    tokens = []
+    for place in range(begin, end):
+        at = first + place - begin
+        tokens.append(
+            {
+                "text": continue_text(tokenizer, ids[max(0, at - 8) : at], ids[at]),
+                "carried": float(losses["carried"][place]),
+                "emptied": float(losses["emptied"][place]),
+                "with_memory": details["carried"][place - begin],
+                "without": details["emptied"][place - begin],
+                "gate": None if details["gate"] is None else round(details["gate"][place - begin], DIGITS),
+            }
+        )
+    return {
+        "segment": segment,
+        "before": tokenizer.decode(ids[:first], skip_special_tokens=False)[-160:],
+        "value_nats": float((losses["emptied"] - losses["carried"])[begin:end].sum()),
+        "tokens": tokens,
+    }
+
+
+def shade(model: str, passage: dict[str, Any]) -> ShadedText:
+    """A passage for the page."""
+
+    def say(candidates: list[Any]) -> str:
+        return ", ".join(f"{text!r} {share:.0%}" for text, share in candidates)
+
+    tokens = [
+        ShadedToken(
+            token["text"],
+            token["emptied"] - token["carried"],
+            [
+                ("worth", f"{token['emptied'] - token['carried']:+.2f} nats"),
+                ("loss with the memory", f"{token['carried']:.2f}"),
+                ("with it emptied", f"{token['emptied']:.2f}"),
+                ("likeliest with it", say(token["with_memory"])),
+                ("without", say(token["without"])),
+                *([("gate", f"{token['gate']:.2f}")] if token["gate"] is not None else []),
+            ],
+        )
+        for token in passage["tokens"]
+    ]
+    value = passage["value_nats"]
+    word = "helped" if value > 0 else "harmed"
+    title = f"{word} by {abs(value):.1f} nats: document {passage['document']}, segment {passage['segment'] + 1}"
+    return ShadedText(title, passage["before"], tokens, view=model)
