@@ -1,0 +1,62 @@
+"""What the memory knew: the passages' figures are those of `long`, and their texts are the documents' own."""
+
+import numpy as np
+import pytest
+
+from new_llm.config import EvalConfig
+from new_llm.config.evaluation import LongDocumentsConfig, PassagesConfig
+from new_llm.evaluation import MEASURES, ModelResult, Subject
+from new_llm.evaluation.passages import find_half_share, find_passages
+from test_evaluation_of_real_models import SPLIT, TOKENIZER, make_model
+
+SETTINGS = EvalConfig(
+    long_documents=LongDocumentsConfig(min_tokens=60, max_tokens_per_document=150, edges=(0, 32)),
+    passages=PassagesConfig(max_documents=9, num_helped=99, num_harmed=99, num_candidates=3),
+)
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical", "token_memory"])
+def test_values_are_those_of_long_documents(kind):
+    subject = Subject(make_model(kind), TOKENIZER, SPLIT, SETTINGS)
+    long, found = (MEASURES[name].run(subject) for name in ("long", "passages"))
+    assert long is not None
+    assert found is not None
+    for way, own in (("carried", "carried"), ("reset", "emptied")):
+        expected = sum(sum(document["total_nll"][way]) for document in long["documents"])
+        first = sum(document["total_nll"][way][0] for document in long["documents"])  # holds all first segments
+        shown = sum(token[own] for passage in found["passages"] for token in passage["tokens"])
+        assert expected - first < shown < expected  # every segment but the first ones is shown here
+    worth = sum(sum(one["total_nll"]["reset"]) - sum(one["total_nll"]["carried"]) for one in long["documents"])
+    assert found["value_nats"] * found["num_tokens"] == pytest.approx(worth, abs=1e-6)
+    assert sum(passage["value_nats"] for passage in found["passages"]) == pytest.approx(worth, abs=1e-6)
+    gates = [token["gate"] for passage in found["passages"] for token in passage["tokens"]]
+    assert all(gate is None for gate in gates) if kind != "token_memory" else all(0 < gate < 1 for gate in gates)
+
+
+def test_texts_are_the_documents_and_candidates_are_the_models():
+    subject = Subject(make_model("infini"), TOKENIZER, SPLIT, SETTINGS)
+    found = MEASURES["passages"].run(subject)
+    assert found is not None
+    texts = MEASURES["passages"].texts([ModelResult("infini", found)])
+    for passage, shaded in zip(found["passages"], texts, strict=True):
+        ids = SPLIT.document(passage["document"]).tolist()
+        whole = TOKENIZER.decode(ids, skip_special_tokens=False)
+        assert passage["before"][-20:] + "".join(token.text for token in shaded.tokens) in whole
+        for token in passage["tokens"]:
+            assert [share for _, share in token["with_memory"]] == sorted(
+                (share for _, share in token["with_memory"]), reverse=True
+            )
+            right = [share for text, share in token["with_memory"] if text == token["text"]]
+            assert all(share == pytest.approx(np.exp(-token["carried"]), abs=1e-3) for share in right)
+    assert "nats per token" in MEASURES["passages"].describe(found)
+
+
+def test_a_model_without_memory_has_no_passages():
+    assert MEASURES["passages"].run(Subject(make_model("pythia"), TOKENIZER, SPLIT, SETTINGS)) is None
+
+
+def test_passages_are_ranked_and_the_first_segment_is_never_one():
+    values = [np.array([9.0, 9, 1, 1, -3, 0]), np.array([0.0, 0, 2, 2])]
+    assert find_passages(values, 2, 2, 1) == [(1, 1), (0, 1), (0, 2)]
+    assert find_half_share(np.array([3.0, 1, 1, 1, -5, 0])) == pytest.approx(1 / 6)
+    assert find_half_share(np.array([-1.0])) is None
