@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from test_evaluation_of_real_models import SPLIT, TOKENIZER, make_model
 
 from new_llm.config import EvalConfig
 from new_llm.config.evaluation import LongDocumentsConfig, PassagesConfig
 from new_llm.evaluation import MEASURES, ModelResult, Subject
 from new_llm.evaluation.passages import find_half_share, find_passages
-from test_evaluation_of_real_models import SPLIT, TOKENIZER, make_model
 
 SETTINGS = EvalConfig(
     long_documents=LongDocumentsConfig(min_tokens=60, max_tokens_per_document=150, edges=(0, 32)),
