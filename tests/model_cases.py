@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from new_llm.models import TransformerLM
 from new_llm.models.layers import (
+    GatedDeltaLayer,
     HierarchicalLayer,
     InfiniLayer,
     Layer,
@@ -42,6 +43,7 @@ LAYER_TYPES: dict[str, type[Layer]] = {
     layer_type.kind: layer_type
     for layer_type in (
         PythiaLayer,
+        GatedDeltaLayer,
         InfiniLayer,
         MultiMemoryLayer,
         HierarchicalLayer,

@@ -63,6 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "multi_memory-tuned": ("multi_memory", {**TUNED, "num_memories": 2, "normalize_keys": True}),
     "hierarchical": ("hierarchical", {"num_memories": 2}),
     "token_memory": ("token_memory", {}),
+    "gated_delta": ("gated_delta", {"memory_layers": (1,)}),
     "transformer_xl": ("transformer_xl", {"memory_tokens": 24}),
     "selective": ("selective", {"skip_interval": 1}),
     "deep_pythia": ("deep_pythia", {"skip_interval": 1}),

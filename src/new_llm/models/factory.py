@@ -183,9 +183,9 @@ def create_model(
 
     Args:
         model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
-            transformer_xl, whose layers keep the last tokens' keys and values; selective, a Pythia with extra passes;
-            deep_pythia, a Pythia with as many layers as that selective model runs; or a layer of your own,
-            `my_module:MyLayer`.
+            transformer_xl, whose layers keep the last tokens' keys and values; gated_delta; selective, a Pythia with
+            extra passes; deep_pythia, a Pythia with as many layers as that selective model runs; or a layer of your
+            own, `my_module:MyLayer`.
         config: the shape; None: that of `size`.
         size: the name of a shape, 14m to 410m; None: 70m.
         recipe: the name of options that a study found, see `recipes`; None: the defaults.

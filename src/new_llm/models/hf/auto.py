@@ -13,7 +13,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.models.hf.cache import StreamCache, hold_over_padding
 from new_llm.models.hf.folder import find_token_ids, stage_folder, wrap_tokenizer, write_tokenizer
 from new_llm.models.initialization import initialize_weights
-from new_llm.models.layers import MemoryAttention
+from new_llm.models.layers import Attention
 from new_llm.models.loss import IGNORE_INDEX, compute_token_losses
 from new_llm.models.model_file import FORMAT_VERSION, build_model, describe_model
 from new_llm.models.transformer import TransformerLM
@@ -173,7 +173,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MemoryAttention):  # after its parts
+        if isinstance(module, Attention):  # after its parts
             module.initialize_features()
         elif not any(True for _ in module.children()):
             initialize_weights(module, self.config.initializer_range)

@@ -2,6 +2,7 @@
 
 from new_llm.models.layers.base import MLP, Attention, Block, Layer, ReadTokens, Segments, Step
 from new_llm.models.layers.compressive import CompressiveAttention
+from new_llm.models.layers.gated_delta import GatedDeltaLayer
 from new_llm.models.layers.hierarchical import HierarchicalLayer
 from new_llm.models.layers.infini import InfiniLayer
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer
@@ -18,6 +19,7 @@ __all__ = [
     "Attention",
     "Block",
     "CompressiveAttention",
+    "GatedDeltaLayer",
     "HierarchicalLayer",
     "InfiniLayer",
     "Layer",

@@ -274,6 +274,9 @@ class Attention(nn.Module, ABC):
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Close the segments of rows `ended`; see `Layer.end_segments`."""
 
+    def initialize_features(self) -> None:
+        """Adjust freshly drawn weights, or draw those that are not of linear layers or norms."""
+
 
 class MLP(nn.Module):
     """W2 GELU(W1 x), with GPT-NeoX's parameter names and the exact GELU."""

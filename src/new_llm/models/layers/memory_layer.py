@@ -43,9 +43,6 @@ class MemoryAttention(Attention):
             segments_seen=counts,
         )
 
-    def initialize_features(self) -> None:
-        """Adjust freshly drawn weights, as the options ask."""
-
     def retention_values(self) -> list[float] | None:
         """The share of a memory that a segment's write leaves, for each head; None: all of it."""
         return None if self.decay is None else list(self.decay)

@@ -1,14 +1,16 @@
 """Pure functions; each fast form has a naive twin beside it, written from the equation.
 
 `memory`: the reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`:
-the rule token by token. `local_attention`: attention inside a segment. `head_loss`: the head together with its loss.
-`kernels`: what runs compiled.
+the rule token by token, inside segments; `gated_delta_rule`: with decay, across them. `local_attention`: features, and
+attention inside a segment. `head_loss`: the head together with its loss. `kernels`: what runs compiled.
 """
 
+from new_llm.models.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_naive
 from new_llm.models.ops.local_attention import (
     feature_map,
     local_linear_attention,
     local_linear_attention_naive,
+    map_features,
 )
 from new_llm.models.ops.memory import (
     add_outer_products,
@@ -34,8 +36,11 @@ __all__ = [
     "ScannedReads",
     "add_outer_products",
     "feature_map",
+    "gated_delta_rule",
+    "gated_delta_rule_naive",
     "local_linear_attention",
     "local_linear_attention_naive",
+    "map_features",
     "multiply_norms",
     "read_memories",
     "read_memories_naive",

@@ -41,6 +41,17 @@ def feature_map(x: Tensor) -> Tensor:
     return _FeatureMap.apply(x)
 
 
+def map_features(x: Tensor, kind: str) -> Tensor:
+    """Features of queries or keys: "elu", σ(x); "unit", x / ‖x‖, which keeps signs; "softmax", over the last dimension.
+
+    Features of length 1 at most keep a delta rule stable (arXiv:2406.06484, section 2.2). With positive ones a read can
+    be divided by q z.
+    """
+    if kind == "unit":
+        return F.normalize(x, dim=-1)
+    return x.softmax(-1) if kind == "softmax" else feature_map(x)
+
+
 class _FeatureMap(torch.autograd.Function):
     """σ with slope min(σ, 1), so that of all it computes backward needs the result alone."""
 

@@ -1,0 +1,218 @@
+"""The Gated DeltaNet layer: one memory a head, which fades and is corrected at every token."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from new_llm.config import PythiaConfig
+from new_llm.config.sections import section
+from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides
+from new_llm.models.layers.convolution import ShortConvolution
+from new_llm.models.layers.registry import register_layer
+from new_llm.models.ops import gated_delta_rule, map_features
+from new_llm.models.state import LayerMemory, MemoryFacts
+
+
+@section
+class GatedDeltaOptions:
+    """The options of a Gated DeltaNet layer; each part can be switched off."""
+
+    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
+    """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
+    key_features: Literal["unit", "elu", "softmax"] = "unit"
+    """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
+    use_token_decay: bool = True
+    """Let the memory fade at each token by an α of that token and head."""
+    convolution_size: Annotated[int, Field(ge=0)] = 4
+    """Tokens that a causal convolution of q, k and v sees; 0: no convolution."""
+    use_output_gate: bool = True
+    """Multiply what is read by SiLU(W_g x)."""
+
+
+@dataclass(frozen=True)
+class GatedDeltaMemory(LayerMemory):
+    """The memory, and the convolution's last inputs. It belongs to one text: rows can't share it.
+
+    Attributes:
+        memories: M, [R, 1, H, K, V], float32 or wider.
+        inputs: q, k and v before the convolution of the last size − 1 tokens, [R, size − 1, 3 D].
+        num_tokens: tokens read, [R], int64.
+    """
+
+    memories: Tensor
+    inputs: Tensor
+    num_tokens: Tensor
+
+    can_add: ClassVar[bool] = False
+
+
+class GatedDeltaAttention(Attention):
+    """W_o (RMSNorm(q_t M_t) ⊙ SiLU(W_g x_t)), M_t = α_t (M_{t−1} − k_tᵀ β_t k_t M_{t−1}) + k_tᵀ β_t v_t.
+
+    q, k and v are SiLU(Conv(W x)), q and k then of length 1; with other `key_features`, q and k are those of Conv(W x),
+    and "elu" is divided by its sum. β = sigmoid(W_β x), and
+    α = exp(−exp(A) softplus(W_α x + b)), a number for each token and head.
+    Source: Gated DeltaNet, arXiv:2412.06464, eq. 10 and figure 1.
+
+    Args:
+        hidden_size: D.
+        num_heads: H, which divides D.
+        options: which parts there are.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, options: GatedDeltaOptions) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_size = check_divides("num_memory_heads", num_heads, hidden_size)
+        self.key_features = options.key_features
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.strength = nn.Linear(hidden_size, num_heads, bias=False)
+        self.convolution = None
+        if options.convolution_size:
+            self.convolution = ShortConvolution(3 * hidden_size, options.convolution_size)
+        self.decay = nn.Linear(hidden_size, num_heads, bias=False) if options.use_token_decay else None
+        self.decay_rate = nn.Parameter(torch.zeros(num_heads)) if options.use_token_decay else None
+        self.decay_bias = nn.Parameter(torch.zeros(num_heads)) if options.use_token_decay else None
+        self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if options.use_output_gate else None
+        self.norm = nn.RMSNorm(self.head_size, eps=1e-5)
+        self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    @torch.no_grad()
+    def initialize_features(self) -> None:
+        """Draw A and b so that heads fade at different rates: exp(A) in 1 … 16, softplus(b) in 0.001 … 0.1.
+
+        Source: Mamba-2, arXiv:2405.21060, and its published code, as Gated DeltaNet's.
+        """
+        if self.convolution is not None:
+            nn.init.uniform_(self.convolution.weight, -1, 1).div_(math.sqrt(self.convolution.weight.shape[1]))
+        if self.decay_rate is not None and self.decay_bias is not None:
+            nn.init.uniform_(self.decay_rate, 1, 16).log_()
+            steps = nn.init.uniform_(self.decay_bias, math.log(0.001), math.log(0.1)).exp()
+            self.decay_bias.copy_(steps.expm1().log())  # the inverse of softplus
+
+    def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
+        """As `Layer.empty_memory`."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        size = 0 if self.convolution is None else self.convolution.weight.shape[1] - 1
+        return GatedDeltaMemory(
+            torch.zeros(rows, 1, self.num_heads, self.head_size, self.head_size, dtype=dtype, device=like.device),
+            torch.zeros(rows, size, 3 * self.dense.in_features, dtype=dtype, device=like.device),
+            torch.zeros(rows, dtype=torch.int64, device=like.device),
+        )
+
+    def forward(
+        self, hidden: Tensor, memory: GatedDeltaMemory | None, segments: Segments
+    ) -> tuple[Tensor, GatedDeltaMemory]:
+        """The segments of a row are one text: borders matter only for what `write_last` leaves out."""
+        batch, num_segments, length, _ = hidden.shape
+        num_writes = num_segments - (not segments.write_last)
+        mixed, memory = self._read(
+            hidden.flatten(1, 2),
+            self.empty_memory(batch, hidden) if memory is None else memory,
+            None if segments.valid is None else segments.valid.flatten(1),
+            segments.count_tokens(batch, num_writes, length, hidden.device).sum(1),
+            num_writes * length,
+        )
+        return mixed.view_as(hidden), memory
+
+    def _read(
+        self, x: Tensor, memory: GatedDeltaMemory, valid: Tensor | None, counts: Tensor, num_written: int
+    ) -> tuple[Tensor, GatedDeltaMemory]:
+        """Read T tokens [B, T, D]; the returned memory is that after `num_written`, of which `counts` [B] are real."""
+        inputs, wide = self.query_key_value(x), memory.memories.dtype
+        kept = memory.inputs
+        projected = inputs
+        if self.convolution is not None:
+            projected, kept = self.convolution(inputs, memory.inputs, counts)
+        beta = self.strength(x).to(wide).sigmoid()
+        log_decay = torch.zeros_like(beta)
+        if self.decay is not None and self.decay_rate is not None:
+            log_decay = -self.decay_rate.to(wide).exp() * F.softplus(self.decay(x).to(wide) + self.decay_bias)
+        if valid is not None:  # a masked token writes nothing and lets nothing fade
+            beta, log_decay = beta * valid.unsqueeze(-1), log_decay * valid.unsqueeze(-1)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = self._map(q.to(wide)) * self.head_size**-0.5, self._map(k.to(wide))
+            rates = beta.transpose(1, 2), log_decay.transpose(1, 2)
+            reads, written = gated_delta_rule(q, k, F.silu(v), *rates, memory.memories[:, 0], num_written=num_written)
+            mixed = self.norm(reads.transpose(1, 2)).flatten(2)
+        if self.output_gate is not None:
+            mixed = mixed * F.silu(self.output_gate(x))
+        return self.dense(mixed), GatedDeltaMemory(written.unsqueeze(1), kept, memory.num_tokens + counts)
+
+    def _map(self, x: Tensor) -> Tensor:
+        """Features of queries or keys; all have length 1 at most, so that the rule is stable."""
+        features = map_features(F.silu(x) if self.key_features == "unit" else x, self.key_features)
+        return features / features.sum(-1, keepdim=True) if self.key_features == "elu" else features
+
+    def step(
+        self, hidden: Tensor, opened: GatedDeltaMemory | None, memory: GatedDeltaMemory | None, step: Step
+    ) -> tuple[Tensor, GatedDeltaMemory]:
+        """More tokens; the open segment's state is the memory itself, as it is after each token."""
+        begun = opened
+        if opened is None or step.start is None or step.start == 0:
+            begun = self.empty_memory(len(hidden), hidden) if memory is None else memory
+            if opened is not None and step.start is None:
+                begun = begun.select_rows(step.offsets == 0, opened)
+        assert begun is not None
+        return self._read(hidden, begun, step.valid, step.count_tokens(), hidden.shape[1])
+
+    def end_segments(
+        self, opened: GatedDeltaMemory | None, memory: GatedDeltaMemory | None, ended: Tensor
+    ) -> tuple[GatedDeltaMemory | None, GatedDeltaMemory | None]:
+        """The ended rows' state is their memory, from which their next segment begins."""
+        if opened is None:
+            return opened, memory
+        return opened, opened.select_rows(ended, opened.emptied() if memory is None else memory)
+
+
+@register_layer("gated_delta", options=GatedDeltaOptions)
+class GatedDeltaLayer(Block):
+    """x + GatedDelta(LN₁ x) + MLP(LN₂ x): Gated DeltaNet's mixer (arXiv:2412.06464) in GPT-NeoX's frame.
+
+    Its memory is written and read at every token, across the borders of segments.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
+        intermediate_size: width of the MLP.
+        layer_norm_eps: ε of the LayerNorms.
+        options: fields of `GatedDeltaOptions`.
+
+    Raises:
+        ValueError: heads that do not divide the hidden size, or an option out of range.
+    """
+
+    has_memory = True
+    attention: GatedDeltaAttention
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+        **options: Any,
+    ) -> None:
+        chosen = GatedDeltaOptions(**options)
+        super().__init__(
+            GatedDeltaAttention(hidden_size, chosen.num_memory_heads or num_heads, chosen),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
+
+    def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
+        """As `Layer.empty_memory`."""
+        return self.attention.empty_memory(rows, like)
+
+    @property
+    def memory_facts(self) -> MemoryFacts:
+        """As `Layer.memory_facts`."""
+        return MemoryFacts(layer_kind=self.kind, keys={"num_tokens": "token_counts"})

@@ -1,0 +1,133 @@
+"""The gated delta rule and its layer against their equations, token by token, and against flash-linear-attention."""
+
+import importlib.util
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_cases import HIDDEN_SIZE, NUM_HEADS, assert_near, randomize, text_ids
+from new_llm import create_model
+from new_llm.config import PythiaConfig
+from new_llm.models.layers import GatedDeltaLayer, Segments
+from new_llm.models.ops import gated_delta_rule, gated_delta_rule_naive
+
+
+def draw_rule(num_tokens: int, width: int = 8) -> list[Tensor]:
+    """q, k, v, β, log α and M of 2 rows and 3 heads; β up to 2, where unit keys turn what is held around."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    q, k, v = (torch.randn(2, 3, num_tokens, width, generator=generator).double() for _ in range(3))
+    beta, fading = (torch.rand(2, 3, num_tokens, generator=generator).double() for _ in range(2))
+    memory = torch.randn(2, 3, width, width, generator=generator).double()
+    return [t.requires_grad_() for t in (q, F.normalize(k, dim=-1), v, 2 * beta, -4 * fading, memory)]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_written"), [(1, 1), (5, 3), (32, 0), (37, None), (96, 64), (100, 50)])
+def test_chunks_equal_the_rule_with_all_gradients(num_tokens: int, num_written: int | None) -> None:
+    parts = draw_rule(num_tokens)
+    found = gated_delta_rule(*parts, num_written=num_written)
+    begun = [t[:, :, :num_written] for t in parts[:5]]
+    kept = parts[5] if num_written == 0 else gated_delta_rule_naive(*begun, parts[5])[1]
+    expected = gated_delta_rule_naive(*parts)[0], kept
+    upstream = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).double() for t in expected]
+    gradients = [torch.autograd.grad(list(results), parts, upstream) for results in (found, expected)]
+    for one, other in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        assert_near(one, other, 1e-12)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("fla") is None, reason="needs a GPU and fla"
+)
+def test_the_kernel_of_flash_linear_attention_equals_the_rule() -> None:
+    parts = [t.detach().cuda().float() for t in draw_rule(100, 32)]
+    narrow = [t.bfloat16() for t in parts[:3]]
+    for num_written in (None, 64):
+        found = gated_delta_rule(*narrow, *parts[3:], num_written=num_written)
+        expected = gated_delta_rule(*(t.float() for t in narrow), *parts[3:], num_written=num_written)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.float() - other).norm() < 0.02 * other.norm()
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def mix(layer: GatedDeltaLayer, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the mixer makes of one row [T, D], and M [H, K, V] after it, from the equations alone."""
+    w = {name: value.double().numpy() for name, value in layer.attention.state_dict().items()}
+    heads, options = layer.attention.num_heads, layer.settings
+    size = HIDDEN_SIZE // heads
+    inputs = x @ w["query_key_value.weight"].T
+    M, out = np.zeros((heads, size, size)), np.zeros_like(x)
+    for t in range(len(x)):
+        mixed = inputs[t]
+        if options["convolution_size"]:
+            taps = w["convolution.weight"]  # the last is that of the token itself
+            near = range(max(0, t - taps.shape[1] + 1), t + 1)
+            mixed = sum(taps[:, taps.shape[1] - 1 - (t - j)] * inputs[j] for j in near)
+        q, k, v = mixed.reshape(3, heads, size)
+        read = np.zeros((heads, size))
+        for h in range(heads):
+            query, key = (features(part[h], options["key_features"]) for part in (q, k))
+            alpha, beta = 1.0, 1 / (1 + math.exp(-w["strength.weight"][h] @ x[t]))
+            if options["use_token_decay"]:
+                step = math.log1p(math.exp(w["decay.weight"][h] @ x[t] + w["decay_bias"][h]))
+                alpha = math.exp(-math.exp(w["decay_rate"][h]) * step)
+            M[h] = alpha * M[h]
+            M[h] += beta * np.outer(key, silu(v[h]) - key @ M[h])
+            found = query @ M[h] / math.sqrt(size)
+            read[h] = found / np.sqrt(np.mean(found**2) + 1e-5) * w["norm.weight"]
+        if options["use_output_gate"]:
+            read = read * silu(w["output_gate.weight"] @ x[t]).reshape(heads, size)
+        out[t] = w["dense.weight"] @ read.reshape(-1)
+    return out, M
+
+
+def features(x: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "unit":
+        return silu(x) / np.linalg.norm(silu(x))
+    positive = np.exp(x) if kind == "softmax" else np.where(x > 0, x + 1, np.exp(x))
+    return positive / positive.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_memory_heads": 4, "convolution_size": 2, "use_output_gate": False},
+        {"key_features": "elu", "use_token_decay": False},
+        {"key_features": "softmax", "convolution_size": 0},
+    ],
+)
+def test_the_layer_equals_its_equations(options: dict[str, Any]) -> None:
+    """Four segments of 5 tokens in one call, then an odd piece of 3; the last row ends in the third segment."""
+    layer = GatedDeltaLayer(HIDDEN_SIZE, NUM_HEADS, 8, **options).double()
+    randomize(layer)
+    x = torch.randn(3, 23, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
+    valid = torch.arange(20).expand(3, 20) < torch.tensor([[20], [20], [12]])
+    with torch.no_grad():
+        whole, memory = layer.attention(x[:, :20].unflatten(1, (4, 5)), None, Segments(valid.unflatten(1, (4, 5))))
+        last, memory = layer.attention(x[:, None, 20:], memory, Segments())
+    found = torch.cat((whole.flatten(1, 2), last[:, 0]), 1)
+    for row, real in enumerate((23, 23, 12)):
+        text = x[row] if real == 23 else torch.cat((x[row, :12], x[row, 20:]))
+        expected, end = mix(layer, text.numpy())
+        assert_near(found[row, :real], torch.from_numpy(expected[:real]), 1e-10)
+        assert_near(found[row, 20:], torch.from_numpy(expected[-3:]), 1e-10)
+        assert_near(memory.memories[row, 0], torch.from_numpy(end), 1e-10)
+    assert memory.num_tokens.tolist() == [23, 23, 15]
+
+
+def test_segments_are_not_seen() -> None:
+    """One text, whatever its cuts: logits in segments of 3 tokens equal those of the whole."""
+    shape = PythiaConfig(
+        vocab_size=128, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    model, ids = create_model("gated_delta", shape, segment_length=3, memory_layers=(0, 1)).double(), text_ids(2, 17)
+    cut = model(ids)
+    model.segment_length = 64
+    assert_near(model(ids), cut, 1e-12)
