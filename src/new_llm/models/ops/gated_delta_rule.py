@@ -55,21 +55,21 @@ def gated_delta_rule(
     Returns:
         Reads [B, H, T, V] in v's dtype, and M.
     """
-    num_tokens, rest = q.shape[2], (q, k, v, beta, log_decay)
+    num_tokens, parts = q.shape[2], (q, k, v, beta, log_decay)
     written = num_tokens if num_written is None else num_written
     uses_fla = v.is_cuda and v.dtype.itemsize < 4 and find_spec("fla") is not None
     if 0 < written < num_tokens and (uses_fla or written % CHUNK_LENGTH):
-        reads, memory = gated_delta_rule(*(t[:, :, :written] for t in rest), memory)
-        last, _ = gated_delta_rule(*(t[:, :, written:] for t in rest), memory)
+        reads, memory = gated_delta_rule(*(t[:, :, :written] for t in parts), memory=memory)
+        last, _ = gated_delta_rule(*(t[:, :, written:] for t in parts), memory=memory)
         return torch.cat((reads, last), dim=2), memory
     if uses_fla:
-        reads, end = _run_fla(*rest, memory)
+        reads, end = _run_fla(*parts, memory=memory)
         return reads, end if written else memory
-    wide = [t.to(memory.dtype) for t in rest]
+    wide = [t.to(memory.dtype) for t in parts]
     if num_tokens == 1:  # as when text is generated: the rule itself is faster than a chunk
-        reads, end = gated_delta_rule_naive(*wide, memory)
+        reads, end = gated_delta_rule_naive(*wide, memory=memory)
         return reads.to(v.dtype), end if written else memory
-    reads, states = _scan_chunks(*wide, memory, min(CHUNK_LENGTH, num_tokens))
+    reads, states = _scan_chunks(*wide, memory=memory, chunk=min(CHUNK_LENGTH, num_tokens))
     return reads.to(v.dtype), states[-(-written // CHUNK_LENGTH)]
 
 
