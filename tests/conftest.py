@@ -1,9 +1,12 @@
 """Fixtures that every test may use."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import vl_convert
 
 from new_llm.data.sources import SOURCES
 from new_llm.evaluation import MEASURES
@@ -37,6 +40,22 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEW_LLM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_few():
+    """Drawing is the longest part of a tiny experiment: of charts that differ in their data alone one is drawn."""
+    draw, drawn = vl_convert.vegalite_to_svg, {}
+
+    def draw_or_find(spec: dict[str, Any], **options: Any) -> str:
+        key = json.dumps({**spec, "data": None})
+        if key not in drawn:
+            drawn[key] = draw(spec, **options)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "vegalite_to_svg", draw_or_find)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,8 @@ def test_runs_are_listed_by_their_beginning(runs):
     assert second.evaluations == ("recall-infini-1.json",)
 
 
-def test_the_table_and_one_run(runs, capsys):
+def test_the_table_and_one_run(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no path is too long for its line
     assert main(["runs", "--runs-dir", str(runs)]) == 0
     out = capsys.readouterr().out
     for text in ("second", "complete", "81.25", "90.50", "16k", "unreadable: broken", "3 runs in"):

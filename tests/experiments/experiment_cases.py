@@ -80,11 +80,6 @@ def fail_one(study: StudyConfig, cell: Cell, console: Console) -> None:
         raise UserError("the text is gone")
 
 
-def break_one(study: StudyConfig, cell: Cell, console: Console) -> None:
-    if cell.variant == "no-delta":
-        raise ZeroDivisionError("nothing to divide by")
-
-
 def stop_one(study: StudyConfig, cell: Cell, console: Console) -> None:
     if cell.variant == "no-delta":
         os.kill(os.getpid(), signal.SIGTERM)

@@ -84,11 +84,10 @@ def load_base_of(run_folder: Path) -> TransformerLM:
     return load_model(run_folder / "pythia" / "best")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_base_in_16_bits_is_widened_for_training(
-    tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path, dtype: torch.dtype
+    tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path
 ) -> None:
-    base = load_base_of(base_run).to(dtype)
+    base = load_base_of(base_run).half()
     export_pythia(base, tmp_path / "published", Tokenizer.from_file(str(base_run / "tokenizer.json")))
     train = dataclasses.replace(tiny_adapter.train, num_epochs=1)
     results = run(dataclasses.replace(tiny_adapter, base=str(tmp_path / "published"), train=train))

@@ -38,12 +38,12 @@ def config(tmp_path: Path) -> ExperimentConfig:
     return ExperimentConfig(name="a", runs_dir=str(tmp_path / "deep" / "runs"))
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_process_is_refused_at_once_and_told_who_is_there(config: ExperimentConfig, resume: bool) -> None:
+def test_a_second_process_is_refused_at_once_and_told_who_is_there(config: ExperimentConfig) -> None:
     with hold_elsewhere(config) as pid:
         message = rf"runs/a: another process \(PID {pid} on .*\) is using it"
-        with pytest.raises(UserError, match=message), hold_run(config, resume=resume):
-            pytest.fail("both are in it")
+        for resume in (False, True):
+            with pytest.raises(UserError, match=message), hold_run(config, resume=resume):
+                pytest.fail("both are in it")
     with hold_run(config, resume=False) as (_, folder):
         create_run(config, folder)
     with hold_run(config, resume=True):
@@ -64,14 +64,11 @@ def test_a_link_to_a_run_is_the_same_run(config: ExperimentConfig, tmp_path: Pat
         create_run(config, folder)
     (tmp_path / "folder-link").symlink_to(folder.parent)
     (folder.parent / "run-link").symlink_to(folder)
-    for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
-        linked = dataclasses.replace(config, **changes)
-        with (
-            hold_elsewhere(config, resume=True) as pid,
-            pytest.raises(UserError, match=rf"\(PID {pid} on "),
-            hold_run(linked, resume=True),
-        ):
-            pytest.fail("both are in it")
+    with hold_elsewhere(config, resume=True) as pid:
+        for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
+            linked = dataclasses.replace(config, **changes)
+            with pytest.raises(UserError, match=rf"\(PID {pid} on "), hold_run(linked, resume=True):
+                pytest.fail("both are in it")
 
 
 def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(config: ExperimentConfig) -> None:

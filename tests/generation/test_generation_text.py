@@ -12,7 +12,7 @@ from new_llm.config import PythiaConfig
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.models import generation
 from new_llm.models.generation import encode_prompts, generate, stream_text
-from new_llm.models.sampling import LONGEST_WINDOW, REPLACEMENT, StoppingText, TextDecoder
+from new_llm.models.sampling import REPLACEMENT, StoppingText, TextDecoder
 
 TEXT = "Grüße, 世界! A naïve café ☕ — 👩‍🚀 and 🦜🦜🦜 said: “no”.\n"
 
@@ -69,14 +69,6 @@ def find_byte(tokenizer: Tokenizer, byte: int) -> int:
     return token
 
 
-def test_the_window_of_a_decoder_stays_short(byte_tokenizer: Tokenizer) -> None:
-    decoder = TextDecoder(byte_tokenizer)
-    lead = byte_tokenizer.encode("世").ids[0]
-    pieces = [decoder.push(lead) for _ in range(500)]
-    assert len(decoder.ids) <= LONGEST_WINDOW
-    assert "".join(pieces) + decoder.finish() == REPLACEMENT * 500
-
-
 @settings(deadline=None, max_examples=80)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_a_row_ends_before_the_first_stop_string(byte_tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
@@ -117,26 +109,6 @@ def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer: Tokenizer, monk
     assert tokenizer.decode(new).startswith("the cat sat on")
     assert new == said[: len(new)]
     assert statistics.row_tokens == (len(new),) * 2
-
-
-def test_an_end_token_has_no_text_and_the_other_row_goes_on(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = tokenizer.encode("the cat").ids, tokenizer.encode("the dog sat").ids
-    first = [*first, tokenizer.encode("!").ids[0]]
-    length = max(len(first), len(second))
-    Script(monkeypatch, first + second[len(first) :], second + first[len(second) :])
-    _, statistics = generate(
-        make_model(tokenizer),
-        torch.tensor([[5], [6]]),
-        max_new_tokens=length,
-        eos_token_id=first[-1],
-        tokenizer=tokenizer,
-    )
-    assert statistics.texts is not None
-    assert statistics.texts[0] == "the cat"
-    assert statistics.texts[1].startswith("the dog sat"[: len(statistics.texts[1])])
-    assert statistics.finish_reasons[0] == "stop"
 
 
 def test_an_unfinished_character_at_the_limit_is_not_lost(

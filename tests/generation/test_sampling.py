@@ -1,7 +1,5 @@
 """Draws: the distribution, the limits, the seeds and the penalty."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -59,13 +57,6 @@ def test_top_p_draws_among_the_fewest_that_reach_it(
             kept[token] = probabilities[token]
         total += float(probabilities[token])
     assert_shares(count_draws(LOGITS, top_p=top_p), kept / kept.sum())
-
-
-def test_top_p_counts_what_top_k_has_left() -> None:
-    two = torch.tensor([0.0, 0.0, 2.0, 0.0, 1.6, 0.0])
-    share = 1 / (1 + math.exp(-0.4))  # 0.599 of the likelier of two
-    assert count_draws(LOGITS, top_k=2, top_p=share - 0.01)[2] == 1
-    assert_shares(count_draws(LOGITS, top_k=2, top_p=share + 0.01), two.where(two > 0, -torch.inf).softmax(-1))
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])

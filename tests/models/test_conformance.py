@@ -4,16 +4,15 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, get_model
-from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig
-from new_llm.models import load_model, save_model
+from new_llm import TransformerLM
+from new_llm.models import save_model
 from new_llm.models.layers import Layer, Segments, register_layer
 from new_llm.models.state import LayerMemory
 from new_llm.testing import check_layer, check_model, draw_ids
@@ -120,20 +119,6 @@ class MeanLayer(Layer):
 
 def test_a_layer_that_defines_forward_alone() -> None:
     check_layer(lambda: MeanLayer(16))
-
-
-def test_such_a_layer_is_a_model_type_that_generates_and_is_saved(tmp_path: Any) -> None:
-    shape = PythiaConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-    )
-    model = create_model("mean_of_segments", shape, segment_length=4, strength=0.5, memory_layers=(-1,))
-    assert [layer.kind for layer in model.layer_list] == ["pythia", "mean_of_segments"]
-    ids = torch.arange(22).view(2, 11)
-    made, _ = model.generate(ids, max_new_tokens=9)
-    for number in range(9):  # each token is the likeliest after all before it
-        assert torch.equal(model(made[:, : 11 + number])[:, -1].argmax(-1), made[:, 11 + number])
-    save_model(model, tmp_path)
-    assert torch.equal(load_model(tmp_path)(ids), model(ids))
 
 
 def test_auxiliary_losses_reach_training_and_no_evaluation() -> None:

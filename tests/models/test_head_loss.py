@@ -109,17 +109,6 @@ def test_rows_without_a_target_have_no_part() -> None:
     assert float(loss) > 0
 
 
-@pytest.mark.usefixtures("kernels")
-def test_rows_that_are_not_gathered_are_skipped_by_the_kernel_too() -> None:
-    """On a GPU all rows are scored, whatever their target."""
-    hidden, weight, targets, weights = make()
-    logits = hidden @ weight.t()
-    expected = linear_cross_entropy_naive(hidden, weight, targets, label_weights=weights)
-    losses = module.score_logits(logits, targets.masked_fill(targets == -100, -1), weights, write_gradients=True)
-    torch.testing.assert_close(losses, expected)
-    assert logits.any(1).tolist() == (targets != -100).tolist()
-
-
 def test_what_does_not_fit_is_refused() -> None:
     hidden, weight, targets, weights = make()
     for arguments, options, words in (

@@ -8,17 +8,19 @@ import pytest
 import vl_convert
 from report_runs import SHAPES, make_results
 
+DRAW = vl_convert.vegalite_to_svg
+DRAWN: dict[str, str] = {}
 
-@pytest.fixture(autouse=True, scope="session")
-def draw_once() -> Iterator[None]:
-    """Charts that many tests share are drawn once."""
-    draw, drawn = vl_convert.vegalite_to_svg, {}
+
+@pytest.fixture(autouse=True, scope="module")
+def draw_all() -> Iterator[None]:
+    """Here every chart is drawn, and those that many tests share once."""
 
     def draw_or_find(spec: dict[str, Any], **options: Any) -> str:
         key = json.dumps(spec)
-        if key not in drawn:
-            drawn[key] = draw(spec, **options)
-        return drawn[key]
+        if key not in DRAWN:
+            DRAWN[key] = DRAW(spec, **options)
+        return DRAWN[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vl_convert, "vegalite_to_svg", draw_or_find)
