@@ -14,6 +14,8 @@ from model_cases import (
     text_ids,
 )
 from new_llm import TransformerLM
+from new_llm.config.cache import CacheConfig
+from new_llm.evaluation import CachedModel
 from new_llm.models import SelectiveOutputLM
 
 NAMES = ["pythia", *MIXED_STACKS]
@@ -50,6 +52,24 @@ def test_stream_equals_recomputing_token_for_token(name: str, prompt_length: int
     assert statistics.finish_reasons == ("length", "length")
     assert 0 < statistics.prompt_seconds < statistics.seconds
     assert statistics.tokens_per_second == pytest.approx(2 * NEW_TOKENS / statistics.seconds)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cached_row_continues_as_the_cached_model_says_token_by_token(side: str) -> None:
+    model, lengths = get_model("mixed"), (3, 11)
+    config = CacheConfig(num_states=6, ngram_order=3, theta=2.0)
+    whole = text_ids(2, 11)
+    mask = torch.stack([torch.arange(11) < n if side == "right" else torch.arange(11) >= 11 - n for n in lengths])
+    ids, _ = model.generate(whole, mask, max_new_tokens=NEW_TOKENS, cache=config)
+    plain, _ = model.generate(whole, mask, max_new_tokens=NEW_TOKENS)
+    assert not torch.equal(ids, plain)
+    for row in range(2):
+        text = whole[row : row + 1, mask[row]]
+        with torch.inference_mode():
+            for _ in range(NEW_TOKENS):
+                following = CachedModel(model, config)(text)[:, -1].argmax(-1, keepdim=True)
+                text = torch.cat((text, following), dim=1)
+        assert torch.equal(ids[row, 11:], text[0, lengths[row] :])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

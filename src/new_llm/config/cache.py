@@ -28,14 +28,14 @@ class CacheConfig:
     theta: Annotated[float, Field(gt=0)] = 12.0
     """θ: how much more a similar state counts; its best value depends on the similarity."""
     weights: tuple[Weights, Weights, Weights, Weights] = (
-        (0.67, 0.33, 0.0, 0.0, 0.0),
-        (0.67, 0.28, 0.05, 0.0, 0.0),
-        (0.50, 0.25, 0.05, 0.20, 0.0),
-        (0.30, 0.20, 0.05, 0.20, 0.25),
+        (0.65, 0.35, 0.0, 0.0, 0.0),
+        (0.90, 0.07, 0.03, 0.0, 0.0),
+        (0.60, 0.22, 0.02, 0.16, 0.0),
+        (0.38, 0.27, 0.02, 0.08, 0.25),
     )
     """Weights of model, states, unigrams, bigrams and trigrams where the longest n-gram context that the text has
     seen before is none, the empty one, the last token, the last two tokens. What is off or knows nothing is left out,
-    and the others' weights are scaled to sum to 1."""
+    and the others' weights are scaled to sum to 1. The defaults are near what EM gives on WikiText-2's articles."""
 
     def __post_init__(self) -> None:
         if any(row[0] <= 0 for row in self.weights):

@@ -1,10 +1,12 @@
 """The shape of a model and its limits, the named sizes of the Pythia suite, generation, and adapters' files."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from new_llm.config.cache import CacheConfig
 from new_llm.config.errors import UserError
 from new_llm.config.sections import section, short
 
@@ -108,6 +110,9 @@ class GenerationConfig:
     """Seed of the draws; row r draws by seed + r, whatever stands in the other rows."""
     prompt_tokens_per_call: Annotated[int, Field(gt=0)] = 2048
     """Tokens of a prompt that are read at once, rounded down to whole segments; one segment at least."""
+
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    """A cache of each row's own text, mixed with the model before a token is chosen."""
 
     def __post_init__(self) -> None:
         if any(not text for text in self.stop_strings):

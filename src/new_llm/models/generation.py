@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.config.model import GenerationConfig
+from new_llm.models.cache import TextCache
 from new_llm.models.decoding_weights import DecodingWeights
 from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
 from new_llm.models.sampling import CONTEXT_TOKENS, StoppingText, TokenSampler
@@ -179,6 +180,7 @@ class GenerationRun:
         self.new_ids = torch.full((rows, config.max_new_tokens), config.pad_token_id, device=device)
         self.prompt_seconds = self.seconds = 0.0
         self.stream = model.open_stream(rows, use_selective=use_selective)
+        self.caches = [TextCache(config.cache) for _ in range(rows)] if config.cache.is_on else None
 
     def run(self, *, tracks_tokens: bool = False) -> Iterator[None]:
         """Read the prompts, then make one token per row between two yields; updates the memory at the end if asked."""
@@ -246,17 +248,30 @@ class GenerationRun:
             valid = None if packing is None else mark_valid(lengths - begin, piece.shape[1])
             hidden = self.stream.feed_hidden(piece, valid)
             ends = torch.zeros_like(hidden[:, 0]) if ends is None else ends
+            for row, cache in enumerate(self.caches or ()):
+                count = max(0, min(int(last[row]) - begin, piece.shape[1]))  # the last token is added by _mix
+                cache.add(hidden[row, :count], piece[row, :count])
             places = (last - begin).clamp(0, piece.shape[1] - 1)
             found = hidden[torch.arange(len(ids), device=ids.device), places]
             is_here = (last >= begin) & (last < begin + piece_length)
             ends = torch.where(is_here.unsqueeze(1), found, ends)
         assert ends is not None  # a prompt has a token
-        return self.model.embed_out(ends)
+        return self._mix(ends, ids.gather(1, last.unsqueeze(1)), torch.ones_like(last, dtype=torch.bool))
 
     def _read(self, rows: Tensor) -> Tensor:
         """Feed the last tokens of rows [B] bool and return the logits of all rows, [B, Z]."""
         mask = None if bool(rows.all()) else rows.to(self.input_ids.device).unsqueeze(1)
-        return self.stream.feed(self.last_tokens, mask)[:, 0]
+        return self._mix(self.stream.feed_hidden(self.last_tokens, mask)[:, 0], self.last_tokens, rows)
+
+    def _mix(self, hidden: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Logits [B, Z] after tokens [B, 1] whose states are [B, D]; rows [B] bool read on through their caches."""
+        logits = self.model.embed_out(hidden)
+        for row, cache in enumerate(self.caches or ()):
+            if rows[row]:
+                read = hidden[row : row + 1], tokens[row]
+                logits[row] = cache.mix(*read, logits[row : row + 1].double().softmax(-1))[0].log()
+                cache.add(*read)
+        return logits
 
     def _keep(self, tokens: Tensor, number: int, rows: Tensor, tracks: bool) -> None:
         """Record the tokens that rows [B] bool made, and mark the rows that they end."""
