@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -15,6 +16,14 @@ from new_llm.config.evaluation import EvalConfig
 from new_llm.config.files import read_text_file, shorten
 from new_llm.config.sections import describe_validation_error
 from new_llm.config.train import TrainConfig
+
+
+def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.batch_size": 4, …} of nested mappings; nothing of what is none."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        flat |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 class RunSettings:

@@ -1,7 +1,7 @@
 """Documents in local files: plain text, WikiText, JSON lines and Parquet; also packed as .gz, .zst or .xz.
 
 The readers are our own because an error must name the file and the line. Those of `datasets` report a broken line as
-"row 2" of some block, a truncated .zst as StopIteration, and pass over a text that is null. Every read is bounded: a
+"row 2" of some block, and pass over a text that is null. Every read is bounded: a
 line or a document beyond `max_bytes` is rejected before it is held.
 """
 
@@ -24,7 +24,6 @@ Document = tuple[str, str]
 
 MAX_DOCUMENT_BYTES = 1 << 27
 PACKED = (".gz", ".zst", ".xz")
-ZSTD_BYTES = 1 << 12  # of a packed file at once; four bytes can unpack to 128 KiB, so these to 128 MiB at most
 PARQUET_ROWS = 64  # at once
 ROW_BYTES = 64  # that a row counts as beside its text: a small file could hold billions of empty ones
 MAX_RATIO, FREE_BYTES = 200, 1 << 24  # unpacked bytes for each byte of a file, and beyond: no text is packed so well
@@ -93,8 +92,9 @@ def read_file(
                 yield name, text
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: corrupt or truncated: {describe_failure(error)}") from None
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    except OSError as error:  # pyarrow's have no number where the content is to blame
+        reason = f"can't be read: {error.strerror}" if error.strerror else f"corrupt or truncated: {error}"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def find_reader(path: Path) -> Reader | None:
@@ -112,47 +112,11 @@ def open_file(path: Path) -> BinaryIO:
         case ".xz":
             return cast(BinaryIO, lzma.open(path, "rb"))
         case ".zst":
-            return cast(BinaryIO, io.BufferedReader(_ZstdFile(path), 1 << 16))
+            import pyarrow
+
+            return cast(BinaryIO, io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression="zstd"))))
         case _:
             return path.open("rb")
-
-
-class _ZstdFile(io.RawIOBase):
-    """A zstd file of any number of frames; zstandard's own reader takes a truncated file for a complete one."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        self._file = path.open("rb")
-        self._frame = self._decompressor.decompressobj()
-        self._packed, self._ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._packed or self._file.read(ZSTD_BYTES)
-            if not packed:
-                if not self._frame.eof:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            if self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(packed))
-            except self._error as error:
-                raise EOFError(str(error)) from None
-            self._packed = self._frame.unused_data
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[Document]:

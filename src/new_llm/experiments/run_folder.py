@@ -37,7 +37,7 @@ from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER
 from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, write_text_atomically
-from new_llm.config.loading import RunSettings, Settings, TrainingSettings, read_settings
+from new_llm.config.loading import RunSettings, Settings, TrainingSettings, flatten_settings, read_settings
 from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig
@@ -148,17 +148,7 @@ def name_model_folder(name: str) -> str:
 
 def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:
     """The fields, `but` some, in which two configurations differ: "train.learning_rate 0.0001 → 0.001"."""
-
-    def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in values.items():
-            if isinstance(value, dict):
-                flat |= flatten(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-        return flat
-
-    one, two = flatten(first.to_dict()), flatten(second.to_dict())
+    one, two = flatten_settings(first.to_dict()), flatten_settings(second.to_dict())
     return [f"{key} {one[key]} → {two[key]}" for key in one if one[key] != two[key] and key not in but]
 
 

@@ -18,7 +18,7 @@ from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.inputs import Packing, check_input_ids, check_mask, check_targets, mark_valid, plan_packing
-from new_llm.models.layers import Layer, ParallelInfiniLayer, ReadTokens, Segments
+from new_llm.models.layers import Layer, ReadTokens, Segments
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.stream import MemoryStream
@@ -524,8 +524,8 @@ class TransformerLM(HeldMemory):
 
     def alpha_values(self) -> dict[int, float]:
         """α of each parallel adapter by its layer's index; empty where there is none."""
-        layers = self.memory_layers.items()
-        return {index: float(layer.alpha.detach()) for index, layer in layers if isinstance(layer, ParallelInfiniLayer)}
+        alphas = {index: getattr(layer, "alpha", None) for index, layer in self.memory_layers.items()}
+        return {index: float(a.detach()) for index, a in alphas.items() if isinstance(a, nn.Parameter) and a.dim() == 0}
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from new_llm.charts import Chart, ShadedText
+from new_llm.config.loading import flatten_settings
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
 from new_llm.evaluation.statistics import compare_documents
@@ -90,15 +91,8 @@ def describe_settings(run: Run, entry: dict[str, Any]) -> dict[str, Any]:
     taken = flatten_settings({"model": entry.get("options")})
     all_options = {key for other in run.entries for key in flatten_settings({"model": other.get("options")})}
     settings = flatten_settings(run.results.get("config"))
-    return {key: value for key, value in settings.items() if key not in INCIDENTAL | all_options} | taken
-
-
-def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.batch_size": 4, …} of nested mappings; nothing of what is none."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items() if isinstance(values, dict) else ():
-        flat |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return {key: value for key, value in flat.items() if value is not None}
+    own = {key: value for key, value in settings.items() if key not in INCIDENTAL | all_options} | taken
+    return {key: value for key, value in own.items() if value is not None}
 
 
 def name_groups(groups: Sequence[tuple[str, dict[str, Any], list[Member]]]) -> list[str]:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from new_llm.config import UserError
 from new_llm.config.files import write_text_atomically
+from new_llm.config.loading import flatten_settings
 from new_llm.training.devices import read_used_bytes
 
 METRICS_FILE = "metrics.jsonl"
@@ -145,23 +146,14 @@ def open_trackers(
     """Inside the block `accelerator.log` reaches the trackers, if any, as this run with these nested settings."""
     if names:
         options = {name: {TRACKER_RUN_NAMES[name]: run} for name in names}
-        accelerator.init_trackers(TRACKER_PROJECT, config=flatten_settings(settings), init_kwargs=options)
+        flat = flatten_settings(settings)
+        config = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
+        accelerator.init_trackers(TRACKER_PROJECT, config=config, init_kwargs=options)
     try:
         yield
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-
-
-def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names; lists and None as text, which every tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten_settings(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-    return flat
 
 
 # The live view
