@@ -30,10 +30,11 @@ from new_llm.evaluation.long_documents import select_long_documents
 from new_llm.evaluation.perplexity import evaluate_streaming
 from new_llm.evaluation.statistics import find_t_interval
 from new_llm.experiments.adapter import select_documents
+from new_llm.experiments.evaluation import load_evaluation_text
 from new_llm.experiments.run_folder import describe_code, write_json
 from new_llm.experiments.study import Cell, is_trained
 from new_llm.experiments.study_config import StudyConfig
-from new_llm.experiments.subject import Subject, load_evaluation_text, load_subject
+from new_llm.experiments.subject import LoadedModel, load_any_model
 from new_llm.models.layers.token_memory import TokenMemoryAttention, TokenMemoryLayer
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
@@ -45,7 +46,7 @@ def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[f
     run = study.folder / Cell(variant, seed).name
     if not is_trained(study, Cell(variant, seed)):
         raise UserError(f"{run}: no finished training is there; run: new-llm study with this file first")
-    subject = load_subject(SubjectConfig(run=str(run), device=study.configure(variant, seed).device))
+    subject = load_any_model(SubjectConfig(run=str(run), device=study.configure(variant, seed).device))
     documents = read_long_documents(study, subject)
     layers = subject.model.memory_layers.values()
     with record_token_gates(subject) as token_gates:
@@ -68,7 +69,7 @@ def measure_seed(study: StudyConfig, variant: str, seed: int, shares: Sequence[f
 
 
 @contextmanager
-def record_token_gates(subject: Subject) -> Iterator[list[Tensor]]:
+def record_token_gates(subject: LoadedModel) -> Iterator[list[Tensor]]:
     """The gates of every token that a token memory, which can only be the last layer, reads inside the block.
 
     [tokens, H] a call; none where there is no token memory.
@@ -99,7 +100,7 @@ def describe_gates(gates: Tensor) -> dict[str, Any]:
     }
 
 
-def read_long_documents(study: StudyConfig, subject: Subject) -> TokenSplit:
+def read_long_documents(study: StudyConfig, subject: LoadedModel) -> TokenSplit:
     """The study's long documents."""
     settings = study.long_documents
     if settings is None:
@@ -109,7 +110,7 @@ def read_long_documents(study: StudyConfig, subject: Subject) -> TokenSplit:
     return select_documents(split, chosen, settings.max_tokens_per_document)
 
 
-def measure_perplexity(study: StudyConfig, subject: Subject, documents: TokenSplit) -> float:
+def measure_perplexity(study: StudyConfig, subject: LoadedModel, documents: TokenSplit) -> float:
     """Of the documents, the memory carried."""
     assert study.long_documents is not None
     return evaluate_streaming(

@@ -75,7 +75,7 @@ def test_a_run_is_examined_with_its_own_data(run, capsys):
     assert reversal["figures"]["forward_in_training"] == reversal["figures"]["num_pairs"] == 240
     shown = capsys.readouterr().out
     assert "to do: " in shown
-    assert "0 fault" in shown
+    assert "no fault was found" in shown
 
 
 def test_a_planted_leak_is_exit_code_1(run, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`new-llm eval long` and `eval recall`: records, pictures, baselines, partial results, bad input in one line."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_recall_writes_its_charts(run, text, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = " ".join(capsys.readouterr().out.split())
     assert "pass keys: greedy exact match" in printed
-    assert "chance 25.0 %" in printed
+    assert "a guess is right in 25.0%" in printed
     assert "12 of 12 texts" in printed
 
 
@@ -114,9 +115,7 @@ def test_a_model_without_memory_is_said_to_have_none(run, text, tmp_path, capsys
 
 @pytest.mark.parametrize("kind", ["long", "recall"])
 def test_interrupted_measurements_are_labelled(run, text, tmp_path, kind, capsys, monkeypatch):
-    import contextlib
-
-    from new_llm.training import devices as signals
+    from new_llm.cli import evaluate
 
     asked = []
 
@@ -124,7 +123,7 @@ def test_interrupted_measurements_are_labelled(run, text, tmp_path, kind, capsys
     def stop_soon():
         yield lambda: bool(asked.append(True)) or len(asked) >= 3
 
-    monkeypatch.setattr(signals, "catch_stop_signals", stop_soon)
+    monkeypatch.setattr(evaluate, "catch_stop_signals", stop_soon)
     out = tmp_path / "out.json"
     flags = {"long": ["--min-tokens", 100], "recall": ["--batch-size", 4, "--lengths", 2, "--num-candidates", 2]}[kind]
     assert call(kind, run, text, *flags, "--out", out) == 130

@@ -80,8 +80,8 @@ def test_each_protocol_against_a_loop(run, text, capsys):
 
 
 def test_the_record_says_what_how_on_what_and_by_which_code(run, text):
-    record = measure(run, text, "--protocol", "streaming", "--position-edges", 0, 4, "--context", 16)
-    assert record["kind"] == "perplexity"
+    record = measure(run, text, "--protocol", "streaming")
+    assert record["kind"] == record["result"]["protocol"] == "streaming"
     assert record["status"] == "complete"
     assert record["command"].startswith("new-llm")
     assert set(record["code"]) == {"version", "git_revision", "git_dirty"}
@@ -91,8 +91,7 @@ def test_the_record_says_what_how_on_what_and_by_which_code(run, text):
     assert len(record["subject"]["weights_fingerprint"]) == 64
     assert record["text"]["source"] == str(text)
     assert record["text"]["num_bytes"] == len(text.read_bytes())
-    assert record["settings"]["protocol"] == "streaming"
-    assert [entry["start"] for entry in record["result"]["positions"]] == [0, 4]
+    assert record["settings"]["segments_per_call"] == 8
 
 
 def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_path, monkeypatch):
@@ -100,11 +99,11 @@ def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_
     flags = ["eval", "ppl", "--run", str(run), "--model", "pythia", "--data.source", str(text)]
     assert main(flags) == main(flags) == 0
     (path,) = (tmp_path / "runs" / "evaluations").iterdir()  # no experiment's folder; the same again, the same name
-    assert path.name.startswith("perplexity-pythia-")
+    assert path.name.startswith("sliding-pythia-")
     (run / "config.yaml").write_text("name: tiny\n")
     assert main(flags) == 0
     (run / "config.yaml").unlink()
-    assert next((run / "evaluations").iterdir()).name.startswith("perplexity-pythia-")
+    assert next((run / "evaluations").iterdir()).name.startswith("sliding-pythia-")
 
 
 def test_an_interrupted_stream_leaves_a_partial_labelled_result(run, text, tmp_path, capsys, monkeypatch):
@@ -181,8 +180,9 @@ def test_wikitext_s_text_is_one_document_unless_its_articles_are_asked_for(run, 
             "x.jsonl: holds rec",
         ),
         (["--run", "{run}", "--model", "infini", "--revision", "main"], "--revision: is for Hugging Face models"),
-        (["--run", "{run}", "--context", "8", "--stride", "9"], "stride: 9 is over the context (8)"),
+        (["--run", "{run}", "--context", "8", "--stride", "9"], "stride: 9 is over eval.context (8)"),
         (["--run", "{run}", "--position-edges", "4", "2"], "position_edges: [4, 2] must begin with 0"),
+        (["--run", "{run}", "--picture", "a.gif"], "must end with .svg or .png"),
         (["--run", "/nope/nope"], "no such folder"),
         ([], "--run: a model is needed"),
         (["--protocol", "other"], "invalid choice"),

@@ -1,6 +1,7 @@
 """`new-llm eval reversal`: pairs of the project and of files, the table, the record, bad input in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def run(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_model(create_model("infini", shape, segment_length=16), folder / "infini" / "best")
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "data.json").write_text('{"reversal_sentences": 240}')
     (folder / "config.yaml").write_text(ExperimentConfig(models=("infini",)).to_yaml())
     return folder
 
@@ -44,7 +46,7 @@ def measure(run: Path, *arguments: object) -> dict:
     assert main(["eval", "reversal", "--run", str(run), "--precision", "fp32", *map(str, arguments)]) == 0
     (path,) = (run / "evaluations").glob("reversal-infini-*.json")
     record = json.loads(path.read_text())
-    path.unlink()
+    shutil.rmtree(path.parent)
     return record
 
 
@@ -54,15 +56,21 @@ def test_pairs_drawn_for_each_relation(run, capsys):
     tokenizer = read_tokenizer_file(run / "tokenizer.json")
     pairs = draw_pairs(get_reversal_pairs(), 2, 3)
     expected = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=200, confidence=0.9, seed=3).to_dict()
-    training = record["result"].pop("training")
+    assert record["text"] == record["result"].pop("text")
     assert record["result"] == expected
-    assert "held the forward sentences" in training
     assert (record["kind"], record["status"]) == ("reversal", "complete")
-    assert record["text"]["num_pairs"] == 20
+    assert (record["text"]["num_pairs"], record["text"]["num_own"], record["text"]["num_trained"]) == (20, 20, 240)
     assert record["settings"]["seed"] == 3
     assert record["settings"]["pairs_per_relation"] == 2
     shown = capsys.readouterr().out
-    for words in ("all pairs", "invented facts", "chemical symbol", "90% intervals of 200", "20 pairs in 10 relations"):
+    for words in (
+        "all pairs",
+        "invented facts",
+        "chemical symbol",
+        "90% intervals of 200",
+        "20 pairs in 10 relations",
+        "Training held 240",
+    ):
         assert words in shown
 
 
@@ -77,7 +85,7 @@ def test_pairs_of_a_file(run, tmp_path, capsys):
     assert record["text"]["source"] == str(path)
     assert record["settings"]["pairs"] == str(path)
     assert list(record["result"]["by_kind"]) == ["unstated"]
-    assert "added the forward sentences of 0 of these 5 pairs" in record["result"]["training"]
+    assert (record["text"]["num_own"], record["text"]["num_trained"]) == (0, 240)
     shown = capsys.readouterr().out
     assert "[bold]has" in shown
     assert "unstated" not in shown

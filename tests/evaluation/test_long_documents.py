@@ -223,7 +223,7 @@ def test_baselines_score_the_same_tokens():
     assert nats.value == pytest.approx(expected["carried"].loss - expected["windows"].loss)
     for entry in result.documents:
         assert len({tuple(counts) for counts in entry["num_tokens"].values()}) == 1
-    assert result.baselines["windows"] == {"segment_length": 20, "stride": 7}
+    assert result.baselines["windows"] == {"segment_length": 20, "stride": 7, "subject": {}}
     assert told == sorted(told)
     assert told[-1] == (4 * result.num_planned, 4 * result.num_planned)
     assert result.is_complete

@@ -150,10 +150,9 @@ def loaded(monkeypatch) -> list[str]:
             device="cpu",
             autocast=None,
             tokenizer=None,
-            reading={},
         )
 
-    monkeypatch.setattr(study_module, "load_subject", load)
+    monkeypatch.setattr(study_module, "load_any_model", load)
     monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
     for name in ("evaluate_long_documents", "evaluate_recall"):
         monkeypatch.setattr(study_module, name, lambda *given, **reading: SimpleNamespace(to_dict=lambda: {}))

@@ -1,6 +1,6 @@
 """How a trained model is measured: the model and the text, then one section for each measurement.
 
-`EvalConfig` is an experiment's; the others are the options of `new-llm eval` and `new-llm memory fill`.
+`EvalConfig` is an experiment's, and its sections are the options of `new-llm eval`.
 """
 
 import dataclasses
@@ -62,28 +62,20 @@ class TextConfig:
 
 @section
 class PerplexityConfig:
-    """How a perplexity is measured."""
+    """How perplexities are measured."""
 
-    protocol: Literal["sliding", "streaming", "independent", "rolling"] = "sliding"
-    """sliding: overlapping windows, each from an empty memory; streaming: consecutive segments, memory carried;
-    independent: the same segments without the memory; rolling: the windows of lm-evaluation-harness."""
     context: Annotated[int, Field(ge=2)] = 2048
-    """Tokens in a window (sliding, rolling)."""
+    """Tokens in a sliding window."""
     stride: Annotated[int, Field(gt=0)] = 512
     """Tokens from one sliding window to the next; at most the context."""
+    position_edges: tuple[int, ...] = (0, 16, 32, 64, 96)
+    """Where the ranges of perplexity by position begin; the last one ends with the sample."""
     max_tokens: Annotated[int | None, Field(gt=0)] = None
     """Tokens that are scored at most, in whole documents; None: all."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Windows, or documents of a stream, read at once; it does not change the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
     """Segments of a stream read by one call; it does not change the result."""
-    position_edges: tuple[int, ...] = ()
-    """Where ranges of perplexity by position begin, e.g. 0 16 32 64 96; none: not measured."""
-
-    def __post_init__(self) -> None:
-        if self.protocol == "sliding" and self.stride > self.context:
-            raise UserError(f"stride: {self.stride} is over the context ({self.context}): tokens would be skipped")
-        check_edges(self.position_edges, "position_edges")
 
 
 def check_edges(edges: tuple[int, ...], name: str) -> None:
@@ -266,48 +258,6 @@ class PassagesConfig:
 
 
 @section
-class EvalConfig:
-    """The eval section of an experiment."""
-
-    measures: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "sliding",
-        "streaming",
-        "positions",
-        "memory_usage",
-        "reversal",
-    )
-    """What is measured, by name; `my_module:MyMeasure` is a measure of your own."""
-    context: Annotated[int, Field(ge=2)] = 2048
-    """Tokens in a sliding window."""
-    stride: Annotated[int, Field(gt=0)] = 512
-    """Tokens from one sliding window to the next; at most the context."""
-    position_edges: tuple[int, ...] = (0, 16, 32, 64, 96)
-    """Where the ranges of perplexity by position begin; the last one ends with the sample."""
-    max_tokens: Annotated[int | None, Field(gt=0)] = 100_000
-    """Validation tokens that are scored at most, in whole documents; None: all."""
-    batch_size: Annotated[int, Field(gt=0)] = 8
-    """Windows, or documents of a stream, read at once; it does not change the result."""
-    segments_per_call: Annotated[int, Field(gt=0)] = 8
-    """Segments of a stream read by one call; it does not change the result."""
-    memory_usage_segments: Annotated[int, Field(gt=0)] = 32
-    """Segments of one document after which the memories' norms are measured."""
-    reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
-    caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
-    long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
-    passages: PassagesConfig = dataclasses.field(default_factory=PassagesConfig)
-    recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
-
-    def __post_init__(self) -> None:
-        if self.stride > self.context:
-            raise UserError(
-                f"eval.stride: {self.stride} is over eval.context ({self.context}): tokens would be skipped"
-            )
-        if not self.position_edges:
-            raise UserError("eval.position_edges: at least one range is needed; [0] is all positions")
-        check_edges(self.position_edges, "eval.position_edges")
-
-
-@section
 class DoctorConfig:
     """The options of `new-llm eval doctor`."""
 
@@ -355,6 +305,39 @@ class DoctorConfig:
     def __post_init__(self) -> None:
         if len(set(self.checks)) < len(self.checks):
             raise UserError(f"checks: {', '.join(self.checks)}: a check is listed twice")
+
+
+@section
+class EvalConfig(PerplexityConfig):
+    """The eval section of an experiment."""
+
+    measures: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "sliding",
+        "streaming",
+        "positions",
+        "memory_usage",
+        "reversal",
+    )
+    """What is measured, by name; `my_module:MyMeasure` is a measure of your own."""
+    max_tokens: Annotated[int | None, Field(gt=0)] = 100_000
+    """Validation tokens that are scored at most, in whole documents; None: all."""
+    memory_usage_segments: Annotated[int, Field(gt=0)] = 32
+    """Segments of one document after which the memories' norms are measured."""
+    reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
+    caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
+    long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
+    passages: PassagesConfig = dataclasses.field(default_factory=PassagesConfig)
+    recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
+    doctor: DoctorConfig = dataclasses.field(default_factory=DoctorConfig)
+
+    def __post_init__(self) -> None:
+        if "sliding" in self.measures and self.stride > self.context:
+            raise UserError(
+                f"eval.stride: {self.stride} is over eval.context ({self.context}): tokens would be skipped"
+            )
+        if not self.position_edges:
+            raise UserError("eval.position_edges: at least one range is needed; [0] is all positions")
+        check_edges(self.position_edges, "eval.position_edges")
 
 
 @section

@@ -3,7 +3,7 @@
 from new_llm.evaluation.cached_model import CachedModel
 from new_llm.evaluation.caches import CachesResult, evaluate_caches, tune_cache
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
-from new_llm.evaluation.doctor import DoctorReport, Finding, TrainingData, examine_model
+from new_llm.evaluation.doctor import DoctorReport, Finding, examine_model
 from new_llm.evaluation.long_documents import LongDocumentsResult, evaluate_long_documents
 from new_llm.evaluation.measure import (
     MEASURES,
@@ -12,6 +12,8 @@ from new_llm.evaluation.measure import (
     Measure,
     ModelResult,
     Subject,
+    Table,
+    TrainingData,
     find_measures,
     measure,
     register_measure,
@@ -54,6 +56,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Subject",
+    "Table",
     "TrainingData",
     "Verdict",
     "Window",

@@ -299,6 +299,7 @@ class Caches(Measure):
 
     name = "caches"
     title = "with caches"
+    can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any] | None:
         """See `CachesResult`; None for a model whose hidden states can't be had, and for fewer than two documents."""

@@ -21,7 +21,16 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.document_pairs import score_pairs
-from new_llm.evaluation.measure import Baseline, Column, Measure, ModelResult, Subject, register_measure, to_plain
+from new_llm.evaluation.measure import (
+    Baseline,
+    Column,
+    Measure,
+    ModelResult,
+    Subject,
+    Table,
+    register_measure,
+    to_plain,
+)
 from new_llm.evaluation.scoring import Autocast, LanguageModel, LossSums, Progress, Reading, Scorer, Scores, never
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
@@ -31,7 +40,7 @@ from new_llm.evaluation.statistics import (
     estimate_over_documents,
 )
 from new_llm.evaluation.windows import plan_windows
-from new_llm.formats import WAYS, format_percent, name_range
+from new_llm.formats import WAYS, format_count, format_percent, name_range
 
 CARRIED, RESET, FOREIGN = "carried", "reset", "foreign"
 
@@ -82,7 +91,7 @@ class LongDocumentsResult:
         documents: what the figures are summed from, for each document: its index in the split, the index of the one
             whose memory it borrowed (None: it had none), tokens scored and total loss in nats by way and range.
         range_starts: where the ranges of `documents` begin.
-        baselines: segment length and stride of each baseline; no stride: it was read as a stream.
+        baselines: segment length, stride and facts of each baseline; no stride: it was read as a stream.
         min_tokens: tokens that a document had to have.
         segment_length: tokens of the model's segments.
         num_documents: documents measured.
@@ -212,7 +221,11 @@ def evaluate_long_documents(
             for place, index in enumerate(indices)
         ],
         baselines={
-            baseline.name: {"segment_length": baseline.model.segment_length, "stride": baseline.stride}
+            baseline.name: {
+                "segment_length": baseline.model.segment_length,
+                "stride": baseline.stride,
+                "subject": baseline.facts,
+            }
             for baseline in baselines
         },
         min_tokens=settings.min_tokens,
@@ -303,12 +316,18 @@ def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
     return f"{100 * abs(value):.1f} % [{ends[0]:.1f}, {ends[1]:.1f}] {word} ({confidence:.0%} interval over documents)"
 
 
+def name_way(way: str) -> str:
+    """What a way or a baseline is called for readers."""
+    return WAYS.get(way, way)
+
+
 @register_measure
 class LongDocuments(Measure):
     """Long documents with the memory carried, emptied, and another document's."""
 
     name = "long"
     title = "long documents"
+    can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """See `LongDocumentsResult`."""
@@ -336,12 +355,38 @@ class LongDocuments(Measure):
             )
         return columns
 
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """A row per range of distance: perplexity each way, and the carried memory against each other way."""
+        rows: list[tuple[str, list[Column]]] = []
+        for entry in (*result["ranges"], result["overall"]):
+            name = "all" if entry is result["overall"] else name_range(entry)
+            columns = [
+                Column("num_documents", "documents", entry["num_documents"], format_count),
+                Column("num_tokens", "tokens", entry["num_tokens"], format_count),
+            ]
+            for way, found in entry["perplexity"].items():
+                columns.append(Column(way, name_way(way), found["value"], group="perplexity"))
+            for way, found in entry["differences"].items():
+                relative: dict[str, Any] = {"format": format_percent, "group": "carried against", **found["relative"]}
+                columns.append(Column(f"vs_{way}", name_way(way), **relative))
+            rows.append((name, columns))
+        return [Table("by distance from the document's start, in tokens", rows)]
+
+    def notes(self, result: dict[str, Any]) -> list[str]:
+        """What is missing."""
+        overall, notes = result["overall"]["perplexity"], []
+        if FOREIGN not in overall:
+            notes.append("one document alone: there is no other document's memory")
+        if overall[CARRIED]["low"] is None:
+            notes.append(f"{result['num_documents']} documents are too few for intervals over documents")
+        return notes
+
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """Perplexity by distance: per model a line per way, and per other way a line per model."""
         charts: list[Chart] = []
         for name in dict.fromkeys(one.name for one in results):
             rows = [
-                {"distance": name_range(entry), "way": WAYS.get(way, way), **found}
+                {"distance": name_range(entry), "way": name_way(way), **found}
                 for one in results
                 if one.name == name
                 for entry in one.result["ranges"]

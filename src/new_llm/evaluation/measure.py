@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from new_llm.charts import Chart, ShadedText
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.user_code import load_by_name
+from new_llm.data.batches import BatchShape
+from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, Reading, never
 from new_llm.formats import format_number
@@ -35,6 +37,7 @@ class Baseline:
             as long as its segment, so many tokens from one to the next, each from an empty memory.
         device: where it lies; None: where its weights are.
         autocast: makes the context in which it computes.
+        facts: plain values that say which model it is, for the result.
     """
 
     name: str
@@ -42,6 +45,32 @@ class Baseline:
     stride: int | None = None
     device: torch.device | str | None = None
     autocast: Autocast = contextlib.nullcontext
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model was trained on; only the doctor asks.
+
+    Attributes:
+        train: the training documents.
+        validation: the validation documents.
+        shapes: how batches are cut from them, one shape per curriculum stage.
+        order: stream or shuffled.
+        seed: seed of the order.
+        pairs: the reversal pairs whose forward sentences were trained on; empty if there were none.
+        differences: where the run's records differ from the data found now, one sentence each.
+        facts: fingerprints that agree with the run's records.
+    """
+
+    train: TokenSplit
+    validation: TokenSplit
+    shapes: tuple[BatchShape, ...]
+    order: Literal["stream", "shuffled"]
+    seed: int
+    pairs: tuple[ReversalPair, ...]
+    differences: tuple[str, ...]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +90,7 @@ class Subject:
         on_progress: called with what is done so far and what there is to do in all.
         should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
         baselines: other models that score the same long documents.
+        training: what the model was trained on; None: unknown.
         facts: plain values about model and data, e.g. the run's data record.
     """
 
@@ -76,6 +106,7 @@ class Subject:
     on_progress: Progress | None = None
     should_stop: Callable[[], bool] = never
     baselines: Sequence[Baseline] = ()
+    training: TrainingData | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,6 +152,21 @@ class Column:
     hint: str = ""
 
 
+@dataclass(frozen=True)
+class Table:
+    """Figures in more detail than the summary's, for one model: a row per range, length, relation or check.
+
+    Attributes:
+        title: what it shows.
+        rows: each row's name and its figures.
+        is_for_studies: whether a study compares its variants by these figures, too.
+    """
+
+    title: str
+    rows: list[tuple[str, list[Column]]]
+    is_for_studies: bool = False
+
+
 class ModelResult(NamedTuple):
     """What a measure found for one model.
 
@@ -144,6 +190,8 @@ class Measure(ABC):
     """The key in `results.json` and in `EvalConfig.measures`."""
     title: ClassVar[str]
     """What readers know the measure by."""
+    can_stop: ClassVar[bool] = False
+    """Whether `run` asks `Subject.should_stop` and says in `is_complete` that its result is partial."""
 
     @abstractmethod
     def run(self, subject: Subject) -> dict[str, Any] | None:
@@ -164,6 +212,14 @@ class Measure(ABC):
     def describe(self, result: dict[str, Any]) -> str:
         """The result in one sentence; empty: there is nothing to say."""
         return ""
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """More figures of one model, which `new-llm eval` prints below the columns."""
+        return []
+
+    def notes(self, result: dict[str, Any]) -> list[str]:
+        """What else the reader of one result should know, a line each."""
+        return []
 
 
 def to_plain(value: Any) -> Any:

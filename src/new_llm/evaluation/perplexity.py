@@ -230,6 +230,7 @@ class Perplexity(Measure):
     """What the protocols share as measures; each names itself and how it evaluates."""
 
     GROUP: ClassVar[str] = "Validation perplexity"
+    can_stop = True
 
     @abstractmethod
     def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
@@ -249,7 +250,9 @@ class Perplexity(Measure):
         return [Column("perplexity", self.name, value, better="lower", group=self.GROUP, error=error)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """A bar per model."""
+        """A bar per model, if there are several."""
+        if len(results) < 2:
+            return []
         rows = [{"model": one.name, "perplexity": one.result["perplexity"]} for one in results]
         caption = f"{self.title.capitalize()} of the validation documents; lower is better."
         return [bar_chart(f"perplexity-{self.name}", self.title, caption, rows, x="model", y="perplexity")]
@@ -257,6 +260,15 @@ class Perplexity(Measure):
     def describe(self, result: dict[str, Any]) -> str:
         """The perplexity with its verdict."""
         return f"{self.title} {result['perplexity']:,.2f}: {result['verdict']['text']}"
+
+    def notes(self, result: dict[str, Any]) -> list[str]:
+        """How it was read, and how much of it."""
+        how = f"segments of {result['segment_length']:,}"
+        if result["context"] is not None:
+            how = f"context {result['context']:,}, stride {result['stride']:,}; {how}"
+        tokens = f"{result['num_tokens']:,} of {result['num_planned']:,} tokens"
+        speed = f"{result['tokens_per_second']:,.0f} tokens/s"
+        return [f"{self.name}: {how}; {tokens}, documents: {result['num_documents']:,}; {speed}"]
 
 
 @register_measure

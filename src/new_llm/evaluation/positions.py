@@ -8,9 +8,10 @@ import numpy as np
 
 from new_llm.charts import Chart, line_chart
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure
 from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, exp_or_inf, join_scores, select_documents
 from new_llm.evaluation.windows import Window
+from new_llm.formats import format_count
 
 
 def evaluate_positions(
@@ -81,6 +82,20 @@ class Positions(Measure):
         columns: dict[str, Any] = {"x": "position", "y": "perplexity", "series": "model"}
         titles: dict[str, Any] = {"x_title": "position in the sample", "y_title": "perplexity"}
         return [line_chart("positions", "Perplexity by position", caption, rows, **columns, **titles)]
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """A row per range."""
+        rows = [
+            (
+                f"{entry['start']}–{entry['end']}",
+                [
+                    Column("perplexity", "perplexity", entry["perplexity"]),
+                    Column("num_tokens", "tokens", entry["num_tokens"], format_count),
+                ],
+            )
+            for entry in result["ranges"]
+        ]
+        return [Table(f"by position in samples of {result['seq_length']} tokens", rows)]
 
     def describe(self, result: dict[str, Any]) -> str:
         """The first range against the last one."""

@@ -17,7 +17,7 @@ from new_llm.config.evaluation import RecallConfig
 from new_llm.data.recall_facts import RecallTask
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.hugging_face import HuggingFaceLM
-from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure, to_plain
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.recall_texts import RecallText, TextMaker
 from new_llm.evaluation.scoring import (
     Autocast,
@@ -30,12 +30,14 @@ from new_llm.evaluation.scoring import (
     score_rows,
 )
 from new_llm.evaluation.statistics import Estimate, draw_resamples, find_interval, find_share_interval
-from new_llm.formats import format_percent
+from new_llm.formats import format_number, format_percent
 from new_llm.models import TransformerLM
 from new_llm.models.loss import IGNORE_INDEX, align_labels
 
 TASKS = {"passkey": "pass keys", "facts": "facts"}
 """What readers know the tasks by."""
+FIGURES = {"exact": "greedy exact match", "first": "right answer ranked first", "mean_rank": "mean rank"}
+"""What they know the figures by."""
 
 
 class Answer(NamedTuple):
@@ -402,15 +404,19 @@ def predict_tokens(model: LanguageModel, input_ids: Tensor, mask: Tensor | None,
     return logits[wanted].argmax(-1)
 
 
-def average_by_distance(result: dict[str, Any], task: str, way: str, figure: str) -> dict[int, float]:
-    """The mean of a figure over the trials of each distance in segments."""
+def average_by(cells: Sequence[dict[str, Any]], place: str, way: str, figure: str) -> dict[int, float]:
+    """The mean of a figure over the trials of each length, or of each distance in whole segments (`mean_distance`)."""
     totals: dict[int, tuple[float, int]] = {}
-    for cell in result["cells"]:
-        if cell["task"] == task:
-            total, count = totals.get(distance := round(cell["mean_distance"]), (0.0, 0))
-            num = cell["num_trials"]
-            totals[distance] = (total + cell[way][figure]["value"] * num, count + num)
-    return {distance: total / count for distance, (total, count) in sorted(totals.items())}
+    for cell in cells:
+        total, count = totals.get(where := round(cell[place]), (0.0, 0))
+        num = cell["num_trials"]
+        totals[where] = (total + cell[way][figure]["value"] * num, count + num)
+    return {where: total / count for where, (total, count) in sorted(totals.items())}
+
+
+def group_by_task(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of each task."""
+    return {task: found for task in TASKS if (found := [cell for cell in result["cells"] if cell["task"] == task])}
 
 
 @register_measure
@@ -419,6 +425,7 @@ class Recall(Measure):
 
     name = "recall"
     title = "recall"
+    can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """See `RecallResult`."""
@@ -436,13 +443,49 @@ class Recall(Measure):
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Per task, the share of exact answers over all distances of one segment or more."""
         columns: list[Column] = []
-        for task in dict.fromkeys(cell["task"] for cell in result["cells"]):
-            cells = [cell for cell in result["cells"] if cell["task"] == task and cell["length"] > 1]
+        for task, cells in group_by_task(result).items():
+            cells = [cell for cell in cells if cell["length"] > 1]
             trials = sum(cell["num_trials"] for cell in cells)
             exact = sum(cell["carried"]["exact"]["value"] * cell["num_trials"] for cell in cells)
             share = exact / trials if trials else None
             columns.append(Column(task, TASKS[task], share, format_percent, better="higher", group="Recall, exact"))
         return columns
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """Per task each figure by depth and length, with that of an empty memory below; then all by distance."""
+        tables: list[Table] = []
+        for task, cells in group_by_task(result).items():
+            by_distance: dict[str, list[Column]] = {}
+            for key, title in FIGURES.items():
+                write, better = (format_number, "lower") if key == "mean_rank" else (format_percent, "higher")
+                rows: dict[str, list[Column]] = {}
+                for cell in sorted(cells, key=lambda cell: (cell["depth"], cell["length"])):
+                    length, found = f"{cell['length']:,}", cell["carried"][key]
+                    column = Column(length, length, **found, format=write, group="segments")
+                    rows.setdefault(f"depth {cell['depth']:g}", []).append(column)
+                rows["memory reset"] = [
+                    Column(f"{length:,}", f"{length:,}", value, write, group="segments")
+                    for length, value in average_by(cells, "length", "reset", key).items()
+                ]
+                tables.append(Table(f"{TASKS[task]}: {title}", list(rows.items())))
+                for distance, value in average_by(cells, "mean_distance", "carried", key).items():
+                    segments = "1 segment" if distance == 1 else f"{distance} segments"
+                    column = Column(key, title, value, write, better=better)
+                    by_distance.setdefault(segments, []).append(column)
+            tables.append(Table(f"{TASKS[task]} by distance", list(by_distance.items()), is_for_studies=True))
+        return tables
+
+    def notes(self, result: dict[str, Any]) -> list[str]:
+        """What a guess reaches, what was left out, and how much was measured."""
+        notes = [
+            f"a guess is right in {result['chance_first']:.1%}; its mean rank is {result['chance_rank']:g} of "
+            f"{result['num_candidates']}",
+            *result["notes"],
+        ]
+        if not result["has_memory"]:
+            notes.append("this model has no memory: beyond 1 segment it can know no more than the control")
+        counts = f"{result['num_trials']:,} of {result['num_planned']:,} texts, {result['num_tokens']:,} tokens"
+        return [*notes, counts]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """Per task, the share ranked first by distance, a line per model."""
@@ -451,7 +494,9 @@ class Recall(Measure):
             rows = [
                 {"model": one.name, "distance": distance, "share": share}
                 for one in results
-                for distance, share in average_by_distance(one.result, task, "carried", "first").items()
+                for distance, share in average_by(
+                    group_by_task(one.result).get(task, []), "mean_distance", "carried", "first"
+                ).items()
             ]
             if rows:
                 caption = "Share of questions whose right answer ranks first, by segments from the sentence to it."

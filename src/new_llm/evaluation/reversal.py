@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import ReversalConfig
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
-from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure
 from new_llm.evaluation.reversal_scores import Reading, ReversalResult, ReversalTable
 from new_llm.evaluation.scoring import (
     Autocast,
@@ -26,7 +27,7 @@ from new_llm.evaluation.scoring import (
     group_by_length,
     score_rows,
 )
-from new_llm.formats import format_percent
+from new_llm.formats import format_count, format_number, format_percent
 from new_llm.processes import ALONE, Processes
 
 Direction = Literal["forward", "backward"]
@@ -236,6 +237,29 @@ COLUMNS = {
     "forward_accuracy": "forward first",
     "backward_accuracy": "backward first",
 }
+TABLES = {
+    "perplexity of the sentences": ("forward_perplexity", "backward_perplexity", "ratio", "gap"),
+    "perplexity of the answers, given the prompt": (
+        "forward_answer_perplexity",
+        "backward_answer_perplexity",
+        "answer_ratio",
+    ),
+    "right answer first among the answers of its relation": (
+        "forward_accuracy",
+        "backward_accuracy",
+        "chance_accuracy",
+    ),
+    "mean rank of the right answer": ("forward_mean_rank", "backward_mean_rank", "chance_mean_rank"),
+}
+"""The figures of each table, a row for all pairs, each kind and each relation."""
+
+
+def make_column(scores: dict[str, Any], key: str, title: str, group: str = "") -> Column:
+    """A figure with its interval, where it has one."""
+    low, high = scores["intervals"].get(key, (None, None))
+    write = format_percent if key.endswith("accuracy") else format_number
+    better = "higher" if key.endswith("accuracy") else "lower" if key.endswith("perplexity") else None
+    return Column(key, title, scores[key], write, better, group, low=low, high=high)
 
 
 @register_measure
@@ -248,10 +272,11 @@ class ReversalCurse(Measure):
     def run(self, subject: Subject) -> dict[str, Any]:
         """See `ReversalResult.to_dict`."""
         settings = subject.settings.reversal
-        return evaluate_reversal_curse(
+        pairs = load_pairs(settings)
+        result = evaluate_reversal_curse(
             subject.model,
             subject.tokenizer,
-            load_pairs(settings),
+            pairs,
             subject.device,
             batch_size=settings.batch_size,
             max_sentences=settings.max_sentences,
@@ -261,18 +286,56 @@ class ReversalCurse(Measure):
             autocast=subject.autocast,
             on_progress=subject.on_progress,
             processes=subject.processes,
-        ).to_dict()
+        )
+        known = {pair.forward for pair in get_reversal_pairs()}
+        text = {
+            "source": "the project's own pairs" if settings.pairs is None else str(settings.pairs),
+            "pairs_fingerprint": hashlib.sha256(
+                "\n".join(map(repr, map(dataclasses.astuple, pairs))).encode()
+            ).hexdigest(),
+            "num_pairs": len(pairs),
+            "num_relations": len({pair.relation for pair in pairs}),
+            "num_own": sum(pair.forward in known for pair in pairs),
+            "num_trained": subject.facts.get("reversal_sentences"),
+        }
+        return result.to_dict() | {"text": text}
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Both directions, their ratio (1 is best) and gap (0 is best), and how often the right answer is first."""
-        columns: list[Column] = []
-        for key, title in COLUMNS.items():
-            low, high = result["intervals"][key]
-            options: dict[str, Any] = {"better": "lower"} if key.endswith("perplexity") else {}
-            if key.endswith("accuracy"):
-                options = {"better": "higher", "format": format_percent}
-            columns.append(Column(key, title, result[key], group="Reversal curse", low=low, high=high, **options))
-        return columns
+        return [make_column(result, key, title, "Reversal curse") for key, title in COLUMNS.items()]
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """All pairs, each kind and each relation."""
+        groups = {"all pairs": result}
+        if len(result["by_kind"]) > 1:
+            groups |= {f"{kind} facts": scores for kind, scores in result["by_kind"].items()}
+        if len(result["per_relation"]) > 1:
+            groups |= {entry["relation"].replace("_", " "): entry for entry in result["per_relation"]}
+        tables: list[Table] = []
+        for title, keys in TABLES.items():
+            titles = {key: key.partition("_")[0].replace("answer", "ratio") for key in keys}
+            rows = [
+                (
+                    name,
+                    [Column("num_pairs", "pairs", scores["num_pairs"], format_count)]
+                    + [make_column(scores, key, titles[key]) for key in keys],
+                )
+                for name, scores in groups.items()
+            ]
+            tables.append(Table(title, rows))
+        return tables
+
+    def notes(self, result: dict[str, Any]) -> list[str]:
+        """Which pairs, and whether training held their forward sentences: what the comparison rests on."""
+        text, bootstrap, trained = result["text"], result["bootstrap"], result["text"]["num_trained"]
+        what = "It is unknown whether training held forward sentences."
+        if trained is not None:
+            what = f"Training held {trained} forward sentences of the project's own pairs"
+            what += f"; {text['num_own']} of the pairs that were measured are among these pairs."
+        return [
+            f"{text['num_pairs']} pairs in {text['num_relations']} relations. {what}",
+            f"{bootstrap['confidence']:.0%} intervals of {bootstrap['num_resamples']:,} bootstrap resamples.",
+        ]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """How often the right answer is first, forward and backward."""

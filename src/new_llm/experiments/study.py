@@ -28,18 +28,17 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
 from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall
+from new_llm.experiments.evaluation import (
+    check_tokenizer,
+    describe_evaluation,
+    load_evaluation_text,
+    plain_settings,
+)
 from new_llm.experiments.run_folder import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
 from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
-from new_llm.experiments.subject import (
-    Subject,
-    check_tokenizer,
-    describe_evaluation,
-    load_evaluation_text,
-    load_subject,
-    plain_settings,
-)
+from new_llm.experiments.subject import LoadedModel, load_any_model
 from new_llm.training import TrainingInterrupted
 
 STUDY_FILE = "study.yaml"
@@ -199,12 +198,12 @@ def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Ca
         yield "recall", lambda: _measure_recall(load(), recall, wanted["recall"])
 
 
-def _load(study: StudyConfig, cell: Cell) -> Subject:
+def _load(study: StudyConfig, cell: Cell) -> LoadedModel:
     config = study.configure(cell.variant, cell.seed)
-    return load_subject(SubjectConfig(run=str(study.folder / cell.name), device=config.device))
+    return load_any_model(SubjectConfig(run=str(study.folder / cell.name), device=config.device))
 
 
-def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject) -> list[Baseline]:
+def _load_baselines(study: StudyConfig, cell: Cell, subject: LoadedModel) -> list[Baseline]:
     baselines: list[Baseline] = []
     for name in (*study.baselines, *study.window_baselines):
         other = _load(study, Cell(name, cell.seed))
@@ -212,25 +211,29 @@ def _load_baselines(study: StudyConfig, cell: Cell, subject: Subject) -> list[Ba
         stride = None
         if name in study.window_baselines:
             stride = study.choose_window_stride(name, other.model.segment_length)
-        baselines.append(Baseline(name, other.model, stride, other.device, other.autocast))
+        baselines.append(Baseline(name, other.model, stride, other.device, other.autocast, other.facts))
     return baselines
 
 
 def _measure_long(
-    subject: Subject,
+    subject: LoadedModel,
     baselines: list[Baseline],
     source: str | None,
     config: LongDocumentsConfig,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig(source=source))
-    result = evaluate_long_documents(subject.model, text.split, config, baselines=baselines, **subject.reading)
+    result = evaluate_long_documents(
+        subject.model, text.split, config, baselines=baselines, device=subject.device, autocast=subject.autocast
+    )
     return describe_evaluation("long", subject, text.info, settings, result.to_dict())
 
 
-def _measure_recall(subject: Subject, config: RecallConfig, settings: dict[str, Any]) -> dict[str, Any]:
+def _measure_recall(subject: LoadedModel, config: RecallConfig, settings: dict[str, Any]) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig())
-    result = evaluate_recall(subject.model, subject.tokenizer, text.split, config, **subject.reading)
+    result = evaluate_recall(
+        subject.model, subject.tokenizer, text.split, config, device=subject.device, autocast=subject.autocast
+    )
     return describe_evaluation("recall", subject, text.info, settings, result.to_dict())
 
 

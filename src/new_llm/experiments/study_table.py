@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from new_llm.config.terminal import make_line
-from new_llm.evaluation import MEASURES, Column
+from new_llm.evaluation import MEASURES, Column, Measure
 from new_llm.evaluation.statistics import find_t_interval
 from new_llm.experiments.study_config import StudyConfig
 from new_llm.formats import format_bytes, format_count, format_number
@@ -31,20 +31,30 @@ def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             yield what, record["kind"], record["result"]
 
 
+def list_columns(measure: Measure, result: dict[str, Any]) -> Iterator[tuple[str, str, Column]]:
+    """(table, heading, column) of all of a result's figures by which a study compares."""
+    for column in measure.columns(result):
+        yield column.group or measure.title, column.title, column
+    for table in measure.tables(result):
+        for row, columns in table.rows if table.is_for_studies else ():
+            for column in columns:
+                yield table.title, f"{row}, {column.title}", column
+
+
 def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
     """By its name, each figure of a training, and the table that it stands in."""
     figures: dict[str, tuple[str, Column]] = {}
     for what, name, result in list_results(run):
         measure = MEASURES.get(name)
         try:
-            columns = measure.columns(dict(result)) if measure else []
+            found = list(list_columns(measure, dict(result))) if measure else []
         except Exception:  # a bug of a user's own measure costs its own figures, not a finished study's table
             continue
         text = what.removeprefix(f"{name}-") if what != name else ""
-        for column in columns:
+        for title, head, column in found:
             if isinstance(column.value, int | float):
-                table = (column.group or measure.title if measure else name) + (f": {text}" if text else "")
-                figures[f"{table}: {column.title}"] = (table, column)
+                table = title + (f": {text}" if text else "")
+                figures[f"{table}: {head}"] = (table, column)
     gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
     training = run["model"]["training"]
     costs = [

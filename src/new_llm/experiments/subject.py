@@ -1,13 +1,8 @@
-"""What `new-llm eval` and studies measure: a trained model, the text it reads, and the JSON record of the result.
+"""Any trained model, for `new-llm eval` and studies: one of a run, a saved one, or a Hugging Face checkpoint.
 
-The model is one of a run, a saved one, or a Hugging Face checkpoint. GPT-NeoX checkpoints become models of this
-project; other kinds are read through a wrapper.
+GPT-NeoX checkpoints become models of this project; other kinds are read through a wrapper.
 """
 
-import dataclasses
-import datetime
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,9 +15,8 @@ from tokenizers import Tokenizer
 
 import new_llm.models.hf  # registers this project's models with the Auto classes
 from new_llm.config import DataConfig, UserError
-from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION, SubjectConfig, TextConfig
+from new_llm.config.evaluation import SubjectConfig
 from new_llm.config.files import read_json_file
-from new_llm.data.dataset import EvaluationText, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
 from new_llm.evaluation.hugging_face import HuggingFaceLM
@@ -31,14 +25,10 @@ from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
-    describe_code,
-    describe_command,
-    describe_environment,
     find_model_folder,
     load_run_model,
     read_begun,
     read_json,
-    write_json,
 )
 from new_llm.models import TransformerLM
 from new_llm.models.hf.gpt_neox import load_pythia
@@ -50,8 +40,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to measure, on its device and in evaluation mode.
+class LoadedModel:
+    """A model with its tokenizer, on its device and in evaluation mode.
 
     Attributes:
         label: short name that can be part of a file name.
@@ -75,23 +65,8 @@ class Subject:
     folder: Path | None
     config: ExperimentConfig | None
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """How all measures read the model: keywords of the `evaluate_` functions."""
-        return {"device": self.device, "autocast": self.autocast}
 
-    def require_own(self, what: str) -> TransformerLM:
-        """The model as a `TransformerLM`, which some measurements need.
-
-        Raises:
-            UserError: it is a Hugging Face model of another kind.
-        """
-        if not isinstance(self.model, TransformerLM):
-            raise UserError(f"{self.label}: {what} needs a model of this project or a GPT-NeoX checkpoint")
-        return self.model
-
-
-def load_subject(config: SubjectConfig) -> Subject:
+def load_any_model(config: SubjectConfig) -> LoadedModel:
     """Load the configured model with its tokenizer.
 
     Raises:
@@ -113,7 +88,7 @@ def _name_model(config: SubjectConfig) -> str:
     return read_base_name(config.parallel_adapter)
 
 
-def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> Subject:
+def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> LoadedModel:
     for name in ("revision", "segment_length"):
         if getattr(config, name) is not None:
             raise UserError(
@@ -144,7 +119,7 @@ def _find_run(model_folder: Path) -> Path | None:
     return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
-def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -> Subject:
+def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -> LoadedModel:
     if config.model is not None:
         raise UserError(f"--model: is for a run of several models; {name} is one model")
     if config.parallel_adapter is not None and config.segment_length is not None:
@@ -247,7 +222,7 @@ def _make(
     *,
     folder: Path | None = None,
     run_config: ExperimentConfig | None = None,
-) -> Subject:
+) -> LoadedModel:
     facts = facts | {
         "parallel_adapter": None if config.parallel_adapter is None else str(config.parallel_adapter),
         "weights_fingerprint": fingerprint_weights(model),
@@ -257,109 +232,4 @@ def _make(
     }
     model.to(device).eval()
     autocast = make_autocast(precision, device)
-    return Subject(label, model, tokenizer, device, precision, autocast, facts, folder, run_config)
-
-
-def check_tokenizer(other: Subject, subject: Subject, where: str, name: str) -> None:
-    """Reject a baseline whose tokens are not the subject's.
-
-    Args:
-        other: the baseline.
-        subject: the model that is measured.
-        where: what names the baseline, for the message.
-        name: what the subject is called.
-
-    Raises:
-        UserError: their tokenizers differ.
-    """
-    if other.facts["tokenizer_fingerprint"] != subject.facts["tokenizer_fingerprint"]:
-        raise UserError(f"{where}: its tokenizer is not that of {name}: tokens can't be compared")
-
-
-# Text and record
-
-
-def load_evaluation_text(subject: Subject, config: TextConfig) -> EvaluationText:
-    """Read what the configuration names with the subject's tokenizer; no source: its run's validation documents.
-
-    Raises:
-        UserError: the text can't be read, or the subject belongs to no run and no source is named.
-    """
-    if config.source is not None:
-        return read_evaluation_text(config, subject.tokenizer)
-    if subject.config is None:
-        raise UserError(f"data.source: {subject.label} belongs to no run, so a text must be named: --data.source FILE")
-    if config != TextConfig():
-        raise UserError("data: without --data.source the run's validation documents are read as they are")
-    data = prepare_data(subject.config.data)
-    if fingerprint_tokenizer(data.tokenizer) != fingerprint_tokenizer(subject.tokenizer):
-        source = subject.config.data.source
-        raise UserError(f"{source}: has changed since the run: it gives another tokenizer; name a text: --data.source")
-    info = {
-        "source": f"validation documents of {data.info['source']}",
-        "source_fingerprint": data.info["source_fingerprint"],
-    }
-    return EvaluationText(data.validation, info | count_text(data.validation))
-
-
-def describe_evaluation(
-    kind: str,
-    subject: Subject,
-    text: dict[str, Any] | None,
-    settings: dict[str, Any],
-    result: dict[str, Any],
-    *,
-    is_complete: bool = True,
-) -> dict[str, Any]:
-    """The record of a measurement: the result with everything needed to repeat it.
-
-    Args:
-        kind: perplexity, reversal, long, recall or doctor.
-        subject: the model.
-        text: what it was measured on; None: the measurement's own text.
-        settings: the options of the measurement, seeds included.
-        result: plain values.
-        is_complete: False: it was interrupted, and the result holds what was measured by then.
-    """
-    return {
-        "record_version": RECORD_VERSION,
-        "kind": kind,
-        "status": "complete" if is_complete else "partial",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": describe_command(),
-        "code": describe_code(),
-        "environment": describe_environment(str(subject.device), subject.precision, torch.get_num_threads()),
-        "subject": subject.facts,
-        "text": text,
-        "settings": settings,
-        "result": result,
-    }
-
-
-def write_evaluation(record: dict[str, Any], subject: Subject, out: Path | None) -> Path:
-    """Write a record, by default into the run's folder; repeating a measurement replaces its file.
-
-    Args:
-        record: of `describe_evaluation`.
-        subject: the model.
-        out: the file; None: `<run>/evaluations/<kind>-<model>-<hash of model, text and settings>.json`, under runs/
-            for a model that belongs to no run.
-    """
-    if out is None:
-        identity = {key: record[key] for key in ("subject", "text", "settings", "status")}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        folder = (subject.folder or Path("runs")) / EVALUATIONS_FOLDER
-        out = folder / f"{record['kind']}-{subject.label}-{digest[:10]}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, record)
-    return out
-
-
-def plain_settings(*sections: Any) -> dict[str, Any]:
-    """The fields of some configuration sections as plain values."""
-    values: dict[str, Any] = {}
-    for section in sections:
-        values |= {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(section).items()
-        }
-    return values
+    return LoadedModel(label, model, tokenizer, device, precision, autocast, facts, folder, run_config)

@@ -3,6 +3,15 @@
 from new_llm.report.page import write_page, write_report
 from new_llm.report.render import write_chart, write_charts
 from new_llm.report.results import load_results, read_runs
-from new_llm.report.tables import SummaryTable
+from new_llm.report.tables import ColumnTable, SummaryTable
 
-__all__ = ["SummaryTable", "load_results", "read_runs", "write_chart", "write_charts", "write_page", "write_report"]
+__all__ = [
+    "ColumnTable",
+    "SummaryTable",
+    "load_results",
+    "read_runs",
+    "write_chart",
+    "write_charts",
+    "write_page",
+    "write_report",
+]

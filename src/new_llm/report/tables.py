@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from textwrap import wrap
 from typing import Any, Literal
@@ -174,12 +174,44 @@ class SummaryTable:
         write = str if options.encoding.startswith("utf") else to_ascii
         series = group_series([self.run])
         yield Text(write(self.run.name), style="bold")
-        for line in render_lines(summarize(series), options.max_width, write):
-            line.no_wrap, line.overflow = True, "ignore"
-            yield line
+        yield from _print_lines(summarize(series), options)
         outcome = describe_outcome(series)
         yield Text(write(f"\n{outcome.text}"))
         yield Text(write(" ".join(outcome.caveats)))
+
+
+class ColumnTable:
+    """What rich prints of some measures' columns: a row for each name, with their intervals."""
+
+    def __init__(self, rows: Sequence[tuple[str, Sequence[Column]]]) -> None:
+        by_key = [{column.key: column for column in columns} for _, columns in rows]
+        firsts = {column.key: column for columns in reversed(by_key) for column in columns.values()}
+        keys = list(dict.fromkeys(key for columns in by_key for key in columns))
+        headings = [Heading(make_line(firsts[key].group), make_line(firsts[key].title)) for key in keys]
+        cells = [[_make_interval_cell(columns.get(key)) for key in keys] for columns in by_key]
+        names = [make_line(name) for name, _ in rows]
+        self.summary = Summary(headings, [(name, 0, row) for name, row in zip(names, cells, strict=True)])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        return _print_lines(self.summary, options)
+
+
+def _print_lines(summary: Summary, options: ConsoleOptions) -> Iterator[Text]:
+    """The lines of a table, in ASCII where the console's encoding has no other characters."""
+    for line in render_lines(summary, options.max_width, str if options.encoding.startswith("utf") else to_ascii):
+        line.no_wrap, line.overflow = True, "ignore"
+        yield line
+
+
+def _make_interval_cell(column: Column | None) -> Cell:
+    """A figure with its interval."""
+    if column is None:
+        return Cell(MISSING)
+    cell, low, high = _make_measured_cell([column]), as_number(column.low), as_number(column.high)
+    if cell.value is None or low is None or high is None:
+        return cell
+    low, high = (_make_measured_cell([replace(column, value=end, error=None)]).text for end in (low, high))
+    return Cell(f"{cell.text} [{low}, {high}]", cell.hint, cell.value)
 
 
 def render_lines(summary: Summary, width: int, write: Callable[[str], str] = str) -> Iterator[Text]:
@@ -233,7 +265,7 @@ def _render_block(
     groups = [(write(group), _measure_span(widths, places)) for group, places in spans]
     titles = [(write(summary.headings[i].title), width) for i, width in zip(columns, widths, strict=True)]
     yield Text("")
-    for line in _stack(groups):
+    for line in _stack(groups) if any(group for group, _ in groups) else ():
         yield Text((" " * name_width + gap + gap.join(f"{part:<{width}}" for part, (_, width) in line)).rstrip())
     for line in _stack(titles):
         yield Text((" " * name_width + gap + gap.join(f"{part:>{width}}" for part, (_, width) in line)).rstrip())

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import DoctorConfig
-from new_llm.data.batches import BatchShape
-from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit
+from new_llm.evaluation.measure import TrainingData
 from new_llm.evaluation.scoring import find_device
 from new_llm.models import TransformerLM
 
@@ -106,31 +105,6 @@ def register_check(
         return run
 
     return register
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What is known of a model's training.
-
-    Attributes:
-        train: the training documents.
-        validation: the validation documents.
-        shapes: how batches are cut from them, one shape per curriculum stage.
-        order: stream or shuffled.
-        seed: seed of the order.
-        pairs: the reversal pairs whose forward sentences were trained on; empty if there were none.
-        differences: where the run's records differ from the data found now, one sentence each.
-        facts: fingerprints that agree with the run's records.
-    """
-
-    train: TokenSplit
-    validation: TokenSplit
-    shapes: tuple[BatchShape, ...]
-    order: Literal["stream", "shuffled"]
-    seed: int
-    pairs: tuple[ReversalPair, ...]
-    differences: tuple[str, ...]
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""What every command of `new-llm eval` does: load a model, measure it, write the record, print it, draw its charts."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from new_llm.cli.eval import Evaluation
+from new_llm.config.errors import UserError
+from new_llm.config.terminal import open_console, print_text
+from new_llm.evaluation import Measure, ModelResult, Subject, find_measures
+from new_llm.experiments.evaluation import describe_evaluation, plain_settings, prepare_subject, write_evaluation
+from new_llm.experiments.subject import load_any_model
+from new_llm.report import ColumnTable, write_chart
+from new_llm.training.devices import catch_stop_signals
+
+FAULT_FOUND, INTERRUPTED = 1, 130
+
+
+def evaluate(command: Evaluation) -> int:
+    """Measure what the command names.
+
+    Returns:
+        The exit code: 130 where a measurement was interrupted and its result is partial, 1 where it found a fault.
+
+    Raises:
+        UserError: bad input, or a measure that does not apply to this model or text.
+    """
+    settings, measures = command.settings, find_measures(command.names)
+    loaded = load_any_model(command.subject)
+    subject, text = prepare_subject(loaded, settings, command.subject, command.data)
+    flags = plain_settings(*([] if command.data is None else [command.data]), command.options)
+    for measure in measures:
+        result = run_measure(measure, subject)
+        if result is None:
+            raise UserError(f"{loaded.label}: {measure.title} does not apply to this model or text")
+        record = describe_evaluation(measure.name, loaded, text, flags, result)
+        path = write_evaluation(record, loaded, command.out)
+        show(measure, record, loaded.label)
+        for place, chart in enumerate(measure.charts([ModelResult(loaded.label, record["result"])])):
+            first = command.picture or path.with_suffix(".svg")
+            picture = first if place == 0 else first.with_name(f"{first.stem}-{chart.name}{first.suffix}")
+            write_chart(chart, picture)
+            print_text(f"picture: {picture}")
+        print_text(f"results: {path}")
+        if record["status"] == "partial":
+            print("interrupted: the result is partial, and is labelled so", file=sys.stderr)
+            return INTERRUPTED
+        if result.get("num_fault"):
+            print(f"{result['num_fault']} found: readings of this model can't be trusted", file=sys.stderr)
+            return FAULT_FOUND
+    return 0
+
+
+def run_measure(measure: Measure, subject: Subject) -> dict[str, Any] | None:
+    """The measure's result, with progress on stderr; Ctrl-C ends it with what it has found so far, where it can."""
+    stopping = catch_stop_signals() if measure.can_stop else nullcontext()
+    with stopping as should_stop, show_progress(measure.title) as on_progress:
+        hooks = {"on_progress": on_progress} | ({"should_stop": should_stop} if should_stop else {})
+        return measure.run(dataclasses.replace(subject, **hooks))
+
+
+def show(measure: Measure, record: dict[str, Any], label: str) -> None:
+    """Print the measure's columns, its tables, what they say, and the notes."""
+    result, console = record["result"], open_console()
+    partial = " (partial)" if record["status"] == "partial" else ""
+    console.print(f"{measure.title} of {record['subject']['path']}{partial}", style="bold", soft_wrap=True)
+    console.print(ColumnTable([(label, measure.columns(result))]))
+    for table in measure.tables(result):
+        console.print(f"\n{table.title}{partial}", style="bold")
+        console.print(ColumnTable(table.rows))
+    console.print()
+    source = record["text"] and f"text: {record['text']['source']}"
+    for line in filter(None, (measure.describe(result), *measure.notes(result), source)):
+        console.print(line)
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr where that is a terminal; gives a function of (done, in all)."""
+    console = open_console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

