@@ -185,7 +185,7 @@ def test_advice_names_flags_that_the_command_has(name: str, capsys: pytest.Captu
         (["experiment", "--models"], "models: "),
         (["experiment", "--device", "tpu"], "--device: 'tpu' is an invalid choice; allowed are auto, cpu, cuda (see"),
         (["export", "--run", "x"], "missing --out (see new-llm export --help)"),
-        (["eval"], "choose one of doctor, long, ppl, recall, reversal (see new-llm eval --help)"),
+        (["eval"], "choose one of doctor, long, measures, positions, ppl, recall, reversal (see new-llm eval --help)"),
         (["runs", "shwo"], "unknown option shwo (see new-llm runs --help)"),
         (["memory", "merge", "a", "--out"], "--out: a value is missing (see new-llm memory merge --help)"),
     ],

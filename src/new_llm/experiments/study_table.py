@@ -7,6 +7,7 @@ study measured afterwards. A result that a measure can't read loses its own cell
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from new_llm.config.terminal import make_line
@@ -46,15 +47,11 @@ def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
     figures: dict[str, tuple[str, Column]] = {}
     for what, name, result in list_results(run):
         measure = MEASURES.get(name)
-        try:
-            found = list(list_columns(measure, dict(result))) if measure else []
-        except Exception:  # a bug of a user's own measure costs its own figures, not a finished study's table
-            continue
-        text = what.removeprefix(f"{name}-") if what != name else ""
-        for title, head, column in found:
-            if isinstance(column.value, int | float):
-                table = title + (f": {text}" if text else "")
-                figures[f"{table}: {head}"] = (table, column)
+        text = f": {what.removeprefix(f'{name}-')}" if what != name else ""
+        with suppress(Exception):  # a bug of a user's own measure costs its own figures, not a finished study's table
+            for title, head, column in list_columns(measure, dict(result)) if measure else ():
+                if isinstance(column.value, int | float):
+                    figures[f"{title}{text}: {head}"] = (title + text, column)
     gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
     training = run["model"]["training"]
     costs = [
