@@ -47,7 +47,10 @@ class ReferenceLayer:
         self.shift = options.get("use_key_shift", False)
         self.normalize = options.get("normalize_keys", False)
         self.temperature = options.get("selection_temperature", 1.0)
+        self.router = options.get("router", "relevance")
+        self.is_tree = options.get("hierarchy") == "fenwick"
         self.num_memories = options.get("num_memory_banks", 1) if is_infini else options.get("num_memories", 4)
+        self.num_memories += self.router == "top1"  # the last one is shared
         self.turn = options.get("segments_per_bank", 4) if is_infini else 1
         self.decay = [1.0] * self.heads
         if options.get("use_alibi", False):
@@ -96,6 +99,16 @@ class ReferenceLayer:
     def _read(self, q: np.ndarray, memory: ReferenceMemory) -> np.ndarray:
         """A_mem of one token, [H, V], from its features [H, K]."""
         fine = np.zeros((self.heads, self.width))
+        if self.is_tree:
+            return self._read_tree(q, memory)
+        if self.router == "top1":
+            scores = softmax(self.weights["attention.router.weight"] @ standardize(q))
+            n = int(np.argmax(scores))
+            share = scores[n] if memory.tokens[n] else 0.0
+            for h in range(self.heads):
+                fine[h] = share * recall(q[h], memory.M[n, h], memory.z[n, h])
+                fine[h] += (1 - share) * recall(q[h], memory.M[-1, h], memory.z[-1, h])
+            return fine
         for h in range(self.heads):
             for n, weight in enumerate(self._weigh(q[h], memory, h)):
                 fine[h] += weight * recall(q[h], memory.M[n, h], memory.z[n, h])
@@ -106,23 +119,41 @@ class ReferenceLayer:
         p = sigmoid(self._linear(hidden, "attention.expansion_gate.dense_out")[0])
         return p * fine + (1 - p) * coarse
 
+    def _read_tree(self, q: np.ndarray, memory: ReferenceMemory) -> np.ndarray:
+        """All levels of one token, each weighed by λ."""
+        levels = self._linear(standardize(q), "attention.level_weights").reshape(self.heads, self.num_memories)
+        read = np.zeros((self.heads, self.width))
+        for h in range(self.heads):
+            weights = softmax(levels[h])
+            above = sum(weights[n] * (q[h] @ memory.M[n, h]) for n in range(self.num_memories))
+            read[h] = above / max(sum(weights[n] * (q[h] @ memory.z[n, h]) for n in range(self.num_memories)), EPSILON)
+        return read
+
     def _weigh(self, q: np.ndarray, memory: ReferenceMemory, h: int) -> list[float]:
         """The weight of every memory in one token's read, for one head."""
         if self.kind == "infini":
             if self.num_memories == 1:
                 return [1.0]
             return softmax(self.weights["attention.bank_weights"][h])
-        scores = [
-            q @ (memory.z[n, h] / memory.tokens[n]) / (math.sqrt(self.width) * self.temperature)
-            if memory.tokens[n]
-            else -math.inf
-            for n in range(self.num_memories)
-        ]
-        return softmax(scores) if any(memory.tokens) else [0.0] * self.num_memories
+        filled = [n for n in range(self.num_memories) if memory.tokens[n]]
+        scores = np.array([q @ (memory.z[n, h] / memory.tokens[n]) / math.sqrt(self.width) for n in filled])
+        temperature = self.temperature
+        if self.router == "standardized" and filled:
+            scores = (scores - scores.mean()) / math.sqrt(scores.var() + 1e-12)
+            temperature = math.exp(self.weights["attention.log_temperature"][h])
+        weights = [0.0] * self.num_memories
+        for n, weight in zip(filled, softmax(scores / temperature) if filled else [], strict=True):
+            weights[n] = weight
+        return weights
 
     def _write(self, k: np.ndarray, v: np.ndarray, memory: ReferenceMemory) -> ReferenceMemory:
         """Write features of the keys and values, [S, H, K], into the memory whose turn it is."""
-        n = (memory.segments // self.turn) % self.num_memories
+        if self.router == "top1":
+            return self._write_routed(k, v, memory)
+        if self.is_tree:
+            memory, n = self._join(memory)
+        else:
+            n = (memory.segments // self.turn) % self.num_memories
         M, z, tokens = memory.M.copy(), memory.z.copy(), list(memory.tokens)
         M[n] *= np.array(self.decay)[:, None, None]
         z[n] *= np.array(self.decay)[:, None]
@@ -133,6 +164,31 @@ class ReferenceLayer:
                 z[n, h] += k[t, h]
         tokens[n] += len(k)
         return ReferenceMemory(M, z, tokens, memory.segments + 1)
+
+    def _write_routed(self, k: np.ndarray, v: np.ndarray, memory: ReferenceMemory) -> ReferenceMemory:
+        """Each token into the memory that the router sends it to, and into the shared one."""
+        M, z, tokens = memory.M.copy(), memory.z.copy(), list(memory.tokens)
+        for t in range(len(k)):
+            for n in (int(np.argmax(self.weights["attention.router.weight"] @ standardize(k[t]))), -1):
+                for h in range(self.heads):
+                    r = recall(k[t, h], memory.M[n, h], memory.z[n, h]) if self.delta else 0.0
+                    M[n, h] += np.outer(k[t, h], v[t, h] - r)
+                    z[n, h] += k[t, h]
+                tokens[n] += 1
+        return ReferenceMemory(M, z, tokens, memory.segments + 1)
+
+    def _join(self, memory: ReferenceMemory) -> tuple[ReferenceMemory, int]:
+        """A binary counter of blocks, one segment on: all full levels below the first empty one move up into it."""
+        level = 0
+        while level < self.num_memories - 1 and memory.segments >> level & 1:
+            level += 1
+        M, z, tokens = memory.M.copy(), memory.z.copy(), list(memory.tokens)
+        for lower in range(level):
+            M[level] += M[lower]
+            z[level] += z[lower]
+            tokens[level] += tokens[lower]
+            M[lower], z[lower], tokens[lower] = 0, 0, 0
+        return ReferenceMemory(M, z, tokens, memory.segments), level
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
@@ -146,6 +202,12 @@ def recall(features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
     if not z.any():
         return np.zeros(M.shape[1])
     return features @ M / max(features @ z, EPSILON)
+
+
+def standardize(features: np.ndarray) -> np.ndarray:
+    """A LayerNorm without weights over the features [H, K] of all heads, [H·K]."""
+    flat = features.reshape(-1)
+    return (flat - flat.mean()) / math.sqrt(flat.var() + LAYER_NORM_EPSILON)
 
 
 def sigma(x: np.ndarray) -> np.ndarray:

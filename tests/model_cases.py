@@ -78,10 +78,15 @@ MEMORY_CASES = {
     "multi_memory-sum": LayerCase("multi_memory", {"use_delta_rule": False, "num_memory_heads": 4}),
     "multi_memory-one": LayerCase("multi_memory", {"num_memories": 1, "num_memory_heads": 1, "use_key_shift": True}),
     "multi_memory-features": LayerCase("multi_memory", {"normalize_keys": True, "selection_temperature": 0.25}),
+    "multi_memory-standardized": LayerCase("multi_memory", {"router": "standardized", "num_memories": 3}),
+    "multi_memory-top1": LayerCase("multi_memory", {"router": "top1", "num_memories": 2, "use_key_shift": True}),
+    "multi_memory-top1-sum": LayerCase("multi_memory", {"router": "top1", "num_memories": 3, "use_delta_rule": False}),
     "hierarchical": LayerCase("hierarchical", {"num_memories": 3}),
     "hierarchical-sum": LayerCase("hierarchical", {"use_delta_rule": False, "use_key_shift": True}),
     "hierarchical-one": LayerCase("hierarchical", {"num_memories": 1, "num_memory_heads": 4}),
-    "hierarchical-features": LayerCase("hierarchical", {"normalize_keys": True, "selection_temperature": 4.0}),
+    "hierarchical-fenwick": LayerCase("hierarchical", {"hierarchy": "fenwick", "num_memories": 3}),
+    "hierarchical-fenwick-sum": LayerCase("hierarchical", {"hierarchy": "fenwick", "use_delta_rule": False}),
+    "hierarchical-features": LayerCase("hierarchical", {"normalize_keys": True, "router": "standardized"}),
 }
 """Every option of every compressive layer, with each other option where they meet in the code."""
 

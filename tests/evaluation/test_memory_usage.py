@@ -4,7 +4,7 @@ import torch
 
 from new_llm.config import PythiaConfig
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.memory_usage import measure_memory_usage
+from new_llm.evaluation.memory_usage import MemoryUsage, measure_memory_usage
 from new_llm.models import create_model
 
 SHAPE = PythiaConfig(
@@ -74,3 +74,22 @@ def test_the_longest_document_is_read_where_none_is_long_enough(model):
 
 def test_a_model_without_memory_has_none():
     assert measure_memory_usage(create_model("pythia", SHAPE), make_split(40), num_segments=2) is None
+
+
+@pytest.mark.parametrize("kind", ["multi_memory", "hierarchical"])
+def test_selection_entropy_is_low_at_a_low_temperature_and_one_where_all_weigh_the_same(kind):
+    def measure(**options):
+        torch.manual_seed(0)
+        made = create_model(kind, SHAPE, num_memories=4, segment_length=LENGTH, **options)
+        usage = measure_memory_usage(made, make_split(80), num_segments=9)
+        assert usage is not None
+        (column,) = MemoryUsage().columns(usage)
+        return column.value
+
+    assert measure(selection_temperature=1e6) == pytest.approx(1, abs=1e-6)
+    assert measure(selection_temperature=1e-6) < 0.05
+    assert measure(router="standardized", selection_temperature=0.01) < measure(router="standardized")
+    if kind == "hierarchical":
+        assert 0 < measure(hierarchy="fenwick") < 1
+    else:
+        assert 0 < measure(router="top1") < 1

@@ -43,6 +43,28 @@ def test_two_halves_merge_into_one_batch_of_both(name: str) -> None:
     assert_states_equal(model.get_memory_state(), merged)
 
 
+def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added() -> None:
+    model, ids = get_model("hierarchical-fenwick-sum", dtype=torch.float64), text_ids(3, 35)
+    held = read_from_empty(model, ids[:1, :15])  # three segments: blocks of two and of one
+    for rows in (1, 2):
+        model.set_memory_state(held)
+        model(ids[1 : 1 + rows], update_memory=True)
+        alone = []
+        for row in range(1, 1 + rows):
+            model.set_memory_state(held)
+            model(ids[row : row + 1], update_memory=True)
+            alone.append(model.get_memory_state()[0]["fine_memories"])
+        model.set_memory_state(held)
+        model(ids[1 : 1 + rows], update_memory=True)
+        entry = model.get_memory_state()[0]
+        assert int(entry["segment_counter"]) == 10  # three and seven: binary 1010
+        assert [bool(block.any()) for block in entry["fine_memories"]] == [False, True, False, True]
+        moved = torch.zeros_like(alone[0])
+        moved[3] = held[0]["fine_memories"].sum(0)  # all that was held is in the block of eight
+        expected = sum(alone) - (rows - 1) * moved
+        torch.testing.assert_close(entry["fine_memories"], expected)
+
+
 def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs() -> None:
     model = get_model("mixed-sums")
     states = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]

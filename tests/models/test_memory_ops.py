@@ -77,13 +77,14 @@ def test_read_equals_its_naive_form(weighted: bool, num_memories: int, dtype: to
     assert_near(actual, expected, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @by_dtype
-def test_selection_equals_its_naive_form(dtype: torch.dtype) -> None:
+def test_selection_equals_its_naive_form(dtype: torch.dtype, standardize: bool) -> None:
     _, norms, num_tokens = draw_memories(dtype)
     q, _, _ = draw_segment(dtype=dtype)
-    expected = select_memories_naive(q, norms, num_tokens)
-    assert_near(select_memories(q, norms, num_tokens), expected, TOLERANCES[dtype])
-    empty = select_memories(q, norms * 0, num_tokens * 0)
+    expected = select_memories_naive(q, norms, num_tokens, standardize=standardize)
+    assert_near(select_memories(q, norms, num_tokens, standardize=standardize), expected, TOLERANCES[dtype])
+    empty = select_memories(q, norms * 0, num_tokens * 0, standardize=standardize)
     assert_near(empty, select_memories_naive(q, norms * 0, num_tokens * 0), TOLERANCES[dtype])
 
 
@@ -144,6 +145,10 @@ def test_gradient_of_selection() -> None:
     _, norms, num_tokens = draw_memories()
     q, _, _ = draw_segment()
     check_gradients(lambda q, z: select_memories(q, z, num_tokens), q, norms)
+    temperature = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    check_gradients(
+        lambda q, z, t: select_memories(q, z, num_tokens, temperature=t, standardize=True), q, norms, temperature
+    )
 
 
 @by_decay

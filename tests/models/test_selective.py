@@ -43,7 +43,6 @@ STACKS = {
     "tokens": lambda: [PythiaLayer(32, 4, 48), TokenMemoryLayer(32, num_memory_heads=2)],
 }
 by_stack = pytest.mark.parametrize("stack", STACKS)
-by_passes = pytest.mark.parametrize("skip_interval", [1, 2])
 
 
 def make(stack: str, skip_interval: int, **options: Any) -> SelectiveOutputLM:
@@ -67,10 +66,10 @@ def test_without_extra_passes_it_is_the_plain_model_bit_for_bit() -> None:
 
 
 @by_stack
-@by_passes
-def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interval: int) -> None:
+@pytest.mark.parametrize(("skip_interval", "add_embedding"), [(1, False), (2, False), (2, True)])
+def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interval: int, add_embedding: bool) -> None:
     """Against a loop over segments and passes that is written out here; the last pass alone writes."""
-    model, ids = make(stack, skip_interval), text_ids(2, 3 * SEGMENT)
+    model, ids = make(stack, skip_interval, add_embedding=add_embedding), text_ids(2, 3 * SEGMENT)
     memories: list[Any] = [None] * len(model.layers)
     expected: list[Tensor] = []
     for begin in range(0, ids.shape[1], SEGMENT):
@@ -80,7 +79,7 @@ def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interva
         for number in range(skip_interval + 1):
             if number:
                 assert model.pass_projection is not None
-                hidden = model.pass_projection(hidden)
+                hidden = model.pass_projection(hidden) + add_embedding * model.embed_in(part)[:, None]
             after = []
             for layer, memory in zip(model.layer_list, memories, strict=True):
                 if layer.kind == "token_memory":
@@ -94,9 +93,18 @@ def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interva
 
 
 @by_stack
-@by_passes
-def test_every_pass_keeps_the_contract(stack: str, skip_interval: int) -> None:
-    check_model(make(stack, skip_interval))
+@pytest.mark.parametrize(("skip_interval", "add_embedding"), [(1, True), (2, False)])
+def test_every_pass_keeps_the_contract(stack: str, skip_interval: int, add_embedding: bool) -> None:
+    check_model(make(stack, skip_interval, add_embedding=add_embedding))
+
+
+def test_the_published_form_begins_with_what_the_pass_before_ended_with() -> None:
+    model, ids = make_plain("selective", recipe="published", skip_interval=2), text_ids(1, 5)
+    assert model.pass_projection is not None
+    assert torch.equal(model.pass_projection.weight, torch.eye(32))
+    hidden = model.embed_in(ids)
+    assert torch.equal(model.begin_pass(hidden, hidden), 2 * hidden)
+    assert model.earlier_pass_weight == 1.0
 
 
 @pytest.mark.parametrize("stack", ["mixed", "tokens"])

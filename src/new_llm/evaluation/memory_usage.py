@@ -1,4 +1,4 @@
-"""How full a model's memories are along a document."""
+"""How full a model's memories are along a document, and how sharply tokens select among them."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ import torch
 
 from new_llm.charts import Chart, heat_chart
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import Autocast, Row, evaluation_mode, find_device, score_rows
 from new_llm.models import TransformerLM
+from new_llm.models.layers.multi_memory import SelectingAttention, watch_selection
 
 DIGITS = 5
 
@@ -38,16 +39,17 @@ def measure_memory_usage(
 
     Returns:
         `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
-        `layer`, its `kind` and `norms` [num_segments, num_memories, num_memory_heads]. None: the model has no
-        memory matrices, or no document has a whole segment.
+        `layer`, its `kind`, `norms` [num_segments, num_memories, num_memory_heads] and, where it selects among
+        memories, `selection_entropy`, the mean over tokens and heads as a share of the greatest possible: 0, each token
+        reads one memory; 1, all alike. None: no layer has associative memories, or no document a whole segment.
     """
     length = model.segment_length
-    layers = {
-        index: layer
+    keys = {
+        index: layer.memory_facts.key("memories")
         for index, layer in model.memory_layers.items()
         if "memories" in layer.empty_memory(1, model.embed_in.weight).tensors()
     }
-    if not layers or split.num_documents == 0:
+    if not keys or split.num_documents == 0:
         return None
     lengths = np.diff(split.offsets)
     needed = num_segments * length + 1  # the last segment's last target
@@ -57,19 +59,30 @@ def measure_memory_usage(
     count = (len(tokens) - 1) // length
     if count == 0:
         return None
-    norms: dict[int, list[list[list[float]]]] = {index: [] for index in layers}
+    norms: dict[int, list[list[list[float]]]] = {index: [] for index in keys}
     place = find_device(model, device)
-    with evaluation_mode(model, autocast), model.fresh_memory():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model, autocast))
+        stack.enter_context(model.fresh_memory())
+        entropies = {
+            index: stack.enter_context(watch_selection(attention))
+            for index in keys
+            if isinstance(attention := getattr(model.layer_list[index], "attention", None), SelectingAttention)
+        }
         for segment in range(count):
             row = Row(tokens[segment * length : (segment + 1) * length + 1])
             score_rows(model, [row], place, update_memory=True)
             state = model.get_memory_state()
-            for index, layer in layers.items():
-                memories = state[index][layer.memory_facts.key("memories")]  # [M, H, K, V]
-                sizes = memories.float().flatten(2).norm(dim=-1).tolist()
-                norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in sizes])
-    found = [{"layer": index, "kind": layer.kind, "norms": norms[index]} for index, layer in layers.items()]
-    return {"document": document, "num_segments": count, "segment_length": length, "layers": found}
+            for index, key in keys.items():
+                found = state[index][key].float().flatten(2).norm(dim=-1).tolist()  # of [M, H, K, V]
+                norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in found])
+    layers: list[dict[str, Any]] = []
+    for index in keys:
+        layers.append({"layer": index, "kind": model.layer_list[index].kind, "norms": norms[index]})
+        selected = torch.cat(entropies.get(index) or [torch.empty(0)])
+        if len(selected):
+            layers[-1]["selection_entropy"] = float(selected.mean())
+    return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}
 
 
 @register_measure
@@ -90,6 +103,18 @@ class MemoryUsage(Measure):
             device=subject.device,
             autocast=subject.autocast,
         )
+
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """How sharply tokens select among memories, the mean over layers that do."""
+        found = {
+            layer["layer"]: layer["selection_entropy"] for layer in result["layers"] if "selection_entropy" in layer
+        }
+        if not found:
+            return []
+        hint = "0: each token reads one memory; 1: all alike. " + ", ".join(
+            f"layer {i}: {e:.3f}" for i, e in found.items()
+        )
+        return [Column("selection_entropy", "selection entropy", sum(found.values()) / len(found), hint=hint)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """A heat map per model: segments across, memories and heads down."""

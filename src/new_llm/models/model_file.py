@@ -7,7 +7,7 @@ each shape that follows from them is compared with the weights' before memory is
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -27,7 +27,7 @@ from new_llm.models.tensor_files import (
     read_safetensors,
     write_safetensors,
 )
-from new_llm.models.transformer import SelectiveOutputLM, TransformerLM
+from new_llm.models.transformer import SelectiveOptions, SelectiveOutputLM, TransformerLM
 
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
@@ -59,7 +59,7 @@ class ModelStructure:
     layer_norm_eps: Epsilon
     initializer_range: Annotated[float, Field(gt=0)] = PythiaConfig.initializer_range
     tie_word_embeddings: bool
-    selective: dict[Literal["skip_interval", "earlier_pass_weight"], float] | None
+    selective: SelectiveOptions | None
     layers: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=MAX_LAYERS)]
 
 
@@ -84,11 +84,7 @@ def describe_model(model: TransformerLM) -> dict[str, Any]:
         "layer_norm_eps": model.final_layer_norm.eps,
         "initializer_range": model.initializer_range,
         "tie_word_embeddings": model.tie_word_embeddings,
-        "selective": (
-            {"skip_interval": model.skip_interval, "earlier_pass_weight": model.earlier_pass_weight}
-            if model.skip_interval
-            else None
-        ),
+        "selective": dataclasses.asdict(cast(Any, model.selective)) if model.skip_interval else None,
         "layers": [{"kind": layer.kind, **layer.settings} for layer in model.layer_list],
     }
 
@@ -122,8 +118,7 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
             "tie_word_embeddings": plan.tie_word_embeddings,
         }
         if plan.selective is not None:
-            passes = int(plan.selective.pop("skip_interval", 1))
-            return SelectiveOutputLM(layers, skip_interval=passes, **plan.selective, **options)
+            return SelectiveOutputLM(layers, **dataclasses.asdict(cast(Any, plan.selective)), **options)
         return TransformerLM(layers, **options)
     except ValidationError as error:
         message = str(describe_validation_error(error, where))

@@ -1,4 +1,4 @@
-"""Named recipes: options that a study found to work better than the defaults.
+"""Named recipes: options that a study found to work better than the defaults, or that a mechanism's authors use.
 
 `create_model("infini", recipe="tuned")` and `--recipe tuned` use them; options given explicitly override them.
 """
@@ -25,6 +25,13 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "hierarchical": _TUNED_MEMORY,
         # studies/token-ablations.yaml: its "plain-start" loses.
         "token_memory": {"query_key_init_scale": 6.0},
+    },
+    # Each mechanism as its authors have it, where the default is the specification's form.
+    "published": {
+        "multi_memory": {"router": "top1"},  # arXiv:2502.13685
+        "hierarchical": {"hierarchy": "fenwick"},  # arXiv:2506.04761
+        # arXiv:2604.21106: the map between passes begins as the identity, and each pass sees the tokens and has a loss.
+        "selective": {"projection_init": "identity", "add_embedding": True, "earlier_pass_weight": 1.0},
     },
 }
 """Options by recipe and model type; model types that a recipe does not name keep their defaults."""

@@ -141,14 +141,14 @@ class MemoryStream:
             start=int(self.offsets[0]) if self._is_level(taken) else None,
             tokens=self._describe_tokens(tokens),
         )
-        hidden = self.model.embed_in(tokens)
+        hidden = embedded = self.model.embed_in(tokens)
         for number, opened in enumerate(self.opened):
 
             def run(index: int, layer: Layer, entering: Tensor, opened: list[Any] = opened) -> Tensor:
                 entering, opened[index] = layer.step(entering, opened[index], self.memories[index], step)
                 return entering
 
-            hidden = self.model.run_layers(self.model.begin_pass(hidden) if number else hidden, run)
+            hidden = self.model.run_layers(self.model.begin_pass(hidden, embedded) if number else hidden, run)
         self.offsets = self.offsets + taken
         self._end_segments(self.offsets == self.model.segment_length)
         return self.model.finish_pass(hidden)

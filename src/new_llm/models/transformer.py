@@ -41,6 +41,11 @@ class SelectiveOptions(DepthOptions):
 
     earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     """γ: in the training loss a pass weighs γ times as much as the next; 0: only the last counts, 1: all alike."""
+    projection_init: Annotated[Literal["normal", "identity"], short("--projection-init")] = "normal"
+    """The map between passes at first: drawn as other weights are, or the identity, so that a pass begins with what the
+    one before ended with."""
+    add_embedding: Annotated[bool, short("--add-embedding")] = False
+    """Add the tokens' embedding to the input of each further pass."""
 
 
 class TransformerLM(HeldMemory):
@@ -50,9 +55,10 @@ class TransformerLM(HeldMemory):
     segment; memory is the only path from one segment to the next. One call of n segments gives the logits of n calls
     of one segment with the memory carried.
 
-    With `skip_interval` the stack runs several times: h₁ = Layers(embed(x)), h_{p+1} = Layers(W h_p + b), and the head
-    reads the last pass. Every pass is parallel over positions and causal. All passes read the memory from before the
-    segment; only the last writes it. Training, evaluation and generation run the same passes.
+    With `skip_interval` the stack runs several times: h₁ = Layers(embed(x)), h_{p+1} = Layers(W h_p + b), or with
+    `add_embedding` Layers(W h_p + b + embed(x)). The head reads the last pass. Every pass is parallel over positions
+    and causal. All passes read the memory from before the segment; only the last writes it. Training, evaluation and
+    generation run the same passes.
 
     Args:
         layers: the layers, all with the same hidden size; their weights are drawn again.
@@ -60,6 +66,8 @@ class TransformerLM(HeldMemory):
         segment_length: tokens S in a segment.
         skip_interval: extra passes through the layers before a token is predicted.
         earlier_pass_weight: γ; in training pass p of P weighs γ^(P − p) / Σ γ^(P − q). 0: only the last pass.
+        projection_init: W at first: normal or identity.
+        add_embedding: add embed(x) to the input of each further pass.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: the head's weight is the embedding's.
@@ -80,12 +88,19 @@ class TransformerLM(HeldMemory):
         *,
         skip_interval: int = 0,
         earlier_pass_weight: float = 0.0,
+        projection_init: Literal["normal", "identity"] = "normal",
+        add_embedding: bool = False,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         initializer_range: float = PythiaConfig.initializer_range,
         tie_word_embeddings: bool = PythiaConfig.tie_word_embeddings,
     ) -> None:
         super().__init__()
-        SelectiveOptions(skip_interval=skip_interval, earlier_pass_weight=earlier_pass_weight)
+        self.selective = SelectiveOptions(
+            skip_interval=skip_interval,
+            earlier_pass_weight=earlier_pass_weight,
+            projection_init=projection_init,
+            add_embedding=add_embedding,
+        )
         if not layers:
             raise ValueError("layers: at least one layer is needed")
         sizes = sorted({layer.hidden_size for layer in layers})
@@ -98,6 +113,7 @@ class TransformerLM(HeldMemory):
         self.segment_length = segment_length
         self.skip_interval = skip_interval
         self.earlier_pass_weight = earlier_pass_weight
+        self.add_embedding = add_embedding
         self.initializer_range = initializer_range
         self.embed_in = nn.Embedding(vocab_size, sizes[0])
         self.layers = nn.ModuleList(layers)
@@ -111,7 +127,10 @@ class TransformerLM(HeldMemory):
         self.pass_projection = None
         if skip_interval:  # drawn last, so that with the same seed all other weights equal the plain model's
             self.pass_projection = nn.Linear(sizes[0], sizes[0])
-            nn.init.normal_(self.pass_projection.weight, std=initializer_range)
+            if projection_init == "identity":
+                nn.init.eye_(self.pass_projection.weight)
+            else:
+                nn.init.normal_(self.pass_projection.weight, std=initializer_range)
             nn.init.zeros_(self.pass_projection.bias)
         self.reset_memory()
 
@@ -232,13 +251,13 @@ class TransformerLM(HeldMemory):
                 passes, memories = self._run_passes(part, memories, one, num_passes)
                 parts.append(passes)
             return [torch.cat(same_pass, dim=1) for same_pass in zip(*parts, strict=True)], memories
-        passes, written = [], memories
+        passes, written, embedded = [], memories, hidden
         for number in range(num_passes):
             is_last = number + 1 == num_passes
             written = list(memories)
             reading = segments if is_last else Segments(segments.valid, write_last=False, tokens=segments.tokens)
             run = functools.partial(self._run_layer, memories=memories, segments=reading, written=written)
-            hidden = self.run_layers(self.begin_pass(hidden) if number else hidden, run)
+            hidden = self.run_layers(self.begin_pass(hidden, embedded) if number else hidden, run)
             passes.append(self.finish_pass(hidden))
         return passes, written
 
@@ -293,9 +312,10 @@ class TransformerLM(HeldMemory):
         units = torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
         return (head(units) - head(torch.zeros_like(units[:1]))).t()
 
-    def begin_pass(self, hidden: Tensor) -> Tensor:
-        """The input of the next pass, W h + b, from the output of the last layer, [..., D]."""
-        return hidden if self.pass_projection is None else self.pass_projection(hidden)
+    def begin_pass(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """The input of the next pass, W h + b, from the output of the last layer and the embedding, [..., D] each."""
+        entering = hidden if self.pass_projection is None else self.pass_projection(hidden)
+        return entering + embedded if self.add_embedding else entering
 
     def finish_pass(self, hidden: Tensor) -> Tensor:
         """The head's input, from the output of the last layer."""

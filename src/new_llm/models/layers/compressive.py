@@ -448,8 +448,8 @@ class CompressiveLayer(MemoryLayer, Block):
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         **options: Any,
     ) -> None:
-        make_attention: Any = self.attention_type
-        chosen = make_attention.options_type(**options)
+        chosen: Any = self.attention_type.options_type(**options)
+        make_attention: Any = self.choose_attention(chosen)
         super().__init__(
             make_attention(hidden_size, chosen.num_memory_heads or num_heads, chosen),
             hidden_size=hidden_size,
@@ -457,3 +457,7 @@ class CompressiveLayer(MemoryLayer, Block):
             layer_norm_eps=layer_norm_eps,
         )
         self.num_heads = num_heads
+
+    def choose_attention(self, options: Any) -> type[CompressiveAttention]:
+        """The class of attention that these options ask for."""
+        return self.attention_type

@@ -1,16 +1,42 @@
-"""The hierarchical layer: fine memories, their sum as a coarse one, and a learned gate from coarse to fine."""
+"""The hierarchical layer: fine and coarse memories.
 
-from typing import ClassVar
+Either fine memories and their sum, between which a learned gate decides; or a Fenwick tree, whose memories hold 1, 2,
+4, 8 … segments, the newest in the smallest.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.models.layers.compressive import EPSILON, CompressiveAttention
-from new_llm.models.layers.multi_memory import MultiMemoryAttention, MultiMemoryLayer, MultiMemoryOptions
+from new_llm.config import UserError
+from new_llm.config.sections import section, short
+from new_llm.models.layers.base import Segments
+from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, MemoryOptions
+from new_llm.models.layers.multi_memory import (
+    MultiMemoryAttention,
+    MultiMemoryLayer,
+    SelectingAttention,
+    SelectionOptions,
+)
 from new_llm.models.layers.registry import register_layer
-from new_llm.models.ops import ScannedReads, read_memories
+from new_llm.models.ops import ScannedReads, multiply_norms, read_memories, write_memory
 from new_llm.models.state import MemoryState
+
+
+@section
+class HierarchicalOptions(SelectionOptions):
+    """The options of a hierarchical layer."""
+
+    hierarchy: Annotated[Literal["sum", "fenwick"], short("--hierarchy")] = "sum"
+    """sum: fine memories written in turn, and their sum as a coarse one. fenwick: memory ℓ holds a block of 2^ℓ
+    segments, fine for the recent past and coarse for the old; the last of num_memories holds all that is older."""
+
+    def __post_init__(self) -> None:
+        if self.hierarchy == "fenwick" and self.router != "relevance":
+            raise UserError(f"router: {self.router} is for hierarchy sum; fenwick has learned weights for each level")
 
 
 class ExpansionGate(nn.Module):
@@ -31,9 +57,10 @@ class ExpansionGate(nn.Module):
 class HierarchicalAttention(MultiMemoryAttention):
     """A_mem = p · fine + (1 − p) · coarse: fine is multi-memory's read, coarse a read of the sum of its memories."""
 
+    options_type: ClassVar[type[MemoryOptions]] = HierarchicalOptions
     reads_sum: ClassVar[bool] = True
 
-    def __init__(self, hidden_size: int, num_memory_heads: int, options: MultiMemoryOptions) -> None:
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(hidden_size, num_memory_heads, options)
         self.expansion_gate = ExpansionGate(hidden_size)
 
@@ -59,13 +86,146 @@ class HierarchicalAttention(MultiMemoryAttention):
         return p * reads.reads + (1 - p) * coarse
 
 
-@register_layer("hierarchical", options=MultiMemoryOptions)
-class HierarchicalLayer(MultiMemoryLayer):
-    """Multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion gate.
+@dataclass(frozen=True)
+class TreeMemory(MemoryState):
+    """A Fenwick tree of memories: the first c segments as blocks of 2^ℓ, one for each digit ℓ of c in binary that is 1.
 
-    p = sigmoid(MLP(coarse read)), computed for each token, weighs the fine memories. Arguments are
-    `MultiMemoryLayer`'s.
+    The blocks follow one another, the largest first; memory ℓ holds that of 2^ℓ segments, and is empty where the digit
+    is 0. The last memory also takes what would belong to larger ones.
+    """
+
+    def advance(self, num_segments: Tensor) -> "TreeMemory":
+        """The same blocks joined as they are after as many segments [R], without what the new segments write."""
+        num_levels = self.norms.shape[1]
+        levels = torch.arange(num_levels, device=self.norms.device)
+        first = self.num_segments.unsqueeze(1) >> (levels + 1) << (levels + 1)  # a segment of the block of each level
+        moved = find_level(first, num_segments.unsqueeze(1), num_levels)
+        moves = F.one_hot(moved.masked_fill(levels == num_levels - 1, num_levels - 1), num_levels)  # [R, from, to]
+        return replace(
+            self,
+            memories=torch.einsum("rmn,rmhkv->rnhkv", moves.to(self.memories.dtype), self.memories),
+            norms=torch.einsum("rmn,rmhk->rnhk", moves.to(self.norms.dtype), self.norms),
+            num_tokens=(moves * self.num_tokens.unsqueeze(-1)).sum(1),
+            num_segments=num_segments,
+        )
+
+    def add_changes(self, start: Any, rows: Any) -> "TreeMemory":
+        """As `LayerMemory.add_changes`; what was held is joined as in the row that has read most."""
+        before = start.advance(rows.num_segments)
+        names = ("memories", "norms", "num_tokens", "segments_seen")
+        added = {name: getattr(rows, name) - getattr(before, name) for name in names}
+        newly_read = rows.num_segments - start.num_segments
+        if self.rows != rows.rows:
+            added = {name: change.sum(0, keepdim=True) for name, change in added.items()}
+            newly_read = newly_read.amax(0, keepdim=True)
+        held = self.advance(self.num_segments + newly_read)
+        return replace(held, **{name: getattr(held, name) + change for name, change in added.items()})
+
+
+def find_level(segment: Tensor, num_segments: Tensor, num_levels: int) -> Tensor:
+    """The level of the block that holds a segment after as many: the highest binary digit in which the two differ."""
+    powers = 2 ** torch.arange(1, num_levels, device=segment.device)
+    return ((segment ^ num_segments).unsqueeze(-1) >= powers).sum(-1)
+
+
+class FenwickAttention(SelectingAttention):
+    """A_mem[t] = Σ_ℓ λ_tℓ σ(q_t) M_ℓ / max(Σ_ℓ λ_tℓ σ(q_t) z_ℓ, ε), λ_t = softmax over ℓ of W_λ LN(σ(q_t)) + b.
+
+    M_ℓ and z_ℓ are the blocks of a `TreeMemory`. A segment is written to the block that it completes: the blocks which
+    that one joins are added up, and with the delta rule r reads their sum. With equal λ, A_mem reads the sum of all.
+    LN is a LayerNorm without weights over the features of all heads.
+    Source: log-linear attention, arXiv:2506.04761, there token by token and without z.
+    """
+
+    options_type: ClassVar[type[MemoryOptions]] = HierarchicalOptions
+
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
+        super().__init__(
+            hidden_size, num_memory_heads, options, num_memories=options.num_memories, segments_per_memory=1
+        )
+        self.level_weights = nn.Linear(hidden_size, num_memory_heads * options.num_memories)
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """W_λ and b."""
+        return list(self.level_weights.parameters())
+
+    def empty_memory(self, rows: int, like: Tensor) -> TreeMemory:
+        """As `MemoryAttention.empty_memory`."""
+        return TreeMemory(**vars(super().empty_memory(rows, like)))
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """[B, H, S, K] to [B, H, S, V]."""
+        dtype = memory.norms.dtype
+        joined = q.transpose(1, 2).flatten(-2).to(dtype)
+        layer = self.level_weights
+        scores = F.linear(F.layer_norm(joined, joined.shape[-1:]), layer.weight.to(dtype), layer.bias.to(dtype))
+        levels = scores.unflatten(-1, (self.num_memory_heads, -1)).softmax(-1).transpose(1, 2)  # [B, H, S, N]
+        products = multiply_norms(q, memory.norms.transpose(1, 2))
+        weights = levels * products.clamp_min(EPSILON) / (levels * products).sum(-1, keepdim=True).clamp_min(EPSILON)
+        is_filled = memory.num_tokens > 0
+        self._watch(weights * is_filled[:, None, None], is_filled.sum(-1)[:, None, None])
+        return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights.movedim(-1, 1))
+
+    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
+        """Not used: `read` weighs the levels."""
+        raise NotImplementedError
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """As that of `CompressiveAttention`, segment by segment: blocks move between the memories."""
+        batch, num_segments, _, length, _ = q.shape
+        num_writes = num_segments - (not segments.write_last)
+        counts = segments.count_tokens(batch, num_writes, length, q.device)
+        reads = []
+        for i in range(num_segments):
+            reads.append(torch.zeros_like(v[:, i]) if memory is None else self.read(q[:, i], memory))
+            if i < num_writes:
+                before = self.empty_memory(batch, v) if memory is None else memory
+                rule: dict[str, Any] = {"use_delta_rule": self.use_delta_rule, "epsilon": EPSILON}
+                written, norm = write_memory(k[:, i], v[:, i], *self._current(before), **rule)
+                memory = self._replace(before, written, norm, counts[:, i])
+        return torch.stack(reads, dim=1), memory
+
+    def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
+        """The blocks that the next segment's block joins, added up."""
+        joined, level = self._join(memory, torch.ones_like(memory.num_segments))
+        rows = torch.arange(memory.rows, device=level.device)
+        return joined.memories[rows, level], joined.norms[rows, level]
+
+    def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
+        has_tokens = count > 0
+        joined, level = self._join(memory, has_tokens)
+        chosen = F.one_hot(level, self.num_memories).bool() & has_tokens.unsqueeze(1)  # [B, N]
+        return replace(
+            joined,
+            memories=torch.where(chosen[..., None, None, None], written.unsqueeze(1), joined.memories),
+            norms=torch.where(chosen[..., None, None], norm.unsqueeze(1), joined.norms),
+            num_tokens=joined.num_tokens + chosen * count.unsqueeze(1),
+            segments_seen=memory.segments_seen + has_tokens,
+        )
+
+    def _join(self, memory: MemoryState, added: Tensor) -> tuple[TreeMemory, Tensor]:
+        """The blocks joined as `added` [B] (0 or 1) more segments have them, and the level of the last segment."""
+        assert isinstance(memory, TreeMemory)
+        level = find_level(memory.num_segments, memory.num_segments + 1, self.num_memories)
+        return memory.advance(memory.num_segments + added), level
+
+
+@register_layer("hierarchical", options=HierarchicalOptions)
+class HierarchicalLayer(MultiMemoryLayer):
+    """Fine and coarse memories.
+
+    With `hierarchy: sum` multi-memory with a coarse memory above it, the sum of the fine ones, and a learned expansion
+    gate: p = sigmoid(MLP(coarse read)), computed for each token, weighs the fine memories. With `fenwick` a tree of
+    memories of 1, 2, 4 … segments, weighed for each token and level.
+
+    Arguments are `MultiMemoryLayer`'s.
     """
 
     key_prefix: ClassVar[str] = "fine_"
     attention_type: ClassVar[type[CompressiveAttention]] = HierarchicalAttention
+
+    def choose_attention(self, options: Any) -> type[CompressiveAttention]:
+        """As `CompressiveLayer.choose_attention`."""
+        return FenwickAttention if options.hierarchy == "fenwick" else self.attention_type

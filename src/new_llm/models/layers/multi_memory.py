@@ -1,30 +1,86 @@
-"""The multi-memory layer: independent memories, written in turn, selected token by token."""
+"""The multi-memory layer: independent memories, and a router that says which are read and, with top1, written."""
 
-from typing import Annotated, Any, ClassVar
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
+from new_llm.models.layers.base import Layer, Segments, Step
 from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
-from new_llm.models.state import MemoryState
+from new_llm.models.state import LayerMemory, MemoryState
 
 
 @section
-class MultiMemoryOptions(MemoryOptions):
-    """The options of a multi-memory or hierarchical layer."""
+class SelectionOptions(MemoryOptions):
+    """The options of layers that select among several memories."""
 
     num_memories: Annotated[Size, short("--num-memories")] = 4
-    """Independent memories, written in turn."""
+    """Independent memories, written in turn; with router top1 beside one more that all tokens share."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
     """τ, which divides the scores: near 0 a token reads one memory, far above 1 all memories equally."""
+    router: Annotated[Literal["relevance", "standardized"], short("--router")] = "relevance"
+    """How memories are selected. relevance: by each token's attention to their z. standardized: the same scores,
+    standardised over the memories, with a temperature learned per head. top1 (multi_memory alone): a learned router
+    sends each token to one memory, and another one takes all tokens."""
 
 
-class MultiMemoryAttention(CompressiveAttention):
-    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled ones of σ(q)·(z_m / n_m) / (τ √K)."""
+@section
+class MultiMemoryOptions(SelectionOptions):
+    """The options of a multi-memory layer."""
+
+    router: Annotated[Literal["relevance", "standardized", "top1"], short("--router")] = "relevance"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """How memories are selected. relevance: by each token's attention to their z. standardized: the same scores,
+    standardised over the memories, with a temperature learned per head. top1 (multi_memory alone): a learned router
+    sends each token to one memory, and another one takes all tokens."""
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    """With top1: weight of the auxiliary loss by which all memories get their share of the tokens."""
+
+
+class SelectingAttention(CompressiveAttention):
+    """An attention that selects among its memories, and shows how sharply."""
+
+    watched: list[Tensor] | None = None
+    """Where this is a list, each call appends the entropy of each token's selection; see `watch_selection`."""
+
+    def _watch(self, weights: Tensor, num_filled: Tensor) -> None:
+        """Note the entropy of weights [..., N] over `num_filled` memories, as a share of the greatest possible."""
+        if self.watched is None:
+            return
+        entropy = torch.special.entr(weights.detach().double()).sum(-1)
+        num_filled = num_filled.expand(entropy.shape)
+        self.watched.append((entropy / num_filled.double().log())[num_filled > 1].flatten())
+
+
+@contextmanager
+def watch_selection(attention: SelectingAttention) -> Iterator[list[Tensor]]:
+    """Inside the block the list takes the entropy of each token's selection: 0 reads one memory, 1 all alike.
+
+    Tokens that find fewer than two filled memories have nothing to select and are left out.
+    """
+    found: list[Tensor] = []
+    attention.watched = found
+    try:
+        yield found
+    finally:
+        attention.watched = None
+
+
+class MultiMemoryAttention(SelectingAttention):
+    """A_mem = Σ_m w_m σ(q) M_m / max(σ(q) z_m, ε), w = softmax over the filled ones of s_m / τ, with
+    s_m = σ(q)·(z_m / n_m) / √K.
+
+    With `router: standardized` s is standardised over the filled memories, and τ is learned for each head.
+    """
 
     options_type: ClassVar[type[MemoryOptions]] = MultiMemoryOptions
 
@@ -33,25 +89,164 @@ class MultiMemoryAttention(CompressiveAttention):
             hidden_size, num_memory_heads, options, num_memories=options.num_memories, segments_per_memory=1
         )
         self.selection_temperature = options.selection_temperature
+        self.log_temperature = None
+        if options.router == "standardized":
+            self.log_temperature = nn.Parameter(torch.full((num_memory_heads,), math.log(self.selection_temperature)))
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """β, and log τ where it is learned."""
+        return super().gate_parameters() + ([] if self.log_temperature is None else [self.log_temperature])
+
+    @property
+    def _selection(self) -> dict[str, Any]:
+        if self.log_temperature is None:
+            return {"temperature": self.selection_temperature}
+        return {"temperature": self.log_temperature.exp(), "standardize": True}
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]."""
-        weights = select_memories(q, memory.norms, memory.num_tokens, temperature=self.selection_temperature)
+        weights = select_memories(q, memory.norms, memory.num_tokens, **self._selection)
         return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights)
 
-    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor:
+    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
         """The selection of each token, [B, n, H, S, N]."""
-        return weigh_memories(products, num_tokens, width=self.head_size, temperature=self.selection_temperature)
+        weights = weigh_memories(products, num_tokens, width=self.head_size, **self._selection)
+        self._watch(weights, (num_tokens > 0).sum(-1)[..., None, None])
+        return weights
+
+
+class RoutedAttention(SelectingAttention):
+    """N memories, each written by the tokens that a learned router sends to it, beside one that all tokens write.
+
+    p_t = softmax(W_r LN(σ(q_t))), m = argmax p_t: A_mem = p_tm A_m + (1 − p_tm) A_shared, with A a memory's own read
+    and p_tm = 0 where m is empty. Token t is written to the shared memory and to argmax W_r LN(σ(k_t)), so that a
+    query looks where keys like it were written. LN is a LayerNorm without weights over the features of all heads.
+    Source: Mixture-of-Memories, arXiv:2502.13685, there with a linear router of the hidden state, keys and values of
+    each memory's own, and no z.
+
+    So that the router does not send all tokens to one memory, training adds `balance_weight` · N Σ_m f_m P_m: f_m is
+    the share of tokens written to m and P_m its mean probability (Switch Transformers, arXiv:2101.03961, eq. 4).
+    """
+
+    options_type: ClassVar[type[MemoryOptions]] = MultiMemoryOptions
+
+    def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
+        super().__init__(
+            hidden_size, num_memory_heads, options, num_memories=options.num_memories + 1, segments_per_memory=1
+        )
+        self.router = nn.Linear(hidden_size, options.num_memories, bias=False)
+        self.balance_weight = options.balance_weight
+        self.balance_loss: Tensor | None = None
+
+    def route(self, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """The router's scores of n segments' features [B, n, H, S, K], in `dtype`, [B, n, S, N]."""
+        joined = features.transpose(-2, -3).flatten(-2).to(dtype)
+        return F.linear(F.layer_norm(joined, joined.shape[-1:]), self.router.weight.to(dtype))
+
+    def _scan(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments
+    ) -> tuple[Tensor, MemoryState | None]:
+        """As that of `CompressiveAttention`, with a head for each memory and head, of which each has one memory.
+
+        A key is zero in memories to which its token is not sent, so that it writes nothing there.
+        """
+        batch, num_segments, heads, *_ = q.shape
+        num_writes = num_segments - (not segments.write_last)
+        if memory is None and num_writes == 0:
+            return torch.zeros_like(v), None
+        before = self.empty_memory(batch, v) if memory is None else memory
+        num_routed, dtype = self.router.out_features, before.norms.dtype
+        key_scores = self.route(k, dtype)
+        sent = F.one_hot(key_scores.argmax(-1), num_routed)
+        if segments.valid is not None:
+            sent = sent * segments.valid.unsqueeze(-1)
+        self._balance(key_scores, sent)
+        added = sent.sum(2)  # tokens of each segment that each memory takes, [B, n, N]
+        seen = before.num_tokens[:, None, :num_routed] + added.cumsum(1) - added
+        shares = self.route(q, dtype).softmax(-1)
+        self._watch(shares, seen.new_full((), num_routed))
+        chosen = F.one_hot(shares.argmax(-1), num_routed) * (seen > 0).unsqueeze(2)
+        shares = shares * chosen
+        shares = torch.cat((shares, 1 - shares.sum(-1, keepdim=True)), dim=-1)  # [B, n, S, N + 1]
+
+        def spread(t: Tensor) -> Tensor:
+            return t.unsqueeze(2).expand(-1, -1, num_routed + 1, -1, -1, -1)
+
+        def align(t: Tensor, like: Tensor) -> Tensor:
+            return t.movedim(-1, 2)[:, :, :, None, :, None].to(like.dtype)  # [B, n, N + 1, 1, S, 1]
+
+        written = align(torch.cat((sent, torch.ones_like(sent[..., :1])), dim=-1), k)
+        one_each = replace(
+            before,
+            memories=before.memories.flatten(1, 2).unsqueeze(1),
+            norms=before.norms.flatten(1, 2).unsqueeze(1),
+            num_tokens=before.num_tokens[:, -1:],
+        )
+        spread_q, spread_k, spread_v = (part.flatten(2, 3) for part in (spread(q), spread(k) * written, spread(v)))
+        reads, after = super()._scan(spread_q, spread_k, spread_v, one_each, segments)
+        mixed = (reads.unflatten(2, (num_routed + 1, heads)) * align(shares, reads)).sum(2)
+        if num_writes == 0:
+            return mixed, memory
+        assert after is not None
+        routed = before.num_tokens[:, :num_routed] + added[:, :num_writes].sum(1)
+        return mixed, replace(
+            after,
+            memories=after.memories.squeeze(1).unflatten(1, (num_routed + 1, heads)),
+            norms=after.norms.squeeze(1).unflatten(1, (num_routed + 1, heads)),
+            num_tokens=torch.cat((routed, after.num_tokens), dim=1),
+        )
+
+    def _balance(self, scores: Tensor, sent: Tensor) -> None:
+        self.balance_loss = None
+        if self.training and self.balance_weight:
+            tokens = sent.flatten(0, 2).to(scores.dtype)
+            is_real = tokens.sum(-1, keepdim=True)
+            number = is_real.sum().clamp_min(1)
+            probability = (scores.softmax(-1).flatten(0, 2) * is_real).sum(0) / number
+            self.balance_loss = self.balance_weight * tokens.shape[-1] * (tokens.sum(0) / number * probability).sum()
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """Not used: a stream runs the open segment again."""
+        raise NotImplementedError
+
+    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
+        """None: each of the heads has one memory."""
+        return None
 
 
 @register_layer("multi_memory", options=MultiMemoryOptions)
 class MultiMemoryLayer(CompressiveLayer):
-    """Independent memories, written in turn, one segment each; a read selects among them by attention to their z.
+    """Independent memories, selected for each token by attention to their z, or by a learned router.
 
-    Selection has no parameters, and each token's weights depend only on the past.
+    They are written in turn, one segment each; with `router: top1` token by token, where the router sends them. Each
+    token's weights depend only on the past.
 
     Arguments are those of `CompressiveLayer`; the memory has `num_heads` heads by default.
     """
 
     index_key: ClassVar[str] = "current_memory_idx"
     attention_type: ClassVar[type[CompressiveAttention]] = MultiMemoryAttention
+
+    def choose_attention(self, options: Any) -> type[CompressiveAttention]:
+        """As `CompressiveLayer.choose_attention`."""
+        return RoutedAttention if options.router == "top1" else self.attention_type
+
+    def forward(
+        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        """As `Layer.forward`."""
+        result = super().forward(hidden, memory, segments)
+        self.auxiliary_loss = getattr(self.attention, "balance_loss", None)
+        return result
+
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
+        """As `Layer.step`; top1 has no faster way than to run the open segment again."""
+        if isinstance(self.attention, RoutedAttention):
+            return Layer.step(self, hidden, opened, memory, step)
+        return super().step(hidden, opened, memory, step)
+
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
+        """As `Layer.end_segments`."""
+        if isinstance(self.attention, RoutedAttention):
+            return Layer.end_segments(self, opened, memory, ended)
+        return super().end_segments(opened, memory, ended)

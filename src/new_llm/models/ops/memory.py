@@ -13,6 +13,9 @@ from torch import Tensor
 HAS_WIDE_SUMS = "dtype" in torch.ops.aten.bmm.overloads()
 """Whether a GPU's product of 16-bit tensors can give its float32 sums as they are, without wide copies (torch 2.8)."""
 
+LEAST_DEVIATION = 1e-6
+"""Added, squared, to the variance by which scores are standardised."""
+
 
 def read_memories(
     q: Tensor, memories: Tensor, norms: Tensor, *, epsilon: float, weights: Tensor | None = None
@@ -70,8 +73,12 @@ def read_memories_naive(
     return result
 
 
-def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """w = softmax over the non-empty memories of q·(z_n / c_n) / (τ √K), token by token; c_n the tokens n has seen.
+def select_memories(
+    q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float | Tensor = 1.0, standardize: bool = False
+) -> Tensor:
+    """w = softmax over the non-empty memories of s_n / τ, s_n = q·(z_n / c_n) / √K; c_n the tokens that n has seen.
+
+    With `standardize` s_n is first standardised over the non-empty memories: (s_n − mean) / deviation.
 
     Each token's weights depend on that token and on the past alone: nothing is averaged over time.
 
@@ -79,30 +86,56 @@ def select_memories(q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature
         q: features of the queries, [B, H, S, K].
         norms: z, [B, N, H, K].
         num_tokens: c, [B, N]; 0 means an empty memory.
-        temperature: τ.
+        temperature: τ, one or [H].
+        standardize: make the scores of each token comparable; a difference of any size can then decide.
 
     Returns:
         [B, N, H, S] in z's dtype; where all memories are empty the weights are equal (and what they weigh is 0).
     """
     products = torch.einsum("bhsk,bnhk->bhsn", q.to(norms.dtype), norms)
-    return weigh_memories(products, num_tokens, width=q.shape[-1], temperature=temperature).movedim(-1, 1)
+    options: dict[str, Any] = {"temperature": temperature, "standardize": standardize}
+    return weigh_memories(products, num_tokens, width=q.shape[-1], **options).movedim(-1, 1)
 
 
-def weigh_memories(products: Tensor, num_tokens: Tensor, *, width: int, temperature: float = 1.0) -> Tensor:
+def weigh_memories(
+    products: Tensor,
+    num_tokens: Tensor,
+    *,
+    width: int,
+    temperature: float | Tensor = 1.0,
+    standardize: bool = False,
+) -> Tensor:
     """The weights of `select_memories`, from the products q·z that a read needs anyway.
 
     Args:
         products: q·z_n, [..., H, S, N].
         num_tokens: c, [..., N].
         width: K.
-        temperature: τ.
+        temperature: τ, one or [H].
+        standardize: as in `select_memories`.
 
     Returns:
         [..., H, S, N].
     """
     counts = num_tokens[..., None, None, :]
-    scores = products / (counts.clamp_min(1).to(products.dtype) * (temperature * width**0.5))
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None, None].to(products.dtype)
+    if standardize:
+        scores = (
+            _standardize(products / (counts.clamp_min(1).to(products.dtype) * width**0.5), counts > 0) / temperature
+        )
+    else:
+        scores = products / (counts.clamp_min(1).to(products.dtype) * (temperature * width**0.5))
     return scores.masked_fill(counts == 0, torch.finfo(scores.dtype).min).softmax(dim=-1)
+
+
+def _standardize(scores: Tensor, is_filled: Tensor) -> Tensor:
+    """(s − mean) / deviation over the entries of the last dimension that are filled; a lone one becomes 0."""
+    number = is_filled.sum(-1, keepdim=True).clamp_min(1)
+    mean = (scores * is_filled).sum(-1, keepdim=True) / number
+    centred = (scores - mean) * is_filled
+    variance = centred.square().sum(-1, keepdim=True) / number
+    return centred * (variance + LEAST_DEVIATION**2).rsqrt()
 
 
 def multiply_norms(q: Tensor, norms: Tensor) -> Tensor:
@@ -125,7 +158,9 @@ class _WideProduct(torch.autograd.Function):
         return (upstream @ norms).to(q.dtype), upstream.transpose(-1, -2) @ q.to(norms.dtype)
 
 
-def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+def select_memories_naive(
+    q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float = 1.0, standardize: bool = False
+) -> Tensor:
     """The equation of `select_memories`, token by token."""
     rows, heads, length, width = q.shape
     weights = torch.zeros(rows, norms.shape[1], heads, length, dtype=norms.dtype)
@@ -135,8 +170,10 @@ def select_memories_naive(q: Tensor, norms: Tensor, num_tokens: Tensor, *, tempe
             for t in range(length):
                 scores = torch.stack(
                     [q[b, h, t] @ norms[b, n, h] / max(float(num_tokens[b, n]), 1.0) / width**0.5 for n in filled]
-                ).div(temperature)
-                for n, weight in zip(filled, torch.softmax(scores, 0), strict=True):
+                )
+                if standardize:
+                    scores = (scores - scores.mean()) / (scores.var(correction=0) + LEAST_DEVIATION**2).sqrt()
+                for n, weight in zip(filled, torch.softmax(scores / temperature, 0), strict=True):
                     weights[b, n, h, t] = weight
     return weights
 
