@@ -68,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "token_memory": ("token_memory", {}),
     "gated_delta": ("gated_delta", {"memory_layers": (1,)}),
     "transformer_xl": ("transformer_xl", {"memory_tokens": 24}),
+    "rmt": ("rmt", {"num_memory_tokens": 4}),
     "selective": ("selective", {"skip_interval": 1}),
     "selective-published": ("selective", {"recipe": "published"}),
     "deep_pythia": ("deep_pythia", {"skip_interval": 1}),

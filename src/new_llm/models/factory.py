@@ -13,8 +13,9 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section, short
 from new_llm.config.user_code import load_by_name
 from new_llm.models.capacity import check_fits
-from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, build_layer
+from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, RecurrentMemoryStack, build_layer
 from new_llm.models.layers.registry import NoOptions
+from new_llm.models.layers.rmt import RecurrentMemoryOptions
 from new_llm.models.recipes import RECIPES
 from new_llm.models.transformer import DepthOptions, SelectiveOptions, SelectiveOutputLM, TransformerLM
 
@@ -68,6 +69,10 @@ def _build_deep(shape: PythiaConfig, options: dict[str, Any]) -> Built:
     return _build_pythia(dataclasses.replace(shape, num_hidden_layers=num_layers), {})
 
 
+def _build_rmt(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+    return Built([build_layer(RecurrentMemoryStack, shape, num_layers=shape.num_hidden_layers, **options)])
+
+
 def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
     """A stack of Pythia layers in which some are replaced by this layer, or which it follows before the head."""
 
@@ -116,6 +121,7 @@ MODEL_KINDS: dict[str, ModelKind] = {
         for name, layer_type in LAYER_KINDS.items()
         if layer_type.is_model_type and layer_type is not PythiaLayer
     },
+    "rmt": ModelKind((RecurrentMemoryOptions,), _build_rmt, reads_segments=True),
     "selective": ModelKind((SelectiveOptions,), _build_selective),
     "deep_pythia": ModelKind((DepthOptions,), _build_deep),
 }
@@ -183,9 +189,9 @@ def create_model(
 
     Args:
         model_type: pythia, infini, multi_memory, hierarchical; token_memory, a Pythia with a memory before its head;
-            transformer_xl, whose layers keep the last tokens' keys and values; gated_delta; selective, a Pythia with
-            extra passes; deep_pythia, a Pythia with as many layers as that selective model runs; or a layer of your
-            own, `my_module:MyLayer`.
+            transformer_xl, whose layers keep the last tokens' keys and values; gated_delta; rmt, whose layers
+            hand vectors from segment to segment; selective, a Pythia with extra passes; deep_pythia, a Pythia with as
+            many layers as that selective model runs; or a layer of your own, `my_module:MyLayer`.
         config: the shape; None: that of `size`.
         size: the name of a shape, 14m to 410m; None: 70m.
         recipe: the name of options that a study found, see `recipes`; None: the defaults.

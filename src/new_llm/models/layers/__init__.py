@@ -10,6 +10,7 @@ from new_llm.models.layers.multi_memory import MultiMemoryLayer
 from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer
 from new_llm.models.layers.registry import LAYER_KINDS, build_layer, register_layer
+from new_llm.models.layers.rmt import RecurrentMemoryStack
 from new_llm.models.layers.token_memory import TokenMemoryLayer
 from new_llm.models.layers.transformer_xl import TransformerXLLayer
 
@@ -29,6 +30,7 @@ __all__ = [
     "ParallelInfiniLayer",
     "PythiaLayer",
     "ReadTokens",
+    "RecurrentMemoryStack",
     "Segments",
     "Step",
     "TokenMemoryLayer",
