@@ -64,7 +64,7 @@ class RecurrentMemoryStack(Layer):
         num_memory_tokens: m.
     """
 
-    has_memory: ClassVar[bool] = True
+    has_memory = True
 
     def __init__(
         self,
