@@ -25,7 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("infini", "multi_memory")
 POLL_SECONDS = 0.002
 TIMEOUT_SECONDS = 240.0
-CLOCK = {"seconds", "tokens_per_second", "peak_memory_bytes", "created", "command", "name", "runs_dir", "code"}
+CLOCK = {
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "created",
+    "command",
+    "name",
+    "runs_dir",
+    "code",
+}
 """What may differ between two runs of one experiment."""
 SETTINGS = {
     "model.hidden_size": 32,

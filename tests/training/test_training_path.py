@@ -1,6 +1,8 @@
 """How a training step runs: batches made ahead, numbers read late, layers run twice or compiled, the learning rate."""
 
 import dataclasses
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 
 from new_llm.config import TrainConfig
 from new_llm.data.batches import plan_batches
+from new_llm.training import TrainingInterrupted
 from new_llm.training.preparation import group_parameters, make_schedule, prefetch_batches
-from training_cases import VOCAB, equal, list_weights, make_split, make_trainer, read_curve, read_late
+from training_cases import VOCAB, equal, list_weights, make_split, make_trainer, read_curve, read_late, stop_at
 
 
 def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path: Path) -> None:
@@ -18,7 +21,9 @@ def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path: Path)
     read_late(other, 4)
     expected, found = plain.run(), other.run()
     assert read_curve(tmp_path / "plain") == read_curve(tmp_path / "other")
-    one, two = (dataclasses.replace(trainer.state, seconds=0, window_seconds=0) for trainer in (plain, other))
+    one, two = (
+        dataclasses.replace(trainer.state, seconds=0, cpu_seconds=0, window_seconds=0) for trainer in (plain, other)
+    )
     assert one == two
     assert (expected.steps, expected.tokens) == (found.steps, found.tokens)
     assert equal(list_weights(plain.model), list_weights(other.model))
@@ -85,6 +90,27 @@ def test_the_rate_rises_linearly_then_falls_as_a_half_cosine() -> None:
     assert [share(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert [share(step) for step in (10 + 195, 400, 10_000)] == pytest.approx([0.55, 0.1, 0.1])
     assert make_schedule(TrainConfig(num_epochs=1, warmup_fraction=0.0), steps_per_epoch=10)(0) == 1.0
+
+
+def test_training_ends_with_its_processor_seconds_and_a_resumed_one_at_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock by which each step takes a second; the cosine ends with the budget, beyond num_epochs."""
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: next(seconds))
+    options = {"stop_at": "cpu_seconds", "cpu_seconds": 30, "num_epochs": 1}
+    whole = make_trainer(tmp_path / "whole", **options)
+    result = whole.run()
+    assert (result.steps, result.cpu_seconds) == (30, 30)
+    assert result.epochs > 1
+    assert whole.scheduler.get_last_lr()[0] == pytest.approx(0.1 * whole.config.learning_rate)
+    begun = make_trainer(tmp_path / "resumed", **options)
+    stop_at(begun, 13)
+    with pytest.raises(TrainingInterrupted):
+        begun.run()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    assert resumed.run(resume=True).steps == 30
+    assert equal(list_weights(resumed.model), list_weights(whole.model))
 
 
 def test_gates_have_their_own_rate_and_no_decay(tmp_path: Path) -> None:

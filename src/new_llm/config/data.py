@@ -41,6 +41,9 @@ class DataConfig:
     segment_curriculum: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Segments of a sample in equal shares of all steps, e.g. 1 8: first samples of one segment, from eight times as
     many places a step, then of eight, at equal tokens a step. It needs `order: shuffled`; empty: no curriculum."""
+    mixed_samples: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each step's tokens that are single segments from many documents, beside samples of all segments. It
+    needs `order: shuffled`; 0: none."""
     order: Literal["stream", "shuffled"] = "stream"
     """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent
     samples that start from empty memory."""
@@ -95,6 +98,13 @@ class DataConfig:
             raise UserError(
                 f"data.segment_curriculum ({list(self.segment_curriculum)}) needs data.order: shuffled; "
                 f"order is {self.order}"
+            )
+        if self.mixed_samples and (
+            self.order != "shuffled" or self.segment_curriculum or self.segments_per_sample == 1
+        ):
+            raise UserError(
+                f"data.mixed_samples ({self.mixed_samples:g}) needs data.order: shuffled, several segments in a sample "
+                "and no data.segment_curriculum"
             )
         uneven = [stage for stage in self.segment_curriculum if self.segments_per_sample % stage]
         if uneven:

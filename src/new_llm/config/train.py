@@ -13,6 +13,12 @@ class TrainConfig:
 
     num_epochs: Annotated[int, Field(gt=0), short("--epochs")] = 30
     """Passes over the training samples at most."""
+    stop_at: Literal["epochs", "cpu_seconds"] = "epochs"
+    """When training ends: after num_epochs, or once it has taken cpu_seconds, in as many passes as they allow; the
+    learning rate then falls with the seconds that are left."""
+    cpu_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """With stop_at: cpu_seconds, the processor seconds that training may take: of all cores and processes, those before
+    a resumption included, without validation."""
     patience: Annotated[int, Field(ge=0)] = 1
     """Epochs without a better validation loss before training stops; 0: never stop early."""
     batch_size: Annotated[int, Field(gt=0), short("--batch-size")] = 8

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from new_llm.config import DataConfig
+from new_llm.config import DataConfig, UserError
 from new_llm.data.recall_facts import SamplePlanter
 from new_llm.data.tokenizer import TokenSplit, count_samples
 
@@ -266,10 +266,51 @@ def shape_batches(data: DataConfig, batch_size: int, segments: int) -> BatchShap
     return BatchShape(data.seq_length // share, batch_size * share, num_samples)
 
 
+def count_singles(data: DataConfig, batch_size: int) -> int:
+    """How many of a batch's whole samples `data.mixed_samples` replaces by as many tokens in single segments.
+
+    Raises:
+        UserError: a batch of one sample can't be mixed.
+    """
+    if batch_size < 2:
+        raise UserError(
+            f"data.mixed_samples: a batch of {batch_size} sample can't be mixed; train.batch_size must be 2"
+        )
+    return min(batch_size - 1, max(1, round(data.mixed_samples * batch_size)))
+
+
 def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
-    """The shapes of all batches of a training: those of the curriculum's stages, or the one of whole samples."""
+    """The shapes of all batches of a training: those of the curriculum's stages, of mixed samples, or of whole ones."""
+    if data.mixed_samples:
+        singles = count_singles(data, batch_size)
+        whole = shape_batches(data, batch_size - singles, data.segments_per_sample)
+        return whole, shape_batches(data, singles, 1)
     stages = dict.fromkeys(data.segment_curriculum or (data.segments_per_sample,))
     return tuple(shape_batches(data, batch_size, segments) for segments in stages)
+
+
+@dataclass(frozen=True, eq=False)
+class MixedPlan(BatchSequence):
+    """One epoch's steps of two batches each: samples of all segments, and single segments from many documents.
+
+    A step has as many tokens as one of whole samples. Either part reads in an order of its own, so that in an epoch
+    some text is read twice and some not at all.
+    """
+
+    whole: BatchPlan
+    """Batches of samples of all segments."""
+    single: BatchPlan
+    """Batches of single segments."""
+    num_steps: int
+    """Pairs of batches."""
+
+    def __len__(self) -> int:
+        return 2 * self.num_steps
+
+    def build(self, index: int) -> Batch:
+        """Whole samples at even indices, single segments at odd ones."""
+        plan = (self.whole, self.single)[index % 2]
+        return plan[index // 2 % len(plan)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,5 +346,6 @@ def plan_curriculum(
     """
     total = num_epochs * num_batches
     first = epoch * num_batches
-    chosen = tuple(stages[(first + number) * len(stages) // total] for number in range(num_batches))
+    last = len(stages) - 1  # for epochs beyond num_epochs, where training ends by the clock
+    chosen = tuple(stages[min(last, (first + number) * len(stages) // total)] for number in range(num_batches))
     return CurriculumPlan({stage: plan(stage) for stage in set(chosen)}, chosen)

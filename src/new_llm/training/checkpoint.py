@@ -66,6 +66,7 @@ class TrainerState:
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     best_loss: float | None = None
     best_epoch: int = 0
     best_fingerprint: str | None = None

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from new_llm.config import DataConfig, TrainConfig
-from new_llm.data.batches import Batch, BatchPlan, CurriculumPlan, plan_batches, plan_curriculum, shape_batches
+from new_llm.data.batches import (
+    Batch,
+    BatchPlan,
+    CurriculumPlan,
+    MixedPlan,
+    count_singles,
+    plan_batches,
+    plan_curriculum,
+    shape_batches,
+)
 from new_llm.data.recall_facts import SamplePlanter
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.models import TransformerLM
@@ -51,6 +60,7 @@ class TrainingResult:
     steps: int
     tokens: int
     seconds: float
+    cpu_seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
     stopped_early: bool
@@ -106,6 +116,7 @@ class Trainer:
         self.carries_memory = data.order == "stream"
         self.num_batches = len(self._plan_samples(0, data.segments_per_sample))
         self.steps_per_epoch = math.ceil(self.num_batches / config.gradient_accumulation_steps)
+        self.batches_per_step = config.gradient_accumulation_steps * (2 if data.mixed_samples else 1)
         precision = choose_precision(config.precision, device)
         prepared = prepare_training(model, loss_fn or self._compute_loss, config, device, precision, processes)
         self.accelerator, self.batch_loss, self.optimizer = (
@@ -115,8 +126,9 @@ class Trainer:
         )
         self.structure = prepared.structure
         self.device = self.accelerator.device
-        self.scheduler = make_scheduler(self.optimizer.optimizer, config, self.steps_per_epoch)
         self.state = TrainerState()
+        read_progress = self._share_spent if config.stop_at == "cpu_seconds" else None
+        self.scheduler = make_scheduler(self.optimizer.optimizer, config, self.steps_per_epoch, read_progress)
         self.metrics: MetricsWriter | SilentMetrics = SilentMetrics()
         self.monitor = StepMonitor(
             self.optimizer.optimizer,
@@ -131,7 +143,10 @@ class Trainer:
         self.step_loss = self.grad_norm = math.nan
 
     def run(self, *, resume: bool = False) -> TrainingResult:
-        """Train until the last epoch or until patience runs out; with `resume` from the last checkpoint.
+        """Train until the last epoch, or until processor seconds or patience run out.
+
+        Args:
+            resume: continue from the last checkpoint where there is one.
 
         Raises:
             TrainingError: a loss or gradient is not finite.
@@ -146,7 +161,7 @@ class Trainer:
             catch_stop_signals(repeats_end=self.processes.count == 1) as is_asked,
             self.processes.agree_to_stop(is_asked) as stop,
         ):
-            while self.state.epoch < self.config.num_epochs and not self.state.stopped_early:
+            while not self._is_done():
                 self._train_epoch(stop)
                 self._end_epoch(is_asked)
         # A signal may have come after the last step checked; check again now that signals are no longer caught.
@@ -159,24 +174,44 @@ class Trainer:
             steps=state.step,
             tokens=state.num_tokens,
             seconds=state.seconds,
+            cpu_seconds=state.cpu_seconds,
             tokens_per_second=state.num_tokens / max(state.seconds, 1e-9),
             peak_memory_bytes=max(self.processes.gather(read_peak_memory(self.device))),
             stopped_early=state.stopped_early,
         )
 
+    def _is_done(self) -> bool:
+        state, config = self.state, self.config
+        is_over = self._share_spent() >= 1 if config.stop_at == "cpu_seconds" else state.epoch >= config.num_epochs
+        return state.stopped_early or is_over
+
+    def _share_spent(self) -> float:
+        """The processor seconds of the steps so far, as a share of those that training may take."""
+        return self.state.cpu_seconds / self.config.cpu_seconds
+
     # Batches
 
-    def plan_epoch(self, epoch: int) -> BatchPlan | CurriculumPlan:
+    def plan_epoch(self, epoch: int) -> BatchPlan | CurriculumPlan | MixedPlan:
         """This process's rows of an epoch's batches."""
         data = self.data
         plan = functools.partial(self._plan_samples, epoch)
+        if data.mixed_samples:
+            singles = count_singles(data, self.config.batch_size)
+            whole = plan(data.segments_per_sample, self.config.batch_size - singles)
+            return MixedPlan(whole, plan(1, singles), self.num_batches)
         if not data.segment_curriculum:
             return plan(data.segments_per_sample)
         return plan_curriculum(data.segment_curriculum, epoch, self.config.num_epochs, self.num_batches, plan)
 
-    def _plan_samples(self, epoch: int, segments: int) -> BatchPlan:
-        """An epoch in samples of `segments` segments, with as many tokens per batch as whole samples have."""
-        shape = shape_batches(self.data, self.config.batch_size, segments)
+    def _plan_samples(self, epoch: int, segments: int, batch_size: int | None = None) -> BatchPlan:
+        """An epoch in samples of `segments` segments, with as many tokens per batch as whole samples have.
+
+        Args:
+            epoch: which pass this is.
+            segments: of a sample.
+            batch_size: whole samples in a batch; None: those of the configuration.
+        """
+        shape = shape_batches(self.data, batch_size or self.config.batch_size, segments)
         plan = plan_batches(
             self.split,
             **shape._asdict(),
@@ -199,16 +234,18 @@ class Trainer:
             state.epoch_loss, state.epoch_tokens = 0.0, 0
         self.progress.begin_epoch(state.epoch + 1, config.num_epochs, self.steps_per_epoch, state.step)
         with prefetch_batches(plan, state.batch, config.prefetch_batches, pin=self.device.type == "cuda") as batches:
-            while state.batch < len(plan):
-                numbers = range(state.batch, min(state.batch + config.gradient_accumulation_steps, len(plan)))
+            is_last = state.batch == len(plan)
+            while not is_last:
+                numbers = range(state.batch, min(state.batch + self.batches_per_step, len(plan)))
                 self._train_step([next(batches) for _ in numbers])
                 state.batch = numbers.stop
-                self._after_step(stop, is_last=state.batch == len(plan))
+                is_last = state.batch == len(plan) or (config.stop_at == "cpu_seconds" and self._is_done())
+                self._after_step(stop, is_last=is_last)
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over some batches: the mean loss of all their tokens, whichever process reads them."""
         state = self.state
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         num_tokens = sum(batch.num_targets for batch in batches)
         before = self._keep_memory(batches) if self.monitor.skips_faults and self.carries_memory else None
         losses: list[Tensor] = []
@@ -226,6 +263,7 @@ class Trainer:
         if before is not None:
             self.model.restore_memory(before, self.monitor.has_failed)
         self.optimizer.step()
+        state.cpu_seconds += self._sum_processes(time.process_time() - cpu_begin)
         self.scheduler.step()
         self.optimizer.zero_grad()
         state.step += 1
@@ -236,6 +274,12 @@ class Trainer:
         state.seconds += seconds
         state.window_seconds += seconds
         self.progress.step(state.step, self.step_loss if is_read else None, num_tokens, seconds)
+
+    def _sum_processes(self, cpu_seconds: float) -> float:
+        """The processor seconds of all processes' part of a step; asked of the others only where it ends training."""
+        if self.processes.count == 1 or self.config.stop_at != "cpu_seconds":
+            return cpu_seconds * self.processes.count
+        return sum(self.processes.gather(cpu_seconds))
 
     def _forward(self, batch: Batch) -> Tensor:
         if self.carries_memory:
@@ -321,6 +365,7 @@ class Trainer:
             "validation_loss": loss,
             "validation_perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
             "seconds": state.seconds,
+            "cpu_seconds": state.cpu_seconds,
             "is_best": is_best,
         }
         self.metrics.write("epoch", state.step, values)

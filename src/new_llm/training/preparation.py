@@ -177,23 +177,37 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     )
 
 
-def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """Share of the peak learning rate at a step: a linear rise, then a half cosine down to `min_lr_ratio`."""
+def make_schedule(
+    config: TrainConfig, steps_per_epoch: int, read_progress: Callable[[], float] | None = None
+) -> Callable[[int], float]:
+    """Share of the peak learning rate at a step: a linear rise, then a half cosine down to `min_lr_ratio`.
+
+    Args:
+        config: how the model is trained.
+        steps_per_epoch: steps in an epoch.
+        read_progress: the share of the training that is done by now, which the cosine follows; None: by its steps.
+    """
     warmup_steps = max(1, round(config.warmup_fraction * steps_per_epoch))
     total_steps = steps_per_epoch * config.num_epochs
 
     def share(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        done = read_progress() if read_progress else (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = min(1.0, done)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return share
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> LambdaLR:
-    """The schedule applied to every group."""
-    return LambdaLR(optimizer, make_schedule(config, steps_per_epoch))
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    steps_per_epoch: int,
+    read_progress: Callable[[], float] | None = None,
+) -> LambdaLR:
+    """The schedule applied to every group; arguments as in `make_schedule`."""
+    return LambdaLR(optimizer, make_schedule(config, steps_per_epoch, read_progress))
 
 
 # Batches
