@@ -1,0 +1,55 @@
+"""What a model costs beside its parameters: the state that reading on needs, and the operations of a token."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from new_llm.models.transformer import TransformerLM
+
+
+def count_state(model: TransformerLM) -> int:
+    """Numbers that a stream of one row keeps at most to read on: memories, and the sums or keys of an open segment.
+
+    They are counted in a stream that stands before the last token of its second segment. A softmax layer keeps 2 D
+    numbers for each token of the segment. A layer without a fast `step` keeps its inputs and computes the rest again.
+    """
+    length = 2 * model.segment_length - 1
+    with model.fresh_memory(1):
+        stream = model.open_stream(1)
+        stream.feed_hidden(torch.zeros(1, length, dtype=torch.int64, device=stream.device))
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = find_tensors([stream.opened, stream.memories])
+    found = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point()}  # some hold one tensor under two names
+    return sum(number for place, number in found.items() if place not in weights)
+
+
+def find_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples, dicts and dataclasses, nested in any way."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from find_tensors(one)
+    elif isinstance(value, dict):
+        yield from find_tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value):
+        yield from find_tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
+
+
+@torch.no_grad()
+def count_flops(model: TransformerLM, num_tokens: int) -> float:
+    """Floating-point operations of the forward pass for each of so many tokens of one row, as they are run.
+
+    Those of products are counted, two for a multiplication and addition: of elementwise operations, of which there are
+    far fewer, none. Training takes about three times as many.
+    """
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.embed_in.weight.device)
+    # What the counter knows of attention is its products; fused, on a CPU, it does not see them.
+    with model.fresh_memory(1), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids, update_memory=True)
+    return counter.get_total_flops() / num_tokens
