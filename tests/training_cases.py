@@ -99,12 +99,17 @@ def read_late(trainer: Trainer, every_steps: int) -> None:
     trainer.monitor.every_steps = every_steps
 
 
-def run_processes(count: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(processes, *arguments)` in some processes that know of one another; a failure of one fails here."""
+def run_processes(count: int, work: Callable[..., None], *arguments: Any, start_method: str = "forkserver") -> None:
+    """Run `work(processes, *arguments)` in some processes that know of one another; a failure of one fails here.
+
+    By `spawn` they end as programs do, by `forkserver` at once.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_begin, (count, port, work, arguments), nprocs=count)
+    # One process has imported what the others are forked with, which each would take seconds to import.
+    mp.get_context("forkserver").set_forkserver_preload(["new_llm.experiments", "torch.distributed.fsdp"])
+    mp.start_processes(_begin, (count, port, work, arguments), nprocs=count, start_method=start_method)
 
 
 def _begin(rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
