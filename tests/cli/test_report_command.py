@@ -67,7 +67,7 @@ def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["a", "a"], "a: this run is given twice"),
         ([], "report: name at least one run folder"),
         (["a", "--out", "."], "--out: . is a folder"),
-        (["a", "--out", "a/results.json/x.html"], "--out: can't write a/results.json/x.html: "),
+        (["a", "--out", "a/results.json/x.html"], "new-llm: a/results.json: "),
         (["a", "--colour", "red"], "--colour"),
     ],
 )

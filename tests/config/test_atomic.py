@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there, whatever operation on the disk fails or comes last."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,11 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from disk_faults import stop_at
 from new_llm.config.files import (
+    describe_os_error,
+    name_refusals,
     remove_folder_atomically,
     remove_leftovers,
+    write_atomically,
     write_folder_atomically,
     write_text_atomically,
 )
@@ -117,3 +123,54 @@ def test_only_folders_with_our_ending_are_leftovers(tmp_path: Path) -> None:
     assert remove_leftovers(tmp_path) == []
     assert all(folder.is_dir() for folder in kept)
     assert remove_leftovers(tmp_path / "absent") == []
+
+
+def refuse_quota(path: Path) -> None:
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def refuse_folder(path: Path) -> None:
+    raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def write_to_full_disk(path: Path) -> None:
+    path.symlink_to("/dev/full")
+    path.write_text("x")
+
+
+def save_to_full_disk(path: Path) -> None:
+    with open("/dev/full", "wb") as file:
+        torch.save({"a": torch.zeros(9)}, file)
+
+
+def fail_as_rust_does(path: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("write", "way"),
+    [
+        (refuse_quota, "free some space"),
+        (refuse_folder, "change its permissions"),
+        (write_to_full_disk, "free some space"),
+        (save_to_full_disk, "free some space"),
+        (fail_as_rust_does, "free some space"),
+    ],
+)
+def test_what_the_disk_refuses_names_the_file_and_what_to_do(
+    tmp_path: Path, write: Callable[[Path], None], way: str
+) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=str(path)) as caught, write_atomically(path) as temporary:
+        write(temporary)
+    message = describe_os_error(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert way in message
+    assert ".tmp" not in message
+
+
+def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+    for error in (ValueError("x"), OSError(errno.ECONNRESET, "reset"), FileNotFoundError(2, "none", "elsewhere")):
+        with pytest.raises(type(error)) as caught, name_refusals(tmp_path):
+            raise error
+        assert caught.value is error

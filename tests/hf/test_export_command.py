@@ -84,7 +84,7 @@ def test_what_can_not_be_exported_is_one_line(run_folder, tmp_path, capsys):
         (["--model", "nothing"], "no model 'nothing' here"),
         (["--model", "infini", "--format", "gguf"], "gguf"),
         (["--model", "infini", "--out", str(run_folder / "infini" / "best")], "choose another folder"),
-        (["--model", "infini", "--out", str(run_folder / "data.json" / "x")], "can't write a model here"),
+        (["--model", "infini", "--out", str(run_folder / "data.json" / "x")], "Not a directory"),
     ):
         assert main([*command, *flags]) == 2
         captured = capsys.readouterr()

@@ -1,6 +1,5 @@
 """The command `new-llm`: finds the sub-command, and turns every failure into one line and an exit code."""
 
-import errno
 import importlib
 import os
 import signal
@@ -14,6 +13,7 @@ from new_llm import __version__
 from new_llm.cli.launcher import check_command, end_quietly, is_main_process, tells_errors
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.config.errors import HubError, OtherProcessError, UserError
+from new_llm.config.files import describe_os_error
 from new_llm.config.terminal import make_line, prepare_terminal
 
 # Module and class of each command. Modules are imported only when their command is asked for, so that help never waits
@@ -140,13 +140,6 @@ def find_place(error: BaseException) -> str:
     if not own:
         return "outside this package"
     return f"new_llm/{own[-1].filename.rpartition(f'{os.sep}new_llm{os.sep}')[2]}, line {own[-1].lineno}"
-
-
-def describe_os_error(error: OSError) -> str:
-    """The system's words on what it could not do, and for a full disk the way on."""
-    place = f"{error.filename}: " if error.filename else ""
-    way = ": free some space; a run then continues by --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{place}{error.strerror or error or type(error).__name__}{way}"
 
 
 def complain(message: str) -> int:

@@ -42,9 +42,6 @@ class Report(Command):
         out = self.out or (first if len(self.runs) == 1 else Path()) / "report.html"
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder; the name of an .html file is expected")
-        try:
-            write_page(found, out)
-        except OSError as error:
-            raise UserError(f"--out: can't write {out}: {error.strerror or error}") from None
+        write_page(found, out)
         print_text(f"report: {out}")
         return 0

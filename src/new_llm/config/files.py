@@ -6,10 +6,12 @@ of every file of a folder, by which torn and changed files are found. Last locks
 process that holds them, however that ends.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -113,6 +115,45 @@ def shorten(message: str) -> str:
 
 
 ENDING = ".tmp"
+WAYS_ON = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space; a run then continues by --resume"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another folder, or change its permissions"),
+    errno.EROFS: "choose a folder on another disk",
+    errno.EIO: "the disk may be failing",
+}
+"""What a user can do about what the system refuses."""
+_NUMBER = re.compile(r"\(os error (\d+)\)")
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the system refused, where, and the way on: one line."""
+    place = f"{error.filename}: " if error.filename else ""
+    way = f": {WAYS_ON[error.errno]}" if error.errno in WAYS_ON else ""
+    return f"{place}{error.strerror or error or type(error).__name__}{way}"
+
+
+@contextmanager
+def name_refusals(path: Path) -> Iterator[None]:
+    """Around writing: what the system refuses is an OSError that names `path`, whoever raises it.
+
+    Files that are still written know no path or a temporary one, libraries written in Rust give the number in words,
+    and torch.save raises an error of its own over that of the file.
+
+    Raises:
+        OSError: with the system's number and a path.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        refused = error.__context__ if isinstance(error, RuntimeError) else error
+        found = _NUMBER.search(str(error))
+        number = refused.errno if isinstance(refused, OSError) else int(found[1]) if found else None
+        place = str(getattr(refused, "filename", None) or "")
+        if number is None or (ENDING not in place if place else number not in WAYS_ON):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 @contextmanager
@@ -167,9 +208,19 @@ def remove_folder_atomically(path: Path) -> None:
 
 @contextmanager
 def make_temporary_folder(path: Path) -> Iterator[Path]:
-    """Inside the block: an empty folder `.name.….tmp` beside a path, locked for as long as this process lives."""
+    """Inside the block: an empty folder `.name.….tmp` beside a path, locked for as long as this process lives.
+
+    Raises:
+        OSError: the system refuses to write there, or inside the block; it names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
+    with name_refusals(path), _make_locked_folder(path) as folder:
+        yield folder
+
+
+@contextmanager
+def _make_locked_folder(path: Path) -> Iterator[Path]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ENDING, dir=path.parent))
         try:
@@ -313,7 +364,7 @@ def hold_lock(path: Path, what: str, *, on_wait: Callable[[str], None] | None = 
             on_wait(f"waiting for {holder}, which is using {what}")
             lock.acquire()
     except OSError as error:
-        raise UserError(f"{path}: can't make the lock: {error.strerror or error}") from None
+        raise UserError(f"can't make the lock {describe_os_error(error)}") from None
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with suppress(OSError):  # a full disk: the lock holds all the same

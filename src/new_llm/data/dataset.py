@@ -27,7 +27,15 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import TextConfig
-from new_llm.config.files import MANIFEST_FILE, check_manifest, hold_lock, write_folder_atomically, write_manifest
+from new_llm.config.files import (
+    MANIFEST_FILE,
+    check_manifest,
+    describe_os_error,
+    hold_lock,
+    name_refusals,
+    write_folder_atomically,
+    write_manifest,
+)
 from new_llm.config.terminal import print_text
 from new_llm.data.builder import Builder, limit_characters, pack_sentences, shuffle_sentences
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -121,7 +129,10 @@ def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
         return cache
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with hold_lock(root / f".{key}.lock", f"the token cache {folder}", on_wait=_say):
+        with (
+            hold_lock(root / f".{key}.lock", f"the token cache {folder}", on_wait=_say),
+            name_refusals(folder),
+        ):
             if (cache := _load(folder, say=_say)) is not None:
                 return cache
             if work.exists():
@@ -138,9 +149,7 @@ def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
             shutil.rmtree(work)
             cache = _load(folder, say=_say)
     except OSError as error:
-        raise UserError(
-            f"{root}: the token cache can't be written: {error.strerror or error} ({error.filename or folder})"
-        ) from None
+        raise UserError(f"the token cache can't be written: {describe_os_error(error)} (data.cache_dir)") from None
     if cache is None:
         raise UserError(f"{folder}: the token cache was damaged while it was written")
     return cache

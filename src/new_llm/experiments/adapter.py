@@ -60,10 +60,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         out = self.config.out
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: can't write to {out.parent}: {error.strerror or error}") from None
+        out.parent.mkdir(parents=True, exist_ok=True)
 
     def prepare(self) -> PreparedData:
         """The source's long documents, in the base's tokens, and the further text to measure on."""

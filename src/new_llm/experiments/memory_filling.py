@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import FillConfig
+from new_llm.config.files import describe_os_error
 from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
@@ -112,7 +113,7 @@ def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise UserError(f"--out: can't write to {out.parent}: {error.strerror or error}") from None
+        raise UserError(f"--out: {describe_os_error(error)}") from None
 
 
 def memory_adds(model: TransformerLM) -> bool:

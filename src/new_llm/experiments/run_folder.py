@@ -128,10 +128,7 @@ def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
 
 def create_run(config: RunSettings, folder: Path) -> None:
     """Turn a held folder into a run by writing its configuration."""
-    try:
-        write_text_atomically(folder / config.file_name, config.to_yaml())
-    except OSError as error:
-        raise UserError(f"{folder}: can't make the run's folder: {error.strerror}") from None
+    write_text_atomically(folder / config.file_name, config.to_yaml())
 
 
 def read_begun(folder: Path, kind: type[Settings]) -> Settings:

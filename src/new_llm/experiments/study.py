@@ -24,7 +24,7 @@ from rich.console import Console
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig, SubjectConfig, TextConfig
-from new_llm.config.files import write_text_atomically
+from new_llm.config.files import name_refusals, write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
 from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall
@@ -333,7 +333,7 @@ def _work(work: Callable[..., None], study: StudyConfig, cell: Cell, log: Path) 
     """The body of a job's process."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # training itself catches both
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+    with name_refusals(log), log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             work(study, cell, open_console(file=file, width=120))
         except (TrainingInterrupted, KeyboardInterrupt):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.files import shorten
+from new_llm.config.files import describe_os_error, shorten
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.layers.memory_layer import describe_memory_options
 from new_llm.models.memory_record import (
@@ -137,7 +137,7 @@ def write_memory_file(path: Path, content: MemoryFile) -> None:
     try:
         write_safetensors(path, tensors, metadata)
     except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+        raise UserError(describe_os_error(error)) from None
 
 
 def read_memory_file(path: Path, check: Callable[[MemoryRecord], None] | None = None) -> MemoryFile:

@@ -9,10 +9,8 @@ carries one digest, `sha256` over its metadata and tensors, which every reader c
 import hashlib
 import json
 import os
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,22 +194,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(len(beginning).to_bytes(8, "little") + beginning)
         for name in names:
             file.write(_list_bytes(plain[name]))
-
-
-@contextmanager
-def raise_os_errors(path: Path) -> Iterator[None]:
-    """Around writing a file by safetensors, or by `torch.save` into an open file: the system's own error, with the
-    path.
-    """
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        # torch.save meets the error of the file's own write, and raises one of its own over it.
-        number = int(found[1]) if found else getattr(error.__context__, "errno", None)
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 # Digests

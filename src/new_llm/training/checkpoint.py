@@ -38,7 +38,6 @@ from new_llm.models.state import entry_is_per_row
 from new_llm.models.tensor_files import (
     check_finite,
     fingerprint_tensors,
-    raise_os_errors,
     read_safetensors,
     read_torch_file,
 )
@@ -203,10 +202,9 @@ def save_checkpoint(
             "random_states": read_random_states(),
         }
         with write_checkpoint_folder(folder, state.step, state.epoch, keep=keep) as temporary:
-            with raise_os_errors(folder):
-                tensors = {name: cast(Tensor, tensor).contiguous() for name, tensor in weights.items()}
-                save_file(tensors, temporary / WEIGHTS_FILE)
-            with raise_os_errors(folder), (temporary / VALUES_FILE).open("wb") as file:
+            tensors = {name: cast(Tensor, tensor).contiguous() for name, tensor in weights.items()}
+            save_file(tensors, temporary / WEIGHTS_FILE)
+            with (temporary / VALUES_FILE).open("wb") as file:
                 torch.save(values, file)
             (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
 

@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from new_llm.config import TrainConfig
 from new_llm.config.files import write_atomically
 from new_llm.data.batches import Batch
-from new_llm.models.tensor_files import raise_os_errors
 from new_llm.processes import Processes
 from new_llm.training.checkpoint import TrainerState
 
@@ -206,5 +205,5 @@ def write_batches(path: Path, batches: list[list[Batch]]) -> None:
         if (tensor := getattr(batch, name)) is not None
     }
     path.parent.mkdir(exist_ok=True)
-    with write_atomically(path) as temporary, raise_os_errors(path):
+    with write_atomically(path) as temporary:
         save_file(tensors, temporary)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from new_llm.config import UserError
-from new_llm.config.files import write_text_atomically
+from new_llm.config.files import name_refusals, write_text_atomically
 from new_llm.config.loading import flatten_settings
 from new_llm.training.devices import read_used_bytes
 
@@ -52,31 +52,35 @@ class MetricsWriter:
             shutil.rmtree(folder / BOARD_FOLDER, ignore_errors=True)  # of an attempt that reached no checkpoint
         self._thread_hook = threading.excepthook
         threading.excepthook = self._note_thread_error
-        self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
+        with name_refusals(folder / BOARD_FOLDER):
+            self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Add one line {"event", "step", ...}; numbers go to TensorBoard and the trackers too."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self._file.flush()
-        self.num_lines += 1
         numbers = name_numbers(event, values)
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        with name_refusals(self.path):
+            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self._file.flush()
+            self.num_lines += 1
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
         if self.accelerator is not None and self.accelerator.trackers:
             self.accelerator.log(numbers, step=step)
 
     def sync(self) -> None:
         """Flush to the disk, before a checkpoint says that these lines are there."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        with name_refusals(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""
         try:
             self.sync()
-            self._file.close()
-            self._board.close()
+            with name_refusals(self.path):
+                self._file.close()
+                self._board.close()
         finally:
             threading.excepthook = self._thread_hook
 

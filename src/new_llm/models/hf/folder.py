@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from new_llm.config.files import make_temporary_folder, read_json_file, write_at
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import END_OF_TEXT
 from new_llm.models.model_file import STRUCTURE_FILE
-from new_llm.models.tensor_files import raise_os_errors, read_safetensors, read_torch_file
+from new_llm.models.tensor_files import read_safetensors, read_torch_file
 
 CONFIG_FILE = "config.json"
 INDEX_ENDING = ".index.json"
@@ -170,14 +170,9 @@ def stage_folder(directory: Path) -> Iterator[Path]:
     files stay. An error inside the block leaves `directory` as it was.
 
     Raises:
-        UserError: the folder can't be made.
+        OSError: the system refuses to write there.
     """
-    with ExitStack() as stack:
-        try:
-            staging = stack.enter_context(make_temporary_folder(directory / "model"))
-        except OSError as error:
-            raise UserError(f"{directory}: can't write a model here: {error.strerror}") from None
-        stack.enter_context(raise_os_errors(directory))
+    with make_temporary_folder(directory / CONFIG_FILE) as staging:
         yield staging
         files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
         for stale in {path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}:

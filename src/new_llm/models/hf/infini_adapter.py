@@ -32,7 +32,7 @@ from torch import Tensor
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.files import shorten, write_atomically
+from new_llm.config.files import describe_os_error, shorten, write_atomically
 from new_llm.config.model import check_adapter_suffix
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.hf.gpt_neox import load_pythia
@@ -54,7 +54,6 @@ from new_llm.models.tensor_files import (
     check_finite,
     fingerprint_tensors,
     hash_content,
-    raise_os_errors,
     read_header,
     read_safetensors,
     read_torch_file,
@@ -307,11 +306,10 @@ def write_adapter_file(path: Path, content: AdapterFile) -> None:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
         metadata[DIGEST] = hash_content(metadata, tensors)
-        with raise_os_errors(path), write_atomically(path) as temporary, temporary.open("wb") as file:
+        with write_atomically(path) as temporary, temporary.open("wb") as file:
             torch.save({"metadata": metadata, "tensors": tensors}, file)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(shorten(f"{path}: can't be written: {reason}")) from None
+    except OSError as error:
+        raise UserError(describe_os_error(error)) from None
 
 
 def read_adapter_file(path: Path) -> AdapterFile:
