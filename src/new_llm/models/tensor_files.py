@@ -8,7 +8,6 @@ carries one digest, `sha256` over its metadata and tensors, which every reader c
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
