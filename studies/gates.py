@@ -30,10 +30,10 @@ from new_llm.evaluation.long_documents import select_long_documents
 from new_llm.evaluation.perplexity import evaluate_streaming
 from new_llm.evaluation.statistics import find_t_interval
 from new_llm.experiments.adapter import select_documents
+from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.evaluation import load_evaluation_text
 from new_llm.experiments.run_folder import describe_code, write_json
 from new_llm.experiments.study import Cell, is_trained
-from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.subject import LoadedModel, load_any_model
 from new_llm.models.layers.token_memory import TokenMemoryAttention, TokenMemoryLayer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from new_llm.config.loading import read_settings
-from new_llm.experiments.study_config import StudyConfig
+from new_llm.experiments.config import StudyConfig
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
 

@@ -11,8 +11,8 @@ import yaml
 from rich.console import Console
 
 from new_llm.config import UserError
+from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.study import Cell
-from new_llm.experiments.study_config import StudyConfig
 
 
 def tiny_settings(source: Path, runs_dir: Path) -> dict[str, object]:

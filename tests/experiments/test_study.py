@@ -15,7 +15,7 @@ from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
 from new_llm.experiments import study as study_module
-from new_llm.experiments.study_config import StudyConfig
+from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.report.figures import write_study_figures
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
+from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.study import LOGS_FOLDER, Cell, run_in_processes
-from new_llm.experiments.study_config import StudyConfig
 from new_llm.training import TrainingInterrupted
 
 CELLS = [Cell("reference", 0), Cell("no-delta", 0)]

@@ -20,8 +20,7 @@ from targets import Read, Target
 from new_llm.config.loading import read_settings
 from new_llm.data.local_files import read_file
 from new_llm.data.tokenizer import read_tokenizer_file
-from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.study_config import StudyConfig
+from new_llm.experiments.config import ExperimentConfig, StudyConfig
 from new_llm.report.results import load_results
 
 HUGE = 10 << 30

@@ -22,8 +22,7 @@ from new_llm.data.local_files import read_file
 from new_llm.data.reversal_pairs import read_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
-from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
-from new_llm.experiments.study_config import StudyConfig
+from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig, StudyConfig
 from new_llm.models import create_model, load_model, save_model
 from new_llm.models.hf import load_pythia
 

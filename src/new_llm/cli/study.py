@@ -43,7 +43,7 @@ class Study(Command):
     def execute(self) -> int:
         """Train what has not been trained, compare, and print the table."""
         from new_llm.config.loading import read_settings
-        from new_llm.experiments.study_config import StudyConfig
+        from new_llm.experiments.config import StudyConfig
 
         study = read_settings(self.study, StudyConfig)
         if self.jobs < 1:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import textwrap
+import sys
 from typing import Any, TypeVar, cast, dataclass_transform
 
 import tyro
@@ -48,21 +48,27 @@ def short(*flags: str) -> Any:
 
 def read_field_docs(kind: type) -> dict[str, str]:
     """The text below each field of a dataclass and its bases, by the field's name."""
-    docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if "__annotations__" not in vars(base):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError):  # a class that was made where no file is
-            continue
-        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for statement, following in itertools.pairwise(body):
-            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                continue
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
-    return docs
+    bases = [base for base in reversed(kind.__mro__) if "__annotations__" in vars(base)]
+    return {name: text for base in bases for name, text in _read_docs(base.__module__).get(base.__name__, {}).items()}
+
+
+@functools.cache
+def _read_docs(module: str) -> dict[str, dict[str, str]]:
+    """By class and field, the texts of a module; of one that stands in no file there are none."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):
+        return {}
+    return {
+        node.name: {
+            field.target.id: inspect.cleandoc(str(text.value.value))
+            for field, text in itertools.pairwise(node.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        }
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 def describe_validation_error(error: ValidationError, where: str) -> UserError:

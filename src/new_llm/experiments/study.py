@@ -28,6 +28,7 @@ from new_llm.config.files import name_refusals, write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
 from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall
+from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.evaluation import (
     check_tokenizer,
     describe_evaluation,
@@ -36,7 +37,6 @@ from new_llm.experiments.evaluation import (
 )
 from new_llm.experiments.run_folder import RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
-from new_llm.experiments.study_config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.experiments.subject import LoadedModel, load_any_model
 from new_llm.training import TrainingInterrupted

@@ -13,7 +13,7 @@ from typing import Any
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, Measure
 from new_llm.evaluation.statistics import find_t_interval
-from new_llm.experiments.study_config import StudyConfig
+from new_llm.experiments.config import StudyConfig
 from new_llm.formats import format_bytes, format_count, format_number
 
 Run = Mapping[str, Any]

@@ -90,11 +90,7 @@ class NewLLMConfig(PretrainedConfig):
 
     @classmethod
     def from_model(cls, model: TransformerLM, **kwargs: Any) -> "NewLLMConfig":
-        """The configuration of a model; `kwargs` are the arguments that a model does not know, such as eos_token_id.
-
-        Raises:
-            ValueError: a layer of a class that is not registered.
-        """
+        """The configuration of a model; `kwargs` are the arguments that a model does not know, such as eos_token_id."""
         return cls(**{**describe_model(model), **kwargs})
 
     @property
@@ -118,17 +114,10 @@ UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
 class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `TransformerLM` in `transformers`' clothes.
+    """A `TransformerLM` in `transformers`' clothes, with fresh weights unless one is given to wrap.
 
     `model` is the `TransformerLM` itself, with its memory: `load_memory_file(hf.model, path)` before `hf.generate(...)`
     begins every row from that memory. Memory is no weight: `save_pretrained` leaves it out.
-
-    Args:
-        config: the structure.
-        model: an existing model to wrap; None: one with fresh weights.
-
-    Raises:
-        UserError: the configuration describes no model.
     """
 
     config_class = NewLLMConfig
@@ -151,21 +140,13 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_model(cls, model: TransformerLM, **kwargs: Any) -> "NewLLMForCausalLM":
-        """Wrap a model, which is not copied; `kwargs` go to `NewLLMConfig`.
-
-        Raises:
-            ValueError: a layer of a class that is not registered.
-        """
+        """Wrap a model of registered layers, which is not copied; `kwargs` go to `NewLLMConfig`."""
         dtype = {"torch_dtype": model.embed_in.weight.dtype}
         return cls(NewLLMConfig.from_model(model, **(dtype | kwargs)), model).train(model.training)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in any model of `transformers`; weights that are missing are an error, never drawn by chance.
-
-        Raises:
-            UserError: the folder's weights lack some of the model's.
-        """
+        """As in any model of `transformers`; weights that are missing are a `UserError`, never drawn by chance."""
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         if missing := sorted(info["missing_keys"]):

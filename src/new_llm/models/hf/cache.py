@@ -13,14 +13,11 @@ from new_llm.models.transformer import TransformerLM
 
 
 class StreamCache(Cache):
-    """What a model has read so far, row by row, of constant size beyond a segment.
+    """What a model has read so far, row by row, of constant size beyond a segment; rows begin with the model's held
+    memory.
 
     Rows can be selected and repeated (beam search), and the cache can be copied (`copy.deepcopy`, for several
     continuations of one prompt). It can't be shortened: a memory does not forget its last tokens.
-
-    Args:
-        model: the model that reads; its held memory is where every row begins.
-        batch_size: rows B.
     """
 
     is_compileable = False  # pyright: ignore
@@ -83,19 +80,11 @@ class StreamCache(Cache):
         self.__init__(self.stream.model, self.batch_size)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: what a memory took in can't be taken out again.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refused: what a memory took in can't be taken out again."""
         raise ValueError("the cache of a memory model can't be shortened: copy it before the tokens are read")
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the model's own layers write the cache.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refused: the model's own layers write the cache."""
         raise ValueError("StreamCache holds no keys and values of other layers: pass it as past_key_values")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamCache":
@@ -107,18 +96,11 @@ class StreamCache(Cache):
 
 
 def hold_over_padding(hidden: Tensor, attention_mask: Tensor | None, before: Tensor | None = None) -> Tensor:
-    """Give masked columns the hidden state of the last real token before them.
+    """Give masked columns of [B, T, D] the hidden state of the last real token before them, perhaps in `before`, [B,
+    D].
 
-    Generation goes on from the last column. Where prompts are padded on the right that is padding, which has no
-    meaning of its own; with this the row goes on from its last real token.
-
-    Args:
-        hidden: [B, T, D].
-        attention_mask: [B, T]; None: all columns are real.
-        before: hidden state of each row's last real token before the first column, [B, D]; None: there is none.
-
-    Returns:
-        [B, T, D].
+    Generation continues from the last column. Where prompts are padded on the right that is padding, which has no
+    meaning of its own; with this the row continues from its last real token.
     """
     if attention_mask is None or bool(attention_mask[:, -1].all()):
         return hidden
@@ -142,11 +124,8 @@ def select_stream_rows(stream: MemoryStream, indices: Tensor) -> MemoryStream:
 def pick_rows(value: Any, indices: Tensor, seen: dict[int, Any]) -> Any:
     """Copy rows of all tensors in nested dataclasses, lists, tuples and mappings; other values stay.
 
-    Args:
-        value: what a layer or a stream keeps; tensors have the rows first.
-        indices: the rows.
-        seen: copies by the id of what they were made from: one tensor in two places stays one tensor, since layers
-            write theirs in place.
+    `seen` holds copies by the id of what they were made from: one tensor in two places stays one, since layers write
+    theirs in place.
     """
     if id(value) in seen:
         return seen[id(value)]

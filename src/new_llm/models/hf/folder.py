@@ -34,11 +34,7 @@ INSTEAD = (
 
 
 def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: the one given, or the hub repository's files on this machine.
-
-    Args:
-        name_or_directory: a directory, or a hub name such as EleutherAI/pythia-70m.
-        revision: branch, tag or commit of the hub repository; a directory has none.
+    """The directory of a checkpoint: the one given, or the hub repository's files of a revision on this machine.
 
     Raises:
         UserError: there is no such directory or repository, or the hub is out of reach and nothing is cached.
@@ -83,11 +79,7 @@ def choose_files(files: list[str]) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `config.json`.
-
-    Raises:
-        UserError: it is missing or no JSON mapping.
-    """
+    """The checkpoint's `config.json`."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         hint = " (a model that TransformerLM.save wrote: load_model reads it)"
@@ -98,11 +90,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by their names, on the CPU, as they were stored. No pickled code is run.
-
-    Raises:
-        UserError: there are no weights, or a file is missing or broken.
-    """
+    """All tensors of a checkpoint by their names, on the CPU, as they were stored. No pickled code is run."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             break

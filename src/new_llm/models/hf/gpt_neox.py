@@ -136,12 +136,7 @@ def write_config(config: PythiaConfig, dtype: torch.dtype, token_ids: dict[str, 
 
 
 def import_names(weights: dict[str, Tensor], expected: dict[str, torch.Size], where: str) -> dict[str, Tensor]:
-    """Weights by our names, all there and of the right shape; old buffers are left out.
-
-    Args:
-        weights: by GPT-NeoX's names.
-        expected: shapes by our names.
-        where: the checkpoint, for errors.
+    """Weights by our names, all there and of the `expected` shapes; old buffers are left out.
 
     Raises:
         UserError: weights that are missing, unknown or of another shape, or of no floating-point type.

@@ -89,8 +89,7 @@ def create_pythia_with_parallel_infini(
         layers: the layers that get a memory beside them, by index.
         segment_length: tokens in a segment; None: the base's own.
         revision: branch, tag or commit of a name on the hub.
-        options: further fields of `AdapterConfig`: init, zero_init_dense, num_memory_heads, num_memory_banks,
-            segments_per_bank, alibi_scale, gate_init.
+        options: further fields of `AdapterConfig`.
 
     Raises:
         ValueError: an unknown option, a value out of range, or a layer that the base lacks.
@@ -113,9 +112,6 @@ def load_base(name: str | Path, *, revision: str | None = None, segment_length: 
 
     Pythia is published in float16, and training in 16 bits loses small updates: such weights are widened, for training
     and for use alike, so that an adapter meets the base it was trained on.
-
-    Raises:
-        UserError: there is none, or it can't be read.
     """
     folder = Path(name).expanduser()
     if (folder / STRUCTURE_FILE).is_file():
@@ -129,13 +125,9 @@ def load_base(name: str | Path, *, revision: str | None = None, segment_length: 
 def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = False) -> None:
     """Write the adapter's weights and settings, and what base they belong to; whole, or what was there before.
 
-    Args:
-        model: an adapted model.
-        path: the file: .safetensors, or .pt (plain tensors, as torch.save writes them).
-        with_base: write the base's weights too, where they were trained.
-
-    Raises:
-        UserError: the model has no adapter, or the file can't be written.
+    The file is .safetensors or .pt (plain tensors, as torch.save writes them). `with_base` writes the base's weights
+    too,
+    where they were trained.
     """
     layers = find_adapters(model)
     if not layers:
@@ -152,26 +144,13 @@ def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = Fa
 
 
 def load_adapted_model(path: str | Path, base: str | Path | None = None, *, force: bool = False) -> TransformerLM:
-    """The adapted model of a file, on the CPU; see `attach_adapter`.
-
-    Args:
-        path: what `save_adapter` wrote.
-        base: hub name or directory of the base; None: the one that the file names.
-        force: take another base of the same shape than the adapter was trained on.
-
-    Raises:
-        UserError: the file is broken, or there is no such base, or it is not the adapter's.
-    """
+    """The adapted model of a file, on the CPU, on the base that the file names or on another; see `attach_adapter`."""
     model = load_base(read_base_name(path) if base is None else base)
     return attach_adapter(model, path, force=force)
 
 
 def read_base_name(path: str | Path) -> str:
-    """The hub name or directory of the base that an adapter was trained on.
-
-    Raises:
-        UserError: the file is broken, or does not say.
-    """
+    """The hub name or directory of the base that an adapter was trained on."""
     name = read_adapter_file(Path(path)).record.base_name
     if name is None:
         raise UserError(f"{path}: does not say which base it belongs to: name one")
@@ -181,18 +160,8 @@ def read_base_name(path: str | Path) -> str:
 def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = False) -> TransformerLM:
     """Put a saved adapter on its base, or its weights into a model with the same adapter; after an error nothing is.
 
-    The model takes the segment length that the adapter was trained with, and its held memory is emptied.
-
-    Args:
-        model: the base, changed in place.
-        path: what `save_adapter` wrote.
-        force: take another base of the same shape than the adapter was trained on.
-
-    Returns:
-        The same model.
-
-    Raises:
-        UserError: the file is broken, or does not fit the model.
+    The model, changed in place and returned, takes the segment length that the adapter was trained with, and its held
+    memory is emptied. `force` takes another base of the same shape than the adapter was trained on.
     """
     _attach(model, read_adapter_file(Path(path)), str(path), force)
     return model
@@ -290,11 +259,7 @@ _RECORD = TypeAdapter(AdapterRecord)
 
 
 def write_adapter_file(path: Path, content: AdapterFile) -> None:
-    """Write an adapter file atomically, in the format that its ending says; `created` is filled in.
-
-    Raises:
-        UserError: the ending says no format, or the file can't be written.
-    """
+    """Write an adapter file atomically, in the format that its ending says; `created` is filled in."""
     check_adapter_suffix(path, "the adapter's file")
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     values = _RECORD.dump_python(dataclasses.replace(content.record, created=created), mode="json")
@@ -313,11 +278,7 @@ def write_adapter_file(path: Path, content: AdapterFile) -> None:
 
 
 def read_adapter_file(path: Path) -> AdapterFile:
-    """Read and validate an adapter file; needs no model.
-
-    Raises:
-        UserError: no readable adapter file of this version, or broken: one line says what.
-    """
+    """Read and validate an adapter file; needs no model. A broken one, or of another version, is a `UserError`."""
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
     try:

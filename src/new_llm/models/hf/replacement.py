@@ -69,11 +69,6 @@ def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: f
     Both LayerNorms, the MLP and the output projection keep their numbers. The fused projection holds q, k, v of a head
     side by side, head by head; where the new layer has other heads its rows are put in order, so that every output
     that was part of q (of k, of v) still is, at the same place among all heads together.
-
-    Args:
-        old: the layer that is replaced.
-        new: its successor, in whose place the weights are written.
-        initializer_range: standard deviation of what is drawn.
     """
     reference = next(old.parameters())
     initialize_weights(new, initializer_range)
@@ -120,13 +115,7 @@ BASE = ".base_layer."
 def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_name: str | None = None) -> TransformerLM:
     """Put a new memory beside some Pythia layers of a model, in place; what the model holds in memory is emptied.
 
-    Args:
-        model: the base.
-        config: where, and what memory.
-        base_name: the base's name or directory, for the record.
-
-    Returns:
-        The same model.
+    `base_name` is the base's name or directory, for the record.
 
     Raises:
         ValueError: a layer that the model lacks or that is no Pythia layer, options that do not fit its width, or a

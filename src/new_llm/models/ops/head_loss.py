@@ -114,11 +114,7 @@ def linear_cross_entropy(
 def score_logits(logits: Tensor, targets: Tensor, weights: Tensor | None, *, write_gradients: bool) -> Tensor:
     """Losses [n] of rows of logits [n, Z], float32 or wider; with `write_gradients` ∂ℓ/∂x replaces the logits.
 
-    Args:
-        logits: [n, Z]; what they hold afterwards is undefined unless gradients are wanted.
-        targets: [n]; negative: no loss.
-        weights: w, [n]; None: 1.
-        write_gradients: put the gradients in the logits' place.
+    What the logits hold afterwards is undefined otherwise. Targets below 0 have no loss; weights are w, [n] (None: 1).
     """
     kernels = native.find_kernels(logits) if logits.numel() >= MIN_NATIVE_LOGITS else None
     if kernels is not None:

@@ -157,16 +157,8 @@ def find_product_dtype(k: Tensor, wide: torch.dtype) -> torch.dtype:
 
 
 class Chain:
-    """The writes of one call: X_{i+1} = d_i X_i + k_iᵀ (v_i − e_i k_i X_i) in the memory m_i.
-
-    Args:
-        k: features of the keys, [B, n, H, S, K].
-        delta_scales: e, [B, n, H, S]; None: no delta rule.
-        decay: d, [B, n, H]; None: 1.
-        slots: m_i, [B, n] int64.
-        num_memories: N.
-        num_writes: segments that are written.
-        wide: the states' dtype.
+    """The writes of one call: X_{i+1} = d_i X_i + k_iᵀ (v_i − e_i k_i X_i) in the memory m_i; shapes as in
+    `scan_memories`.
     """
 
     def __init__(
@@ -207,17 +199,15 @@ class Chain:
         return memories.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     def advance(self, state: Tensor, v: Tensor, part: slice, *, is_known: bool = False) -> tuple[Tensor, Tensor]:
-        """Write the segments of a part, one after the other, into `state`.
+        """Write the segments of a part, one after the other, into `state`: X at its first segment, afterwards behind
+        its last.
 
-        Args:
-            state: X at the part's first segment; afterwards behind its last.
-            v: values of all segments, or with `is_known` the u that was written.
-            part: the segments.
-            is_known: u is given, so that no product waits for another.
+        With `is_known` v is the u that was written, so that no product waits for another.
 
         Returns:
             X as each segment of the part finds it, [B, g, H, N, K, V] in the products' dtype, and u of the written
-            ones, [B, w, H, S, V] in v's dtype.
+            ones,
+            [B, w, H, S, V] in v's dtype.
         """
         written = self._written(part)
         k, u = self.k[:, written], v[:, written]
@@ -268,9 +258,7 @@ class Chain:
             u: what was written, of all segments.
             from_reads: ∂L/∂X of the reads, of the part's last segments.
             part: the segments.
-            for_k: takes ∂L/∂k, [B, n, H, S, K].
-            for_v: takes ∂L/∂v, [B, n, H, S, V].
-            for_e: takes ∂L/∂e, [B, n, H, S].
+            for_k, for_v, for_e: take ∂L/∂k, ∂L/∂v and ∂L/∂e, in the shapes of k, v and e.
         """
         written = self._written(part)
         num_segments, num_writes = part.stop - part.start, written.stop - written.start

@@ -44,17 +44,9 @@ def load_triton() -> ModuleType:
 def check_tensor(
     name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | None = None
 ) -> None:
-    """Make sure that a kernel may read or write a tensor's memory.
+    """Make sure by a ValueError that a kernel may read or write a tensor's memory: device, dtype, shape and layout.
 
-    Args:
-        name: what errors call it.
-        t: a contiguous tensor.
-        shape: the shape that the kernel assumes.
-        dtype: the dtype that the kernel assumes; None: any.
-        device: where the kernel runs; None: the CPU.
-
-    Raises:
-        ValueError: another device, dtype, shape or layout.
+    The dtype None is any, the device None the CPU.
     """
     is_placed = t.is_cpu if device is None else t.device == device
     if is_placed and (dtype is None or t.dtype is dtype) and t.shape == shape and t.is_contiguous():

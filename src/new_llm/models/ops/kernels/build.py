@@ -54,10 +54,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def make_private_folder(path: Path) -> Path:
-    """Make a folder that only this user can change, or make sure that one is.
-
-    Returns:
-        Its path without links.
+    """Make a folder that only this user can change, or make sure that one is; returns its path without links.
 
     Raises:
         OSError: it can't be made; it or a parent is a link, belongs to another user, or others may write to it. A

@@ -120,14 +120,10 @@ def score_rows(
 
 
 def causal_softmax(kernels: ctypes.CDLL, scores: Tensor, logsumexp: Tensor, *, first: int, scale: float) -> None:
-    """softmax(scale · scores) in place of scores [n, rows, columns]; row r sees its first `first + r + 1` columns.
+    """softmax(scale · scores) in place of bfloat16 scores [n, rows, columns]; row r sees its first `first + r + 1`
+    columns.
 
-    Args:
-        kernels: from `find_kernels`.
-        scores: bfloat16.
-        logsumexp: [n, rows] float32, contiguous; filled with that of the scaled scores.
-        first: the place of the first row among the columns.
-        scale: what the scores are multiplied by.
+    `logsumexp`, [n, rows] float32, takes that of the scaled scores.
     """
     _check_scores(scores, logsumexp, first)
     kernels.causal_softmax(
@@ -172,11 +168,8 @@ def can_run_compiled(x: Tensor, weight_dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer's numbers, contiguous and on the CPU.
-
-    Attributes:
-        weight: [outputs, inputs], in the activations' dtype.
-        bias: [outputs] in the activations' dtype, or None.
+    """A linear layer's numbers in the activations' dtype, contiguous and on the CPU: [outputs, inputs] and [outputs]
+    or None.
     """
 
     weight: Tensor
@@ -238,18 +231,7 @@ def linear_rows(kernels: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
 
 
 class PythiaStep:
-    """A Pythia layer's numbers as the kernel takes them.
-
-    Args:
-        kernels: from `load_kernels`.
-        norms: the LayerNorms before attention and before the MLP.
-        matrices: of query_key_value, dense, dense_h_to_4h and dense_4h_to_h.
-        num_heads: heads.
-        rotary_dim: rotated dimensions of a head.
-
-    Raises:
-        ValueError: numbers that do not fit one another.
-    """
+    """A Pythia layer's numbers as the kernel takes them; numbers that do not fit one another are a ValueError."""
 
     def __init__(
         self,
