@@ -56,8 +56,13 @@ def draw_few():
     """Drawing is the longest part of a tiny experiment: of charts that differ in their data alone one is drawn."""
     draw, drawn = vl_convert.vegalite_to_svg, {}
 
+    def drop_data(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: drop_data(value) for key, value in part.items() if key != "data"}
+        return [drop_data(value) for value in part if isinstance(value, dict)] if isinstance(part, list) else str(part)
+
     def draw_or_find(spec: dict[str, Any], **options: Any) -> str:
-        key = json.dumps({**spec, "data": None})
+        key = json.dumps(drop_data(spec))
         if key not in drawn:
             drawn[key] = draw(spec, **options)
         return drawn[key]

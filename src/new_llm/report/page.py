@@ -1,6 +1,7 @@
 """The report: one self-contained HTML page of one run or several, and its charts as files beside it."""
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -114,21 +115,7 @@ def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
 def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Place, list[Chart]]) -> str:
     """The page's text: the same runs give the same text."""
     outcome = describe_outcome(series)
-    files = {
-        name: resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8") for name in TEMPLATES
-    }
-    environment = Environment(
-        loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": formats.format_number,
-        "count": formats.format_count,
-        "bytes": formats.format_bytes,
-        "seconds": formats.format_seconds,
-        "text": make_line,
-        "printable": make_printable,
-        "shade": shade,
-    }
+    files, environment = load_templates()
     summary = summarize(series, mark_best=outcome.is_comparable)
     script = files["script.js"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -154,6 +141,27 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Plac
         style=Markup(files["style.css"]),
         digest=digest,
     )
+
+
+@functools.cache
+def load_templates() -> tuple[dict[str, str], Environment]:
+    """The files of the page, and what renders them: compiled once, since a run writes its page after each model."""
+    files = {
+        name: resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8") for name in TEMPLATES
+    }
+    environment = Environment(
+        loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": formats.format_number,
+        "count": formats.format_count,
+        "bytes": formats.format_bytes,
+        "seconds": formats.format_seconds,
+        "text": make_line,
+        "printable": make_printable,
+        "shade": shade,
+    }
+    return files, environment
 
 
 def shade(value: float) -> str:
