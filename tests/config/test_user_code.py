@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from new_llm.config.errors import UserError
-from new_llm.config.user_code import is_user_name, load_by_name
+from new_llm.config.user_code import load_by_name
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +48,3 @@ def test_what_can_not_be_loaded_is_one_line(here: Path, source: str, name: str, 
     with pytest.raises(UserError, match=message) as caught:
         load_by_name(name, "a layer")
     assert "\n" not in str(caught.value)
-
-
-def test_a_data_set_of_the_hub_and_a_path_are_no_names_of_objects() -> None:
-    assert is_user_name("module.sub:function")
-    assert not any(map(is_user_name, ("hub:owner/name", "runs/a:infini", "pile", "a:b:c", "C:\\text")))

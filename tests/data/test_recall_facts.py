@@ -80,12 +80,3 @@ def test_a_sentence_is_put_near_its_depth_and_not_across_segments(segment_length
     assert abs(place - depth * len(TOKENS)) <= segment_length / 2
     assert place // segment_length == (place + length - 1) // segment_length
     assert place == 0 or place in BORDERS.find_words(TOKENS)
-
-
-def test_a_sentence_longer_than_a_segment_takes_no_more_segments_than_it_must():
-    place = choose_place(TOKENS, 20, 0.5, 16, BORDERS)
-    assert (place + 19) // 16 - place // 16 == 1
-    place = choose_place(np.zeros(100, np.int64), 20, 0.5, 16, BORDERS)  # no border anywhere
-    assert (place + 19) // 16 - place // 16 == 1
-    assert abs(place - 50) <= 16
-    assert choose_place(TOKENS[:0], 20, 0.7, 16, BORDERS) == 0

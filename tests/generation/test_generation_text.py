@@ -11,7 +11,7 @@ from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.models import generation
-from new_llm.models.generation import encode_prompts, generate, stream_text
+from new_llm.models.generation import generate
 from new_llm.models.sampling import REPLACEMENT, StoppingText, TextDecoder
 
 TEXT = "Grüße, 世界! A naïve café ☕ — 👩‍🚀 and 🦜🦜🦜 said: “no”.\n"
@@ -111,16 +111,6 @@ def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer: Tokenizer, monk
     assert statistics.row_tokens == (len(new),) * 2
 
 
-def test_an_unfinished_character_at_the_limit_is_not_lost(
-    byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = byte_tokenizer.encode("a世").ids[:-1]
-    Script(monkeypatch, said)
-    assert "".join(stream_text(make_model(byte_tokenizer), byte_tokenizer, "Hi", max_new_tokens=len(said))) == (
-        "a" + REPLACEMENT
-    )
-
-
 def make_model(tokenizer: Tokenizer):
     shape = PythiaConfig(
         vocab_size=padded_vocab_size(tokenizer),
@@ -179,10 +169,3 @@ def test_bad_prompts_are_refused() -> None:
     model.reset_memory(3)
     with pytest.raises(ValueError, match="batch of 2 rows"):
         model.generate(text_ids(2, 2))
-
-
-def test_an_empty_prompt_text_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        stream_text(make_model(tokenizer), tokenizer, "")
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        encode_prompts(tokenizer, ["the", ""])

@@ -7,7 +7,7 @@ from torch import Tensor
 from model_cases import get_model, text_ids
 from new_llm.config.model import GenerationConfig
 from new_llm.models import sampling
-from new_llm.models.sampling import TokenSampler, invert_cumulative, penalize_repetition, rank_candidates
+from new_llm.models.sampling import TokenSampler, invert_cumulative, rank_candidates
 
 DRAWS = 4000
 
@@ -98,12 +98,6 @@ def test_a_rows_draws_do_not_depend_on_its_batch(options: dict) -> None:
     for row in range(3):
         alone, _ = model.generate(prompts[:1], max_new_tokens=12, do_sample=True, seed=5 + row, **options)
         assert torch.equal(alone[0], together[row])
-
-
-def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
-    seen = torch.tensor([[True, True, False, False, True, False]])
-    found = penalize_repetition(LOGITS.unsqueeze(0), seen, 2.0)
-    assert found.tolist() == [[0.5, -1.0, 2.0, pytest.approx(0.3), pytest.approx(0.8), -30.0]]
 
 
 def test_a_share_of_the_whole_never_falls_on_probability_0() -> None:

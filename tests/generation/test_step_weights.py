@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from new_llm.models import TransformerLM
-from new_llm.models.decoding_weights import DecodingWeights, can_pack
+from new_llm.models.decoding_weights import DecodingWeights
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import MAX_STEP_ROWS, PythiaStep
@@ -165,15 +165,3 @@ def test_another_kind_of_layer_keeps_its_step() -> None:
     expected = read(model)
     with make_weights(model).in_use():
         torch.testing.assert_close(read(model), expected)
-
-
-@pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="no oneDNN here")
-def test_without_kernels_long_generations_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load_kernels", lambda: None)
-    model = build_model(STACKS["pythia"], dtype=torch.float32)
-    expected = read(model)
-    for packs, names in ((False, 0), (True, 9)):
-        weights = DecodingWeights(model, num_rows=1, packs=packs)
-        assert len(weights.replaced) == names
-        with weights.in_use():
-            torch.testing.assert_close(read(model), expected, atol=1e-5, rtol=1e-5)

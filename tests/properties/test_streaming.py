@@ -93,16 +93,6 @@ def test_a_stream_adds_what_it_read_to_a_memory_that_has_grown_meanwhile() -> No
                 assert_near(found[index][key], value + alone[index][key], 1e-9)
 
 
-def test_a_stream_whose_rows_are_no_longer_held_leaves_the_memory_usable() -> None:
-    model = get_model("mixed", segment_length=5)
-    stream = model.open_stream(2)
-    stream.feed(text_ids(2, 5))
-    model.reset_memory(3)
-    with pytest.raises(ValueError, match=r"2 rows|of 2|each of 3"):
-        stream.close(update_memory=True)
-    assert model(text_ids(3, 4)).shape[:2] == (3, 4)
-
-
 @pytest.mark.parametrize("name", MIXED_STACKS)
 def test_a_reset_row_of_a_stream_starts_again_and_the_other_continues(name: str) -> None:
     model = get_model(name, segment_length=5, dtype=torch.float64)

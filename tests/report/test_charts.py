@@ -56,13 +56,6 @@ def test_a_mark_says_its_numbers():
     assert read_values(shares)[0]["tip"] == "a: +12.5% share"
 
 
-def test_long_lines_have_few_tooltips_the_last_point_among_them():
-    chart = make_lines([{"step": step, "loss": 1.0, "model": "a"} for step in range(500)])
-    marked = [point["x"] for point in read_values(chart) if point["mark"]]
-    assert len(marked) <= 24
-    assert marked[-1] == 499
-
-
 def test_seeds_of_a_model_become_their_mean_and_a_band():
     rows = [{"step": step, "loss": loss, "model": "a"} for loss in (2.0, 4.0) for step in (1, 2)]
     rows.append({"step": 3, "loss": 5.0, "model": "a"})  # only one seed reached it

@@ -84,13 +84,6 @@ def test_a_gap_beyond_the_seeds_spread_is_told_from_one_within():
     assert "chance could explain it, so read it as a tie" in compare(*apart)
 
 
-def test_seeds_that_are_not_shared_are_not_paired():
-    runs = [make_seed(seed, {"pythia": 1 + 0.001 * seed}) for seed in (0, 1)]
-    runs += [make_seed(seed, {"infini": 1 + 0.001 * seed}) for seed in (2, 3)]
-    assert "infini and pythia share no seeds, so their difference has no paired interval." in compare(*runs)
-    assert "infini was trained with one seed, so" in compare(*runs[:3])
-
-
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from page import Page, read_page
 
-from new_llm.report import write_report
 from new_llm.report.results import make_run
 
 CHARTS = {
@@ -110,13 +109,6 @@ def test_hostile_text_is_shown_and_not_obeyed(results: dict[str, Any], tmp_path:
     for file in (tmp_path / "figures").iterdir():
         assert re.fullmatch(r"[a-z0-9-]+\.(svg|csv)", file.name)
         assert file.suffix == ".csv" or "<script" not in file.read_text()
-
-
-def test_figures_are_written_once_the_run_is_complete(results: dict[str, Any], tmp_path: Path):
-    write_report(results | {"status": "running"}, tmp_path / "report.html")
-    assert not (tmp_path / "figures").exists()
-    write_report(results, tmp_path / "report.html")
-    assert (tmp_path / "figures" / "validation.svg").exists()
 
 
 def test_an_interrupted_run_shows_what_it_has(results: dict[str, Any]):

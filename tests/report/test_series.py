@@ -45,10 +45,6 @@ def test_models_that_differ_otherwise_are_named_by_what_differs():
     assert names(base, other)[3] == "infini, other"
 
 
-def test_a_repeated_model_type_is_numbered():
-    assert names({"models": [{"model_type": "infini"}, {"model_type": "infini"}, 3]}) == ["infini", "infini (2)"]
-
-
 def test_differences_leave_out_what_a_model_does_not_take():
     rows = dict(list_differences(group_series([make_run(make_results("pythia", "infini", "multi_memory"))])))
     assert rows["model.num_memories"] == ["—", "—", "4"]
