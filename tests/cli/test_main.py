@@ -18,6 +18,8 @@ from new_llm.config.errors import HubError, UserError
 from new_llm.config.terminal import make_line, make_printable, open_console
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"experiment", "experiment-selective", "train-adapter", "evaluate-wikitext", "lm-eval", "completion"}
+"""Commands whose flags are the fields of what torch's modules hold."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
@@ -106,13 +108,27 @@ def test_help_in_a_narrow_terminal_that_knows_ascii_alone(
     assert "show this help message" in " ".join(shown.split())
 
 
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    calls = [[], ["memory", "fill"], ["memory", "merge"], *([name] for name in COMMANDS if name not in TRAINING)]
+    script = (
+        "import sys\nfrom new_llm.cli.main import main\n"
+        f"for arguments in {calls!r}:\n"
+        "    try: main([*arguments, '--help'])\n    except SystemExit as stopped: assert not stopped.code\n"
+        "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules, arguments"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: new-llm memory" in done.stdout
+
+
 def test_help_shows_the_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["runs", "--help"])
     assert "\n  new-llm runs show quick-20260131-120000\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["experiment", "--help"], ["runs"], ["memory", "show", "–‖±α.x"]])
+@pytest.mark.parametrize("arguments", [["experiment", "--help"], ["runs"], ["memory", "show", "–‖±α.x"]])
 def test_a_terminal_that_knows_ascii_alone(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs" / "a–b").mkdir(parents=True)
     (tmp_path / "runs" / "a–b" / "config.yaml").write_text("models: [pythia]")

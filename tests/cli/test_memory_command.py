@@ -166,20 +166,6 @@ def test_bad_usage_exits_with_2(arguments, capsys):
     assert "(see new-llm memory" in error
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["fill", "--help"], ["merge", "--help"]])
-def test_help_does_not_wait_for_torch(arguments):
-    code = (
-        "import sys; from new_llm.cli.main import main\n"
-        "try: main(['memory', *sys.argv[1:]])\n"
-        "except SystemExit as stopped: assert not stopped.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )
-    assert "usage: new-llm memory" in done.stdout
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path, sent):
     out, text = tmp_path / "m.safetensors", tmp_path / "long.txt"
@@ -190,7 +176,7 @@ def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path, sent):
     process = subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_until_it_reads(process.pid)
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     if sent == signal.SIGINT:
         assert process.returncode == 130
         assert errors.splitlines()[-1] == "new-llm: interrupted"

@@ -3,8 +3,7 @@
 import importlib.resources
 import io
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -63,31 +62,26 @@ def list_flags(base: Path, text: Path) -> list[str]:
     ]
 
 
-def test_the_script_trains_an_adapter_from_a_run(base: Path, text: Path, tmp_path: Path) -> None:
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train_parallel_adapter.py"), *list_flags(base, text)],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "adapter, memory carried" in finished.stdout
-    assert "α: " in finished.stdout
+def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
+    base: Path, text: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    script = ROOT / "scripts" / "train_parallel_adapter.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(script.parent)
+    flags = [*list_flags(base, text), "--initial-alpha", "0.25", "--layers", "0", "1"]
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "adapter, memory carried" in shown
+    assert "α" in shown
     assert (tmp_path / "parallel_adapter.pt").is_file()
     results = json.loads((tmp_path / "runs" / "one" / "results.json").read_text())
     assert results["command"].startswith("python3 scripts/train_parallel_adapter.py --base")
     assert set(results["evaluation"]["held_out"]["overall"]["perplexity"]) == {"base", "carried", "reset", "foreign"}
-
-
-def test_a_resumed_run_needs_its_name_alone(base: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["train-adapter", *list_flags(base, text), "--initial-alpha", "0.25", "--layers", "0", "1"]) == 0
     settings = read("--name", "one", "--resume")
-    assert settings.base == str(base)
-    assert settings.adapter.layers == (0, 1)
-    assert settings.adapter.initial_alpha == 0.25
+    assert (settings.base, settings.adapter.layers, settings.adapter.initial_alpha) == (str(base), (0, 1), 0.25)
     assert main(["train-adapter", "--name", "one", "--resume"]) == 0
     assert main(["train-adapter", *list_flags(base, text)]) == 2  # a run of this name exists
 
