@@ -13,6 +13,8 @@ from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.models import generation
 from new_llm.models.generation import generate
 from new_llm.models.sampling import REPLACEMENT, StoppingText, TextDecoder
+from tokenizer_families import FAMILIES, train_family
+from tokenizer_families import TEXT as FAMILY_TEXT
 
 TEXT = "Grüße, 世界! A naïve café ☕ — 👩‍🚀 and 🦜🦜🦜 said: “no”.\n"
 
@@ -67,6 +69,23 @@ def find_byte(tokenizer: Tokenizer, byte: int) -> int:
     token = tokenizer.token_to_id(chr(256 + others.index(byte) if byte in others else byte))
     assert token is not None
     return token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_after_a_prompt_is_that_of_all_tokens(family: str) -> None:
+    """Spaces between prompt and text, characters of several tokens, and tokens that change those before them."""
+    tokenizer = train_family(family)
+    ids = tokenizer.encode(FAMILY_TEXT + " We do n't know; 世界世界世界 is n't ' ere .", add_special_tokens=False).ids
+    ids += [(7 * number) % tokenizer.get_vocab_size() for number in range(200)]
+    special = [token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special]
+    for cut in range(1, len(ids), 5):
+        prompt = ids[:cut] + 9 * special[:1]  # special tokens have no text, and hide none
+        before, whole = tokenizer.decode(prompt), tokenizer.decode(ids)
+        if not whole.startswith(before):  # the cut is inside a character
+            continue
+        decoder = TextDecoder(tokenizer, prompt)
+        rest = [part for token in ids[cut:] for part in (token, *special[:1])]
+        assert before + "".join(map(decoder.push, rest)) + decoder.finish() == whole
 
 
 @settings(deadline=None, max_examples=80)

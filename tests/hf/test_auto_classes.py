@@ -91,8 +91,6 @@ def test_a_fresh_model_and_its_configuration(tmp_path):
     assert again.structure == config.structure
     assert (again.num_hidden_layers, again.hidden_size, again.tie_word_embeddings) == (2, 32, False)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
-    with pytest.raises(UserError, match="tie_word_embeddings"):
-        NewLLMConfig(tie_word_embeddings=True)
 
 
 def test_the_whole_folder_serves_a_pipeline(tmp_path, tokenizer):

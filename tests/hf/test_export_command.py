@@ -10,9 +10,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model_cases import text_ids
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
+from new_llm.data.tokenizer import padded_vocab_size
+from new_llm.experiments.export import export_run
 from new_llm.models import create_model, load_model, save_model
 from new_llm.models.hf import load_pythia
+from new_llm.models.model_file import describe_model
+from tokenizer_families import FAMILIES, train_family
 
+END = "<|endoftext|>"
+SENTENCE_PIECE = ["<s>", "</s>", "<pad>", "<unk>"]
+SPECIAL_TOKENS = {
+    "byte-level": [END, END, END, None],  # it has none: one of the model's unused rows is taken
+    "gpt-neox": [END, END, "<|padding|>", None],
+    "wordpiece": [END, END, END, "[UNK]"],
+    "bert": ["[CLS]", "[SEP]", "[PAD]", "[UNK]"],
+    **dict.fromkeys(("metaspace", "llama", "gemma"), SENTENCE_PIECE),
+}
 RESULT = {
     "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
     "evaluation": {
@@ -91,3 +104,46 @@ def test_what_can_not_be_exported_is_one_line(run_folder, tmp_path, capsys):
         assert message in captured.err
         assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "layout", "tied"),
+    [
+        ("pythia", "gpt_neox", True),
+        ("pythia", "gpt_neox", False),
+        ("token_memory", "auto", True),
+        ("selective", "auto", False),
+    ],
+)
+def test_settings_tied_weights_and_special_tokens_survive(tmp_path, family, kind, layout, tied):
+    tokenizer = train_family(family)
+    shape = PythiaConfig(vocab_size=padded_vocab_size(tokenizer), hidden_size=16, num_hidden_layers=2,
+                         num_attention_heads=2, intermediate_size=24, initializer_range=0.3, layer_norm_eps=1e-3,
+                         rotary_pct=0.5, rotary_emb_base=500, max_position_embeddings=90,
+                         tie_word_embeddings=tied)  # fmt: skip
+    torch.manual_seed(0)
+    model = create_model(kind, shape, segment_length=80).eval()
+    save_model(model, tmp_path / "run" / kind / "best")
+    tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
+    export_run(tmp_path / "run", kind, tmp_path / "out", layout=layout)
+
+    hf, wrapped = (auto.from_pretrained(tmp_path / "out") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    again = load_pythia(tmp_path / "out") if layout == "gpt_neox" else hf.model
+    assert describe_model(again) == describe_model(model)
+    assert (hf.get_output_embeddings().weight is hf.get_input_embeddings().weight) == tied
+    assert (hf.config.initializer_range, hf.config.tie_word_embeddings) == (0.3, tied)
+    found = [wrapped.bos_token, wrapped.eos_token, wrapped.pad_token, wrapped.unk_token]
+    assert found == SPECIAL_TOKENS[family]
+    assert max(wrapped.all_special_ids) < model.vocab_size
+    assert (hf.generation_config.eos_token_id, hf.config.pad_token_id) == (wrapped.eos_token_id, wrapped.pad_token_id)
+
+    text = "Four score and seven years"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert wrapped(text).input_ids == ids  # as in training, without tokens around it
+    prompts = wrapped(["Four", text], return_tensors="pt", padding=True)
+    whole = hf.generate(**prompts, max_new_tokens=6, do_sample=False)[1]
+    new, statistics = model.generate(torch.tensor([ids]), max_new_tokens=6, tokenizer=tokenizer,
+                                     eos_token_id=wrapped.eos_token_id)  # fmt: skip
+    assert whole.tolist() == new[0].tolist()
+    assert wrapped.decode(whole, skip_special_tokens=True) == tokenizer.decode(ids) + statistics.texts[0]

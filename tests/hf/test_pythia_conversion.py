@@ -136,7 +136,7 @@ REFUSED = {
     "serial residual": ({"use_parallel_residual": False}, "use_parallel_residual is False"),
     "another activation": ({"hidden_act": "gelu_fast"}, "hidden_act is 'gelu_fast'; Pythia layers have 'gelu'"),
     "no biases": ({"attention_bias": False}, "attention_bias is False"),
-    "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    "a tied head of its own": ({"tie_word_embeddings": True}, "embed_out.weight differs from embed_in.weight"),
     "old rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
     "new rope scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters of type 'yarn'"),
     "no width": ({"hidden_size": None}, "hidden_size missing"),

@@ -60,7 +60,7 @@ class Generate(Command):
 
     def execute(self) -> int:
         """Generate, print the texts and write the memory that was asked for."""
-        from new_llm.data.tokenizer import END_OF_TEXT
+        from new_llm.data.tokenizer import find_special_tokens
         from new_llm.experiments.memory_filling import check_output
         from new_llm.experiments.run_folder import load_run_model
         from new_llm.models.memory_file import load_memory_file, save_memory_file
@@ -74,12 +74,12 @@ class Generate(Command):
         model.to(device)
         if self.memory is not None:
             load_memory_file(model, self.memory, force=self.force)
-        end = tokenizer.token_to_id(END_OF_TEXT)
         config = self.generation
         if unused := find_unused(config):
             print(f"note: {', '.join(unused)}: without effect unless --do-sample is given", file=sys.stderr)
+        end = find_special_tokens(tokenizer).get("eos_token")
         if end is not None and not config.eos_token_id:
-            config = dataclasses.replace(config, eos_token_id=end)
+            config = dataclasses.replace(config, eos_token_id=tokenizer.get_vocab()[end])
         try:
             statistics = self.show_generation(model, tokenizer, config)
         except UserError:

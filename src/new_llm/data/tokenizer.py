@@ -18,6 +18,13 @@ from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 1 << 28  # those of the largest vocabularies have some tens of megabytes
+SPECIAL_TOKENS = {
+    "eos_token": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]"),
+    "bos_token": (END_OF_TEXT, "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "[CLS]"),
+    "pad_token": ("<|padding|>", "<|pad|>", "<pad>", "[PAD]"),
+    "unk_token": ("<|unk|>", "<unk>", "[UNK]"),
+}
+"""What tokenizers call them, by Hugging Face's names: GPT-NeoX's and GPT-2's, SentencePiece's, Llama's, BERT's."""
 VOCAB_MULTIPLE = 128  # rows of the embedding; 50,277 entries become Pythia's 50,304 rows
 
 
@@ -102,6 +109,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def find_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """A tokenizer's `eos_token`, `bos_token`, `pad_token` and `unk_token`, those that it has.
+
+    One that has only one of the first two uses it for both, and one without a padding token pads with its end of text.
+    """
+    found = {
+        role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+        for role, names in SPECIAL_TOKENS.items()
+    }
+    end = found["eos_token"] or found["bos_token"]
+    found |= {role: found[role] or end for role in ("eos_token", "bos_token", "pad_token")}
+    return {role: name for role, name in found.items() if name is not None}
 
 
 def fingerprint_tokenizer(tokenizer: Tokenizer) -> str:

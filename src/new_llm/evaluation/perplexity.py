@@ -19,7 +19,7 @@ import numpy as np
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
-from new_llm.data.tokenizer import END_OF_TEXT, TokenSplit
+from new_llm.data.tokenizer import TokenSplit, find_special_tokens
 from new_llm.evaluation.diagnosis import diagnose_perplexity
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import (
@@ -332,9 +332,10 @@ class RollingPerplexity(Perplexity):
         """See `evaluate_rolling`.
 
         Raises:
-            UserError: the tokenizer has no end-of-text token to put before each document.
+            UserError: the tokenizer has no token to put before each document.
         """
-        prefix, context = subject.tokenizer.token_to_id(END_OF_TEXT), subject.settings.context
-        if prefix is None:
-            raise UserError(f"rolling perplexity: the tokenizer has no {END_OF_TEXT} token to begin with")
+        begin = find_special_tokens(subject.tokenizer).get("bos_token")
+        if begin is None:
+            raise UserError("rolling perplexity: the tokenizer has no <|endoftext|> or <s> to begin a document with")
+        prefix, context = subject.tokenizer.get_vocab()[begin], subject.settings.context
         return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **reading)

@@ -59,7 +59,6 @@ def export_run(
     if (directory / STRUCTURE_FILE).is_file():
         raise UserError(f"{directory}: a model of this project is stored here; choose another folder to export to")
     loaded, tokenizer = load_run_model(run, model)
-    loaded.untie_embeddings()
     export = export_pythia if layout == "gpt_neox" else export_auto
     export(loaded, directory, tokenizer)
     write_text_atomically(directory / CARD_FILE, write_card(loaded, source, layout, directory.resolve().name))

@@ -14,7 +14,7 @@ from new_llm.config.model import GenerationConfig
 from new_llm.models.cache import TextCache
 from new_llm.models.decoding_weights import DecodingWeights
 from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
-from new_llm.models.sampling import CONTEXT_TOKENS, StoppingText, TokenSampler
+from new_llm.models.sampling import StoppingText, TokenSampler
 
 PACK_FROM = 16
 """Fewest new tokens for which packing the weights pays off."""
@@ -171,7 +171,7 @@ class GenerationRun:
         self.texts: list[StoppingText] | None = None
         if tokenizer is not None:
             real = [ids if self.mask is None else ids[self.mask[row]] for row, ids in enumerate(self.input_ids)]
-            self.texts = [StoppingText(tokenizer, config.stop_strings, ids[-CONTEXT_TOKENS:].tolist()) for ids in real]
+            self.texts = [StoppingText(tokenizer, config.stop_strings, ids.tolist()) for ids in real]
         self.parts: list[list[str]] = [[] for _ in range(rows)]
         self.pieces = [""] * rows
         self.step_tokens: list[int | None] = [None] * rows

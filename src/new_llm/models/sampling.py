@@ -120,53 +120,83 @@ def _widen(logits: Tensor) -> Tensor:
 REPLACEMENT = "\ufffd"
 """What a decoder returns for bytes that do not form a character, or not yet."""
 MOST_REPLACEMENTS = 3
-CONTEXT_TOKENS = 4
-"""Earlier tokens that are decoded again with new ones: the bytes of one character, and joins across tokens."""
-LONGEST_WINDOW = 32
-"""Most tokens in the window while its end is not a whole character; a character has at most 4 bytes."""
+CONTEXT_TOKENS = 8
+"""Earlier tokens that are decoded again with new ones, since a token's text depends on those before it."""
+CLEANUP_TOKENS = 3
+"""Later tokens that can change a text which is cleaned up (WordPiece): "is n", "'", "t" become "isn't"."""
 
 
 class TextDecoder:
     """Decode one row token by token; the pieces joined are the text of all tokens.
 
-    Bytes that do not form a character yet are held back until they do, or no longer can. Special tokens have no text.
-    `context` are the last tokens before the text, such as a prompt's: tokenizers that mark a word's beginning (as
-    SentencePiece) leave out the space before a text's first word, but not between words.
+    Bytes that do not form a character yet are held back until they do, or no longer can. Tokens that are bytes
+    (SentencePiece's byte fallback) are held back until another token follows: one wrong byte makes replacements of all
+    the bytes in a row. Special tokens have no text. `context` are the tokens before the text, such as a prompt's:
+    tokenizers that mark a word's beginning (as SentencePiece) leave out the space before a text's first word, but not
+    between words.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids = list(context)
-        self.given = count_whole(tokenizer.decode(self.ids))  # characters of the window's text already returned
+        self.special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.bytes = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        self.num_unsure = CLEANUP_TOKENS if getattr(tokenizer.decoder, "cleanup", False) else 0
+        self.ids = self._shorten([token for token in context if token not in self.special])
+        self.shown = tokenizer.decode(self.ids)  # the part of the window's text that is the context or was returned
 
     def push(self, token: int) -> str:
         """Add a token and return the text that it completes, possibly none."""
+        if token in self.special:
+            return ""
         self.ids.append(token)
+        if token in self.bytes:
+            return ""
         text = self.tokenizer.decode(self.ids)
         whole = count_whole(text)
-        piece = text[self.given : whole]
-        self.given = max(self.given, whole)
-        if len(self.ids) > (CONTEXT_TOKENS if whole == len(text) else LONGEST_WINDOW):
-            # An incomplete character at the end lies within the kept tokens.
-            self.ids = self.ids[-CONTEXT_TOKENS:]
-            self.given = count_whole(self.tokenizer.decode(self.ids))
+        if self.num_unsure:
+            whole = min(whole, count_common(text, self.tokenizer.decode(self.ids[: -self.num_unsure])))
+        piece = self._show(text, whole)
+        if len(self.ids) > 2 * CONTEXT_TOKENS:
+            num_held = max(0, len(text) - len(self.shown))
+            self.ids = self._shorten(self.ids)
+            text = self.tokenizer.decode(self.ids)
+            self.shown = text[: max(0, len(text) - num_held)]
         return piece
 
     def finish(self) -> str:
         """Return what was held back, an incomplete character."""
-        piece = self.tokenizer.decode(self.ids)[self.given :]
-        self.ids, self.given = [], 0
+        text = self.tokenizer.decode(self.ids)
+        piece = self._show(text, len(text))
+        self.ids, self.shown = [], ""
         return piece
+
+    def _show(self, text: str, end: int) -> str:
+        begin = count_common(text, self.shown)
+        if begin < end:
+            self.shown = text[:end]
+        return text[begin:end]
+
+    def _shorten(self, ids: list[int]) -> list[int]:
+        """The last of some tokens, from where a character begins."""
+        for length in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MOST_REPLACEMENTS + 1):
+            if not self.tokenizer.decode(ids[-length:]).startswith(REPLACEMENT):
+                return ids[-length:]
+        return ids[-CONTEXT_TOKENS:]
 
 
 def count_whole(text: str) -> int:
     """Number of leading characters that later bytes can't change: all but the replacements at the end.
 
-    A byte-level decoder shows an incomplete character as one replacement, a byte-fallback decoder as one for each
-    of its up to three bytes.
+    A decoder shows an incomplete character as one replacement, or as one for each of its up to three bytes.
     """
     end = text[-MOST_REPLACEMENTS:]
     return len(text) - (len(end) - len(end.rstrip(REPLACEMENT)))
+
+
+def count_common(one: str, other: str) -> int:
+    """Number of leading characters that two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class StoppingText:

@@ -587,6 +587,7 @@ def tie_embeddings(model: TransformerLM) -> None:
     model.embed_out.weight = model.embed_in.weight
     model.register_state_dict_post_hook(_leave_out_head)
     model.register_load_state_dict_pre_hook(_add_head)
+    model.register_load_state_dict_post_hook(_share_again)
 
 
 def _leave_out_head(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -598,3 +599,9 @@ def _add_head(module: Any, state: dict[str, Any], prefix: str, *others: Any) -> 
     embedding = state.get(f"{prefix}embed_in.weight")
     if module.tie_word_embeddings and embedding is not None:
         state.setdefault(f"{prefix}embed_out.weight", embedding)
+
+
+def _share_again(module: Any, _: Any) -> None:
+    # load_state_dict(assign=True) gives each of the two a parameter of its own.
+    if module.tie_word_embeddings and is_plain_linear(module.embed_out):
+        module.embed_out.weight = module.embed_in.weight

@@ -26,6 +26,7 @@ STRUCTURE_FIELDS = (
     "vocab_size",
     "segment_length",
     "layer_norm_eps",
+    "initializer_range",
     "tie_word_embeddings",
     "selective",
     "layers",
@@ -46,11 +47,9 @@ class NewLLMConfig(PretrainedConfig):
             restart in every segment and memory carries the rest. None: a Pythia's 2048, or a segment where that is
             longer, so that models cut into different segments are measured on the same texts.
         initializer_range: standard deviation of fresh weights.
+        tie_word_embeddings: the head is the embedding.
         use_cache: return a cache where no gradients are recorded.
         kwargs: the rest, as in any `PretrainedConfig`.
-
-    Raises:
-        UserError: tied embeddings: `TransformerLM.untie_embeddings` gives the head a weight of its own.
     """
 
     model_type = "new_llm"
@@ -66,14 +65,10 @@ class NewLLMConfig(PretrainedConfig):
         format_version: int = FORMAT_VERSION,
         max_position_embeddings: int | None = None,
         initializer_range: float = PythiaConfig.initializer_range,
+        tie_word_embeddings: bool = False,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
-        if kwargs.pop("tie_word_embeddings", False):
-            raise UserError(
-                "tie_word_embeddings: true; only false is allowed in transformers' form; model.untie_embeddings() "
-                "gives a model's head a weight of its own, with the same logits"
-            )
         self.layers = layers or []
         self.vocab_size = vocab_size
         self.segment_length = segment_length
@@ -85,8 +80,7 @@ class NewLLMConfig(PretrainedConfig):
         )
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(**kwargs)
-        self.tie_word_embeddings = False
+        super().__init__(**{**kwargs, "tie_word_embeddings": tie_word_embeddings})
 
     @classmethod
     def from_model(cls, model: TransformerLM, **kwargs: Any) -> "NewLLMConfig":
@@ -179,6 +173,12 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the head."""
         self.model.embed_out = new_embeddings
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Share one weight between embedding and head again, if so configured; called after loading and resizing."""
+        if self.config.tie_word_embeddings:
+            self.model.embed_out.weight = self.model.embed_in.weight
+            self.model.embed_out.out_features = self.model.embed_in.num_embeddings
 
     def forward(
         self,
@@ -282,7 +282,9 @@ def export_auto(
         UserError: the folder can't be written.
     """
     hf = NewLLMForCausalLM.from_model(model)
-    wrapped = None if tokenizer is None else wrap_tokenizer(tokenizer, hf.config.max_position_embeddings)
+    wrapped = (
+        None if tokenizer is None else wrap_tokenizer(tokenizer, hf.config.max_position_embeddings, model.vocab_size)
+    )
     token_ids = find_token_ids(wrapped)
     hf.config.update(token_ids)
     hf.generation_config = GenerationConfig(**token_ids)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import make_temporary_folder, read_json_file, write_atomically
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
-from new_llm.data.tokenizer import END_OF_TEXT
+from new_llm.data.tokenizer import END_OF_TEXT, find_special_tokens
 from new_llm.models.model_file import STRUCTURE_FILE
 from new_llm.models.tensor_files import read_safetensors, read_torch_file
 
@@ -138,8 +138,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 # Writing
 
 
-PADDING = "<|padding|>"
-"""Pythia's padding token; a tokenizer without it pads with its end of text."""
 WEIGHT_PATTERNS = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -171,21 +169,32 @@ def stage_folder(directory: Path) -> Iterator[Path]:
                 os.replace(file, temporary)
 
 
-def wrap_tokenizer(tokenizer: Tokenizer | PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
-    """A tokenizer as `transformers` wants it: with its special tokens, padding on the left as generation needs it."""
+def wrap_tokenizer(
+    tokenizer: Tokenizer | PreTrainedTokenizerBase, max_length: int, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """A tokenizer as `transformers` wants it: with its special tokens, padding on the left as generation needs it.
+
+    It encodes texts as training does, without tokens around them. One that has no end of text gets `<|endoftext|>` in
+    one of the rows that the model has and the tokenizer does not use: generation and evaluation ask for that token.
+
+    Args:
+        tokenizer: one of `transformers` stays as it is.
+        max_length: tokens that a text should have at most.
+        vocab_size: the model's.
+    """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    special: dict[str, Any] = {}
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    if tokenizer.token_to_id(PADDING) is not None:
-        special["pad_token"] = PADDING
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    if plain.num_special_tokens_to_add(is_pair=False):
+        plain.post_processor = None
+    if "eos_token" not in find_special_tokens(plain) and max(plain.get_vocab().values()) + 1 < vocab_size:
+        plain.add_special_tokens([END_OF_TEXT])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=plain,
         model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **special,
+        **find_special_tokens(plain),
     )
 
 

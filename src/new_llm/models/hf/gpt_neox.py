@@ -43,17 +43,17 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "gpt_neox"
 PREFIX = "gpt_neox."
+EMBEDDING = "embed_in.weight"
 HEAD = "embed_out.weight"
 OTHER_HEAD = "lm_head.weight"
 OLD_BUFFERS = re.compile(r"(layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\..+)|rotary_emb\..+)")
 """Constants that older versions of `transformers` stored with the weights."""
 SHAPE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-OTHER_KEYS = ("max_position_embeddings", "layer_norm_eps", "initializer_range")
+OTHER_KEYS = ("max_position_embeddings", "layer_norm_eps", "initializer_range", "tie_word_embeddings")
 FIXED_KEYS: dict[str, Any] = {
     "hidden_act": "gelu",
     "use_parallel_residual": True,
     "attention_bias": True,
-    "tie_word_embeddings": False,
 }
 """What every Pythia has, which our layers are built for; a key that is missing means this value."""
 DROPOUT_KEYS = ("attention_dropout", "hidden_dropout")
@@ -149,6 +149,9 @@ def import_names(weights: dict[str, Tensor], expected: dict[str, torch.Size], wh
         if ours in named:
             raise UserError(f"{where}: {ours} is there twice")
         named[ours] = tensor
+    tied = None if HEAD in expected else named.pop(HEAD, None)  # which some versions write, too
+    if tied is not None and not torch.equal(tied, named.get(EMBEDDING, tied)):
+        raise UserError(f"{where}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
     for what, names in (("missing", set(expected) - set(named)), ("not GPT-NeoX's", set(named) - set(expected))):
         if names:
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
@@ -210,7 +213,14 @@ def load_pythia(
             layers: list[Layer] = [build_layer(PythiaLayer, config) for _ in range(config.num_hidden_layers)]
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an odd number of rotated dimensions
             raise UserError(shorten(f"{folder / CONFIG_FILE}: {error}")) from None
-        model = TransformerLM(layers, config.vocab_size, length, layer_norm_eps=config.layer_norm_eps)
+        model = TransformerLM(
+            layers,
+            config.vocab_size,
+            length,
+            layer_norm_eps=config.layer_norm_eps,
+            initializer_range=config.initializer_range,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     weights = import_names(found, shapes, str(folder))
     check_finite(weights, str(folder))
@@ -242,13 +252,10 @@ def export_pythia(
     """
     config = describe_pythia(model)
     directory = Path(directory).expanduser()
-    wrapped = None if tokenizer is None else wrap_tokenizer(tokenizer, config.max_position_embeddings)
+    wrapped = None if tokenizer is None else wrap_tokenizer(tokenizer, config.max_position_embeddings, model.vocab_size)
     token_ids = find_token_ids(wrapped)
-    weights = model.state_dict()
-    if model.tie_word_embeddings:  # written as two equal weights
-        weights[HEAD] = model.embed_in.weight.detach().clone()
     with stage_folder(directory) as folder:
-        save_torch_state_dict(export_names(weights), folder, metadata={"format": "pt"})
+        save_torch_state_dict(export_names(model.state_dict()), folder, metadata={"format": "pt"})
         write_generation_config(token_ids, folder)
         if wrapped is not None:
             write_tokenizer(wrapped, folder)
@@ -286,4 +293,6 @@ def describe_pythia(model: TransformerLM) -> PythiaConfig:
         rotary_pct=settings["rotary_pct"],
         rotary_emb_base=settings["rotary_emb_base"],
         layer_norm_eps=settings["layer_norm_eps"],
+        initializer_range=model.initializer_range,
+        tie_word_embeddings=model.tie_word_embeddings,
     )
