@@ -161,3 +161,13 @@ def test_the_life_of_a_batch_names_files_that_exist(page: str) -> None:
     files = set(re.findall(r"\b((?:config|data|models|training|evaluation|experiments|report|cli)/[\w/]+\.py)\b", text))
     assert len(files) > 8
     assert [file for file in sorted(files) if not (ROOT / "src" / "new_llm" / file).is_file()] == []
+
+
+def test_every_row_of_the_audit_names_a_test_and_modules_that_exist() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
+    assert len(rows) >= 15
+    for row in rows:
+        assert re.search(r"`tests/[\w/]+\.py::test_\w+` \|$", row), row
+        for module in re.findall(r"`([a-z_/]+\.py)`", row):
+            assert (ROOT / "src" / "new_llm" / module).is_file(), module

@@ -35,20 +35,6 @@ def test_a_quick_run_writes_its_tables(program: str, tmp_path: Path) -> None:
     assert "| --- |" in text or "| ---: |" in text
 
 
-@pytest.mark.slow
-def test_a_program_that_fails_is_named(tmp_path: Path) -> None:
-    """`rich` is made unimportable."""
-    (tmp_path / "rich").mkdir()
-    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('broken')")
-    page = tmp_path / "page.md"
-    command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--only", "scaling", "--page", str(page)]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    assert "failed: scaling" in done.stderr
-    assert "It FAILED" in page.read_text()
-
-
 def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study() -> None:
     source = (FOLDER / "all.py").read_text()
     helpers = {"all", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
