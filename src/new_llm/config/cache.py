@@ -45,3 +45,17 @@ class CacheConfig:
     def is_on(self) -> bool:
         """Whether anything is cached."""
         return self.num_states > 0 or self.ngram_order > 0
+
+
+@section
+class TunedCacheConfig(CacheConfig):
+    """A cache around the model that is measured; its θ and weights are set by other documents than the measured ones.
+
+    They are those of `tuning_source`; else the run's validation documents where --data.source names another text, or
+    the end of its training documents. For a model that belongs to no run they stay as given.
+    """
+
+    tuning_source: str | None = None
+    """The text to tune on, as in --data.source; None: documents of the run."""
+    tuning_tokens: Annotated[int, Field(ge=2)] = 30_000
+    """Tokens to tune on at most, the last ones."""

