@@ -3,7 +3,6 @@
 from new_llm.evaluation.cached_model import CachedModel
 from new_llm.evaluation.caches import CachesResult, evaluate_caches, tune_cache
 from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
-from new_llm.evaluation.doctor import DoctorReport, Finding, examine_model
 from new_llm.evaluation.long_documents import LongDocumentsResult, evaluate_long_documents
 from new_llm.evaluation.measure import (
     MEASURES,
@@ -41,8 +40,6 @@ __all__ = [
     "CachedModel",
     "CachesResult",
     "Column",
-    "DoctorReport",
-    "Finding",
     "LanguageModel",
     "LongDocumentsResult",
     "Measure",
@@ -70,7 +67,6 @@ __all__ = [
     "evaluate_rolling",
     "evaluate_sliding_window",
     "evaluate_streaming",
-    "examine_model",
     "find_measures",
     "join_scores",
     "measure",
