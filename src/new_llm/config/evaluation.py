@@ -314,8 +314,11 @@ class EvalConfig(PerplexityConfig):
     """The eval section of an experiment."""
 
     measures: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "sliding",
         "streaming",
+        "long",
+        "caches",
+        "passages",
+        "sliding",
         "positions",
         "memory_usage",
         "reversal",
@@ -327,7 +330,9 @@ class EvalConfig(PerplexityConfig):
     """Segments of one document after which the memories' norms are measured."""
     reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
     caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
-    long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
+    long_documents: LongDocumentsConfig = dataclasses.field(
+        default_factory=lambda: LongDocumentsConfig(max_documents=16, max_tokens_per_document=4096)
+    )
     passages: PassagesConfig = dataclasses.field(default_factory=PassagesConfig)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
     doctor: DoctorConfig = dataclasses.field(default_factory=DoctorConfig)

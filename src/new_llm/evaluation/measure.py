@@ -277,7 +277,10 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
 
 
 def measure(
-    subject: Subject, names: Iterable[str] | None = None, say: Callable[[str], None] = lambda _: None
+    subject: Subject,
+    names: Iterable[str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    refused: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure a model: the result of each measure by its name, plain values throughout.
 
@@ -285,6 +288,8 @@ def measure(
         subject: the model.
         names: the measures; None: `EvalConfig.measures`.
         say: told what is measured next.
+        refused: takes the reason of each measure that the model or the text does not allow, in place of an error: a
+            text without long documents does not end an experiment that has been trained.
 
     Raises:
         UserError: an unknown measure, or what a measure itself refuses.
@@ -292,7 +297,13 @@ def measure(
     results: dict[str, dict[str, Any]] = {}
     for one in find_measures(subject.settings.measures if names is None else names):
         say(one.title)
-        result = one.run(subject)
+        try:
+            result = one.run(subject)
+        except UserError as error:
+            if refused is None:
+                raise
+            refused[one.name] = str(error)
+            continue
         if result is not None:
             results[one.name] = result
     return results

@@ -271,9 +271,16 @@ class Run(ABC, Generic[Config]):
             return done
         training = self._train(name, folder) if self.trains(name) else None
         model = self._load_best(name, folder / BEST_FOLDER) if training else self.create(name).to(self.device).eval()
+        refused: dict[str, str] = {}
         with self.console.status("") as status:
-            measured = measure(self._make_subject(model), say=lambda what: status.update(f"{name}: measuring {what}"))
-        return self.processes.run_on_main(lambda: self._write_result(name, model, training, measured))
+            measured = measure(
+                self._make_subject(model),
+                say=lambda what: status.update(f"{name}: measuring {what}"),
+                refused=refused,
+            )
+        for what, why in refused.items():
+            self.console.print(f"note: {name}: {what} is not measured: {why}", highlight=False, markup=False)
+        return self.processes.run_on_main(lambda: self._write_result(name, model, training, measured, refused))
 
     def _train(self, name: str, folder: Path) -> TrainingResult:
         config, data, processes = self.config, self.data, self.processes
@@ -338,7 +345,12 @@ class Run(ABC, Generic[Config]):
         return model.to(self.device).eval()
 
     def _write_result(
-        self, name: str, model: TransformerLM, training: TrainingResult | None, measured: dict[str, Any]
+        self,
+        name: str,
+        model: TransformerLM,
+        training: TrainingResult | None,
+        measured: dict[str, Any],
+        refused: dict[str, str],
     ) -> dict[str, Any]:
         """Write the model's result, which marks it as done, and remove its checkpoints."""
         folder = self.model_folder(name)
@@ -349,6 +361,7 @@ class Run(ABC, Generic[Config]):
             "memory_info": model.memory_info(),
             "gates": model.gate_values(),
             "evaluation": measured,
+            "not_measured": refused,
         }
         if training is not None:
             lines = read_metrics(folder)

@@ -1,16 +1,26 @@
 """The sentence that sums a report up: which model is best, by how much, and how far to trust it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
 from new_llm.evaluation.statistics import find_t_interval
-from new_llm.formats import format_number
-from new_llm.report.results import as_number, get_value
-from new_llm.report.series import CONFIDENCE, Member, Place, Series, compare, compute_mean, list_columns, list_places
+from new_llm.formats import format_count, format_number
+from new_llm.report.results import as_number, get_number, get_value
+from new_llm.report.series import (
+    BROKEN,
+    CONFIDENCE,
+    Member,
+    Place,
+    Series,
+    compare,
+    compute_mean,
+    list_columns,
+    list_places,
+)
 
 SAME_SHARE = 0.0005
 MAX_VALUE = 1e12  # beyond it a model broke, and seeds can't be compared
@@ -36,6 +46,14 @@ class Headline:
     is_comparable: bool = True
 
 
+class Effect(NamedTuple):
+    """A relative difference of perplexity with its interval; no ends where there is too little to tell one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
 @dataclass(frozen=True)
 class Score:
     """A model's headline figure: its mean over seeds, and the measurement of each seed."""
@@ -52,10 +70,150 @@ class Score:
 
 
 def describe_outcome(series: Sequence[Series]) -> Headline:
-    """Say which model is best, by how much, and how far to trust it.
+    """Say whether memory helps where long documents tell it, which model is best, and how far to trust it."""
+    answer, ranking = describe_memory(series), describe_ranking(series)
+    if not answer:
+        return ranking
+    return Headline(answer, [ranking.text, *ranking.caveats], ranking.is_comparable)
 
-    The figure is the first of the summary for which lower or higher is better.
+
+def describe_memory(series: Sequence[Series]) -> str:
+    """What the best memory is worth on long documents: against an empty one, a model without memory, and a cache on it.
+
+    Empty where no model with memory has been measured on long documents.
     """
+    try:
+        return _describe_memory(series)
+    except BROKEN:
+        return ""
+
+
+def _describe_memory(series: Sequence[Series]) -> str:
+    found = {one.name: _list_results(one, series, "long") for one in series}
+    measured = [one for one in series if found[one.name]]
+
+    def get_mean(one: Series) -> float:
+        return compute_mean([result["overall"]["perplexity"]["carried"]["value"] for _, result in found[one.name]])
+
+    def has_memory(one: Series) -> bool:
+        return bool(get_number(one.members[0].entry, "memory_info", "total_bytes"))
+
+    def get_context(one: Series) -> float | None:
+        return get_number(one.members[0].entry, "context_tokens")
+
+    best = min((one for one in measured if has_memory(one)), key=get_mean, default=None)
+    effects = {} if best is None else {way: _combine(found[best.name], way) for way in ("reset", "foreign")}
+    if best is None or effects["reset"] is None:
+        return ""
+    num_documents = found[best.name][0][1]["num_documents"]
+    documents = "document" if num_documents == 1 else "documents"
+    text = f"On {num_documents} long held-out {documents}, {best.name}'s memory "
+    text += f"{_say_effect(effects['reset'])} against an empty one"
+    if (foreign := effects["foreign"]) is not None:
+        is_alike = (foreign.value < 0) == (effects["reset"].value < 0)
+        text += f" and {_say_effect(foreign).split(' perplexity ', 1)[1] if is_alike else _say_effect(foreign)}"
+        text += " against another document's"
+    text += "."
+    without = [one for one in measured if not has_memory(one)]
+    same = [one for one in without if get_context(one) == get_context(best)]
+    baseline = min(same or without, key=get_mean, default=None)
+    if baseline is None:
+        return text
+    reads = "the same segments" if same else f"{format_count(get_context(baseline))} tokens at once"
+    if (effect := _pair(found[best.name], found[baseline.name], _sum_long)) is not None:
+        text += f" Its perplexity is {_say_difference(effect)} that of {baseline.name}, which reads {reads}."
+    caches = [_list_results(one, series, "caches") for one in (best, baseline)]
+    if all(caches):
+        names = [cache["name"] for cache in caches[1][0][1]["caches"]]
+        strongest = min(names, key=lambda name: sum(_sum_cached(result, name)["total"] for _, result in caches[1]))
+        effect = _pair(caches[0], caches[1], lambda result: _sum_cached(result, "bare"), strongest)
+        if effect is not None and strongest != "bare":
+            words = (
+                "a cache of states and n-grams"
+                if strongest == "+ all"
+                else f"a cache of {strongest.removeprefix('+ ')}"
+            )
+            text += f" Against {baseline.name} with {words}, which needs no training, it is {_say_difference(effect)}."
+    return text
+
+
+Results = Sequence[tuple[Any, dict[str, Any]]]
+"""(seed, what a measure found)."""
+
+
+def _list_results(one: Series, series: Sequence[Series], measure: str) -> Results:
+    """A measure's results for a model, on the first text that any model has."""
+    place = next((place for place in list_places(series) if place[0] == measure), None)
+    found = [(member.seed, member.list_measured().get(place)) for member in one.members] if place else []
+    return [(seed, measured.result) for seed, measured in found if measured is not None]
+
+
+def _combine(results: Results, way: str) -> Effect | None:
+    """What the memory is worth against another way: over documents for one seed, over seeds for several."""
+    known = [result["overall"]["differences"][way]["relative"] for _, result in results
+             if way in result["overall"]["differences"]]  # fmt: skip
+    if len(known) == 1:
+        return Effect(known[0]["value"], known[0]["low"], known[0]["high"])
+    return _average([one["value"] for one in known])
+
+
+def _average(values: Sequence[float]) -> Effect | None:
+    if not values:
+        return None
+    low, high = find_t_interval(values, CONFIDENCE)
+    return Effect(compute_mean(list(values)), low, high)
+
+
+def _pair(
+    one: Results, other: Results, total: Callable[[dict[str, Any]], dict[str, Any]], cache: str = ""
+) -> Effect | None:
+    """Two models on the same documents, paired by document and seed; the other one with a cache, where it is named."""
+    pairs = [
+        (total(a), _sum_cached(b, cache) if cache else total(b))
+        for seed, a in one
+        for other_seed, b in other
+        if seed == other_seed
+    ]
+    found = [difference for a, b in pairs if (difference := compare({"documents": a}, {"documents": b})) is not None]
+    if len(found) == 1:
+        return Effect(found[0].value, found[0].low, found[0].high)
+    return _average([difference.value for difference in found])
+
+
+def _sum_long(result: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and loss of each long document, the memory carried."""
+    return {
+        "num_tokens": [sum(document["num_tokens"]["carried"]) for document in result["documents"]],
+        "total_nll": [sum(document["total_nll"]["carried"]) for document in result["documents"]],
+    }
+
+
+def _sum_cached(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """Tokens and loss of each long document with a cache."""
+    losses = [document["total_nll"][name] for document in result["documents"]]
+    num_tokens = [document["num_tokens"] for document in result["documents"]]
+    return {"num_tokens": num_tokens, "total_nll": losses, "total": sum(losses)}
+
+
+def _say_share(effect: Effect) -> str:
+    """The size of a difference and its interval, without its sign: 8.5 % [7.6, 9.9]."""
+    value, low, high = effect
+    if low is None or high is None:
+        return f"{100 * abs(value):.1f} % (no interval: too few documents or seeds)"
+    ends = sorted((-100 * low, -100 * high) if value < 0 else (100 * low, 100 * high))
+    return f"{100 * abs(value):.1f} % [{ends[0]:.1f}, {ends[1]:.1f}]"
+
+
+def _say_effect(effect: Effect) -> str:
+    return f"{'lowers' if effect.value < 0 else 'raises'} perplexity by {_say_share(effect)}"
+
+
+def _say_difference(effect: Effect) -> str:
+    return f"{_say_share(effect)} {'below' if effect.value < 0 else 'above'}"
+
+
+def describe_ranking(series: Sequence[Series]) -> Headline:
+    """Say which model is best by the first figure of the summary for which lower or higher is better."""
     place, scores = find_scores(series)
     if place is None:
         return Headline("No model has been evaluated yet.", [])

@@ -148,10 +148,10 @@ BROKEN = (Exception,)
 
 
 def list_places(series: Sequence[Series]) -> list[Place]:
-    """What was measured of at least one model: the run's own text first, measures in their order."""
+    """What was measured of at least one model: the run's own text first, measures in the order of the results."""
     found = dict.fromkeys(place for one in series for member in one.members for place in member.list_measured())
     texts = sorted({text for _, text in found}, key=lambda text: (text != VALIDATION, text))
-    return [(measure, text) for text in texts for measure in MEASURES if (measure, text) in found]
+    return [place for text in texts for place in found if place[1] == text and place[0] in MEASURES]
 
 
 def list_results(series: Sequence[Series], place: Place) -> list[ModelResult]:
