@@ -9,7 +9,7 @@ from new_llm.evaluation import find_measures
 
 def test_unknown_measures_are_refused_by_name():
     assert [one.name for one in find_measures(EvalConfig().measures)] == list(EvalConfig().measures)
-    with pytest.raises(UserError, match="unknown measure 'slidng'; known are sliding"):
+    with pytest.raises(UserError, match=r"unknown measure .slidng.; known are .*sliding"):
         find_measures(["slidng"])
     with pytest.raises(UserError, match="not a subclass"):
         find_measures([f"{torch.nn.__name__}:Linear"])

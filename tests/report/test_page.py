@@ -168,3 +168,26 @@ def test_numbers_that_no_axis_can_hold(results: dict[str, Any], value: float):
     spoiled = spoil(results["models"][0])
     assert "78.26" in show(results | {"models": [spoiled, results["models"][1]]}).read()
     show(results | {"models": [spoiled]})
+
+
+def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
+    token = {"carried": 1.0, "emptied": 2.5, "with_memory": [["<b>", 0.9]], "without": [["x", 0.1]], "gate": 0.25}
+    passage = {
+        "document": 3,
+        "segment": 4,
+        "before": "<i>",
+        "value_nats": 1.5,
+        "tokens": [token | {"text": "<script>"}],
+    }
+    results["models"][1]["evaluation"]["passages"] = {
+        "value_nats": 0.1,
+        "num_tokens": 100,
+        "half_share": 0.05,
+        "passages": [passage],
+    }
+    page = show(results)
+    assert "helped by 1.5 nats: document 3, segment 5" in page.source
+    assert 'style="--share:0.75">&lt;script&gt;<span class="tip"' in page.source
+    assert "+1.50 nats" in page.source
+    assert "…&lt;i&gt;" in page.source
+    assert "half of what it helped falls on 5.0% of them" in page.source

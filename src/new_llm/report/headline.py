@@ -128,12 +128,9 @@ def _describe_memory(series: Sequence[Series]) -> str:
         strongest = min(names, key=lambda name: sum(_sum_cached(result, name)["total"] for _, result in caches[1]))
         effect = _pair(caches[0], caches[1], lambda result: _sum_cached(result, "bare"), strongest)
         if effect is not None and strongest != "bare":
-            words = (
-                "a cache of states and n-grams"
-                if strongest == "+ all"
-                else f"a cache of {strongest.removeprefix('+ ')}"
-            )
-            text += f" Against {baseline.name} with {words}, which needs no training, it is {_say_difference(effect)}."
+            stored = "states and n-grams" if strongest == "+ all" else strongest.removeprefix("+ ")
+            text += f" Against {baseline.name} with a cache of {stored}, which needs no training, "
+            text += f"it is {_say_difference(effect)}."
     return text
 
 
