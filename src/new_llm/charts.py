@@ -173,6 +173,50 @@ def line_chart(
     return Chart(name, title, caption, _make_spec(drawn, HEIGHT, encoding, layers), list(rows), view)
 
 
+def point_chart(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Row],
+    *,
+    x: str,
+    y: str,
+    series: str,
+    low: str | None = None,
+    high: str | None = None,
+    x_title: str = "",
+    y_title: str = "",
+    x_log: bool = False,
+    view: str = "",
+) -> Chart:
+    """A point for each row with its name beside it, and an upright line where the row has the ends of an interval.
+
+    A logarithmic x-axis has base 10; rows that have no place on it are left out.
+    """
+    drawn = []
+    for row in rows:
+        across, up = _number(row.get(x), is_log=x_log), _number(row.get(y))
+        if across is not None and up is not None:
+            point = {"x": across, "y": up, "series": _name(row, series), **_find_ends(row, low, high, is_log=False)}
+            drawn.append(point | {"tip": f"{_name(row, series)}: {_say_value(point, '')} at {_say(across)} {x_title}"})
+    names = list(dict.fromkeys(point["series"] for point in drawn))
+    place: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
+    place |= {"scale": _scale(x_log) | {"padding": 30}}
+    place |= {"axis": _label_axis([point["x"] for point in drawn], "~s", base=10 if x_log else None)}
+    height: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(False)}
+    height |= {"axis": _label_axis([point["y"] for point in drawn])}
+    layers: list[Row] = []
+    if any("low" in point for point in drawn):
+        ends = {"y": height | {"field": "low"}, "y2": {"field": "high"}}
+        layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
+    marks = {"type": "point", "filled": True, "size": 80, "opacity": 1}
+    layers.append({"mark": marks, "encoding": {"y": height, "shape": _encode_shape(names, is_shown=True)}})
+    text = {"type": "text", "align": "left", "baseline": "bottom", "dx": 6, "dy": -3, "aria": False}
+    layers.append({"mark": text, "encoding": {"y": height, "text": {"field": "series"}, "color": {"value": INK}}})
+    encoding = {"x": place, "color": _encode_color(names, is_shown=True), **_TIP}
+    return Chart(name, title, caption, _make_spec(drawn, HEIGHT, encoding, layers), list(rows), view)
+
+
 def bar_chart(
     name: str,
     title: str,

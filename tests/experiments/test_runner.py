@@ -15,7 +15,7 @@ from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig, config_from_dict
-from new_llm.experiments.runner import Run
+from new_llm.experiments.runner import Run, build_model
 from new_llm.models import ModelType, load_model
 from new_llm.report import write_report
 from new_llm.report.results import load_results
@@ -33,6 +33,21 @@ def curve(results: dict[str, Any], model: int = 0) -> list[tuple[Any, ...]]:
     training = results["models"][model]["training"]
     steps = [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in training["steps_log"]]
     return steps + [(line["epoch"], line["train_loss"], line["validation_loss"]) for line in training["epochs_log"]]
+
+
+def test_experiments_of_several_models_match_their_parameters_unless_a_width_is_given() -> None:
+    def matches(models: list[str], **model: Any) -> bool:
+        return ExperimentConfig(models=models, model={"size": "14m", **model}).matches_parameters
+
+    assert matches(["pythia", "token_memory"])
+    assert not matches(["token_memory"])
+    assert not matches(["pythia", "token_memory"], intermediate_size=64)
+    assert matches(["token_memory"], intermediate_size=64, match_parameters=True)
+    assert not matches(["pythia", "token_memory"], match_parameters=False)
+    config = ExperimentConfig(models=["pythia", "token_memory"], model={"size": "14m"})
+    with torch.device("meta"):
+        counts = [build_model(config, name, 4096).num_parameters()["total"] for name in config.models]
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
 
 
 def renamed(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentConfig:

@@ -17,8 +17,9 @@ from new_llm.config.loading import read_settings
 from new_llm.experiments import study as study_module
 from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
-from new_llm.report.figures import write_study_figures
+from new_llm.report.study_page import write_study_page
 
+BITS = "validation-perplexity-streaming-bits-byte"
 VS_RESET = "Long documents: validation: vs. reset"
 
 
@@ -225,8 +226,15 @@ def make_run(seed: int, starts: list[int]) -> dict[str, Any]:
         "num_documents": 3,
         "confidence": 0.95,
     }
-    training = {"tokens": 100, "tokens_per_second": 10.0, "peak_memory_bytes": 1_000_000}
-    model = {"evaluation": {}, "gates": {}, "training": training, "num_parameters": {"total": 5}}
+    training = {"tokens": 100, "tokens_per_second": 10.0, "cpu_seconds": 30 + seed, "peak_memory_bytes": 1_000_000}
+    streaming = {"perplexity": 9.0, "standard_error": 0.1, "bits_per_byte": 2.0 + seed / 10}
+    model = {
+        "evaluation": {"streaming": streaming | {"verdict": {"text": "normal"}}},
+        "gates": {},
+        "training": training,
+        "num_parameters": {"total": 5},
+        "cost": {"state_numbers": 100, "flops_per_token": 10.0},
+    }
     return {
         "seed": seed,
         "model": model,
@@ -241,9 +249,19 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     summary = describe_study(study, found)
     figure = summary["variants"]["reference"]["figures"][VS_RESET.replace("validation", "books")]
     assert figure["mean"] == pytest.approx(-0.055)
-    write_study_figures(summary, found, tmp_path)
+    write_study_page(summary, found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "figures" / "long-books-distance-against-reset.csv").open()))
     assert [row["distance"] for row in rows if row["model"] == "reference"] == ["0+", "1k+", "0+", "1k+", "2k+"]
     assert "| no-delta | 1 |" in render_markdown(summary)
+    (row,) = (
+        row
+        for row in csv.DictReader((tmp_path / "figures" / f"{BITS}-by-processor-seconds.csv").open())
+        if row["variant"] == "reference"
+    )
+    assert [float(row[key]) for key in ("processor seconds", "mean")] == pytest.approx([30.5, 2.05])
+    assert float(row["low"]) < 2.05 < float(row["high"])
+    page = (tmp_path / "study.html").read_text()
+    assert all(f'id="{BITS}-by-{cost}"' in page for cost in ("state-numbers-per-row", "processor-seconds"))
+    assert '<th scope="row">no-delta</th>' in page
     # One seed: the measure's own interval, over documents.
     assert summary["variants"]["no-delta"]["figures"][VS_RESET.replace("validation", "books")]["high"] == 0.0

@@ -1,11 +1,14 @@
-"""What models cost: the numbers that a stream keeps, and the operations of a token."""
+"""What models cost: the numbers that a stream keeps, the operations of a token, and parameters made equal."""
+
+import dataclasses
 
 import pytest
 import torch
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig
+from new_llm.config import PythiaConfig, UserError
 from new_llm.models.cost import count_flops, count_state
+from new_llm.models.factory import MODEL_KINDS, match_parameters
 
 L, D, H, S, Z = 2, 32, 2, 8, 64
 SHAPE = PythiaConfig(vocab_size=Z, hidden_size=D, num_hidden_layers=L, num_attention_heads=H, intermediate_size=48)
@@ -37,3 +40,23 @@ def test_operations_are_those_of_the_products() -> None:
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     attention = L * 2 * 2 * D * S  # q kᵀ and its product with v, of S tokens each
     assert count_flops(model, 4 * S) == 2 * weights + attention
+
+
+@pytest.mark.parametrize("kind", sorted(set(MODEL_KINDS) - {"deep_pythia"}))
+def test_parameters_match_to_a_percent_by_the_width_of_the_mlps(kind: str) -> None:
+    shape = dataclasses.replace(SHAPE, num_hidden_layers=4, intermediate_size=256)
+    before = torch.get_rng_state()
+    matched = match_parameters(kind, shape)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert dataclasses.replace(matched, intermediate_size=256) == shape
+    wanted, found, as_given = (
+        create_model(*of).num_parameters()["total"] for of in (("pythia", shape), (kind, matched), (kind, shape))
+    )
+    assert found == pytest.approx(wanted, rel=0.01)
+    assert (matched == shape) == (abs(as_given / wanted - 1) <= 0.01)
+
+
+def test_what_can_not_be_matched() -> None:
+    assert match_parameters("deep_pythia", SHAPE) == SHAPE
+    with pytest.raises(UserError, match=r"token_memory has .* parameters more than a Pythia"):
+        match_parameters("token_memory", dataclasses.replace(SHAPE, intermediate_size=2))

@@ -80,12 +80,14 @@ def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
                 for i in range(4)
             ],
         },
+        "cost": {"state_numbers": 91_904, "flops_per_token": 8_440_000.0},
         "training": {
             "epochs": epochs,
             "best_epoch": 3,
             "steps": epochs * steps_per_epoch,
             "tokens": epochs * steps_per_epoch * tokens_per_step,
             "seconds": 144.2,
+            "cpu_seconds": 260.0,
             "tokens_per_second": 13_634.0 - memory_bytes / 1000,
             "peak_memory_bytes": 1_483_120_640,
             "stopped_early": True,

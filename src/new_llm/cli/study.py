@@ -58,7 +58,7 @@ class Study(Command):
         from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_table import render_markdown
         from new_llm.report import write_report
-        from new_llm.report.figures import write_study_figures
+        from new_llm.report.study_page import STUDY_PAGE, write_study_page
 
         def train(console: "Console") -> dict[str, Any]:
             cells = plan_cells(study, self.only)
@@ -73,14 +73,15 @@ class Study(Command):
                 jobs=self.jobs,
                 console=console,
                 write_report=write_report,
-                write_figures=write_study_figures,
+                write_page=write_study_page,
             )
 
         summary = run_training(train, lambda _: f"new-llm study {self.describe_flags()}")
         if isinstance(summary, int):
             return summary
         open_console().print(Markdown(render_markdown(summary), hyperlinks=False))
-        print_text(f"results: {study.folder / SUMMARY_FILE}\ntable:   {study.folder / TABLE_FILE}")
+        files = {"results": SUMMARY_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
+        print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
         return 0
 
     def describe_flags(self) -> str:

@@ -15,7 +15,7 @@ class TrainConfig:
     """Passes over the training samples at most."""
     stop_at: Literal["epochs", "cpu_seconds"] = "epochs"
     """When training ends: after num_epochs, or once it has taken cpu_seconds, in as many passes as they allow; the
-    learning rate then falls with the seconds that are left."""
+    learning rate then falls with the seconds that are left, and a curriculum is over after num_epochs."""
     cpu_seconds: Annotated[float, Field(gt=0)] = 600.0
     """With stop_at: cpu_seconds, the processor seconds that training may take: of all cores and processes, those before
     a resumption included, without validation."""

@@ -308,6 +308,11 @@ class StreamingPerplexity(Perplexity):
         per_call = subject.settings.segments_per_call
         return evaluate_streaming(subject.model, subject.split, segments_per_call=per_call, **reading)
 
+    def columns(self, result: dict[str, Any]) -> list[Column]:
+        """Also bits per byte, by which models with other tokenizers can be compared."""
+        bits = Column("bits_per_byte", "streaming bits/byte", result["bits_per_byte"], better="lower", group=self.GROUP)
+        return [*super().columns(result), bits]
+
 
 @register_measure
 class IndependentPerplexity(Perplexity):

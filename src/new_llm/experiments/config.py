@@ -101,6 +101,9 @@ class ModelConfig:
     """Tokens in a segment; None: data.seq_length / data.segments_per_sample."""
     vocab_size: Annotated[int | None, Field(gt=0)] = None
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
+    match_parameters: Annotated[tyro.conf.DisallowNone[bool | None], short("--match-parameters")] = None
+    """Give the MLPs of each model the width at which it has as many parameters as a Pythia of the shape, to 1 %, but
+    for deep_pythia. Default: where several models are compared and intermediate_size is not given."""
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     """Options of a layer of your own module, by name."""
 
@@ -210,6 +213,12 @@ class ExperimentConfig(TrainingSettings):
     def segment_length(self) -> int:
         """Tokens in a segment of the models that read segments."""
         return self.model.segment_length or self.data.seq_length // self.data.segments_per_sample
+
+    @property
+    def matches_parameters(self) -> bool:
+        """Whether models get the MLP width at which they have equal parameters."""
+        given, width = (vars(self.model)[name] for name in ("match_parameters", "intermediate_size"))
+        return len(self.models) > 1 and width is None if given is None else given
 
     def context_tokens(self, model_type: str) -> int:
         """Tokens that a model reads at once: a segment, or a whole sample where it reads no segments."""

@@ -47,6 +47,8 @@ from new_llm.experiments.run_folder import (
 )
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.capacity import check_fits
+from new_llm.models.cost import count_flops, count_state
+from new_llm.models.factory import match_parameters
 from new_llm.models.model_file import load_model
 from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
@@ -359,6 +361,10 @@ class Run(ABC, Generic[Config]):
             **self.describe_model(name, model),
             "num_parameters": model.num_parameters(),
             "memory_info": model.memory_info(),
+            "cost": {
+                "state_numbers": count_state(model),
+                "flops_per_token": count_flops(model, self.config.data.seq_length),
+            },
             "gates": model.gate_values(),
             "evaluation": measured,
             "not_measured": refused,
@@ -419,4 +425,7 @@ class ExperimentRun(Run[ExperimentConfig]):
 def build_model(config: ExperimentConfig, name: str, vocab_size: int) -> TransformerLM:
     """One of an experiment's models, with fresh weights from torch's global generator."""
     options = config.model.options_of(name)
-    return create_model(name, config.model.shape(vocab_size), segment_length=config.context_tokens(name), **options)
+    shape = config.model.shape(vocab_size)
+    if config.matches_parameters:
+        shape = match_parameters(name, shape, **options)
+    return create_model(name, shape, segment_length=config.context_tokens(name), **options)

@@ -49,8 +49,8 @@ LOGS_FOLDER = "logs"
 INTERRUPTED, BAD_INPUT = 130, 2
 """Exit codes of a job's process, those of the command."""
 
-FiguresWriter = Callable[[dict[str, Any], dict[str, list[dict[str, Any]]], Path], None]
-"""Draws a study's summary and its runs into a folder: `new_llm.report.figures.write_study_figures`."""
+StudyWriter = Callable[[dict[str, Any], dict[str, list[dict[str, Any]]], Path], None]
+"""Writes the page of a study's summary and its runs into a folder: `new_llm.report.study_page.write_study_page`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_study(
     jobs: int = 1,
     console: Console | None = None,
     write_report: ReportWriter | None = None,
-    write_figures: FiguresWriter | None = None,
+    write_page: StudyWriter | None = None,
 ) -> dict[str, Any]:
     """Run what is missing of a study, seed by seed, and write its summary after every seed.
 
@@ -83,7 +83,7 @@ def run_study(
         jobs: runs at once, each in a process of its own with its share of the cores.
         console: where to show progress; None: the standard error.
         write_report: writes each run's page; None: none is written.
-        write_figures: draws the summary into the study's folder.
+        write_page: writes the study's page into its folder.
 
     Returns:
         The summary, as `study.json` holds it.
@@ -107,8 +107,8 @@ def run_study(
                 work(study, cell, console)
         try:
             summary = summarize_study(study)
-            if write_figures:
-                write_figures(summary, gather_runs(study), study.folder)
+            if write_page:
+                write_page(summary, gather_runs(study), study.folder)
         except Exception as error:
             if seed == study.seeds[-1]:
                 raise

@@ -21,6 +21,10 @@ Run = Mapping[str, Any]
 
 CONFIDENCE = 0.95
 COST = "Gates and cost"
+PARAMETERS, STATE, CPU_SECONDS = "parameters", "state, numbers per row", "processor seconds"
+"""Titles of columns of cost, which figures stand against."""
+BITS_PER_BYTE = "bits/byte"
+"""What the titles of columns in bits per byte end with."""
 
 
 def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -54,7 +58,12 @@ def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
                     figures[f"{title}{text}: {head}"] = (title + text, column)
     gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
     training = run["model"]["training"]
+    model, cost = run["model"], run["model"].get("cost") or {}
     costs = [
+        Column("parameters", PARAMETERS, model["num_parameters"]["total"], format_count),
+        Column("state", STATE, cost.get("state_numbers"), format_count),
+        Column("FLOPs", "FLOPs/token", cost.get("flops_per_token"), format_count),
+        Column("CPU time", CPU_SECONDS, training.get("cpu_seconds"), format_count),
         Column("least gate", "least gate", min(gates, default=None)),
         Column("greatest gate", "greatest gate", max(gates, default=None)),
         Column("tokens/s", "tokens/s", training["tokens_per_second"], format_count),
@@ -152,17 +161,24 @@ def _render(column: Column, summary: Mapping[str, Any]) -> str:
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The tables of a study: a line per variant, a column per figure; the interval beside the mean."""
-    variants = summary["variants"]
     lines = [
         f"**{make_line(summary['question'])}** Mean over {summary['num_seeds']} seeds and its 95 % interval; of one "
         "seed the interval over documents. Differences are relative: below 0 the carried memory is better.",
     ]
-    for title, metrics in summary["tables"].items():
-        known = {name: entry for name, entry in variants.items() if any(m in entry["figures"] for m in metrics)}
-        columns = [make_line(metric.removeprefix(f"{title}: ")) for metric in metrics]
-        lines += ["", f"{make_line(title)}.", "", "| " + " | ".join(["variant", "seeds", *columns]) + " |"]
-        lines.append("|" + "---|" * (2 + len(metrics)))
-        for name, entry in known.items():
-            cells = [entry["figures"].get(metric, {"text": "–"})["text"] for metric in metrics]
-            lines.append("| " + " | ".join([name, str(len(entry["seeds"])), *cells]) + " |")
+    for title in summary["tables"]:
+        columns, rows = list_cells(summary, title)
+        lines += ["", f"{make_line(title)}.", "", "| " + " | ".join(["variant", *columns]) + " |"]
+        lines.append("|" + "---|" * (1 + len(columns)))
+        lines += ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows]
     return "\n".join(lines) + "\n"
+
+
+def list_cells(summary: Mapping[str, Any], title: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """A table's columns, and for each variant that has a figure in it the cells."""
+    metrics = summary["tables"][title]
+    rows = [
+        (name, [str(len(entry["seeds"])), *(entry["figures"].get(m, {"text": "–"})["text"] for m in metrics)])
+        for name, entry in summary["variants"].items()
+        if any(metric in entry["figures"] for metric in metrics)
+    ]
+    return ["seeds", *(make_line(metric.removeprefix(f"{title}: ")) for metric in metrics)], rows

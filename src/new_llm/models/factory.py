@@ -44,11 +44,13 @@ class ModelKind:
         options: the dataclasses of its options.
         build: makes its layers from the shape and all options.
         reads_segments: whether an experiment cuts its samples into segments or lets it read them whole.
+        is_matched: whether `match_parameters` changes its width; not where it is to be larger.
     """
 
     options: tuple[type, ...]
     build: Callable[[PythiaConfig, dict[str, Any]], Built]
     reads_segments: bool = False
+    is_matched: bool = True
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ MODEL_KINDS: dict[str, ModelKind] = {
     },
     "rmt": ModelKind((RecurrentMemoryOptions,), _build_rmt, reads_segments=True),
     "selective": ModelKind((SelectiveOptions,), _build_selective),
-    "deep_pythia": ModelKind((DepthOptions,), _build_deep),
+    "deep_pythia": ModelKind((DepthOptions,), _build_deep, is_matched=False),
 }
 """The built-in model types by name. A user's own layer is one too: `my_module:MyLayer`."""
 
@@ -174,6 +176,40 @@ def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | N
             raise UserError(str(error).replace(part.__name__, str(model_type), 1)) from None
         resolved |= dataclasses.asdict(checked)
     return resolved
+
+
+MATCHED_SHARE = 0.01
+"""How far apart models' parameters may be."""
+
+
+def match_parameters(model_type: str, shape: PythiaConfig, **options: Any) -> PythiaConfig:
+    """The shape with the MLP width at which a model has as many parameters as a Pythia of the given shape.
+
+    The shape is returned as it is where they are within `MATCHED_SHARE`, and where the model has no MLPs.
+
+    Raises:
+        UserError: even with MLPs of width 1 the model has more parameters.
+    """
+    if not find_model_kind(model_type).is_matched:
+        return shape
+
+    def count(kind: str, width: int, **options: Any) -> int:
+        with torch.device("meta"):  # nothing is allocated or drawn
+            made = create_model(kind, dataclasses.replace(shape, intermediate_size=width), **options)
+        return made.num_parameters()["total"]
+
+    width = shape.intermediate_size
+    wanted, found = count("pythia", width), count(model_type, width, **options)
+    per_unit = count(model_type, width + 1, **options) - found
+    if abs(found - wanted) <= MATCHED_SHARE * wanted or per_unit == 0:
+        return shape
+    matched = width + round((wanted - found) / per_unit)
+    if matched < 1:
+        raise UserError(
+            f"model.match_parameters: {model_type} has {found - wanted:,} parameters more than a Pythia of the shape, "
+            "which narrower MLPs can't save: give model.intermediate_size, or match_parameters: false"
+        )
+    return dataclasses.replace(shape, intermediate_size=matched)
 
 
 def create_model(

@@ -1,13 +1,11 @@
 """Charts of training (losses, validation, gates, what models cost) and of a study's figures."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from new_llm.charts import Chart, bar_chart, heat_chart, line_chart
+from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
 from new_llm.evaluation import MEASURES, ModelResult
-from new_llm.experiments.study_table import Run, list_results
-from new_llm.report.render import write_charts
+from new_llm.experiments.study_table import BITS_PER_BYTE, COST, CPU_SECONDS, STATE, Run, list_results
 from new_llm.report.results import get_entries, get_finite, get_gates, get_value, list_numbers
 from new_llm.report.series import Series, compute_mean, draw_measure
 
@@ -133,9 +131,12 @@ def draw_training(series: Sequence[Series]) -> list[Chart]:
 COSTS = (
     ("tokens/s", "training tokens/s", ("training", "tokens_per_second")),
     ("time", "seconds of training", ("training", "seconds")),
+    ("CPU time", "processor seconds of training", ("training", "cpu_seconds")),
     ("peak memory", "bytes, the most while training", ("training", "peak_memory_bytes")),
     ("parameters", "parameters", ("num_parameters", "total")),
-    ("state", "bytes of memory carried from segment to segment, per row", ("memory_info", "total_bytes")),
+    ("memory", "bytes of memory carried from segment to segment, per row", ("memory_info", "total_bytes")),
+    ("state", "numbers that a stream keeps to read on, per row", ("cost", "state_numbers")),
+    ("FLOPs", "FLOPs per token, forward", ("cost", "flops_per_token")),
 )
 
 
@@ -197,12 +198,31 @@ def _mean(values: Any) -> float | None:
 # A study
 
 
-FIGURES_FOLDER = "figures"
+def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -> list[Chart]:
+    """All charts of a study's summary and finished runs; what is gained at which cost comes first."""
+    return [*draw_against_cost(summary), *draw_figures(summary), *draw_measures(found)]
 
 
-def write_study_figures(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]], folder: Path) -> None:
-    """Draw a study's summary and finished runs into `figures` in its folder, each chart as SVG and CSV."""
-    write_charts([*draw_figures(summary), *draw_measures(found)], folder / FIGURES_FOLDER)
+def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
+    """Bits per byte against what they cost, a point a variant with its interval: state, and processor seconds."""
+    metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
+    caption = (
+        "A point is the mean over a variant's seeds, the line its 95% interval (Student's t). State is the most that a "
+        "stream of one row keeps to read on; processor seconds are those of training, without evaluation."
+    )
+    charts = []
+    for cost in (STATE, CPU_SECONDS):
+        for metric in metrics:
+            rows = [
+                {"variant": name, cost: place["mean"]} | {end: figures[metric][end] for end in ("mean", "low", "high")}
+                for name, entry in summary["variants"].items()
+                if (figures := entry["figures"]).get(metric) and (place := figures.get(f"{COST}: {cost}"))
+            ]
+            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "low": "low", "high": "high"}
+            axes |= {"x_title": cost, "y_title": metric, "x_log": cost == STATE}
+            title = f"What is gained by {cost}"
+            charts.append(point_chart(f"{metric} by {cost}", title, caption, rows, **axes, view=metric))
+    return [chart for chart in charts if chart.rows]
 
 
 def draw_figures(summary: Mapping[str, Any]) -> list[Chart]:

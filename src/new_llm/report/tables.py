@@ -61,9 +61,12 @@ class Summary:
 FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ...] = (
     ("Model", "context, tokens", ("context_tokens",), format_count),
     ("Model", "parameters", ("num_parameters", "total"), format_short),
-    ("Model", "state", ("memory_info", "total_bytes"), format_bytes),
+    ("Model", "memory", ("memory_info", "total_bytes"), format_bytes),
+    ("Model", "state, numbers", ("cost", "state_numbers"), format_short),
+    ("Model", "FLOPs/ token", ("cost", "flops_per_token"), format_short),
     ("Training", "tokens/s", ("training", "tokens_per_second"), format_count),
     ("Training", "time", ("training", "seconds"), format_seconds),
+    ("Training", "CPU time", ("training", "cpu_seconds"), format_seconds),
     ("Training", "peak memory", ("training", "peak_memory_bytes"), format_bytes),
 )
 
