@@ -225,3 +225,19 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, flags, messag
     assert message in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_inspect_makes_a_page_of_a_text(run: Path, text: Path, capsys) -> None:
+    assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(text)]) == 0
+    out = capsys.readouterr().out
+    page = Path(out.split("page: ")[1].splitlines()[0])
+    source = page.read_text(encoding="utf-8")
+    assert 'class="card passages"' in source
+    assert "infini: the memory was worth" in source
+    assert 'id="summary"' not in source
+    record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert len(record["result"]["passages"]) == 12
+    assert main(["inspect", "--run", str(run), "--model", "pythia", "--text", str(text)]) == 2
+    assert "what the memory knew does not apply" in capsys.readouterr().err
+    assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(text) + ".no"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from tyro.conf import Suppress, arg
 
 from new_llm.cli.command import Command, CommandGroup
@@ -12,6 +13,7 @@ from new_llm.config.evaluation import (
     DoctorConfig,
     EvalConfig,
     LongDocumentsConfig,
+    PassagesConfig,
     PerplexityConfig,
     RecallConfig,
     ReversalConfig,
@@ -166,6 +168,39 @@ class Doctor(Evaluation):
     measures: ClassVar = ("doctor",)
     section: ClassVar = "doctor"
     options: Annotated[DoctorConfig, arg(name="")] = dataclasses.field(default_factory=DoctorConfig)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Inspect(Evaluation):
+    """A page of a text of your own, each token shaded by what the memory was worth to it.
+
+    A token's worth is its loss with the memory emptied minus its loss with the memory carried. The passages that the
+    memory helped and harmed most come first, with the likeliest tokens both ways and the gates.
+
+    Examples:
+      new-llm inspect --run runs/quick --model token_memory --text my_text.txt
+    """
+
+    without_hub: ClassVar[str] = "name a folder by --run"
+    measures: ClassVar = ("passages",)
+    text: Path
+    """The text: .txt, .jsonl or .parquet, also packed; a .txt file is one document."""
+    max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
+    """Tokens of a document that are read at most; None: all."""
+    data: Suppress[TextConfig] = dataclasses.field(default_factory=TextConfig)
+    options: Annotated[PassagesConfig, arg(name="")] = dataclasses.field(
+        default_factory=lambda: PassagesConfig(num_helped=8, num_harmed=4)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data = TextConfig(source=str(self.text), whole_files=True)
+
+    @property
+    def settings(self) -> EvalConfig:
+        """Whole documents, whatever their length."""
+        long = LongDocumentsConfig(min_tokens=2, max_tokens_per_document=self.max_tokens_per_document)
+        return EvalConfig(measures=self.names, passages=self.options, long_documents=long)
 
 
 @dataclasses.dataclass(kw_only=True)

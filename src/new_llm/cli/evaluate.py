@@ -21,7 +21,7 @@ from new_llm.experiments.evaluation import (
     write_evaluation,
 )
 from new_llm.experiments.subject import load_any_model
-from new_llm.report import ColumnTable, write_chart
+from new_llm.report import ColumnTable, make_run, write_chart, write_page
 from new_llm.training.devices import catch_stop_signals
 
 FAULT_FOUND, INTERRUPTED = 1, 130
@@ -52,6 +52,15 @@ def evaluate(command: Evaluation) -> int:
             picture = first if place == 0 else first.with_name(f"{first.stem}-{chart.name}{first.suffix}")
             write_chart(chart, picture)
             print_text(f"picture: {picture}")
+        if measure.texts([ModelResult(loaded.label, record["result"])]):
+            page = path.with_suffix(".html")
+            models = [{"model_type": loaded.label, "evaluation": {measure.name: record["result"]}}]
+            facts = {key: record[key] for key in ("created", "command", "code", "environment", "settings")}
+            name = f"{loaded.label}: {measure.title}"
+            write_page(
+                [make_run(facts | {"name": name, "status": "complete", "models": models})], page, with_figures=False
+            )
+            print_text(f"page: {page}")
         print_text(f"results: {path}")
         if record["status"] == "partial":
             print("interrupted: the result is partial, and is labelled so", file=sys.stderr)

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": ("export:Export", "write a model as a folder for Hugging Face's tools"),
     "generate": ("generate:Generate", "continue a text"),
+    "inspect": ("eval:Inspect", "show what the memory knew of a text of your own, token by token"),
     "lm-eval": ("lm_eval:LmEval", "lm-evaluation-harness with this project's models"),
     "memory": ("memory:Memory", "fill, show, merge and compare memory files"),
     "report": ("report:Report", "write a run's report again, or compare several runs"),

@@ -2,13 +2,14 @@
 
 from new_llm.report.page import write_page, write_report
 from new_llm.report.render import write_chart, write_charts
-from new_llm.report.results import load_results, read_runs
+from new_llm.report.results import load_results, make_run, read_runs
 from new_llm.report.tables import ColumnTable, SummaryTable
 
 __all__ = [
     "ColumnTable",
     "SummaryTable",
     "load_results",
+    "make_run",
     "read_runs",
     "write_chart",
     "write_charts",

@@ -18,6 +18,7 @@ from new_llm.report.series import (
     Series,
     compare,
     compute_mean,
+    describe,
     list_columns,
     list_places,
 )
@@ -213,7 +214,9 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
     """Say which model is best by the first figure of the summary for which lower or higher is better."""
     place, scores = find_scores(series)
     if place is None:
-        return Headline("No model has been evaluated yet.", [])
+        found = [(one.name, measured) for one in series for m in one.members for measured in m.list_measured().values()]
+        sentences = [f"{name}: {said}." for name, measured in found if (said := describe(measured))]
+        return Headline(sentences[0] if sentences else "No model has been evaluated yet.", [])
     column = scores[0].column
     what = make_line(MEASURES[place[0]].title)
     scores.sort(key=lambda score: score.mean, reverse=column.better == "higher")
