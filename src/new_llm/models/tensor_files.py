@@ -81,8 +81,8 @@ def read_header(path: Path) -> TensorHeader:
             return TensorHeader(shapes, {name: part.get_dtype() for name, part in parts.items()}, file.metadata() or {})
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    except (OSError, MemoryError) as error:  # a file is mapped, which a limit of the process may forbid
+        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     except SafetensorError as error:
         if beginning.startswith(PICKLE_SIGNATURES):
             raise UserError(
@@ -104,7 +104,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, MemoryError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(shorten(f"{path}: not a readable safetensors file: {error}")) from None
     check_digest(metadata, tensors, str(path))
     return tensors
