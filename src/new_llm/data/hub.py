@@ -6,13 +6,9 @@ a network gets its one clear line, or what is cached here, at once.
 
 import contextlib
 import functools
-import http.client
 import os
-import ssl
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,29 +37,19 @@ def hub_answers(path: str, timeout_seconds: float) -> bool:
 
 @functools.lru_cache
 def _address_answers(address: str, timeout_seconds: float) -> bool:
-    answered, finished = threading.Event(), threading.Event()
+    from huggingface_hub.utils import get_session
+
+    statuses = list[int]()
 
     def ask() -> None:
-        # Nothing is read but the status, and a proxy may have its own certificate: it is not verified here.
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        request = urllib.request.Request(address, method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=timeout_seconds, context=context):
-                answered.set()
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                answered.set()
-        except (OSError, ValueError, http.client.HTTPException):
-            pass
-        finally:
-            finished.set()
+        with contextlib.suppress(Exception):  # whatever its transport raises
+            statuses.append(get_session().head(address, timeout=timeout_seconds).status_code)
 
     # A thread, because looking up the host's name ignores the timeout.
-    threading.Thread(target=ask, daemon=True).start()
-    finished.wait(timeout_seconds)
-    return answered.is_set()
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    return any(status < 500 for status in statuses)
 
 
 def describe_failure(error: BaseException) -> str:
