@@ -189,17 +189,19 @@ def point_chart(
     x_log: bool = False,
     view: str = "",
 ) -> Chart:
-    """A point for each row with its name beside it, and an upright line where the row has the ends of an interval.
+    """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
     A logarithmic x-axis has base 10; rows that have no place on it are left out.
     """
-    drawn = []
+    drawn: list[Row] = []
     for row in rows:
         across, up = _number(row.get(x), is_log=x_log), _number(row.get(y))
         if across is not None and up is not None:
-            point = {"x": across, "y": up, "series": _name(row, series), **_find_ends(row, low, high, is_log=False)}
+            point = {"x": across, "y": up, **_find_ends(row, low, high, is_log=False)}
+            number = str(len(drawn) + 1)
+            point |= {"number": number, "series": f"{number} {_name(row, series)}"}
             drawn.append(point | {"tip": f"{_name(row, series)}: {_say_value(point, '')} at {_say(across)} {x_title}"})
-    names = list(dict.fromkeys(point["series"] for point in drawn))
+    names = [point["series"] for point in drawn]
     place: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
     place |= {"scale": _scale(x_log) | {"padding": 30}}
     place |= {"axis": _label_axis([point["x"] for point in drawn], "~s", base=10 if x_log else None)}
@@ -209,12 +211,15 @@ def point_chart(
     if any("low" in point for point in drawn):
         ends = {"y": height | {"field": "low"}, "y2": {"field": "high"}}
         layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
-    marks = {"type": "point", "filled": True, "size": 80, "opacity": 1}
-    layers.append({"mark": marks, "encoding": {"y": height, "shape": _encode_shape(names, is_shown=True)}})
+    # Hollow marks show where they cover one another, and that of the last shape, a stroke, is seen at all.
+    marks = {"type": "point", "filled": False, "strokeWidth": 2, "size": 70, "opacity": 1}
+    legend = {"legend": {"columns": 3, "orient": "bottom", "labelLimit": 220}}
+    layers.append({"mark": marks, "encoding": {"y": height, "shape": _encode_shape(names, is_shown=True) | legend}})
     text = {"type": "text", "align": "left", "baseline": "bottom", "dx": 6, "dy": -3, "aria": False}
-    layers.append({"mark": text, "encoding": {"y": height, "text": {"field": "series"}, "color": {"value": INK}}})
-    encoding = {"x": place, "color": _encode_color(names, is_shown=True), **_TIP}
-    return Chart(name, title, caption, _make_spec(drawn, HEIGHT, encoding, layers), list(rows), view)
+    layers.append({"mark": text, "encoding": {"y": height, "text": {"field": "number"}, "color": {"value": INK}}})
+    encoding = {"x": place, "color": _encode_color(names, is_shown=True) | legend, **_TIP}
+    tall = HEIGHT + 22 * -(-len(names) // 3)
+    return Chart(name, title, caption, _make_spec(drawn, tall, encoding, layers), list(rows), view)
 
 
 def bar_chart(

@@ -7,7 +7,7 @@ import torch
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
-from new_llm.models.cost import count_flops, count_state
+from new_llm.models.cost import count_flops, count_memory, count_state
 from new_llm.models.factory import MODEL_KINDS, match_parameters
 
 L, D, H, S, Z = 2, 32, 2, 8, 64
@@ -18,20 +18,21 @@ OPEN = H * K * (2 * K + 1) + D  # both sums of products, that of keys, the last 
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "length", "expected"),
+    ("kind", "options", "length", "memory", "opened"),
     [
-        ("pythia", {}, 32, L * 2 * D * 32),
-        ("pythia_segments", {}, S, L * 2 * D * S),
-        ("selective", {"skip_interval": 2}, S, 3 * L * 2 * D * S),
-        ("transformer_xl", {"memory_tokens": 12}, S, L * 2 * D * (12 + S)),
-        ("infini", {"num_memory_heads": H}, S, 2 * D * S + MEMORY + OPEN),
-        ("multi_memory", {"num_memories": 3}, S, 2 * D * S + 3 * MEMORY + OPEN),
-        ("rmt", {"num_memory_tokens": 3}, S, 3 * D + D * S),
+        ("pythia", {}, 32, 0, L * 2 * D * 32),
+        ("pythia_segments", {}, S, 0, L * 2 * D * S),
+        ("selective", {"skip_interval": 2}, S, 0, 3 * L * 2 * D * S),
+        ("transformer_xl", {"memory_tokens": 12}, S, L * 2 * D * 12, L * 2 * D * S),
+        ("infini", {"num_memory_heads": H}, S, MEMORY, 2 * D * S + OPEN),
+        ("multi_memory", {"num_memories": 3}, S, 3 * MEMORY, 2 * D * S + OPEN),
+        ("rmt", {"num_memory_tokens": 3}, S, 3 * D, D * S),
     ],
 )
-def test_the_state_is_what_a_stream_keeps(kind: str, options: dict, length: int, expected: int) -> None:
+def test_the_state_is_what_a_stream_keeps(kind: str, options: dict, length: int, memory: int, opened: int) -> None:
     model = create_model(kind, SHAPE, segment_length=length, **options)
-    assert count_state(model) == expected
+    assert count_memory(model) == memory
+    assert count_state(model) == memory + opened
     assert model.memory_rows is None
 
 

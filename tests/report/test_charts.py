@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from new_llm.charts import Chart, bar_chart, heat_chart, line_chart
+from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
 
 HOSTILE = '<script>alert(1)</script> "q" {"signal": "x"} datum.y \u202e 漢字'
 
@@ -26,6 +26,7 @@ def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value: Any)
     for chart in (
         make_lines(rows),
         bar_chart("b", "B", "", rows, x="model", y="loss"),
+        point_chart("p", "P", "", rows, x="step", y="loss", series="model", x_log=True),
         heat_chart("h", "H", "", rows, x="step", y="model", value="loss"),
     ):
         assert len(read_values(chart)) == 1

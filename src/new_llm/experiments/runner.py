@@ -47,7 +47,7 @@ from new_llm.experiments.run_folder import (
 )
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.capacity import check_fits
-from new_llm.models.cost import count_flops, count_state
+from new_llm.models.cost import count_flops, count_memory, count_state
 from new_llm.models.factory import match_parameters
 from new_llm.models.model_file import load_model
 from new_llm.processes import start_processes
@@ -362,6 +362,7 @@ class Run(ABC, Generic[Config]):
             "num_parameters": model.num_parameters(),
             "memory_info": model.memory_info(),
             "cost": {
+                "memory_numbers": count_memory(model),
                 "state_numbers": count_state(model),
                 "flops_per_token": count_flops(model, self.config.data.seq_length),
             },

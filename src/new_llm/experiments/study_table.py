@@ -21,7 +21,8 @@ Run = Mapping[str, Any]
 
 CONFIDENCE = 0.95
 COST = "Gates and cost"
-PARAMETERS, STATE, CPU_SECONDS = "parameters", "state, numbers per row", "processor seconds"
+PARAMETERS, CPU_SECONDS = "parameters", "processor seconds"
+MEMORY, STATE = "memory, numbers per row", "state, numbers per row"
 """Titles of columns of cost, which figures stand against."""
 BITS_PER_BYTE = "bits/byte"
 """What the titles of columns in bits per byte end with."""
@@ -61,6 +62,7 @@ def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
     model, cost = run["model"], run["model"].get("cost") or {}
     costs = [
         Column("parameters", PARAMETERS, model["num_parameters"]["total"], format_count),
+        Column("memory", MEMORY, cost.get("memory_numbers"), format_count),
         Column("state", STATE, cost.get("state_numbers"), format_count),
         Column("FLOPs", "FLOPs/token", cost.get("flops_per_token"), format_count),
         Column("CPU time", CPU_SECONDS, training.get("cpu_seconds"), format_count),

@@ -12,6 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from new_llm.models.transformer import TransformerLM
 
 
+def count_memory(model: TransformerLM) -> int:
+    """Numbers that a row carries from segment to segment: 0 for softmax layers, whose keys are those of the segment."""
+    memories = (layer.empty_memory(1, model.embed_in.weight) for layer in model.memory_layers.values())
+    return sum(t.numel() for memory in memories for t in memory.tensors().values() if t.is_floating_point())
+
+
 def count_state(model: TransformerLM) -> int:
     """Numbers that a stream of one row keeps at most to read on: memories, and the sums or keys of an open segment.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
 from new_llm.evaluation import MEASURES, ModelResult
-from new_llm.experiments.study_table import BITS_PER_BYTE, COST, CPU_SECONDS, STATE, Run, list_results
+from new_llm.experiments.study_table import BITS_PER_BYTE, COST, CPU_SECONDS, MEMORY, STATE, Run, list_results
 from new_llm.report.results import get_entries, get_finite, get_gates, get_value, list_numbers
 from new_llm.report.series import Series, compute_mean, draw_measure
 
@@ -204,14 +204,15 @@ def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -
 
 
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
-    """Bits per byte against what they cost, a point a variant with its interval: state, and processor seconds."""
+    """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds."""
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (
         "A point is the mean over a variant's seeds, the line its 95% interval (Student's t). State is the most that a "
-        "stream of one row keeps to read on; processor seconds are those of training, without evaluation."
+        "stream of one row keeps to read on, memory what it carries from segment to segment (models without are left "
+        "out); processor seconds are those of training, without evaluation."
     )
     charts = []
-    for cost in (STATE, CPU_SECONDS):
+    for cost in (STATE, MEMORY, CPU_SECONDS):
         for metric in metrics:
             rows = [
                 {"variant": name, cost: place["mean"]} | {end: figures[metric][end] for end in ("mean", "low", "high")}
@@ -219,10 +220,10 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
                 if (figures := entry["figures"]).get(metric) and (place := figures.get(f"{COST}: {cost}"))
             ]
             axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "low": "low", "high": "high"}
-            axes |= {"x_title": cost, "y_title": metric, "x_log": cost == STATE}
+            axes |= {"x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
             title = f"What is gained by {cost}"
             charts.append(point_chart(f"{metric} by {cost}", title, caption, rows, **axes, view=metric))
-    return [chart for chart in charts if chart.rows]
+    return [chart for chart in charts if chart.spec["data"]["values"]]
 
 
 def draw_figures(summary: Mapping[str, Any]) -> list[Chart]:
