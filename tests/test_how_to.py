@@ -11,6 +11,7 @@ from documents import ROOT, find_blocks
 from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
+from new_llm.evaluation import MEASURES
 from new_llm.models import load_model
 
 TINY = """
@@ -78,13 +79,32 @@ def test_a_gated_layer_that_defines_forward_alone(capsys: pytest.CaptureFixture[
 
 def test_a_measure_stands_in_results_console_and_report(capsys: pytest.CaptureFixture[str]) -> None:
     write_module("my_measures", "own-measure.md", 40)
-    results = run_tiny("--models", "pythia", "--eval.measures", "sliding", "my_measures:Surprise")
+    # A measure that refuses costs neither the run nor the other measures, but the exit code says so.
+    flags = ["--models", "pythia", "--eval.measures", "sliding", "long", "my_measures:Surprise"]
+    assert main([*TINY.split(), *flags]) == 2
+    results = json.loads(Path("runs/mine/results.json").read_text())
+    assert (results["status"], list(results["models"][0]["not_measured"])) == ("complete", ["long"])
     nats = results["models"][0]["evaluation"]["surprise"]["nats"]
     assert nats > 1
-    assert "surprisal" in capsys.readouterr().out
-    page = Path("runs/mine/report.html").read_text()
-    assert "surprisal" in page
-    assert f"the worst token costs {nats:.2f} nats" in page
+    printed = capsys.readouterr()
+    assert "surprisal" in printed.out
+    assert "new-llm: long is not measured: min_tokens: no document has 2,048 tokens" in printed.err
+    sentence = f"the worst token costs {nats:.2f} nats"
+    assert sentence in Path("runs/mine/report.html").read_text()
+
+    def write_report() -> str:
+        """As in a new process."""
+        MEASURES.pop("surprise")
+        sys.modules.pop("my_measures")
+        assert main(["report", "runs/mine"]) == 0
+        return Path("runs/mine/report.html").read_text()
+
+    assert sentence in write_report()
+    assert main(["eval", "measures", "--run", "runs/mine", "--measures", "my_measures:Surprise"]) == 0
+    assert sentence in capsys.readouterr().out
+    Path("my_measures.py").unlink()
+    assert sentence not in write_report()
+    assert "note: Figures of a measure are left out: my_measures:Surprise: no module" in capsys.readouterr().err
 
 
 def test_a_source_is_one_function(folder: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
         runpy.run_path(str(script), run_name="__main__")
     assert not ended.value.code
     shown = capsys.readouterr().out
-    assert "adapter, memory carried" in shown
+    assert "long documents with the memory carried" in shown
     assert "α" in shown
     assert (tmp_path / "parallel_adapter.pt").is_file()
     results = json.loads((tmp_path / "runs" / "one" / "results.json").read_text())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -15,9 +16,7 @@ from new_llm.config.terminal import open_console, print_text
 # The commands themselves import what imports torch, after help and bad flags have been answered.
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from rich.table import Table
 
-    from new_llm.models.memory_compare import MemoryComparison
     from new_llm.models.memory_file import MemoryFile
 
 
@@ -81,12 +80,26 @@ class Show(Command):
 
     def execute(self) -> int:
         """Print the file's facts and its memories."""
+        from new_llm.models.memory_compare import list_memories
         from new_llm.models.memory_file import read_memory_file
+        from new_llm.report import ColumnTable
 
         content = read_memory_file(self.file)
         console = open_console()
-        console.print(_tabulate_facts(self.file, content))
-        console.print(_tabulate_memories(content))
+        for line in _list_facts(self.file, content):
+            console.print(line, soft_wrap=True)
+        rows = [
+            (
+                _name_place(one.layer, one.row, one.memory),
+                {
+                    "tokens": f"{one.num_tokens:,}",
+                    "‖M‖": _number(float(one.memories.double().norm())),
+                    "‖z‖": _number(float(one.norms.double().norm())),
+                },
+            )
+            for one in list_memories(content.record, content.state)
+        ]
+        console.print(ColumnTable.of_words(rows))
         return 0
 
 
@@ -126,8 +139,10 @@ class Compare(Command):
 
     def execute(self) -> int:
         """Print the norms, the relative differences and the cosines of M and z."""
+        from new_llm.evaluation import Column
         from new_llm.models.memory_compare import compare_memories, list_memories
         from new_llm.models.memory_file import read_memory_file
+        from new_llm.report import ColumnTable
 
         contents = [read_memory_file(path) for path in (self.a, self.b)]
         try:
@@ -136,7 +151,17 @@ class Compare(Command):
             raise UserError(f"{self.a} and {self.b} can't be compared: {error}") from None
         one, two = (content.record for content in contents)
         console = open_console()
-        console.print(_tabulate_comparison(rows))
+        titles = {"norm_a": "A", "norm_b": "B", "relative": "‖A−B‖/‖A‖", "cosine": "cosine"}
+        table: list[tuple[str, list[Column]]] = []
+        for row in rows:
+            columns = [
+                Column(name + key, title, _number(getattr(distance, key)), group=name)
+                for name, distance in (("M", row.memories), ("z", row.norms))
+                for key, title in titles.items()
+            ]
+            tokens = [Column(title, title, f"{n:,}", group="tokens") for title, n in zip("AB", row.tokens, strict=True)]
+            table.append((_name_place(row.layer, row.row, row.memory), columns + tokens))
+        console.print(ColumnTable(table))
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
             console.print("note: different weights have filled them")
@@ -157,65 +182,28 @@ def _make_progress() -> "Progress":
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _tabulate_facts(path: Path, content: "MemoryFile") -> "Table":
-    from rich.table import Table
-
+def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:
     record = content.record
-    table = Table(title=str(path), show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    facts = {
-        "tokens seen": f"{record.tokens_seen:,}",
-        "segments seen": f"{record.segments_seen:,} of {record.segment_length:,} tokens",
-        "memory of": "all rows together" if record.rows is None else f"each of {record.rows} rows",
-        "weights": record.weights_fingerprint,
-        "written": f"{record.created} by new-llm {record.program_version}",
-        "file": f"{path.stat().st_size:,} bytes",
-    }
+    yield f"{path}: {path.stat().st_size:,} bytes, written {record.created} by new-llm {record.program_version}"
+    whose = "all rows together" if record.rows is None else f"each of {record.rows} rows"
+    yield (
+        f"memory of {whose}: {record.tokens_seen:,} tokens in {record.segments_seen:,} segments of "
+        f"{record.segment_length:,}"
+    )
+    yield f"weights: {record.weights_fingerprint}"
     for layer in record.layers:
         decay = "no decay"
         if layer.decay is not None:
             decay = f"each write leaves {min(layer.decay):.3g} to {max(layer.decay):.3g} of the memory"
-        facts[f"layer {layer.layer}"] = (
-            f"{layer.kind}: {_count(layer.num_memories, 'memory', 'memories')} of "
+        yield (
+            f"layer {layer.layer}: {layer.kind}: {_count(layer.num_memories, 'memory', 'memories')} of "
             f"{_count(layer.num_memory_heads, 'head')}, {layer.head_size} by {layer.value_size}, "
             f"{'with' if layer.use_delta_rule else 'without'} the delta rule, {decay}"
         )
-    for name, value in facts.items():
-        table.add_row(name, value)
-    return table
 
 
-def _tabulate_memories(content: "MemoryFile") -> "Table":
-    from rich.table import Table
-
-    from new_llm.models.memory_compare import list_memories
-
-    has_rows = content.record.rows is not None
-    table = Table(*("layer", *(["row"] * has_rows), "memory", "tokens", "‖M‖", "‖z‖"))
-    for memory in list_memories(content.record, content.state):
-        table.add_row(
-            str(memory.layer),
-            *([str(memory.row)] * has_rows),
-            str(memory.memory),
-            f"{memory.num_tokens:,}",
-            _number(float(memory.memories.double().norm())),
-            _number(float(memory.norms.double().norm())),
-        )
-    return table
-
-
-def _tabulate_comparison(rows: "list[MemoryComparison]") -> "Table":
-    from rich.table import Table
-
-    has_rows = rows[0].row is not None
-    table = Table(*("layer", *(["row"] * has_rows), "memory", "", "A", "B", "‖A−B‖/‖A‖", "cosine"))
-    for row in rows:
-        place = (str(row.layer), *([str(row.row)] * has_rows), str(row.memory))
-        for name, distance in (("‖M‖", row.memories), ("‖z‖", row.norms)):
-            table.add_row(*place, name, *(_number(value) for value in dataclasses.astuple(distance)))
-        table.add_row(*place, "tokens", *(f"{tokens:,}" for tokens in row.tokens), end_section=True)
-    return table
+def _name_place(layer: int, row: int | None, memory: int) -> str:
+    return f"layer {layer}, " + ("" if row is None else f"row {row}, ") + f"memory {memory}"
 
 
 def _number(value: float) -> str:

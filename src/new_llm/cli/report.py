@@ -43,5 +43,7 @@ class Report(Command):
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder; the name of an .html file is expected")
         write_page(found, out)
+        for note in dict.fromkeys(note for run in found for note in run.notes):
+            print_text(f"note: {note}", stderr=True)
         print_text(f"report: {out}")
         return 0

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from new_llm.cli.command import Command, CommandGroup
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console
+from new_llm.formats import format_short
 
 if TYPE_CHECKING:
     from new_llm.experiments.run_folder import ModelStatus, RunStatus
@@ -23,28 +24,22 @@ class ListRuns(Command):
 
     def execute(self) -> int:
         """Print the table."""
-        from rich import box
-        from rich.table import Table
-
         from new_llm.experiments.run_folder import list_runs
+        from new_llm.report import ColumnTable
 
         runs = list_runs(self.runs_dir)
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("run", overflow="fold")
-        for name in ("begun", "status", "model", "epochs", "tokens", "perplexity"):
-            table.add_column(name, no_wrap=True)
+        rows: list[tuple[str, dict[str, str]]] = []
         faults: list[str] = []
         for found in runs:
             name = str(found.folder.relative_to(self.runs_dir))
             begun = "–" if found.created is None else f"{found.created.astimezone():%m-%d %H:%M}"
+            head = {"begun": begun, "status": found.status}
             if found.fault is not None:
                 faults.append(f"unreadable: {name}: {found.fault}")
-                table.add_row(name, begun, found.status, end_section=True)
-            for place, model in enumerate(found.models):
-                head = (name, begun, found.status) if place == 0 else ("", "", "")
-                table.add_row(*head, *describe_model(model)[:-1], end_section=place + 1 == len(found.models))
+                rows.append((name, head))
+            rows += [(f"{name}: {model.name}", head | describe_model(model)) for model in found.models]
         console = open_console()
-        console.print(table)
+        console.print(ColumnTable.of_words(rows))
         for line in (*faults, f"{len(runs)} runs in {self.runs_dir}"):
             console.print(line, soft_wrap=True)
         return 0
@@ -65,9 +60,8 @@ class ShowRun(Command):
         Raises:
             UserError: there is no run of this name.
         """
-        from rich.table import Table
-
         from new_llm.experiments.run_folder import CONFIG_KINDS, describe_run, list_differences
+        from new_llm.report import ColumnTable
 
         places = (Path(self.run), self.runs_dir / self.run)
         files = [kind.file_name for kind in CONFIG_KINDS]
@@ -79,10 +73,8 @@ class ShowRun(Command):
             raise UserError(str(found.fault))
         console = open_console()
         console.print(f"{folder}: {found.status}")
-        table = Table("model", "epochs", "tokens", "perplexity", "gates", "state")
-        for model in found.models:
-            table.add_row(*describe_model(model), model.status)
-        console.print(table)
+        rows = [(model.name, describe_model(model) | {"state": model.status}) for model in found.models]
+        console.print(ColumnTable.of_words(rows))
         differences = list_differences(type(found.config)(), found.config)
         sections = {
             "settings other than the defaults": differences,
@@ -108,19 +100,14 @@ class Runs(CommandGroup):
     default: ClassVar = "list"
 
 
-def describe_model(model: "ModelStatus") -> tuple[str, str, str, str, str]:
-    """Name, epochs, tokens, perplexity and gates for a table."""
-    gates = "–" if model.gates is None else f"{model.gates[0]:.2f}–{model.gates[1]:.2f}"
-    perplexity = "–" if model.perplexity is None else f"{model.perplexity:,.2f}"
-    return model.name, f"{model.epochs}/{model.num_epochs}", shorten_count(model.tokens), perplexity, gates
-
-
-def shorten_count(number: int) -> str:
-    """1234567 as 1.23M."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
+def describe_model(model: "ModelStatus") -> dict[str, str]:
+    """Epochs, tokens, perplexity and gates for a table."""
+    return {
+        "epochs": f"{model.epochs}/{model.num_epochs}",
+        "tokens": format_short(model.tokens),
+        "perplexity": "–" if model.perplexity is None else f"{model.perplexity:,.2f}",
+        "gates": "–" if model.gates is None else f"{model.gates[0]:.2f}–{model.gates[1]:.2f}",
+    }
 
 
 def list_files(found: "RunStatus") -> list[str]:

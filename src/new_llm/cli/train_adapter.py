@@ -13,8 +13,6 @@ from new_llm.experiments.config import AdapterTrainingConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-WAYS = ("carried", "reset", "foreign")
-
 
 @dataclasses.dataclass(kw_only=True)
 class TrainAdapter(TrainingCommand):
@@ -50,36 +48,17 @@ class TrainAdapter(TrainingCommand):
 
     def show(self, results: dict[str, Any]) -> None:
         """Print the results in one table, and where they are."""
-        from rich.table import Table
+        from new_llm.evaluation import MEASURES
+        from new_llm.report import ColumnTable, SummaryTable
 
-        from new_llm.report import SummaryTable
-
+        console, long = open_console(), MEASURES["long"]
         measured = results["evaluation"]
-        table = Table(title="perplexity, and its 95% interval over documents")
-        table.add_column("")
-        for name, entry in measured.items():
-            table.add_column(
-                f"{name} ({entry['num_documents']} documents, {entry['num_tokens']:,} tokens)", justify="right"
-            )
-        figures = [entry["overall"] for entry in measured.values()]
-        for key, label in {"base": "base", **{way: f"adapter, memory {way}" for way in WAYS}}.items():
-            table.add_row(label, *(describe(entry["perplexity"].get(key), "{:,.2f}") for entry in figures))
-        table.add_section()
-        for key, label in {"base": "base", "reset": "memory reset", "foreign": "memory foreign"}.items():
-            differences = [entry["differences"].get(key, {}).get("relative") for entry in figures]
-            table.add_row(f"carried against {label}", *(describe(found, "{:+.2%}") for found in differences))
-        open_console().print(table, SummaryTable(results))
+        console.print(ColumnTable([(name, long.columns(found)) for name, found in measured.items()]))
+        for name, found in measured.items():
+            console.print(f"{name}: {long.describe(found)}")
+        console.print(SummaryTable(results))
         alpha, parameters = results["alpha"], results["num_parameters"]
         alphas = alpha.items() if isinstance(alpha, dict) else [(None, alpha)]
         said = ", ".join(f"{value:+.4f}" + ("" if layer is None else f" (layer {layer})") for layer, value in alphas)
         print_text(f"α: {said}; {parameters['adapter']:,} weights beside the base's {parameters['base']:,}")
         print_text(f"adapter: {results['config']['out']}\nresults: {Path(results['folder']) / 'results.json'}")
-
-
-def describe(estimate: dict[str, float | None] | None, form: str) -> str:
-    """A figure and its interval, where there are."""
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    if estimate["low"] is None or estimate["high"] is None:
-        return form.format(estimate["value"])
-    return f"{form.format(estimate['value'])} [{form.format(estimate['low'])}, {form.format(estimate['high'])}]"

@@ -13,6 +13,7 @@ import tyro
 
 from new_llm.cli.command import Command, read_flags
 from new_llm.cli.launcher import end_quietly, is_main_process
+from new_llm.config.evaluation import EvalConfig
 from new_llm.config.loading import RunSettings, read_settings
 from new_llm.config.terminal import make_line, open_console
 
@@ -77,7 +78,8 @@ class TrainingCommand(Command):
         """Train and show the results; where training was stopped or failed, say so. Of several processes one prints.
 
         Returns:
-            The exit code: 130 where training was interrupted, 1 where it can't continue.
+            The exit code: 130 where training was interrupted, 1 where it can't continue, 2 where a measure that was asked for
+            refused.
         """
 
         def describe_resumption(run_folder: Path) -> str:
@@ -89,7 +91,12 @@ class TrainingCommand(Command):
             return results
         if is_main_process():
             self.show(results)
-        return 0
+        # Measures that nobody has named may find nothing to measure in a text; a note has told so.
+        is_named = list(results["config"]["eval"]["measures"]) != list(EvalConfig().measures)
+        refused = [found for model in results["models"] if is_named and (found := model.get("not_measured"))]
+        for measure, line in (item for found in refused for item in found.items()):
+            print(f"new-llm: {measure} is not measured: {make_line(line)}", file=sys.stderr)
+        return 2 if refused else 0
 
 
 def run_training(

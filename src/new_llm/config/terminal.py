@@ -25,7 +25,7 @@ PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "‖": "|", "±": "+-
                        "α": "alpha", "β": "beta", "≤": "<=", "≥": ">=", "\u00a0": " ", "│": "|",
                        "─": "-", "∞": "inf"})  # fmt: skip
 """Stand-ins in a terminal without these characters."""
-MIN_COLUMNS = 80
+MIN_COLUMNS = 60
 """Narrower tables and help would be cut to single letters; a narrower terminal wraps these lines instead."""
 
 

@@ -14,6 +14,7 @@ from new_llm.evaluation.measure import (
     Table,
     TrainingData,
     find_measures,
+    load_own_measures,
     measure,
     register_measure,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "evaluate_streaming",
     "find_measures",
     "join_scores",
+    "load_own_measures",
     "measure",
     "measure_memory_usage",
     "plan_rolling_windows",

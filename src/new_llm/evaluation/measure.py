@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from new_llm.charts import Chart, ShadedText
 from new_llm.config import EvalConfig, UserError
-from new_llm.config.user_code import load_by_name
+from new_llm.config.errors import OtherProcessError
+from new_llm.config.user_code import is_user_name, load_by_name
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit
@@ -276,6 +277,25 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
     return list(found.values())
 
 
+def load_own_measures(names: Any) -> list[str]:
+    """Register the measures of a user's own modules among those that a run's configuration names.
+
+    Args:
+        names: as they were read from JSON, so perhaps no names at all.
+
+    Returns:
+        For each that can't be loaded, a line that says why.
+    """
+    lines: list[str] = []
+    for name in names if isinstance(names, list | tuple) else ():
+        try:
+            if isinstance(name, str) and is_user_name(name):
+                find_measures([name])
+        except UserError as error:
+            lines.append(f"Figures of a measure are left out: {error}.")
+    return lines
+
+
 def measure(
     subject: Subject,
     names: Iterable[str] | None = None,
@@ -298,9 +318,10 @@ def measure(
     for one in find_measures(subject.settings.measures if names is None else names):
         say(one.title)
         try:
-            result = one.run(subject)
-        except UserError as error:
-            if refused is None:
+            with subject.processes.agree():
+                result = one.run(subject)
+        except (UserError, OtherProcessError) as error:
+            if refused is None or (isinstance(error, OtherProcessError) and not error.is_user_error):
                 raise
             refused[one.name] = str(error)
             continue

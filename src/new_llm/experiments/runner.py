@@ -281,7 +281,7 @@ class Run(ABC, Generic[Config]):
                 refused=refused,
             )
         for what, why in refused.items():
-            self.console.print(f"note: {name}: {what} is not measured: {why}", highlight=False, markup=False)
+            self.console.print(f"note: {name}: {what} is not measured: {why}", markup=False, soft_wrap=True)
         return self.processes.run_on_main(lambda: self._write_result(name, model, training, measured, refused))
 
     def _train(self, name: str, folder: Path) -> TrainingResult:

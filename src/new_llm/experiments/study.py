@@ -27,7 +27,7 @@ from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig, Subject
 from new_llm.config.files import name_refusals, write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
-from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall
+from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall, load_own_measures
 from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.evaluation import (
     check_tokenizer,
@@ -95,6 +95,9 @@ def run_study(
     console = console or open_console(stderr=True)
     _claim_folder(study)
     cells = plan_cells(study, only)
+    for variant in study.variants:  # what has been trained before can be read without its measures
+        for line in load_own_measures(study.configure(variant, study.seeds[0]).eval.measures):
+            console.print(line, markup=False, highlight=False)
     summary: dict[str, Any] = {}
     for seed in study.seeds:
         of_seed = [cell for cell in cells if cell.seed == seed]

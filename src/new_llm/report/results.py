@@ -11,6 +11,7 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file
 from new_llm.config.terminal import make_line
+from new_llm.evaluation import load_own_measures
 
 SCHEMA_VERSION = 1
 VALIDATION = "validation documents"
@@ -100,9 +101,12 @@ def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
     """Results, with the evaluations that lie in the run's folder."""
     # One form, however the results were made: lists for tuples, text for what JSON has no form for.
     results = json.loads(json.dumps(results, default=str))
-    if folder is None:
-        return Run(results)
-    evaluations, notes = read_evaluations(folder / EVALUATIONS_FOLDER)
+    evaluations, notes = read_evaluations(folder / EVALUATIONS_FOLDER) if folder else ([], [])
+    notes += load_own_measures(get_value(results, "config", "eval", "measures"))
+    for entry in get_entries(results, "models"):
+        refused = get_value(entry, "not_measured")
+        for measure, line in refused.items() if isinstance(refused, dict) else ():
+            notes.append(make_line(f"{name_model(entry)}: {measure} was not measured: {line}"))
     return Run(results, tuple(evaluations), tuple(notes))
 
 

@@ -1,11 +1,11 @@
 """The summary of an experiment: a row a model, a column a figure, for the console and for the page alike."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from textwrap import wrap
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
@@ -185,6 +185,11 @@ class SummaryTable:
 
 class ColumnTable:
     """What rich prints of some measures' columns: a row for each name, with their intervals."""
+
+    @classmethod
+    def of_words(cls, rows: Sequence[tuple[str, Mapping[str, str]]]) -> Self:
+        """Rows of words by their headings."""
+        return cls([(name, [Column(title, title, words) for title, words in row.items()]) for name, row in rows])
 
     def __init__(self, rows: Sequence[tuple[str, Sequence[Column]]]) -> None:
         by_key = [{column.key: column for column in columns} for _, columns in rows]
