@@ -34,18 +34,27 @@ def evaluate(command: Evaluation) -> int:
         The exit code: 130 where a measurement was interrupted and its result is partial, 1 where it found a fault.
 
     Raises:
-        UserError: bad input, or a measure that does not apply to this model or text.
+        UserError: bad input, or a measure that refuses this model or text, once the others are done.
     """
     settings, measures = command.settings, find_measures(command.names)
     loaded = add_cache(load_any_model(command.subject), command.subject.cache, command.data)
     subject, text = prepare_subject(loaded, settings, command.subject, command.data)
     flags = plain_settings(*([] if command.data is None else [command.data]), command.options)
+    refused: list[str] = []
     for measure in measures:
-        result = run_measure(measure, subject)
+        out = command.out
+        if out is not None and len(measures) > 1:
+            out = out.with_stem(f"{out.stem}-{measure.name}")
+        try:
+            result = run_measure(measure, subject)
+        except UserError as error:
+            refused.append(str(error))
+            continue
         if result is None:
-            raise UserError(f"{loaded.label}: {measure.title} does not apply to this model or text")
+            refused.append(f"{loaded.label}: {measure.title} does not apply to this model or text")
+            continue
         record = describe_evaluation(measure.name, loaded, text, flags, result)
-        path = write_evaluation(record, loaded, command.out)
+        path = write_evaluation(record, loaded, out)
         show(measure, record, loaded.label)
         for place, chart in enumerate(measure.charts([ModelResult(loaded.label, record["result"])])):
             first = command.picture or path.with_suffix(".svg")
@@ -68,6 +77,8 @@ def evaluate(command: Evaluation) -> int:
         if result.get("num_fault"):
             print(f"{result['num_fault']} found: readings of this model can't be trusted", file=sys.stderr)
             return FAULT_FOUND
+    if refused:  # the other measures are done
+        raise UserError("; ".join(refused))
     return 0
 
 

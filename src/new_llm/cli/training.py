@@ -78,8 +78,8 @@ class TrainingCommand(Command):
         """Train and show the results; where training was stopped or failed, say so. Of several processes one prints.
 
         Returns:
-            The exit code: 130 where training was interrupted, 1 where it can't continue, 2 where a measure that was asked for
-            refused.
+            The exit code: 130 where training was interrupted, 1 where it can't continue, 2 where a measure that was
+            asked for by name has refused.
         """
 
         def describe_resumption(run_folder: Path) -> str:
@@ -89,13 +89,13 @@ class TrainingCommand(Command):
         results = run_training(self.train, describe_resumption)
         if isinstance(results, int):
             return results
-        if is_main_process():
-            self.show(results)
-        # Measures that nobody has named may find nothing to measure in a text; a note has told so.
+        # Measures that nobody has named may find nothing to measure in a text; a note says so.
         is_named = list(results["config"]["eval"]["measures"]) != list(EvalConfig().measures)
         refused = [found for model in results["models"] if is_named and (found := model.get("not_measured"))]
-        for measure, line in (item for found in refused for item in found.items()):
-            print(f"new-llm: {measure} is not measured: {make_line(line)}", file=sys.stderr)
+        if is_main_process():
+            self.show(results)
+            for measure, line in (item for found in refused for item in found.items()):
+                print(f"new-llm: {measure} is not measured: {make_line(line)}", file=sys.stderr)
         return 2 if refused else 0
 
 
