@@ -16,10 +16,11 @@ from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, registe
 from new_llm.models.layers.infini import InfiniOptions
 
 
-def make_model(kind: str = "infini", seed: int = 0, **options: Any) -> TransformerLM:
+def make_model(kind: str = "infini", seed: int = 0, tie_word_embeddings: bool = False, **options: Any) -> TransformerLM:
     torch.manual_seed(seed)
     shape = PythiaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=48, initializer_range=0.2)  # fmt: skip
+                         intermediate_size=48, initializer_range=0.2,
+                         tie_word_embeddings=tie_word_embeddings)  # fmt: skip
     return create_model(kind, shape, segment_length=8, **options)
 
 
@@ -166,8 +167,12 @@ def test_the_loss_of_a_selective_model_weighs_its_passes():
     ids = text_ids(2, 12)
     for is_training in (True, False):
         hf.train(is_training)
+        model.reset_memory()
         expected, _ = model.compute_loss(ids, ids)
         torch.testing.assert_close(hf(ids, labels=ids).loss, expected)
+        # A loss computed again after the write would be of a model that has seen its targets.
+        torch.testing.assert_close(hf(ids, labels=ids, update_memory=True).loss, expected)
+    model.reset_memory()
     assert not torch.allclose(hf.train()(ids, labels=ids).loss, hf.eval()(ids, labels=ids).loss)
 
 
@@ -228,8 +233,20 @@ def test_accumulated_batches_weigh_every_token_alike(tmp_path):
         torch.testing.assert_close(steps[1][name], value, atol=1e-9, rtol=1e-7, msg=name)
 
 
-def test_the_vocabulary_can_grow(tmp_path):
-    model = NewLLMForCausalLM.from_model(make_model())
+def test_gradient_checkpointing_is_exact_and_open_to_the_trainer(tmp_path):
+    data, steps = rows_of(text_ids(2, 24)), []
+    for checkpoints in (True, False):
+        model = NewLLMForCausalLM.from_model(make_model("multi_memory"))
+        settings = arguments(tmp_path, max_steps=2, gradient_checkpointing=checkpoints)
+        Trainer(model=model, args=settings, train_dataset=data).train()
+        assert model.model.gradient_checkpointing == checkpoints
+        steps.append(model.state_dict())
+    assert all(torch.equal(value, steps[1][name]) for name, value in steps[0].items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_can_grow(tmp_path, tied):
+    model = NewLLMForCausalLM.from_model(make_model("token_memory", tie_word_embeddings=tied))
     assert model.get_input_embeddings() is model.model.embed_in
     assert model.get_output_embeddings() is model.model.embed_out
     before = model.model.embed_in.weight.detach().clone()
@@ -238,7 +255,9 @@ def test_the_vocabulary_can_grow(tmp_path):
     assert torch.equal(model.model.embed_in.weight[:384], before)
     assert model(torch.tensor([[399, 1]])).logits.shape == (1, 2, 400)
     model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_out.weight.shape == (400, 32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).model
+    assert loaded.embed_out.weight.shape == (400, 32)
+    assert (loaded.embed_out.weight is loaded.embed_in.weight) == tied
 
 
 def test_lora_trains_the_linear_layers_alone(tmp_path):
