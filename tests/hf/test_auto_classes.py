@@ -283,3 +283,40 @@ def test_lora_trains_the_linear_layers_alone(tmp_path):
     assert not torch.equal(merged.model.layers[0].mlp.dense_h_to_4h.weight,
                            before["model.layers.0.mlp.dense_h_to_4h.weight"])  # fmt: skip
     assert torch.equal(merged.model.embed_in.weight, before["model.embed_in.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"target_modules": ["embed_out"]},
+        {"target_modules": ["embed_in", "query"]},
+        {"target_modules": ["embed_out"], "use_dora": True},
+        {"target_modules": ["query"], "modules_to_save": ["embed_out"]},
+    ],
+    ids=str,
+)
+def test_an_adapted_head_merges_to_the_same_model(tmp_path, where, tied):
+    """A token memory reads the head: unmerged, merged, taken off, saved and loaded it must be the same one."""
+    peft = pytest.importorskip("peft")
+    base = NewLLMForCausalLM.from_model(make_model("token_memory", tie_word_embeddings=tied).double().eval())
+    ids = text_ids(2, 30)
+    with torch.no_grad():
+        before = base(ids, use_cache=False).logits
+        options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **where)
+        model = peft.get_peft_model(base, options).double().eval()
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter) * parameter.requires_grad)
+        adapted = model(ids, use_cache=False).logits
+        assert not torch.allclose(adapted, before, atol=0.1)
+        torch.testing.assert_close(model(ids).logits, adapted)  # by the cache
+        with model.disable_adapter():
+            torch.testing.assert_close(model(ids, use_cache=False).logits, before)
+        model.merge_adapter()
+        torch.testing.assert_close(model(ids, use_cache=False).logits, adapted)
+        model.unmerge_adapter()
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids, use_cache=False).logits, adapted)
+        merged.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float64)
+        torch.testing.assert_close(loaded(ids, use_cache=False).logits, adapted)

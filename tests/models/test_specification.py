@@ -1,5 +1,6 @@
 """The code blocks of the specification's section 1, as they stand there, on small shapes and a short text."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 import new_llm.config
 from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig
-from new_llm.models import SelectiveOutputLM
+from new_llm.config import PythiaConfig, UserError
+from new_llm.models import SelectiveOutputLM, save_model
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.recipes import RECIPES
@@ -139,3 +140,32 @@ def test_a_token_memory_reads_the_head_as_it_is(tied: bool) -> None:
         assert torch.equal(model.generate(ids, max_new_tokens=5)[0], merged.generate(ids, max_new_tokens=5)[0])
     model.compute_loss(ids, ids)[0].backward()
     assert head.down.weight.grad is not None
+
+
+HEADS: dict[str, Any] = {
+    "quantized": lambda head: torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(head), {"0"})[0],
+    "hooked": lambda head: head.register_forward_hook(lambda *call: 0.5 * call[-1]) and head,
+    "parametrized": lambda head: torch.nn.utils.parametrizations.spectral_norm(head),
+    "wrapped": lambda head: torch.nn.Sequential(head, torch.nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_whatever_the_head_is_a_token_memory_reads_its_rows(kind: str, tied: bool, tmp_path: Path) -> None:
+    """The hidden states are those of a plain head with the rows that the changed one has."""
+    torch.manual_seed(0)
+    shape = PythiaConfig(**SMALL, initializer_range=0.2, tie_word_embeddings=tied)
+    model = create_model("token_memory", shape, segment_length=4).eval()
+    model.embed_out = HEADS[kind](model.embed_out)
+    plain = create_model("token_memory", PythiaConfig(**SMALL), segment_length=4).eval()
+    ids = torch.arange(13).view(1, 13)
+    with torch.no_grad():
+        rows = model.embed_out(torch.eye(32)).t()
+        plain.load_state_dict({**model.state_dict(), "embed_out.weight": rows}, strict=False)
+        hidden = plain.compute_hidden(ids)  # the head's input, which a read of its rows is part of
+        torch.testing.assert_close(model.compute_hidden(ids), hidden, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.open_stream(1).feed_hidden(ids), hidden, atol=1e-4, rtol=1e-4)
+    if kind != "hooked":
+        with pytest.raises(UserError, match=r"embed_out is a .*; a model file holds its weight alone"):
+            save_model(model, tmp_path)

@@ -166,8 +166,22 @@ def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHead
 
 
 def save_model(model: TransformerLM, folder: str | Path) -> None:
-    """Write a model's weights and structure; each file is whole or not there."""
-    write_model_files(describe_model(model), model.state_dict(), Path(folder))
+    """Write a model's weights and structure; each file is whole or not there.
+
+    Raises:
+        UserError: head or embedding are wrapped, or weights are quantized, which a model file can't hold.
+    """
+    weights = model.state_dict()
+    for name in ("embed_in", "embed_out"):
+        module = getattr(model, name)
+        if (parameters := [key for key, _ in module.named_parameters()]) != ["weight"]:
+            raise UserError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__} of {', '.join(parameters) or 'nothing'}"
+                "; a model file holds its weight alone: merge or remove what wraps it, then save the model"
+            )
+    if odd := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{odd[0]} is not a tensor: quantized weights can't be saved")
+    write_model_files(describe_model(model), weights, Path(folder))
 
 
 def write_model_files(structure: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -121,9 +121,10 @@ class TransformerLM(HeldMemory):
         self.final_layer_norm = nn.LayerNorm(sizes[0], eps=layer_norm_eps)
         self.embed_out = nn.Linear(sizes[0], vocab_size, bias=False)
         initialize_weights(self, initializer_range)
-        self.tie_word_embeddings = tie_word_embeddings
+        self.register_state_dict_post_hook(_leave_out_tied_head)
+        self.register_load_state_dict_pre_hook(_add_tied_head)
         if tie_word_embeddings:
-            tie_embeddings(self)
+            self.tie_embeddings()
         self.pass_projection = None
         if skip_interval:  # drawn last, so that with the same seed all other weights equal the plain model's
             self.pass_projection = nn.Linear(sizes[0], sizes[0])
@@ -504,11 +505,39 @@ class TransformerLM(HeldMemory):
 
     # Facts
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether head and embedding are one parameter; a state dict then holds it once, as the embedding.
+
+        Source: Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
+        """
+        head = getattr(self.embed_out, "weight", None)
+        return head is not None and head is getattr(self.embed_in, "weight", None)
+
+    def tie_embeddings(self) -> None:
+        """Make the embedding the head's weight, too."""
+        self.embed_out.weight = self.embed_in.weight
+        self.embed_out.out_features = self.embed_in.num_embeddings
+
     def untie_embeddings(self) -> None:
         """Give a tied head a weight of its own, equal to the embedding's."""
         if self.tie_word_embeddings:
-            self.embed_out.weight = nn.Parameter(self.embed_in.weight.detach().clone())
-            self.tie_word_embeddings = False
+            weight = self.embed_in.weight
+            self.embed_out.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What wraps one of the two, such as a LoRA layer, must not change the other when it is merged into the weight.
+        if name in ("embed_in", "embed_out") and name in self._modules and type(value) not in (nn.Linear, nn.Embedding):
+            self.untie_embeddings()
+        super().__setattr__(name, value)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; with `assign`, tied weights stay tied."""
+        is_tied = self.tie_word_embeddings
+        found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if is_tied:
+            self.tie_embeddings()
+        return found
 
     def num_parameters(self) -> dict[str, Any]:
         """`total`, `embedding`, `lm_head` (0 where it is the embedding), `transformer` (layers and final LayerNorm) and
@@ -579,29 +608,12 @@ def is_plain_linear(head: nn.Module) -> bool:
     )
 
 
-def tie_embeddings(model: TransformerLM) -> None:
-    """Share one parameter between head and embedding; a state dict holds it once, as the embedding.
-
-    Source: Using the Output Embedding to Improve Language Models, arXiv:1608.05859.
-    """
-    model.embed_out.weight = model.embed_in.weight
-    model.register_state_dict_post_hook(_leave_out_head)
-    model.register_load_state_dict_pre_hook(_add_head)
-    model.register_load_state_dict_post_hook(_share_again)
-
-
-def _leave_out_head(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _leave_out_tied_head(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     if module.tie_word_embeddings:
         state.pop(f"{prefix}embed_out.weight", None)
 
 
-def _add_head(module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+def _add_tied_head(module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
     embedding = state.get(f"{prefix}embed_in.weight")
     if module.tie_word_embeddings and embedding is not None:
         state.setdefault(f"{prefix}embed_out.weight", embedding)
-
-
-def _share_again(module: Any, _: Any) -> None:
-    # load_state_dict(assign=True) gives each of the two a parameter of its own.
-    if module.tie_word_embeddings and is_plain_linear(module.embed_out):
-        module.embed_out.weight = module.embed_in.weight

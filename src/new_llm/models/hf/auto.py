@@ -148,6 +148,11 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"{args[0] if args else 'from_pretrained'}: weights are missing: {', '.join(missing)}")
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in any model of `transformers`; a head that an adapter has separated from the embedding stays so."""
+        self.config.tie_word_embeddings = self.model.tie_word_embeddings
+        super().save_pretrained(*args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Attention):  # after its parts
             module.initialize_features()
@@ -158,12 +163,15 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes the cache
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any) -> Any:
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
+    ) -> Any:
         """`forward` makes the cache, except where the prompt is read in chunks: then it must be there before the first.
 
         `others` are, in every version, something of assisted generation, the number of prompts, and lengths.
         """
-        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
+        parent: Any = super()
+        prepared = parent._prepare_cache_for_generation(generation_config, model_kwargs, *others)
         if (
             getattr(generation_config, "prefill_chunk_size", None) is not None
             and generation_config.use_cache is not False
@@ -192,8 +200,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Share one weight between embedding and head again, if so configured; called after loading and resizing."""
         if self.config.tie_word_embeddings:
-            self.model.embed_out.weight = self.model.embed_in.weight
-            self.model.embed_out.out_features = self.model.embed_in.num_embeddings
+            self.model.tie_embeddings()
 
     def forward(
         self,
