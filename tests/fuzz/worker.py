@@ -147,9 +147,8 @@ def check_damaged(place: Path, watch: Watch, targets: dict[str, Target], count: 
     folder = place / "input"
     for name, target in targets.items():
         write_files(folder, target.files)
-        watch.allowed = None
-        target.read(folder)  # what is valid, which loads what the reader needs
         limit_memory(name)
+        target.read(folder)  # what is valid, which loads what the reader needs
         for number in range(-(-count // len(targets))):
             file, raw = damage(target, random.Random(f"{seed} {name} {number}"))
             (folder / file).write_bytes(raw)

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 from page import Page, read_page
 
+from new_llm.charts import line_chart
+from new_llm.config import UserError
+from new_llm.config.terminal import hide_home
+from new_llm.report.render import write_chart
 from new_llm.report.results import make_run
 
 CHARTS = {
@@ -191,3 +195,26 @@ def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
     assert "+1.50 nats" in page.source
     assert "…&lt;i&gt;" in page.source
     assert "half of what it helped falls on 5.0% of them" in page.source
+
+
+def test_no_home_folder_is_shared(four_models: dict[str, Any], tmp_path: Path):
+    for home in ("/root", "/home/ada", "/Users/ada"):
+        four_models["command"] = f"new-llm experiment --config {home}/a.yaml --data.source={home}/texts"
+        four_models["config"]["data"]["source"] = f"{home}/texts/a.txt"
+        read_page([make_run(four_models)], tmp_path)
+        page = (tmp_path / "report.html").read_text()
+        assert home not in page
+        assert "~/a.yaml" in page
+        assert hide_home(f"{home}, '{home}/x' /data{home} /rooted") == f"~, '~/x' /data{home} /rooted"
+
+
+def test_a_process_with_few_addresses_writes_the_page_without_charts(
+    four_models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("new_llm.report.render.read_address_limit", lambda: 6 << 30)
+    page = read_page([make_run(four_models)], tmp_path)
+    assert "multi_memory has the lowest" in page.read()
+    assert not set(page.ids()) & CHARTS
+    assert capsys.readouterr().err.count("charts can't be drawn") == 1
+    with pytest.raises(UserError, match="ulimit -v"):
+        write_chart(line_chart("a", "A", "", [], x="x", y="y", series="s"), tmp_path / "a.svg")

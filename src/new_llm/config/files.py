@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import stat
@@ -106,6 +107,12 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         raise ValueError("duplicate key")
     return values
+
+
+def read_address_limit() -> int | None:
+    """Bytes of addresses that this process may use (`ulimit -v`); None: no limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def shorten(message: str) -> str:

@@ -21,6 +21,7 @@ UNPRINTABLE = re.compile(
     "\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"  # line separators and changes of direction
     "\ud800-\udfff]"  # what no encoding has, such as undecodable bytes of a file's name
 )
+HOME = re.compile(r"(?<![\w./-])(?:/(?:home|Users)/[\w.@-]+|/root)(?![\w.-])")
 PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "‖": "|", "±": "+-", "→": "->", "…": "...", "·": "*", "×": "x",
                        "α": "alpha", "β": "beta", "≤": "<=", "≥": ">=", "\u00a0": " ", "│": "|",
                        "─": "-", "∞": "inf"})  # fmt: skip
@@ -37,6 +38,11 @@ def make_printable(text: object) -> str:
 def make_line(text: object) -> str:
     """A text as one printable line."""
     return make_printable(" ".join(str(text).split()))
+
+
+def hide_home(text: str) -> str:
+    """A text to be shared, with `~` for the home folder in its paths, whoever's it is."""
+    return HOME.sub("~", text)
 
 
 def print_text(text: object, *, stderr: bool = False) -> None:

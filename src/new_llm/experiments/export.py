@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from new_llm.config import UserError
 from new_llm.config.files import write_text_atomically
+from new_llm.config.terminal import hide_home, make_line
 from new_llm.evaluation import MEASURES
 from new_llm.experiments.run_folder import (
     DATA_FILE,
@@ -75,7 +76,10 @@ def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> s
         "memory": f"{model.memory_info()['total_bytes']:,} bytes" if model.memory_layers else None,
         **_read_figures(source),
     }
-    rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    shown = {
+        name: hide_home(make_line(value)).replace("|", "\\|") for name, value in facts.items() if value is not None
+    }
+    rows = [f"| {name} | {value} |" for name, value in shown.items()]
     return CARD.format(
         tags=", ".join(["new-llm", *dict.fromkeys(kinds)]),
         title=title,

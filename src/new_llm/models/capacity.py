@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from new_llm.config import UserError
+from new_llm.config.files import read_address_limit
 from new_llm.formats import format_bytes
 from new_llm.models.layers import Layer
 
@@ -35,9 +36,5 @@ def check_fits(layers: Sequence[Layer], vocab_size: int) -> None:
 
 def read_memory_limit() -> int:
     """Bytes that this process can have: the machine's memory, or less where the user has set a limit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if os.name == "posix":
-        import resource
-
-        limits += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
-    return min(limits)
+    machine, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), read_address_limit()
+    return machine if limit is None else min(machine, limit)

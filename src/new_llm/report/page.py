@@ -18,7 +18,7 @@ from markupsafe import Markup
 from new_llm import formats
 from new_llm.charts import Chart, ShadedText
 from new_llm.config.files import write_text_atomically
-from new_llm.config.terminal import make_line, make_printable
+from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
 from new_llm.formats import format_number
 from new_llm.report import render
@@ -97,9 +97,12 @@ def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) ->
     The page loads nothing: style, script and charts are inside it. Each file appears whole or not at all.
     """
     series = group_series(runs)
-    charts = draw_charts(series)
+    if obstacle := render.find_obstacle():
+        print_text(f"new-llm: {path}: {obstacle}", stderr=True)
+    charts = {} if obstacle else draw_charts(series)
+    page = hide_home(render_page(runs, series, charts))  # it is sent to others
     # JSON may hold lone surrogates, which UTF-8 can't.
-    write_text_atomically(path, render_page(runs, series, charts).encode("utf-8", "replace").decode("utf-8"))
+    write_text_atomically(path, page.encode("utf-8", "replace").decode("utf-8"))
     if with_figures:
         render.write_charts([chart for group in charts.values() for chart in group], path.parent / FIGURES_FOLDER)
 

@@ -12,9 +12,12 @@ import vl_convert
 from new_llm import charts
 from new_llm.charts import PALETTE, SHAPES, Chart
 from new_llm.config import UserError
-from new_llm.config.files import write_atomically, write_text_atomically
+from new_llm.config.files import read_address_limit, write_atomically, write_text_atomically
+from new_llm.formats import format_bytes
 
 PNG_SCALE = 2.0
+ENGINE_BYTES = 80 * 10**9
+"""Addresses that Vega's JavaScript engine reserves, with some to spare."""
 ENDINGS = (".svg", ".png", ".csv")
 # Which of the page's variables stands for each colour of `new_llm.charts`.
 VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} | {
@@ -26,8 +29,21 @@ VARIABLES = {color: f"--series-{place}" for place, color in enumerate(PALETTE)} 
 }
 
 
+def find_obstacle() -> str | None:
+    """Why no chart can be drawn here; None: nothing. The engine that draws would end the whole process."""
+    limit = read_address_limit()
+    if limit is None or limit >= ENGINE_BYTES:
+        return None
+    return (
+        f"charts can't be drawn: their engine reserves {format_bytes(ENGINE_BYTES)} of addresses (not of memory), and "
+        f"this process may use {format_bytes(limit)} (ulimit -v)"
+    )
+
+
 def write_chart(chart: Chart, path: Path) -> None:
     """Write a chart as .svg or .png, or its numbers as .csv; another ending is a `UserError`."""
+    if path.suffix != ".csv" and (obstacle := find_obstacle()):
+        raise UserError(f"{path}: {obstacle}")
     if path.suffix == ".svg":
         svg = vl_convert.vegalite_to_svg(chart.spec, allowed_base_urls=[])
         write_text_atomically(path, svg)
