@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.files import make_temporary_folder, read_json_file, write_atomically
+from new_llm.config.files import make_temporary_folder, read_json_file, shorten, write_atomically
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import END_OF_TEXT, find_special_tokens
 from new_llm.models.model_file import STRUCTURE_FILE
@@ -104,10 +104,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:
-            raise UserError(f"{folder / name}: {file!r} is no file of this folder")
+            raise UserError(shorten(f"{folder / name}: {file!r} is no file of this folder"))
         weights |= _read_tensors(folder / file)
     if missing := sorted(set(places) - set(weights)):
-        raise UserError(f"{folder / name}: the files lack {', '.join(missing[:5])}")
+        raise UserError(shorten(f"{folder / name}: the files lack {', '.join(missing[:5])}"))
     return weights
 
 
@@ -127,9 +127,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return read_safetensors(path)
         values = read_torch_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though the index names it") from None
+        raise UserError(shorten(f"{path}: no such file, though the index names it")) from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {describe_failure(error)}") from None
+        raise UserError(shorten(f"{path}: can't be read: {describe_failure(error)}")) from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"{path}: not a mapping of names and tensors")
     return values
