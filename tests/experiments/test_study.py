@@ -25,7 +25,10 @@ VS_RESET = "Long documents: validation: vs. reset"
 
 def test_a_study_from_one_command(addresses, tmp_path, capsys):
     recall = {"tasks": ["facts"], "lengths": [2, 4], "depths": [0], "trials": 2, "num_resamples": 20}
-    path = write_study(tmp_path / "study.yaml", addresses, recall=recall)
+    (two := tmp_path / "two").mkdir()
+    for source in sorted(addresses.iterdir())[:2]:
+        (two / source.name).write_text(source.read_text()[:600])
+    path = write_study(tmp_path / "study.yaml", addresses, recall=recall, texts=[str(two)])
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "tiny-study"
     summary = json.loads((folder / "study.json").read_text())
@@ -51,7 +54,8 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert VS_RESET not in summary["variants"]["pythia"]["figures"]
     table = (folder / "table.md").read_text()
     assert "| no-delta | 2 |" in table
-    titles = ["Validation perplexity.", "Reversal curse.", "Long documents: validation.", "Gates and cost."]
+    titles = ["Validation perplexity.", "Reversal curse.", "Long documents: validation."]
+    titles += ["Gates and cost.", "Long documents: two.", "With caches: two.", "Caches against the bare model: two."]
     assert {line for line in table.splitlines() if line in titles} == set(titles)
     # The reversal curse is what the runs say, recall what the records say, averaged over seeds.
     runs = [json.loads((folder / f"pythia-s{seed}" / "results.json").read_text()) for seed in (0, 1)]
@@ -155,7 +159,7 @@ def loaded(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(study_module, "load_any_model", load)
     monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
-    for name in ("evaluate_long_documents", "evaluate_recall"):
+    for name in ("evaluate_long_documents", "evaluate_caches", "evaluate_recall"):
         monkeypatch.setattr(study_module, name, lambda *given, **reading: SimpleNamespace(to_dict=lambda: {}))
     monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3]})
     return found
@@ -168,7 +172,7 @@ def test_a_cell_loads_each_of_its_models_once_and_none_where_all_is_measured(add
     for _ in range(2):
         study_module.measure_cell(study, cell, Console(stderr=True))
         assert loaded == ["no-delta-s1", "pythia-s1", "whole-s1"]
-    whats = ("long-validation", "long-a", "long-b", "recall")
+    whats = ("long-validation", "long-a", "long-b", "caches-validation", "caches-a", "caches-b", "recall")
     assert all(study_module.measured_path(study, cell, what).exists() for what in whats)
 
 

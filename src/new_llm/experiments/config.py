@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_serializer
 
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
-from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallConfig
+from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig, RecallConfig
 from new_llm.config.loading import RunSettings, TrainingSettings, read_settings, settings_from_dict
 from new_llm.config.model import SIZES, PythiaConfig, check_adapter_suffix
 from new_llm.config.sections import read_field_docs, section, short
@@ -355,6 +355,8 @@ class StudyConfig(RunSettings):
     """How long validation documents are measured; its own baselines are to be left out. None: not at all."""
     texts: tuple[str, ...] = ()
     """Further sources of long documents, measured one by one."""
+    caches: CacheMeasureConfig | None = dataclasses.field(default_factory=CacheMeasureConfig)
+    """Which untrained caches are put around each model, on the same long documents; None: none."""
     recall: RecallConfig | None = None
     """How recall is measured; None: not at all."""
     runs_dir: Path = Path("runs")

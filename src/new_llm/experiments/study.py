@@ -23,11 +23,17 @@ from typing import Any
 from rich.console import Console
 
 from new_llm.config import UserError
-from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig, SubjectConfig, TextConfig
+from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig, RecallConfig, SubjectConfig, TextConfig
 from new_llm.config.files import name_refusals, write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
-from new_llm.evaluation import Baseline, evaluate_long_documents, evaluate_recall, load_own_measures
+from new_llm.evaluation import (
+    Baseline,
+    evaluate_caches,
+    evaluate_long_documents,
+    evaluate_recall,
+    load_own_measures,
+)
 from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.evaluation import (
     check_tokenizer,
@@ -147,13 +153,15 @@ def is_trained(study: StudyConfig, cell: Cell) -> bool:
 
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
-    """Measure one trained model on long documents and recall, unless there is a record with these settings."""
+    """Measure one trained model as the study asks, unless there is a record with these settings."""
     for what, measure in _plan_measurements(study, cell):
         if read_measured(study, cell, what):
             continue
         path = measured_path(study, cell, what)
         with console.status(f"{cell.variant}, seed {cell.seed}: {what}"):
             record = measure()
+        if record is None:  # it does not apply to this text
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 
@@ -170,6 +178,9 @@ def list_measurements(study: StudyConfig) -> dict[str, dict[str, Any]]:
         others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
         settings = plain_settings(study.long_documents) | others
         wanted |= {f"long-{text}": settings for text in study.long_texts}
+    if study.caches is not None:
+        settings = plain_settings(study.caches, study.long_documents or LongDocumentsConfig())
+        wanted |= {f"caches-{text}": settings for text in study.long_texts}
     if study.recall is not None:
         wanted["recall"] = plain_settings(study.recall)
     return wanted
@@ -182,7 +193,7 @@ def read_measured(study: StudyConfig, cell: Cell, what: str) -> dict[str, Any] |
     return record if is_wanted else None
 
 
-def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Callable[[], dict[str, Any] | None]]]:
     """What to measure of a training, each with the function that makes its record."""
     load = cache(lambda: _load(study, cell))
     wanted = list_measurements(study)
@@ -195,6 +206,15 @@ def _plan_measurements(study: StudyConfig, cell: Cell) -> Iterator[tuple[str, Ca
                 what,
                 lambda source=source, settings=wanted[what]: _measure_long(
                     load(), load_baselines(), source, config, settings
+                ),
+            )
+    if (caches := study.caches) is not None:
+        for text, source in study.long_texts.items():
+            what = f"caches-{text}"
+            yield (
+                what,
+                lambda source=source, settings=wanted[what]: _measure_caches(
+                    load(), source, caches, study.long_documents, settings
                 ),
             )
     if (recall := study.recall) is not None and cell.variant not in study.window_baselines:
@@ -230,6 +250,19 @@ def _measure_long(
         subject.model, text.split, config, baselines=baselines, device=subject.device, autocast=subject.autocast
     )
     return describe_evaluation("long", subject, text.info, settings, result.to_dict())
+
+
+def _measure_caches(
+    subject: LoadedModel,
+    source: str | None,
+    config: CacheMeasureConfig,
+    long_documents: LongDocumentsConfig | None,
+    settings: dict[str, Any],
+) -> dict[str, Any] | None:
+    text = load_evaluation_text(subject, TextConfig(source=source))
+    place: dict[str, Any] = {"device": subject.device, "autocast": subject.autocast}
+    result = evaluate_caches(subject.model, text.split, config, long_documents, **place)
+    return result and describe_evaluation("caches", subject, text.info, settings, result.to_dict())
 
 
 def _measure_recall(subject: LoadedModel, config: RecallConfig, settings: dict[str, Any]) -> dict[str, Any]:
