@@ -31,7 +31,7 @@ $(VENV)/.bench: $(VENV)/.runtime
 	@touch $@
 
 demo: setup
-	$(BIN)/new-llm experiment --config configs/quick.yaml
+	$(BIN)/new-llm experiment --config quick
 
 # Two processes that deal the tests among them; `make test JOBS=8` where there are more cores.
 JOBS ?= 2

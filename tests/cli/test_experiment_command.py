@@ -132,7 +132,7 @@ def test_the_reference_experiment_without_a_hub_names_the_alternatives(
     assert main(["experiment", "--models", "infini"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    for alternative in ("configs/quick.yaml", "sotu", ".jsonl"):
+    for alternative in ("--config quick", "sotu", ".jsonl"):
         assert alternative in line
 
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,34 @@ def test_bad_flags_are_a_line_that_says_what_is_allowed(
 @pytest.mark.parametrize("value", ["none", "None"])
 def test_no_wikitext_is_none(value: str) -> None:
     assert TrainAdapter.read(["--wikitext", value], "new-llm train-adapter").settings.wikitext is None
+
+
+def test_committed_configurations_and_studies_go_by_name(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # outside the checkout
+    command = Experiment.read(["--config", "quick"], "new-llm experiment")
+    assert command.settings.model.recipe == "tuned"
+    assert command.settings.name.startswith("quick-")
+    assert main(["study", "mechanisms", "--jobs", "0"]) == 2
+    assert "--jobs: 0" in capsys.readouterr().err
+    assert main(["study", "mechanism"]) == 2
+    assert "none of the project's own studies: ablations, " in capsys.readouterr().err
+    assert main(["experiment", "--config", "fast"]) == 2
+    assert "none of the project's own configs: pythia-70m-pile, quick" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_all_that_commands_need(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", ".venv", "runs", "site"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), str(tmp_path / "source")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    settings = ["--models", "pythia_segments", "infini", "--model.hidden-size", "32", "--data.num-samples", "8"]
+    subprocess.run(
+        [sys.executable, "-m", "new_llm.cli.main", "experiment", "--config", "quick", "--name", "one", *settings],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    assert (tmp_path / "runs" / "one" / "report.html").is_file()

@@ -196,7 +196,7 @@ def make_results(*model_types: str) -> dict[str, Any]:
         "name": "quick-2026-01-31-140502",
         "created": "2026-01-31T14:05:02Z",
         "status": "complete",
-        "command": "new-llm experiment --config configs/quick.yaml --models " + " ".join(model_types),
+        "command": "new-llm experiment --config quick --models " + " ".join(model_types),
         "code": {
             "version": "0.1.0",
             "git_revision": "3152522f0a1b4c6d8e9f00112233445566778899",

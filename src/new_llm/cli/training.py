@@ -14,7 +14,7 @@ import tyro
 from new_llm.cli.command import Command, read_flags
 from new_llm.cli.launcher import end_quietly, is_main_process
 from new_llm.config.evaluation import EvalConfig
-from new_llm.config.loading import RunSettings, read_settings
+from new_llm.config.loading import RunSettings, find_committed, read_settings
 from new_llm.config.terminal import make_line, open_console
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Origin:
     """The flags that say where the other flags' defaults come from."""
 
     config: Path | None = None
-    """A YAML file with the settings to begin from; flags override it."""
+    """A YAML file with the settings to begin from, or the name of one of the project's own, e.g. quick; flags override
+    it."""
     resume: bool = False
     """Continue the run that --name names, where it was interrupted."""
     name: str | None = None
@@ -40,7 +41,8 @@ class TrainingCommand(Command):
     command: ClassVar[str]
     """The command's name, by which an interrupted run is continued."""
     config: Path | None = None
-    """A YAML file with the settings to begin from; flags override it."""
+    """A YAML file with the settings to begin from, or the name of one of the project's own, e.g. quick; flags override
+    it."""
     resume: bool = False
     """Continue the run that --name names, where it was interrupted."""
     settings: Any
@@ -52,7 +54,7 @@ class TrainingCommand(Command):
         (field,) = (field for field in dataclasses.fields(cls) if field.name == "settings")
         kind: type[RunSettings] = field.default_factory  # pyright: ignore[reportAssignmentType]
         if origin.config is not None:
-            settings = cls.adapt(read_settings(origin.config, kind))
+            settings = cls.adapt(read_settings(find_committed(origin.config, "configs"), kind))
             if settings.name is None and not origin.resume:
                 settings = dataclasses.replace(settings, name=name_run(origin.config.stem))  # pyright: ignore
         elif origin.resume and origin.name is not None:

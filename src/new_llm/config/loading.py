@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -54,6 +55,26 @@ class TrainingSettings(RunSettings):
 
 
 Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def find_committed(path: Path, folder: str) -> Path:
+    """The file of a path, or of a name of the project's own files: `quick` is its `configs/quick.yaml`.
+
+    Args:
+        path: as the user gave it; a file of that name wins.
+        folder: `configs` or `studies`.
+
+    Raises:
+        UserError: there is neither; names the project's own.
+    """
+    own = {Path(file.name).stem: file for file in resources.files("new_llm").joinpath(folder).iterdir()}
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    found = own.get(path.name)
+    if found is None or not found.name.endswith(".yaml"):
+        names = ", ".join(sorted(name for name, file in own.items() if file.name.endswith(".yaml")))
+        raise UserError(f"{path}: no such file, and none of the project's own {folder}: {names}")
+    return Path(str(found))
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
