@@ -42,7 +42,7 @@ from new_llm.report.tables import summarize
 
 PAGE_FOLDER = "page"
 FIGURES_FOLDER = "figures"
-TEMPLATES = ("page.html", "style.css", "script.js")
+TEMPLATES = ("page.html", "study.html", "style.css", "script.js")
 FULL_SHADE = 2.0
 """Nats from which a token's shade grows no stronger."""
 # How a word of a table is shown: a verdict's levels.
@@ -148,7 +148,7 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Plac
 
 @functools.cache
 def load_templates() -> tuple[dict[str, str], Environment]:
-    """The files of the page, and what renders them: compiled once, since a run writes its page after each model."""
+    """The files of the pages, and what renders them: compiled once, since a run writes its page after each model."""
     files = {
         name: resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8") for name in TEMPLATES
     }

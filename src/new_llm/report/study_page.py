@@ -1,12 +1,10 @@
 """The page of a study: what is gained at which cost, the measures' charts, and all tables, in one HTML file."""
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from new_llm.charts import Chart
@@ -14,21 +12,14 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line
 from new_llm.experiments.study_table import Run, list_cells
 from new_llm.report.figures import draw_study
-from new_llm.report.page import FIGURES_FOLDER, PAGE_FOLDER, Figure, make_figure
+from new_llm.report.page import FIGURES_FOLDER, Figure, load_templates, make_figure
 from new_llm.report.render import write_charts
 
 STUDY_PAGE = "study.html"
-TEMPLATES = (STUDY_PAGE, "style.css")
 
 
 def write_study_page(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]], folder: Path) -> None:
-    """Write a study's page into its folder, and each chart as SVG and CSV into `figures`.
-
-    Args:
-        summary: of `describe_study`.
-        found: by variant, its finished runs.
-        folder: the study's.
-    """
+    """Write the page of a study\'s summary and finished runs into its folder, and each chart as SVG and CSV."""
     charts = draw_study(summary, found)
     page = render_study(summary, charts)
     write_text_atomically(folder / STUDY_PAGE, page.encode("utf-8", "replace").decode("utf-8"))
@@ -43,12 +34,7 @@ def render_study(summary: Mapping[str, Any], charts: Sequence[Chart]) -> str:
     for title, same in groupby(charts, lambda chart: chart.title):
         if title not in summary["tables"] and (figure := make_figure(list(same), places, taken)).views:
             sections.append((figure.title, [figure]))
-    files = {
-        name: resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8") for name in TEMPLATES
-    }
-    environment = Environment(
-        loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    files, environment = load_templates()
     return environment.get_template(STUDY_PAGE).render(
         title=make_line(summary["name"]),
         question=make_line(summary["question"]),
