@@ -6,6 +6,9 @@ Nothing here calls the package; a test hands over a layer's weights and the opti
 A_loc[t] = Σ_{j≤t} (σ(q_t)·σ(k_j)) v_j / max(Σ_{j≤t} σ(q_t)·σ(k_j), ε);
 out = g A_mem + (1 − g) A_loc;  M ← w M + Σ σ(k_t)ᵀ (v_t − r_t),  z ← w z + Σ σ(k_t). With shifted keys σ(k_t) is
 that of the token before, 0 for the segment's first.
+
+Write rules: token by token M ← α_t M + β_t φ(k_t)ᵀ (v_t − r_t), z ← α_t z + β_t φ(k_t). Divided by z, r reads the
+memory from before the segment; without z, r_t = φ(k_t) α_t M, with what the segment's earlier tokens wrote.
 """
 
 import math
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 EPSILON = 1e-6
@@ -56,7 +60,9 @@ class ReferenceLayer:
         if options.get("use_alibi", False):
             scale = options.get("alibi_scale", 1.0)
             self.decay = [math.exp(-slope * scale) for slope in ALIBI_SLOPES[self.heads]]
-        self.gate = [sigmoid(beta) for beta in self.weights["attention.gate"]]
+        self.features = options.get("key_features", "elu")
+        self.normalizes = options.get("use_normalizer", True)
+        self.softmax = options.get("local_attention") == "softmax"
 
     def empty_memory(self) -> ReferenceMemory:
         shape = (self.num_memories, self.heads, self.width)
@@ -77,24 +83,36 @@ class ReferenceLayer:
     def _attend(self, x: np.ndarray, memory: ReferenceMemory) -> tuple[np.ndarray, ReferenceMemory]:
         """One segment's attention output, and the memory after its write."""
         tokens, K = len(x), self.width
-        qkv = self._linear(x, "attention.query_key_value").reshape(tokens, self.heads, 3, K)
-        q, k, v = sigma(qkv[:, :, 0]), sigma(qkv[:, :, 1]), qkv[:, :, 2]
+        inputs = self._linear(x, "attention.query_key_value")
+        taps = self.weights.get("attention.convolution.weight")  # the last is that of the token itself
+        if taps is not None:
+            reach = taps.shape[1] - 1
+            padded = np.concatenate((np.zeros((reach, inputs.shape[1])), inputs))
+            inputs = np.stack([(taps.T * padded[t : t + reach + 1]).sum(0) for t in range(tokens)])
+        raw_q, raw_k, v = np.moveaxis(inputs.reshape(tokens, self.heads, 3, K), 2, 0)
+        q, k = (map_features(raw, self.features) for raw in (raw_q, raw_k))
         if self.normalize:
             k = k / k.sum(-1, keepdims=True)
         if self.shift:
             k = np.stack([k[t - 1] if t else np.zeros_like(k[0]) for t in range(tokens)])
+        local_q, local_k = (q, k) if self.features == "elu" else (sigma(raw_q), sigma(raw_k))
+        gates = self.weights["attention.gate"] + np.zeros((tokens, self.heads))
+        if "attention.token_gate.weight" in self.weights:
+            gates = gates + x @ self.weights["attention.token_gate.weight"].T
         mixed = np.zeros((tokens, self.heads, K))
         for t in range(tokens):
             remembered = self._read(q[t], memory)
             for h in range(self.heads):
-                numerator, denominator = np.zeros(K), 0.0
-                for j in range(t + 1):
-                    score = q[t, h] @ k[j, h]
-                    numerator += score * v[j, h]
-                    denominator += score
-                local = numerator / max(denominator, EPSILON)
-                mixed[t, h] = self.gate[h] * remembered[h] + (1 - self.gate[h]) * local
-        return self._linear(mixed.reshape(tokens, -1), "attention.dense"), self._write(k, v, memory)
+                if self.softmax:
+                    query = rotate(raw_q[t, h], t)
+                    scores = softmax([query @ rotate(raw_k[j, h], j) / math.sqrt(K) for j in range(t + 1)])
+                    local = np.array(scores) @ v[: t + 1, h]
+                else:
+                    scores = [local_q[t, h] @ local_k[j, h] for j in range(t + 1)]
+                    local = np.array(scores) @ v[: t + 1, h] / max(sum(scores), EPSILON)
+                gate = sigmoid(gates[t, h])
+                mixed[t, h] = gate * remembered[h] + (1 - gate) * local
+        return self._linear(mixed.reshape(tokens, -1), "attention.dense"), self._write(k, v, memory, x)
 
     def _read(self, q: np.ndarray, memory: ReferenceMemory) -> np.ndarray:
         """A_mem of one token, [H, V], from its features [H, K]."""
@@ -111,10 +129,11 @@ class ReferenceLayer:
             return fine
         for h in range(self.heads):
             for n, weight in enumerate(self._weigh(q[h], memory, h)):
-                fine[h] += weight * recall(q[h], memory.M[n, h], memory.z[n, h])
+                fine[h] += weight * self._recall(q[h], memory.M[n, h], memory.z[n, h])
         if self.kind != "hierarchical":
             return fine
-        coarse = np.stack([recall(q[h], memory.M[:, h].sum(0), memory.z[:, h].sum(0)) for h in range(self.heads)])
+        totals = [(memory.M[:, h].sum(0), memory.z[:, h].sum(0)) for h in range(self.heads)]
+        coarse = np.stack([self._recall(q[h], M, z) for h, (M, z) in enumerate(totals)])
         hidden = gelu(self._linear(coarse.reshape(-1), "attention.expansion_gate.dense_in"))
         p = sigmoid(self._linear(hidden, "attention.expansion_gate.dense_out")[0])
         return p * fine + (1 - p) * coarse
@@ -146,7 +165,21 @@ class ReferenceLayer:
             weights[n] = weight
         return weights
 
-    def _write(self, k: np.ndarray, v: np.ndarray, memory: ReferenceMemory) -> ReferenceMemory:
+    def _recall(self, features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
+        return recall(features, M, z) if self.normalizes else features @ M
+
+    def _rule(self, x: np.ndarray, h: int) -> tuple[float, float]:
+        """β and α of one token and head."""
+        parts = {name.removeprefix("attention."): value for name, value in self.weights.items()}
+        beta, alpha = 1.0, 1.0
+        if "strength.weight" in parts:
+            beta = sigmoid(parts["strength.weight"][h] @ x + parts["strength.bias"][h])
+        if "token_decay.rate" in parts:
+            step = math.log1p(math.exp(parts["token_decay.linear.weight"][h] @ x + parts["token_decay.bias"][h]))
+            alpha = math.exp(-math.exp(parts["token_decay.rate"][h]) * step)
+        return beta, alpha
+
+    def _write(self, k: np.ndarray, v: np.ndarray, memory: ReferenceMemory, x: np.ndarray) -> ReferenceMemory:
         """Write features of the keys and values, [S, H, K], into the memory whose turn it is."""
         if self.router == "top1":
             return self._write_routed(k, v, memory)
@@ -159,9 +192,14 @@ class ReferenceLayer:
         z[n] *= np.array(self.decay)[:, None]
         for t in range(len(k)):
             for h in range(self.heads):
-                r = recall(k[t, h], memory.M[n, h], memory.z[n, h]) if self.delta else 0.0
-                M[n, h] += np.outer(k[t, h], v[t, h] - r)
-                z[n, h] += k[t, h]
+                beta, alpha = self._rule(x[t], h)
+                M[n, h] *= alpha
+                z[n, h] *= alpha
+                r = np.zeros(self.width)
+                if self.delta:
+                    r = recall(k[t, h], memory.M[n, h], memory.z[n, h]) if self.normalizes else k[t, h] @ M[n, h]
+                M[n, h] += beta * np.outer(k[t, h], v[t, h] - r)
+                z[n, h] += beta * k[t, h]
         tokens[n] += len(k)
         return ReferenceMemory(M, z, tokens, memory.segments + 1)
 
@@ -202,6 +240,22 @@ def recall(features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
     if not z.any():
         return np.zeros(M.shape[1])
     return features @ M / max(features @ z, EPSILON)
+
+
+def map_features(x: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "unit":
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+    powers = np.exp(x)
+    return powers / powers.sum(-1, keepdims=True) if kind == "softmax" else sigma(x)
+
+
+def rotate(head: np.ndarray, place: int) -> np.ndarray:
+    """A quarter of the head, turned to its place in the segment; angles are rounded to float32, as in GPT-NeoX."""
+    half = len(head) // 8
+    angles = place * (1.0 / 10000.0 ** (torch.arange(half) / half))
+    cos, sin = angles.cos().numpy(), angles.sin().numpy()
+    first, second, rest = np.split(head, [half, 2 * half])
+    return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest))
 
 
 def standardize(features: np.ndarray) -> np.ndarray:

@@ -66,6 +66,8 @@ class LayerCase:
         return LAYER_TYPES[self.kind](*shape, **self.options)
 
 
+UNIT_KEYS: dict[str, Any] = {"key_features": "unit", "use_normalizer": False}
+TOKEN_RULE: dict[str, Any] = {"use_token_strength": True, "use_token_decay": True}
 MEMORY_CASES = {
     "infini": LayerCase("infini"),
     "infini-sum": LayerCase("infini", {"use_delta_rule": False, "num_memory_heads": 4}),
@@ -87,6 +89,22 @@ MEMORY_CASES = {
     "hierarchical-fenwick": LayerCase("hierarchical", {"hierarchy": "fenwick", "num_memories": 3}),
     "hierarchical-fenwick-sum": LayerCase("hierarchical", {"hierarchy": "fenwick", "use_delta_rule": False}),
     "hierarchical-features": LayerCase("hierarchical", {"normalize_keys": True, "router": "standardized"}),
+    "infini-softmax": LayerCase(
+        "infini", {"local_attention": "softmax", "num_memory_heads": 2, "use_token_gate": True}
+    ),
+    "infini-delta": LayerCase("infini", {**UNIT_KEYS, **TOKEN_RULE, "num_memory_heads": 2, "convolution_size": 3}),
+    "infini-rule-banks": LayerCase(
+        "infini",
+        {"use_normalizer": False, "use_alibi": True, "num_memory_banks": 2, "segments_per_bank": 1}
+        | TOKEN_RULE
+        | {"key_features": "softmax", "use_key_shift": True, "num_memory_heads": 2},
+    ),
+    "multi_memory-rule": LayerCase(
+        "multi_memory", {**TOKEN_RULE, "local_attention": "softmax", "use_key_shift": True, "num_memories": 2}
+    ),
+    "hierarchical-unit": LayerCase(
+        "hierarchical", {**UNIT_KEYS, "use_token_decay": True, "use_delta_rule": False, "num_memories": 2}
+    ),
 }
 """Every option of every compressive layer, with each other option where they meet in the code."""
 

@@ -58,6 +58,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "infini": ("infini", {}),
     "infini-tuned": ("infini", TUNED),
     "infini-sum": ("infini", {"use_delta_rule": False, "num_memory_heads": 2}),
+    "infini-softmax": ("infini", {"local_attention": "softmax", "num_memory_heads": 2}),
+    "infini-delta": (
+        "infini",
+        {
+            "key_features": "unit",
+            "use_normalizer": False,
+            "use_token_strength": True,
+            "use_token_decay": True,
+            "use_token_gate": True,
+            "convolution_size": 4,
+        },
+    ),
     "infini-banks": ("infini", {"num_memory_banks": 2, "segments_per_bank": 1, "use_alibi": True}),
     "multi_memory": ("multi_memory", {"num_memories": 2}),
     "multi_memory-tuned": ("multi_memory", {**TUNED, "num_memories": 2, "normalize_keys": True}),

@@ -75,8 +75,8 @@ def mix(layer: GatedDeltaLayer, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             query, key = (features(part[h], options["key_features"]) for part in (q, k))
             alpha, beta = 1.0, 1 / (1 + math.exp(-w["strength.weight"][h] @ x[t]))
             if options["use_token_decay"]:
-                step = math.log1p(math.exp(w["decay.weight"][h] @ x[t] + w["decay_bias"][h]))
-                alpha = math.exp(-math.exp(w["decay_rate"][h]) * step)
+                step = math.log1p(math.exp(w["token_decay.linear.weight"][h] @ x[t] + w["token_decay.bias"][h]))
+                alpha = math.exp(-math.exp(w["token_decay.rate"][h]) * step)
             M[h] = alpha * M[h]
             M[h] += beta * np.outer(key, silu(v[h]) - key @ M[h])
             found = query @ M[h] / math.sqrt(size)

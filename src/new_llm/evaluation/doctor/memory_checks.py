@@ -119,7 +119,7 @@ def check_memory(exam: Examination) -> Finding:
     with exam.probing(segment_tokens=exam.config.segment_tokens):
         num_tokens, figures, faults = _fill_memory(exam, model)
         for index, layer in model.memory_layers.items():
-            if isinstance(getattr(layer, "attention", None), CompressiveAttention):  # only there z is the divisor of M
+            if isinstance(getattr(layer, "attention", None), CompressiveAttention) and _divides(layer):
                 error = _compare_scales(layer, model.embed_in(exam.tokens[:1]), model.segment_length)
                 figures[str(index)]["scale_error"] = error
                 if not error <= exam.config.rounding_tolerance:
@@ -136,6 +136,11 @@ def check_memory(exam: Examination) -> Finding:
     )
 
 
+def _divides(layer: Any) -> bool:
+    """Whether z divides what a layer reads, so that it is positive."""
+    return getattr(getattr(layer, "attention", None), "use_normalizer", True)
+
+
 def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, dict[str, Any], list[str]]:
     """Read many segments into one memory: tokens read, figures per layer, and what is wrong."""
     figures: dict[str, Any] = {}
@@ -149,7 +154,9 @@ def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, dict[str
         held = {key: value.double() for key, value in entry.items() if _is_real(value)}
         if not all(bool(torch.isfinite(value).all()) for value in held.values()):
             faults.append(f"layer {index}: the memory is not finite")
-        elif any(key.endswith("memory_norms") and bool((value < 0).any()) for key, value in held.items()):
+        elif _divides(model.memory_layers[index]) and any(
+            key.endswith("memory_norms") and bool((value < 0).any()) for key, value in held.items()
+        ):
             faults.append(f"layer {index}: z is negative")
         counted = int(entry["token_counts"].sum()) if "token_counts" in entry else ids.numel()
         if counted != ids.numel():

@@ -6,22 +6,26 @@ Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig
+from new_llm.config import PythiaConfig, UserError
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Block, Segments, Step, check_divides
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
+from new_llm.models.layers.pythia import KeyValueCache, RotarySoftmax
+from new_llm.models.layers.token_parts import ShortConvolution, TokenDecay
 from new_llm.models.ops import (
     ScannedReads,
     add_outer_products,
     feature_map,
+    gated_delta_rule,
     local_linear_attention,
+    map_features,
     multiply_norms,
     read_memories,
     scan_memories,
@@ -43,6 +47,21 @@ class MemoryOptions:
     """Write only what the memory does not return yet (v − r) instead of v."""
     use_key_shift: bool = False
     """File each value under the key of the token before it, so that a query finds what followed its like."""
+    key_features: Literal["elu", "unit", "softmax"] = "elu"
+    """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
+    use_normalizer: bool = True
+    """Divide what is read by σ(q) z, the sum of the keys. False: reads are σ(q) M, and use_delta_rule holds token by
+    token."""
+    use_token_strength: bool = False
+    """Write each token with a strength β = sigmoid(W x) of that token and head."""
+    use_token_decay: bool = False
+    """Let the memory fade at each token by an α of that token and head."""
+    use_token_gate: bool = False
+    """Let the gate towards memory depend on the token: sigmoid(β + W x) for each head."""
+    convolution_size: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
+    """Tokens that a causal convolution of q, k and v sees; 0: no convolution."""
+    local_attention: Literal["linear", "softmax"] = "linear"
+    """Attention inside the segment. softmax, with rotary positions, is the form of the paper (arXiv:2404.07143)."""
     normalize_keys: bool = False
     """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens weigh the same."""
     num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
@@ -56,19 +75,31 @@ class MemoryOptions:
     match_query_key_init: bool = False
     """W_k starts equal to W_q, so that similar tokens find one another from the start."""
 
+    def __post_init__(self) -> None:
+        if self.key_features == "unit" and (self.use_normalizer or self.normalize_keys):
+            raise UserError(
+                "key_features: unit keys are signed, so that no sum of them can divide a read; "
+                "set use_normalizer to false, and not normalize_keys"
+            )
+
 
 @dataclass(frozen=True)
 class OpenSegment(LayerMemory):
     """Running sums over the tokens of an open segment, of constant size; `step` adds to them in place.
 
     Attributes:
-        products: Σ kᵀv, [B, H, K, V], which local attention reads.
+        products: Σ kᵀv, [B, H, K, V], which linear local attention reads.
         keys: Σ k, [B, H, K].
         writes: Σ kᵀ(v − r), [B, H, K, V], added to the memory at the segment's end; without the delta rule the same
             tensor as `products`.
         num_tokens: tokens summed, [B].
         last_key: features of the last token's own key, [B, H, K], under which a key shift files the next token; 0 where
             there is none.
+        norms: what is added to z, [B, H, K], where it is not `keys`.
+        log_fade: Σ log α, [B, H], by which the memory of before the segment has faded.
+        inputs: the convolution's last inputs, [B, size − 1, 3 D].
+        cached_keys: rotated keys that softmax attends to, as in a `KeyValueCache`.
+        cached_values: their values.
     """
 
     products: Tensor
@@ -76,6 +107,48 @@ class OpenSegment(LayerMemory):
     writes: Tensor
     num_tokens: Tensor
     last_key: Tensor
+    norms: Tensor | None = None
+    log_fade: Tensor | None = None
+    inputs: Tensor | None = None
+    cached_keys: Tensor | None = None
+    cached_values: Tensor | None = None
+
+
+class TokenRule(NamedTuple):
+    """How strongly each token is written, and how much is left of what was there; both in the memory's precision.
+
+    Attributes:
+        beta: β, [..., H, S]; None: 1.
+        log_decay: log α, [..., H, S], 0 at masked tokens; None: 0.
+    """
+
+    beta: Tensor | None
+    log_decay: Tensor | None
+
+    def write_keys(self, k: Tensor, *, solves: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys k' such that a segment's write is M ← f M + k'ᵀ (v − e k M), in the rule's precision.
+
+        With g the sums of log α from the segment's start, a write of token t fades to ω_t = e^{g_S − g_t}, so that
+        k'_t = ω_t β_t k_t. With `solves` each token also reads what the segment's earlier ones wrote, unnormalised:
+        K'ᵀ = (ω K)ᵀ (I + A)⁻¹ diag(β), A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i; see `ops.gated_delta_rule`.
+
+        Args:
+            k: features of the keys, [..., H, S, K]; zero at masked tokens.
+            solves: the delta rule holds token by token.
+
+        Returns:
+            k', what is added to z for each token (ω β k), e^g [..., H, S], and f = e^{g_S} [..., H].
+        """
+        total = torch.zeros_like(k[..., 0]) if self.log_decay is None else self.log_decay.cumsum(-1)
+        left = (total[..., -1:] - total).exp().unsqueeze(-1) * k
+        beta = torch.ones_like(k[..., :1]) if self.beta is None else self.beta.unsqueeze(-1)
+        summed = written = beta * left
+        if solves:
+            later = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).triu(1)
+            ratios = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+            coefficients = (beta * ratios * (k @ k.transpose(-1, -2))).tril(-1).transpose(-1, -2)
+            written = beta * torch.linalg.solve_triangular(coefficients, left, upper=True, unitriangular=True)
+        return written, summed, total.exp(), total[..., -1].exp()
 
 
 @dataclass(frozen=True)
@@ -98,17 +171,17 @@ class Schedule:
         """Writes to each memory, [B, N]."""
         return self.chosen.sum(1)
 
-    def spread_decay(self, decay: Sequence[float] | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The decay w of each head at each write, 1 where nothing is written.
+    def spread_decay(self, decay: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The decay w of each head at each write, 1 where nothing is written; `decay` is [H], or [B, w, 1, H].
 
         Returns:
             The decay of the written memory, [B, w, H], and of all memories, [B, w, N, H].
         """
         if decay is None:
             return None, None
-        of_heads = like.new_tensor(decay)
-        every = torch.where(self.chosen.unsqueeze(-1), of_heads, torch.ones_like(of_heads))
-        return every.amin(2), every
+        every = torch.where(self.chosen.unsqueeze(-1), decay, torch.ones_like(decay))
+        is_written = self.chosen.any(2, keepdim=True).unsqueeze(-1)
+        return torch.where(is_written, decay, torch.ones_like(decay)).squeeze(2), every
 
 
 def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -> Schedule:
@@ -170,6 +243,12 @@ class CompressiveAttention(MemoryAttention):
         self.use_delta_rule = options.use_delta_rule
         self.use_key_shift = options.use_key_shift
         self.normalize_keys = options.normalize_keys
+        self.key_features = options.key_features
+        self.use_normalizer = options.use_normalizer
+        self.epsilon = EPSILON if options.use_normalizer else None
+        self.local_attention = options.local_attention
+        self.shares_features = options.local_attention == "linear" and options.key_features == "elu"
+        self.softmax: RotarySoftmax | None = None
         self.query_key_init_scale = options.query_key_init_scale
         self.query_key_init_bias = options.query_key_init_bias
         self.match_query_key_init = options.match_query_key_init
@@ -177,6 +256,22 @@ class CompressiveAttention(MemoryAttention):
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
         self.gate = nn.Parameter(torch.full((num_memory_heads,), options.gate_init))
+        heads, size = num_memory_heads, options.convolution_size
+        self.convolution = ShortConvolution(3 * hidden_size, size) if size else None
+        self.strength = nn.Linear(hidden_size, heads) if options.use_token_strength else None
+        self.token_decay = TokenDecay(hidden_size, heads) if options.use_token_decay else None
+        self.token_gate = nn.Linear(hidden_size, heads, bias=False) if options.use_token_gate else None
+        self.has_token_rule = options.use_token_strength or options.use_token_decay or not options.use_normalizer
+        if self.has_token_rule and not self.takes_token_rules:
+            raise UserError(
+                "use_token_strength, use_token_decay and use_normalizer=False need memories that are written in turn, "
+                "a segment each: not router top1 or hierarchy fenwick"
+            )
+
+    def set_positions(self, rotary_pct: float, rotary_emb_base: float) -> None:
+        """Give softmax attention inside the segment its rotary positions."""
+        if self.local_attention == "softmax":
+            self.softmax = RotarySoftmax(self.num_memory_heads, self.head_size, rotary_pct, rotary_emb_base)
 
     # What subclasses define
 
@@ -184,6 +279,8 @@ class CompressiveAttention(MemoryAttention):
     """The dataclass of the attention's options."""
     reads_sum: ClassVar[bool] = False
     """Whether the attention also reads the sum of its memories."""
+    takes_token_rules: ClassVar[bool] = True
+    """Whether β, α and reads without z are possible."""
 
     @abstractmethod
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
@@ -211,6 +308,28 @@ class CompressiveAttention(MemoryAttention):
         self.query_key_value.bias.view(shape)[:, :2] = self.query_key_init_bias
         if self.match_query_key_init:
             weight[:, 1] = weight[:, 0]
+        if self.convolution is not None:
+            self.convolution.draw()
+        if self.token_decay is not None:
+            self.token_decay.draw()
+        if self.token_gate is not None:
+            nn.init.zeros_(self.token_gate.weight)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether memories fade."""
+        return self.decay is not None or self.token_decay is not None
+
+    def retention_values(self) -> list[float] | None:
+        """As `MemoryAttention.retention_values`; 1 where only the tokens' own α decide."""
+        if self.decay is None and self.token_decay is not None:
+            return [1.0] * self.num_memory_heads
+        return super().retention_values()
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """The weights of β, α and the gates of tokens."""
+        parts = (self.strength, self.token_decay, self.token_gate)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
     # The core over whole segments
 
@@ -218,38 +337,74 @@ class CompressiveAttention(MemoryAttention):
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
         """Local attention of all segments at once, then the recurrence of the memory over the segments."""
-        q, k, v = self._project(hidden)
+        inputs = self.query_key_value(hidden)
+        if self.convolution is not None:
+            flat = inputs.flatten(0, 1)
+            before = flat.new_zeros(len(flat), self.convolution.size - 1, flat.shape[-1])
+            inputs = self.convolution(flat, before)[0].view_as(inputs)
+        rule = self._make_rule(hidden, segments.valid)
         with torch.autocast(hidden.device.type, enabled=False):
-            q, k = self._map_features(q, k)
+            raw_q, raw_k, v = self._split(inputs)
+            q, k = self._map_features(raw_q, raw_k)
             if self.use_key_shift:
                 k = shift_keys(k)
-            local = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH)
+            if self.softmax is not None:
+                local = self.softmax.attend(*(t.flatten(0, 1) for t in (raw_q, raw_k, v))).view_as(v)
+            else:
+                features = (q, k) if self.shares_features else (feature_map(raw_q), feature_map(raw_k))
+                local = local_linear_attention(*features, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH)
             if segments.valid is not None:  # masked keys are zero and add nothing to M and z
                 k = k * segments.valid[:, :, None, :, None]
-            from_memory, memory = self._scan(q, k, v, memory, segments)
-            mixed = self._gate(from_memory, local)
+            from_memory, memory = self._scan(q, k, v, memory, segments, rule)
+            mixed = self._gate(from_memory, local, hidden)
         return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_memory_heads, 3 * self.head_size))
+    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of [..., S, 3 D], [..., H, S, K] each."""
+        mixed = inputs.unflatten(-1, (self.num_memory_heads, 3 * self.head_size))
         q, k, v = mixed.transpose(-2, -3).chunk(3, dim=-1)
         return q, k, v
 
     def _map_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """σ(q), and σ(k), divided by its sum over K with `normalize_keys`; for q that would cancel in every read."""
-        q, k = feature_map(q), feature_map(k)
+        """Features, and those of k divided by their sum over K with `normalize_keys`; for q that would cancel out."""
+        q, k = map_features(q, self.key_features), map_features(k, self.key_features)
         if self.normalize_keys:
             k = k / k.sum(-1, keepdim=True)
         return q, k
 
-    def _gate(self, from_memory: Tensor, local: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.gate).to(local.dtype)[:, None, None]
+    def _make_rule(self, hidden: Tensor, valid: Tensor | None) -> TokenRule | None:
+        """β and log α of tokens [..., S, D]; None where all are written alike, and divided by z when read."""
+        if not self.has_token_rule:
+            return None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        beta = None if self.strength is None else self.strength(hidden).to(wide).sigmoid().transpose(-1, -2)
+        log_decay = None if self.token_decay is None else self.token_decay(hidden).transpose(-1, -2)
+        if log_decay is not None and valid is not None:
+            log_decay = log_decay * valid.unsqueeze(-2)
+        return TokenRule(beta, log_decay)
+
+    def compute_gates(self, hidden: Tensor) -> Tensor:
+        """The gate of each token and head, [..., S, H], float32 at least."""
+        gate = self.gate.to(torch.promote_types(hidden.dtype, torch.float32)).expand(*hidden.shape[:-1], -1)
+        return torch.sigmoid(gate if self.token_gate is None else gate + self.token_gate(hidden).to(gate.dtype))
+
+    def _gate(self, from_memory: Tensor, local: Tensor, hidden: Tensor) -> Tensor:
+        if self.token_gate is None:
+            gate = torch.sigmoid(self.gate).to(local.dtype)[:, None, None]
+        else:
+            gate = self.compute_gates(hidden).to(local.dtype).transpose(-1, -2).unsqueeze(-1)
         return gate * from_memory + (1 - gate) * local
 
     # Writing
 
     def _scan(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: MemoryState | None,
+        segments: Segments,
+        rule: TokenRule | None = None,
     ) -> tuple[Tensor, MemoryState | None]:
         """Read and write all segments of a call.
 
@@ -262,6 +417,7 @@ class CompressiveAttention(MemoryAttention):
             v: values, [B, n, H, S, V].
             memory: the memory before the call; None: empty.
             segments: which tokens are real, and whether the last segment is written.
+            rule: β and α of each token; None: 1 and 1, with reads divided by z.
 
         Returns:
             A_mem [B, n, H, S, V], and the memory after the last write.
@@ -273,15 +429,29 @@ class CompressiveAttention(MemoryAttention):
         counts = segments.count_tokens(batch, num_writes, length, q.device)
         before = self.empty_memory(batch, v) if memory is None else memory
         schedule = plan_writes(before, counts, self.segments_per_memory)
-        decay, norm_decay = schedule.spread_decay(self.decay, before.norms)
+        fade, summed, written_keys, growth = self._decay_like(before.norms), k[:, :num_writes], None, None
+        if rule is not None and num_writes:
+            beta, log_decay = (None if t is None else t[:, :num_writes] for t in rule)
+            written_keys, summed, growth, left = TokenRule(beta, log_decay).write_keys(
+                summed.to(before.norms.dtype), solves=self.use_delta_rule and not self.use_normalizer
+            )
+            if fade is not None:
+                growth = growth * fade[:, None]
+            fade = left.unsqueeze(2) if fade is None else left.unsqueeze(2) * fade
+            written_keys = written_keys.to(k.dtype)
+        decay, norm_decay = schedule.spread_decay(fade)
         # z of all memories before each segment and after the last, [B, w + 1, N, H, K]
-        changes = schedule.chosen[..., None, None] * k[:, :num_writes].sum(-2, dtype=before.norms.dtype).unsqueeze(2)
+        changes = schedule.chosen[..., None, None] * summed.sum(-2, dtype=before.norms.dtype).unsqueeze(2)
         norms = scan_sums(before.norms, changes, None if norm_decay is None else norm_decay.unsqueeze(-1))
         products = multiply_norms(q, norms[:, :num_segments].transpose(2, 3))  # [B, n, H, S, N]
         weights = self.weigh(products, schedule.num_tokens[:, :num_segments])
-        divisors = products.clamp_min(EPSILON)
-        delta_scales = None
-        if self.use_delta_rule and num_writes:
+        divisors = products.clamp_min(EPSILON) if self.use_normalizer else torch.ones_like(products)
+        sum_scales = None
+        if self.reads_sum:
+            sums = products.sum(-1)
+            sum_scales = sums.clamp_min(EPSILON).reciprocal() if self.use_normalizer else torch.ones_like(sums)
+        delta_scales = growth if self.use_delta_rule else None
+        if self.use_delta_rule and num_writes and self.use_normalizer:
             written = _pick_norms(norms[:, :num_writes], schedule.slots).unsqueeze(-2)
             delta_scales = 1 / multiply_norms(k[:, :num_writes], written).squeeze(-1).clamp_min(EPSILON)
         reads = scan_memories(
@@ -292,9 +462,10 @@ class CompressiveAttention(MemoryAttention):
             divisors.reciprocal() if weights is None else weights / divisors,
             schedule.slots,
             num_writes=num_writes,
-            sum_scales=products.sum(-1).clamp_min(EPSILON).reciprocal() if self.reads_sum else None,
+            sum_scales=sum_scales,
             delta_scales=delta_scales,
             decay=decay,
+            written_keys=written_keys,
         )
         if num_writes:
             memory = MemoryState(
@@ -303,7 +474,7 @@ class CompressiveAttention(MemoryAttention):
                 num_tokens=schedule.num_tokens[:, -1],
                 num_segments=schedule.num_segments,
                 segments_seen=before.segments_seen + schedule.num_segments - before.num_segments,
-                retained=self.decay_retained(before, schedule.count_writes()),
+                retained=self.decay_retained(before, schedule.count_writes(), norm_decay),
             )
         return self.combine(reads), memory
 
@@ -322,9 +493,7 @@ class CompressiveAttention(MemoryAttention):
         """Put back the written memory of rows that read any token (`count` [B] > 0), and count their segment."""
         has_tokens = count > 0
         num_segments = memory.num_segments + has_tokens
-        index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
-        slots = torch.arange(self.num_memories, device=index.device)
-        chosen = (slots == index.unsqueeze(1)) & has_tokens.unsqueeze(1)  # [B, N]
+        chosen = self._choose(memory, has_tokens)
         return MemoryState(
             memories=torch.where(chosen[..., None, None, None], written.unsqueeze(1), memory.memories),
             norms=torch.where(chosen[..., None, None], norm.unsqueeze(1), memory.norms),
@@ -334,77 +503,149 @@ class CompressiveAttention(MemoryAttention):
             retained=self.decay_retained(memory, chosen.long()),
         )
 
-    def decay_retained(self, memory: MemoryState, num_writes: Tensor) -> Tensor | None:
-        """`memory.retained` after `num_writes` [B, N] more writes to each memory."""
+    def _choose(self, memory: MemoryState, has_tokens: Tensor) -> Tensor:
+        """The memory to which a segment of each row is written, as a mask [B, N]; none where a row has no tokens."""
+        index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
+        slots = torch.arange(self.num_memories, device=index.device)
+        return (slots == index.unsqueeze(1)) & has_tokens.unsqueeze(1)
+
+    def decay_retained(self, memory: MemoryState, num_writes: Tensor, every: Tensor | None = None) -> Tensor | None:
+        """`memory.retained` after `num_writes` [B, N] more writes to each memory, or those of `every` [B, w, N, H]."""
+        if every is not None and self.token_decay is not None:
+            return memory.share_left * every.detach().prod(1)
         decay = self._decay_like(memory.norms)
-        if decay is None:
-            return None
-        return memory.share_left * decay ** num_writes.unsqueeze(-1)
+        return memory.retained if decay is None else memory.share_left * decay ** num_writes.unsqueeze(-1)
 
     # The core over tokens that continue open segments
 
     def step(
         self, hidden: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenSegment]:
-        """More tokens; the write is summed as they come, since r reads the memory from before the segment."""
-        q, k, v = self._project(hidden)
+        """More tokens; the write is summed as they come, since reads are of the memory from before the segment.
+
+        A single token is read in the sums' precision, so that M is read as it is; 16 bits would scale and round all of
+        it each time. It joins the sums first; linear local attention is then one product with them.
+        """
+        inputs, changes = self.query_key_value(hidden), {}
+        if self.convolution is not None:
+            before = inputs.new_zeros(len(inputs), self.convolution.size - 1, inputs.shape[-1])
+            before = before if opened is None or opened.inputs is None else opened.inputs
+            inputs, joined = self.convolution(inputs, before)
+            changes["inputs"] = self.convolution.keep(joined, step.count_tokens(), joined.dtype)
+        rule = self._make_rule(hidden, step.valid)
         with torch.autocast(hidden.device.type, enabled=False):
-            q, k = self._map_features(q, k)
-            last_key = None
+            raw_q, raw_k, v = self._split(inputs)
+            q, k = self._map_features(raw_q, raw_k)
             if self.use_key_shift:
                 last_key = torch.zeros_like(k[:, :, 0]) if opened is None else opened.last_key
-                k, last_key = shift_keys(k, last_key), pick_last_key(k, last_key, step.valid)
+                changes["last_key"] = pick_last_key(k, last_key, step.valid)
+                k = shift_keys(k, last_key)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
+            local = None
+            if self.softmax is not None:
+                cache = None
+                if opened is not None and opened.cached_keys is not None and opened.cached_values is not None:
+                    cache = KeyValueCache(opened.cached_keys, opened.cached_values)
+                local, cache = self.softmax.attend_step(raw_q, raw_k, v, cache, step)
+                changes |= {"cached_keys": cache.keys, "cached_values": cache.values}
+            local_q, local_k = q, k
+            if self.softmax is None and not self.shares_features:
+                local_q, local_k = feature_map(raw_q), feature_map(raw_k)
+                local_k = local_k if step.valid is None else local_k * step.valid[:, None, :, None]
+            dtype = v.dtype
             if hidden.shape[1] == 1:
-                mixed, opened = self._step_one(q, k, v, opened, memory, step)
-            else:
+                wide = torch.promote_types(dtype, torch.float32)
+                q, k, v, local_q, local_k = (t.to(wide) for t in (q, k, v, local_q, local_k))
+            elif local is None:
                 sums = None if opened is None else (opened.products, opened.keys)
-                local = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH, initial_sums=sums)
-                from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
-                opened = self._sum_step(k, v, opened, memory, step)
-                mixed = self._gate(from_memory, local)
-            if last_key is not None:
-                opened = replace(opened, last_key=last_key)
+                local = local_linear_attention(
+                    local_q, local_k, v, epsilon=EPSILON, chunk_length=CHUNK_LENGTH, initial_sums=sums
+                )
+            opened = self._sum_step(k, v, local_k, opened, memory, step, rule)
+            if local is None:
+                local = local_q @ opened.products / (local_q @ opened.keys.unsqueeze(-1)).clamp_min(EPSILON)
+            from_memory = torch.zeros_like(v) if memory is None else self.read(q, memory)
+            mixed = self._gate(from_memory, local, hidden).to(dtype)
+        opened = replace(opened, **changes)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), opened
 
-    def _step_one(
-        self, q: Tensor, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
-    ) -> tuple[Tensor, OpenSegment]:
-        """One token per row: add it to the sums first; local attention is then one product with them.
-
-        This runs in the sums' precision, so that M is read as it is; 16 bits would scale and round all of it each time.
-        """
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        wide_q, wide_k, wide_v = q.to(dtype), k.to(dtype), v.to(dtype)
-        opened = self._sum_step(wide_k, wide_v, opened, memory, step)
-        mixed = wide_q @ opened.products / (wide_q @ opened.keys.unsqueeze(-1)).clamp_min(EPSILON)
-        from_memory = torch.zeros_like(mixed) if memory is None else self.read(wide_q, memory)
-        return self._gate(from_memory, mixed).to(v.dtype), opened
-
     def _sum_step(
-        self, k: Tensor, v: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
+        self,
+        k: Tensor,
+        v: Tensor,
+        local_k: Tensor,
+        opened: OpenSegment | None,
+        memory: MemoryState | None,
+        step: Step,
+        rule: TokenRule | None,
     ) -> OpenSegment:
-        written = v
+        """Add tokens to the sums of local attention and of the write."""
+        held, written = None, v
         if self.use_delta_rule and memory is not None:
             current, norm = self._current(memory)
-            written = v - read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=EPSILON)
+            held = read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=self.epsilon)
+            if self.decay is not None and not self.use_normalizer:
+                held = held * held.new_tensor(self.decay)[:, None, None]
+            written = v - held
         if opened is None:
-            opened = self._open_segment(k.shape[0], v, is_one_sum=written is v)
-        add_outer_products(opened.products, k, v)
+            opened = self._open_segment(
+                k.shape[0], v, is_one_sum=written is v and self.shares_features and rule is None
+            )
+        opened = replace(opened, num_tokens=opened.num_tokens + step.count_tokens())
+        if self.softmax is None:
+            add_outer_products(opened.products, local_k, v)
+            opened = replace(opened, keys=opened.keys + local_k.sum(-2, dtype=opened.keys.dtype))
+        if rule is not None:
+            return self._sum_by_rule(k, v, held, opened, rule)
         if opened.writes is not opened.products:
             add_outer_products(opened.writes, k, written)
-        keys = opened.keys + k.sum(-2, dtype=opened.keys.dtype)
-        return replace(opened, keys=keys, num_tokens=opened.num_tokens + step.count_tokens())
+        if opened.norms is not None:
+            opened = replace(opened, norms=opened.norms + k.sum(-2, dtype=opened.norms.dtype))
+        return opened
+
+    def _sum_by_rule(
+        self, k: Tensor, v: Tensor, held: Tensor | None, opened: OpenSegment, rule: TokenRule
+    ) -> OpenSegment:
+        """Let what the segment has written fade, and add tokens; `held` is what the memory from before it returns."""
+        assert opened.norms is not None
+        assert opened.log_fade is not None
+        dtype = opened.writes.dtype
+        k, v, held = k.to(dtype), v.to(dtype), None if held is None else held.to(dtype)
+        written, summed, growth, left = rule.write_keys(k, solves=False)
+        if self.use_delta_rule and not self.use_normalizer:
+            if held is not None:
+                v = v - (opened.log_fade.exp().unsqueeze(-1) * growth).unsqueeze(-1) * held
+            beta = torch.ones_like(growth) if rule.beta is None else rule.beta
+            log_decay = torch.zeros_like(growth) if rule.log_decay is None else rule.log_decay
+            _, writes = gated_delta_rule(k, k, v, beta, log_decay, opened.writes)
+        else:
+            update = v if held is None else v - held
+            writes = left[..., None, None] * opened.writes + written.transpose(-1, -2) @ update
+        return replace(
+            opened,
+            writes=writes,
+            norms=left.unsqueeze(-1) * opened.norms + summed.sum(-2),
+            log_fade=opened.log_fade if rule.log_decay is None else opened.log_fade + rule.log_decay.sum(-1),
+        )
 
     def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
         """An open segment without tokens; where r = 0, `products` and `writes` are one tensor."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         keys = torch.zeros(rows, self.num_memory_heads, self.head_size, dtype=dtype, device=like.device)
-        products = keys.new_zeros(*keys.shape, self.head_size)
-        writes = products if is_one_sum else torch.zeros_like(products)
-        num_tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return OpenSegment(products, keys, writes, num_tokens, last_key=torch.zeros_like(keys, dtype=like.dtype))
+        writes = keys.new_zeros(*keys.shape, self.head_size)
+        products = writes if is_one_sum else torch.zeros_like(writes)
+        if self.softmax is not None:
+            products = products[:, :, :0]
+        return OpenSegment(
+            products,
+            keys,
+            writes,
+            torch.zeros(rows, dtype=torch.int64, device=like.device),
+            last_key=torch.zeros_like(keys, dtype=like.dtype),
+            norms=None if self.shares_features and not self.has_token_rule else keys,
+            log_fade=keys[..., 0] if self.has_token_rule else None,
+        )
 
     def end_segments(
         self, opened: OpenSegment | None, memory: MemoryState | None, ended: Tensor
@@ -413,13 +654,22 @@ class CompressiveAttention(MemoryAttention):
         if opened is None:
             return opened, memory
         if memory is None:
-            memory = self.empty_memory(ended.shape[0], opened.products)
-        current, norm = self._current(memory)
-        decay = self._decay_like(norm)
-        if decay is not None:
-            current, norm = current * decay[:, None, None], norm * decay[:, None]
+            memory = self.empty_memory(ended.shape[0], opened.writes)
         count = opened.num_tokens * ended
-        memory = self._replace(memory, current + opened.writes, norm + opened.keys, count)
+        current, norm = self._current(memory)
+        decay, every = self._decay_like(norm), None
+        if opened.log_fade is not None:
+            fade = opened.log_fade.exp()  # [B, H]
+            decay = fade if decay is None else fade * decay
+            chosen = self._choose(memory, count > 0).unsqueeze(-1)
+            every = torch.where(chosen, decay.unsqueeze(1), torch.ones_like(decay).unsqueeze(1))
+        if decay is not None:
+            current, norm = current * decay[..., None, None], norm * decay[..., None]
+        added = opened.keys if opened.norms is None else opened.norms
+        left = memory.share_left
+        memory = self._replace(memory, current + opened.writes, norm + added, count)
+        if every is not None:
+            memory = replace(memory, retained=left * every)
         return opened.emptied().select_rows(ended, opened), memory
 
 
@@ -430,6 +680,8 @@ class CompressiveLayer(MemoryLayer, Block):
         hidden_size: D.
         num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
         intermediate_size: width of the MLP.
+        rotary_pct: share of each head that is rotated, where local attention is softmax.
+        rotary_emb_base: base of its rotary wavelengths.
         layer_norm_eps: ε of the LayerNorms.
         options: fields of the attention's `options_type`.
 
@@ -445,13 +697,17 @@ class CompressiveLayer(MemoryLayer, Block):
         num_heads: int,
         intermediate_size: int,
         *,
+        rotary_pct: float = PythiaConfig.rotary_pct,
+        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         **options: Any,
     ) -> None:
         chosen: Any = self.attention_type.options_type(**options)
         make_attention: Any = self.choose_attention(chosen)
+        attention: CompressiveAttention = make_attention(hidden_size, chosen.num_memory_heads or num_heads, chosen)
+        attention.set_positions(rotary_pct, rotary_emb_base)
         super().__init__(
-            make_attention(hidden_size, chosen.num_memory_heads or num_heads, chosen),
+            attention,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             layer_norm_eps=layer_norm_eps,

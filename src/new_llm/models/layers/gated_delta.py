@@ -1,6 +1,5 @@
 """The Gated DeltaNet layer: one memory a head, which fades and is corrected at every token."""
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from new_llm.config import PythiaConfig
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides
-from new_llm.models.layers.convolution import ShortConvolution
 from new_llm.models.layers.registry import register_layer
+from new_llm.models.layers.token_parts import ShortConvolution, TokenDecay
 from new_llm.models.ops import gated_delta_rule, map_features
 from new_llm.models.state import LayerMemory, MemoryFacts
 
@@ -75,30 +74,22 @@ class GatedDeltaAttention(Attention):
         self.convolution = None
         if options.convolution_size:
             self.convolution = ShortConvolution(3 * hidden_size, options.convolution_size)
-        self.decay = nn.Linear(hidden_size, num_heads, bias=False) if options.use_token_decay else None
-        self.decay_rate = nn.Parameter(torch.zeros(num_heads)) if options.use_token_decay else None
-        self.decay_bias = nn.Parameter(torch.zeros(num_heads)) if options.use_token_decay else None
+        self.token_decay = TokenDecay(hidden_size, num_heads) if options.use_token_decay else None
         self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if options.use_output_gate else None
         self.norm = nn.RMSNorm(self.head_size, eps=1e-5)
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    @torch.no_grad()
     def initialize_features(self) -> None:
-        """Draw A and b so that heads fade at different rates: exp(A) in 1 … 16, softplus(b) in 0.001 … 0.1.
-
-        Source: Mamba-2, arXiv:2405.21060, and its published code, as Gated DeltaNet's.
-        """
+        """Draw the convolution and the decay."""
         if self.convolution is not None:
-            nn.init.uniform_(self.convolution.weight, -1, 1).div_(math.sqrt(self.convolution.weight.shape[1]))
-        if self.decay_rate is not None and self.decay_bias is not None:
-            nn.init.uniform_(self.decay_rate, 1, 16).log_()
-            steps = nn.init.uniform_(self.decay_bias, math.log(0.001), math.log(0.1)).exp()
-            self.decay_bias.copy_(steps.expm1().log())  # the inverse of softplus
+            self.convolution.draw()
+        if self.token_decay is not None:
+            self.token_decay.draw()
 
     def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
         """As `Layer.empty_memory`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        size = 0 if self.convolution is None else self.convolution.weight.shape[1] - 1
+        size = 0 if self.convolution is None else self.convolution.size - 1
         return GatedDeltaMemory(
             torch.zeros(rows, 1, self.num_heads, self.head_size, self.head_size, dtype=dtype, device=like.device),
             torch.zeros(rows, size, 3 * self.dense.in_features, dtype=dtype, device=like.device),
@@ -128,11 +119,10 @@ class GatedDeltaAttention(Attention):
         kept = memory.inputs
         projected = inputs
         if self.convolution is not None:
-            projected, kept = self.convolution(inputs, memory.inputs, counts)
+            projected, inputs = self.convolution(inputs, memory.inputs)
+            kept = self.convolution.keep(inputs, counts, wide)
         beta = self.strength(x).to(wide).sigmoid()
-        log_decay = torch.zeros_like(beta)
-        if self.decay is not None and self.decay_rate is not None:
-            log_decay = -self.decay_rate.to(wide).exp() * F.softplus(self.decay(x).to(wide) + self.decay_bias)
+        log_decay = torch.zeros_like(beta) if self.token_decay is None else self.token_decay(x)
         if valid is not None:  # a masked token writes nothing and lets nothing fade
             beta, log_decay = beta * valid.unsqueeze(-1), log_decay * valid.unsqueeze(-1)
         with torch.autocast(x.device.type, enabled=False):

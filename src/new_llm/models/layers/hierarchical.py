@@ -35,6 +35,7 @@ class HierarchicalOptions(SelectionOptions):
     segments, fine for the recent past and coarse for the old; the last of num_memories holds all that is older."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hierarchy == "fenwick" and self.router != "relevance":
             raise UserError(f"router: {self.router} is for hierarchy sum; fenwick has learned weights for each level")
 
@@ -74,7 +75,7 @@ class HierarchicalAttention(MultiMemoryAttention):
             q,
             memory.memories.sum(1, keepdim=True),
             memory.norms.sum(1, keepdim=True),
-            epsilon=EPSILON,
+            epsilon=self.epsilon,
         )
         return self.combine(ScannedReads(super().read(q, memory), coarse, memory.memories))
 
@@ -138,6 +139,7 @@ class FenwickAttention(SelectingAttention):
     """
 
     options_type: ClassVar[type[MemoryOptions]] = HierarchicalOptions
+    takes_token_rules: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(
@@ -171,7 +173,7 @@ class FenwickAttention(SelectingAttention):
         raise NotImplementedError
 
     def _scan(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments
+        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments, rule: Any = None
     ) -> tuple[Tensor, MemoryState | None]:
         """As that of `CompressiveAttention`, segment by segment: blocks move between the memories."""
         batch, num_segments, _, length, _ = q.shape

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
 from new_llm.models.layers.base import check_divides
-from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
+from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
@@ -60,7 +60,7 @@ class InfiniAttention(CompressiveAttention):
         weights = None
         if self.bank_weights is not None:
             weights = self.bank_weights.to(memory.norms.dtype).softmax(-1).t()[None, :, :, None]
-        return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights)
+        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
         """The bank weights, [H, 1, N]: the same for every token."""

@@ -43,6 +43,11 @@ class MemoryAttention(Attention):
             segments_seen=counts,
         )
 
+    @property
+    def forgets(self) -> bool:
+        """Whether memories fade."""
+        return self.decay is not None
+
     def retention_values(self) -> list[float] | None:
         """The share of a memory that a segment's write leaves, for each head; None: all of it."""
         return None if self.decay is None else list(self.decay)
@@ -76,7 +81,7 @@ class MemoryLayer(Layer):
         attention = self.attention
         return self.make_facts(
             use_delta_rule=attention.use_delta_rule,
-            has_decay=attention.decay is not None,
+            has_decay=attention.forgets,
             segments_per_memory=attention.segments_per_memory,
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
 from new_llm.models.layers.base import Layer, Segments, Step
-from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, CompressiveLayer, MemoryOptions
+from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
 from new_llm.models.state import LayerMemory, MemoryState
@@ -106,7 +106,7 @@ class MultiMemoryAttention(SelectingAttention):
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]."""
         weights = select_memories(q, memory.norms, memory.num_tokens, **self._selection)
-        return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights)
+        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
 
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
         """The selection of each token, [B, n, H, S, N]."""
@@ -129,6 +129,7 @@ class RoutedAttention(SelectingAttention):
     """
 
     options_type: ClassVar[type[MemoryOptions]] = MultiMemoryOptions
+    takes_token_rules: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(
@@ -144,7 +145,7 @@ class RoutedAttention(SelectingAttention):
         return F.linear(F.layer_norm(joined, joined.shape[-1:]), self.router.weight.to(dtype))
 
     def _scan(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments
+        self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments, rule: Any = None
     ) -> tuple[Tensor, MemoryState | None]:
         """As that of `CompressiveAttention`, with a head for each memory and head, of which each has one memory.
 

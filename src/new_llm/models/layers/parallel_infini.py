@@ -102,6 +102,7 @@ class ParallelInfiniLayer(MemoryLayer):
         )
         self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.attention = InfiniAttention(hidden_size, chosen.num_memory_heads, chosen)
+        self.attention.set_positions(rotary_pct, rotary_emb_base)
         self.alpha = nn.Parameter(torch.tensor(float(chosen.initial_alpha)))
 
     def forward(

@@ -55,71 +55,29 @@ class KeyValueCache:
     values: Tensor
 
 
-class SoftmaxAttention(Attention):
-    """softmax(q kᵀ / √K) v over the earlier tokens of the segment, positions from 0 at its start."""
+class RotarySoftmax:
+    """softmax(q kᵀ / √K) v over the earlier tokens of the segment, positions from 0 at its start.
 
-    def __init__(self, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float) -> None:
-        super().__init__()
+    Args:
+        num_heads: heads.
+        head_size: K.
+        rotary_pct: share of each head that is rotated.
+        rotary_emb_base: base of the rotary wavelengths.
+
+    Raises:
+        ValueError: an odd number of dimensions would be rotated.
+    """
+
+    def __init__(self, num_heads: int, head_size: int, rotary_pct: float, rotary_emb_base: float) -> None:
         self.num_heads = num_heads
-        self.head_size = check_divides("num_heads", num_heads, hidden_size)
-        self.rotary_dim = int(self.head_size * rotary_pct)
+        self.head_size = head_size
+        self.rotary_dim = int(head_size * rotary_pct)
         if self.rotary_dim % 2:
             raise ValueError(
-                f"rotary_pct: {rotary_pct} of heads {self.head_size} wide rotates {self.rotary_dim} dimensions, "
+                f"rotary_pct: {rotary_pct} of heads {head_size} wide rotates {self.rotary_dim} dimensions, "
                 "an even number is needed"
             )
         self.rotary_emb_base = rotary_emb_base
-        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
-        self.dense = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
-        """All segments in one call. Padding is on the right, where causality already hides it."""
-        batch, num_segments, length, width = hidden.shape
-        positions = torch.arange(length, device=hidden.device)
-        q, k, v = self._project(hidden.view(batch * num_segments, length, width), positions, {})
-        mixed = causal_attention(q, k, v)
-        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
-
-    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """Attend to the cache and to the new tokens, which join it."""
-        q, k, v = self._project(hidden, step.positions.unsqueeze(1), step.shared)
-        if q.device.type == "cpu" and q.dtype.itemsize < 4:  # 16-bit attention to few tokens is slow on a CPU
-            q, k, v = q.float(), k.float(), v.float()
-        cache = self.grow_cache(opened, k, step)
-        self._put(cache, k, v, step)
-        keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
-        mask = None
-        if step.start is None or hidden.shape[1] > 1:  # else the only new token attends to all
-            seen = torch.arange(step.longest, device=hidden.device)[None, None, None, :]
-            mask = seen <= step.positions[:, None, :, None]
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).to(hidden.dtype)
-        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
-
-    def _put(self, cache: KeyValueCache, k: Tensor, v: Tensor, step: Step) -> None:
-        if step.start is not None:
-            cache.keys[:, :, step.start : step.longest] = k
-            cache.values[:, :, step.start : step.longest] = v
-            return
-        slots = step.positions[:, None, :, None]
-        if step.valid is not None:  # masked tokens go to the spare slot at the end, which is never read
-            slots = torch.where(step.valid[:, None, :, None], slots, cache.keys.shape[2] - 1)
-        index = slots.expand(-1, k.shape[1], -1, k.shape[3])
-        cache.keys.scatter_(2, index, k)
-        cache.values.scatter_(2, index, v)
-
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """Nothing to write: the next segment overwrites the slots before it reads them."""
-        return opened, memory
-
-    def _project(self, hidden: Tensor, positions: Tensor, shared: dict[Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.split(hidden)
-        return self.rotate(q, positions, shared), self.rotate(k, positions, shared), v
-
-    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before rotation, [B, T, D] to [B, heads, T, K] each."""
-        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_heads, 3 * self.head_size))
-        q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
-        return q, k, v
 
     def rotate(self, x: Tensor, positions: Tensor, shared: dict[Any, Any], name: str = "") -> Tensor:
         """Rotate queries or keys [B, heads, T, K] to their positions, [T] or [B, 1, T].
@@ -132,6 +90,41 @@ class SoftmaxAttention(Attention):
         if (name, *settings) not in shared:
             shared[name, *settings] = compute_rotary_angles(positions, *settings)
         return apply_rotary(x, *shared[name, *settings])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Whole segments, [B, heads, S, K] each, before rotation."""
+        positions, shared = torch.arange(q.shape[2], device=q.device), {}
+        return causal_attention(self.rotate(q, positions, shared), self.rotate(k, positions, shared), v)
+
+    def attend_step(
+        self, q: Tensor, k: Tensor, v: Tensor, opened: KeyValueCache | None, step: Step
+    ) -> tuple[Tensor, KeyValueCache]:
+        """New tokens, [B, heads, T, K] each, before rotation: they join the cache and attend to it."""
+        dtype, positions = v.dtype, step.positions.unsqueeze(1)
+        q, k = self.rotate(q, positions, step.shared), self.rotate(k, positions, step.shared)
+        if q.device.type == "cpu" and q.dtype.itemsize < 4:  # 16-bit attention to few tokens is slow on a CPU
+            q, k, v = q.float(), k.float(), v.float()
+        cache = self.grow_cache(opened, k, step)
+        self.put(cache, k, v, step)
+        keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
+        mask = None
+        if step.start is None or q.shape[2] > 1:  # else the only new token attends to all
+            seen = torch.arange(step.longest, device=q.device)[None, None, None, :]
+            mask = seen <= step.positions[:, None, :, None]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).to(dtype), cache
+
+    def put(self, cache: KeyValueCache, k: Tensor, v: Tensor, step: Step) -> None:
+        """Fill the new tokens' slots of a cache, in place."""
+        if step.start is not None:
+            cache.keys[:, :, step.start : step.longest] = k
+            cache.values[:, :, step.start : step.longest] = v
+            return
+        slots = step.positions[:, None, :, None]
+        if step.valid is not None:  # masked tokens go to the spare slot at the end, which is never read
+            slots = torch.where(step.valid[:, None, :, None], slots, cache.keys.shape[2] - 1)
+        index = slots.expand(-1, k.shape[1], -1, k.shape[3])
+        cache.keys.scatter_(2, index, k)
+        cache.values.scatter_(2, index, v)
 
     def grow_cache(self, opened: KeyValueCache | None, like: Tensor, step: Step) -> KeyValueCache:
         """A cache with room for the longest row, in the dtype of `like`: capacity doubles, up to a segment."""
@@ -147,6 +140,37 @@ class SoftmaxAttention(Attention):
             keys[:, :, :capacity] = opened.keys[:, :, :capacity]
             values[:, :, :capacity] = opened.values[:, :, :capacity]
         return KeyValueCache(keys, values)
+
+
+class SoftmaxAttention(RotarySoftmax, Attention):
+    """GPT-NeoX's attention, inside the segment."""
+
+    def __init__(self, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float) -> None:
+        nn.Module.__init__(self)
+        head_size = check_divides("num_heads", num_heads, hidden_size)
+        RotarySoftmax.__init__(self, num_heads, head_size, rotary_pct, rotary_emb_base)
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
+        """All segments in one call. Padding is on the right, where causality already hides it."""
+        mixed = self.attend(*self.split(hidden.flatten(0, 1)))
+        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
+
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
+        """Attend to the cache and to the new tokens, which join it."""
+        mixed, cache = self.attend_step(*self.split(hidden), opened, step)
+        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
+
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
+        """Nothing to write: the next segment overwrites the slots before it reads them."""
+        return opened, memory
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, [B, T, D] to [B, heads, T, K] each."""
+        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_heads, 3 * self.head_size))
+        q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
+        return q, k, v
 
 
 @register_layer("pythia")

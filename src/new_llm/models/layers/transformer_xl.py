@@ -136,7 +136,7 @@ class TransformerXLAttention(SoftmaxAttention):
         if q.device.type == "cpu" and q.dtype.itemsize < 4:  # as in Pythia's layer
             q, k, v = q.float(), k.float(), v.float()
         cache = self.grow_cache(None if opened is None else opened.cache, k, step)
-        self._put(cache, k, v, step)
+        self.put(cache, k, v, step)
         memory = self.empty_memory(len(hidden), k) if memory is None else memory
         places = torch.arange(-self.memory_tokens, step.longest, device=hidden.device)
         keys, values = (

@@ -18,7 +18,7 @@ LEAST_DEVIATION = 1e-6
 
 
 def read_memories(
-    q: Tensor, memories: Tensor, norms: Tensor, *, epsilon: float, weights: Tensor | None = None
+    q: Tensor, memories: Tensor, norms: Tensor, *, epsilon: float | None, weights: Tensor | None = None
 ) -> Tensor:
     """A = Σ_n w_n (q M_n) / max(q z_n, ε); an empty memory (M = 0, z = 0) reads 0.
 
@@ -29,7 +29,7 @@ def read_memories(
         q: features of the queries, [B, H, S, K].
         memories: M, [B, N, H, K, V].
         norms: z, [B, N, H, K].
-        epsilon: ε, the least divisor.
+        epsilon: ε, the least divisor; None: no divisor, Σ_n w_n (q M_n).
         weights: w, broadcastable to [B, N, H, S]; None: 1.
 
     Returns:
@@ -41,6 +41,11 @@ def read_memories(
     if q.shape[-1] != memories.shape[-2]:
         raise ValueError(f"queries of width {q.shape[-1]} can't read a memory with keys of width {memories.shape[-2]}")
     wide_q = q.to(norms.dtype)
+    if epsilon is None:
+        coefficients = norms.new_ones(()) if weights is None else weights
+        coefficients = coefficients.expand(len(q), norms.shape[1], *q.shape[1:3])
+        scaled_q = (wide_q.unsqueeze(1) * coefficients.unsqueeze(-1)).to(q.dtype)
+        return torch.einsum("bnhsk,bnhkv->bhsv", scaled_q, memories.to(q.dtype))
     divisors = torch.einsum("bhsk,bnhk->bnhs", wide_q, norms).clamp_min(epsilon)
     coefficients = divisors.reciprocal() if weights is None else weights / divisors
     if q.dtype != memories.dtype:

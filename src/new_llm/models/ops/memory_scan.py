@@ -3,11 +3,12 @@
 Legend: B rows, n segments, S tokens of a segment, N memories (or banks), H heads, K key width, V value width. X_i^m is
 memory m as segment i finds it; m_i is the memory that segment i is written to.
 
-What is sequential is the chain X_{i+1} = d_i X_i + k_iᵀ u_i alone. Without the delta rule u_i = v_i, so all products
-are made at once and the chain is a sum; with it u_i needs X_i, two products a segment. Reads of all segments, and all
-other products of backward, are batched over a group of segments. Forward keeps the memories at the first segment of
-each group, and u; backward makes a group's states again from these by products that don't wait for one another, so that
-of n segments' states about 2 √n are held at once. Source of the trade: Chen et al., arXiv:1604.06174, section 3.
+What is sequential is the chain X_{i+1} = d_i X_i + k'_iᵀ u_i alone, where k' is k or what a write rule makes of it.
+Without the delta rule u_i = v_i, so all products are made at once and the chain is a sum; with it u_i needs X_i, two
+products a segment. Reads of all segments, and all other products of backward, are batched over a group of segments.
+Forward keeps the memories at the first segment of each group, and u; backward makes a group's states again from these
+by products that don't wait for one another, so that of n segments' states about 2 √n are held at once. Source of the
+trade: Chen et al., arXiv:1604.06174, section 3.
 """
 
 import math
@@ -50,11 +51,12 @@ def scan_memories_naive(
     sum_scales: Tensor | None = None,
     delta_scales: Tensor | None = None,
     decay: Tensor | None = None,
+    written_keys: Tensor | None = None,
 ) -> ScannedReads:
     """Read all segments and write the first `num_writes` of them, each into one memory, segment by segment.
 
     reads_i = Σ_m c_i^m (q_i X_i^m), sum_reads_i = t_i (q_i Σ_m X_i^m), and with m = m_i
-    X_{i+1}^m = d_i X_i^m + k_iᵀ (v_i − e_i k_i X_i^m). The scales c, t, e hold the divisors, which come from z alone.
+    X_{i+1}^m = d_i X_i^m + k'_iᵀ (v_i − e_i k_i X_i^m). The scales c, t, e hold the divisors, which come from z alone.
     Source: Infini-attention, arXiv:2404.07143, eqs. 3 to 5. Arguments as in `scan_memories`.
     """
     batch, num_segments, heads, _, width = q.shape
@@ -75,7 +77,8 @@ def scan_memories_naive(
                 if delta_scales is not None:
                     update = update - delta_scales[b, i].unsqueeze(-1) * (k[b, i] @ states[slot])
                 kept = states[slot] if decay is None else decay[b, i][:, None, None] * states[slot]
-                states[slot] = kept + k[b, i].transpose(-1, -2) @ update
+                written = k if written_keys is None else written_keys
+                states[slot] = kept + written[b, i].transpose(-1, -2) @ update
         rows.append((torch.stack(reads), torch.stack(sum_reads or reads), torch.stack(states)))
     reads, sum_reads, end = (torch.stack(part) for part in zip(*rows, strict=True))
     return ScannedReads(reads, None if sum_scales is None else sum_reads, end)
@@ -93,6 +96,7 @@ def scan_memories(
     sum_scales: Tensor | None = None,
     delta_scales: Tensor | None = None,
     decay: Tensor | None = None,
+    written_keys: Tensor | None = None,
 ) -> ScannedReads:
     """The equations of `scan_memories_naive`, batched over segments and memories.
 
@@ -108,7 +112,8 @@ def scan_memories(
         num_writes: segments that are written, n or fewer.
         sum_scales: t, [B, n, H, S]; None: the sum is not read.
         delta_scales: e of the written segments, [B, num_writes, H, S]; None: no delta rule.
-        decay: d of the written segments, [B, num_writes, H], which takes no gradient; None: 1.
+        decay: d of the written segments, [B, num_writes, H]; None: 1.
+        written_keys: k' of the written segments, [B, num_writes, H, S, K], zero where k is; None: k.
 
     Returns:
         The reads and the memories after the last write.
@@ -116,7 +121,8 @@ def scan_memories(
     if num_writes == 0 and memories is not None:
         return _read_unwritten(q, v, memories, read_scales, sum_scales)
     learns = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, memories, read_scales, sum_scales, delta_scales)
+        t is not None and t.requires_grad
+        for t in (q, k, v, memories, read_scales, sum_scales, delta_scales, decay, written_keys)
     )
     batch, num_segments, heads, _, width = q.shape
     state_bytes = batch * heads * read_scales.shape[-1] * width * v.shape[-1] * 4
@@ -124,7 +130,7 @@ def scan_memories(
     # torch.compile sees one operation; outside it a plain function spares the import of all of torch's compiler
     scan = compiled_scan if torch.compiler.is_compiling() else Scan.apply
     reads, sum_reads, end, _, _ = scan(
-        q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, num_writes, group, learns
+        q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, group, learns
     )
     return ScannedReads(reads, None if sum_scales is None else sum_reads, end)
 
@@ -151,13 +157,23 @@ def choose_group(num_segments: int, state_bytes: int) -> int:
 # The chain of writes
 
 
+class Gradients(NamedTuple):
+    """What backward fills: the gradients of k, v, e, d and k', in their shapes; empty where there is no such tensor."""
+
+    k: Tensor
+    v: Tensor
+    e: Tensor
+    decay: Tensor
+    written_keys: Tensor
+
+
 def find_product_dtype(k: Tensor, wide: torch.dtype) -> torch.dtype:
     """The dtype of products with memories: k's, but in float16, whose range is too small for them, the memories'."""
     return wide if k.dtype == torch.float16 else k.dtype
 
 
 class Chain:
-    """The writes of one call: X_{i+1} = d_i X_i + k_iᵀ (v_i − e_i k_i X_i) in the memory m_i; shapes as in
+    """The writes of one call: X_{i+1} = d_i X_i + k'_iᵀ (v_i − e_i k_i X_i) in the memory m_i; shapes as in
     `scan_memories`.
     """
 
@@ -166,12 +182,14 @@ class Chain:
         k: Tensor,
         delta_scales: Tensor | None,
         decay: Tensor | None,
+        written_keys: Tensor | None,
         slots: Tensor,
         num_memories: int,
         num_writes: int,
         wide: torch.dtype,
     ) -> None:
         self.k = k
+        self.written_keys = k if written_keys is None else written_keys
         self.delta_scales = delta_scales
         self.decay = decay
         self.slots = slots
@@ -210,7 +228,7 @@ class Chain:
             [B, w, H, S, V] in v's dtype.
         """
         written = self._written(part)
-        k, u = self.k[:, written], v[:, written]
+        k, u = self.written_keys[:, written], v[:, written]
         states = state.new_empty(state.shape[0], part.stop - part.start, *state.shape[1:], dtype=self.dtype)
         is_sequential = self.delta_scales is not None and not is_known
         if self.uses_triton and k.shape[1]:
@@ -246,11 +264,9 @@ class Chain:
         u: Tensor,
         from_reads: Tensor | None,
         part: slice,
-        for_k: Tensor,
-        for_v: Tensor,
-        for_e: Tensor,
+        into: "Gradients",
     ) -> None:
-        """The way back: u'_i = k_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ u'_i + what the reads of X_i give.
+        """The way back: u'_i = k'_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ u'_i + what the reads of X_i give.
 
         Args:
             g: G = ∂L/∂X behind the part; afterwards at its first segment.
@@ -258,17 +274,17 @@ class Chain:
             u: what was written, of all segments.
             from_reads: ∂L/∂X of the reads, of the part's last segments.
             part: the segments.
-            for_k, for_v, for_e: take ∂L/∂k, ∂L/∂v and ∂L/∂e, in the shapes of k, v and e.
+            into: takes the gradients of the writes.
         """
         written = self._written(part)
         num_segments, num_writes = part.stop - part.start, written.stop - written.start
         num_unread = num_segments - (0 if from_reads is None else from_reads.shape[1])
-        k, u = self.k[:, written].to(self.dtype), u[:, written].to(self.dtype)
+        k, u = self.written_keys[:, written].to(self.dtype), u[:, written].to(self.dtype)
         scaled = None if self.delta_scales is None else self._scale_keys(written)
         above = states.new_empty(g.shape[0], num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
         if self.uses_triton and num_writes:
             back = self._retreat_by_kernels(g, above, k, scaled, from_reads, written, num_unread)
-            self._differentiate_writes(k, u, back, above, states, written, for_k, for_v, for_e)
+            self._differentiate_writes(u, back, above, states, written, into)
             return
         backs: list[Tensor] = []  # u'
         for j in reversed(range(num_segments)):
@@ -286,7 +302,7 @@ class Chain:
                 g.add_(from_reads[:, j - num_unread])
         if num_writes:
             back = k @ above if scaled is None else torch.stack(backs[::-1], 1)
-            self._differentiate_writes(k, u, back, above, states, written, for_k, for_v, for_e)
+            self._differentiate_writes(u, back, above, states, written, into)
 
     def _retreat_by_kernels(
         self,
@@ -314,25 +330,20 @@ class Chain:
         return k @ above
 
     def _differentiate_writes(
-        self,
-        k: Tensor,
-        u: Tensor,
-        back: Tensor,
-        above: Tensor,
-        states: Tensor,
-        written: slice,
-        for_k: Tensor,
-        for_v: Tensor,
-        for_e: Tensor,
+        self, u: Tensor, back: Tensor, above: Tensor, states: Tensor, written: slice, into: "Gradients"
     ) -> None:
         """What follows from u' (`back`) and G (`above`) of the written segments, for all of them at once."""
-        for_v[:, written] = back
+        into.v[:, written] = back
         into_k = u @ above.transpose(-1, -2)
+        if into.written_keys.numel():
+            into.written_keys[:, written], into_k = into_k, torch.zeros_like(into_k)
         if self.delta_scales is not None:
             from_states = (back @ self._pick(states, written).transpose(-1, -2)).to(self.wide)
             into_k = into_k - from_states * self.delta_scales[:, written].unsqueeze(-1)
-            for_e[:, written] = -(from_states * k).sum(-1)
-        for_k[:, written] = into_k
+            into.e[:, written] = -(from_states * self.k[:, written].to(self.dtype)).sum(-1)
+        into.k[:, written] = into_k
+        if into.decay.numel():
+            into.decay[:, written] = (above * self._pick(states, written)).sum((-1, -2))
 
     def _written(self, part: slice) -> slice:
         return slice(part.start, max(part.start, min(part.stop, self.num_writes)))
@@ -379,12 +390,13 @@ def scan(
     sum_scales: Tensor | None,
     delta_scales: Tensor | None,
     decay: Tensor | None,
+    written_keys: Tensor | None,
     num_writes: int,
     group: int,
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Reads, reads of the sum, end, states at the groups' first segments but the first, u of all written segments."""
-    call = Chain(k, delta_scales, decay, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
+    call = Chain(k, delta_scales, decay, written_keys, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
     state = call.begin(memories, v)
     reads = torch.empty_like(v, memory_format=torch.contiguous_format)
     sum_reads = torch.empty_like(reads) if sum_scales is not None else v.new_empty(0)
@@ -426,20 +438,19 @@ def scan_backward(
     sum_scales: Tensor | None,
     delta_scales: Tensor | None,
     decay: Tensor | None,
+    written_keys: Tensor | None,
     checkpoints: Tensor,
     num_writes: int,
     group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, memories, c, t and e."""
-    call = Chain(k, delta_scales, decay, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, memories, c, t, e, d and k'; empty for what is None."""
+    call = Chain(k, delta_scales, decay, written_keys, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
     g = for_end.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # ∂L/∂X, [B, H, N, K, V]
-    for_q, for_k = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k))
-    for_v = torch.zeros_like(for_reads, memory_format=torch.contiguous_format)
-    for_c = torch.zeros_like(read_scales, memory_format=torch.contiguous_format)
-    for_t, for_e = (
+    for_q, for_c, for_t, *others = (
         g.new_empty(0) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
-        for t in (sum_scales, delta_scales)
+        for t in (q, read_scales, sum_scales, k, for_reads, delta_scales, decay, written_keys)
     )
+    into = Gradients(*others)
     parts = list(_cut(q.shape[1], group, is_empty=memories is None))
     for number, (part, unread) in reversed(list(enumerate(parts))):
         state = checkpoints[number - 1].clone() if number else call.begin(memories, for_reads)
@@ -464,11 +475,11 @@ def scan_backward(
                 scaled = (wide_q * scales).to(dtype)
                 from_reads = from_reads + (scaled.transpose(-1, -2) @ upstream).unsqueeze(3)
             for_q[:, reading] = into_q
-        call.retreat(g, states, updates, from_reads, part, for_k, for_v, for_e)
+        call.retreat(g, states, updates, from_reads, part, into)
     for_memories = (
         g.new_empty(0) if memories is None else g.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     )
-    return for_q, for_k, for_v, for_memories, for_c, for_t, for_e
+    return for_q, into.k, into.v, for_memories, for_c, for_t, into.e, into.decay, into.written_keys
 
 
 def fold_scales(wide_q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -489,7 +500,7 @@ _compiled_backward = library.custom_op("new_llm::scan_memories_backward", scan_b
 
 
 @compiled_scan.register_fake
-def _(q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, num_writes, group, learns):
+def _(q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, group, learns):
     batch, num_segments, heads, length, width = q.shape
     num_memories, value_width = read_scales.shape[-1], v.shape[-1]
     wide = read_scales.dtype
@@ -516,19 +527,23 @@ def _(
     slots,
     sum_scales,
     delta_scales,
+    decay,
+    written_keys,
     *_,
 ):
     def like(t: Tensor | None) -> Tensor:
         return for_end.new_empty(0) if t is None else t.new_empty(t.shape)
 
-    return like(q), like(k), like(for_reads), like(memories), like(read_scales), like(sum_scales), like(delta_scales)
+    rest = (q, k, for_reads, memories, read_scales, sum_scales, delta_scales, decay, written_keys)
+    return tuple(like(t) for t in rest)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, num_writes, group, _ = inputs
+    *tensors, num_writes, group, _ = inputs
     _, _, _, checkpoints, updates = output
-    updates = v if delta_scales is None else updates
-    ctx.save_for_backward(q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, checkpoints)
+    if inputs[7] is not None:  # with the delta rule u takes the place of v
+        tensors[2] = updates
+    ctx.save_for_backward(*tensors, checkpoints)
     ctx.numbers = num_writes, group
     ctx.like = output[0].shape, output[0].dtype, output[2].shape, output[2].dtype
     ctx.set_materialize_grads(False)
@@ -537,7 +552,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, for_reads: Tensor | None, for_sums: Tensor | None, for_end: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, checkpoints = ctx.saved_tensors
+    *tensors, checkpoints = ctx.saved_tensors
+    q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys = tensors
     shape, dtype, end_shape, end_dtype = ctx.like
     reads = q.new_zeros(shape, dtype=dtype) if for_reads is None else for_reads
     sums = for_sums
@@ -545,8 +561,8 @@ def _differentiate(
         sums = reads.new_zeros(0) if sum_scales is None else torch.zeros_like(reads)
     end = q.new_zeros(end_shape, dtype=end_dtype) if for_end is None else for_end
     backward = _compiled_backward if torch.compiler.is_compiling() else scan_backward
-    for_q, for_k, for_v, for_memories, for_c, for_t, for_e = backward(
-        reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay,
+    for_q, for_k, for_v, for_memories, for_c, for_t, for_e, for_d, for_written = backward(
+        reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys,
         checkpoints, *ctx.numbers,
     )  # fmt: skip
     return (
@@ -558,7 +574,8 @@ def _differentiate(
         None,
         None if sum_scales is None else for_t,
         None if delta_scales is None else for_e,
-        None,
+        None if decay is None else for_d,
+        None if written_keys is None else for_written,
         None,
         None,
         None,
