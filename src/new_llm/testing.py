@@ -80,8 +80,8 @@ def check_causality(model: TransformerLM, ids: Tensor) -> None:
 
 def check_rows(model: TransformerLM, ids: Tensor) -> None:
     """Rows of a batch do not depend on one another, also with a shared memory that the call updates."""
-    shared = None if memories_add(model) else 1
-    model.reset_memory(None if memories_add(model) else len(ids))
+    shared = None if model.rows_can_share else 1
+    model.reset_memory(None if model.rows_can_share else len(ids))
     whole = model(ids, update_memory=True)
     for row in range(len(ids)):
         model.reset_memory(shared)
@@ -147,7 +147,7 @@ def check_streams(model: TransformerLM, ids: Tensor) -> None:
 
 def check_state(model: TransformerLM, ids: Tensor) -> None:
     """A memory that is saved and loaded continues bit for bit."""
-    for rows in (None, len(ids)) if memories_add(model) else (len(ids),):
+    for rows in (None, len(ids)) if model.rows_can_share else (len(ids),):
         model.reset_memory(rows)
         model(ids, update_memory=True)
         buffer = io.BytesIO()
@@ -216,12 +216,6 @@ def check_registration(layer: Layer) -> None:
     again = type(layer)(**layer.settings)
     shapes = [{name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (layer, again)]
     assert shapes[0] == shapes[1], "the layer's settings make a layer with other weights"
-
-
-def memories_add(model: TransformerLM) -> bool:
-    """Whether rows can share the memories of all layers of a model."""
-    layers = model.memory_layers.values()
-    return all(layer.empty_memory(1, model.embed_in.weight).can_add for layer in layers)
 
 
 def _list_tensors(state: dict[int, dict[str, Any]]) -> list[tuple[int, str, Tensor]]:

@@ -21,7 +21,9 @@ from new_llm.models import TransformerLM, merge_memory_states
 SUMS = [
     name
     for name, case in MEMORY_CASES.items()
-    if not case.options.get("use_delta_rule", True) and not case.options.get("use_alibi")
+    if not any(
+        case.options.get(name, name == "use_delta_rule") for name in ("use_delta_rule", "use_alibi", "use_token_decay")
+    )
 ]
 
 

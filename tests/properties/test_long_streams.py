@@ -45,7 +45,7 @@ def project_text(num_segments: int, hidden_size: int, num_heads: int) -> Stream:
     parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         for piece in ids.split(BATCH):
-            q, k, v = attention._project(layer.input_layernorm(embedding(piece)))
+            q, k, v = attention._split(attention.query_key_value(layer.input_layernorm(embedding(piece))))
             parts.append((feature_map(q), feature_map(k), v))
     return Stream(*(torch.cat(tensors).unsqueeze(1) for tensors in zip(*parts, strict=True)))
 

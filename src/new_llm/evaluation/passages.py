@@ -69,7 +69,7 @@ def watch_gates(model: Any, found: list[Tensor]) -> Iterator[None]:
     def note(module: Any, inputs: tuple[Any, ...]) -> None:
         found.append(module.compute_gates(inputs[0]).detach().float().flatten(0, -2))
 
-    modules = [module for module in model.modules() if hasattr(module, "compute_gates")]
+    modules = [module for module in model.modules() if getattr(module, "token_gate", None) is not None]
     handles = [module.register_forward_pre_hook(note) for module in modules]
     try:
         yield

@@ -46,6 +46,12 @@ class HeldMemory(nn.Module):
         """Number of rows with a memory of their own; None: all rows share one."""
         return self._held_rows
 
+    @property
+    def rows_can_share(self) -> bool:
+        """Whether all rows of a batch can write one memory: not where a layer holds one text's last tokens."""
+        like = next(self.parameters())
+        return all(layer.empty_memory(1, like).can_add for layer in self.memory_layers.values())
+
     def reset_memory(self, batch_size: int | None = None) -> None:
         """Empty the memory; `batch_size` rows then have one each, or without it all rows share one."""
         if batch_size is not None and batch_size < 1:

@@ -13,7 +13,7 @@ STATE_VERSION = 2
 """Version of the layer dictionaries of `get_memory_state`."""
 WHY_NOT_ADDITIVE = (
     "was written with the delta rule or with decay: such memories can't be added; "
-    "only layers with use_delta_rule=False and without use_alibi have memories that add"
+    "only layers with use_delta_rule=False and without use_alibi and use_token_decay have memories that add"
 )
 """Why a layer's memories can't be merged, for errors."""
 

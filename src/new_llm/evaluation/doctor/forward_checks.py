@@ -235,7 +235,7 @@ def check_rows(exam: Examination) -> Finding:
         differences[name] = max(differences.get(name, 0.0), find_difference(a, b))
 
     def write(tokens: Tensor) -> Tensor:
-        with exam.model.fresh_memory():
+        with exam.model.fresh_memory(exam.count_rows(tokens)):
             return exam.compute_logits(tokens, update_memory=True)
 
     def read_masked(tokens: Tensor, mask: Tensor) -> Tensor:

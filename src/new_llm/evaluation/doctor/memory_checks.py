@@ -60,6 +60,7 @@ def check_evaluation(exam: Examination) -> Finding:
         with exam.probing(segment_tokens=exam.config.segment_tokens, training=training):
             list(model.modules())[-1].training = not training  # one frozen part, which must stay as it is
             if own and exam.has_memory:
+                own.reset_memory(exam.count_rows(ids))
                 own(ids, update_memory=True)
             held = copy.deepcopy(own.get_memory_state()) if own else {}
             modes = [module.training for module in model.modules()]
@@ -283,7 +284,7 @@ def _measure_token_gates(exam: Examination, model: TransformerLM) -> dict[int, T
     hooks: list[Any] = []
     for index, layer in model.memory_layers.items():
         attention: Any = getattr(layer, "attention", None)
-        if hasattr(attention, "compute_gates"):
+        if getattr(attention, "token_gate", None) is not None:
 
             def keep(module: Any, inputs: tuple[Any, ...], index: int = index) -> None:
                 found[index] = module.compute_gates(inputs[0]).flatten(0, -2).float().cpu()

@@ -204,9 +204,13 @@ class Examination:
             logits = self.model.model(input_ids=input_ids, use_cache=False).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def count_rows(self, input_ids: Tensor) -> int | None:
+        """The rows of a memory that a batch of ids can write: None, one for all, where they can share it."""
+        return None if self.own_model is None or self.own_model.rows_can_share else len(input_ids)
+
     def read_fresh(self, input_ids: Tensor, *, fill: Tensor | None = None, per_row: bool = False) -> Tensor:
         """Logits from an empty memory, or from one that has read `fill` [B, T'] first; one memory per row or shared."""
-        with self.model.fresh_memory(batch_size=len(input_ids) if per_row else None):
+        with self.model.fresh_memory(len(input_ids) if per_row else self.count_rows(input_ids)):
             if fill is not None and self.has_memory:
                 torch.manual_seed(PROBE_SEED)
                 self.model(fill, update_memory=True)
