@@ -75,7 +75,8 @@ def train_weights(kind: str, recipe: str, shift: int):
         optimizer.step()
     with torch.no_grad():
         for layer in model.memory_layers.values():
-            layer.attention.gate += 0.5  # further than so few steps bring them
+            if layer.gate_values():
+                layer.attention.gate += 0.5  # further than so few steps bring them
     return model.eval()
 
 

@@ -184,8 +184,8 @@ class FenwickAttention(SelectingAttention):
             reads.append(torch.zeros_like(v[:, i]) if memory is None else self.read(q[:, i], memory))
             if i < num_writes:
                 before = self.empty_memory(batch, v) if memory is None else memory
-                rule: dict[str, Any] = {"use_delta_rule": self.use_delta_rule, "epsilon": EPSILON}
-                written, norm = write_memory(k[:, i], v[:, i], *self._current(before), **rule)
+                settings: dict[str, Any] = {"use_delta_rule": self.use_delta_rule, "epsilon": EPSILON}
+                written, norm = write_memory(k[:, i], v[:, i], *self._current(before), **settings)
                 memory = self._replace(before, written, norm, counts[:, i])
         return torch.stack(reads, dim=1), memory
 
