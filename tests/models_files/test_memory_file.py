@@ -14,8 +14,7 @@ from new_llm.config import UserError
 from new_llm.config.files import write_atomically
 from new_llm.models import load_memory_file, save_memory_file, save_model, tensor_files
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
-from new_llm.models.memory_compare import compare_memories, list_memories, measure_distance
-from new_llm.models.memory_file import merge_memory_files, read_memory_file
+from new_llm.models.memory_file import measure_distance, merge_memory_files, pair_memories, read_memory_file
 from new_llm.models.tensor_files import fingerprint_weights
 
 KINDS = [
@@ -266,19 +265,19 @@ def test_distance_of_known_tensors():
     assert measure_distance(zero, zero + 1).cosine != measure_distance(zero, zero + 1).cosine
 
 
-def test_compare_lists_every_memory(tmp_path, make_model, read_rows):
+def test_memories_are_compared_one_by_one(tmp_path, make_model, read_rows):
     model = make_model("multi_memory", num_memories=2)
-    listed = []
+    contents = []
     for length in (20, 30):
         model.reset_memory(2)
         model(read_rows(2, length), update_memory=True)
         save_memory_file(model, tmp_path / "m.safetensors")
-        content = read_memory_file(tmp_path / "m.safetensors")
-        listed.append(list_memories(content.record, content.state))
-    rows = compare_memories(*listed)
-    assert [(row.layer, row.row, row.memory) for row in rows] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
-    assert [row.tokens for row in rows] == [(12, 16), (8, 14)] * 2
-    assert all(row.memories.relative > 0 and row.memories.cosine < 1 for row in rows)
-    assert all(row.memories.relative == 0 for row in compare_memories(listed[0], listed[0]))
+        contents.append(read_memory_file(tmp_path / "m.safetensors"))
+    pairs = pair_memories(*contents)
+    assert [(one.layer, one.row, one.memory) for one, _ in pairs] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert [(one.num_tokens, other.num_tokens) for one, other in pairs] == [(12, 16), (8, 14)] * 2
+    model.reset_memory()
+    model(read_rows(2, 20), update_memory=True)
+    save_memory_file(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="other layers, rows or shapes"):
-        compare_memories(listed[0], listed[1][:2])
+        pair_memories(contents[0], read_memory_file(tmp_path / "m.safetensors"))

@@ -17,7 +17,7 @@ from new_llm.config.terminal import open_console, print_text
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from new_llm.models.memory_file import MemoryFile
+    from new_llm.models.memory_file import MemoryFile, MemoryTensors
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -80,8 +80,7 @@ class Show(Command):
 
     def execute(self) -> int:
         """Print the file's facts and its memories."""
-        from new_llm.models.memory_compare import list_memories
-        from new_llm.models.memory_file import read_memory_file
+        from new_llm.models.memory_file import list_memories, read_memory_file
         from new_llm.report import ColumnTable
 
         content = read_memory_file(self.file)
@@ -90,14 +89,14 @@ class Show(Command):
             console.print(line, soft_wrap=True)
         rows = [
             (
-                _name_place(one.layer, one.row, one.memory),
+                _name_place(one),
                 {
                     "tokens": f"{one.num_tokens:,}",
                     "‖M‖": _number(float(one.memories.double().norm())),
                     "‖z‖": _number(float(one.norms.double().norm())),
                 },
             )
-            for one in list_memories(content.record, content.state)
+            for one in list_memories(content)
         ]
         console.print(ColumnTable.of_words(rows))
         return 0
@@ -140,27 +139,30 @@ class Compare(Command):
     def execute(self) -> int:
         """Print the norms, the relative differences and the cosines of M and z."""
         from new_llm.evaluation import Column
-        from new_llm.models.memory_compare import compare_memories, list_memories
-        from new_llm.models.memory_file import read_memory_file
+        from new_llm.models.memory_file import measure_distance, pair_memories, read_memory_file
         from new_llm.report import ColumnTable
 
         contents = [read_memory_file(path) for path in (self.a, self.b)]
         try:
-            rows = compare_memories(*(list_memories(content.record, content.state) for content in contents))
+            pairs = pair_memories(*contents)
         except ValueError as error:
             raise UserError(f"{self.a} and {self.b} can't be compared: {error}") from None
         one, two = (content.record for content in contents)
         console = open_console()
         titles = {"norm_a": "A", "norm_b": "B", "relative": "‖A−B‖/‖A‖", "cosine": "cosine"}
         table: list[tuple[str, list[Column]]] = []
-        for row in rows:
+        for memory, other in pairs:
             columns = [
                 Column(name + key, title, _number(getattr(distance, key)), group=name)
-                for name, distance in (("M", row.memories), ("z", row.norms))
+                for name, distance in (
+                    ("M", measure_distance(memory.memories, other.memories)),
+                    ("z", measure_distance(memory.norms, other.norms)),
+                )
                 for key, title in titles.items()
             ]
-            tokens = [Column(title, title, f"{n:,}", group="tokens") for title, n in zip("AB", row.tokens, strict=True)]
-            table.append((_name_place(row.layer, row.row, row.memory), columns + tokens))
+            for title, found in (("A", memory), ("B", other)):
+                columns.append(Column(title, title, f"{found.num_tokens:,}", group="tokens"))
+            table.append((_name_place(memory), columns))
         console.print(ColumnTable(table))
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
@@ -202,8 +204,9 @@ def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:
         )
 
 
-def _name_place(layer: int, row: int | None, memory: int) -> str:
-    return f"layer {layer}, " + ("" if row is None else f"row {row}, ") + f"memory {memory}"
+def _name_place(memory: "MemoryTensors") -> str:
+    row = "" if memory.row is None else f"row {memory.row}, "
+    return f"layer {memory.layer}, {row}memory {memory.memory}"
 
 
 def _number(value: float) -> str:

@@ -46,7 +46,7 @@ from new_llm.models.hf.replacement import (
     split_weights,
 )
 from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniOptions
-from new_llm.models.memory_record import Size
+from new_llm.models.memory_file import Size
 from new_llm.models.model_file import STRUCTURE_FILE, load_model
 from new_llm.models.tensor_files import (
     DIGEST,
