@@ -91,15 +91,6 @@ def test_a_planted_leak_is_exit_code_1(run, monkeypatch, capsys):
     assert "1 found: readings of this model can't be trusted" in capsys.readouterr().err
 
 
-def test_near_copies_in_both_splits_are_found(tmp_path):
-    run = make_run(tmp_path / "run", write_speeches(tmp_path / "text", copied=True))
-    code, record = examine(run, "--checks", "documents", "spans")
-    assert code == 1
-    assert levels(record, "fault") == {"spans"}
-    (spans,) = (finding for finding in record["result"]["findings"] if finding["check"] == "spans")
-    assert spans["figures"]["share"] > 0.9
-
-
 def test_a_source_that_has_changed_is_told(tmp_path, capsys):
     run = make_run(tmp_path / "run", write_speeches(tmp_path / "text", copied=False))
     for number in range(4):

@@ -105,14 +105,6 @@ def test_recall_writes_its_charts(run, text, tmp_path, capsys):
     assert "12 of 12 texts" in printed
 
 
-def test_a_model_without_memory_is_said_to_have_none(run, text, tmp_path, capsys):
-    flags = ["--run", str(run.parent / "gpt2"), "--data.source", str(text), "--out", str(tmp_path / "r.json")]
-    flags += ["--lengths", "2", "--depths", "0.5", "--trials", "1", "--tasks", "facts"]
-    assert main(["eval", "recall", *flags]) == 0
-    assert "no memory" in capsys.readouterr().out
-    assert json.loads((tmp_path / "r.json").read_text())["result"]["has_memory"] is False
-
-
 @pytest.mark.parametrize("kind", ["long", "recall"])
 def test_interrupted_measurements_are_labelled(run, text, tmp_path, kind, capsys, monkeypatch):
     from new_llm.cli import evaluate

@@ -84,11 +84,6 @@ def test_several_prompts_are_continued_as_each_would_be_alone(folder, capsys):
     assert capsys.readouterr().out == f"--- 1 ---\n{texts[0]}--- 2 ---\n{texts[1]}"
 
 
-def test_settings_of_a_draw_that_is_not_made_are_noted(folder, capsys):
-    assert call(folder, "--temperature", 0.5, "--top-k", 3, "--max-new-tokens", 2) == 0
-    assert capsys.readouterr().err.startswith("note: --temperature, --top-k: without effect unless --do-sample")
-
-
 def test_stop_ends_the_text(folder, capsys):
     text = expect(folder, max_new_tokens=40)
     stop = text[len(PROMPT) :][4:7]

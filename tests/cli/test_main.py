@@ -14,7 +14,6 @@ from new_llm.cli import main as program
 from new_llm.cli.command import Command
 from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import COMMANDS, explain, load_command, main
-from new_llm.cli.train_adapter import TrainAdapter
 from new_llm.config.errors import HubError, UserError
 from new_llm.config.terminal import make_line, make_printable, open_console
 
@@ -214,11 +213,6 @@ def test_bad_flags_are_a_line_that_says_what_is_allowed(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("value", ["none", "None"])
-def test_no_wikitext_is_none(value: str) -> None:
-    assert TrainAdapter.read(["--wikitext", value], "new-llm train-adapter").settings.wikitext is None
 
 
 def test_committed_configurations_and_studies_go_by_name(capsys, monkeypatch, tmp_path):

@@ -88,11 +88,6 @@ def test_filling_from_files_equals_rows_of_one_call(run, tmp_path, capsys):
     load_memory_file(model, out)
 
 
-def test_where_memory_does_not_add_it_says_so(run, tmp_path, capsys):
-    assert fill(run, tmp_path / "m.safetensors", model="infini") == 0
-    assert "note: this memory does not add" in capsys.readouterr().err
-
-
 def test_show_merge_compare(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     paths = [tmp_path / f"{number}.safetensors" for number in (0, 1)]
@@ -155,14 +150,6 @@ def test_bad_input_is_one_line(arguments, message, run, tmp_path, monkeypatch, c
     assert all(other.startswith("reading ") for other in before)
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("arguments", [[], ["fill"], ["show", "a", "b"], ["paint"]])
-def test_bad_usage_exits_with_2(arguments, capsys):
-    assert main(["memory", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "(see new-llm memory" in error
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])

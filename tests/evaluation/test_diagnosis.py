@@ -27,8 +27,3 @@ def test_verdicts(perplexity, level, range_):
     assert (verdict.level, verdict.range) == (level, range_)
     assert ":" in verdict.text  # what it means: what to do
     assert verdict.to_dict() == {"level": level, "range": range_, "text": verdict.text}
-
-
-def test_an_undertrained_model_is_to_be_trained_longer():
-    assert "more epochs" in diagnose_perplexity(5000).text
-    assert "learning rate" in diagnose_perplexity(5000).text

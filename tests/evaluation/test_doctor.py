@@ -31,12 +31,12 @@ from new_llm.models import ModelType
 from new_llm.models.loss import align_labels
 from new_llm.models.recipes import RECIPES
 
-KINDS = [(kind, "default") for kind in ModelType] + [(kind, "tuned") for kind in RECIPES["tuned"]]
+KINDS = [(kind, "default", True) for kind in ModelType] + [(kind, "tuned", True) for kind in RECIPES["tuned"]]
+KINDS += [("pythia", "default", False), ("infini", "tuned", False)]
 UNTRAINED = {"skill", "shift", "gates"}
 
 
-@pytest.mark.parametrize("trained", [True, False], ids=["trained", "untrained"])
-@pytest.mark.parametrize(("kind", "recipe"), KINDS)
+@pytest.mark.parametrize(("kind", "recipe", "trained"), KINDS)
 def test_no_false_alarm(kind, recipe, trained):
     model = (make_trained if trained else make_untrained)(kind, recipe)
     report = examine(model)
@@ -187,10 +187,6 @@ def break_a_weight(model, monkeypatch):
     model.embed_out.weight.data[3] = torch.nan
 
 
-def ignore_the_text(model, monkeypatch):
-    wrap(model, "forward", lambda read: lambda ids, **k: read(torch.zeros_like(ids), **k))
-
-
 def put_gates_back(model, monkeypatch):
     """Where they began, but for as little as 0.257 differs from 0.269."""
     for layer in model.memory_layers.values():
@@ -201,12 +197,10 @@ def put_gates_back(model, monkeypatch):
 
 
 FAULTS = [
-    (look_one_ahead, "pythia", "default", "causality", "changes the logits at"),
     (look_one_ahead, "infini", "default", "causality", "changes the logits at"),
     (look_into_later_segments, "infini", "tuned", "causality", "changes the logits at"),
     (mix_rows, "infini", "default", "rows", "in one call"),
     (mix_memories, "infini", "tuned", "rows", "through per-row memories"),
-    (mix_memories, "hierarchical", "default", "rows", "through per-row memories"),
     (shift_labels_twice, "infini", "default", "labels", "from those of the next token"),
     (write_in_calls, "infini", "default", "evaluation", "memory was changed by a call"),
     (write_in_scoring, "infini", "default", "evaluation", "memory was changed by token_losses"),
@@ -214,15 +208,12 @@ FAULTS = [
     (always_drop, "infini", "default", "modes", "random in evaluation"),
     (drop_in_training, "infini", "default", "modes", "training mode changes logits"),
     (scale_by_tokens, "infini", "default", "memory", "M and z have different scales"),
-    (scale_by_tokens, "infini", "tuned", "memory", "M and z have different scales"),
     (scale_by_tokens, "hierarchical", "tuned", "memory", "M and z have different scales"),
-    (overflow, "infini", "default", "memory", "not finite"),
     (overflow, "token_memory", "default", "memory", "not finite"),
     (miscount, "multi_memory", "default", "memory", "counts"),
     (weaken_steps, "infini", "default", "calls", "depend on how the text is cut"),
     (drop_the_prompt, "infini", "default", "generation", "not that of the trained model"),
     (break_a_weight, "pythia", "default", "weights", "embed_out"),
-    (put_gates_back, "infini", "default", "gates", "gates have not moved"),
     (put_gates_back, "multi_memory", "tuned", "gates", "gates have not moved"),
     (put_gates_back, "token_memory", "default", "gates", "gates have not moved"),
 ]
@@ -245,30 +236,10 @@ def test_a_fault_spares_the_checks_that_rest_on_it():
     assert "causality found a fault first" in find(report, "calls").found
 
 
-def test_a_model_that_ignores_what_it_reads():
-    model = make_trained("pythia")
-    ignore_the_text(model, None)
-    config = dataclasses.replace(CONFIG, checks=("causality",))
-    check_only(examine(model, config=config), "warning", "causality", "ignores what it reads")
-
-
 def test_a_model_trained_with_doubly_shifted_labels():
     report = examine(make_trained(shift=2))
     check_only(report, "fault", "shift", "labels were shifted twice")
     assert find(report, "skill").level == "skipped"
-
-
-def test_skill_compares_the_same_tokens():
-    """Rare words at the text's start are hard for the model and the frequencies alike."""
-    report = examine(make_trained(), config=dataclasses.replace(CONFIG, max_tokens=128, checks=("skill",)))
-    figures = find(report, "skill").figures
-    assert (find(report, "skill").level, figures["num_tokens"]) == ("ok", 128)
-    data = make_data()
-    counts = torch.bincount(torch.from_numpy(data.train.tokens.astype("int64")), minlength=figures["vocab_size"]) + 1
-    scored = torch.from_numpy(data.validation.tokens[1:129].astype("int64"))
-    expected = (counts.sum().log() - counts[scored].log().mean()).exp()
-    assert figures["unigram_perplexity"] == pytest.approx(float(expected), rel=1e-5)
-    assert find(examine(make_untrained("infini")), "skill").found.endswith("these weights are not trained")
 
 
 def test_a_hugging_face_model():

@@ -22,9 +22,7 @@ from new_llm.data.batches import BatchShape, plan_batches
 from new_llm.evaluation.doctor import data_checks
 from new_llm.evaluation.doctor.data_checks import (
     find_sequences,
-    find_shared_documents,
     find_shared_spans,
-    hash_windows,
 )
 
 DATA_CHECKS = dataclasses.replace(CONFIG, checks=("record", "batches", "documents", "spans", "reversal"))
@@ -156,18 +154,3 @@ def test_sequences_are_found_inside_one_document(texts, sequences):
     for index, sequence in enumerate(sequences):
         holders = [i for i, text in enumerate(texts) if sequence and tuple(sequence) in list_spans(text, len(sequence))]
         assert found.get(index) == (holders[0] if holders else None)
-
-
-def test_blocks_do_not_change_the_windows():
-    split = make_split([np.random.default_rng(0).integers(50_000, size=300).tolist(), [1, 2, 3]])
-    whole, blocks = (
-        [np.concatenate(p) for p in zip(*hash_windows(split, 50, block=b), strict=True)] for b in (1000, 64)
-    )
-    assert whole[0].tolist() == blocks[0].tolist() == list(range(251))
-    assert whole[1].tolist() == blocks[1].tolist()
-    assert len(set(whole[1].tolist())) == 251
-
-
-def test_shared_documents():
-    train, validation = make_split([[1, 2, 3], [4], [], [5, 6]]), make_split([[5, 6], [], [1, 2], [5, 6]])
-    assert find_shared_documents(train, validation) == [(3, 0), (3, 3)]

@@ -107,7 +107,7 @@ def check_figures(figures, columns, documents):
         assert difference.nats.value == pytest.approx(losses["carried"] - losses[way])
         assert difference.relative.value == pytest.approx(math.exp(losses["carried"] - losses[way]) - 1)
         drawn = []
-        for _ in range(4000):
+        for _ in range(1000):
             chosen = rng.integers(len(documents), size=len(documents))
             if counts["carried"][chosen].sum():
                 a, b = (totals[w][chosen].sum() / counts[w][chosen].sum() for w in ("carried", way))
@@ -136,13 +136,6 @@ def test_figures_and_paired_intervals():
     paired, single = result.overall.differences["reset"].nats, result.overall.perplexity["carried"]
     assert paired.low < paired.value < paired.high
     assert single.low < single.value < single.high
-
-
-def test_the_same_seed_gives_the_same_intervals_and_another_does_not():
-    first, again, other = (measure(BigramModel(), seed=seed).overall for seed in (1, 1, 2))
-    assert first == again
-    assert first.perplexity["carried"].value == other.perplexity["carried"].value
-    assert first.perplexity["carried"] != other.perplexity["carried"]
 
 
 def test_documents_are_chosen_and_cut():
@@ -186,22 +179,6 @@ def test_a_stopped_measurement_is_labelled_and_still_paired(num_batches):
     for entry in result.documents:
         assert entry["num_tokens"]["carried"] == entry["num_tokens"]["reset"] == entry["num_tokens"]["foreign"]
     assert len(asked) == num_batches
-
-
-def test_a_stopped_baseline_is_not_compared():
-    model, asked = BigramModel(), []
-    measure(model, should_stop=lambda: bool(asked.append(True)))
-    batches, asked = len(asked), []
-    result = measure(
-        model,
-        baselines=[Baseline("plain", BigramModel(seed=1)), Baseline("other", BigramModel(seed=2))],
-        segments_per_call=1,
-        should_stop=lambda: bool(asked.append(True)) or len(asked) == batches + 2,
-    )
-    assert not result.is_complete
-    assert result.num_tokens == result.num_planned
-    assert set(result.overall.differences) == {"reset", "foreign"}
-    assert set(result.overall.perplexity) == {*WAYS, "plain"}
 
 
 def test_baselines_score_the_same_tokens():
@@ -285,24 +262,3 @@ def test_real_models_equal_the_protocols(kind, options, batch_size):
     after = model.get_memory_state()
     for index, entry in before.items():
         assert all(torch.equal(after[index][k], v) for k, v in entry.items() if isinstance(v, torch.Tensor))
-
-
-def test_foreign_memory_of_a_real_model_equals_a_loop_with_set_memory_state():
-    model = make_model("infini").double()
-    result = measure(model, REAL, min_tokens=40)
-    for entry in result.documents:
-        tokens, lender = (
-            torch.from_numpy(REAL.document(i).astype("int64"))[None]
-            for i in (entry["index"], entry["foreign_memory_of"])
-        )
-        total, stream, reader = 0.0, make_model("infini").double(), make_model("infini").double()
-        for begin in range(0, tokens.shape[1] - 1, 16):
-            reader.set_memory_state(stream.get_memory_state())
-            with torch.no_grad():
-                logits = reader(tokens[:, begin : begin + 16])[0]
-                targets = tokens[0, begin + 1 : begin + 17]
-                chosen = logits.log_softmax(-1)[: len(targets)].gather(1, targets[:, None])
-                total -= float(chosen.sum())
-                if lender[:, begin : begin + 16].shape[1]:
-                    stream(lender[:, begin : begin + 16], update_memory=True)
-        assert sum(entry["total_nll"]["foreign"]) == pytest.approx(total, rel=1e-6)

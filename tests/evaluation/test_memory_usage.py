@@ -65,13 +65,6 @@ def test_what_the_model_holds_is_back_afterwards(model):
     assert float(model.get_memory_state()[0]["memories"].abs().sum()) == 0
 
 
-def test_the_longest_document_is_read_where_none_is_long_enough(model):
-    usage = measure_memory_usage(model, make_split(10, 20, 12), num_segments=9)
-    assert usage is not None
-    assert (usage["document"], usage["num_segments"]) == (1, 2)
-    assert measure_memory_usage(model, make_split(8, 3), num_segments=9) is None
-
-
 def test_a_model_without_memory_has_none():
     assert measure_memory_usage(create_model("pythia", SHAPE), make_split(40), num_segments=2) is None
 

@@ -186,16 +186,6 @@ def test_a_diverged_model_is_reported_not_raised(evaluate):
         assert not math.isfinite(evaluate(model, SPLIT, batch_size=2).perplexity)
 
 
-def test_results_are_plain_json():
-    result = evaluate_streaming(BigramModel(), SPLIT, batch_size=2)
-    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    names = "protocol perplexity standard_error loss bits_per_byte word_perplexity num_tokens num_planned"
-    names += " num_words num_bytes num_documents documents context stride segment_length prefix_token seconds"
-    names += " tokens_per_second is_complete"
-    assert " ".join(values) == names
-    assert values["tokens_per_second"] == pytest.approx(values["num_tokens"] / values["seconds"])
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_positions_equal_a_naive_loop(batch_size):
     model = BigramModel()
@@ -211,14 +201,6 @@ def test_positions_equal_a_naive_loop(batch_size):
         assert entry["num_tokens"] == len(losses)
         assert entry["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
     json.dumps(found, allow_nan=False)
-
-
-def test_a_range_without_a_scored_token_is_left_out():
-    split = make_split(make_documents([6, 6]))
-    found = evaluate_positions(BigramModel(), split, seq_length=50, edges=(0, 1, 5, 10), batch_size=2)
-    assert [(entry["start"], entry["end"], entry["num_tokens"]) for entry in found] == [(1, 5, 8), (5, 10, 2)]
-    with pytest.raises(UserError, match="nothing to score"):
-        evaluate_positions(BigramModel(), make_split([[1]]), seq_length=50, edges=(0,), batch_size=2)
 
 
 def test_unigram_perplexity():

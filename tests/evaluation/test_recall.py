@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from recall_stand_ins import SEGMENT, SPLIT, TEXTS, TOKENIZER, VOCAB_SIZE, Copier
+from recall_stand_ins import SEGMENT, SPLIT, TOKENIZER, VOCAB_SIZE, Copier
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -120,13 +120,6 @@ def test_short_segments_are_left_out_or_refused():
         evaluate_recall(Copier(), TOKENIZER, tokenize_documents([], TOKENIZER))
 
 
-def test_text_that_repeats_is_noted():
-    short = tokenize_documents([TEXTS[0][:600]], TOKENIZER)
-    result = measure(Copier(), short, lengths=(8,), depths=(0.5,), trials=1, tasks=("facts",))
-    assert "repeats" in result.notes[0]
-    assert result.cells[0].carried.exact.value == 1
-
-
 @pytest.mark.parametrize("num_calls", [1, 4, 11])
 def test_a_stopped_measurement_is_labelled(num_calls):
     asked = []
@@ -135,13 +128,6 @@ def test_a_stopped_measurement_is_labelled(num_calls):
     assert not result.is_complete
     assert result.num_trials == sum(cell.num_trials for cell in result.cells) < result.num_planned
     json.dumps(result.to_dict(), allow_nan=False)
-
-
-def test_progress_ends_at_all_tokens():
-    told = []
-    result = measure(Copier(), on_progress=lambda *x: told.append(x), segments_per_call=2)
-    assert told == sorted(told)
-    assert told[-1] == (result.num_tokens, result.num_tokens)
 
 
 def make_model(kind, **options):
@@ -186,24 +172,6 @@ def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind, option
             assert answer.is_exact == (ids[0, len(prompt) :].tolist() == wanted)
 
 
-def test_greedy_matches_are_found_where_there_are_any():
-    """An untrained model gives no right answer; one whose head always says the answer's tokens in turn does."""
-    model = make_model("infini")
-    text = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=2, seed=0).make("facts", 2, 0.5, 0)
-    right = text.candidates[0]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    ids = torch.from_numpy(right)[None]
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss, _ = model.compute_loss(ids, ids)
-        loss.backward()
-        optimizer.step()
-    options = {"lengths": (2,), "depths": (0.5,), "tasks": ("facts",), "num_candidates": 2}
-    (cell,) = measure(model, trials=2, **options).cells
-    assert cell.reset.answers[0] == Answer(True, 1.0, True)
-    assert not cell.reset.answers[1].is_exact
-
-
 def test_models_without_memory_are_their_own_control():
     torch.manual_seed(0)
     config = GPTNeoXConfig(
@@ -219,14 +187,6 @@ def test_models_without_memory_are_their_own_control():
         assert not result.has_memory
         assert all(cell.carried == cell.reset for cell in result.cells)
         assert len(result.cells) == 18
-
-
-def test_a_model_that_knows_nothing_stays_at_chance():
-    model = make_model("pythia")  # untrained, and asked without reading, so that many trials cost little
-    for cell in measure(model, lengths=(2,), depths=(0.5,), trials=150, batch_size=50).cells:
-        assert cell.carried.exact.value == 0
-        assert cell.carried.first.low < 0.1 < cell.carried.first.high
-        assert cell.carried.mean_rank.value == pytest.approx(5.5, abs=0.9)
 
 
 def test_equals_share_the_mean_of_their_places_and_none_is_first():

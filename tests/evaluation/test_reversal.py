@@ -1,4 +1,3 @@
-import json
 import math
 from collections import Counter
 
@@ -69,18 +68,6 @@ def test_a_model_that_knows_both_directions_has_ratio_one(tokenizer):
     assert result.forward_accuracy == result.backward_accuracy == 1
 
 
-def test_an_ignorant_model_ties_or_prefers_one_answer_and_stays_at_chance(tokenizer):
-    model = KnownTexts([], lambda text: tokenizer.encode(text).ids)
-    result = evaluate_reversal_curse(model, tokenizer, PAIRS)
-    assert result.forward_accuracy <= result.chance_accuracy + 1e-9
-    assert result.backward_accuracy <= result.chance_accuracy + 1e-9
-    model.token_loss = lambda prefix, token: 2.0  # the first of equals is not first
-    pairs = [make_pair("likes", "Ann", "X"), make_pair("likes", "Bob", "Y")]
-    result = evaluate_reversal_curse(model, tokenizer, pairs)
-    assert (result.forward_accuracy, result.chance_accuracy) == (0, 0.5)
-    assert result.forward_perplexity == pytest.approx(math.exp(2))
-
-
 def test_a_transformers_tokenizer_gives_the_same(tokenizer):
     model = KnownTexts([pair.forward for pair in PAIRS[:8]], lambda text: tokenizer.encode(text).ids)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -119,33 +106,6 @@ def test_equal_answers_count_once_and_another_right_answer_does_not_compete(toke
     result = evaluate_reversal_curse(model, tokenizer, pairs)
     assert result.forward_accuracy == result.backward_accuracy == 1
     assert result.chance_accuracy == pytest.approx((3 * (1 / 2) + 2 * (1 / 2) + 1 / 3) / 6)
-
-
-def test_results_are_plain_json(tokenizer):
-    model = KnownTexts([], lambda text: tokenizer.encode(text).ids)
-    values = json.loads(json.dumps(evaluate_reversal_curse(model, tokenizer, PAIRS).to_dict(), allow_nan=False))
-    figures = {
-        "num_pairs",
-        "forward_perplexity",
-        "backward_perplexity",
-        "forward_accuracy",
-        "backward_accuracy",
-    }
-    figures |= {"forward_answer_perplexity", "backward_answer_perplexity", "forward_mean_rank", "backward_mean_rank"}
-    figures |= {"ratio", "answer_ratio", "gap"}
-    measured = figures - {"num_pairs"}
-    figures |= {"chance_accuracy", "chance_mean_rank", "intervals"}
-    assert set(values) == figures | {"per_relation", "by_kind", "bootstrap"}
-    assert set(values["intervals"]) == set(values["per_relation"][0]["intervals"]) == measured
-    assert values["bootstrap"] == {
-        "method": "percentile; pairs drawn within each relation",
-        "num_resamples": 1000,
-        "confidence": 0.95,
-        "seed": 0,
-    }
-    assert set(values["by_kind"]) == {"real", "invented"}
-    assert set(values["by_kind"]["real"]) == figures
-    assert set(values["per_relation"][0]) == figures | {"relation"}
 
 
 def test_too_many_sentences_are_refused_before_any_is_read(tokenizer):

@@ -4,11 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from evaluation_stand_ins import BigramModel, make_documents, make_split, read_naively
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm.config import UserError
 from new_llm.evaluation import (
@@ -18,7 +16,6 @@ from new_llm.evaluation import (
     evaluate_streaming,
     plan_rolling_windows,
 )
-from new_llm.evaluation.hugging_face import HuggingFaceLM
 
 DOCUMENTS = make_documents([37, 1, 2, 64, 130, 16])
 SPLIT = make_split(DOCUMENTS)
@@ -103,45 +100,3 @@ def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
     late = evaluate(batch_size=10_000, should_stop=lambda: evaluate is None)
     assert late.is_complete
     assert late.num_bytes == whole.num_bytes
-
-
-def test_the_wrapper_equals_hugging_face_s_own_loss():
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    inner = GPTNeoXForCausalLM(config).eval()
-    model = HuggingFaceLM(inner)
-    assert model.segment_length == 32
-    total, count = 0.0, 0
-    with torch.inference_mode():
-        for document in DOCUMENTS:
-            for begin in range(0, len(document), 8):
-                end = min(begin + 24, len(document))
-                scored = end - (begin + 16 if begin else 1)
-                if scored > 0:
-                    ids = torch.tensor([document[begin:end]])
-                    labels = ids.clone()
-                    labels[:, : end - begin - scored] = -100
-                    total += float(inner(input_ids=ids, labels=labels).loss) * scored
-                    count += scored
-                if end == len(document):
-                    break
-    result = evaluate_sliding_window(model, SPLIT, context=24, stride=8, batch_size=3)
-    assert result.num_tokens == count
-    assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
-    streaming = evaluate_streaming(model, SPLIT, batch_size=3)
-    assert streaming.loss == pytest.approx(evaluate_independent(model, SPLIT, batch_size=3).loss, rel=1e-6)
-
-
-def test_the_wrapper_needs_a_segment_length():
-    class Config:
-        max_position_embeddings = None
-
-    class Model(torch.nn.Module):
-        config = Config()
-
-    with pytest.raises(ValueError, match="segment_length"):
-        HuggingFaceLM(Model())
-    assert HuggingFaceLM(Model(), segment_length=7).segment_length == 7

@@ -30,20 +30,6 @@ def test_a_token_is_scored_in_the_first_window_that_reaches_it(length, setting):
             assert window.begin == reaching[0]
 
 
-@given(st.integers(0, 200), st.integers(2, 40), st.integers(1, 39))
-def test_overlapping_windows_are_those_of_hugging_faces_guide(length, context, stride):
-    stride = min(stride, context - 1)
-    expected, previous_end = [], 0
-    for begin in range(0, length, stride):
-        end = min(begin + context, length)
-        expected += [(begin, index) for index in range(max(previous_end, 1), end)]
-        previous_end = end
-        if end == length:
-            break
-    windows = plan_windows(length, context, stride)
-    assert [(w.begin, index) for w in windows for index in range(w.first_scored, w.end)] == expected
-
-
 @given(st.integers(0, 200), st.integers(1, 40))
 def test_segments_are_consecutive_and_lose_no_target(length, piece_tokens):
     pieces = plan_segments(length, piece_tokens)

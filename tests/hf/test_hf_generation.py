@@ -55,16 +55,6 @@ def test_greedy_begins_from_the_held_memory_and_leaves_it():
     assert all(torch.equal(after[0][key], value) for key, value in before[0].items() if torch.is_tensor(value))
 
 
-def test_a_stop_token_ends_a_row_as_ours():
-    hf = wrap("mixed")
-    ids, mask = padded("left")
-    free, _ = hf.model.generate(ids, mask, max_new_tokens=10)
-    stop = int(free[0, 16])
-    ours, _ = hf.model.generate(ids, mask, max_new_tokens=10, eos_token_id=stop)
-    theirs = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=10, eos_token_id=stop, **GREEDY)
-    assert torch.equal(theirs, ours)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", STACKS)
 def test_beams_with_the_cache_equal_beams_without(name, side):
@@ -80,18 +70,6 @@ def test_beams_with_the_cache_equal_beams_without(name, side):
     assert torch.equal(*found)
     alone = hf.generate(input_ids=ids[1:2, mask[1] == 1], max_new_tokens=11, num_beams=4, **GREEDY)
     assert torch.equal(found[0][2, 13:], alone[0, 9:])
-
-
-def test_samples_with_the_cache_equal_samples_without():
-    hf = wrap("mixed")
-    ids, mask = padded("left")
-    found = []
-    for use_cache in (True, False):
-        torch.manual_seed(4)
-        options = {"do_sample": True, "num_return_sequences": 3, "top_k": 20, "pad_token_id": 0}
-        found.append(hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=9, use_cache=use_cache, **options))
-    assert torch.equal(*found)
-    assert len({tuple(row.tolist()) for row in found[0][:3]}) > 1
 
 
 def test_all_layers_alone_and_a_selective_model_generate_alike():
@@ -174,16 +152,6 @@ def test_a_prompt_read_in_chunks_is_continued_alike(side, num_beams):
         for size in (None, 1, 4, 99)
     ]
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def test_generation_goes_on_from_a_given_cache():
-    hf = wrap("mixed")
-    ids = text_ids(2, 12)
-    expected = hf.generate(input_ids=ids, max_new_tokens=8, **GREEDY)
-    with torch.no_grad():
-        cache = hf(ids[:, :7], use_cache=True).past_key_values
-    found = hf.generate(input_ids=ids, past_key_values=cache, max_new_tokens=8, **GREEDY)
-    assert torch.equal(found, expected)
 
 
 def test_padding_on_the_right_of_a_whole_piece_keeps_the_last_real_state():

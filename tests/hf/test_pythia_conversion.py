@@ -101,32 +101,6 @@ def test_an_exported_model_is_hugging_faces(tmp_path, tokenizer):
     assert torch.equal(theirs.generate(ids, max_new_tokens=12, do_sample=False), ours)
 
 
-def test_an_export_replaces_the_weights_that_stood_there(tmp_path, neox):
-    weights = disk_weights(neox)
-    write_folder(tmp_path, OLD_CONFIG, weights, "safetensors-sharded")
-    (tmp_path / "notes.txt").write_text("mine")
-    model = load_pythia(tmp_path)
-    with torch.no_grad():
-        model.embed_in.weight.neg_()
-    export_pythia(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "notes.txt",
-    ]
-    assert_bit_identical(model, load_pythia(tmp_path))
-
-
-def test_a_checkpoint_of_several_precisions_becomes_one_that_holds_them(tmp_path, neox):
-    weights = disk_weights(neox, torch.float16)
-    norm = "gpt_neox.final_layer_norm.weight"
-    weights[norm] = weights[norm].float() + 1e-6
-    model = load_pythia(write_folder(tmp_path, OLD_CONFIG, weights))
-    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
-    assert torch.equal(model.final_layer_norm.weight, weights[norm])
-
-
 # What can't be read or written
 
 
@@ -153,11 +127,6 @@ def test_what_our_layers_can_not_represent_is_one_line(tmp_path, neox, changes, 
         load_pythia(folder)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_rope_scaling_of_the_default_type_is_none(tmp_path, neox):
-    folder = write_folder(tmp_path, OLD_CONFIG | {"rope_scaling": {"type": "default"}}, disk_weights(neox))
-    assert load_pythia(folder).layers[0].settings["rotary_pct"] == 0.5
 
 
 def test_broken_folders_are_one_line(tmp_path, neox):
@@ -268,16 +237,6 @@ def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
     assert model.layers[1].settings["layer_norm_eps"] == 1e-4
     model(text_ids(2, 20), update_memory=True)
     assert int(model.get_memory_state()[1]["segment_counter"]) == 3
-
-
-def test_an_mlp_of_another_width_is_drawn_anew(tmp_path, neox):
-    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox))
-    model = load_pythia(folder, replace_layers={0: {"kind": "infini", "intermediate_size": 16}})
-    weight = model.layers[0].mlp.dense_h_to_4h.weight
-    assert weight.shape == (16, 32)
-    assert float(weight.detach().std()) == pytest.approx(0.03, rel=0.2)  # the checkpoint's initializer_range
-    dense = neox.state_dict()["gpt_neox.layers.0.attention.dense.weight"]
-    assert torch.equal(model.layers[0].attention.dense.weight, dense)
 
 
 def test_swaps_out_of_range_are_named(tmp_path, neox):

@@ -14,7 +14,7 @@ from new_llm.config import UserError
 from new_llm.config.files import write_atomically
 from new_llm.models import load_memory_file, save_memory_file, save_model, tensor_files
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
-from new_llm.models.memory_file import measure_distance, merge_memory_files, pair_memories, read_memory_file
+from new_llm.models.memory_file import merge_memory_files, pair_memories, read_memory_file
 from new_llm.models.tensor_files import fingerprint_weights
 
 KINDS = [
@@ -77,26 +77,6 @@ def test_another_process_gives_identical_logits(tmp_path, make_model, read_rows,
     assert done.stdout.strip() == hashlib.sha256(model(ids).detach().numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions(dtype, tmp_path, make_model, read_rows, same_state):
-    model = make_model("multi_memory").to(dtype)
-    model(read_rows(1, 30), update_memory=True)
-    save_memory_file(model, tmp_path / "m.safetensors")
-    memories = read_memory_file(tmp_path / "m.safetensors").state[0]["memories"]
-    assert memories.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    other = make_model("multi_memory").to(dtype)
-    load_memory_file(other, tmp_path / "m.safetensors")
-    same_state(model.get_memory_state(), other.get_memory_state())
-
-
-def test_an_empty_memory_is_a_memory(tmp_path, make_model, same_state):
-    model = make_model()
-    save_memory_file(model, tmp_path / "m.safetensors")
-    other = make_model()
-    load_memory_file(other, tmp_path / "m.safetensors")
-    same_state(model.get_memory_state(), other.get_memory_state())
-
-
 def test_a_model_without_memory_has_nothing_to_save(tmp_path, make_model):
     with pytest.raises(UserError, match="no memory layer"):
         save_memory_file(make_model("pythia"), tmp_path / "m.safetensors")
@@ -143,21 +123,6 @@ def test_metadata_are_strings_that_describe_the_file(tmp_path, make_model, read_
     assert layer.kind == "infini"
     assert layer.use_delta_rule
     assert layer.decay == pytest.approx([0.996], abs=1e-3)
-
-
-def test_fingerprint_tells_weights_apart(make_model):
-    model = make_model()
-    fingerprint = fingerprint_weights(model)
-    assert fingerprint == fingerprint_weights(make_model())
-    assert fingerprint != fingerprint_weights(make_model(seed=1))
-    assert fingerprint != fingerprint_weights(make_model().double())
-    with torch.no_grad():
-        weight = model.embed_out.weight
-        before = weight[0, 0].clone()
-        weight[0, 0] = torch.nextafter(before, before + 1)
-        assert fingerprint != fingerprint_weights(model)
-        weight[0, 0] = before
-    assert fingerprint == fingerprint_weights(model)
 
 
 def test_force_takes_the_memory_of_other_weights(tmp_path, make_model, read_rows, same_state):
@@ -252,17 +217,6 @@ def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
 
 
 # Comparing
-
-
-def test_distance_of_known_tensors():
-    distance = measure_distance(torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0]))
-    assert (distance.norm_a, distance.norm_b) == (5, 5)
-    assert distance.relative == pytest.approx(2**0.5 / 5)
-    assert distance.cosine == pytest.approx(24 / 25)
-    zero = torch.zeros(2)
-    assert measure_distance(zero, zero).relative == 0
-    assert measure_distance(zero, zero + 1).relative == float("inf")
-    assert measure_distance(zero, zero + 1).cosine != measure_distance(zero, zero + 1).cosine
 
 
 def test_memories_are_compared_one_by_one(tmp_path, make_model, read_rows):

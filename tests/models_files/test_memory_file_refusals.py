@@ -17,8 +17,8 @@ from torch import Tensor
 
 from new_llm import TransformerLM
 from new_llm.config import UserError
-from new_llm.models import load_memory_file, save_memory_file, save_model
-from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
+from new_llm.models import load_memory_file, save_memory_file
+from new_llm.models.layers import InfiniLayer, MultiMemoryLayer
 from new_llm.models.memory_file import read_memory_file
 from new_llm.models.tensor_files import hash_content
 
@@ -203,13 +203,6 @@ def test_broken_files(name, filled, valid, same_state):
         read_memory_file(path)
 
 
-def test_the_helpers_change_nothing_else(filled, valid):
-    for change in (change_metadata(), change_layer(), change_tensors()):
-        path = valid.with_name("same.safetensors")
-        path.write_bytes(change(valid.read_bytes()))
-        load_memory_file(filled, path)
-
-
 def test_what_is_no_file(filled, tmp_path, same_state):
     assert_refused(filled, tmp_path / "nowhere.safetensors", "No such file", same_state)
     assert_refused(filled, tmp_path, "not a regular file", same_state)
@@ -229,23 +222,6 @@ def test_pickles_are_not_executed(protocol, ending, filled, tmp_path, same_state
     assert not crater.exists()
     pickle.loads(pickle.dumps(Bomb(crater)))
     assert crater.exists()
-
-
-def test_a_saved_state_and_saved_weights_are_no_memory_files(filled, tmp_path, same_state):
-    torch.save(filled.get_memory_state(), tmp_path / "m.pt")
-    assert_refused(filled, tmp_path / "m.pt", "torch.load", same_state)
-    save_model(filled, tmp_path / "model")
-    assert_refused(filled, tmp_path / "model" / "model.safetensors", "not a memory file", same_state)
-
-
-def test_a_header_as_long_as_a_pickle_begins(filled, valid):
-    """A header of 1,152 (0x480) bytes begins with the bytes of pickle's protocol 4."""
-    header, payload = split(valid.read_bytes())
-    text = json.dumps(header, separators=(",", ":")).encode()
-    assert len(text) <= 1152
-    valid.write_bytes(join(text.ljust(1152), payload))
-    assert valid.read_bytes().startswith(b"\x80\x04")
-    load_memory_file(filled, valid)
 
 
 @pytest.mark.parametrize(
@@ -272,12 +248,6 @@ def test_other_decay(tmp_path, make_model, same_state):
 
 def test_other_weights(valid, make_model, same_state):
     assert_refused(make_model(seed=1), valid, "filled by other weights", same_state, force=False)
-
-
-def test_memory_in_another_layer(valid, make_model, same_state):
-    layers = [PythiaLayer(32, 4, 64), InfiniLayer(32, 4, 64)]
-    model = TransformerLM(layers, make_model().vocab_size, 8)
-    assert_refused(model, valid, r"memory of layers \[0\], this model has memory in \[1\]", same_state)
 
 
 def test_layers_that_disagree_on_rows(tmp_path, valid, same_state):

@@ -132,24 +132,6 @@ def test_documents_of_json_lines_begin_new_segments(tmp_path, speeches, make_mod
         assert difference(expected, model.get_memory_state()) < 1e-5
 
 
-def test_filling_replaces_what_was_held_and_keeps_no_gradients(texts, make_model, tokenizer, same_state):
-    model = make_model()
-    fill_memory(model, tokenizer, texts[:1])
-    first = model.get_memory_state()
-    model.reset_memory(5)
-    fill_memory(model, tokenizer, texts[:1])
-    same_state(first, model.get_memory_state())
-    assert model.memory_rows is None
-    assert not any(memory.memories.requires_grad for memory in model._held if memory is not None)
-
-
-def test_progress_is_told_in_bytes_of_the_files(texts, make_model, tokenizer):
-    told: list[int] = []
-    fill_memory(make_model(), tokenizer, texts, config=SMALL, on_bytes=told.append)
-    assert sum(told) == sum(path.stat().st_size for path in texts)
-    assert max(told) <= SMALL.block_bytes
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -176,10 +158,3 @@ def test_bad_files_are_refused_and_the_memory_stays(
         fill_memory(model, tokenizer, [texts[0], tmp_path / name], config=SMALL)
     assert "\n" not in str(refused.value)
     same_state(before, model.get_memory_state())
-
-
-def test_what_can_not_be_filled(texts, make_model, tokenizer):
-    with pytest.raises(UserError, match="no memory layer"):
-        fill_memory(make_model("pythia"), tokenizer, texts)
-    with pytest.raises(UserError, match="no text file"):
-        fill_memory(make_model(), tokenizer, [])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from new_llm.config.evaluation import FillConfig
-from new_llm.experiments.memory_filling import cut_at_white_space, find_cut, read_documents
+from new_llm.experiments.memory_filling import cut_at_white_space, read_documents
 
 SNIPPETS = (
     "The memory of the world, ",
@@ -54,25 +54,6 @@ def test_cutting_changes_no_tokens_of_gpt_neox(shared_data, speeches):
         assert_same_tokens(neox, speeches[0][:8000], block)
     book = (shared_data / "books" / "middlemarch_145.txt").read_text(encoding="utf-8")
     assert_same_tokens(neox, book[:400_000], 5000)
-
-
-@pytest.mark.parametrize(
-    ("text", "left"),
-    [
-        ("one two three", "one two"),
-        ("one two ", "one"),
-        ("one\n\ntwo", "one"),
-        ("one\ntwo\n\n", "one\ntwo"),
-        ("a b\nc", "a"),  # a single space is preferred
-        ("word  word", "word"),
-        ("tab\tx", "tab"),
-        ("word", ""),
-        (" word", ""),
-        ("", ""),
-    ],
-)
-def test_where_text_is_cut(text, left):
-    assert text[: find_cut(text)] == left
 
 
 def test_a_run_without_white_space_is_bounded():
