@@ -35,6 +35,7 @@ class Report(Command):
         """
         if not self.runs:
             raise UserError("report: name at least one run folder (see new-llm report --help)")
+        import new_llm.evaluation.doctor  # noqa: F401 - its records are known then
         from new_llm.report import read_runs, write_page
 
         found = read_runs(self.runs)
