@@ -18,7 +18,7 @@ from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.inputs import Packing, check_input_ids, check_mask, check_targets, mark_valid, plan_packing
-from new_llm.models.layers import Layer, ReadTokens, Segments
+from new_llm.models.layers import Attention, Layer, ReadTokens, Segments
 from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.stream import MemoryStream
@@ -299,7 +299,8 @@ class TransformerLM(HeldMemory):
 
     def describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
         """The tokens and head weight that layers before the head read; None where there is no such layer."""
-        return None if self.first_before_head is None else ReadTokens(input_ids, self.read_head_weight())
+        is_wanted = any(layer.reads_tokens for layer in self.layer_list)
+        return ReadTokens(input_ids, self.read_head_weight()) if is_wanted else None
 
     def read_head_weight(self) -> Tensor:
         """The head as a matrix [Z, D], also where it is wrapped by an adapter, quantised or hooked.
@@ -449,9 +450,10 @@ class TransformerLM(HeldMemory):
 
     def add_auxiliary_loss(self, total: Tensor, targets: Tensor) -> Tensor:
         """A summed loss plus, in training, the auxiliary losses of the last call, once per target; clears them."""
-        found = [layer.auxiliary_loss for layer in self.layer_list if layer.auxiliary_loss is not None]
-        for layer in self.layer_list:
-            layer.auxiliary_loss = None
+        holders = [part for part in self.layers.modules() if isinstance(part, Layer | Attention)]
+        found = [part.auxiliary_loss for part in holders if part.auxiliary_loss is not None]
+        for part in holders:
+            part.auxiliary_loss = None
         if not self.training or not found:
             return total
         return total + torch.stack(found).sum() * (targets != IGNORE_INDEX).sum()

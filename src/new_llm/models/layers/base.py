@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from new_llm.models.loss import IGNORE_INDEX
+from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
 
 
@@ -33,6 +35,24 @@ class ReadTokens:
         """The head's row of each token, [..., D]."""
         return F.embedding(self.input_ids, self.head_weight)
 
+    def score(self, hidden: Tensor, is_scored: Tensor) -> Tensor:
+        """The mean of −log softmax(W LN(h_t))[x_{t+1}]: how well some vectors alone predict the next token.
+
+        LN is a LayerNorm without weights, W the head.
+
+        Args:
+            hidden: h, [B, n, S, D].
+            is_scored: which tokens count, [B, n, S]; the call's last one has no next token.
+
+        Returns:
+            One number, nats; 0 where no token counts.
+        """
+        targets = F.pad(self.input_ids.flatten(1)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = targets.masked_fill(~is_scored.flatten(1), IGNORE_INDEX).flatten()
+        rows = F.layer_norm(hidden, hidden.shape[-1:]).flatten(0, 2)
+        total = linear_cross_entropy(rows, self.head_weight, targets, reduction="sum")
+        return total / (targets != IGNORE_INDEX).sum().clamp_min(1)
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -42,7 +62,7 @@ class Segments:
         valid: real tokens, [B, n, S] bool, on the left of each segment; None: all are real. Segments before a row's
             last token are full.
         write_last: whether to write the last segment too; if False, the returned memory lacks it.
-        tokens: for layers before the head; None for others.
+        tokens: for layers that read them; None for others.
     """
 
     valid: Tensor | None = None
@@ -184,6 +204,11 @@ class Layer(nn.Module, ABC):
 
     # Training
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether `Segments.tokens` is wanted now."""
+        return self.stands_before_head
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """Parameters trained at the gates' learning rate, without weight decay."""
         return []
@@ -261,6 +286,9 @@ class Layer(nn.Module, ABC):
 
 class Attention(nn.Module, ABC):
     """The part of a block that mixes tokens. Subclasses implement both paths with the same result."""
+
+    auxiliary_loss: Tensor | None = None
+    """As `Layer.auxiliary_loss`."""
 
     @abstractmethod
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -64,6 +65,9 @@ class MemoryOptions:
     """Attention inside the segment. softmax, with rotary positions, is the form of the paper (arXiv:2404.07143)."""
     normalize_keys: bool = False
     """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens weigh the same."""
+    read_loss_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an auxiliary loss: what memory returns, through the output projection and the head alone, is to predict
+    the next token."""
     num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
     gate_init: float = 0.0
@@ -249,6 +253,7 @@ class CompressiveAttention(MemoryAttention):
         self.local_attention = options.local_attention
         self.shares_features = options.local_attention == "linear" and options.key_features == "elu"
         self.softmax: RotarySoftmax | None = None
+        self.read_loss_weight = options.read_loss_weight
         self.query_key_init_scale = options.query_key_init_scale
         self.query_key_init_bias = options.query_key_init_bias
         self.match_query_key_init = options.match_query_key_init
@@ -357,7 +362,18 @@ class CompressiveAttention(MemoryAttention):
                 k = k * segments.valid[:, :, None, :, None]
             from_memory, memory = self._scan(q, k, v, memory, segments, rule)
             mixed = self._gate(from_memory, local, hidden)
+        self.auxiliary_loss = self._compute_loss(from_memory, segments)
         return self.dense(mixed.transpose(-2, -3).reshape(hidden.shape)), memory
+
+    def _compute_loss(self, from_memory: Tensor, segments: Segments) -> Tensor | None:
+        """In training, with `read_loss_weight`: how well what memory returned predicts the next token alone."""
+        if not self.training or not self.read_loss_weight or segments.tokens is None:
+            return None
+        has_read = (from_memory.detach() != 0).any(-1).any(-2)  # [B, n, S]
+        if segments.valid is not None:  # the next token must be real
+            has_read = has_read & F.pad(segments.valid.flatten(1)[:, 1:], (0, 1)).view_as(has_read)
+        read = self.dense(from_memory.transpose(-2, -3).flatten(-2))
+        return self.read_loss_weight * segments.tokens.score(read, has_read)
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of [..., S, 3 D], [..., H, S, K] each."""

@@ -29,6 +29,7 @@ class MemoryAttention(Attention):
     segments_per_memory: int
     use_delta_rule: bool
     decay: Sequence[float] | None = None
+    read_loss_weight: float = 0.0
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
         """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
@@ -70,6 +71,11 @@ class MemoryLayer(Layer):
     """Prefix of `memories` in the keys of the layer's state."""
     index_key: ClassVar[str]
     """The key of the index of the memory that is written next."""
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Before the head always; elsewhere in training, where what memory returns has a loss of its own."""
+        return self.stands_before_head or (self.training and self.attention.read_loss_weight > 0)
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
         """As `Layer.empty_memory`."""

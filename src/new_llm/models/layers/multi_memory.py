@@ -17,7 +17,7 @@ from new_llm.models.layers.base import Layer, Segments, Step
 from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
-from new_llm.models.state import LayerMemory, MemoryState
+from new_llm.models.state import MemoryState
 
 
 @section
@@ -161,7 +161,7 @@ class RoutedAttention(SelectingAttention):
         sent = F.one_hot(key_scores.argmax(-1), num_routed)
         if segments.valid is not None:
             sent = sent * segments.valid.unsqueeze(-1)
-        self._balance(key_scores, sent)
+        self.balance_loss = self._balance(key_scores, sent)
         added = sent.sum(2)  # tokens of each segment that each memory takes, [B, n, N]
         seen = before.num_tokens[:, None, :num_routed] + added.cumsum(1) - added
         shares = self.route(q, dtype).softmax(-1)
@@ -197,14 +197,21 @@ class RoutedAttention(SelectingAttention):
             num_tokens=torch.cat((routed, after.num_tokens), dim=1),
         )
 
-    def _balance(self, scores: Tensor, sent: Tensor) -> None:
+    def _balance(self, scores: Tensor, sent: Tensor) -> Tensor | None:
+        """The auxiliary loss of the router; see the class."""
+        if not self.training or not self.balance_weight:
+            return None
+        tokens = sent.flatten(0, 2).to(scores.dtype)
+        is_real = tokens.sum(-1, keepdim=True)
+        number = is_real.sum().clamp_min(1)
+        probability = (scores.softmax(-1).flatten(0, 2) * is_real).sum(0) / number
+        return self.balance_weight * tokens.shape[-1] * (tokens.sum(0) / number * probability).sum()
+
+    def _compute_loss(self, from_memory: Tensor, segments: Segments) -> Tensor | None:
+        """Also that of the router."""
+        found = [loss for loss in (self.balance_loss, super()._compute_loss(from_memory, segments)) if loss is not None]
         self.balance_loss = None
-        if self.training and self.balance_weight:
-            tokens = sent.flatten(0, 2).to(scores.dtype)
-            is_real = tokens.sum(-1, keepdim=True)
-            number = is_real.sum().clamp_min(1)
-            probability = (scores.softmax(-1).flatten(0, 2) * is_real).sum(0) / number
-            self.balance_loss = self.balance_weight * tokens.shape[-1] * (tokens.sum(0) / number * probability).sum()
+        return torch.stack(found).sum() if found else None
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """Not used: a stream runs the open segment again."""
@@ -231,14 +238,6 @@ class MultiMemoryLayer(CompressiveLayer):
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:
         """As `CompressiveLayer.choose_attention`."""
         return RoutedAttention if options.router == "top1" else self.attention_type
-
-    def forward(
-        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
-    ) -> tuple[Tensor, LayerMemory | None]:
-        """As `Layer.forward`."""
-        result = super().forward(hidden, memory, segments)
-        self.auxiliary_loss = getattr(self.attention, "balance_loss", None)
-        return result
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """As `Layer.step`; top1 has no faster way than to run the open segment again."""
