@@ -80,6 +80,9 @@ def test_another_process_gives_identical_logits(tmp_path, make_model, read_rows,
 def test_a_model_without_memory_has_nothing_to_save(tmp_path, make_model):
     with pytest.raises(UserError, match="no memory layer"):
         save_memory_file(make_model("pythia"), tmp_path / "m.safetensors")
+    for kind in ("rmt", "transformer_xl"):
+        with pytest.raises(UserError, match=f"and not what {kind} carries"):
+            save_memory_file(make_model(kind), tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(

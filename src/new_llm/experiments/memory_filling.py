@@ -30,7 +30,7 @@ from new_llm.config.files import describe_os_error
 from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
-from new_llm.models.memory_file import save_memory_file
+from new_llm.models.memory_file import check_kinds, save_memory_file
 from new_llm.training.devices import choose_device
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
@@ -145,6 +145,7 @@ def fill_memory(
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer to fill")
+    check_kinds(model)
     if not paths:
         raise UserError("no text file is given")
     check_text_files(paths)

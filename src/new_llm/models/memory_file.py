@@ -277,6 +277,7 @@ def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer: there is no memory to save")
+    check_kinds(model)
     state = model.get_memory_state()
     record = make_record(
         state,
@@ -285,6 +286,16 @@ def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint
         segment_length=model.segment_length,
     )
     write_memory_file(Path(path), MemoryFile(record, state))
+
+
+def check_kinds(model: HeldMemory) -> None:
+    """Raise UserError if a layer's memory is not one of associative memories, which alone have a form of file."""
+    odd = {layer.kind for layer in model.memory_layers.values() if not isinstance(layer, MemoryLayer)}
+    if odd:
+        raise UserError(
+            f"memory files hold associative memories, and not what {', '.join(sorted(odd))} carries; "
+            "torch.save(model.get_memory_state(), ...) keeps any memory"
+        )
 
 
 def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False) -> None:
@@ -306,6 +317,7 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
 
 
 def _check_fits(record: MemoryRecord, model: HeldMemory, where: str, force: bool) -> None:
+    check_kinds(model)
     layers = model.memory_layers
     if [layer.layer for layer in record.layers] != list(layers):
         found = [layer.layer for layer in record.layers]
