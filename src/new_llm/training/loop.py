@@ -232,7 +232,8 @@ class Trainer:
         if state.batch == 0:
             self.model.reset_memory(config.batch_size // self.processes.count if self.carries_memory else None)
             state.epoch_loss, state.epoch_tokens = 0.0, 0
-        self.progress.begin_epoch(state.epoch + 1, config.num_epochs, self.steps_per_epoch, state.step)
+        num_epochs = max(config.num_epochs, state.epoch + 1)  # more where the seconds decide
+        self.progress.begin_epoch(state.epoch + 1, num_epochs, self.steps_per_epoch, state.step)
         with prefetch_batches(plan, state.batch, config.prefetch_batches, pin=self.device.type == "cuda") as batches:
             is_last = state.batch == len(plan)
             while not is_last:
