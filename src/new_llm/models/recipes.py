@@ -28,6 +28,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     # Each mechanism as its authors have it, where the default is the specification's form.
     "published": {
+        "infini": {"local_attention": "softmax"},  # arXiv:2404.07143
         "multi_memory": {"router": "top1"},  # arXiv:2502.13685
         "hierarchical": {"hierarchy": "fenwick"},  # arXiv:2506.04761
         # arXiv:2604.21106: the map between passes begins as the identity, and each pass sees the tokens and has a loss.
