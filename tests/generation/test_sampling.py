@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from model_cases import get_model, text_ids
+from new_llm.config import UserError
 from new_llm.config.model import GenerationConfig
 from new_llm.models import sampling
 from new_llm.models.sampling import TokenSampler, invert_cumulative, rank_candidates
@@ -105,3 +106,16 @@ def test_a_share_of_the_whole_never_falls_on_probability_0() -> None:
     uniform = torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)
     assert invert_cumulative(probabilities, uniform).tolist() == [1, 3, 3]
     assert invert_cumulative(probabilities[:1], torch.ones(1, 1, dtype=torch.float64)).tolist() == [3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_that_are_not_finite_stop_in_one_line(value: float, do_sample: bool) -> None:
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    sampler = TokenSampler(GenerationConfig(do_sample=do_sample), ids, torch.ones_like(ids, dtype=torch.bool), 6)
+    logits = LOGITS.repeat(2, 1)
+    logits[0, 5] = -torch.inf  # a token that is excluded
+    sampler.choose(logits)
+    logits[1, 3] = value
+    with pytest.raises(UserError, match=r"the logits are NaN or infinite"):
+        sampler.choose(logits)

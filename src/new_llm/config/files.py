@@ -45,7 +45,7 @@ def check_regular_file(path: Path) -> None:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(shorten(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}")) from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: not a regular file")
 

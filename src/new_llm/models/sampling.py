@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from new_llm.config import UserError
 from new_llm.config.model import GenerationConfig
 
 FIRST_CANDIDATES = 1024
@@ -60,7 +61,13 @@ class TokenSampler:
         self.generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(input_ids))]
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row, [B], from logits [B, Z]."""
+        """The next token of each row, [B], from logits [B, Z].
+
+        Raises:
+            UserError: a row has no greatest finite logit: some are NaN or infinite.
+        """
+        if not bool(logits.amax(-1).isfinite().all()):  # amax passes NaN on
+            raise UserError("generation: the logits are NaN or infinite: weights or a memory hold values too large")
         if self.seen is not None:
             logits = penalize_repetition(_widen(logits), self.seen, self.config.repetition_penalty)
         logits = _widen(logits)  # argmax in 16 bits is five times as slow
