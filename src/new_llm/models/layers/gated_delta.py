@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
+from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides
 from new_llm.models.layers.registry import register_layer
@@ -21,13 +22,13 @@ from new_llm.models.state import LayerMemory, MemoryFacts
 class GatedDeltaOptions:
     """The options of a Gated DeltaNet layer; each part can be switched off."""
 
-    num_memory_heads: Annotated[int | None, Field(gt=0)] = None
+    num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
     key_features: Literal["unit", "elu", "softmax"] = "unit"
     """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
     use_token_decay: bool = True
     """Let the memory fade at each token by an α of that token and head."""
-    convolution_size: Annotated[int, Field(ge=0)] = 4
+    convolution_size: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 4
     """Tokens that a causal convolution of q, k and v sees; 0: no convolution."""
     use_output_gate: bool = True
     """Multiply what is read by SiLU(W_g x)."""
