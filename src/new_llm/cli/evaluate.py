@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import new_llm.evaluation.doctor  # noqa: F401 - registers the doctor, which no experiment needs
 from new_llm.cli.eval import Evaluation
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text
