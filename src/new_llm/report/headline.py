@@ -215,7 +215,8 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
     place, scores = find_scores(series)
     if place is None:
         found = [(one.name, measured) for one in series for m in one.members for measured in m.list_measured().values()]
-        sentences = [f"{name}: {said}." for name, measured in found if (said := describe(measured))]
+        ranked = [measured for _, measured in found if any(column.better for column in list_columns(measured))]
+        sentences = [f"{name}: {said}." for name, one in found if one not in ranked and (said := describe(one))]
         return Headline(sentences[0] if sentences else "No model has been evaluated yet.", [])
     column = scores[0].column
     what = make_line(MEASURES[place[0]].title)
