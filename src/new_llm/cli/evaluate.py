@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import new_llm.evaluation.doctor  # noqa: F401 - registers the doctor, which no experiment needs
 from new_llm.cli.eval import Evaluation
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text
-from new_llm.evaluation import Measure, ModelResult, Subject, find_measures
+from new_llm.evaluation import Measure, ModelResult, Subject, find_measures, register_measure
+from new_llm.evaluation.doctor import Doctor
 from new_llm.experiments.evaluation import (
     add_cache,
     describe_added_cache,
@@ -37,6 +37,7 @@ def evaluate(command: Evaluation) -> int:
     Raises:
         UserError: bad input, or a measure that refuses this model or text, once the others are done.
     """
+    register_measure(Doctor)  # here, because experiments do without its modules
     settings, measures = command.settings, find_measures(command.names)
     loaded = add_cache(load_any_model(command.subject), command.subject.cache, command.data)
     subject, text = prepare_subject(loaded, settings, command.subject, command.data)

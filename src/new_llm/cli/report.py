@@ -35,9 +35,11 @@ class Report(Command):
         """
         if not self.runs:
             raise UserError("report: name at least one run folder (see new-llm report --help)")
-        import new_llm.evaluation.doctor  # noqa: F401 - its records are known then
+        from new_llm.evaluation import register_measure
+        from new_llm.evaluation.doctor import Doctor
         from new_llm.report import read_runs, write_page
 
+        register_measure(Doctor)  # so that its records are known
         found = read_runs(self.runs)
         first = self.runs[0] if self.runs[0].is_dir() else self.runs[0].parent
         out = self.out or (first if len(self.runs) == 1 else Path()) / "report.html"

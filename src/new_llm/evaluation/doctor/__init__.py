@@ -16,7 +16,7 @@ from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.doctor import data_checks, forward_checks, memory_checks  # noqa: F401 - they register the checks
 from new_llm.evaluation.doctor.registry import CHECKS, LEVELS, Check, Examination, Finding, Level, skip
-from new_llm.evaluation.measure import Column, Measure, Subject, TrainingData, register_measure
+from new_llm.evaluation.measure import Column, Measure, Subject, TrainingData
 from new_llm.evaluation.scoring import Progress
 from new_llm.formats import format_count
 
@@ -94,7 +94,6 @@ def choose_checks(names: Sequence[str]) -> list[Check]:
     return [check for check in CHECKS.values() if not names or check.name in names]
 
 
-@register_measure
 class Doctor(Measure):
     """Whether the figures of a model can be trusted."""
 
