@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from model_cases import get_model, randomize, text_ids
 from new_llm.config import PythiaConfig, UserError
-from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
+from new_llm.models import TransformerLM, create_model
 from new_llm.models.hf import NewLLMForCausalLM, export_auto
 from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
 from new_llm.models.layers.infini import InfiniOptions
@@ -122,23 +122,6 @@ def test_the_loss_is_ours_and_honours_the_number_of_items():
     loss, logits = hf(ids, attention_mask=mask, labels=labels, return_dict=False)
     torch.testing.assert_close(loss, expected)
     assert torch.equal(logits, found.logits)
-
-
-def test_the_loss_of_a_selective_model_weighs_its_passes():
-    layers = [InfiniLayer(16, 2, 24), PythiaLayer(16, 2, 24)]
-    model = SelectiveOutputLM(layers, 128, 5, skip_interval=1, earlier_pass_weight=0.7)
-    randomize(model)
-    hf = NewLLMForCausalLM.from_model(model)
-    ids = text_ids(2, 12)
-    for is_training in (True, False):
-        hf.train(is_training)
-        model.reset_memory()
-        expected, _ = model.compute_loss(ids, ids)
-        torch.testing.assert_close(hf(ids, labels=ids).loss, expected)
-        # A loss computed again after the write would be of a model that has seen its targets.
-        torch.testing.assert_close(hf(ids, labels=ids, update_memory=True).loss, expected)
-    model.reset_memory()
-    assert not torch.allclose(hf.train()(ids, labels=ids).loss, hf.eval()(ids, labels=ids).loss)
 
 
 def arguments(folder, **changes: Any) -> TrainingArguments:
