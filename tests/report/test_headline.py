@@ -62,6 +62,25 @@ def test_models_are_compared_in_pairs_by_document():
     assert "chance could explain it, so read it as a tie" in compare(results)
 
 
+def test_several_seeds_are_paired_by_seed_and_document():
+    """A gain on one document in six is no gain on others, however alike the seeds are."""
+    hard = [3.0, 4.0, 5.0, 4.5, 3.5, 5.5]
+    for gains, words in (([0.1] * 6, "more than chance explains"), ([0.6] + [0.0] * 5, "read it as a tie")):
+        seeds = [make_seed(seed, {"pythia": 1.0, "infini": 0.9 + 0.001 * seed}) for seed in range(3)]
+        for seed, results in enumerate(seeds):
+            losses = [loss + 0.2 * seed for loss in hard]  # a seed's own mean is no difference between models
+            share_documents(results, losses, [loss - gain for loss, gain in zip(losses, gains, strict=True)])
+        said = compare(*seeds)
+        assert "over 3 seeds, paired by seed, Student's t)" in said
+        assert "(over 6 documents, paired by document and seed)" in said
+        assert words in said
+    for results in seeds:
+        share_documents(results, [3.0], [2.9])
+    said = compare(*seeds)
+    assert "Only 1 document was measured, too few for an interval of the difference. Seeds: 3" in said
+    assert "Student" not in said
+
+
 @pytest.mark.parametrize("broken", [None, {}, {"num_tokens": [1], "total_nll": ["x"]}, {"num_tokens": [2, 3]}])
 def test_documents_that_can_t_be_paired_give_no_interval(broken: Any):
     results = make_results("pythia", "infini")
@@ -79,7 +98,8 @@ def test_a_gap_beyond_the_seeds_spread_is_told_from_one_within():
     ]
     said = compare(*together)
     assert said.startswith("infini has the lowest sliding-window perplexity: 86.17, 6.7% below")
-    assert "(95% interval over 3 seeds, paired by seed, Student's t): more than chance explains." in said
+    assert "(95% interval over 3 seeds, paired by seed, Student's t)" in said
+    assert "(over 22 documents, paired by document and seed): more than chance explains." in said
     assert "Figures are means over 3 seeds per model." in said
     apart = [make_seed(seed, {"pythia": 1 + 0.1 * seed, "infini": 1.2 - 0.1 * seed}) for seed in range(3)]
     assert "chance could explain it, so read it as a tie" in compare(*apart)

@@ -13,6 +13,7 @@ from new_llm.report.results import as_number, get_number, get_value
 from new_llm.report.series import (
     BROKEN,
     CONFIDENCE,
+    Difference,
     Member,
     Place,
     Series,
@@ -21,6 +22,7 @@ from new_llm.report.series import (
     describe,
     list_columns,
     list_places,
+    sum_seeds,
 )
 
 SAME_SHARE = 0.0005
@@ -150,16 +152,24 @@ def _combine(results: Results, way: str) -> Effect | None:
     """What the memory is worth against another way: over documents for one seed, over seeds for several."""
     known = [result["overall"]["differences"][way]["relative"] for _, result in results
              if way in result["overall"]["differences"]]  # fmt: skip
-    if len(known) == 1:
-        return Effect(known[0]["value"], known[0]["low"], known[0]["high"])
-    return _average([one["value"] for one in known])
+    return _average([Effect(one["value"], one["low"], one["high"]) for one in known])
 
 
-def _average(values: Sequence[float]) -> Effect | None:
-    if not values:
+def _average(effects: Sequence[Effect]) -> Effect | None:
+    """The mean over seeds; its interval is the wider one, over seeds or over documents, and none for few documents."""
+    if not effects:
         return None
-    low, high = find_t_interval(values, CONFIDENCE)
-    return Effect(compute_mean(list(values)), low, high)
+    value = compute_mean([effect.value for effect in effects])
+    lows, highs = (
+        [end for effect in effects if (end := getattr(effect, name)) is not None] for name in ("low", "high")
+    )
+    if len(lows) < len(effects):
+        return Effect(value, None, None)
+    low, high = compute_mean(lows), compute_mean(highs)
+    if len(effects) > 1:
+        over_seeds = find_t_interval([effect.value for effect in effects], CONFIDENCE)
+        low, high = min(low, over_seeds[0] or low), max(high, over_seeds[1] or high)
+    return Effect(value, low, high)
 
 
 def _pair(
@@ -173,9 +183,7 @@ def _pair(
         if seed == other_seed
     ]
     found = [difference for a, b in pairs if (difference := compare({"documents": a}, {"documents": b})) is not None]
-    if len(found) == 1:
-        return Effect(found[0].value, found[0].low, found[0].high)
-    return _average([difference.value for difference in found])
+    return _average([Effect(difference.value, difference.low, difference.high) for difference in found])
 
 
 def _sum_long(result: dict[str, Any]) -> dict[str, Any]:
@@ -305,12 +313,20 @@ def describe_difference(best: Score, second: Score, place: Place) -> str:
         return (
             f"{best.series.name} and {second.series.name} share no seeds, so their difference has no paired interval."
         )
+    estimate = _compare_over_documents(pairs, place)
+    if estimate is not None and estimate.low is None:
+        return f"{_say_too_few(estimate.num_documents)} Seeds: {len(shares)}, all on the same documents."
     low, high = find_t_interval(shares, CONFIDENCE)
     said = (
         f"The difference from {second.series.name} is {compute_mean(shares):+.1%} [{low:+.1%}, {high:+.1%}] "
         f"(95% interval over {len(shares)} seeds, paired by seed, Student's t)"
     )
-    return f"{said}: {_judge(low, high)}."
+    is_clear = _is_clear(low, high)
+    if estimate is not None:
+        said += f", [{estimate.low:+.1%}, {estimate.high:+.1%}] (over {estimate.num_documents} documents, paired by "
+        said += "document and seed)"
+        is_clear = is_clear and _is_clear(estimate.low, estimate.high)
+    return f"{said}: {_judge(is_clear)}."
 
 
 def _read(pair: tuple[Member, Member], best: Score, second: Score) -> tuple[float, float] | None:
@@ -321,24 +337,36 @@ def _read(pair: tuple[Member, Member], best: Score, second: Score) -> tuple[floa
     return (found[0], found[1]) if None not in found else None
 
 
+def _compare_over_documents(pairs: Sequence[tuple[Member, Member]], place: Place) -> Difference | None:
+    """Two models document by document, each document's loss summed over the seeds that both have."""
+    results = [[found.result if (found := m.list_measured().get(place)) else {} for m in pair] for pair in pairs]
+    return compare(*map(sum_seeds, zip(*results, strict=True))) if results else None
+
+
 def _describe_over_documents(pairs: Sequence[tuple[Member, Member]], place: Place, name: str) -> str:
     unmeasured = "Each model was trained with one seed, so the spread between seeds is unmeasured."
-    results = [[found.result if (found := m.list_measured().get(place)) else {} for m in pair] for pair in pairs]
-    estimate = compare(*results[0]) if results else None
+    estimate = _compare_over_documents(pairs, place)
     if estimate is None:
         return unmeasured
-    num_documents = estimate.num_documents
     if estimate.low is None or estimate.high is None:
-        return f"Only {num_documents} documents were measured, too few for an interval of the difference. {unmeasured}"
+        return f"{_say_too_few(estimate.num_documents)} {unmeasured}"
     said = (
         f"The difference from {name} is {estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}] "
-        f"(95% interval over {num_documents} documents, paired by document)"
+        f"(95% interval over {estimate.num_documents} documents, paired by document)"
     )
-    return f"{said}: {_judge(estimate.low, estimate.high)}. {unmeasured}"
+    return f"{said}: {_judge(_is_clear(estimate.low, estimate.high))}. {unmeasured}"
 
 
-def _judge(low: float | None, high: float | None) -> str:
-    is_clear = low is not None and high is not None and (low > 0 or high < 0)
+def _say_too_few(num_documents: int) -> str:
+    were = "document was" if num_documents == 1 else "documents were"
+    return f"Only {num_documents} {were} measured, too few for an interval of the difference."
+
+
+def _is_clear(low: float | None, high: float | None) -> bool:
+    return low is not None and high is not None and (low > 0 or high < 0)
+
+
+def _judge(is_clear: bool) -> str:
     return "more than chance explains" if is_clear else "chance could explain it, so read it as a tie"
 
 

@@ -220,6 +220,19 @@ def compare(one: Any, other: Any) -> Difference | None:
         return None
 
 
+def sum_seeds(results: Sequence[Any]) -> dict[str, Any]:
+    """Results of a model's seeds on the same documents as one: tokens and loss of each document, summed over seeds."""
+    try:
+        documents = [result["documents"] for result in results]
+        if any(one["num_tokens"] != documents[0]["num_tokens"] for one in documents):
+            return {}
+        names = ("num_tokens", "total_nll")
+        totals = {name: [sum(seeds) for seeds in zip(*(one[name] for one in documents), strict=True)] for name in names}
+        return {"documents": totals}
+    except BROKEN:
+        return {}
+
+
 def list_unknown(series: Sequence[Series]) -> list[str]:
     """Measures that results name and this program doesn't know."""
     names: Iterable[str] = (name for one in series for member in one.members for name, _ in member.list_measured())
