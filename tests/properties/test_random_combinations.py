@@ -24,7 +24,6 @@ from new_llm.models import load_model, save_model
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.generation import encode_prompts, generate
 from new_llm.models.recipes import RECIPES
-from new_llm.testing import memories_add
 from new_llm.training.preparation import make_optimizer
 from tokenizer_families import FAMILIES, TEXT, train_family
 
@@ -160,7 +159,7 @@ def check_calls(model: TransformerLM, case: Draw) -> None:
     """Causality, independent rows, calls of any number of segments, masks and the held memory."""
     rng = random.Random(case.seed)
     ids = read_text(case, case.num_tokens)
-    rows = None if case.shares_memory and memories_add(model) else case.batch
+    rows = None if case.shares_memory and model.rows_can_share else case.batch
     model.reset_memory(batch_size=rows)
     model(read_text(case, 2 * case.segment), update_memory=True)
     held = model.get_memory_state()
