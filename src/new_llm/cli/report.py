@@ -24,6 +24,8 @@ class Report(Command):
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
     """Run folders, or their results.json."""
+    measures: tuple[str, ...] = ()
+    """Measures of your own that the runs used, as module:Class; no code is loaded because a run's files name it."""
     out: Path | None = None
     """The .html file to write; None: report.html in the run's folder, or in this folder for several runs."""
 
@@ -35,11 +37,12 @@ class Report(Command):
         """
         if not self.runs:
             raise UserError("report: name at least one run folder (see new-llm report --help)")
-        from new_llm.evaluation import register_measure
+        from new_llm.evaluation import find_measures, register_measure
         from new_llm.evaluation.doctor import Doctor
         from new_llm.report import read_runs, write_page
 
         register_measure(Doctor)  # so that its records are known
+        find_measures(self.measures)
         found = read_runs(self.runs)
         first = self.runs[0] if self.runs[0].is_dir() else self.runs[0].parent
         out = self.out or (first if len(self.runs) == 1 else Path()) / "report.html"

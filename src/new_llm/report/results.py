@@ -11,7 +11,8 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file
 from new_llm.config.terminal import make_line
-from new_llm.evaluation import load_own_measures
+from new_llm.config.user_code import is_user_name
+from new_llm.evaluation import MEASURES
 
 SCHEMA_VERSION = 1
 VALIDATION = "validation documents"
@@ -102,12 +103,22 @@ def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
     # One form, however the results were made: lists for tuples, text for what JSON has no form for.
     results = json.loads(json.dumps(results, default=str))
     evaluations, notes = read_evaluations(folder / EVALUATIONS_FOLDER) if folder else ([], [])
-    notes += load_own_measures(get_value(results, "config", "eval", "measures"))
+    names = get_value(results, "config", "eval", "measures")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and is_user_name(name) and not is_loaded(name):
+            notes.append(
+                f"Figures of {make_line(name)} are left out: code that a file names is not loaded; --measures is."
+            )
     for entry in get_entries(results, "models"):
         refused = get_value(entry, "not_measured")
         for measure, line in refused.items() if isinstance(refused, dict) else ():
             notes.append(make_line(f"{name_model(entry)}: {measure} was not measured: {line}"))
     return Run(results, tuple(evaluations), tuple(notes))
+
+
+def is_loaded(name: str) -> bool:
+    """Whether the measure that `module:Class` names is registered."""
+    return any(name == f"{type(one).__module__}:{type(one).__qualname__}" for one in MEASURES.values())
 
 
 def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
