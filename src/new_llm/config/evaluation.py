@@ -321,7 +321,6 @@ class EvalConfig(PerplexityConfig):
         "sliding",
         "positions",
         "memory_usage",
-        "caches",
         "reversal",
     )
     """What is measured, by name; `my_module:MyMeasure` is a measure of your own."""
