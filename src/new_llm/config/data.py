@@ -40,7 +40,7 @@ class DataConfig:
     """Segments in a sample; gradients run through all of them."""
     segment_curriculum: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Segments of a sample in equal shares of all steps, e.g. 1 8: first samples of one segment, from eight times as
-    many places a step, then of eight, at equal tokens a step. It needs `order: shuffled`; empty: no curriculum."""
+    many places a step, then of eight, at equal tokens per step. It needs `order: shuffled`; empty: no curriculum."""
     mixed_samples: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each step's tokens that are single segments from many documents, beside samples of all segments. It
     needs `order: shuffled`; 0: none."""

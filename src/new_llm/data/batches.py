@@ -1,4 +1,4 @@
-"""Batches: which samples a row reads, in what order, and where its memory must be emptied."""
+"""Batches: which samples per row reads, in what order, and where its memory must be emptied."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +161,7 @@ def plan_batches(
         seq_length: tokens in a sample, T.
         batch_size: rows, B.
         order: `stream` shuffles the documents each epoch, lays their samples end to end and cuts the list
-            into B contiguous ranges, one a row; where ranges differ by one, the shorter rows end all masked.
+            into B contiguous ranges, one per row; where ranges differ by one, the shorter rows end all masked.
             `shuffled` permutes the samples: each starts from empty memory, and the last batch may have fewer
             rows.
         seed: of the subset and, with the epoch, of the order.

@@ -344,7 +344,7 @@ def read_context(model: LanguageModel, texts: Sequence[RecallText], begin: int, 
 
 
 def score_answers(model: LanguageModel, texts: Sequence[RecallText], device: torch.device) -> list[Answer]:
-    """Ask the question of every text, one a row, with the memory in place; nothing is written.
+    """Ask the question of every text, one per row, with the memory in place; nothing is written.
 
     Candidates are ranked by their total negative log-likelihood from the first token in which they differ, as in
     `evaluate_reversal_curse`.

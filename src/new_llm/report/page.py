@@ -265,7 +265,7 @@ def list_facts(runs: Sequence[Run]) -> list[str]:
 
 
 def list_training(series: Sequence[Series]) -> list[dict[str, Any]]:
-    """How each training went, a row a model and seed."""
+    """How each training went, a row per model and seed."""
     keys = ("epochs", "best_epoch", "steps", "tokens", "seconds", "cpu_seconds", "tokens_per_second")
     keys += ("peak_memory_bytes",)
     rows = []

@@ -1,4 +1,4 @@
-"""The summary of an experiment: a row a model, a column a figure, for the console and for the page alike."""
+"""The summary of an experiment: a row per model, a column a figure, for the console and for the page alike."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The Gated DeltaNet layer: one memory a head, which fades and is corrected at every token."""
+"""The Gated DeltaNet layer: one memory per head, which fades and is corrected at every token."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

@@ -269,7 +269,7 @@ def _check(
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: [N, D] and [Z, D] are needed")
     for name, tensor in (("targets", targets), ("label_weights", label_weights)):
         if tensor is not None and tensor.shape != hidden.shape[:1]:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one a row")
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one per row")
     if reduction not in ("none", "sum"):
         raise ValueError(f"reduction: {reduction!r} is neither 'none' nor 'sum'")
     if chunk_rows < 1:

@@ -5,7 +5,7 @@ memory m as segment i finds it; m_i is the memory that segment i is written to.
 
 What is sequential is the chain X_{i+1} = d_i X_i + k'_iᵀ u_i alone, where k' is k or what a write rule makes of it.
 Without the delta rule u_i = v_i, so all products are made at once and the chain is a sum; with it u_i needs X_i, two
-products a segment. Reads of all segments, and all other products of backward, are batched over a group of segments.
+products per segment. Reads of all segments, and all other products of backward, are batched over a group of segments.
 Forward keeps the memories at the first segment of each group, and u; backward makes a group's states again from these
 by products that don't wait for one another, so that of n segments' states about 2 √n are held at once. Source of the
 trade: Chen et al., arXiv:1604.06174, section 3.
