@@ -253,6 +253,11 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     summary = describe_study(study, found)
     figure = summary["variants"]["reference"]["figures"][VS_RESET.replace("validation", "books")]
     assert figure["mean"] == pytest.approx(-0.055)
+    assert (figure["low"], figure["high"]) == (None, None)  # of three documents
+    for run in found["reference"]:
+        run["measured"]["long-books"]["result"]["num_documents"] = 5
+    figure = describe_study(study, found)["variants"]["reference"]["figures"][VS_RESET.replace("validation", "books")]
+    assert figure["low"] < -0.055 < figure["high"]
     write_study_page(summary, found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "figures" / "long-books-distance-against-reset.csv").open()))
     assert [row["distance"] for row in rows if row["model"] == "reference"] == ["0+", "1k+", "0+", "1k+", "2k+"]

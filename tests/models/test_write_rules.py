@@ -45,7 +45,12 @@ def test_without_z_and_with_unit_keys_it_reads_what_was_written() -> None:
             "unit keys are signed",
         ),
         (MultiMemoryLayer, {"router": "top1", "use_token_decay": True}, "not router top1 or hierarchy fenwick"),
-        (HierarchicalLayer, {"hierarchy": "fenwick", "use_normalizer": False}, "not router top1 or hierarchy fenwick"),
+        (InfiniLayer, {"use_normalizer": False}, "diverges on keys longer than 1"),
+        (
+            HierarchicalLayer,
+            {"hierarchy": "fenwick", "use_normalizer": False, "key_features": "softmax"},
+            "not router top1 or hierarchy fenwick",
+        ),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(layer_type: type, options: dict[str, object], message: str) -> None:

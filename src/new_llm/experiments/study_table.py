@@ -8,11 +8,11 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, Measure
-from new_llm.evaluation.statistics import find_t_interval
+from new_llm.evaluation.statistics import MIN_DOCUMENTS, find_t_interval
 from new_llm.experiments.config import StudyConfig
 from new_llm.formats import format_bytes, format_count, format_number
 
@@ -47,16 +47,30 @@ def list_columns(measure: Measure, result: dict[str, Any]) -> Iterator[tuple[str
                 yield table.title, f"{row}, {column.title}", column
 
 
-def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
-    """By its name, each figure of a training, and the table that it stands in."""
-    figures: dict[str, tuple[str, Column]] = {}
+class Figure(NamedTuple):
+    """A figure of one training, the table that it stands in, and the number of documents that it is of, if any."""
+
+    table: str
+    column: Column
+    num_documents: int | None = None
+
+
+def count_documents(result: Mapping[str, Any]) -> int | None:
+    """Documents that a measure's result is of; None: it does not tell."""
+    found, counted = result.get("num_documents"), result.get("documents")
+    return found if isinstance(found, int) else len(counted) if isinstance(counted, list) else None
+
+
+def list_figures(run: Run) -> dict[str, Figure]:
+    """Each figure of a training by its name."""
+    figures: dict[str, Figure] = {}
     for what, name, result in list_results(run):
         measure = MEASURES.get(name)
         text = f": {what.removeprefix(f'{name}-')}" if what != name else ""
         with suppress(Exception):  # a bug of a user's own measure costs its own figures, not a finished study's table
             for title, head, column in list_columns(measure, dict(result)) if measure else ():
                 if isinstance(column.value, int | float):
-                    figures[f"{title}{text}: {head}"] = (title + text, column)
+                    figures[f"{title}{text}: {head}"] = Figure(title + text, column, count_documents(result))
     gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
     training = run["model"]["training"]
     model, cost = run["model"], run["model"].get("cost") or {}
@@ -71,7 +85,7 @@ def list_figures(run: Run) -> dict[str, tuple[str, Column]]:
         Column("tokens/s", "tokens/s", training["tokens_per_second"], format_count),
         Column("peak memory", "peak memory", training["peak_memory_bytes"], format_bytes),
     ]
-    return figures | {f"{COST}: {column.title}": (COST, column) for column in costs if column.value is not None}
+    return figures | {f"{COST}: {column.title}": Figure(COST, column) for column in costs if column.value is not None}
 
 
 def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -91,8 +105,10 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         by_seed = by_variant[name]
         figures: dict[str, Any] = {}
         for metric in dict.fromkeys(metric for listed in by_seed.values() for metric in listed):
-            known = {seed: listed[metric][1] for seed, listed in by_seed.items() if metric in listed}
-            table, column = next(listed[metric] for listed in by_seed.values() if metric in listed)
+            shown = [listed[metric] for listed in by_seed.values() if metric in listed]
+            known = {seed: listed[metric].column for seed, listed in by_seed.items() if metric in listed}
+            table, column, _ = shown[0]
+            has_interval = all(one.num_documents is None or one.num_documents >= MIN_DOCUMENTS for one in shown)
             if metric not in tables.setdefault(table, []):
                 tables[table].append(metric)
             differences = [
@@ -100,16 +116,16 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
                 for seed, column in known.items()
                 if name != study.reference_variant and metric in reference.get(seed, {})
                 if isinstance(value := column.value, float | int)
-                and isinstance(base := reference[seed][metric][1].value, float | int)
+                and isinstance(base := reference[seed][metric].column.value, float | int)
             ]
-            summary = _summarize([column.value for column in known.values()])
+            summary = _summarize([column.value for column in known.values()], is_shown=has_interval)
             if len(known) == 1:
                 summary |= {"low": column.low, "high": column.high}
             figures[metric] = {
                 "by_seed": {str(seed): column.value for seed, column in known.items()},
                 **summary,
                 "text": _render(column, summary),
-                "difference_from_reference": _summarize(differences) if differences else None,
+                "difference_from_reference": (_summarize(differences, is_shown=has_interval) if differences else None),
             }
         variants[name] = {
             "changes": study.variants[name],
@@ -137,9 +153,9 @@ def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
     return list(found.values())
 
 
-def _summarize(values: Sequence[Any]) -> dict[str, Any]:
+def _summarize(values: Sequence[Any], *, is_shown: bool) -> dict[str, Any]:
     finite = [float(value) for value in values if math.isfinite(value)]
-    low, high = find_t_interval(finite, CONFIDENCE)
+    low, high = find_t_interval(finite, CONFIDENCE) if is_shown else (None, None)
     return {
         "mean": statistics.fmean(finite) if finite else None,
         "low": low,
@@ -165,7 +181,8 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     """The tables of a study: a line per variant, a column per figure; the interval beside the mean."""
     lines = [
         f"**{make_line(summary['question'])}** Mean over {summary['num_seeds']} seeds and its 95 % interval; of one "
-        "seed the interval over documents. Differences are relative: below 0 the carried memory is better.",
+        "seed the interval over documents. Differences are relative: below 0 the carried memory is better. Figures of "
+        f"fewer than {MIN_DOCUMENTS} documents have no interval.",
     ]
     for title in summary["tables"]:
         columns, rows = list_cells(summary, title)

@@ -85,6 +85,12 @@ class MemoryOptions:
                 "key_features: unit keys are signed, so that no sum of them can divide a read; "
                 "set use_normalizer to false, and not normalize_keys"
             )
+        can_grow = self.key_features == "elu" and not self.normalize_keys
+        if self.use_delta_rule and not self.use_normalizer and can_grow:
+            raise UserError(
+                "use_normalizer: without it the delta rule diverges on keys longer than 1; "
+                "set key_features to unit or softmax, or use_delta_rule to false"
+            )
 
 
 @dataclass(frozen=True)
