@@ -74,7 +74,8 @@ def test_the_measure_reports_every_cache(model):
     subject = Subject(model, None, make_split(DOCUMENTS), settings)  # pyright: ignore[reportArgumentType]
     result = measure(subject)["caches"]
     assert result["num_tokens"] <= 200
-    columns = Caches().columns(result)
-    assert [column.title for column in columns].count("+ all") == 2
+    assert [column.title for column in Caches().columns(result)] == ["+ all", "vs. bare"]
+    (table,) = Caches().tables(result)
+    assert [name for name, _ in table.rows] == [one["name"] for one in result["caches"]]
     assert "bytes per token" in Caches().describe(result)
     assert len(Caches().charts([])[0].rows) == 0

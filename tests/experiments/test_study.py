@@ -39,7 +39,8 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     for figures in (reference, other):
         for metric in ("Validation perplexity: streaming", VS_RESET, "Long documents: validation: vs. whole"):
             assert set(figures[metric]["by_seed"]) == {"0", "1"}
-            assert figures[metric]["low"] < figures[metric]["mean"] < figures[metric]["high"]
+            low, mean, high = (figures[metric][key] for key in ("low", "mean", "high"))
+            assert (low, high) == (None, None) or low < mean < high  # of fewer than five documents there is none
     # A difference from the reference is that of the same seed.
     metric = "Validation perplexity: sliding"
     first, second = (figures[metric]["by_seed"] for figures in (reference, other))
@@ -55,7 +56,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     table = (folder / "table.md").read_text()
     assert "| no-delta | 2 |" in table
     titles = ["Validation perplexity.", "Reversal curse.", "Long documents: validation."]
-    titles += ["Gates and cost.", "Long documents: two.", "With caches: two.", "Caches against the bare model: two."]
+    titles += ["Gates and cost.", "Long documents: two.", "With caches: two.", "With caches, each: two."]
     assert {line for line in table.splitlines() if line in titles} == set(titles)
     # The reversal curse is what the runs say, recall what the records say, averaged over seeds.
     runs = [json.loads((folder / f"pythia-s{seed}" / "results.json").read_text()) for seed in (0, 1)]

@@ -20,7 +20,7 @@ from new_llm.charts import Chart, bar_chart
 from new_llm.config.cache import COMPONENTS, CacheConfig
 from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure, to_plain
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, Progress, evaluation_mode, find_device, never
 from new_llm.evaluation.statistics import Estimate, draw_resamples, estimate_over_documents
 from new_llm.evaluation.windows import plan_segments
@@ -319,19 +319,14 @@ class Caches(Measure):
         return None if found is None else found.to_dict()
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
-        """The perplexity with each cache, and what it is worth against the bare model."""
-        columns: list[Column] = []
-        for one in result["caches"]:
-            hint = "" if one["name"] == BARE else describe_size(one["size"])
-            columns.append(
-                Column(one["name"], one["name"], **one["perplexity"], better="lower", group="With caches", hint=hint)
-            )
-        for one in result["caches"][1:]:
-            key, group = f"vs_bare_{one['name']}", "Caches against the bare model"
-            columns.append(
-                Column(key, one["name"], **one["relative"], format=format_percent, better="lower", group=group)
-            )
-        return columns
+        """The perplexity with the last cache, which holds all, and what it is worth against the bare model."""
+        last = result["caches"][-1]
+        return [] if last["name"] == BARE else _describe_cache(last, "With caches")
+
+    def tables(self, result: dict[str, Any]) -> list[Table]:
+        """The same of every cache."""
+        rows = [(one["name"], _describe_cache(one, "")) for one in result["caches"]]
+        return [Table("With caches, each", rows, is_for_studies=True)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """A dot for each model and cache."""
@@ -357,6 +352,18 @@ class Caches(Measure):
         interval = "" if low is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
         cache = f"{best['name']} ({describe_size(best['size'])})"
         return f"{opening}; with {cache} {best['perplexity']['value']:,.2f}, {100 * change:+.1f} %{interval}"
+
+
+def _describe_cache(found: dict[str, Any], group: str) -> list[Column]:
+    hint = describe_size(found["size"])
+    shared: dict[str, Any] = {"better": "lower", "group": group}
+    columns = [
+        Column(found["name"], found["name"] if group else "perplexity", **found["perplexity"], hint=hint, **shared)
+    ]
+    if found["name"] != BARE:
+        key = f"vs_bare_{found['name']}"
+        columns.append(Column(key, "vs. bare", **found["relative"], format=format_percent, **shared))
+    return columns
 
 
 def describe_size(size: dict[str, int]) -> str:
