@@ -1,6 +1,9 @@
 """`new-llm generate`: text on stdout, statistics on stderr, bad input in one line."""
 
+import io
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
+from new_llm.config.terminal import make_printable
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, train_tokenizer
 from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
@@ -101,6 +105,32 @@ def test_memory_is_read_and_stays_as_it_was(folder, capsys):
     assert memory.read_bytes() == before
 
 
+def test_prompt_comes_from_a_file_or_the_standard_input(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(f"\ufeff{PROMPT}\r\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    for place in (tmp_path / "prompt.txt", "-"):
+        assert call(folder, "--prompt-file", place, prompts=()) == 0
+        assert capsys.readouterr().out == expect(folder)
+
+
+def test_comparison_shows_both_continuations(folder, capsys):
+    memory = folder / "infini.safetensors"
+    texts = [expect(folder, memory=memory), expect(folder)]
+    assert call(folder, "--compare-memory", memory, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["memory"] for line in lines] == [str(memory), None]
+    assert [line["prompt"] + line["text"] + "\n" for line in lines] == texts
+    assert {(line["num_tokens"], line["statistics"]["num_tokens"]) for line in lines} == {(50, 50)}
+    assert call(folder, "--compare-memory", memory) == 0
+    shown = capsys.readouterr().out
+    parts = re.split(r"--- (?:prompt|with infini\.safetensors|with an empty memory) ---\n", shown)
+    assert len(parts) == 4
+    continuations = [text.removeprefix(PROMPT) for text in texts]
+    assert ["".join(part.split()) for part in parts[2:]] == [
+        "".join(make_printable(text).split()) for text in continuations
+    ]
+
+
 def test_memory_is_saved_when_asked(folder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert call(folder, "--memory", folder / "infini.safetensors", "--save-memory", out, "--max-new-tokens", 30) == 0
@@ -123,6 +153,9 @@ def test_memory_is_saved_when_asked(folder, tmp_path, capsys):
         (("--save-memory", "{folder}/out.bin"), "must end in .safetensors"),
         (("--stream", "--prompt", "another"), "--stream"),
         (("--prompt", ""), "--prompt"),
+        (("--prompt-file", "{folder}/tokenizer.json"), "--prompt gives the text, too"),
+        (("--stream", "--json"), "--json"),
+        (("--compare-memory", "m.safetensors", "--do-sample"), "can't be combined with --do-sample"),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, options, message):
@@ -137,6 +170,8 @@ def test_bad_input_is_one_line(folder, capsys, options, message):
 def test_other_bad_input(folder, tmp_path, capsys):
     for arguments, message in (
         (["--run", str(folder), "--model", "pythia"], "--prompt"),
+        (["--run", str(folder), "--model", "pythia", "--prompt-file", str(tmp_path / "none.txt")], "no such file"),
+        (["--run", str(folder), "--model", "pythia", "--prompt-file", str(folder)], "not a regular file"),
         (["--run", str(folder), "--prompt", "x"], "several models"),
         (["--run", str(tmp_path), "--prompt", "x"], "no saved model"),
         (["--run", str(folder), "--model", "gpt", "--prompt", "x"], "no model 'gpt'"),

@@ -1,6 +1,7 @@
 """`new-llm generate`: a run's model continues texts."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,15 +10,21 @@ from tyro.conf import UseAppendAction, arg
 
 from new_llm.cli.command import Command
 from new_llm.config.errors import UserError
+from new_llm.config.files import read_text_file
 from new_llm.config.model import GenerationConfig
-from new_llm.config.terminal import make_printable
+from new_llm.config.terminal import make_printable, print_text
 
 # What imports torch is imported after help and bad flags have been answered.
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tokenizers import Tokenizer
 
     from new_llm.models import TransformerLM
     from new_llm.models.generation import GenerationStatistics
+
+MAX_PROMPT_BYTES = 1 << 26
+"""A prompt is one text: several books, no corpus."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,6 +35,8 @@ class Generate(Command):
       new-llm generate --run runs/quick --model infini --prompt "The Congress"
       new-llm generate --run runs/quick --model infini --prompt "The Congress" --stream --do-sample --temperature 0.8
       new-llm generate --run runs/quick --model infini --memory m.safetensors --prompt "One" --prompt "Two"
+      new-llm generate --run runs/quick --model infini --compare-memory m.safetensors --prompt-file chapter.txt
+      cat chapter.txt | new-llm generate --run runs/quick --model infini --prompt-file - --json
 
     These are base models: they continue a text, and answer nothing.
     """
@@ -36,27 +45,46 @@ class Generate(Command):
     """A run folder, or the folder of a saved model."""
     prompt: UseAppendAction[tuple[str, ...]]
     """The text to continue; given several times, the texts are continued together."""
+    prompt_file: Path | None = None
+    """A UTF-8 file with the text to continue, without its last line break; - is the standard input."""
     model: str | None = None
     """Which model of the run; not needed where there is only one."""
     memory: Path | None = None
     """A memory file to begin from; without it memory is empty."""
+    compare_memory: Path | None = None
+    """A memory file: continue the text greedily with this memory, and again with an empty one."""
     force: bool = False
     """Take a memory that other weights have filled, too."""
     save_memory: Path | None = None
     """Write the memory to this file in the end, *.safetensors: what it was, and what was read and written here."""
     stream: bool = False
     """Show one prompt's text as it is made."""
+    json: bool = False
+    """Print one JSON object per continuation: prompt, memory, text, num_tokens, finish_reason, statistics."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     generation: Annotated[GenerationConfig, arg(name="")] = dataclasses.field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
-        if not self.prompt:
-            raise UserError("--prompt: at least one text is needed")
+        if self.prompt_file is not None and self.prompt:
+            raise UserError("--prompt-file: --prompt gives the text, too; only one of them can")
+        if not self.prompt and self.prompt_file is None:
+            raise UserError("--prompt: at least one text is needed, or --prompt-file")
         if not all(self.prompt):
             raise UserError("--prompt: the prompt is empty")
         if self.stream and len(self.prompt) > 1:
             raise UserError(f"--stream: shows the text of one prompt as it is made, {len(self.prompt)} are given")
+        if self.stream and self.json:
+            raise UserError("--stream: --json prints a text once it is complete; leave one of them out")
+        if self.compare_memory is not None:
+            others = {
+                "--memory": self.memory,
+                "--save-memory": self.save_memory,
+                "--stream": self.stream,
+                "--do-sample": self.generation.do_sample,
+            }
+            if given := [flag for flag, value in others.items() if value]:
+                raise UserError(f"--compare-memory: can't be combined with {', '.join(given)}")
 
     def execute(self) -> int:
         """Generate, print the texts and write the memory that was asked for."""
@@ -66,14 +94,18 @@ class Generate(Command):
         from new_llm.models.memory_file import load_memory_file, save_memory_file
         from new_llm.training.devices import choose_device
 
+        if self.prompt_file is not None:
+            self.prompt = (read_prompt(self.prompt_file),)
+            if not all(self.prompt):
+                raise UserError(f"{self.prompt_file}: the prompt is empty")
         device = choose_device(self.device)
         if self.save_memory is not None:
             check_output(self.save_memory, [] if self.memory is None else [self.memory])
-        needs_memory = self.memory is not None or self.save_memory is not None
-        model, tokenizer = load_run_model(self.run, self.model, needs_memory=needs_memory)
+        memory = self.memory or self.compare_memory
+        model, tokenizer = load_run_model(self.run, self.model, needs_memory=bool(memory or self.save_memory))
         model.to(device)
-        if self.memory is not None:
-            load_memory_file(model, self.memory, force=self.force)
+        if memory is not None:
+            load_memory_file(model, memory, force=self.force)
         config = self.generation
         if unused := find_unused(config):
             print(f"note: {', '.join(unused)}: without effect unless --do-sample is given", file=sys.stderr)
@@ -81,27 +113,35 @@ class Generate(Command):
         if end is not None and not config.eos_token_id:
             config = dataclasses.replace(config, eos_token_id=tokenizer.get_vocab()[end])
         try:
-            statistics = self.show_generation(model, tokenizer, config)
+            found = [(memory, self.make_texts(model, tokenizer, config))]
+            if self.compare_memory is not None:
+                model.reset_memory()
+                found.append((None, self.make_texts(model, tokenizer, config)))
         except UserError:
             raise
         except ValueError as error:  # of the library: rows of a memory, ids outside the vocabulary
             raise UserError(str(error)) from None
         if self.save_memory is not None:
             save_memory_file(model, self.save_memory)
-        describe(statistics)
+        if self.json:
+            for begun_from, statistics in found:
+                self.print_json(begun_from, statistics)
+        elif self.compare_memory is not None:
+            self.print_comparison(*(statistics.texts or () for _, statistics in found))
+        elif not self.stream:
+            self.print_texts(found[0][1].texts or ())
+        for _, statistics in found:
+            describe(statistics)
         return 0
 
-    def show_generation(
+    def make_texts(
         self, model: "TransformerLM", tokenizer: "Tokenizer", config: GenerationConfig
     ) -> "GenerationStatistics":
-        """Generate, and print each prompt with what follows it."""
+        """Continue the prompts; with `--stream` the text is printed as it is made."""
         from new_llm.models.generation import encode_prompts, generate
 
-        # A terminal would obey escape sequences; a file gets the text as it is.
-        show = make_printable if sys.stdout.isatty() else str
-
         def write(_: int, piece: str) -> None:
-            sys.stdout.write(show(piece))
+            sys.stdout.write(for_stdout(piece))
             sys.stdout.flush()
 
         ids, mask = encode_prompts(tokenizer, list(self.prompt))
@@ -118,12 +158,61 @@ class Generate(Command):
         )
         if self.stream:
             print()
-            return statistics
-        for number, (prompt, text) in enumerate(zip(self.prompt, statistics.texts or (), strict=True)):
+        return statistics
+
+    def print_texts(self, texts: "Sequence[str]") -> None:
+        """Each prompt with what follows it."""
+        for number, (prompt, text) in enumerate(zip(self.prompt, texts, strict=True)):
             if len(self.prompt) > 1:
                 print(f"--- {number + 1} ---")
-            print(show(prompt + text))
-        return statistics
+            print(for_stdout(prompt + text))
+
+    def print_comparison(self, with_memory: "Sequence[str]", without: "Sequence[str]") -> None:
+        """Each prompt, and below it what follows with the memory and what follows with an empty one."""
+        assert self.compare_memory is not None
+        for prompt, *texts in zip(self.prompt, with_memory, without, strict=True):
+            parts = {"prompt": prompt, f"with {self.compare_memory.name}": texts[0], "with an empty memory": texts[1]}
+            for heading, text in parts.items():
+                print_text(f"--- {heading} ---\n{text}")
+
+    def print_json(self, memory: Path | None, statistics: "GenerationStatistics") -> None:
+        """A line for each prompt; the statistics are those of all prompts together."""
+        whole = {
+            name: getattr(statistics, name)
+            for name in ("num_tokens", "num_prompt_tokens", "seconds", "prompt_seconds", "tokens_per_second", "passes")
+        }
+        for prompt, text, num_tokens, reason in zip(
+            self.prompt, statistics.texts or (), statistics.row_tokens, statistics.finish_reasons, strict=True
+        ):
+            line = {
+                "prompt": prompt,
+                "memory": None if memory is None else str(memory),
+                "text": text,
+                "num_tokens": num_tokens,
+                "finish_reason": reason,
+                "statistics": whole,
+            }
+            print(json.dumps(line))
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, or of the standard input for `-`, without its last line break."""
+    if str(path) != "-":
+        try:
+            text = read_text_file(path, MAX_PROMPT_BYTES)
+        except FileNotFoundError:
+            raise UserError(f"--prompt-file: {path}: no such file") from None
+    else:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt-file: the standard input is not UTF-8: {error.reason}") from None
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+
+
+def for_stdout(text: str) -> str:
+    """A text for a terminal, which would obey escape sequences; a file gets it as it is."""
+    return make_printable(text) if sys.stdout.isatty() else text
 
 
 def find_unused(config: GenerationConfig) -> list[str]:
