@@ -159,7 +159,13 @@ def test_an_interrupted_fill_leaves_the_old_file(run, tmp_path, sent):
     before = out.read_bytes()
     text.write_text((run / "0.txt").read_text() * 2000)
     arguments = ["fill", "--run", run / "hierarchical", "--text", text, "--out", out]
-    process = subprocess.Popen([*COMMAND, *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     wait_until_it_reads(process.pid)
     process.send_signal(sent)
     _, errors = process.communicate()
