@@ -175,6 +175,10 @@ class TokenSplit:
         """[num_documents]: tokens of each document."""
         return np.diff(self.offsets)
 
+    def find_long(self, min_tokens: int) -> NDArray[np.int64]:
+        """The documents of so many tokens or more, by their index."""
+        return np.flatnonzero(self.lengths >= min_tokens)
+
     def document(self, index: int) -> NDArray[np.unsignedinteger]:
         """The tokens of one document."""
         if not 0 <= index < self.num_documents:

@@ -153,7 +153,7 @@ def evaluate_caches(
     """
     settings, choice = settings or CacheMeasureConfig(), long_documents or LongDocumentsConfig()
     began = time.perf_counter()
-    indices = np.flatnonzero(split.lengths >= choice.min_tokens)[: choice.max_documents]
+    indices = split.find_long(choice.min_tokens)[: choice.max_documents]
     lengths = np.minimum(split.lengths[indices], choice.max_tokens_per_document or np.inf).astype(np.int64) - 1
     if max_tokens is not None:
         num_kept = max(2, int(np.searchsorted(lengths.cumsum(), max_tokens, side="right")))

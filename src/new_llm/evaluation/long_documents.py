@@ -40,7 +40,7 @@ from new_llm.evaluation.statistics import (
     estimate_over_documents,
 )
 from new_llm.evaluation.windows import plan_windows
-from new_llm.formats import WAYS, format_count, format_percent, name_range
+from new_llm.formats import WAYS, format_count, format_percent, format_size, name_range
 
 CARRIED, RESET, FOREIGN = "carried", "reset", "foreign"
 
@@ -248,10 +248,9 @@ def select_long_documents(split: TokenSplit, settings: LongDocumentsConfig) -> l
     Raises:
         UserError: there is none.
     """
-    lengths = split.offsets[1:] - split.offsets[:-1]
-    chosen = (lengths >= settings.min_tokens).nonzero()[0][: settings.max_documents].tolist()
+    chosen = split.find_long(settings.min_tokens)[: settings.max_documents].tolist()
     if not chosen:
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = int(split.lengths.max(initial=0))
         raise UserError(
             f"min_tokens: no document has {settings.min_tokens:,} tokens; the longest of "
             f"{split.num_documents:,} has {longest:,}"
@@ -309,11 +308,10 @@ def summarize_ranges(
 def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
     """A relative difference in words: 3.1 % [2.0, 4.2] lower."""
     value, low, high = (found["value"], found["low"], found["high"])
-    word = "lower" if value < 0 else "higher"
+    said = f"{format_size(value, low, high)} {'lower' if value < 0 else 'higher'}"
     if low is None or high is None:
-        return f"{100 * abs(value):.1f} % {word} (fewer than {MIN_DOCUMENTS} documents: no interval)"
-    ends = sorted((-100 * low, -100 * high) if value < 0 else (100 * low, 100 * high))
-    return f"{100 * abs(value):.1f} % [{ends[0]:.1f}, {ends[1]:.1f}] {word} ({confidence:.0%} interval over documents)"
+        return f"{said} (fewer than {MIN_DOCUMENTS} documents: no interval)"
+    return f"{said} ({confidence:.0%} interval over documents)"
 
 
 def name_way(way: str) -> str:

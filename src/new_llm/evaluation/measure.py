@@ -277,20 +277,16 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
     return list(found.values())
 
 
-def load_own_measures(names: Any) -> list[str]:
-    """Register the measures of a user's own modules among those that a run's configuration names.
-
-    Args:
-        names: as they were read from JSON, so perhaps no names at all.
+def load_own_measures(names: Iterable[str]) -> list[str]:
+    """Register the measures of a user's own modules among some names.
 
     Returns:
         For each that can't be loaded, a line that says why.
     """
     lines: list[str] = []
-    for name in names if isinstance(names, list | tuple) else ():
+    for name in filter(is_user_name, names):
         try:
-            if isinstance(name, str) and is_user_name(name):
-                find_measures([name])
+            find_measures([name])
         except UserError as error:
             lines.append(f"Figures of a measure are left out: {error}.")
     return lines

@@ -1,11 +1,12 @@
 """How full a model's memories are along a document, and how sharply tokens select among them."""
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from new_llm.charts import Chart, heat_chart
 from new_llm.data.tokenizer import TokenSplit
@@ -15,6 +16,30 @@ from new_llm.models import TransformerLM
 from new_llm.models.layers.multi_memory import SelectingAttention, watch_selection
 
 DIGITS = 5
+
+
+@contextlib.contextmanager
+def watch_token_gates(model: TransformerLM) -> Iterator[dict[int, Tensor]]:
+    """Inside the block the dict takes, by layer, the gates [tokens, H] of layers that compute them for each token.
+
+    They are those of the last call.
+    """
+    found: dict[int, Tensor] = {}
+
+    def note(module: Any, inputs: tuple[Any, ...], index: int) -> None:
+        found[index] = module.compute_gates(inputs[0]).flatten(0, -2).float().cpu()
+
+    with contextlib.ExitStack() as stack:
+        for index, attention in find_token_gates(model).items():
+            hook = attention.register_forward_pre_hook(functools.partial(note, index=index))
+            stack.callback(hook.remove)
+        yield found
+
+
+def find_token_gates(model: TransformerLM) -> dict[int, Any]:
+    """By layer, the attentions that compute their gates for each token."""
+    attentions = ((index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items())
+    return {index: one for index, one in attentions if getattr(one, "token_gate", None) is not None}
 
 
 def measure_memory_usage(
@@ -51,10 +76,9 @@ def measure_memory_usage(
     }
     if not keys or split.num_documents == 0:
         return None
-    lengths = np.diff(split.offsets)
     needed = num_segments * length + 1  # the last segment's last target
-    enough = np.flatnonzero(lengths >= needed)
-    document = int(enough[0] if len(enough) else lengths.argmax())
+    enough = split.find_long(needed)
+    document = int(enough[0] if len(enough) else split.lengths.argmax())
     tokens = split.document(document)[:needed]
     count = (len(tokens) - 1) // length
     if count == 0:

@@ -4,8 +4,7 @@ A token's value is its loss with the memory emptied minus its loss with the memo
 helped. Both losses are those of the measure `long`, on the same documents in the same batches.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,17 @@ from new_llm.charts import ShadedText, ShadedToken
 from new_llm.config.evaluation import PassagesConfig
 from new_llm.evaluation.document_pairs import score_pairs
 from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
-from new_llm.evaluation.scoring import Autocast, Scorer, evaluation_mode, join_scores
+from new_llm.evaluation.memory_usage import watch_token_gates
+from new_llm.evaluation.scoring import Scorer, evaluation_mode, find_device, join_scores
 
 DIGITS = 4
 
 
 def choose_documents(subject: Subject, settings: PassagesConfig) -> list[int]:
     """The documents that `long` measures first; of a text without long documents those of two segments or more."""
-    long, lengths = subject.settings.long_documents, np.diff(subject.split.offsets)
-    fewest = subject.model.segment_length + 2
-    for at_least in (max(long.min_tokens, fewest), fewest):
-        chosen = (lengths >= at_least).nonzero()[0][: settings.max_documents].tolist()
-        if chosen:
-            return chosen
-    return []
+    split, fewest = subject.split, subject.model.segment_length + 2
+    long = split.find_long(max(subject.settings.long_documents.min_tokens, fewest))
+    return (long if len(long) else split.find_long(fewest))[: settings.max_documents].tolist()
 
 
 def find_passages(
@@ -62,22 +58,6 @@ def find_half_share(values: NDArray[np.float64]) -> float | None:
     return None if not len(helped) else float(np.searchsorted(helped, helped[-1] / 2) + 1) / len(values)
 
 
-@contextmanager
-def watch_gates(model: Any, found: list[Tensor]) -> Iterator[None]:
-    """Append to `found` the gates [S, H] of each layer that computes them for each token, at each call."""
-
-    def note(module: Any, inputs: tuple[Any, ...]) -> None:
-        found.append(module.compute_gates(inputs[0]).detach().float().flatten(0, -2))
-
-    modules = [module for module in model.modules() if getattr(module, "token_gate", None) is not None]
-    handles = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def list_candidates(logits: Tensor, tokenizer: Tokenizer, previous: Sequence[int], number: int) -> list[Any]:
     """The likeliest tokens after each position: [[text, probability], …]."""
     top = logits.float().softmax(-1).topk(min(number, logits.shape[-1]), dim=-1)
@@ -97,31 +77,30 @@ def continue_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> st
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode([token], skip_special_tokens=False)
 
 
-def read_details(
-    subject: Subject, document: NDArray[Any], segments: Iterable[int], num_candidates: int, autocast: Autocast
-) -> dict[int, dict[str, Any]]:
+def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Read a document as a stream and look at some of its segments: the likeliest tokens both ways, and the gates."""
     model: Any = subject.model
     length, wanted = model.segment_length, set(segments)
-    device = next(model.parameters()).device
+    num_candidates = subject.settings.passages.num_candidates
+    device = find_device(model, subject.device)
     details: dict[int, dict[str, Any]] = {}
-    with evaluation_mode(model, autocast), model.fresh_memory(batch_size=1):
+    with evaluation_mode(model, subject.autocast), model.fresh_memory(batch_size=1):
         for segment in range(max(wanted) + 1):
             tokens = document[segment * length : (segment + 1) * length].astype(np.int64)
             ids = torch.from_numpy(tokens).to(device).unsqueeze(0)
-            if segment in wanted:
-                gates: list[Tensor] = []
-                with watch_gates(model, gates):
-                    carried = model(ids)[0]
-                with model.fresh_memory():
-                    emptied = model(ids)[0]
-                previous = tokens.tolist()
-                details[segment] = {
-                    "carried": list_candidates(carried, subject.tokenizer, previous, num_candidates),
-                    "emptied": list_candidates(emptied, subject.tokenizer, previous, num_candidates),
-                    "gate": torch.cat(gates, -1).mean(-1).tolist() if gates else None,
-                }
-            model(ids, update_memory=True)
+            if segment not in wanted:
+                model(ids, update_memory=True)
+                continue
+            with model.fresh_memory():
+                emptied = model(ids)[0]
+            with watch_token_gates(model) as gates:
+                carried = model(ids, update_memory=True)[0]
+            previous = tokens.tolist()
+            details[segment] = {
+                "carried": list_candidates(carried, subject.tokenizer, previous, num_candidates),
+                "emptied": list_candidates(emptied, subject.tokenizer, previous, num_candidates),
+                "gate": torch.cat([*gates.values()], -1).mean(-1).tolist() if gates else None,
+            }
     return details
 
 
@@ -167,8 +146,6 @@ class Passages(Measure):
                 subject,
                 documents[document],
                 [segment for other, segment in places if other == document],
-                settings.num_candidates,
-                subject.autocast,
             )
             for document in dict.fromkeys(document for document, _ in places)
         }

@@ -219,17 +219,16 @@ def choose_long_documents(
         UserError: no training document has `min_tokens`.
     """
     notes = list(data.info.get("notes", []))
-    lengths = np.diff(data.train.offsets)
-    long = np.flatnonzero(lengths >= min_tokens)
+    long, longest = data.train.find_long(min_tokens), int(data.train.lengths.max(initial=0))
     if not len(long):
         raise UserError(
             f"{data.info['source']}: no training document has {min_tokens:,} tokens (the longest has "
-            f"{int(lengths.max()):,}): give longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
+            f"{longest:,}): give longer documents, a smaller --min-doc-tokens or a smaller --seq-length"
         )
     if len(long) < num_docs:
         notes.append(f"{num_docs:,} long documents were asked for; {len(long):,} have {min_tokens:,} tokens or more")
     chosen = np.sort(np.random.default_rng([seed, CHOICE_STREAM]).permutation(long)[:num_docs])
-    held_out = np.flatnonzero(np.diff(data.validation.offsets) >= min_tokens)
+    held_out = data.validation.find_long(min_tokens)
     if not len(held_out):
         notes.append(f"no held-out document has {min_tokens:,} tokens: all are measured on")
         held_out = np.arange(data.validation.num_documents)

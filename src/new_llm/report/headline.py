@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
-from new_llm.evaluation.statistics import find_t_interval
-from new_llm.formats import format_count, format_number
+from new_llm.evaluation.statistics import Estimate, find_t_interval
+from new_llm.formats import format_count, format_number, format_size
 from new_llm.report.results import as_number, get_number, get_value
 from new_llm.report.series import (
     BROKEN,
@@ -47,14 +47,6 @@ class Headline:
     text: str
     caveats: list[str]
     is_comparable: bool = True
-
-
-class Effect(NamedTuple):
-    """A relative difference of perplexity with its interval; no ends where there is too little to tell one."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -114,8 +106,7 @@ def _describe_memory(series: Sequence[Series]) -> str:
     text += f"{_say_effect(effects['reset'])} against an empty one"
     if (foreign := effects["foreign"]) is not None:
         is_alike = (foreign.value < 0) == (effects["reset"].value < 0)
-        text += f" and {_say_effect(foreign).split(' perplexity ', 1)[1] if is_alike else _say_effect(foreign)}"
-        text += " against another document's"
+        text += f" and {f'by {_say_share(foreign)}' if is_alike else _say_effect(foreign)} against another document's"
     text += "."
     without = [one for one in measured if not has_memory(one)]
     same = [one for one in without if get_context(one) == get_context(best)]
@@ -148,14 +139,14 @@ def _list_results(one: Series, series: Sequence[Series], measure: str) -> Result
     return [(seed, measured.result) for seed, measured in found if measured is not None]
 
 
-def _combine(results: Results, way: str) -> Effect | None:
+def _combine(results: Results, way: str) -> Estimate | None:
     """What the memory is worth against another way: over documents for one seed, over seeds for several."""
     known = [result["overall"]["differences"][way]["relative"] for _, result in results
              if way in result["overall"]["differences"]]  # fmt: skip
-    return _average([Effect(one["value"], one["low"], one["high"]) for one in known])
+    return _average([Estimate(one["value"], one["low"], one["high"]) for one in known])
 
 
-def _average(effects: Sequence[Effect]) -> Effect | None:
+def _average(effects: Sequence[Estimate]) -> Estimate | None:
     """The mean over seeds; its interval is the wider one, over seeds or over documents, and none for few documents."""
     if not effects:
         return None
@@ -164,17 +155,17 @@ def _average(effects: Sequence[Effect]) -> Effect | None:
         [end for effect in effects if (end := getattr(effect, name)) is not None] for name in ("low", "high")
     )
     if len(lows) < len(effects):
-        return Effect(value, None, None)
+        return Estimate(value, None, None)
     low, high = compute_mean(lows), compute_mean(highs)
     if len(effects) > 1:
         over_seeds = find_t_interval([effect.value for effect in effects], CONFIDENCE)
         low, high = min(low, over_seeds[0] or low), max(high, over_seeds[1] or high)
-    return Effect(value, low, high)
+    return Estimate(value, low, high)
 
 
 def _pair(
     one: Results, other: Results, total: Callable[[dict[str, Any]], dict[str, Any]], cache: str = ""
-) -> Effect | None:
+) -> Estimate | None:
     """Two models on the same documents, paired by document and seed; the other one with a cache, where it is named."""
     pairs = [
         (total(a), _sum_cached(b, cache) if cache else total(b))
@@ -183,7 +174,7 @@ def _pair(
         if seed == other_seed
     ]
     found = [difference for a, b in pairs if (difference := compare({"documents": a}, {"documents": b})) is not None]
-    return _average([Effect(difference.value, difference.low, difference.high) for difference in found])
+    return _average([Estimate(*difference[:3]) for difference in found])
 
 
 def _sum_long(result: dict[str, Any]) -> dict[str, Any]:
@@ -201,20 +192,16 @@ def _sum_cached(result: dict[str, Any], name: str) -> dict[str, Any]:
     return {"num_tokens": num_tokens, "total_nll": losses, "total": sum(losses)}
 
 
-def _say_share(effect: Effect) -> str:
-    """The size of a difference and its interval, without its sign: 8.5 % [7.6, 9.9]."""
-    value, low, high = effect
-    if low is None or high is None:
-        return f"{100 * abs(value):.1f} % (no interval: too few documents or seeds)"
-    ends = sorted((-100 * low, -100 * high) if value < 0 else (100 * low, 100 * high))
-    return f"{100 * abs(value):.1f} % [{ends[0]:.1f}, {ends[1]:.1f}]"
+def _say_share(effect: Estimate) -> str:
+    said = format_size(*effect)
+    return said if effect.low is not None else f"{said} (no interval: too few documents or seeds)"
 
 
-def _say_effect(effect: Effect) -> str:
+def _say_effect(effect: Estimate) -> str:
     return f"{'lowers' if effect.value < 0 else 'raises'} perplexity by {_say_share(effect)}"
 
 
-def _say_difference(effect: Effect) -> str:
+def _say_difference(effect: Estimate) -> str:
     return f"{_say_share(effect)} {'below' if effect.value < 0 else 'above'}"
 
 

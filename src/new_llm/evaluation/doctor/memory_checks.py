@@ -21,6 +21,7 @@ from new_llm.evaluation.doctor.registry import (
     skip,
     warn,
 )
+from new_llm.evaluation.memory_usage import find_token_gates, watch_token_gates
 from new_llm.evaluation.perplexity import evaluate_sliding_window, evaluate_streaming
 from new_llm.evaluation.reversal import evaluate_reversal_curse
 from new_llm.models import TransformerLM
@@ -280,19 +281,8 @@ def check_gates(exam: Examination) -> Finding:
 
 def _measure_token_gates(exam: Examination, model: TransformerLM) -> dict[int, Tensor]:
     """The gates [tokens, H] of layers whose gates depend on the token, on some of the text."""
-    found: dict[int, Tensor] = {}
-    hooks: list[Any] = []
-    for index, layer in model.memory_layers.items():
-        attention: Any = getattr(layer, "attention", None)
-        if getattr(attention, "token_gate", None) is not None:
-
-            def keep(module: Any, inputs: tuple[Any, ...], index: int = index) -> None:
-                found[index] = module.compute_gates(inputs[0]).flatten(0, -2).float().cpu()
-
-            hooks.append(attention.register_forward_pre_hook(keep))
-    if hooks:
-        with exam.probing():
-            exam.read_fresh(exam.take_rows(1, min(model.segment_length, len(exam.tokens))))
-        for hook in hooks:
-            hook.remove()
+    if not find_token_gates(model):
+        return {}
+    with watch_token_gates(model) as found, exam.probing():
+        exam.read_fresh(exam.take_rows(1, min(model.segment_length, len(exam.tokens))))
     return found

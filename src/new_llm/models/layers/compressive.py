@@ -500,9 +500,9 @@ class CompressiveAttention(MemoryAttention):
             )
         return self.combine(reads), memory
 
-    def _decay_like(self, norm: Tensor) -> Tensor | None:
-        """w as a tensor in the memory's precision, which may differ from the model's."""
-        return None if self.decay is None else norm.new_tensor(self.decay)
+    def _decay_like(self, like: Tensor) -> Tensor | None:
+        """w as a tensor in the precision of `like`, the memory's, which may differ from the model's."""
+        return None if self.decay is None else like.new_tensor(self.decay)
 
     def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
         if self.num_memories == 1:
@@ -607,8 +607,8 @@ class CompressiveAttention(MemoryAttention):
         if self.use_delta_rule and memory is not None:
             current, norm = self._current(memory)
             held = read_memories(k, current.unsqueeze(1), norm.unsqueeze(1), epsilon=self.epsilon)
-            if self.decay is not None and not self.use_normalizer:
-                held = held * held.new_tensor(self.decay)[:, None, None]
+            if not self.use_normalizer and (decay := self._decay_like(held)) is not None:
+                held = held * decay[:, None, None]
             written = v - held
         if opened is None:
             opened = self._open_segment(
