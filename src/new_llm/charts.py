@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 # The report replaces these colours by its own variables, one set for each theme. After Okabe and Ito, darkened for
@@ -166,10 +167,10 @@ def line_chart(
         {
             "transform": [{"filter": "datum.mark"}],
             "mark": marks,
-            "encoding": {"y": up, "shape": _encode_shape(names, is_shown=series is not None)},
+            "encoding": {"y": up, "shape": _encode_series(names, SHAPES, is_shown=series is not None)},
         }
     )
-    encoding = {"x": across, "color": _encode_color(names, is_shown=series is not None), **_TIP}
+    encoding = {"x": across, "color": _encode_series(names, PALETTE, is_shown=series is not None), **_TIP}
     return Chart(name, title, caption, _make_spec(drawn, HEIGHT, encoding, layers), list(rows), view)
 
 
@@ -182,6 +183,7 @@ def point_chart(
     x: str,
     y: str,
     series: str,
+    owner: str | None = None,
     low: str | None = None,
     high: str | None = None,
     x_title: str = "",
@@ -191,35 +193,61 @@ def point_chart(
 ) -> Chart:
     """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
-    A logarithmic x-axis has base 10; rows that have no place on it are left out.
+    A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour and number, with
+    a letter, joined to it by a thin line. A logarithmic x-axis has base 10; rows that have no place on it are left out.
     """
+    owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
+    places: dict[str, int] = {}
     drawn: list[Row] = []
     for row in rows:
         across, up = _number(row.get(x), is_log=x_log), _number(row.get(y))
-        if across is not None and up is not None:
-            point = {"x": across, "y": up, **_find_ends(row, low, high, is_log=False)}
-            number = str(len(drawn) + 1)
-            point |= {"number": number, "series": f"{number} {_name(row, series)}"}
-            drawn.append(point | {"tip": f"{_name(row, series)}: {_say_value(point, '')} at {_say(across)} {x_title}"})
-    names = [point["series"] for point in drawn]
-    place: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
-    place |= {"scale": _scale(x_log) | {"padding": 30}}
-    place |= {"axis": _label_axis([point["x"] for point in drawn], "~s", base=10 if x_log else None)}
+        if across is None or up is None:
+            continue
+        named, owned = _name(row, series), _name(row, owner)
+        place = owners.index(owned or named)
+        mates = [point for point in drawn if point["number"].rstrip(ascii_lowercase) == str(place + 1)]
+        point = {"x": across, "y": up, "number": str(place + 1), "size": 70, **_find_ends(row, low, high, is_log=False)}
+        if owned:
+            point |= {
+                "number": f"{place + 1}{ascii_lowercase[sum(mate['size'] < 70 for mate in mates) % 26]}",
+                "size": 25,
+            }
+            point |= {"from_x": mates[0]["x"], "from_y": mates[0]["y"]} if mates and mates[0]["size"] == 70 else {}
+        point["series"] = f"{point['number']} {named.removeprefix(owned).strip()}"
+        places[point["series"]] = place
+        drawn.append(point | {"tip": f"{named}: {_say_value(point, '')} at {_say(across)} {x_title}"})
+    horizontal: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
+    horizontal |= {"scale": _scale(x_log) | {"padding": 30}}
+    horizontal |= {"axis": _label_axis([point["x"] for point in drawn], "~s", base=10 if x_log else None)}
     height: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(False)}
     height |= {"axis": _label_axis([point["y"] for point in drawn])}
     layers: list[Row] = []
+    if any("from_x" in point for point in drawn):
+        ends = {"x": horizontal | {"field": "from_x"}, "x2": {"field": "x"}, "y": height | {"field": "from_y"}}
+        mark = {"type": "rule", "strokeWidth": 1, "opacity": 0.5, "aria": False}
+        joined = {"transform": [{"filter": "isValid(datum.from_x)"}], "mark": mark}
+        layers.append(joined | {"encoding": ends | {"y2": {"field": "y"}}})
     if any("low" in point for point in drawn):
         ends = {"y": height | {"field": "low"}, "y2": {"field": "high"}}
         layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
     # Hollow marks show where they cover one another, and that of the last shape, a stroke, is seen at all.
-    marks = {"type": "point", "filled": False, "strokeWidth": 2, "size": 70, "opacity": 1}
+    marks = {"type": "point", "filled": False, "strokeWidth": 2, "opacity": 1}
+    size: Row = {"field": "size", "type": "quantitative", "scale": None, "legend": None}
     legend = {"legend": {"columns": 3, "orient": "bottom", "labelLimit": 220}}
-    layers.append({"mark": marks, "encoding": {"y": height, "shape": _encode_shape(names, is_shown=True) | legend}})
+    shape = _encode_series([*places], SHAPES, is_shown=True, places=[*places.values()]) | legend
+    layers.append({"mark": marks, "encoding": {"y": height, "shape": shape, "size": size}})
     text = {"type": "text", "align": "left", "baseline": "bottom", "dx": 6, "dy": -3, "aria": False}
     layers.append({"mark": text, "encoding": {"y": height, "text": {"field": "number"}, "color": {"value": INK}}})
-    encoding = {"x": place, "color": _encode_color(names, is_shown=True) | legend, **_TIP}
-    tall = HEIGHT + 22 * -(-len(names) // 3)
-    return Chart(name, title, caption, _make_spec(drawn, tall, encoding, layers), list(rows), view)
+    color = _encode_series([*places], PALETTE, is_shown=True, places=[*places.values()]) | legend
+    tall = HEIGHT + 22 * -(-len(places) // 3)
+    return Chart(
+        name,
+        title,
+        caption,
+        _make_spec(drawn, tall, {"x": horizontal, "color": color, **_TIP}, layers),
+        list(rows),
+        view,
+    )
 
 
 def bar_chart(
@@ -271,7 +299,7 @@ def bar_chart(
     encoding: Row = {
         "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}}
         | {"axis": _make_room(labels)},
-        "color": _encode_color(names, is_shown=series is not None),
+        "color": _encode_series(names, PALETTE, is_shown=series is not None),
         **_TIP,
     }
     if series is not None:
@@ -387,15 +415,12 @@ def _make_spec(values: list[Row], height: int, encoding: Row, layers: list[Row])
     }
 
 
-def _encode_color(names: list[str], *, is_shown: bool) -> Row:
-    colors = [PALETTE[place % len(PALETTE)] for place in range(len(names))]
-    scale = {"domain": names, "range": colors}
-    return {"field": "series", "type": "nominal", "scale": scale, "legend": {} if is_shown else None}
-
-
-def _encode_shape(names: list[str], *, is_shown: bool) -> Row:
-    shapes = [SHAPES[place % len(SHAPES)] for place in range(len(names))]
-    scale = {"domain": names, "range": shapes}
+def _encode_series(
+    names: Sequence[str], options: Sequence[str], *, is_shown: bool, places: Sequence[int] | None = None
+) -> Row:
+    """A colour or shape for each series, chosen by its place; None: in the order of the names."""
+    chosen = [options[place % len(options)] for place in (range(len(names)) if places is None else places)]
+    scale = {"domain": list(names), "range": chosen}
     return {"field": "series", "type": "nominal", "scale": scale, "legend": {} if is_shown else None}
 
 
@@ -419,7 +444,7 @@ def _label_axis(values: list[float], format_spec: str = "", *, base: int | None 
     if base is None or not values:
         return {"tickCount": 5, "labelExpr": labels}
     first, last = (math.floor(math.log(end, base)) for end in (min(values), max(values)))
-    steps = (1, 2, 5) if base == 10 and last - first < 2 else (1,)
+    steps = (1, 2, 5) if base == 10 and last - first < 3 else (1,)
     powers = range(first, last + 2, 1 + (last - first) // 6)
     return {"values": [step * float(base) ** power for power in powers for step in steps], "labelExpr": labels}
 

@@ -233,8 +233,12 @@ def make_run(seed: int, starts: list[int]) -> dict[str, Any]:
     }
     training = {"tokens": 100, "tokens_per_second": 10.0, "cpu_seconds": 30 + seed, "peak_memory_bytes": 1_000_000}
     streaming = {"perplexity": 9.0, "standard_error": 0.1, "bits_per_byte": 2.0 + seed / 10}
+    streaming |= {"num_tokens": 100, "num_bytes": 400, "verdict": {"text": "normal"}}
+    cache = {"name": "+ all", "relative": {"value": -0.5, "low": -0.75, "high": 0.0}}
+    cache |= {"size": {"state_numbers": 30, "bytes_per_token": 2}}
+    caches = {"caches": [{"name": "bare"}, cache], "documents": [{"num_tokens": 70}, {"num_tokens": 50}]}
     model = {
-        "evaluation": {"streaming": streaming | {"verdict": {"text": "normal"}}},
+        "evaluation": {"streaming": streaming, "caches": caches},
         "gates": {},
         "training": training,
         "num_parameters": {"total": 5},
@@ -263,13 +267,19 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     rows = list(csv.DictReader((tmp_path / "figures" / "long-books-distance-against-reset.csv").open()))
     assert [row["distance"] for row in rows if row["model"] == "reference"] == ["0+", "1k+", "0+", "1k+", "2k+"]
     assert "| no-delta | 1 |" in render_markdown(summary)
-    (row,) = (
-        row
-        for row in csv.DictReader((tmp_path / "figures" / f"{BITS}-by-processor-seconds.csv").open())
-        if row["variant"] == "reference"
-    )
-    assert [float(row[key]) for key in ("processor seconds", "mean")] == pytest.approx([30.5, 2.05])
-    assert float(row["low"]) < 2.05 < float(row["high"])
+    points = {
+        (row["variant"], cost): [float(row[key]) for key in (cost, "mean", "low", "high") if row[key]]
+        for cost in ("processor seconds", "state, numbers per row")
+        for row in csv.DictReader(
+            (tmp_path / "figures" / f"{BITS}-by-{cost.replace(', ', ' ').replace(' ', '-')}.csv").open()
+        )
+    }
+    seconds, mean, low, high = points["reference", "processor seconds"]
+    assert [seconds, mean] == pytest.approx([30.5, 2.05])
+    assert low < 2.05 < high
+    # A cache takes log2(1 - 0.5) bits from each token, of four bytes; it adds its numbers and the longest document.
+    assert points["reference + all", "state, numbers per row"][:2] == pytest.approx([100 + 30 + 70, 2.05 - 0.25])
+    assert points["no-delta + all", "processor seconds"] == pytest.approx([30, 2 - 0.25, 2 - 0.5, 2.0])
     page = (tmp_path / "study.html").read_text()
     assert all(f'id="{BITS}-by-{cost}"' in page for cost in ("state-numbers-per-row", "processor-seconds"))
     assert '<th scope="row">no-delta</th>' in page

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
+from new_llm.report.render import place_series
 
 HOSTILE = '<script>alert(1)</script> "q" {"signal": "x"} datum.y \u202e 漢字'
 
@@ -78,3 +79,12 @@ def test_csv_holds_every_column_of_any_row():
         {"step": "1", "loss": "2.5", "model": 'a, "b"', "seed": ""},
         {"step": "2", "loss": "", "model": "c", "seed": "3"},
     ]
+
+
+def test_a_variety_stands_beside_its_owner():
+    rows = [{"m": "a", "x": 1, "y": 5}, {"m": "a + 9", "of": "a", "x": 10, "y": 4}, {"m": "b", "x": 0, "y": 3}]
+    rows.append({"m": "b + 9", "of": "b", "x": 9, "y": 2})
+    chart = point_chart("p", "P", "", rows, x="x", y="y", series="m", owner="of", x_log=True)
+    drawn = [(point["series"], point.get("from_x"), point.get("from_y")) for point in read_values(chart)]
+    assert drawn == [("1 a", None, None), ("1a + 9", 1, 5), ("2a + 9", None, None)]  # b has no place on the axis
+    assert place_series(chart, {}) == {"1 a": 0, "1a + 9": 0, "2a + 9": 1}

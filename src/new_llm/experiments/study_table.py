@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, Measure
 from new_llm.evaluation.statistics import MIN_DOCUMENTS, find_t_interval
-from new_llm.experiments.config import StudyConfig
+from new_llm.experiments.config import VALIDATION, StudyConfig
 from new_llm.formats import format_bytes, format_count, format_number
 
 Run = Mapping[str, Any]
@@ -26,6 +26,7 @@ MEMORY, STATE = "memory, numbers per row", "state, numbers per row"
 """Titles of columns of cost, which figures stand against."""
 BITS_PER_BYTE = "bits/byte"
 """What the titles of columns in bits per byte end with."""
+STREAMING_BITS = f"streaming {BITS_PER_BYTE}"
 
 
 def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -88,6 +89,40 @@ def list_figures(run: Run) -> dict[str, Figure]:
     return figures | {f"{COST}: {column.title}": Figure(COST, column) for column in costs if column.value is not None}
 
 
+class CachedFigure(NamedTuple):
+    """A cache around a training's model: its bits per byte with their interval, and the numbers that it stores."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    num_numbers: int
+
+
+def list_cached(run: Run) -> dict[str, CachedFigure]:
+    """What each cache that was measured makes of the bits per byte of streaming, by its name.
+
+    What a cache is worth was measured on long documents, where it has something to look up: it is taken, in bits per
+    byte, from the model's own figure, on the validation documents. n-grams are looked up in the text itself: a token of
+    the longest document counts as a number.
+    """
+    own, later = run["model"].get("evaluation") or {}, run["measured"].get(f"caches-{VALIDATION}") or {}
+    streaming, caches = own.get("streaming") or {}, later.get("result") or own.get("caches")
+    if not caches or not streaming.get("num_bytes"):
+        return {}
+    longest = max(document["num_tokens"] for document in caches["documents"])
+    tokens_per_byte = streaming["num_tokens"] / streaming["num_bytes"]
+    found: dict[str, CachedFigure] = {}
+    for cache in caches["caches"][1:]:  # the first one is the bare model
+        size, worth = cache["size"], cache["relative"]
+        value, low, high = (
+            None if worth[end] is None else streaming["bits_per_byte"] + math.log2(1 + worth[end]) * tokens_per_byte
+            for end in ("value", "low", "high")
+        )
+        stored = size["state_numbers"] + (longest if size["bytes_per_token"] else 0)
+        found[cache["name"]] = CachedFigure(value, low, high, stored)
+    return found
+
+
 def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """All figures of a study's finished runs by variant, as plain values: what `study.json` holds.
 
@@ -95,7 +130,8 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
     the
     values by seed, their mean with its interval (Student's t over seeds; of one seed the measure's own, over
     documents),
-    the text of the table's cell, and the difference from the reference, paired by seed.
+    the text of the table's cell, and the difference from the reference, paired by seed. `caches` has, by name, the bits
+    per byte of streaming with each cache that was measured around it, and the numbers that the cache stores.
     """
     by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
     reference = by_variant.get(study.reference_variant, {})
@@ -134,6 +170,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
             "num_parameters": runs[0]["model"]["num_parameters"]["total"],
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": figures,
+            "caches": _summarize_caches(runs),
         }
     cost = {COST: tables.pop(COST)} if COST in tables else {}
     return {
@@ -145,6 +182,17 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         "tables": tables | cost,
         "variants": variants,
     }
+
+
+def _summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    found = [list_cached(run) for run in runs]
+    caches: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for one in found for name in one):
+        seeds = [one[name] for one in found if name in one]
+        caches[name] = _summarize([one.value for one in seeds], is_shown=True) | {"numbers": seeds[0].num_numbers}
+        if len(seeds) == 1:
+            caches[name] |= {"low": seeds[0].low, "high": seeds[0].high}
+    return caches
 
 
 def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:

@@ -5,7 +5,16 @@ from typing import Any
 
 from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
 from new_llm.evaluation import MEASURES, ModelResult
-from new_llm.experiments.study_table import BITS_PER_BYTE, COST, CPU_SECONDS, MEMORY, STATE, Run, list_results
+from new_llm.experiments.study_table import (
+    BITS_PER_BYTE,
+    COST,
+    CPU_SECONDS,
+    MEMORY,
+    STATE,
+    STREAMING_BITS,
+    Run,
+    list_results,
+)
 from new_llm.report.results import get_entries, get_finite, get_gates, get_value, list_numbers
 from new_llm.report.series import Series, compute_mean, draw_measure
 
@@ -197,6 +206,8 @@ def _mean(values: Any) -> float | None:
 
 # A study
 
+ENDS = ("mean", "low", "high")
+
 
 def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -> list[Chart]:
     """All charts of a study's summary and finished runs; what is gained at which cost comes first."""
@@ -204,25 +215,41 @@ def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -
 
 
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
-    """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds."""
+    """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
+
+    Caches that were measured around a variant's model stand beside it, each with the numbers that it stores.
+    """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (
         "A point is the mean over a variant's seeds, the line its 95% interval (Student's t). State is the most that a "
         "stream of one row keeps to read on, memory what it carries from segment to segment (models without are left "
         "out); processor seconds are those of training, without evaluation."
     )
+    with_caches = (
+        " Small points are a variant's model with an untrained cache around it, joined to it by a thin line: what the "
+        "cache is worth on long documents, taken from the model's own figure (of one seed, with its interval over "
+        "documents). A cache adds what it stores to state and memory, N × (D + 1) numbers for N states of width D, and "
+        "for n-grams each token of the longest document."
+    )
     charts = []
     for cost in (STATE, MEMORY, CPU_SECONDS):
         for metric in metrics:
-            rows = [
-                {"variant": name, cost: place["mean"]} | {end: figures[metric][end] for end in ("mean", "low", "high")}
-                for name, entry in summary["variants"].items()
-                if (figures := entry["figures"]).get(metric) and (place := figures.get(f"{COST}: {cost}"))
-            ]
-            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "low": "low", "high": "high"}
-            axes |= {"x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
-            title = f"What is gained by {cost}"
-            charts.append(point_chart(f"{metric} by {cost}", title, caption, rows, **axes, view=metric))
+            rows: list[dict[str, Any]] = []
+            for name, entry in summary["variants"].items():
+                figure, place = (entry["figures"].get(one) for one in (metric, f"{COST}: {cost}"))
+                if not figure or not place:
+                    continue
+                rows.append({"variant": name, cost: place["mean"], **{end: figure[end] for end in ENDS}})
+                for cache, found in entry["caches"].items() if metric.endswith(STREAMING_BITS) else ():
+                    spent = place["mean"] + (found["numbers"] if cost != CPU_SECONDS else 0)
+                    rows.append({"variant": f"{name} {cache}", cost: spent, **{end: found[end] for end in ENDS}})
+                    rows[-1]["around"] = name
+            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around"}
+            axes |= {"low": "low", "high": "high", "x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
+            said = caption + with_caches if any("around" in row for row in rows) else caption
+            charts.append(
+                point_chart(f"{metric} by {cost}", f"What is gained by {cost}", said, rows, **axes, view=metric)
+            )
     return [chart for chart in charts if chart.spec["data"]["values"]]
 
 

@@ -216,8 +216,8 @@ def make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str]
         table = base64.b64encode(chart.to_csv().encode("utf-8", "replace")).decode()
         label = make_line(chart.view or chart.title)
         views.append(View(label, Markup(svg), f"data:text/csv;charset=utf-8;base64,{table}", chart.name))
-        for place, name in enumerate(render.list_names(chart)):
-            key[make_line(name)] = _draw_mark(places.get(name, place))
+        for name, place in render.place_series(chart, places).items():
+            key[make_line(name)] = _draw_mark(place)
     first = charts[0]
     named = [(name, *mark) for name, mark in key.items()]
     name, number = first.name, 2

@@ -76,16 +76,21 @@ def draw_for_page(chart: Chart, places: Mapping[str, int]) -> str:
     """
     spec = copy.deepcopy(chart.spec)
     spec["config"]["background"] = None
-    names = list_names(chart)
-    _adapt_encodings(spec, [places.get(name, place) for place, name in enumerate(names)])
+    _adapt_encodings(spec, list(place_series(chart, places).values()))
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     return adapt_svg(svg, f"{chart.title} {chart.view}".strip())
 
 
-def list_names(chart: Chart) -> list[str]:
-    """The names of a chart's series in the order of its legend; none where the chart has no legend."""
+def place_series(chart: Chart, places: Mapping[str, int]) -> dict[str, int]:
+    """By name, the places of a chart's series, in the order of its legend: the models' own, else as the chart has them.
+
+    Empty where the chart has no legend.
+    """
     color = chart.spec.get("encoding", {}).get("color", {})
-    return list(color["scale"]["domain"]) if color.get("legend") is not None else []
+    if color.get("legend") is None:
+        return {}
+    named = zip(color["scale"]["domain"], color["scale"]["range"], strict=True)
+    return {name: places.get(name, PALETTE.index(own) if own in PALETTE else 0) for name, own in named}
 
 
 def choose_mark(place: int) -> tuple[str, str]:
