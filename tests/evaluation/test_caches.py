@@ -9,8 +9,7 @@ from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.config.cache import CacheConfig
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig
-from new_llm.evaluation import CachedModel, Subject, evaluate_caches, evaluate_streaming, measure, tune_cache
-from new_llm.evaluation.caches import Caches
+from new_llm.evaluation import CachedModel, Caches, Subject, evaluate_streaming, tune_cache
 
 LONG = LongDocumentsConfig(min_tokens=30, num_resamples=200)
 SETTINGS = CacheMeasureConfig(sizes=(3, 20), ngram_orders=(1, 3), thetas=(1.0, 8.0), segments_per_call=2)
@@ -23,6 +22,11 @@ def repeat(document: list[int]) -> list[int]:
 DOCUMENTS = [repeat(document) for document in make_documents([40, 30, 5, 50, 44, 61])]
 
 
+def measure(model, split, max_tokens=None, **hooks):
+    settings = EvalConfig(caches=SETTINGS, long_documents=LONG, max_tokens=max_tokens)
+    return Caches().run(Subject(model, None, split, settings, **hooks))
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -32,47 +36,46 @@ def model():
 
 def test_each_half_is_measured_with_the_settings_of_the_other(model):
     split = make_split(DOCUMENTS)
-    result = evaluate_caches(model, split, SETTINGS, LONG)
+    result = measure(model, split)
     assert result is not None
-    assert [found.name for found in result.caches] == [
+    assert [found["name"] for found in result["caches"]] == [
         "bare", "+ 3 states", "+ 20 states", "+ unigrams", "+ trigrams", "+ all"
     ]  # fmt: skip
-    assert [entry["index"] for entry in result.documents] == [0, 1, 3, 4, 5]
+    assert [entry["index"] for entry in result["documents"]] == [0, 1, 3, 4, 5]
     plain = evaluate_streaming(model, split, batch_size=2).documents["total_nll"]
-    for entry in result.documents:
+    for entry in result["documents"]:
         assert entry["total_nll"]["bare"] == pytest.approx(plain[entry["index"]], rel=1e-6)
-    for found in result.caches[1:]:
+    for found in result["caches"][1:]:
         for half in range(2):
-            tuned = found.settings[half]
-            others = [DOCUMENTS[entry["index"]] for entry in result.documents if entry["half"] != half]
-            config = CacheConfig(num_states=found.num_states, ngram_order=found.ngram_order)
+            tuned = found["settings"][half]
+            others = [DOCUMENTS[entry["index"]] for entry in result["documents"] if entry["half"] != half]
+            config = CacheConfig(num_states=found["num_states"], ngram_order=found["ngram_order"])
             config = tune_cache(model, list(map(np.array, others)), config, SETTINGS)
-            assert (config.theta, np.array(config.weights).tolist()) == (tuned.theta, tuned.weights)
+            assert (config.theta, np.array(config.weights).tolist()) == (tuned["theta"], tuned["weights"])
             streamed = evaluate_streaming(CachedModel(model, config), split, batch_size=3).documents["total_nll"]
-            for entry in result.documents:
+            for entry in result["documents"]:
                 if entry["half"] == half:
-                    assert entry["total_nll"][found.name] == pytest.approx(streamed[entry["index"]], rel=1e-6)
-    everything = result.caches[-1]
-    assert everything.relative.high < 0  # the documents repeat themselves
-    ratio = everything.perplexity.value / result.caches[0].perplexity.value
-    assert everything.relative.value == pytest.approx(ratio - 1)
-    assert everything.size == {"state_numbers": 20 * 17, "state_bytes": 20 * 66, "bytes_per_token": 2}
+                    assert entry["total_nll"][found["name"]] == pytest.approx(streamed[entry["index"]], rel=1e-6)
+    everything = result["caches"][-1]
+    assert everything["relative"]["high"] < 0  # the documents repeat themselves
+    ratio = everything["perplexity"]["value"] / result["caches"][0]["perplexity"]["value"]
+    assert everything["relative"]["value"] == pytest.approx(ratio - 1)
+    assert everything["size"] == {"state_numbers": 20 * 17, "state_bytes": 20 * 66, "bytes_per_token": 2}
 
 
 def test_few_documents_have_no_interval_and_one_no_result(model):
-    result = evaluate_caches(model, make_split(DOCUMENTS[:3]), SETTINGS, LONG)
+    result = measure(model, make_split(DOCUMENTS[:3]))
     assert result is not None
-    assert result.caches[-1].relative.low is None
-    assert evaluate_caches(model, make_split(DOCUMENTS[1:3]), SETTINGS, LONG) is None
-    stopped = evaluate_caches(model, make_split(DOCUMENTS), SETTINGS, LONG, should_stop=iter([False, True]).__next__)
+    assert result["caches"][-1]["relative"]["low"] is None
+    assert measure(model, make_split(DOCUMENTS[1:3])) is None
+    stopped = measure(model, make_split(DOCUMENTS), should_stop=iter([False, True]).__next__)
     assert stopped is not None
-    assert (len(stopped.documents), stopped.is_complete) == (2, False)
+    assert (len(stopped["documents"]), stopped["is_complete"]) == (2, False)
 
 
 def test_the_measure_reports_every_cache(model):
-    settings = EvalConfig(measures=("caches",), caches=SETTINGS, long_documents=LONG, max_tokens=200)
-    subject = Subject(model, None, make_split(DOCUMENTS), settings)  # pyright: ignore[reportArgumentType]
-    result = measure(subject)["caches"]
+    result = measure(model, make_split(DOCUMENTS), 200)
+    assert result is not None
     assert result["num_tokens"] <= 200
     assert [column.title for column in Caches().columns(result)] == ["+ all", "vs. bare"]
     (table,) = Caches().tables(result)

@@ -25,7 +25,7 @@ from doctor_subjects import (
 from new_llm.config import UserError
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.evaluation.doctor import CHECKS, examine_model
-from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation.language_models import HuggingFaceLM
 from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
 from new_llm.models.loss import align_labels

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig
+from new_llm.config import EvalConfig, PythiaConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
+    Positions,
+    Subject,
     evaluate_independent,
-    evaluate_positions,
     evaluate_reversal_curse,
     evaluate_sliding_window,
     evaluate_streaming,
@@ -40,13 +41,14 @@ def make_model(kind, segment_length=16):
 @pytest.mark.parametrize("rows", [None, 2])
 def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
     model = make_model(kind)
+    subject = Subject(model, TOKENIZER, SPLIT, EvalConfig(position_edges=(0, 16), batch_size=3), seq_length=32)
 
     def measure():
         return (
             evaluate_sliding_window(model, SPLIT, context=40, stride=11, batch_size=3).loss,
             evaluate_streaming(model, SPLIT, batch_size=3).loss,
             evaluate_independent(model, SPLIT, batch_size=3).loss,
-            [e["perplexity"] for e in evaluate_positions(model, SPLIT, seq_length=32, edges=(0, 16), batch_size=3)],
+            Positions().run(subject),
             evaluate_reversal_curse(model, TOKENIZER, get_reversal_pairs()[:5]),
         )
 

@@ -9,18 +9,18 @@ from evaluation_stand_ins import BigramModel, make_documents, make_split, read_n
 
 from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.evaluation import LongDocumentsConfig
+from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
     Baseline,
+    LongDocuments,
+    Subject,
     evaluate_independent,
-    evaluate_long_documents,
     evaluate_sliding_window,
     evaluate_streaming,
 )
-from new_llm.evaluation.document_pairs import plan_pairs
-from new_llm.evaluation.scoring import never
+from new_llm.evaluation.long_documents import plan_pairs
 from new_llm.evaluation.statistics import MIN_DOCUMENTS
 
 LENGTHS = [70, 3, 130, 65, 41, 17, 64, 16]
@@ -30,12 +30,11 @@ EDGES = (0, 16, 40, 100, 1000)
 LONG = [index for index, length in enumerate(LENGTHS) if length >= 17]
 
 
-def measure(model, split=SPLIT, *, baselines=(), on_progress=None, should_stop=never, **options):
+def measure(model, split=SPLIT, *, hooks=None, **options):
     settings = LongDocumentsConfig(
         **({"min_tokens": 17, "edges": EDGES, "batch_size": 4, "num_resamples": 200} | options)
     )
-    hooks = {"on_progress": on_progress, "should_stop": should_stop}
-    return evaluate_long_documents(model, split, settings, baselines=baselines, **hooks)
+    return LongDocuments().run(Subject(model, None, split, EvalConfig(long_documents=settings), **(hooks or {})))
 
 
 def read_with_foreign_memory(model, tokens, lender):
@@ -64,8 +63,8 @@ def range_sums(losses):
 def test_three_ways_equal_naive_loops(batch_size, segment_length):
     model = BigramModel(segment_length)
     result = measure(model, batch_size=batch_size)
-    assert [entry["index"] for entry in result.documents] == LONG
-    for entry in result.documents:
+    assert [entry["index"] for entry in result["documents"]] == LONG
+    for entry in result["documents"]:
         tokens, lender = DOCUMENTS[entry["index"]], DOCUMENTS[entry["foreign_memory_of"]]
         assert lender is not tokens
         pieces = [tokens[i : i + segment_length + 1] for i in range(0, len(tokens) - 1, segment_length)]
@@ -78,7 +77,7 @@ def test_three_ways_equal_naive_loops(batch_size, segment_length):
             sums = range_sums(losses)
             assert entry["num_tokens"][way] == [count for count, _ in sums]
             assert entry["total_nll"][way] == pytest.approx([total for _, total in sums], rel=1e-9)
-    lenders = [entry["foreign_memory_of"] for entry in result.documents]
+    lenders = [entry["foreign_memory_of"] for entry in result["documents"]]
     assert len(set(lenders)) >= len(LONG) - 1
     assert model.held.tolist() == [5]
 
@@ -97,29 +96,29 @@ def check_figures(figures, columns, documents):
     counts = {way: np.array([[d["num_tokens"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
     totals = {way: np.array([[d["total_nll"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
     losses = {way: totals[way].sum() / counts[way].sum() for way in WAYS}
-    assert figures.num_tokens == counts["carried"].sum()
-    assert figures.num_documents == (counts["carried"] > 0).sum()
+    assert figures["num_tokens"] == counts["carried"].sum()
+    assert figures["num_documents"] == (counts["carried"] > 0).sum()
     rng = np.random.default_rng(3)
     for way in WAYS:
-        assert figures.perplexity[way].value == pytest.approx(math.exp(losses[way]))
+        assert figures["perplexity"][way]["value"] == pytest.approx(math.exp(losses[way]))
     for way in WAYS[1:]:
-        difference = figures.differences[way]
-        assert difference.nats.value == pytest.approx(losses["carried"] - losses[way])
-        assert difference.relative.value == pytest.approx(math.exp(losses["carried"] - losses[way]) - 1)
+        difference = figures["differences"][way]
+        assert difference["nats"]["value"] == pytest.approx(losses["carried"] - losses[way])
+        assert difference["relative"]["value"] == pytest.approx(math.exp(losses["carried"] - losses[way]) - 1)
         drawn = []
         for _ in range(1000):
             chosen = rng.integers(len(documents), size=len(documents))
             if counts["carried"][chosen].sum():
                 a, b = (totals[w][chosen].sum() / counts[w][chosen].sum() for w in ("carried", way))
                 drawn.append(a - b)
-        if figures.num_documents < MIN_DOCUMENTS:
-            assert difference.nats[1:] == (None, None)
+        if figures["num_documents"] < MIN_DOCUMENTS:
+            assert difference["nats"]["low"] is difference["nats"]["high"] is None
             continue
         low, high = np.quantile(drawn, [0.025, 0.975])
         tolerance = 0.15 * (high - low) + 1e-12
-        assert difference.nats.low == pytest.approx(low, abs=tolerance)
-        assert difference.nats.high == pytest.approx(high, abs=tolerance)
-        assert difference.relative.low == pytest.approx(math.expm1(difference.nats.low))
+        assert difference["nats"]["low"] == pytest.approx(low, abs=tolerance)
+        assert difference["nats"]["high"] == pytest.approx(high, abs=tolerance)
+        assert difference["relative"]["low"] == pytest.approx(math.expm1(difference["nats"]["low"]))
 
 
 WAYS = ("carried", "reset", "foreign")
@@ -127,23 +126,27 @@ WAYS = ("carried", "reset", "foreign")
 
 def test_figures_and_paired_intervals():
     result = measure(BigramModel(), num_resamples=4000)
-    starts = [(found.start, found.end) for found in result.ranges]
+    starts = [(found["start"], found["end"]) for found in result["ranges"]]
     assert starts == [(0, 16), (16, 40), (40, 100), (100, 1000)]  # no token is a thousand away
-    for column, figures in enumerate(result.ranges):
-        check_figures(figures, [column], result.documents)
-    check_figures(result.overall, range(len(EDGES)), result.documents)
-    assert sum(found.num_tokens for found in result.ranges) == result.num_tokens == sum(LENGTHS[i] - 1 for i in LONG)
-    paired, single = result.overall.differences["reset"].nats, result.overall.perplexity["carried"]
-    assert paired.low < paired.value < paired.high
-    assert single.low < single.value < single.high
+    for column, figures in enumerate(result["ranges"]):
+        check_figures(figures, [column], result["documents"])
+    check_figures(result["overall"], range(len(EDGES)), result["documents"])
+    assert (
+        sum(found["num_tokens"] for found in result["ranges"])
+        == result["num_tokens"]
+        == sum(LENGTHS[i] - 1 for i in LONG)
+    )
+    paired, single = result["overall"]["differences"]["reset"]["nats"], result["overall"]["perplexity"]["carried"]
+    assert paired["low"] < paired["value"] < paired["high"]
+    assert single["low"] < single["value"] < single["high"]
 
 
 def test_documents_are_chosen_and_cut():
     model = BigramModel()
     result = measure(model, max_documents=3, max_tokens_per_document=60)
-    assert [entry["index"] for entry in result.documents] == LONG[:3]
+    assert [entry["index"] for entry in result["documents"]] == LONG[:3]
     short = make_split([DOCUMENTS[i][:60] for i in LONG[:3]])
-    assert result.overall == measure(model, short).overall
+    assert result["overall"] == measure(model, short)["overall"]
     with pytest.raises(UserError, match=r"no document has 131 tokens; the longest of 8 has 130") as caught:
         measure(model, min_tokens=131)
     assert "\n" not in str(caught.value)
@@ -153,12 +156,12 @@ def test_documents_are_chosen_and_cut():
 
 def test_one_document_has_no_foreign_memory_and_no_interval():
     result = measure(BigramModel(), min_tokens=100)
-    assert set(result.overall.perplexity) == {"carried", "reset"}
-    assert result.documents[0]["foreign_memory_of"] is None
-    estimate = result.overall.differences["reset"].nats
-    assert (estimate.low, estimate.high) == (None, None)
-    assert estimate.value > 0.1
-    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert set(result["overall"]["perplexity"]) == {"carried", "reset"}
+    assert result["documents"][0]["foreign_memory_of"] is None
+    estimate = result["overall"]["differences"]["reset"]["nats"]
+    assert (estimate["low"], estimate["high"]) == (None, None)
+    assert estimate["value"] > 0.1
+    values = json.loads(json.dumps(result, allow_nan=False))
     assert (values["is_complete"], values["range_starts"]) == (True, list(EDGES))
     assert values["overall"]["differences"]["reset"]["nats"].keys() == {"value", "low", "high"}
 
@@ -172,11 +175,11 @@ def test_a_stopped_measurement_is_labelled_and_still_paired(num_batches):
         return len(asked) == num_batches
 
     others = [Baseline("plain", BigramModel(seed=1))]
-    result = measure(BigramModel(), baselines=others, should_stop=should_stop)
-    assert not result.is_complete
-    assert 0 < result.num_tokens < result.num_planned
-    assert result.overall.perplexity.keys() == result.overall.differences.keys() | {"carried"} == set(WAYS)
-    for entry in result.documents:
+    result = measure(BigramModel(), hooks={"baselines": others, "should_stop": should_stop})
+    assert not result["is_complete"]
+    assert 0 < result["num_tokens"] < result["num_planned"]
+    assert result["overall"]["perplexity"].keys() == result["overall"]["differences"].keys() | {"carried"} == set(WAYS)
+    for entry in result["documents"]:
         assert entry["num_tokens"]["carried"] == entry["num_tokens"]["reset"] == entry["num_tokens"]["foreign"]
     assert len(asked) == num_batches
 
@@ -186,7 +189,9 @@ def test_baselines_score_the_same_tokens():
     other = BigramModel(segment_length=20, seed=1)
     baselines = [Baseline("stream", other), Baseline("windows", other, stride=7), Baseline("abreast", other, stride=20)]
     told = []
-    result = measure(model, baselines=baselines, on_progress=lambda *x: told.append(x), segments_per_call=3)
+    result = measure(
+        model, hooks={"baselines": baselines, "on_progress": lambda *x: told.append(x)}, segments_per_call=3
+    )
     long = make_split([DOCUMENTS[i] for i in LONG])
     expected = {
         "stream": evaluate_streaming(other, long, batch_size=2),
@@ -195,17 +200,17 @@ def test_baselines_score_the_same_tokens():
         "carried": evaluate_streaming(model, long, batch_size=2),
     }
     for name, found in expected.items():
-        assert result.overall.perplexity[name].value == pytest.approx(found.perplexity, rel=1e-9)
-    nats = result.overall.differences["windows"].nats
-    assert nats.value == pytest.approx(expected["carried"].loss - expected["windows"].loss)
-    for entry in result.documents:
+        assert result["overall"]["perplexity"][name]["value"] == pytest.approx(found.perplexity, rel=1e-9)
+    nats = result["overall"]["differences"]["windows"]["nats"]
+    assert nats["value"] == pytest.approx(expected["carried"].loss - expected["windows"].loss)
+    for entry in result["documents"]:
         assert len({tuple(counts) for counts in entry["num_tokens"].values()}) == 1
-    assert result.baselines["windows"] == {"segment_length": 20, "stride": 7, "subject": {}}
+    assert result["baselines"]["windows"] == {"segment_length": 20, "stride": 7, "subject": {}}
     assert told == sorted(told)
-    assert told[-1] == (4 * result.num_planned, 4 * result.num_planned)
-    assert result.is_complete
+    assert told[-1] == (4 * result["num_planned"], 4 * result["num_planned"])
+    assert result["is_complete"]
     with pytest.raises(ValueError, match="names must differ"):
-        measure(model, baselines=[Baseline("reset", other)])
+        measure(model, hooks={"baselines": [Baseline("reset", other)]})
 
 
 SENTENCES = [pair.forward for pair in get_reversal_pairs()]
@@ -245,13 +250,13 @@ def test_real_models_equal_the_protocols(kind, options, batch_size):
     model(torch.from_numpy(REAL.tokens[:128].astype("int64")).view(2, 64), update_memory=True)
     before = copy.deepcopy(model.get_memory_state())
     result = measure(model, REAL, min_tokens=40, batch_size=batch_size)
-    long = tokenize_documents([TEXTS[entry["index"]] for entry in result.documents], TOKENIZER)
+    long = tokenize_documents([TEXTS[entry["index"]] for entry in result["documents"]], TOKENIZER)
     assert long.num_documents == 5
     streaming, independent = (
         evaluate_streaming(model, long, batch_size=3),
         evaluate_independent(model, long, batch_size=3),
     )
-    perplexity = {name: found.value for name, found in result.overall.perplexity.items()}
+    perplexity = {name: found["value"] for name, found in result["overall"]["perplexity"].items()}
     assert perplexity["carried"] == pytest.approx(streaming.perplexity, rel=1e-6)
     assert perplexity["reset"] == pytest.approx(independent.perplexity, rel=1e-6)
     ways = [perplexity[way] for way in WAYS]

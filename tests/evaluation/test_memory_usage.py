@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from new_llm.config import PythiaConfig
+from new_llm.config import EvalConfig, PythiaConfig
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.memory_usage import MemoryUsage, measure_memory_usage
+from new_llm.evaluation import MemoryUsage, Subject
 from new_llm.models import create_model
 
 SHAPE = PythiaConfig(
@@ -29,6 +29,10 @@ def make_split(*lengths: int) -> TokenSplit:
     )
 
 
+def measure(model, split, num_segments):
+    return MemoryUsage().run(Subject(model, None, split, EvalConfig(memory_usage_segments=num_segments)))
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -37,7 +41,7 @@ def model():
 
 def test_norms_are_those_of_the_memory_that_reading_leaves(model):
     split = make_split(5, 60)
-    usage = measure_memory_usage(model, split, num_segments=4)
+    usage = measure(model, split, 4)
     assert usage is not None
     assert (usage["document"], usage["num_segments"], usage["segment_length"]) == (1, 4, LENGTH)
     assert [entry["layer"] for entry in usage["layers"]] == [0, 1]
@@ -59,30 +63,30 @@ def test_norms_are_those_of_the_memory_that_reading_leaves(model):
 def test_what_the_model_holds_is_back_afterwards(model):
     model.reset_memory(batch_size=2)
     model.train()
-    measure_memory_usage(model, make_split(40), num_segments=2)
+    measure(model, make_split(40), 2)
     assert model.memory_rows == 2
     assert model.training
     assert float(model.get_memory_state()[0]["memories"].abs().sum()) == 0
 
 
 def test_a_model_without_memory_has_none():
-    assert measure_memory_usage(create_model("pythia", SHAPE), make_split(40), num_segments=2) is None
+    assert measure(create_model("pythia", SHAPE), make_split(40), 2) is None
 
 
 @pytest.mark.parametrize("kind", ["multi_memory", "hierarchical"])
 def test_selection_entropy_is_low_at_a_low_temperature_and_one_where_all_weigh_the_same(kind):
-    def measure(**options):
+    def find_entropy(**options):
         torch.manual_seed(0)
         made = create_model(kind, SHAPE, num_memories=4, segment_length=LENGTH, **options)
-        usage = measure_memory_usage(made, make_split(80), num_segments=9)
+        usage = measure(made, make_split(80), 9)
         assert usage is not None
         (column,) = MemoryUsage().columns(usage)
         return column.value
 
-    assert measure(selection_temperature=1e6) == pytest.approx(1, abs=1e-6)
-    assert measure(selection_temperature=1e-6) < 0.05
-    assert measure(router="standardized", selection_temperature=0.01) < measure(router="standardized")
+    assert find_entropy(selection_temperature=1e6) == pytest.approx(1, abs=1e-6)
+    assert find_entropy(selection_temperature=1e-6) < 0.05
+    assert find_entropy(router="standardized", selection_temperature=0.01) < find_entropy(router="standardized")
     if kind == "hierarchical":
-        assert 0 < measure(hierarchy="fenwick") < 1
+        assert 0 < find_entropy(hierarchy="fenwick") < 1
     else:
-        assert 0 < measure(router="top1") < 1
+        assert 0 < find_entropy(router="top1") < 1

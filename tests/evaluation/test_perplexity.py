@@ -8,10 +8,11 @@ from evaluation_stand_ins import VOCAB_SIZE, BigramModel, make_documents, make_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from new_llm.config import UserError
+from new_llm.config import EvalConfig, UserError
 from new_llm.evaluation import (
+    Positions,
+    Subject,
     evaluate_independent,
-    evaluate_positions,
     evaluate_sliding_window,
     evaluate_streaming,
     unigram_perplexity,
@@ -189,7 +190,8 @@ def test_a_diverged_model_is_reported_not_raised(evaluate):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_positions_equal_a_naive_loop(batch_size):
     model = BigramModel()
-    found = evaluate_positions(model, SPLIT, seq_length=20, edges=(0, 4, 16, 32), batch_size=batch_size)
+    settings = EvalConfig(position_edges=(0, 4, 16, 32), batch_size=batch_size, max_tokens=None)
+    found = Positions().run(Subject(model, None, SPLIT, settings, seq_length=20))["ranges"]
     by_position = {}
     for document in DOCUMENTS:
         for begin in range(0, len(document), 20):

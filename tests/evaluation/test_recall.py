@@ -11,44 +11,45 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig, UserError
+from new_llm.config import EvalConfig, PythiaConfig, UserError
 from new_llm.config.evaluation import RecallConfig
 from new_llm.data.tokenizer import tokenize_documents
-from new_llm.evaluation import recall_texts
-from new_llm.evaluation.hugging_face import HuggingFaceLM
-from new_llm.evaluation.recall import Answer, evaluate_recall, summarize_answers
-from new_llm.evaluation.recall_texts import TextMaker
-from new_llm.evaluation.scoring import never
+from new_llm.evaluation import HuggingFaceLM, Recall, Subject, recall
+from new_llm.evaluation.recall import Answer, TextMaker, summarize_answers
 
 
-def measure(model, split=SPLIT, *, on_progress=None, should_stop=never, **options):
+def measure(model, split=SPLIT, *, should_stop=lambda: False, **options):
     settings = {"lengths": (1, 2, 4), "depths": (0, 0.5, 1), "trials": 3, "batch_size": 4, "num_resamples": 100}
-    hooks = {"on_progress": on_progress, "should_stop": should_stop}
-    return evaluate_recall(model, TOKENIZER, split, RecallConfig(**(settings | options)), **hooks)
+    config = EvalConfig(recall=RecallConfig(**(settings | options)))
+    return Recall().run(Subject(model, TOKENIZER, split, config, should_stop=should_stop))
 
 
 def test_a_perfect_memory_finds_everything_and_its_control_nothing():
     model = Copier()
     result = measure(model)
-    cells = {(cell.task, cell.length, cell.depth): cell for cell in result.cells}
+    cells = {(cell["task"], cell["length"], cell["depth"]): cell for cell in result["cells"]}
     assert set(cells) == set(itertools.product(("passkey", "facts"), (1, 2, 4), (0, 0.5, 1)))
     for (_, length, _), cell in cells.items():
-        assert cell.num_trials == 3
-        assert (cell.carried.exact.value, cell.carried.first.value, cell.carried.mean_rank.value) == (1, 1, 1)
-        control = (cell.reset.exact.value, cell.reset.first.value)
+        assert cell["num_trials"] == 3
+        assert (
+            cell["carried"]["exact"]["value"],
+            cell["carried"]["first"]["value"],
+            cell["carried"]["mean_rank"]["value"],
+        ) == (1, 1, 1)
+        control = (cell["reset"]["exact"]["value"], cell["reset"]["first"]["value"])
         assert control == ((1, 1) if length == 1 else (0, 0))
-    assert (result.to_dict()["chance_first"], result.to_dict()["chance_rank"]) == (0.1, 5.5)
-    assert result.is_complete
-    assert result.notes == []
-    assert result.num_tokens == 3 * 3 * 2 * (1 + 2 + 4) * SEGMENT
+    assert (result["chance_first"], result["chance_rank"]) == (0.1, 5.5)
+    assert result["is_complete"]
+    assert result["notes"] == []
+    assert result["num_tokens"] == 3 * 3 * 2 * (1 + 2 + 4) * SEGMENT
     assert model.held == ["not to be touched"]
 
 
 def test_a_short_memory_finds_what_is_near():
-    for cell in measure(Copier(num_segments=1), lengths=(3, 6), depths=(0, 1)).cells:
-        near = cell.depth == 1
-        assert cell.mean_distance == (1 if near else cell.length - 1)
-        assert cell.carried.exact.value == (1 if near else 0)
+    for cell in measure(Copier(num_segments=1), lengths=(3, 6), depths=(0, 1))["cells"]:
+        near = cell["depth"] == 1
+        assert cell["mean_distance"] == (1 if near else cell["length"] - 1)
+        assert cell["carried"]["exact"]["value"] == (1 if near else 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
@@ -56,26 +57,26 @@ def test_batches_and_calls_do_not_change_the_result(batch_size):
     options = {"lengths": (1, 4), "depths": (0.5,)}
     expected = measure(Copier(num_segments=2), **options)
     found = measure(Copier(num_segments=2), **options, batch_size=batch_size, segments_per_call=1)
-    assert found.cells == expected.cells
+    assert found["cells"] == expected["cells"]
 
 
 def test_a_cell_does_not_depend_on_the_others():
-    whole = {(cell.task, cell.length, cell.depth): cell for cell in measure(Copier(num_segments=1)).cells}
-    (alone,) = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,)).cells
+    whole = {(cell["task"], cell["length"], cell["depth"]): cell for cell in measure(Copier(num_segments=1))["cells"]}
+    (alone,) = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,))["cells"]
     assert alone == whole["facts", 4, 0.5]
-    other = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,), seed=1).cells[0]
-    assert other.mean_depth != alone.mean_depth
+    other = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,), seed=1)["cells"][0]
+    assert other["mean_depth"] != alone["mean_depth"]
 
 
 def test_a_sentence_that_is_not_read_before_the_question_is_not_found(monkeypatch):
     monkeypatch.setattr(
-        recall_texts,
+        recall,
         "plant_sentence",
         lambda tokens, sentence, place: np.resize(tokens, len(tokens) + len(sentence)).astype(np.int64),
     )
-    for cell in measure(Copier(), lengths=(2, 4)).cells:
-        assert cell.carried.exact.value == 0
-        assert cell.carried.first.value <= 1 / 3
+    for cell in measure(Copier(), lengths=(2, 4))["cells"]:
+        assert cell["carried"]["exact"]["value"] == 0
+        assert cell["carried"]["first"]["value"] <= 1 / 3
 
 
 def test_texts_hold_the_sentence_once_in_real_text():
@@ -107,17 +108,17 @@ def test_texts_hold_the_sentence_once_in_real_text():
 
 def test_short_segments_are_left_out_or_refused():
     result = measure(Copier(segment_length=40), depths=(0.5,), trials=2)
-    assert result.notes == ["facts: 1 segment of 40 tokens can't hold sentence and question"]
-    assert {(cell.task, cell.length) for cell in result.cells} == {
+    assert result["notes"] == ["facts: 1 segment of 40 tokens can't hold sentence and question"]
+    assert {(cell["task"], cell["length"]) for cell in result["cells"]} == {
         *itertools.product(("passkey", "facts"), (2, 4)),
         ("passkey", 1),
     }
-    assert all(cell.carried.exact.value == 1 for cell in result.cells)
+    assert all(cell["carried"]["exact"]["value"] == 1 for cell in result["cells"])
     with pytest.raises(UserError, match="can't hold sentence and question") as caught:
         measure(Copier(segment_length=6), trials=1)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no token"):
-        evaluate_recall(Copier(), TOKENIZER, tokenize_documents([], TOKENIZER))
+        measure(Copier(), tokenize_documents([], TOKENIZER))
 
 
 @pytest.mark.parametrize("num_calls", [1, 4, 11])
@@ -125,9 +126,9 @@ def test_a_stopped_measurement_is_labelled(num_calls):
     asked = []
     result = measure(Copier(), should_stop=lambda: bool(asked.append(True)) or len(asked) == num_calls)
     assert len(asked) == num_calls
-    assert not result.is_complete
-    assert result.num_trials == sum(cell.num_trials for cell in result.cells) < result.num_planned
-    json.dumps(result.to_dict(), allow_nan=False)
+    assert not result["is_complete"]
+    assert result["num_trials"] == sum(cell["num_trials"] for cell in result["cells"]) < result["num_planned"]
+    json.dumps(result, allow_nan=False)
 
 
 def make_model(kind, **options):
@@ -154,22 +155,22 @@ def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind, option
     for index, entry in before.items():
         assert all(torch.equal(after[index][k], v) for k, v in entry.items() if isinstance(v, torch.Tensor))
     maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=10, seed=0)
-    for cell in result.cells:
-        for trial, answer in enumerate(cell.carried.answers):
-            text = maker.make(cell.task, cell.length, cell.depth, trial)
+    for cell in result["cells"]:
+        for trial, answer in enumerate(cell["carried"]["answers"]):
+            text = maker.make(cell["task"], cell["length"], cell["depth"], trial)
             totals = []
             for tokens in text.candidates:
                 ids = torch.from_numpy(np.concatenate([text.context, text.opening, tokens]))[None]
                 with model.fresh_memory(), torch.no_grad():
                     losses = -model(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
                 totals.append(float(losses[len(ids[0]) - 1 - (len(tokens) - text.differ_begin) :].sum()))
-            assert answer.rank == 1 + sum(total < totals[0] for total in totals[1:])
-            assert answer.is_first == (answer.rank == 1)
+            assert answer["rank"] == 1 + sum(total < totals[0] for total in totals[1:])
+            assert answer["is_first"] == (answer["rank"] == 1)
             prompt = np.concatenate([text.context, text.opening, text.candidates[0][: text.answer_begin]])
             wanted = text.candidates[0][text.answer_begin :].tolist()
             with model.fresh_memory(), torch.no_grad():
                 ids, _ = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=len(wanted), do_sample=False)
-            assert answer.is_exact == (ids[0, len(prompt) :].tolist() == wanted)
+            assert answer["is_exact"] == (ids[0, len(prompt) :].tolist() == wanted)
 
 
 def test_models_without_memory_are_their_own_control():
@@ -184,29 +185,29 @@ def test_models_without_memory_are_their_own_control():
     )
     for model in (HuggingFaceLM(GPTNeoXForCausalLM(config)), make_model("pythia")):
         result = measure(model, trials=2)
-        assert not result.has_memory
-        assert all(cell.carried == cell.reset for cell in result.cells)
-        assert len(result.cells) == 18
+        assert not result["has_memory"]
+        assert all(cell["carried"] == cell["reset"] for cell in result["cells"])
+        assert len(result["cells"]) == 18
 
 
 def test_equals_share_the_mean_of_their_places_and_none_is_first():
     model = Copier()
     model.token_losses = lambda input_ids, labels, mask=None, **options: torch.zeros(input_ids.shape)
-    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",)).cells
-    assert cell.carried.answers[0][1:] == (5.5, False)
+    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
+    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 5.5, "is_first": False}]
 
 
 def test_a_model_that_gives_nan_comes_last():
     model = make_model("infini")
     nn.init.constant_(model.embed_out.weight, math.nan)
-    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",)).cells
-    assert cell.carried.answers == (Answer(False, 10.0, False),)
+    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
+    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 10.0, "is_first": False}]
 
 
 def test_figures_of_known_answers():
     answers = [Answer(True, 1.0, True), Answer(False, 3.0, False), Answer(False, 1.0, True), Answer(False, 5.0, False)]
     figures = summarize_answers(answers, RecallConfig(num_resamples=4000))
-    assert (figures.exact.value, figures.first.value, figures.mean_rank.value) == (0.25, 0.5, 2.5)
+    assert (figures["exact"].value, figures["first"].value, figures["mean_rank"].value) == (0.25, 0.5, 2.5)
     means = np.random.default_rng(1).choice([1, 3, 1, 5], size=(20000, 4)).mean(1)
-    assert figures.mean_rank[1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.26)
-    assert summarize_answers(answers[:1], RecallConfig(num_resamples=10)).mean_rank == (1.0, None, None)
+    assert figures["mean_rank"][1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.26)
+    assert summarize_answers(answers[:1], RecallConfig(num_resamples=10))["mean_rank"] == (1.0, None, None)

@@ -74,7 +74,7 @@ def test_intervals_are_those_of_a_naive_stratified_bootstrap(tokenizer):
 
     model = KnownTexts([pair.forward for pair in PAIRS[::3]] + [PAIRS[1].backward], encode)
     result = evaluate_reversal_curse(model, tokenizer, PAIRS, num_resamples=3000, confidence=0.9, seed=1)
-    assert (result.num_resamples, result.confidence, result.seed) == (3000, 0.9, 1)
+    assert [result.bootstrap[key] for key in ("num_resamples", "confidence", "seed")] == [3000, 0.9, 1]
     losses = {way: [total_loss(model, encode(getattr(p, way))) for p in PAIRS] for way in ("forward", "backward")}
     counts = {way: [len(encode(getattr(p, way))) - 1 for p in PAIRS] for way in ("forward", "backward")}
     ranks = naive_ranks(model, encode, PAIRS, "forward")

@@ -160,8 +160,7 @@ def loaded(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(study_module, "load_any_model", load)
     monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
-    for name in ("evaluate_long_documents", "evaluate_caches", "evaluate_recall"):
-        monkeypatch.setattr(study_module, name, lambda *given, **reading: SimpleNamespace(to_dict=lambda: {}))
+    monkeypatch.setattr(study_module, "measure", lambda subject, names: {names[0]: {}})
     monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3]})
     return found
 

@@ -1,9 +1,8 @@
 """Measurements of a trained model: perplexity, the reversal curse, and what a reading most likely means."""
 
-from new_llm.evaluation.cached_model import CachedModel
-from new_llm.evaluation.caches import CachesResult, evaluate_caches, tune_cache
-from new_llm.evaluation.diagnosis import Verdict, diagnose_perplexity
-from new_llm.evaluation.long_documents import LongDocumentsResult, evaluate_long_documents
+from new_llm.evaluation.caches import Caches, tune_cache
+from new_llm.evaluation.language_models import CachedModel, HuggingFaceLM
+from new_llm.evaluation.long_documents import LongDocuments
 from new_llm.evaluation.measure import (
     MEASURES,
     Baseline,
@@ -18,37 +17,50 @@ from new_llm.evaluation.measure import (
     measure,
     register_measure,
 )
-from new_llm.evaluation.memory_usage import measure_memory_usage
+from new_llm.evaluation.memory_usage import MemoryUsage
 from new_llm.evaluation.passages import Passages
 from new_llm.evaluation.perplexity import (
     PerplexityResult,
+    Verdict,
+    diagnose_perplexity,
     evaluate_independent,
     evaluate_rolling,
     evaluate_sliding_window,
     evaluate_streaming,
     unigram_perplexity,
 )
-from new_llm.evaluation.positions import evaluate_positions
-from new_llm.evaluation.recall import RecallResult, evaluate_recall
-from new_llm.evaluation.reversal import evaluate_reversal_curse
-from new_llm.evaluation.reversal_scores import ReversalResult, ReversalScores
-from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, Scores, join_scores
-from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_segments, plan_windows
+from new_llm.evaluation.positions import Positions
+from new_llm.evaluation.recall import Recall
+from new_llm.evaluation.reversal import ReversalResult, ReversalScores, evaluate_reversal_curse
+from new_llm.evaluation.scoring import (
+    LanguageModel,
+    Reading,
+    Scorer,
+    Scores,
+    Window,
+    join_scores,
+    plan_rolling_windows,
+    plan_segments,
+    plan_windows,
+)
 
 __all__ = [
     "MEASURES",
     "Baseline",
     "CachedModel",
-    "CachesResult",
+    "Caches",
     "Column",
+    "HuggingFaceLM",
     "LanguageModel",
-    "LongDocumentsResult",
+    "LongDocuments",
     "Measure",
+    "MemoryUsage",
     "ModelResult",
     "Passages",
     "PerplexityResult",
+    "Positions",
     "Reading",
-    "RecallResult",
+    "Recall",
     "ReversalResult",
     "ReversalScores",
     "Scorer",
@@ -59,11 +71,7 @@ __all__ = [
     "Verdict",
     "Window",
     "diagnose_perplexity",
-    "evaluate_caches",
     "evaluate_independent",
-    "evaluate_long_documents",
-    "evaluate_positions",
-    "evaluate_recall",
     "evaluate_reversal_curse",
     "evaluate_rolling",
     "evaluate_sliding_window",
@@ -72,7 +80,6 @@ __all__ = [
     "join_scores",
     "load_own_measures",
     "measure",
-    "measure_memory_usage",
     "plan_rolling_windows",
     "plan_segments",
     "plan_windows",

@@ -8,9 +8,8 @@ applied to the rest, and the other way round: so every document is measured with
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,12 +17,10 @@ from numpy.typing import NDArray
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config.cache import COMPONENTS, CacheConfig
-from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig
-from new_llm.data.tokenizer import TokenSplit
+from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
-from new_llm.evaluation.scoring import Autocast, Progress, evaluation_mode, find_device, never
-from new_llm.evaluation.statistics import Estimate, draw_resamples, estimate_over_documents
-from new_llm.evaluation.windows import plan_segments
+from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, plan_segments
+from new_llm.evaluation.statistics import draw_resamples, estimate_over_documents
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
     Probabilities,
@@ -69,154 +66,6 @@ class Tuned(NamedTuple):
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class CacheFigures:
-    """One cache around the model.
-
-    Attributes:
-        name: what readers know it by; `bare` is the model alone.
-        num_states: N.
-        ngram_order: the longest n-grams.
-        perplexity: of all tokens.
-        bits_per_byte: None where documents were cut short.
-        relative: perplexity against the bare model − 1, paired by document.
-        settings: what was tuned for each half of the documents, on the other half.
-        size: of `describe_cache`.
-    """
-
-    name: str
-    num_states: int
-    ngram_order: int
-    perplexity: Estimate
-    bits_per_byte: float | None
-    relative: Estimate
-    settings: list[Tuned]
-    size: dict[str, int]
-
-
-@dataclass(frozen=True)
-class CachesResult:
-    """A model bare and with caches.
-
-    Attributes:
-        caches: the bare model first.
-        documents: of each document its index in the split, half, tokens scored and total loss by cache.
-        num_tokens: tokens scored.
-        num_planned: tokens that were to be scored.
-        is_complete: whether all were.
-        similarity: of states.
-        confidence: of the intervals, over documents.
-        seconds: wall-clock time.
-    """
-
-    caches: list[CacheFigures]
-    documents: list[dict[str, Any]]
-    num_tokens: int
-    num_planned: int
-    is_complete: bool
-    similarity: str
-    confidence: float
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return to_plain(self)
-
-
-def evaluate_caches(
-    model: Any,
-    split: TokenSplit,
-    settings: CacheMeasureConfig | None = None,
-    long_documents: LongDocumentsConfig | None = None,
-    *,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-) -> CachesResult | None:
-    """Perplexity of long documents by the model alone and with each cache; documents are read as streams.
-
-    Args:
-        model: a `TransformerLM` or a `HuggingFaceLM`; its held memory is neither read nor changed.
-        split: the documents.
-        settings: which caches; None: the defaults.
-        long_documents: which documents, and the intervals; None: the defaults.
-        max_tokens: score the first long documents while they have at most so many tokens, but two at least.
-        device: where the model lies; None: where its weights are.
-        autocast: makes the context in which the model computes.
-        on_progress: called with the tokens scored so far and in all.
-        should_stop: asked after each document; once it says True, the result is of those that have been read by then.
-
-    Returns:
-        None where fewer than two documents are long enough (or were read): none could be tuned on another.
-    """
-    settings, choice = settings or CacheMeasureConfig(), long_documents or LongDocumentsConfig()
-    began = time.perf_counter()
-    indices = split.find_long(choice.min_tokens)[: choice.max_documents]
-    lengths = np.minimum(split.lengths[indices], choice.max_tokens_per_document or np.inf).astype(np.int64) - 1
-    if max_tokens is not None:
-        num_kept = max(2, int(np.searchsorted(lengths.cumsum(), max_tokens, side="right")))
-        indices, lengths = indices[:num_kept], lengths[:num_kept]
-    parts: list[Parts] = []
-    hidden_size, vocab_size = 0, getattr(model, "vocab_size", 0) or len(model.embed_out.weight)
-    for index, length in zip(indices, lengths, strict=True):
-        if len(indices) < 2:
-            return None
-        found, hidden_size = read_parts(
-            model, split.document(int(index))[: length + 1], settings, device=device, autocast=autocast
-        )
-        parts.append(found)
-        if on_progress:
-            on_progress(int(lengths[: len(parts)].sum()), int(lengths.sum()))
-        if should_stop():
-            break
-    if len(parts) < 2:
-        return None
-    indices, num_planned, lengths = indices[: len(parts)], int(lengths.sum()), lengths[: len(parts)]
-    resamples = draw_resamples(len(parts), choice.num_resamples, choice.seed)
-    is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
-    num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
-    bare = np.array([found.losses.sum() for found in parts])
-    caches: list[CacheFigures] = []
-    totals: dict[str, NDArray[np.float64]] = {}
-    for name, num_states, order in settings.list_caches():
-        tuned, total = ([], bare) if name == BARE else cross_tune(parts, settings, num_states, order)
-        totals[name] = total
-        ways = [(total, lengths), (bare, lengths)]
-        config = CacheConfig(num_states=num_states, ngram_order=order)
-        caches.append(
-            CacheFigures(
-                name=name,
-                num_states=num_states,
-                ngram_order=order,
-                perplexity=estimate_over_documents(np.exp, ways[:1], resamples, choice.confidence),
-                bits_per_byte=float(total.sum() / np.log(2) / num_bytes) if num_bytes else None,
-                relative=estimate_over_documents(lambda a, b: np.expm1(a - b), ways, resamples, choice.confidence),
-                settings=tuned,
-                size=describe_cache(config, hidden_size, vocab_size),
-            )
-        )
-    return CachesResult(
-        caches=caches,
-        documents=[
-            {
-                "index": int(index),
-                "half": place % 2,
-                "num_tokens": int(lengths[place]),
-                "total_nll": {name: float(total[place]) for name, total in totals.items()},
-            }
-            for place, index in enumerate(indices)
-        ],
-        num_tokens=int(lengths.sum()),
-        num_planned=num_planned,
-        is_complete=int(lengths.sum()) == num_planned,
-        similarity=settings.similarity,
-        confidence=choice.confidence,
-        seconds=time.perf_counter() - began,
-    )
-
-
 def read_parts(
     model: Any,
     tokens: NDArray[Any],
@@ -224,8 +73,8 @@ def read_parts(
     *,
     device: torch.device | str | None = None,
     autocast: Autocast = contextlib.nullcontext,
-) -> tuple[Parts, int]:
-    """Read a document as a stream, from an empty memory; what its tokens were expected to be, and the states' size."""
+) -> Parts:
+    """Read a document as a stream, from an empty memory; what its tokens were expected to be."""
     place = find_device(model, device)
     ids = torch.from_numpy(tokens.astype(np.int64)).to(place)
     hidden: list[torch.Tensor] = []
@@ -242,7 +91,7 @@ def read_parts(
         by_ngrams = counted.score(states, ids[:-1], ids[1:])[:, 2:]
     shape = (len(tokens) - 1, len(by_states), len(settings.thetas))
     stacked = np.stack(by_states, axis=1) if by_states else np.empty(shape)
-    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams), states.shape[1]
+    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams)
 
 
 def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int) -> Tuned:
@@ -287,7 +136,7 @@ def tune_cache(
         sizes=(config.num_states,) if config.num_states else (),
         ngram_orders=(config.ngram_order,) if config.ngram_order else (),
     )
-    parts = [read_parts(model, tokens, chosen, device=device, autocast=autocast)[0] for tokens in documents]
+    parts = [read_parts(model, tokens, chosen, device=device, autocast=autocast) for tokens in documents]
     tuned = tune(parts, chosen, config.num_states, config.ngram_order)
     weights: Any = tuple(map(tuple, tuned.weights))
     return dataclasses.replace(config, theta=tuned.theta, weights=weights)
@@ -302,21 +151,88 @@ class Caches(Measure):
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any] | None:
-        """See `CachesResult`; None for a model whose hidden states can't be had, and for fewer than two documents."""
-        if not hasattr(subject.model, "compute_hidden"):
+        """Perplexity of long documents by the model alone and with each cache; documents are read as streams.
+
+        Of `subject.settings.max_tokens` the first long documents are scored, but two at least.
+
+        `caches`, the bare model first, have their `name`, `num_states` N, `ngram_order` (of the longest n-grams),
+        `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative` to the bare
+        model's − 1, paired by document, the `settings` that were tuned for each half of the documents on the other
+        half, and `size`, of `describe_cache`. `documents` have their index in the split, half, tokens and total loss
+        by cache.
+
+        Returns:
+            None for a model whose hidden states can't be had, and where fewer than two documents are long enough (or
+            were read): none could be tuned on another.
+        """
+        model, split, settings = subject.model, subject.split, subject.settings.caches
+        choice, max_tokens = subject.settings.long_documents, subject.settings.max_tokens
+        if not hasattr(model, "compute_hidden"):
             return None
-        found = evaluate_caches(
-            subject.model,
-            subject.split,
-            subject.settings.caches,
-            subject.settings.long_documents,
-            max_tokens=subject.settings.max_tokens,
-            device=subject.device,
-            autocast=subject.autocast,
-            on_progress=subject.on_progress,
-            should_stop=subject.should_stop,
-        )
-        return None if found is None else found.to_dict()
+        began = time.perf_counter()
+        indices = split.find_long(choice.min_tokens)[: choice.max_documents]
+        lengths = np.minimum(split.lengths[indices], choice.max_tokens_per_document or np.inf).astype(np.int64) - 1
+        if max_tokens is not None:
+            num_kept = max(2, int(np.searchsorted(lengths.cumsum(), max_tokens, side="right")))
+            indices, lengths = indices[:num_kept], lengths[:num_kept]
+        parts: list[Parts] = []
+        for index, length in zip(indices, lengths, strict=True):
+            if len(indices) < 2:
+                return None
+            document = split.document(int(index))[: length + 1]
+            parts.append(read_parts(model, document, settings, device=subject.device, autocast=subject.autocast))
+            if subject.on_progress:
+                subject.on_progress(int(lengths[: len(parts)].sum()), int(lengths.sum()))
+            if subject.should_stop():
+                break
+        if len(parts) < 2:
+            return None
+        indices, num_planned, lengths = indices[: len(parts)], int(lengths.sum()), lengths[: len(parts)]
+        resamples = draw_resamples(len(parts), choice.num_resamples, choice.seed)
+        is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
+        num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
+        vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
+        bare = np.array([found.losses.sum() for found in parts])
+        caches: list[dict[str, Any]] = []
+        totals: dict[str, NDArray[np.float64]] = {}
+        for name, num_states, order in settings.list_caches():
+            tuned, total = ([], bare) if name == BARE else cross_tune(parts, settings, num_states, order)
+            totals[name] = total
+            ways = [(total, lengths), (bare, lengths)]
+            caches.append(
+                {
+                    "name": name,
+                    "num_states": num_states,
+                    "ngram_order": order,
+                    "perplexity": estimate_over_documents(np.exp, ways[:1], resamples, choice.confidence),
+                    "bits_per_byte": float(total.sum() / np.log(2) / num_bytes) if num_bytes else None,
+                    "relative": estimate_over_documents(
+                        lambda a, b: np.expm1(a - b), ways, resamples, choice.confidence
+                    ),
+                    "settings": tuned,
+                    "size": describe_cache(
+                        CacheConfig(num_states=num_states, ngram_order=order), hidden_size, vocab_size
+                    ),
+                }
+            )
+        return {
+            "caches": to_plain(caches),
+            "documents": [
+                {
+                    "index": int(index),
+                    "half": place % 2,
+                    "num_tokens": int(lengths[place]),
+                    "total_nll": {name: float(total[place]) for name, total in totals.items()},
+                }
+                for place, index in enumerate(indices)
+            ],
+            "num_tokens": int(lengths.sum()),
+            "num_planned": num_planned,
+            "is_complete": int(lengths.sum()) == num_planned,
+            "similarity": settings.similarity,
+            "confidence": choice.confidence,
+            "seconds": time.perf_counter() - began,
+        }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """The perplexity with the last cache, which holds all, and what it is worth against the bare model."""

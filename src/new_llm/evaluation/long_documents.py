@@ -3,14 +3,19 @@
 carried: a document is read as a stream. reset: each of its segments is read from an empty memory. foreign: each of its
 segments is read with what another document's stream holds after as many segments. The first alone can know the
 document; the third tells whether it is this document's content that helps, or any memory that is not empty.
+
+Documents are read in pairs that lend each other their memory. A row of the batch keeps the memory of one document.
+Before the row reads its next segment, its partner's segment of the same number is scored in it without being written:
+so the partner's tokens meet this document's memory, and no memory has to be moved from row to row.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,226 +25,154 @@ from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.document_pairs import score_pairs
-from new_llm.evaluation.measure import (
-    Baseline,
-    Column,
-    Measure,
-    ModelResult,
-    Subject,
-    Table,
-    register_measure,
-    to_plain,
+from new_llm.evaluation.measure import Baseline, Column, Measure, ModelResult, Subject, Table, register_measure
+from new_llm.evaluation.scoring import (
+    Row,
+    Scorer,
+    Scores,
+    evaluation_mode,
+    join_rows,
+    plan_windows,
+    score_rows,
 )
-from new_llm.evaluation.scoring import Autocast, LanguageModel, LossSums, Progress, Reading, Scorer, Scores, never
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
     Array,
-    Estimate,
+    LossSums,
     draw_resamples,
     estimate_over_documents,
 )
-from new_llm.evaluation.windows import plan_windows
 from new_llm.formats import WAYS, format_count, format_percent, format_size, name_range
 
 CARRIED, RESET, FOREIGN = "carried", "reset", "foreign"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much better or worse the carried memory predicts than another way, on the same tokens.
+class Piece(NamedTuple):
+    """A segment of a document and the token after it; document −1: nothing is left to read, and the row is empty."""
+
+    document: int
+    begin: int
+    row: Row
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether any of its tokens is."""
+        return self.row.first_scored < len(self.row.tokens)
+
+
+@dataclass
+class Pair:
+    """Two documents, or one, that are read side by side, a row of the batch each.
 
     Attributes:
-        nats: mean loss of a token carried − the other way; below 0 the carried memory is better.
-        relative: perplexity carried / the other way − 1 = exp(nats) − 1.
+        members: their indices.
+        num_scored: of them, the first so many are scored; another one is only read.
+        begin: index of the token that they have come to.
     """
 
-    nats: Estimate
-    relative: Estimate
+    members: tuple[int, ...]
+    num_scored: int
+    begin: int = 0
 
 
-@dataclass(frozen=True)
-class RangeFigures:
-    """The figures of the tokens in one range of distance from the document's start.
+@dataclass
+class PairScores:
+    """The scores of each call by how the memory was, and for each document the one whose memory it borrowed.
 
-    Attributes:
-        start: distance of the first token of the range; the first range has no token 0, which nothing predicts.
-        end: one past the last; None: the range is open.
-        num_tokens: tokens scored in each way.
-        num_documents: documents that have a token in the range.
-        perplexity: by way: carried, reset, foreign (where there is one), and each baseline.
-        differences: carried against each other way that has scored the same tokens.
-
-    Intervals are over documents; their ends are None where fewer than MIN_DOCUMENTS have a token in the range.
+    `foreign` is empty for one document alone.
     """
 
-    start: int
-    end: int | None
-    num_tokens: int
-    num_documents: int
-    perplexity: dict[str, Estimate]
-    differences: dict[str, Difference]
+    carried: list[Scores] = field(default_factory=list)
+    reset: list[Scores] = field(default_factory=list)
+    foreign: list[Scores] = field(default_factory=list)
+    lenders: dict[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class LongDocumentsResult:
-    """Long documents measured three ways, and by baselines.
+def plan_pairs(lengths: Sequence[int]) -> list[Pair]:
+    """Pair documents of like length, longest first, so that each lends the other its memory.
 
-    Attributes:
-        overall: all tokens.
-        ranges: those that hold a token, by distance.
-        documents: what the figures are summed from, for each document: its index in the split, the index of the one
-            whose memory it borrowed (None: it had none), tokens scored and total loss in nats by way and range.
-        range_starts: where the ranges of `documents` begin.
-        baselines: segment length, stride and facts of each baseline; no stride: it was read as a stream.
-        min_tokens: tokens that a document had to have.
-        segment_length: tokens of the model's segments.
-        num_documents: documents measured.
-        num_tokens: tokens scored in each of the three ways.
-        num_planned: tokens that were to be scored in each.
-        is_complete: whether everything, the baselines too, has been scored.
-        num_resamples: resamples behind the intervals.
-        confidence: of the intervals.
-        seed: of the resamples.
-        seconds: wall-clock time of the measurement.
-        tokens_per_second: tokens scored per second, each counted once for every way.
+    Of an odd number the shortest is left over: it borrows from the second shortest, which is read once more for that.
+    One document alone stays alone.
     """
-
-    overall: RangeFigures
-    ranges: list[RangeFigures]
-    documents: list[dict[str, Any]]
-    range_starts: list[int]
-    baselines: dict[str, dict[str, Any]]
-    min_tokens: int
-    segment_length: int
-    num_documents: int
-    num_tokens: int
-    num_planned: int
-    is_complete: bool
-    num_resamples: int
-    confidence: float
-    seed: int
-    seconds: float
-    tokens_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return to_plain(self)
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    pairs = [Pair(members, 2) for members in zip(order[::2], order[1::2], strict=False)]
+    if len(order) % 2:
+        pairs.append(Pair((order[-1], *order[-2:-1]), 1))
+    return pairs
 
 
-def evaluate_long_documents(
-    model: LanguageModel,
-    split: TokenSplit,
-    settings: LongDocumentsConfig | None = None,
-    *,
-    baselines: Sequence[Baseline] = (),
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-) -> LongDocumentsResult:
-    """Perplexity of long documents by distance from their start, with the memory carried, reset and foreign.
+def score_pairs(scorer: Scorer) -> PairScores:
+    """Score documents segment by segment, with the memory carried, empty, and that of another document."""
+    pairs = plan_pairs([len(tokens) for tokens in scorer.documents])
+    width = len(pairs[0].members)
+    found = PairScores()
 
-    Documents are read in pairs, and segment by segment in all three ways, so that the ways share batches. The
-    intervals are percentile bootstrap ones over documents, paired: each resample draws documents and takes the
-    difference of the ways within them.
+    def score(pieces: Sequence[Piece], *, update_memory: bool = False) -> Scores:
+        rows = [piece.row for piece in pieces]
+        width = min(scorer.model.segment_length, max(len(row.tokens) for row in rows))  # a document's last token too
+        losses = score_rows(scorer.model, rows, scorer.device, width=width, update_memory=update_memory)
+        read = zip(pieces, losses, strict=True)
+        return join_rows((piece.document, piece.begin + 1, row) for piece, row in read if piece.is_scored)
 
-    Args:
-        model: evaluated in evaluation mode; its held memory is neither read nor changed.
-        split: the documents.
-        settings: which documents, ranges and intervals; None: the defaults. The baselines that it names are the
-            caller's to load.
-        baselines: other models, read one after the other.
-        device: where the model lies; None: where its weights are.
-        autocast: makes the context in which the model computes.
-        on_progress: called with the tokens scored so far and in all, each counted once for every model.
-        should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
+    with contextlib.closing(_cut_pairs(scorer, pairs, width)) as calls:
+        for pieces in calls:
+            if width == 2:
+                swapped = [piece for a, b in zip(pieces[::2], pieces[1::2], strict=True) for piece in (b, a)]
+                found.foreign.append(score(swapped))
+            with scorer.model.fresh_memory():
+                found.reset.append(score([piece for piece in pieces if piece.is_scored]))
+            found.carried.append(score(pieces, update_memory=True))
+            if scorer.note(found.carried[-1]):
+                break
+    for pair in pairs:
+        for member, lender in zip(pair.members[: pair.num_scored], reversed(pair.members), strict=False):
+            if member != lender:
+                found.lenders[member] = lender
+    return found
 
-    Raises:
-        UserError: no document is long enough.
-        ValueError: two baselines have one name, or that of a way.
+
+def _cut_pairs(scorer: Scorer, pairs: list[Pair], width: int) -> Generator[list[Piece]]:
+    """Advance as many pairs as fit a batch by a segment at a time, with a memory for each row, empty at first.
+
+    A pair whose scored documents have ended is replaced by the next unread one. A row that has nothing to read leaves
+    its memory as it is.
     """
-    settings = settings or LongDocumentsConfig()
-    names = [CARRIED, RESET, FOREIGN, *(baseline.name for baseline in baselines)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"baselines: {names[3:]}: their names must differ, and none be one of {names[:3]}")
-    began = time.perf_counter()
-    indices = select_long_documents(split, settings)
-    documents = [split.document(index)[: settings.max_tokens_per_document] for index in indices]
-    num_planned = sum(len(tokens) - 1 for tokens in documents)
-    num_done, is_stopped = 0, False
+    unread = deque(pairs)
+    opened: list[Pair | None] = [None] * min(max(1, scorer.batch_size // width), len(unread))
+    length = scorer.model.segment_length
 
-    def open_scorer(source: LanguageModel, place: torch.device | str | None, context: Autocast) -> Scorer:
-        def note(done: int, _: int) -> None:
-            if on_progress:
-                on_progress(num_done + done, num_planned * (1 + len(baselines)))
+    def has_ended(pair: Pair) -> bool:
+        return all(pair.begin + 1 >= len(scorer.documents[member]) for member in pair.members[: pair.num_scored])
 
-        reading: Reading = {"batch_size": settings.batch_size, "should_stop": should_stop, "on_progress": note}
-        return Scorer(source, documents, {**reading, "device": place, "autocast": context})
+    def cut(pair: Pair | None) -> list[Piece]:
+        if pair is None:
+            return [NOTHING] * width
+        pieces: list[Piece] = []
+        for place, member in enumerate(pair.members):
+            tokens = scorer.documents[member][pair.begin : pair.begin + length + 1]
+            if len(tokens):
+                pieces.append(Piece(member, pair.begin, Row(tokens, 1 if place < pair.num_scored else len(tokens))))
+            else:
+                pieces.append(NOTHING)
+        return pieces + [NOTHING] * (width - len(pieces))
 
-    scorer = open_scorer(model, device, autocast)
-    pairs = score_pairs(scorer)
-    found: dict[str, list[Scores]] = {CARRIED: pairs.carried, RESET: pairs.reset}
-    if len(documents) > 1:
-        found[FOREIGN] = pairs.foreign
-    for baseline in baselines:
-        num_done += num_planned
-        is_stopped = is_stopped or scorer.is_stopped
-        if is_stopped:
-            found[baseline.name] = []
-            continue
-        scorer = open_scorer(baseline.model, baseline.device, baseline.autocast)
-        if baseline.stride is None:
-            found[baseline.name] = scorer.score_streams(settings.segments_per_call)
-        else:
-            plan = partial(plan_windows, context=baseline.model.segment_length, stride=baseline.stride)
-            found[baseline.name] = scorer.score_windows(plan)
-    is_stopped = is_stopped or scorer.is_stopped
+    with evaluation_mode(scorer.model, scorer.autocast), scorer.model.fresh_memory(batch_size=len(opened) * width):
+        while True:
+            begins = [pair is None or has_ended(pair) for pair in opened]
+            opened = [
+                (unread.popleft() if unread else None) if begin else pair
+                for begin, pair in zip(begins, opened, strict=True)
+            ]
+            if not any(opened):
+                return
+            scorer.model.reset_rows(torch.tensor(begins, device=scorer.device).repeat_interleave(width))
+            yield [piece for pair in opened for piece in cut(pair)]
+            for pair in opened:
+                if pair is not None:
+                    pair.begin += length
 
-    sums: dict[str, LossSums] = {}
-    for name, batches in found.items():
-        sums[name] = LossSums(len(documents), settings.edges)
-        for scores in batches:
-            sums[name].add(scores)
-    is_complete = all(one.num_tokens == num_planned for one in sums.values())
-    if not is_complete and not is_stopped:  # a bug in New-LLM; no number is better than a wrong one
-        raise RuntimeError(f"scored { ({name: one.num_tokens for name, one in sums.items()}) } of {num_planned} tokens")
-    seconds = time.perf_counter() - began
-    resamples = draw_resamples(len(documents), settings.num_resamples, settings.seed)
-    overall, ranges = summarize_ranges(sums, resamples, settings.confidence)
-    return LongDocumentsResult(
-        overall=overall,
-        ranges=ranges,
-        range_starts=list(settings.edges),
-        documents=[
-            {
-                "index": index,
-                "foreign_memory_of": indices[pairs.lenders[place]] if place in pairs.lenders else None,
-                "num_tokens": {name: one.counts[place].tolist() for name, one in sums.items()},
-                "total_nll": {name: one.total_nll[place].tolist() for name, one in sums.items()},
-            }
-            for place, index in enumerate(indices)
-        ],
-        baselines={
-            baseline.name: {
-                "segment_length": baseline.model.segment_length,
-                "stride": baseline.stride,
-                "subject": baseline.facts,
-            }
-            for baseline in baselines
-        },
-        min_tokens=settings.min_tokens,
-        segment_length=model.segment_length,
-        num_documents=len(documents),
-        num_tokens=sums[CARRIED].num_tokens,
-        num_planned=num_planned,
-        is_complete=is_complete,
-        num_resamples=settings.num_resamples,
-        confidence=settings.confidence,
-        seed=settings.seed,
-        seconds=seconds,
-        tokens_per_second=sum(one.num_tokens for one in sums.values()) / seconds,
-    )
+
+NOTHING = Piece(-1, 0, Row(np.zeros(0, np.int64), 0))
 
 
 def select_long_documents(split: TokenSplit, settings: LongDocumentsConfig) -> list[int]:
@@ -260,8 +193,8 @@ def select_long_documents(split: TokenSplit, settings: LongDocumentsConfig) -> l
 
 def summarize_ranges(
     sums: Mapping[str, LossSums], resamples: Array, confidence: float
-) -> tuple[RangeFigures, list[RangeFigures]]:
-    """The figures of all tokens, and of each range that holds one.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of all tokens, and of each range of distance that holds one, as `LongDocuments.run` says.
 
     Args:
         sums: by way; `CARRIED` among them, with a token at least.
@@ -270,7 +203,7 @@ def summarize_ranges(
     """
     starts = sums[CARRIED].edges.tolist()
 
-    def summarize(columns: list[int], start: int, end: int | None) -> RangeFigures:
+    def summarize(columns: list[int], start: int, end: int | None) -> dict[str, Any]:
         ways: dict[str, tuple[Array, NDArray[np.int64]]] = {
             name: (one.total_nll[:, columns].sum(1), one.counts[:, columns].sum(1)) for name, one in sums.items()
         }
@@ -278,23 +211,24 @@ def summarize_ranges(
         measured = [name for name, (_, count) in ways.items() if count.any()]
         comparable = [name for name in measured if name != CARRIED and (ways[name][1] == counts).all()]
 
-        def estimate(function: Callable[..., Any], *names: str) -> Estimate:
-            return estimate_over_documents(function, [ways[name] for name in names], resamples, confidence)
+        def estimate(function: Callable[..., Any], *names: str) -> dict[str, float | None]:
+            chosen = [ways[name] for name in names]
+            return estimate_over_documents(function, chosen, resamples, confidence)._asdict()
 
-        return RangeFigures(
-            start=start,
-            end=end,
-            num_tokens=int(counts.sum()),
-            num_documents=int((counts > 0).sum()),
-            perplexity={name: estimate(np.exp, name) for name in measured},
-            differences={
-                name: Difference(
-                    nats=estimate(np.subtract, CARRIED, name),
-                    relative=estimate(lambda a, b: np.expm1(a - b), CARRIED, name),
-                )
+        return {
+            "start": start,
+            "end": end,
+            "num_tokens": int(counts.sum()),
+            "num_documents": int((counts > 0).sum()),
+            "perplexity": {name: estimate(np.exp, name) for name in measured},
+            "differences": {
+                name: {
+                    "nats": estimate(np.subtract, CARRIED, name),
+                    "relative": estimate(lambda a, b: np.expm1(a - b), CARRIED, name),
+                }
                 for name in comparable
             },
-        )
+        }
 
     spans = zip(starts, [*starts[1:], None], strict=True)
     ranges = [
@@ -328,17 +262,99 @@ class LongDocuments(Measure):
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """See `LongDocumentsResult`."""
-        return evaluate_long_documents(
-            subject.model,
-            subject.split,
-            subject.settings.long_documents,
-            baselines=subject.baselines,
-            device=subject.device,
-            autocast=subject.autocast,
-            on_progress=subject.on_progress,
-            should_stop=subject.should_stop,
-        ).to_dict()
+        """Perplexity by distance from the document's start, with the memory carried, reset and foreign.
+
+        The ways share batches, and the intervals are percentile bootstrap ones over documents, paired: each resample
+        draws documents and takes the difference of the ways within them. An interval's ends are None where fewer than
+        MIN_DOCUMENTS documents have a token in the range.
+
+        `overall`, and each of the `ranges` of distance that holds a token, has `start`, `end` (None: open),
+        `num_tokens` and `num_documents`; its `perplexity` by way (carried, reset, foreign where there are two
+        documents, and each baseline); and for each other way that has scored the same tokens the `differences`
+        carried − that way, in `nats` per token and `relative` perplexity, exp(nats) − 1. Each is a value with low and
+        high. `documents` holds what these are summed from: `index` in the split, `foreign_memory_of`, `num_tokens`
+        and `total_nll` (nats) by way and range, the ranges beginning at `range_starts`.
+
+        Raises:
+            UserError: no document is long enough.
+            ValueError: two baselines have one name, or that of a way.
+        """
+        settings, baselines, split = subject.settings.long_documents, subject.baselines, subject.split
+        names = [CARRIED, RESET, FOREIGN, *(baseline.name for baseline in baselines)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"baselines: {names[3:]}: their names must differ, and none be one of {names[:3]}")
+        began = time.perf_counter()
+        indices = select_long_documents(split, settings)
+        documents = [split.document(index)[: settings.max_tokens_per_document] for index in indices]
+        num_planned = sum(len(tokens) - 1 for tokens in documents)
+        num_done = 0
+
+        def open_scorer(source: Subject | Baseline) -> Scorer:
+            def note(done: int, _: int) -> None:
+                if subject.on_progress:
+                    subject.on_progress(num_done + done, num_planned * (1 + len(baselines)))
+
+            own: Any = {"device": source.device, "autocast": source.autocast, "on_progress": note}
+            own |= {"batch_size": settings.batch_size, "should_stop": subject.should_stop}
+            return Scorer(source.model, documents, own)
+
+        scorer = open_scorer(subject)
+        pairs = score_pairs(scorer)
+        found: dict[str, list[Scores]] = {CARRIED: pairs.carried, RESET: pairs.reset}
+        if len(documents) > 1:
+            found[FOREIGN] = pairs.foreign
+        for baseline in baselines:
+            num_done += num_planned
+            found[baseline.name] = []
+            if not scorer.is_stopped:
+                scorer = open_scorer(baseline)
+                if baseline.stride is None:
+                    found[baseline.name] = scorer.score_streams(settings.segments_per_call)
+                else:
+                    plan = partial(plan_windows, context=baseline.model.segment_length, stride=baseline.stride)
+                    found[baseline.name] = scorer.score_windows(plan)
+
+        sums: dict[str, LossSums] = {}
+        for name, batches in found.items():
+            sums[name] = LossSums(len(documents), settings.edges)
+            for scores in batches:
+                sums[name].add(scores)
+        num_scored = {name: one.num_tokens for name, one in sums.items()}
+        is_complete = all(number == num_planned for number in num_scored.values())
+        if not is_complete and not scorer.is_stopped:  # a bug in New-LLM; no number is better than a wrong one
+            raise RuntimeError(f"scored {num_scored} of {num_planned} tokens")
+        seconds = time.perf_counter() - began
+        resamples = draw_resamples(len(documents), settings.num_resamples, settings.seed)
+        overall, ranges = summarize_ranges(sums, resamples, settings.confidence)
+        return {
+            "overall": overall,
+            "ranges": ranges,
+            "documents": [
+                {
+                    "index": index,
+                    "foreign_memory_of": indices[pairs.lenders[place]] if place in pairs.lenders else None,
+                    "num_tokens": {name: one.counts[place].tolist() for name, one in sums.items()},
+                    "total_nll": {name: one.total_nll[place].tolist() for name, one in sums.items()},
+                }
+                for place, index in enumerate(indices)
+            ],
+            "range_starts": list(settings.edges),
+            "baselines": {
+                one.name: {"segment_length": one.model.segment_length, "stride": one.stride, "subject": one.facts}
+                for one in baselines
+            },
+            "min_tokens": settings.min_tokens,
+            "segment_length": subject.model.segment_length,
+            "num_documents": len(documents),
+            "num_tokens": num_scored[CARRIED],
+            "num_planned": num_planned,
+            "is_complete": is_complete,
+            "num_resamples": settings.num_resamples,
+            "confidence": settings.confidence,
+            "seed": settings.seed,
+            "seconds": seconds,
+            "tokens_per_second": sum(num_scored.values()) / seconds,
+        }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Perplexity with the memory carried, and what it is worth against each other way."""

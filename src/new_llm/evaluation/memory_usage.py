@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from new_llm.charts import Chart, heat_chart
-from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
-from new_llm.evaluation.scoring import Autocast, Row, evaluation_mode, find_device, score_rows
+from new_llm.evaluation.scoring import Row, evaluation_mode, find_device, score_rows
 from new_llm.models import TransformerLM
 from new_llm.models.layers.multi_memory import SelectingAttention, watch_selection
 
@@ -42,73 +41,6 @@ def find_token_gates(model: TransformerLM) -> dict[int, Any]:
     return {index: one for index, one in attentions if getattr(one, "token_gate", None) is not None}
 
 
-def measure_memory_usage(
-    model: TransformerLM,
-    split: TokenSplit,
-    *,
-    num_segments: int,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-) -> dict[str, Any] | None:
-    """‖M‖, the Frobenius norm of each memory and head, after each segment of one document.
-
-    The first document that is long enough is read from an empty memory, else the longest one as far as it goes. What
-    the model holds is back afterwards.
-
-    Args:
-        model: evaluated in evaluation mode.
-        split: the documents.
-        num_segments: segments to read at most.
-        device: where the model lies; None: where its weights are.
-        autocast: makes the context in which the model computes.
-
-    Returns:
-        `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
-        `layer`, its `kind`, `norms` [num_segments, num_memories, num_memory_heads] and, where it selects among
-        memories, `selection_entropy`, the mean over tokens and heads as a share of the greatest possible: 0, each token
-        reads one memory; 1, all alike. None: no layer has associative memories, or no document a whole segment.
-    """
-    length = model.segment_length
-    keys = {
-        index: layer.memory_facts.key("memories")
-        for index, layer in model.memory_layers.items()
-        if "memories" in layer.empty_memory(1, model.embed_in.weight).tensors()
-    }
-    if not keys or split.num_documents == 0:
-        return None
-    needed = num_segments * length + 1  # the last segment's last target
-    enough = split.find_long(needed)
-    document = int(enough[0] if len(enough) else split.lengths.argmax())
-    tokens = split.document(document)[:needed]
-    count = (len(tokens) - 1) // length
-    if count == 0:
-        return None
-    norms: dict[int, list[list[list[float]]]] = {index: [] for index in keys}
-    place = find_device(model, device)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model, autocast))
-        stack.enter_context(model.fresh_memory())
-        entropies = {
-            index: stack.enter_context(watch_selection(attention))
-            for index in keys
-            if isinstance(attention := getattr(model.layer_list[index], "attention", None), SelectingAttention)
-        }
-        for segment in range(count):
-            row = Row(tokens[segment * length : (segment + 1) * length + 1])
-            score_rows(model, [row], place, update_memory=True)
-            state = model.get_memory_state()
-            for index, key in keys.items():
-                found = state[index][key].float().flatten(2).norm(dim=-1).tolist()  # of [M, H, K, V]
-                norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in found])
-    layers: list[dict[str, Any]] = []
-    for index in keys:
-        layers.append({"layer": index, "kind": model.layer_list[index].kind, "norms": norms[index]})
-        selected = torch.cat(entropies.get(index) or [torch.empty(0)])
-        if len(selected):
-            layers[-1]["selection_entropy"] = float(selected.mean())
-    return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}
-
-
 @register_measure
 class MemoryUsage(Measure):
     """How full each memory is after each segment of one document."""
@@ -117,16 +49,59 @@ class MemoryUsage(Measure):
     title = "memory usage"
 
     def run(self, subject: Subject) -> dict[str, Any] | None:
-        """See `measure_memory_usage`; None for a model without memory."""
-        if not isinstance(subject.model, TransformerLM):
+        """‖M‖, the Frobenius norm of each memory and head, after each segment of one document.
+
+        The first document that is long enough is read from an empty memory, else the longest one as far as it goes.
+
+        Returns:
+            `document` (its index), `num_segments`, `segment_length`, and `layers`: for each memory layer its index
+            `layer`, its `kind`, `norms` [num_segments, num_memories, num_memory_heads] and, where it selects among
+            memories, `selection_entropy`, the mean over tokens and heads as a share of the greatest possible: 0, each
+            token reads one memory; 1, all alike. None: no layer has associative memories, or no document a whole
+            segment.
+        """
+        model, split = subject.model, subject.split
+        if not isinstance(model, TransformerLM):
             return None
-        return measure_memory_usage(
-            subject.model,
-            subject.split,
-            num_segments=subject.settings.memory_usage_segments,
-            device=subject.device,
-            autocast=subject.autocast,
-        )
+        length = model.segment_length
+        keys = {
+            index: layer.memory_facts.key("memories")
+            for index, layer in model.memory_layers.items()
+            if "memories" in layer.empty_memory(1, model.embed_in.weight).tensors()
+        }
+        if not keys or split.num_documents == 0:
+            return None
+        needed = subject.settings.memory_usage_segments * length + 1  # the last segment's last target
+        enough = split.find_long(needed)
+        document = int(enough[0] if len(enough) else split.lengths.argmax())
+        tokens = split.document(document)[:needed]
+        count = (len(tokens) - 1) // length
+        if count == 0:
+            return None
+        norms: dict[int, list[list[list[float]]]] = {index: [] for index in keys}
+        device = find_device(model, subject.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluation_mode(model, subject.autocast))
+            stack.enter_context(model.fresh_memory())
+            entropies = {
+                index: stack.enter_context(watch_selection(attention))
+                for index in keys
+                if isinstance(attention := getattr(model.layer_list[index], "attention", None), SelectingAttention)
+            }
+            for segment in range(count):
+                row = Row(tokens[segment * length : (segment + 1) * length + 1])
+                score_rows(model, [row], device, update_memory=True)
+                state = model.get_memory_state()
+                for index, key in keys.items():
+                    found = state[index][key].float().flatten(2).norm(dim=-1).tolist()  # of [M, H, K, V]
+                    norms[index].append([[float(f"{value:.{DIGITS}g}") for value in heads] for heads in found])
+        layers: list[dict[str, Any]] = []
+        for index in keys:
+            layers.append({"layer": index, "kind": model.layer_list[index].kind, "norms": norms[index]})
+            selected = torch.cat(entropies.get(index) or [torch.empty(0)])
+            if len(selected):
+                layers[-1]["selection_entropy"] = float(selected.mean())
+        return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """How sharply tokens select among memories, the mean over layers that do."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from new_llm.charts import ShadedText, ShadedToken
 from new_llm.config.evaluation import PassagesConfig
-from new_llm.evaluation.document_pairs import score_pairs
+from new_llm.evaluation.long_documents import score_pairs
 from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.memory_usage import watch_token_gates
 from new_llm.evaluation.scoring import Scorer, evaluation_mode, find_device, join_scores

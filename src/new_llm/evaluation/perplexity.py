@@ -20,68 +20,120 @@ import numpy as np
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.data.tokenizer import TokenSplit, find_special_tokens
-from new_llm.evaluation.diagnosis import diagnose_perplexity
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import (
     LanguageModel,
-    LossSums,
     Reading,
     Scorer,
+    Window,
     exp_or_inf,
     join_scores,
+    plan_rolling_windows,
+    plan_windows,
     select_documents,
 )
-from new_llm.evaluation.statistics import find_clustered_error
-from new_llm.evaluation.windows import Window, plan_rolling_windows, plan_windows
+from new_llm.evaluation.statistics import LossSums, find_clustered_error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a perplexity in some range most likely means, and what to do about it: advice, never a stop.
+
+    `level` is abnormal, suspicious, normal, training or undertrained.
+    """
+
+    level: str
+    range: str
+    text: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+# A perplexity below the number gets the verdict beside it.
+_VERDICTS = (
+    (
+        5.0,
+        Verdict(
+            "abnormal",
+            "< 5",
+            "the model sees the tokens it is to predict: run new-llm eval doctor, and look for a leak or a mask bug",
+        ),
+    ),
+    (
+        30.0,
+        Verdict(
+            "suspicious",
+            "5–30",
+            "overfit, or the text was in training: compare training and validation loss, and check the splits with "
+            "new-llm eval doctor",
+        ),
+    ),
+    (100.0, Verdict("normal", "30–100", "normal for small data: for less, train on more text")),
+    (500.0, Verdict("normal", "100–500", "normal for a model trained from scratch: for less, train longer")),
+    (
+        math.nextafter(1000.0, math.inf),
+        Verdict("training", "500–1000", "still training: train more epochs, or with a higher learning rate"),
+    ),
+)
+_UNDERTRAINED = Verdict(
+    "undertrained",
+    "> 1000",
+    "undertrained: train more epochs, on more text or with a higher learning rate; if the training loss is far lower, "
+    "check weights and labels with new-llm eval doctor",
+)
+_NOT_FINITE = Verdict("abnormal", "not finite", "training diverged: lower the learning rate, or train in fp32")
+
+
+def diagnose_perplexity(perplexity: float) -> Verdict:
+    """Judge a validation perplexity of a model trained from scratch on real text.
+
+    A bound belongs to the range above it (30 is "30–100"), except 1000, which is "500–1000".
+    """
+    if not math.isfinite(perplexity):
+        return _NOT_FINITE
+    return next((verdict for bound, verdict in _VERDICTS if perplexity < bound), _UNDERTRAINED)
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
     """A perplexity and what it was measured on.
 
-    Attributes:
-        protocol: sliding, streaming, independent or rolling.
-        perplexity: exp(loss).
-        standard_error: of the perplexity, clustered by document: perplexity · the standard error of the loss (delta
-            method). None for fewer than five documents, of which no error can be estimated.
-        loss: mean negative log-likelihood per token, nats.
-        bits_per_byte: total negative log-likelihood / (ln 2 · num_bytes). Each document's first token has no
-            context and is not scored: exact where documents begin with a mark of their own, else lower by
-            that one token.
-        word_perplexity: exp(total negative log-likelihood / num_words), under the same condition.
-        num_tokens: tokens scored.
-        num_planned: tokens that were to be scored: more than num_tokens where the measurement was stopped.
-        num_words: words of the documents' raw text, as lm-evaluation-harness counts them.
-        num_bytes: UTF-8 bytes of the documents' raw text. Where the only document was cut short, the text
-            that was scored is not known to the byte: num_bytes, num_words and what rests on them are None. So
-            they are where the measurement was stopped.
-        num_documents: documents scored.
-        documents: `index` in the split, `num_tokens` and `total_nll` of each document, as three lists; what models are
-            compared by, document by document (`compare_documents`).
-        context: tokens in a window or independent segment; None for streaming.
-        stride: tokens from one window to the next; None for streaming.
-        segment_length: tokens of the model's segments, which it cuts a longer window into.
-        prefix_token: the token put before each document; None: none.
-        seconds: wall-clock time of the measurement.
-        tokens_per_second: tokens scored per second.
+    The token counts, `total_nll` in nats and the index in the split of each document are lists in `documents`: what
+    models are compared by (`compare_documents`). Of a measurement that was stopped, and of an only document that was
+    cut short, the scored text is not known to the byte: num_bytes, num_words and what rests on them are None.
     """
 
     protocol: str
+    """sliding, streaming, independent or rolling."""
     perplexity: float
+    """exp(loss)."""
     standard_error: float | None
+    """Of the perplexity, clustered by document: perplexity · the standard error of the loss (delta method). None for
+    fewer than five documents."""
     loss: float
+    """Mean negative log-likelihood per token, nats."""
     bits_per_byte: float | None
+    """Total negative log-likelihood / (ln 2 · num_bytes). Each document's first token has no context and is not scored:
+    exact where documents begin with a mark of their own, else lower by that one token."""
     word_perplexity: float | None
+    """exp(total negative log-likelihood / num_words), under the same condition."""
     num_tokens: int
     num_planned: int
+    """Tokens that were to be scored."""
     num_words: int | None
+    """Words of the documents' raw text, as lm-evaluation-harness counts them."""
     num_bytes: int | None
     num_documents: int
     documents: dict[str, list[Any]]
     context: int | None
+    """Tokens in a window or independent segment; None for streaming."""
     stride: int | None
     segment_length: int
+    """Tokens of the model's segments, which it cuts a longer window into."""
     prefix_token: int | None
+    """The token put before each document."""
     seconds: float
     tokens_per_second: float
 
@@ -101,7 +153,7 @@ def evaluate_sliding_window(
     """Perplexity in sliding windows, each read from an empty memory (see `plan_windows`).
 
     Args:
-        model: evaluated in evaluation mode; its held memory is neither read nor changed.
+        model: read in evaluation mode; its held memory is neither read nor changed.
         split: the documents.
         context: tokens in a window.
         stride: tokens from one window to the next, at most the context.
@@ -122,13 +174,7 @@ def evaluate_rolling(
 
     Its word perplexity and bits per byte are that program's word_perplexity and bits_per_byte where each document is
     one of the task's, the context its max_length, and the prefix token the tokenizer's bos or, without one, eos token.
-
-    Args:
-        model: as for `evaluate_sliding_window`.
-        split: the documents.
-        context: tokens that the model reads at most in a window.
-        prefix_token: put before each document, so that its first token is scored.
-        reading: batch_size and what else `Reading` names.
+    It is put before each document, so that the document's first token is scored.
     """
     plan = partial(plan_rolling_windows, context=context)
     return _evaluate("rolling", model, split, reading, plan, context=context, stride=context, prefix_token=prefix_token)
@@ -149,11 +195,7 @@ def evaluate_streaming(
 ) -> PerplexityResult:
     """Perplexity of documents read in consecutive segments, the memory carried within a document.
 
-    Args:
-        model: as for `evaluate_sliding_window`.
-        split: the documents.
-        segments_per_call: segments read by one call; it changes only the speed.
-        reading: batch_size and what else `Reading` names.
+    `segments_per_call` changes only the speed.
     """
     return _evaluate("streaming", model, split, reading, segments_per_call)
 

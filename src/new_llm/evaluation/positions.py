@@ -2,60 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from new_llm.charts import Chart, line_chart
-from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure
-from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, exp_or_inf, join_scores, select_documents
-from new_llm.evaluation.windows import Window
+from new_llm.evaluation.scoring import Scorer, Window, exp_or_inf, join_scores, select_documents
 from new_llm.formats import format_count
-
-
-def evaluate_positions(
-    model: LanguageModel, split: TokenSplit, *, seq_length: int, edges: Sequence[int], **reading: Unpack[Reading]
-) -> list[dict[str, Any]]:
-    """Perplexity by position in a sample.
-
-    Each document is cut into consecutive samples of `seq_length` tokens, each read from an empty memory. A
-    token's position is its index in its sample; a sample's first token has no context and is not scored. A
-    document's last, shorter sample counts too.
-
-    Args:
-        model: evaluated in evaluation mode; its held memory is neither read nor changed.
-        split: the documents.
-        seq_length: tokens in a sample.
-        edges: where the ranges of positions begin, rising; the last range ends with the sample.
-        reading: batch_size and what else `Reading` names.
-
-    Returns:
-        {"start", "end", "perplexity", "num_tokens"} for each range [start, end) in which a token was scored.
-
-    Raises:
-        UserError: the split has no token to score.
-    """
-    samples = [
-        document[begin : begin + seq_length]
-        for document in select_documents(split, reading.get("max_tokens")).tokens
-        for begin in range(0, len(document) - 1, seq_length)
-    ]
-    scorer = Scorer(model, samples, reading)
-    found = join_scores(scorer.score_windows(lambda length: [Window(0, length, 1)]))
-    total_nll = scorer.processes.sum(np.bincount(found.positions, found.losses, seq_length))
-    counts = scorer.processes.sum(np.bincount(found.positions, minlength=seq_length))
-    ranges = pairwise([*(edge for edge in edges if edge < seq_length), seq_length])
-    return [
-        {
-            "start": start,
-            "end": end,
-            "perplexity": exp_or_inf(total_nll[start:end].sum() / counts[start:end].sum()),
-            "num_tokens": int(counts[start:end].sum()),
-        }
-        for start, end in ranges
-        if counts[start:end].any()
-    ]
 
 
 @register_measure
@@ -66,9 +20,35 @@ class Positions(Measure):
     title = "perplexity by position"
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """`seq_length` and `ranges`, as `evaluate_positions` gives them."""
+        """`ranges`: {"start", "end", "perplexity", "num_tokens"} of each range in which a token was scored.
+
+        Each document is cut into consecutive samples of `seq_length` tokens, each read from an empty memory. A
+        token's position is its index in its sample; a sample's first token has no context and is not scored. A
+        document's last, shorter sample counts too.
+
+        Raises:
+            UserError: the split has no token to score.
+        """
         length, edges = subject.seq_length, subject.settings.position_edges
-        ranges = evaluate_positions(subject.model, subject.split, seq_length=length, edges=edges, **subject.reading)
+        samples = [
+            document[begin : begin + length]
+            for document in select_documents(subject.split, subject.settings.max_tokens).tokens
+            for begin in range(0, len(document) - 1, length)
+        ]
+        scorer = Scorer(subject.model, samples, subject.reading)
+        found = join_scores(scorer.score_windows(lambda length: [Window(0, length, 1)]))
+        total_nll = scorer.processes.sum(np.bincount(found.positions, found.losses, length))
+        counts = scorer.processes.sum(np.bincount(found.positions, minlength=length))
+        ranges = [
+            {
+                "start": start,
+                "end": end,
+                "perplexity": exp_or_inf(total_nll[start:end].sum() / counts[start:end].sum()),
+                "num_tokens": int(counts[start:end].sum()),
+            }
+            for start, end in pairwise([*(edge for edge in edges if edge < length), length])
+            if counts[start:end].any()
+        ]
         return {"seq_length": length, "ranges": ranges}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:

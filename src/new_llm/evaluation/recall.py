@@ -1,32 +1,46 @@
-"""Recall: a sentence hidden in real text, some depth down, and asked for at the end of it."""
+"""Recall: a sentence hidden in real text, some depth down, and asked for at the end of it.
 
-import contextlib
+A text has a length in whole segments. Its last segment is the question; the ones before are the documents' own text
+with the sentence between two of its sentences, and are read into an empty memory. The question then begins at a
+segment's beginning, so that memory is the only way from the sentence to it, and the distance between them is a whole
+number of segments. In a text of one segment the sentence and the question share it: what a model can do without its
+memory. The question is also asked of an empty memory, which is the control.
+"""
+
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import RecallConfig
-from new_llm.data.recall_facts import RecallTask
+from new_llm.data.recall_facts import (
+    RecallPart,
+    RecallTask,
+    SentenceBorders,
+    choose_place,
+    draw_needle,
+    encode_sentence,
+    plant_sentence,
+)
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation.language_models import HuggingFaceLM
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
-from new_llm.evaluation.recall_texts import RecallText, TextMaker
 from new_llm.evaluation.scoring import (
-    Autocast,
     LanguageModel,
-    Progress,
     Row,
+    count_shared,
     evaluation_mode,
     find_device,
-    never,
+    pad_rows,
     score_rows,
 )
 from new_llm.evaluation.statistics import Estimate, draw_resamples, find_interval, find_share_interval
@@ -38,6 +52,133 @@ TASKS = {"passkey": "pass keys", "facts": "facts"}
 """What readers know the tasks by."""
 FIGURES = {"exact": "greedy exact match", "first": "right answer ranked first", "mean_rank": "mean rank"}
 """What they know the figures by."""
+NEEDLE_STREAM, FILLER_STREAM = 1, 2  # keep the random numbers of different choices apart
+TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2}
+FIRST_SENTENCE_REACH = 1024  # tokens in which a sentence's end is looked for before the text is begun anywhere
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class RecallText:
+    """One text with its question.
+
+    Attributes:
+        context: what is read into the memory: whole segments, [(length − 1) · S], the sentence among them.
+        opening: what stands in the question's segment before it: empty, or the whole text where the length is 1.
+        candidates: the question with each answer, tokenised as one text; the right one first.
+        answer_begin: index in the right candidate of the first token that is not the question's.
+        differ_begin: index of the first token in which the candidates differ.
+        depth: tokens of the text before the sentence, as a share of all that is not the sentence.
+        distance: segments from the sentence's end to the question; 0: they share one.
+    """
+
+    context: Tokens
+    opening: Tokens
+    candidates: tuple[Tokens, ...]
+    answer_begin: int
+    differ_begin: int
+    depth: float
+    distance: int
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedNeedle:
+    """A needle as tokens: the sentence, and the question with each answer, the right one first."""
+
+    statement: Tokens
+    candidates: tuple[Tokens, ...]
+    answer_begin: int
+
+    @property
+    def question_tokens(self) -> int:
+        """Tokens that are read to score any of the answers: all but the last one."""
+        return max(len(tokens) for tokens in self.candidates) - 1
+
+
+class TextMaker:
+    """Makes the texts of a measurement; a text depends on the seed and on its own task, length, depth and trial alone.
+
+    Trial i of a task hides the same sentence in the same text at every length and depth, so that these are compared
+    alike. The documents are read in a ring from a place drawn for the trial, so that a text longer than all of them
+    repeats them. The tokenizer is byte-level.
+
+    Raises:
+        UserError: the documents hold no token.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        tokenizer: Tokenizer,
+        segment_length: int,
+        *,
+        part: RecallPart,
+        num_candidates: int,
+        seed: int,
+    ) -> None:
+        if not split.num_tokens:
+            raise UserError("recall: the documents hold no token to hide a sentence in")
+        self.split = split
+        self.tokenizer = tokenizer
+        self.segment_length = segment_length
+        self.borders = SentenceBorders(tokenizer)
+        self._draw = functools.cache(functools.partial(self._draw_needle, part, num_candidates, seed))
+        self._begin = functools.cache(functools.partial(self._find_begin, seed))
+
+    def count_room(self, task: RecallTask, length: int, trial: int) -> int:
+        """Tokens of the documents in a text; below 0: it can't hold the sentence and the question."""
+        needle = self._draw(task, trial)
+        if needle.question_tokens > self.segment_length:
+            return -1
+        if length == 1:
+            return self.segment_length - len(needle.statement) - needle.question_tokens
+        return (length - 1) * self.segment_length - len(needle.statement)
+
+    def make(self, task: RecallTask, length: int, depth: float, trial: int) -> RecallText:
+        """One text; a ValueError where there is no room for it."""
+        room = self.count_room(task, length, trial)
+        if room < 0:
+            raise ValueError(
+                f"{task}: {length} segments of {self.segment_length} tokens have no room for trial {trial}"
+            )
+        needle = self._draw(task, trial)
+        begin = self._begin(trial)
+        filler = np.take(self.split.tokens, np.arange(begin, begin + room), mode="wrap")
+        place = choose_place(filler, len(needle.statement), depth, self.segment_length, self.borders)
+        text = plant_sentence(filler, needle.statement, place)
+        last_segment = (place + len(needle.statement) - 1) // self.segment_length
+        nothing = text[:0]
+        return RecallText(
+            context=nothing if length == 1 else text,
+            opening=text if length == 1 else nothing,
+            candidates=needle.candidates,
+            answer_begin=needle.answer_begin,
+            differ_begin=max(1, count_shared(needle.candidates)),
+            depth=place / room if room else 0.0,
+            distance=length - 1 - last_segment,
+        )
+
+    def _draw_needle(
+        self, part: RecallPart, num_candidates: int, seed: int, task: RecallTask, trial: int
+    ) -> EncodedNeedle:
+        generator = np.random.default_rng([seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
+        needle = draw_needle(task, part, num_candidates, generator)
+        candidates = tuple(encode_sentence(self.tokenizer, needle.prompt + answer) for answer in needle.candidates)
+        prompt = encode_sentence(self.tokenizer, needle.prompt)
+        return EncodedNeedle(
+            statement=encode_sentence(self.tokenizer, needle.statement),
+            candidates=candidates,
+            answer_begin=max(1, count_shared([prompt, candidates[0]])),
+        )
+
+    def _find_begin(self, seed: int, trial: int) -> int:
+        """The first sentence after a place drawn at random."""
+        generator = np.random.default_rng([seed, FILLER_STREAM, trial])
+        begin = int(generator.integers(self.split.num_tokens))
+        ahead = np.take(self.split.tokens, np.arange(begin, begin + FIRST_SENTENCE_REACH), mode="wrap")
+        found = self.borders.find_sentences(ahead)
+        return begin + int(found[0]) if len(found) else begin
 
 
 class Answer(NamedTuple):
@@ -70,194 +211,6 @@ class Outcome(NamedTuple):
     distance: int
     carried: Answer
     reset: Answer
-
-
-@dataclass(frozen=True)
-class RecallFigures:
-    """What a number of trials showed.
-
-    Attributes:
-        exact: share whose answer greedy decoding gives, with Wilson's interval.
-        first: share whose right answer ranks first, likewise.
-        mean_rank: mean rank of the right answer, with a bootstrap interval over trials.
-        answers: the trials themselves.
-    """
-
-    exact: Estimate
-    first: Estimate
-    mean_rank: Estimate
-    answers: tuple[Answer, ...]
-
-
-@dataclass(frozen=True)
-class RecallCell:
-    """The trials of one task, length and depth.
-
-    Attributes:
-        task: passkey or facts.
-        length: segments of the whole text.
-        depth: the depth that was asked for.
-        num_trials: texts.
-        mean_depth: where the sentence really stood: it is put between two sentences.
-        mean_distance: segments from the sentence to the question.
-        carried: with the memory of the text.
-        reset: the question asked of an empty memory, which can know no more than chance where the text has more than
-            one segment.
-    """
-
-    task: RecallTask
-    length: int
-    depth: float
-    num_trials: int
-    mean_depth: float
-    mean_distance: float
-    carried: RecallFigures
-    reset: RecallFigures
-
-
-@dataclass(frozen=True)
-class RecallResult:
-    """Recall by depth and length.
-
-    Attributes:
-        cells: by task, length and depth, in the order asked for; of a stopped measurement those that hold a trial.
-        num_candidates: answers among which the right one was ranked.
-        has_memory: whether the model has a memory at all.
-        segment_length: tokens of the model's segments.
-        num_trials: texts measured.
-        num_planned: texts that were to be measured.
-        notes: what the reader must know: lengths that were left out, text that repeats.
-        confidence: of the intervals.
-        num_resamples: resamples behind the intervals of ranks.
-        seed: of texts, sentences and resamples.
-        num_tokens: tokens of all texts.
-        seconds: wall-clock time of the measurement.
-    """
-
-    cells: list[RecallCell]
-    num_candidates: int
-    has_memory: bool
-    segment_length: int
-    num_trials: int
-    num_planned: int
-    notes: list[str]
-    confidence: float
-    num_resamples: int
-    seed: int
-    num_tokens: int
-    seconds: float
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all texts have been measured."""
-        return self.num_trials == self.num_planned
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with what a guess reaches: first in 1 / n of the trials, mean rank (n + 1) / 2."""
-        chances = {"chance_first": 1 / self.num_candidates, "chance_rank": (1 + self.num_candidates) / 2}
-        return to_plain(self) | chances | {"is_complete": self.is_complete}
-
-
-def evaluate_recall(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    split: TokenSplit,
-    settings: RecallConfig | None = None,
-    *,
-    device: torch.device | str | None = None,
-    autocast: Autocast = contextlib.nullcontext,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] = never,
-) -> RecallResult:
-    """Hide sentences in the documents' text and ask for them: greedy exact match, and rank among candidates.
-
-    A text has a length in whole segments. Its last segment is the question; the ones before are the documents' own
-    text with the sentence between two of its sentences, and are read into an empty memory. The question then begins at
-    a segment's beginning, so that memory is the only way from the sentence to it, and the distance between them is a
-    whole number of segments. In a text of one segment the sentence and the question share it: what a model can do
-    without its memory. The question is also asked of an empty memory, which is the control.
-
-    Args:
-        model: evaluated in evaluation mode; its held memory is neither read nor changed. One without memory is asked
-            without reading: it can know no more than the control.
-        tokenizer: the model's, byte-level.
-        split: documents of real text, tokenised with it.
-        settings: what is hidden, in how long a text and how deep; None: the defaults.
-        device: where the model lies; None: where its weights are.
-        autocast: makes the context in which the model computes.
-        on_progress: called with the tokens of the texts read so far and in all.
-        should_stop: asked after each call; once it says True, the result is of the texts that have been asked by then.
-
-    Raises:
-        UserError: there is no text, or the segments are too short for any sentence and question asked for.
-    """
-    began = time.perf_counter()
-    settings = settings or RecallConfig()
-    size = model.segment_length
-    maker = TextMaker(
-        split, tokenizer, size, part=settings.part, num_candidates=settings.num_candidates, seed=settings.seed
-    )
-    plans, notes = plan_texts(maker, settings)
-    longest = max(plan.length for plan in plans)
-    if longest * size > split.num_tokens:
-        notes.append(f"the documents have {split.num_tokens:,} tokens: a text of {longest * size:,} repeats them")
-    where, reads = find_device(model, device), has_memory(model)
-    num_planned = sum(plan.length for plan in plans) * size
-    outcomes: dict[Plan, Outcome] = {}
-    num_read, is_stopped = 0, False
-
-    def note(num_tokens: int) -> bool:
-        nonlocal num_read, is_stopped
-        num_read += num_tokens
-        if on_progress:
-            on_progress(num_read, num_planned)
-        is_stopped = should_stop()
-        return is_stopped
-
-    def ask(texts: list[RecallText]) -> list[Outcome]:
-        """Nothing where the reading was stopped."""
-        num_context, step = len(texts[0].context), settings.segments_per_call * size
-        with model.fresh_memory(batch_size=len(texts)):
-            for begin in range(0, num_context, step):
-                end = min(begin + step, num_context)
-                if reads:
-                    read_context(model, texts, begin, end, where)
-                if note(len(texts) * (end - begin)):
-                    return []
-            carried = reset = score_answers(model, texts, where)
-            if reads and num_context:
-                with model.fresh_memory():
-                    reset = score_answers(model, texts, where)
-        note(len(texts) * size)
-        return [Outcome(t.depth, t.distance, a, b) for t, a, b in zip(texts, carried, reset, strict=True)]
-
-    with evaluation_mode(model, autocast):
-        for batch in cut_batches(plans, settings.batch_size):
-            texts = [maker.make(*plan) for plan in batch]
-            outcomes |= dict(zip(batch, ask(texts), strict=False))
-            if is_stopped:
-                break
-    cells: list[RecallCell] = []
-    for task in settings.tasks:
-        for length in settings.lengths:
-            for depth in settings.depths:
-                keys = [Plan(task, length, depth, trial) for trial in range(settings.trials)]
-                if found := [outcomes[key] for key in keys if key in outcomes]:
-                    cells.append(summarize_cell(task, length, depth, found, settings))
-    return RecallResult(
-        cells=cells,
-        num_candidates=settings.num_candidates,
-        has_memory=reads,
-        segment_length=size,
-        num_trials=len(outcomes),
-        num_planned=len(plans),
-        notes=notes,
-        confidence=settings.confidence,
-        num_resamples=settings.num_resamples,
-        seed=settings.seed,
-        num_tokens=sum(plan.length for plan in outcomes) * size,
-        seconds=time.perf_counter() - began,
-    )
 
 
 def plan_texts(maker: TextMaker, settings: RecallConfig) -> tuple[list[Plan], list[str]]:
@@ -295,40 +248,46 @@ def cut_batches(plans: Sequence[Plan], batch_size: int) -> list[list[Plan]]:
     return batches
 
 
-def summarize_cell(
-    task: RecallTask, length: int, depth: float, found: Sequence[Outcome], settings: RecallConfig
-) -> RecallCell:
-    """The figures of at least one trial."""
-    return RecallCell(
-        task=task,
-        length=length,
-        depth=depth,
-        num_trials=len(found),
-        mean_depth=float(np.mean([outcome.depth for outcome in found])),
-        mean_distance=float(np.mean([outcome.distance for outcome in found])),
-        carried=summarize_answers([outcome.carried for outcome in found], settings),
-        reset=summarize_answers([outcome.reset for outcome in found], settings),
-    )
+def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[Plan, Outcome]:
+    """Read every text and ask for its sentence; where the measurement is stopped, the texts asked by then."""
+    model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
+    device, reads = find_device(model, subject.device), has_memory(model)
+    num_planned = sum(plan.length for plan in plans) * size
+    outcomes: dict[Plan, Outcome] = {}
+    num_read, is_stopped = 0, False
 
+    def note(num_tokens: int) -> bool:
+        nonlocal num_read, is_stopped
+        num_read += num_tokens
+        if subject.on_progress:
+            subject.on_progress(num_read, num_planned)
+        is_stopped = subject.should_stop()
+        return is_stopped
 
-def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> RecallFigures:
-    """The figures of at least one trial."""
-    count = len(answers)
-    ranks = np.array([answer.rank for answer in answers])
+    def ask(texts: list[RecallText]) -> list[Outcome]:
+        """Nothing where the reading was stopped."""
+        num_context, step = len(texts[0].context), settings.segments_per_call * size
+        with model.fresh_memory(batch_size=len(texts)):
+            for begin in range(0, num_context, step):
+                end = min(begin + step, num_context)
+                if reads:
+                    read_context(model, texts, begin, end, device)
+                if note(len(texts) * (end - begin)):
+                    return []
+            carried = reset = score_answers(model, texts, device)
+            if reads and num_context:
+                with model.fresh_memory():
+                    reset = score_answers(model, texts, device)
+        note(len(texts) * size)
+        return [Outcome(t.depth, t.distance, a, b) for t, a, b in zip(texts, carried, reset, strict=True)]
 
-    def share(hits: int) -> Estimate:
-        return Estimate(hits / count, *find_share_interval(hits, count, settings.confidence))
-
-    mean_rank = Estimate(float(ranks.mean()), None, None)
-    if count > 1:
-        drawn = draw_resamples(count, settings.num_resamples, settings.seed) @ ranks / count
-        mean_rank = Estimate(mean_rank.value, *find_interval(drawn, settings.confidence))
-    return RecallFigures(
-        exact=share(sum(answer.is_exact for answer in answers)),
-        first=share(sum(answer.is_first for answer in answers)),
-        mean_rank=mean_rank,
-        answers=tuple(answers),
-    )
+    with evaluation_mode(model, subject.autocast):
+        for batch in cut_batches(plans, settings.batch_size):
+            texts = [maker.make(*plan) for plan in batch]
+            outcomes |= dict(zip(batch, ask(texts), strict=False))
+            if is_stopped:
+                break
+    return outcomes
 
 
 def has_memory(model: LanguageModel) -> bool:
@@ -373,20 +332,14 @@ def find_exact(model: LanguageModel, texts: Sequence[RecallText], device: torch.
     Read is the question with the right answer, and each of the answer's tokens must be the most probable one where it
     stands. That is the same: greedy decoding has read the right tokens for as long as it has found them.
     """
-    rows = [np.concatenate([text.opening, text.candidates[0]]) for text in texts]
-    width = max(map(len, rows)) - 1
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    labels = torch.full((len(rows), width + 1), IGNORE_INDEX, dtype=torch.int64)
-    for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        tokens, begin = torch.from_numpy(row), len(text.opening) + text.answer_begin
-        input_ids[index, : len(row)] = tokens[:width]
-        labels[index, begin : len(row)] = tokens[begin:]
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = None if int(lengths.min()) >= width else (torch.arange(width) < lengths[:, None]).to(device)
-    targets = align_labels(labels, width).to(device)
+    rows = [
+        Row(np.concatenate([text.opening, text.candidates[0]]), len(text.opening) + text.answer_begin) for text in texts
+    ]
+    input_ids, labels, mask = pad_rows(rows, device)
+    targets = align_labels(labels, input_ids.shape[1])
     wanted = targets != IGNORE_INDEX
     is_right = torch.ones_like(wanted)
-    is_right[wanted] = predict_tokens(model, input_ids.to(device), mask, wanted) == targets[wanted]
+    is_right[wanted] = predict_tokens(model, input_ids, mask, wanted) == targets[wanted]
     return is_right.all(1).tolist()
 
 
@@ -402,6 +355,29 @@ def predict_tokens(model: LanguageModel, input_ids: Tensor, mask: Tensor | None,
     else:
         logits = cast(Any, model)(input_ids, mask)
     return logits[wanted].argmax(-1)
+
+
+def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict[str, Any]:
+    """Of at least one trial the shares that are `exact` and `first`, with Wilson's intervals, and the `mean_rank`.
+
+    The interval of the rank is a bootstrap one over trials. `answers` are the trials themselves.
+    """
+    count = len(answers)
+    ranks = np.array([answer.rank for answer in answers])
+
+    def share(hits: int) -> Estimate:
+        return Estimate(hits / count, *find_share_interval(hits, count, settings.confidence))
+
+    mean_rank = Estimate(float(ranks.mean()), None, None)
+    if count > 1:
+        drawn = draw_resamples(count, settings.num_resamples, settings.seed) @ ranks / count
+        mean_rank = Estimate(mean_rank.value, *find_interval(drawn, settings.confidence))
+    return {
+        "exact": share(sum(answer.is_exact for answer in answers)),
+        "first": share(sum(answer.is_first for answer in answers)),
+        "mean_rank": mean_rank,
+        "answers": answers,
+    }
 
 
 def average_by(cells: Sequence[dict[str, Any]], place: str, way: str, figure: str) -> dict[int, float]:
@@ -428,17 +404,70 @@ class Recall(Measure):
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """See `RecallResult`."""
-        return evaluate_recall(
-            subject.model,
-            subject.tokenizer,
+        """Greedy exact match, and rank among candidates, by task, length and depth.
+
+        A model without memory is asked without reading: it can know no more than the control.
+
+        `cells` are in the order asked for; of a stopped measurement those that hold a trial. Each has its `task`,
+        `length` in segments, the `depth` asked for, `num_trials`, `mean_depth` (where the sentence really stood: it is
+        put between two sentences), `mean_distance` in segments from it to the question, and the figures of
+        `summarize_answers` with the memory of the text, `carried`, and with an empty one, `reset`. A guess is first in
+        `chance_first` of the trials, and has the mean rank `chance_rank`. `notes` says what was left out, and where
+        text repeats.
+
+        Raises:
+            UserError: there is no text, or the segments are too short for any sentence and question asked for.
+        """
+        began = time.perf_counter()
+        model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
+        maker = TextMaker(
             subject.split,
-            subject.settings.recall,
-            device=subject.device,
-            autocast=subject.autocast,
-            on_progress=subject.on_progress,
-            should_stop=subject.should_stop,
-        ).to_dict()
+            subject.tokenizer,
+            size,
+            part=settings.part,
+            num_candidates=settings.num_candidates,
+            seed=settings.seed,
+        )
+        plans, notes = plan_texts(maker, settings)
+        longest, num_tokens = max(plan.length for plan in plans) * size, subject.split.num_tokens
+        if longest > num_tokens:
+            notes.append(f"the documents have {num_tokens:,} tokens: a text of {longest:,} repeats them")
+        outcomes = ask_all(subject, maker, plans)
+        cells: list[dict[str, Any]] = []
+        for task in settings.tasks:
+            for length in settings.lengths:
+                for depth in settings.depths:
+                    keys = [Plan(task, length, depth, trial) for trial in range(settings.trials)]
+                    if found := [outcomes[key] for key in keys if key in outcomes]:
+                        cells.append(
+                            {
+                                "task": task,
+                                "length": length,
+                                "depth": depth,
+                                "num_trials": len(found),
+                                "mean_depth": float(np.mean([outcome.depth for outcome in found])),
+                                "mean_distance": float(np.mean([outcome.distance for outcome in found])),
+                                "carried": summarize_answers([outcome.carried for outcome in found], settings),
+                                "reset": summarize_answers([outcome.reset for outcome in found], settings),
+                            }
+                        )
+        return {
+            "cells": to_plain(cells),
+            "num_candidates": settings.num_candidates,
+            "has_memory": has_memory(model),
+            "segment_length": size,
+            "num_trials": len(outcomes),
+            "num_planned": len(plans),
+            "notes": notes,
+            "confidence": settings.confidence,
+            "num_resamples": settings.num_resamples,
+            "seed": settings.seed,
+            "num_tokens": sum(plan.length for plan in outcomes) * size,
+            "seconds": time.perf_counter() - began,
+            "chance_first": 1 / settings.num_candidates,
+            "chance_rank": (1 + settings.num_candidates) / 2,
+            "is_complete": len(outcomes) == len(plans),
+        }
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Per task, the share of exact answers over all distances of one segment or more."""

@@ -5,17 +5,18 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import ReversalConfig
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
-from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure
-from new_llm.evaluation.reversal_scores import Reading, ReversalResult, ReversalTable
+from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
@@ -27,10 +28,144 @@ from new_llm.evaluation.scoring import (
     group_by_length,
     score_rows,
 )
+from new_llm.evaluation.statistics import Interval, draw_resamples, find_interval
 from new_llm.formats import format_count, format_number, format_percent
 from new_llm.processes import ALONE, Processes
 
 Direction = Literal["forward", "backward"]
+
+
+class PairLosses(NamedTuple):
+    """What one pair showed in one direction.
+
+    Attributes:
+        total_nll: of the sentence's tokens but the first, nats.
+        num_tokens: how many these are.
+        answer_nll: of the answer's tokens alone, nats.
+        num_answer_tokens: how many these are.
+        rank: of the right answer among the answers of its relation: 1 + those that are likelier + half of those that
+            are as likely.
+        num_candidates: the answers ranked, the right one among them.
+    """
+
+    total_nll: float
+    num_tokens: int
+    answer_nll: float
+    num_answer_tokens: int
+    rank: float
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class ReversalScores:
+    """The figures of one group of pairs.
+
+    Perplexities are of a sentence's tokens but the first, or of the `answer`'s tokens alone, given the prompt. Ranks
+    are among the answers of the relation, 1 is best and a tie counts half; accuracy is the share of pairs whose right
+    answer comes first; chance is what a guess reaches, the mean over pairs and both directions. A sentence that is
+    known by heart does not reach a perplexity of 1: which of the facts it will state can't be told before its subject.
+    `intervals` are of every figure but the counts and the chances.
+    """
+
+    num_pairs: int
+    forward_perplexity: float
+    backward_perplexity: float
+    ratio: float
+    """Forward / backward perplexity: 1 where both directions are known alike, near 0 under the curse."""
+    gap: float
+    """Backward − forward perplexity; 0 is best."""
+    forward_answer_perplexity: float
+    backward_answer_perplexity: float
+    answer_ratio: float
+    forward_accuracy: float
+    backward_accuracy: float
+    chance_accuracy: float
+    forward_mean_rank: float
+    backward_mean_rank: float
+    chance_mean_rank: float
+    intervals: dict[str, Interval]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return to_plain(vars(self) | {"intervals": {name: list(ends) for name, ends in self.intervals.items()}})
+
+
+@dataclass(frozen=True)
+class ReversalResult(ReversalScores):
+    """The figures of all pairs, of each relation, and by kind: "real", "invented" or, of a silent file, "unstated"."""
+
+    per_relation: dict[str, ReversalScores]
+    by_kind: dict[str, ReversalScores]
+    bootstrap: dict[str, Any]
+    """What the intervals rest on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return super().to_dict() | {
+            "per_relation": [{"relation": name} | scores.to_dict() for name, scores in self.per_relation.items()],
+            "by_kind": {kind: scores.to_dict() for kind, scores in self.by_kind.items()},
+        }
+
+
+class ReversalTable:
+    """The readings of all pairs, and one table of resamples for all figures.
+
+    Relations are given, and pairs are a sample of what each could hold: a resample draws, for each relation, as many of
+    its pairs as it has. Every figure is computed within the same resamples, so that ratio and gap are paired.
+    """
+
+    def __init__(
+        self,
+        forward: Sequence[PairLosses],
+        backward: Sequence[PairLosses],
+        relations: Sequence[str],
+        *,
+        num_resamples: int,
+        confidence: float,
+        seed: int,
+    ) -> None:
+        self.columns = {
+            direction: {name: np.array([getattr(r, name) for r in readings], np.float64) for name in PairLosses._fields}
+            for direction, readings in (("forward", forward), ("backward", backward))
+        }
+        self.confidence = confidence
+        self.resamples = np.zeros((num_resamples, len(relations)))
+        names = np.array(relations)
+        groups = list(dict.fromkeys(relations))
+        seeds = np.random.SeedSequence(seed).generate_state(len(groups))
+        for group, group_seed in zip(groups, seeds, strict=True):
+            members = np.flatnonzero(names == group)
+            self.resamples[:, members] = draw_resamples(len(members), num_resamples, int(group_seed))
+
+    def summarize(self, chosen: NDArray[np.bool_]) -> ReversalScores:
+        """The figures of the pairs that are True, [num_pairs]."""
+        figures = self._compute(chosen[None].astype(np.float64))
+        resampled = self._compute(self.resamples * chosen)
+        candidates = np.concatenate([table["num_candidates"][chosen] for table in self.columns.values()])
+        return ReversalScores(
+            num_pairs=int(chosen.sum()),
+            **{name: float(value[0]) for name, value in figures.items()},
+            chance_accuracy=float(np.mean(1 / candidates)),
+            chance_mean_rank=float(np.mean((candidates + 1) / 2)),
+            intervals={name: find_interval(values, self.confidence) for name, values in resampled.items()},
+        )
+
+    def _compute(self, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """Every figure of each row of weights [R, num_pairs], how often a pair counts; NaN for a group without any."""
+        figures: dict[str, NDArray[np.float64]] = {}
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            for direction, table in self.columns.items():
+                count = weights.sum(1)
+                loss = (weights @ table["total_nll"]) / (weights @ table["num_tokens"])
+                answer_loss = (weights @ table["answer_nll"]) / (weights @ table["num_answer_tokens"])
+                figures[f"{direction}_perplexity"] = np.exp(loss)
+                figures[f"{direction}_answer_perplexity"] = np.exp(answer_loss)
+                figures[f"{direction}_accuracy"] = (weights @ (table["rank"] == 1)) / count
+                figures[f"{direction}_mean_rank"] = (weights @ table["rank"]) / count
+            for name, of in (("ratio", "perplexity"), ("answer_ratio", "answer_perplexity")):
+                figures[name] = figures[f"forward_{of}"] / figures[f"backward_{of}"]
+            figures["gap"] = figures["backward_perplexity"] - figures["forward_perplexity"]
+        return figures
 
 
 def evaluate_reversal_curse(
@@ -119,12 +254,15 @@ def evaluate_reversal_curse(
 
     whole = table.summarize(np.ones(len(pairs), bool))
     return ReversalResult(
-        **{field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)},
+        **vars(whole),
         per_relation=summarize_groups(relations),
         by_kind=summarize_groups(kinds),
-        num_resamples=num_resamples,
-        confidence=confidence,
-        seed=seed,
+        bootstrap={
+            "method": "percentile; pairs drawn within each relation",
+            "num_resamples": num_resamples,
+            "confidence": confidence,
+            "seed": seed,
+        },
     )
 
 
@@ -211,14 +349,14 @@ def _score_texts(
 
 def _read(
     encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], prompt: np.ndarray, candidates: list[str]
-) -> Reading:
+) -> PairLosses:
     """What the model makes of one prompt's candidates, of which the first is right."""
     sentence, losses_of_right = encoded[candidates[0]], losses[candidates[0]]
     shared = max(1, count_shared([encoded[text] for text in candidates]))
     totals = np.array([losses[text][shared - 1 :].sum() for text in candidates])  # losses begin with the second token
     right, wrong = totals[0], totals[1:]
     answer = losses_of_right[max(1, count_shared([sentence, prompt])) - 1 :]
-    return Reading(
+    return PairLosses(
         total_nll=float(losses_of_right.sum()),
         num_tokens=len(losses_of_right),
         answer_nll=float(answer.sum()),

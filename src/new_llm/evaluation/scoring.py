@@ -20,7 +20,6 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.windows import Window, plan_segments
 from new_llm.models.loss import IGNORE_INDEX
 from new_llm.processes import ALONE, Processes
 
@@ -65,6 +64,70 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The model's weights."""
         ...
+
+
+class Window(NamedTuple):
+    """One reading of part of a document: tokens [begin, end − 1) are read, [first_scored, end) predicted.
+
+    The tokens from `begin` to `first_scored` are context alone; the last token of a window is never read.
+    """
+
+    begin: int
+    end: int
+    first_scored: int
+
+
+def plan_windows(length: int, context: int, stride: int) -> list[Window]:
+    """Sliding windows over a document that score every token but the first exactly once; none for fewer than two.
+
+    Window i spans the `context` tokens from i · stride on and scores those of them that no earlier window
+    scored, so that each token is scored in the first window that reaches it. Every scored token has at least
+    context − stride tokens before it in its window, or all that the document has. These are the windows of
+    Hugging Face's guide "Perplexity of fixed-length models"; there, windows that do not overlap (stride =
+    context) lose their first tokens. Here they do not: such windows also span the token after them, so that
+    the model still reads at most `context` tokens and nothing goes unscored.
+
+    Raises:
+        ValueError: not 1 ≤ stride ≤ context.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(
+            f"stride {stride}, context {context}: 1 ≤ stride ≤ context is needed, or tokens would be skipped"
+        )
+    span = context if stride < context else context + 1
+    windows: list[Window] = []
+    first_scored = 1
+    for begin in range(0, length, stride):
+        end = min(begin + span, length)
+        if first_scored < end:
+            windows.append(Window(begin, end, first_scored))
+            first_scored = end
+        if end == length:
+            break
+    return windows
+
+
+def plan_rolling_windows(length: int, context: int) -> list[Window]:
+    """The windows of lm-evaluation-harness's rolling log-likelihood: every token but the first, exactly once.
+
+    Windows score `context` tokens each and span one more, the token before them. The last window reaches back so that
+    it spans as many, too, and scores only what is left. `length` counts the prefix token that the document begins with.
+
+    Raises:
+        ValueError: the context is not positive.
+    """
+    if context < 1:
+        raise ValueError(f"context: {context} is not positive")
+    ends = [*range(context + 1, length, context), length] if length > 1 else []
+    return [Window(max(0, end - context - 1), end, max(1, begin)) for begin, end in pairwise([0, *ends])]
+
+
+def plan_segments(length: int, piece_tokens: int) -> list[Window]:
+    """Consecutive pieces that score every token but the document's first exactly once; the last one may be shorter.
+
+    The last position of a piece predicts the first token of the next one, so a cut loses no target.
+    """
+    return plan_windows(length, context=piece_tokens, stride=piece_tokens)
 
 
 def never() -> bool:
@@ -213,39 +276,6 @@ class Scorer:
         return self.is_stopped
 
 
-class LossSums:
-    """Total loss and scored tokens of each document in each range of positions.
-
-    Args:
-        num_documents: documents D.
-        edges: where the E ranges begin; the last one is open.
-
-    Raises:
-        ValueError: the edges do not rise from 0.
-    """
-
-    def __init__(self, num_documents: int, edges: Sequence[int] = (0,)) -> None:
-        if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
-            raise ValueError(f"edges: {list(edges)} must begin with 0 and rise")
-        self.edges = np.array(edges, dtype=np.int64)
-        self.total_nll = np.zeros((num_documents, len(edges)))
-        """Nats, [D, E]."""
-        self.counts = np.zeros((num_documents, len(edges)), dtype=np.int64)
-        """Tokens, [D, E]."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens scored."""
-        return int(self.counts.sum())
-
-    def add(self, scores: Scores) -> None:
-        """Count a batch."""
-        ranges = np.searchsorted(self.edges, scores.positions, side="right") - 1
-        cells = scores.documents * len(self.edges) + ranges
-        self.total_nll += np.bincount(cells, scores.losses, self.counts.size).reshape(self.counts.shape)
-        self.counts += np.bincount(cells, minlength=self.counts.size).reshape(self.counts.shape)
-
-
 @dataclass(frozen=True)
 class ScoredDocuments:
     """The documents that are scored, each of one scored token or more.
@@ -336,33 +366,41 @@ def cut_row(tokens: np.ndarray, window: Window) -> Row:
     return Row(tokens[window.begin : window.end], window.first_scored - window.begin)
 
 
-def score_rows(
-    model: LanguageModel, rows: Sequence[Row], device: torch.device, *, update_memory: bool = False
-) -> list[np.ndarray]:
-    """Score one batch.
+def pad_rows(
+    rows: Sequence[Row], device: torch.device, width: int | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows padded on the right as input ids [B, T], labels [B, T + 1] and the mask of real tokens; None: all are.
 
-    Args:
-        model: the model, in evaluation mode and with the memory to read already in place.
-        rows: at least one; rows of different widths are padded on the right and masked.
-        device: where the model lies.
-        update_memory: keep what the rows write into the held memory.
-
-    Returns:
-        For each row the losses of tokens[first_scored:] in nats, float64.
+    T is `width`, by default one less than the longest row, whose last token is a target alone. A shorter row reads its
+    last token too: a masked token is no target, and no earlier loss depends on it.
     """
-    width = max(len(row.tokens) for row in rows) - 1
+    width = width or max(len(row.tokens) for row in rows) - 1
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full((len(rows), width + 1), IGNORE_INDEX, dtype=torch.int64)
     for index, row in enumerate(rows):
         tokens = torch.from_numpy(row.tokens.astype(np.int64))
-        # A shorter row reads its last token too: a masked token is no target. No earlier loss depends on it.
         input_ids[index, : len(tokens)] = tokens[:width]
         labels[index, row.first_scored : len(tokens)] = tokens[row.first_scored :]
-    lengths = [len(row.tokens) for row in rows]
-    mask = None
-    if min(lengths) < width:
-        mask = (torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]).to(device)
-    losses = model.token_losses(input_ids.to(device), labels.to(device), mask, update_memory=update_memory)
+    lengths = torch.tensor([len(row.tokens) for row in rows])
+    mask = None if int(lengths.min()) >= width else (torch.arange(width) < lengths[:, None]).to(device)
+    return input_ids.to(device), labels.to(device), mask
+
+
+def score_rows(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    device: torch.device,
+    *,
+    width: int | None = None,
+    update_memory: bool = False,
+) -> list[np.ndarray]:
+    """For each row of a batch the losses of tokens[first_scored:] in nats, float64.
+
+    The model is in evaluation mode, and the memory to read in place; with `update_memory` the held memory keeps what
+    the rows write. `pad_rows` says what `width` is.
+    """
+    input_ids, labels, mask = pad_rows(rows, device, width)
+    losses = model.token_losses(input_ids, labels, mask, update_memory=update_memory)
     found = losses.cpu().double().numpy()
     # The loss at position t is that of the token at t + 1.
     return [found[i, row.first_scored - 1 : len(row.tokens) - 1] for i, row in enumerate(rows)]

@@ -7,11 +7,14 @@ documents give no interval: resampling so few says nothing about others.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from new_llm.evaluation.scoring import Scores
 
 Array = NDArray[np.float64]
 MIN_DOCUMENTS = 5
@@ -31,6 +34,39 @@ class Estimate(NamedTuple):
     value: float
     low: float | None
     high: float | None
+
+
+class LossSums:
+    """Total loss and scored tokens of each document in each range of positions.
+
+    Args:
+        num_documents: documents D.
+        edges: where the E ranges begin; the last one is open.
+
+    Raises:
+        ValueError: the edges do not rise from 0.
+    """
+
+    def __init__(self, num_documents: int, edges: Sequence[int] = (0,)) -> None:
+        if not edges or edges[0] != 0 or any(a >= b for a, b in pairwise(edges)):
+            raise ValueError(f"edges: {list(edges)} must begin with 0 and rise")
+        self.edges = np.array(edges, dtype=np.int64)
+        self.total_nll = np.zeros((num_documents, len(edges)))
+        """Nats, [D, E]."""
+        self.counts = np.zeros((num_documents, len(edges)), dtype=np.int64)
+        """Tokens, [D, E]."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scored."""
+        return int(self.counts.sum())
+
+    def add(self, scores: Scores) -> None:
+        """Count a batch."""
+        ranges = np.searchsorted(self.edges, scores.positions, side="right") - 1
+        cells = scores.documents * len(self.edges) + ranges
+        self.total_nll += np.bincount(cells, scores.losses, self.counts.size).reshape(self.counts.shape)
+        self.counts += np.bincount(cells, minlength=self.counts.size).reshape(self.counts.shape)
 
 
 def draw_resamples(num_items: int, num_resamples: int, seed: int) -> Array:

@@ -20,7 +20,7 @@ from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation import Baseline, evaluate_long_documents
+from new_llm.evaluation import Baseline, Subject, measure
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
@@ -135,14 +135,20 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         with self.console.status("") as status:
             for name, split in self.texts.items():
                 status.update(f"measuring {name}")
-                result = evaluate_long_documents(
+                subject = Subject(
                     adapted,
+                    self.data.tokenizer,
                     limit_documents(split, settings.max_tokens),
-                    dataclasses.replace(settings.long_documents, min_tokens=2, batch_size=settings.batch_size),
-                    baselines=[Baseline(BASE, base, autocast=self.autocast)],
+                    dataclasses.replace(
+                        settings,
+                        long_documents=dataclasses.replace(
+                            settings.long_documents, min_tokens=2, batch_size=settings.batch_size
+                        ),
+                    ),
                     autocast=self.autocast,
+                    baselines=[Baseline(BASE, base, autocast=self.autocast)],
                 )
-                measured[name] = result.to_dict()
+                measured[name] = measure(subject, ["long"])["long"]
         return measured
 
 

@@ -23,17 +23,19 @@ from typing import Any
 from rich.console import Console
 
 from new_llm.config import UserError
-from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig, RecallConfig, SubjectConfig, TextConfig
+from new_llm.config.evaluation import (
+    CacheMeasureConfig,
+    EvalConfig,
+    LongDocumentsConfig,
+    RecallConfig,
+    SubjectConfig,
+    TextConfig,
+)
 from new_llm.config.files import name_refusals, write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import make_line, open_console
-from new_llm.evaluation import (
-    Baseline,
-    evaluate_caches,
-    evaluate_long_documents,
-    evaluate_recall,
-    load_own_measures,
-)
+from new_llm.data.tokenizer import TokenSplit
+from new_llm.evaluation import Baseline, Subject, load_own_measures, measure
 from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.evaluation import (
     check_tokenizer,
@@ -154,12 +156,12 @@ def is_trained(study: StudyConfig, cell: Cell) -> bool:
 
 def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
     """Measure one trained model as the study asks, unless there is a record with these settings."""
-    for what, measure in _plan_measurements(study, cell):
+    for what, make_record in _plan_measurements(study, cell):
         if read_measured(study, cell, what):
             continue
         path = measured_path(study, cell, what)
         with console.status(f"{cell.variant}, seed {cell.seed}: {what}"):
-            record = measure()
+            record = make_record()
         if record is None:  # it does not apply to this text
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,10 +248,8 @@ def _measure_long(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig(source=source))
-    result = evaluate_long_documents(
-        subject.model, text.split, config, baselines=baselines, device=subject.device, autocast=subject.autocast
-    )
-    return describe_evaluation("long", subject, text.info, settings, result.to_dict())
+    result = _measure(subject, "long", text.split, EvalConfig(max_tokens=None, long_documents=config), baselines)
+    return describe_evaluation("long", subject, text.info, settings, result["long"])
 
 
 def _measure_caches(
@@ -260,17 +260,24 @@ def _measure_caches(
     settings: dict[str, Any],
 ) -> dict[str, Any] | None:
     text = load_evaluation_text(subject, TextConfig(source=source))
-    place: dict[str, Any] = {"device": subject.device, "autocast": subject.autocast}
-    result = evaluate_caches(subject.model, text.split, config, long_documents, **place)
-    return result and describe_evaluation("caches", subject, text.info, settings, result.to_dict())
+    documents = long_documents or LongDocumentsConfig()
+    result = _measure(
+        subject, "caches", text.split, EvalConfig(max_tokens=None, caches=config, long_documents=documents)
+    )
+    return describe_evaluation("caches", subject, text.info, settings, result["caches"]) if result else None
 
 
 def _measure_recall(subject: LoadedModel, config: RecallConfig, settings: dict[str, Any]) -> dict[str, Any]:
     text = load_evaluation_text(subject, TextConfig())
-    result = evaluate_recall(
-        subject.model, subject.tokenizer, text.split, config, device=subject.device, autocast=subject.autocast
-    )
-    return describe_evaluation("recall", subject, text.info, settings, result.to_dict())
+    result = _measure(subject, "recall", text.split, EvalConfig(recall=config))
+    return describe_evaluation("recall", subject, text.info, settings, result["recall"])
+
+
+def _measure(
+    subject: LoadedModel, name: str, split: TokenSplit, settings: EvalConfig, baselines: Sequence[Baseline] = ()
+) -> dict[str, dict[str, Any]]:
+    place: dict[str, Any] = {"device": subject.device, "autocast": subject.autocast, "baselines": baselines}
+    return measure(Subject(subject.model, subject.tokenizer, split, settings, **place), [name])
 
 
 def gather_runs(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ from new_llm.config.evaluation import SubjectConfig
 from new_llm.config.files import read_json_file
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
-from new_llm.evaluation.hugging_face import HuggingFaceLM
+from new_llm.evaluation.language_models import HuggingFaceLM
 from new_llm.evaluation.scoring import LanguageModel
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import (

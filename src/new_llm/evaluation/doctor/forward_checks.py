@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from new_llm.evaluation.diagnosis import diagnose_perplexity
 from new_llm.evaluation.doctor.registry import (
     PROBE_SEED,
     Examination,
@@ -19,7 +18,7 @@ from new_llm.evaluation.doctor.registry import (
     register_check,
     warn,
 )
-from new_llm.evaluation.perplexity import evaluate_sliding_window
+from new_llm.evaluation.perplexity import diagnose_perplexity, evaluate_sliding_window
 from new_llm.evaluation.scoring import select_documents
 from new_llm.models.loss import IGNORE_INDEX
 
