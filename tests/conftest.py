@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,7 @@ def draw_few():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vl_convert, "vegalite_to_svg", draw_or_find)
+        patch.setattr(vl_convert, "svg_to_png", functools.cache(vl_convert.svg_to_png))
         yield
 
 

@@ -48,6 +48,8 @@ class Chart:
         spec: Vega-Lite, with its data inside.
         rows: the numbers that are drawn, for the CSV file.
         view: charts with one title are views of one figure, which the page switches between; this one's label.
+        is_log: whether its y-axis is logarithmic.
+        other: the same with the y-axis linear in place of logarithmic, or the other way round; None: it has one scale.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Chart:
     spec: dict[str, Any]
     rows: list[Row]
     view: str = ""
+    is_log: bool = False
+    other: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Names may hold a model's or a text's name.
@@ -148,30 +152,26 @@ def line_chart(
     across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}} if is_ordinal else {"type": "quantitative"}
     if not is_ordinal:
         across["axis"] = _label_axis([point["x"] for point in drawn], base=2 if x_log else None)
-    up = {
-        "field": "y",
-        "type": "quantitative",
-        "title": y_title or None,
-        "scale": _scale(y_log),
-        "axis": _label_axis([point["y"] for point in drawn], y_format, base=10 if y_log else None),
-    }
-    layers: list[Row] = []
-    if any("low" in point for point in drawn):
-        ends = {"y": up | {"field": "low"}, "y2": {"field": "high"}}
-        layers.append({"mark": {"type": "area", "opacity": 0.15, "aria": False}, "encoding": ends})
-    if reference is not None:
-        layers.append(_draw_reference("y", reference))
-    layers.append({"mark": {"type": "line", "strokeWidth": 2.2, "aria": False}, "encoding": {"y": up}})
     marks = {"type": "point", "filled": True, "size": 50, "opacity": 0 if is_long else 1}
-    layers.append(
-        {
-            "transform": [{"filter": "datum.mark"}],
-            "mark": marks,
-            "encoding": {"y": up, "shape": _encode_series(names, SHAPES, is_shown=series is not None)},
-        }
-    )
+    shape = _encode_series(names, SHAPES, is_shown=series is not None)
     encoding = {"x": across, "color": _encode_series(names, PALETTE, is_shown=series is not None), **_TIP}
-    return Chart(name, title, caption, _make_spec(drawn, HEIGHT, encoding, layers), list(rows), view)
+
+    def draw(is_log: bool) -> Row:
+        up: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(is_log)}
+        up["axis"] = _label_axis([point["y"] for point in drawn], y_format, base=10 if is_log else None)
+        layers: list[Row] = []
+        if any("low" in point for point in drawn):
+            ends = {"y": up | {"field": "low"}, "y2": {"field": "high"}}
+            layers.append({"mark": {"type": "area", "opacity": 0.15, "aria": False}, "encoding": ends})
+        if reference is not None:
+            layers.append(_draw_reference("y", reference))
+        layers.append({"mark": {"type": "line", "strokeWidth": 2.2, "aria": False}, "encoding": {"y": up}})
+        marked = {"transform": [{"filter": "datum.mark"}], "mark": marks, "encoding": {"y": up, "shape": shape}}
+        return _make_spec(drawn, HEIGHT, encoding, [*layers, marked])
+
+    has_log = y_log or (bool(drawn) and min(point.get("low", point["y"]) for point in drawn) > 0 and reference is None)
+    other = draw(not y_log) if has_log else None
+    return Chart(name, title, caption, draw(y_log), list(rows), view, y_log, other)
 
 
 def point_chart(

@@ -78,7 +78,8 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
         "long-validation-distance-against-reset.svg",
         "figure-long-documents-validation-vs-reset.svg",
     }
-    assert {file.stem for file in (folder / "figures").glob("*.csv")} == {Path(name).stem for name in drawn}
+    for ending in ("csv", "png"):
+        assert {file.stem for file in (folder / "figures").glob(f"*.{ending}")} == {Path(name).stem for name in drawn}
     rows = list(csv.DictReader((folder / "figures" / "figure-long-documents-validation-vs-reset.csv").open()))
     assert [row["variant"] for row in rows] == ["reference", "no-delta"]
     captured = capsys.readouterr()

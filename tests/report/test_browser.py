@@ -143,6 +143,19 @@ def test_figures_switch_views_together(open_page: Any):
     assert "1.48G" in page.locator("#cost-tokens-s .view:visible svg").text_content()
 
 
+def test_curves_switch_between_a_linear_and_a_logarithmic_axis(open_page: Any):
+    page = open_page()
+    labels = ".view:visible .drawn:visible svg text"
+    for chart, is_log in (("validation", True), ("training-loss", False)):
+        switch, before = page.locator(f"#{chart} .scale"), page.locator(f"#{chart} {labels}").all_text_contents()
+        assert switch.get_attribute("aria-pressed") == str(is_log).lower()
+        switch.click()
+        assert switch.get_attribute("aria-pressed") == str(not is_log).lower()
+        assert page.locator(f"#{chart} .drawn:visible").count() == 1
+        assert page.locator(f"#{chart} {labels}").all_text_contents() != before
+    assert page.locator("#cost-tokens-s .scale").count() == 0  # bars begin at zero
+
+
 def test_marks_tell_their_numbers(open_page: Any):
     page = open_page()
     tips = page.locator("#validation .view:visible title").all_text_contents()

@@ -38,6 +38,9 @@ def test_a_logarithmic_axis_holds_positive_numbers_alone():
     rows = [{"step": step, "loss": loss, "model": "a"} for step, loss in enumerate((-1.0, 0, 3.0))]
     assert [point["y"] for point in read_values(make_lines(rows, y_log=True))] == [3.0]
     assert len(read_values(make_lines(rows))) == 3
+    assert make_lines(rows).other is None
+    linear, logarithmic = make_lines(rows[2:]), make_lines(rows[2:], y_log=True)
+    assert (linear.other, logarithmic.other) == (logarithmic.spec, linear.spec)
 
 
 def test_text_of_rows_is_never_part_of_the_specification():

@@ -48,8 +48,12 @@ def test_a_complete_run_shows_everything(four_models: dict[str, Any], tmp_path: 
     assert "context, tokens" in said
     assert "paired by document" in said
     files = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert files >= {f"{name}{ending}" for name in CHARTS for ending in (".svg", ".csv")}
+    assert files >= {f"{name}{ending}" for name in CHARTS for ending in (".svg", ".png", ".csv")}
+    assert {address for _, a in page.elements if (address := a.get("href") or "").startswith("figures/")} == {
+        f"figures/{file}" for file in files if not file.endswith(".csv")
+    }
     assert (tmp_path / "figures" / "gates.svg").read_text().startswith("<svg")
+    assert (tmp_path / "figures" / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_page_loads_nothing_and_runs_its_own_script_alone(four_models: dict[str, Any]):
@@ -58,7 +62,7 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(four_models: dict[
         assert tag not in {"iframe", "object", "embed", "img", "base"}
         for name in ("src", "href", "srcset", "xlink:href", "data", "poster", "action"):
             address = attributes.get(name)
-            assert address is None or address.startswith(("#", "data:,", "data:text/csv;"))
+            assert address is None or address.startswith(("#", "data:,", "data:text/csv;", "figures/"))
         assert not [name for name in attributes if name.startswith("on")]
     assert not re.findall(r"[a-z]+://[^\"\s]*", page.source)
     assert "@import" not in page.source
@@ -111,8 +115,8 @@ def test_hostile_text_is_shown_and_not_obeyed(results: dict[str, Any], tmp_path:
     assert "{{ 7 * 7 }}" in page.read()
     assert " 49 " not in page.read()
     for file in (tmp_path / "figures").iterdir():
-        assert re.fullmatch(r"[a-z0-9-]+\.(svg|csv)", file.name)
-        assert file.suffix == ".csv" or "<script" not in file.read_text()
+        assert re.fullmatch(r"[a-z0-9-]+\.(svg|png|csv)", file.name)
+        assert file.suffix != ".svg" or "<script" not in file.read_text()
 
 
 def test_an_interrupted_run_shows_what_it_has(results: dict[str, Any]):

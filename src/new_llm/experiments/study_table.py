@@ -236,16 +236,20 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         columns, rows = list_cells(summary, title)
         lines += ["", f"{make_line(title)}.", "", "| " + " | ".join(["variant", *columns]) + " |"]
         lines.append("|" + "---|" * (1 + len(columns)))
-        lines += ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows]
+        lines += ["| " + " | ".join([name, *(text for text, _ in cells)]) + " |" for name, cells in rows]
     return "\n".join(lines) + "\n"
 
 
-def list_cells(summary: Mapping[str, Any], title: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
+Cell = tuple[str, float | None]
+"""A cell of a study's table: its text, and the mean that it is sorted by."""
+
+
+def list_cells(summary: Mapping[str, Any], title: str) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
     """A table's columns, and for each variant that has a figure in it the cells."""
-    metrics = summary["tables"][title]
-    rows = [
-        (name, [str(len(entry["seeds"])), *(entry["figures"].get(m, {"text": "–"})["text"] for m in metrics)])
-        for name, entry in summary["variants"].items()
-        if any(metric in entry["figures"] for metric in metrics)
-    ]
+    metrics, rows = summary["tables"][title], []
+    for name, entry in summary["variants"].items():
+        found = [entry["figures"].get(metric, {"text": "–", "mean": None}) for metric in metrics]
+        if any(metric in entry["figures"] for metric in metrics):
+            num_seeds = len(entry["seeds"])
+            rows.append((name, [(str(num_seeds), num_seeds), *((one["text"], one["mean"]) for one in found)]))
     return ["seeds", *(make_line(metric.removeprefix(f"{title}: ")) for metric in metrics)], rows

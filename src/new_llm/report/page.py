@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from new_llm.report.tables import summarize
 
 PAGE_FOLDER = "page"
 FIGURES_FOLDER = "figures"
-TEMPLATES = ("page.html", "study.html", "style.css", "script.js")
+TEMPLATES = ("base.html", "parts.html", "page.html", "study.html", "style.css", "script.js")
 FULL_SHADE = 2.0
 """Nats from which a token's shade grows no stronger."""
 # How a word of a table is shown: a verdict's levels.
@@ -55,9 +55,14 @@ class View:
 
     label: str
     svg: Markup
+    other: Markup | None
+    """With the y-axis logarithmic in place of linear, or the other way round."""
+    is_log: bool
     csv: str
     """The address of its numbers, which holds them."""
     name: str
+    files: list[tuple[str, str]]
+    """(kind, address) of its pictures beside the page."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
 
 
 def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) -> None:
-    """Write the page of some runs, and their charts as SVG and CSV into `figures` beside it.
+    """Write the page of some runs, and their charts as SVG, PNG and CSV into `figures` beside it.
 
     The page loads nothing: style, script and charts are inside it. Each file appears whole or not at all.
     """
@@ -100,7 +105,7 @@ def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) ->
     if obstacle := render.find_obstacle():
         print_text(f"new-llm: {path}: {obstacle}", stderr=True)
     charts = {} if obstacle else draw_charts(series)
-    page = hide_home(render_page(runs, series, charts))  # it is sent to others
+    page = hide_home(render_page(runs, series, charts, with_figures=with_figures))  # it is sent to others
     # JSON may hold lone surrogates, which UTF-8 can't.
     write_text_atomically(path, page.encode("utf-8", "replace").decode("utf-8"))
     if with_figures:
@@ -112,18 +117,20 @@ def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
     places = list_places(series)
     drawn = {place: draw_measure(list_results(series, place), place) for place in places}
     own = {("training", ""): draw_training(series), ("memory", ""): draw_memory(series)}
-    return drawn | own
+    apart = render.name_apart(chart for charts in (drawn | own).values() for chart in charts)
+    return {place: list(islice(apart, len(charts))) for place, charts in (drawn | own).items()}
 
 
-def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Place, list[Chart]]) -> str:
-    """The page's text: the same runs give the same text."""
+def render_page(
+    runs: Sequence[Run], series: Sequence[Series], charts: dict[Place, list[Chart]], *, with_figures: bool = True
+) -> str:
+    """The page's text, with the addresses of its figures' files: the same runs give the same text."""
     outcome = describe_outcome(series)
-    files, environment = load_templates()
     summary = summarize(series, mark_best=outcome.is_comparable)
-    script = files["script.js"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     names = [make_line(run.name) for run in runs]
-    return environment.get_template("page.html").render(
+    return fill_template(
+        "page.html",
+        with_figures=with_figures,
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
         facts=list_facts(runs),
         unfinished=[(run.name, status) for run in runs if (status := get_text(run.results, "status")) != "complete"],
@@ -132,7 +139,7 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Plac
         groups=[(group, len(list(some))) for group, some in groupby(summary.headings, lambda heading: heading.group)],
         summary=summary,
         badges=BADGES,
-        sections=list_sections(series, charts),
+        sections=list_sections(series, charts, with_figures=with_figures),
         training=list_training(series),
         compute_note=COMPUTE_NOTE,
         layers=list_layers(series),
@@ -140,10 +147,15 @@ def render_page(runs: Sequence[Run], series: Sequence[Series], charts: dict[Plac
         evaluations=[(run.name, one, describe(one)) for run in runs for one in run.evaluations],
         origins=[describe_origin(run) for run in runs],
         unknown=list_unknown(series),
-        script=Markup(script),
-        style=Markup(files["style.css"]),
-        digest=digest,
     )
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A page's text: one of the templates with its values, the style and the script."""
+    files, environment = load_templates()
+    script, style = Markup(files["script.js"]), Markup(files["style.css"])
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(name).render(**values, script=script, style=style, digest=digest)
 
 
 @functools.cache
@@ -173,7 +185,7 @@ def shade(value: float) -> str:
     return f"--share:{share:.2f}"
 
 
-def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) -> list[Section]:
+def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]], *, with_figures: bool) -> list[Section]:
     """The page's parts that have something to show."""
     places = {one.name: one.index for one in series}
     sections: list[Section] = []
@@ -190,8 +202,7 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) ->
             for member in one.members
             if (found := member.list_measured().get((measure, text))) and (sentence := describe(found))
         ]
-        figures = [make_figure(list(same), places, taken) for _, same in groupby(drawn, lambda chart: chart.title)]
-        shown = [figure for figure in figures if figure.views]
+        shown = list_shown(drawn, places, taken, with_figures=with_figures)
         found = list_texts(list_results(series, (measure, text)), (measure, text))
         texts = [
             (view, [one for one in found if one.view == view]) for view in dict.fromkeys(one.view for one in found)
@@ -202,20 +213,30 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]]) ->
     return sorted(sections, key=lambda section: order.get(section.title, 0))
 
 
-def make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str]) -> Figure:
-    """Draw the views of a figure; what can't be drawn, a user's own specification perhaps, is left out.
+def list_shown(charts: Sequence[Chart], places: dict[str, int], taken: set[str], *, with_figures: bool) -> list[Figure]:
+    """The figures of some charts, those of one title together; what can't be drawn is left out.
 
-    `places` are the models' places; the figure's name is added to `taken`, the page's ids so far.
+    `places` are the models' places; the figures' names are added to `taken`, the page's ids so far.
     """
+    groups = groupby(charts, lambda chart: chart.title)
+    figures = [_make_figure(list(same), places, taken, with_figures=with_figures) for _, same in groups]
+    return [figure for figure in figures if figure.views]
+
+
+def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str], *, with_figures: bool) -> Figure:
     views, key = [], {}
     for chart in charts:
-        try:
-            svg = render.draw_for_page(chart, places)
+        try:  # a user's own specification perhaps
+            svg = Markup(render.draw_for_page(chart, chart.spec, places))
+            other = Markup(render.draw_for_page(chart, chart.other, places)) if chart.other else None
         except BROKEN:
             continue
         table = base64.b64encode(chart.to_csv().encode("utf-8", "replace")).decode()
         label = make_line(chart.view or chart.title)
-        views.append(View(label, Markup(svg), f"data:text/csv;charset=utf-8;base64,{table}", chart.name))
+        csv, files = f"data:text/csv;charset=utf-8;base64,{table}", []
+        if with_figures:
+            files = [(kind, f"{FIGURES_FOLDER}/{chart.name}.{kind.lower()}") for kind in ("SVG", "PNG")]
+        views.append(View(label, svg, other, chart.is_log, csv, chart.name, files))
         for name, place in render.place_series(chart, places).items():
             key[make_line(name)] = _draw_mark(place)
     first = charts[0]

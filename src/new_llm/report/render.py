@@ -1,8 +1,9 @@
 """Charts drawn: as SVG for the page, in its colours, and as files that stand alone."""
 
 import copy
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,45 +41,62 @@ def find_obstacle() -> str | None:
     )
 
 
-def write_chart(chart: Chart, path: Path) -> None:
-    """Write a chart as .svg or .png, or its numbers as .csv; another ending is a `UserError`."""
-    if path.suffix != ".csv" and (obstacle := find_obstacle()):
-        raise UserError(f"{path}: {obstacle}")
-    if path.suffix == ".svg":
-        svg = vl_convert.vegalite_to_svg(chart.spec, allowed_base_urls=[])
-        write_text_atomically(path, svg)
-    elif path.suffix == ".png":
-        png = vl_convert.vegalite_to_png(chart.spec, scale=PNG_SCALE, allowed_base_urls=[])
-        with write_atomically(path) as temporary:
-            temporary.write_bytes(png)
-    elif path.suffix == ".csv":
-        write_text_atomically(path, chart.to_csv().encode("utf-8", "replace").decode("utf-8"))
-    else:
+def draw(spec: dict[str, Any]) -> str:
+    """The SVG of a chart's specification; nothing is loaded."""
+    return vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+
+
+def write_chart(chart: Chart, path: Path, svg: str | None = None) -> None:
+    """Write a chart as .svg or .png, or its numbers as .csv; another ending is a `UserError`.
+
+    `svg` is the chart, if it has been drawn.
+    """
+    if path.suffix not in ENDINGS:
         raise UserError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
+    if path.suffix == ".csv":
+        write_text_atomically(path, chart.to_csv().encode("utf-8", "replace").decode("utf-8"))
+        return
+    if obstacle := find_obstacle():
+        raise UserError(f"{path}: {obstacle}")
+    svg = svg or draw(chart.spec)
+    if path.suffix == ".svg":
+        write_text_atomically(path, svg)
+        return
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
 
 
-def write_charts(drawn: Sequence[Chart], folder: Path, endings: Sequence[str] = (".svg", ".csv")) -> None:
-    """Write charts into a folder, each under its name; of two with one name the later one gets a number."""
+def name_apart(charts: Iterable[Chart]) -> Iterator[Chart]:
+    """Charts with names that differ: of two with one name the later one gets a number."""
     taken: set[str] = set()
-    for chart in drawn:
+    for chart in charts:
         name, number = chart.name, 2
         while name in taken:
-            name, number = f"{chart.name}-{number}", number + 1
+            name, number = f"{chart.name[:76]}-{number}", number + 1
         taken.add(name)
-        for ending in endings:
-            write_chart(chart, folder / f"{name}{ending}")
+        yield dataclasses.replace(chart, name=name)
 
 
-def draw_for_page(chart: Chart, places: Mapping[str, int]) -> str:
+def write_charts(charts: Iterable[Chart], folder: Path) -> None:
+    """Write charts into a folder, each as SVG, PNG and CSV under its name."""
+    for chart in name_apart(charts):
+        svg = draw(chart.spec)
+        for ending in ENDINGS:
+            write_chart(chart, folder / f"{chart.name}{ending}", svg)
+
+
+def draw_for_page(chart: Chart, spec: dict[str, Any], places: Mapping[str, int]) -> str:
     """An SVG element for the page: no legend, the page's colours, a tooltip for each mark.
 
-    `places` are the models' places, which choose their colours and marks in all charts alike.
+    Args:
+        chart: what is drawn.
+        spec: the chart's, or its `other`.
+        places: the models' places, which choose their colours and marks in all charts alike.
     """
-    spec = copy.deepcopy(chart.spec)
+    spec = copy.deepcopy(spec)
     spec["config"]["background"] = None
     _adapt_encodings(spec, list(place_series(chart, places).values()))
-    svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
-    return adapt_svg(svg, f"{chart.title} {chart.view}".strip())
+    return adapt_svg(draw(spec), f"{chart.title} {chart.view}".strip())
 
 
 def place_series(chart: Chart, places: Mapping[str, int]) -> dict[str, int]:

@@ -148,8 +148,9 @@ BROKEN = (Exception,)
 
 
 def list_places(series: Sequence[Series]) -> list[Place]:
-    """What was measured of at least one model: the run's own text first, measures in the order of the results."""
-    found = dict.fromkeys(place for one in series for member in one.members for place in member.list_measured())
+    """What was measured of at least one model: the run's own text first, then in the order of the fullest results."""
+    measured = [member.list_measured() for one in series for member in one.members]
+    found = dict.fromkeys(place for one in sorted(measured, key=len, reverse=True) for place in one)
     texts = sorted({text for _, text in found}, key=lambda text: (text != VALIDATION, text))
     return [place for text in texts for place in found if place[1] == text and place[0] in MEASURES]
 

@@ -1,5 +1,5 @@
 "use strict";
-// What the page can do beyond its text and charts: themes, sorted tables, series shown or hidden, views of a figure.
+// What the page can do beyond its text and charts: themes, sorted tables, series shown or hidden, views and scales of a figure.
 // Without this script tables and charts stay.
 (() => {
   const find = (selector, from = document) => [...from.querySelectorAll(selector)];
@@ -60,8 +60,8 @@
   }
 
   // Views: figures that have a view of the same name change together.
+  find(".switches").forEach((group) => { group.hidden = false; });
   for (const group of find(".switch")) {
-    group.hidden = false;
     group.addEventListener("click", (event) => {
       const label = event.target.closest("button")?.dataset.view;
       for (const other of label === undefined ? [] : find(".switch")) {
@@ -70,6 +70,16 @@
         buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.view === label)));
         find(".view", other.closest("figure")).forEach((view) => { view.hidden = view.dataset.view !== label; });
       }
+    });
+  }
+
+  // Scales: a figure's views change between a linear and a logarithmic axis.
+  for (const button of find(".scale")) {
+    button.addEventListener("click", () => {
+      button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));
+      find(".drawn + .drawn", button.closest("figure")).forEach((other) => {
+        [other.hidden, other.previousElementSibling.hidden] = [!other.hidden, other.hidden];
+      });
     });
   }
 
