@@ -3,16 +3,18 @@
 import copy
 import functools
 import importlib.resources
+from types import SimpleNamespace
 
 import torch
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig
+from new_llm.config import EvalConfig, PythiaConfig
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
-from new_llm.evaluation.doctor import DoctorReport, Finding, TrainingData, examine_model
+from new_llm.evaluation import Subject, TrainingData
+from new_llm.evaluation.doctor import Doctor
 
 SEGMENT = 16
 CONFIG = DoctorConfig(segment_tokens=8, max_tokens=2048, fill_segments=16)
@@ -85,24 +87,20 @@ def make_trained(kind: str = "infini", recipe: str = "default", shift: int = 1):
     return copy.deepcopy(train_weights(kind, recipe, shift))
 
 
-def examine(model, data: TrainingData | None = None, *, config: DoctorConfig = CONFIG) -> DoctorReport:
+def examine(model, data: TrainingData | None = None, config: DoctorConfig = CONFIG) -> dict[str, SimpleNamespace]:
+    """The findings by check."""
     data = data or make_data()
-    return examine_model(model, make_tokenizer(), data.validation, data=data, config=config)
+    subject = Subject(model, make_tokenizer(), data.validation, EvalConfig(doctor=config), training=data)
+    return {found["check"]: SimpleNamespace(**found) for found in Doctor().run(subject)["findings"]}
 
 
-def list_levels(report: DoctorReport, *levels: str) -> set[str]:
-    return {finding.check for finding in report.findings if finding.level in levels}
+def list_levels(report: dict[str, SimpleNamespace], *levels: str) -> set[str]:
+    return {check for check, finding in report.items() if finding.level in levels}
 
 
-def find(report: DoctorReport, name: str) -> Finding:
-    return next(finding for finding in report.findings if finding.check == name)
-
-
-def check_only(report: DoctorReport, level: str, name: str, words: str) -> None:
+def check_only(report: dict[str, SimpleNamespace], level: str, name: str, words: str) -> None:
     """One check alone complains, at this level and with these words, and gives advice."""
-    complaints = [finding for finding in report.findings if finding.level in ("warning", "fault")]
-    assert [finding.check for finding in complaints] == [name], complaints
-    found = find(report, name)
-    assert found.level == level
-    assert words in found.found
-    assert found.advice
+    assert list_levels(report, "warning", "fault") == {name}
+    assert report[name].level == level
+    assert words in report[name].found
+    assert report[name].advice

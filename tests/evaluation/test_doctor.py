@@ -14,7 +14,6 @@ from doctor_subjects import (
     SEGMENT,
     check_only,
     examine,
-    find,
     list_levels,
     make_data,
     make_tokenizer,
@@ -22,10 +21,10 @@ from doctor_subjects import (
     make_untrained,
 )
 
-from new_llm.config import UserError
+from new_llm.config import EvalConfig, UserError
 from new_llm.config.evaluation import DoctorConfig
-from new_llm.evaluation.doctor import CHECKS, examine_model
-from new_llm.evaluation.language_models import HuggingFaceLM
+from new_llm.evaluation import HuggingFaceLM, Subject
+from new_llm.evaluation.doctor import CHECKS, Doctor
 from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
 from new_llm.models.loss import align_labels
@@ -53,13 +52,12 @@ def test_the_model_is_left_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held = model.get_memory_state()
     report = examine(model)
-    assert [finding.check for finding in report.findings] == list(CHECKS)
+    assert list(report) == list(CHECKS)
     assert all(module.training for module in model.modules())
     assert (model.segment_length, model.memory_rows) == (SEGMENT, 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for index, entry in model.get_memory_state().items():
         assert all(torch.equal(v, held[index][k]) for k, v in entry.items() if isinstance(v, torch.Tensor))
-    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["num_fault"] == 0
 
 
 # Planted faults: each takes a trained model and spoils it
@@ -233,13 +231,13 @@ def test_a_fault_spares_the_checks_that_rest_on_it():
     look_one_ahead(model, None)
     report = examine(model)
     assert list_levels(report, "skipped") == {"calls", "generation"}
-    assert "causality found a fault first" in find(report, "calls").found
+    assert "causality found a fault first" in report["calls"].found
 
 
 def test_a_model_trained_with_doubly_shifted_labels():
     report = examine(make_trained(shift=2))
     check_only(report, "fault", "shift", "labels were shifted twice")
-    assert find(report, "skill").level == "skipped"
+    assert report["skill"].level == "skipped"
 
 
 def test_a_hugging_face_model():
@@ -247,11 +245,14 @@ def test_a_hugging_face_model():
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
-    text = make_data().validation
-    report = examine_model(HuggingFaceLM(GPT2LMHeadModel(config)), make_tokenizer(), text, config=CONFIG)
-    assert list_levels(report, "fault") == set()
-    assert list_levels(report, "warning") == {"modes", "shift", "skill"}  # it has dropout, and is untrained
-    assert {"labels", "causality", "rows", "evaluation"} <= list_levels(report, "ok")
+    model, text = HuggingFaceLM(GPT2LMHeadModel(config)), make_data().validation
+    result = Doctor().run(Subject(model, make_tokenizer(), text, EvalConfig(doctor=CONFIG)))
+    levels = {finding["check"]: finding["level"] for finding in json.loads(json.dumps(result))["findings"]}
+    assert result["num_fault"] == 0
+    # It has dropout, and is untrained.
+    assert {check for check, level in levels.items() if level == "warning"} == {"modes", "shift", "skill"}
+    assert {levels[check] for check in ("labels", "causality", "rows", "evaluation")} == {"ok"}
+    assert levels["record"] == levels["batches"] == "skipped"
 
 
 def test_bad_requests_are_one_line():
@@ -261,7 +262,7 @@ def test_bad_requests_are_one_line():
     with pytest.raises(UserError, match=r"the text has \d+ tokens; at least \d+ are needed"):
         examine(model, make_data(validation=["too short"]))
     only = examine(model, config=dataclasses.replace(CONFIG, checks=("causality", "labels")))
-    assert [finding.check for finding in only.findings] == ["labels", "causality"]
+    assert list(only) == ["labels", "causality"]
 
 
 def test_the_page_lists_every_check():

@@ -9,7 +9,7 @@ from doctor_subjects import (
     PAIRS,
     check_only,
     examine,
-    find,
+    list_levels,
     make_data,
     make_untrained,
     read_texts,
@@ -53,7 +53,7 @@ def spoil_batches(monkeypatch, change):
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 def test_healthy_data(order):
     report = examine_data(make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, 100))))
-    assert report.count("ok") == 5
+    assert len(list_levels(report, "ok")) == 5
 
 
 def test_labels_that_the_data_shifts(monkeypatch):
@@ -75,7 +75,7 @@ def test_memory_carried_into_another_document(order, monkeypatch):
 def test_every_stage_of_a_curriculum_is_checked(monkeypatch):
     spoil_batches(monkeypatch, lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)})
     shapes = (BatchShape(32, 4, None), BatchShape(8, 16, None))
-    assert not examine_data(make_data(order="shuffled", shapes=shapes[:1])).has_fault
+    assert not list_levels(examine_data(make_data(order="shuffled", shapes=shapes[:1])), "fault")
     check_only(examine_data(make_data(order="shuffled", shapes=shapes)), "fault", "batches", "without a reset")
 
 
@@ -89,7 +89,7 @@ def test_part_of_a_validation_document_in_training():
     texts = read_texts()
     report = examine_data(make_data(train=[*texts[:-3], texts[-3] + " " + texts[-1][700:1700]]))
     check_only(report, "fault", "spans", "validation spans of 50 tokens")
-    figures = find(report, "spans").figures
+    figures = report["spans"].figures
     assert figures["example"] in texts[-1]
     assert 0.05 < figures["share"] < 0.5
 

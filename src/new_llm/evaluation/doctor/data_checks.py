@@ -13,7 +13,6 @@ from new_llm.data.batches import IGNORED_LABEL, Batch, plan_batches
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
 
-UNKNOWN = "the model belongs to no run, so its training text is unknown"
 MAX_BATCHES = 64
 EXAMPLE_CHARACTERS = 160
 BLOCK_TOKENS = 1 << 20
@@ -21,11 +20,9 @@ BLOCK_TOKENS = 1 << 20
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-@register_check("record")
+@register_check("record", needs_data=True)
 def check_record(exam: Examination) -> Finding:
     """Text, splits or a tokenizer that are not those of the run."""
-    if exam.data is None:
-        return skip(UNKNOWN)
     if not exam.data.differences:
         return ok(f"{len(exam.data.facts)} fingerprints agree with the run's", **exam.data.facts)
     return warn(
@@ -36,12 +33,10 @@ def check_record(exam: Examination) -> Finding:
     )
 
 
-@register_check("batches")
+@register_check("batches", needs_data=True)
 def check_batches(exam: Examination) -> Finding:
     """Labels shifted by the data, or memory carried from one document into another."""
     data = exam.data
-    if data is None:
-        return skip(UNKNOWN)
     num_batches = num_labels = misaligned = unreset = 0
     for shape in data.shapes:
         plan = plan_batches(data.train, **shape._asdict(), order=data.order, seed=data.seed, epoch=0)
@@ -93,11 +88,9 @@ def _count_missing_resets(before: Batch | None, batch: Batch) -> int:
     return missing
 
 
-@register_check("documents")
+@register_check("documents", needs_data=True)
 def check_documents(exam: Examination) -> Finding:
     """Validation documents that are also in training."""
-    if exam.data is None:
-        return skip(UNKNOWN)
     train, validation = exam.data.train, exam.data.validation
     shared = find_shared_documents(train, validation)
     counted = f"{validation.num_documents:,} validation and {train.num_documents:,} training documents"
@@ -114,11 +107,9 @@ def check_documents(exam: Examination) -> Finding:
     )
 
 
-@register_check("spans", after=("documents",))
+@register_check("spans", after=("documents",), needs_data=True)
 def check_spans(exam: Examination) -> Finding:
     """Long passages of validation text that are also in training."""
-    if exam.data is None:
-        return skip(UNKNOWN)
     config, validation = exam.config, exam.data.validation
     places, shared = find_shared_spans(exam.data.train, validation, config.span_tokens)
     if not len(places):
@@ -135,7 +126,7 @@ def check_spans(exam: Examination) -> Finding:
     indices = np.flatnonzero(shared)
     longest = max(np.split(indices, np.flatnonzero(np.diff(places[indices]) != 1) + 1), key=len)
     tokens = validation.tokens[places[longest[0]] : places[longest[0]] + config.span_tokens]
-    figures["example"] = exam.tokenizer.decode(tokens.tolist())
+    figures["example"] = exam.subject.tokenizer.decode(tokens.tolist())
     judge = fault if share >= config.overlap_share or copied else warn
     return judge(
         f"{found} ({100 * share:.2g}%, in {figures['num_documents']:,} documents) are in training, such as "
@@ -145,11 +136,9 @@ def check_spans(exam: Examination) -> Finding:
     )
 
 
-@register_check("reversal")
+@register_check("reversal", needs_data=True)
 def check_reversal(exam: Examination) -> Finding:
     """Backward sentences of the reversal pairs in training, or forward ones in validation."""
-    if exam.data is None:
-        return skip(UNKNOWN)
     pairs = exam.data.pairs
     if not pairs:
         return skip("training held no reversal pairs")
@@ -193,13 +182,13 @@ def _find_sentences(exam: Examination, split: TokenSplit, sentences: Sequence[st
     """
     bare = [sentence.rstrip(".") for sentence in sentences]
     texts = [*bare, *(f" {sentence}" for sentence in bare)]
-    encoded = [np.array(exam.tokenizer.encode(text, add_special_tokens=False).ids, np.int64) for text in texts]
+    encoded = [np.array(exam.subject.tokenizer.encode(text, add_special_tokens=False).ids, np.int64) for text in texts]
     return sorted({index % len(bare) for index in find_sequences(split, encoded)})
 
 
 def _quote(exam: Examination, tokens: NDArray[np.integer]) -> str:
     """The beginning of some tokens' text, quoted."""
-    text = " ".join(exam.tokenizer.decode(tokens[:EXAMPLE_CHARACTERS].tolist()).split())
+    text = " ".join(exam.subject.tokenizer.decode(tokens[:EXAMPLE_CHARACTERS].tolist()).split())
     return repr(text if len(text) <= EXAMPLE_CHARACTERS else f"{text[: EXAMPLE_CHARACTERS - 1]}…")
 
 

@@ -40,7 +40,7 @@ def check_weights(exam: Examination) -> Finding:
     """Weights that are NaN or infinite, or a tokenizer with more tokens than the model has embeddings."""
     broken = [name for name, value in exam.model.named_parameters() if not bool(torch.isfinite(value).all())]
     count = sum(value.numel() for value in exam.model.parameters())
-    largest = max(exam.tokenizer.get_vocab().values(), default=0)
+    largest = max(exam.subject.tokenizer.get_vocab().values(), default=0)
     rows = exam.vocab_size
     figures = {"num_parameters": count, "broken": broken[:8], "largest_token_id": largest, "vocab_size": rows}
     if broken:
@@ -73,7 +73,7 @@ def check_modes(exam: Examination) -> Finding:
     first = read(training=False, seed=0)
     repeated = find_difference(read(training=False, seed=1), first)
     trained = max(find_difference(read(training=True, seed=seed), first) for seed in (0, 1))
-    with exam.autocast():
+    with exam.subject.autocast():
         cast = abs(mean_loss(read(training=False, seed=0)) - mean_loss(first))
     figures = {"repeated": repeated, "training": trained, "autocast_loss": cast}
     if repeated > exam.allowed(first):
@@ -164,7 +164,7 @@ def _measure_shifts(exam: Examination) -> dict[int, NDArray[np.float64]]:
     windows = tokens[: len(tokens) // width * width].view(-1, width)
     positions = torch.arange(before, width - after, device=tokens.device)
     found: dict[int, list[NDArray[np.float64]]] = {shift: [] for shift in sorted(shifts)}
-    with exam.probing(), exam.autocast():
+    with exam.probing(), exam.subject.autocast():
         for rows in windows.split(max(1, MAX_LOGITS // (width * exam.vocab_size))):
             log_shares = exam.read_fresh(rows).log_softmax(-1)[:, positions]
             for shift, values in found.items():
@@ -271,17 +271,17 @@ def check_rows(exam: Examination) -> Finding:
 def check_skill(exam: Examination) -> Finding:
     """A model that predicts no better than token frequencies do, on the same tokens."""
     config = exam.config
-    scored = np.concatenate([tokens[1:] for tokens in select_documents(exam.text, config.max_tokens).tokens])
+    scored = np.concatenate([tokens[1:] for tokens in select_documents(exam.subject.split, config.max_tokens).tokens])
     context = config.context if exam.own_model else max(2, min(config.context, exam.model.segment_length))
     result = evaluate_sliding_window(
         exam.model,
-        exam.text,
+        exam.subject.split,
         context=context,
         stride=context,
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
         device=exam.device,
-        autocast=exam.autocast,
+        autocast=exam.subject.autocast,
     )
     unigram, verdict = math.exp(_score_frequencies(exam, scored)), diagnose_perplexity(result.perplexity)
     figures: dict[str, Any] = {
@@ -291,7 +291,7 @@ def check_skill(exam: Examination) -> Finding:
         "vocab_size": exam.vocab_size,
         "verdict": verdict.to_dict(),
     }
-    whose = "the training text" if exam.data else "this text"
+    whose = "the training text" if exam.subject.training else "this text"
     found = f"perplexity {result.perplexity:,.1f}; the token frequencies of {whose} alone give {unigram:,.1f}"
     if result.perplexity < unigram:
         return ok(found, **figures)
@@ -310,6 +310,6 @@ def _score_frequencies(exam: Examination, tokens: NDArray[np.integer]) -> float:
     Frequencies are smoothed by one count per token. They are not those of the scored tokens themselves, which a
     predictor could not know.
     """
-    known = exam.data.train if exam.data else exam.text
+    known = exam.subject.training.train if exam.subject.training else exam.subject.split
     counts = np.bincount(known.tokens[:MAX_COUNTED].astype(np.int64), minlength=exam.vocab_size) + 1
     return float(np.log(counts.sum()) - np.log(counts[tokens]).mean())

@@ -46,7 +46,7 @@ def check_evaluation(exam: Examination) -> Finding:
         ),
         "streaming perplexity": lambda: evaluate_streaming(model, split, batch_size=len(ids)),
         "the reversal curse": lambda: evaluate_reversal_curse(
-            model, exam.tokenizer, get_reversal_pairs()[:NUM_PAIRS], num_resamples=1
+            model, exam.subject.tokenizer, get_reversal_pairs()[:NUM_PAIRS], num_resamples=1
         ),
     }
     if own:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import DoctorConfig
-from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.measure import TrainingData
+from new_llm.evaluation.measure import Subject, TrainingData
 from new_llm.evaluation.scoring import find_device
 from new_llm.models import TransformerLM
 
@@ -72,26 +71,27 @@ class Check:
         fault: the fault it looks for: the first line of its docstring.
         run: measures and judges.
         after: checks whose fault would make this one fail too, so that it is skipped.
+        needs_data: whether it is skipped where the training data are unknown.
     """
 
     name: str
     fault: str
-    run: Callable[["Examination"], Finding]
+    run: "CheckFunction"
     after: tuple[str, ...]
+    needs_data: bool
 
 
+CheckFunction = Callable[["Examination"], Finding]
 CHECKS: dict[str, Check] = {}
 """The checks by name, in the order in which they run."""
 
 
 def register_check(
-    name: str, *, after: tuple[str, ...] = ()
-) -> Callable[[Callable[["Examination"], Finding]], Callable[["Examination"], Finding]]:
+    name: str, *, after: tuple[str, ...] = (), needs_data: bool = False
+) -> Callable[[CheckFunction], CheckFunction]:
     """Decorator that adds a check function; the first line of its docstring says which fault it looks for.
 
-    Args:
-        name: the check's name.
-        after: checks registered before, whose fault would make this one fail too.
+    `Check` says what the arguments mean.
 
     Raises:
         ValueError: a check in `after` is not registered yet, so it would run too late.
@@ -100,8 +100,9 @@ def register_check(
     if late:
         raise ValueError(f"check {name}: {', '.join(late)} must be registered before it")
 
-    def register(run: Callable[[Examination], Finding]) -> Callable[[Examination], Finding]:
-        CHECKS[name] = Check(name, (inspect.getdoc(run) or "").partition("\n")[0].rstrip("."), run, after)
+    def register(run: CheckFunction) -> CheckFunction:
+        looks_for = (inspect.getdoc(run) or "").partition("\n")[0].rstrip(".")
+        CHECKS[name] = Check(name, looks_for, run, after, needs_data)
         return run
 
     return register
@@ -109,37 +110,43 @@ def register_check(
 
 @dataclass(frozen=True)
 class Examination:
-    """A model under examination.
+    """A model under examination: a `TransformerLM` or `HuggingFaceLM`, with the text that its subject brings.
 
-    Attributes:
-        model: a `TransformerLM` or `HuggingFaceLM`.
-        tokenizer: its tokenizer.
-        text: real text.
-        data: its training data; None if unknown.
-        config: the settings.
-        autocast: makes the context in which losses are measured.
+    Losses are measured in the subject's autocast; structural probes run without it.
 
     Raises:
         UserError: the text is too short for the probes.
     """
 
-    model: Any
-    tokenizer: Any
-    text: TokenSplit
-    data: TrainingData | None
-    config: DoctorConfig
-    autocast: Callable[[], Any]
+    subject: Subject
 
     def __post_init__(self) -> None:
-        if self.text.num_tokens < self._needed:
+        num_tokens = self.subject.split.num_tokens
+        if num_tokens < self._needed:
             raise UserError(
-                f"doctor: the text has {self.text.num_tokens} tokens; at least {self._needed} are needed "
+                f"doctor: the text has {num_tokens} tokens; at least {self._needed} are needed "
                 "(num_rows · num_segments · segment_tokens + 1)"
             )
 
     @property
     def _needed(self) -> int:
         return self.config.num_rows * self.config.num_segments * self.config.segment_tokens + 1
+
+    @property
+    def model(self) -> Any:
+        """The model, on its device."""
+        return self.subject.model
+
+    @property
+    def config(self) -> DoctorConfig:
+        """The doctor's settings."""
+        return self.subject.settings.doctor
+
+    @property
+    def data(self) -> TrainingData:
+        """What the model was trained on; for checks that need it."""
+        assert self.subject.training is not None
+        return self.subject.training
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -149,7 +156,7 @@ class Examination:
     @functools.cached_property
     def tokens(self) -> Tensor:
         """The beginning of the text in one row, for probes."""
-        tokens = self.text.tokens[: max(self._needed, self.config.max_tokens)]
+        tokens = self.subject.split.tokens[: max(self._needed, self.config.max_tokens)]
         return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
     @property
