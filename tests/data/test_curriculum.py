@@ -33,10 +33,10 @@ def test_stages_share_the_steps_evenly() -> None:
         for segments in (1, 4, 8)
     }
     epochs = [plan_curriculum((1, 4, 8), epoch, 3, 16, plans.__getitem__) for epoch in range(3)]
-    assert [epoch.stages for epoch in epochs] == [(1,) * 16, (4,) * 16, (8,) * 16]
+    for epoch, segments in zip(epochs, (1, 4, 8), strict=True):
+        assert epoch.turns == tuple((plans[segments], number) for number in range(16))
     halves = plan_curriculum((1, 8), 0, 1, 16, plans.__getitem__)
-    assert halves.stages == (1,) * 8 + (8,) * 8
-    assert [batch.input_ids.shape for batch in halves[7:9]] == [(16, 2), (2, 16)]
+    assert [batch.input_ids.shape for batch in halves] == [(16, 2)] * 8 + [(2, 16)] * 8
     assert halves[-1].input_ids.tolist() == plans[8][15].input_ids.tolist()
 
 

@@ -1,9 +1,9 @@
 """Batches: which samples per row reads, in what order, and where its memory must be emptied."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,20 +36,17 @@ class Batch:
     """[B, T + 1] float32: the weight in the loss of each label; None: all weigh 1."""
 
 
-class BatchSequence(Sequence[Batch], ABC):
-    """Batches that are built when they are asked for, by index or by slice."""
+class BatchSequence(ABC):
+    """Batches that are built when they are asked for by their index, also from the end."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @abstractmethod
     def build(self, index: int) -> Batch:
         """The batch at an index from 0."""
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         return self.build(index % len(self))
@@ -290,62 +287,42 @@ def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class MixedPlan(BatchSequence):
-    """One epoch's steps of two batches each: samples of all segments, and single segments from many documents.
+class JoinedPlan(BatchSequence):
+    """One epoch's batches from several plans: of which plan each is, and its number there.
 
-    A step has as many tokens as one of whole samples. Either part reads in an order of its own, so that in an epoch
-    some text is read twice and some not at all.
+    Each plan reads its part in an order of its own, so that in an epoch some text is read twice and some not at all.
+    Samples of other lengths end in other tails, so that a plan may have a few batches fewer than it is asked for: its
+    first ones are then read again.
     """
 
-    whole: BatchPlan
-    """Batches of samples of all segments."""
-    single: BatchPlan
-    """Batches of single segments."""
-    num_steps: int
-    """Pairs of batches."""
+    turns: tuple[tuple[BatchPlan, int], ...]
 
     def __len__(self) -> int:
-        return 2 * self.num_steps
+        return len(self.turns)
 
     def build(self, index: int) -> Batch:
-        """Whole samples at even indices, single segments at odd ones."""
-        plan = (self.whole, self.single)[index % 2]
-        return plan[index // 2 % len(plan)]
+        """The batch whose turn it is."""
+        plan, number = self.turns[index]
+        return plan[number % len(plan)]
 
 
-@dataclass(frozen=True, eq=False)
-class CurriculumPlan(BatchSequence):
-    """One epoch's batches, each of the samples that its stage asks for.
+def plan_mixed(whole: BatchPlan, single: BatchPlan, num_steps: int) -> JoinedPlan:
+    """Steps of two batches each: samples of all segments, then single segments from many documents.
 
-    A stage of k segments reads samples of k segments, as many tokens a batch as without a curriculum. Samples of
-    other lengths end in other tails, so that an epoch of a stage may have a few batches more or fewer than the plain
-    one: what is over is left out, and what is missing is read again from the epoch's first batches. Where two stages
-    share an epoch, each reads its part of an order of its own: some text is read twice and some not at all.
+    Together a step's batches have as many tokens as one of whole samples.
     """
-
-    plans: Mapping[int, BatchPlan]
-    """By segments of a sample, the epoch's batches."""
-    stages: tuple[int, ...]
-    """Segments of each batch's samples."""
-
-    def __len__(self) -> int:
-        return len(self.stages)
-
-    def build(self, index: int) -> Batch:
-        """The batch of the plan whose turn it is."""
-        plan = self.plans[self.stages[index]]
-        return plan[index % len(plan)]
+    return JoinedPlan(tuple((plan, step) for step in range(num_steps) for plan in (whole, single)))
 
 
 def plan_curriculum(
     stages: Sequence[int], epoch: int, num_epochs: int, num_batches: int, plan: Callable[[int], BatchPlan]
-) -> CurriculumPlan:
+) -> JoinedPlan:
     """Plan one epoch of a training whose batches are divided evenly over the stages (segments of a sample, in order).
 
-    `plan` makes the epoch's batches of samples of so many segments.
+    `plan` makes the epoch's batches of samples of so many segments, as many tokens a batch for each.
     """
-    total = num_epochs * num_batches
-    first = epoch * num_batches
+    total, first = num_epochs * num_batches, epoch * num_batches
     last = len(stages) - 1  # for epochs beyond num_epochs, where training ends by the clock
-    chosen = tuple(stages[min(last, (first + number) * len(stages) // total)] for number in range(num_batches))
-    return CurriculumPlan({stage: plan(stage) for stage in set(chosen)}, chosen)
+    chosen = [stages[min(last, (first + number) * len(stages) // total)] for number in range(num_batches)]
+    plans = {stage: plan(stage) for stage in set(chosen)}
+    return JoinedPlan(tuple((plans[stage], number) for number, stage in enumerate(chosen)))

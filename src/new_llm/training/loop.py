@@ -16,11 +16,11 @@ from new_llm.config import DataConfig, TrainConfig
 from new_llm.data.batches import (
     Batch,
     BatchPlan,
-    CurriculumPlan,
-    MixedPlan,
+    JoinedPlan,
     count_singles,
     plan_batches,
     plan_curriculum,
+    plan_mixed,
     shape_batches,
 )
 from new_llm.data.recall_facts import SamplePlanter
@@ -191,14 +191,14 @@ class Trainer:
 
     # Batches
 
-    def plan_epoch(self, epoch: int) -> BatchPlan | CurriculumPlan | MixedPlan:
+    def plan_epoch(self, epoch: int) -> BatchPlan | JoinedPlan:
         """This process's rows of an epoch's batches."""
         data = self.data
         plan = functools.partial(self._plan_samples, epoch)
         if data.mixed_samples:
             singles = count_singles(data, self.config.batch_size)
             whole = plan(data.segments_per_sample, self.config.batch_size - singles)
-            return MixedPlan(whole, plan(1, singles), self.num_batches)
+            return plan_mixed(whole, plan(1, singles), self.num_batches)
         if not data.segment_curriculum:
             return plan(data.segments_per_sample)
         return plan_curriculum(data.segment_curriculum, epoch, self.config.num_epochs, self.num_batches, plan)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from new_llm.config import TrainConfig, UserError
 from new_llm.config.allocator import keep_freed_memory
-from new_llm.data.batches import Batch
+from new_llm.data.batches import Batch, BatchSequence
 from new_llm.models import TransformerLM
 from new_llm.models.layers import Layer
 from new_llm.models.model_file import build_model, describe_model
@@ -214,7 +214,7 @@ def make_scheduler(
 
 
 @contextmanager
-def prefetch_batches(plan: Sequence[Batch], first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
+def prefetch_batches(plan: BatchSequence, first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
     """Inside the block: an iterator over the plan's batches from `first` on; a thread makes `num_ahead` of them ahead.
 
     With `pin` their tensors are in page-locked memory, from which a GPU copies while it computes.
