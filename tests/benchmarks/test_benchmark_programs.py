@@ -37,7 +37,7 @@ def test_a_quick_run_writes_its_tables(program: str, tmp_path: Path) -> None:
 
 def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study() -> None:
     source = (FOLDER / "all.py").read_text()
-    helpers = {"all", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
+    helpers = {"all", "kernel_figures", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
     for path in FOLDER.glob("*.py"):
         if path.stem not in helpers:
             assert f'"{path.stem}": [' in source, path.stem

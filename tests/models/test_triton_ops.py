@@ -236,5 +236,5 @@ def test_layer_with_masked_tokens(
 def test_kernels_are_for_gpus() -> None:
     assert not kernels.uses_triton(torch.zeros(1))
     if DEVICE == "cuda":
-        assert kernels.uses_triton(torch.zeros(1, device=DEVICE))
-        assert not kernels.uses_triton(torch.zeros(1, device=DEVICE, dtype=torch.float16))
+        assert kernels.uses_triton(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16))
+        assert not kernels.uses_triton(torch.zeros(1, device=DEVICE))

@@ -13,7 +13,7 @@ from torch import Tensor, library
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
-from new_llm.models.ops.memory import sum_prefixes
+from new_llm.models.ops.memory import sum_outer_products, sum_prefixes
 
 BLOCK_QUERIES = 256
 """Queries of a block of softmax attention at most."""
@@ -101,17 +101,22 @@ def local_linear_attention(
         k: features of the keys, [..., S, K]; a row of zeros takes its token out.
         v: values, [..., S, V].
         epsilon: ε, the least divisor.
-        chunk_length: tokens up to which the quadratic form is used.
+        chunk_length: tokens up to which the quadratic form is used; on a GPU `choose_chunk` says how many.
         initial_sums: Σ kᵀv [..., K, V] and Σ k [..., K] of earlier tokens of the segment, at least float32.
 
     Returns:
         [..., S, V] in v's dtype.
     """
-    if kernels.uses_triton(v):
-        return _attend_by_kernels(q, k, v, epsilon, chunk_length, initial_sums)
+    num_tokens = q.shape[-2]
+    uses_kernels = kernels.uses_triton(v)
+    if v.is_cuda:
+        chunk_length = choose_chunk(num_tokens, q.shape[-1], v.shape[-1])
+    if (v.is_cuda or uses_kernels) and num_tokens > chunk_length:
+        return _attend_in_batched_chunks(q, k, v, epsilon, chunk_length, initial_sums)
+    if uses_kernels:
+        return _attend_by_kernels(q, k, v, epsilon, initial_sums)
     outputs: list[Tensor] = []
     sums = initial_sums
-    num_tokens = q.shape[-2]
     for begin in range(0, num_tokens, chunk_length):
         part = slice(begin, begin + chunk_length)
         q_part, k_part, v_part = q[..., part, :], k[..., part, :], v[..., part, :]
@@ -130,65 +135,112 @@ def local_linear_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 
-def _attend_by_kernels(
+def choose_chunk(num_tokens: int, width: int, value_width: int) -> int:
+    """Tokens of a chunk on a GPU: as many as a key has numbers, 64 to 256, or all where that is less work.
+
+    Per token C tokens of a chunk take C (K + V) / 2 multiplications, and the state between chunks, written and read,
+    2 K V.
+    """
+    chunk = min(max(width, value_width, 64), 256)
+    is_less_work = (num_tokens - chunk) * (width + value_width) <= 4 * width * value_width
+    return num_tokens if is_less_work else chunk
+
+
+def _attend_in_batched_chunks(
     q: Tensor, k: Tensor, v: Tensor, epsilon: float, chunk_length: int, sums: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Chunks as groups of their own, each with the sums over the chunks before it."""
-    lead, num_tokens = q.shape[:-2], q.shape[-2]
-    if num_tokens > chunk_length:
-        num_chunks = -(-num_tokens // chunk_length)
-        missing = num_chunks * chunk_length - num_tokens
-        q, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(-2, (num_chunks, chunk_length)) for t in (q, k, v))
-        wide_k, wide_v = k.to(_wide(k)), v.to(_wide(v))
-        steps = wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2)
-        axis = len(lead)
-        totals = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
-        earlier = tuple(t.narrow(axis, 0, num_chunks) for t in totals)
-        if sums is not None:
-            earlier = tuple(t + first.unsqueeze(axis) for t, first in zip(earlier, sums, strict=True))
-        sums = earlier[0], earlier[1]
-    mixed = _KernelAttention.apply(
-        q.flatten(0, -3),
-        k.flatten(0, -3),
-        v.flatten(0, -3),
-        *((None, None) if sums is None else (sums[0].flatten(0, -3), sums[1].flatten(0, -2))),
-        epsilon,
+    """All chunks at once, each with the sums over the chunks before it."""
+    axis, num_tokens = q.dim() - 2, q.shape[-2]
+    num_chunks = -(-num_tokens // chunk_length)
+    missing = num_chunks * chunk_length - num_tokens
+    q, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(-2, (num_chunks, chunk_length)) for t in (q, k, v))
+    steps = sum_outer_products(k, v, _wide(k)), k.sum(-2, dtype=_wide(k))
+    totals = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
+    earlier = tuple(t.narrow(axis, 0, num_chunks) for t in totals)
+    if sums is not None:
+        earlier = tuple(t + first.unsqueeze(axis) for t, first in zip(earlier, sums, strict=True))
+    mixed = local_linear_attention(
+        q, k, v, epsilon=epsilon, chunk_length=chunk_length, initial_sums=(earlier[0], earlier[1])
     )
-    return mixed.view(*lead, -1, v.shape[-1])[..., :num_tokens, :]
+    return mixed.flatten(-3, -2)[..., :num_tokens, :]
 
 
-class _KernelAttention(torch.autograd.Function):
-    """A = n / max(s, ε) with n = Σ (q·k) v and s = Σ q·k; all gradients are sums of the same kind.
+def _attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, epsilon: float, sums: tuple[Tensor, Tensor] | None) -> Tensor:
+    """One chunk. The sums of its first weights, q·Σ k, are made outside the kernel: there they would take registers."""
+    products = weights = None
+    if sums is not None:
+        products = sums[0].to(v.dtype).flatten(0, -3)
+        weights = (q.to(sums[1].dtype) @ sums[1].unsqueeze(-1)).squeeze(-1).flatten(0, -2)
+    mixed, _ = _attend_locally(*(t.flatten(0, -3) for t in (q, k, v)), products, weights, epsilon)
+    return mixed.view(v.shape)
+
+
+@library.custom_op("new_llm::local_attention", mutates_args=())
+def _attend_locally(
+    q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, weights: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """A = n / max(s, ε) with n = q P + Σ (q·k) v and s = w + Σ q·k; and s. All gradients are sums of the same kind.
 
     With n' = A' / max(s, ε) and s' = −A'·A / max(s, ε) where s ≥ ε, else 0:
-    q'_t = Σ_{j≤t} (n'_t·v_j + s'_t) k_j,  k'_j = Σ_{t≥j} (n'_t·v_j + s'_t) q_t,  v'_j = Σ_{t≥j} (q_t·k_j) n'_t.
+    q'_t = n'_t Pᵀ + Σ_{j≤t} (n'_t·v_j + s'_t) k_j,  k'_j = Σ_{t≥j} (n'_t·v_j + s'_t) q_t,
+    v'_j = Σ_{t≥j} (q_t·k_j) n'_t,  P' = Σ_t q_tᵀ n'_t,  w' = s'.
+
+    q, k [G, S, K], v [G, S, V], P [G, K, V], w and s [G, S].
     """
+    initial = None if products is None or weights is None else (products, weights)
+    return kernels.load_triton().sum_causally(q, k, v, initial=initial, epsilon=epsilon)
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, keys: Tensor | None, epsilon: float
-    ) -> Tensor:
-        initial = None if products is None or keys is None else (products, keys)
-        mixed, sums = kernels.load_triton().sum_causally(q, k, v, initial=initial, epsilon=epsilon)
-        ctx.save_for_backward(q, k, v, products, keys, mixed, sums)
-        ctx.epsilon = epsilon
-        return mixed
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, products, keys, mixed, sums = ctx.saved_tensors
-        divisors = sums.clamp_min(ctx.epsilon)
-        wide = upstream.float() / divisors.unsqueeze(-1)
-        for_sums = -(wide * mixed).sum(-1) * (sums >= ctx.epsilon)
-        for_mixed = wide.to(v.dtype)
-        for_q, _ = kernels.load_triton().sum_causally(for_mixed, v, k, row=for_sums)
-        for_k, _ = kernels.load_triton().sum_causally(v, for_mixed, q, col=for_sums, from_ahead=True)
-        for_v, _ = kernels.load_triton().sum_causally(k, q, for_mixed, from_ahead=True)
-        if products is None:
-            return for_q, for_k, for_v, None, None, None
-        for_q = for_q + (wide @ products.transpose(-1, -2) + for_sums.unsqueeze(-1) * keys.unsqueeze(-2)).to(q.dtype)
-        back = q.to(products.dtype).transpose(-1, -2)
-        return for_q, for_k, for_v, back @ wide, (back @ for_sums.unsqueeze(-1)).squeeze(-1), None
+@library.custom_op("new_llm::local_attention_backward", mutates_args=())
+def _attend_locally_backward(
+    upstream: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    products: Tensor | None,
+    mixed: Tensor,
+    sums: Tensor,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, P (empty without P) and w."""
+    sum_causally = kernels.load_triton().sum_causally
+    wide = upstream.float() / sums.clamp_min(epsilon).unsqueeze(-1)
+    for_sums = -(wide * mixed).sum(-1) * (sums >= epsilon)
+    for_mixed = wide.to(v.dtype)
+    for_q, _ = sum_causally(for_mixed, v, k, row=for_sums)
+    for_k, _ = sum_causally(v, for_mixed, q, col=for_sums, from_ahead=True)
+    for_v, _ = sum_causally(k, q, for_mixed, from_ahead=True)
+    if products is None:
+        return for_q, for_k, for_v, v.new_empty(0), for_sums
+    for_q += for_mixed @ products.transpose(-1, -2)
+    return for_q, for_k, for_v, q.transpose(-1, -2) @ for_mixed, for_sums
+
+
+@_attend_locally.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, products: Tensor | None, weights: Tensor | None, epsilon: float):
+    return v.new_empty(v.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_attend_locally_backward.register_fake
+def _(upstream, q, k, v, products, mixed, sums, epsilon):
+    parts = (q, k, v, v.new_empty(0) if products is None else products, sums)
+    return tuple(t.new_empty(t.shape) for t in parts)
+
+
+def _keep_locally(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _, ctx.epsilon = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate_locally(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _attend_locally_backward(upstream, *ctx.saved_tensors, ctx.epsilon)
+    for_q, for_k, for_v, for_products, for_weights = gradients
+    if ctx.saved_tensors[3] is None:
+        return for_q, for_k, for_v, None, None, None
+    return for_q, for_k, for_v, for_products, for_weights, None
+
+
+_attend_locally.register_autograd(_differentiate_locally, setup_context=_keep_locally)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -22,7 +22,11 @@ from new_llm.models.ops import kernels
 from new_llm.models.ops.memory import sum_outer_products
 
 SMALL_STATES = 2**22
-"""Calls whose states take no more bytes than this are one group."""
+"""Calls whose states take no more bytes than this are one group on a CPU; `kernels.limit_bytes` has a GPU's."""
+LONG_SEGMENT = 2**18
+"""Numbers of a segment's keys, S K of a head, from which two products of cuBLAS outweigh their launches; estimated."""
+FEW_COLUMNS = 66 * 16
+"""Columns of all heads' memories with which the kernel's narrowest programs take half of an H100's processors."""
 
 
 class ScannedReads(NamedTuple):
@@ -124,13 +128,10 @@ def scan_memories(
         t is not None and t.requires_grad
         for t in (q, k, v, memories, read_scales, sum_scales, delta_scales, decay, written_keys)
     )
-    batch, num_segments, heads, _, width = q.shape
-    state_bytes = batch * heads * read_scales.shape[-1] * width * v.shape[-1] * 4
-    group = choose_group(num_segments, state_bytes)
     # torch.compile sees one operation; outside it a plain function spares the import of all of torch's compiler
     scan = compiled_scan if torch.compiler.is_compiling() else Scan.apply
     reads, sum_reads, end, _, _ = scan(
-        q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, group, learns
+        q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, learns
     )
     return ScannedReads(reads, None if sum_scales is None else sum_reads, end)
 
@@ -149,9 +150,22 @@ def _read_unwritten(
     return ScannedReads(reads.to(v.dtype), sum_reads, memories)
 
 
-def choose_group(num_segments: int, state_bytes: int) -> int:
-    """Segments of a group: √n, or more where the states are small."""
-    return max(math.isqrt(num_segments - 1) + 1, SMALL_STATES // state_bytes)
+def choose_group(q: Tensor, num_memories: int, value_width: int) -> int:
+    """Segments of a group: √n, or more where the states are small for the device."""
+    batch, num_segments, heads, _, width = q.shape
+    state_bytes = batch * heads * num_memories * width * value_width * 4
+    return max(math.isqrt(num_segments - 1) + 1, kernels.limit_bytes(q, SMALL_STATES) // state_bytes)
+
+
+def suits_delta_kernel(k: Tensor) -> bool:
+    """Whether the delta rule's kernel is for keys [B, n, H, S, K] on a GPU.
+
+    Where segments are long and heads few, its programs would be too few for long loops: two products by cuBLAS per
+    segment use the whole GPU.
+    """
+    batch, _, heads, length, width = k.shape
+    is_long = length * width >= LONG_SEGMENT and batch * heads * width <= FEW_COLUMNS
+    return not is_long and width * k.element_size() <= kernels.MAX_KEY_BYTES
 
 
 # The chain of writes
@@ -197,8 +211,7 @@ class Chain:
         self.num_writes = num_writes
         self.wide = wide
         self.dtype = find_product_dtype(k, wide)
-        fits = delta_scales is None or k.shape[-1] * k.element_size() <= kernels.MAX_KEY_BYTES
-        self.uses_triton = fits and kernels.uses_triton(k)
+        self.uses_triton = kernels.uses_triton(k) and (delta_scales is None or suits_delta_kernel(k))
         self.common_slots = self._find_common_slots()
 
     def _find_common_slots(self) -> list[int] | None:
@@ -234,7 +247,7 @@ class Chain:
         if self.uses_triton and k.shape[1]:
             decay, slots = self._of(self.decay, written), self.slots[:, written]
             if is_sequential:
-                u = kernels.load_triton().write_with_delta(state, states, self._scale_keys(written), k, u, decay, slots)
+                u = kernels.load_triton().write_with_delta(state, states, *self._keys(written), u, decay, slots)
             else:
                 kernels.load_triton().write_sums(state, states, sum_outer_products(k, u, self.wide), decay, slots)
             states[:, k.shape[1] :] = state.unsqueeze(1)
@@ -280,12 +293,12 @@ class Chain:
         num_segments, num_writes = part.stop - part.start, written.stop - written.start
         num_unread = num_segments - (0 if from_reads is None else from_reads.shape[1])
         k, u = self.written_keys[:, written].to(self.dtype), u[:, written].to(self.dtype)
-        scaled = None if self.delta_scales is None else self._scale_keys(written)
         above = states.new_empty(g.shape[0], num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
         if self.uses_triton and num_writes:
-            back = self._retreat_by_kernels(g, above, k, scaled, from_reads, written, num_unread)
+            back = self._retreat_by_kernels(g, above, k, from_reads, written, num_unread)
             self._differentiate_writes(u, back, above, states, written, into)
             return
+        scaled = None if self.delta_scales is None else self._scale_keys(written)
         backs: list[Tensor] = []  # u'
         for j in reversed(range(num_segments)):
             if j < num_writes:
@@ -309,7 +322,6 @@ class Chain:
         g: Tensor,
         above: Tensor,
         k: Tensor,
-        scaled: Tensor | None,
         from_reads: Tensor | None,
         written: slice,
         num_unread: int,
@@ -324,8 +336,9 @@ class Chain:
             added = added if added.shape[1] else None
         decay, slots = self._of(self.decay, written), self.slots[:, written]
         options = {"added": added, "num_unread": num_unread}
-        if scaled is not None:
-            return kernels.load_triton().write_with_delta(g, above, k, scaled, None, decay, slots, **options)
+        if self.delta_scales is not None:
+            keys = self._keys(written)
+            return kernels.load_triton().write_with_delta(g, above, *keys, None, decay, slots, **options)
         kernels.load_triton().write_sums(g, above, None, decay, slots, **options)
         return k @ above
 
@@ -351,6 +364,12 @@ class Chain:
     @staticmethod
     def _of(t: Tensor | None, part: slice) -> Tensor | None:
         return None if t is None else t[:, part]
+
+    def _keys(self, part: slice) -> tuple[Tensor, Tensor | None, Tensor]:
+        """k, k' (None where it is k) and e of some segments."""
+        assert self.delta_scales is not None
+        written_keys = None if self.written_keys is self.k else self.written_keys[:, part]
+        return self.k[:, part], written_keys, self.delta_scales[:, part]
 
     def _scale_keys(self, part: slice) -> Tensor:
         """e k of some segments, in the products' dtype."""
@@ -392,7 +411,6 @@ def scan(
     decay: Tensor | None,
     written_keys: Tensor | None,
     num_writes: int,
-    group: int,
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Reads, reads of the sum, end, states at the groups' first segments but the first, u of all written segments."""
@@ -402,6 +420,7 @@ def scan(
     sum_reads = torch.empty_like(reads) if sum_scales is not None else v.new_empty(0)
     kept: list[Tensor] = []
     updates: list[Tensor] = []
+    group = choose_group(q, read_scales.shape[-1], v.shape[-1])
     for part, unread in _cut(q.shape[1], group, is_empty=memories is None):
         if part.start and learns:
             kept.append(state.clone())
@@ -441,7 +460,6 @@ def scan_backward(
     written_keys: Tensor | None,
     checkpoints: Tensor,
     num_writes: int,
-    group: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, memories, c, t, e, d and k'; empty for what is None."""
     call = Chain(k, delta_scales, decay, written_keys, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
@@ -451,6 +469,7 @@ def scan_backward(
         for t in (q, read_scales, sum_scales, k, for_reads, delta_scales, decay, written_keys)
     )
     into = Gradients(*others)
+    group = choose_group(q, read_scales.shape[-1], for_reads.shape[-1])
     parts = list(_cut(q.shape[1], group, is_empty=memories is None))
     for number, (part, unread) in reversed(list(enumerate(parts))):
         state = checkpoints[number - 1].clone() if number else call.begin(memories, for_reads)
@@ -500,14 +519,14 @@ _compiled_backward = library.custom_op("new_llm::scan_memories_backward", scan_b
 
 
 @compiled_scan.register_fake
-def _(q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, group, learns):
+def _(q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys, num_writes, learns):
     batch, num_segments, heads, length, width = q.shape
     num_memories, value_width = read_scales.shape[-1], v.shape[-1]
     wide = read_scales.dtype
     reads = v.new_empty(v.shape)
     sum_reads = v.new_empty(v.shape if sum_scales is not None else 0)
     end = v.new_empty((batch, num_memories, heads, width, value_width), dtype=wide)
-    num_kept = -(-num_segments // group) - 1 if learns else 0
+    num_kept = -(-num_segments // choose_group(q, num_memories, value_width)) - 1 if learns else 0
     kept = (num_kept, batch, heads, num_memories, width, value_width) if num_kept else (0,)
     keeps_updates = learns and delta_scales is not None and num_writes > 0
     updates = (batch, num_writes, heads, length, value_width) if keeps_updates else (0,)
@@ -539,12 +558,12 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, num_writes, group, _ = inputs
+    *tensors, num_writes, _ = inputs
     _, _, _, checkpoints, updates = output
     if inputs[7] is not None:  # with the delta rule u takes the place of v
         tensors[2] = updates
     ctx.save_for_backward(*tensors, checkpoints)
-    ctx.numbers = num_writes, group
+    ctx.num_writes = num_writes
     ctx.like = output[0].shape, output[0].dtype, output[2].shape, output[2].dtype
     ctx.set_materialize_grads(False)
 
@@ -563,7 +582,7 @@ def _differentiate(
     backward = _compiled_backward if torch.compiler.is_compiling() else scan_backward
     for_q, for_k, for_v, for_memories, for_c, for_t, for_e, for_d, for_written = backward(
         reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys,
-        checkpoints, *ctx.numbers,
+        checkpoints, ctx.num_writes,
     )  # fmt: skip
     return (
         for_q,
@@ -576,7 +595,6 @@ def _differentiate(
         None if delta_scales is None else for_e,
         None if decay is None else for_d,
         None if written_keys is None else for_written,
-        None,
         None,
         None,
     )

@@ -4,7 +4,6 @@ One switch turns both off: the environment variable NEW_LLM_KERNELS=0. Before a 
 compares device, dtype, shape and layout with what the kernel was written for, whatever torch's defaults are.
 """
 
-import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 SWITCH = "NEW_LLM_KERNELS"
-TRITON_DTYPES = (torch.float32, torch.bfloat16)
-"""float64 takes the PyTorch forms, and so does float16, whose range is too small for the gradients of a memory."""
-MAX_KEY_BYTES = 4096
-"""Bytes of a key beyond which the delta rule's tiles no longer fit an H200's 227 KB of shared memory."""
+TRITON_DTYPES = (torch.bfloat16, torch.float32)
+"""What the kernels multiply. Only bfloat16 is given to them: see `uses_triton`."""
+MAX_KEY_BYTES = 1024
+"""Bytes of a key (K = 512 in bfloat16) up to which the delta rule's tiles leave registers enough."""
 
 
 def are_enabled() -> bool:
@@ -24,14 +23,23 @@ def are_enabled() -> bool:
     return os.environ.get(SWITCH) != "0"
 
 
+HAS_TRITON = are_enabled() and importlib.util.find_spec("triton") is not None
+"""Found once: torch.compile can't look for modules."""
+
+
 def uses_triton(t: Tensor) -> bool:
-    """Whether Triton's kernels run on tensors such as this one."""
-    return t.is_cuda and t.dtype in TRITON_DTYPES and _has_triton()
+    """Whether Triton's kernels multiply tensors such as this one: on a GPU, in bfloat16.
+
+    float32 and float64 take the PyTorch forms, whose products are cuBLAS's, in the precision that torch is set to: the
+    kernels' tiles of float32 would not fit in the registers. So does float16, whose range is too small for the
+    gradients of a memory.
+    """
+    return t.is_cuda and t.dtype == torch.bfloat16 and HAS_TRITON
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return are_enabled() and importlib.util.find_spec("triton") is not None
+def limit_bytes(t: Tensor, on_cpu: int) -> int:
+    """Bytes that one step of an operation may hold at once: a 64th of a GPU's memory (1.25 GB of 80), or `on_cpu`."""
+    return torch.cuda.get_device_properties(t.device).total_memory // 64 if t.is_cuda else on_cpu
 
 
 def load_triton() -> ModuleType:

@@ -1,0 +1,171 @@
+"""Registers, spills and shared memory of the Triton kernels, compiled for an H100 (sm_90) on a machine without a GPU.
+
+    python benchmarks/kernel_figures.py            # a Markdown table; --json: one object per line
+
+The wrappers of `triton_kernels` get tensors on the device `meta`, which have shapes but no numbers. In the place of
+each kernel stands a `Recorder`, which compiles what would have been launched, tiles, warps and stages included.
+Needs Triton 3.3 or newer (`pip install triton`; torch's CPU builds don't bring it) and no TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from new_llm.models.ops.kernels import triton_kernels
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+SHARED_BYTES = 232_448
+"""Shared memory that one program may have on an H100."""
+
+
+class Figures(NamedTuple):
+    """What one launch costs: its grid, its tiles, and what the compiler made of it."""
+
+    kernel: str
+    case: str
+    grid: tuple[int, ...]
+    warps: int
+    stages: int
+    tiles: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: int
+
+
+class Recorder:
+    """Stands in the place of a kernel: `recorder[grid](...)` notes and compiles instead of launching."""
+
+    def __init__(self, kernel: Any, note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> None:
+        self.kernel, self.note = kernel, note
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.note(self.kernel, grid, arguments, options)
+
+
+@contextlib.contextmanager
+def recording(note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> Iterator[None]:
+    """Within it every kernel of `triton_kernels` only calls `note(kernel, grid, arguments, options)`."""
+    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
+    kernels = {name: getattr(triton_kernels, name) for name in names}
+    for name, kernel in kernels.items():
+        setattr(triton_kernels, name, Recorder(kernel, note))
+    try:
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(triton_kernels, name, kernel)
+
+
+def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple[Any, str]:
+    """The compiled kernel and what cuobjdump reports of it. 1 and multiples of 16 are specialised, as at a launch."""
+    signature, constants, attributes = {}, {}, {}
+    settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    constants |= {name: value for name, value in options.items() if name not in settings}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            constants[name] = 1
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    for name in constants:
+        signature[name] = "constexpr"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=TARGET, options=settings)
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        done = subprocess.run([str(cuobjdump), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return compiled, done.stdout
+
+
+def measure(case: str, call: Callable[[], object]) -> list[Figures]:
+    """The figures of all launches that a call would make."""
+    found: list[Figures] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
+        compiled, report = compile_launch(kernel, arguments, options)
+        registers, stack = (int(re.search(rf"{name}:(\d+)", report).group(1)) for name in ("REG", "STACK"))
+        tiles = " ".join(f"{k[6:].lower() or 'n'}{v}" for k, v in options.items() if k.startswith("BLOCK"))
+        found.append(
+            Figures(
+                kernel.__name__.strip("_"), case, grid, options["num_warps"], options.get("num_stages", 3), tiles,
+                registers, stack, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"),
+            )
+        )  # fmt: skip
+
+    with recording(note):
+        call()
+    return found
+
+
+def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def write_delta(
+    batch: int, heads: int, width: int, length: int, *, backward: bool, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """The chain of 4 segments with the delta rule, as Infini layers have it: one memory."""
+    k = make(batch, 4, heads, length, width, dtype=dtype)
+    decay, slots = make(batch, 4, heads, dtype=torch.float32), make(batch, 4, dtype=torch.int64)
+    state = make(batch, heads, 1, width, width, dtype=torch.float32)
+    states = make(batch, 4, heads, *(() if backward else (1,)), width, width, dtype=dtype)
+    added = make(batch, 4, heads, 1, width, width, dtype=dtype) if backward else None
+    scales = make(batch, 4, heads, length, dtype=torch.float32)
+    values = None if backward else k
+    triton_kernels.write_with_delta(state, states, k, None, scales, values, decay, slots, added=added)
+
+
+def attend(groups: int, width: int, length: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Forward with sums of earlier chunks, and the three sums of backward."""
+    x = make(groups, length, width, dtype=dtype)
+    row = make(groups, length, dtype=torch.float32)
+    initial = make(groups, width, width, dtype=dtype), row
+    triton_kernels.sum_causally(x, x, x, initial=initial, epsilon=1e-6)
+    triton_kernels.sum_causally(x, x, x, row=row)
+    triton_kernels.sum_causally(x, x, x, col=row, from_ahead=True)
+
+
+def measure_all() -> Iterator[Figures]:
+    for width, heads in ((64, 8), (128, 4), (256, 2), (512, 1)):
+        for direction in ("forward", "backward"):
+            write = functools.partial(write_delta, 8, heads, width, 256, backward=direction == "backward")
+            yield from measure(f"K={width}, {direction}", write)
+        yield from measure(f"K={width}", functools.partial(attend, 64, width, 256))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object per launch")
+    arguments = parser.parse_args()
+    names = Figures._fields
+    if not arguments.json:
+        print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+    for figures in measure_all():
+        row = json.dumps(figures._asdict()) if arguments.json else "| " + " | ".join(map(str, figures)) + " |"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
