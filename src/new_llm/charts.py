@@ -31,7 +31,7 @@ WIDTH, HEIGHT = 480, 260
 BAR_STEP, CELL_STEP = 24, 30
 MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
 MAX_TOOLTIPS = 24
-MAX_LABELLED_CELLS = 150
+MAX_LABELLED_CELLS, MAX_LABELLED_COLUMNS = 150, 12
 MAX_LABEL, LETTER_WIDTH = 220, 8.6
 
 Row = dict[str, Any]
@@ -102,6 +102,23 @@ class ShadedText:
     title: str
     before: str
     tokens: list[ShadedToken]
+    view: str = ""
+
+
+@dataclass(frozen=True)
+class ComparedText:
+    """A text and several ways in which it goes on.
+
+    Attributes:
+        title: what it is.
+        before: the text ahead of what is compared.
+        versions: (label, text) of each.
+        view: texts are grouped by it, e.g. a model's name.
+    """
+
+    title: str
+    before: str
+    versions: list[tuple[str, str]]
     view: str = ""
 
 
@@ -354,13 +371,18 @@ def heat_chart(
         cell["tip"] = f"{y_title} {cell['column']}, {x_title} {cell['x']}: {value_title} {cell['text']}".strip()
     axis = {"type": "ordinal", "sort": None, "scale": {"paddingInner": 0.06}}
     encoding = {
-        "x": axis | {"field": "x", "title": x_title or None, "axis": {"labelAngle": 0, "labelOverlap": True}},
+        "x": axis
+        | {
+            "field": "x",
+            "title": x_title or None,
+            "axis": {"labelAngle": 0, "labelOverlap": "greedy"} | {"labelSeparation": 6},
+        },
         "y": axis | {"field": "column", "title": y_title or None, "axis": _make_room([c["column"] for c in drawn])},
         **_TIP,
     }
     shade = {"fillOpacity": {"field": "shade", "type": "quantitative", "scale": None}, "color": {"value": HEAT}}
     layers: list[Row] = [{"mark": {"type": "rect"}, "encoding": shade}]
-    if len(drawn) <= MAX_LABELLED_CELLS:
+    if len(drawn) <= MAX_LABELLED_CELLS and len({cell["x"] for cell in drawn}) <= MAX_LABELLED_COLUMNS:
         ink = {"field": "ink", "type": "nominal", "scale": None}
         layers.append({"mark": {"type": "text", "aria": False}, "encoding": {"text": {"field": "text"}, "color": ink}})
     height = CELL_STEP * len({cell["column"] for cell in drawn}) + 80

@@ -180,6 +180,7 @@ def test_numbers_that_no_axis_can_hold(results: dict[str, Any], value: float):
 
 def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
     token = {"carried": 1.0, "emptied": 2.5, "with_memory": [["<b>", 0.9]], "without": [["x", 0.1]], "gate": 0.25}
+    token["selection"] = [[0.25, 0.75]]
     passage = {
         "document": 3,
         "segment": 4,
@@ -192,6 +193,9 @@ def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
         "num_tokens": 100,
         "half_share": 0.05,
         "passages": [passage],
+        "continuations": [
+            {"document": 2, "segment": 9, "prompt": "<u>", "true": "t", "carried": "<s>", "emptied": "e"},
+        ],
     }
     page = show(results)
     assert "helped by 1.5 nats: document 3, segment 5" in page.source
@@ -199,6 +203,10 @@ def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
     assert "+1.50 nats" in page.source
     assert "…&lt;i&gt;" in page.source
     assert "half of what it helped falls on 5.0% of them" in page.source
+    assert "<b>memories read</b> 2: 75%, 1: 25%" in page.source
+    assert "continued: document 2, from segment 10" in page.source
+    assert "…&lt;u&gt;</p>" in page.source
+    assert "<dt>with the memory</dt><dd>&lt;s&gt;</dd>" in page.source
 
 
 def test_no_home_folder_is_shared(four_models: dict[str, Any], tmp_path: Path):

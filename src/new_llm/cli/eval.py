@@ -175,7 +175,8 @@ class Inspect(Evaluation):
     """A page of a text of your own, each token shaded by what the memory was worth to it.
 
     A token's worth is its loss with the memory emptied minus its loss with the memory carried. The passages that the
-    memory helped and harmed most come first, with the likeliest tokens both ways and the gates.
+    memory helped and harmed most come first, with the likeliest tokens both ways, the gates, and which of several
+    memories was read; then documents are continued with the memory and without.
 
     Examples:
       new-llm inspect --run runs/quick --model token_memory --text my_text.txt

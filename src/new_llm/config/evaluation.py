@@ -257,6 +257,10 @@ class PassagesConfig:
     """Segments shown that it harmed most."""
     num_candidates: Annotated[int, Field(gt=0)] = 4
     """Likeliest tokens listed for each token, with the memory and without."""
+    num_continuations: Annotated[int, Field(ge=0)] = 3
+    """Documents that are continued, with the memory and without."""
+    continuation_tokens: Annotated[int, Field(gt=0)] = 32
+    """Tokens of each continuation."""
 
 
 @section

@@ -105,6 +105,11 @@ class HuggingFaceLM(nn.Module):
         """Nothing to empty."""
 
 
+def has_memory(model: Any) -> bool:
+    """Whether what a model has read in earlier calls can matter to it."""
+    return not isinstance(model, HuggingFaceLM) and bool(getattr(model, "memory_layers", True))
+
+
 class CachedModel(nn.Module):
     """A model and a cache of each row's text, mixed; the cache is carried, emptied and set aside with the memory.
 

@@ -25,6 +25,7 @@ from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.data.tokenizer import TokenSplit
+from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Baseline, Column, Measure, ModelResult, Subject, Table, register_measure
 from new_llm.evaluation.scoring import (
     Row,
@@ -262,7 +263,8 @@ class LongDocuments(Measure):
     can_stop = True
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """Perplexity by distance from the document's start, with the memory carried, reset and foreign.
+        """Perplexity by distance from the document's start, with the memory carried, reset and foreign; of a model
+        without memory, whose ways are one, carried alone.
 
         The ways share batches, and the intervals are percentile bootstrap ones over documents, paired: each resample
         draws documents and takes the difference of the ways within them. An interval's ends are None where fewer than
@@ -299,10 +301,13 @@ class LongDocuments(Measure):
             return Scorer(source.model, documents, own)
 
         scorer = open_scorer(subject)
-        pairs = score_pairs(scorer)
-        found: dict[str, list[Scores]] = {CARRIED: pairs.carried, RESET: pairs.reset}
-        if len(documents) > 1:
-            found[FOREIGN] = pairs.foreign
+        if has_memory(subject.model):
+            pairs = score_pairs(scorer)
+            found = {CARRIED: pairs.carried, RESET: pairs.reset} | ({FOREIGN: pairs.foreign} if pairs.foreign else {})
+            if not scorer.is_stopped:
+                subject.shared[self.name] = indices, pairs
+        else:
+            pairs, found = PairScores(), {CARRIED: scorer.score_streams(settings.segments_per_call)}
         for baseline in baselines:
             num_done += num_planned
             found[baseline.name] = []
@@ -389,44 +394,48 @@ class LongDocuments(Measure):
     def notes(self, result: dict[str, Any]) -> list[str]:
         """What is missing."""
         overall, notes = result["overall"]["perplexity"], []
-        if FOREIGN not in overall:
+        if RESET in overall and FOREIGN not in overall:
             notes.append("one document alone: there is no other document's memory")
         if overall[CARRIED]["low"] is None:
             notes.append(f"{result['num_documents']} documents are too few for intervals over documents")
         return notes
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
-        """Perplexity by distance: per model a line per way, and per other way a line per model."""
-        charts: list[Chart] = []
-        for name in dict.fromkeys(one.name for one in results):
+        """Perplexity by distance by model, and by way for each model that has several; what each way is worth."""
+        entries = [(one.name, name_range(entry), entry) for one in results for entry in one.result["ranges"]]
+        columns: dict[str, Any] = {"x": "distance", "y": "value", "low": "low", "high": "high"}
+        titles: dict[str, Any] = {"x_title": "tokens from the start", "y_title": "perplexity"}
+        title, bands = "Perplexity by distance", "bands are intervals over documents."
+        rows: list[dict[str, Any]] = [
+            {"model": model, "distance": distance, **entry["perplexity"][CARRIED]} for model, distance, entry in entries
+        ]
+        caption = f"By distance from the document's start, each model's memory carried; {bands}"
+        charts = [line_chart("distance", title, caption, rows, **columns, **titles, series="model", view="all models")]
+        for name in dict.fromkeys(one.name for one in results if len(one.result["overall"]["perplexity"]) > 1):
             rows = [
-                {"distance": name_range(entry), "way": name_way(way), **found}
-                for one in results
-                if one.name == name
-                for entry in one.result["ranges"]
+                {"distance": distance, "way": name_way(way), **found}
+                for model, distance, entry in entries
+                if model == name
                 for way, found in entry["perplexity"].items()
             ]
-            caption = (
-                "Perplexity by distance from the document's start. Where the line of the carried memory lies below the "
-                "others, the memory helps; bands are intervals over documents."
+            caption = f"Where the line of the carried memory lies below the others, the memory helps; {bands}"
+            charts.append(
+                line_chart(f"distance-{name}", title, caption, rows, **columns, **titles, series="way", view=name)
             )
-            columns: dict[str, Any] = {"x": "distance", "y": "value", "series": "way", "low": "low", "high": "high"}
-            titles: dict[str, Any] = {"x_title": "tokens from the start", "y_title": "perplexity", "view": name}
-            charts.append(line_chart(f"distance-{name}", "Long documents", caption, rows, **columns, **titles))
         for way in (RESET, FOREIGN):
             rows = [
-                {"model": one.name, "distance": name_range(entry), **entry["differences"][way]["relative"]}
-                for one in results
-                for entry in one.result["ranges"]
+                {"model": model, "distance": distance, **entry["differences"][way]["relative"]}
+                for model, distance, entry in entries
                 if way in entry["differences"]
             ]
             if rows:
                 caption = "Perplexity with the memory carried against the other way, on the same documents."
-                columns = {"x": "distance", "y": "value", "series": "model", "low": "low", "high": "high"}
-                titles = {"x_title": "tokens from the start", "y_title": f"against {WAYS[way]}", "view": WAYS[way]}
+                titles |= {"y_title": f"against {WAYS[way]}", "view": WAYS[way]}
                 name, title = f"distance-against-{way}", "What the memory is worth by distance"
                 charts.append(
-                    line_chart(name, title, caption, rows, **columns, **titles, y_format="+.1%", reference=0.0)
+                    line_chart(
+                        name, title, caption, rows, **columns, **titles, series="model", y_format="+.1%", reference=0.0
+                    )
                 )
         return charts
 
@@ -439,5 +448,7 @@ class LongDocuments(Measure):
             if way in overall["differences"]
         ]
         value = overall["perplexity"][CARRIED]["value"]
-        opening = f"perplexity of {result['num_documents']} long documents with the memory carried {value:,.2f}"
-        return f"{opening}: {', '.join(parts)}" if parts else opening
+        opening = f"perplexity of {result['num_documents']} long documents"
+        if not parts:
+            return f"{opening} {value:,.2f}"
+        return f"{opening} with the memory carried {value:,.2f}: {', '.join(parts)}"

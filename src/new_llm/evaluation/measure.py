@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from new_llm.charts import Chart, ShadedText
+from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.errors import OtherProcessError
 from new_llm.config.user_code import is_user_name, load_by_name
@@ -93,6 +93,7 @@ class Subject:
         baselines: other models that score the same long documents.
         training: what the model was trained on; None: unknown.
         facts: plain values about model and data, e.g. the run's data record.
+        shared: what a measure leaves, under its name, for those that run after it, so that nothing is scored twice.
     """
 
     model: LanguageModel
@@ -109,6 +110,7 @@ class Subject:
     baselines: Sequence[Baseline] = ()
     training: TrainingData | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reading(self) -> Reading:
@@ -206,8 +208,8 @@ class Measure(ABC):
         """The charts that compare the models."""
         return []
 
-    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
-        """Passages to show with each token shaded."""
+    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText | ComparedText]:
+        """Passages to show, with each token shaded or with several continuations."""
         return []
 
     def describe(self, result: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from new_llm.charts import Chart, heat_chart
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.scoring import Row, evaluation_mode, find_device, score_rows
 from new_llm.models import TransformerLM
-from new_llm.models.layers.multi_memory import SelectingAttention, watch_selection
+from new_llm.models.layers.multi_memory import SelectingAttention, measure_entropy, watch_selection
 
 DIGITS = 5
 
@@ -39,6 +39,18 @@ def find_token_gates(model: TransformerLM) -> dict[int, Any]:
     """By layer, the attentions that compute their gates for each token."""
     attentions = ((index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items())
     return {index: one for index, one in attentions if getattr(one, "token_gate", None) is not None}
+
+
+@contextlib.contextmanager
+def watch_selections(model: TransformerLM) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+    """Inside the block the dict takes, by layer, each call's selection among memories; see `watch_selection`."""
+    attentions = ((index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items())
+    with contextlib.ExitStack() as stack:
+        yield {
+            index: stack.enter_context(watch_selection(attention))
+            for index, attention in attentions
+            if isinstance(attention, SelectingAttention)
+        }
 
 
 @register_measure
@@ -83,11 +95,7 @@ class MemoryUsage(Measure):
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluation_mode(model, subject.autocast))
             stack.enter_context(model.fresh_memory())
-            entropies = {
-                index: stack.enter_context(watch_selection(attention))
-                for index in keys
-                if isinstance(attention := getattr(model.layer_list[index], "attention", None), SelectingAttention)
-            }
+            selections = stack.enter_context(watch_selections(model))
             for segment in range(count):
                 row = Row(tokens[segment * length : (segment + 1) * length + 1])
                 score_rows(model, [row], device, update_memory=True)
@@ -98,7 +106,7 @@ class MemoryUsage(Measure):
         layers: list[dict[str, Any]] = []
         for index in keys:
             layers.append({"layer": index, "kind": model.layer_list[index].kind, "norms": norms[index]})
-            selected = torch.cat(entropies.get(index) or [torch.empty(0)])
+            selected = torch.cat([measure_entropy(*one) for one in selections.get(index, ())] or [torch.empty(0)])
             if len(selected):
                 layers[-1]["selection_entropy"] = float(selected.mean())
         return {"document": document, "num_segments": count, "segment_length": length, "layers": layers}

@@ -1,7 +1,7 @@
 """What did the memory know? Passages of held-out text, with what the memory was worth to each token.
 
 A token's value is its loss with the memory emptied minus its loss with the memory carried, in nats: above 0 the memory
-helped. Both losses are those of the measure `long`, on the same documents in the same batches.
+helped. Both losses are those of the measure `long`, which are not computed again where it has run before.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from new_llm.charts import ShadedText, ShadedToken
+from new_llm.charts import ComparedText, ShadedText, ShadedToken
 from new_llm.config.evaluation import PassagesConfig
-from new_llm.evaluation.long_documents import score_pairs
+from new_llm.config.model import GenerationConfig
+from new_llm.evaluation.long_documents import PairScores, score_pairs
 from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
-from new_llm.evaluation.memory_usage import watch_token_gates
+from new_llm.evaluation.memory_usage import watch_selections, watch_token_gates
 from new_llm.evaluation.scoring import Scorer, evaluation_mode, find_device, join_scores
 
 DIGITS = 4
@@ -63,45 +64,82 @@ def list_candidates(logits: Tensor, tokenizer: Tokenizer, previous: Sequence[int
     top = logits.float().softmax(-1).topk(min(number, logits.shape[-1]), dim=-1)
     return [
         [
-            [continue_text(tokenizer, [last], token), round(share, DIGITS)]
+            [continue_text(tokenizer, [last], [token]), round(share, DIGITS)]
             for token, share in zip(ids, shares, strict=True)
         ]
         for last, ids, shares in zip(previous, top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 
 
-def continue_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
-    """The text that a token adds to the tokens before it: whether it begins with a blank depends on them."""
+def continue_text(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
+    """The text that tokens add to those before them: whether it begins with a blank depends on these."""
     start = tokenizer.decode(list(before), skip_special_tokens=False)
-    whole = tokenizer.decode([*before, token], skip_special_tokens=False)
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode([token], skip_special_tokens=False)
+    whole = tokenizer.decode([*before, *after], skip_special_tokens=False)
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(list(after), skip_special_tokens=False)
 
 
 def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """Read a document as a stream and look at some of its segments: the likeliest tokens both ways, and the gates."""
+    """Read a document as a stream and look at some of its segments.
+
+    Returns:
+        By segment, with an entry for each of its tokens: the likeliest next ones `carried` and `emptied`; the `gate`,
+        where it is computed for each token; and `selection`, for each layer that selects among memories the share of
+        each one, the mean over heads.
+    """
     model: Any = subject.model
     length, wanted = model.segment_length, set(segments)
     num_candidates = subject.settings.passages.num_candidates
     device = find_device(model, subject.device)
     details: dict[int, dict[str, Any]] = {}
     with evaluation_mode(model, subject.autocast), model.fresh_memory(batch_size=1):
-        for segment in range(max(wanted) + 1):
-            tokens = document[segment * length : (segment + 1) * length].astype(np.int64)
-            ids = torch.from_numpy(tokens).to(device).unsqueeze(0)
-            if segment not in wanted:
-                model(ids, update_memory=True)
-                continue
+        read = 0
+        for segment in sorted(wanted):
+            begin, end = segment * length, (segment + 1) * length
+            ids = torch.from_numpy(document[read:end].astype(np.int64)).to(device).unsqueeze(0)
+            if begin > read:
+                model.compute_hidden(ids[:, : begin - read], update_memory=True)
+            ids, read = ids[:, begin - read :], end
             with model.fresh_memory():
                 emptied = model(ids)[0]
-            with watch_token_gates(model) as gates:
+            with watch_token_gates(model) as gates, watch_selections(model) as selections:
                 carried = model(ids, update_memory=True)[0]
-            previous = tokens.tolist()
+            shares = [found[-1][0].float().flatten(0, -3).mean(0) for found in selections.values() if found]
+            previous = ids[0].tolist()
             details[segment] = {
                 "carried": list_candidates(carried, subject.tokenizer, previous, num_candidates),
                 "emptied": list_candidates(emptied, subject.tokenizer, previous, num_candidates),
                 "gate": torch.cat([*gates.values()], -1).mean(-1).tolist() if gates else None,
+                "selection": torch.stack(shares, 1).tolist() if shares else None,
             }
     return details
+
+
+def continue_document(subject: Subject, document: NDArray[Any]) -> dict[str, Any] | None:
+    """A continuation from the middle of a document, with the memory of all before and with it emptied, by equal draws.
+
+    Both begin with a prompt of half a segment, at a segment's border: what came before reaches them through memory
+    alone. None: the document has less than two segments.
+    """
+    model: Any = subject.model
+    length, number = model.segment_length, subject.settings.passages.continuation_tokens
+    # Greedy continuations of small models repeat themselves, whatever they remember.
+    drawing = GenerationConfig(max_new_tokens=number, do_sample=True, temperature=0.8, top_p=0.9, seed=subject.seed)
+    begin = len(document) // 2 // length * length
+    end = begin + max(1, length // 2)
+    if begin == 0 or end >= len(document):
+        return None
+    ids = torch.from_numpy(document[:end].astype(np.int64)).to(find_device(model, subject.device)).unsqueeze(0)
+    texts: dict[str, str] = {}
+    with evaluation_mode(model, subject.autocast):
+        for way in ("carried", "emptied"):
+            with model.fresh_memory():
+                if way == "carried":
+                    model.compute_hidden(ids[:, :begin], update_memory=True)
+                made, _ = model.generate(ids[:, begin:], config=drawing)
+            texts[way] = continue_text(subject.tokenizer, document[begin:end].tolist(), made[0, end - begin :].tolist())
+    true = continue_text(subject.tokenizer, document[begin:end].tolist(), document[end : end + number].tolist())
+    prompt = subject.tokenizer.decode(document[begin:end].tolist(), skip_special_tokens=False)
+    return {"segment": begin // length, "prompt": prompt, "true": true, **texts}
 
 
 @register_measure
@@ -117,7 +155,8 @@ class Passages(Measure):
         The result holds `num_tokens` and `value_nats` (the mean over all tokens of the documents), `half_share`
         (`find_half_share`), and `passages`: each with its document's index, its segment, `before` (the text ahead of
         it), its `value_nats` in all, and its tokens: text, losses `carried` and `emptied` in nats, the likeliest
-        tokens `with_memory` and `without`, and the gate, where it is computed for each token.
+        tokens `with_memory` and `without`, the `gate` and the `selection` of `read_details`. `continuations` are
+        those of `continue_document`.
         """
         model: Any = subject.model
         settings = subject.settings.passages
@@ -126,18 +165,20 @@ class Passages(Measure):
             return None
         limit = subject.settings.long_documents.max_tokens_per_document
         documents = [subject.split.document(index)[:limit] for index in chosen]
-        batch_size = subject.settings.long_documents.batch_size
-        reading = subject.reading | {"batch_size": batch_size, "max_tokens": None}
-        scorer = Scorer(model, documents, reading)
-        pairs = score_pairs(scorer)
-        if scorer.is_stopped:
-            return None
+        scored: tuple[list[int], PairScores] = subject.shared.get("long", ([], PairScores()))
+        if not {*chosen} <= {*scored[0]}:
+            batch_size = subject.settings.long_documents.batch_size
+            scorer = Scorer(model, documents, subject.reading | {"batch_size": batch_size, "max_tokens": None})
+            scored = chosen, score_pairs(scorer)
+            if scorer.is_stopped:
+                return None
+        indices, pairs = scored
         losses = [{way: np.full(len(document) - 1, np.nan) for way in ("carried", "emptied")} for document in documents]
         for way, batches in (("carried", pairs.carried), ("emptied", pairs.reset)):
             scores = join_scores(batches)
-            for index in range(len(documents)):
-                own = scores.documents == index
-                losses[index][way][scores.positions[own] - 1] = scores.losses[own]
+            for found, index in zip(losses, chosen, strict=True):
+                own = scores.documents == indices.index(index)
+                found[way][scores.positions[own] - 1] = scores.losses[own]
         values = [one["emptied"] - one["carried"] for one in losses]
         length = model.segment_length
         places = find_passages(values, length, settings.num_helped, settings.num_harmed)
@@ -163,11 +204,20 @@ class Passages(Measure):
                 | {"document": chosen[place]}
                 for place, segment in places
             ],
+            "continuations": [
+                {"document": index} | found
+                for index, document in zip(chosen[: settings.num_continuations], documents, strict=False)
+                if (found := continue_document(subject, document)) is not None
+            ],
         }
 
-    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
-        """Each passage as a shaded text."""
-        return [shade(one.name, passage) for one in results for passage in one.result["passages"]]
+    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText | ComparedText]:
+        """Each passage as a shaded text, then the continuations."""
+        found: list[ShadedText | ComparedText] = []
+        for name, result in results:
+            found += [shade(name, passage) for passage in result["passages"]]
+            found += [compare(name, one) for one in result.get("continuations", ())]
+        return found
 
     def describe(self, result: dict[str, Any]) -> str:
         """What the memory was worth in all, and how unevenly."""
@@ -194,12 +244,15 @@ def describe_passage(
         at = first + place - begin
         tokens.append(
             {
-                "text": continue_text(tokenizer, ids[max(0, at - 8) : at], ids[at]),
+                "text": continue_text(tokenizer, ids[max(0, at - 8) : at], ids[at : at + 1]),
                 "carried": float(losses["carried"][place]),
                 "emptied": float(losses["emptied"][place]),
                 "with_memory": details["carried"][place - begin],
                 "without": details["emptied"][place - begin],
                 "gate": None if details["gate"] is None else round(details["gate"][place - begin], DIGITS),
+                "selection": None
+                if details["selection"] is None
+                else [[round(share, DIGITS) for share in shares] for shares in details["selection"][place - begin]],
             }
         )
     return {
@@ -227,6 +280,7 @@ def shade(model: str, passage: dict[str, Any]) -> ShadedText:
                 ("likeliest with it", say(token["with_memory"])),
                 ("without", say(token["without"])),
                 *([("gate", f"{token['gate']:.2f}")] if token["gate"] is not None else []),
+                *(("memories read", say_selection(shares)) for shares in token.get("selection") or ()),
             ],
         )
         for token in passage["tokens"]
@@ -235,3 +289,16 @@ def shade(model: str, passage: dict[str, Any]) -> ShadedText:
     word = "helped" if value > 0 else "harmed"
     title = f"{word} by {abs(value):.1f} nats: document {passage['document']}, segment {passage['segment'] + 1}"
     return ShadedText(title, passage["before"], tokens, view=model)
+
+
+def say_selection(shares: Sequence[float]) -> str:
+    """The memories that a token read, the most read first."""
+    ranked = sorted(enumerate(shares, 1), key=lambda one: -one[1])
+    return ", ".join(f"{place}: {share:.0%}" for place, share in ranked if share > 0)
+
+
+def compare(model: str, found: dict[str, Any]) -> ComparedText:
+    """A continuation for the page."""
+    title = f"continued: document {found['document']}, from segment {found['segment'] + 1}"
+    names = {"carried": "with the memory", "emptied": "with it emptied", "true": "the document itself"}
+    return ComparedText(title, found["prompt"], [(label, found[way]) for way, label in names.items()], view=model)

@@ -32,7 +32,7 @@ from new_llm.data.recall_facts import (
     plant_sentence,
 )
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.language_models import HuggingFaceLM
+from new_llm.evaluation.language_models import HuggingFaceLM, has_memory
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import (
     LanguageModel,
@@ -288,11 +288,6 @@ def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[P
             if is_stopped:
                 break
     return outcomes
-
-
-def has_memory(model: LanguageModel) -> bool:
-    """Whether what a model has read in earlier calls can matter to it."""
-    return not isinstance(model, HuggingFaceLM) and bool(getattr(model, "memory_layers", True))
 
 
 def read_context(model: LanguageModel, texts: Sequence[RecallText], begin: int, end: int, device: torch.device) -> None:

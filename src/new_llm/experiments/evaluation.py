@@ -27,7 +27,7 @@ from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import TokenSplit, fingerprint_tokenizer, tokenize_documents
 from new_llm.evaluation import Baseline, CachedModel, Subject, TrainingData, tune_cache
 from new_llm.evaluation.caches import describe_size
-from new_llm.evaluation.recall import has_memory
+from new_llm.evaluation.language_models import has_memory
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import (
     DATA_FILE,

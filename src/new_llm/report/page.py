@@ -16,7 +16,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from new_llm import formats
-from new_llm.charts import Chart, ShadedText
+from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
@@ -86,7 +86,7 @@ class Section:
     figures: list[Figure]
     sentences: list[tuple[str, str]]
     """(model, what was found)."""
-    texts: list[tuple[str, list[ShadedText]]]
+    texts: list[tuple[str, list[ShadedText | ComparedText]]]
     """(model, its passages)."""
 
 

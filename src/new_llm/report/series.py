@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from new_llm.charts import Chart, ShadedText
+from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config.loading import flatten_settings
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
@@ -194,8 +194,8 @@ def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
     return draw(results) or draw([result for result in results if draw([result])])
 
 
-def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText]:
-    """The measure's shaded passages."""
+def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText | ComparedText]:
+    """The measure's passages."""
     try:
         return MEASURES[place[0]].texts(results)
     except BROKEN:

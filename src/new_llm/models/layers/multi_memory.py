@@ -47,27 +47,31 @@ class MultiMemoryOptions(SelectionOptions):
 
 
 class SelectingAttention(CompressiveAttention):
-    """An attention that selects among its memories, and shows how sharply."""
+    """An attention that selects among its memories, and shows which."""
 
-    watched: list[Tensor] | None = None
-    """Where this is a list, each call appends the entropy of each token's selection; see `watch_selection`."""
+    watched: list[tuple[Tensor, Tensor]] | None = None
+    """Where this is a list, each call appends its selection; see `watch_selection`."""
 
     def _watch(self, weights: Tensor, num_filled: Tensor) -> None:
-        """Note the entropy of weights [..., N] over `num_filled` memories, as a share of the greatest possible."""
-        if self.watched is None:
-            return
-        entropy = torch.special.entr(weights.detach().double()).sum(-1)
-        num_filled = num_filled.expand(entropy.shape)
-        self.watched.append((entropy / num_filled.double().log())[num_filled > 1].flatten())
+        if self.watched is not None:
+            self.watched.append((weights.detach(), num_filled))
+
+
+def measure_entropy(weights: Tensor, num_filled: Tensor) -> Tensor:
+    """The entropy of each token's selection, as a share of the greatest possible: 0 reads one memory, 1 all alike.
+
+    Arguments are one call's of `watch_selection`. Tokens that find fewer than two filled memories have nothing to
+    select and are left out.
+    """
+    entropy = torch.special.entr(weights.double()).sum(-1)
+    num_filled = num_filled.expand(entropy.shape)
+    return (entropy / num_filled.double().log())[num_filled > 1].flatten()
 
 
 @contextmanager
-def watch_selection(attention: SelectingAttention) -> Iterator[list[Tensor]]:
-    """Inside the block the list takes the entropy of each token's selection: 0 reads one memory, 1 all alike.
-
-    Tokens that find fewer than two filled memories have nothing to select and are left out.
-    """
-    found: list[Tensor] = []
+def watch_selection(attention: SelectingAttention) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside the block the list takes each call's weights [..., T, N], and over how many filled memories they are."""
+    found: list[tuple[Tensor, Tensor]] = []
     attention.watched = found
     try:
         yield found
