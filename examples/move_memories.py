@@ -63,7 +63,7 @@ def main() -> None:
         model, tokenizer = load_run_model(run, "infini")  # a fresh copy of the weights on each machine
         fill_memory(model, tokenizer, [file])
         save_memory_file(model, run / f"{machine}.safetensors")
-    merged = merge_memory_files([run / "a.safetensors", run / "b.safetensors"], run / "both.safetensors").record
+    merged = merge_memory_files([run / "a.safetensors", run / "b.safetensors"], run / "both.safetensors")
     print(f"merged: {merged.tokens_seen:,} tokens in {(run / 'both.safetensors').stat().st_size:,} bytes")
 
     model, tokenizer = load_run_model(run, "infini")

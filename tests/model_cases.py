@@ -17,6 +17,7 @@ from new_llm.models.layers import (
     MultiMemoryLayer,
     ParallelInfiniLayer,
     PythiaLayer,
+    RecurrentMemoryStack,
     TokenMemoryLayer,
     TransformerXLLayer,
 )
@@ -48,6 +49,7 @@ LAYER_TYPES: dict[str, type[Layer]] = {
         MultiMemoryLayer,
         HierarchicalLayer,
         ParallelInfiniLayer,
+        RecurrentMemoryStack,
         TokenMemoryLayer,
         TransformerXLLayer,
     )

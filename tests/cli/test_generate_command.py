@@ -135,7 +135,7 @@ def test_memory_is_saved_when_asked(folder, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert call(folder, "--memory", folder / "infini.safetensors", "--save-memory", out, "--max-new-tokens", 30) == 0
     tokenizer = read_tokenizer_file(folder / "tokenizer.json")
-    before, after = read_memory_file(folder / "infini.safetensors").record, read_memory_file(out).record
+    before, after = read_memory_file(folder / "infini.safetensors"), read_memory_file(out)
     assert after.tokens_seen == before.tokens_seen + len(tokenizer.encode(PROMPT).ids) + 30
 
 

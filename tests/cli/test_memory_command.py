@@ -84,7 +84,7 @@ def test_filling_from_files_equals_rows_of_one_call(run, tmp_path, capsys):
             assert (value - expected[key]).norm() <= 1e-6 * expected[key].norm()
         elif isinstance(value, torch.Tensor):
             assert torch.equal(value, expected[key])
-    assert content.record.tokens_seen == sum(map(len, rows)) == int(found[2].replace(",", ""))
+    assert content.tokens_seen == sum(map(len, rows)) == int(found[2].replace(",", ""))
     load_memory_file(model, out)
 
 
@@ -101,20 +101,20 @@ def test_show_merge_compare(run, tmp_path, capsys, monkeypatch):
     assert call("compare", tmp_path / "both.safetensors", tmp_path / "sum.safetensors") == 0
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith("layer ")]
-    assert [row[:4] for row in rows] == [["layer", "0,", "memory", str(number)] for number in range(4)]
-    for row in rows:
-        assert max(float(row[6]), float(row[10])) < 1e-6
-        assert float(row[7]) == float(row[11]) == 1
+    memories = [row for row in rows if row[2] == "fine_memories"]
+    assert [row[:4] for row in memories] == [["layer", "0:", "fine_memories", str(number)] for number in range(4)]
+    assert all(float(row[-2]) < 1e-6 for row in rows)
+    assert all(float(row[-1]) == 1 for row in memories)
     assert call("compare", *paths) == 0
     shown = capsys.readouterr().out
-    assert shown.count("layer ") == 4
     assert "different weights" not in shown
 
     assert call("show", tmp_path / "sum.safetensors") == 0
     shown = capsys.readouterr().out
-    tokens = read_memory_file(tmp_path / "sum.safetensors").record.tokens_seen
-    assert f"{tokens:,}" in shown
-    assert "hierarchical: 4 memories of 2 heads, 16 by 16, without the delta rule, no decay" in shown
+    tokens = read_memory_file(tmp_path / "sum.safetensors").tokens_seen
+    assert f"{tokens:,} tokens in segments of 16 tokens" in shown
+    assert "layer 0: hierarchical, can be merged: num_memories 4, segments_per_memory 1, use_delta_rule False" in shown
+    assert re.search(r"layer 0: fine_memories 3 +2 × 16 × 16 +[\d.]+\n", shown)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, get_model
+from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, assert_states_equal, get_model
 from new_llm import TransformerLM
-from new_llm.models import save_model
+from new_llm.models import save_memory_file, save_model
 from new_llm.models.layers import Layer, Segments, register_layer
 from new_llm.models.state import LayerMemory
 from new_llm.testing import check_layer, check_model, draw_ids
@@ -28,6 +28,7 @@ CASES = {
     "transformer_xl": LayerCase("transformer_xl", {"memory_tokens": 7}),
     "transformer_xl-gradients": LayerCase("transformer_xl", {"memory_tokens": 3, "detach_memory": False}),
     "transformer_xl-none": LayerCase("transformer_xl", {"memory_tokens": 0}),
+    "rmt": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": 2}),
 }
 
 
@@ -38,27 +39,34 @@ def test_built_in_layers(case: LayerCase) -> None:
 
 CONTINUE = """
 import sys, torch
-from new_llm.models import load_model
+from new_llm.models import load_memory_file, load_model
 
 folder = sys.argv[1]
+sys.path += sys.argv[2:]
+import test_conformance  # registers the layer of its own
+
 model = load_model(folder)
-model.set_memory_state(torch.load(f"{folder}/memory.pt", weights_only=True))
-torch.save(model(torch.load(f"{folder}/ids.pt")), f"{folder}/logits.pt")
+load_memory_file(model, f"{folder}/memory.safetensors")
+torch.save((model.get_memory_state(), model(torch.load(f"{folder}/ids.pt"))), f"{folder}/found.pt")
 """
 
 
 def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path: Path) -> None:
-    layers = [case.build() for case in CASES.values()]
+    """Every built-in memory in one model, and one of a layer of the user's own, go by one memory file."""
+    layers = [MeanLayer(16), *(case.build() for case in CASES.values())]
     layers.sort(key=lambda layer: layer.stands_before_head)
     model = TransformerLM(layers, 64, 5, initializer_range=0.1).double()
     model.reset_memory(3)
     ids = draw_ids(model, 3, 17)
     model(ids, update_memory=True)
     save_model(model, tmp_path)
-    torch.save(model.get_memory_state(), tmp_path / "memory.pt")
+    save_memory_file(model, tmp_path / "memory.safetensors")
     torch.save(ids, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", CONTINUE, str(tmp_path)], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids))
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", CONTINUE, *map(str, (tmp_path, here, here.parent))], check=True)
+    state, logits = torch.load(tmp_path / "found.pt")
+    assert_states_equal(state, model.get_memory_state())
+    assert torch.equal(logits, model(ids))
 
 
 @pytest.mark.parametrize("name", MIXED_STACKS)

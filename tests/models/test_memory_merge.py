@@ -17,6 +17,7 @@ from model_cases import (
     text_ids,
 )
 from new_llm.models import TransformerLM, merge_memory_states
+from new_llm.models.state import STATE_VERSION
 
 SUMS = [
     name
@@ -100,9 +101,27 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
     for other, message in (
         (fill(multi, multi), r"state 1 has memory layers \[0, 1\]"),
         (fill(LayerCase("hierarchical", options)), "layer kind"),
-        (fill(LayerCase("multi_memory", {**options, "num_memories": 2})), "shape"),
+        (fill(LayerCase("multi_memory", {**options, "num_memories": 2})), "num_memories 2"),
+        (fill(LayerCase("multi_memory", {**options, "num_memory_heads": 1})), "shape"),
         ({0: {**state[0], "version": 1}}, "version"),
         ({0: None}, "layer 0 of state 1"),
     ):
         with pytest.raises(ValueError, match=message):
             merge_memory_states([state, other])
+
+
+def test_memories_of_ones_own_add_field_by_field_within_range() -> None:
+    def make(total: float, count: int) -> dict[int, dict[str, Any]]:
+        plain = {"layer_kind": "mean", "version": STATE_VERSION, "per_row": False, "additive": True}
+        return {0: {**plain, "total": torch.full((2,), total), "count": torch.tensor(count)}}
+
+    merged = merge_memory_states([make(1.5, 3), make(2.0, 4)])
+    assert_states_equal(merged, make(3.5, 7))
+    for state, message in (
+        (make(3e38, 1), "layer 0 of the sum: total holds NaN or infinite"),
+        (make(0.0, 2**53 - 1), "layer 0 of the sum: count holds impossible counts"),
+        (make(0.0, -1), "layer 0 of state 0: count holds impossible counts"),
+        ({0: make(0.0, 0)[0] | {"current_bank": torch.tensor(0)}}, "current_bank does not belong"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_memory_states([state, state])

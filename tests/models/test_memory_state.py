@@ -39,7 +39,7 @@ def test_states_hold_the_documented_keys_as_cpu_tensors() -> None:
         assert LAYER_KEYS[kind] <= entry.keys()
         assert entry["layer_kind"] == kind
         for key, value in entry.items():
-            assert isinstance(value, Tensor | int | str | bool), key
+            assert isinstance(value, Tensor | int | float | str | bool), key
             if isinstance(value, Tensor):
                 assert value.device.type == "cpu"
                 assert not value.requires_grad
@@ -73,7 +73,7 @@ def put_number(key: str, number: float) -> Spoil:
 
 
 REFUSED: dict[str, tuple[Spoil, str]] = {
-    "version": (spoil_layer(version=99), r"layer 3.*version 99.*2"),
+    "version": (spoil_layer(version=99), r"layer 3.*version 99.*3"),
     "layer kind": (
         spoil_layer(layer_kind="multi_memory"),
         r"layer 3.*layer kind 'multi_memory'.*'hierarchical'",

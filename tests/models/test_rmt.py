@@ -8,7 +8,6 @@ from model_cases import randomize
 from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.models.layers import RecurrentMemoryStack, Segments
-from new_llm.testing import check_layer
 
 SIZES = (16, 2, 24)
 
@@ -41,10 +40,6 @@ def test_the_stack_equals_its_equation(num_memory_tokens: int) -> None:
             torch.testing.assert_close(found[row][valid[row]], expected, atol=1e-10, rtol=1e-10)
             torch.testing.assert_close(memory.vectors[row], vectors, atol=1e-10, rtol=1e-10)
     assert memory.num_segments.tolist() == [3, 3]
-
-
-def test_it_keeps_the_contract() -> None:
-    check_layer(lambda: RecurrentMemoryStack(*SIZES, num_layers=2, num_memory_tokens=2))
 
 
 def test_the_model_has_pythias_layers_inside() -> None:

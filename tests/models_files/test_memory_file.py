@@ -1,8 +1,5 @@
 """A memory file carries a memory to another process and another machine, bit for bit."""
 
-import hashlib
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -12,9 +9,9 @@ from safetensors import safe_open
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
 from new_llm.config.files import write_atomically
-from new_llm.models import load_memory_file, save_memory_file, save_model, tensor_files
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
-from new_llm.models.memory_file import merge_memory_files, pair_memories, read_memory_file
+from new_llm.models import load_memory_file, save_memory_file, tensor_files
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
+from new_llm.models.memory_file import merge_memory_files, pair_tensors, read_memory_file
 from new_llm.models.tensor_files import fingerprint_weights
 
 KINDS = [
@@ -23,30 +20,10 @@ KINDS = [
     ("multi_memory", {"num_memories": 2}),
     ("hierarchical", {"num_memories": 3, "use_delta_rule": False}),
     ("token_memory", {"num_memory_heads": 2}),
+    ("transformer_xl", {"memory_tokens": 5}),
+    ("gated_delta", {"convolution_size": 0}),
+    ("rmt", {}),
 ]
-
-LOADER = """
-import hashlib, sys, torch
-from new_llm.models import load_memory_file, load_model
-
-torch.set_num_threads(1)
-model = load_model(sys.argv[1])
-load_memory_file(model, sys.argv[2])
-ids = torch.tensor([[int(i) for i in sys.argv[3].split()]])
-print(hashlib.sha256(model(ids).detach().numpy().tobytes()).hexdigest())
-"""
-
-
-def make_mixed_model(vocab_size: int, hidden_size: int = 32) -> TransformerLM:
-    torch.manual_seed(0)
-    layers = [
-        PythiaLayer(hidden_size, 4, 64),
-        HierarchicalLayer(hidden_size, 4, 64, num_memories=2),
-        InfiniLayer(hidden_size, 4, 64, num_memory_banks=2, use_alibi=True),
-        MultiMemoryLayer(hidden_size, 4, 64, use_delta_rule=False),
-        PythiaLayer(hidden_size, 4, 64),
-    ]
-    return TransformerLM(layers, vocab_size, 8, initializer_range=0.2)
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
@@ -54,7 +31,7 @@ def make_mixed_model(vocab_size: int, hidden_size: int = 32) -> TransformerLM:
 def test_round_trip_is_bit_identical(kind, options, per_row, tmp_path, make_model, read_rows, same_state):
     model = make_model(kind, **options)
     model.reset_memory(3 if per_row else None)
-    model(read_rows(3, 45), update_memory=True)
+    model(read_rows(3 if per_row or model.rows_can_share else 1, 45), update_memory=True)
     save_memory_file(model, tmp_path / "m.safetensors")
     other = make_model(kind, **options)
     load_memory_file(other, tmp_path / "m.safetensors")
@@ -64,25 +41,9 @@ def test_round_trip_is_bit_identical(kind, options, per_row, tmp_path, make_mode
     assert other.memory_rows == (3 if per_row else None)
 
 
-def test_another_process_gives_identical_logits(tmp_path, make_model, read_rows, tokenizer):
-    model = make_mixed_model(make_model().vocab_size)
-    model(read_rows(2, 100), update_memory=True)
-    save_model(model, tmp_path / "model")
-    save_memory_file(model, tmp_path / "m.safetensors")
-    ids = read_rows(1, 130)[:, 100:]
-    arguments = [tmp_path / "model", tmp_path / "m.safetensors", " ".join(map(str, ids[0].tolist()))]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, *map(str, arguments)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == hashlib.sha256(model(ids).detach().numpy().tobytes()).hexdigest()
-
-
 def test_a_model_without_memory_has_nothing_to_save(tmp_path, make_model):
     with pytest.raises(UserError, match="no memory layer"):
         save_memory_file(make_model("pythia"), tmp_path / "m.safetensors")
-    for kind in ("rmt", "transformer_xl"):
-        with pytest.raises(UserError, match=f"and not what {kind} carries"):
-            save_memory_file(make_model(kind), tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +69,7 @@ def test_metadata_are_strings_that_describe_the_file(tmp_path, make_model, read_
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         metadata = file.metadata()
         assert set(file.keys()) == {
+            "layers.0.current_bank",
             "layers.0.memories",
             "layers.0.memory_norms",
             "layers.0.segment_counter",
@@ -115,17 +77,21 @@ def test_metadata_are_strings_that_describe_the_file(tmp_path, make_model, read_
             "layers.0.token_counts",
         }
     assert metadata["format"] == "new-llm-memory"
-    assert metadata["format_version"] == "1"
-    assert metadata["tokens_seen"] == "40"
-    assert metadata["segments_seen"] == "6"
+    assert metadata["format_version"] == "2"
     assert metadata["rows"] == "shared"
     assert metadata["program_version"] == __version__
     assert metadata["weights_fingerprint"] == fingerprint_weights(model)
     assert metadata["created"].endswith("+00:00")
-    layer = read_memory_file(tmp_path / "m.safetensors").record.layers[0]
-    assert layer.kind == "infini"
-    assert layer.use_delta_rule
-    assert layer.decay == pytest.approx([0.996], abs=1e-3)
+    content = read_memory_file(tmp_path / "m.safetensors")
+    assert content.tokens_seen == 40
+    layer = content.record.layers[0]
+    assert (layer.kind, layer.additive) == ("infini", False)
+    assert layer.settings == {
+        "num_memories": 1,
+        "segments_per_memory": 4,
+        "use_delta_rule": True,
+        "alibi_scale": 1.0,
+    }
 
 
 def test_force_takes_the_memory_of_other_weights(tmp_path, make_model, read_rows, same_state):
@@ -185,7 +151,8 @@ def test_merge_is_one_call_that_reads_all(kind, options, tmp_path, make_model, r
     assert difference(expected, merged.state) < 1e-6
     load_memory_file(model, paths[0])
     assert difference(expected, model.get_memory_state()) < 1e-6
-    assert (merged.record.tokens_seen, merged.record.segments_seen) == (3 * 43, 3 * 6)
+    assert merged.tokens_seen == 3 * 43
+    assert int(merged.state[0]["segments_seen"]) == 3 * 6
 
 
 def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
@@ -196,6 +163,7 @@ def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
         "decay": {"use_delta_rule": False, "use_alibi": True},
         "other": {"use_delta_rule": False, "seed": 1},
         "long": {"use_delta_rule": False, "segment_length": 16},
+        "xl": {"kind": "transformer_xl"},
         "wide": {"use_delta_rule": False, "num_memory_heads": 4},
     }
     paths = {name: tmp_path / f"{name}.safetensors" for name in options}
@@ -203,38 +171,38 @@ def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
         save_part(make_model(**options[name]), ids, path)
     out = tmp_path / "out.safetensors"
     for name, message in (
-        ("delta", "delta.safetensors: layer 0 was written with the delta rule or with decay"),
-        ("decay", "can.t be added"),
+        ("delta", r"layer 0 of .*delta.safetensors \(infini\): memories of different texts can.t be added"),
+        ("decay", "as with decay"),
         ("other", "other.safetensors: filled by other weights than .*a.safetensors"),
         ("long", "segments of another length"),
     ):
         with pytest.raises(UserError, match=message):
             merge_memory_files([paths["a"], paths[name]], out)
         assert not out.exists()
+    with pytest.raises(UserError, match=r"xl.safetensors \(transformer_xl\): .* can.t be added"):
+        merge_memory_files([paths["xl"]] * 2, out)
     with pytest.raises(UserError, match="at least two"):
         merge_memory_files([paths["a"]], out)
     message = r"wide.safetensors: memories has shape \(1, 4, 8, 8\), .*a.safetensors \(1, 1, 32, 32\)"
     with pytest.raises(UserError, match=message):
         merge_memory_files([paths["a"], paths["wide"]], out, force=True)
-    assert merge_memory_files([paths["a"], paths["other"]], out, force=True).record.tokens_seen == 40
+    assert merge_memory_files([paths["a"], paths["other"]], out, force=True).tokens_seen == 40
 
 
 # Comparing
 
 
-def test_memories_are_compared_one_by_one(tmp_path, make_model, read_rows):
+def test_tensors_are_compared_one_by_one(tmp_path, make_model, read_rows):
     model = make_model("multi_memory", num_memories=2)
     contents = []
-    for length in (20, 30):
-        model.reset_memory(2)
+    for rows, length in ((2, 20), (2, 30), (None, 20)):
+        model.reset_memory(rows)
         model(read_rows(2, length), update_memory=True)
         save_memory_file(model, tmp_path / "m.safetensors")
         contents.append(read_memory_file(tmp_path / "m.safetensors"))
-    pairs = pair_memories(*contents)
-    assert [(one.layer, one.row, one.memory) for one, _ in pairs] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
-    assert [(one.num_tokens, other.num_tokens) for one, other in pairs] == [(12, 16), (8, 14)] * 2
-    model.reset_memory()
-    model(read_rows(2, 20), update_memory=True)
-    save_memory_file(model, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="other layers, rows or shapes"):
-        pair_memories(contents[0], read_memory_file(tmp_path / "m.safetensors"))
+    pairs = pair_tensors(*contents[:2])
+    places = [f"layer 0, row {row}: token_counts {memory}" for row in (0, 1) for memory in (0, 1)]
+    assert [tuple(map(int, pairs[place])) for place in places] == [(12, 16), (8, 14)] * 2
+    assert pairs["layer 0, row 1: memories 1"][0].shape == (4, 8, 8)
+    with pytest.raises(ValueError, match=r"other layers, rows or shapes: layer 0, row 0: .* against nothing"):
+        pair_tensors(contents[0], contents[2])

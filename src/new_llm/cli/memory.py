@@ -16,16 +16,17 @@ from new_llm.config.terminal import open_console, print_text
 # The commands themselves import what imports torch, after help and bad flags have been answered.
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch import Tensor
 
-    from new_llm.models.memory_file import MemoryFile, MemoryTensors
+    from new_llm.models.memory_file import MemoryFile
 
 
 @dataclasses.dataclass(kw_only=True)
 class Fill(Command):
     """Read texts into an empty memory of a run's model, and write it to a file.
 
-    Where memory adds (no delta rule, no decay) each file is read from an empty memory and the memories are summed.
-    Otherwise the files are read one after another, in the order given.
+    Where memories of different texts add (no delta rule, no decay) each file is read from an empty memory and the
+    memories are summed. Otherwise the files are read one after another, in the order given.
     """
 
     run: Path
@@ -79,8 +80,8 @@ class Show(Command):
     """A memory file."""
 
     def execute(self) -> int:
-        """Print the file's facts and its memories."""
-        from new_llm.models.memory_file import list_memories, read_memory_file
+        """Print the file's facts, and each tensor's shape and norm: of a count, the count itself."""
+        from new_llm.models.memory_file import list_tensors, read_memory_file
         from new_llm.report import ColumnTable
 
         content = read_memory_file(self.file)
@@ -88,15 +89,8 @@ class Show(Command):
         for line in _list_facts(self.file, content):
             console.print(line, soft_wrap=True)
         rows = [
-            (
-                _name_place(one),
-                {
-                    "tokens": f"{one.num_tokens:,}",
-                    "‖M‖": _number(float(one.memories.double().norm())),
-                    "‖z‖": _number(float(one.norms.double().norm())),
-                },
-            )
-            for one in list_memories(content)
+            (place, {"shape": " × ".join(map(str, tensor.shape)), "norm": _norm(tensor)})
+            for place, tensor in list_tensors(content).items()
         ]
         console.print(ColumnTable.of_words(rows))
         return 0
@@ -119,17 +113,16 @@ class Merge(Command):
         from new_llm.models.memory_file import merge_memory_files
 
         check_output(self.out)
-        record = merge_memory_files(self.files, self.out, force=self.force).record
+        merged = merge_memory_files(self.files, self.out, force=self.force)
         print_text(
-            f"{self.out}: {_count(record.tokens_seen, 'token')} of {_count(len(self.files), 'file')}, "
-            f"{self.out.stat().st_size:,} bytes"
+            f"{self.out}: {_count_tokens(merged)}{_count(len(self.files), 'file')}, {self.out.stat().st_size:,} bytes"
         )
         return 0
 
 
 @dataclasses.dataclass(kw_only=True)
 class Compare(Command):
-    """Compare two memory files memory by memory."""
+    """Compare two memory files tensor by tensor."""
 
     a: Positional[Path]
     """A memory file."""
@@ -137,33 +130,23 @@ class Compare(Command):
     """Another."""
 
     def execute(self) -> int:
-        """Print the norms, the relative differences and the cosines of M and z."""
-        from new_llm.evaluation import Column
-        from new_llm.models.memory_file import measure_distance, pair_memories, read_memory_file
+        """Print the norms, the relative differences and the cosines."""
+        from new_llm.models.memory_file import measure_distance, pair_tensors, read_memory_file
         from new_llm.report import ColumnTable
 
         contents = [read_memory_file(path) for path in (self.a, self.b)]
         try:
-            pairs = pair_memories(*contents)
+            pairs = pair_tensors(*contents)
         except ValueError as error:
             raise UserError(f"{self.a} and {self.b} can't be compared: {error}") from None
         one, two = (content.record for content in contents)
         console = open_console()
-        titles = {"norm_a": "A", "norm_b": "B", "relative": "‖A−B‖/‖A‖", "cosine": "cosine"}
-        table: list[tuple[str, list[Column]]] = []
-        for memory, other in pairs:
-            columns = [
-                Column(name + key, title, _number(getattr(distance, key)), group=name)
-                for name, distance in (
-                    ("M", measure_distance(memory.memories, other.memories)),
-                    ("z", measure_distance(memory.norms, other.norms)),
-                )
-                for key, title in titles.items()
-            ]
-            for title, found in (("A", memory), ("B", other)):
-                columns.append(Column(title, title, f"{found.num_tokens:,}", group="tokens"))
-            table.append((_name_place(memory), columns))
-        console.print(ColumnTable(table))
+        titles: list[str] = ["‖A‖", "‖B‖", "‖A−B‖/‖A‖", "cosine"]
+        rows = [
+            (place, dict(zip(titles, map(_number, measure_distance(*pair)), strict=True)))
+            for place, pair in pairs.items()
+        ]
+        console.print(ColumnTable.of_words(rows))
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
             console.print("note: different weights have filled them")
@@ -188,30 +171,28 @@ def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:
     record = content.record
     yield f"{path}: {path.stat().st_size:,} bytes, written {record.created} by new-llm {record.program_version}"
     whose = "all rows together" if record.rows is None else f"each of {record.rows} rows"
-    yield (
-        f"memory of {whose}: {record.tokens_seen:,} tokens in {record.segments_seen:,} segments of "
-        f"{record.segment_length:,}"
-    )
+    yield f"memory of {whose}: {_count_tokens(content)}segments of {_count(record.segment_length, 'token')}"
     yield f"weights: {record.weights_fingerprint}"
     for layer in record.layers:
-        decay = "no decay"
-        if layer.decay is not None:
-            decay = f"each write leaves {min(layer.decay):.3g} to {max(layer.decay):.3g} of the memory"
-        yield (
-            f"layer {layer.layer}: {layer.kind}: {_count(layer.num_memories, 'memory', 'memories')} of "
-            f"{_count(layer.num_memory_heads, 'head')}, {layer.head_size} by {layer.value_size}, "
-            f"{'with' if layer.use_delta_rule else 'without'} the delta rule, {decay}"
-        )
+        settings = ", ".join(f"{name} {value}" for name, value in layer.settings.items())
+        merging = "can be merged" if layer.additive else "can't be merged"
+        yield f"layer {layer.layer}: {layer.kind}, {merging}{settings and ': '}{settings}"
 
 
-def _name_place(memory: "MemoryTensors") -> str:
-    row = "" if memory.row is None else f"row {memory.row}, "
-    return f"layer {memory.layer}, {row}memory {memory.memory}"
+def _count_tokens(content: "MemoryFile") -> str:
+    """The tokens that a memory has seen, where its layers count them."""
+    return "" if content.tokens_seen is None else f"{_count(content.tokens_seen, 'token')} in "
+
+
+def _norm(tensor: "Tensor") -> str:
+    """A tensor's norm; of one count, the count."""
+    is_count = tensor.numel() == 1 and not tensor.is_floating_point()
+    return f"{int(tensor):,}" if is_count else _number(float(tensor.double().norm()))
 
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
 
 
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+def _count(number: int, one: str) -> str:
+    return f"{number:,} {one if number == 1 else one + 's'}"

@@ -1,9 +1,9 @@
 """Fill a memory with texts of any length, in constant working memory.
 
-Where memory adds (no delta rule, no decay) each file is read from an empty memory and the files' memories are summed.
-The result equals one call that reads the files as rows of one batch with a shared memory, and several machines can
-share the work. Otherwise the files are read one after another, in the order given, into one memory. Every document
-begins a new segment.
+Where memories of different texts add (no delta rule, no decay) each file is read from an empty memory and the files'
+memories are summed. The result equals one call that reads the files as rows of one batch with a shared memory, and
+several machines can share the work. Otherwise the files are read one after another, in the order given, into one
+memory. Every document begins a new segment.
 
 Files are read in blocks, cut where the tokenizer would cut anyway. A byte-level BPE (GPT-NeoX's, or one trained here)
 splits text before it merges, and never joins a visible character to white space after it. So a cut in front of white
@@ -30,7 +30,7 @@ from new_llm.config.files import describe_os_error
 from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
-from new_llm.models.memory_file import check_kinds, save_memory_file
+from new_llm.models.memory_file import save_memory_file
 from new_llm.training.devices import choose_device
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
@@ -91,7 +91,7 @@ def fill_memory_from_run(
     model, tokenizer = load_run_model(run, model_name, needs_memory=True)
     check_output(out, paths)
     if len(paths) > 1 and not memory_adds(model):
-        on_note("this memory does not add (delta rule or decay): the files are read one after another, in this order")
+        on_note("memories of different texts do not add here: the files are read one after another, in this order")
     result = fill_memory(model.to(choose_device(device)), tokenizer, paths, config=config, on_bytes=on_bytes)
     save_memory_file(model, out)
     return result
@@ -117,7 +117,7 @@ def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def memory_adds(model: TransformerLM) -> bool:
-    """Whether memories of different texts add: no memory layer has the delta rule or decay."""
+    """Whether memories of different texts add, in every layer."""
     return all(layer.memory_facts.additive for layer in model.memory_layers.values())
 
 
@@ -145,7 +145,6 @@ def fill_memory(
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer to fill")
-    check_kinds(model)
     if not paths:
         raise UserError("no text file is given")
     check_text_files(paths)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.models.layers import Layer
-from new_llm.models.state import LayerMemory, entry_is_per_row, state_from_dict, state_to_dict
+from new_llm.models.state import LayerMemory, check_form, state_from_dict, state_to_dict
 
 LayerMemories = list[LayerMemory | None]
 """The memory of every layer of a model: None for a layer without memory, or where it is known to be empty."""
@@ -131,19 +131,32 @@ class HeldMemory(nn.Module):
         Raises:
             ValueError: its layers, layer kinds, version, shapes or settings differ from this model's; names which.
         """
-        if not isinstance(state, dict) or set(state) != set(self.memory_layers):
-            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"memory state of layers {found}: this model has memory in {sorted(self.memory_layers)}")
+        rows = self.check_memory_form(state)
         held: LayerMemories = [None] * len(self.layers)
-        per_row = {index: entry_is_per_row(entry) for index, entry in state.items()}
         for index, layer in self.memory_layers.items():
             empty = layer.empty_memory(1, next(layer.parameters()))
             held[index] = state_from_dict(state[index], layer.memory_facts, empty, f"memory state, layer {index}")
-        rows = {memory.rows for memory in held if memory is not None}
-        if len(rows) > 1 or len(set(per_row.values())) > 1:
+        self._held, self._held_rows = held, rows
+
+    def check_memory_form(self, state: dict[int, dict[str, Any]]) -> int | None:
+        """Check a memory state as `set_memory_state` does, but for its numbers: its tensors may be on the meta device.
+
+        Returns:
+            The rows that have a memory each; None: all share one.
+
+        Raises:
+            ValueError: as `set_memory_state`.
+        """
+        if not isinstance(state, dict) or set(state) != set(self.memory_layers):
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"memory state of layers {found}: this model has memory in {sorted(self.memory_layers)}")
+        rows: set[int | None] = set()
+        for index, layer in self.memory_layers.items():
+            empty = layer.empty_memory(1, next(layer.parameters()))
+            rows.add(check_form(state[index], layer.memory_facts, empty, f"memory state, layer {index}"))
+        if len(rows) > 1:
             raise ValueError("memory state: its layers have different numbers of rows")
-        self._held = held
-        self._held_rows = rows.pop() if rows and any(per_row.values()) else None
+        return rows.pop() if rows else None
 
     # For the model's own calls
 
@@ -182,8 +195,8 @@ class HeldMemory(nn.Module):
             if now is begun and memory.rows == (self._held_rows or 1):
                 held[index] = memory.finish_call()
                 continue
-            like = next(t for t in memory.tensors().values() if t.is_floating_point())
-            empty = self.layer_list[index].empty_memory(1, like)
+            layer = self.layer_list[index]
+            empty = layer.empty_memory(1, next(layer.parameters()))
             now = empty.expand(self._held_rows or 1) if now is None else now
             held[index] = now.add_changes(empty if begun is None else begun, memory)
         self._held = held

@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Version of the layer dictionaries of `get_memory_state`."""
+MAX_COUNT = 2**53
+"""Integers in memories are counts; larger ones are nonsense."""
 WHY_NOT_ADDITIVE = (
-    "was written with the delta rule or with decay: such memories can't be added; "
-    "only layers with use_delta_rule=False and without use_alibi and use_token_decay have memories that add"
+    "memories of different texts can't be added: what it writes depends on what it holds, as with the delta rule, or "
+    "fades, as with decay; use_delta_rule=False without use_alibi and use_token_decay makes memories that add"
 )
 """Why a layer's memories can't be merged, for errors."""
 
@@ -22,7 +24,8 @@ WHY_NOT_ADDITIVE = (
 class LayerMemory:
     """What a layer carries from segment to segment: a frozen dataclass whose fields are tensors [R, ...] or None.
 
-    Tensors are never changed in place, so a memory can be kept and shared. An empty memory is all zeros.
+    Integers are counts, and complex numbers stand as pairs. Tensors are never changed in place, so a memory can be
+    kept and shared. An empty memory is all zeros.
     """
 
     can_add: ClassVar[bool] = True
@@ -172,7 +175,8 @@ class MemoryFacts:
         settings: plain values that must be equal for memories to be exchanged.
         additive: whether memories of different texts can be added (no delta rule, no decay).
         keys: the dictionary key of each field whose key is not its name.
-        index_key: key under which the index of the next written memory is stored; None: not stored.
+        index_key: key under which the index of the next written memory is stored, for memories written in turn, whose
+            settings have `num_memories` and `segments_per_memory`; None: not stored.
     """
 
     layer_kind: str
@@ -186,29 +190,33 @@ class MemoryFacts:
         return self.keys.get(name, name)
 
 
+INDEX_KEYS = ("current_bank", "current_memory_idx")
+"""The `index_key`s there are."""
+
+
 def state_to_dict(state: LayerMemory, facts: MemoryFacts, *, per_row: bool) -> dict[str, Any]:
-    """Plain CPU tensors, numbers and strings; tensors of a shared memory have no row dimension."""
+    """Plain CPU tensors, numbers and strings; tensors of a shared memory have no row dimension.
+
+    On the meta device it is the dictionary's form alone.
+    """
 
     def plain(t: Tensor) -> Tensor:
-        return (t if per_row else t.squeeze(0)).detach().to("cpu", copy=True)
+        t = (t if per_row else t.squeeze(0)).detach()
+        return t if t.is_meta else t.to("cpu", copy=True)
 
     entry: dict[str, Any] = {
         "layer_kind": facts.layer_kind,
         "version": STATE_VERSION,
-        "additive": facts.additive,
         "per_row": per_row,
         **facts.settings,
+        "additive": facts.additive,
         **{facts.key(name): plain(tensor) for name, tensor in state.finish_call().tensors().items()},
     }
-    return entry | _describe_turn(entry, facts)
+    return entry | ({} if facts.index_key is None else {facts.index_key: _find_turn(entry)})
 
 
-def _describe_turn(entry: dict[str, Any], facts: MemoryFacts) -> dict[str, Any]:
-    if facts.index_key is None:
-        return {}
-    num_memories = entry[facts.key("num_tokens")].shape[-1]
-    counter = entry[facts.key("num_segments")]
-    return {facts.index_key: find_written_memory(counter, facts.settings["segments_per_memory"], num_memories)}
+def _find_turn(entry: dict[str, Any]) -> Tensor:
+    return find_written_memory(entry["segment_counter"], entry["segments_per_memory"], entry["num_memories"])
 
 
 def entry_is_per_row(entry: Any) -> bool:
@@ -216,27 +224,60 @@ def entry_is_per_row(entry: Any) -> bool:
     return isinstance(entry, dict) and entry.get("per_row") is True
 
 
-def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: LayerMemory, where: str) -> LayerMemory:
-    """The inverse of `state_to_dict`, for a layer whose empty memory is `empty` (one row).
+def check_form(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -> int | None:
+    """Check a layer's dictionary but for its numbers, which may be on the meta device.
+
+    Args:
+        entry: from elsewhere; nothing in it is trusted.
+        facts: the layer's.
+        empty: the layer's empty memory of one row.
+        where: for errors.
+
+    Returns:
+        The rows that have a memory each; None: all share one.
 
     Raises:
-        ValueError: the version, layer kind, keys, shapes or settings differ, or a value is not finite.
+        ValueError: the version, layer kind, keys, shapes or settings differ.
     """
     per_row = entry_is_per_row(entry)
     tensors = [value for value in entry.values() if isinstance(value, Tensor)] if isinstance(entry, dict) else []
     rows = min((t.shape[0] if t.dim() else 0 for t in tensors), default=1) if per_row else 1
     if rows == 0:
         raise ValueError(f"{where}: its tensors have no rows")
-    check_same_layer(entry, state_to_dict(empty.expand(rows), facts, per_row=per_row), where, "this model")
+    form = state_to_dict(empty.to(torch.device("meta")).expand(rows), facts, per_row=per_row)
+    check_same_layer(entry, form, where, "this model")
+    return rows if per_row else None
+
+
+def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: LayerMemory, where: str) -> LayerMemory:
+    """The inverse of `state_to_dict`, for a dictionary that `check_form` has accepted.
+
+    Raises:
+        ValueError: as `check_values`.
+    """
     values: dict[str, Tensor] = {}
     for name, like in empty.tensors().items():
         value = entry[facts.key(name)].to(like.device, like.dtype, copy=True)
-        values[name] = value if per_row else value.unsqueeze(0)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{where}: {facts.key(name)} holds NaN or infinite values")
-        if not value.is_floating_point() and bool((value < 0).any()):
-            raise ValueError(f"{where}: {facts.key(name)} holds negative counts")
+        check_values({facts.key(name): value}, where)
+        values[name] = value if entry["per_row"] else value.unsqueeze(0)
     return replace(empty, **values)
+
+
+def check_values(entry: dict[str, Any], where: str) -> None:
+    """Check that the numbers of a layer's dictionary are finite, and its integers counts.
+
+    Raises:
+        ValueError: names the first tensor that holds others.
+    """
+    for key, value in entry.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{where}: {key} holds NaN or infinite values")
+        if value.is_complex():
+            raise ValueError(f"{where}: {key} holds complex numbers")
+        if not value.is_floating_point() and not bool(((value >= 0) & (value < MAX_COUNT)).all()):
+            raise ValueError(f"{where}: {key} holds impossible counts: negative, or 2^53 and more")
 
 
 def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, dict[str, Any]]:
@@ -252,7 +293,7 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
         A state for `set_memory_state`.
 
     Raises:
-        ValueError: no states, different layers or shapes, or memories that can't be added.
+        ValueError: no states, different layers or shapes, memories that can't be added, or a sum that is out of range.
     """
     if not states:
         raise ValueError("merge_memory_states needs at least one state")
@@ -263,23 +304,26 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
             )
         for index, entry in state.items():
             where = f"layer {index} of state {number}"
+            if isinstance(entry, dict) and entry.get("additive") is not True:
+                raise ValueError(f"{where} ({entry.get('layer_kind')}): {WHY_NOT_ADDITIVE}")
             check_same_layer(entry, states[0][index], where, "state 0")
-            if not entry["additive"]:
-                raise ValueError(f"{where} {WHY_NOT_ADDITIVE}")
-    return {index: _merge_layer([state[index] for state in states]) for index in states[0]}
+            check_values(entry, where)
+    return {index: _merge_layer(index, [state[index] for state in states]) for index in states[0]}
 
 
-def _merge_layer(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    first = entries[0]
-    merged = dict(first)
-    for key, value in first.items():
+def _merge_layer(index: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    merged = dict(entries[0])
+    for key, value in entries[0].items():
         if isinstance(value, Tensor):
-            merged[key] = torch.stack([entry[key] for entry in entries]).sum(0)
-    counter = merged["segment_counter"] = torch.stack([entry["segment_counter"] for entry in entries]).amax(0)
-    for key in first:
-        if key.startswith("current_"):
-            num_memories = first["token_counts"].shape[-1]
-            merged[key] = find_written_memory(counter, first["segments_per_memory"], num_memories)
+            merged[key] = torch.stack([entry[key] for entry in entries]).sum(0).to(value.dtype)
+    where = f"layer {index} of the sum"
+    for key in merged.keys() & INDEX_KEYS:  # segments count time, not texts: whose turn it is depends on them
+        try:
+            merged["segment_counter"] = torch.stack([entry["segment_counter"] for entry in entries]).amax(0)
+            merged[key] = _find_turn(merged)
+        except (KeyError, TypeError, RuntimeError):  # of a file that claims anything
+            raise ValueError(f"{where}: {key} does not belong to memories written in turn") from None
+    check_values(merged, where)
     return merged
 
 

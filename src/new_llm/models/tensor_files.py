@@ -27,6 +27,8 @@ MAX_ARCHIVE_ENTRIES = 1 << 16
 DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.float16: "F16",
@@ -178,6 +180,8 @@ def _list_tensors(value: Any, where: str) -> Iterator[Tensor]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with its digest; it is whole, or what was there before."""
+    if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES):
+        raise UserError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}; files hold {', '.join(DTYPE_NAMES.values())}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))  # so that every number is aligned
     facts = {**metadata, DIGEST: hash_content(metadata, plain)}

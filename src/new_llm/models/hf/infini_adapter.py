@@ -33,7 +33,7 @@ from torch import Tensor
 from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.files import describe_os_error, shorten, write_atomically
-from new_llm.config.model import check_adapter_suffix
+from new_llm.config.model import Size, check_adapter_suffix
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.hf.gpt_neox import load_pythia
 from new_llm.models.hf.replacement import (
@@ -46,7 +46,6 @@ from new_llm.models.hf.replacement import (
     split_weights,
 )
 from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniOptions
-from new_llm.models.memory_file import Size
 from new_llm.models.model_file import STRUCTURE_FILE, load_model
 from new_llm.models.tensor_files import (
     DIGEST,

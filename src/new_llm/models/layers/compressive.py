@@ -331,12 +331,6 @@ class CompressiveAttention(MemoryAttention):
         """Whether memories fade."""
         return self.decay is not None or self.token_decay is not None
 
-    def retention_values(self) -> list[float] | None:
-        """As `MemoryAttention.retention_values`; 1 where only the tokens' own α decide."""
-        if self.decay is None and self.token_decay is not None:
-            return [1.0] * self.num_memory_heads
-        return super().retention_values()
-
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The weights of β, α and the gates of tokens."""
         parts = (self.strength, self.token_decay, self.token_gate)

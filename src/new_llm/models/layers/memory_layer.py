@@ -1,7 +1,7 @@
 """What layers with associative memories share: sizes and facts of the memory, parameter groups, and shifted keys."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,6 @@ class MemoryAttention(Attention):
         """Whether memories fade."""
         return self.decay is not None
 
-    def retention_values(self) -> list[float] | None:
-        """The share of a memory that a segment's write leaves, for each head; None: all of it."""
-        return None if self.decay is None else list(self.decay)
-
     def gate_parameters(self) -> list[nn.Parameter]:
         """Parameters trained at the gates' learning rate, without weight decay."""
         return [self.gate]
@@ -85,26 +81,22 @@ class MemoryLayer(Layer):
     def memory_facts(self) -> MemoryFacts:
         """As `Layer.memory_facts`."""
         attention = self.attention
-        return self.make_facts(
-            use_delta_rule=attention.use_delta_rule,
-            has_decay=attention.forgets,
-            segments_per_memory=attention.segments_per_memory,
-        )
-
-    @classmethod
-    def make_facts(cls, *, use_delta_rule: bool, has_decay: bool, segments_per_memory: int) -> MemoryFacts:
-        """The facts of a layer of this kind with these settings."""
         return MemoryFacts(
-            layer_kind=cls.kind,
-            settings={"use_delta_rule": use_delta_rule, "segments_per_memory": segments_per_memory},
-            additive=not use_delta_rule and not has_decay,
+            layer_kind=self.kind,
+            settings={
+                "num_memories": attention.num_memories,
+                "segments_per_memory": attention.segments_per_memory,
+                "use_delta_rule": attention.use_delta_rule,
+                "alibi_scale": float(self.settings["alibi_scale"]) if self.settings.get("use_alibi") else 0.0,
+            },
+            additive=not attention.use_delta_rule and not attention.forgets,
             keys={
-                "memories": f"{cls.key_prefix}memories",
-                "norms": f"{cls.key_prefix}memory_norms",
+                "memories": f"{self.key_prefix}memories",
+                "norms": f"{self.key_prefix}memory_norms",
                 "num_tokens": "token_counts",
                 "num_segments": "segment_counter",
             },
-            index_key=cls.index_key,
+            index_key=self.index_key,
         )
 
     def gate_parameters(self) -> list[nn.Parameter]:
@@ -118,20 +110,6 @@ class MemoryLayer(Layer):
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""
         return torch.sigmoid(gather_tensor(self.attention.gate.detach()).float()).tolist()
-
-
-def describe_memory_options(layer: Any) -> dict[str, Any]:
-    """The settings of a memory layer that a memory file records."""
-    attention = layer.attention
-    return {
-        "num_memories": attention.num_memories,
-        "num_memory_heads": attention.num_memory_heads,
-        "head_size": attention.head_size,
-        "value_size": attention.value_size,
-        "segments_per_memory": attention.segments_per_memory,
-        "use_delta_rule": attention.use_delta_rule,
-        "decay": attention.retention_values(),
-    }
 
 
 def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:

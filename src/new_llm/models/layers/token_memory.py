@@ -100,10 +100,6 @@ class TokenMemoryAttention(MemoryAttention):
         for linear in (self.strength, self.token_gate):
             nn.init.zeros_(linear.weight)
 
-    def retention_values(self) -> list[float]:
-        """The learned w of each head."""
-        return torch.sigmoid(self.retention.detach().float()).tolist()
-
     def gate_parameters(self) -> list[nn.Parameter]:
         """β_g, α and the logits of w."""
         return [self.gate, self.read_scale, self.retention]
