@@ -460,10 +460,10 @@ _BARE: dict[str, Row] = {
 
 
 def _label_axis(values: list[float], format_spec: str = "", *, base: int | None = None) -> Row:
-    """About five ticks; on a logarithmic axis at powers of its base, or at 1, 2 and 5 times those of ten."""
+    """About five ticks; on a long logarithmic axis at powers of its base, or at 1, 2 and 5 times those of ten."""
     default = ",~r" if base is not None else "~s" if max(map(abs, values), default=0) >= 10_000 else ",~g"
     labels = f"format(datum.value, '{format_spec or default}')"
-    if base is None or not values:
+    if base is None or not values or (base == 10 and max(values) < 5 * min(values)):
         return {"tickCount": 5, "labelExpr": labels}
     first, last = (math.floor(math.log(end, base)) for end in (min(values), max(values)))
     steps = (1, 2, 5) if base == 10 and last - first < 3 else (1,)

@@ -160,7 +160,7 @@ def test_marks_tell_their_numbers(open_page: Any):
     page = open_page()
     tips = page.locator("#validation .view:visible title").all_text_contents()
     assert any(tip.startswith("infini: ") and "training tokens" in tip for tip in tips)
-    mark = page.locator("#validation .view:visible path:has(title)").last
+    mark = page.locator("#validation .drawn:visible path:has(title)").last
     mark.hover()
     assert page.evaluate("(e) => getComputedStyle(e).strokeWidth", mark.element_handle()) == "1.5px"
 

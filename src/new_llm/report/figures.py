@@ -96,7 +96,7 @@ def draw_curves(
             shown = [
                 row for row in shown if row["seed"] == next(r["seed"] for r in shown if r["model"] == row["model"])
             ]
-        if shown:
+        if len({row[axis] for row in shown}) > 1:
             chart_name = name if axis == "tokens" else f"{name}-{axis}"
             axes: dict[str, Any] = {"x": axis, "y": y_title, "series": "model", "x_title": x_title, "y_title": y_title}
             yield line_chart(chart_name, title, caption, shown, **axes, y_log=y_log, view=axis)

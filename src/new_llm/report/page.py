@@ -63,18 +63,18 @@ class View:
     name: str
     files: list[tuple[str, str]]
     """(kind, address) of its pictures beside the page."""
+    key: list[tuple[str, str, Markup]]
+    """(name, colour, mark) of each series."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts of one title, between which the page switches, with the key to their series."""
+    """Charts of one title, between which the page switches."""
 
     name: str
     title: str
     caption: str
     views: list[View]
-    key: list[tuple[str, str, Markup]]
-    """(name, colour, mark) of each series."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def list_shown(charts: Sequence[Chart], places: dict[str, int], taken: set[str],
 
 
 def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str], *, with_figures: bool) -> Figure:
-    views, key = [], {}
+    views = []
     for chart in charts:
         try:  # a user's own specification perhaps
             svg = Markup(render.draw_for_page(chart, chart.spec, places))
@@ -236,16 +236,14 @@ def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str
         csv, files = f"data:text/csv;charset=utf-8;base64,{table}", []
         if with_figures:
             files = [(kind, f"{FIGURES_FOLDER}/{chart.name}.{kind.lower()}") for kind in ("SVG", "PNG")]
-        views.append(View(label, svg, other, chart.is_log, csv, chart.name, files))
-        for name, place in render.place_series(chart, places).items():
-            key[make_line(name)] = _draw_mark(place)
+        key = [(make_line(name), *_draw_mark(place)) for name, place in render.place_series(chart, places).items()]
+        views.append(View(label, svg, other, chart.is_log, csv, chart.name, files, key))
     first = charts[0]
-    named = [(name, *mark) for name, mark in key.items()]
     name, number = first.name, 2
     while name in taken or name.startswith("section-"):
         name, number = f"{first.name}-{number}" if number > 2 else f"figure-{first.name}", number + 1
     taken.add(name)
-    return Figure(name, make_line(first.title), make_line(first.caption), views, named)
+    return Figure(name, make_line(first.title), make_line(first.caption), views)
 
 
 # Marks of the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.

@@ -47,15 +47,19 @@
     });
   }
 
-  // Keys: a name shows or hides its series; marks of a series are those of its colour in the figure.
+  // Keys: a name shows or hides its series in all views of the figure; its marks are those of its colour in the view.
   for (const item of find(".key li")) {
-    const color = item.dataset.color;
     const button = makeButton({ "aria-pressed": "true", title: "show or hide" }, ...item.childNodes);
     item.append(button);
     button.addEventListener("click", () => {
       const isShown = button.getAttribute("aria-pressed") === "false";
-      button.setAttribute("aria-pressed", String(isShown));
-      find(`[fill="${color}"], [stroke="${color}"]`, item.closest("figure")).forEach((part) => part.classList.toggle("off", !isShown));
+      for (const other of find(".key button", item.closest("figure"))) {
+        if (other.textContent !== button.textContent) continue;
+        other.setAttribute("aria-pressed", String(isShown));
+        const { color } = other.parentElement.dataset;
+        find(`.drawn :is([fill="${color}"], [stroke="${color}"])`, other.closest(".view"))
+          .forEach((part) => part.classList.toggle("off", !isShown));
+      }
     });
   }
 
