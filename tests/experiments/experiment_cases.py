@@ -8,11 +8,9 @@ import signal
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from new_llm.config import UserError
-from new_llm.experiments.config import StudyConfig
-from new_llm.experiments.study import Cell
+from new_llm.experiments.study_jobs import Cell
 
 
 def tiny_settings(source: Path, runs_dir: Path) -> dict[str, object]:
@@ -71,17 +69,18 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
     return path
 
 
-def note_process(study: StudyConfig, cell: Cell, console: Console) -> None:
-    console.print(f"here is {cell.name}")
-    (study.folder / cell.name).write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
+def note_process(folder: Path, cell: Cell) -> None:
+    print(f"here is {cell.name}")
+    (folder / cell.name).write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
 
 
-def fail_one(study: StudyConfig, cell: Cell, console: Console) -> None:
+def fail_one(folder: Path, cell: Cell) -> None:
     if cell.variant == "no-delta":
         raise UserError("the text is gone")
+    print(f"here is {cell.name}")
 
 
-def stop_one(study: StudyConfig, cell: Cell, console: Console) -> None:
+def stop_one(folder: Path, cell: Cell) -> None:
     if cell.variant == "no-delta":
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()

@@ -3,22 +3,27 @@
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from experiment_cases import write_study
 from rich.console import Console
 
+from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
+from new_llm.experiments import evaluation as evaluation_module
 from new_llm.experiments import study as study_module
 from new_llm.experiments.config import StudyConfig
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.report.study_page import write_study_page
 
+STUDIES = Path(__file__).parents[2] / "studies"
 BITS = "validation-perplexity-streaming-bits-byte"
 VS_RESET = "Long documents: validation: vs. reset"
 
@@ -104,7 +109,7 @@ def trained(monkeypatch) -> list[str]:
 def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, trained):
     study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
     summary = study_module.run_study(study, only=["reference"])
-    assert trained == ["reference-s0", "pythia-s0", "whole-s0"]  # its baselines too
+    assert trained == ["pythia-s0", "whole-s0", "reference-s0"]  # its baselines first
     assert summary["variants"] == {}
     other = {"variants": {"reference": {"model": {"gate_init": 1.0}}}, "baselines": [], "window_baselines": []}
     changed = write_study(tmp_path / "other.yaml", addresses, **other)
@@ -152,6 +157,7 @@ def loaded(monkeypatch) -> list[str]:
         found.append(Path(config.run).name)
         facts = {"tokenizer_fingerprint": "other" if "odd" in config.run else "one"}
         return SimpleNamespace(
+            label="infini",
             model=SimpleNamespace(segment_length=32),
             facts=facts,
             device="cpu",
@@ -159,10 +165,11 @@ def loaded(monkeypatch) -> list[str]:
             tokenizer=None,
         )
 
-    monkeypatch.setattr(study_module, "load_any_model", load)
-    monkeypatch.setattr(study_module, "load_evaluation_text", lambda subject, text: SimpleNamespace(split=0, info={}))
+    for module in (study_module, evaluation_module):
+        monkeypatch.setattr(module, "load_any_model", load)
+    monkeypatch.setattr(study_module, "prepare_subject", lambda *given: (SimpleNamespace(baselines=given[-1]), {}))
     monkeypatch.setattr(study_module, "measure", lambda subject, names: {names[0]: {}})
-    monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3]})
+    monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3], "result": given[4]})
     return found
 
 
@@ -189,7 +196,7 @@ def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path, load
     changed = read_settings(
         write_study(tmp_path / "study.yaml", addresses, baselines=["pythia", "reference"]), StudyConfig
     )
-    assert study_module.read_measured(changed, study_module.Cell("no-delta", 0), "long-validation") is None
+    assert "long-validation" not in study_module.read_measured(changed, study_module.Cell("no-delta", 0))
     assert measure(baselines=["pythia", "reference"])["baselines"] == ["pythia", "reference"]
     assert measure(long_documents={"min_tokens": 65})["min_tokens"] == 65
     assert len(loaded) == 3 + 4 + 3
@@ -202,11 +209,11 @@ def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path, load
     [
         (
             {"long_documents": {"window_stride": 33}},
-            "tiny-study: long_documents.window_stride: 33 is over the window of whole (32)",
+            "long_documents.window_stride: 33 is over the window of whole (32)",
         ),
         (
             {"variants": {"reference": {}, "odd": {}}, "baselines": ["odd"], "window_baselines": []},
-            "tiny-study: odd: its tokenizer is not that of reference: tokens can't be compared",
+            "odd: its tokenizer is not that of infini: tokens can't be compared",
         ),
     ],
 )
@@ -285,3 +292,41 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     assert '<th scope="row">no-delta</th>' in page
     # One seed: the measure's own interval, over documents.
     assert summary["variants"]["no-delta"]["figures"][VS_RESET.replace("validation", "books")]["high"] == 0.0
+
+
+def test_an_experiment_with_seeds_is_a_study(monkeypatch, tmp_path, capsys):
+    given = []
+    monkeypatch.setattr(study_module, "run_study", lambda study, **options: given.append((study, options)))
+    monkeypatch.setattr("new_llm.cli.study.run_training", lambda train, describe: train(Console(quiet=True)) or 130)
+    flags = f"--models pythia infini --num-memories 2 --seeds 0 3 --name one --jobs 2 --runs-dir {tmp_path}".split()
+    assert main(["experiment", *flags]) == 2  # --num-memories is an option of neither
+    flags[3:5] = ["--model.num-memory-heads", "2"]
+    assert main(["experiment", *flags]) == 130
+    ((study, options),) = given
+    assert options["jobs"] == 2
+    assert (study.name, study.seeds, list(study.variants)) == ("one", (0, 3), ["pythia", "infini"])
+    config = Experiment.read(flags, "").settings
+    for name in study.variants:
+        one = study.configure(name, 3)
+        assert (one.models, one.seed, one.runs_dir) == ((name,), 3, tmp_path / "one")
+        assert one.matches_parameters == config.matches_parameters
+        assert (one.data, one.train, one.eval) == (config.data, config.train, config.eval)
+        assert one.model.options_of(name) == config.model.options_of(name)
+    for wrong in (["--resume"], ["--seeds", "1", "1"]):
+        assert main(["experiment", *flags, *wrong]) == 2
+    assert main(["experiment", "--jobs", "2"]) == 2
+    assert "--seeds" in capsys.readouterr().err
+
+
+def test_a_new_study_can_run_as_it_stands(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    assert main(["study", "new", str(path)]) == 0
+    study, template = read_settings(path, StudyConfig), read_settings(STUDIES / "template.yaml", StudyConfig)
+    assert dataclasses.replace(study, name=template.name) == template
+    assert study.name == "mine"
+    assert set(yaml.safe_load(path.read_text())) | set(re.findall(r"^# (\w+):", path.read_text(), re.MULTILINE)) == {
+        field.name for field in dataclasses.fields(StudyConfig)
+    }
+    for bad in (path, tmp_path / "-a b.yaml"):
+        assert main(["study", "new", str(bad)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2

@@ -1,36 +1,38 @@
-"""Several runs of a study at once, in processes."""
+"""Several runs of a study at once, in processes and as jobs."""
 
 import json
 import os
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from experiment_cases import fail_one, note_process, stop_one, write_study
-from rich.console import Console
 
 from new_llm.cli.main import main
 from new_llm.config import UserError
-from new_llm.config.loading import read_settings
-from new_llm.experiments.config import StudyConfig
-from new_llm.experiments.study import LOGS_FOLDER, Cell, run_in_processes
+from new_llm.config.cluster import ClusterConfig
+from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, InProcesses, OnCluster
 from new_llm.training import TrainingInterrupted
 
 CELLS = [Cell("reference", 0), Cell("no-delta", 0)]
 
 
-@pytest.fixture
-def study(addresses, tmp_path) -> StudyConfig:
-    return read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
+def run(pool, cells=CELLS):
+    with pool:
+        for cell in cells:
+            pool.start(cell)
+        return [cell for _ in cells if pool.running for cell in pool.wait()]
 
 
-def test_each_cell_has_a_process_and_a_log(study, tmp_path, monkeypatch):
+def test_each_cell_has_a_process_and_a_log(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    run_in_processes(note_process, study, CELLS, 2, Console(stderr=True))
-    notes = [(study.folder / cell.name).read_text().split() for cell in CELLS]
+    assert set(run(InProcesses(partial(note_process, tmp_path), tmp_path, 2))) == set(CELLS)
+    notes = [(tmp_path / cell.name).read_text().split() for cell in CELLS]
     assert len({process for process, _ in notes} | {str(os.getpid())}) == 3
     assert {int(threads) for _, threads in notes} == {max(1, (os.cpu_count() or 1) // 2)}
     assert "OMP_NUM_THREADS" not in os.environ
-    assert (study.folder / LOGS_FOLDER / "no-delta-s0.log").read_text() == "here is no-delta-s0\n"
+    assert (tmp_path / LOGS_FOLDER / "no-delta-s0.log").read_text() == "here is no-delta-s0\n"
 
 
 @pytest.mark.parametrize(
@@ -40,10 +42,32 @@ def test_each_cell_has_a_process_and_a_log(study, tmp_path, monkeypatch):
         (stop_one, TrainingInterrupted, "no-delta-s0: interrupted"),
     ],
 )
-def test_a_cell_that_fails_ends_all_and_is_named(study, work, error, message):
+def test_a_cell_that_fails_ends_all_and_is_named(tmp_path, work, error, message):
     with pytest.raises(error, match=message) as raised:
-        run_in_processes(work, study, CELLS, 2, Console(stderr=True))
+        run(InProcesses(partial(work, tmp_path), tmp_path, 2))
     assert "\n" not in str(raised.value)
+
+
+def test_a_job_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for this folder's modules
+    pool = OnCluster(partial(fail_one, tmp_path), tmp_path, None, ClusterConfig(executor="local"))
+    assert run(pool) == CELLS[:1]
+    assert (tmp_path / LOGS_FOLDER / "reference-s0.log").read_text() == "here is reference-s0\n"
+    (line,) = pool.failures
+    assert line.startswith("no-delta-s0: the text is gone; more is in ")
+
+
+@pytest.mark.parametrize(
+    ("absent", "cluster", "message"), [(True, "local", "pip install new-llm[cluster]"), (False, "slurm", "slurm")]
+)
+def test_no_cluster_is_one_line(addresses, tmp_path, monkeypatch, capsys, absent, cluster, message):
+    if absent:
+        monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setenv("PATH", "")
+    assert main(["study", str(write_study(tmp_path / "study.yaml", addresses)), "--cluster", cluster]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("new-llm: --cluster")
+    assert message in last
 
 
 def test_no_jobs_are_refused(addresses, tmp_path, capsys):
@@ -52,15 +76,18 @@ def test_no_jobs_are_refused(addresses, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_study_in_processes_gives_what_it_gives_in_one(addresses, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "other", [["--jobs", "2"], ["--jobs", "2", "--cluster", "local"]], ids=["processes", "cluster"]
+)
+def test_a_study_gives_the_same_however_it_is_run(addresses, tmp_path, monkeypatch, other):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     figures = []
-    for jobs in ("1", "2"):
-        path = write_study(tmp_path / "study.yaml", addresses, seeds=[0], runs_dir=str(tmp_path / f"jobs-{jobs}"))
-        assert main(["study", str(path), "--jobs", jobs]) == 0
-        summary = json.loads(Path(tmp_path / f"jobs-{jobs}/tiny-study/study.json").read_text())
+    for number, flags in enumerate(([], other)):
+        path = write_study(tmp_path / "study.yaml", addresses, seeds=[0], runs_dir=str(tmp_path / str(number)))
+        assert main(["study", str(path), *flags]) == 0
+        summary = json.loads(Path(tmp_path / str(number) / "tiny-study/study.json").read_text())
         figures.append({name: entry["figures"] for name, entry in summary["variants"].items()})
     for name, one in figures[0].items():
         for metric, figure in one.items():
-            if not metric.endswith((": tokens/s", ": peak memory")):
+            if not metric.endswith((": tokens/s", ": peak memory", ": processor seconds")):
                 assert figures[1][name][metric] == figure, (name, metric)

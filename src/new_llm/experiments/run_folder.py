@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -40,7 +39,7 @@ from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, wr
 from new_llm.config.loading import RunSettings, Settings, TrainingSettings, flatten_settings, read_settings
 from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
-from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig
+from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig, name_model_folder
 from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS, MemoryLayer
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
@@ -136,11 +135,6 @@ def read_begun(folder: Path, kind: type[Settings]) -> Settings:
     if not (folder / kind.file_name).exists():
         raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
     return read_settings(folder / kind.file_name, kind)
-
-
-def name_model_folder(name: str) -> str:
-    """The folder of a model in its run: the model's name, or for `my_module:MyLayer` "my_module-MyLayer"."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:

@@ -28,7 +28,7 @@ from new_llm.evaluation import (
     measure,
     unigram_perplexity,
 )
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.experiments.config import ExperimentConfig, name_model_folder
 from new_llm.experiments.run_folder import (
     DATA_FILE,
     ENVIRONMENT_FILE,
@@ -41,7 +41,6 @@ from new_llm.experiments.run_folder import (
     describe_command,
     describe_environment,
     hold_run,
-    name_model_folder,
     read_json,
     write_json,
 )

@@ -34,7 +34,7 @@ def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for name, result in (run["model"].get("evaluation") or {}).items():
         yield name, name, result
     for what, record in run["measured"].items():
-        if record is not None:
+        if record["result"] is not None:
             yield what, record["kind"], record["result"]
 
 

@@ -186,8 +186,11 @@ class Trainer:
         return state.stopped_early or is_over
 
     def _share_spent(self) -> float:
-        """The processor seconds of the steps so far, as a share of those that training may take."""
-        return self.state.cpu_seconds / self.config.cpu_seconds
+        """How much of the training is done: of its processor seconds where they end it, else of its epochs' steps."""
+        config, state = self.config, self.state
+        if config.stop_at == "cpu_seconds":
+            return state.cpu_seconds / config.cpu_seconds
+        return state.step / (self.steps_per_epoch * config.num_epochs)
 
     # Batches
 
@@ -398,6 +401,7 @@ class Trainer:
         values: dict[str, Any] = {
             "epoch": state.epoch + 1,
             "batch": state.batch,
+            "share": self._share_spent(),
             "tokens": state.num_tokens,
             "loss": state.window_loss / max(state.window_tokens, 1),
             "learning_rate": float(self.scheduler.get_last_lr()[0]),

@@ -1,0 +1,272 @@
+"""Several runs of a study at once: one after the other, in processes of their own, or as jobs of a cluster.
+
+Whichever way, a run writes what it prints to a log file, and whatever it has done is on the disk.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Self
+
+from new_llm.config import UserError
+from new_llm.config.cluster import ClusterConfig
+from new_llm.config.files import name_refusals
+from new_llm.config.terminal import make_line
+from new_llm.training import TrainingInterrupted
+
+LOGS_FOLDER = "logs"
+JOBS_FOLDER = "jobs"
+"""Where submitit keeps its own files of each job."""
+INTERRUPTED, BAD_INPUT = 130, 2
+"""Exit codes of a run's process, those of the command."""
+TIMEOUT_MINUTES, MAX_TIMEOUTS = 1440, 10
+POLL_SECONDS = 0.2
+"""Between two looks at a cluster's jobs; submitit asks SLURM itself less often."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a study."""
+
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return f"{self.variant}-s{self.seed}"
+
+
+Work = Callable[[Cell], None]
+"""Trains and measures one cell; a function of a module, or a partial of one, so that other processes find it."""
+
+
+class Pool(ABC):
+    """Runs of a study, `size` at once. At the end of its block what still runs is stopped; trainings are resumable.
+
+    Args:
+        work: what is done for each cell.
+        folder: the study's folder.
+        size: runs at once; None: any number.
+    """
+
+    def __init__(self, work: Work, folder: Path, size: int | None) -> None:
+        self.work = work
+        self.folder = folder
+        self.size = size
+        self.running: dict[Cell, Any] = {}
+        self.failures: list[str] = []
+        """A line for each run that failed without ending the others."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another run may begin."""
+        return self.size is None or len(self.running) < self.size
+
+    @abstractmethod
+    def start(self, cell: Cell) -> None:
+        """Begin a cell."""
+
+    @abstractmethod
+    def wait(self) -> list[Cell]:
+        """Wait until some cell has ended; returns those that have, failed ones left out.
+
+        Raises:
+            UserError: one failed, and the others are not to go on: its name, its last line, and its log.
+            TrainingInterrupted: one was asked to stop.
+        """
+
+    def stop(self) -> None:  # noqa: B027 (what runs in turn has ended)
+        """Stop what still runs."""
+
+    def find_log(self, cell: Cell) -> Path:
+        """The log of a cell."""
+        return self.folder / LOGS_FOLDER / f"{cell.name}.log"
+
+    def describe_failure(self, cell: Cell, otherwise: str) -> str:
+        """Why a cell failed: the last line of its log."""
+        log = self.find_log(cell)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        return f"{cell.name}: {lines[-1].strip() if lines else otherwise}; more is in {log}"
+
+
+@contextmanager
+def write_log(log: Path) -> Iterator[None]:
+    """Inside the block all that this process prints is added to a log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with name_refusals(log), log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
+
+
+def do_alone(work: Work, cell: Cell, log: Path) -> None:
+    """The body of a process that does nothing else: an error ends it with a line in the log and an exit code."""
+    with write_log(log):
+        try:
+            work(cell)
+        except (TrainingInterrupted, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        except UserError as error:
+            print(make_line(error))
+            sys.exit(BAD_INPUT)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+class InTurn(Pool):
+    """One run after the other, in this process."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        super().__init__(work, folder, 1)
+
+    def start(self, cell: Cell) -> None:
+        """Do all of it."""
+        self.running[cell] = None
+        with write_log(self.find_log(cell)):
+            self.work(cell)
+
+    def wait(self) -> list[Cell]:
+        """The cell that was started: it has ended."""
+        return [self.running.popitem()[0]]
+
+
+class InProcesses(Pool):
+    """Each run in a process of its own with its share of the cores. If one fails, all end."""
+
+    size: int
+
+    def start(self, cell: Cell) -> None:
+        """Start its process."""
+        arguments = self.work, cell, self.find_log(cell)
+        process = multiprocessing.get_context("spawn").Process(target=_catch_sigterm, args=arguments)
+        with share_cores(self.size):
+            process.start()
+        self.running[cell] = process
+
+    def wait(self) -> list[Cell]:
+        """See `Pool.wait`."""
+        ready = wait([process.sentinel for process in self.running.values()])
+        ended = {cell: process for cell, process in self.running.items() if process.sentinel in ready}
+        for cell, process in ended.items():
+            process.join()
+            del self.running[cell]
+            if process.exitcode == INTERRUPTED:
+                raise TrainingInterrupted(f"{cell.name}: interrupted", self.folder / cell.name)
+            if process.exitcode != 0:
+                raise UserError(self.describe_failure(cell, f"its process ended with {process.exitcode}"))
+        return list(ended)
+
+    def stop(self) -> None:
+        """Ask the processes to stop, and wait until they have written their checkpoints."""
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.join()
+
+
+def _catch_sigterm(work: Work, cell: Cell, log: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # training itself catches both
+    do_alone(work, cell, log)
+
+
+@contextmanager
+def share_cores(jobs: int) -> Iterator[None]:
+    """Processes started inside the block use 1/jobs of the cores each; a user's OMP_NUM_THREADS wins."""
+    name = "OMP_NUM_THREADS"
+    given = os.environ.get(name)
+    os.environ[name] = given or str(max(1, (os.cpu_count() or 1) // jobs))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+
+
+class OnCluster(Pool):
+    """Each run a job that submitit submits. If one fails, the others go on."""
+
+    def __init__(self, work: Work, folder: Path, size: int | None, settings: ClusterConfig) -> None:
+        super().__init__(work, folder, size)
+        self.settings = settings
+        self.executor = make_executor(settings, folder / JOBS_FOLDER)
+
+    def start(self, cell: Cell) -> None:
+        """Submit it."""
+        is_here = self.settings.executor == "local" and self.size
+        with share_cores(self.size or 1) if is_here else nullcontext():
+            self.running[cell] = self.executor.submit(Job(), self.work, cell, self.find_log(cell).absolute())
+
+    def wait(self) -> list[Cell]:
+        """See `Pool.wait`; a job that failed leaves its line in `failures`."""
+        while not (ended := {cell: job for cell, job in self.running.items() if job.done()}):
+            time.sleep(POLL_SECONDS)
+        for cell in ended:
+            del self.running[cell]
+        # A job writes its result only if it ended well. The file is not read: the run folder holds all there is.
+        failed = [cell for cell, job in ended.items() if not job.paths.result_pickle.exists()]
+        self.failures += [self.describe_failure(cell, "its job ended without a word") for cell in failed]
+        return [cell for cell in ended if cell not in failed]
+
+    def stop(self) -> None:
+        """Cancel the jobs."""
+        for job in self.running.values():
+            job.cancel(check=False)
+
+
+class Job:
+    """What submitit runs. A job that is preempted or out of time is queued again, and continues its run."""
+
+    def __call__(self, work: Work, cell: Cell, log: Path) -> None:
+        """Do the work."""
+        do_alone(work, cell, log)
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """The same again: a run continues from its last checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+
+def make_executor(settings: ClusterConfig, folder: Path) -> Any:
+    """submitit's executor with a study's settings.
+
+    Raises:
+        UserError: submitit is not installed, there is no such cluster here, or it refuses a setting.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--cluster: submitit is not installed: pip install new-llm[cluster]") from None
+    name = settings.executor
+    timeouts = MAX_TIMEOUTS if settings.max_timeouts is None else settings.max_timeouts
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=name, **{f"{name}_max_num_timeout": timeouts})
+        executor.update_parameters(
+            name="new-llm",
+            timeout_min=settings.timeout_minutes or TIMEOUT_MINUTES,
+            mem_gb=settings.memory_gb,
+            cpus_per_task=settings.cpus_per_task,
+            gpus_per_node=settings.gpus_per_node,
+            slurm_partition=settings.partition,
+            slurm_account=settings.account,
+            slurm_setup=list(settings.setup) or None,
+            slurm_additional_parameters=settings.options or None,
+        )
+    except (RuntimeError, ValueError, NameError) as error:
+        raise UserError(f"--cluster {name}: {make_line(error)}") from None
+    return executor
