@@ -120,7 +120,7 @@ def test_a_model_without_a_run_is_examined_on_embedded_text(run, tmp_path):
     ("flags", "message"),
     [
         (["--checks", "nothing"], "checks: 'nothing' is unknown; known are record"),
-        (["--checks", "labels", "labels"], "a check is listed twice"),
+        (["--checks", "labels", "labels"], "checks: names a value twice"),
         (["--span-tokens", "1"], "span_tokens"),
         (["--segment-tokens", "100000"], "at least 900001 are needed"),
     ],

@@ -1,12 +1,15 @@
-"""A model whose losses are known in closed form, and readings of it that share no code with evaluation."""
+"""A model whose losses are known in closed form, readings of it that share no code with evaluation, and tiny models."""
 
 import contextlib
+import copy
 import re
 
 import numpy as np
 import torch
 from torch import nn
 
+from new_llm import TransformerLM, create_model
+from new_llm.config import PythiaConfig
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.models.loss import IGNORE_INDEX, align_labels
 
@@ -88,3 +91,32 @@ def read_naively(model: BigramModel, tokens: list[int]) -> list[float]:
             losses.append(float(nll[tokens[index], tokens[index + 1]]) + memory / 97)
         memory = (31 * memory + sum(tokens[begin : begin + model.segment_length]) + 1) % 97
     return losses
+
+
+def make_tiny_model(
+    kind: str, vocab_size: int, segment_length: int, *, spread: float = 0.2, **options
+) -> TransformerLM:
+    """Two layers of width 32, with weights far enough apart for memories to matter."""
+    torch.manual_seed(0)
+    shape = PythiaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=spread,
+    )
+    return create_model(kind, shape, segment_length=segment_length, **options).eval()
+
+
+def copy_state(model: TransformerLM) -> dict:
+    return copy.deepcopy(model.get_memory_state())
+
+
+def assert_same_state(found: dict, expected: dict) -> None:
+    """Two memory states are equal bit for bit."""
+    assert found.keys() == expected.keys()
+    for index, entry in expected.items():
+        for name, value in entry.items():
+            other = found[index][name]
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value

@@ -6,11 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import make_documents, make_split
+from evaluation_stand_ins import make_documents, make_split, make_tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from new_llm import create_model
-from new_llm.config import EvalConfig, PythiaConfig
+from new_llm.config import EvalConfig
 from new_llm.config.cache import CacheConfig
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.evaluation import (
@@ -95,7 +94,7 @@ def test_streams_equal_a_loop_written_with_transformers_alone(
 
 @pytest.mark.parametrize("kind", ["pythia_segments", "infini", "token_memory"])
 def test_an_empty_cache_is_the_bare_model_bit_for_bit(kind):
-    model = make_model(kind)
+    model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5)
     plain, cached = (
         [
             evaluate_streaming(one, SPLIT, batch_size=3, segments_per_call=2).documents["total_nll"],
@@ -108,7 +107,7 @@ def test_an_empty_cache_is_the_bare_model_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", ["pythia_segments", "token_memory"])
 def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
-    model = CachedModel(make_model(kind), CONFIG)
+    model = CachedModel(make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
     ids = torch.tensor([DOCUMENTS[0][:30], DOCUMENTS[4][:30]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 11:] = False
@@ -124,16 +123,10 @@ def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
 
 
 def test_long_documents_carry_empty_and_lend_the_cache():
-    model = CachedModel(make_model("pythia_segments"), CONFIG)
+    model = CachedModel(make_tiny_model("pythia_segments", VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
     settings = EvalConfig(long_documents=LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
     for one, num_different in ((model, 3), (model.model, 1)):  # a Pythia alone has three equal ways
         result = LongDocuments().run(Subject(one, None, SPLIT, settings))
         perplexity = result["overall"]["perplexity"].values()
         assert len({round(found["value"], 6) for found in perplexity}) == num_different
     assert model.held is None
-
-
-def make_model(kind: str):
-    torch.manual_seed(0)
-    shape = PythiaConfig(**SHAPE, intermediate_size=32, max_position_embeddings=SEGMENT, initializer_range=0.5)
-    return create_model(kind, shape).eval()

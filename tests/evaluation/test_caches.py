@@ -2,11 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
-from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_split
+from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_split, make_tiny_model
 
-from new_llm import create_model
-from new_llm.config import PythiaConfig
 from new_llm.config.cache import CacheConfig
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig
 from new_llm.evaluation import CachedModel, Caches, Subject, evaluate_streaming, tune_cache
@@ -29,9 +26,7 @@ def measure(model, split, max_tokens=None, **hooks):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    shape = PythiaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    return create_model("infini", shape, segment_length=8).eval()
+    return make_tiny_model("infini", VOCAB_SIZE, 8, spread=0.02)
 
 
 def test_each_half_is_measured_with_the_settings_of_the_other(model):
@@ -60,7 +55,7 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
     assert everything["relative"]["high"] < 0  # the documents repeat themselves
     ratio = everything["perplexity"]["value"] / result["caches"][0]["perplexity"]["value"]
     assert everything["relative"]["value"] == pytest.approx(ratio - 1)
-    assert everything["size"] == {"state_numbers": 20 * 17, "state_bytes": 20 * 66, "bytes_per_token": 2}
+    assert everything["size"] == {"state_numbers": 20 * 33, "state_bytes": 20 * 130, "bytes_per_token": 2}
 
 
 def test_few_documents_have_no_interval_and_one_no_result(model):

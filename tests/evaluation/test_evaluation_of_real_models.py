@@ -1,12 +1,11 @@
-import copy
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from evaluation_stand_ins import assert_same_state, copy_state, make_tiny_model
 
-from new_llm import create_model
-from new_llm.config import EvalConfig, PythiaConfig
+from new_llm.config import EvalConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
@@ -25,16 +24,7 @@ SPLIT = tokenize_documents(TEXTS, TOKENIZER)
 
 
 def make_model(kind, segment_length=16):
-    torch.manual_seed(0)
-    config = PythiaConfig(
-        vocab_size=padded_vocab_size(TOKENIZER),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=0.2,
-    )
-    return create_model(kind, config, segment_length=segment_length)
+    return make_tiny_model(kind, padded_vocab_size(TOKENIZER), segment_length)
 
 
 @pytest.mark.parametrize("kind", ["infini", "multi_memory"])
@@ -56,13 +46,9 @@ def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
     model.reset_memory(rows)
     tokens = torch.from_numpy(SPLIT.tokens[:128].astype("int64"))
     model(tokens.view(2, 64), update_memory=True)
-    before = copy.deepcopy(model.get_memory_state())
+    before = copy_state(model)
     assert measure() == empty
-    after = model.get_memory_state()
-    for index, entry in before.items():
-        for name, value in entry.items():
-            found = after[index][name]
-            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+    assert_same_state(model.get_memory_state(), before)
 
 
 class DoublyShifted:

@@ -1,14 +1,20 @@
-import copy
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import BigramModel, make_documents, make_split, read_naively
+from evaluation_stand_ins import (
+    BigramModel,
+    assert_same_state,
+    copy_state,
+    make_documents,
+    make_split,
+    make_tiny_model,
+    read_naively,
+)
 
-from new_llm import create_model
-from new_llm.config import PythiaConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
@@ -219,19 +225,6 @@ TOKENIZER = train_tokenizer(TEXTS, 400)
 REAL = tokenize_documents(TEXTS, TOKENIZER)
 
 
-def make_model(kind, **options):
-    torch.manual_seed(0)
-    config = PythiaConfig(
-        vocab_size=padded_vocab_size(TOKENIZER),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=0.2,
-    )
-    return create_model(kind, config, segment_length=16, **options)
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -245,10 +238,10 @@ def make_model(kind, **options):
 )
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_real_models_equal_the_protocols(kind, options, batch_size):
-    model = make_model(kind, **options)
+    model = make_tiny_model(kind, padded_vocab_size(TOKENIZER), 16, **options)
     model.reset_memory(2)
     model(torch.from_numpy(REAL.tokens[:128].astype("int64")).view(2, 64), update_memory=True)
-    before = copy.deepcopy(model.get_memory_state())
+    before = copy_state(model)
     result = measure(model, REAL, min_tokens=40, batch_size=batch_size)
     long = tokenize_documents([TEXTS[entry["index"]] for entry in result["documents"]], TOKENIZER)
     assert long.num_documents == 5
@@ -265,6 +258,4 @@ def test_real_models_equal_the_protocols(kind, options, batch_size):
     else:  # there is one way to read
         assert list(perplexity) == ["carried"]
         assert perplexity["carried"] == pytest.approx(independent.perplexity, rel=1e-6)
-    after = model.get_memory_state()
-    for index, entry in before.items():
-        assert all(torch.equal(after[index][k], v) for k, v in entry.items() if isinstance(v, torch.Tensor))
+    assert_same_state(model.get_memory_state(), before)

@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from new_llm.config import EvalConfig, UserError
 from new_llm.evaluation import (
     Positions,
     Subject,
+    diagnose_perplexity,
     evaluate_independent,
+    evaluate_rolling,
     evaluate_sliding_window,
     evaluate_streaming,
+    plan_rolling_windows,
     unigram_perplexity,
 )
 
@@ -126,8 +130,8 @@ def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
 
 
 PROTOCOLS = [
-    lambda *args, **kwargs: evaluate_sliding_window(*args, context=16, stride=5, **kwargs),
-    evaluate_streaming,
+    partial(evaluate_sliding_window, context=16, stride=5),
+    partial(evaluate_streaming, segments_per_call=1),
     evaluate_independent,
 ]
 
@@ -212,3 +216,100 @@ def test_unigram_perplexity():
     assert unigram_perplexity(make_split([[3, 3, 3], [7]])) == pytest.approx(4 / 27**0.25)
     with pytest.raises(UserError, match="no token"):
         unigram_perplexity(make_split([]))
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "level", "range_"),
+    [
+        (0.5, "abnormal", "< 5"),
+        (1.0, "abnormal", "< 5"),
+        (4.99, "abnormal", "< 5"),
+        (5, "suspicious", "5–30"),
+        (30, "normal", "30–100"),
+        (100, "normal", "100–500"),
+        (500, "training", "500–1000"),
+        (1000, "training", "500–1000"),
+        (1000.1, "undertrained", "> 1000"),
+        (14204, "undertrained", "> 1000"),
+        (math.inf, "abnormal", "not finite"),
+        (math.nan, "abnormal", "not finite"),
+    ],
+)
+def test_verdicts(perplexity, level, range_):
+    verdict = diagnose_perplexity(perplexity)
+    assert (verdict.level, verdict.range) == (level, range_)
+    assert ":" in verdict.text  # what it means: what to do
+    assert verdict.to_dict() == {"level": level, "range": range_, "text": verdict.text}
+
+
+@pytest.mark.parametrize("evaluate", [*PROTOCOLS, partial(evaluate_rolling, context=8, prefix_token=4)])
+def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
+    evaluate = partial(evaluate, BigramModel(), SPLIT)
+    whole = evaluate(batch_size=2)
+    assert whole.is_complete
+    assert whole.to_dict()["is_complete"]
+    calls: list[int] = []
+
+    def stop_at_third() -> bool:
+        calls.append(1)
+        return len(calls) >= 3
+
+    stopped = evaluate(batch_size=2, should_stop=stop_at_third)
+    assert len(calls) == 3
+    assert 0 < stopped.num_tokens < stopped.num_planned == whole.num_planned
+    assert not stopped.is_complete
+    assert stopped.num_bytes is stopped.num_words is stopped.bits_per_byte is stopped.word_perplexity is None
+    assert math.isfinite(stopped.perplexity)
+
+
+# The rolling protocol
+
+PREFIX = 4
+
+
+def list_harness_windows(tokens, prefix, max_length):
+    """(input, scored) of the harness's rolling windows: a context of one token, disjoint scores."""
+    windows, predicted = [], 0
+    while predicted < len(tokens):
+        count = min(max_length, len(tokens) - predicted)
+        end = predicted + count
+        read = tokens[end - max_length - 1 : end - 1] if predicted else [prefix, *tokens[: count - 1]]
+        windows.append((read, tokens[predicted:end]))
+        predicted = end
+    return windows
+
+
+@given(st.integers(0, 200), st.integers(1, 40))
+def test_rolling_windows_are_the_harness_s(length, context):
+    tokens = list(range(100, 100 + length))
+    prefixed = [PREFIX, *tokens]
+    found = [
+        (prefixed[window.begin : window.end - 1], prefixed[window.first_scored : window.end])
+        for window in plan_rolling_windows(len(prefixed), context)
+    ]
+    assert found == list_harness_windows(tokens, PREFIX, context)
+    assert [token for _, scored in found for token in scored] == tokens
+    assert all(len(read) <= context for read, _ in found)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_rolling_scores_every_token(batch_size):
+    model = BigramModel()
+    losses = []
+    for document in DOCUMENTS:
+        for read, scored in list_harness_windows(document, PREFIX, 24):
+            losses += read_naively(model, [*read, scored[-1]])[-len(scored) :]
+    result = evaluate_rolling(model, SPLIT, context=24, prefix_token=PREFIX, batch_size=batch_size)
+    assert result.num_tokens == result.num_planned == sum(map(len, DOCUMENTS))
+    assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
+    assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / SPLIT.num_bytes.sum(), rel=1e-9)
+    assert (result.protocol, result.context, result.prefix_token) == ("rolling", 24, PREFIX)
+
+
+def test_rolling_cuts_whole_documents_and_needs_a_token():
+    result = evaluate_rolling(BigramModel(), SPLIT, context=24, prefix_token=PREFIX, batch_size=2, max_tokens=45)
+    assert result.num_tokens == 37 + 1 + 2
+    with pytest.raises(UserError, match="nothing to score"):
+        evaluate_rolling(BigramModel(), make_split([[]]), context=24, prefix_token=PREFIX, batch_size=2)
+    with pytest.raises(ValueError, match="context: 0"):
+        plan_rolling_windows(5, 0)

@@ -1,4 +1,3 @@
-import copy
 import itertools
 import json
 import math
@@ -6,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluation_stand_ins import assert_same_state, copy_state, make_tiny_model
 from recall_stand_ins import SEGMENT, SPLIT, TOKENIZER, VOCAB_SIZE, Copier
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from new_llm import create_model
-from new_llm.config import EvalConfig, PythiaConfig, UserError
+from new_llm.config import EvalConfig, UserError
 from new_llm.config.evaluation import RecallConfig
 from new_llm.data.tokenizer import tokenize_documents
 from new_llm.evaluation import HuggingFaceLM, Recall, Subject, recall
@@ -131,29 +130,14 @@ def test_a_stopped_measurement_is_labelled(num_calls):
     json.dumps(result, allow_nan=False)
 
 
-def make_model(kind, **options):
-    torch.manual_seed(0)
-    config = PythiaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=0.2,
-    )
-    return create_model(kind, config, segment_length=SEGMENT, **options)
-
-
 @pytest.mark.parametrize(("kind", "options"), [("infini", {}), ("multi_memory", {}), ("selective", {})])
 def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind, options):
-    model = make_model(kind, **options)
+    model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, **options)
     model.reset_memory(3)
     model(torch.from_numpy(SPLIT.tokens[:288].astype("int64")).view(3, 96), update_memory=True)
-    before = copy.deepcopy(model.get_memory_state())
+    before = copy_state(model)
     result = measure(model, lengths=(1, 3), depths=(0.5,), trials=4, batch_size=3)
-    after = model.get_memory_state()
-    for index, entry in before.items():
-        assert all(torch.equal(after[index][k], v) for k, v in entry.items() if isinstance(v, torch.Tensor))
+    assert_same_state(model.get_memory_state(), before)
     maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=10, seed=0)
     for cell in result["cells"]:
         for trial, answer in enumerate(cell["carried"]["answers"]):
@@ -183,7 +167,7 @@ def test_models_without_memory_are_their_own_control():
         intermediate_size=64,
         max_position_embeddings=SEGMENT,
     )
-    for model in (HuggingFaceLM(GPTNeoXForCausalLM(config)), make_model("pythia")):
+    for model in (HuggingFaceLM(GPTNeoXForCausalLM(config)), make_tiny_model("pythia", VOCAB_SIZE, SEGMENT)):
         result = measure(model, trials=2)
         assert not result["has_memory"]
         assert all(cell["carried"] == cell["reset"] for cell in result["cells"])
@@ -198,7 +182,7 @@ def test_equals_share_the_mean_of_their_places_and_none_is_first():
 
 
 def test_a_model_that_gives_nan_comes_last():
-    model = make_model("infini")
+    model = make_tiny_model("infini", VOCAB_SIZE, SEGMENT)
     nn.init.constant_(model.embed_out.weight, math.nan)
     (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
     assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 10.0, "is_first": False}]

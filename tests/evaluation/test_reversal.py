@@ -1,23 +1,85 @@
+"""The reversal curse of models that know some sentences by heart, against loops over pairs."""
+
+import contextlib
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
-from reversal_stand_ins import PAIRS, KnownTexts, make_pair, make_tokenizer, total_loss
+import torch
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from new_llm.config import UserError
-from new_llm.data.reversal_pairs import ReversalPair
+from new_llm.data.reversal_pairs import ReversalPair, get_reversal_pairs
+from new_llm.data.tokenizer import train_tokenizer
 from new_llm.evaluation import evaluate_reversal_curse
+from new_llm.models.loss import IGNORE_INDEX, align_labels
+
+PAIRS = [pair for pair in get_reversal_pairs() if pair.relation in ("capital", "novel")][::3]
+PAIRS += [pair for pair in get_reversal_pairs() if pair.kind == "invented"][:7]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+TOKENIZER = train_tokenizer([text for pair in PAIRS for text in (pair.forward, pair.backward)] * 3, 700)
 
 
-def naive_figures(model, encode, pairs, direction):
+def encode(text):
+    return TOKENIZER.encode(text).ids
+
+
+def make_pair(relation, subject, object_, kind="real", verb=" likes"):
+    forward_prompt, backward_prompt = f"{subject}{verb}", f"{object_} is liked by"
+    return ReversalPair(
+        relation=relation,
+        subject=subject,
+        object=object_,
+        kind=kind,
+        forward=f"{forward_prompt} {object_}.",
+        backward=f"{backward_prompt} {subject}.",
+        forward_prompt=forward_prompt,
+        forward_answer=f" {object_}.",
+        backward_prompt=backward_prompt,
+        backward_answer=f" {subject}.",
+    )
+
+
+class KnownTexts(nn.Module):
+    """A token costs 0.1 nats where some known text goes on with it, else 4 nats and a little by its id."""
+
+    segment_length = 64
+
+    def __init__(self, texts):
+        super().__init__()
+        ids = [tuple(encode(text)) for text in texts]
+        self.prefixes = {text[:end] for text in ids for end in range(1, len(text) + 1)}
+        self.held = "untouched"
+
+    def token_loss(self, prefix, token):
+        return 0.1 if (*prefix, token) in self.prefixes else 4.0 + token / 1000
+
+    def token_losses(self, input_ids, labels, attention_mask=None, *, update_memory=False):
+        assert not update_memory
+        assert self.held == "empty"
+        targets = align_labels(labels, input_ids.shape[1])
+        losses = torch.zeros(targets.shape)
+        for row, position in (targets != IGNORE_INDEX).nonzero().tolist():
+            prefix = input_ids[row, : position + 1].tolist()
+            losses[row, position] = self.token_loss(tuple(prefix), int(targets[row, position]))
+        return losses
+
+    @contextlib.contextmanager
+    def fresh_memory(self, batch_size=None):
+        self.held = "empty"
+        yield
+        self.held = "untouched"
+
+
+def total_loss(model, ids):
+    return sum(model.token_loss(tuple(ids[:end]), ids[end]) for end in range(1, len(ids)))
+
+
+def naive_figures(model, pairs, direction):
     """Perplexity and first-place accuracy of whole sentences, with no thought for where the answer begins."""
     total = count = first = 0
     for pair in pairs:
@@ -31,13 +93,10 @@ def naive_figures(model, encode, pairs, direction):
 
 
 @pytest.mark.parametrize("batch_size", [3, 128])
-def test_a_model_that_knows_the_forward_sentences_has_the_curse(tokenizer, batch_size):
-    def encode(text):
-        return tokenizer.encode(text).ids
-
-    model = KnownTexts([pair.forward for pair in PAIRS], encode)
-    result = evaluate_reversal_curse(model, tokenizer, PAIRS, "cpu", batch_size=batch_size)
-    forward, backward = (naive_figures(model, encode, PAIRS, way) for way in ("forward", "backward"))
+def test_a_model_that_knows_the_forward_sentences_has_the_curse(batch_size):
+    model = KnownTexts([pair.forward for pair in PAIRS])
+    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS, "cpu", batch_size=batch_size)
+    forward, backward = (naive_figures(model, PAIRS, way) for way in ("forward", "backward"))
     assert (result.forward_perplexity, result.forward_accuracy) == pytest.approx(forward, rel=1e-6)
     assert (result.backward_perplexity, result.backward_accuracy) == pytest.approx(backward, rel=1e-6)
     assert result.forward_perplexity == pytest.approx(math.exp(0.1), rel=1e-6)
@@ -54,24 +113,24 @@ def test_a_model_that_knows_the_forward_sentences_has_the_curse(tokenizer, batch
     assert result.chance_accuracy == pytest.approx(chance)
     for name, scores in result.per_relation.items():
         group = [pair for pair in PAIRS if pair.relation == name]
-        figures = naive_figures(model, encode, group, "backward")
+        figures = naive_figures(model, group, "backward")
         assert (scores.backward_perplexity, scores.backward_accuracy) == pytest.approx(figures, rel=1e-6)
     assert result.by_kind["invented"].num_pairs == 7
     assert result.by_kind["real"].num_pairs == len(PAIRS) - 7
 
 
-def test_a_model_that_knows_both_directions_has_ratio_one(tokenizer):
+def test_a_model_that_knows_both_directions_has_ratio_one():
     texts = [text for pair in PAIRS for text in (pair.forward, pair.backward)]
-    model = KnownTexts(texts, lambda text: tokenizer.encode(text).ids)
-    result = evaluate_reversal_curse(model, tokenizer, PAIRS)
+    model = KnownTexts(texts)
+    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS)
     assert (result.ratio, result.gap) == pytest.approx((1, 0), abs=1e-6)
     assert result.forward_accuracy == result.backward_accuracy == 1
 
 
-def test_a_transformers_tokenizer_gives_the_same(tokenizer):
-    model = KnownTexts([pair.forward for pair in PAIRS[:8]], lambda text: tokenizer.encode(text).ids)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    assert evaluate_reversal_curse(model, wrapped, PAIRS[:8]) == evaluate_reversal_curse(model, tokenizer, PAIRS[:8])
+def test_a_transformers_tokenizer_gives_the_same():
+    model = KnownTexts([pair.forward for pair in PAIRS[:8]])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER)
+    assert evaluate_reversal_curse(model, wrapped, PAIRS[:8]) == evaluate_reversal_curse(model, TOKENIZER, PAIRS[:8])
 
 
 def test_a_token_across_the_border_of_prompt_and_answer_is_counted_whole():
@@ -84,7 +143,7 @@ def test_a_token_across_the_border_of_prompt_and_answer_is_counted_whole():
         ReversalPair("r", "a", "c", "real", "abc.", "ea.", "ab", "c.", "e", "a."),
         ReversalPair("r", "e", "d", "real", "ebd.", "ed.", "eb", "d.", "e", "d."),
     ]
-    model = KnownTexts([], tokenizer.encode)
+    model = KnownTexts([])
     names = {index: token for token, index in vocabulary.items()}
     costs = {"a": {"bc": 3.0, "b": 2.0, "d": 2.0}, "e": {"bc": 5.0, "b": 2.0, "d": 2.0}}
     model.token_loss = lambda prefix, token: costs[names[prefix[0]]].get(names[token], 0.0)
@@ -93,35 +152,117 @@ def test_a_token_across_the_border_of_prompt_and_answer_is_counted_whole():
     assert evaluate_reversal_curse(model, tokenizer, pairs).forward_accuracy == 1
 
 
-def test_equal_answers_count_once_and_another_right_answer_does_not_compete(tokenizer):
-    def encode(text):
-        return tokenizer.encode(text).ids
-
+def test_equal_answers_count_once_and_another_right_answer_does_not_compete():
     pairs = [
         make_pair("likes", "Ann", "tea"),
         make_pair("likes", "Bob", "tea"),  # the same answer forward; two right answers to one prompt backward
         make_pair("likes", "Eve", "milk"),
     ]
-    model = KnownTexts([text for pair in pairs for text in (pair.forward, pair.backward)], encode)
-    result = evaluate_reversal_curse(model, tokenizer, pairs)
+    model = KnownTexts([text for pair in pairs for text in (pair.forward, pair.backward)])
+    result = evaluate_reversal_curse(model, TOKENIZER, pairs)
     assert result.forward_accuracy == result.backward_accuracy == 1
     assert result.chance_accuracy == pytest.approx((3 * (1 / 2) + 2 * (1 / 2) + 1 / 3) / 6)
 
 
-def test_too_many_sentences_are_refused_before_any_is_read(tokenizer):
-    model = KnownTexts([], lambda text: tokenizer.encode(text).ids)
+def test_too_many_sentences_are_refused_before_any_is_read():
+    model = KnownTexts([])
     needed = 2 * (8**2 + 8**2) + sum(
         2 * count**2 for count in Counter(p.relation for p in PAIRS if p.kind == "invented").values()
     )
-    evaluate_reversal_curse(model, tokenizer, PAIRS, max_sentences=needed)
+    evaluate_reversal_curse(model, TOKENIZER, PAIRS, max_sentences=needed)
     with pytest.raises(UserError, match=rf"{needed:,} prompts .* at most {needed - 1:,} .* --pairs-per-relation"):
-        evaluate_reversal_curse(model, tokenizer, PAIRS, max_sentences=needed - 1)
+        evaluate_reversal_curse(model, TOKENIZER, PAIRS, max_sentences=needed - 1)
 
 
-def test_bad_pairs_are_refused_in_one_line(tokenizer):
-    model = KnownTexts([], lambda text: tokenizer.encode(text).ids)
+def test_bad_pairs_are_refused_in_one_line():
+    model = KnownTexts([])
     with pytest.raises(UserError, match="no pairs"):
-        evaluate_reversal_curse(model, tokenizer, [])
+        evaluate_reversal_curse(model, TOKENIZER, [])
     empty = ReversalPair("r", "a", "a", "real", "a", "a", "", "a", "", "a")
     with pytest.raises(UserError, match="two tokens"):
-        evaluate_reversal_curse(model, tokenizer, [empty])
+        evaluate_reversal_curse(model, TOKENIZER, [empty])
+
+
+# Ranks, answers and intervals
+
+
+def naive_ranks(model, pairs, direction):
+    """1 + likelier answers of the relation + half of the equally likely ones, each distinct answer once."""
+    ranks = []
+    for pair in pairs:
+        prompt, answer = getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer")
+        others = {getattr(other, f"{direction}_answer") for other in pairs if other.relation == pair.relation}
+        right = total_loss(model, encode(prompt + answer))
+        rivals = [total_loss(model, encode(prompt + other)) for other in others - {answer}]
+        # summed in another order, ties differ in the last digits
+        ranks.append(1 + sum((r < right - 1e-9) + 0.5 * (abs(r - right) <= 1e-9) for r in rivals))
+    return ranks
+
+
+def naive_answer_perplexity(model, pairs, direction):
+    total = count = 0
+    for pair in pairs:
+        ids, prompt = encode(getattr(pair, direction)), encode(getattr(pair, f"{direction}_prompt"))
+        assert ids[: len(prompt)] == prompt
+        total += sum(model.token_loss(tuple(ids[:end]), ids[end]) for end in range(len(prompt), len(ids)))
+        count += len(ids) - len(prompt)
+    return math.exp(total / count)
+
+
+def test_mean_ranks_and_answer_perplexities():
+    model = KnownTexts([pair.forward for pair in PAIRS[::2]])
+    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS)
+    for direction in ("forward", "backward"):
+        ranks = naive_ranks(model, PAIRS, direction)
+        assert getattr(result, f"{direction}_mean_rank") == pytest.approx(np.mean(ranks))
+        found = getattr(result, f"{direction}_answer_perplexity")
+        assert found == pytest.approx(naive_answer_perplexity(model, PAIRS, direction), rel=1e-6)
+        group = [pair for pair in PAIRS if pair.relation == "novel"]
+        ranks = naive_ranks(model, group, direction)
+        assert getattr(result.per_relation["novel"], f"{direction}_mean_rank") == pytest.approx(np.mean(ranks))
+    assert 1 < result.forward_mean_rank < result.chance_mean_rank
+    sizes = [result.per_relation[pair.relation].num_pairs for pair in PAIRS]
+    assert result.chance_mean_rank == pytest.approx(np.mean([(size + 1) / 2 for size in sizes]))
+    assert result.answer_ratio == pytest.approx(result.forward_answer_perplexity / result.backward_answer_perplexity)
+
+
+def test_a_model_without_preference_has_the_mean_rank_of_a_guess_and_one_without_numbers_the_last():
+    model = KnownTexts([])
+    pairs = [make_pair("likes", name, thing) for name, thing in (("Ann", "X"), ("Bob", "Y"), ("Eve", "Z"))]
+    for loss, rank in ((0.0, 2), (math.nan, 3)):
+        model.token_loss = lambda prefix, token, loss=loss: loss
+        result = evaluate_reversal_curse(model, TOKENIZER, pairs)
+        assert (result.forward_mean_rank, result.chance_mean_rank, result.forward_accuracy) == (rank, 2, 0)
+
+
+def test_intervals_are_those_of_a_naive_stratified_bootstrap():
+    """Each pair's figures put together by hand; resamples drawn pair by pair within each relation."""
+
+    model = KnownTexts([pair.forward for pair in PAIRS[::3]] + [PAIRS[1].backward])
+    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS, num_resamples=3000, confidence=0.9, seed=1)
+    assert [result.bootstrap[key] for key in ("num_resamples", "confidence", "seed")] == [3000, 0.9, 1]
+    losses = {way: [total_loss(model, encode(getattr(p, way))) for p in PAIRS] for way in ("forward", "backward")}
+    counts = {way: [len(encode(getattr(p, way))) - 1 for p in PAIRS] for way in ("forward", "backward")}
+    ranks = naive_ranks(model, PAIRS, "forward")
+    rng = np.random.default_rng(0)
+    for group, scores in ({"all": result} | result.per_relation | result.by_kind).items():
+        members: dict[str, list[int]] = {}
+        for index, pair in enumerate(PAIRS):
+            if group in ("all", pair.relation, pair.kind):
+                members.setdefault(pair.relation, []).append(index)
+        drawn: dict[str, list[float]] = {"gap": [], "ratio": [], "forward_mean_rank": [], "forward_accuracy": []}
+        for _ in range(3000):
+            chosen = np.concatenate([rng.choice(indices, len(indices)) for indices in members.values()])
+            forward, backward = (
+                math.exp(np.array(losses[way])[chosen].sum() / np.array(counts[way])[chosen].sum())
+                for way in ("forward", "backward")
+            )
+            drawn["gap"].append(backward - forward)
+            drawn["ratio"].append(forward / backward)
+            drawn["forward_mean_rank"].append(np.array(ranks)[chosen].mean())
+            drawn["forward_accuracy"].append((np.array(ranks)[chosen] == 1).mean())
+        for name, values in drawn.items():
+            expected = np.quantile(values, [0.05, 0.95])
+            spread = max(np.ptp(values), 1e-9)
+            assert np.abs(np.array(scores.intervals[name]) - expected).max() <= 0.08 * spread, (group, name)
+            assert scores.intervals[name].low <= getattr(scores, name) <= scores.intervals[name].high

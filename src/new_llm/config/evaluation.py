@@ -12,12 +12,14 @@ from pydantic import Field
 
 from new_llm.config.cache import COMPONENTS, MAX_ORDER, TunedCacheConfig
 from new_llm.config.errors import UserError
-from new_llm.config.sections import section, short
+from new_llm.config.sections import UNIQUE, section, short
 
 EVALUATIONS_FOLDER = "evaluations"
 """Where the records of a run's measurements stand, in its folder."""
 RECORD_VERSION = 1
 """The form of these records."""
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @section
@@ -162,12 +164,12 @@ MAX_CANDIDATES = 12  # values that each relation of data/recall_facts.json has
 class RecallConfig:
     """What is hidden, in how long a text, and how deep."""
 
-    tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1)] = ("passkey", "facts")
+    tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1), UNIQUE] = ("passkey", "facts")
     """passkey: a number of five digits; facts: one sentence about an invented person."""
-    lengths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)] = (1, 2, 4, 8, 16, 32, 64)
+    lengths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), UNIQUE] = (1, 2, 4, 8, 16, 32, 64)
     """Lengths of the whole text in segments, e.g. up to 1000; the last segment holds the question. In a text of 1 the
     sentence and the question share the segment."""
-    depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0, 0.25, 0.5, 0.75, 1)
+    depths: Annotated[tuple[Share, ...], Field(min_length=1), UNIQUE] = (0, 0.25, 0.5, 0.75, 1)
     """Where the sentence is hidden: 0 is the beginning of the text, 1 right before the question."""
     trials: Annotated[int, Field(gt=0)] = 20
     """Texts for each task, length and depth."""
@@ -185,12 +187,6 @@ class RecallConfig:
     """Confidence of the intervals."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of texts, places, names, values and resamples."""
-
-    def __post_init__(self) -> None:
-        for name in ("tasks", "lengths", "depths"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise UserError(f"{name}: {list(values)} names a value twice")
 
 
 @section
@@ -217,23 +213,17 @@ class ReversalConfig:
 class CacheMeasureConfig:
     """Which caches the measure `caches` puts around a model, and among which θ it chooses."""
 
-    sizes: tuple[Annotated[int, Field(gt=0)], ...] = (254, 2000)
+    sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], UNIQUE] = (254, 2000)
     """Numbers of states N, one cache each. 254 states of width 128 are as many numbers as the token memory of a model
     of that width with four heads."""
-    ngram_orders: tuple[Annotated[int, Field(ge=1, le=MAX_ORDER)], ...] = (2, 3)
+    ngram_orders: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_ORDER)], ...], UNIQUE] = (2, 3)
     """Longest n-grams, one cache each; the longest one and the most states together are another."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """How two states are compared: by the angle between them, or by their inner product."""
-    thetas: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (4, 6, 8, 12, 16, 24, 32)
+    thetas: Annotated[tuple[Positive, ...], Field(min_length=1), UNIQUE] = (4, 6, 8, 12, 16, 24, 32)
     """Values of θ among which the best is chosen; inner products need smaller ones."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
     """Segments read by one call; it does not change the result."""
-
-    def __post_init__(self) -> None:
-        for name in ("sizes", "ngram_orders", "thetas"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise UserError(f"{name}: {list(values)}: duplicate value")
 
     def list_caches(self) -> list[tuple[str, int, int]]:
         """Name, number of states and longest n-grams of each cache, the bare model first."""
@@ -267,7 +257,7 @@ class PassagesConfig:
 class DoctorConfig:
     """The options of `new-llm eval doctor`."""
 
-    checks: tuple[str, ...] = ()
+    checks: Annotated[tuple[str, ...], UNIQUE] = ()
     """Run only these checks; none given: all."""
     num_segments: Annotated[int, Field(ge=2)] = 3
     """Segments of a probe."""
@@ -307,10 +297,6 @@ class DoctorConfig:
     """Share of one validation document's spans from which it counts as copied, which is a fault."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Windows read at once."""
-
-    def __post_init__(self) -> None:
-        if len(set(self.checks)) < len(self.checks):
-            raise UserError(f"checks: {', '.join(self.checks)}: a check is listed twice")
 
 
 @section

@@ -13,8 +13,9 @@ import sys
 from typing import Any, TypeVar, cast, dataclass_transform
 
 import tyro
-from pydantic import ConfigDict, ValidationError
+from pydantic import AfterValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError
 
 from new_llm.config.errors import UserError
 
@@ -44,6 +45,16 @@ def section(kind: type[T]) -> type[T]:
 def short(*flags: str) -> Any:
     """A field's flags beside its long one: `num_samples` is `--data.num-samples` and `--samples`."""
     return tyro.conf.arg(aliases=list(flags))
+
+
+def _check_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("duplicate", "names a value twice")
+    return values
+
+
+UNIQUE = AfterValidator(_check_unique)
+"""Refuses a tuple that holds a value twice."""
 
 
 def read_field_docs(kind: type) -> dict[str, str]:

@@ -87,8 +87,7 @@ class TokenCache:
         """One split, memory-mapped, with `pinned` documents, `room` tokens at most, before the others.
 
         They are written into this process's own copy of the few pages before the first token, so that the array stays
-        one
-        mapped file.
+        one mapped file.
         """
         room, dtype = self.meta["room"] if name == "train" else 0, np.dtype(self.meta["dtype"])
         tokens = np.memmap(self.folder / f"{name}.tokens", dtype=dtype, mode="c" if pinned else "r")
@@ -239,8 +238,8 @@ def prepare_data(config: DataConfig) -> PreparedData:
             "is_trained": found is None,
         },
         "vocab_size": padded_vocab_size(cache.tokenizer),
-        "train": _count_split(train, config.seq_length),
-        "validation": _count_split(validation, config.seq_length),
+        "train": count_split(train) | {"num_samples": _count_all_samples(train, config.seq_length)},
+        "validation": count_split(validation) | {"num_samples": _count_all_samples(validation, config.seq_length)},
         "split_fingerprint": _fingerprint_splits(cache, pinned),
         "reversal_sentences": len(kept),
         "reversal_documents": len(pinned),
@@ -318,11 +317,11 @@ def _count_all_samples(split: TokenSplit, seq_length: int) -> int:
     return int(count_samples(split.lengths, seq_length).sum())
 
 
-def _count_split(split: TokenSplit, seq_length: int) -> dict[str, int]:
+def count_split(split: TokenSplit) -> dict[str, int]:
+    """The size of a split."""
     return {
         "num_documents": split.num_documents,
         "num_tokens": split.num_tokens,
-        "num_samples": _count_all_samples(split, seq_length),
         "num_bytes": int(split.num_bytes.sum()),
         "num_words": int(split.num_words.sum()),
     }
@@ -354,11 +353,6 @@ def read_evaluation_text(config: TextConfig, tokenizer: Tokenizer) -> Evaluation
 
 
 def count_text(split: TokenSplit) -> dict[str, Any]:
-    """The size of a split and the fingerprint of its tokens, as plain values."""
-    return {
-        "num_documents": split.num_documents,
-        "num_tokens": split.num_tokens,
-        "num_bytes": int(split.num_bytes.sum()),
-        "num_words": int(split.num_words.sum()),
-        "tokens_fingerprint": hashlib.sha256(split.tokens.astype("<u4").tobytes()).hexdigest(),
-    }
+    """The size of a split and the fingerprint of its tokens."""
+    fingerprint = hashlib.sha256(split.tokens.astype("<u4").tobytes()).hexdigest()
+    return count_split(split) | {"tokens_fingerprint": fingerprint}

@@ -35,21 +35,21 @@ EVAL_KEYS = 5  # one key of so many is for evaluation
 
 @dataclass(frozen=True)
 class Needle:
-    """A sentence to hide, and the question for it.
+    """A statement to hide in a text, and the question for it in the end: the prompt, the statement up to the answer.
 
     The statement begins with `prompt + answer`, exactly. The prompt ends without a space; an answer begins with one
     and ends with the full stop, so a byte-level BPE cuts the sentence as it cuts the prompt and the answer apart.
     """
 
-    task: RecallTask
     statement: str
-    """What is hidden in the text."""
     prompt: str
-    """What is asked in the end: the statement up to the answer."""
-    answer: str
-    """The right answer."""
     candidates: tuple[str, ...]
     """The right answer first, then wrong ones drawn from where it was drawn."""
+
+    @property
+    def answer(self) -> str:
+        """The right answer."""
+        return self.candidates[0]
 
 
 def draw_needle(
@@ -57,19 +57,14 @@ def draw_needle(
 ) -> Needle:
     """Draw a sentence to hide, with its question and the answers to choose from, the right one among them.
 
-    Args:
-        task: what kind of sentence.
-        part: which names, values and keys to draw from.
-        num_candidates: answers to choose from.
-        generator: draws.
-        name: whom a fact is about; None: one of the part's names.
+    `name` is whom a fact is about; None: one of the part's names.
 
     Raises:
         ValueError: more candidates than a relation of this part has values, or fewer than one.
     """
     if task == "passkey":
         keys = _draw_keys(part, num_candidates, generator)
-        return _make(task, "The pass key is", keys, " Remember it.")
+        return _make("The pass key is", keys, " Remember it.")
     names, relations = _read_facts(part)
     relation = relations[generator.integers(len(relations))]
     values = relation[part]
@@ -78,7 +73,7 @@ def draw_needle(
     if name is None:
         name = f"{_choose(names['first_names'], generator)} {_choose(names['surnames'], generator)}"
     chosen = [values[i] for i in generator.choice(len(values), num_candidates, replace=False)]
-    return _make(task, relation["prompt"].format(name=name), chosen, "")
+    return _make(relation["prompt"].format(name=name), chosen)
 
 
 @functools.cache
@@ -94,9 +89,9 @@ def is_key_of(key: int, part: RecallPart) -> bool:
     return (int.from_bytes(digest[:8], "big") % EVAL_KEYS == 0) == (part == "eval")
 
 
-def _make(task: RecallTask, prompt: str, answers: list[str], end: str) -> Needle:
+def _make(prompt: str, answers: list[str], end: str = "") -> Needle:
     candidates = tuple(f" {answer}." for answer in answers)
-    return Needle(task, f"{prompt}{candidates[0]}{end}", prompt, candidates[0], candidates)
+    return Needle(f"{prompt}{candidates[0]}{end}", prompt, candidates)
 
 
 def _draw_keys(part: RecallPart, count: int, generator: np.random.Generator) -> list[str]:
@@ -174,9 +169,8 @@ def choose_place(
     """Where in a text, [N], to put a sentence, so that no segment's end cuts it in two: before tokens[index], 0 to N.
 
     The place at the depth is depth · N. Taken is the nearest border of sentences, at most half a segment away, that
-    keeps
-    the sentence inside one segment (inside as few as its length allows); without one the nearest such border of words,
-    without that the nearest such place. The text's first token begins a segment and a sentence.
+    keeps the sentence inside one segment (inside as few as its length allows); without one the nearest such border of
+    words, without that the nearest such place. The text's first token begins a segment and a sentence.
     """
     wanted = depth * len(tokens)
     reach = segment_length / 2
@@ -202,14 +196,14 @@ def plant_sentence(tokens: NDArray[np.integer], sentence: NDArray[np.integer], p
 
 
 class WordPieces:
-    """Draws words: made up of a byte-level tokenizer's own pieces, or found in a text.
+    """Draws names and words that recall is not measured with: made up of a byte-level tokenizer's pieces, or a text's.
 
     Raises:
         ValueError: no entry of the tokenizer begins a word, or none continues one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._texts = decode_entries(tokenizer)
+        self._tokenizer, self._texts = tokenizer, decode_entries(tokenizer)
         self._is_first = np.array([bool(_BEGINS_WORD.fullmatch(text)) for text in self._texts])
         self._is_next = np.array([bool(_CONTINUES_WORD.fullmatch(text)) for text in self._texts])
         self._first = np.flatnonzero(self._is_first & [text != " " for text in self._texts])
@@ -218,19 +212,29 @@ class WordPieces:
         if not len(self._first) or not len(self._next):
             raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
 
-    def make_word(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """The tokens of a made-up word: one that begins a word, and up to MAX_CONTINUATIONS more."""
-        rest = generator.choice(self._next, generator.integers(MAX_CONTINUATIONS + 1))
-        return np.append(generator.choice(self._first), rest)
-
-    def make_name(self, generator: np.random.Generator) -> str:
-        """A made-up name: a capital letter and some pieces."""
+    def draw_person(self, generator: np.random.Generator) -> str:
+        """A made-up first name and surname, each a capital letter and some pieces."""
+        names: list[str] = []
         low, high = NAME_PIECES
-        pieces = generator.choice(self._next, generator.integers(low, high + 1))
-        return str(generator.choice(list(CAPITALS))) + "".join(self._texts[piece] for piece in pieces)
+        while len(names) < NAMES:
+            pieces = generator.choice(self._next, generator.integers(low, high + 1))
+            name = str(generator.choice(list(CAPITALS))) + "".join(self._texts[piece] for piece in pieces)
+            if name not in list_words("eval"):
+                names.append(name)
+        return " ".join(names)
 
-    def find_word(self, tokens: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:
-        """The tokens of a word of a text, [N], rare ones as often as frequent ones; None: it has none that is whole."""
+    def draw_word(self, text: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+        """The tokens of a made-up word or of one of the text, [N], as often the one as the other."""
+        while True:
+            word = self._find_word(text, generator) if generator.random() < TEXT_WORDS else None
+            if word is None:
+                rest = generator.choice(self._next, generator.integers(MAX_CONTINUATIONS + 1))
+                word = np.append(generator.choice(self._first), rest)
+            if self._tokenizer.decode(word.tolist()).strip() not in list_words("eval"):
+                return word
+
+    def _find_word(self, tokens: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:
+        """A word of the text, rare ones as often as frequent ones; None: it has none that is whole."""
         begins = np.flatnonzero(self._is_first[tokens[:-1]])
         if not len(begins):
             return None
@@ -319,30 +323,11 @@ class SamplePlanter:
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
         name = None
         if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
-            name = self._make_name(pieces, generator)
+            name = pieces.draw_person(generator)
         needle = draw_needle(task, "train", 1, generator, name=name)
         question = encode_sentence(self._tokenizer, needle.prompt)
         if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
-            statement = np.concatenate([question, self._make_word(pieces, text, generator), pieces.full_stop])
+            statement = np.concatenate([question, pieces.draw_word(text, generator), pieces.full_stop])
         else:
             statement = encode_sentence(self._tokenizer, needle.statement)
         return needle.prompt, statement, len(question)
-
-    def _make_name(self, pieces: WordPieces, generator: np.random.Generator) -> str:
-        """A first name and a surname that the measurement of recall does not ask for."""
-        names: list[str] = []
-        while len(names) < NAMES:
-            name = pieces.make_name(generator)
-            if name not in list_words("eval"):
-                names.append(name)
-        return " ".join(names)
-
-    def _make_word(
-        self, pieces: WordPieces, text: NDArray[np.int64], generator: np.random.Generator
-    ) -> NDArray[np.int64]:
-        """A made-up word or one of the text, as often the one as the other, that recall is not measured with."""
-        while True:
-            word = pieces.find_word(text, generator) if generator.random() < TEXT_WORDS else None
-            word = pieces.make_word(generator) if word is None else word
-            if self._tokenizer.decode(word.tolist()).strip() not in list_words("eval"):
-                return word

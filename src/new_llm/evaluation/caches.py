@@ -59,7 +59,7 @@ class Parts(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Settings of a mixture that other text gave, and how many tokens that was."""
+    """Settings of a mixture that so many tokens of other text gave."""
 
     theta: float
     weights: list[list[float]]

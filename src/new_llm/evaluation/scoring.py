@@ -189,16 +189,10 @@ def join_scores(batches: Iterable[Scores]) -> Scores:
 
 
 class Scorer:
-    """Reads documents with a model and remembers how far it has come.
+    """Reads documents with a model in evaluation mode, whose held memory is neither read nor changed.
 
-    Args:
-        model: read in evaluation mode; its held memory is neither read nor changed.
-        documents: the tokens of each.
-        reading: how; see `Reading`. `max_tokens` is the caller's to apply: `select_documents`.
-
-    Attributes:
-        num_scored: tokens scored by this process.
-        is_stopped: whether `should_stop` has ended the reading.
+    `max_tokens` is the caller's to apply: `select_documents`. `num_scored` are the tokens scored by this process so
+    far, and `is_stopped` says whether `should_stop` has ended the reading.
     """
 
     def __init__(self, model: LanguageModel, documents: Sequence[NDArray[Any]], reading: Reading) -> None:
@@ -217,8 +211,7 @@ class Scorer:
     def score_windows(self, plan: Callable[[int], list[Window]]) -> list[Scores]:
         """Score the documents in windows, each read from an empty memory; a batch's scores each.
 
-        Args:
-            plan: the windows of a document of so many tokens.
+        `plan` gives the windows of a document of so many tokens.
         """
         windows = [(index, window) for index, tokens in enumerate(self.documents) for window in plan(len(tokens))]
         rows = [cut_row(self.documents[index], window) for index, window in windows]
@@ -298,10 +291,7 @@ class ScoredDocuments:
 def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | None = None) -> ScoredDocuments:
     """Whole documents in order, as `Reading` says of max_tokens.
 
-    Args:
-        split: the documents.
-        max_tokens: tokens to score at most.
-        prefix: a token to put before each document, so that its first token is scored, too.
+    With a `prefix`, a token that is put before each document, its first token is scored, too.
     """
     tokens: list[np.ndarray] = []
     indices: list[int] = []
@@ -350,12 +340,7 @@ def evaluation_mode(model: LanguageModel, autocast: Autocast = contextlib.nullco
 
 
 class Row(NamedTuple):
-    """One row of a batch to score.
-
-    Attributes:
-        tokens: [W]; the last one is there to be predicted.
-        first_scored: index in `tokens`, at least 1, of the first token that is scored; W: none is.
-    """
+    """One row of a batch: tokens [W], of which those from `first_scored` on, at least 1, are scored; W: none is."""
 
     tokens: np.ndarray
     first_scored: int = 1

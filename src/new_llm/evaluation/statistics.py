@@ -114,7 +114,7 @@ def estimate_over_documents(
     Args:
         function: of the mean loss in nats of each way, e.g. np.exp or np.subtract.
         ways: (total loss [D], tokens [D]) of each, on the same documents.
-        resamples: how often each document is drawn, [R, D].
+        resamples: of `draw_resamples`, [R, D].
         confidence: of the interval; there is none where fewer than MIN_DOCUMENTS documents have a token.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -128,14 +128,8 @@ def estimate_over_documents(
 def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> float | None:
     """Standard error of the mean loss of a token, √(D/(D−1) · Σ_d (L_d − n_d L̄)²) / Σ_d n_d, clustered by document.
 
-    Source: Cochran, Sampling Techniques, 1977, section 6.3 (a ratio estimate).
-
-    Args:
-        total_nll: L, the total loss of each document, [D].
-        num_tokens: n, its tokens, [D].
-
-    Returns:
-        None for fewer than MIN_DOCUMENTS documents.
+    L and n are the total loss and the tokens of each document, [D]. Source: Cochran, Sampling Techniques, 1977, section
+    6.3 (a ratio estimate). None for fewer than MIN_DOCUMENTS documents.
     """
     is_read = num_tokens > 0
     count = int(is_read.sum())
@@ -151,14 +145,8 @@ def compare_documents(
 ) -> Estimate | None:
     """Perplexity of one / the other − 1, paired by document, with its bootstrap interval over documents.
 
-    Args:
-        one: the `documents` of a perplexity's result: `num_tokens` and `total_nll`, lists with an entry per document.
-        other: those of another model on the same documents.
-        confidence: of the interval.
-        num_resamples: of the documents.
-
-    Returns:
-        None where the two were not measured on the same tokens.
+    Both are the `documents` of a perplexity's result: `num_tokens` and `total_nll`, lists with an entry per document.
+    None where the two were not measured on the same tokens.
     """
     if not one["num_tokens"] or one["num_tokens"] != other["num_tokens"]:
         return None
