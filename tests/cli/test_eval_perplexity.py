@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from new_llm import TransformerLM, create_model
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
-from new_llm.config.cache import CacheConfig
+from new_llm.config.model import CacheConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import (
     END_OF_TEXT,

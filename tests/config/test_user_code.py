@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from new_llm.config.errors import UserError
-from new_llm.config.user_code import load_by_name
+from new_llm.config.loading import load_by_name
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from evaluation_stand_ins import make_documents, make_split, make_tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm.config import EvalConfig
-from new_llm.config.cache import CacheConfig
 from new_llm.config.evaluation import LongDocumentsConfig
+from new_llm.config.model import CacheConfig
 from new_llm.evaluation import (
     CachedModel,
     HuggingFaceLM,

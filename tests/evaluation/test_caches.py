@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_split, make_tiny_model
 
-from new_llm.config.cache import CacheConfig
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig
+from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel, Caches, Subject, evaluate_streaming, tune_cache
 
 LONG = LongDocumentsConfig(min_tokens=30, num_resamples=200)

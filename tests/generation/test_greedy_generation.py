@@ -14,7 +14,7 @@ from model_cases import (
     text_ids,
 )
 from new_llm import TransformerLM
-from new_llm.config.cache import CacheConfig
+from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel
 from new_llm.models import SelectiveOutputLM
 

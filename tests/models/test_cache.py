@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from new_llm.config import UserError
-from new_llm.config.cache import CacheConfig
+from new_llm.config.model import CacheConfig
 from new_llm.models import cache
 from new_llm.models.cache import TextCache, describe_cache, mix, tune_weights
 

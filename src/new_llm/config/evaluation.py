@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from new_llm.config.cache import COMPONENTS, MAX_ORDER, TunedCacheConfig
 from new_llm.config.errors import UserError
+from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.config.sections import UNIQUE, section, short
 
 EVALUATIONS_FOLDER = "evaluations"
@@ -20,6 +20,20 @@ RECORD_VERSION = 1
 """The form of these records."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+@section
+class TunedCacheConfig(CacheConfig):
+    """A cache around the model that is measured; its θ and weights are set by other documents than the measured ones.
+
+    They are those of `tuning_source`; else the run's validation documents where --data.source names another text, or
+    the end of its training documents. For a model that belongs to no run they stay as given.
+    """
+
+    tuning_source: str | None = None
+    """The text to tune on, as in --data.source; None: documents of the run."""
+    tuning_tokens: Annotated[int, Field(ge=2)] = 30_000
+    """Tokens to tune on at most, the last ones."""
 
 
 @section

@@ -1,12 +1,11 @@
-"""The shape of a model and its limits, the named sizes of the Pythia suite, generation, and adapters' files."""
+"""The shape of a model and its limits, the named sizes of the Pythia suite, adapters' files, caches, and generation."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from new_llm.config.cache import CacheConfig
 from new_llm.config.errors import UserError
 from new_llm.config.sections import section, short
 
@@ -78,6 +77,46 @@ def check_adapter_suffix(path: Path, what: str) -> None:
     """Refuse a file name whose ending says no format."""
     if path.suffix not in ADAPTER_SUFFIXES:
         raise UserError(f"{what}: {path} must end with {' or '.join(ADAPTER_SUFFIXES)}")
+
+
+COMPONENTS = ("model", "states", "unigrams", "bigrams", "trigrams")
+"""What a cached model mixes."""
+MAX_ORDER = 3
+
+Weight = Annotated[float, Field(ge=0)]
+Weights = tuple[Weight, Weight, Weight, Weight, Weight]
+
+
+@section
+class CacheConfig:
+    """A cache of the text read so far: of its last states, and of what followed its n-grams."""
+
+    num_states: Annotated[int, Field(ge=0), short("--cache")] = 0
+    """N: the last states that are kept, each with the token that followed; 0: none."""
+    ngram_order: Annotated[int, Field(ge=0, le=MAX_ORDER), short("--ngrams")] = 0
+    """Count what followed in the text: 1 all tokens, 2 also each token (bigrams), 3 also each pair; 0: nothing."""
+    similarity: Literal["cosine", "dot"] = "cosine"
+    """How two states are compared: by the angle between them, or by their inner product."""
+    theta: Annotated[float, Field(gt=0)] = 12.0
+    """θ: how much more a similar state counts; its best value depends on the similarity."""
+    weights: tuple[Weights, Weights, Weights, Weights] = (
+        (0.65, 0.35, 0.0, 0.0, 0.0),
+        (0.90, 0.07, 0.03, 0.0, 0.0),
+        (0.60, 0.22, 0.02, 0.16, 0.0),
+        (0.38, 0.27, 0.02, 0.08, 0.25),
+    )
+    """Weights of model, states, unigrams, bigrams and trigrams where the longest n-gram context that the text has
+    seen before is none, the empty one, the last token, the last two tokens. What is off or knows nothing is left out,
+    and the others' weights are scaled to sum to 1. The defaults are near what EM gives on WikiText-2's articles."""
+
+    def __post_init__(self) -> None:
+        if any(row[0] <= 0 for row in self.weights):
+            raise UserError("weights: the model's must be positive, or a token that no cache knows is impossible")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is cached."""
+        return self.num_states > 0 or self.ngram_order > 0
 
 
 def _as_tuple(value: object) -> object:

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.user_code import is_user_name, load_by_name
+from new_llm.config.loading import is_user_name, load_by_name
 from new_llm.data.hub import read_hub_dataset
 from new_llm.data.local_files import (
     PACKED,

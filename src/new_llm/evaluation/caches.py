@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from new_llm.charts import Chart, bar_chart
-from new_llm.config.cache import COMPONENTS, CacheConfig
 from new_llm.config.evaluation import CacheMeasureConfig
+from new_llm.config.model import COMPONENTS, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, plan_segments
 from new_llm.evaluation.statistics import draw_resamples, estimate_over_documents

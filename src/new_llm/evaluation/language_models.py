@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.config import UserError
-from new_llm.config.cache import CacheConfig
+from new_llm.config.model import CacheConfig
 from new_llm.models.cache import TextCache, mix
 from new_llm.models.loss import align_labels, compute_token_losses
 from new_llm.models.transformer import SCORED_ROWS

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.errors import OtherProcessError
-from new_llm.config.user_code import is_user_name, load_by_name
+from new_llm.config.loading import is_user_name, load_by_name
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from new_llm.config import UserError
-from new_llm.config.cache import CacheConfig, TunedCacheConfig
 from new_llm.config.evaluation import (
     EVALUATIONS_FOLDER,
     RECORD_VERSION,
@@ -20,7 +19,9 @@ from new_llm.config.evaluation import (
     LongDocumentsConfig,
     SubjectConfig,
     TextConfig,
+    TunedCacheConfig,
 )
+from new_llm.config.model import CacheConfig
 from new_llm.data.batches import list_shapes
 from new_llm.data.builder import shuffle_sentences
 from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text

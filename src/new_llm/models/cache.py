@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from new_llm.config.cache import COMPONENTS, CacheConfig
+from new_llm.config.model import COMPONENTS, CacheConfig
 
 Probabilities = NDArray[np.float64]
 QUERY_ROWS = 256

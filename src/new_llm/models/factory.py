@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from new_llm.config import PythiaConfig, UserError
+from new_llm.config.loading import load_by_name
 from new_llm.config.sections import section, short
-from new_llm.config.user_code import load_by_name
 from new_llm.models.capacity import check_fits
 from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, RecurrentMemoryStack, build_layer
 from new_llm.models.layers.registry import NoOptions

@@ -10,8 +10,8 @@ from typing import Any
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file
+from new_llm.config.loading import is_user_name
 from new_llm.config.terminal import make_line
-from new_llm.config.user_code import is_user_name
 from new_llm.evaluation import MEASURES
 
 SCHEMA_VERSION = 1
