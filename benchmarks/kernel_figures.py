@@ -28,8 +28,6 @@ from new_llm.models.ops.kernels import triton_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
-SHARED_BYTES = 232_448
-"""Shared memory that one program may have on an H100."""
 
 
 class Figures(NamedTuple):
@@ -153,6 +151,12 @@ def measure_all() -> Iterator[Figures]:
             write = functools.partial(write_delta, 8, heads, width, 256, backward=direction == "backward")
             yield from measure(f"K={width}, {direction}", write)
         yield from measure(f"K={width}", functools.partial(attend, 64, width, 256))
+    logits, targets = make(1024, 50_304), make(1024, dtype=torch.int64)
+    score = functools.partial(triton_kernels.score_rows, logits, targets, None, write_gradients=True)
+    yield from measure("50,304 words", score)
+    # more heads and chunks than the second and third axis of a grid may have
+    yield from measure("70,000 groups", functools.partial(write_delta, 8_750, 8, 64, 64, backward=False))
+    yield from measure("70,000 groups", functools.partial(attend, 70_000, 64, 64))
 
 
 def main() -> None:

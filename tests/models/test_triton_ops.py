@@ -35,6 +35,7 @@ from new_llm.models.ops import (  # noqa: E402
     scan_memories,
     scan_memories_naive,
 )
+from new_llm.models.ops.head_loss import score_logits  # noqa: E402
 
 EPSILON = 1e-6
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 0.03}
@@ -46,7 +47,7 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Chooses the kernels on every device; the list shows that they were asked for."""
     asked: list[Tensor] = []
 
-    def uses_triton(t: Tensor) -> bool:
+    def uses_triton(t: Tensor, *_: object) -> bool:
         asked.append(t)
         return t.dtype in kernels.TRITON_DTYPES
 
@@ -201,6 +202,26 @@ def test_memories(
         assert_close(mine, other, dtype)
     for mine, other in zip(gradients, differentiate(expected, exact), strict=True):
         assert_close(mine, other, dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_head_s_loss(with_kernels: list[Tensor], monkeypatch: pytest.MonkeyPatch, writes: bool, dtype: torch.dtype):
+    """Two blocks of the vocabulary, logits of every size, and a row without a target, whatever its logits are."""
+    logits = 5 * draw(4, 4500, dtype=dtype)
+    logits[1, :4100] = -torch.inf
+    logits[2] = torch.nan
+    targets = torch.tensor([4499, 4200, -1, 0], device=DEVICE)
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.0], device=DEVICE)
+    mine, theirs = logits.clone(), logits.clone()
+    losses = score_logits(mine, targets, weights, write_gradients=writes)
+    assert with_kernels
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    torch.testing.assert_close(losses, score_logits(theirs, targets, weights, write_gradients=writes))
+    assert losses[2:].tolist() == [0, 0]
+    if writes:
+        torch.testing.assert_close(mine, theirs)
 
 
 LAYERS: dict[str, type[Layer]] = {"infini": InfiniLayer, "multi": MultiMemoryLayer, "hierarchical": HierarchicalLayer}

@@ -18,17 +18,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from new_llm.models.loss import IGNORE_INDEX
+from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
 
 CHUNK_ROWS = 1024
-"""Rows of logits held at once. With 50,304 words in bfloat16 they take 103 MB; fewer rows add up the head's gradient
-more often, at an eighth of the time of the product itself."""
+"""Rows of logits held at once on a CPU. With 50,304 words in bfloat16 they take 103 MB; fewer rows add up the head's
+gradient more often, at an eighth of the time of the product itself."""
 ROW_MULTIPLE = 128
 """Where rows without a target are left out, those that are kept are filled up to a multiple of this: for every new
 number of rows of a 16-bit product oneDNN keeps about half a megabyte of code."""
 MIN_WIDE_BYTES = 4
 GRADIENT_BLOCK = 2**21
 """Numbers of the head's gradient that a CPU makes of a chunk before it adds them, so that they stay in the cache."""
+TRITON_LOGITS = (torch.bfloat16, torch.float16, torch.float32)
+"""The dtypes of logits that the Triton kernel scores."""
 MIN_NATIVE_LOGITS = 2**20
 """Logits of a chunk from which the compiled kernel is used; below, it would save nothing."""
 
@@ -59,7 +62,7 @@ def linear_cross_entropy(
     label_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: Literal["none", "sum"] = "none",
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """−w log softmax(h Wᵀ)[target] of every row, or its sum; the logits of all rows are never held.
 
@@ -74,7 +77,7 @@ def linear_cross_entropy(
         label_weights: w, [N], which takes no gradient; None: 1.
         ignore_index: the target whose row has loss and gradient 0.
         reduction: `none` or `sum`.
-        chunk_rows: rows of logits held at once.
+        chunk_rows: rows of logits held at once; None: `CHUNK_ROWS`, or on a GPU as many as `limit_bytes` allows.
 
     Returns:
         [N] or one number, in nats, float32 or wider.
@@ -98,6 +101,8 @@ def linear_cross_entropy(
         label_weights = None if label_weights is None else label_weights[rows]
     if label_weights is not None:
         label_weights = label_weights.detach()
+    if chunk_rows is None:
+        chunk_rows = max(CHUNK_ROWS, kernels.limit_bytes(hidden, 0) // (len(weight) * dtype.itemsize))
     settings = _Settings(dtype, chunk_rows)
     with torch.autocast(hidden.device.type, enabled=False):
         if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
@@ -116,9 +121,11 @@ def score_logits(logits: Tensor, targets: Tensor, weights: Tensor | None, *, wri
 
     What the logits hold afterwards is undefined otherwise. Targets below 0 have no loss; weights are w, [n] (None: 1).
     """
-    kernels = native.find_kernels(logits) if logits.numel() >= MIN_NATIVE_LOGITS else None
-    if kernels is not None:
-        return native.score_rows(kernels, logits, targets, weights, write_gradients=write_gradients)
+    compiled = native.find_kernels(logits) if logits.numel() >= MIN_NATIVE_LOGITS else None
+    if compiled is not None:
+        return native.score_rows(compiled, logits, targets, weights, write_gradients=write_gradients)
+    if kernels.uses_triton(logits, TRITON_LOGITS):
+        return kernels.load_triton().score_rows(logits, targets, weights, write_gradients=write_gradients)
     wide = torch.promote_types(logits.dtype, torch.float32)
     is_wanted = targets >= 0
     index = targets.clamp_min(0).unsqueeze(1)
@@ -262,7 +269,7 @@ def _check(
     label_weights: Tensor | None,
     ignore_index: int,
     reduction: str,
-    chunk_rows: int,
+    chunk_rows: int | None,
 ) -> Tensor:
     """Targets, with -1 in the place of `ignore_index`."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -272,7 +279,7 @@ def _check(
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one per row")
     if reduction not in ("none", "sum"):
         raise ValueError(f"reduction: {reduction!r} is neither 'none' nor 'sum'")
-    if chunk_rows < 1:
+    if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows: {chunk_rows} is not positive")
     is_ignored = targets == ignore_index
     if targets.device.type == "cpu":

@@ -27,14 +27,14 @@ HAS_TRITON = are_enabled() and importlib.util.find_spec("triton") is not None
 """Found once: torch.compile can't look for modules."""
 
 
-def uses_triton(t: Tensor) -> bool:
-    """Whether Triton's kernels multiply tensors such as this one: on a GPU, in bfloat16.
+def uses_triton(t: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
+    """Whether Triton's kernels take tensors such as this one: on a GPU, and in bfloat16 where they multiply.
 
     float32 and float64 take the PyTorch forms, whose products are cuBLAS's, in the precision that torch is set to: the
     kernels' tiles of float32 would not fit in the registers. So does float16, whose range is too small for the
     gradients of a memory.
     """
-    return t.is_cuda and t.dtype == torch.bfloat16 and HAS_TRITON
+    return t.is_cuda and t.dtype in dtypes and HAS_TRITON
 
 
 def limit_bytes(t: Tensor, on_cpu: int) -> int:

@@ -11,6 +11,9 @@ Local attention and its gradients are all sums over the tokens on one side of th
 O_a = Σ_b (x_a·y_b + row_a + col_b) z_b, over b ≤ a or over b ≥ a. A program makes a tile of O, BLOCK_A tokens by
 BLOCK_Z columns: all of them up to 512, so that the products x·y are made once.
 
+The head's loss takes a program per row of logits, which goes over the vocabulary twice: for the sum, and to replace the
+logits by their gradients. The second time the row lies in the L2 cache.
+
 All grids have one axis, the only one whose limit (2³¹ − 1; 65,535 on the others) no call reaches.
 """
 
@@ -421,6 +424,62 @@ def sum_causally(
         num_warps=8 if block_z > 64 else 4, num_stages=2,
     )  # fmt: skip
     return out, sums
+
+
+# The head's loss
+
+
+@triton.jit
+def _loss_kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, num_words,
+    HAS_WEIGHT: tl.constexpr, WRITES_GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * num_words
+    target = tl.load(target_ptr + row)
+    chosen = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
+    weight = tl.where(target >= 0, 1.0, 0.0)
+    if HAS_WEIGHT:
+        weight *= tl.load(weight_ptr + row).to(tl.float32)
+    greatest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)  # Σ exp(x − greatest), of each of the BLOCK columns
+    for begin in range(0, num_words, BLOCK):
+        words = begin + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + words, mask=words < num_words, other=float("-inf")).to(tl.float32)
+        greater = tl.maximum(greatest, x)
+        shift = tl.where(greater == float("-inf"), 0.0, greater)
+        total = total * tl.exp(greatest - shift) + tl.exp(x - shift)
+        greatest = greater
+    top = tl.max(greatest, axis=0)
+    logsumexp = top + tl.log(tl.sum(total * tl.exp(greatest - top), axis=0))
+    tl.store(loss_ptr + row, tl.where(target >= 0, (logsumexp - chosen) * weight, 0.0))
+    if WRITES_GRADIENTS:
+        tl.debug_barrier()  # all threads have read the target's logit
+        for begin in range(0, num_words, BLOCK):
+            words = begin + tl.arange(0, BLOCK)
+            x = tl.load(logits_ptr + words, mask=words < num_words, other=0.0).to(tl.float32)
+            gradients = weight * (tl.exp(x - logsumexp) - tl.where(words == target, 1.0, 0.0))
+            gradients = tl.where(target >= 0, gradients, 0.0)  # whatever the logits of a row without a target are
+            tl.store(logits_ptr + words, gradients.to(logits_ptr.dtype.element_ty), mask=words < num_words)
+
+
+def score_rows(logits: Tensor, targets: Tensor, weights: Tensor | None, *, write_gradients: bool) -> Tensor:
+    """Losses [n] float32 of rows of logits [n, Z], as `head_loss.score_logits`; gradients replace the logits."""
+    num_rows, num_words = logits.shape
+    targets = targets.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    check_tensor("logits", logits, logits.shape, logits.dtype, logits.device)
+    check_tensor("targets", targets, (num_rows,), torch.int64, logits.device)
+    if weights is not None:
+        check_tensor("weights", weights, (num_rows,), None, logits.device)
+    losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    if num_rows:
+        _loss_kernel[(num_rows,)](
+            logits, targets, losses if weights is None else weights, losses, num_words,
+            HAS_WEIGHT=weights is not None, WRITES_GRADIENTS=write_gradients, BLOCK=choose_block(num_words, 4096),
+            num_warps=8,
+        )  # fmt: skip
+    return losses
 
 
 # Tiles
