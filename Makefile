@@ -1,10 +1,10 @@
-# make demo | test | test-slow | lint | format | bench | docs | setup | clean
+# make demo | test | test-slow | rehearse | lint | format | bench | docs | setup | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup dev demo test test-slow lint format bench docs clean
+.PHONY: setup dev demo test test-slow rehearse lint format bench docs clean
 
 setup: $(VENV)/.runtime
 dev: $(VENV)/.dev
@@ -50,6 +50,10 @@ lint: dev
 format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The GPU check, small, on the CPU.
+rehearse: dev
+	$(BIN)/python -m pytest -m slow tests/benchmarks/test_gpu_check.py
 
 # Hours; `make bench BENCH="--only generation"` or `BENCH=--quick` for less. Writes docs/benchmarks/measured.md.
 bench: $(VENV)/.bench

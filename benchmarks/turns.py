@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from new_llm.training.devices import read_peak_memory
 
@@ -104,3 +105,34 @@ def compare(answers: Answers, name: str, base: str, what: str = "seconds") -> fl
 def describe_spread(values: Sequence[float]) -> str:
     """Half of the range, of the median."""
     return f"±{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"
+
+
+def tabulate(
+    title: str, answers: Answers, num_tokens: int, bases: Sequence[str], *, ceiling: float | None = None
+) -> Table:
+    """A row for each worker: speed, that of some bases, spread and peak memory.
+
+    Args:
+        title: the table's.
+        answers: what `take_turns` returned.
+        num_tokens: tokens of a step.
+        bases: the workers that all are compared with, by time and by processor seconds.
+        ceiling: tokens a second that all are given as a share of.
+    """
+    table = Table(title=title)
+    ratios = [f"of {base}" for base in bases] + [f"by CPU seconds, of {base}" for base in bases]
+    share = [] if ceiling is None else ["of the ceiling"]
+    for column in ("model", "tokens/s (median)", *ratios, "spread", *share, "peak memory"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, values in answers.items():
+        speeds = [num_tokens / value["seconds"] for value in values]
+        middle = statistics.median(speeds)
+        table.add_row(
+            name,
+            f"{middle:,.1f}",
+            *(f"{compare(answers, name, base, key):.3f}" for key in ("seconds", "cpu_seconds") for base in bases),
+            describe_spread(speeds),
+            *([] if ceiling is None else [f"{middle / ceiling:.0%}"]),
+            f"{max(value['peak'] for value in values) / 2**30:.2f} GiB",
+        )
+    return table

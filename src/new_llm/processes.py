@@ -9,9 +9,11 @@ import atexit
 import datetime
 import gc
 import os
+import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +36,8 @@ FAILURES_KEY, FAILURE_KIND_KEY = "failures", "failure_kind"
 USER_ERRORS = (UserError, OSError)
 """What the command reports in one line, with the exit code of bad input."""
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
+WATCH_SECONDS, GRACE_SECONDS = 1.0, 5.0
+"""How often a process looks whether another has failed, and how long it may then take to end by itself."""
 LAUNCHER_OPTIONS = {
     "ACCELERATE_USE_FSDP": "--use_fsdp",
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
@@ -65,16 +69,22 @@ class Processes:
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
-        """This process's own device of a kind; a machine with fewer GPUs than processes is a `UserError`."""
+        """This process's own device of a kind; two processes on one GPU are a `UserError`.
+
+        It is the GPU of its number on the machine, or the first where the launcher shows each process only its own.
+        """
         if device.type != "cuda" or self.count == 1:
             return device
-        if self.local_rank >= torch.cuda.device_count():
+        own = torch.device("cuda", self.local_rank if self.local_rank < torch.cuda.device_count() else 0)
+        name = socket.gethostname(), str(torch.cuda.get_device_properties(own).uuid)
+        if self.gather(name).count(name) > 1:
             raise UserError(
-                f"process {self.rank} is number {self.local_rank + 1} on its machine, which has "
-                f"{torch.cuda.device_count()} GPUs: start as many processes as there are GPUs, or take --device cpu"
+                f"process {self.rank} is number {self.local_rank + 1} on its machine, where it sees "
+                f"{torch.cuda.device_count()} GPUs, and would share one with another process: start as many processes "
+                "as there are GPUs, or take --device cpu"
             )
-        own = torch.device("cuda", self.local_rank)
         torch.cuda.set_device(own)
+        os.environ["LOCAL_RANK"] = str(own.index)  # from which Accelerate takes its device
         return own
 
     def slice_rows(self, num_rows: int, what: str = "train.batch_size") -> slice:
@@ -204,7 +214,14 @@ class Processes:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around all that processes do together: the first that fails reports why, and the others end silently."""
+        """Around all that processes do together: the first that fails reports why, and the others end silently.
+
+        They end within seconds, also where they wait in an exchange that will never come to its end, as NCCL's don't
+        when a process is gone: a thread looks out for failures, aborts what waits, and in the end the process.
+        """
+        is_left = threading.Event()
+        if self.store is not None:
+            threading.Thread(target=self._watch_failures, args=(is_left,), daemon=True).start()
         try:
             yield
         except OtherProcessError:
@@ -219,6 +236,27 @@ class Processes:
             if first is not None:
                 raise OtherProcessError(str(error), is_user_error=first == "user") from error
             raise
+        finally:
+            is_left.set()
+            if _State.has_failed:
+                _abort_groups()
+
+    def _watch_failures(self, is_left: threading.Event) -> None:
+        """End this process if another one has failed and it does not end by itself."""
+        kind = None
+        while kind is None:
+            if is_left.wait(WATCH_SECONDS):
+                return
+            try:
+                if self.store.check([FAILURE_KIND_KEY]):
+                    kind = self.store.get(FAILURE_KIND_KEY).decode()
+            except RuntimeError:  # the process that holds the store has ended
+                return
+        if kind == "interrupt" or is_left.wait(GRACE_SECONDS):  # after an interrupt all stop by themselves
+            return
+        _abort_groups()
+        if not is_left.wait(GRACE_SECONDS):
+            os._exit(2 if kind == "user" else 1)
 
     def _note_failure(self, kind: str) -> str | None:
         """The kind of an earlier failure of another process; None: this is the first."""
@@ -241,6 +279,13 @@ ALONE = Processes()
 class _State:
     processes: Processes | None = None
     has_failed = False
+
+
+def _abort_groups() -> None:
+    """Break off the exchanges that NCCL waits in; those of gloo fail by themselves when a process ends."""
+    if dist.is_initialized() and torch.cuda.is_available():
+        with suppress(Exception):  # whatever it is that can't be broken off, the process is about to end
+            dist.distributed_c10d._abort_process_group()
 
 
 def have_met() -> bool:

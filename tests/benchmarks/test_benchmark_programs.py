@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 PROGRAMS = {
     "training": "GPT-NeoX, bf16, fused AdamW",
-    "peers": "ours, all Infini, int8",
+    "peers": "ours, all Infini",
     "generation": "both Pythias made the same 16 tokens in float32: yes",
     "scaling": "decoding by rows",
     "layers": "one layer, forward",
@@ -37,7 +37,7 @@ def test_a_quick_run_writes_its_tables(program: str, tmp_path: Path) -> None:
 
 def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study() -> None:
     source = (FOLDER / "all.py").read_text()
-    helpers = {"all", "kernel_figures", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
+    helpers = {"all", "gpu_check", "kernel_figures", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
     for path in FOLDER.glob("*.py"):
         if path.stem not in helpers:
             assert f'"{path.stem}": [' in source, path.stem

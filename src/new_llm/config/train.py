@@ -51,8 +51,9 @@ class TrainConfig:
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """With several processes. ddp: each holds all weights; fsdp: each holds a share of weights, gradients and optimizer
     state, and gathers a layer's weights when it runs."""
-    compile: bool = False
-    """torch.compile the layers: a minute or more at the start, and on a CPU no gain that was measured."""
+    compile: bool | None = None
+    """torch.compile the layers, which takes a minute or more at the start; None: on a GPU. On a CPU no gain was
+    measured."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and run it once more in backward: less memory, more time, equal gradients."""
     prefetch_batches: Annotated[int, Field(ge=0)] = 2

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -286,8 +287,12 @@ class Run(ABC, Generic[Config]):
     def _train(self, name: str, folder: Path) -> TrainingResult:
         config, data, processes = self.config, self.data, self.processes
         progress = TrainingProgress(name, self.console, device=self.device)
+        # weights that are sharded come from the main process
+        has_weights = processes.is_main or config.train.sharding != "fsdp"
+        with nullcontext() if has_weights else torch.device("meta"):
+            model = self.create(name)
         trainer = Trainer(
-            self.create(name),
+            model,
             data.train,
             self.training_data,
             config.train,

@@ -60,7 +60,7 @@ class HeldMemory(nn.Module):
         self._held_rows = batch_size
 
     def reset_rows(self, rows: Tensor) -> None:
-        """Empty the memory of some rows, [B] bool, of a per-row memory, as where a row's next document begins."""
+        """Empty rows of a per-row memory, [B] bool on the host, as where a row's next document begins."""
         if self._held_rows != rows.shape[0]:
             held = "one memory shared by all rows" if self._held_rows is None else f"{self._held_rows} rows"
             raise ValueError(
@@ -69,10 +69,9 @@ class HeldMemory(nn.Module):
         if not bool(rows.any()):
             return
         device = next(self.parameters()).device
+        chosen = rows.to(device, non_blocking=True)
         here = [None if memory is None else memory.to(device) for memory in self._held]
-        self._held = [
-            None if memory is None else memory.emptied().select_rows(rows.to(device), memory) for memory in here
-        ]
+        self._held = [None if memory is None else memory.emptied().select_rows(chosen, memory) for memory in here]
 
     def keep_memory(self) -> KeptMemory:
         """The held memory, for `restore_memory`. Nothing is copied: a held memory is never changed in place."""

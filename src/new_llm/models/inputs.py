@@ -70,7 +70,10 @@ class Packing:
 
 
 def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | None:
-    """The packing for an attention mask; None where every token is real. Raises ValueError as `check_mask`."""
+    """The packing for an attention mask; None where every token is real. Raises ValueError as `check_mask`.
+
+    What the mask holds is asked where it lies: one on the host is no reason to wait for the tokens' device.
+    """
     check_mask(attention_mask, input_ids)
     if attention_mask is None:
         return None
@@ -81,7 +84,11 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
     columns = torch.arange(mask.shape[1], device=mask.device)
     on_the_left = bool((mask == (columns < lengths.unsqueeze(1))).all())
     order = None if on_the_left else torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-    return Packing(order, lengths)
+    return Packing(None if order is None else _send(order, input_ids), _send(lengths, input_ids))
+
+
+def _send(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(like.device, non_blocking=True)
 
 
 def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:

@@ -145,7 +145,8 @@ class TransformerLM(HeldMemory):
         Args:
             input_ids: [B, T] token ids; T may be any number of segments.
             attention_mask: [B, T], 1 or True at real tokens; the others are neither read nor written and take no
-                position in a segment. Their logits are meaningless.
+                position in a segment. Their logits are meaningless. On a GPU it costs least on the host, where asking
+                what it holds waits for nothing.
             update_memory: keep what the call wrote; otherwise the held memory stays bit for bit as it was.
 
         Returns:
@@ -420,7 +421,7 @@ class TransformerLM(HeldMemory):
         targets = align_labels(labels, input_ids.shape[1])
         check_targets(targets, input_ids, self.vocab_size)
         if attention_mask is not None:
-            mask = attention_mask.to(torch.bool)
+            mask = attention_mask.to(targets.device, torch.bool, non_blocking=True)
             masked = ~mask | ~F.pad(mask[:, 1:], (0, 1), value=True)  # neither predict from nor predict a masked token
             targets = targets.masked_fill(masked, IGNORE_INDEX)
         return targets

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,9 @@ class Trainer:
             self.model.reset_rows(batch.resets)
         else:
             self.model.reset_memory()
-        return self.batch_loss(map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True)))
+        sent = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        # The mask stays on the host, which asks what it holds: asking a GPU would be to wait for it.
+        return self.batch_loss(replace(sent, attention_mask=batch.attention_mask))
 
     def _compute_loss(self, model: TransformerLM, batch: Batch) -> Tensor:
         """The model's own loss, the default `loss_fn`."""

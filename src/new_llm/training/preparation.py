@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
@@ -17,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._triton import has_triton
 
 from new_llm.config import TrainConfig, UserError
 from new_llm.config.allocator import keep_freed_memory
@@ -26,6 +28,7 @@ from new_llm.models.layers import Layer
 from new_llm.models.model_file import build_model, describe_model
 from new_llm.models.ops.kernels import native
 from new_llm.processes import Processes, gather_tensor
+from new_llm.training.checkpoint import share_weights
 
 LossFunction = Callable[[TransformerLM, Batch], Tensor]
 """A batch's loss, summed over its predicted tokens: a step divides by the tokens of all its batches and processes."""
@@ -62,20 +65,25 @@ def prepare_training(
     precision: str,
     processes: Processes,
 ) -> PreparedTraining:
-    """Move the model to its device and wrap it as configured; weights that can't be sharded are a `UserError`."""
+    """Move the model to its device and wrap it as configured; weights that can't be sharded are a `UserError`.
+
+    A model that is to be sharded is never whole on a device; other processes' may be on `meta`, without weights.
+    """
+    is_sharded = config.sharding == "fsdp" and processes.count > 1
+    finds_unused = processes.count > 1 and not is_sharded and has_unused_parameters(model, loss_fn)
     AcceleratorState._reset_state(True)  # Accelerate allows one precision per process unless it is reset
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(config.trackers) or None,
-        # In samples of one segment nothing reads the memory: parameters that only write have no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(model.memory_layers))],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=finds_unused)],
     )
-    model.to(accelerator.device)
+    if not is_sharded:
+        model.to(accelerator.device)
     model.gradient_checkpointing = config.gradient_checkpointing
     if device.type == "cpu":
         keep_freed_memory()
-    if config.compile:
+    if config.compile or (config.compile is None and accelerator.device.type == "cuda" and has_triton()):
         native.load_kernels()  # compiled layers can't load them
         for layer in model.layers:
             layer.compile()
@@ -83,8 +91,8 @@ def prepare_training(
     warnings.filterwarnings("ignore", message=r"find_unused_parameters=True was specified")
     batch_loss = BatchLoss(model, loss_fn)
     structure = None
-    if config.sharding == "fsdp" and processes.count > 1:
-        structure = shard_weights(batch_loss, model, accelerator.device, processes)
+    if is_sharded:
+        structure = shard_weights(batch_loss, model, accelerator.device, precision, processes)
     optimizer = make_optimizer(model, config)
     # In evaluation mode Accelerate only sets the precision; otherwise it adds DDP for several processes.
     wrapped = accelerator.prepare_model(batch_loss, device_placement=False, evaluation_mode=structure is not None)
@@ -92,11 +100,30 @@ def prepare_training(
     return PreparedTraining(accelerator, wrapped, prepared, structure)
 
 
-def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, processes: Processes) -> dict[str, Any]:
+def has_unused_parameters(model: TransformerLM, loss_fn: LossFunction) -> bool:
+    """Whether a sample may leave a trained parameter without gradient, which DDP has to be told: it costs time.
+
+    A sample of one segment from an empty memory uses the fewest: nothing reads what parameters that only write have
+    written.
+    """
+    ids, was_training = torch.zeros(1, 2, dtype=torch.int64), model.training
+    sample = Batch(ids, F.pad(ids, (0, 1)), None, torch.ones(1, dtype=torch.bool), num_targets=2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.fresh_memory():
+        gradients = torch.autograd.grad(loss_fn(model.train(), sample), trained, allow_unused=True)
+    model.train(was_training)
+    return any(gradient is None for gradient in gradients)
+
+
+def shard_weights(
+    root: nn.Module, model: TransformerLM, device: torch.device, precision: str, processes: Processes
+) -> dict[str, Any]:
     """Shard the weights over the processes layer by layer, by FSDP2's `fully_shard`; returns the model's structure.
 
-    A layer's weights are gathered when it runs and freed after it. Embedding, head and whatever else is outside the
-    layers belong to the root, which gathers them for the whole step: the fused loss reads the head's weights directly.
+    The model is laid out on `meta`; then every process takes its share of the main process's weights, which until then
+    stay on the host. A layer's weights are gathered when it runs and freed after it (see `choose_policy`). Embedding,
+    head and whatever else is outside the layers belong to the root, which gathers them in float32 for the whole step:
+    the fused loss reads the head's weights directly.
 
     Raises:
         UserError: the model has a scalar parameter (the α of a parallel adapter), or tied embeddings.
@@ -110,13 +137,30 @@ def shard_weights(root: nn.Module, model: TransformerLM, device: torch.device, p
     if model.tie_word_embeddings:
         raise UserError("train.sharding fsdp: tied embeddings can't be sharded; use ddp, or tie_word_embeddings false")
     structure = describe_model(model)  # now: sharding changes the layers' classes
+    weights = model.state_dict() if processes.is_main else {}
+    model.to("meta")
     # The warning is about in-place changes of views; memories are views, but are never changed in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (processes.count,))
+    policy = choose_policy(precision, device)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(root, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=replace(policy, param_dtype=None))
+    model.to_empty(device=device)
+    share_weights(weights, model, processes)
     return structure
+
+
+def choose_policy(precision: str, device: torch.device) -> Any:
+    """In which dtypes a layer's weights are gathered and their gradients summed over the processes.
+
+    With precision bf16 a GPU gathers weights in bfloat16; a CPU does not, whose LayerNorm takes weights in its input's
+    dtype alone. Gradients are summed in float32. Hidden states are not cast: the sums that layers add to stay float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    narrow = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else None
+    return MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> TransformerLM:
@@ -126,10 +170,10 @@ def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> Tran
     """
     if structure is None:
         return model
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):  # the copy's random weights are replaced
-        whole = build_model(structure, "the model in training").to(device)
-    whole.load_state_dict({name: gather_tensor(tensor.detach()) for name, tensor in model.state_dict().items()})
+    with torch.device("meta"):
+        whole = build_model(structure, "the model in training")
+    weights = {name: gather_tensor(tensor.detach()) for name, tensor in model.state_dict().items()}
+    whole.load_state_dict(weights, assign=True)
     return whole.train(model.training)
 
 
@@ -244,7 +288,7 @@ def prefetch_batches(plan: BatchSequence, first: int, num_ahead: int, *, pin: bo
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors changed, except `resets`, which the host reads."""
+    """The batch with its tensors changed, except `resets`."""
     mask, weights = batch.attention_mask, batch.label_weights
     return replace(
         batch,

@@ -496,7 +496,9 @@ class CompressiveAttention(MemoryAttention):
 
     def _decay_like(self, like: Tensor) -> Tensor | None:
         """w as a tensor in the precision of `like`, the memory's, which may differ from the model's."""
-        return None if self.decay is None else like.new_tensor(self.decay)
+        if self.decay is None:
+            return None
+        return torch.stack([like.new_full((), w) for w in self.decay])  # filled where `like` is: nothing is copied
 
     def _current(self, memory: MemoryState) -> tuple[Tensor, Tensor]:
         if self.num_memories == 1:

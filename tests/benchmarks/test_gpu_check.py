@@ -1,0 +1,31 @@
+"""The rehearsal of the GPU check: every section, small, on the CPU, without packages that a GPU machine may lack."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_section_to_its_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--cpu-rehearsal", "--minutes", "60"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sections = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert {found["state"] for found in sections.values()} == {"done"}
+    assert all(row["verdict"] == "right" for row in sections["correctness"]["rows"])
+    # a row that fails holds its error in the place of its figure
+    for name, figure, least in (("training", "tokens/s", 8), ("decoding", "tokens/s", 8), ("head", "ms", 3)):
+        rows = sections[name]["rows"]
+        assert len(rows) >= least
+        assert all(isinstance(row[figure], int | float) for row in rows), rows
+    page = (tmp_path / "results.md").read_text()
+    assert "A REHEARSAL" in page
+    assert "| quick | ours, Pythia, compiled |" in page
+    assert len(list(tmp_path.glob("trace-*.json.gz"))) == 3

@@ -1,0 +1,102 @@
+"""A training step asks the device nothing and copies nothing that the host waits for.
+
+The device is torch's `meta`: whatever needs a value (`.item()`, `bool(tensor)`, indices of a mask) raises there, and
+copies from the host are seen as operations. A GPU's own count is in `benchmarks/gpu_check.py`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from new_llm.config import PythiaConfig
+from new_llm.models import create_model
+from new_llm.models.factory import MODEL_KINDS
+
+SHAPE = PythiaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "infini": {"use_alibi": True, "num_memory_banks": 2},
+    "multi_memory": {"router": "top1"},
+    "hierarchical": {"hierarchy": "fenwick"},
+    "selective": {"skip_interval": 1, "earlier_pass_weight": 0.5},
+}
+
+
+class WatchCopies(TorchDispatchMode):
+    """Collects copies from the host that are not `non_blocking`."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_meta:
+            from_host = any(isinstance(arg, Tensor) and not arg.is_meta and arg.dim() for arg in args)
+            is_free = (kwargs or {}).get("non_blocking") or (func._schema.name == "aten::copy_" and args[2:])
+            if from_host and not is_free:
+                self.found.append(str(func))
+        return result
+
+
+class WatchNumbers(TorchFunctionMode):
+    """Collects tensors on the device that are made of Python's numbers."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.is_meta:
+            self.found.append(str(func))
+        return result
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[str]]:
+    """Inside the block: a list of what the host waits for."""
+    found: list[str] = []
+    is_off = {
+        "autocast": lambda *arguments, **options: contextlib.nullcontext(),
+        "is_autocast_enabled": lambda kind: False,
+    }
+    with mock.patch.multiple(torch, **is_off), WatchCopies(found), WatchNumbers(found):  # autocast knows no meta
+        yield found
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODEL_KINDS if kind != "deep_pythia"])
+def test_a_training_step_waits_for_nothing(kind: str) -> None:
+    with torch.device("meta"):
+        model = create_model(kind, SHAPE, segment_length=8, **OPTIONS.get(kind, {}))
+    ids = torch.zeros(2, 24, dtype=torch.int64, device="meta")
+    mask = torch.ones(2, 24, dtype=torch.bool)
+    mask[0, 19:] = False
+    model.reset_memory(2)
+    with watch() as found:
+        for resets in ([False, False], [True, False]):
+            before = model.keep_memory()
+            model.reset_rows(torch.tensor(resets))
+            model.total_loss(ids, ids, mask, update_memory=True).backward()
+            model.restore_memory(before, torch.zeros((), dtype=torch.bool, device="meta"))
+    assert not found
+
+
+def test_what_waits_is_seen() -> None:
+    there = torch.zeros(2, device="meta")
+    with watch() as found:
+        torch.ones(2).to("meta", non_blocking=True)
+        assert not found
+        torch.ones(2).to("meta")
+        there.new_tensor([1.0, 2.0])
+        there.copy_(torch.ones(2))
+        assert len(found) == 3
+        for ask in (lambda: bool(there.any()), lambda: there[there > 0], lambda: there.nonzero()):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                ask()
