@@ -82,6 +82,8 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     for measure, text in list_places(series):
         columns += _collect_measure(series, measure, text, mark_best=mark_best)
     columns += [found for found in facts if found[0].group != "Model"]
+    groups = list(dict.fromkeys(heading.group for heading, _ in columns))
+    columns.sort(key=lambda one: groups.index(one[0].group))  # those of one group side by side
     known = [(heading, cells) for heading, cells in columns if any(cell.text != MISSING for cell in cells)]
     rows = [(one.name, one.index, [cells[place] for _, cells in known]) for place, one in enumerate(series)]
     return Summary([heading for heading, _ in known], rows)
@@ -115,6 +117,7 @@ def _collect_measure(
         if mark_best and first.better:
             cells = _mark_best(cells, first.better)
         group = make_line(first.group or MEASURES[measure].title)
+        group = group[:1].upper() + group[1:]
         yield Heading(group if text == VALIDATION else f"{group}: {text}", make_line(first.title)), cells
 
 
@@ -226,16 +229,21 @@ def render_lines(summary: Summary, width: int, write: Callable[[str], str] = str
     """The summary as lines of at most so many characters, but for words and figures that are longer.
 
     No word is cut: headings and names break between words, and columns for which there is no room go into further
-    tables below the first.
+    tables below the first, those of one group together where they fit a table.
     """
     names = [write(name) for name, _, _ in summary.rows]
     name_width = min(max(map(len, names), default=0), max(_longest_word(names), width // 3))
+
+    def fits(columns: Sequence[int]) -> bool:
+        return name_width + sum(GAP + one for one in _lay_out(summary, columns, write)) <= width
+
     block: list[int] = []
-    for column in range(len(summary.headings)):
-        if block and name_width + sum(GAP + one for one in _lay_out(summary, [*block, column], write)) > width:
-            yield from _render_block(summary, block, name_width, write)
-            block = []
-        block.append(column)
+    for _, group in _list_spans(summary, range(len(summary.headings))):
+        for parts in [group] if fits(group) else [[column] for column in group]:
+            if block and not fits([*block, *parts]):
+                yield from _render_block(summary, block, name_width, write)
+                block = []
+            block += parts
     if block:
         yield from _render_block(summary, block, name_width, write)
 
