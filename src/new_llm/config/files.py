@@ -8,6 +8,7 @@ process that holds them, however that ends.
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -256,16 +257,15 @@ def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
     """
     start = "." if name is None else f".{name}."
     removed = list[Path]()
-    for entry in _list_entries(folder):
-        if entry.name.startswith(start) and entry.name.endswith(ENDING) and entry.is_dir(follow_symlinks=False):
-            with suppress(OSError):  # gone by now, or on a disk without locks
-                descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
-                try:
-                    if try_lock(descriptor):  # its writer has ended
-                        shutil.rmtree(entry.path)
-                        removed.append(Path(entry.path))
-                finally:
-                    os.close(descriptor)
+    for path in sorted(folder.glob(f"{glob.escape(start)}*{ENDING}")):
+        with suppress(OSError):  # a file or a link, gone by now, or on a disk without locks
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if try_lock(descriptor):  # its writer has ended
+                    shutil.rmtree(path)
+                    removed.append(path)
+            finally:
+                os.close(descriptor)
     return removed
 
 
@@ -276,14 +276,6 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _list_entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError:
-        return []
 
 
 def _read_umask() -> int:
@@ -298,8 +290,10 @@ MANIFEST_FILE = "manifest.json"
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """`{"num_bytes": ..., "sha256": ...}` of every file below a folder, by relative name, but for a manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
-    described = {"num_bytes": lambda path: path.stat().st_size, "sha256": _hash_file}
-    return {path.relative_to(folder).as_posix(): {key: of(path) for key, of in described.items()} for path in files}
+    return {
+        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        for path in files
+    }
 
 
 def _hash_file(path: Path) -> str:

@@ -18,7 +18,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -179,23 +179,20 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, dict(found)
 
 
-def _check_fields(names: Iterable[str], where: str) -> None:
+def _check_fields(names: list[str], where: str) -> None:
     """Refuse unknown, repeated and missing names."""
-    names = list(names)
-    known = {*SENTENCE_FIELDS, *TEMPLATE_FIELDS, *OPTIONAL_FIELDS}
+    needed = TEMPLATE_FIELDS if any(name.endswith("_template") for name in names) else SENTENCE_FIELDS
     for name in names:
-        if name not in known:
+        if name not in (*SENTENCE_FIELDS, *TEMPLATE_FIELDS, *OPTIONAL_FIELDS):
             raise UserError(f"{where}: unknown field {_preview(name)}; allowed are {ALLOWED}")
         if names.count(name) > 1:
             raise UserError(f"{where}: duplicate field {name!r}")
-    has_templates = any(name.endswith("_template") for name in names)
-    needed = TEMPLATE_FIELDS if has_templates else SENTENCE_FIELDS
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise UserError(f"{where}: no field {missing[0]!r}; a pair's fields are {ALLOWED}")
-    mixed = [name for name in names if name not in needed and name not in OPTIONAL_FIELDS]
-    if mixed:
-        raise UserError(f"{where}: {mixed[0]!r} beside templates; a pair's fields are {ALLOWED}")
+    for name in needed:
+        if name not in names:
+            raise UserError(f"{where}: no field {name!r}; a pair's fields are {ALLOWED}")
+    for name in names:
+        if name not in (*needed, *OPTIONAL_FIELDS):
+            raise UserError(f"{where}: {name!r} beside templates; a pair's fields are {ALLOWED}")
 
 
 def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
