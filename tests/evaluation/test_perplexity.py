@@ -18,9 +18,9 @@ from new_llm.evaluation import (
     evaluate_rolling,
     evaluate_sliding_window,
     evaluate_streaming,
-    plan_rolling_windows,
     unigram_perplexity,
 )
+from new_llm.evaluation.scoring import plan_rolling_windows
 
 DOCUMENTS = make_documents([37, 1, 2, 64, 65, 130, 3, 16, 17])
 SPLIT = make_split(DOCUMENTS)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from new_llm.evaluation import Window, plan_segments, plan_windows
+from new_llm.evaluation.scoring import Window, plan_segments, plan_windows
 
 settings = st.integers(2, 40).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, context)))
 

@@ -32,17 +32,7 @@ from new_llm.evaluation.perplexity import (
 from new_llm.evaluation.positions import Positions
 from new_llm.evaluation.recall import Recall
 from new_llm.evaluation.reversal import ReversalResult, ReversalScores, evaluate_reversal_curse
-from new_llm.evaluation.scoring import (
-    LanguageModel,
-    Reading,
-    Scorer,
-    Scores,
-    Window,
-    join_scores,
-    plan_rolling_windows,
-    plan_segments,
-    plan_windows,
-)
+from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, Scores, join_scores
 
 __all__ = [
     "MEASURES",
@@ -69,7 +59,6 @@ __all__ = [
     "Table",
     "TrainingData",
     "Verdict",
-    "Window",
     "diagnose_perplexity",
     "evaluate_independent",
     "evaluate_reversal_curse",
@@ -80,9 +69,6 @@ __all__ = [
     "join_scores",
     "load_own_measures",
     "measure",
-    "plan_rolling_windows",
-    "plan_segments",
-    "plan_windows",
     "register_measure",
     "tune_cache",
     "unigram_perplexity",
