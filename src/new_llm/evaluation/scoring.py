@@ -42,22 +42,28 @@ class LanguageModel(Protocol):
         update_memory: bool = False,
     ) -> Tensor:
         """Loss in nats of the token after each position, [B, T]; 0 where there is no target."""
+        ...
 
     def fresh_memory(self, batch_size: int | None = None) -> AbstractContextManager[Any]:
         """An empty memory inside the context, the held one back afterwards."""
+        ...
 
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the memory of the rows that are True, [B] bool."""
+        ...
 
     @property
     def segment_length(self) -> int:
         """Tokens in a segment."""
+        ...
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """The model and all its parts."""
+        ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The model's weights."""
+        ...
 
 
 class Window(NamedTuple):
