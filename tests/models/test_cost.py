@@ -26,6 +26,12 @@ OPEN = H * K * (2 * K + 1) + D  # both sums of products, that of keys, the last 
         ("transformer_xl", {"memory_tokens": 12}, S, L * 2 * D * 12, L * 2 * D * S),
         ("infini", {"num_memory_heads": H}, S, MEMORY, 2 * D * S + OPEN),
         ("multi_memory", {"num_memories": 3}, S, 3 * MEMORY, 2 * D * S + OPEN),
+        ("multi_memory", {"router": "top1", "num_memories": 3}, S, 4 * MEMORY, 2 * D * S + D * S),
+        ("hierarchical", {"num_memories": 3}, S, 3 * MEMORY, 2 * D * S + OPEN),
+        ("hierarchical", {"hierarchy": "fenwick", "num_memories": 5}, S, 5 * MEMORY, 2 * D * S + OPEN),
+        ("infini", {"num_memory_heads": H, "local_attention": "softmax"}, S, MEMORY, 4 * D * S + H * K * (K + 3)),
+        ("gated_delta", {}, S, H * K * K + 3 * 3 * D, 2 * D * S),  # an open segment is the memory
+        ("token_memory", {"num_memory_heads": 3}, S, 3 * D // 2 * (D + 1), L * 2 * D * S + 3 * D // 2 * (D + 2)),
         ("rmt", {"num_memory_tokens": 3}, S, 3 * D, D * S),
     ],
 )

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.models.layers import GatedDeltaLayer, Segments
 from new_llm.models.ops import gated_delta_rule, gated_delta_rule_naive
+from new_llm.models.ops.gated_delta import _run_fla
 
 
 def draw_rule(num_tokens: int, width: int = 8) -> list[Tensor]:
@@ -50,6 +53,38 @@ def test_the_kernel_of_flash_linear_attention_equals_the_rule() -> None:
         expected = gated_delta_rule(*(t.float() for t in narrow), *parts[3:], num_written=num_written)
         for one, other in zip(found, expected, strict=True):
             assert (one.float() - other).norm() < 0.02 * other.norm()
+
+
+def test_the_kernel_is_called_with_the_layout_that_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with fla's signature: q, k [B, T, H, K], v [B, T, H, V], log α and β [B, T, H], M [B, H, K, V]."""
+
+    def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False):
+        assert q.dtype == k.dtype == v.dtype
+        assert output_final_state
+        scale = k.shape[-1] ** -0.5 if scale is None else scale
+        parts = (t.transpose(1, 2) for t in (scale * q, k, v, beta, g))
+        reads, memory = gated_delta_rule_naive(*parts, initial_state)
+        return reads.transpose(1, 2), memory
+
+    kernel = types.SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
+    modules = {
+        "fla": types.ModuleType("fla"),
+        "fla.ops": types.ModuleType("fla.ops"),
+        "fla.ops.gated_delta_rule": kernel,
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    parts = [t.detach() for t in draw_rule(6)]
+    for found, expected in zip(_run_fla(*parts), gated_delta_rule_naive(*parts), strict=True):
+        assert_near(found, expected, 1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_16_bits_raise_no_warning() -> None:
+    layer = GatedDeltaLayer(HIDDEN_SIZE, NUM_HEADS, 8)
+    x = torch.randn(1, 1, 5, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)[0].float().sum().backward()
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -19,17 +19,21 @@ def count_memory(model: TransformerLM) -> int:
 
 
 def count_state(model: TransformerLM) -> int:
-    """Numbers that a stream of one row keeps at most to read on: memories, and the sums or keys of an open segment.
+    """Numbers that a stream of one row needs at most to read on: memories, and the sums or keys of an open segment.
 
     They are counted in a stream that stands before the last token of its second segment. A softmax layer keeps 2 D
     numbers for each token of the segment. A layer without a fast `step` keeps its inputs and computes the rest again.
+    Where the open segment's state is the memory itself, as it is after each token, the memory from before the segment
+    is not read again, and does not count.
     """
     length = 2 * model.segment_length - 1
     with model.fresh_memory(1):
         stream = model.open_stream(1)
         stream.feed_hidden(torch.zeros(1, length, dtype=torch.int64, device=stream.device))
     weights = {parameter.data_ptr() for parameter in model.parameters()}
-    kept = find_tensors([stream.opened, stream.memories])
+    opened = {type(one) for states in stream.opened for one in states}
+    read = [memory.finish_call() for memory in stream.memories if memory and type(memory) not in opened]
+    kept = find_tensors([stream.opened, read])
     found = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point()}  # some hold one tensor under two names
     return sum(number for place, number in found.items() if place not in weights)
 

@@ -140,7 +140,7 @@ class TokenRule(NamedTuple):
 
         With g the sums of log α from the segment's start, a write of token t fades to ω_t = e^{g_S − g_t}, so that
         k'_t = ω_t β_t k_t. With `solves` each token also reads what the segment's earlier ones wrote, unnormalised:
-        K'ᵀ = (ω K)ᵀ (I + A)⁻¹ diag(β), A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i; see `ops.gated_delta_rule`.
+        K'ᵀ = (ω K)ᵀ (I + A)⁻¹ diag(β), A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i; see `ops.gated_delta`.
 
         Args:
             k: features of the keys, [..., H, S, K]; zero at masked tokens.

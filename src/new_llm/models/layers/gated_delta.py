@@ -131,7 +131,7 @@ class GatedDeltaAttention(Attention):
             q, k = self._map(q.to(wide)) * self.head_size**-0.5, self._map(k.to(wide))
             rates = beta.transpose(1, 2), log_decay.transpose(1, 2)
             reads, written = gated_delta_rule(q, k, F.silu(v), *rates, memory.memories[:, 0], num_written=num_written)
-            mixed = self.norm(reads.transpose(1, 2)).flatten(2)
+            mixed = self.norm(reads.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)
         if self.output_gate is not None:
             mixed = mixed * F.silu(self.output_gate(x))
         return self.dense(mixed), GatedDeltaMemory(written.unsqueeze(1), kept, memory.num_tokens + counts)

@@ -1,11 +1,11 @@
 """Pure functions; each fast form has a naive twin beside it, written from the equation.
 
 `memory`: the reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`:
-the rule token by token, inside segments; `gated_delta_rule`: with decay, across them. `local_attention`: features, and
+the rule token by token, inside segments; `gated_delta`: with decay, across them. `local_attention`: features, and
 attention inside a segment. `head_loss`: the head together with its loss. `kernels`: what runs compiled.
 """
 
-from new_llm.models.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_naive
+from new_llm.models.ops.gated_delta import gated_delta_rule, gated_delta_rule_naive
 from new_llm.models.ops.local_attention import (
     feature_map,
     local_linear_attention,
