@@ -7,7 +7,7 @@ from test_evaluation_of_real_models import SPLIT, TOKENIZER, make_model
 from new_llm.config import EvalConfig
 from new_llm.config.evaluation import LongDocumentsConfig, PassagesConfig
 from new_llm.evaluation import MEASURES, ModelResult, Subject
-from new_llm.evaluation.passages import find_half_share, find_passages
+from new_llm.evaluation.passages import continue_text, find_half_share, find_passages
 
 SETTINGS = EvalConfig(
     long_documents=LongDocumentsConfig(min_tokens=60, max_tokens_per_document=150, edges=(0, 32)),
@@ -81,6 +81,13 @@ def test_texts_are_the_documents_and_candidates_are_the_models():
             right = [share for text, share in token["with_memory"] if text == token["text"]]
             assert all(share == pytest.approx(np.exp(-token["carried"]), abs=1e-3) for share in right)
     assert "nats per token" in MEASURES["passages"].describe(found)
+
+
+def test_a_character_of_several_tokens_is_the_last_ones():
+    ids = TOKENIZER.encode("a \u03c3(q) \U0001f600 b", add_special_tokens=False).ids
+    texts = [continue_text(TOKENIZER, ids[max(0, at - 16) : at], ids[at : at + 1]) for at in range(len(ids))]
+    assert "".join(texts) == TOKENIZER.decode(ids)
+    assert not any("\ufffd" in text for text in texts)
 
 
 def test_a_model_without_memory_has_no_passages():

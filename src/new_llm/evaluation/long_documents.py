@@ -396,7 +396,7 @@ class LongDocuments(Measure):
         overall, notes = result["overall"]["perplexity"], []
         if RESET in overall and FOREIGN not in overall:
             notes.append("one document alone: there is no other document's memory")
-        if overall[CARRIED]["low"] is None:
+        elif overall[CARRIED]["low"] is None:
             notes.append(f"{result['num_documents']} documents are too few for intervals over documents")
         return notes
 
@@ -448,7 +448,8 @@ class LongDocuments(Measure):
             if way in overall["differences"]
         ]
         value = overall["perplexity"][CARRIED]["value"]
-        opening = f"perplexity of {result['num_documents']} long documents"
+        number = result["num_documents"]
+        opening = f"perplexity of {number} long document{'s' if number > 1 else ''}"
         if not parts:
             return f"{opening} {value:,.2f}"
         return f"{opening} with the memory carried {value:,.2f}: {', '.join(parts)}"

@@ -22,6 +22,7 @@ from new_llm.evaluation.memory_usage import watch_selections, watch_token_gates
 from new_llm.evaluation.scoring import Scorer, evaluation_mode, find_device, join_scores
 
 DIGITS = 4
+UNKNOWN = "\ufffd"  # what part of a character decodes to
 
 
 def choose_documents(subject: Subject, settings: PassagesConfig) -> list[int]:
@@ -72,10 +73,15 @@ def list_candidates(logits: Tensor, tokenizer: Tokenizer, previous: Sequence[int
 
 
 def continue_text(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
-    """The text that tokens add to those before them: whether it begins with a blank depends on these."""
-    start = tokenizer.decode(list(before), skip_special_tokens=False)
-    whole = tokenizer.decode([*before, *after], skip_special_tokens=False)
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(list(after), skip_special_tokens=False)
+    """The text that tokens add to those before them: whether it begins with a blank depends on these.
+
+    A character of several tokens is the last one's.
+    """
+    start, whole, alone = (
+        tokenizer.decode(list(ids), skip_special_tokens=False).rstrip(UNKNOWN)
+        for ids in (before, [*before, *after], after)
+    )
+    return whole[len(start) :] if whole.startswith(start) else alone
 
 
 def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[int]) -> dict[int, dict[str, Any]]:
@@ -244,7 +250,7 @@ def describe_passage(
         at = first + place - begin
         tokens.append(
             {
-                "text": continue_text(tokenizer, ids[max(0, at - 8) : at], ids[at : at + 1]),
+                "text": continue_text(tokenizer, ids[max(0, at - 16) : at], ids[at : at + 1]),
                 "carried": float(losses["carried"][place]),
                 "emptied": float(losses["emptied"][place]),
                 "with_memory": details["carried"][place - begin],
@@ -257,7 +263,7 @@ def describe_passage(
         )
     return {
         "segment": segment,
-        "before": tokenizer.decode(ids[:first], skip_special_tokens=False)[-160:],
+        "before": tokenizer.decode(ids[:first], skip_special_tokens=False).rstrip(UNKNOWN)[-160:],
         "value_nats": float((losses["emptied"] - losses["carried"])[begin:end].sum()),
         "tokens": tokens,
     }
