@@ -1,0 +1,46 @@
+"""torch.compile takes each layer with a memory, its Triton kernels included, as one graph, forwards and back."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from new_llm import create_model
+from new_llm.config import PythiaConfig
+from new_llm.models.ops import kernels
+
+CONFIG = PythiaConfig(
+    vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    max_position_embeddings=8,
+)  # fmt: skip
+
+
+def sum_causally(x: Tensor, y: Tensor, z: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(z), z.new_ones(z.shape[:2])
+
+
+def write_with_delta(state: Tensor, states: Tensor, keys: Tensor, *_: object, **__: object) -> Tensor:
+    states.zero_()
+    return keys.new_zeros(*keys.shape[:-1], state.shape[-1])
+
+
+def write_sums(state: Tensor, states: Tensor, *_: object, **__: object) -> None:
+    states.zero_()
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical", "gated_delta", "transformer_xl", "rmt"])
+def test_a_layer_with_kernels_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels give does not matter here, only that they can't break the graph: stand-ins give shapes."""
+    stand_ins = SimpleNamespace(sum_causally=sum_causally, write_with_delta=write_with_delta, write_sums=write_sums)
+    monkeypatch.setattr(kernels, "uses_triton", lambda t, *_: t.dtype == torch.float32)
+    monkeypatch.setattr(kernels, "load_triton", lambda: stand_ins)
+    torch._dynamo.reset()
+    model = create_model(kind, CONFIG)
+    ids = torch.arange(20).view(1, 20)
+    for layer in model.layers:  # as `train.compile` does
+        layer.compile(fullgraph=True, backend="aot_eager")
+    logits = model(ids)
+    logits.sum().backward()
+    assert logits.shape == (1, 20, 32)
+    assert all(p.grad is not None for layer in model.layers for p in layer.parameters() if p.requires_grad)
