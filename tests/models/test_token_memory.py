@@ -1,6 +1,7 @@
 """The token memory against its equations, written out token by token, and what is its own."""
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
 from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import ReadTokens, Segments, TokenMemoryLayer
-from new_llm.models.ops import scan_delta_rule, scan_delta_rule_naive
+from new_llm.models.ops import delta_rule, scan_delta_rule, scan_delta_rule_naive
 
 ROWS, SIZE, HEADS, KEY_SIZE = 2, 6, 3, 4
 
@@ -100,7 +101,7 @@ def test_the_layer_equals_its_equations(dtype: torch.dtype) -> None:
 def test_a_segment_at_a_time_equals_a_token_at_a_time(
     rows: int, segments: int, length: int, heads: int, data: st.DataObject
 ) -> None:
-    """Reads, M and all gradients, with some keys 0."""
+    """Reads, M and all gradients, with some keys 0, in pieces of at most 3 tokens or in one."""
     num_writes = data.draw(st.integers(0, segments))
     shape = (rows, segments, heads, length)
     q, k = (F.normalize(draw(*shape, 4, seed=seed), dim=-1) for seed in (0, 1))
@@ -109,7 +110,8 @@ def test_a_segment_at_a_time_equals_a_token_at_a_time(
     memory, rest = draw(rows, heads, 4, 5, seed=4), draw(heads, 4, 5, seed=8)
     decay = torch.sigmoid(draw(rows, num_writes, heads, seed=9))
     inputs = [t.requires_grad_() for t in (q, k, v, beta, memory, rest, decay)]
-    found, expected = scan_delta_rule(*inputs), scan_delta_rule_naive(*inputs)
+    with patch.object(delta_rule, "PIECE_LENGTH", data.draw(st.sampled_from((3, 64)))):
+        found, expected = scan_delta_rule(*inputs), scan_delta_rule_naive(*inputs)
     for one, other in zip(found, expected, strict=True):
         assert_near(one, other, 1e-10)
     weights = [draw(*t.shape, seed=5 + place) for place, t in enumerate(expected)]

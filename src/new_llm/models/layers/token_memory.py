@@ -14,7 +14,7 @@ from new_llm.config.sections import section
 from new_llm.models.layers.base import ReadTokens, Segments, Step
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
 from new_llm.models.layers.registry import register_layer
-from new_llm.models.ops import scan_delta_rule, scan_sums, solve_writes, sum_reads
+from new_llm.models.ops import scan_delta_rule, scan_sums, sum_reads, write_delta_rule
 from new_llm.models.state import LayerMemory, MemoryState, choose_rows
 
 
@@ -125,7 +125,7 @@ class TokenMemoryAttention(MemoryAttention):
             before = self.empty_memory(batch, q) if memory is None else memory
             decay = self._decay(counts > 0, before)
             rest = self.initial_memory.to(q.dtype)
-            reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, decay)
+            reads, change = scan_delta_rule(q.to(v.dtype), k, v, beta, before.memories[:, 0], rest, decay)
             if num_writes:
                 squares = k[:, :num_writes].square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
@@ -142,7 +142,9 @@ class TokenMemoryAttention(MemoryAttention):
         return torch.sigmoid(self.gate + self.token_gate(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
 
     def _project(self, hidden: Tensor, tokens: ReadTokens | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g q and k [..., H, S, K], v [..., S, V] and β [..., H, S], float32 at least."""
+        """g q and k [..., H, S, K] and β [..., H, S], float32 at least; v [..., S, V] as W_v gives it, but not float16,
+        whose range is too small for a memory.
+        """
         if tokens is None:
             raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
         token_rows = tokens.look_up_rows()
@@ -154,7 +156,8 @@ class TokenMemoryAttention(MemoryAttention):
         beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype))
         q, k = self.compute_gates(hidden).unsqueeze(-1) * split(self.query(hidden)), split(self.key(hidden))
         v = self.value(F.normalize(token_rows.to(dtype), dim=-1).to(hidden.dtype))
-        return q.transpose(-2, -3), k.transpose(-2, -3), v.to(dtype), beta.transpose(-1, -2)
+        v = v.to(dtype) if v.dtype == torch.float16 else v
+        return q.transpose(-2, -3), k.transpose(-2, -3), v, beta.transpose(-1, -2)
 
     def _mix(self, hidden: Tensor, reads: Tensor) -> Tensor:
         """The layer's contribution [..., S, D] from Σ_h g_h q_h M_h [..., S, V]."""
@@ -193,9 +196,9 @@ class TokenMemoryAttention(MemoryAttention):
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
             faded = torch.sigmoid(self.retention.to(q.dtype))[:, None, None] * held
-            error = v.unsqueeze(1) - k @ (rest + faded + opened.change)
+            added = write_delta_rule(k, v.to(k.dtype), beta, rest + faded + opened.change)
             opened = OpenTokens(
-                change=opened.change + k.transpose(-1, -2) @ (solve_writes(k, beta) @ error),
+                change=opened.change + added,
                 norms=opened.norms + k.square().sum(-2),
                 num_tokens=opened.num_tokens + step.count_tokens(),
                 last_key=last_key,

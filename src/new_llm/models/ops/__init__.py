@@ -5,6 +5,7 @@ the rule token by token, inside segments; `gated_delta`: with decay, across them
 attention inside a segment. `head_loss`: the head together with its loss. `kernels`: what runs compiled.
 """
 
+from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, sum_reads, write_delta_rule
 from new_llm.models.ops.gated_delta import gated_delta_rule, gated_delta_rule_naive
 from new_llm.models.ops.local_attention import (
     feature_map,
@@ -17,15 +18,11 @@ from new_llm.models.ops.memory import (
     multiply_norms,
     read_memories,
     read_memories_naive,
-    scan_delta_rule,
-    scan_delta_rule_naive,
     scan_sums,
     scan_sums_naive,
     select_memories,
     select_memories_naive,
-    solve_writes,
     sum_outer_products,
-    sum_reads,
     weigh_memories,
     write_memory,
     write_memory_naive,
@@ -52,10 +49,10 @@ __all__ = [
     "scan_sums_naive",
     "select_memories",
     "select_memories_naive",
-    "solve_writes",
     "sum_outer_products",
     "sum_reads",
     "weigh_memories",
+    "write_delta_rule",
     "write_memory",
     "write_memory_naive",
 ]
