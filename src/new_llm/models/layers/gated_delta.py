@@ -117,16 +117,17 @@ class GatedDeltaAttention(Attention):
     ) -> tuple[Tensor, GatedDeltaMemory]:
         """Read T tokens [B, T, D]; the returned memory is that after `num_written`, of which `counts` [B] are real."""
         inputs, wide = self.query_key_value(x), memory.memories.dtype
-        kept = memory.inputs
-        projected = inputs
-        if self.convolution is not None:
-            projected, inputs = self.convolution(inputs, memory.inputs)
-            kept = self.convolution.keep(inputs, counts, wide)
+        if x.device.type == "cpu":  # which convolves and takes SiLU's gradient in 16 bits several times more slowly
+            inputs = inputs.to(wide)
         beta = self.strength(x).to(wide).sigmoid()
         log_decay = torch.zeros_like(beta) if self.token_decay is None else self.token_decay(x)
         if valid is not None:  # a masked token writes nothing and lets nothing fade
             beta, log_decay = beta * valid.unsqueeze(-1), log_decay * valid.unsqueeze(-1)
         with torch.autocast(x.device.type, enabled=False):
+            kept, projected = memory.inputs, inputs
+            if self.convolution is not None:
+                projected, inputs = self.convolution(inputs, memory.inputs)
+                kept = self.convolution.keep(inputs, counts, wide)
             q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
             q, k = self._map(q.to(wide)) * self.head_size**-0.5, self._map(k.to(wide))
             rates = beta.transpose(1, 2), log_decay.transpose(1, 2)

@@ -80,9 +80,10 @@ def _scan_chunks(
     batch, heads, num_tokens, _ = q.shape
 
     def cut(x: Tensor) -> Tensor:
-        """[B, H, T, …] to [n, B H, C, …]; tokens that are missing to a whole chunk are zero, and so write nothing."""
-        padding = (0, 0) * (x.dim() - 3) + (0, -num_tokens % chunk)
-        return F.pad(x, padding).flatten(0, 1).unflatten(1, (-1, chunk)).transpose(0, 1)
+        """[B, H, T, …] to [B H, n, C, …]; tokens that are missing to a whole chunk are zero, and so write nothing."""
+        if missing := -num_tokens % chunk:
+            x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
+        return x.flatten(0, 1).unflatten(1, (-1, chunk))
 
     q, k, v, beta, log_decay = (cut(t) for t in (q, k, v, beta, log_decay))
     total = log_decay.cumsum(-1)  # g
@@ -98,10 +99,10 @@ def _scan_chunks(
     kept = total[..., -1, None, None].exp()
     writing = ((total[..., -1:] - total).exp().unsqueeze(-1) * k).transpose(-1, -2)
     states = [memory.flatten(0, 1)]
-    for one in zip(kept.unbind(0), (writing @ values).unbind(0), (writing @ keys).unbind(0), strict=True):
+    for one in zip(kept.unbind(1), (writing @ values).unbind(1), (writing @ keys).unbind(1), strict=True):
         states.append(torch.baddbmm(one[0] * states[-1] + one[1], one[2], states[-1], alpha=-1))
-    reads = scores @ values + (grown * q - scores @ keys) @ torch.stack(states[:-1])
-    reads = reads.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+    reads = scores @ values + (grown * q - scores @ keys) @ torch.stack(states[:-1], dim=1)
+    reads = reads.flatten(1, 2)[:, :num_tokens]
     return reads.unflatten(0, (batch, heads)), [state.unflatten(0, (batch, heads)) for state in states]
 
 
