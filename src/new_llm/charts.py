@@ -32,6 +32,7 @@ BAR_STEP, CELL_STEP = 24, 30
 MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
 MAX_TOOLTIPS = 24
 MAX_LABELLED_CELLS, MAX_LABELLED_COLUMNS = 150, 12
+MAX_LETTERED = 12  # varieties of a point chart
 MAX_LABEL, LETTER_WIDTH = 220, 8.6
 
 Row = dict[str, Any]
@@ -211,28 +212,33 @@ def point_chart(
     """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
     A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour and number, with
-    a letter, joined to it by a thin line. A logarithmic x-axis has base 10; rows that have no place on it are left out.
+    a letter that the caption explains (of many: none), joined to it by a thin line. A logarithmic x-axis has base 10;
+    rows that have no place on it are left out.
     """
     owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
-    places: dict[str, int] = {}
+    parts = [_name(row, series).removeprefix(_name(row, owner)).strip() for row in rows if _name(row, owner)]
+    varieties, is_crowded = list(dict.fromkeys(parts)), len(parts) > MAX_LETTERED
+    if parts and not is_crowded:
+        letters = (f"{letter}: {one}" for letter, one in zip(ascii_lowercase, varieties, strict=False))
+        caption = f"{caption} {', '.join(letters)}."
     drawn: list[Row] = []
+    owning: dict[str, Row] = {}
     for row in rows:
         across, up = _number(row.get(x), is_log=x_log), _number(row.get(y))
         if across is None or up is None:
             continue
         named, owned = _name(row, series), _name(row, owner)
-        place = owners.index(owned or named)
-        mates = [point for point in drawn if point["number"].rstrip(ascii_lowercase) == str(place + 1)]
-        point = {"x": across, "y": up, "number": str(place + 1), "size": 70, **_find_ends(row, low, high, is_log=False)}
+        number = str(owners.index(owned or named) + 1)
+        point = {"x": across, "y": up, "number": number, "size": 70, **_find_ends(row, low, high, is_log=False)}
         if owned:
-            point |= {
-                "number": f"{place + 1}{ascii_lowercase[sum(mate['size'] < 70 for mate in mates) % 26]}",
-                "size": 25,
-            }
-            point |= {"from_x": mates[0]["x"], "from_y": mates[0]["y"]} if mates and mates[0]["size"] == 70 else {}
-        point["series"] = f"{point['number']} {named.removeprefix(owned).strip()}"
-        places[point["series"]] = place
+            letter = ascii_lowercase[varieties.index(named.removeprefix(owned).strip()) % len(ascii_lowercase)]
+            point |= {"number": "" if is_crowded else number + letter, "size": 25}
+            point |= {"from_x": base["x"], "from_y": base["y"]} if (base := owning.get(owned)) else {}
+        else:
+            owning[named] = point
+        point["series"] = f"{number} {owned or named}"
         drawn.append(point | {"tip": f"{named}: {_say_value(point, '')} at {_say(across)} {x_title}"})
+    places = {point["series"]: int(point["series"].split()[0]) - 1 for point in drawn}
     horizontal: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
     horizontal |= {"scale": _scale(x_log) | {"padding": 30}}
     horizontal |= {"axis": _label_axis([point["x"] for point in drawn], "~s", base=10 if x_log else None)}
@@ -241,12 +247,14 @@ def point_chart(
     layers: list[Row] = []
     if any("from_x" in point for point in drawn):
         ends = {"x": horizontal | {"field": "from_x"}, "x2": {"field": "x"}, "y": height | {"field": "from_y"}}
-        mark = {"type": "rule", "strokeWidth": 1, "opacity": 0.5, "aria": False}
+        mark = {"type": "rule", "strokeWidth": 1, "opacity": 0.25 if is_crowded else 0.5, "aria": False}
         joined = {"transform": [{"filter": "isValid(datum.from_x)"}], "mark": mark}
         layers.append(joined | {"encoding": ends | {"y2": {"field": "y"}}})
     if any("low" in point for point in drawn):
         ends = {"y": height | {"field": "low"}, "y2": {"field": "high"}}
-        layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
+        # Of many varieties the intervals are in their tooltips.
+        shown: Row = {"transform": [{"filter": "datum.size > 25"}]} if is_crowded else {}
+        layers.append(shown | {"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
     # Hollow marks show where they cover one another, and that of the last shape, a stroke, is seen at all.
     marks = {"type": "point", "filled": False, "strokeWidth": 2, "opacity": 1}
     size: Row = {"field": "size", "type": "quantitative", "scale": None, "legend": None}

@@ -89,5 +89,7 @@ def test_a_variety_stands_beside_its_owner():
     rows.append({"m": "b + 9", "of": "b", "x": 9, "y": 2})
     chart = point_chart("p", "P", "", rows, x="x", y="y", series="m", owner="of", x_log=True)
     drawn = [(point["series"], point.get("from_x"), point.get("from_y")) for point in read_values(chart)]
-    assert drawn == [("1 a", None, None), ("1a + 9", 1, 5), ("2a + 9", None, None)]  # b has no place on the axis
-    assert place_series(chart, {}) == {"1 a": 0, "1a + 9": 0, "2a + 9": 1}
+    assert drawn == [("1 a", None, None), ("1 a", 1, 5), ("2 b", None, None)]  # b has no place on the axis
+    assert place_series(chart, {}) == {"1 a": 0, "2 b": 1}
+    assert [point["number"] for point in read_values(chart)] == ["1", "1a", "2a"]
+    assert chart.caption.endswith("a: + 9.")
