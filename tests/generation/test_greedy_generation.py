@@ -17,6 +17,7 @@ from new_llm import TransformerLM
 from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel
 from new_llm.models import SelectiveOutputLM
+from new_llm.models.generation import LOOK_EVERY
 
 NAMES = ["pythia", *MIXED_STACKS]
 NEW_TOKENS = 14  # across two ends of segments of 5 at least
@@ -91,8 +92,11 @@ def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name: str, side: 
         assert together[row, 11:].tolist() == alone[0, length:].tolist()
 
 
-@pytest.mark.parametrize("name", ["mixed", "infini-tokens"])
-def test_rows_that_end_early_are_padded_and_leave_the_others_alone(name: str) -> None:
+@pytest.mark.parametrize(("name", "look_every"), [("mixed", 1), ("infini-tokens", 1), ("mixed", 5)])
+def test_rows_that_end_early_are_padded_and_leave_the_others_alone(
+    name: str, look_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
     model = get_model(name)
     prompt = text_ids(3, 7)
     free, _ = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=True)

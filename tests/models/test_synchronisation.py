@@ -1,4 +1,4 @@
-"""A training step asks the device nothing and copies nothing that the host waits for.
+"""A training step and a generated token ask the device nothing and copy nothing that the host waits for.
 
 The device is torch's `meta`: whatever needs a value (`.item()`, `bool(tensor)`, indices of a mask) raises there, and
 copies from the host are seen as operations. A GPU's own count is in `benchmarks/gpu_check.py`.
@@ -16,8 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from new_llm.config import PythiaConfig
+from new_llm.config.model import GenerationConfig
 from new_llm.models import create_model
 from new_llm.models.factory import MODEL_KINDS
+from new_llm.models.sampling import TokenSampler
 
 SHAPE = PythiaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -85,6 +87,24 @@ def test_a_training_step_waits_for_nothing(kind: str) -> None:
             model.reset_rows(torch.tensor(resets))
             model.total_loss(ids, ids, mask, update_memory=True).backward()
             model.restore_memory(before, torch.zeros((), dtype=torch.bool, device="meta"))
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "kind", ["pythia", "infini", "hierarchical", "transformer_xl", "gated_delta", "rmt", "token_memory", "selective"]
+)
+def test_a_generated_token_waits_for_nothing(kind: str) -> None:
+    """In the middle of a segment, with every option of drawing, after a prompt of more than a segment."""
+    with torch.device("meta"):
+        model = create_model(kind, SHAPE, segment_length=8)
+    ids = torch.zeros(2, 11, dtype=torch.int64, device="meta")
+    config = GenerationConfig(do_sample=True, top_p=0.9, repetition_penalty=1.2)
+    sampler = TokenSampler(config, ids, torch.ones_like(ids, dtype=torch.bool), SHAPE.vocab_size)
+    stream = model.open_stream(2)
+    with watch() as found:
+        hidden = stream.feed_hidden(ids)
+        for _ in range(3):
+            hidden = stream.feed_hidden(sampler.choose(model.embed_out(hidden[:, -1])).unsqueeze(1))
     assert not found
 
 

@@ -18,6 +18,9 @@ from new_llm.models.sampling import StoppingText, TokenSampler
 
 PACK_FROM = 16
 """Fewest new tokens for which packing the weights pays off."""
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""How many tokens are made between two looks at whether a row has ended: a look waits for the device. Tokens that a row
+made after its end are thrown away. Where text or tokens are shown, or memory is kept, each token is looked at."""
 OnToken = Callable[[list[int | None]], None]
 """Called with each step's tokens, one per row; None for a row that has ended."""
 OnText = Callable[[int, str], None]
@@ -186,6 +189,9 @@ class GenerationRun:
         """Read the prompts, then make one token per row between two yields; updates the memory at the end if asked."""
         begin = time.perf_counter()
         tracks = tracks_tokens or self.texts is not None or bool(self.config.eos_token_id)
+        needs_each = tracks_tokens or self.texts is not None or self.caches is not None or self.update_memory
+        self.look_every = 1 if needs_each else LOOK_EVERY.get(self.input_ids.device.type, 1)
+        self.num_looked = 0
         packs = self.config.max_new_tokens >= PACK_FROM
         self.weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
         with torch.no_grad(), self.weights.in_use():
@@ -260,7 +266,7 @@ class GenerationRun:
 
     def _read(self, rows: Tensor) -> Tensor:
         """Feed the last tokens of rows [B] bool and return the logits of all rows, [B, Z]."""
-        mask = None if bool(rows.all()) else rows.to(self.input_ids.device).unsqueeze(1)
+        mask = None if bool(rows.all()) else rows.unsqueeze(1)  # on the host, where the stream plans
         return self._mix(self.stream.feed_hidden(self.last_tokens, mask)[:, 0], self.last_tokens, rows)
 
     def _mix(self, hidden: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -276,18 +282,28 @@ class GenerationRun:
     def _keep(self, tokens: Tensor, number: int, rows: Tensor, tracks: bool) -> None:
         """Record the tokens that rows [B] bool made, and mark the rows that they end."""
         if not bool(rows.all()):
-            tokens = tokens.masked_fill(~rows.to(tokens.device), self.config.pad_token_id)
+            is_over = (~rows).to(tokens.device, non_blocking=True)
+            tokens = tokens.masked_fill(is_over, self.config.pad_token_id)
         self.last_tokens = tokens.unsqueeze(1)
         self.new_ids[:, number] = tokens
+        if (number + 1) % self.look_every and number + 1 < self.config.max_new_tokens:
+            return
+        begin, self.num_looked = self.num_looked, number + 1
+        if tokens.device.type != "cpu":  # there `choose` has looked
+            self.sampler.check()
         if not tracks:
             self.num_new = [number + 1] * len(tokens)
             return
-        for row, (token, is_made) in enumerate(zip(tokens.tolist(), rows.tolist(), strict=True)):
-            self.step_tokens[row] = token if is_made else None
+        found = tokens.unsqueeze(1) if self.look_every == 1 else self.new_ids[:, begin : number + 1]
+        for row, (ids, is_made) in enumerate(zip(found.tolist(), rows.tolist(), strict=True)):
+            self.step_tokens[row] = ids[-1] if is_made else None
             self.pieces[row] = ""
-            if is_made:
-                self.num_new[row] = number + 1
+            for token in ids if is_made else ():
+                self.num_new[row] += 1
                 self._add_token(row, token)
+                if self.is_done[row]:
+                    self.new_ids[row, self.num_new[row] : number + 1] = self.config.pad_token_id
+                    break
 
     def _add_token(self, row: int, token: int) -> None:
         is_end = token in self.config.eos_token_id
@@ -306,7 +322,7 @@ class GenerationRun:
 
     def _end(self, unread: Tensor) -> None:
         if self.update_memory:
-            self.stream.feed_hidden(self.last_tokens, unread.to(self.input_ids.device).unsqueeze(1))
+            self.stream.feed_hidden(self.last_tokens, unread.unsqueeze(1))
         self.stream.close(update_memory=self.update_memory)
 
 

@@ -58,16 +58,19 @@ class TokenSampler:
         if config.repetition_penalty != 1:
             counts = torch.zeros(len(input_ids), vocab_size, dtype=torch.int32, device=input_ids.device)
             self.seen = counts.scatter_add_(1, input_ids, mask.to(torch.int32)) > 0
+        self.is_finite: Tensor | None = None
         self.generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(input_ids))]
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each row, [B], from logits [B, Z].
 
         Raises:
-            UserError: a row has no greatest finite logit: some are NaN or infinite.
+            UserError: as `check`, which on a GPU is left to the caller: asking there is to wait.
         """
-        if not bool(logits.amax(-1).isfinite().all()):  # amax passes NaN on
-            raise UserError("generation: the logits are NaN or infinite: weights or a memory hold values too large")
+        is_finite = logits.amax(-1).isfinite().all()  # amax passes NaN on
+        self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
+        if logits.device.type == "cpu":
+            self.check()
         if self.seen is not None:
             logits = penalize_repetition(_widen(logits), self.seen, self.config.repetition_penalty)
         logits = _widen(logits)  # argmax in 16 bits is five times as slow
@@ -76,9 +79,14 @@ class TokenSampler:
             self.seen.scatter_(1, tokens.unsqueeze(1), True)
         return tokens
 
+    def check(self) -> None:
+        """Raise a UserError if a row ever had no greatest finite logit: some were NaN or infinite."""
+        if self.is_finite is not None and not bool(self.is_finite):
+            raise UserError("generation: the logits are NaN or infinite: weights or a memory hold values too large")
+
     def _draw(self, logits: Tensor) -> Tensor:
         uniform = torch.cat([torch.rand(1, generator=row, dtype=torch.float64) for row in self.generators])
-        uniform = uniform.to(logits.device).unsqueeze(1)
+        uniform = uniform.to(logits.device, non_blocking=True).unsqueeze(1)
         scaled = logits / self.config.temperature
         if self.config.top_k is None and self.config.top_p == 1:
             return invert_cumulative(scaled.softmax(-1), uniform)
@@ -93,8 +101,9 @@ class TokenSampler:
             probabilities = values.softmax(-1)
         else:
             log_sums = scaled.logsumexp(-1, keepdim=True)
-            values, tokens = rank_candidates(scaled, min(FIRST_CANDIDATES, size))
-            if bool(((values - log_sums).exp().sum(-1) < top_p).any()):
+            asks = scaled.device.type == "cpu"  # elsewhere to ask would be to wait, and to rank all is fast
+            values, tokens = rank_candidates(scaled, min(FIRST_CANDIDATES, size) if asks else size)
+            if asks and bool(((values - log_sums).exp().sum(-1) < top_p).any()):
                 values, tokens = rank_candidates(scaled, size)
             probabilities = (values - log_sums).exp()
         before = probabilities.cumsum(-1) - probabilities  # of more likely tokens; the first is always kept

@@ -57,7 +57,9 @@ class MemoryStream:
         if packing is None:
             lengths = torch.full((self.batch_size,), input_ids.shape[1])
             return self._feed_packed(input_ids, lengths)
-        return packing.unpack(self._feed_packed(packing.pack(input_ids), packing.lengths.cpu()))
+        assert attention_mask is not None
+        lengths = attention_mask.to(torch.bool).sum(1).cpu()  # of a mask on the host, without waiting for the device
+        return packing.unpack(self._feed_packed(packing.pack(input_ids), lengths))
 
     def _feed_packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Feed rows up to their segment's end, repeatedly; whole segments take the parallel path."""
@@ -88,7 +90,7 @@ class MemoryStream:
         """Restart some rows, [B] bool, from empty memory, as where a row's next document begins."""
         if rows.shape != (self.batch_size,):
             raise ValueError(f"reset_rows of shape {tuple(rows.shape)} for a stream of {self.batch_size} rows")
-        chosen = rows.to(self.device, torch.bool)
+        chosen = rows.to(self.device, torch.bool, non_blocking=True)
         for index, layer in enumerate(self.model.layer_list):
             memory = self.memories[index]
             for opened in self.opened:
@@ -128,17 +130,23 @@ class MemoryStream:
         return passes[-1]
 
     def _run_open(self, input_ids: Tensor, fed: Tensor, taken: Tensor) -> Tensor:
-        longest = int(taken.max())
-        columns = (fed.unsqueeze(1) + torch.arange(longest)).clamp(max=input_ids.shape[1] - 1)
-        offsets, counts = self.offsets.to(self.device), taken.to(self.device)
-        tokens = input_ids.gather(1, columns.to(self.device))
+        longest, begin, start = int(taken.max()), int(fed[0]), int(self.offsets[0])
+        is_level = self._is_level(taken)
+        if is_level and bool((fed == begin).all()):  # as when text is generated: nothing to send to a device
+            tokens = input_ids[:, begin : begin + longest]
+            offsets, counts = torch.full((self.batch_size,), start, device=self.device), None
+        else:
+            columns = (fed.unsqueeze(1) + torch.arange(longest)).clamp(max=input_ids.shape[1] - 1)
+            plan = torch.cat((columns, self.offsets.unsqueeze(1), taken.unsqueeze(1)), dim=1)
+            plan = plan.to(self.device, non_blocking=True)
+            tokens, offsets, counts = input_ids.gather(1, plan[:, :longest]), plan[:, -2].contiguous(), plan[:, -1]
         step = Step(
             offsets=offsets,
             positions=offsets.unsqueeze(1) + torch.arange(longest, device=self.device),
-            valid=None if bool((taken == longest).all()) else mark_valid(counts, longest),
+            valid=None if counts is None or bool((taken == longest).all()) else mark_valid(counts, longest),
             longest=int((self.offsets + taken).max()),
             segment_length=self.model.segment_length,
-            start=int(self.offsets[0]) if self._is_level(taken) else None,
+            start=start if is_level else None,
             tokens=self._describe_tokens(tokens),
         )
         hidden = embedded = self.model.embed_in(tokens)
@@ -167,7 +175,7 @@ class MemoryStream:
     def _end_segments(self, ended: Tensor) -> None:
         if not bool(ended.any()):
             return
-        rows = ended.to(self.device)
+        rows = ended.to(self.device, non_blocking=True)
         for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
             for opened in self.opened:  # every pass starts a new segment; the last pass's write is the memory
                 opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)

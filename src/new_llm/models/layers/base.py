@@ -247,8 +247,11 @@ class Layer(nn.Module, ABC):
         rows, length = len(hidden), step.segment_length
         if opened is None:
             opened = OpenInputs(hidden.new_zeros(rows, length, hidden.shape[2]), torch.zeros_like(step.offsets))
-        valid = torch.ones_like(step.positions, dtype=torch.bool) if step.valid is None else step.valid
-        row, column = valid.nonzero(as_tuple=True)
+        if step.valid is None:
+            row, column = (torch.arange(size, device=hidden.device) for size in step.positions.shape)
+            row = row.unsqueeze(1)
+        else:
+            row, column = step.valid.nonzero(as_tuple=True)
         kept = opened.hidden.clone()
         kept[row, step.positions[row, column]] = hidden[row, column]
         opened = replace(opened, hidden=kept, counts=step.offsets + step.count_tokens())
