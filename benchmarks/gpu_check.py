@@ -365,7 +365,7 @@ def check_correctness(scale: Scale) -> Iterator[Row]:
 
 def check_registers(scale: Scale) -> Iterator[Row]:
     """What each compiled Triton kernel takes, by the shapes that it was compiled for."""
-    if not kernels.uses_triton(torch.zeros(1, device=scale.device)):
+    if not kernels.uses_triton(torch.zeros(1, device=scale.device, dtype=torch.bfloat16)):
         for width in scale.key_sizes:
             run_case(make_scan(width, 8, 1, delta=True), scale.device, torch.float32)
         yield {"kernel": "none: Triton's kernels do not run here"}
@@ -449,7 +449,7 @@ def list_memory_ops(
 
     def run_token_rule() -> Tensor:
         parts = (t.transpose(1, 2) for t in (q, k, v))
-        with mock.patch("new_llm.models.ops.gated_delta_rule.find_spec", return_value=None):  # ours, not fla's
+        with mock.patch("new_llm.models.ops.gated_delta.find_spec", return_value=None):  # ours, not fla's
             return gated_delta_rule(*parts, beta_by_head, decay_by_head, memory)[0]
 
     found: dict[str, Callable[[], Tensor]] = {
