@@ -1,4 +1,4 @@
-"""torch.compile takes each layer with a memory, its Triton kernels included, as one graph, forwards and back."""
+"""torch.compile takes each model with a memory, its Triton kernels included, as one graph, forwards and back."""
 
 from types import SimpleNamespace
 
@@ -29,8 +29,11 @@ def write_sums(state: Tensor, states: Tensor, *_: object, **__: object) -> None:
     states.zero_()
 
 
-@pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical", "gated_delta", "transformer_xl", "rmt"])
-def test_a_layer_with_kernels_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+KINDS = ("infini", "multi_memory", "hierarchical", "gated_delta", "token_memory", "transformer_xl", "rmt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_kernels_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels give does not matter here, only that they can't break the graph: stand-ins give shapes."""
     stand_ins = SimpleNamespace(sum_causally=sum_causally, write_with_delta=write_with_delta, write_sums=write_sums)
     monkeypatch.setattr(kernels, "uses_triton", lambda t, *_: t.dtype == torch.float32)
@@ -38,9 +41,7 @@ def test_a_layer_with_kernels_is_one_graph(kind: str, monkeypatch: pytest.Monkey
     torch._dynamo.reset()
     model = create_model(kind, CONFIG)
     ids = torch.arange(20).view(1, 20)
-    for layer in model.layers:  # as `train.compile` does
-        layer.compile(fullgraph=True, backend="aot_eager")
-    logits = model(ids)
+    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(ids)
     logits.sum().backward()
     assert logits.shape == (1, 20, 32)
     assert all(p.grad is not None for layer in model.layers for p in layer.parameters() if p.requires_grad)

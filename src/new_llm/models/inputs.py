@@ -15,14 +15,14 @@ from new_llm.models.loss import IGNORE_INDEX
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless ids are [B, T] integers, B, T ≥ 1, and on a CPU within 0 … vocab_size − 1.
 
-    On a GPU their range is not checked: that would synchronise.
+    On a GPU and in a compiled graph their range is not checked: that would synchronise, or break the graph.
     """
     if input_ids.dim() != 2 or input_ids.numel() == 0 or not is_integer(input_ids):
         raise ValueError(
             f"input_ids: shape {tuple(input_ids.shape)}, dtype {input_ids.dtype}: "
             "[batch, tokens] integers with at least one token are needed"
         )
-    if input_ids.device.type == "cpu":
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = input_ids.aminmax()
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids: ids from {int(low)} to {int(high)}; the model knows 0 to {vocab_size - 1}")
