@@ -41,6 +41,7 @@ def run(tmp_path_factory) -> Path:
     for name, kind, options in (
         ("pythia", "pythia", {}),
         ("infini", "infini", {}),
+        ("transformer_xl", "transformer_xl", {"memory_tokens": 20}),
         ("hierarchical", "hierarchical", {"use_delta_rule": False}),
     ):
         save_model(create_model(kind, config, segment_length=16, **options), folder / name / "best")
@@ -86,6 +87,17 @@ def test_filling_from_files_equals_rows_of_one_call(run, tmp_path, capsys):
             assert torch.equal(value, expected[key])
     assert content.tokens_seen == sum(map(len, rows)) == int(found[2].replace(",", ""))
     load_memory_file(model, out)
+
+
+def test_a_cache_of_keys_is_filled_in_order_and_can_not_be_merged(run, tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+    assert fill(run, out, model="transformer_xl") == 0
+    assert "note: memories of different texts do not add here" in capsys.readouterr().err
+    model = load_model(run / "transformer_xl" / "best")
+    load_memory_file(model, out)
+    assert int(model.get_memory_state()[1]["num_tokens"]) == 20
+    assert call("merge", out, out, "--out", out) == 2
+    assert "(transformer_xl): memories of different texts can't be added" in capsys.readouterr().err
 
 
 def test_show_merge_compare(run, tmp_path, capsys, monkeypatch):

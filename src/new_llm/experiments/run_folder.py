@@ -41,7 +41,7 @@ from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig, name_model_folder
 from new_llm.models import TransformerLM
-from new_llm.models.layers import LAYER_KINDS, MemoryLayer
+from new_llm.models.layers import LAYER_KINDS
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
 from new_llm.processes import ALONE, Processes
 from new_llm.training.checkpoint import BEST_FOLDER
@@ -270,13 +270,13 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
 
 
 def has_memory(folder: Path) -> bool:
-    """Whether a saved model has a memory layer, by its structure alone."""
+    """Whether a saved model may have a memory layer, by its structure alone; loading it refuses unknown kinds."""
     structure = read_structure(folder)
     layers = structure.get("layers") if isinstance(structure, dict) else None
     if not isinstance(layers, list):
         raise UserError(f"{folder / STRUCTURE_FILE}: not a model description")
     kinds = (LAYER_KINDS.get(str(layer.get("kind"))) for layer in layers if isinstance(layer, dict))
-    return any(kind is not None and issubclass(kind, MemoryLayer) for kind in kinds)
+    return any(kind is None or kind.has_memory for kind in kinds)
 
 
 def load_run_model(
