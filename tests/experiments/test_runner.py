@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig, config_from_dict
 from new_llm.experiments.runner import Run, build_model
 from new_llm.models import ModelType, load_model
+from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.report import write_report
 from new_llm.report.results import load_results
 from new_llm.training import Trainer
-from new_llm.training.checkpoint import list_checkpoints
+from new_llm.training.checkpoint import list_checkpoints, remove_checkpoints
 from new_llm.training.log import read_metrics
+from new_llm.training.preparation import make_schedule
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
@@ -72,7 +75,14 @@ def test_a_run_folder_holds_all_that_the_design_names(whole: dict[str, Any]) -> 
     assert {entry["model_type"] for entry in stored["models"]} == models
     for entry in stored["models"]:
         model_folder = folder / entry["model_type"]
-        assert {path.name for path in model_folder.iterdir()} == {"metrics.jsonl", "tensorboard", "best", "result.json"}
+        assert {path.name for path in model_folder.iterdir()} == {
+            "metrics.jsonl",
+            "tensorboard",
+            "best",
+            "checkpoints",
+            "result.json",
+        }
+        assert len(list_checkpoints(model_folder)) == 1  # from which the run can be lengthened
         steps = entry["training"]["steps_log"]
         assert steps[-1]["loss"] < steps[0]["loss"]
         assert load_model(model_folder / "best").num_parameters() == entry["num_parameters"]
@@ -189,6 +199,56 @@ def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(whole: 
     with pytest.raises(UserError, match="no run here"):
         run_experiment(None, renamed(config, "absent"), resume=True)
     assert run_experiment(None, config, resume=True)["created"] == whole["created"]
+
+
+def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+    """It goes on counting, at the learning rates of the new length; what was measured before is set aside."""
+    shutil.copytree(whole["folder"], folder := tiny.runs_dir / "whole")
+    (folder / "evaluations").mkdir()
+    longer = renamed(tiny, "whole", models=("infini", "pythia"), train=dataclasses.replace(tiny.train, num_epochs=3))
+    results = run_experiment(None, longer, resume=True, console=Console(quiet=True))
+    (entry,) = results["lengthened"]
+    assert entry["changes"] == ["train.num_epochs 2 → 3"]
+    assert (folder / "evaluations-0").is_dir()
+    for before, after in zip(whole["models"], results["models"], strict=True):
+        old, new = before["training"], after["training"]
+        assert (old["epochs"], new["epochs"]) == (2, 3)
+        assert new["steps"] == old["steps"] * 3 // 2
+        assert new["steps_log"][: len(old["steps_log"])] == old["steps_log"]
+        schedule = make_schedule(longer.train, new["steps"] // 3)
+        for line in new["steps_log"][len(old["steps_log"]) :]:
+            assert line["learning_rate"] == pytest.approx(longer.train.learning_rate * schedule(line["step"]))
+    assert run_experiment(None, longer, resume=True, console=Console(quiet=True))["lengthened"] == [entry]
+    with pytest.raises(UserError, match=r"train.num_epochs 3 → 2: a run can't be shortened"):
+        run_experiment(None, dataclasses.replace(longer, train=tiny.train), resume=True)
+    remove_checkpoints(folder / "pythia")
+    longer = dataclasses.replace(longer, train=dataclasses.replace(tiny.train, num_epochs=4))
+    with pytest.raises(UserError, match="pythia: no checkpoint is left to continue from"):
+        run_experiment(None, longer, resume=True)
+    assert load_results(folder / "results.json")["status"] == "complete"
+
+
+def test_a_run_begins_from_the_weights_of_another(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+    def begin(name: str, spec: str, **changes: Any) -> dict[str, Any]:
+        train = dataclasses.replace(tiny.train, num_epochs=1)
+        return run(renamed(tiny, name, init_from=spec, train=train, **changes), ["infini"])
+
+    results = begin("next", whole["folder"])
+    found, before = results["models"][0], whole["models"][0]
+    assert found["training"]["steps_log"][0]["loss"] < before["training"]["epochs_log"][0]["validation_loss"]
+    best = load_model(Path(whole["folder"]) / "infini" / "best")
+    assert results["init_from"] == {"infini": fingerprint_weights(best)}
+    narrow = dataclasses.replace(tiny.model, intermediate_size=32)
+    other = dataclasses.replace(tiny.data, tokenizer_vocab_size=380)
+    for spec, changes, message in (
+        (f"{whole['folder']}:pythia", {}, "do not fit infini: "),
+        (whole["folder"], {"model": narrow}, "do not fit infini: layers.0.mlp"),
+        (whole["folder"], {"data": other}, "has another tokenizer than this run"),
+        (str(tiny.runs_dir / "absent"), {}, "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin("bad", spec, **changes)
+    assert not (tiny.runs_dir / "bad").exists()
 
 
 def test_bad_data_leaves_no_run_folder(tiny: ExperimentConfig, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def _make_runs(folder: Path) -> dict[str, Target]:
         train=TrainConfig(num_epochs=1, batch_size=4, keep_checkpoints=1),
         eval=EvalConfig(context=16, stride=8, max_tokens=100, measures=("sliding", "streaming")),
     )
-    remove, runner.remove_checkpoints = runner.remove_checkpoints, lambda folder: None
+    remove, runner.remove_checkpoints = runner.remove_checkpoints, lambda folder, keep: None
     try:
         run_experiment(["infini"], config)
     finally:

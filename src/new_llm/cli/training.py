@@ -44,7 +44,7 @@ class TrainingCommand(Command):
     """A YAML file with the settings to begin from, or the name of one of the project's own, e.g. quick; flags override
     it."""
     resume: bool = False
-    """Continue the run that --name names, where it was interrupted."""
+    """Continue the run that --name names, where it was interrupted. With more --epochs a finished one is lengthened."""
     settings: Any
 
     @classmethod

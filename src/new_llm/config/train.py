@@ -12,7 +12,10 @@ class TrainConfig:
     """The train section of an experiment."""
 
     num_epochs: Annotated[int, Field(gt=0), short("--epochs")] = 30
-    """Passes over the training samples at most."""
+    """Passes over the training samples at most. With --resume more of them lengthen a run, a finished one too: steps go
+    on counting, and learning rate and curriculum are those of the new length from there on, so that the rate rises
+    again to where the longer cosine stands. It is not the run that would have begun with so many epochs. What patience
+    has stopped goes on with more patience."""
     stop_at: Literal["epochs", "cpu_seconds"] = "epochs"
     """When training ends: after num_epochs, or once it has taken cpu_seconds, in as many passes as they allow; the
     learning rate then falls with the seconds that are left, and a curriculum is over after num_epochs."""
@@ -67,6 +70,8 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(gt=0)] = 2
     """Checkpoints that are kept while a model trains, the last one and those before it: where the last one turns out to
     be damaged, --resume goes on from the one before."""
+    keep_last_checkpoint: bool = True
+    """Keep the last checkpoint of a finished model, about thrice its weights: --resume --epochs N goes on from it."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: stop training, or skip the step, which then changes neither
     weights, optimizer nor memory. Either way the batch is saved in the model's folder under faults/."""

@@ -189,6 +189,10 @@ class ExperimentConfig(TrainingSettings):
     """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
     runs_dir: Path = Path("runs")
     """Where run folders are made."""
+    init_from: str | None = None
+    """RUN or RUN:MODEL: training begins from the best weights of that run's model, not from fresh ones; of a run of
+    several models each takes those of its own name. Shape and tokenizer must be equal; segments and options may
+    differ."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -37,6 +37,7 @@ from new_llm.experiments.run_folder import (
     describe_command,
     describe_environment,
     read_json,
+    split_spec,
     write_json,
 )
 from new_llm.experiments.subject import LoadedModel, load_any_model
@@ -241,7 +242,7 @@ def load_baselines(
     baselines: dict[str, Baseline] = {}
     for place, (spec, has_windows) in enumerate(specs):
         flag = "--window-baselines" if has_windows else "--baselines"
-        run, model_name = _split_spec(spec)
+        run, model_name = split_spec(spec)
         other = load_any_model(
             SubjectConfig(run=run, model=model_name, device=config.device, precision=config.precision)
         )
@@ -267,15 +268,9 @@ def load_baselines(
     return list(baselines.values())
 
 
-def _split_spec(spec: str) -> tuple[str, str | None]:
-    """RUN:MODEL as its two parts; RUN alone has no model."""
-    run, colon, model = spec.rpartition(":")
-    return (run, model) if colon and run and model and not Path(spec).exists() else (spec, None)
-
-
 def _shorten(spec: str) -> str:
     """The last part of the run's path, with the model."""
-    run, model = _split_spec(spec)
+    run, model = split_spec(spec)
     return Path(run).name + (f":{model}" if model else "")
 
 

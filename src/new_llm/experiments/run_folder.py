@@ -56,8 +56,16 @@ MODEL_RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 UNNAMED = "experiment"
 RESULTS_VERSION = 1
-MAY_CHANGE = ("runs_dir", "train.sharding", "train.checkpoint_every_steps", "train.keep_checkpoints")
+MAY_CHANGE = (
+    "runs_dir",
+    "train.sharding",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.keep_last_checkpoint",
+)
 """Settings of where and how a run is computed, not of what: a run may continue with others."""
+LENGTHS = ("train.num_epochs", "train.cpu_seconds", "train.patience")
+"""Settings of how long a run trains: it may continue with others, which are recorded."""
 TOKENIZER_LEVELS = 3
 """A model's tokenizer is in its folder or at most two above: runs/<name>/<model>/best."""
 CONFIG_KINDS: tuple[type[TrainingSettings], ...] = (ExperimentConfig, AdapterTrainingConfig)
@@ -115,14 +123,22 @@ def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
             )
         return config
     begun = read_begun(folder, type(config))
-    changed = list_differences(begun, config, but=MAY_CHANGE)
+    changed = list_differences(begun, config, but=(*MAY_CHANGE, *LENGTHS))
     if changed:
         raise UserError(
             f"{folder}: a run continues with the settings it began with; different now: {'; '.join(changed)}"
         )
+    one, two = flatten_settings(begun.to_dict()), flatten_settings(config.to_dict())
+    if shorter := [key for key in LENGTHS[:2] if two[key] < one[key]]:
+        raise UserError(f"{folder}: {shorter[0]} {one[shorter[0]]} → {two[shorter[0]]}: a run can't be shortened")
     for place, _, _ in os.walk(folder):
         remove_leftovers(Path(place))
     return dataclasses.replace(cast(Any, config), runs_dir=begun.runs_dir)
+
+
+def list_lengths(begun: RunSettings, config: RunSettings) -> list[str]:
+    """In which of its `LENGTHS` a run that continues differs from how it has been trained so far."""
+    return [line for line in list_differences(begun, config) if line.split(" ", 1)[0] in LENGTHS]
 
 
 def create_run(config: RunSettings, folder: Path) -> None:
@@ -267,6 +283,12 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
     if len(folders) > 1:
         raise UserError(f"{run}: several models; choose one by --model: {', '.join(folders)}")
     return next(iter(folders.values()))
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """RUN:MODEL as its two parts; RUN alone has no model."""
+    run, colon, model = spec.rpartition(":")
+    return (run, model) if colon and run and model and not Path(spec).exists() else (spec, None)
 
 
 def has_memory(folder: Path) -> bool:

@@ -14,13 +14,16 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from new_llm.config import DataConfig, UserError
+from new_llm.config.evaluation import EVALUATIONS_FOLDER
 from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.recall_facts import SamplePlanter
+from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation import (
     Subject,
     evaluate_sliding_window,
@@ -42,7 +45,11 @@ from new_llm.experiments.run_folder import (
     describe_command,
     describe_environment,
     hold_run,
+    list_lengths,
+    load_run_model,
+    read_begun,
     read_json,
+    split_spec,
     write_json,
 )
 from new_llm.models import TransformerLM, create_model
@@ -50,9 +57,10 @@ from new_llm.models.capacity import check_fits
 from new_llm.models.cost import count_flops, count_memory, count_state
 from new_llm.models.factory import match_parameters
 from new_llm.models.model_file import load_model
+from new_llm.models.tensor_files import fingerprint_tensors
 from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import BEST_FOLDER, remove_checkpoints, share_weights
+from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, remove_checkpoints, share_weights
 from new_llm.training.devices import (
     choose_device,
     choose_precision,
@@ -145,6 +153,14 @@ class Run(ABC, Generic[Config]):
     def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
         """Facts about a model for its result, beside its figures."""
 
+    def initialize(self, name: str, model: TransformerLM) -> None:  # noqa: B027 (fresh weights are the default)
+        """Give a model the weights that its training begins from, where these are not fresh."""
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        """Which weights models begin from, for the record, where these are not fresh."""
+        return {}
+
     def trains(self, name: str) -> bool:
         """Whether a model is trained before it is measured."""
         return True
@@ -176,12 +192,14 @@ class Run(ABC, Generic[Config]):
 
     def _execute(self) -> dict[str, Any]:
         done = self.processes.run_on_main(lambda: read_json(self.folder / RESULTS_FILE) if self.resume else None)
-        if done is not None and done["status"] == "complete":
+        longer = self.processes.run_on_main(self._find_longer)
+        if done is not None and done["status"] == "complete" and not longer:
             self.console.print(f"{self.folder} is done", highlight=False, markup=False)
             return self.processes.run_on_main(lambda: self._write(done))
         self.data = self._share_data()
         if self.resume:
             self.processes.run_on_main(self._check_same_data)
+            self.processes.run_on_main(lambda: self._lengthen(longer))
         else:  # only now, so that bad data leaves no folder behind
             self.processes.run_on_main(lambda: create_run(self.config, self.folder))
         self.console.print(f"run folder {self.folder}", highlight=False, markup=False)
@@ -202,6 +220,41 @@ class Run(ABC, Generic[Config]):
                 self.processes.run_on_main(lambda: self._write(results))
         with interrupt_training(self.folder):
             return self.processes.run_on_main(lambda: self._write(self.finish(results | {"status": "complete"})))
+
+    def _find_longer(self) -> list[str]:
+        """The changes by which a resumed run trains longer than it has begun to.
+
+        Raises:
+            UserError: a model is done, and no checkpoint is left to train it from.
+        """
+        if not self.resume:
+            return []
+        longer = list_lengths(read_begun(self.folder, type(self.config)), self.config)
+        for name in self.list_models() if longer else ():
+            folder = self.model_folder(name)
+            if self.trains(name) and (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
+                raise UserError(f"{folder}: no checkpoint is left to continue from (train.keep_last_checkpoint)")
+        return longer
+
+    def _lengthen(self, changes: Sequence[str]) -> None:
+        """Forget what is known of models that are to be trained longer, and write the settings down.
+
+        They are written last: a run that is killed here still trains or measures whatever is missing.
+        """
+        if not changes:
+            return
+        self.console.print(f"trained longer: {'; '.join(changes)}", highlight=False, markup=False)
+        facts = read_json(self.folder / ENVIRONMENT_FILE) or {}
+        entry = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "changes": list(changes)}
+        entry |= {"command": describe_command(), "code": describe_code()}
+        write_json(self.folder / ENVIRONMENT_FILE, facts | {"lengthened": [*facts.get("lengthened", []), entry]})
+        later = self.folder / EVALUATIONS_FOLDER  # of the weights that were the best until now
+        if later.exists():
+            later.rename(later.with_name(f"{later.name}-{len(facts.get('lengthened', []))}"))
+        (self.folder / RESULTS_FILE).unlink(missing_ok=True)
+        for name in filter(self.trains, self.list_models()):
+            (self.model_folder(name) / MODEL_RESULT_FILE).unlink(missing_ok=True)
+        create_run(self.config, self.folder)
 
     def _share_data(self) -> PreparedData:
         """The data: one process tokenises them, and the others read its cache, or on other machines the same texts."""
@@ -231,6 +284,7 @@ class Run(ABC, Generic[Config]):
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": describe_command(),
             "code": describe_code(),
+            "init_from": self.origins,
             "environment": describe_environment(str(self.device), self.precision, torch.get_num_threads())
             | {"num_processes": self.processes.count, "sharding": self.config.train.sharding},
         }
@@ -291,6 +345,8 @@ class Run(ABC, Generic[Config]):
         has_weights = processes.is_main or config.train.sharding != "fsdp"
         with nullcontext() if has_weights else torch.device("meta"):
             model = self.create(name)
+        if has_weights:
+            self.initialize(name, model)
         trainer = Trainer(
             model,
             data.train,
@@ -335,12 +391,14 @@ class Run(ABC, Generic[Config]):
             facts=self.data.info,
         )
 
-    @staticmethod
-    def _read_result(folder: Path) -> dict[str, Any] | None:
+    def _read_result(self, folder: Path) -> dict[str, Any] | None:
         done = read_json(folder / MODEL_RESULT_FILE)
         if done is not None:
-            remove_checkpoints(folder)  # a killed process may have left them
+            self._remove_checkpoints(folder)  # a killed process may have left them
         return done
+
+    def _remove_checkpoints(self, folder: Path) -> None:
+        remove_checkpoints(folder, keep=int(self.config.train.keep_last_checkpoint))
 
     def _load_best(self, name: str, folder: Path) -> TransformerLM:
         """The best weights; the main process reads them for all."""
@@ -382,7 +440,7 @@ class Run(ABC, Generic[Config]):
                 "epochs_log": [line for line in lines if line["event"] == "epoch"],
             }
         write_json(folder / MODEL_RESULT_FILE, result)
-        remove_checkpoints(folder)
+        self._remove_checkpoints(folder)
         return result
 
 
@@ -409,10 +467,51 @@ class ExperimentRun(Run[ExperimentConfig]):
         begun = (read_json(self.folder / DATA_FILE) if self.resume else None) or {}
         own = self.folder / TOKENIZER_FILE
         if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
-            return prepare_data(self.config.data)
+            data = prepare_data(self.config.data)
+            for name in self.config.models if not self.resume else ():
+                self._find_origin(name, data)
+            return data
         data = prepare_data(dataclasses.replace(self.config.data, tokenizer=str(own)))
         data.info["tokenizer"]["name"] = begun["tokenizer"]["name"]
         return data
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        """Of `init_from`, the fingerprint of each model's weights."""
+        found = {name: self._find_origin(name, self.data) for name in self.config.models}
+        return {name: fingerprint_tensors(weights) for name, weights in found.items() if weights is not None}
+
+    def initialize(self, name: str, model: TransformerLM) -> None:
+        """The weights of `init_from`, where no checkpoint takes their place."""
+        if not list_checkpoints(self.model_folder(name)) and (weights := self._find_origin(name, self.data)):
+            model.load_state_dict(weights)
+
+    def _find_origin(self, name: str, data: PreparedData) -> dict[str, Tensor] | None:
+        """The weights that a model begins from; None: fresh ones.
+
+        Raises:
+            UserError: they can't be read, have another tokenizer, or are not those of such a model.
+        """
+        if self.config.init_from is None:
+            return None
+        run, model_name = split_spec(self.config.init_from)
+        own = Path(run) / name_model_folder(name) / BEST_FOLDER
+        other, tokenizer = load_run_model(Path(run), model_name or (name if own.is_dir() else None))
+        if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(data.tokenizer):
+            raise UserError(
+                f"init_from: {self.config.init_from}: has another tokenizer than this run; take it by --data.tokenizer "
+                "and its tokenizer.json"
+            )
+        with torch.device("meta"):
+            built = build_model(self.config, name, data.vocab_size)
+        weights = other.state_dict()
+        here, there = ({key: tuple(one.shape) for key, one in s.items()} for s in (built.state_dict(), weights))
+        if odd := sorted(key for key in {*here, *there} if here.get(key) != there.get(key)):
+            raise UserError(
+                f"init_from: {self.config.init_from}: its weights do not fit {name}: {odd[0]} is {there.get(odd[0])}, "
+                f"here {here.get(odd[0])}"
+            )
+        return weights
 
     def list_models(self) -> Sequence[str]:
         """The experiment's model types."""

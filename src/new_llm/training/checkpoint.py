@@ -160,9 +160,12 @@ def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of a finished model, whose best weights stay."""
-    remove_folder_atomically(folder / CHECKPOINTS_FOLDER)
+def remove_checkpoints(folder: Path, keep: int = 0) -> None:
+    """Remove the checkpoints of a finished model, whose best weights stay, but the newest `keep`."""
+    for path in list_checkpoints(folder)[keep:]:
+        remove_folder_atomically(path)
+    if not keep:
+        remove_folder_atomically(folder / CHECKPOINTS_FOLDER)
 
 
 def _read_place(path: Path) -> tuple[int, int]:

@@ -432,6 +432,10 @@ class Trainer:
         if loaded is not None:
             structure = self.structure or describe_model(self.model)
             self.state = self.processes.run_on_main(lambda: restore_best(self.folder, structure, loaded, warn))
+            # Patience and length may be others than before.
+            self.state.stopped_early = bool(self.config.patience) and loaded.epochs_without_gain >= self.config.patience
+            for group, rate in zip(self.optimizer.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+                group["lr"] = rate * self.scheduler.lr_lambdas[0](self.state.step)
 
     def _interrupted(self) -> TrainingInterrupted:
         return TrainingInterrupted(
