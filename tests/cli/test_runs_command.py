@@ -1,5 +1,6 @@
 """`new-llm runs`: what is there, how far it got, what is broken."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def make_run(folder: Path, *, begun: str, is_done: bool) -> None:
         {"event": "epoch", "step": 4, "tokens": 16000, "validation_perplexity": 95.0},
     ]
     for name in ("pythia", "infini") if is_done else ("pythia",):
-        (folder / name).mkdir()
+        (folder / name / "checkpoints" / "step-000000004-epoch-0002").mkdir(parents=True)
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         if is_done:
             result = {"evaluation": {"sliding": {"perplexity": 81.25}}, "gates": {"layers.0": [0.3, 0.9]}}
@@ -65,9 +66,25 @@ def test_the_table_and_one_run(runs, capsys, monkeypatch):
     out = capsys.readouterr().out
     for text in ("second", "complete", "81.25", "90.50", "16.0k", "unreadable: broken", "3 runs in"):
         assert text in out
+    assert "step 4" in out
+    assert main(["runs", "--format", "json", "--runs-dir", str(runs)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row.get("name") for row in rows] == [None, *("pythia", "infini") * 2]
+    assert (rows[0]["run_status"], rows[1]["perplexity"]) == ("unreadable", 90.5)
+    assert rows[3]["checkpoints"] == ["step-000000004-epoch-0002"]
+    assert main(["runs", "--format", "csv", "--runs-dir", str(runs)]) == 0
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["perplexity"] for row in table] == ["", "90.5", "", "81.25", "81.25"]
+    assert (table[1]["greatest_gate"], table[0]["greatest_gate"]) == ("0.7", "")
     assert main(["runs", "show", "second", "--runs-dir", str(runs)]) == 0
     out = capsys.readouterr().out
-    for text in ("second: complete", "train.num_epochs 30 → 4", "recall-infini-1.json", "report.html"):
+    for text in (
+        "second: complete",
+        "train.num_epochs 30 → 4",
+        "recall-infini-1.json",
+        "report.html",
+        "step-00",
+    ):
         assert text in out
     assert main(["runs", "show", str(runs / "study" / "first")]) == 0
     assert "--name first --resume" in capsys.readouterr().out

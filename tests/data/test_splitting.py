@@ -1,8 +1,15 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from new_llm.config import DataConfig, UserError
 from new_llm.data.builder import cut_text, pack_sentences, shuffle_sentences, split_documents
+from new_llm.data.dataset import prepare_data
+from new_llm.data.sources import open_source
 from new_llm.data.tokenizer import train_tokenizer
 
 
@@ -62,3 +69,53 @@ def test_sentences_are_packed_in_a_seeded_order_into_documents_of_a_sample(speec
     assert all(size > 64 for size in sizes[:-1])
     assert list(pack_sentences(shuffled, tokenizer, 2)) == shuffled, "a sentence is never cut"
     assert list(pack_sentences([], tokenizer, 128)) == []
+
+
+def write_texts(folder, names):
+    folder.mkdir()
+    for name in names:
+        (folder / f"{name}.txt").write_text(f"{name} {'word ' * (20 + 7 * len(name))}\n")
+    return folder
+
+
+def test_sources_are_mixed_by_their_weights_until_one_is_used_up(tmp_path):
+    for name, count in (("short", 60), ("long", 60)):
+        write_texts(tmp_path / name, [f"{name}{i}" for i in range(count)])
+    mixed = open_source(DataConfig(source=f"{tmp_path / 'short'}*3 + {tmp_path / 'long'}*1"))
+    names = [Path(name).stem for name, _ in mixed.read()]
+    sizes = {
+        kind: sum(len(text) for name, text in mixed.read() if kind in Path(name).stem) for kind in ("short", "long")
+    }
+    assert sizes["short"] / sum(sizes.values()) == pytest.approx(0.75, abs=0.01)
+    assert {"short0", "short59", "long0"} <= set(names)
+    assert "long30" not in names
+    other = open_source(DataConfig(source=f"{tmp_path / 'short'}*2+{tmp_path / 'long'}*1"))
+    assert other.fingerprint != mixed.fingerprint
+    for bad in (f"{tmp_path / 'short'}*1+{tmp_path / 'short'}*2", "sotu*0+pile*1", f"{tmp_path / 'absent'}*1"):
+        with pytest.raises(UserError):
+            open_source(DataConfig(source=bad))
+
+
+def test_validation_documents_of_their_own_are_not_trained_on(tmp_path):
+    train = write_texts(tmp_path / "train", [f"text{i}" for i in range(12)])
+    held = write_texts(tmp_path / "held", ["text3", "other"])
+    config = DataConfig(
+        source=str(train),
+        validation_source=str(held),
+        tokenizer_vocab_size=300,
+        seq_length=8,
+        segments_per_sample=1,
+        reversal_pairs=False,
+        cache_dir=tmp_path / "cache",
+    )
+    data = prepare_data(config)
+    texts = {
+        name: [data.tokenizer.decode(split.document(i)) for i in range(split.num_documents)]
+        for name, split in (("train", data.train), ("validation", data.validation))
+    }
+    assert sorted(text.split()[0] for text in texts["validation"]) == ["other", "text3"]
+    assert {text.split()[0] for text in texts["train"]} == {f"text{i}" for i in range(12)} - {"text3"}
+    assert data.info["validation_source"] == str(held)
+    assert any("left out 1 documents" in note for note in data.info["notes"])
+    alone = prepare_data(dataclasses.replace(config, validation_source=None))
+    assert alone.info["split_fingerprint"] != data.info["split_fingerprint"]

@@ -87,6 +87,10 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
         assert {file.stem for file in (folder / "figures").glob(f"*.{ending}")} == {Path(name).stem for name in drawn}
     rows = list(csv.DictReader((folder / "figures" / "figure-long-documents-validation-vs-reset.csv").open()))
     assert [row["variant"] for row in rows] == ["reference", "no-delta"]
+    rows = {(row["variant"], row["figure"]): row for row in csv.DictReader((folder / "figures.csv").open())}
+    row = rows["no-delta", "Validation perplexity: sliding"]
+    assert [float(row[f"seed_{seed}"]) for seed in "01"] == list(second.values())
+    assert float(row["difference_mean"]) == pytest.approx(expected)
     captured = capsys.readouterr()
     assert "results:" in captured.out
     assert "minutes on two cores" in captured.err

@@ -1,5 +1,6 @@
 """Several runs of a study at once, in processes and as jobs."""
 
+import io
 import json
 import os
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from experiment_cases import fail_one, note_process, stop_one, write_study
+from rich.console import Console
 
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.cluster import ClusterConfig
 from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, InProcesses, OnCluster
+from new_llm.experiments.study_progress import StudyProgress
 from new_llm.training import TrainingInterrupted
 
 CELLS = [Cell("reference", 0), Cell("no-delta", 0)]
@@ -73,6 +76,22 @@ def test_no_cluster_is_one_line(addresses, tmp_path, monkeypatch, capsys, absent
 def test_no_jobs_are_refused(addresses, tmp_path, capsys):
     assert main(["study", str(write_study(tmp_path / "study.yaml", addresses)), "--jobs", "0"]) == 2
     assert capsys.readouterr().err == "new-llm: --jobs: 0; 1 is the least\n"
+
+
+def test_one_view_shows_all_runs_in_60_columns(tmp_path):
+    cells = [Cell("reference", 0), Cell("a-variant-whose-name-is-long", 10)]
+    progress = StudyProgress(tmp_path, dict.fromkeys(cells), 4, 3, console := Console(width=60, file=io.StringIO()))
+    progress.begin(Cell("pythia", 0))
+    progress.end(Cell("pythia", 0))
+    (model := tmp_path / "reference-s0" / "infini").mkdir(parents=True)
+    line = {"event": "train", "epoch": 2, "share": 0.624, "loss": 4.12345}
+    (model / "metrics.jsonl").write_text(json.dumps(line) + '\n{"event": "tra')
+    console.print(progress.render())
+    said, *lines = console.file.getvalue().splitlines()
+    assert said.startswith("pythia-s0: done, 2 of 4, about 0 s left")
+    assert all(len(line) <= 60 for line in lines)
+    expected = ["reference-s0 62% epoch 2, loss 4.123", "a-variant-whose-name 0% waiting", "runs done: 2 of 4"]
+    assert all(word in shown for shown, words in zip(lines, expected, strict=True) for word in words.split())
 
 
 @pytest.mark.slow

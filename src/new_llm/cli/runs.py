@@ -1,8 +1,11 @@
 """`new-llm runs`: the runs of a folder, their status and best figures; `new-llm runs show`: one of them."""
 
+import csv
 import dataclasses
+import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tyro.conf import Positional
 
@@ -12,6 +15,8 @@ from new_llm.config.terminal import open_console
 from new_llm.formats import format_short
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from new_llm.experiments.run_folder import ModelStatus, RunStatus
 
 
@@ -21,6 +26,8 @@ class ListRuns(Command):
 
     runs_dir: Path = Path("runs")
     """The folder of runs."""
+    format: Literal["table", "csv", "json"] = "table"
+    """table: for people; csv and json: for programs, with a row or an object for each model."""
 
     def execute(self) -> int:
         """Print the table."""
@@ -28,6 +35,9 @@ class ListRuns(Command):
         from new_llm.report import ColumnTable
 
         runs = list_runs(self.runs_dir)
+        if self.format != "table":
+            print_plain(runs, self.format)
+            return 0
         rows: list[tuple[str, dict[str, str]]] = []
         faults: list[str] = []
         for found in runs:
@@ -93,6 +103,7 @@ class Runs(CommandGroup):
     Examples:
       new-llm runs
       new-llm runs --runs-dir /data/runs
+      new-llm runs --format csv > runs.csv
       new-llm runs show quick-20260131-120000
     """
 
@@ -100,19 +111,48 @@ class Runs(CommandGroup):
     default: ClassVar = "list"
 
 
+def print_plain(runs: "Sequence[RunStatus]", form: str) -> None:
+    """Each model of some runs with its run's status, on the standard output; unreadable runs have no model."""
+    rows = [
+        {
+            "run": str(run.folder),
+            "begun": run.created and run.created.isoformat(),
+            "run_status": run.status,
+            "fault": run.fault,
+            **(dataclasses.asdict(model) if model else {}),
+        }
+        for run in runs
+        for model in run.models or (None,)
+    ]
+    if form == "json":
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        row["least_gate"], row["greatest_gate"] = row.pop("gates", None) or (None, None)
+        row["checkpoints"] = " ".join(row.get("checkpoints", ()))
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    table = csv.DictWriter(sys.stdout, list(names), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+
+
 def describe_model(model: "ModelStatus") -> dict[str, str]:
-    """Epochs, tokens, perplexity and gates for a table."""
+    """Epochs, tokens, perplexity, gates and the newest checkpoint for a table."""
+    newest = model.checkpoints[0].split("-") if model.checkpoints else ()
     return {
         "epochs": f"{model.epochs}/{model.num_epochs}",
         "tokens": format_short(model.tokens),
         "perplexity": "–" if model.perplexity is None else f"{model.perplexity:,.2f}",
         "gates": "–" if model.gates is None else f"{model.gates[0]:.2f}–{model.gates[1]:.2f}",
+        "checkpoint": f"step {int(newest[1]):,}" if newest else "–",
     }
 
 
 def list_files(found: "RunStatus") -> list[str]:
-    """The report, the results, and how to resume."""
+    """The report, the results, the checkpoints, and how to resume."""
     lines = [str(path) for name in ("report.html", "results.json") if (path := found.folder / name).exists()]
+    checkpoints = found.folder.glob("*/checkpoints/*")
+    lines += sorted(str(path) for path in checkpoints if not path.name.startswith("."))
     if found.status != "complete":
         place = "" if found.folder.parent == Path("runs") else f" --runs-dir {found.folder.parent}"
         command = "experiment" if (found.folder / "config.yaml").is_file() else "train-adapter"

@@ -44,7 +44,7 @@ class StudyFlags:
 
         from rich.markdown import Markdown
 
-        from new_llm.experiments.study import SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
+        from new_llm.experiments.study import FIGURES_FILE, SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_jobs import LOGS_FOLDER
         from new_llm.experiments.study_table import render_markdown
         from new_llm.report import write_report
@@ -68,7 +68,7 @@ class StudyFlags:
         if isinstance(summary, int):
             return summary
         open_console().print(Markdown(render_markdown(summary), hyperlinks=False))
-        files = {"results": SUMMARY_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
+        files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
         print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
         return 0
 

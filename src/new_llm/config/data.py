@@ -13,10 +13,14 @@ from new_llm.config.sections import section, short
 class DataConfig:
     """The data section of an experiment."""
 
-    source: str = "pile"
+    source: Annotated[str, short("--train-file")] = "pile"
     """pile, wikitext-2, sotu (the embedded State of the Union addresses), a path (.txt, .jsonl, .parquet, WikiText's
     .raw or .tokens, also packed as .gz, .zst or .xz; or a folder of such files), `hub:owner/name[:config][:field]` for
-    any data set of the hub, or my_module:function for a source of your own."""
+    any data set of the hub, or my_module:function for a source of your own. Several are mixed by
+    their weights, `sotu*0.7+my_text.txt*0.3`: shares of the text, until one of them is used up."""
+    validation_source: Annotated[str | None, short("--validation-file")] = None
+    """Where all validation documents come from, named as source is; of a data set of the hub, its validation split.
+    What training holds of them is left out there. None: a share of the source's own (validation_fraction)."""
     tokenizer: str = "auto"
     """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is on the hub, else
     a BPE trained on the source's training split."""

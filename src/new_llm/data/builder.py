@@ -46,6 +46,7 @@ BATCH_DOCUMENTS = 1000
 LEAST_READ_CHARACTERS = 1 << 24
 LEAST_PART_CHARACTERS = 1536
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+HELD_FILE = "validation.arrow"  # the texts of a validation source
 DIGEST_BYTES = 16  # of a text, by which repeated ones are known
 
 _maps_in_processes = False
@@ -74,19 +75,27 @@ class Builder:
     source: Source
     sentences: list[str]
     tokenizer: Tokenizer | None
+    validation: Source | None = None
+    """Where the validation documents come from; None: they are a share of the source's."""
 
     def build(self, work: Path, folder: Path) -> dict[str, Any]:
         """Write the tokenizer and both splits into the folder; the value is what the cache is to note."""
         texts, notes = self._read_texts(work)
-        train, validation = split_documents(len(texts), self.config.validation_fraction, self.config.split_seed)
+        train, validation = np.arange(len(texts)), np.arange(0)
+        held = texts
+        if self.validation is None:
+            train, validation = split_documents(len(texts), self.config.validation_fraction, self.config.split_seed)
+        else:
+            held = open_arrow(work / HELD_FILE)
+            validation = np.arange(len(held))
         tokenizer = self._find_tokenizer(work, texts.select(train), notes)
         tokenizer.save(str(folder / TOKENIZER_FILE))
         sentences = encode_documents([f"{sentence}\n" for sentence in self.sentences], tokenizer)
         room, num_special = sum(len(sentence.ids) for sentence in sentences), 0
         dtype = token_dtype(padded_vocab_size(tokenizer))
-        with show_progress("tokenising", "documents", len(texts)) as advance:
-            for name, rows in (("train", train), ("validation", validation)):
-                shards = self._tokenise(texts, rows, tokenizer, dtype, work / name)
+        with show_progress("tokenising", "documents", len(train) + len(validation)) as advance:
+            for name, documents, rows in (("train", texts, train), ("validation", held, validation)):
+                shards = self._tokenise(documents, rows, tokenizer, dtype, work / name)
                 num_special += write_split(folder, name, shards, dtype, room if name == "train" else 0, advance)
         if num_special:
             meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
@@ -100,14 +109,17 @@ class Builder:
         """The source's distinct documents, or the parts of a few long ones, as a data set; and notes about them."""
         file, done = work / "texts.arrow", work / "texts.json"
         if not done.exists():
-            notes = list[str]()
-            write_texts(file, self._read_distinct(notes))
+            notes, seen = list[str](), set[bytes]()
+            if self.validation is not None:  # first, so that training is what is left without it
+                write_texts(work / HELD_FILE, self._read_distinct(self.validation, seen, notes))
+            limit = limit_characters(self.config, self.source)
+            write_texts(file, self._read_distinct(self.source, seen, notes, limit, self.config.max_documents))
             texts = open_arrow(file)
-            if len(texts) < self.config.min_documents:
+            if self.validation is None and len(texts) < self.config.min_documents:
                 write_texts(file, self._cut_texts([row["text"] for row in texts], notes))
             write_text_atomically(done, json.dumps(notes))
         texts, notes = open_arrow(file), json.loads(done.read_text(encoding="utf-8"))
-        if len(texts) < 2:
+        if self.validation is None and len(texts) < 2:
             raise UserError(
                 f"{self.source.name}: too short: it holds {len(texts)} document of {read_sizes(texts).sum()} "
                 f"characters that can't be cut in two; at least 2 documents are needed, one for training and one for "
@@ -115,12 +127,19 @@ class Builder:
             )
         return texts, notes
 
-    def _read_distinct(self, notes: list[str]) -> Iterator[str]:
-        config, limit = self.config, limit_characters(self.config, self.source)
-        seen, repeated, num_characters = set[bytes](), 0, 0
-        with show_progress(f"reading {self.source.name}", "characters", limit) as advance:
-            for number, (_, text) in enumerate(self.source.read()):
-                if number == config.max_documents:
+    def _read_distinct(
+        self,
+        source: Source,
+        seen: set[bytes],
+        notes: list[str],
+        limit: int | None = None,
+        max_documents: int | None = None,
+    ) -> Iterator[str]:
+        """The documents of a source, `limit` characters and a few at most, but for those whose digests are `seen`."""
+        repeated, num_characters, num_before = 0, 0, len(seen)
+        with show_progress(f"reading {source.name}", "characters", limit) as advance:
+            for number, (_, text) in enumerate(source.read()):
+                if number == max_documents:
                     break
                 digest = hashlib.sha256(text.encode("utf-8")).digest()[:DIGEST_BYTES]
                 if digest in seen:  # else the same text could be in both splits
@@ -130,13 +149,14 @@ class Builder:
                 yield text
                 num_characters += len(text)
                 advance(len(text))
-                if limit is not None and num_characters >= limit and len(seen) >= config.min_documents:
+                num_read = len(seen) - num_before
+                if limit is not None and num_characters >= limit and num_read >= self.config.min_documents:
                     notes.append(
-                        f"read the first {len(seen):,} documents of {self.source.name}: as many as num_samples and "
+                        f"read the first {num_read:,} documents of {source.name}: as many as num_samples and "
                         f"seq_length need"
                     )
                     break
-        notes += self.source.bad_rows.describe()
+        notes += source.bad_rows.describe()
         if repeated:
             notes.append(f"left out {repeated:,} documents that repeat another one exactly")
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +202,8 @@ def prepare_data(config: DataConfig) -> PreparedData:
             source too short for one training sample and one validation document.
     """
     source = open_source(config)
+    held = config.validation_source
+    validation_source = held and open_source(replace(config, source=held), split="validation")
     sentences = [pair.forward for pair in get_reversal_pairs()] if config.reversal_pairs else []
     sentences = shuffle_sentences(sentences, config.split_seed)
     found = find_tokenizer(config, is_hub_source=source.is_hub)
@@ -215,11 +217,13 @@ def prepare_data(config: DataConfig) -> PreparedData:
             "limits": [config.max_documents, limit_characters(config, source), config.min_documents],
             "sentences": [sentences, config.max_reversal_share],
         }
+        | ({"validation": validation_source.fingerprint} if validation_source else {})
     )
-    cache = load_or_build(cache_folder(config), key, Builder(config, source, sentences, found and found[1]).build)
+    builder = Builder(config, source, sentences, found and found[1], validation_source or None)
+    cache = load_or_build(cache_folder(config), key, builder.build)
     train, validation = cache.load_split("train"), cache.load_split("validation")
     _check_size(source, train, validation, config.seq_length)
-    notes = [*source.notes, *cache.meta["notes"]]
+    notes = [*source.notes, *(validation_source.notes if validation_source else ()), *cache.meta["notes"]]
     if source.is_hub and config.tokenizer == "auto" and not found:
         notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
     kept = choose_sentences(sentences, cache.tokenizer, train.num_tokens, config, notes)
@@ -231,6 +235,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     info = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,
+        "validation_source": validation_source.name if validation_source else None,
         "tokenizer": {
             "name": found[0] if found else f"byte-level BPE trained on the training split of {source.name}",
             "fingerprint": fingerprint_tokenizer(cache.tokenizer),

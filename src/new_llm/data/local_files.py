@@ -10,7 +10,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -42,6 +42,11 @@ class BadRows:
             raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)")
         self._first = self._first or message
         self.count += 1
+
+    def take(self, others: Sequence["BadRows"]) -> None:
+        """Stand for the bad rows of several sources."""
+        self.count = sum(other.count for other in others)
+        self._first = next((other._first for other in others if other.count), "")
 
     def describe(self) -> list[str]:
         """One line about what was skipped; none where nothing was."""

@@ -14,6 +14,7 @@ import importlib.resources
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -127,6 +128,9 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
         UserError: no such source, file or folder, or it is empty, or a file that holds records is to be read whole.
     """
     name = config.source
+    if (parts := parse_mix(name)) and not Path(name).expanduser().exists():
+        open_part = functools.partial(open_source, whole_files=whole_files, split=split)
+        return mix_sources(name, [open_part(replace(config, source=part)) for part in parts], list(parts.values()))
     kind = SOURCES.get(name)
     if kind is None and name.startswith("hub:"):
         kind = SourceKind(_read_hub, lambda config: f"{config.source} {config.text_field}", is_hub=True)
@@ -148,6 +152,55 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
         return replace(source, fingerprint=digest.hexdigest())
     facts = [kind.fingerprint(config), *(f"{key} {used[key]}" for key in ("whole", "split") if key in used)]
     return replace(source, fingerprint=_hash(facts))
+
+
+WEIGHTED = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*")
+
+
+def parse_mix(name: str) -> dict[str, float]:
+    """The weights of a mix, `sotu*0.7+my_text.txt*0.3`, by their sources; empty: it is none.
+
+    Raises:
+        UserError: a source is named twice, or weighs nothing.
+    """
+    found = [WEIGHTED.fullmatch(part) for part in name.split("+")]
+    weights = [(part[1], float(part[2])) for part in found if part]
+    if len(weights) < len(found):
+        return {}
+    if len(dict(weights)) < len(weights) or not all(weight for _, weight in weights):
+        raise UserError(f"data.source: {name}: each source of a mix is named once, with a weight over 0")
+    return dict(weights)
+
+
+def mix_sources(name: str, sources: Sequence[Source], weights: Sequence[float]) -> Source:
+    """Sources read in turn, document by document, so that their shares of all characters so far are their weights.
+
+    It ends with the first that is used up, so that the shares hold to the end.
+    """
+    bad_rows = BadRows()
+
+    def read() -> Iterator[Document]:
+        readers, taken = [source.read() for source in sources], [0] * len(sources)
+        while True:
+            place = min(range(len(sources)), key=lambda place: taken[place] / weights[place])
+            document = next(readers[place], None)
+            bad_rows.take([source.bad_rows for source in sources])
+            if document is None:
+                return
+            taken[place] += len(document[1])
+            yield document
+
+    sizes = [source.max_characters for source in sources]
+    return Source(
+        name,
+        _hash([f"{source.fingerprint} {weight}" for source, weight in zip(sources, weights, strict=True)]),
+        read,
+        bad_rows,
+        is_hub=any(source.is_hub for source in sources),
+        read_whole=all(source.read_whole for source in sources),
+        max_characters=None if None in sizes else sum(size or 0 for size in sizes),
+        notes=tuple(note for source in sources for note in source.notes),
+    )
 
 
 def load_documents(config: DataConfig) -> Iterator[Document]:

@@ -44,7 +44,7 @@ from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
 from new_llm.processes import ALONE, Processes
-from new_llm.training.checkpoint import BEST_FOLDER
+from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints
 from new_llm.training.log import read_metrics
 
 CONFIG_FILE = ExperimentConfig.file_name
@@ -348,6 +348,8 @@ class ModelStatus:
     perplexity: float | None
     tokens: int
     gates: tuple[float, float] | None
+    checkpoints: tuple[str, ...] = ()
+    """Names of what training can continue from, the newest first."""
 
 
 @dataclass(frozen=True)
@@ -428,4 +430,5 @@ def _describe_model(folder: Path, name: str, config: TrainingSettings) -> ModelS
         perplexity=perplexity,
         tokens=max((line["tokens"] for line in lines), default=0),
         gates=(min(values), max(values)) if values else None,
+        checkpoints=tuple(path.name for path in list_checkpoints(folder)),
     )

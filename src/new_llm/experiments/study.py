@@ -28,11 +28,12 @@ from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_c
 from new_llm.experiments.runner import ReportWriter, run_experiment
 from new_llm.experiments.study_jobs import Cell, InProcesses, InTurn, OnCluster, Pool
 from new_llm.experiments.study_progress import StudyProgress
-from new_llm.experiments.study_table import describe_study, render_markdown
+from new_llm.experiments.study_table import describe_study, render_csv, render_markdown
 from new_llm.experiments.subject import load_any_model
 
 SUMMARY_FILE = "study.json"
 TABLE_FILE = "table.md"
+FIGURES_FILE = "figures.csv"
 MEASURED_FOLDER = "measured"
 
 StudyWriter = Callable[[dict[str, Any], dict[str, list[dict[str, Any]]], Path], None]
@@ -256,11 +257,12 @@ def gather_runs(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
 
 
 def summarize_study(study: StudyConfig, write_page: StudyWriter | None = None) -> dict[str, Any]:
-    """Compare all that is done by now, and write `study.json`, `table.md` and the page."""
+    """Compare all that is done by now, and write `study.json`, `table.md`, `figures.csv` and the page."""
     found = gather_runs(study)
     summary = describe_study(study, found) | {"code": describe_code()}
     write_json(study.folder / SUMMARY_FILE, summary)
     write_text_atomically(study.folder / TABLE_FILE, render_markdown(summary))
+    write_text_atomically(study.folder / FIGURES_FILE, render_csv(summary))
     if write_page:
         write_page(summary, found, study.folder)
     return summary

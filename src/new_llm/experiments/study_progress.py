@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -20,7 +20,7 @@ from new_llm.training.log import METRICS_FILE
 
 TAIL_BYTES = 1 << 16
 """The end of a file of metrics, which holds its last lines."""
-MAX_LINES, NAME_COLUMNS, BAR_COLUMNS = 20, 24, 12
+MAX_LINES, NAME_COLUMNS, BAR_COLUMNS = 20, 22, 8
 
 
 class StudyProgress:
@@ -78,20 +78,17 @@ class StudyProgress:
         seconds = sum(self.seconds) / len(self.seconds) * left / (len(self.running) + 1)
         return f"{text}, about {describe_seconds(seconds)} left"
 
-    def render(self) -> Table:
+    def render(self) -> Group:
         """A line for each run that is under way, and one for all; 60 columns are enough."""
         table = Table.grid(padding=(0, 1))
-        for number in range(4):
-            table.add_column(no_wrap=True, overflow="ellipsis", max_width=NAME_COLUMNS if number == 0 else None)
+        table.add_column(no_wrap=True, max_width=NAME_COLUMNS)
+        for width in (BAR_COLUMNS, 4, None):
+            table.add_column(no_wrap=True, width=width)
         for cell in list(self.running)[:MAX_LINES]:
             last = read_last_line(self.folder / cell.name)
             share = last.get("share", 1.0) if last else 0.0
-            bar = ProgressBar(total=1.0, completed=share, width=BAR_COLUMNS)
-            table.add_row(cell.name, bar, f"{share:4.0%}", describe_line(last))
-        table.add_row(
-            "all runs", ProgressBar(self.num_cells, self.num_done, width=BAR_COLUMNS), "", self.describe_rest()
-        )
-        return table
+            table.add_row(cell.name, ProgressBar(1.0, share), f"{share:4.0%}", describe_line(last))
+        return Group(table, f"runs done: {self.describe_rest()}")
 
 
 def read_last_line(run: Path) -> dict[str, Any] | None:

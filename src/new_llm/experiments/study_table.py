@@ -4,6 +4,8 @@ Which figures there are is the measures' to say: their columns, of what the runs
 study measured afterwards. A result that a measure can't read loses its own cells, never the table.
 """
 
+import csv
+import io
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,6 +244,22 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
 
 Cell = tuple[str, float | None]
 """A cell of a study's table: its text, and the mean that it is sorted by."""
+
+
+def render_csv(summary: Mapping[str, Any]) -> str:
+    """The figures of a study for other programs: a row per variant and figure, the seeds' values beside the mean."""
+    seeds = dict.fromkeys(str(seed) for entry in summary["variants"].values() for seed in entry["seeds"])
+    ends = ("mean", "low", "high", "num_seeds")
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    differences = [f"difference_{end}" for end in ends[:3]]
+    table.writerow(["variant", "figure", *ends, *differences, *(f"seed_{seed}" for seed in seeds)])
+    for name, entry in summary["variants"].items():
+        for figure, found in entry["figures"].items():
+            difference = found["difference_from_reference"] or {}
+            row = [name, figure, *(found[end] for end in ends), *(difference.get(end) for end in ends[:3])]
+            table.writerow([*row, *(found["by_seed"].get(seed) for seed in seeds)])
+    return file.getvalue()
 
 
 def list_cells(summary: Mapping[str, Any], title: str) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
