@@ -153,7 +153,7 @@ class Run(ABC, Generic[Config]):
     def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
         """Facts about a model for its result, beside its figures."""
 
-    def initialize(self, name: str, model: TransformerLM) -> None:  # noqa: B027 (fresh weights are the default)
+    def initialize(self, name: str, model: TransformerLM) -> None:
         """Give a model the weights that its training begins from, where these are not fresh."""
 
     @property
