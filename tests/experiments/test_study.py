@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from new_llm.config.loading import read_settings
 from new_llm.experiments import evaluation as evaluation_module
 from new_llm.experiments import study as study_module
 from new_llm.experiments.config import StudyConfig
+from new_llm.experiments.study_jobs import Pool
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.report.study_page import write_study_page
 
@@ -122,6 +124,26 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, train
     study.folder.parent.rename(tmp_path / "elsewhere")
     study_module.run_study(dataclasses.replace(study, runs_dir=tmp_path / "elsewhere"))
     assert len(trained) == 3 + 4
+
+
+def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatch):
+    started: list[str] = []
+
+    class Together(Pool):
+        def start(self, cell):
+            started.append(cell.name)
+            self.running[cell] = None
+
+        def wait(self):
+            return [self.running.popitem()[0] for _ in dict(self.running)]
+
+    monkeypatch.setattr(study_module, "open_pool", lambda study, work, jobs: Together(work, study.folder, None))
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
+    study_module.run_study(study, console=(console := Console(file=io.StringIO(), width=80)))
+    baselines, others = {"pythia-s0", "whole-s0"}, {"reference-s0", "no-delta-s0"}
+    assert set(started[:4]) == baselines | others
+    assert set(started[4:]) == others  # a second time, to be measured against their baselines
+    assert console.file.getvalue().count(": done, ") == 4
 
 
 @pytest.mark.parametrize(

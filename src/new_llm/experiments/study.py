@@ -97,7 +97,7 @@ def run_study(
                     continue
                 progress.end(cell)
                 if not (waiting or pool.running):
-                    break
+                    continue
                 try:
                     summarize_study(study, write_page)
                 except Exception as error:  # the other runs do not depend on a table
