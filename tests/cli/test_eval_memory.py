@@ -131,7 +131,7 @@ def test_interrupted_measurements_are_labelled(run, text, tmp_path, kind, capsys
     ("kind", "flags", "message"),
     [
         ("long", ["--min-tokens", "100000"], "no document has 100,000 tokens; the longest of 4 has"),
-        ("long", ["--edges", "5", "10"], "must begin with 0 and rise"),
+        ("long", ["--edges", "5", "10"], "must start with 0 and increase"),
         ("long", ["--max-tokens-per-document", "10"], "is under min_tokens"),
         ("long", ["--baselines", "{run}:nothing"], "nothing"),
         ("long", ["--baselines", "{other}:pythia"], "its tokenizer is not that of infini"),

@@ -153,7 +153,7 @@ def test_memory_is_saved_when_asked(folder, tmp_path, capsys):
         (("--save-memory", "{folder}/out.bin"), "must end in .safetensors"),
         (("--stream", "--prompt", "another"), "--stream"),
         (("--prompt", ""), "--prompt"),
-        (("--prompt-file", "{folder}/tokenizer.json"), "--prompt gives the text, too"),
+        (("--prompt-file", "{folder}/tokenizer.json"), "can't be combined with --prompt"),
         (("--stream", "--json"), "--json"),
         (("--compare-memory", "m.safetensors", "--do-sample"), "can't be combined with --do-sample"),
     ],

@@ -75,7 +75,7 @@ def test_no_cluster_is_one_line(addresses, tmp_path, monkeypatch, capsys, absent
 
 def test_no_jobs_are_refused(addresses, tmp_path, capsys):
     assert main(["study", str(write_study(tmp_path / "study.yaml", addresses)), "--jobs", "0"]) == 2
-    assert capsys.readouterr().err == "new-llm: --jobs: 0; 1 is the least\n"
+    assert capsys.readouterr().err == "new-llm: --jobs: 0 must be at least 1\n"
 
 
 def test_one_view_shows_all_runs_in_60_columns(tmp_path):

@@ -173,7 +173,7 @@ def set_option(name: str, value: Any, layer: str = "0") -> Change:
         (drop_tensor, "missing or unknown tensors"),
         (add_tensor, "missing or unknown tensors"),
         (make_integers, "not a tensor of floats"),
-        (set_metadata("format", "new-llm-memory"), "no adapter file"),
+        (set_metadata("format", "new-llm-memory"), "not an adapter file"),
         (set_metadata("format_version", "99"), "format version 99, this program reads 1"),
         (set_metadata("segment_length", "-4"), "segment_length"),
         (set_metadata("layers", "["), "broken metadata"),

@@ -67,13 +67,13 @@ class Generate(Command):
 
     def __post_init__(self) -> None:
         if self.prompt_file is not None and self.prompt:
-            raise UserError("--prompt-file: --prompt gives the text, too; only one of them can")
+            raise UserError("--prompt-file: can't be combined with --prompt")
         if not self.prompt and self.prompt_file is None:
             raise UserError("--prompt: at least one text is needed, or --prompt-file")
         if not all(self.prompt):
             raise UserError("--prompt: the prompt is empty")
         if self.stream and len(self.prompt) > 1:
-            raise UserError(f"--stream: shows the text of one prompt as it is made, {len(self.prompt)} are given")
+            raise UserError(f"--stream: takes a single prompt; {len(self.prompt)} are given")
         if self.stream and self.json:
             raise UserError("--stream: --json prints a text once it is complete; leave one of them out")
         if self.compare_memory is not None:

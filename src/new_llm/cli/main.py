@@ -19,23 +19,23 @@ from new_llm.config.terminal import make_line, prepare_terminal
 # Module and class of each command. Modules are imported only when their command is asked for, so that help never waits
 # for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "completion": ("completion:Completion", "print the script by which bash, zsh or fish completes this command"),
+    "completion": ("completion:Completion", "print a completion script for bash, zsh or fish"),
     "eval": ("eval:Eval", "measure a trained model: perplexity, recall, the reversal curse and more"),
     "evaluate-wikitext": ("eval:EvaluateWikitext", "perplexity on WikiText-2's test text"),
-    "experiment": ("experiment:Experiment", "train some models on identical data and compare them"),
+    "experiment": ("experiment:Experiment", "train models on identical data and compare them"),
     "experiment-selective": (
         "experiment:ExperimentSelective",
         "compare selective output with baselines of equal parameters and equal compute",
     ),
-    "export": ("export:Export", "write a model as a folder for Hugging Face's tools"),
+    "export": ("export:Export", "export a model as a folder for Hugging Face's tools"),
     "generate": ("generate:Generate", "continue a text"),
-    "inspect": ("eval:Inspect", "show what the memory knew of a text of your own, token by token"),
+    "inspect": ("eval:Inspect", "show what the memory knew about a text of yours, token by token"),
     "lm-eval": ("lm_eval:LmEval", "lm-evaluation-harness with this project's models"),
     "memory": ("memory:Memory", "fill, show, merge and compare memory files"),
-    "report": ("report:Report", "write a run's report again, or compare several runs"),
+    "report": ("report:Report", "rewrite a run's report, or compare several runs"),
     "runs": ("runs:Runs", "list the runs of a folder, or show one"),
     "study": ("study:Study", "train and compare the variants of a study, with several seeds"),
-    "train-adapter": ("train_adapter:TrainAdapter", "train a memory beside the layers of an existing Pythia"),
+    "train-adapter": ("train_adapter:TrainAdapter", "train a memory adapter on an existing Pythia"),
 }
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130

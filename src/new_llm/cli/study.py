@@ -25,7 +25,7 @@ class StudyFlags:
     """How the runs of a study are run."""
 
     jobs: int | None = None
-    """Runs at once, each in a process of its own with its share of the cores: small models train faster so. None: one,
+    """Runs in parallel, each in its own process with its share of the cores; faster for small models. None: one,
     or on a cluster all."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
@@ -38,7 +38,7 @@ class StudyFlags:
             only: variants to run now.
         """
         if self.jobs is not None and self.jobs < 1:
-            raise UserError(f"--jobs: {self.jobs}; 1 is the least")
+            raise UserError(f"--jobs: {self.jobs} must be at least 1")
         given = {name: value for name, value in vars(self.cluster).items() if value not in (None, (), {})}
         study = dataclasses.replace(study, cluster=dataclasses.replace(study.cluster, **given))
 

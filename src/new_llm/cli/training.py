@@ -26,10 +26,10 @@ class Origin:
     """The flags that say where the other flags' defaults come from."""
 
     config: Path | None = None
-    """A YAML file with the settings to begin from, or the name of one of the project's own, e.g. quick; flags override
+    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick; flags override
     it."""
     resume: bool = False
-    """Continue the run that --name names, where it was interrupted."""
+    """Continue the interrupted run that --name names."""
     name: str | None = None
     runs_dir: Path = Path("runs")
 
@@ -41,10 +41,10 @@ class TrainingCommand(Command):
     command: ClassVar[str]
     """The command's name, by which an interrupted run is continued."""
     config: Path | None = None
-    """A YAML file with the settings to begin from, or the name of one of the project's own, e.g. quick; flags override
+    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick; flags override
     it."""
     resume: bool = False
-    """Continue the run that --name names, where it was interrupted. With more --epochs a finished one is lengthened."""
+    """Continue the interrupted run that --name names; with more --epochs, lengthen a finished one."""
     settings: Any
 
     @classmethod

@@ -103,7 +103,7 @@ def check_edges(edges: tuple[int, ...], name: str) -> None:
         UserError: names the field.
     """
     if edges and (edges[0] != 0 or any(a >= b for a, b in pairwise(edges))):
-        raise UserError(f"{name}: {list(edges)} must begin with 0 and rise")
+        raise UserError(f"{name}: {list(edges)} must start with 0 and increase")
 
 
 @section

@@ -53,7 +53,7 @@ class PythiaConfig:
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal initialisation."""
     tie_word_embeddings: bool = False
-    """The head is the embedding: fewer parameters, and to repeat a token that was read is one map for all tokens."""
+    """Use the embedding as the head: fewer parameters, and one map serves to repeat any token."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -111,7 +111,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if any(row[0] <= 0 for row in self.weights):
-            raise UserError("weights: the model's must be positive, or a token that no cache knows is impossible")
+            raise UserError("weights: the model's must be positive, or tokens that no cache knows have probability 0")
 
     @property
     def is_on(self) -> bool:

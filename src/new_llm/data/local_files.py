@@ -62,7 +62,9 @@ class _Unpacked:
     def add(self, num_bytes: int) -> None:
         self._left -= num_bytes
         if self._left < 0:
-            raise UserError(f"{self._path}: unpacks to more than {MAX_RATIO} times its size: no text is packed so well")
+            raise UserError(
+                f"{self._path}: unpacks to more than {MAX_RATIO} times its size: no text compresses so well"
+            )
 
 
 Reader = Callable[[Path, str, int, BadRows], Iterator[Document]]

@@ -91,7 +91,7 @@ def _add_field(kind: type, name: str, annotation: Any, text: str) -> None:
 class ModelConfig:
     """The model section of an experiment: one shape and one set of options for all compared models.
 
-    What is not given (None) has its default: the shape's, or that of the option at each model type. An option goes to
+    None stands for the default of the shape, or of the option in each model type. An option goes to
     the models that take it; one that none of the run's models takes is an error.
     """
 
@@ -380,11 +380,11 @@ class StudyConfig(RunSettings):
     def __post_init__(self) -> None:
         for name in (*self.baselines, *self.window_baselines, *([self.reference] if self.reference else [])):
             if name not in self.variants:
-                raise UserError(f"study: {name!r} is no variant; there are {', '.join(self.variants)}")
+                raise UserError(f"study: {name!r} is not a variant; the variants are {', '.join(self.variants)}")
         if self.long_documents and (self.long_documents.baselines or self.long_documents.window_baselines):
             raise UserError("study: long_documents takes no baselines of its own; the study's are variants")
         if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds: {list(self.seeds)}: none may be there twice")
+            raise UserError(f"seeds: {list(self.seeds)}: each seed may be given once")
         for name in self.variants:
             config = self.configure(name, self.seeds[0])
             if name in self.window_baselines and self.long_documents:
@@ -443,7 +443,7 @@ class StudyConfig(RunSettings):
         values = merge_settings(self.base, change)
         for key in ("name", "seed", "runs_dir"):
             if key in values:
-                raise UserError(f"{self.name}: variant {variant}: {key}: is the study's to set")
+                raise UserError(f"{self.name}: variant {variant}: {key}: is set by the study")
         own, models = change.get("model", {}), values.get("models", ())
         values["model"] = {
             name: value

@@ -258,7 +258,7 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
     for folder in (run, run / BEST_FOLDER):
         if (folder / STRUCTURE_FILE).is_file():
             if model is not None:
-                raise UserError(f"{run}: holds one model; a model's name ({model!r}) can't be asked for")
+                raise UserError(f"{run}: holds a single model; leave out the model's name ({model!r})")
             if needs_memory and not has_memory(folder):
                 raise UserError(f"{run}: this model has no memory layer")
             return folder

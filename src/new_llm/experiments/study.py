@@ -120,7 +120,7 @@ def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
     the baselines first, which the others are measured against."""
     for name in only:
         if name not in study.variants:
-            raise UserError(f"--only: {name!r} is no variant of {study.name}; there are {', '.join(study.variants)}")
+            raise UserError(f"--only: {name!r} is not a variant of {study.name}; it has {', '.join(study.variants)}")
     wanted = dict.fromkeys([*study.baselines, *study.window_baselines, *(only or study.variants)])
     return [Cell(variant, seed) for seed in study.seeds for variant in wanted]
 

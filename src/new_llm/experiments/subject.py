@@ -128,7 +128,7 @@ def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -
     if isinstance(model, TransformerLM):
         model = _adapt(model, config)
     elif config.parallel_adapter is not None:
-        raise UserError(f"--parallel-adapter: {name} not a GPT-NeoX model; adapters fit only those")
+        raise UserError(f"--parallel-adapter: {name} is not a GPT-NeoX model; adapters fit only those")
     dtype = next(iter(model.parameters())).dtype
     precision = {torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
     if config.precision != "auto" and config.precision != precision:

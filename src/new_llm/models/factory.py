@@ -240,7 +240,7 @@ def create_model(
     """
     resolved = resolve_options(model_type, options, recipe)
     if config is not None and size is not None:
-        raise UserError(f"size: {size} beside a config: give one of them")
+        raise UserError(f"size: {size} can't be combined with a config; give one of them")
     shape = config or PythiaConfig.of_size(size or "70m")
     length = shape.max_position_embeddings if segment_length is None else segment_length
     if not isinstance(length, int) or not 1 <= length <= shape.max_position_embeddings:

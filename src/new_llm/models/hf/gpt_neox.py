@@ -89,7 +89,7 @@ def _parse_rotary(values: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key) or {}
         if not isinstance(rope, dict):
-            raise UserError(f"{key} is no mapping")
+            raise UserError(f"{key} is not a mapping")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"{key} of type {kind!r}; Pythia layers have plain rotary positions ('default')")

@@ -287,7 +287,7 @@ def read_adapter_file(path: Path) -> AdapterFile:
     except OSError as error:
         raise UserError(f"{where}: can't be read: {error.strerror or error}") from None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise UserError(f"{where}: no adapter file (its format is not {FORMAT!r})")
+        raise UserError(f"{where}: not an adapter file (its format is not {FORMAT!r})")
     if not all(isinstance(value, str) for value in (*metadata, *metadata.values())):
         raise UserError(f"{where}: broken adapter file: its metadata are not all strings")
     if metadata.get("format_version") != str(FORMAT_VERSION):
@@ -303,7 +303,7 @@ def _read_pt(path: Path) -> tuple[Any, Any]:
     """What `write_adapter_file` gave to torch.save; nothing but tensors, strings and dictionaries is made of it."""
     content = read_torch_file(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: no adapter file (it holds no dictionary)")
+        raise UserError(f"{path}: not an adapter file (it holds no dictionary)")
     return content.get("metadata"), content.get("tensors")
 
 

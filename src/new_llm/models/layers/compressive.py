@@ -47,7 +47,7 @@ class MemoryOptions:
     use_delta_rule: bool = True
     """Write only what the memory does not return yet (v − r) instead of v."""
     use_key_shift: bool = False
-    """File each value under the key of the token before it, so that a query finds what followed its like."""
+    """Store each value under the key of the previous token, so that a query finds what followed similar tokens."""
     key_features: Literal["elu", "unit", "softmax"] = "elu"
     """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
     use_normalizer: bool = True
