@@ -17,7 +17,7 @@ from new_llm.training.preparation import gather_model, has_unused_parameters, pr
 from training_cases import run_processes
 
 SHAPE = PythiaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-USES_ALL = {"pythia", "infini", "transformer_xl", "gated_delta", "selective"}
+USES_ALL = {"pythia", "infini", "transformer_xl", "gated_delta", "selective", "token_memory"}
 
 
 def check_shards(processes: Processes) -> None:
@@ -61,7 +61,7 @@ def test_sharded_weights_are_never_whole_on_a_device_and_are_gathered_in_bf16() 
     run_processes(2, check_shards)
 
 
-@pytest.mark.parametrize("kind", [*sorted(USES_ALL), "token_memory"])
+@pytest.mark.parametrize("kind", [*sorted(USES_ALL), "hierarchical", "rmt"])
 def test_ddp_looks_for_unused_parameters_only_where_there_are_some(kind: str) -> None:
     model = create_model(kind, SHAPE, segment_length=8)
     assert has_unused_parameters(model, lambda model, batch: model.total_loss(batch.input_ids, batch.labels)) == (

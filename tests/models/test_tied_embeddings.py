@@ -89,4 +89,4 @@ def test_weights_that_are_assigned_stay_tied(ids):
 def test_shared_out_weights_refuse_them():
     model = make()
     with pytest.raises(UserError, match=r"fsdp: tied embeddings.*ddp"):
-        shard_weights(model, model, torch.device("cpu"), ALONE)
+        shard_weights(model, model, torch.device("cpu"), "fp32", ALONE)
