@@ -6,11 +6,11 @@
 from typing import Any
 
 _TUNED_MEMORY: dict[str, Any] = {
-    # In the last layer a read reaches the head directly: docs/experiments/memory.md, "where the memory is".
+    # In the last layer a read reaches the head directly. The figures are in docs/experiments/memory.md, "All tables".
     "memory_layers": (-1,),
-    # Gates start open, at 0.88, where training takes them ("gates" there).
+    # Gates start open, at 0.88, where training takes them.
     "gate_init": 2.0,
-    # A query finds what followed similar contexts ("what is written, and how it is found").
+    # A query finds what followed similar contexts.
     "use_key_shift": True,
     # Few features of a token are large and W_k starts as W_q, so that only similar tokens match ("plain-start").
     "query_key_init_scale": 6.0,
