@@ -12,7 +12,7 @@ from new_llm.cli.command import Command
 from new_llm.cli.training import run_training
 from new_llm.config.cluster import ClusterConfig
 from new_llm.config.errors import UserError
-from new_llm.config.terminal import open_console, print_text
+from new_llm.config.terminal import make_line, open_console, print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,12 +42,10 @@ class StudyFlags:
         given = {name: value for name, value in vars(self.cluster).items() if value not in (None, (), {})}
         study = dataclasses.replace(study, cluster=dataclasses.replace(study.cluster, **given))
 
-        from rich.markdown import Markdown
-
         from new_llm.experiments.study import FIGURES_FILE, SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_jobs import LOGS_FOLDER
-        from new_llm.experiments.study_table import render_markdown
-        from new_llm.report import write_report
+        from new_llm.experiments.study_table import make_tables, render_introduction
+        from new_llm.report import ColumnTable, write_report
         from new_llm.report.study_page import STUDY_PAGE, write_study_page
 
         def train(console: "Console") -> dict[str, Any]:
@@ -67,7 +65,12 @@ class StudyFlags:
         summary = run_training(train, lambda _: shlex.join(["new-llm", *again]))
         if isinstance(summary, int):
             return summary
-        open_console().print(Markdown(render_markdown(summary), hyperlinks=False))
+        console = open_console()
+        console.print(render_introduction(summary), highlight=False, markup=False)
+        for title, rows in make_tables(summary):
+            console.print(
+                "", f"{make_line(title)}.", ColumnTable.of_words(rows), sep="\n", highlight=False, markup=False
+            )
         files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
         print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
         return 0

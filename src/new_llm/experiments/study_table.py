@@ -22,6 +22,8 @@ Run = Mapping[str, Any]
 """One training: `seed`, `model` (its entry in results.json), `measured` (records by what was measured), `code`."""
 
 CONFIDENCE = 0.95
+MIN_SEEDS = 3
+"""Seeds from which a mean has an interval: that of two is ten times as wide as their distance, and says nothing."""
 COST = "Gates and cost"
 PARAMETERS, CPU_SECONDS = "parameters", "processor seconds"
 MEMORY, STATE = "memory, numbers per row", "state, numbers per row"
@@ -129,11 +131,10 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
     """All figures of a study's finished runs by variant, as plain values: what `study.json` holds.
 
     Each variant has its changes, its seeds, the versions of the code that trained it, its size, and `figures`: by name
-    the
-    values by seed, their mean with its interval (Student's t over seeds; of one seed the measure's own, over
-    documents),
-    the text of the table's cell, and the difference from the reference, paired by seed. `caches` has, by name, the bits
-    per byte of streaming with each cache that was measured around it, and the numbers that the cache stores.
+    the values by seed, their mean with its interval (Student's t over at least MIN_SEEDS seeds; of one seed the
+    measure's own, over documents), the text of the table's cell, and the difference from the reference, paired by seed.
+    `caches` has, by name, the bits per byte of streaming with each cache that was measured around it, and the numbers
+    that the cache stores.
     """
     by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
     reference = by_variant.get(study.reference_variant, {})
@@ -205,7 +206,8 @@ def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
 
 def _summarize(values: Sequence[Any], *, is_shown: bool) -> dict[str, Any]:
     finite = [float(value) for value in values if math.isfinite(value)]
-    low, high = find_t_interval(finite, CONFIDENCE) if is_shown else (None, None)
+    varies = len(finite) >= MIN_SEEDS and min(finite) < max(finite)
+    low, high = find_t_interval(finite, CONFIDENCE) if is_shown and varies else (None, None)
     return {
         "mean": statistics.fmean(finite) if finite else None,
         "low": low,
@@ -227,13 +229,18 @@ def _render(column: Column, summary: Mapping[str, Any]) -> str:
     return text if None in ends else f"{text} [{', '.join(map(write, ends))}]"
 
 
+def render_introduction(summary: Mapping[str, Any]) -> str:
+    """The study's question, and how its figures are to be read."""
+    return (
+        f"{make_line(summary['question'])} Mean over {summary['num_seeds']} seeds and its 95 % interval; of one seed "
+        "the interval over documents; of two seeds none. Differences are relative: below 0 the carried memory is "
+        f"better. Figures of fewer than {MIN_DOCUMENTS} documents have no interval."
+    )
+
+
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The tables of a study: a line per variant, a column per figure; the interval beside the mean."""
-    lines = [
-        f"**{make_line(summary['question'])}** Mean over {summary['num_seeds']} seeds and its 95 % interval; of one "
-        "seed the interval over documents. Differences are relative: below 0 the carried memory is better. Figures of "
-        f"fewer than {MIN_DOCUMENTS} documents have no interval.",
-    ]
+    lines = [render_introduction(summary)]
     for title in summary["tables"]:
         columns, rows = list_cells(summary, title)
         lines += ["", f"{make_line(title)}.", "", "| " + " | ".join(["variant", *columns]) + " |"]
@@ -260,6 +267,13 @@ def render_csv(summary: Mapping[str, Any]) -> str:
             row = [name, figure, *(found[end] for end in ends), *(difference.get(end) for end in ends[:3])]
             table.writerow([*row, *(found["by_seed"].get(seed) for seed in seeds)])
     return file.getvalue()
+
+
+def make_tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    """Each table's title, and the words of its cells by variant and column, for a console."""
+    for title in summary["tables"]:
+        columns, rows = list_cells(summary, title)
+        yield title, [(name, dict(zip(columns, (text for text, _ in cells), strict=True))) for name, cells in rows]
 
 
 def list_cells(summary: Mapping[str, Any], title: str) -> tuple[list[str], list[tuple[str, list[Cell]]]]:

@@ -217,21 +217,22 @@ def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
     """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
 
-    Caches that were measured around a variant's model stand beside it, each with the numbers that it stores.
+    Caches that were measured around the model of the reference or of a baseline stand beside it, each with the numbers
+    that it stores: they are what a memory has to beat.
     """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (
-        "A point is the mean over a variant's seeds, the line its 95% interval (Student's t). State is the most that a "
-        "stream of one row keeps to read on, memory what it carries from segment to segment (models without are left "
-        "out); processor seconds are those of training, without evaluation."
+        "A point is the mean over a variant's seeds, the line its 95% interval (Student's t; none of two seeds). State "
+        "is the most that a stream of one row keeps to read on, memory what it carries from segment to segment (models "
+        "without are left out); processor seconds are those of training, without evaluation."
     )
     with_caches = (
-        " Small points are a variant's model with an untrained cache around it, joined to it by a thin line: what the "
-        "cache is worth on long documents, taken from the model's own figure (of one seed, with its interval over "
-        "documents). A cache adds what it stores to state and memory, N × (D + 1) numbers for N states of width D, and "
-        "for n-grams each token of the longest document."
+        " Small points are the reference or a baseline with an untrained cache around it, joined to it by a thin line: "
+        "what the cache is worth on long documents, taken from the model's own figure (of one seed, with its interval "
+        "over documents). A cache adds what it stores to state and memory, N × (D + 1) numbers for N states of width "
+        "D, and for n-grams each token of the longest document."
     )
-    charts = []
+    charts, with_points = [], {summary["reference"], *summary["baselines"]}
     for cost in (STATE, MEMORY, CPU_SECONDS):
         for metric in metrics:
             rows: list[dict[str, Any]] = []
@@ -240,7 +241,8 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
                 if not figure or not place:
                     continue
                 rows.append({"variant": name, cost: place["mean"], **{end: figure[end] for end in ENDS}})
-                for cache, found in entry["caches"].items() if metric.endswith(STREAMING_BITS) else ():
+                has_points = name in with_points and metric.endswith(STREAMING_BITS)
+                for cache, found in entry["caches"].items() if has_points else ():
                     spent = place["mean"] + (found["numbers"] if cost != CPU_SECONDS else 0)
                     rows.append({"variant": f"{name} {cache}", cost: spent, **{end: found[end] for end in ENDS}})
                     rows[-1]["around"] = name
