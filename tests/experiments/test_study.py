@@ -114,7 +114,11 @@ def trained(monkeypatch) -> list[str]:
 
 def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, trained):
     study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
-    summary = study_module.run_study(study, only=["reference"])
+    pages: list[bool] = []
+    summary = study_module.run_study(
+        study, only=["reference"], write_page=lambda *found, with_figures: pages.append(with_figures)
+    )
+    assert pages == [False, False, True]  # the charts' own files wait for the end
     assert trained == ["pythia-s0", "whole-s0", "reference-s0"]  # its baselines first
     assert summary["variants"] == {}
     other = {"variants": {"reference": {"model": {"gate_init": 1.0}}}, "baselines": [], "window_baselines": []}
@@ -299,6 +303,9 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
         run["measured"]["long-books"]["result"]["num_documents"] = 5
     figure = describe_study(study, found)["variants"]["reference"]["figures"][VS_RESET.replace("validation", "books")]
     assert figure["low"] < -0.06 < figure["high"]
+    write_study_page(summary, found, tmp_path, with_figures=False)
+    assert not (tmp_path / "figures").exists()
+    assert "figures/" not in (tmp_path / "study.html").read_text()
     write_study_page(summary, found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "figures" / "long-books-distance-against-reset.csv").open()))
     assert [row["distance"] for row in rows if row["model"] == "reference"] == ["0+", "1k+", "0+", "1k+", "2k+", "0+"]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -36,8 +36,15 @@ TABLE_FILE = "table.md"
 FIGURES_FILE = "figures.csv"
 MEASURED_FOLDER = "measured"
 
-StudyWriter = Callable[[dict[str, Any], dict[str, list[dict[str, Any]]], Path], None]
-"""Writes the page of a study's summary and its runs into a folder: `new_llm.report.study_page.write_study_page`."""
+
+class StudyWriter(Protocol):
+    """Writes the page of a study's summary and its runs: `new_llm.report.study_page.write_study_page`."""
+
+    def __call__(
+        self, summary: dict[str, Any], found: dict[str, list[dict[str, Any]]], folder: Path, *, with_figures: bool
+    ) -> None:
+        """Write it into a folder, and with the charts' own files if asked."""
+        ...
 
 
 def run_study(
@@ -99,7 +106,7 @@ def run_study(
                 if not (waiting or pool.running):
                     continue
                 try:
-                    summarize_study(study, write_page)
+                    summarize_study(study, write_page, is_done=False)
                 except Exception as error:  # the other runs do not depend on a table
                     console.print(f"the summary after {cell.name} failed: {error!r}", markup=False, highlight=False)
     summary = summarize_study(study, write_page)
@@ -256,15 +263,18 @@ def gather_runs(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in study.variants if name in found}
 
 
-def summarize_study(study: StudyConfig, write_page: StudyWriter | None = None) -> dict[str, Any]:
-    """Compare all that is done by now, and write `study.json`, `table.md`, `figures.csv` and the page."""
+def summarize_study(
+    study: StudyConfig, write_page: StudyWriter | None = None, *, is_done: bool = True
+) -> dict[str, Any]:
+    """Compare all that is done by now, and write `study.json`, `table.md`, `figures.csv` and the page; the charts' own
+    files wait until the study is done."""
     found = gather_runs(study)
     summary = describe_study(study, found) | {"code": describe_code()}
     write_json(study.folder / SUMMARY_FILE, summary)
     write_text_atomically(study.folder / TABLE_FILE, render_markdown(summary))
     write_text_atomically(study.folder / FIGURES_FILE, render_csv(summary))
     if write_page:
-        write_page(summary, found, study.folder)
+        write_page(summary, found, study.folder, with_figures=is_done)
     return summary
 
 
