@@ -10,6 +10,7 @@ Needs Triton 3.3 or newer (`pip install triton`; torch's CPU builds don't bring 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -43,6 +44,7 @@ class Figures(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     wgmma: int
+    barriers: int
 
 
 class Recorder:
@@ -109,6 +111,7 @@ def measure(case: str, call: Callable[[], object]) -> list[Figures]:
             Figures(
                 kernel.__name__.strip("_"), case, grid, options["num_warps"], options.get("num_stages", 3), tiles,
                 registers, stack, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"),
+                len(re.findall(r"^ *\S+\.barrier\b", compiled.asm["ttgir"], re.MULTILINE)),
             )
         )  # fmt: skip
 
@@ -135,6 +138,16 @@ def write_delta(
     triton_kernels.write_with_delta(state, states, k, None, scales, values, decay, slots, added=added)
 
 
+def write_sums(num_memories: int, *, backward: bool) -> None:
+    """The chain of 4 segments without the delta rule."""
+    memories = () if backward else (num_memories,)
+    state = make(1, 1, num_memories, 512, 512, dtype=torch.float32)
+    states, added = make(1, 4, 1, *memories, 512, 512), make(1, 4, 1, num_memories, 512, 512) if backward else None
+    products = None if backward else make(1, 4, 1, 512, 512, dtype=torch.float32)
+    decay, slots = make(1, 4, 1, dtype=torch.float32), make(1, 4, dtype=torch.int64)
+    triton_kernels.write_sums(state, states, products, decay, slots, added=added)
+
+
 def attend(groups: int, width: int, length: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Forward with sums of earlier chunks, and the three sums of backward."""
     x = make(groups, length, width, dtype=dtype)
@@ -151,6 +164,9 @@ def measure_all() -> Iterator[Figures]:
             write = functools.partial(write_delta, 8, heads, width, 256, backward=direction == "backward")
             yield from measure(f"K={width}, {direction}", write)
         yield from measure(f"K={width}", functools.partial(attend, 64, width, 256))
+    for memories, backward in itertools.product((1, 2), (False, True)):
+        write = functools.partial(write_sums, memories, backward=backward)
+        yield from measure(f"{memories} memories, {'backward' if backward else 'forward'}", write)
     logits, targets = make(1024, 50_304), make(1024, dtype=torch.int64)
     score = functools.partial(triton_kernels.score_rows, logits, targets, None, write_gradients=True)
     yield from measure("50,304 words", score)

@@ -16,6 +16,7 @@ from new_llm.models.ops import (
     write_memory,
     write_memory_naive,
 )
+from new_llm.models.ops.memory import _WideSums
 
 EPSILON = 1e-6
 ROWS, MEMORIES, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 4, 6
@@ -205,3 +206,16 @@ def test_write_in_16_bits_sums_in_float32(dtype: torch.dtype, use_delta_rule: bo
     assert memory.dtype == norm.dtype == torch.float32
     torch.testing.assert_close(memory, torch.full_like(memory, 90000.0))
     torch.testing.assert_close(norm, torch.full_like(norm, 90000.0))
+
+
+def test_the_wide_product_of_bfloat16_has_the_gradients_of_its_equation() -> None:
+    """Only a GPU multiplies like that; the gradients are the same everywhere."""
+    k, v = (torch.randn(2, 5, width).bfloat16() for width in (3, 4))
+    upstream = torch.randn(2, 3, 4).bfloat16().float()
+    k, v = k.requires_grad_(), v.requires_grad_()
+    actual = torch.autograd.grad(_WideSums.apply(k, v), (k, v), upstream)
+    wide_k, wide_v = (t.detach().double().requires_grad_() for t in (k, v))
+    expected = torch.autograd.grad(wide_k.transpose(1, 2) @ wide_v, (wide_k, wide_v), upstream.double())
+    for mine, right in zip(actual, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.double(), right, rtol=8e-3, atol=1e-2)

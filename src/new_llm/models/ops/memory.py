@@ -186,9 +186,25 @@ def select_memories_naive(
 def sum_outer_products(k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_t k_tᵀ v_t in `dtype` (the memory's): [..., S, K] and [..., S, V] to [..., K, V]."""
     if HAS_WIDE_SUMS and k.is_cuda and k.dtype == v.dtype == torch.bfloat16 and dtype == torch.float32:
-        products = torch.bmm(k.flatten(0, -3).transpose(1, 2), v.flatten(0, -3), out_dtype=dtype)
-        return products.unflatten(0, k.shape[:-2])
+        return _WideSums.apply(k.flatten(0, -3), v.flatten(0, -3)).unflatten(0, k.shape[:-2])
     return k.to(dtype).transpose(-1, -2) @ v.to(dtype)
+
+
+class _WideSums(torch.autograd.Function):
+    """kᵀ v of bfloat16 tensors [G, S, K] and [G, S, V], its sums left in float32; torch's own has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(k, v)
+        if not k.is_cuda:  # in tests
+            return k.float().transpose(1, 2) @ v.float()
+        return torch.bmm(k.transpose(1, 2), v, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        k, v = ctx.saved_tensors
+        narrow = upstream.to(k.dtype)
+        return v @ narrow.transpose(1, 2), k @ narrow
 
 
 def add_outer_products(sums: Tensor, k: Tensor, v: Tensor) -> None:

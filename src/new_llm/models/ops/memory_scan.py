@@ -12,6 +12,8 @@ trade: Chen et al., arXiv:1604.06174, section 3.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -568,8 +570,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any, for_reads: Tensor | None, for_sums: Tensor | None, for_end: Tensor | None, *_: Any
+def _differentiate_by(
+    backward: Callable[..., tuple[Tensor, ...]],
+    ctx: Any,
+    for_reads: Tensor | None,
+    for_sums: Tensor | None,
+    for_end: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor | None, ...]:
     *tensors, checkpoints = ctx.saved_tensors
     q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys = tensors
@@ -579,7 +586,6 @@ def _differentiate(
     if sums is None:
         sums = reads.new_zeros(0) if sum_scales is None else torch.zeros_like(reads)
     end = q.new_zeros(end_shape, dtype=end_dtype) if for_end is None else for_end
-    backward = _compiled_backward if torch.compiler.is_compiling() else scan_backward
     for_q, for_k, for_v, for_memories, for_c, for_t, for_e, for_d, for_written = backward(
         reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys,
         checkpoints, ctx.num_writes,
@@ -600,7 +606,8 @@ def _differentiate(
     )
 
 
-compiled_scan.register_autograd(_differentiate, setup_context=_keep)
+# under torch.compile backward, too, must be one operation: traced, it would launch kernels on tensors without memory
+compiled_scan.register_autograd(partial(_differentiate_by, _compiled_backward), setup_context=_keep)
 
 
 class Scan(torch.autograd.Function):
@@ -608,4 +615,4 @@ class Scan(torch.autograd.Function):
 
     forward = staticmethod(scan)
     setup_context = staticmethod(_keep)
-    backward = staticmethod(once_differentiable(_differentiate))  # pyright: ignore[reportAssignmentType]
+    backward = staticmethod(once_differentiable(partial(_differentiate_by, scan_backward)))  # pyright: ignore[reportAssignmentType]

@@ -43,7 +43,9 @@ def _add_to_memories(mine, added, is_tile, size, N: tl.constexpr):
     """All N memories grow by what stands at `added`."""
     for m in range(N):
         change = tl.load(added + m * size, mask=is_tile, other=0.0).to(tl.float32)
-        tl.store(mine + m * size, tl.load(mine + m * size, mask=is_tile, other=0.0) + change, mask=is_tile)
+        grown = tl.load(mine + m * size, mask=is_tile, other=0.0) + change
+        tl.debug_barrier()  # loads and stores may divide a tile among the threads differently
+        tl.store(mine + m * size, grown, mask=is_tile)
 
 
 @triton.jit
@@ -139,27 +141,39 @@ def _plain_kernel(
     h = (tl.program_id(0) // num_tiles).to(tl.int64) % heads
     tile = tl.program_id(0) % num_tiles * BLOCK + tl.arange(0, BLOCK)
     is_tile = tile < size
-    mine = state_ptr + (b * heads + h) * N * size + tile  # every number is one thread's alone: no barriers
+    mine = state_ptr + (b * heads + h) * N * size + tile
+    if N == 1:
+        state = tl.load(mine, mask=is_tile, other=0.0)
     for turn in range(num_writes):
         i = turn
         if IS_BACKWARD:
             i = num_writes - 1 - turn
         segment = (b * num_writes + i) * heads + h
         found = states_ptr + ((b * num_states + i) * heads + h) * (1 if IS_BACKWARD else N) * size + tile
-        slot = tl.load(slot_ptr + b * num_writes + i)
-        if not IS_BACKWARD:
-            _copy_memories(mine, found, is_tile, size, N)
-        state = tl.load(mine + slot * size, mask=is_tile, other=0.0)
-        if IS_BACKWARD:
+        slot = 0
+        if N > 1:
+            slot = tl.load(slot_ptr + b * num_writes + i)
+            if not IS_BACKWARD:
+                _copy_memories(mine, found, is_tile, size, N)
+            state = tl.load(mine + slot * size, mask=is_tile, other=0.0)
+        if N == 1 or IS_BACKWARD:
             tl.store(found, state.to(states_ptr.dtype.element_ty), mask=is_tile)
         if HAS_DECAY:
             state *= tl.load(decay_ptr + segment)
         if not IS_BACKWARD:
             state += tl.load(product_ptr + segment * size + tile, mask=is_tile, other=0.0)
-        tl.store(mine + slot * size, state, mask=is_tile)
-        if HAS_ADD and i >= num_unread:
-            added = add_ptr + ((b * num_added + i - num_unread) * heads + h) * N * size + tile
-            _add_to_memories(mine, added, is_tile, size, N)
+        added = add_ptr + ((b * num_added + i - num_unread) * heads + h) * N * size + tile
+        if N > 1:
+            tl.debug_barrier()  # all threads have read the memories: as above
+            tl.store(mine + slot * size, state, mask=is_tile)
+            tl.debug_barrier()  # what one thread stores another may load
+            if HAS_ADD and i >= num_unread:
+                _add_to_memories(mine, added, is_tile, size, N)
+            tl.debug_barrier()
+        elif HAS_ADD and i >= num_unread:
+            state += tl.load(added, mask=is_tile, other=0.0).to(tl.float32)
+    if N == 1:
+        tl.store(mine, state, mask=is_tile)
 
 
 def write_with_delta(
