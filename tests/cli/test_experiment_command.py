@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ TINY = """
 --train.log-every-steps 1 --train.checkpoint-every-steps 4 --eval.context 32 --eval.stride 16 --eval.max-tokens 300
 --device cpu
 """.split()  # noqa: SIM905
+
+
+def test_a_file_is_read_without_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("models: [multi_memory]\nmodel: {num_memories: 2}\ndata: {num_samples: null}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Experiment.read(["--config", str(file)], "new-llm experiment")
 
 
 @pytest.fixture(scope="module")

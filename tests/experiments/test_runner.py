@@ -16,6 +16,7 @@ from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig, config_from_dict
+from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.runner import Run, build_model
 from new_llm.models import ModelType, load_model
 from new_llm.models.tensor_files import fingerprint_weights
@@ -228,12 +229,18 @@ def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, whole: dict[str, A
     assert load_results(folder / "results.json")["status"] == "complete"
 
 
-def test_a_run_begins_from_the_weights_of_another(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+def test_a_run_begins_from_the_weights_of_another(
+    tiny: ExperimentConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = list[Any]()
+    monkeypatch.setattr("new_llm.experiments.runner.load_run_model", lambda *a: loaded.append(a) or load_run_model(*a))
+
     def begin(name: str, spec: str, **changes: Any) -> dict[str, Any]:
         train = dataclasses.replace(tiny.train, num_epochs=1)
         return run(renamed(tiny, name, init_from=spec, train=train, **changes), ["infini"])
 
     results = begin("next", whole["folder"])
+    assert len(loaded) == 1
     found, before = results["models"][0], whole["models"][0]
     assert found["training"]["steps_log"][0]["loss"] < before["training"]["epochs_log"][0]["validation_loss"]
     best = load_model(Path(whole["folder"]) / "infini" / "best")
@@ -265,8 +272,12 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
     losses = iter([5.0, 4.0, 4.5, 4.4, 1.0])
     monkeypatch.setattr(Run, "measure_validation_loss", lambda *arguments: next(losses))
     train = dataclasses.replace(tiny.train, num_epochs=5, patience=2)
-    training = run(dataclasses.replace(tiny, train=train), ["pythia"])["models"][0]["training"]
+    before = run(renamed(tiny, "patient", train=train), ["pythia"])["models"]
+    training = before[0]["training"]
     assert (training["epochs"], training["best_epoch"], training["stopped_early"]) == (4, 2, True)
+    monkeypatch.setattr("new_llm.experiments.runner.measure", None)  # more epochs are nothing to measure again for
+    longer = renamed(tiny, "patient", train=dataclasses.replace(train, num_epochs=8))
+    assert run(longer, ["pythia"], resume=True)["models"] == before
 
 
 def stop_after_one(monkeypatch: pytest.MonkeyPatch, config: ExperimentConfig, models: list[str]) -> None:

@@ -218,6 +218,10 @@ def test_no_home_folder_is_shared(four_models: dict[str, Any], tmp_path: Path):
         assert home not in page
         assert "~/a.yaml" in page
         assert hide_home(f"{home}, '{home}/x' /data{home} /rooted") == f"~, '~/x' /data{home} /rooted"
+    chart = line_chart("a", "/root/a", "", [{"x": 1, "y": 1, "s": "/root/a"}], x="x", y="y", series="s")
+    for name in ("a.csv", "a.svg"):
+        write_chart(chart, tmp_path / name)
+        assert "/root" not in (tmp_path / name).read_text()
 
 
 def test_a_process_with_few_addresses_writes_the_page_without_charts(

@@ -81,8 +81,8 @@ def _add_field(kind: type, name: str, annotation: Any, text: str) -> None:
     aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
     kept = [entry for entry in metadata if not hasattr(entry, "aliases") or not hasattr(entry, "metavar")]
     help_text = tyro.conf.arg(aliases=aliases or None, help=" ".join(text.split()))
-    inner = Annotated[(base, *kept)] if kept else base  # the range holds for a value that is given
-    kind.__annotations__[name] = Annotated[tyro.conf.DisallowNone[inner | None], help_text]  # so that a bool is a flag
+    given = tyro.conf.DisallowNone[base | None]  # so that a bool is a flag
+    kind.__annotations__[name] = Annotated[(given, *kept, help_text)]
     setattr(kind, name, None)
 
 

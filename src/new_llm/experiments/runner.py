@@ -6,6 +6,7 @@ adapter (`experiments/adapter.py`) is another kind.
 
 import dataclasses
 import datetime
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -230,11 +231,19 @@ class Run(ABC, Generic[Config]):
         if not self.resume:
             return []
         longer = list_lengths(read_begun(self.folder, type(self.config)), self.config)
-        for name in self.list_models() if longer else ():
-            folder = self.model_folder(name)
-            if self.trains(name) and (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
+        for folder in self._list_unfinished() if longer else ():
+            if (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
                 raise UserError(f"{folder}: no checkpoint is left to continue from (train.keep_last_checkpoint)")
         return longer
+
+    def _list_unfinished(self) -> list[Path]:
+        """The folders of the models that a longer training goes on with: not of those that patience has stopped."""
+        begun = read_begun(self.folder, type(self.config))
+        folders = [self.model_folder(name) for name in self.list_models() if self.trains(name)]
+        if begun.train.patience != self.config.train.patience:
+            return folders
+        results = {folder: read_json(folder / MODEL_RESULT_FILE) or {} for folder in folders}
+        return [folder for folder in folders if not results[folder].get("training", {}).get("stopped_early")]
 
     def _lengthen(self, changes: Sequence[str]) -> None:
         """Forget what is known of models that are to be trained longer, and write the settings down.
@@ -248,12 +257,13 @@ class Run(ABC, Generic[Config]):
         entry = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "changes": list(changes)}
         entry |= {"command": describe_command(), "code": describe_code()}
         write_json(self.folder / ENVIRONMENT_FILE, facts | {"lengthened": [*facts.get("lengthened", []), entry]})
+        unfinished = self._list_unfinished()
         later = self.folder / EVALUATIONS_FOLDER  # of the weights that were the best until now
-        if later.exists():
+        if unfinished and later.exists():
             later.rename(later.with_name(f"{later.name}-{len(facts.get('lengthened', []))}"))
         (self.folder / RESULTS_FILE).unlink(missing_ok=True)
-        for name in filter(self.trains, self.list_models()):
-            (self.model_folder(name) / MODEL_RESULT_FILE).unlink(missing_ok=True)
+        for folder in unfinished:
+            (folder / MODEL_RESULT_FILE).unlink(missing_ok=True)
         create_run(self.config, self.folder)
 
     def _share_data(self) -> PreparedData:
@@ -469,7 +479,7 @@ class ExperimentRun(Run[ExperimentConfig]):
         if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
             data = prepare_data(self.config.data)
             for name in self.config.models if not self.resume else ():
-                self._find_origin(name, data)
+                self._origins[name] = self._read_origin(name, data)
             return data
         data = prepare_data(dataclasses.replace(self.config.data, tokenizer=str(own)))
         data.info["tokenizer"]["name"] = begun["tokenizer"]["name"]
@@ -478,15 +488,26 @@ class ExperimentRun(Run[ExperimentConfig]):
     @property
     def origins(self) -> dict[str, Any]:
         """Of `init_from`, the fingerprint of each model's weights."""
-        found = {name: self._find_origin(name, self.data) for name in self.config.models}
+        found = {name: self._find_origin(name) for name in self.config.models}
         return {name: fingerprint_tensors(weights) for name, weights in found.items() if weights is not None}
 
     def initialize(self, name: str, model: TransformerLM) -> None:
         """The weights of `init_from`, where no checkpoint takes their place."""
-        if not list_checkpoints(self.model_folder(name)) and (weights := self._find_origin(name, self.data)):
+        if not list_checkpoints(self.model_folder(name)) and (weights := self._find_origin(name)):
             model.load_state_dict(weights)
+        self._origins.pop(name, None)
 
-    def _find_origin(self, name: str, data: PreparedData) -> dict[str, Tensor] | None:
+    @functools.cached_property
+    def _origins(self) -> dict[str, dict[str, Tensor] | None]:
+        """What has been read of `init_from` and is still needed, by model."""
+        return {}
+
+    def _find_origin(self, name: str) -> dict[str, Tensor] | None:
+        if name not in self._origins:
+            self._origins[name] = self._read_origin(name, self.data)
+        return self._origins[name]
+
+    def _read_origin(self, name: str, data: PreparedData) -> dict[str, Tensor] | None:
         """The weights that a model begins from; None: fresh ones.
 
         Raises:

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from new_llm.experiments.study_jobs import Cell
+from new_llm.formats import format_seconds
 from new_llm.training.log import METRICS_FILE
 
 TAIL_BYTES = 1 << 16
@@ -76,7 +77,7 @@ class StudyProgress:
         if not left or not self.seconds:
             return text
         seconds = sum(self.seconds) / len(self.seconds) * left / (len(self.running) + 1)
-        return f"{text}, about {describe_seconds(seconds)} left"
+        return f"{text}, about {format_seconds(seconds)} left"
 
     def render(self) -> Group:
         """A line for each run that is under way, and one for all; 60 columns are enough."""
@@ -113,11 +114,3 @@ def describe_line(line: dict[str, Any] | None) -> str:
         return "waiting"
     loss = line.get("loss", line.get("validation_loss"))
     return f"epoch {line.get('epoch')}" + (f", loss {loss:.3f}" if isinstance(loss, float) else "")
-
-
-def describe_seconds(seconds: float) -> str:
-    """A time in one unit."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

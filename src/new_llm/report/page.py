@@ -105,9 +105,7 @@ def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) ->
     if obstacle := render.find_obstacle():
         print_text(f"new-llm: {path}: {obstacle}", stderr=True)
     charts = {} if obstacle else draw_charts(series)
-    page = hide_home(render_page(runs, series, charts, with_figures=with_figures))  # it is sent to others
-    # JSON may hold lone surrogates, which UTF-8 can't.
-    write_text_atomically(path, page.encode("utf-8", "replace").decode("utf-8"))
+    write_text_atomically(path, render_page(runs, series, charts, with_figures=with_figures))
     if with_figures:
         render.write_charts([chart for group in charts.values() for chart in group], path.parent / FIGURES_FOLDER)
 
@@ -151,11 +149,13 @@ def render_page(
 
 
 def fill_template(name: str, **values: Any) -> str:
-    """A page's text: one of the templates with its values, the style and the script."""
+    """A page's text, to be sent to others: one of the templates with its values, the style and the script."""
     files, environment = load_templates()
     script, style = Markup(files["script.js"]), Markup(files["style.css"])
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(name).render(**values, script=script, style=style, digest=digest)
+    page = environment.get_template(name).render(**values, script=script, style=style, digest=digest)
+    # JSON may hold lone surrogates, which UTF-8 can't.
+    return hide_home(page).encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.cache
@@ -231,7 +231,7 @@ def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str
             other = Markup(render.draw_for_page(chart, chart.other, places)) if chart.other else None
         except BROKEN:
             continue
-        table = base64.b64encode(chart.to_csv().encode("utf-8", "replace")).decode()
+        table = base64.b64encode(render.write_table(chart).encode()).decode()
         label = make_line(chart.view or chart.title)
         csv, files = f"data:text/csv;charset=utf-8;base64,{table}", []
         if with_figures:

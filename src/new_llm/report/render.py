@@ -14,6 +14,7 @@ from new_llm import charts
 from new_llm.charts import PALETTE, SHAPES, Chart
 from new_llm.config import UserError
 from new_llm.config.files import read_address_limit, write_atomically, write_text_atomically
+from new_llm.config.terminal import hide_home
 from new_llm.formats import format_bytes
 
 PNG_SCALE = 2.0
@@ -42,8 +43,13 @@ def find_obstacle() -> str | None:
 
 
 def draw(spec: dict[str, Any]) -> str:
-    """The SVG of a chart's specification; nothing is loaded."""
-    return vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+    """The SVG of a chart's specification; nothing is loaded, and no home folder is named."""
+    return hide_home(vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]))
+
+
+def write_table(chart: Chart) -> str:
+    """A chart's numbers as CSV, without home folders and lone surrogates, which JSON may hold and UTF-8 can't."""
+    return hide_home(chart.to_csv()).encode("utf-8", "replace").decode("utf-8")
 
 
 def write_chart(chart: Chart, path: Path, svg: str | None = None) -> None:
@@ -54,7 +60,7 @@ def write_chart(chart: Chart, path: Path, svg: str | None = None) -> None:
     if path.suffix not in ENDINGS:
         raise UserError(f"{path}: a picture's name ends with {', '.join(ENDINGS)}")
     if path.suffix == ".csv":
-        write_text_atomically(path, chart.to_csv().encode("utf-8", "replace").decode("utf-8"))
+        write_text_atomically(path, write_table(chart))
         return
     if obstacle := find_obstacle():
         raise UserError(f"{path}: {obstacle}")

@@ -27,8 +27,7 @@ def write_study_page(
         with_figures: write each chart as SVG, PNG and CSV as well, which takes longer than the page.
     """
     charts = list(name_apart(draw_study(summary, found)))
-    page = render_study(summary, charts, with_figures=with_figures)
-    write_text_atomically(folder / STUDY_PAGE, page.encode("utf-8", "replace").decode("utf-8"))
+    write_text_atomically(folder / STUDY_PAGE, render_study(summary, charts, with_figures=with_figures))
     if with_figures:
         write_charts(charts, folder / FIGURES_FOLDER)
 
