@@ -12,6 +12,7 @@ from torch import Tensor
 
 from new_llm.config.model import GenerationConfig
 from new_llm.models.cache import TextCache
+from new_llm.models.captured import CapturedCall
 from new_llm.models.decoding_weights import DecodingWeights
 from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
 from new_llm.models.sampling import StoppingText, TokenSampler
@@ -21,6 +22,8 @@ PACK_FROM = 16
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
 """How many tokens are made between two looks at whether a row has ended: a look waits for the device. Tokens that a row
 made after its end are thrown away. Where text or tokens are shown, or memory is kept, each token is looked at."""
+STEPS_IN_PLACE = {"cuda"}
+"""Devices where a token is read and the next one chosen by one call that changes tensors in place."""
 OnToken = Callable[[list[int | None]], None]
 """Called with each step's tokens, one per row; None for a row that has ended."""
 OnText = Callable[[int, str], None]
@@ -188,6 +191,7 @@ class GenerationRun:
     def run(self, *, tracks_tokens: bool = False) -> Iterator[None]:
         """Read the prompts, then make one token per row between two yields; updates the memory at the end if asked."""
         begin = time.perf_counter()
+        self.step: CapturedCall | None = None
         tracks = tracks_tokens or self.texts is not None or bool(self.config.eos_token_id)
         needs_each = tracks_tokens or self.texts is not None or self.caches is not None or self.update_memory
         self.look_every = 1 if needs_each else LOOK_EVERY.get(self.input_ids.device.type, 1)
@@ -196,16 +200,19 @@ class GenerationRun:
         self.weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
         with torch.no_grad(), self.weights.in_use():
             logits = self._read_prompts()
+        steps_in_place = packs and self._can_step_in_place()
         unread = ~self.is_done
         self.prompt_seconds = self.seconds = time.perf_counter() - begin
         for number in range(self.config.max_new_tokens):
             # Between two yields the caller runs: untimed, with its own gradient mode, and with the model unpatched.
             begin = time.perf_counter()
             with torch.no_grad(), self.weights.in_use():
-                if number:
-                    logits = self._read(unread)
                 making = ~self.is_done
-                tokens = self.sampler.choose(logits)
+                if number and steps_in_place and (not self.update_memory or bool(unread.all())):
+                    tokens = self._make_token(number)
+                else:
+                    logits = self._read(unread) if number else logits
+                    tokens = self.sampler.choose(logits)
                 self._keep(tokens, number, making, tracks)
                 # A row's last token needs to be read only for the memory.
                 unread = making if self.update_memory else ~self.is_done
@@ -268,6 +275,31 @@ class GenerationRun:
         """Feed the last tokens of rows [B] bool and return the logits of all rows, [B, Z]."""
         mask = None if bool(rows.all()) else rows.unsqueeze(1)  # on the host, where the stream plans
         return self._mix(self.stream.feed_hidden(self.last_tokens, mask)[:, 0], self.last_tokens, rows)
+
+    def _can_step_in_place(self) -> bool:
+        """Whether tokens are made by one call that a CUDA graph replays. Hooks would not be called then."""
+        return (
+            self.input_ids.device.type in STEPS_IN_PLACE
+            and self.caches is None
+            and self.stream.can_step_in_place
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.model.modules())
+        )
+
+    def _make_token(self, number: int) -> Tensor:
+        """Read all rows' last tokens and choose the next ones, [B], on the device alone."""
+        if self.step is None:
+            self.tokens = self.last_tokens.clone()
+            self.stream.begin_steps(self.config.max_new_tokens - number)
+            self.step = CapturedCall(self.input_ids.device)
+        self.sampler.draw()
+        self.step(self._read_and_choose)
+        if not self.stream.count_token():
+            self.step = CapturedCall(self.input_ids.device)
+        return self.tokens[:, 0]
+
+    def _read_and_choose(self) -> None:
+        hidden = self.stream.read_token(self.tokens)
+        self.tokens[:, 0] = self.sampler.pick(self.model.embed_out(hidden[:, 0]))
 
     def _mix(self, hidden: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
         """Logits [B, Z] after tokens [B, 1] whose states are [B, D]; rows [B] bool read on through their caches."""

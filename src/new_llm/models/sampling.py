@@ -58,7 +58,8 @@ class TokenSampler:
         if config.repetition_penalty != 1:
             counts = torch.zeros(len(input_ids), vocab_size, dtype=torch.int32, device=input_ids.device)
             self.seen = counts.scatter_add_(1, input_ids, mask.to(torch.int32)) > 0
-        self.is_finite: Tensor | None = None
+        self.is_finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
+        self.uniform = torch.zeros(len(input_ids), 1, dtype=torch.float64, device=input_ids.device)
         self.generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(input_ids))]
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -67,10 +68,21 @@ class TokenSampler:
         Raises:
             UserError: as `check`, which on a GPU is left to the caller: asking there is to wait.
         """
-        is_finite = logits.amax(-1).isfinite().all()  # amax passes NaN on
-        self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
+        self.draw()
+        tokens = self.pick(logits)
         if logits.device.type == "cpu":
             self.check()
+        return tokens
+
+    def draw(self) -> None:
+        """Draw each row's number for the next `pick`, on the host."""
+        if self.config.do_sample:
+            drawn = [torch.rand(1, generator=row, dtype=torch.float64) for row in self.generators]
+            self.uniform.copy_(torch.stack(drawn), non_blocking=True)
+
+    def pick(self, logits: Tensor) -> Tensor:
+        """As `choose`, with the numbers of `draw` and without asking anything."""
+        self.is_finite.logical_and_(logits.amax(-1).isfinite().all())  # amax passes NaN on
         if self.seen is not None:
             logits = penalize_repetition(_widen(logits), self.seen, self.config.repetition_penalty)
         logits = _widen(logits)  # argmax in 16 bits is five times as slow
@@ -81,17 +93,15 @@ class TokenSampler:
 
     def check(self) -> None:
         """Raise a UserError if a row ever had no greatest finite logit: some were NaN or infinite."""
-        if self.is_finite is not None and not bool(self.is_finite):
+        if not bool(self.is_finite):
             raise UserError("generation: the logits are NaN or infinite: weights or a memory hold values too large")
 
     def _draw(self, logits: Tensor) -> Tensor:
-        uniform = torch.cat([torch.rand(1, generator=row, dtype=torch.float64) for row in self.generators])
-        uniform = uniform.to(logits.device, non_blocking=True).unsqueeze(1)
         scaled = logits / self.config.temperature
         if self.config.top_k is None and self.config.top_p == 1:
-            return invert_cumulative(scaled.softmax(-1), uniform)
+            return invert_cumulative(scaled.softmax(-1), self.uniform)
         probabilities, tokens = self._keep_candidates(scaled)
-        return tokens.gather(1, invert_cumulative(probabilities, uniform).unsqueeze(1)).squeeze(1)
+        return tokens.gather(1, invert_cumulative(probabilities, self.uniform).unsqueeze(1)).squeeze(1)
 
     def _keep_candidates(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (of any sum) and tokens of the candidates, likeliest first, [B, C] each."""

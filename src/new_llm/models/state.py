@@ -3,7 +3,8 @@
 Legend: R rows (1 where all rows of a batch share one memory), N memories or banks, H heads, K key width, V value width.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -161,6 +162,65 @@ def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 def find_written_memory(num_segments: Tensor, segments_per_memory: int, num_memories: int) -> Tensor:
     """Which memory the next segment [R] is written to: (segments read // segments_per_memory) mod N."""
     return (num_segments // segments_per_memory) % num_memories
+
+
+# States of any nesting
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dataclasses, lists, tuples and mappings with a function applied to every tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(part, function) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(part, function) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{entry.name: map_tensors(getattr(value, entry.name), function) for entry in fields(value)}
+        )
+    return value
+
+
+def list_tensors(value: Any) -> list[Tensor]:
+    """The tensors of nested dataclasses, lists, tuples and mappings."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(value, note)
+    return found
+
+
+def keep_places(old: Any, new: Any) -> Any:
+    """The new state with its numbers in the old one's tensors, wherever that has one of the same shape and dtype.
+
+    What reads the old tensors, as a CUDA graph does, then finds the new state there.
+    """
+    copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def keep(old: Any, new: Any) -> Any:
+        if isinstance(new, Tensor):
+            if new is old or not isinstance(old, Tensor) or (old.shape, old.dtype) != (new.shape, new.dtype):
+                return new
+            targets, sources = copies.setdefault(new.dtype, ([], []))
+            targets.append(old)
+            sources.append(new)
+            return old
+        if type(new) in (list, tuple):
+            return type(new)(keep(*pair) for pair in zip(old, new, strict=True))
+        if is_dataclass(new) and not isinstance(new, type) and type(old) is type(new):
+            return replace(
+                new, **{entry.name: keep(*(getattr(x, entry.name) for x in (old, new))) for entry in fields(new)}
+            )
+        return new
+
+    kept = keep(old, new)
+    for targets, sources in copies.values():
+        torch._foreach_copy_(targets, sources)
+    return kept
 
 
 # Memories as plain dictionaries

@@ -1,5 +1,6 @@
 """Reading a text in pieces of any size, with the same result as reading it whole."""
 
+import operator
 from typing import Any
 
 import torch
@@ -7,6 +8,10 @@ from torch import Tensor
 
 from new_llm.models.inputs import check_input_ids, mark_valid, plan_packing
 from new_llm.models.layers import Layer, ReadTokens, Step
+from new_llm.models.state import keep_places, list_tensors, map_tensors
+
+CACHE_STEP = 64
+"""A cache for steps in place has room for a multiple of so many tokens."""
 
 
 class MemoryStream:
@@ -37,6 +42,8 @@ class MemoryStream:
         self._head_weight: Tensor | None = None  # computed once per stream: calling a wrapped head is slow
         self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
         self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
+        self._places: Tensor | None = None  # the offsets on the device, [B], while `read_token` counts there too
+        self._capacity = 0
         self._is_closed = False
         self._is_reset = False
 
@@ -85,6 +92,64 @@ class MemoryStream:
             hidden = torch.zeros_like(self.model.embed_in(input_ids))
         return hidden
 
+    # Steps in place, which a CUDA graph can hold
+
+    @property
+    def can_step_in_place(self) -> bool:
+        """Whether all layers can; see `Layer.can_step_in_place`."""
+        return all(layer.can_step_in_place for layer in self.model.layer_list)
+
+    @torch.no_grad()
+    def begin_steps(self, num_tokens: int) -> None:
+        """Prepare for `num_tokens` calls of `read_token`: all that they change has its place from now on."""
+        longest = -(-(int(self.offsets.max()) + num_tokens) // CACHE_STEP) * CACHE_STEP
+        self._capacity = min(longest, self.model.segment_length)
+        self._places = self.offsets.to(self.device, non_blocking=True, copy=True)
+        for index, layer in enumerate(self.model.layer_list):
+            memory = self.memories[index]
+            if layer.has_memory and memory is None:
+                memory = layer.empty_memory(self.batch_size, next(layer.parameters()))
+            self.memories[index] = None if memory is None else memory.clone()  # what the model holds must not change
+        self.opened = map_tensors(self.opened, torch.clone)
+
+    @torch.no_grad()
+    def read_token(self, tokens: Tensor) -> Tensor:
+        """Read a token of each row, [B, 1], and return the hidden states before the head, [B, 1, D].
+
+        Nothing here depends on the host: the same operations, on tensors at the same places, read every next token.
+        `count_token` follows each call.
+        """
+        assert self._places is not None
+        before = [list(opened) for opened in self.opened]
+        step = Step(
+            offsets=self._places,
+            positions=self._places.unsqueeze(1),
+            valid=None,
+            longest=self._capacity,
+            segment_length=self.model.segment_length,
+            tokens=self._describe_tokens(tokens),
+        )
+        hidden = self._run_step(tokens, step)
+        self.opened = keep_places(before, self.opened)
+        self._places.add_(1)
+        return hidden
+
+    @torch.no_grad()
+    def count_token(self) -> bool:
+        """What the host has to do after `read_token`: count, and end the segments that are full.
+
+        Returns:
+            Whether all tensors have kept their places.
+        """
+        self.offsets, self.num_tokens = self.offsets + 1, self.num_tokens + 1
+        ended = self.offsets == self.model.segment_length
+        if not bool(ended.any()):
+            return True
+        before = list_tensors((self.opened, self.memories))
+        self._end_segments(ended)
+        after = list_tensors((self.opened, self.memories))
+        return len(before) == len(after) and all(map(operator.is_, before, after))
+
     @torch.no_grad()
     def reset_rows(self, rows: Tensor) -> None:
         """Restart some rows, [B] bool, from empty memory, as where a row's next document begins."""
@@ -98,7 +163,7 @@ class MemoryStream:
             if memory is not None:
                 self.memories[index] = memory.emptied().select_rows(chosen, memory)
         self.offsets = torch.where(rows.cpu().to(torch.bool), 0, self.offsets)
-        self._is_reset = True
+        self._places, self._is_reset = None, True
 
     def close(self, *, update_memory: bool = False) -> None:
         """End the stream; with `update_memory` also write open segments and add what was read to the held memory.
@@ -130,6 +195,7 @@ class MemoryStream:
         return passes[-1]
 
     def _run_open(self, input_ids: Tensor, fed: Tensor, taken: Tensor) -> Tensor:
+        self._places = None
         longest, begin, start = int(taken.max()), int(fed[0]), int(self.offsets[0])
         is_level = self._is_level(taken)
         if is_level and bool((fed == begin).all()):  # as when text is generated: nothing to send to a device
@@ -149,6 +215,13 @@ class MemoryStream:
             start=start if is_level else None,
             tokens=self._describe_tokens(tokens),
         )
+        hidden = self._run_step(tokens, step)
+        self.offsets = self.offsets + taken
+        self._end_segments(self.offsets == self.model.segment_length)
+        return hidden
+
+    def _run_step(self, tokens: Tensor, step: Step) -> Tensor:
+        """Pass tokens [B, T] that continue open segments through all layers, as often as there are passes."""
         hidden = embedded = self.model.embed_in(tokens)
         for number, opened in enumerate(self.opened):
 
@@ -157,8 +230,6 @@ class MemoryStream:
                 return entering
 
             hidden = self.model.run_layers(self.model.begin_pass(hidden, embedded) if number else hidden, run)
-        self.offsets = self.offsets + taken
-        self._end_segments(self.offsets == self.model.segment_length)
         return self.model.finish_pass(hidden)
 
     def _describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
@@ -176,10 +247,14 @@ class MemoryStream:
         if not bool(ended.any()):
             return
         rows = ended.to(self.device, non_blocking=True)
+        before = [list(opened) for opened in self.opened], list(self.memories)
         for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
             for opened in self.opened:  # every pass starts a new segment; the last pass's write is the memory
                 opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
         self.offsets = torch.where(ended, 0, self.offsets)
+        if self._places is not None:
+            self.opened, self.memories = keep_places(before, (self.opened, self.memories))
+            self._places.masked_fill_(rows, 0)
 
     def _put(self, hidden: Tensor, piece: Tensor, fed: Tensor, taken: Tensor) -> None:
         if bool((taken == taken[0]).all()) and bool((fed == fed[0]).all()):

@@ -94,7 +94,7 @@ class Step:
         offsets: tokens that each row's segment already holds, [B], int64.
         positions: positions of the new tokens inside their segments, [B, T], int64.
         valid: real tokens, [B, T] bool, on the left; None: all are real.
-        longest: tokens in the longest row's segment after this step.
+        longest: tokens in the longest row's segment after this step, or more: how far `step` looks.
         segment_length: tokens of a whole segment.
         start: the offset that all rows share, where no token is masked; None: rows differ.
         tokens: for layers before the head; None for others.
@@ -159,6 +159,9 @@ class Layer(nn.Module, ABC):
     """Whether gradients flow through the memory into the segments that wrote it."""
     fills_model: ClassVar[bool] = False
     """Whether the models of its type are made of such layers alone."""
+    can_step_in_place: bool = False
+    """Whether `step`, given a `Step` without `start` and `valid`, does the same operations for every token and reads
+    nothing back from the device, so that a CUDA graph can replay it."""
     stands_before_head: ClassVar[bool] = False
     """Whether the layer stands between the final LayerNorm and the head; such layers come last."""
     settings: dict[str, Any]

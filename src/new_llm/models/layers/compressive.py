@@ -708,6 +708,7 @@ class CompressiveLayer(MemoryLayer, Block):
     """
 
     attention_type: ClassVar[type[CompressiveAttention]]
+    can_step_in_place = True
 
     def __init__(
         self,

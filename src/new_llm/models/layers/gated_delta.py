@@ -181,6 +181,7 @@ class GatedDeltaLayer(Block):
     """
 
     has_memory = True
+    can_step_in_place = True
     attention: GatedDeltaAttention
 
     def __init__(

@@ -243,6 +243,11 @@ class MultiMemoryLayer(CompressiveLayer):
         """As `CompressiveLayer.choose_attention`."""
         return RoutedAttention if options.router == "top1" else self.attention_type
 
+    @property
+    def can_step_in_place(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As `Layer.can_step_in_place`; not with top1."""
+        return not isinstance(self.attention, RoutedAttention)
+
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """As `Layer.step`; top1 has no faster way than to run the open segment again."""
         if isinstance(self.attention, RoutedAttention):

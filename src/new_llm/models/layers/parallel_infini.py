@@ -74,6 +74,7 @@ class ParallelInfiniLayer(MemoryLayer):
     """
 
     index_key: ClassVar[str] = InfiniLayer.index_key
+    can_step_in_place = True
 
     def __init__(
         self,

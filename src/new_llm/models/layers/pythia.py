@@ -109,8 +109,10 @@ class RotarySoftmax:
         keys, values = cache.keys[:, :, : step.longest], cache.values[:, :, : step.longest]
         mask = None
         if step.start is None or q.shape[2] > 1:  # else the only new token attends to all
-            seen = torch.arange(step.longest, device=q.device)[None, None, None, :]
-            mask = seen <= step.positions[:, None, :, None]
+            if "seen" not in step.shared:
+                seen = torch.arange(step.longest, device=q.device)[None, None, None, :]
+                step.shared["seen"] = seen <= step.positions[:, None, :, None]
+            mask = step.shared["seen"]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).to(dtype), cache
 
     def put(self, cache: KeyValueCache, k: Tensor, v: Tensor, step: Step) -> None:
@@ -188,6 +190,8 @@ class PythiaLayer(Block):
     Raises:
         ValueError: the heads do not divide the hidden size, or an odd number of dimensions would be rotated.
     """
+
+    can_step_in_place = True
 
     def __init__(
         self,

@@ -247,6 +247,7 @@ class TokenMemoryLayer(MemoryLayer):
 
     index_key: ClassVar[str] = "current_memory_idx"
     stands_before_head: ClassVar[bool] = True
+    can_step_in_place = True
 
     def __init__(self, hidden_size: int, **options: Any) -> None:
         super().__init__()

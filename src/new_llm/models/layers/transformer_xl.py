@@ -189,6 +189,7 @@ class TransformerXLLayer(Block):
     """
 
     has_memory = True
+    can_step_in_place = True
     fills_model: ClassVar[bool] = True
 
     def __init__(

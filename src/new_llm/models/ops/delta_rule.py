@@ -99,6 +99,8 @@ def sum_reads(queries: Tensor, memory: Tensor) -> Tensor:
 def _solve_writes(k: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """W diag(β)⁻¹ = Kᵀ N in `dtype`, N = (I + tril(diag(β) K Kᵀ, −1))⁻¹ likewise, and K Kᵀ."""
     products = k @ k.transpose(-1, -2)
+    if k.shape[-2] == 1:  # nothing to solve
+        return k.to(dtype).transpose(-1, -2), torch.ones_like(products, dtype=dtype), products
     # the solver never looks at the diagonal, nor at what is above it
     units = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(products)
     inverse = torch.linalg.solve_triangular(beta.unsqueeze(-1) * products, units, upper=False, unitriangular=True)
