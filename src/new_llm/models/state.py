@@ -219,7 +219,7 @@ def keep_places(old: Any, new: Any) -> Any:
 
     kept = keep(old, new)
     for targets, sources in copies.values():
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
     return kept
 
 
