@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.cli.launcher import check_command, is_main_process
-from new_llm.cli.main import main
+from new_llm.cli.main import check_command, is_main_process, main
 from new_llm.config import UserError
 from new_llm.experiments.run_folder import read_json
 from training_cases import read_curve
@@ -111,7 +110,7 @@ def test_commands_of_one_process_refuse_several(
     assert main(["runs"]) == 2
     assert "runs runs in one process, not in 4; in several run experiment" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr("new_llm.cli.launcher.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("new_llm.cli.main.QUIET_SECONDS", 0.0)
     assert main(["runs"]) == 2
     assert capsys.readouterr().err == ""
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from new_llm.cli.main import main
 from new_llm.config import UserError
-from new_llm.config.cluster import ClusterConfig
+from new_llm.config.train import ClusterConfig
 from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, InProcesses, OnCluster
 from new_llm.experiments.study_progress import StudyProgress
 from new_llm.training import TrainingInterrupted
@@ -88,7 +88,7 @@ def test_one_view_shows_all_runs_in_60_columns(tmp_path):
     (model / "metrics.jsonl").write_text(json.dumps(line) + '\n{"event": "tra')
     console.print(progress.render())
     said, *lines = console.file.getvalue().splitlines()
-    assert said.startswith("pythia-s0: done, 2 of 4, about 0 s left")
+    assert said.startswith("pythia-s0: done, 2 of 4, about 0.0 s left")
     assert all(len(line) <= 60 for line in lines)
     expected = ["reference-s0 62% epoch 2, loss 4.123", "a-variant-whose-name 0% waiting", "runs done: 2 of 4"]
     assert all(word in shown for shown, words in zip(lines, expected, strict=True) for word in words.split())

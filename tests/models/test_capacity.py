@@ -11,7 +11,7 @@ from new_llm.config.loading import read_settings
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.runner import ExperimentRun
 from new_llm.models import create_model
-from new_llm.models.capacity import read_memory_limit
+from new_llm.models.cost import read_memory_limit
 from new_llm.models.hf import load_pythia
 from new_llm.models.model_file import build_model, describe_model
 

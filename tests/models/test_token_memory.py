@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
-from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import ReadTokens, Segments, TokenMemoryLayer
+from new_llm.models.layers.base import initialize_weights
 from new_llm.models.ops import delta_rule, scan_delta_rule, scan_delta_rule_naive
 
 ROWS, SIZE, HEADS, KEY_SIZE = 2, 6, 3, 4

@@ -5,8 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from new_llm.report.page import draw_charts, render_page, write_page
-from new_llm.report.results import Run
-from new_llm.report.series import group_series
+from new_llm.report.results import Run, group_series
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "source", "wbr"}
 

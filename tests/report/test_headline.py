@@ -6,8 +6,7 @@ import pytest
 from report_runs import make_results, make_seed
 
 from new_llm.report.headline import describe_outcome
-from new_llm.report.results import make_run
-from new_llm.report.series import group_series
+from new_llm.report.results import group_series, make_run
 
 
 def compare(*runs: dict[str, Any]) -> str:

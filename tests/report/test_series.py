@@ -12,8 +12,7 @@ from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.evaluation import MEASURES, Column, Measure, ModelResult, register_measure
 from new_llm.report import read_runs
-from new_llm.report.results import make_run, read_record
-from new_llm.report.series import group_series, list_differences
+from new_llm.report.results import group_series, list_differences, make_run, read_record
 
 
 def names(*runs: dict[str, Any]) -> list[str]:

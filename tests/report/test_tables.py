@@ -8,8 +8,7 @@ from rich.console import Console
 
 from new_llm import formats
 from new_llm.report import SummaryTable
-from new_llm.report.results import make_run
-from new_llm.report.series import group_series
+from new_llm.report.results import group_series, make_run
 from new_llm.report.tables import Summary, summarize
 
 

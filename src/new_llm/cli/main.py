@@ -4,13 +4,13 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from new_llm import __version__
-from new_llm.cli.launcher import check_command, end_quietly, is_main_process, tells_errors
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.config.errors import HubError, OtherProcessError, UserError
 from new_llm.config.files import describe_os_error
@@ -186,3 +186,39 @@ def describe_commands() -> str:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+TOGETHER = ("experiment", "experiment-selective", "train-adapter")
+"""Commands whose processes work together."""
+QUIET_SECONDS = 1.0
+"""What the process that says what is wrong is given for it."""
+
+
+def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is the one that prints; None: this process's environment, as it is now."""
+    return (os.environ if environment is None else environment).get("RANK") in (None, "", "0")
+
+
+def check_command(command: str, environment: Mapping[str, str] | None = None) -> None:
+    """Refuse several processes for a command that would do the same in each of them.
+
+    Raises:
+        UserError: names the commands that several processes work on together.
+    """
+    count = (os.environ if environment is None else environment).get("WORLD_SIZE") or "1"
+    if not count.isdigit():
+        raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")
+    if int(count) > 1 and command not in TOGETHER:
+        raise UserError(f"{command} runs in one process, not in {count}; in several run {', '.join(TOGETHER)}")
+
+
+def end_quietly(exit_code: int) -> int:
+    """Leave it to another process to say what is wrong: a launcher ends all as soon as the first one has ended."""
+    time.sleep(QUIET_SECONDS)
+    return exit_code
+
+
+def tells_errors() -> bool:
+    """Whether this process says what is wrong: before processes have met all find the same, and one of them says it."""
+    processes = sys.modules.get("new_llm.processes")
+    return is_main_process() or (processes is not None and processes.have_met())

@@ -10,9 +10,9 @@ from tyro.conf import Positional, Suppress
 
 from new_llm.cli.command import Command
 from new_llm.cli.training import run_training
-from new_llm.config.cluster import ClusterConfig
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import make_line, open_console, print_text
+from new_llm.config.train import ClusterConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

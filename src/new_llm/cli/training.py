@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import tyro
 
 from new_llm.cli.command import Command, read_flags
-from new_llm.cli.launcher import end_quietly, is_main_process
+from new_llm.cli.main import end_quietly, is_main_process
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.loading import RunSettings, find_committed, read_settings
 from new_llm.config.terminal import make_line, open_console

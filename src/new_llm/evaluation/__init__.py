@@ -21,6 +21,7 @@ from new_llm.evaluation.memory_usage import MemoryUsage
 from new_llm.evaluation.passages import Passages
 from new_llm.evaluation.perplexity import (
     PerplexityResult,
+    Positions,
     Verdict,
     diagnose_perplexity,
     evaluate_independent,
@@ -29,7 +30,6 @@ from new_llm.evaluation.perplexity import (
     evaluate_streaming,
     unigram_perplexity,
 )
-from new_llm.evaluation.positions import Positions
 from new_llm.evaluation.recall import Recall
 from new_llm.evaluation.reversal import ReversalResult, ReversalScores, evaluate_reversal_curse
 from new_llm.evaluation.scoring import LanguageModel, Reading, Scorer, Scores, join_scores

@@ -54,8 +54,7 @@ from new_llm.experiments.run_folder import (
     write_json,
 )
 from new_llm.models import TransformerLM, create_model
-from new_llm.models.capacity import check_fits
-from new_llm.models.cost import count_flops, count_memory, count_state
+from new_llm.models.cost import check_fits, count_flops, count_memory, count_state
 from new_llm.models.factory import match_parameters
 from new_llm.models.model_file import load_model
 from new_llm.models.tensor_files import fingerprint_tensors

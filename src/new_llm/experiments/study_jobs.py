@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from new_llm.config import UserError
-from new_llm.config.cluster import ClusterConfig
 from new_llm.config.files import name_refusals
 from new_llm.config.terminal import make_line
+from new_llm.config.train import ClusterConfig
 from new_llm.training import TrainingInterrupted
 
 LOGS_FOLDER = "logs"

@@ -1,7 +1,8 @@
-"""What a model costs beside its parameters: the state that reading on needs, and the operations of a token."""
+"""What a model costs: the state that reading on needs, the operations of a token, and whether it fits this machine."""
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from new_llm.config import UserError
+from new_llm.config.files import read_address_limit
+from new_llm.formats import format_bytes
+from new_llm.models.layers import Layer
 from new_llm.models.transformer import TransformerLM
 
 
@@ -63,3 +68,32 @@ def count_flops(model: TransformerLM, num_tokens: int) -> float:
     with model.fresh_memory(1), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, update_memory=True)
     return counter.get_total_flops() / num_tokens
+
+
+def check_fits(layers: Sequence[Layer], vocab_size: int) -> None:
+    """Reject a model whose weights and memory are larger than this machine's memory.
+
+    Args:
+        layers: made on the meta device, where nothing is allocated.
+        vocab_size: rows of the embedding and the head.
+
+    Raises:
+        UserError: says how large the model would be.
+    """
+    limit = read_memory_limit()
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    needed = sum(weight.numel() * weight.element_size() for weight in weights)
+    needed += 2 * vocab_size * layers[0].hidden_size * torch.get_default_dtype().itemsize
+    if needed <= limit:  # only then do the sizes of memories fit 64 bits
+        needed += sum(layer.memory_bytes for layer in layers)
+    if needed > limit:
+        raise UserError(
+            f"too large: its weights and memory take at least {format_bytes(needed)}, but {format_bytes(limit)} are "
+            "what this process may use"
+        )
+
+
+def read_memory_limit() -> int:
+    """Bytes that this process can have: the machine's memory, or less where the user has set a limit."""
+    machine, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), read_address_limit()
+    return machine if limit is None else min(machine, limit)

@@ -12,9 +12,9 @@ from pydantic import Field
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.loading import load_by_name
 from new_llm.config.sections import section, short
-from new_llm.models.capacity import check_fits
+from new_llm.models.cost import check_fits
 from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, RecurrentMemoryStack, build_layer
-from new_llm.models.layers.registry import NoOptions
+from new_llm.models.layers.base import NoOptions
 from new_llm.models.layers.rmt import RecurrentMemoryOptions
 from new_llm.models.recipes import RECIPES
 from new_llm.models.transformer import DepthOptions, SelectiveOptions, SelectiveOutputLM, TransformerLM

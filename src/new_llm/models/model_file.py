@@ -17,7 +17,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import read_json_file, shorten, write_text_atomically
 from new_llm.config.model import MAX_LAYERS, Size
 from new_llm.config.sections import describe_validation_error, section
-from new_llm.models.capacity import check_fits
+from new_llm.models.cost import check_fits
 from new_llm.models.layers import LAYER_KINDS, Layer
 from new_llm.models.tensor_files import (
     TensorHeader,

@@ -9,17 +9,19 @@ from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
 from new_llm.evaluation.statistics import Estimate, find_t_interval
 from new_llm.formats import format_count, format_number, format_size
-from new_llm.report.results import as_number, get_number, get_value
-from new_llm.report.series import (
+from new_llm.report.results import (
     BROKEN,
     CONFIDENCE,
     Difference,
     Member,
     Place,
     Series,
+    as_number,
     compare,
     compute_mean,
     describe,
+    get_number,
+    get_value,
     list_columns,
     list_places,
     sum_seeds,

@@ -24,19 +24,26 @@ from new_llm.formats import format_number
 from new_llm.report import render
 from new_llm.report.figures import COMPUTE_NOTE, draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
-from new_llm.report.results import VALIDATION, Run, get_entries, get_gates, get_number, get_text, get_value, make_run
-from new_llm.report.series import (
+from new_llm.report.results import (
     BROKEN,
+    VALIDATION,
     Place,
+    Run,
     Series,
     describe,
     draw_measure,
+    get_entries,
+    get_gates,
+    get_number,
+    get_text,
+    get_value,
     group_series,
     list_differences,
     list_places,
     list_results,
     list_texts,
     list_unknown,
+    make_run,
 )
 from new_llm.report.tables import summarize
 

@@ -4,13 +4,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from new_llm.charts import Chart
+from new_llm.charts import Chart, bar_chart, point_chart
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line
-from new_llm.experiments.study_table import Run, list_cells
-from new_llm.report.figures import draw_study
+from new_llm.evaluation import MEASURES, ModelResult
+from new_llm.experiments.study_table import (
+    BITS_PER_BYTE,
+    COST,
+    CPU_SECONDS,
+    MEMORY,
+    STATE,
+    STREAMING_BITS,
+    Run,
+    list_cells,
+    list_results,
+)
 from new_llm.report.page import FIGURES_FOLDER, fill_template, list_shown
 from new_llm.report.render import name_apart, write_charts
+from new_llm.report.results import draw_measure
 
 STUDY_PAGE = "study.html"
 
@@ -45,3 +56,85 @@ def render_study(summary: Mapping[str, Any], charts: Sequence[Chart], *, with_fi
         figures=list_shown(shown, places, set(), with_figures=with_figures),
         tables=[(make_line(title), *list_cells(summary, title)) for title in summary["tables"]],
     )
+
+
+ENDS = ("mean", "low", "high")
+
+
+def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -> list[Chart]:
+    """All charts of a study's summary and finished runs; what is gained at which cost comes first."""
+    return [*draw_against_cost(summary), *draw_figures(summary), *draw_measures(found)]
+
+
+def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
+    """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
+
+    Caches that were measured around the model of the reference or of a baseline stand beside it, each with the numbers
+    that it stores: they are what a memory has to beat.
+    """
+    metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
+    caption = (
+        "A point is the mean over a variant's seeds, the line its 95% interval (Student's t; none of two seeds). State "
+        "is the most that a stream of one row keeps to read on, memory what it carries from segment to segment (models "
+        "without are left out); processor seconds are those of training, without evaluation."
+    )
+    with_caches = (
+        " Small points are the reference or a baseline with an untrained cache around it, joined to it by a thin line: "
+        "what the cache is worth on long documents, taken from the model's own figure (of one seed, with its interval "
+        "over documents). A cache adds what it stores to state and memory, N × (D + 1) numbers for N states of width "
+        "D, and for n-grams each token of the longest document."
+    )
+    charts, with_points = [], {summary["reference"], *summary["baselines"]}
+    for cost in (STATE, MEMORY, CPU_SECONDS):
+        for metric in metrics:
+            rows: list[dict[str, Any]] = []
+            for name, entry in summary["variants"].items():
+                figure, place = (entry["figures"].get(one) for one in (metric, f"{COST}: {cost}"))
+                if not figure or not place:
+                    continue
+                rows.append({"variant": name, cost: place["mean"], **{end: figure[end] for end in ENDS}})
+                has_points = name in with_points and metric.endswith(STREAMING_BITS)
+                for cache, found in entry["caches"].items() if has_points else ():
+                    spent = place["mean"] + (found["numbers"] if cost != CPU_SECONDS else 0)
+                    rows.append({"variant": f"{name} {cache}", cost: spent, **{end: found[end] for end in ENDS}})
+                    rows[-1]["around"] = name
+            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around"}
+            axes |= {"low": "low", "high": "high", "x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
+            said = caption + with_caches if any("around" in row for row in rows) else caption
+            charts.append(
+                point_chart(f"{metric} by {cost}", f"What is gained by {cost}", said, rows, **axes, view=metric)
+            )
+    return [chart for chart in charts if chart.spec["data"]["values"]]
+
+
+def draw_figures(summary: Mapping[str, Any]) -> list[Chart]:
+    """Each column of the study's tables: a dot per variant with its interval."""
+    charts = []
+    for table, metrics in summary["tables"].items():
+        for metric in metrics:
+            rows = [
+                {"variant": name, **{end: figure[end] for end in ("mean", "low", "high", "num_seeds")}}
+                for name, entry in summary["variants"].items()
+                if (figure := entry["figures"].get(metric)) is not None
+            ]
+            caption = "The mean over seeds and its 95% interval (Student's t; of one seed, over documents)."
+            axes = {"x": "variant", "y": "mean", "low": "low", "high": "high", "y_title": metric}
+            charts.append(bar_chart(f"figure-{metric}", table, caption, rows, **axes, is_dotted=True, view=metric))
+    return charts
+
+
+def draw_measures(found: Mapping[str, Sequence[Run]]) -> list[Chart]:
+    """The charts of each measure on each text, seeds of a variant averaged."""
+    results: dict[tuple[str, str], list[ModelResult]] = {}
+    for variant, runs in found.items():
+        for run in runs:
+            for what, measure, result in list_results(run):
+                if measure in MEASURES:
+                    results.setdefault((what, measure), []).append(ModelResult(variant, dict(result)))
+    charts = []
+    for (what, measure), some in results.items():
+        for chart in draw_measure(some, (measure, what)):
+            # Of several texts the charts of one measure have one name.
+            name = chart.name if what == measure else f"{what}-{chart.name}"
+            charts.append(Chart(name, chart.title, chart.caption, chart.spec, chart.rows, chart.view))
+    return charts

@@ -22,8 +22,18 @@ from new_llm.formats import (
     format_with_error,
 )
 from new_llm.report.headline import describe_outcome
-from new_llm.report.results import VALIDATION, as_number, get_number, make_run
-from new_llm.report.series import Series, compute_mean, compute_spread, group_series, list_columns, list_places
+from new_llm.report.results import (
+    VALIDATION,
+    Series,
+    as_number,
+    compute_mean,
+    compute_spread,
+    get_number,
+    group_series,
+    list_columns,
+    list_places,
+    make_run,
+)
 
 GAP = 2  # blanks between columns of the console's tables
 

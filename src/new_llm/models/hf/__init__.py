@@ -6,8 +6,7 @@ No code from a model's folder is ever run.
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from new_llm.models.hf.auto import NewLLMConfig, NewLLMForCausalLM, export_auto
-from new_llm.models.hf.cache import StreamCache
+from new_llm.models.hf.auto import NewLLMConfig, NewLLMForCausalLM, StreamCache, export_auto
 from new_llm.models.hf.gpt_neox import export_pythia, load_pythia
 
 AutoConfig.register(NewLLMConfig.model_type, NewLLMConfig, exist_ok=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.models.initialization import initialize_weights
 from new_llm.models.layers import LAYER_KINDS, Layer, ParallelInfiniLayer, PythiaLayer
+from new_llm.models.layers.base import initialize_weights
 from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniOptions
 from new_llm.models.transformer import TransformerLM, check_order
 

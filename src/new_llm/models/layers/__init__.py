@@ -1,6 +1,17 @@
 """The layers that a model is composed of."""
 
-from new_llm.models.layers.base import MLP, Attention, Block, Layer, ReadTokens, Segments, Step
+from new_llm.models.layers.base import (
+    LAYER_KINDS,
+    MLP,
+    Attention,
+    Block,
+    Layer,
+    ReadTokens,
+    Segments,
+    Step,
+    build_layer,
+    register_layer,
+)
 from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.gated_delta import GatedDeltaLayer
 from new_llm.models.layers.hierarchical import HierarchicalLayer
@@ -9,7 +20,6 @@ from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer
 from new_llm.models.layers.multi_memory import MultiMemoryLayer
 from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer
-from new_llm.models.layers.registry import LAYER_KINDS, build_layer, register_layer
 from new_llm.models.layers.rmt import RecurrentMemoryStack
 from new_llm.models.layers.token_memory import TokenMemoryLayer
 from new_llm.models.layers.transformer_xl import TransformerXLLayer

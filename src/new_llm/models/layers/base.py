@@ -1,19 +1,26 @@
 """The interface of layers: a layer maps hidden states and memory to new hidden states and memory, and keeps nothing.
 
 A layer only has to define `forward` over whole segments; it can then be trained, streamed, used for generation and
-saved. `step` and `end_segments` are an optional fast path for streams with the same result.
+saved. `step` and `end_segments` are an optional fast path for streams with the same result. Its registration, by one
+decorator, gives it a name, from which everything else is derived.
 
 Legend: B rows, n segments of a call, S tokens of a segment, T tokens of a step, D hidden size, Z vocabulary.
 """
 
+import dataclasses
+import functools
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from new_llm.config import PythiaConfig
+from new_llm.config.sections import section
 from new_llm.models.loss import IGNORE_INDEX
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
@@ -374,3 +381,110 @@ def check_divides(what: str, number: int, hidden_size: int) -> int:
     if number <= 0 or hidden_size % number:
         raise ValueError(f"{what}: {number} does not divide hidden_size {hidden_size}")
     return hidden_size // number
+
+
+LayerType = TypeVar("LayerType", bound=type[Layer])
+LAYER_KINDS: dict[str, type[Layer]] = {}
+"""The layer classes by the name they are registered with."""
+
+
+@section
+class NoOptions:
+    """The options of a layer that has none."""
+
+
+def register_layer(
+    name: str, *, options: type = NoOptions, model_type: bool = True
+) -> Callable[[LayerType], LayerType]:
+    """Class decorator: the name becomes a model type, its options become flags, and models with the layer are saved.
+
+    Args:
+        name: the layer's kind, as `create_model` and `--models` take it.
+        options: a dataclass of the keywords that the constructor takes beside the model's shape (see `build_layer`),
+            with their defaults; plain values, since they are written to model files.
+        model_type: whether a model of Pythia layers with some of this kind is a model type of its own.
+
+    Raises:
+        ValueError: another class has this name.
+    """
+
+    def register(layer_type: LayerType) -> LayerType:
+        taken = LAYER_KINDS.setdefault(name, layer_type)
+        if (taken.__module__, taken.__qualname__) != (layer_type.__module__, layer_type.__qualname__):
+            raise ValueError(f"layer kind {name!r} is taken by {taken.__name__}")
+        LAYER_KINDS[name] = layer_type  # a notebook's cell may define its layer again
+        layer_type.kind, layer_type.options_type, layer_type.is_model_type = name, options, model_type
+        _record_settings(layer_type)
+        return layer_type
+
+    return register
+
+
+def _record_settings(layer_type: type[Layer]) -> None:
+    """Let each new layer keep its constructor's arguments, defaults included, as `settings`."""
+    initialize: Any = layer_type.__init__
+    signature = inspect.signature(initialize)
+
+    @functools.wraps(initialize)
+    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        initialize(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        settings: dict[str, Any] = {}
+        for parameter, value in list(bound.arguments.items())[1:]:
+            settings |= (
+                value if signature.parameters[parameter].kind == inspect.Parameter.VAR_KEYWORD else {parameter: value}
+            )
+        names = {field.name for field in dataclasses.fields(layer_type.options_type)}
+        given = {key: value for key, value in settings.items() if key in names}
+        self.settings = settings | dataclasses.asdict(cast(Any, layer_type.options_type(**given)))
+
+    cast(Any, layer_type).__init__ = __init__
+
+
+def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) -> Layer:
+    """A layer of a model's shape: of `shape` its constructor is given the fields that it names.
+
+    It may name hidden_size, num_heads, intermediate_size, layer_norm_eps, rotary_pct and rotary_emb_base.
+    """
+    fields = {
+        "hidden_size": shape.hidden_size,
+        "num_heads": shape.num_attention_heads,
+        "intermediate_size": shape.intermediate_size,
+        "layer_norm_eps": shape.layer_norm_eps,
+        "rotary_pct": shape.rotary_pct,
+        "rotary_emb_base": shape.rotary_emb_base,
+    }
+    named = inspect.signature(layer_type).parameters
+    return layer_type(**{name: value for name, value in fields.items() if name in named}, **options)
+
+
+def initialize_weights(model: nn.Module, initializer_range: float) -> None:
+    """Draw the weights of a model, in the order of its modules, from torch's global generator.
+
+    With the same seed, models that differ only in parameters that are not drawn (gates) get the same weights.
+
+    | parameter | initial value |
+    |---|---|
+    | weights of linear layers, embedding, head | normal(0, initializer_range), as GPT-NeoX |
+    | biases | 0 |
+    | LayerNorm, RMSNorm | weight 1, bias 0 |
+    | memory gate β | gate_init (set by the layer) |
+    | W_q, W_k of a memory layer | as drawn, times query_key_init_scale; with match_query_key_init W_k = W_q |
+    | its biases of q and k | query_key_init_bias |
+    | bank weights | 0: all banks weigh the same (set by the layer) |
+    | a convolution of s tokens | uniform(−1/√s, 1/√s) |
+    | decay of Gated DeltaNet | exp(A) uniform in 1 … 16, softplus(b) log-uniform in 0.001 … 0.1 |
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.initialize_features()

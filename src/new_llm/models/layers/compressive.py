@@ -17,9 +17,15 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
 from new_llm.models.layers.base import Block, Segments, Step, check_divides
-from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
+from new_llm.models.layers.memory_layer import (
+    MemoryAttention,
+    MemoryLayer,
+    ShortConvolution,
+    TokenDecay,
+    pick_last_key,
+    shift_keys,
+)
 from new_llm.models.layers.pythia import KeyValueCache, RotarySoftmax
-from new_llm.models.layers.token_parts import ShortConvolution, TokenDecay
 from new_llm.models.ops import (
     ScannedReads,
     add_outer_products,

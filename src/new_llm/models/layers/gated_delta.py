@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from new_llm.config import PythiaConfig
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
-from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides
-from new_llm.models.layers.registry import register_layer
-from new_llm.models.layers.token_parts import ShortConvolution, TokenDecay
+from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
+from new_llm.models.layers.memory_layer import ShortConvolution, TokenDecay
 from new_llm.models.ops import gated_delta_rule, map_features
 from new_llm.models.state import LayerMemory, MemoryFacts
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from new_llm.config import UserError
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Segments
+from new_llm.models.layers.base import Segments, register_layer
 from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, MemoryOptions
 from new_llm.models.layers.multi_memory import (
     MultiMemoryAttention,
@@ -21,7 +21,6 @@ from new_llm.models.layers.multi_memory import (
     SelectingAttention,
     SelectionOptions,
 )
-from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import ScannedReads, multiply_norms, read_memories, write_memory
 from new_llm.models.state import MemoryState
 

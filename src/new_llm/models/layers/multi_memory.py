@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Layer, Segments, Step
+from new_llm.models.layers.base import Layer, Segments, Step, register_layer
 from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
-from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import read_memories, select_memories, weigh_memories
 from new_llm.models.state import MemoryState
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Segments, Step
+from new_llm.models.layers.base import Segments, Step, register_layer
 from new_llm.models.layers.compressive import OpenSegment
 from new_llm.models.layers.infini import InfiniAttention, InfiniLayer, InfiniOptions
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
-from new_llm.models.layers.registry import register_layer
 from new_llm.models.state import MemoryState
 
 

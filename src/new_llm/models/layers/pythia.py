@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
-from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides
-from new_llm.models.layers.registry import register_layer
+from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
 from new_llm.models.ops.local_attention import causal_attention
 from new_llm.models.state import LayerMemory
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from new_llm.config import PythiaConfig
 from new_llm.config.model import MAX_LAYERS, Size
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Layer, Segments
+from new_llm.models.layers.base import Layer, Segments, register_layer
 from new_llm.models.layers.pythia import PythiaLayer
-from new_llm.models.layers.registry import register_layer
 from new_llm.models.state import LayerMemory
 
 

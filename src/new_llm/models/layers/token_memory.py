@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from new_llm.config.model import MAX_SIZE, Size
 from new_llm.config.sections import section
-from new_llm.models.layers.base import ReadTokens, Segments, Step
+from new_llm.models.layers.base import ReadTokens, Segments, Step, register_layer
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
-from new_llm.models.layers.registry import register_layer
 from new_llm.models.ops import scan_delta_rule, scan_sums, sum_reads, write_delta_rule
 from new_llm.models.state import LayerMemory, MemoryState, choose_rows
 

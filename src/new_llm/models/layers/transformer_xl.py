@@ -11,9 +11,8 @@ from torch import Tensor
 from new_llm.config import PythiaConfig
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Block, Segments, Step
+from new_llm.models.layers.base import Block, Segments, Step, register_layer
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention
-from new_llm.models.layers.registry import register_layer
 from new_llm.models.state import LayerMemory
 
 
