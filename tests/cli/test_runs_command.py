@@ -9,6 +9,7 @@ import pytest
 from new_llm.cli.main import main
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import describe_run, list_runs
+from tiny import refuse
 
 
 def make_run(folder: Path, *, begun: str, is_done: bool) -> None:
@@ -90,9 +91,6 @@ def test_the_table_and_one_run(runs, capsys, monkeypatch):
     assert "--name first --resume" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_one_line(runs, tmp_path, capsys):
-    for flags in (["show", "nope"], ["show", "broken"], []):
-        where = str(tmp_path / "nowhere") if not flags else str(runs)
-        assert main(["runs", *flags, "--runs-dir", where]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+def test_a_broken_run_is_one_line(runs, capsys):
+    refuse(capsys, "runs", "show", "broken", "--runs-dir", runs)
     assert describe_run(runs / "broken").fault is not None

