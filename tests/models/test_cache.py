@@ -10,7 +10,7 @@ import torch
 from new_llm.config import UserError
 from new_llm.config.model import CacheConfig
 from new_llm.models import cache
-from new_llm.models.cache import TextCache, describe_cache, mix, tune_weights
+from new_llm.models.cache import TextCache, describe_cache, mix, score_ngrams, tune_weights
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 7, 61, 5
 
@@ -78,6 +78,14 @@ def test_every_distribution_equals_the_equations_however_the_text_is_cut(
         held.add(states[piece], tokens[piece])
         begin += length
     assert held.states is None or len(held.states) == min(num_states, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("length", [2, 3, NUM_TOKENS])
+def test_the_ngrams_of_a_whole_text_are_those_of_its_stream(length):
+    states, tokens, _ = make_text()
+    tokens, states = tokens[:length], states[: length - 1]
+    streamed = TextCache(CacheConfig(ngram_order=3)).score(states, tokens[:-1], tokens[1:])
+    np.testing.assert_array_equal(score_ngrams(tokens.numpy(), 3), streamed[:, 2:])
 
 
 def test_reading_ahead_leaves_no_trace():

@@ -131,7 +131,7 @@ class LongDocumentsConfig:
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Documents read at once, in pairs that lend each other their memory; it does not change the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
-    """Segments of a baseline read by one call; it does not change the result."""
+    """Segments of a stream read by one call, where no other memory is tried; it does not change the result."""
     baselines: tuple[str, ...] = ()
     """Other models with the same tokenizer that are read in consecutive segments: RUN, RUN:MODEL, or a Hugging Face
     model, which is cut as the measured model is."""

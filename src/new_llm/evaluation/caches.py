@@ -17,22 +17,24 @@ from numpy.typing import NDArray
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config.evaluation import CacheMeasureConfig
-from new_llm.config.model import COMPONENTS, CacheConfig
+from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, plan_segments
 from new_llm.evaluation.statistics import draw_resamples, estimate_over_documents
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
     Probabilities,
-    TextCache,
     describe_cache,
     mix,
     prepare_states,
+    score_ngrams,
     score_states,
     tune_weights,
 )
 
 BARE = "bare"
+TUNING_TOKENS = 20_000
+"""Tokens by which θ is chosen: among so few values more make no difference."""
 
 
 class Parts(NamedTuple):
@@ -87,23 +89,30 @@ def read_parts(
             losses.append(model.score_passes([hidden[-1]], targets)[0].double().cpu())
         states = prepare_states(torch.cat(hidden, dim=1)[0], settings.similarity)
         by_states = [score_states(states, ids[:-1], ids[1:], size, settings.thetas) for size in settings.sizes]
-        counted = TextCache(CacheConfig(ngram_order=max(settings.ngram_orders, default=0)))
-        by_ngrams = counted.score(states, ids[:-1], ids[1:])[:, 2:]
+    by_ngrams = np.full((len(tokens) - 1, MAX_ORDER), np.nan)
+    if settings.ngram_orders:
+        by_ngrams[:, : max(settings.ngram_orders)] = score_ngrams(tokens.astype(np.int64), max(settings.ngram_orders))
     shape = (len(tokens) - 1, len(by_states), len(settings.thetas))
     stacked = np.stack(by_states, axis=1) if by_states else np.empty(shape)
     return Parts(torch.cat(losses).numpy(), stacked, by_ngrams)
 
 
 def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int) -> Tuned:
-    """The θ among those given, and its weights by EM, that make some documents most probable."""
+    """The θ among those given, and its weights by EM, that make some documents most probable.
+
+    θ is chosen by TUNING_TOKENS tokens, evenly spread, the weights then by all.
+    """
     size = settings.sizes.index(num_states) if num_states else None
-    found: list[tuple[float, Tuned]] = []
-    for place, theta in enumerate(settings.thetas[: None if num_states else 1]):
-        probabilities = np.concatenate([one.select(size, place, order) for one in parts])
+
+    def fit(theta: int, stride: int = 1) -> tuple[float, Tuned]:
+        probabilities = np.concatenate([one.select(size, theta, order) for one in parts])[::stride]
         weights = tune_weights(probabilities, CacheConfig().weights)
-        likelihood = float(np.log(mix(probabilities, weights)).sum())
-        found.append((likelihood, Tuned(theta, weights.tolist(), len(probabilities))))
-    return max(found)[1]
+        tuned = Tuned(settings.thetas[theta], weights.tolist(), len(probabilities))
+        return float(np.log(mix(probabilities, weights)).sum()), tuned
+
+    thetas = range(len(settings.thetas) if num_states else 1)
+    stride = -(-sum(len(one.losses) for one in parts) // TUNING_TOKENS)
+    return fit(max(thetas, key=lambda theta: fit(theta, stride)[0]))[1]
 
 
 def cross_tune(

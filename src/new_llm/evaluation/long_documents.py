@@ -28,11 +28,13 @@ from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Baseline, Column, Measure, ModelResult, Subject, Table, register_measure
 from new_llm.evaluation.scoring import (
+    Reading,
     Row,
     Scorer,
     Scores,
     evaluation_mode,
     join_rows,
+    join_scores,
     plan_windows,
     score_rows,
 )
@@ -102,7 +104,7 @@ def plan_pairs(lengths: Sequence[int]) -> list[Pair]:
     return pairs
 
 
-def score_pairs(scorer: Scorer) -> PairScores:
+def score_pairs(scorer: Scorer, segments_per_call: int) -> PairScores:
     """Score documents segment by segment, with the memory carried, empty, and that of another document."""
     pairs = plan_pairs([len(tokens) for tokens in scorer.documents])
     width = len(pairs[0].members)
@@ -120,16 +122,26 @@ def score_pairs(scorer: Scorer) -> PairScores:
             if width == 2:
                 swapped = [piece for a, b in zip(pieces[::2], pieces[1::2], strict=True) for piece in (b, a)]
                 found.foreign.append(score(swapped))
-            with scorer.model.fresh_memory():
-                found.reset.append(score([piece for piece in pieces if piece.is_scored]))
             found.carried.append(score(pieces, update_memory=True))
             if scorer.note(found.carried[-1]):
                 break
+    found.reset = _score_alone(scorer, join_scores(found.carried), segments_per_call)
     for pair in pairs:
         for member, lender in zip(pair.members[: pair.num_scored], reversed(pair.members), strict=False):
             if member != lender:
                 found.lenders[member] = lender
     return found
+
+
+def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> list[Scores]:
+    """The segments that have been read as a stream, each read from an empty memory; many fit a batch."""
+    read = [tokens[:1] for tokens in scorer.documents]
+    for document in np.unique(carried.documents):
+        read[document] = scorer.documents[document][: carried.positions[carried.documents == document].max() + 1]
+    reading: Reading = {"batch_size": scorer.batch_size * segments_per_call, "device": scorer.device}
+    alone = Scorer(scorer.model, read, reading | {"autocast": scorer.autocast})
+    length = scorer.model.segment_length
+    return alone.score_windows(partial(plan_windows, context=length, stride=length))
 
 
 def _cut_pairs(scorer: Scorer, pairs: list[Pair], width: int) -> Generator[list[Piece]]:
@@ -302,7 +314,7 @@ class LongDocuments(Measure):
 
         scorer = open_scorer(subject)
         if has_memory(subject.model):
-            pairs = score_pairs(scorer)
+            pairs = score_pairs(scorer, settings.segments_per_call)
             found = {CARRIED: pairs.carried, RESET: pairs.reset} | ({FOREIGN: pairs.foreign} if pairs.foreign else {})
             if not scorer.is_stopped:
                 subject.shared[self.name] = indices, pairs

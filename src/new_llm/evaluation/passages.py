@@ -173,9 +173,9 @@ class Passages(Measure):
         documents = [subject.split.document(index)[:limit] for index in chosen]
         scored: tuple[list[int], PairScores] = subject.shared.get("long", ([], PairScores()))
         if not {*chosen} <= {*scored[0]}:
-            batch_size = subject.settings.long_documents.batch_size
-            scorer = Scorer(model, documents, subject.reading | {"batch_size": batch_size, "max_tokens": None})
-            scored = chosen, score_pairs(scorer)
+            long = subject.settings.long_documents
+            scorer = Scorer(model, documents, subject.reading | {"batch_size": long.batch_size, "max_tokens": None})
+            scored = chosen, score_pairs(scorer, long.segments_per_call)
             if scorer.is_stopped:
                 return None
         indices, pairs = scored

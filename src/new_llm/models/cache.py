@@ -29,11 +29,12 @@ from torch import Tensor
 from new_llm.config.model import COMPONENTS, CacheConfig
 
 Probabilities = NDArray[np.float64]
-QUERY_ROWS = 256
-"""Positions that are compared with the states before them at once."""
+QUERY_ROWS, QUERY_ROWS_ON_GPU = 256, 4096
+"""Positions that are compared with the states before them at once: a GPU is slow to start, a CPU has a small cache."""
 MIN_MODEL_WEIGHT = 1e-3
 """Least weight that tuning gives the model, so that no token is impossible."""
-EM_STEPS = 50
+EM_STEPS, EM_TOLERANCE = 50, 1e-4
+"""EM ends after so many steps, or with the first that changes no weight by more than this."""
 
 
 # States
@@ -81,22 +82,49 @@ def score_states(
         [T, Θ]; NaN at a text's first token, which no state comes before.
     """
     start = len(states) - len(targets)
-    found = np.empty((len(targets), len(thetas)))
-    for begin in range(start, len(states), QUERY_ROWS):
-        end = min(begin + QUERY_ROWS, len(states))
+    rows = QUERY_ROWS_ON_GPU if states.is_cuda else QUERY_ROWS
+    found = torch.full((len(targets), len(thetas)), torch.nan, dtype=states.dtype, device=states.device)
+    for begin in range(start, len(states), rows):
+        end = min(begin + rows, len(states))
         similarities, first = compare_states(states, begin, end, num_states)
         followers = tokens[first + 1 : first + 1 + similarities.shape[1]]
         if not len(followers):  # the first token alone
-            found[begin - start : end - start] = np.nan
             continue
         is_target = (followers == targets[begin - start : end - start].unsqueeze(1)).to(similarities.dtype)
         for place, theta in enumerate(thetas):
             shares = (similarities * theta).softmax(-1)
-            found[begin - start : end - start, place] = shares.mul_(is_target).sum(-1).cpu().numpy()
-    return found
+            found[begin - start : end - start, place] = shares.mul_(is_target).sum(-1)
+    return found.double().cpu().numpy()
 
 
 # n-grams
+
+
+def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
+    """What `TextCache.score` finds for a whole text's n-grams, all tokens at once: [T − 1, order] for T tokens.
+
+    The n-gram that ends in a token has been seen as often as an equal one stands before it, and its context has been
+    followed by something as often.
+    """
+    found = np.full((len(tokens), order), np.nan)
+    contexts = np.zeros(len(tokens), dtype=np.int64)  # of each token, those of one kind with one number
+    for length in range(min(order, len(tokens))):
+        known = contexts[length:]  # the first tokens have no context of this length
+        _, grams = np.unique(known * (tokens.max() + 1) + tokens[length:], return_inverse=True)
+        seen = _count_earlier(known)
+        found[length:, length] = np.divide(_count_earlier(grams), seen, out=np.full(len(seen), np.nan), where=seen > 0)
+        contexts = np.concatenate([np.zeros(length + 1, np.int64), grams[:-1]])
+    return found[1:]
+
+
+def _count_earlier(items: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many equal ones stand before each item."""
+    order = np.argsort(items, kind="stable")
+    is_first = np.diff(items[order], prepend=-1) != 0
+    places = np.arange(len(items))
+    counts = np.empty(len(items), np.int64)
+    counts[order] = places - np.maximum.accumulate(np.where(is_first, places, 0))
+    return counts
 
 
 class FollowerCounts:
@@ -291,9 +319,12 @@ def tune_weights(probabilities: Probabilities, start: Sequence[Sequence[float]])
             continue
         weights = np.full(len(COMPONENTS), 1 / len(COMPONENTS))
         for _ in range(EM_STEPS):
-            weights *= (rows / np.maximum(rows @ weights, np.finfo(np.float64).tiny)[:, None]).mean(0)
+            before = weights.copy()
+            weights *= (1 / np.maximum(rows @ weights, np.finfo(np.float64).tiny)) @ rows / len(rows)
             weights[0] = max(weights[0], MIN_MODEL_WEIGHT)
             weights /= weights.sum()
+            if np.abs(weights - before).max() < EM_TOLERANCE:
+                break
         tuned[depth] = weights
     return tuned
 
