@@ -273,7 +273,7 @@ def make_run(seed: int, starts: list[int]) -> dict[str, Any]:
     streaming |= {"num_tokens": 100, "num_bytes": 400, "verdict": {"text": "normal"}}
     cache = {"name": "+ all", "relative": {"value": -0.5, "low": -0.75, "high": 0.0}}
     cache |= {"size": {"state_numbers": 30, "bytes_per_token": 2}}
-    caches = {"caches": [{"name": "bare"}, cache], "documents": [{"num_tokens": 70}, {"num_tokens": 50}]}
+    caches = {"caches": [{"name": "bare"}, cache], "documents": [{"num_tokens": [60, 10]}, {"num_tokens": [50, 0]}]}
     model = {
         "evaluation": {"streaming": streaming, "caches": caches},
         "gates": {},

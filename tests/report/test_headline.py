@@ -144,10 +144,10 @@ def measure_long(results: dict[str, Any], *worths: float, cache: float = 0.0) ->
             "documents": [{"num_tokens": {"carried": [10]}, "total_nll": {"carried": [10 * one]}} for one in losses],
         }
         if cache:
-            totals = [{"bare": 10 * one, "+ 2,000 states": 10 * (one + cache)} for one in losses]
+            totals = [{"bare": [10 * one], "+ 2,000 states": [10 * (one + cache)]} for one in losses]
             entry["evaluation"]["caches"] = {
                 "caches": [{"name": "bare"}, {"name": "+ 2,000 states"}],
-                "documents": [{"num_tokens": 10, "total_nll": total} for total in totals],
+                "documents": [{"num_tokens": [10], "total_nll": total} for total in totals],
             }
 
 

@@ -328,6 +328,11 @@ class EvalConfig(PerplexityConfig):
         "reversal",
     )
     """What is measured, by name; `my_module:MyMeasure` is a measure of your own."""
+    checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the training, e.g. 0.25 0.5, after which the model is measured as it then is: how a gain moves with
+    training. The learning rate has not fallen yet, so these figures are above those of a run that ends there."""
+    checkpoint_measures: Annotated[tuple[str, ...], Field(min_length=1)] = ("streaming",)
+    """What is measured then, by name."""
     max_tokens: Annotated[int | None, Field(gt=0)] = 100_000
     """Validation tokens that are scored at most, in whole documents; None: all."""
     memory_usage_segments: Annotated[int, Field(gt=0)] = 32

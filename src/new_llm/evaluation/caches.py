@@ -19,8 +19,8 @@ from new_llm.charts import Chart, bar_chart
 from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
-from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, plan_segments
-from new_llm.evaluation.statistics import draw_resamples, estimate_over_documents
+from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, join_rows, plan_segments
+from new_llm.evaluation.statistics import LossSums, draw_resamples, estimate_over_documents
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
     Probabilities,
@@ -117,16 +117,16 @@ def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, 
 
 def cross_tune(
     parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int
-) -> tuple[list[Tuned], NDArray[np.float64]]:
-    """Settings for either half of the documents from the other one, and each document's total loss with them."""
+) -> tuple[list[Tuned], list[NDArray[np.float64]]]:
+    """Settings for either half of the documents from the other one, and each document's losses with them."""
     tuned = [tune(parts[1 - half :: 2], settings, num_states, order) for half in range(2)]
-    totals: list[float] = []
+    losses: list[NDArray[np.float64]] = []
     for place, found in enumerate(parts):
         chosen = tuned[place % 2]
         size = settings.sizes.index(num_states) if num_states else None
         probabilities = found.select(size, settings.thetas.index(chosen.theta), order)
-        totals.append(-float(np.log(mix(probabilities, chosen.weights)).sum()))
-    return tuned, np.array(totals)
+        losses.append(-np.log(mix(probabilities, chosen.weights)))
+    return tuned, losses
 
 
 def tune_cache(
@@ -167,8 +167,8 @@ class Caches(Measure):
         `caches`, the bare model first, have their `name`, `num_states` N, `ngram_order` (of the longest n-grams),
         `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative` to the bare
         model's − 1, paired by document, the `settings` that were tuned for each half of the documents on the other
-        half, and `size`, of `describe_cache`. `documents` have their index in the split, half, tokens and total loss
-        by cache.
+        half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range of distance, the
+        ranges beginning at `range_starts`, tokens and total loss by cache.
 
         Returns:
             None for a model whose hidden states can't be had, and where fewer than two documents are long enough (or
@@ -201,12 +201,16 @@ class Caches(Measure):
         is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
         num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
         vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
-        bare = np.array([found.losses.sum() for found in parts])
         caches: list[dict[str, Any]] = []
-        totals: dict[str, NDArray[np.float64]] = {}
+        sums: dict[str, LossSums] = {}
         for name, num_states, order in settings.list_caches():
-            tuned, total = ([], bare) if name == BARE else cross_tune(parts, settings, num_states, order)
-            totals[name] = total
+            if name == BARE:
+                tuned, losses = [], [found.losses for found in parts]
+            else:
+                tuned, losses = cross_tune(parts, settings, num_states, order)
+            sums[name] = LossSums(len(parts), choice.edges)
+            sums[name].add(join_rows((place, 1, row) for place, row in enumerate(losses)))
+            total, bare = (sums[one].total_nll.sum(1) for one in (name, BARE))
             ways = [(total, lengths), (bare, lengths)]
             caches.append(
                 {
@@ -230,11 +234,12 @@ class Caches(Measure):
                 {
                     "index": int(index),
                     "half": place % 2,
-                    "num_tokens": int(lengths[place]),
-                    "total_nll": {name: float(total[place]) for name, total in totals.items()},
+                    "num_tokens": sums[BARE].counts[place].tolist(),
+                    "total_nll": {name: one.total_nll[place].tolist() for name, one in sums.items()},
                 }
                 for place, index in enumerate(indices)
             ],
+            "range_starts": list(choice.edges),
             "num_tokens": int(lengths.sum()),
             "num_planned": num_planned,
             "is_complete": int(lengths.sum()) == num_planned,

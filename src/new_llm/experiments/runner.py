@@ -185,7 +185,9 @@ class Run(ABC, Generic[Config]):
             self.autocast = make_autocast(self.precision, self.device)
             check_trackers(train.trackers)
             self.processes.slice_rows(train.batch_size)
-            find_measures(self.config.eval.measures)  # rejects unknown ones before anything is trained
+            find_measures(
+                [*self.config.eval.measures, *self.config.eval.checkpoint_measures]
+            )  # rejects unknown ones before anything is trained
             self.check()
             with hold_run(self.config, resume=self.resume, processes=self.processes) as (self.config, self.folder):
                 return self._execute() | {"folder": str(self.folder)}
@@ -363,6 +365,8 @@ class Run(ABC, Generic[Config]):
             config.train,
             folder,
             validate=self.measure_validation_loss,
+            measure=self.measure_checkpoint,
+            checkpoints=config.eval.checkpoints,
             device=self.device,
             progress=progress,
             seed=config.seed,
@@ -385,6 +389,10 @@ class Run(ABC, Generic[Config]):
             return evaluate_streaming(model, split, **reading, **shared).loss
         length = self.config.data.seq_length
         return evaluate_sliding_window(model, split, context=length, stride=length, **reading, **shared).loss
+
+    def measure_checkpoint(self, model: TransformerLM) -> dict[str, Any]:
+        """What `eval.checkpoint_measures` find of a model that is still being trained."""
+        return measure(self._make_subject(model), self.config.eval.checkpoint_measures, refused={})
 
     def _make_subject(self, model: TransformerLM) -> Subject:
         return Subject(
@@ -447,6 +455,7 @@ class Run(ABC, Generic[Config]):
                 **dataclasses.asdict(training),
                 "steps_log": [line for line in lines if line["event"] == "train"],
                 "epochs_log": [line for line in lines if line["event"] == "epoch"],
+                "checkpoints_log": [line for line in lines if line["event"] == "checkpoint"],
             }
         write_json(folder / MODEL_RESULT_FILE, result)
         self._remove_checkpoints(folder)

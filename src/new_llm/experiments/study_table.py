@@ -113,7 +113,7 @@ def list_cached(run: Run) -> dict[str, CachedFigure]:
     streaming, caches = own.get("streaming") or {}, later.get("result") or own.get("caches")
     if not caches or not streaming.get("num_bytes"):
         return {}
-    longest = max(document["num_tokens"] for document in caches["documents"])
+    longest = max(sum(document["num_tokens"]) for document in caches["documents"])
     tokens_per_byte = streaming["num_tokens"] / streaming["num_bytes"]
     found: dict[str, CachedFigure] = {}
     for cache in caches["caches"][1:]:  # the first one is the bare model

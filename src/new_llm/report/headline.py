@@ -189,8 +189,8 @@ def _sum_long(result: dict[str, Any]) -> dict[str, Any]:
 
 def _sum_cached(result: dict[str, Any], name: str) -> dict[str, Any]:
     """Tokens and loss of each long document with a cache."""
-    losses = [document["total_nll"][name] for document in result["documents"]]
-    num_tokens = [document["num_tokens"] for document in result["documents"]]
+    losses = [sum(document["total_nll"][name]) for document in result["documents"]]
+    num_tokens = [sum(document["num_tokens"]) for document in result["documents"]]
     return {"num_tokens": num_tokens, "total_nll": losses, "total": sum(losses)}
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,6 +76,8 @@ class Trainer:
         config: how the model is trained.
         folder: the model's folder in the run.
         validate: measures the validation loss (nats per token) of the model as it is.
+        measure: what else is measured of it on the way, plain values, and `checkpoints`, the shares of the training after
+            which it is; they go to `metrics.jsonl` as events "checkpoint".
         loss_fn: a batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`).
         processes: those that train the model together; each reads its rows of every batch.
         planter: plants facts to recall in the samples.
@@ -94,6 +96,8 @@ class Trainer:
         folder: Path,
         *,
         validate: Callable[[TransformerLM], float],
+        measure: Callable[[TransformerLM], dict[str, Any]] | None = None,
+        checkpoints: Sequence[float] = (),
         device: torch.device,
         progress: TrainingProgress,
         seed: int = 0,
@@ -108,6 +112,8 @@ class Trainer:
         self.config = config
         self.folder = folder
         self.validate = validate
+        self.measure = measure
+        self.checkpoints = checkpoints
         self.progress = progress
         self.seed = seed
         self.processes = processes
@@ -241,9 +247,12 @@ class Trainer:
             is_last = state.batch == len(plan)
             while not is_last:
                 numbers = range(state.batch, min(state.batch + self.batches_per_step, len(plan)))
+                before = self._share_spent()
                 self._train_step([next(batches) for _ in numbers])
                 state.batch = numbers.stop
                 is_last = state.batch == len(plan) or (config.stop_at == "cpu_seconds" and self._is_done())
+                if any(before < share <= self._share_spent() for share in self.checkpoints):
+                    self._measure()  # before a checkpoint is written, which then holds its line
                 self._after_step(stop, is_last=is_last)
 
     def _train_step(self, batches: list[Batch]) -> None:
@@ -343,6 +352,15 @@ class Trainer:
             state.window_loss += step.loss * step.num_tokens
             state.epoch_loss += step.loss * step.num_tokens
             self.step_loss, self.grad_norm = step.loss, step.grad_norm
+
+    def _measure(self) -> None:
+        """Measure the model as it is now."""
+        assert self.measure is not None
+        self._read_numbers()
+        state = self.state
+        values = {"share": self._share_spent(), "tokens": state.num_tokens, "seconds": state.seconds}
+        found = self.measure(gather_model(self.model, self.structure))
+        self.metrics.write("checkpoint", state.step, values | {"cpu_seconds": state.cpu_seconds, "evaluation": found})
 
     def _end_epoch(self, signals: StopSignals) -> None:
         """Validate, write a checkpoint, and keep the best weights."""
