@@ -103,7 +103,7 @@ def test_every_model_trains_as_an_experiment(tiny: ExperimentConfig) -> None:
 
 
 def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
-    """Bit for bit; a Pythia trained beside another model has the curve of a Pythia trained alone, measured on the way."""
+    """Bit for bit; a Pythia trained beside another has the curve of one trained alone that is measured on the way."""
     settings = dataclasses.replace(tiny.eval, checkpoints=(0.3, 0.6))
     again = run(dataclasses.replace(renamed(tiny, "again"), eval=settings), ["pythia"])
     losses = [line["evaluation"]["streaming"]["loss"] for line in again["models"][0]["training"]["checkpoints_log"]]
