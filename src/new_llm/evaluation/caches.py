@@ -167,8 +167,8 @@ class Caches(Measure):
         `caches`, the bare model first, have their `name`, `num_states` N, `ngram_order` (of the longest n-grams),
         `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative` to the bare
         model's − 1, paired by document, the `settings` that were tuned for each half of the documents on the other
-        half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range of distance, the
-        ranges beginning at `range_starts`, tokens and total loss by cache.
+        half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range of
+        distance, the ranges beginning at `range_starts`, tokens and total loss by cache.
 
         Returns:
             None for a model whose hidden states can't be had, and where fewer than two documents are long enough (or

@@ -76,8 +76,8 @@ class Trainer:
         config: how the model is trained.
         folder: the model's folder in the run.
         validate: measures the validation loss (nats per token) of the model as it is.
-        measure: what else is measured of it on the way, plain values, and `checkpoints`, the shares of the training after
-            which it is; they go to `metrics.jsonl` as events "checkpoint".
+        measure: what else is measured of it on the way, plain values for an event "checkpoint" in `metrics.jsonl`.
+        checkpoints: the shares of the training after which it is.
         loss_fn: a batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`).
         processes: those that train the model together; each reads its rows of every batch.
         planter: plants facts to recall in the samples.
