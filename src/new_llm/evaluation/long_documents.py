@@ -138,8 +138,9 @@ def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> lis
     read = [tokens[:1] for tokens in scorer.documents]
     for document in np.unique(carried.documents):
         read[document] = scorer.documents[document][: carried.positions[carried.documents == document].max() + 1]
-    reading: Reading = {"batch_size": scorer.batch_size * segments_per_call, "device": scorer.device}
-    alone = Scorer(scorer.model, read, reading | {"autocast": scorer.autocast})
+    batch_size = scorer.batch_size * segments_per_call
+    reading: Reading = {"batch_size": batch_size, "device": scorer.device, "autocast": scorer.autocast}
+    alone = Scorer(scorer.model, read, reading)
     length = scorer.model.segment_length
     return alone.score_windows(partial(plan_windows, context=length, stride=length))
 
