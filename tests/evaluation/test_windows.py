@@ -1,8 +1,9 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from new_llm.evaluation.scoring import Window, plan_segments, plan_windows
+from new_llm.evaluation.scoring import Window, choose_rows, plan_segments, plan_windows
 
 settings = st.integers(2, 40).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, context)))
 
@@ -50,3 +51,12 @@ def test_small_cases():
 def test_a_stride_that_would_skip_tokens_is_refused(stride):
     with pytest.raises(ValueError, match="stride"):
         plan_windows(10, context=4, stride=stride)
+
+
+def test_rows_of_a_batch_are_as_many_as_idle_least_on_a_cpu_and_all_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_rows([8000] * 4, 512, 16, cpu) == 4
+    assert choose_rows([8000, *[1000] * 8], 512, 16, cpu) == 2  # eight short ones beside the long one
+    assert choose_rows([8000, *[1000] * 8], 512, 16, gpu) == 9
+    assert choose_rows([8000] * 4, 512, 3, gpu) == 3
+    assert choose_rows([], 512, 16, cpu) == 0

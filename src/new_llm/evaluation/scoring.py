@@ -5,6 +5,7 @@ consecutive segments with the memory carried. Both return `Scores`, from which a
 """
 
 import contextlib
+import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -235,8 +236,9 @@ class Scorer:
         # Longest first, so that few rows idle at the end.
         by_length = sorted(range(len(self.documents)), key=lambda index: -len(self.documents[index]))
         unread = deque(by_length[self.processes.rank :: self.processes.count])
-        opened: list[deque[tuple[int, Window]]] = [deque() for _ in range(min(self.batch_size, len(unread)))]
         per_call = segments_per_call * self.model.segment_length
+        num_rows = choose_rows([len(self.documents[index]) for index in unread], per_call, self.batch_size, self.device)
+        opened: list[deque[tuple[int, Window]]] = [deque() for _ in range(num_rows)]
         found: list[Scores] = []
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory(batch_size=len(opened) or None):
             while not self.is_stopped:
@@ -344,6 +346,25 @@ class Row(NamedTuple):
 
     tokens: np.ndarray
     first_scored: int = 1
+
+
+def choose_rows(lengths: Sequence[int], per_call: int, most: int, device: torch.device) -> int:
+    """Rows of a batch that reads documents of these lengths, longest first, `per_call` tokens a call: at most `most`.
+
+    Rows that have no document left cost a CPU as much as the others, so there it is the number with the least work,
+    rows times calls and two rows' worth a call for what all calls take. A GPU has room for all.
+    """
+    counts = range(1, min(most, len(lengths)) + 1)
+    if device.type != "cpu":
+        return len(counts)
+
+    def count_calls(num_rows: int) -> int:
+        busy = [0] * num_rows
+        for length in lengths:
+            heapq.heapreplace(busy, busy[0] + -(-(length - 1) // per_call))
+        return max(busy)
+
+    return min(counts, key=lambda num_rows: (num_rows + 2) * count_calls(num_rows), default=0)
 
 
 def cut_row(tokens: np.ndarray, window: Window) -> Row:
