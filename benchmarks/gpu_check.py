@@ -449,7 +449,7 @@ def list_memory_ops(
 
     def run_token_rule() -> Tensor:
         parts = (t.transpose(1, 2) for t in (q, k, v))
-        with mock.patch("new_llm.models.ops.gated_delta.find_spec", return_value=None):  # ours, not fla's
+        with mock.patch("new_llm.models.ops.gated_delta.uses_fla", return_value=False):  # ours, not fla's
             return gated_delta_rule(*parts, beta_by_head, decay_by_head, memory)[0]
 
     found: dict[str, Callable[[], Tensor]] = {

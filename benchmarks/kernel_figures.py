@@ -125,17 +125,24 @@ def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def write_delta(
-    batch: int, heads: int, width: int, length: int, *, backward: bool, dtype: torch.dtype = torch.bfloat16
+    batch: int,
+    heads: int,
+    width: int,
+    length: int,
+    *,
+    backward: bool,
+    chunks: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """The chain of 4 segments with the delta rule, as Infini layers have it: one memory."""
+    """The chain of 4 segments with the delta rule, as Infini layers have it; or of chunks token by token."""
     k = make(batch, 4, heads, length, width, dtype=dtype)
     decay, slots = make(batch, 4, heads, dtype=torch.float32), make(batch, 4, dtype=torch.int64)
     state = make(batch, heads, 1, width, width, dtype=torch.float32)
     states = make(batch, 4, heads, *(() if backward else (1,)), width, width, dtype=dtype)
     added = make(batch, 4, heads, 1, width, width, dtype=dtype) if backward else None
-    scales = make(batch, 4, heads, length, dtype=torch.float32)
-    values = None if backward else k
-    triton_kernels.write_with_delta(state, states, k, None, scales, values, decay, slots, added=added)
+    scales = None if chunks else make(batch, 4, heads, length, dtype=torch.float32)
+    values, written = None if backward else k, k if chunks else None
+    triton_kernels.write_with_delta(state, states, k, written, scales, values, decay, slots, added=added)
 
 
 def write_sums(num_memories: int, *, backward: bool) -> None:
@@ -163,10 +170,13 @@ def measure_all() -> Iterator[Figures]:
         for direction in ("forward", "backward"):
             write = functools.partial(write_delta, 8, heads, width, 256, backward=direction == "backward")
             yield from measure(f"K={width}, {direction}", write)
+            chain = functools.partial(write_delta, 1, 8, width, 64, backward=direction == "backward", chunks=True)
+            yield from measure(f"K={width}, chunks, {direction}", chain)
         yield from measure(f"K={width}", functools.partial(attend, 64, width, 256))
     for memories, backward in itertools.product((1, 2), (False, True)):
         write = functools.partial(write_sums, memories, backward=backward)
         yield from measure(f"{memories} memories, {'backward' if backward else 'forward'}", write)
+    yield from measure("chunks of 64", lambda: triton_kernels.invert(make(2048, 64, 64, dtype=torch.float32)))
     logits, targets = make(1024, 50_304), make(1024, dtype=torch.int64)
     score = functools.partial(triton_kernels.score_rows, logits, targets, None, write_gradients=True)
     yield from measure("50,304 words", score)

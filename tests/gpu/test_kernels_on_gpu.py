@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,6 +22,9 @@ pytestmark = [
 
 from new_llm.models.ops import (  # noqa: E402
     feature_map,
+    gated_delta,
+    gated_delta_rule,
+    gated_delta_rule_naive,
     kernels,
     local_linear_attention,
     local_linear_attention_naive,
@@ -141,6 +145,27 @@ def test_memories(length: int, width: int, heads: int, memories: int, precision:
 
     inputs = [draw(*tokens, width, seed=seed) for seed in (1, 2, 3)]
     check(precision, scan(scan_memories), scan(scan_memories_naive), inputs)
+
+
+@by_precision
+@pytest.mark.parametrize(("length", "width"), [(70, 65), (200, 64), (257, 128), (257, 256), (130, 512)])
+def test_the_gated_delta_rule(length: int, width: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, whatever is installed; M is taken after the first 64 tokens, and the last chunk is not whole."""
+    skip_what_is_slow(length, width)
+    monkeypatch.setattr(gated_delta, "uses_fla", lambda *_: False)
+    monkeypatch.setattr(gated_delta, "CHUNK_LENGTH", gated_delta.GPU_CHUNK_LENGTH)  # in the interpreter
+
+    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, fading: Tensor, memory: Tensor) -> list[Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        rates = 2 * beta.to(wide).sigmoid(), -fading.to(wide).sigmoid()
+        parts = q * width**-0.5, F.normalize(k, dim=-1), v, *rates
+        if wide == torch.float64:
+            _, kept = gated_delta_rule_naive(*(t[:, :, :64] for t in parts), memory)
+            return [gated_delta_rule_naive(*parts, memory)[0], kept]
+        return list(gated_delta_rule(*parts, memory.to(wide), num_written=64))
+
+    inputs = [draw(2, 3, length, *size, seed=seed) for seed, size in enumerate(([width], [width], [width], [], []))]
+    check(precision, run, run, [*inputs, draw(2, 3, width, width, seed=5)])
 
 
 @by_precision

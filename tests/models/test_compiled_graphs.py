@@ -41,7 +41,9 @@ KINDS = ("infini", "multi_memory", "hierarchical", "gated_delta", "token_memory"
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_with_kernels_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels give does not matter here, only that they can't break the graph: stand-ins give shapes."""
-    stand_ins = SimpleNamespace(sum_causally=sum_causally, write_with_delta=write_with_delta, write_sums=write_sums)
+    stand_ins = SimpleNamespace(
+        sum_causally=sum_causally, write_with_delta=write_with_delta, write_sums=write_sums, invert=torch.clone
+    )
     monkeypatch.setattr(kernels, "uses_triton", lambda t, *_: t.dtype == torch.float32)
     monkeypatch.setattr(kernels, "load_triton", lambda: stand_ins)
     torch._dynamo.reset()

@@ -1,6 +1,5 @@
 """The gated delta rule and its layer against their equations, token by token, and against flash-linear-attention."""
 
-import importlib.util
 import math
 import sys
 import types
@@ -16,8 +15,7 @@ from model_cases import HIDDEN_SIZE, NUM_HEADS, assert_near, randomize, text_ids
 from new_llm import create_model
 from new_llm.config import PythiaConfig
 from new_llm.models.layers import GatedDeltaLayer, Segments
-from new_llm.models.ops import gated_delta_rule, gated_delta_rule_naive
-from new_llm.models.ops.gated_delta import _run_fla
+from new_llm.models.ops import gated_delta, gated_delta_rule, gated_delta_rule_naive
 
 
 def draw_rule(num_tokens: int, width: int = 8) -> list[Tensor]:
@@ -42,9 +40,29 @@ def test_chunks_equal_the_rule_with_all_gradients(num_tokens: int, num_written: 
         assert_near(one, other, 1e-12)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("fla") is None, reason="needs a GPU and fla"
+@pytest.mark.parametrize(
+    ("triton", "capability", "width", "takes_it"),
+    [
+        ("3.3.1", (9, 0), 64, True),
+        ("3.4.0", (9, 0), 64, False),
+        ("3.6.0", (10, 0), 64, False),
+        ("3.6.0+git1", (8, 0), 256, True),
+        ("3.7.1", (9, 0), 256, True),
+        ("3.7.1", (9, 0), 257, False),
+    ],
 )
+def test_where_flash_linear_attention_is_taken(
+    monkeypatch: pytest.MonkeyPatch, triton: str, capability: tuple[int, int], width: int, takes_it: bool
+) -> None:
+    monkeypatch.setattr(gated_delta, "HAS_FLA", True)
+    monkeypatch.setattr(gated_delta, "version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    v: Any = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda:0")
+    assert gated_delta.uses_fla(v, width) == takes_it
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or not gated_delta.HAS_FLA, reason="needs a GPU and fla")
 def test_the_kernel_of_flash_linear_attention_equals_the_rule() -> None:
     parts = [t.detach().cuda().float() for t in draw_rule(100, 32)]
     narrow = [t.bfloat16() for t in parts[:3]]
@@ -75,7 +93,7 @@ def test_the_kernel_is_called_with_the_layout_that_it_documents(monkeypatch: pyt
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     parts = [t.detach() for t in draw_rule(6)]
-    for found, expected in zip(_run_fla(*parts), gated_delta_rule_naive(*parts), strict=True):
+    for found, expected in zip(gated_delta._run_fla(*parts), gated_delta_rule_naive(*parts), strict=True):
         assert_near(found, expected, 1e-12)
 
 

@@ -28,6 +28,7 @@ def test_bfloat16_up_to_512_wide_spills_nothing_and_multiplies_by_warp_groups() 
     assert {launch["kernel"] for launch in launches} == {
         "delta_kernel",
         "plain_kernel",
+        "inverse_kernel",
         "attention_kernel",
         "loss_kernel",
     }
@@ -35,7 +36,7 @@ def test_bfloat16_up_to_512_wide_spills_nothing_and_multiplies_by_warp_groups() 
     for launch in launches:
         assert launch["spilled_bytes"] == 0, launch
         assert launch["shared_bytes"] <= SHARED_BYTES, launch
-        assert launch["wgmma"] or launch["kernel"] in ("loss_kernel", "plain_kernel"), launch
+        assert launch["wgmma"] or launch["kernel"] in ("loss_kernel", "plain_kernel", "inverse_kernel"), launch
         # one thread stores what another has loaded or will load, since their tiles are divided differently
         if launch["case"].startswith("2 memories"):
             assert launch["barriers"] >= (4 if "backward" in launch["case"] else 2), launch

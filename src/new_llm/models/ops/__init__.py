@@ -1,8 +1,9 @@
 """Pure functions; each fast form has a naive twin beside it, written from the equation.
 
 `memory`: the reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`:
-the rule token by token, inside segments; `gated_delta`: with decay, across them. `local_attention`: features, and
-attention inside a segment. `head_loss`: the head together with its loss. `kernels`: what runs compiled.
+the rule token by token, inside segments; `gated_delta`: with decay, across them; `delta_chunks`: its chain of chunks.
+`local_attention`: features, and attention inside a segment. `head_loss`: the head together with its loss. `kernels`:
+what runs compiled.
 """
 
 from new_llm.models.ops.delta_rule import scan_delta_rule, scan_delta_rule_naive, sum_reads, write_delta_rule

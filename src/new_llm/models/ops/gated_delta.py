@@ -2,24 +2,36 @@
 
 Source: Gated DeltaNet, arXiv:2412.06464, eq. 10 and section 3.3; the chunked form is arXiv:2406.06484's, section 3.
 
-In a chunk of C tokens the rule is a unit lower triangular system. With g_t = Σ_{i≤t} log α_i from the chunk's start and
-A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i, what is written is U = (I + A)⁻¹ diag(β) (V − e^g K M) = P − R M, and
+In a chunk of C tokens the rule is a unit lower triangular system. With g_t = Σ_{i≤t} log α_i from the chunk's start,
+A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i, T = (I + A)⁻¹ diag(β) and S_tj = e^{g_t − g_j} (q_t · k_j) for j ≤ t,
+what is written is U = T (V − L M) with L = e^g K, and
 
-    reads = e^g Q M + (e^{g_t − g_j} q_t · k_j)_{j≤t} U,    M ← e^{g_C} M + Σ_j e^{g_C − g_j} k_jᵀ u_j.
+    reads = S T V + (e^g Q − S T L) M,    M ← e^{g_C} M + Rᵀ (V − L M),    R = Tᵀ e^{g_C − g} K.
 
-Everything but M is made for all chunks at once; from chunk to chunk M passes through one product.
+Everything but M is made for all chunks at once; from chunk to chunk M passes through two products, `delta_chunks`.
 
-Legend: B rows, T tokens, H heads, K and V widths of keys and values, C tokens of a chunk, n chunks.
+Legend: B rows, T tokens, H heads, K and V widths of keys and values, n chunks of C tokens.
 """
 
+import re
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from new_llm.models.ops import kernels
+from new_llm.models.ops.delta_chunks import chain_chunks, invert
+from new_llm.models.ops.memory import sum_prefixes
+
 CHUNK_LENGTH = 32
-"""C: longer chunks mean fewer steps, but more products inside; measured on a CPU."""
+"""C on a CPU: longer chunks mean fewer steps, but more products inside; measured."""
+GPU_CHUNK_LENGTH = 64
+"""C on a GPU, where the length of the chain is what takes time."""
+FLA_KEY_SIZE = 256
+"""K at most that flash-linear-attention's kernel takes."""
+HAS_FLA = find_spec("fla") is not None and find_spec("triton") is not None
 
 
 def gated_delta_rule_naive(
@@ -41,7 +53,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Read and write one memory token by token; each token reads it after its own write.
 
-    In 16 bits on a GPU with flash-linear-attention (fla) installed, its kernel runs; else chunks, in M's precision.
+    In 16 bits on a GPU flash-linear-attention (fla) runs where it can, `uses_fla`. Elsewhere chunks: with Triton on a
+    GPU in bfloat16, with M in float32; else in M's precision.
 
     Args:
         q: queries, [B, H, T, K], scaled as they are to be read.
@@ -57,53 +70,64 @@ def gated_delta_rule(
     """
     num_tokens, parts = q.shape[2], (q, k, v, beta, log_decay)
     written = num_tokens if num_written is None else num_written
-    uses_fla = v.is_cuda and v.dtype.itemsize < 4 and find_spec("fla") is not None
-    if 0 < written < num_tokens and (uses_fla or written % CHUNK_LENGTH):
+    takes_fla, chunk = uses_fla(v, q.shape[-1]), GPU_CHUNK_LENGTH if v.is_cuda else CHUNK_LENGTH
+    if 0 < written < num_tokens and (takes_fla or written % chunk):
         reads, memory = gated_delta_rule(*(t[:, :, :written] for t in parts), memory=memory)
         last, _ = gated_delta_rule(*(t[:, :, written:] for t in parts), memory=memory)
         return torch.cat((reads, last), dim=2), memory
-    if uses_fla:
+    if takes_fla:
         reads, end = _run_fla(*parts, memory=memory)
         return reads, end if written else memory
-    wide = [t.to(memory.dtype) for t in parts]
     if num_tokens == 1:  # as when text is generated: the rule itself is faster than a chunk
-        reads, end = gated_delta_rule_naive(*wide, memory=memory)
+        reads, end = gated_delta_rule_naive(*(t.to(memory.dtype) for t in parts), memory=memory)
         return reads.to(v.dtype), end if written else memory
-    reads, states = _scan_chunks(*wide, memory=memory, chunk=min(CHUNK_LENGTH, num_tokens))
-    return reads.to(v.dtype), states[-(-written // CHUNK_LENGTH)]
+    return _run_chunks(*parts, memory=memory, chunk=min(chunk, num_tokens), written=written)
 
 
-def _scan_chunks(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memory: Tensor, chunk: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The reads, and M before each chunk and after the last."""
-    batch, heads, num_tokens, _ = q.shape
+def uses_fla(v: Tensor, width: int) -> bool:
+    """Whether flash-linear-attention's kernel takes values such as these with keys of this width.
 
-    def cut(x: Tensor) -> Tensor:
-        """[B, H, T, …] to [B H, n, C, …]; tokens that are missing to a whole chunk are zero, and so write nothing."""
+    Its backward raises an error with Triton 3.4 to 3.7.0 from compute capability 9.0 on, where that compiler's code for
+    it is wrong (fla 0.6, `chunk_bwd_dqkwg`; issue 640 there). Its functions can't be compiled into a graph.
+    """
+    if not (HAS_FLA and v.is_cuda and v.dtype.itemsize < 4 and width <= FLA_KEY_SIZE) or torch.compiler.is_compiling():
+        return False
+    triton = tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
+    return not (3, 4) <= triton < (3, 7, 1) or torch.cuda.get_device_capability(v.device) < (9, 0)
+
+
+def _run_chunks(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memory: Tensor, chunk: int, written: int
+) -> tuple[Tensor, Tensor]:
+    batch, heads, num_tokens, width = q.shape
+    dtype, wide, out_dtype = v.dtype, memory.dtype, v.dtype
+    if not (kernels.uses_triton(v) and width * v.element_size() <= kernels.MAX_KEY_BYTES):
+        dtype = wide
+
+    def cut(x: Tensor, dtype: torch.dtype = wide) -> Tensor:
+        """[B, H, T, …] to [n, B H, C, …]; tokens that are missing to a whole chunk are zero, and so write nothing."""
+        x = x.to(dtype)
         if missing := -num_tokens % chunk:
             x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
-        return x.flatten(0, 1).unflatten(1, (-1, chunk))
+        return x.unflatten(2, (-1, chunk)).movedim(2, 0).flatten(1, 2)
 
-    q, k, v, beta, log_decay = (cut(t) for t in (q, k, v, beta, log_decay))
-    total = log_decay.cumsum(-1)  # g
+    q, k, v, beta, log_decay = cut(q), cut(k), cut(v, dtype), cut(beta), cut(log_decay)
+    total = sum_prefixes(log_decay, -1)  # g
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
     # e^{g_t − g_j} for j ≤ t; the exponents of later tokens would overflow
     ratios = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
-    coefficients = (beta.unsqueeze(-1) * ratios * (k @ k.transpose(-1, -2))).tril(-1)  # A
-    scores = ratios * (q @ k.transpose(-1, -2))
+    coefficients = beta.unsqueeze(-1) * ratios * (k @ k.transpose(-1, -2))  # A, below the diagonal
+    solved = (invert(coefficients) * beta.unsqueeze(-2)).to(dtype)  # T
+    scores = ratios * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))  # S
+    mixed = scores.to(dtype) @ solved
     grown = total.exp().unsqueeze(-1)  # e^g
-    values = beta.unsqueeze(-1) * torch.cat((v, grown * k), dim=-1)
-    solved = torch.linalg.solve_triangular(coefficients, values, upper=False, unitriangular=True)
-    values, keys = solved.split((v.shape[-1], k.shape[-1]), dim=-1)  # P and R
-    kept = total[..., -1, None, None].exp()
-    writing = ((total[..., -1:] - total).exp().unsqueeze(-1) * k).transpose(-1, -2)
-    states = [memory.flatten(0, 1)]
-    for one in zip(kept.unbind(1), (writing @ values).unbind(1), (writing @ keys).unbind(1), strict=True):
-        states.append(torch.baddbmm(one[0] * states[-1] + one[1], one[2], states[-1], alpha=-1))
-    reads = scores @ values + (grown * q - scores @ keys) @ torch.stack(states[:-1], dim=1)
-    reads = reads.flatten(1, 2)[:, :num_tokens]
-    return reads.unflatten(0, (batch, heads)), [state.unflatten(0, (batch, heads)) for state in states]
+    left = (grown * k).to(dtype)
+    right = solved.transpose(-1, -2) @ ((total[..., -1:] - total).exp().unsqueeze(-1) * k).to(dtype)
+    kept = total[..., -1].exp()
+    states, memory = chain_chunks(left, right, v, kept, memory.flatten(0, 1), -(-written // chunk))
+    reads = mixed @ v + (grown * q - mixed @ left).to(dtype) @ states
+    reads = reads.unflatten(1, (batch, heads)).movedim(0, 2).flatten(2, 3)[:, :, :num_tokens]
+    return reads.to(out_dtype), memory.unflatten(0, (batch, heads))
 
 
 def _run_fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

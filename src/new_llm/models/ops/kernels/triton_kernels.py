@@ -1,4 +1,5 @@
-"""Triton kernels: memories over the segments of a call, forwards and back, local linear attention, and the head's loss.
+"""Triton kernels: memories over the segments of a call, forwards and back, inverses, local linear attention, and the
+head's loss.
 
 Legend as in `new_llm.models.ops.memory_scan`: states [B, H, N, K, V], g segments, w of them written.
 
@@ -57,12 +58,45 @@ def _copy_memories(mine, states, is_tile, size, N: tl.constexpr):
 
 
 @triton.jit
+def _write_block(
+    state, narrow, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, segment, begin, rows, columns, length,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, IS_BACKWARD: tl.constexpr, SHARES_KEYS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The memory's tile with BLOCK_S tokens of a segment written, whose errors are those of `narrow`."""
+    tokens = begin + tl.arange(0, BLOCK_S)
+    is_token = tokens < length
+    keys = (segment * length + tokens[:, None]) * WIDTH + rows[None, :]
+    is_key = is_token[:, None] & (rows < WIDTH)[None, :]
+    values = (segment * length + tokens[:, None]) * VALUE_WIDTH + columns[None, :]
+    is_value = is_token[:, None] & (columns < VALUE_WIDTH)[None, :]
+    left = tl.load(left_ptr + keys, mask=is_key, other=0.0).to(OPERAND)
+    right = left
+    if not SHARES_KEYS:
+        right = tl.load(right_ptr + keys, mask=is_key, other=0.0).to(OPERAND)
+    read = tl.dot(left, narrow.to(OPERAND), input_precision="tf32x3")
+    scaled = read
+    if HAS_SCALE:
+        scaled *= tl.load(scale_ptr + segment * length + tokens, mask=is_token, other=0.0)[:, None]
+    if IS_BACKWARD:
+        update = read.to(update_ptr.dtype.element_ty)
+        written = (-scaled).to(update_ptr.dtype.element_ty)
+    else:
+        value = tl.load(value_ptr + values, mask=is_value, other=0.0).to(tl.float32)
+        update = (value - scaled).to(update_ptr.dtype.element_ty)
+        written = update
+    tl.store(update_ptr + values, update, mask=is_value)
+    return tl.dot(tl.trans(right), written.to(OPERAND), acc=state, input_precision="tf32x3")
+
+
+@triton.jit
 def _delta_kernel(
     state_ptr, states_ptr, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, add_ptr, decay_ptr, slot_ptr,
     num_writes, num_states, num_unread, num_added, heads, length,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, N: tl.constexpr,
     IS_BACKWARD: tl.constexpr, SHARES_KEYS: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_ADD: tl.constexpr,
-    OPERAND: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_SCALE: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, OPERAND: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     num_columns: tl.constexpr = (VALUE_WIDTH + BLOCK_V - 1) // BLOCK_V
     b = (tl.program_id(0) // num_columns).to(tl.int64) // heads
@@ -94,28 +128,17 @@ def _delta_kernel(
             tl.store(found, narrow, mask=is_tile)
         if HAS_DECAY:
             state *= tl.load(decay_ptr + segment)
-        for begin in range(0, length, BLOCK_S):
-            tokens = begin + tl.arange(0, BLOCK_S)
-            is_token = tokens < length
-            keys = (segment * length + tokens[:, None]) * WIDTH + rows[None, :]
-            is_key = is_token[:, None] & is_row[None, :]
-            values = (segment * length + tokens[:, None]) * VALUE_WIDTH + columns[None, :]
-            is_value = is_token[:, None] & is_column[None, :]
-            left = tl.load(left_ptr + keys, mask=is_key, other=0.0).to(OPERAND)
-            right = left
-            if not SHARES_KEYS:
-                right = tl.load(right_ptr + keys, mask=is_key, other=0.0).to(OPERAND)
-            scales = tl.load(scale_ptr + segment * length + tokens, mask=is_token, other=0.0)
-            read = tl.dot(left, narrow.to(OPERAND), input_precision="tf32x3")
-            if IS_BACKWARD:
-                update = read.to(update_ptr.dtype.element_ty)
-                written = (-scales[:, None] * read).to(update_ptr.dtype.element_ty)
-            else:
-                value = tl.load(value_ptr + values, mask=is_value, other=0.0).to(tl.float32)
-                update = (value - scales[:, None] * read).to(update_ptr.dtype.element_ty)
-                written = update
-            tl.store(update_ptr + values, update, mask=is_value)
-            state = tl.dot(tl.trans(right), written.to(OPERAND), acc=state, input_precision="tf32x3")
+        if IS_ONE_BLOCK:  # without an inner loop the next segment's keys are copied while these are multiplied
+            state = _write_block(
+                state, narrow, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, segment, 0, rows, columns, length,
+                WIDTH, VALUE_WIDTH, IS_BACKWARD, SHARES_KEYS, HAS_SCALE, OPERAND, BLOCK_S,
+            )  # fmt: skip
+        else:
+            for begin in range(0, length, BLOCK_S):
+                state = _write_block(
+                    state, narrow, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, segment, begin, rows, columns,
+                    length, WIDTH, VALUE_WIDTH, IS_BACKWARD, SHARES_KEYS, HAS_SCALE, OPERAND, BLOCK_S,
+                )  # fmt: skip
         added = add_ptr + ((b * num_added + i - num_unread) * heads + h) * N * size + tile
         if N > 1:
             tl.debug_barrier()  # all threads have read the state's tile
@@ -181,7 +204,7 @@ def write_with_delta(
     states: Tensor,
     keys: Tensor,
     written_keys: Tensor | None,
-    scales: Tensor,
+    scales: Tensor | None,
     values: Tensor | None,
     decay: Tensor | None,
     slots: Tensor,
@@ -200,7 +223,7 @@ def write_with_delta(
             memory before its change, [B, w, H, K, V]; in the keys' dtype.
         keys: k, [B, w, H, S, K].
         written_keys: k', likewise; None: k.
-        scales: e, [B, w, H, S] float32.
+        scales: e, [B, w, H, S] float32; None: 1.
         values: v, [B, w, H, S, V]; None: backwards.
         decay: d, [B, w, H]; None: 1.
         slots: [B, w].
@@ -214,11 +237,13 @@ def write_with_delta(
     num_writes, length = keys.shape[1], keys.shape[3]
     right = keys if written_keys is None else written_keys
     left, right = (keys, right) if values is not None else (right, keys)
-    left, right, scales = left.contiguous(), right.contiguous(), scales.contiguous()
+    left, right = left.contiguous(), right.contiguous()
+    scales = None if scales is None else scales.contiguous()
     values = None if values is None else values.contiguous()
     for name, t in (("keys", left), ("written keys", right)):
         _check_operand(name, t, (batch, num_writes, heads, length, width), states.dtype, state.device)
-    check_tensor("scales", scales, (batch, num_writes, heads, length), torch.float32, state.device)
+    if scales is not None:
+        check_tensor("scales", scales, (batch, num_writes, heads, length), torch.float32, state.device)
     if values is not None:
         _check_operand("values", values, (batch, num_writes, heads, length, value_width), values.dtype, state.device)
     updates = left.new_empty(batch, num_writes, heads, length, value_width)
@@ -231,9 +256,11 @@ def write_with_delta(
     block_s = choose_block(length, max(LEAST_BLOCK, min(64, KEY_TILE_BYTES // (block_k * left.element_size()))))
     _launch_chain(
         _delta_kernel, batch * heads * triton.cdiv(value_width, block_v),
-        state, states, (left, right, scales, updates if values is None else values, updates),
+        state, states,
+        (left, right, state if scales is None else scales, updates if values is None else values, updates),
         decay, slots, added, num_unread, (length,), is_forward=values is not None,
-        WIDTH=width, VALUE_WIDTH=value_width, SHARES_KEYS=written_keys is None, OPERAND=choose_operand(left),
+        WIDTH=width, VALUE_WIDTH=value_width, SHARES_KEYS=written_keys is None, HAS_SCALE=scales is not None,
+        IS_ONE_BLOCK=state.shape[2] == 1 and length <= block_s, OPERAND=choose_operand(left),
         BLOCK_S=block_s, BLOCK_K=block_k, BLOCK_V=block_v,
         num_warps=8 if block_k * block_v > 64 * 64 else 4, num_stages=2,
     )  # fmt: skip
@@ -314,6 +341,37 @@ def _check_operand(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dt
     check_tensor(name, t, shape, dtype, device)
     if dtype not in TRITON_DTYPES:
         raise ValueError(f"{name}: {dtype} is not one of the kernels' dtypes, {TRITON_DTYPES}")
+
+
+# The inverse of a chunk's system, of the delta rule token by token
+
+
+@triton.jit
+def _inverse_kernel(coefficient_ptr, inverse_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    num_columns: tl.constexpr = (SIZE + BLOCK_N - 1) // BLOCK_N
+    matrix = (tl.program_id(0) // num_columns).to(tl.int64) * SIZE * SIZE
+    rows = tl.arange(0, BLOCK)
+    columns = tl.program_id(0) % num_columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    inverse = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
+    for i in range(1, SIZE):  # row i of N is e_i − Σ_{j<i} A_ij N_j
+        row = tl.load(coefficient_ptr + matrix + i * SIZE + rows, mask=rows < i, other=0.0)
+        change = tl.sum(row[:, None] * inverse, axis=0)
+        inverse -= tl.where(rows[:, None] == i, change[None, :], 0.0)
+    is_inside = (rows < SIZE)[:, None] & (columns < SIZE)[None, :]
+    tl.store(inverse_ptr + matrix + rows[:, None] * SIZE + columns[None, :], inverse, mask=is_inside)
+
+
+def invert(coefficients: Tensor) -> Tensor:
+    """(I + A)⁻¹ of what stands below the diagonals of `coefficients` [..., C, C], float32."""
+    coefficients = coefficients.contiguous()
+    size = coefficients.shape[-1]
+    check_tensor("coefficients", coefficients, (*coefficients.shape[:-1], size), torch.float32, coefficients.device)
+    inverses = torch.empty_like(coefficients)
+    # one warp of 32 threads, of which each has a whole column and sums it alone
+    _inverse_kernel[(coefficients.shape[:-2].numel() * triton.cdiv(size, 32),)](
+        coefficients, inverses, SIZE=size, BLOCK=triton.next_power_of_2(size), BLOCK_N=32, num_warps=1
+    )
+    return inverses
 
 
 # Local attention
