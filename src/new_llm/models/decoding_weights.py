@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.models.layers import PythiaLayer, Step
-from new_llm.models.layers.base import MLP
+from new_llm.models.layers import InfiniLayer, PythiaLayer, Step
+from new_llm.models.layers.base import MLP, Block
+from new_llm.models.layers.compressive import EPSILON
+from new_llm.models.layers.infini import InfiniAttention
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention, compute_rotary_angles
+from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import (
     MAX_ROWS,
@@ -24,6 +27,7 @@ from new_llm.models.ops.kernels.native import (
     can_run_compiled,
     linear_rows,
 )
+from new_llm.models.state import MemoryState
 
 MAX_PACKED_ROWS = 8
 """Most rows for which the packed weight is used; with more, the usual product is as fast."""
@@ -35,6 +39,10 @@ PARTS |= dict.fromkeys(LINEARS, nn.Linear) | dict.fromkeys(NORMS, nn.LayerNorm)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 Forward = Callable[[Tensor], Tensor]
+
+MAX_TRITON_ROWS = 16
+TRITON_HEAD_SIZES = (16, 32, 64, 128)
+"""Rows, and widths of heads, that Triton's kernels take."""
 
 
 class DecodingWeights:
@@ -50,6 +58,7 @@ class DecodingWeights:
         self.replaced: list[tuple[nn.Module, str, Any]] = [
             *((linear, "forward", forward) for linear, forward in forwards if forward is not None),
             *((layer, "step", FusedPythiaStep(layer)) for layer in layers if native.find_kernels(*layer.parameters())),
+            *((layer, "step", TritonStep(layer)) for layer in model.modules() if TritonStep.takes(layer)),
         ]
 
     @contextmanager
@@ -123,6 +132,71 @@ def pack_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         return multiply(x, packed, bias, "none", [], "")
 
     return forward
+
+
+class TritonStep:
+    """Replaces `layer.step` on a GPU: one token of few rows in three launches, everything else by the layer itself.
+
+    It takes the steps of `MemoryStream.read_token`, which change tensors in place, of plain Pythia layers and of Infini
+    layers with the default features and heads up to 128 wide. Sums are float32 throughout. Weights are read in place.
+    """
+
+    def __init__(self, layer: Block) -> None:
+        self.layer = layer
+        self.angles: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        """Whether the kernels compute this layer."""
+        if type(layer) not in (PythiaLayer, InfiniLayer) or "step" in vars(layer):
+            return False
+        parts = {name: layer.get_submodule(name) for name in PARTS if name}
+        attention: Any = parts["attention"]
+        kinds = {**PARTS, "attention": SoftmaxAttention if type(layer) is PythiaLayer else InfiniAttention}
+        given = [parameter for part in (*LINEARS, *NORMS) for parameter in parts[part]._parameters.values()]
+        like = next(layer.parameters())
+        return (
+            kernels.uses_triton(like, kernels.TRITON_DTYPES)
+            and all(type(part) is kinds[name] for name, part in parts.items())
+            and all(tensor is not None and tensor.dtype == like.dtype and tensor.is_contiguous() for tensor in given)
+            and attention.head_size in TRITON_HEAD_SIZES
+            and not any(vars(part)[hooks] for part in (layer, *parts.values()) for hooks in HOOKS)
+            and (type(layer) is PythiaLayer or attention.is_plain)
+        )
+
+    def __call__(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
+        """As `Layer.step`."""
+        layer, attention = self.layer, cast(Any, self.layer.attention)
+        is_in_place = step.start is None and step.valid is None and hidden.shape[1] == 1 and hidden.is_contiguous()
+        is_narrow = torch.is_autocast_enabled(hidden.device.type) or hidden.dtype != attention.dense.weight.dtype
+        is_first = isinstance(attention, InfiniAttention) and memory is None  # its sums are one tensor
+        if not is_in_place or is_first or is_narrow or len(hidden) > MAX_TRITON_ROWS:
+            return type(layer).step(layer, hidden, opened, memory, step)
+        steps = kernels.load_triton_steps()
+        mixed, inner = steps.project(
+            hidden,
+            *(layer.input_layernorm, attention.query_key_value),
+            *(layer.post_attention_layernorm, layer.mlp.dense_h_to_4h),
+        )
+        if isinstance(attention, SoftmaxAttention):
+            opened = attention.grow_cache(opened, hidden, step)
+            settings = (attention.rotary_dim, attention.rotary_emb_base, torch.float32)
+            if self.angles is None or len(self.angles[0]) < step.longest:
+                if ("all", settings) not in step.shared:
+                    places = torch.arange(step.longest, device=hidden.device)
+                    step.shared["all", settings] = compute_rotary_angles(places, *settings)
+                self.angles = step.shared["all", settings]
+            mixed = steps.attend(mixed, opened.keys, opened.values, step.offsets, self.angles, attention.rotary_dim)
+        else:
+            assert memory is not None
+            opened = opened or attention._open_segment(len(hidden), hidden, is_one_sum=False)
+            mixed = steps.recall(
+                *(mixed, opened.products, opened.keys, opened.writes, opened.num_tokens),
+                *(memory.memories, memory.norms, attention.gate),
+                epsilon=EPSILON,
+                use_delta_rule=attention.use_delta_rule,
+            )
+        return steps.merge(hidden, mixed, attention.dense, inner, layer.mlp.dense_4h_to_h), opened
 
 
 class FusedPythiaStep:

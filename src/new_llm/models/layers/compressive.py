@@ -333,6 +333,13 @@ class CompressiveAttention(MemoryAttention):
             nn.init.zeros_(self.token_gate.weight)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether there is one memory, and every option but `use_delta_rule` and the decay is at its default."""
+        extras = (self.convolution, self.token_gate, self.softmax)
+        is_usual = self.shares_features and self.use_normalizer and not self.normalize_keys and not self.use_key_shift
+        return self.num_memories == 1 and is_usual and not self.has_token_rule and extras == (None, None, None)
+
+    @property
     def forgets(self) -> bool:
         """Whether memories fade."""
         return self.decay is not None or self.token_decay is not None

@@ -49,6 +49,13 @@ def load_triton() -> ModuleType:
     return triton_kernels
 
 
+def load_triton_steps() -> ModuleType:
+    """The module of Triton kernels for one token, likewise."""
+    from new_llm.models.ops.kernels import triton_steps
+
+    return triton_steps
+
+
 def check_tensor(
     name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | None = None
 ) -> None:
