@@ -58,7 +58,7 @@ class DecodingWeights:
         self.replaced: list[tuple[nn.Module, str, Any]] = [
             *((linear, "forward", forward) for linear, forward in forwards if forward is not None),
             *((layer, "step", FusedPythiaStep(layer)) for layer in layers if native.find_kernels(*layer.parameters())),
-            *((layer, "step", TritonStep(layer)) for layer in model.modules() if TritonStep.takes(layer)),
+            *((layer, "step", TritonStep(cast(Block, layer))) for layer in model.modules() if TritonStep.takes(layer)),
         ]
 
     @contextmanager

@@ -35,7 +35,7 @@ def _load_rows(x_ptr, begin, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOC
 def _add_product(
     acc, x, weight_ptr, begin, output, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """acc + x Wᵀ for the columns begin … begin + BLOCK of x and of W [SIZE, WIDTH], of which these outputs are wanted."""
+    """acc + x Wᵀ over the columns begin … begin + BLOCK of x and W [SIZE, WIDTH], for some outputs."""
     column = begin + tl.arange(0, BLOCK)
     is_there = (output < SIZE)[:, None] & (column < WIDTH)[None, :]
     weight = tl.load(weight_ptr + output[:, None] * WIDTH + column[None, :], mask=is_there, other=0.0)
