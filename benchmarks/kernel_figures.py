@@ -2,8 +2,9 @@
 
     python benchmarks/kernel_figures.py            # a Markdown table; --json: one object per line
 
-The wrappers of `triton_kernels` get tensors on the device `meta`, which have shapes but no numbers. In the place of
-each kernel stands a `Recorder`, which compiles what would have been launched, tiles, warps and stages included.
+The wrappers of `triton_kernels` and `triton_steps` get tensors on the device `meta`, which have shapes but no numbers.
+In the place of each kernel stands a `Recorder`, which compiles what would have been launched, tiles, warps and stages
+included.
 Needs Triton 3.3 or newer (`pip install triton`; torch's CPU builds don't bring it) and no TRITON_INTERPRET.
 """
 
@@ -25,7 +26,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from new_llm.models.ops.kernels import triton_kernels
+from new_llm.models.layers import PythiaLayer
+from new_llm.models.ops.kernels import triton_kernels, triton_steps
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
@@ -59,16 +61,16 @@ class Recorder:
 
 @contextlib.contextmanager
 def recording(note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> Iterator[None]:
-    """Within it every kernel of `triton_kernels` only calls `note(kernel, grid, arguments, options)`."""
-    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
-    kernels = {name: getattr(triton_kernels, name) for name in names}
-    for name, kernel in kernels.items():
-        setattr(triton_kernels, name, Recorder(kernel, note))
+    """Within it every Triton kernel only calls `note(kernel, grid, arguments, options)`."""
+    modules = (triton_kernels, triton_steps)
+    kernels = [(module, *entry) for module in modules for entry in vars(module).items() if entry[0].endswith("_kernel")]
+    for module, name, kernel in kernels:
+        setattr(module, name, Recorder(kernel, note))
     try:
         yield
     finally:
-        for name, kernel in kernels.items():
-            setattr(triton_kernels, name, kernel)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
 
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple[Any, str]:
@@ -165,6 +167,23 @@ def attend(groups: int, width: int, length: int, dtype: torch.dtype = torch.bflo
     triton_kernels.sum_causally(x, x, x, col=row, from_ahead=True)
 
 
+def make_token(rows: int, hidden_size: int, heads: int) -> None:
+    """One token of a Pythia and of an Infini layer."""
+    with torch.device("meta"):
+        layer = PythiaLayer(hidden_size, heads, 4 * hidden_size).bfloat16()
+    x, width, wide = make(rows, 1, hidden_size), hidden_size // heads, torch.float32
+    cache, places = make(rows, heads, 385, width), make(rows, dtype=torch.int64)
+    attention: Any = layer.attention
+    mixed, inner = triton_steps.project(
+        *(x, layer.input_layernorm, attention.query_key_value, layer.post_attention_layernorm, layer.mlp.dense_h_to_4h)
+    )
+    triton_steps.attend(mixed, cache, cache, places, (make(385, 16, dtype=wide),) * 2, 16)
+    sums, keys = make(rows, heads, width, width, dtype=wide), make(rows, heads, width, dtype=wide)
+    memory = sums.unsqueeze(1), keys.unsqueeze(1), make(heads)
+    triton_steps.recall(mixed, sums, keys, sums, places, *memory, epsilon=1e-6, use_delta_rule=True)
+    triton_steps.merge(x, x, attention.dense, inner, layer.mlp.dense_4h_to_h)
+
+
 def measure_all() -> Iterator[Figures]:
     for width, heads in ((64, 8), (128, 4), (256, 2), (512, 1)):
         for direction in ("forward", "backward"):
@@ -180,6 +199,9 @@ def measure_all() -> Iterator[Figures]:
     logits, targets = make(1024, 50_304), make(1024, dtype=torch.int64)
     score = functools.partial(triton_kernels.score_rows, logits, targets, None, write_gradients=True)
     yield from measure("50,304 words", score)
+    for rows, (hidden_size, heads) in itertools.product((1, 8), ((512, 8), (1024, 16), (2048, 16))):
+        token = functools.partial(make_token, rows, hidden_size, heads)
+        yield from measure(f"token of {rows} rows, D={hidden_size}, K={hidden_size // heads}", token)
     # more heads and chunks than the second and third axis of a grid may have
     yield from measure("70,000 groups", functools.partial(write_delta, 8_750, 8, 64, 64, backward=False))
     yield from measure("70,000 groups", functools.partial(attend, 70_000, 64, 64))

@@ -3,15 +3,17 @@
 On a machine without a GPU they run in Triton's interpreter, which must be chosen before triton is imported.
 """
 
+import copy
 import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model_cases import assert_near
+from model_cases import assert_near, randomize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -20,6 +22,9 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
+from new_llm.config import PythiaConfig  # noqa: E402
+from new_llm.models import create_model  # noqa: E402
+from new_llm.models.decoding_weights import DecodingWeights  # noqa: E402
 from new_llm.models.layers import (  # noqa: E402
     HierarchicalLayer,
     InfiniLayer,
@@ -36,6 +41,7 @@ from new_llm.models.ops import (  # noqa: E402
     scan_memories_naive,
 )
 from new_llm.models.ops.head_loss import score_logits  # noqa: E402
+from new_llm.models.ops.kernels import triton_steps  # noqa: E402
 
 EPSILON = 1e-6
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 0.03}
@@ -259,3 +265,40 @@ def test_kernels_are_for_gpus() -> None:
     if DEVICE == "cuda":
         assert kernels.uses_triton(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16))
         assert not kernels.uses_triton(torch.zeros(1, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("kind", "segment", "options"),
+    [
+        ("pythia", None, {}),
+        ("infini", 4, {"memory_layers": (0,), "num_memory_heads": 2}),
+        ("infini", 4, {"memory_layers": (0,), "num_memory_heads": 2, "use_delta_rule": False, "use_alibi": True}),
+    ],
+)
+def test_a_token_of_a_plain_layer_is_three_launches_and_right(
+    kind: str, segment: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows at two places, over the end of a segment; sizes that are no multiples of a tile's."""
+    shape = PythiaConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=72
+    )
+    model = create_model(kind, shape, segment_length=segment, **options).to(DEVICE)
+    randomize(model)
+    ids = draw(2, 9, seed=1).mul(100).long().remainder(16)
+    stream = model.open_stream(2)
+    stream.feed(ids[:, :3], torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    expected = copy.deepcopy(stream)
+    stream.begin_steps(6)
+    launches: list[str] = []
+    for name in ("project", "attend", "recall", "merge"):
+        call = getattr(triton_steps, name)
+        monkeypatch.setattr(triton_steps, name, lambda *a, _c=call, _n=name, **o: launches.append(_n) or _c(*a, **o))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "uses_triton", lambda *_: True)
+        weights = DecodingWeights(model, num_rows=2, packs=False)
+    for t in range(3, 9):
+        with weights.in_use():
+            found = stream.read_token(ids[:, t : t + 1])
+        assert_near(found, expected.feed_hidden(ids[:, t : t + 1]), 2e-5)
+        stream.count_token()
+    assert launches == ["project", "attend" if kind == "pythia" else "recall", "merge"] * 6

@@ -231,6 +231,7 @@ def project(
         ROWS=ROWS,
         BLOCK_N=block,
         BLOCK_K=min(128, triton.next_power_of_2(max(width, 16))),
+        num_warps=4,
         num_stages=4,
     )
     return out, inner_out
@@ -249,6 +250,7 @@ def merge(hidden: Tensor, mixed: Tensor, linear: nn.Linear, inner: Tensor, inner
         ROWS=ROWS,
         BLOCK_N=16,
         BLOCK_K=min(512 // hidden.element_size(), triton.next_power_of_2(max(width, 16))),
+        num_warps=4,
         num_stages=4,
     )
     return out
