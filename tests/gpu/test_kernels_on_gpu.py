@@ -28,6 +28,8 @@ from new_llm.models.ops import (  # noqa: E402
     kernels,
     local_linear_attention,
     local_linear_attention_naive,
+    scan_delta_rule,
+    scan_delta_rule_naive,
     scan_memories,
     scan_memories_naive,
 )
@@ -166,6 +168,28 @@ def test_the_gated_delta_rule(length: int, width: int, precision: str, monkeypat
 
     inputs = [draw(2, 3, length, *size, seed=seed) for seed, size in enumerate(([width], [width], [width], [], []))]
     check(precision, run, run, [*inputs, draw(2, 3, width, width, seed=5)])
+
+
+@by_precision
+@pytest.mark.parametrize(("length", "width"), [(70, 65), (64, 64), (257, 256), (130, 512)])
+def test_the_delta_rule_token_by_token(length: int, width: int, precision: str) -> None:
+    """Three segments of which two are written, in one piece or more."""
+    skip_what_is_slow(length, width)
+
+    def scan(function: Callable) -> Callable:
+        def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *memories: Tensor) -> list[Tensor]:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            change, rest = (t.to(wide) for t in memories)
+            decay = torch.full((2, 2, 2), 0.75, dtype=wide, device=DEVICE)
+            rates = 2 * beta.to(wide).sigmoid()
+            return list(function(q * width**-0.5, F.normalize(k, dim=-1), v, rates, change, rest, decay))
+
+        return run
+
+    tokens, sizes = (2, 3, 2, length), ([2, 3, length, 48], [2, 3, 2, length], [2, 2, width, 48], [2, width, 48])
+    inputs = [draw(*tokens, width, seed=1), draw(*tokens, width, seed=2)]
+    inputs += [draw(*size, seed=3 + seed) for seed, size in enumerate(sizes)]
+    check(precision, scan(scan_delta_rule), scan(scan_delta_rule_naive), inputs)
 
 
 @by_precision

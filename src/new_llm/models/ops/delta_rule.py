@@ -7,6 +7,9 @@ through two products.
 
 M is M₀ + C: a rest, and what text has changed. Before a segment is written C fades, M ← M₀ + w (M − M₀).
 
+On a GPU, where launches are what takes time, C passes through all pieces in one (`delta_chunks`): with U = V − K M₀ the
+piece writes C ← d C + W (U − d K C), where d is w in the first piece of a segment, else 1.
+
 Legend: B rows, n segments, H heads, S tokens of a segment, K and V widths of keys and values, m pieces of C tokens in
 a segment.
 """
@@ -17,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from new_llm.models.ops import kernels
+from new_llm.models.ops.delta_chunks import add_product, chain_chunks, invert
 
 PIECE_LENGTH = 64
 """C at most: the products inside a piece grow with C, the number of steps from piece to piece falls with it."""
@@ -61,6 +67,7 @@ def scan_delta_rule(
     """
     num_writes, num_tokens = decay.shape[1], q.shape[3]
     num_pieces = -(-num_tokens // PIECE_LENGTH)
+    takes_kernels = kernels.uses_triton(q) and q.shape[-1] * q.element_size() <= kernels.MAX_KEY_BYTES
     k, v, beta = k[:, :num_writes].to(change.dtype), v[:, :num_writes].to(q.dtype), beta[:, :num_writes]
     missing = -num_tokens % num_pieces  # tokens that are missing to whole pieces are zero, and so write nothing
     if missing:
@@ -70,7 +77,8 @@ def scan_delta_rule(
     strengths = beta.unflatten(3, (num_pieces, -1)).permute(1, 3, 0, 2, 4).contiguous()
     values = v.unflatten(2, (num_pieces, -1)).permute(1, 2, 0, 3, 4)
     queries = q.permute(1, 0, 3, 2, 4).flatten(3)  # all heads' beside one another: one product sums their reads
-    reads, end = _Scan.apply(queries, keys, strengths, values, change, rest, decay)
+    scan = _chain_pieces if takes_kernels and num_writes else _Scan.apply
+    reads, end = scan(queries, keys, strengths, values, change, rest, decay)
     return reads.transpose(0, 1), end if num_writes else change
 
 
@@ -108,6 +116,24 @@ def _solve_writes(k: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return k.to(dtype).transpose(-1, -2) @ inverse, inverse, products
 
 
+def _chain_pieces(
+    q: Tensor, k: Tensor, beta: Tensor, v: Tensor, change: Tensor, rest: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `_Scan` makes, by the kernels of a GPU; arguments as there."""
+    dtype, num_pieces = q.dtype, k.shape[1]
+    solved = invert(beta.unsqueeze(-1) * (k @ k.transpose(-1, -2))) * beta.unsqueeze(-2)  # N diag(β)
+    keys = k.to(dtype)
+    writes = solved.to(dtype).transpose(-1, -2) @ keys  # Wᵀ
+    values = v.unsqueeze(3) - keys @ rest.to(dtype)
+    faded = F.pad(decay.transpose(0, 1).unsqueeze(1), (0, 0, 0, 0, 0, num_pieces - 1), value=1.0)  # d, [w, m, B, H]
+    left = (faded[..., None, None] * k).to(dtype)
+    left, writes, values, faded = (t.flatten(2, 3).flatten(0, 1) for t in (left, writes, values, faded))
+    states, end = chain_chunks(left, writes, values, faded, change.flatten(0, 1), len(left))  # [w m, B H, …]
+    found = torch.cat((states[::num_pieces], end.to(dtype).expand(len(q) - len(k), -1, -1, -1)))
+    found = found.unflatten(1, change.shape[:2]) + rest.to(dtype)
+    return q @ found.flatten(2, 3), end.view_as(change)
+
+
 class _Scan(torch.autograd.Function):
     """W of all pieces, the recurrence from piece to piece, and the reads.
 
@@ -138,7 +164,7 @@ class _Scan(torch.autograd.Function):
             held = _fade(held, rest, decay[:, index])
             for key, write, error in zip(keys[index], writes[index], errors[index], strict=True):
                 error.flatten(0, 1).baddbmm_(key.flatten(0, 1), held.to(dtype).flatten(0, 1), alpha=-1)
-                held = _add_product(held, write, error)
+                held = add_product(held, write, error)
             states.append(held)
             narrow = held.to(dtype)
         ctx.save_for_backward(q, keys, beta, bases, inverses, products, errors, rest, decay, *states)
@@ -158,21 +184,21 @@ class _Scan(torch.autograd.Function):
             if index < num_writes:
                 held = [_fade(state, rest, decay[:, index])]
                 for write, error in zip(writes[index, :-1], errors[index, :-1], strict=True):
-                    held.append(_add_product(held[-1], write, error))
+                    held.append(add_product(held[-1], write, error))
                 for piece in reversed(range(len(held))):
                     place = index, piece
                     narrow = g.to(dtype)
                     torch.matmul(writes[place].transpose(-1, -2), narrow, out=for_errors[place])
                     torch.matmul(narrow, errors[place].transpose(-1, -2), out=for_writes[place])
                     torch.matmul(for_errors[place], held[piece].to(dtype).transpose(-1, -2), out=for_k[place])
-                    g = _add_product(g, k[place].transpose(-1, -2), for_errors[place], sign=-1)
+                    g = add_product(g, k[place].transpose(-1, -2), for_errors[place], sign=-1)
                 for_decay[:, index] = ((state - rest) * g).sum((-1, -2))
                 retained = decay[:, index, :, None, None]
                 for_rest.addcmul_(g, 1 - retained)
                 g = g * retained
             torch.bmm(for_reads[index], state.to(dtype).flatten(1, 2).transpose(-1, -2), out=for_q[index])
             flat = g.flatten(1, 2)
-            g = _add_product(flat, q[index].transpose(-1, -2), for_reads[index]).view_as(g)
+            g = add_product(flat, q[index].transpose(-1, -2), for_reads[index]).view_as(g)
         for_beta = (for_writes * bases).sum(-2, dtype=beta.dtype)
         through = inverses @ (for_writes * beta.unsqueeze(-2)).to(dtype).transpose(-1, -2)  # Z
         below = (bases.transpose(-1, -2) @ through.transpose(-1, -2)).to(beta.dtype).tril_(-1)  # −A'
@@ -185,11 +211,3 @@ class _Scan(torch.autograd.Function):
 def _fade(memory: Tensor, rest: Tensor, retained: Tensor) -> Tensor:
     """M₀ + w (M − M₀) of [B, H, K, V], [H, K, V] and [B, H]."""
     return torch.lerp(rest, memory, retained[..., None, None])
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
-    """total ± a b, in the dtype of `total`, from a and b in that dtype or a narrower one."""
-    if total.dtype == a.dtype:
-        added = torch.baddbmm(total.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3), alpha=sign)
-        return added.view_as(total)
-    return torch.add(total, a @ b, alpha=sign)
