@@ -65,10 +65,10 @@ def test_a_run_is_examined_with_its_own_data(run, capsys):
     from new_llm.evaluation.doctor import CHECKS  # only here: the command itself must load the doctor
 
     assert [finding["check"] for finding in record["result"]["findings"]] == list(CHECKS)
-    assert (record["kind"], record["settings"]["span_tokens"]) == ("doctor", 50)
+    assert (record["kind"], record["settings"]["segment_tokens"]) == ("doctor", 8)
     assert record["text"]["source"].startswith("validation documents of")
     reversal = next(finding for finding in record["result"]["findings"] if finding["check"] == "reversal")
-    assert reversal["figures"]["forward_in_training"] == reversal["figures"]["num_pairs"] == 240
+    assert reversal["found"].startswith("all 240 pairs are forward in training")
     shown = capsys.readouterr().out
     assert "to do: " in shown
     assert "no fault was found" in shown

@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,9 @@ from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
 
 MAX_BATCHES = 64
+SPAN_TOKENS = 50  # of a passage that training and validation must not share
+OVERLAP_SHARE = 0.01  # of validation's spans, from which overlap is a fault rather than a warning
+COPIED_SHARE = 0.5  # of one validation document's spans, from which it counts as copied, which is a fault
 EXAMPLE_CHARACTERS = 160
 BLOCK_TOKENS = 1 << 20
 """Windows hashed at once."""
@@ -24,12 +26,10 @@ HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 def check_record(exam: Examination) -> Finding:
     """Text, splits or a tokenizer that are not those of the run."""
     if not exam.data.differences:
-        return ok(f"{len(exam.data.facts)} fingerprints agree with the run's", **exam.data.facts)
+        return ok(f"{len(exam.data.facts)} fingerprints agree with the run's")
     return warn(
         f"{'; '.join(exam.data.differences)}: what follows describes other data than the run's",
         "restore the source and the package versions of the run, then run the doctor again",
-        differences=list(exam.data.differences),
-        **exam.data.facts,
     )
 
 
@@ -48,22 +48,19 @@ def check_batches(exam: Examination) -> Finding:
             num_labels += int((batch.labels != IGNORED_LABEL).sum())
             misaligned += _count_misaligned(batch)
             unreset += _count_missing_resets(plan[index - 1] if index else None, batch)
-    figures = {"num_labels": num_labels, "misaligned_labels": misaligned, "missing_resets": unreset}
     found = f"{num_labels:,} labels in {num_batches} batches"
     if misaligned:
         return fault(
             f"{misaligned:,} of {found} are not the token at their place: the data shifts labels before the loss does",
             "pass the tokens themselves as labels",
-            **figures,
         )
     if unreset:
         return fault(
             f"{unreset} rows in {num_batches} batches start another document without a reset: memory is carried into "
             "unrelated text",
             "reset a row's memory wherever its document changes",
-            **figures,
         )
-    return ok(f"{found} are aligned, and every new document starts from an empty memory", **figures)
+    return ok(f"{found} are aligned, and every new document starts from an empty memory")
 
 
 def _count_misaligned(batch: Batch) -> int:
@@ -94,45 +91,39 @@ def check_documents(exam: Examination) -> Finding:
     train, validation = exam.data.train, exam.data.validation
     shared = find_shared_documents(train, validation)
     counted = f"{validation.num_documents:,} validation and {train.num_documents:,} training documents"
-    num_shared = len({other for _, other in shared})
     if not shared:
-        return ok(f"{counted}, none in both", num_shared=0)
+        return ok(f"{counted}, none in both")
     index, other = shared[0]
     return fault(
-        f"{num_shared:,} of {counted} are the same, such as validation document {other} (training document {index}): "
+        f"{len({twin for _, twin in shared}):,} of {counted} are the same, such as validation document {other} "
+        f"(training document {index}): "
         f"{_quote(exam, validation.document(other))}; validation measures memorised text",
         "remove duplicate documents before the text is split",
-        num_shared=num_shared,
-        examples=shared[:4],
     )
 
 
 @register_check("spans", after=("documents",), needs_data=True)
 def check_spans(exam: Examination) -> Finding:
     """Long passages of validation text that are also in training."""
-    config, validation = exam.config, exam.data.validation
-    places, shared = find_shared_spans(exam.data.train, validation, config.span_tokens)
+    validation = exam.data.validation
+    places, shared = find_shared_spans(exam.data.train, validation, SPAN_TOKENS)
     if not len(places):
-        return skip(f"no validation document has {config.span_tokens} tokens")
+        return skip(f"no validation document has {SPAN_TOKENS} tokens")
     windows = np.bincount(find_documents(validation, places), minlength=validation.num_documents)
     held = np.bincount(find_documents(validation, places[shared]), minlength=validation.num_documents)
-    copied = np.flatnonzero((held > 0) & (held >= config.copied_share * windows)).tolist()
-    num_shared, share = int(shared.sum()), float(shared.mean())
-    figures: dict[str, Any] = {"span_tokens": config.span_tokens, "num_spans": len(places), "num_shared": num_shared}
-    figures |= {"share": share, "num_documents": int((held > 0).sum()), "copied_documents": copied[:8]}
-    found = f"{num_shared:,} of {len(places):,} validation spans of {config.span_tokens} tokens"
-    if not num_shared:
-        return ok(f"{found} are in training", **figures)
+    has_copy = bool(((held > 0) & (held >= COPIED_SHARE * windows)).any())
+    share = float(shared.mean())
+    found = f"{int(shared.sum()):,} of {len(places):,} validation spans of {SPAN_TOKENS} tokens"
+    if not share:
+        return ok(f"{found} are in training")
     indices = np.flatnonzero(shared)
     longest = max(np.split(indices, np.flatnonzero(np.diff(places[indices]) != 1) + 1), key=len)
-    tokens = validation.tokens[places[longest[0]] : places[longest[0]] + config.span_tokens]
-    figures["example"] = exam.subject.tokenizer.decode(tokens.tolist())
-    judge = fault if share >= config.overlap_share or copied else warn
+    tokens = validation.tokens[places[longest[0]] : places[longest[0]] + SPAN_TOKENS]
+    judge = fault if share >= OVERLAP_SHARE or has_copy else warn
     return judge(
-        f"{found} ({100 * share:.2g}%, in {figures['num_documents']:,} documents) are in training, such as "
+        f"{found} ({100 * share:.2g}%, in {int((held > 0).sum()):,} documents) are in training, such as "
         f"{_quote(exam, tokens)}: their perplexity is too low",
         "look for copies, quotations and boilerplate, and keep texts that share them in one split",
-        **figures,
     )
 
 
@@ -145,34 +136,25 @@ def check_reversal(exam: Examination) -> Finding:
     held = _find_sentences(exam, exam.data.train, [pair.forward for pair in pairs])
     backward = _find_sentences(exam, exam.data.train, [pair.backward for pair in pairs])
     forward = _find_sentences(exam, exam.data.validation, [pair.forward for pair in pairs])
-    figures = {
-        "num_pairs": len(pairs),
-        "forward_in_training": len(held),
-        "backward_in_training": [pairs[index].backward for index in backward],
-        "forward_in_validation": [pairs[index].forward for index in forward],
-    }
     if backward:
         return fault(
             f"{len(backward)} of {len(pairs)} backward sentences are in training, such as "
             f"{pairs[backward[0]].backward!r}: the reversal curse is measured on trained text",
             "remove these texts from training, or measure other pairs (--pairs)",
-            **figures,
         )
     if forward:
         return fault(
             f"{len(forward)} of {len(pairs)} forward sentences are in validation, such as "
             f"{pairs[forward[0]].forward!r}: they were trained on",
             "keep the forward sentences out of validation",
-            **figures,
         )
     if len(held) < len(pairs):
         return warn(
             f"only {len(held)} of {len(pairs)} forward sentences are in training: the backward figures of the others "
             "say nothing about reversal",
             "check data.reversal_pairs and the source",
-            **figures,
         )
-    return ok(f"all {len(pairs)} pairs are forward in training, none backward, and none in validation", **figures)
+    return ok(f"all {len(pairs)} pairs are forward in training, none backward, and none in validation")
 
 
 def _find_sentences(exam: Examination, split: TokenSplit, sentences: Sequence[str]) -> list[int]:

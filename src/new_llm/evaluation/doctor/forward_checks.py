@@ -1,7 +1,6 @@
 """Checks of weights, losses and logits: what every language model must pass, with or without memory."""
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,13 @@ from new_llm.evaluation.doctor.registry import (
     register_check,
     warn,
 )
-from new_llm.evaluation.perplexity import diagnose_perplexity, evaluate_sliding_window
-from new_llm.evaluation.scoring import select_documents
+from new_llm.evaluation.perplexity import evaluate_sliding_window
+from new_llm.evaluation.scoring import Reading, select_documents
 from new_llm.models.loss import IGNORE_INDEX
 
+CONTEXT = 1024  # tokens in a window of the check of skill
+LOSS_MARGIN = 0.02  # nats by which autocast may change the mean loss
+SHIFT_MARGIN = 0.05  # nats by which the losses of two label shifts must differ to count
 SHIFT_WINDOW = 256
 MAX_LOGITS = 1 << 24
 """Logits held at once."""
@@ -42,20 +44,17 @@ def check_weights(exam: Examination) -> Finding:
     count = sum(value.numel() for value in exam.model.parameters())
     largest = max(exam.subject.tokenizer.get_vocab().values(), default=0)
     rows = exam.vocab_size
-    figures = {"num_parameters": count, "broken": broken[:8], "largest_token_id": largest, "vocab_size": rows}
     if broken:
         return fault(
             f"{len(broken)} tensors are not finite, the first is {broken[0]}: training diverged or the file is damaged",
             "use an earlier checkpoint, or train with a lower learning rate",
-            **figures,
         )
     if largest >= rows:
         return fault(
             f"the tokenizer has ids up to {largest}, the model only {rows} embeddings: it is another model's tokenizer",
             "use the tokenizer that the model was trained with",
-            **figures,
         )
-    return ok(f"{count:,} finite parameters; {rows:,} embeddings for token ids up to {largest:,}", **figures)
+    return ok(f"{count:,} finite parameters; {rows:,} embeddings for token ids up to {largest:,}")
 
 
 @register_check("modes", after=("weights",))
@@ -75,12 +74,10 @@ def check_modes(exam: Examination) -> Finding:
     trained = max(find_difference(read(training=True, seed=seed), first) for seed in (0, 1))
     with exam.subject.autocast():
         cast = abs(mean_loss(read(training=False, seed=0)) - mean_loss(first))
-    figures = {"repeated": repeated, "training": trained, "autocast_loss": cast}
     if repeated > exam.allowed(first):
         return fault(
             f"logits differ by {repeated:.2g} when the same text is read again: the model is random in evaluation",
             "look for dropout that ignores self.training",
-            **figures,
         )
     if trained > exam.allowed(first):
         has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in exam.model.modules())
@@ -88,15 +85,13 @@ def check_modes(exam: Examination) -> Finding:
         return judge(
             f"training mode changes logits by {trained:.2g}: training fits another model than evaluation measures",
             "don't compare training with validation losses" if has_dropout else "use one forward pass for both",
-            **figures,
         )
-    if cast > exam.config.loss_margin:
+    if cast > LOSS_MARGIN:
         return warn(
             f"autocast changes the mean loss by {cast:.2g} nats: losses with and without it can't be compared",
             "measure in the precision the model was trained in",
-            **figures,
         )
-    return ok("the same logits when read again and in training mode; autocast keeps the loss", **figures)
+    return ok("the same logits when read again and in training mode; autocast keeps the loss")
 
 
 @register_check("labels", after=("weights",))
@@ -120,14 +115,12 @@ def check_labels(exam: Examination) -> Finding:
                 torch.manual_seed(PROBE_SEED)
                 differences[name] = find_difference(exam.model.token_losses(ids[:, :-1], labels), wanted)
     worst = max(differences, key=lambda name: differences[name])
-    figures = {"differences": differences, "mean_loss": float(expected.mean())}
     if differences[worst] <= exam.allowed(logits, is_rounded=True):
-        return ok(f"losses are those of the next token, to {differences[worst]:.2g} nats", **figures)
+        return ok(f"losses are those of the next token, to {differences[worst]:.2g} nats")
     return fault(
         f"losses differ by {differences[worst]:.2g} nats from those of the next token ({worst}): "
         "every perplexity of this model is wrong",
         "pass the tokens themselves as labels; the model's loss shifts them, and nothing else may",
-        **figures,
     )
 
 
@@ -139,19 +132,17 @@ def check_shift(exam: Examination) -> Finding:
     best, second = sorted(means, key=lambda shift: means[shift])[:2]
     lead = losses[1] - losses[second if best == 1 else best]
     error = float(lead.std() / np.sqrt(len(lead))) if len(lead) > 1 else 0.0
-    is_clear = abs(float(lead.mean())) > max(exam.config.shift_margin, 3 * error)
-    figures = {"loss_by_shift": {str(shift): value for shift, value in means.items()}, "num_tokens": len(lead)}
+    is_clear = abs(float(lead.mean())) > max(SHIFT_MARGIN, 3 * error)
     found = "loss at shift " + ", ".join(f"{shift}: {value:.2f}" for shift, value in means.items())
     if best == 1 and is_clear:
-        return ok(f"the next token is predicted best; {found}", **figures)
+        return ok(f"the next token is predicted best; {found}")
     # An untrained model whose head is its embedding prefers the token it reads; that alone is no fault.
     known = _score_frequencies(exam, exam.tokens.cpu().numpy()) if best == 0 else math.log(exam.vocab_size)
     if is_clear and means[best] < known:
-        return fault(f"{SHIFT_MEANINGS[best]} ({found})", "train again; only the loss may shift the labels", **figures)
+        return fault(f"{SHIFT_MEANINGS[best]} ({found})", "train again; only the loss may shift the labels")
     return warn(
         f"the next token is predicted no better than its neighbours: the model has hardly been trained ({found})",
         "train it longer, or check that the trained weights were loaded",
-        **figures,
     )
 
 
@@ -198,20 +189,17 @@ def check_causality(exam: Examination) -> Finding:
                     leak = leak or f"token {place} changes the logits at {seen_at}"
                 earlier = max(earlier, float(moved.max()))
                 later = max(later, find_difference(after[0, place:], before[0, place:]))
-    figures = {"earlier_change": earlier, "later_change": later, "num_probes": sum(len(probe[-1]) for probe in probes)}
     if leak:
         return fault(
             f"{leak} (by up to {earlier:.2g}): the model sees tokens it is to predict, so its perplexity is worthless",
             "check the layers' masks, and sums, means and norms over time",
-            **figures,
         )
     if later == 0:
         return warn(
             "changed tokens change no logits at all: the model ignores what it reads",
             "check that the trained weights were loaded",
-            **figures,
         )
-    return ok(f"changed tokens move earlier logits by {earlier:.2g}, later ones by up to {later:.2g}", **figures)
+    return ok(f"changed tokens move earlier logits by {earlier:.2g}, later ones by up to {later:.2g}")
 
 
 def _change_token(ids: Tensor, place: int) -> Tensor:
@@ -258,12 +246,11 @@ def check_rows(exam: Examination) -> Finding:
                 compare("beside padding", padded[0], padded[1])
     worst = max(differences, key=lambda name: differences[name])
     if differences[worst] <= exam.allowed(alone):
-        return ok(f"other rows move a row's logits by {differences[worst]:.2g}", differences=differences)
+        return ok(f"other rows move a row's logits by {differences[worst]:.2g}")
     return fault(
         f"other rows move a row's logits by {differences[worst]:.2g} ({worst}): unrelated texts mix, and results "
         "depend on what shares the batch",
         "let each row work on its own copy of the memory, and sum the rows' writes at the end of the call",
-        differences=differences,
     )
 
 
@@ -272,35 +259,19 @@ def check_skill(exam: Examination) -> Finding:
     """A model that predicts no better than token frequencies do, on the same tokens."""
     config = exam.config
     scored = np.concatenate([tokens[1:] for tokens in select_documents(exam.subject.split, config.max_tokens).tokens])
-    context = config.context if exam.own_model else max(2, min(config.context, exam.model.segment_length))
-    result = evaluate_sliding_window(
-        exam.model,
-        exam.subject.split,
-        context=context,
-        stride=context,
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens,
-        device=exam.device,
-        autocast=exam.subject.autocast,
-    )
-    unigram, verdict = math.exp(_score_frequencies(exam, scored)), diagnose_perplexity(result.perplexity)
-    figures: dict[str, Any] = {
-        "perplexity": result.perplexity,
-        "unigram_perplexity": unigram,
-        "num_tokens": len(scored),
-        "vocab_size": exam.vocab_size,
-        "verdict": verdict.to_dict(),
-    }
+    context = CONTEXT if exam.own_model else max(2, min(CONTEXT, exam.model.segment_length))
+    reading: Reading = {**exam.subject.reading, "max_tokens": config.max_tokens, "on_progress": None}
+    result = evaluate_sliding_window(exam.model, exam.subject.split, context=context, stride=context, **reading)
+    unigram = math.exp(_score_frequencies(exam, scored))
     whose = "the training text" if exam.subject.training else "this text"
     found = f"perplexity {result.perplexity:,.1f}; the token frequencies of {whose} alone give {unigram:,.1f}"
     if result.perplexity < unigram:
-        return ok(found, **figures)
+        return ok(found)
     is_guess = result.perplexity >= exam.vocab_size / 2
     return warn(
         f"{found}: " + ("these weights are not trained" if is_guess else "it has learned no more than frequencies"),
         f"{'check that the trained weights were loaded, or ' if is_guess else ''}train more epochs, with a higher "
         "learning rate, or on text like this",
-        **figures,
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,9 @@ Level = Literal["ok", "warning", "fault", "skipped"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "fault", "skipped")
 PROBE_SEED = 0
 """Seeds every probe, so that randomness inside the model can't look like another fault."""
+TOLERANCE, ROUNDING_TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-3, 5e-2
+"""Allowed difference of what must be equal, as a share of the largest logit: of equal shapes; of others, and so another
+order of summation; of 16-bit weights."""
 
 
 @dataclass(frozen=True)
@@ -31,35 +34,17 @@ class Finding:
         level: ok, warning, fault, or skipped where the check does not apply.
         found: one sentence: what was measured and, unless all is well, what it means.
         advice: what to do about it; empty if there is nothing to do.
-        figures: the measured figures as plain values.
         check: the check's name.
     """
 
     level: Level
     found: str
     advice: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
     check: str = ""
 
 
-def ok(found: str, **figures: Any) -> Finding:
-    """All is well."""
-    return Finding("ok", found, "", figures)
-
-
-def warn(found: str, advice: str, **figures: Any) -> Finding:
-    """Something the reader should know before trusting the model's figures."""
-    return Finding("warning", found, advice, figures)
-
-
-def fault(found: str, advice: str, **figures: Any) -> Finding:
-    """The model's figures can't be trusted."""
-    return Finding("fault", found, advice, figures)
-
-
-def skip(why: str) -> Finding:
-    """The check does not apply."""
-    return Finding("skipped", why)
+ok, warn, fault, skip = (functools.partial(Finding, level) for level in LEVELS)
+"""All is well; the reader should know this first; the model's figures can't be trusted; the check does not apply."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +216,7 @@ class Examination:
             is_rounded: the compared shapes differ, and with them the order of summation.
         """
         is_half = next(iter(self.model.parameters())).dtype.itemsize < 4
-        share = self.config.rounding_tolerance if is_rounded else self.config.tolerance
-        share = self.config.half_tolerance if is_half else share
+        share = HALF_TOLERANCE if is_half else ROUNDING_TOLERANCE if is_rounded else TOLERANCE
         return share * max(1.0, float(logits.abs().max()))
 
 
