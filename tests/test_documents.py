@@ -13,7 +13,8 @@ from documents import PAGES, ROOT, find_blocks, find_commands, name_page, parse_
 from new_llm import __version__
 from new_llm.cli.completion import write_completion
 from new_llm.cli.main import COMMANDS
-from new_llm.experiments.config import ExperimentConfig, config_from_dict
+from new_llm.config.loading import settings_from_dict
+from new_llm.experiments.config import ExperimentConfig
 
 LANGUAGES = {"", "bash", "python", "yaml", "text"}
 
@@ -60,7 +61,7 @@ def test_commands_and_flags_in_sentences_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "yaml")], ids=name_page)
 def test_yaml_blocks_are_configurations(page: Path) -> None:
     for block in find_blocks(page, "yaml"):
-        assert config_from_dict(yaml.safe_load(block), name_page(page)).models
+        assert settings_from_dict(yaml.safe_load(block), ExperimentConfig, name_page(page)).models
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)

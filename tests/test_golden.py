@@ -19,6 +19,7 @@ from rich.console import Console
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
 from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallConfig
+from new_llm.config.loading import settings_from_dict
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
@@ -30,7 +31,7 @@ from new_llm.evaluation import (
     measure,
 )
 from new_llm.experiments import run_experiment
-from new_llm.experiments.config import config_from_dict
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models.layers import InfiniLayer, ParallelInfiniLayer, PythiaLayer
 
 VALUES = Path(__file__).with_suffix(".json")
@@ -201,7 +202,9 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
         "train": {"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "log_every_steps": 1, "precision": "fp32"},
         "eval": {"context": 64, "stride": 32, "max_tokens": 1000, "measures": ["sliding", "streaming"]},
     }
-    results = run_experiment(exp_config=config_from_dict(settings, "golden"), console=Console(quiet=True))
+    results = run_experiment(
+        exp_config=settings_from_dict(settings, ExperimentConfig, "golden"), console=Console(quiet=True)
+    )
     return {
         entry["model_type"]: [line["loss"] for line in entry["training"]["steps_log"]]
         + [entry["evaluation"]["sliding"]["loss"]]

@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.experiments.config import ExperimentConfig, config_from_dict, load_config
+from new_llm.config.loading import read_settings, settings_from_dict
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import ModelType
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -32,12 +33,12 @@ def test_a_flat_keyword_joins_a_section_that_is_given_too() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_published_configuration_loads_and_survives_its_yaml_form(path: Path) -> None:
-    config = load_config(path)
-    assert config_from_dict(yaml.safe_load(config.to_yaml()), "again") == config
+    config = read_settings(path, ExperimentConfig)
+    assert settings_from_dict(yaml.safe_load(config.to_yaml()), ExperimentConfig, "again") == config
 
 
 def test_the_reference_file_is_the_programs_default() -> None:
-    reference = load_config(next(path for path in CONFIGS if path.stem == "pythia-70m-pile"))
+    reference = read_settings(next(path for path in CONFIGS if path.stem == "pythia-70m-pile"), ExperimentConfig)
     default = ExperimentConfig(models=reference.models)
     assert reference.model.shape(1) == dataclasses.replace(default.model.shape(1), vocab_size=50304)
     assert dataclasses.replace(reference, model=default.model) == default
@@ -45,7 +46,7 @@ def test_the_reference_file_is_the_programs_default() -> None:
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "train: {learning_rate: 1e-4, adam_epsilon: 1E-9}"))
+    config = read_settings(write(tmp_path, "train: {learning_rate: 1e-4, adam_epsilon: 1E-9}"), ExperimentConfig)
     assert (config.train.learning_rate, config.train.adam_epsilon) == (1e-4, 1e-9)
 
 
@@ -78,7 +79,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 )
 def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(write(tmp_path, text))
+        read_settings(write(tmp_path, text), ExperimentConfig)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 

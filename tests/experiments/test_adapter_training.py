@@ -29,8 +29,7 @@ from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
 from new_llm.experiments.run_folder import list_runs
 from new_llm.models import TransformerLM, load_model
 from new_llm.models.hf import export_pythia
-from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model
-from new_llm.models.hf.replacement import split_weights
+from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model, split_weights
 from new_llm.report import write_report
 from new_llm.training import Trainer, TrainingError
 from new_llm.training.log import read_metrics

@@ -13,9 +13,10 @@ from experiment_cases import tiny_settings
 from rich.console import Console
 
 from new_llm.config import UserError
+from new_llm.config.loading import settings_from_dict
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
-from new_llm.experiments.config import ExperimentConfig, config_from_dict
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.runner import Run, build_model
 from new_llm.models import ModelType, load_model
@@ -195,7 +196,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
 
 
 def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(whole: dict[str, Any]) -> None:
-    config = config_from_dict(whole["config"], "test")
+    config = settings_from_dict(whole["config"], ExperimentConfig, "test")
     with pytest.raises(UserError, match="--resume"):
         run_experiment(None, config)
     with pytest.raises(UserError, match="seed 0 → 1"):

@@ -11,8 +11,7 @@ from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, TrainConfig, UserError
 from new_llm.evaluation.doctor.memory_checks import check_gates
 from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
-from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini
-from new_llm.models.hf.replacement import add_parallel_infini, split_weights
+from new_llm.models.hf.infini_adapter import add_parallel_infini, create_pythia_with_parallel_infini, split_weights
 from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.training.preparation import group_parameters
 

@@ -16,13 +16,13 @@ from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import save_model
 from new_llm.models.hf.infini_adapter import (
+    add_parallel_infini,
     attach_adapter,
     load_adapted_model,
     read_adapter_file,
     read_base_name,
     save_adapter,
 )
-from new_llm.models.hf.replacement import add_parallel_infini
 from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.models.tensor_files import fingerprint_weights, hash_content
 

@@ -25,8 +25,7 @@ from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
 from new_llm.experiments.runner import ReportWriter, Run
 from new_llm.models import TransformerLM
-from new_llm.models.hf.infini_adapter import load_base, save_adapter
-from new_llm.models.hf.replacement import add_parallel_infini, split_weights
+from new_llm.models.hf.infini_adapter import add_parallel_infini, load_base, save_adapter, split_weights
 from new_llm.models.model_file import load_model
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.devices import seed_generators

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_serializer
 from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig, RecallConfig
-from new_llm.config.loading import RunSettings, TrainingSettings, read_settings, settings_from_dict
+from new_llm.config.loading import RunSettings, TrainingSettings, settings_from_dict
 from new_llm.config.model import SIZES, PythiaConfig, check_adapter_suffix
 from new_llm.config.sections import read_field_docs, section, short
 from new_llm.config.train import ClusterConfig, TrainConfig
@@ -317,16 +317,6 @@ class AdapterTrainingConfig(TrainingSettings):
         return self.data.seq_length // self.data.segments_per_sample
 
 
-def load_config(path: Path) -> ExperimentConfig:
-    """Read an experiment's YAML; see `read_settings`."""
-    return read_settings(path, ExperimentConfig)
-
-
-def config_from_dict(values: dict[str, Any], where: str) -> ExperimentConfig:
-    """Build a configuration from plain values; `where` names their origin in errors."""
-    return settings_from_dict(values, ExperimentConfig, where)
-
-
 # Studies
 
 
@@ -454,7 +444,7 @@ class StudyConfig(RunSettings):
             options = values["model"]["options"].items()
             values["model"]["options"] = {name: value for name, value in options if name in taken}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
-        config = config_from_dict(values, f"{self.name}: variant {variant}")
+        config = settings_from_dict(values, ExperimentConfig, f"{self.name}: variant {variant}")
         if len(config.models) != 1:
             raise UserError(f"{self.name}: variant {variant}: models: one is needed, {len(config.models)} are given")
         return config

@@ -443,7 +443,7 @@ def _record_settings(layer_type: type[Layer]) -> None:
 
 
 def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) -> Layer:
-    """A layer of a model's shape: of `shape` its constructor is given the fields that it names.
+    """A layer of a model's shape: its constructor is given the fields that it names, which `options` override.
 
     It may name hidden_size, num_heads, intermediate_size, layer_norm_eps, rotary_pct and rotary_emb_base.
     """
@@ -456,7 +456,7 @@ def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) ->
         "rotary_emb_base": shape.rotary_emb_base,
     }
     named = inspect.signature(layer_type).parameters
-    return layer_type(**{name: value for name, value in fields.items() if name in named}, **options)
+    return layer_type(**({name: value for name, value in fields.items() if name in named} | options))
 
 
 def initialize_weights(model: nn.Module, initializer_range: float) -> None:
