@@ -558,24 +558,28 @@ def list_training(scale: Scale) -> dict[str, Job]:
 
 
 def measure_decoding(scale: Scale) -> Iterator[Row]:
-    """Tokens a second of greedy decoding in bf16, and whether ours and transformers' agree in float32."""
+    """Tokens a second of greedy decoding in bf16, the capture of a step included, and how many times theirs."""
     common = {"tokens": scale.prompt, "new_tokens": scale.new_tokens, "device": scale.device, "is_random": True}
     job = Job("decoding", **common)
     jobs = {
-        "ours, Pythia": job,
         "GPT-NeoX, static cache, compiled": replace(job, model=HUGGING_FACE, is_compiled=True),
+        "ours, Pythia": job,
         "ours, all Infini": replace(job, model="infini", segment=scale.segment),
-        "GPT-NeoX": replace(job, model=HUGGING_FACE),
+        "ours, token_memory": replace(job, model="token_memory", segment=scale.segment),
     }
+    theirs = 0.0
     for size, rows, (name, job) in itertools.product(scale.sizes, scale.batches, jobs.items()):
         job = replace(job, size=size, rows=rows, options=make_all_infini(size) if job.model == "infini" else {})
         row: Row = {"shape": size, "batch": rows, "model": name, "prompt": job.tokens}
         step: Any = None
+        theirs = 0.0 if job.model == HUGGING_FACE else theirs
         try:
             step = make_step(job, torch.device(scale.device))
             step()  # compiles and captures
             seconds = statistics.median(step() for _ in range(3))
+            theirs = seconds if job.model == HUGGING_FACE else theirs
             row |= {"tokens/s": round(rows / seconds), "ms a token": round(seconds * 1e3, 3)}
+            row["of static"] = round(theirs / seconds, 2)
             counted = count_calls(step)  # of new_tokens + 2 tokens and two prompts
             row |= {f"{what} a token": round(number / (job.new_tokens + 2), 1) for what, number in counted.items()}
         except Exception as error:

@@ -721,7 +721,6 @@ class CompressiveLayer(MemoryLayer, Block):
     """
 
     attention_type: ClassVar[type[CompressiveAttention]]
-    can_step_in_place = True
 
     def __init__(
         self,

@@ -77,6 +77,7 @@ class InfiniLayer(CompressiveLayer):
 
     index_key: ClassVar[str] = "current_bank"
     attention_type: ClassVar[type[CompressiveAttention]] = InfiniAttention
+    can_step_in_place = True
 
 
 def compute_alibi_slopes(num_heads: int) -> list[float]:
