@@ -33,8 +33,8 @@ from new_llm.models.cache import (
 )
 
 BARE = "bare"
-TUNING_TOKENS = 20_000
-"""Tokens by which θ is chosen: among so few values more make no difference."""
+TUNING_TOKENS = 50_000
+"""Tokens by which θ and weights are tuned at most: for so few numbers more make no difference."""
 
 
 class Parts(NamedTuple):
@@ -100,19 +100,17 @@ def read_parts(
 def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int) -> Tuned:
     """The θ among those given, and its weights by EM, that make some documents most probable.
 
-    θ is chosen by TUNING_TOKENS tokens, evenly spread, the weights then by all.
+    Of more than TUNING_TOKENS tokens, evenly spread ones are used.
     """
     size = settings.sizes.index(num_states) if num_states else None
-
-    def fit(theta: int, stride: int = 1) -> tuple[float, Tuned]:
-        probabilities = np.concatenate([one.select(size, theta, order) for one in parts])[::stride]
-        weights = tune_weights(probabilities, CacheConfig().weights)
-        tuned = Tuned(settings.thetas[theta], weights.tolist(), len(probabilities))
-        return float(np.log(mix(probabilities, weights)).sum()), tuned
-
-    thetas = range(len(settings.thetas) if num_states else 1)
     stride = -(-sum(len(one.losses) for one in parts) // TUNING_TOKENS)
-    return fit(max(thetas, key=lambda theta: fit(theta, stride)[0]))[1]
+    found: list[tuple[float, Tuned]] = []
+    for place, theta in enumerate(settings.thetas[: None if num_states else 1]):
+        probabilities = np.concatenate([one.select(size, place, order)[::stride] for one in parts])
+        weights = tune_weights(probabilities, CacheConfig().weights)
+        likelihood = float(np.log(mix(probabilities, weights)).sum())
+        found.append((likelihood, Tuned(theta, weights.tolist(), len(probabilities))))
+    return max(found)[1]
 
 
 def cross_tune(
