@@ -184,10 +184,6 @@ def describe_commands() -> str:
     )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 TOGETHER = ("experiment", "experiment-selective", "train-adapter")
 """Commands whose processes work together."""
 QUIET_SECONDS = 1.0
@@ -222,3 +218,7 @@ def tells_errors() -> bool:
     """Whether this process says what is wrong: before processes have met all find the same, and one of them says it."""
     processes = sys.modules.get("new_llm.processes")
     return is_main_process() or (processes is not None and processes.have_met())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
