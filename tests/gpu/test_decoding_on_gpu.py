@@ -1,8 +1,9 @@
-"""Tokens made by a replayed CUDA graph are those of the steps one by one; a replay waits for nothing.
+"""Tokens made by replays of a CUDA graph are those of single steps.
 
 `pytest -m gpu` on a machine with a GPU; elsewhere all are skipped.
 """
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from new_llm.config import PythiaConfig
 from new_llm.models import create_model, generation
+from new_llm.models.captured import CapturedCall
+from new_llm.models.decoding_weights import DecodingWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 SHAPE = PythiaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
@@ -59,27 +62,34 @@ def test_captured_tokens_are_those_of_single_steps(
         assert (captured == expected)[:, :48].float().mean() > 0.9  # rounding may choose later ones
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize(("kind", "options"), [("pythia", {}), ("infini", ALL_MEMORY), ("token_memory", {})])
-def test_logits_of_replayed_steps_are_the_stream_s(kind: str, options: dict[str, Any]) -> None:
-    from new_llm.models.captured import CapturedCall
-
+def test_a_replay_gives_the_logits_of_a_single_step_and_waits_for_nothing(
+    kind: str, options: dict[str, Any], is_fused: bool
+) -> None:
     model = create_model(kind, SHAPE, segment_length=32, **options).cuda().eval()
-    ids = torch.randint(512, (8, 100), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-    expected = model.open_stream(8).feed(ids)
-    stream, token, logits = model.open_stream(8), ids[:, :1].clone(), torch.empty_like(expected[:, :1])
-    stream.feed(ids[:, :40])
+    ids = torch.randint(512, (8, 100), generator=torch.Generator().manual_seed(1)).cuda()
+    stream, single = model.open_stream(8), model.open_stream(8)
+    for reader in (stream, single):
+        reader.feed_hidden(ids[:, :40])
     stream.begin_steps(60)
-    step = CapturedCall(ids.device)
+    token, step = ids[:, :1].clone(), CapturedCall(ids.device)
+    logits = torch.empty(8, 1, SHAPE.vocab_size, device="cuda")
+    weights = DecodingWeights(model, num_rows=8, packs=False)
+    assert (kind == "token_memory") or len(weights.replaced) == 2  # both layers run in three launches
+    fused = weights.in_use() if is_fused else contextlib.nullcontext()
 
     def read() -> None:
         logits.copy_(model.embed_out(stream.read_token(token)))
 
-    with torch.no_grad():
+    with torch.no_grad(), fused:
         for t in range(40, 100):
             token.copy_(ids[:, t : t + 1])
             if step.graph is not None:
-                torch.cuda.set_sync_debug_mode("error")  # from here on nothing waits but the comparison
+                torch.cuda.set_sync_debug_mode("error")
             step(read)
+            is_still = stream.count_token()
             torch.cuda.set_sync_debug_mode("default")
-            assert stream.count_token()
-            torch.testing.assert_close(logits, expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
+            assert is_still
+            torch.testing.assert_close(logits, single.feed(token), atol=1e-5, rtol=1e-5)
+    assert step.graph is not None
