@@ -73,7 +73,7 @@ CASES = [
     (f"{REVERSAL} --max-sentences 10", "at most 10 are scored"),
     (f"eval doctor {EVAL} --checks nothing", "checks: 'nothing' is unknown; known are record"),
     (f"eval doctor {EVAL} --checks labels labels", "checks: names a value twice"),
-    (f"eval doctor {EVAL} --span-tokens 1", "span_tokens"),
+    (f"eval doctor {EVAL} --num-rows 1", "num_rows"),
     (f"eval doctor {EVAL} --segment-tokens 100000", "at least 900001 are needed"),
     ("inspect --run {run} --model pythia --text {run}/0.txt", "what the memory knew does not apply"),
     ("inspect --run {run} --model infini --text {run}/0.text", "no such file"),

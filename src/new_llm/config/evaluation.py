@@ -107,22 +107,24 @@ def check_edges(edges: tuple[int, ...], name: str) -> None:
 
 
 @section
-class LongDocumentsConfig:
+class IntervalConfig:
+    """How intervals are computed: by resampling the documents, trials or pairs that were measured."""
+
+    num_resamples: Annotated[int, Field(gt=0)] = 2000
+    """Bootstrap resamples that the intervals rest on."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence of the intervals."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the resamples, and of what else is drawn."""
+
+
+@section
+class LongDocumentsConfig(IntervalConfig):
     """Which documents are long, in what ranges they are measured, and against what."""
 
     min_tokens: Annotated[int, Field(ge=2)] = 2048
     """Tokens that a document must have."""
-    edges: Annotated[tuple[int, ...], Field(min_length=1)] = (
-        0,
-        1024,
-        2048,
-        4096,
-        8192,
-        16384,
-        32768,
-        65536,
-        131072,
-    )
+    edges: Annotated[tuple[int, ...], Field(min_length=1)] = (0, *(1024 << power for power in range(8)))
     """Where the ranges of distance from the document's start begin, in tokens; the last one is open."""
     max_documents: Annotated[int | None, Field(gt=0)] = None
     """Long documents that are measured at most, the first ones; None: all."""
@@ -140,12 +142,6 @@ class LongDocumentsConfig:
     context."""
     window_stride: Annotated[int | None, Field(gt=0)] = None
     """Tokens from one of these windows to the next; None: half a window."""
-    num_resamples: Annotated[int, Field(gt=0)] = 2000
-    """Resamples of the documents, from which the intervals come."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Confidence of the intervals."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the resamples."""
 
     def __post_init__(self) -> None:
         check_edges(self.edges, "edges")
@@ -175,7 +171,7 @@ MAX_CANDIDATES = 12  # values that each relation of data/recall_facts.json has
 
 
 @section
-class RecallConfig:
+class RecallConfig(IntervalConfig):
     """What is hidden, in how long a text, and how deep."""
 
     tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1), UNIQUE] = ("passkey", "facts")
@@ -195,32 +191,22 @@ class RecallConfig:
     """Texts read at once; it does not change the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
     """Segments read by one call; it does not change the result."""
-    num_resamples: Annotated[int, Field(gt=0)] = 2000
-    """Resamples of the trials, from which the intervals of ranks come."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Confidence of the intervals."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of texts, places, names, values and resamples."""
 
 
 @section
-class ReversalConfig:
+class ReversalConfig(IntervalConfig):
     """The options of `new-llm eval reversal`."""
 
     pairs: Path | None = None
     """A .csv or .jsonl file of pairs; None: the project's own."""
     pairs_per_relation: Annotated[int | None, Field(gt=0)] = None
     """Draw so many pairs of each relation, or all that it has; None: all. Only drawn pairs' answers compete."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the drawn pairs and of the bootstrap."""
     batch_size: Annotated[int, Field(gt=0)] = 128
     """Short sentences read at once; it does not change the result."""
     max_sentences: Annotated[int, Field(gt=0)] = 1_000_000
     """Prompts with answers that are scored at most: each relation asks for about twice the square of its pairs."""
     num_resamples: Annotated[int, Field(gt=0)] = 1000
     """Bootstrap resamples that the intervals rest on."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Confidence of the intervals."""
 
 
 @section

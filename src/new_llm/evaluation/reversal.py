@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -115,27 +115,20 @@ class ReversalTable:
     """
 
     def __init__(
-        self,
-        forward: Sequence[PairLosses],
-        backward: Sequence[PairLosses],
-        relations: Sequence[str],
-        *,
-        num_resamples: int,
-        confidence: float,
-        seed: int,
+        self, readings: Mapping[str, list[PairLosses]], relations: Sequence[str], settings: ReversalConfig
     ) -> None:
         self.columns = {
-            direction: {name: np.array([getattr(r, name) for r in readings], np.float64) for name in PairLosses._fields}
-            for direction, readings in (("forward", forward), ("backward", backward))
+            direction: {name: np.array([getattr(r, name) for r in found], np.float64) for name in PairLosses._fields}
+            for direction, found in readings.items()
         }
-        self.confidence = confidence
-        self.resamples = np.zeros((num_resamples, len(relations)))
+        self.confidence = settings.confidence
+        self.resamples = np.zeros((settings.num_resamples, len(relations)))
         names = np.array(relations)
         groups = list(dict.fromkeys(relations))
-        seeds = np.random.SeedSequence(seed).generate_state(len(groups))
+        seeds = np.random.SeedSequence(settings.seed).generate_state(len(groups))
         for group, group_seed in zip(groups, seeds, strict=True):
             members = np.flatnonzero(names == group)
-            self.resamples[:, members] = draw_resamples(len(members), num_resamples, int(group_seed))
+            self.resamples[:, members] = draw_resamples(len(members), settings.num_resamples, int(group_seed))
 
     def summarize(self, chosen: NDArray[np.bool_]) -> ReversalScores:
         """The figures of the pairs that are True, [num_pairs]."""
@@ -174,14 +167,10 @@ def evaluate_reversal_curse(
     pairs: Iterable[ReversalPair],
     device: torch.device | str | None = None,
     *,
-    batch_size: int = ReversalConfig.batch_size,
-    max_sentences: int = ReversalConfig.max_sentences,
-    num_resamples: int = ReversalConfig.num_resamples,
-    confidence: float = ReversalConfig.confidence,
-    seed: int = ReversalConfig.seed,
     autocast: Autocast = contextlib.nullcontext,
     on_progress: Progress | None = None,
     processes: Processes = ALONE,
+    **options: Any,
 ) -> ReversalResult:
     """Compare what a model knows forward, as it was trained, with what it knows backward.
 
@@ -209,29 +198,24 @@ def evaluate_reversal_curse(
         tokenizer: of `tokenizers` or `transformers`.
         pairs: at least one.
         device: where the model lies; None: where its weights are.
-        batch_size: sentences read at once; it does not change the result.
-        max_sentences: prompts with answers that are scored at most: each relation asks for about twice the square of
-            its pairs.
-        num_resamples: bootstrap resamples.
-        confidence: of the intervals.
-        seed: of the resamples.
         autocast: makes the context in which the model computes.
         on_progress: called with the sentences scored so far and in all.
         processes: those that share the work; every one of them gets the whole result.
+        options: fields of `ReversalConfig`: batch_size, max_sentences, num_resamples, confidence, seed.
 
     Raises:
-        UserError: no pairs, more sentences than allowed, or no sentence of two tokens.
-        ValueError: num_resamples is not positive, or confidence not between 0 and 1.
+        UserError: no pairs, more sentences than allowed, no sentence of two tokens, or an option out of range.
     """
-    pairs = list(pairs)
+    settings, pairs = ReversalConfig(**options), list(pairs)
     if not pairs:
         raise UserError("reversal: no pairs were given")
     directions: tuple[Direction, ...] = ("forward", "backward")
-    _check_size(pairs, max_sentences)
+    _check_size(pairs, settings.max_sentences)
     tasks = {direction: _list_candidates(pairs, direction) for direction in directions}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
     encoded = {text: encode_text(tokenizer, text) for text in texts}
-    losses = _score_texts(model, encoded, find_device(model, device), batch_size, autocast, on_progress, processes)
+    where = find_device(model, device)
+    losses = _score_texts(model, encoded, where, settings.batch_size, autocast, on_progress, processes)
     readings = {
         direction: [_read(encoded, losses, encode_text(tokenizer, prompt), texts) for prompt, texts in found]
         for direction, found in tasks.items()
@@ -240,14 +224,7 @@ def evaluate_reversal_curse(
         raise UserError("reversal: no sentence has two tokens or more, so there is nothing to score")
 
     relations, kinds = [pair.relation for pair in pairs], [str(pair.kind) for pair in pairs]
-    table = ReversalTable(
-        readings["forward"],
-        readings["backward"],
-        relations,
-        num_resamples=num_resamples,
-        confidence=confidence,
-        seed=seed,
-    )
+    table = ReversalTable(readings, relations, settings)
 
     def summarize_groups(names: list[str]) -> dict[str, Any]:
         return {name: table.summarize(np.array(names) == name) for name in dict.fromkeys(names)}
@@ -259,9 +236,9 @@ def evaluate_reversal_curse(
         by_kind=summarize_groups(kinds),
         bootstrap={
             "method": "percentile; pairs drawn within each relation",
-            "num_resamples": num_resamples,
-            "confidence": confidence,
-            "seed": seed,
+            "num_resamples": settings.num_resamples,
+            "confidence": settings.confidence,
+            "seed": settings.seed,
         },
     )
 
@@ -416,14 +393,10 @@ class ReversalCurse(Measure):
             subject.tokenizer,
             pairs,
             subject.device,
-            batch_size=settings.batch_size,
-            max_sentences=settings.max_sentences,
-            num_resamples=settings.num_resamples,
-            confidence=settings.confidence,
-            seed=settings.seed,
             autocast=subject.autocast,
             on_progress=subject.on_progress,
             processes=subject.processes,
+            **{name: value for name, value in vars(settings).items() if not name.startswith("pairs")},
         )
         known = {pair.forward for pair in get_reversal_pairs()}
         text = {
