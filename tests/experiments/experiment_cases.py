@@ -1,4 +1,4 @@
-"""Settings of tiny experiments and studies, and what a study's processes do in tests.
+"""Tiny studies, and what a study's processes do in tests.
 
 A module of its own, which a fresh process can import.
 """
@@ -11,39 +11,11 @@ import yaml
 
 from new_llm.config import UserError
 from new_llm.experiments.study_jobs import Cell
-
-
-def tiny_settings(source: Path, runs_dir: Path) -> dict[str, object]:
-    return {
-        "runs_dir": str(runs_dir),
-        "model": {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-        },
-        "data": {
-            "source": str(source),
-            "tokenizer_vocab_size": 384,
-            "num_samples": 48,
-            "seq_length": 32,
-            "segments_per_sample": 2,
-            "reversal_pairs": False,
-        },
-        "train": {
-            "num_epochs": 2,
-            "batch_size": 4,
-            "learning_rate": 3e-3,
-            "log_every_steps": 2,
-            "checkpoint_every_steps": 3,
-            "precision": "fp32",
-        },
-        "eval": {"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
-    }
+from tiny import make_settings
 
 
 def write_study(path: Path, addresses: Path, **changes: object) -> Path:
-    base = tiny_settings(addresses, path.parent)
+    base = make_settings(addresses, path.parent)
     del base["runs_dir"]
     base["train"] |= {"num_epochs": 1}
     base["data"] |= {"num_samples": 16, "seq_length": 128}  # segments that hold a question of recall
@@ -51,7 +23,7 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
         "name": "tiny-study",
         "question": "Does the memory help?",
         "cpu_minutes": 1,
-        "base": base | {"models": ["infini"], "device": "cpu"},
+        "base": base | {"models": ["infini"]},
         "variants": {
             "reference": {},
             "no-delta": {"model": {"use_delta_rule": False}},

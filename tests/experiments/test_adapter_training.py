@@ -11,21 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiment_cases import tiny_settings
 from rich.console import Console
 from tokenizers import Tokenizer
 
 from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation import evaluate_independent
-from new_llm.experiments import run_experiment
 from new_llm.experiments.adapter import (
     AdapterRun,
     choose_long_documents,
     find_base,
     train_adapter,
 )
-from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig
+from new_llm.experiments.config import AdapterTrainingConfig
 from new_llm.experiments.run_folder import list_runs
 from new_llm.models import TransformerLM, load_model
 from new_llm.models.hf import export_pythia
@@ -35,13 +33,10 @@ from new_llm.training import Trainer, TrainingError
 from new_llm.training.log import read_metrics
 
 
-@pytest.fixture(scope="module")
-def base_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Pythia that has seen a little text."""
-    settings = tiny_settings(addresses, tmp_path_factory.mktemp("base"))
-    settings["train"] |= {"num_epochs": 1}
-    config = ExperimentConfig(name="base", models=("pythia",), device="cpu", **settings)
-    return Path(run_experiment(exp_config=config, console=Console(file=io.StringIO()))["folder"])
+@pytest.fixture
+def base_run(trained_run: dict[str, Any]) -> Path:
+    """The run of a Pythia that has seen a little text."""
+    return Path(trained_run["folder"])
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import dataclasses
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from experiment_cases import tiny_settings
 from rich.console import Console
 
 from new_llm.config import UserError
@@ -59,16 +59,8 @@ def renamed(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentCo
     return dataclasses.replace(config, name=name, **changes)
 
 
-@pytest.fixture(scope="module")
-def whole(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A finished run of two models."""
-    runs_dir = tmp_path_factory.mktemp("whole")
-    config = ExperimentConfig(name="whole", device="cpu", **tiny_settings(addresses, runs_dir))
-    return run(config, ["infini", "pythia"])
-
-
-def test_a_run_folder_holds_all_that_the_design_names(whole: dict[str, Any]) -> None:
-    folder = Path(whole["folder"])
+def test_a_run_folder_holds_all_that_the_design_names(trained_run: dict[str, Any]) -> None:
+    folder = Path(trained_run["folder"])
     models = {"infini", "pythia"}
     files = {".lock", "config.yaml", "data.json", "environment.json", "figures", "report.html", "results.json"}
     assert {path.name for path in folder.iterdir()} == files | {"tokenizer.json"} | models
@@ -103,14 +95,15 @@ def test_every_model_trains_as_an_experiment(tiny: ExperimentConfig) -> None:
     assert (by_name["pythia"], by_name["pythia_segments"]) == (32, 16)
 
 
-def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfig, trained_run: dict[str, Any]) -> None:
     """Bit for bit; a Pythia trained beside another has the curve of one trained alone that is measured on the way."""
     settings = dataclasses.replace(tiny.eval, checkpoints=(0.3, 0.6))
     again = run(dataclasses.replace(renamed(tiny, "again"), eval=settings), ["pythia"])
     losses = [line["evaluation"]["streaming"]["loss"] for line in again["models"][0]["training"]["checkpoints_log"]]
     assert losses[0] > losses[1] > again["models"][0]["evaluation"]["sliding"]["loss"]
-    assert curve(again) == curve(whole, 1)
-    assert again["models"][0]["evaluation"]["sliding"]["loss"] == whole["models"][1]["evaluation"]["sliding"]["loss"]
+    assert curve(again) == curve(trained_run, 1)
+    one, two = (model["evaluation"]["sliding"]["loss"] for model in (again["models"][0], trained_run["models"][1]))
+    assert one == two
     other = run(renamed(tiny, "other", seed=1), ["pythia"])
     assert curve(other) != curve(again)
     # The seed is the models' alone: their tokens and their split are the same.
@@ -151,37 +144,48 @@ def test_accumulated_batches_weigh_every_token_the_same(tiny: ExperimentConfig) 
         assert one == pytest.approx(two, rel=1e-3)
 
 
-def fail_at_step(number: int, config: ExperimentConfig, models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends in an error at an optimizer step of its first model."""
-    step = Trainer._train_step
-
-    def fail(self: Trainer, batches: list[Any]) -> None:
-        if self.state.step == number:
-            raise OSError("the machine is gone")
-        step(self, batches)
-
+def fail_after(
+    is_now: Callable[[Any], bool], config: ExperimentConfig, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends in an error after a training step, or the result of a model, for which `is_now` holds."""
+    methods = {(kind, name): getattr(kind, name) for kind, name in ((Trainer, "_train_step"), (Run, "_write_result"))}
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", fail)
+        for (kind, name), method in methods.items():
+
+            def fail(self: Any, *given: Any, method: Any = method) -> None:
+                method(self, *given)
+                if is_now(self):
+                    raise OSError("the machine is gone")
+
+            patch.setattr(kind, name, fail)
         with pytest.raises(OSError, match="gone"):
             run(config, models)
 
 
+def at_step(number: int) -> Callable[[Any], bool]:
+    return lambda place: isinstance(place, Trainer) and place.state.step == number
+
+
+def at_a_result(place: Any) -> bool:
+    return isinstance(place, Run)
+
+
 def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
-    tiny: ExperimentConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny: ExperimentConfig, trained_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at_step(17, renamed(tiny, "broken"), ["infini", "pythia"], monkeypatch)  # in the second epoch
+    fail_after(at_step(17), renamed(tiny, "broken"), ["infini", "pythia"], monkeypatch)  # in the second epoch
     models = renamed(tiny, "broken", models=(ModelType.INFINI, ModelType.PYTHIA))
     resumed = run_experiment(None, models, resume=True, console=Console(file=io.StringIO()))
-    assert curve(resumed) == curve(whole)
-    assert curve(resumed, 1) == curve(whole, 1)
-    one, two = (load_model(Path(r["folder"]) / "infini" / "best") for r in (whole, resumed))
+    assert curve(resumed) == curve(trained_run)
+    assert curve(resumed, 1) == curve(trained_run, 1)
+    one, two = (load_model(Path(r["folder"]) / "infini" / "best") for r in (trained_run, resumed))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
-    tiny: ExperimentConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny: ExperimentConfig, trained_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_at_step(17, renamed(tiny, "broken"), ["infini"], monkeypatch)
+    fail_after(at_step(17), renamed(tiny, "broken"), ["infini"], monkeypatch)
     last, before = list_checkpoints(tiny.runs_dir / "broken" / "infini")
     content = bytearray((last / "trainer.pt").read_bytes())
     content[len(content) // 2] ^= 4
@@ -192,30 +196,30 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     line = f"{last.name} is damaged (trainer.pt has changed since it was written (sha256)): "
     line += f"continuing from {before.name}"
     assert line in said.getvalue()
-    assert curve(resumed) == curve(whole)
+    assert curve(resumed) == curve(trained_run)
 
 
-def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(whole: dict[str, Any]) -> None:
-    config = settings_from_dict(whole["config"], ExperimentConfig, "test")
+def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(trained_run: dict[str, Any]) -> None:
+    config = settings_from_dict(trained_run["config"], ExperimentConfig, "test")
     with pytest.raises(UserError, match="--resume"):
         run_experiment(None, config)
     with pytest.raises(UserError, match="seed 0 → 1"):
         run_experiment(None, dataclasses.replace(config, seed=1), resume=True)
     with pytest.raises(UserError, match="no run here"):
         run_experiment(None, renamed(config, "absent"), resume=True)
-    assert run_experiment(None, config, resume=True)["created"] == whole["created"]
+    assert run_experiment(None, config, resume=True)["created"] == trained_run["created"]
 
 
-def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, trained_run: dict[str, Any]) -> None:
     """It goes on counting, at the learning rates of the new length; what was measured before is set aside."""
-    shutil.copytree(whole["folder"], folder := tiny.runs_dir / "whole")
+    shutil.copytree(trained_run["folder"], folder := tiny.runs_dir / "whole")
     (folder / "evaluations").mkdir()
     longer = renamed(tiny, "whole", models=("infini", "pythia"), train=dataclasses.replace(tiny.train, num_epochs=3))
     results = run_experiment(None, longer, resume=True, console=Console(quiet=True))
     (entry,) = results["lengthened"]
     assert entry["changes"] == ["train.num_epochs 2 → 3"]
     assert (folder / "evaluations-0").is_dir()
-    for before, after in zip(whole["models"], results["models"], strict=True):
+    for before, after in zip(trained_run["models"], results["models"], strict=True):
         old, new = before["training"], after["training"]
         assert (old["epochs"], new["epochs"]) == (2, 3)
         assert new["steps"] == old["steps"] * 3 // 2
@@ -234,7 +238,7 @@ def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, whole: dict[str, A
 
 
 def test_a_run_begins_from_the_weights_of_another(
-    tiny: ExperimentConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny: ExperimentConfig, trained_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = list[Any]()
     monkeypatch.setattr("new_llm.experiments.runner.load_run_model", lambda *a: loaded.append(a) or load_run_model(*a))
@@ -243,18 +247,18 @@ def test_a_run_begins_from_the_weights_of_another(
         train = dataclasses.replace(tiny.train, num_epochs=1)
         return run(renamed(tiny, name, init_from=spec, train=train, **changes), ["infini"])
 
-    results = begin("next", whole["folder"])
+    results = begin("next", trained_run["folder"])
     assert len(loaded) == 1
-    found, before = results["models"][0], whole["models"][0]
+    found, before = results["models"][0], trained_run["models"][0]
     assert found["training"]["steps_log"][0]["loss"] < before["training"]["epochs_log"][0]["validation_loss"]
-    best = load_model(Path(whole["folder"]) / "infini" / "best")
+    best = load_model(Path(trained_run["folder"]) / "infini" / "best")
     assert results["init_from"] == {"infini": fingerprint_weights(best)}
     narrow = dataclasses.replace(tiny.model, intermediate_size=32)
     other = dataclasses.replace(tiny.data, tokenizer_vocab_size=380)
     for spec, changes, message in (
-        (f"{whole['folder']}:pythia", {}, "do not fit infini: "),
-        (whole["folder"], {"model": narrow}, "do not fit infini: layers.0.mlp"),
-        (whole["folder"], {"data": other}, "has another tokenizer than this run"),
+        (f"{trained_run['folder']}:pythia", {}, "do not fit infini: "),
+        (trained_run["folder"], {"model": narrow}, "do not fit infini: layers.0.mlp"),
+        (trained_run["folder"], {"data": other}, "has another tokenizer than this run"),
         (str(tiny.runs_dir / "absent"), {}, "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -284,20 +288,6 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
     assert run(longer, ["pythia"], resume=True)["models"] == before
 
 
-def stop_after_one(monkeypatch: pytest.MonkeyPatch, config: ExperimentConfig, models: list[str]) -> None:
-    """Run until one model is done."""
-    write = Run._write_result
-
-    def write_and_die(self: Run, *given: Any) -> None:
-        write(self, *given)
-        raise OSError("the machine is gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_write_result", write_and_die)
-        with pytest.raises(OSError, match="gone"):
-            run(config, models)
-
-
 def test_a_run_does_not_continue_on_other_text(
     tiny: ExperimentConfig, addresses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +296,7 @@ def test_a_run_does_not_continue_on_other_text(
     for path in addresses.iterdir():
         (source / path.name).write_text(path.read_text())
     tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, source=str(source)))
-    stop_after_one(monkeypatch, tiny, ["pythia", "infini"])
+    fail_after(at_a_result, tiny, ["pythia", "infini"], monkeypatch)
     for path in source.iterdir():
         path.write_text(path.read_text().replace("the", "those"))
     with pytest.raises(UserError, match="source and tokenizer and split changed since") as error:
@@ -323,7 +313,7 @@ def test_a_run_continues_with_its_own_copy_of_a_tokenizer(
     tokenizer = tmp_path / "tokenizer.json"
     prepare_data(tiny.data).tokenizer.save(str(tokenizer))
     tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, tokenizer=str(tokenizer)))
-    stop_after_one(monkeypatch, tiny, ["pythia", "infini"])
+    fail_after(at_a_result, tiny, ["pythia", "infini"], monkeypatch)
     begun = (tiny.runs_dir / "tiny" / "data.json").read_text()
     tokenizer.unlink()
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
@@ -344,7 +334,7 @@ def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: p
     assert [path.name for path in tiny.runs_dir.iterdir()] == ["elsewhere"]
 
 
-def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, whole: dict[str, Any]) -> None:
+def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, trained_run: dict[str, Any]) -> None:
     train = dataclasses.replace(tiny.train, num_epochs=1)
     doubled = run(
         dataclasses.replace(tiny, train=train),
@@ -352,6 +342,6 @@ def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, whole: dict[str, Any]
         loss_fn=lambda model, batch: 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask),
     )
     first, twice = (
-        results["models"][n]["training"]["steps_log"][0]["loss"] for n, results in ((1, whole), (0, doubled))
+        results["models"][n]["training"]["steps_log"][0]["loss"] for n, results in ((1, trained_run), (0, doubled))
     )
     assert twice == pytest.approx(2 * first, rel=0.1)
