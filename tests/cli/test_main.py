@@ -1,4 +1,4 @@
-"""The command itself: help, one line for every failure, any terminal, any name of a configuration."""
+"""The command itself: help, one line for every failure, any terminal, completion of its words."""
 
 import os
 import resource
@@ -12,6 +12,7 @@ import pytest
 
 from new_llm.cli import main as program
 from new_llm.cli.command import Command
+from new_llm.cli.completion import write_completion
 from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import COMMANDS, explain, load_command, main
 from new_llm.config.errors import HubError, UserError
@@ -215,3 +216,31 @@ def test_a_wheel_holds_all_that_commands_need(tmp_path):
         check=True,
     )
     assert (tmp_path / "runs" / "one" / "report.html").is_file()
+
+
+# The shells' completion knows every command and its flags
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_a_script_for_each_shell(shell):
+    assert "num-memories" in write_completion(shell)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or shutil.which("python3") is None, reason="needs bash and python3")
+def test_bash_completes(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    cases = {
+        "exp": {"experiment", "experiment-selective", "export"},
+        "eval re": {"recall", "reversal"},
+        "memory fill --ou": {"--out"},
+        "generate --max-new": {"--max-new-tokens"},
+    }
+    for words in cases:
+        script += (
+            f"\nCOMP_WORDS=(new-llm {words}); COMP_CWORD={len(words.split())}; COMPREPLY=()\n"
+            "$(complete -p new-llm | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+            'echo "${COMPREPLY[@]}"\n'
+        )
+    found = subprocess.run(["bash"], input=script, capture_output=True, text=True, check=True, timeout=60)
+    assert [set(line.split()) for line in found.stdout.splitlines()] == list(cases.values()), found.stderr

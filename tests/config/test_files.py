@@ -1,9 +1,14 @@
-"""Files and folders that are whole or not there, whatever operation on the disk fails or comes last."""
+"""Files are written whole, locked by one process, and listed with their digests."""
 
 import errno
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +18,20 @@ import torch
 from safetensors import SafetensorError
 
 from disk_faults import stop_at
+from new_llm.config import UserError
 from new_llm.config.files import (
+    MANIFEST_FILE,
+    check_manifest,
+    describe_files,
+    describe_holder,
     describe_os_error,
+    hold_lock,
     name_refusals,
     remove_folder_atomically,
     remove_leftovers,
     write_atomically,
     write_folder_atomically,
+    write_manifest,
     write_text_atomically,
 )
 
@@ -174,3 +186,136 @@ def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, name_refusals(tmp_path):
             raise error
         assert caught.value is error
+
+
+# One process at a time, and no lock that outlives its holder
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from new_llm.config.files import hold_lock\n"
+    "with hold_lock(Path(sys.argv[1]), 'runs/a'):\n    print('held', flush=True); sys.stdin.read()"
+)
+COUNT = (
+    "import sys, time; from pathlib import Path; from new_llm.config import files as locks\n"
+    "folder = Path(sys.argv[1])\n"
+    "for _ in range(int(sys.argv[2])):\n"
+    "    with locks.hold_lock(folder / 'lock', 'x', on_wait=lambda line: None):\n"
+    "        number = int((folder / 'number').read_text()); time.sleep(0.0005)\n"
+    "        (folder / 'number').write_text(str(number + 1))"
+)
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    process = start(HOLD, tmp_path / "lock")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def test_the_second_is_refused_with_who_holds_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(UserError) as error, hold_lock(tmp_path / "lock", "runs/a"):
+        pytest.fail("both hold it")
+    message = str(error.value)
+    assert message.startswith(f"runs/a: another process (PID {holder.pid} on {socket.gethostname()!r}, since 2")
+    assert "\n" not in message
+    assert (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_holder_leaves_no_lock(tmp_path: Path, holder: subprocess.Popen[str], number: int) -> None:
+    os.kill(holder.pid, number)
+    holder.wait()
+    with hold_lock(tmp_path / "lock", "runs/a"):
+        assert describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
+
+
+def test_who_waits_is_told_once_and_goes_on_when_the_holder_ends(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    lines: list[str] = []
+    began = time.monotonic()
+    threading.Timer(0.2, holder.kill).start()
+    with hold_lock(tmp_path / "lock", "the token cache", on_wait=lines.append):
+        assert time.monotonic() - began > 0.15
+    assert len(lines) == 1
+    assert lines[0].startswith(f"waiting for another process (PID {holder.pid} on ")
+    assert lines[0].endswith("is using the token cache")
+
+
+def test_no_two_processes_are_ever_inside_at_once(tmp_path: Path) -> None:
+    (tmp_path / "number").write_text("0")
+    counters = [start(COUNT, tmp_path, 60) for _ in range(3)]
+    for counter in counters:
+        assert counter.communicate()[1] == ""
+    assert (tmp_path / "number").read_text() == "180"
+
+
+def test_a_lock_that_can_t_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't make the lock"), hold_lock(tmp_path / "file" / "lock", "x"):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="can't make the lock"), hold_lock(tmp_path / "link", "x"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# Torn, changed and missing files of a folder are named
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "weights").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "deep" / "state").write_bytes(b"{}")
+    (tmp_path / "empty").touch()
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_a_whole_folder_has_no_faults(folder: Path) -> None:
+    assert check_manifest(folder) == []
+    files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+    assert set(files) == {"weights", "deep/state", "empty"}
+    assert files["deep/state"] == {
+        "num_bytes": 2,
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
+    assert describe_files(folder) == files
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "manifest.json is missing"),
+        (b"", "manifest.json can't be read"),
+        (b"\xff\xfe", "manifest.json can't be read"),
+        (b"[]", "manifest.json can't be read"),
+        (b"{}", "manifest.json can't be read"),
+        (b"[" * 100_000, "manifest.json can't be read"),
+        (b'{"files": 3}', "manifest.json can't be read"),
+        (b'{"files": {"weights": {"num_bytes": 5120}}}', "manifest.json can't be read"),
+        (b'{"files": {"a\\u0000b": {"num_bytes": 1, "sha256": ""}}}', "manifest.json can't be read"),
+        (b'{"files": {"/dev/zero": {"num_bytes": 0, "sha256": ""}}}', "/dev/zero is no file"),
+    ],
+)
+def test_a_damaged_manifest_is_itself_a_fault(folder: Path, content: bytes | None, fault: str) -> None:
+    path = folder / MANIFEST_FILE
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert check_manifest(folder) == [fault]
