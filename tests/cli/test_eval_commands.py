@@ -372,7 +372,7 @@ def write_speeches(folder: Path, *, copied: bool) -> Path:
 
 
 def make_run(folder: Path, source: Path) -> Path:
-    """A run_eval_doctor's folder as an experiment leaves it, but for the training."""
+    """A run's folder as an experiment leaves it, but for the training."""
     data = {"source": str(source), "tokenizer_vocab_size": 384, "seq_length": 64, "segments_per_sample": 2}
     data["max_reversal_share"] = 1.0
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
@@ -385,17 +385,17 @@ def make_run(folder: Path, source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_eval_doctor(tmp_path_factory) -> Path:
+def known_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("doctor")
-    return make_run(folder / "run_eval_doctor", write_speeches(folder / "text", copied=False))
+    return make_run(folder / "run", write_speeches(folder / "text", copied=False))
 
 
-def examine(run_eval_doctor: Path, *flags: str) -> tuple[int, dict]:
-    out = run_eval_doctor.parent / "out.json"
+def examine(known_data: Path, *flags: str) -> tuple[int, dict]:
+    out = known_data.parent / "out.json"
     out.unlink(missing_ok=True)
     arguments = [
-        "--run_eval_doctor",
-        str(run_eval_doctor),
+        "--run",
+        str(known_data),
         "--precision",
         "fp32",
         "--segment-tokens",
@@ -411,8 +411,8 @@ def levels(record: dict, level: str) -> set[str]:
     return {finding["check"] for finding in record["result"]["findings"] if finding["level"] == level}
 
 
-def test_a_run_is_examined_with_its_own_data(run_eval_doctor, capsys):
-    code, record = examine(run_eval_doctor)
+def test_a_run_is_examined_with_its_own_data(known_data, capsys):
+    code, record = examine(known_data)
     assert code == 0
     assert levels(record, "fault") == levels(record, "skipped") == set()
     assert {"skill", "gates"} <= levels(record, "warning") <= {"skill", "gates", "shift"}  # it is not trained
@@ -428,35 +428,35 @@ def test_a_run_is_examined_with_its_own_data(run_eval_doctor, capsys):
     assert "no fault was found" in shown
 
 
-def test_a_planted_leak_is_exit_code_1(run_eval_doctor, monkeypatch, capsys):
+def test_a_planted_leak_is_exit_code_1(known_data, monkeypatch, capsys):
     forward = PythiaLayer.forward
 
     def look_ahead(self, hidden, *arguments):
         return forward(self, hidden + 0.1 * hidden.roll(-1, -2), *arguments)
 
     monkeypatch.setattr(PythiaLayer, "forward", look_ahead)
-    code, record = examine(run_eval_doctor)
+    code, record = examine(known_data)
     assert code == 1
     assert levels(record, "fault") == {"causality"}
     assert "1 found: readings of this model can't be trusted" in capsys.readouterr().err
 
 
 def test_a_source_that_has_changed_is_told(tmp_path, capsys):
-    run_eval_doctor = make_run(tmp_path / "run_eval_doctor", write_speeches(tmp_path / "text", copied=False))
+    known_data = make_run(tmp_path / "run", write_speeches(tmp_path / "text", copied=False))
     for number in range(4):
         (tmp_path / "text" / f"{number}.txt").write_text("Another text altogether. " * 200)
-    flags = ["--run_eval_doctor", str(run_eval_doctor), "--checks", "record"]
+    flags = ["--run", str(known_data), "--checks", "record"]
     assert main(["eval", "doctor", *flags]) == 2  # the tokenizer, trained on the source, is another one
-    assert "has changed since the run_eval_doctor: it gives another tokenizer" in capsys.readouterr().err
+    assert "has changed since the run: it gives another tokenizer" in capsys.readouterr().err
     text = str(tmp_path / "text" / "9.txt")
-    code, record = examine(run_eval_doctor, "--checks", "record", "--data.source", text)
+    code, record = examine(known_data, "--checks", "record", "--data.source", text)
     assert (code, levels(record, "warning")) == (0, {"record"})
 
 
-def test_a_model_without_a_run_is_examined_on_embedded_text(run_eval_doctor, tmp_path):
+def test_a_model_without_a_run_is_examined_on_embedded_text(known_data, tmp_path):
     alone = tmp_path / "alone" / "model"
-    shutil.copytree(run_eval_doctor / "infini" / "best", alone)
-    shutil.copy(run_eval_doctor / "tokenizer.json", alone)
+    shutil.copytree(known_data / "infini" / "best", alone)
+    shutil.copy(known_data / "tokenizer.json", alone)
     code, record = examine(alone)
     assert code == 0
     assert levels(record, "skipped") == {"record", "batches", "documents", "spans", "reversal"}
