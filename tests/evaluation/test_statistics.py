@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from new_llm.evaluation.statistics import (
-    compare_documents,
+    DocumentLosses,
+    compare_models,
     draw_resamples,
     find_clustered_error,
     find_interval,
@@ -36,7 +37,7 @@ def test_odd_values():
 # Quantiles of Student's distribution from printed tables: degrees of freedom, confidence, t.
 @pytest.mark.parametrize(
     ("freedom", "confidence", "quantile"),
-    [(1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (4, 0.99, 4.604), (9, 0.95, 2.262),
+    [(2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (4, 0.99, 4.604), (9, 0.95, 2.262),
      (10, 0.9, 1.812), (29, 0.95, 2.045), (120, 0.95, 1.980)],
 )  # fmt: skip
 def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile):
@@ -47,10 +48,10 @@ def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile)
     assert (high + low) / 2 == pytest.approx(values.mean())
 
 
-def test_one_seed_has_no_interval():
-    assert find_t_interval([3.0], 0.95) == (None, None)
+def test_one_seed_and_two_have_no_interval():
+    assert find_t_interval([3.0], 0.95) == find_t_interval([3.0, 4.0], 0.95) == (None, None)
     with pytest.raises(ValueError, match="confidence"):
-        find_t_interval([1.0, 2.0], 1.0)
+        find_t_interval([1.0, 2.0, 3.0], 1.0)
 
 
 def test_wilson_interval():
@@ -74,17 +75,42 @@ def test_tokens_of_one_document_are_not_independent():
     assert find_clustered_error((means * counts)[:4], counts[:4]) is None
 
 
-def test_models_are_compared_document_by_document():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(50, 200, size=30)
-    hard = rng.normal(5.0, 1.0, size=30)
+def make_losses(
+    seed_spread: float, document_spread: float, effect: float, draw: int, seeds: int = 5, documents: int = 8
+):
+    """Two models' losses by seed, whose differences vary by seed and by document, and documents by a whole nat."""
+    rng = np.random.default_rng(draw)
+    counts = rng.integers(50, 200, size=documents)
+    hard = rng.normal(5, 1, size=documents)
+    worth = rng.normal(0, document_spread, documents) + rng.normal(0, seed_spread, seeds)[:, None] + effect
+    one, other = (
+        {seed: DocumentLosses.read(counts, (hard + own) * counts) for seed, own in enumerate(differences)}
+        for differences in (worth, np.zeros((seeds, documents)))
+    )
+    return one, other
 
-    def documents(losses, num=30):
-        return {"num_tokens": counts[:num].tolist(), "total_nll": (losses * counts)[:num].tolist()}
 
-    found = compare_documents(documents(hard - 0.05 + rng.normal(0, 0.01, size=30)), documents(hard))
-    assert found.value == pytest.approx(np.expm1(-0.05), abs=0.005)
-    assert -0.06 < found.low < found.value < found.high < -0.04  # though documents differ by a whole nat
-    few = compare_documents(documents(hard - 0.05, 4), documents(hard, 4))
-    assert few == (pytest.approx(np.expm1(-0.05)), None, None)
-    assert compare_documents(documents(hard, 29), documents(hard)) is None
+@pytest.mark.parametrize(("seed_spread", "document_spread"), [(0.02, 0.001), (0.001, 0.05), (0.02, 0.05)])
+def test_an_interval_covers_and_an_effect_is_seen_as_often_as_said(seed_spread, document_spread):
+    covered, seen, visible = 0, 0, []
+    for draw in range(300):
+        found = compare_models(*make_losses(seed_spread, document_spread, 0.0, draw))
+        covered += found.low <= 0 <= found.high
+        visible.append(found.smallest_visible)
+    for draw in range(300):
+        seen += compare_models(*make_losses(seed_spread, document_spread, float(np.mean(visible)), draw)).is_clear
+    assert covered / 300 == pytest.approx(0.95, abs=0.035)
+    assert seen / 300 == pytest.approx(0.8, abs=0.12)
+
+
+def test_too_few_seeds_or_documents_and_other_splits_give_no_interval():
+    def read(**numbers):
+        return compare_models(*make_losses(0.01, 0.01, -0.05, 0, **numbers))
+
+    assert read().relative.value == pytest.approx(np.expm1(read().nats))
+    assert read(seeds=1).high < 0  # over documents alone
+    assert read(seeds=2)[1:4] == read(documents=4)[1:4] == (None, None, None)
+    one, other = make_losses(0.01, 0.01, -0.05, 0)
+    assert compare_models(one, {7: other[0]}) is None
+    moved = DocumentLosses.read(other[1].num_tokens[:, 0] + 1, other[1].total_nll[:, 0])
+    assert compare_models(one, other | {1: moved}) is None

@@ -301,7 +301,11 @@ def make_seed(seed: int, factors: dict[str, float]) -> dict[str, Any]:
     results["config"]["seed"], results["name"] = seed, f"seed-{seed}"
     for entry, factor in zip(results["models"], factors.values(), strict=True):
         for protocol in ("sliding", "streaming"):
-            entry["evaluation"][protocol]["perplexity"] *= factor
+            found = entry["evaluation"][protocol]
+            found["perplexity"] *= factor
+            shifts = [count * math.log(factor) for count in found["documents"]["num_tokens"]]
+            totals = zip(found["documents"]["total_nll"], shifts, strict=True)
+            found["documents"]["total_nll"] = [total + shift for total, shift in totals]
         for line in entry["training"]["epochs_log"]:
             line["validation_perplexity"] *= factor
     return results

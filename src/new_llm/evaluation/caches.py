@@ -20,7 +20,7 @@ from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, join_rows, plan_segments
-from new_llm.evaluation.statistics import LossSums, draw_resamples, estimate_over_documents
+from new_llm.evaluation.statistics import DocumentLosses, LossSums, draw_resamples, estimate_over_documents
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
     Probabilities,
@@ -250,6 +250,15 @@ class Caches(Measure):
         """The perplexity with the last cache, which holds all, and what it is worth against the bare model."""
         last = result["caches"][-1]
         return [] if last["name"] == BARE else _describe_cache(last, "With caches")
+
+    def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
+        """The bare model's, and those with each cache."""
+        documents = result["documents"]
+        counts = [document["num_tokens"] for document in documents]
+        return {
+            name: DocumentLosses.read(counts, [one["total_nll"][name] for one in documents], result["range_starts"])
+            for name in documents[0]["total_nll"]
+        }
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         """The same of every cache."""

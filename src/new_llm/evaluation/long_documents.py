@@ -41,6 +41,7 @@ from new_llm.evaluation.scoring import (
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
     Array,
+    DocumentLosses,
     LossSums,
     draw_resamples,
     estimate_over_documents,
@@ -386,6 +387,18 @@ class LongDocuments(Measure):
                 )
             )
         return columns
+
+    def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
+        """The memory carried, and the other ways."""
+        documents, starts = result["documents"], result["range_starts"]
+        return {
+            way: DocumentLosses.read(
+                [document["num_tokens"][way] for document in documents],
+                [document["total_nll"][way] for document in documents],
+                starts,
+            )
+            for way in documents[0]["total_nll"]
+        }
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         """A row per range of distance: perplexity each way, and the carried memory against each other way."""

@@ -23,6 +23,7 @@ from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, Reading, never
+from new_llm.evaluation.statistics import DocumentLosses
 from new_llm.formats import format_number
 from new_llm.processes import ALONE, Processes
 
@@ -203,6 +204,10 @@ class Measure(ABC):
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """The figures that the summary table shows of one model."""
         return []
+
+    def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
+        """Each document's loss by way of reading, by which two models are compared; the model's own is first."""
+        return {}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """The charts that compare the models."""

@@ -33,7 +33,7 @@ from new_llm.evaluation.scoring import (
     plan_windows,
     select_documents,
 )
-from new_llm.evaluation.statistics import LossSums, find_clustered_error
+from new_llm.evaluation.statistics import DocumentLosses, LossSums, find_clustered_error
 from new_llm.formats import format_count
 
 
@@ -292,6 +292,10 @@ class Perplexity(Measure):
         """The perplexity and its standard error."""
         value, error = result["perplexity"], result["standard_error"]
         return [Column("perplexity", self.name, value, better="lower", group=self.GROUP, error=error)]
+
+    def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
+        """The only way."""
+        return {"": DocumentLosses.read(result["documents"]["num_tokens"], result["documents"]["total_nll"])}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """A bar per model, if there are several."""

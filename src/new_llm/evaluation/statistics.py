@@ -1,15 +1,16 @@
 """Confidence intervals: a bootstrap over documents, pairs or trials, Wilson's for shares, Student's t over seeds.
 
 Tokens of one document are not independent, and two models are measured on the same documents. So everything about
-perplexity is clustered by document, and models are compared in pairs, document by document. Fewer than MIN_DOCUMENTS
-documents give no interval: resampling so few says nothing about others.
+perplexity is clustered by document, and models are compared in pairs, by seed and document, in nats per token, told in
+percent of the perplexity (`compare_models`). Fewer than MIN_DOCUMENTS documents or MIN_SEEDS seeds give no
+interval: so few say nothing about others. Seeds are of weights and order alone; the split of the documents is fixed.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,12 @@ from new_llm.evaluation.scoring import Scores
 Array = NDArray[np.float64]
 MIN_DOCUMENTS = 5
 """Documents below which no interval over documents is given."""
+MIN_SEEDS = 3
+"""Seeds from which a mean has an interval: that of two is ten times as wide as their distance, and says nothing."""
+MIN_CLAIM_SEEDS = 5
+"""Seeds from which a difference may be claimed; from fewer it is an indication."""
+POWER = 0.8
+"""How often the smallest visible effect would be told from none."""
 
 
 class Interval(NamedTuple):
@@ -34,6 +41,66 @@ class Estimate(NamedTuple):
     value: float
     low: float | None
     high: float | None
+
+
+class DocumentLosses(NamedTuple):
+    """What two models are compared by: each document's tokens and total loss by range of distance from its start.
+
+    Attributes:
+        num_tokens: [D, E].
+        total_nll: nats, [D, E].
+        range_starts: where the E ranges begin, in tokens.
+    """
+
+    num_tokens: NDArray[np.int64]
+    total_nll: Array
+    range_starts: tuple[int, ...] = (0,)
+
+    @classmethod
+    def read(cls, num_tokens: Sequence[Any], total_nll: Sequence[Any], range_starts: Sequence[int] = (0,)) -> Self:
+        """From the lists of a result, an entry per document: a number, or one for each range."""
+        counts, losses = np.array(num_tokens, np.int64), np.array(total_nll, np.float64)
+        shape = (len(counts), len(range_starts))
+        return cls(counts.reshape(shape), losses.reshape(shape), tuple(range_starts))
+
+    def select(self, column: int | None) -> "DocumentLosses":
+        """One range alone, or all as one, [D, 1]."""
+        chosen = slice(None) if column is None else slice(column, column + 1)
+        counts, losses = (part[:, chosen].sum(1, keepdims=True) for part in self[:2])
+        return DocumentLosses(counts, losses, (self.range_starts[column or 0],))
+
+
+class Comparison(NamedTuple):
+    """One model's loss minus another's, nats per token; below 0 it is the better one.
+
+    Attributes:
+        nats: the mean over seeds.
+        low: lower end of its interval; None: too few seeds or documents for one.
+        high: upper end.
+        smallest_visible: the smallest difference, either way, that would be told from none in POWER of all repetitions.
+        num_seeds: seeds that both were trained with.
+        num_documents: documents that have a token.
+        by_seed: the difference of each seed.
+    """
+
+    nats: float
+    low: float | None
+    high: float | None
+    smallest_visible: float | None
+    num_seeds: int
+    num_documents: int
+    by_seed: dict[Any, float]
+
+    @property
+    def relative(self) -> Estimate:
+        """The ratio of the perplexities − 1, with its interval."""
+        low, high = (None if nats is None else math.expm1(nats) for nats in (self.low, self.high))
+        return Estimate(math.expm1(self.nats), low, high)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 class LossSums:
@@ -140,20 +207,52 @@ def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> f
     return float(math.sqrt(count / (count - 1) * float(residuals @ residuals)) / num_tokens.sum())
 
 
-def compare_documents(
-    one: Mapping[str, Any], other: Mapping[str, Any], *, confidence: float = 0.95, num_resamples: int = 2000
-) -> Estimate | None:
-    """Perplexity of one / the other − 1, paired by document, with its bootstrap interval over documents.
+def compare_models(
+    one: Mapping[Any, DocumentLosses], other: Mapping[Any, DocumentLosses], confidence: float = 0.95
+) -> Comparison | None:
+    """One model against another, paired by seed and document.
 
-    Both are the `documents` of a perplexity's result: `num_tokens` and `total_nll`, lists with an entry per document.
-    None where the two were not measured on the same tokens.
+    d_s is the difference of seed s, δ_j that of document j in the mean over seeds. Seeds and documents are both drawn
+    from more, so that the variance of the mean is var(d)/S + the clustered one of δ (`find_clustered_error`), which
+    counts their interaction twice and so is rather too wide. The interval is Student's, with the degrees of freedom of
+    Satterthwaite, Biometrics Bulletin 2, 1946. Of one seed it is over documents alone, of two there is none.
+
+    Args:
+        one: its losses by seed, each [D, 1].
+        other: the other's.
+        confidence: of the interval.
+
+    Returns:
+        None where they share no seed, or where some were measured on other tokens: their split was not fixed.
     """
-    if not one["num_tokens"] or one["num_tokens"] != other["num_tokens"]:
+    seeds = [seed for seed in one if seed in other]
+    pairs = [(one[seed].select(None), other[seed].select(None)) for seed in seeds]
+    counts = pairs[0][0].num_tokens[:, 0] if pairs else np.zeros(0)
+    if not counts.sum() or any(not np.array_equal(part.num_tokens[:, 0], counts) for pair in pairs for part in pair):
         return None
-    counts = np.array(one["num_tokens"])
-    ways = [(np.array(found["total_nll"], np.float64), counts) for found in (one, other)]
-    resamples = draw_resamples(len(counts), num_resamples, seed=0)
-    return estimate_over_documents(lambda a, b: np.expm1(a - b), ways, resamples, confidence)
+    losses = np.array([(a.total_nll - b.total_nll)[:, 0] for a, b in pairs])  # [S, D]
+    by_seed = losses.sum(1) / counts.sum()
+    error = find_clustered_error(losses.mean(0), counts)
+    num_documents = int((counts > 0).sum())
+    found = Comparison(
+        float(by_seed.mean()),
+        None,
+        None,
+        None,
+        len(seeds),
+        num_documents,
+        dict(zip(seeds, by_seed.tolist(), strict=True)),
+    )
+    if error is None or 1 < len(seeds) < MIN_SEEDS:
+        return found
+    parts = [(error**2, num_documents - 1)]
+    if len(seeds) > 1:
+        parts.append((float(by_seed.var(ddof=1)) / len(seeds), len(seeds) - 1))
+    variance = sum(part for part, _ in parts)
+    freedom = int(variance**2 / sum(part**2 / free for part, free in parts)) if variance else num_documents - 1
+    spread, quantile = math.sqrt(variance), _find_t_quantile(confidence, freedom)
+    half, visible = quantile * spread, (quantile + _find_t_quantile(2 * POWER - 1, freedom)) * spread
+    return found._replace(low=found.nats - half, high=found.nats + half, smallest_visible=visible)
 
 
 def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> Interval:
@@ -175,7 +274,7 @@ def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> In
 
 
 def find_t_interval(values: Sequence[float], confidence: float) -> Interval | tuple[None, None]:
-    """Student's t interval of a mean, for the few seeds of a study; None, None for fewer than two values.
+    """Student's t interval of a mean, for the few seeds of a study; None, None for fewer than MIN_SEEDS values.
 
     mean ± t · s / √n, with P(|T| ≤ t) = confidence for n − 1 degrees of freedom.
 
@@ -183,7 +282,7 @@ def find_t_interval(values: Sequence[float], confidence: float) -> Interval | tu
         ValueError: not 0 < confidence < 1.
     """
     _check_confidence(confidence)
-    if len(values) < 2:
+    if len(values) < MIN_SEEDS:
         return None, None
     mean = float(np.mean(values))
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -1,18 +1,16 @@
 """The sentence that sums a report up: which model is best, by how much, and how far to trust it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
-from new_llm.evaluation.statistics import Estimate, find_t_interval
+from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, MIN_DOCUMENTS, Comparison
 from new_llm.formats import format_count, format_number, format_size
 from new_llm.report.results import (
     BROKEN,
-    CONFIDENCE,
-    Difference,
     Member,
     Place,
     Series,
@@ -24,7 +22,6 @@ from new_llm.report.results import (
     get_value,
     list_columns,
     list_places,
-    sum_seeds,
 )
 
 SAME_SHARE = 0.0005
@@ -90,7 +87,9 @@ def _describe_memory(series: Sequence[Series]) -> str:
     measured = [one for one in series if found[one.name]]
 
     def get_mean(one: Series) -> float:
-        return compute_mean([result["overall"]["perplexity"]["carried"]["value"] for _, result in found[one.name]])
+        return compute_mean(
+            [result["overall"]["perplexity"]["carried"]["value"] for result in found[one.name].values()]
+        )
 
     def has_memory(one: Series) -> bool:
         return bool(get_number(one.members[0].entry, "memory_info", "total_bytes"))
@@ -99,15 +98,18 @@ def _describe_memory(series: Sequence[Series]) -> str:
         return get_number(one.members[0].entry, "context_tokens")
 
     best = min((one for one in measured if has_memory(one)), key=get_mean, default=None)
-    effects = {} if best is None else {way: _combine(found[best.name], way) for way in ("reset", "foreign")}
-    if best is None or effects["reset"] is None:
+    if best is None:
         return ""
-    num_documents = found[best.name][0][1]["num_documents"]
+    own = found[best.name]
+    effects = {way: compare(own, own, ("long", "carried"), ("long", way)) for way in ("reset", "foreign")}
+    if effects["reset"] is None:
+        return ""
+    num_documents = effects["reset"].num_documents
     documents = "document" if num_documents == 1 else "documents"
     text = f"On {num_documents} long held-out {documents}, {best.name}'s memory "
     text += f"{_say_effect(effects['reset'])} against an empty one"
     if (foreign := effects["foreign"]) is not None:
-        is_alike = (foreign.value < 0) == (effects["reset"].value < 0)
+        is_alike = (foreign.nats < 0) == (effects["reset"].nats < 0)
         text += f" and {f'by {_say_share(foreign)}' if is_alike else _say_effect(foreign)} against another document's"
     text += "."
     without = [one for one in measured if not has_memory(one)]
@@ -116,13 +118,13 @@ def _describe_memory(series: Sequence[Series]) -> str:
     if baseline is None:
         return text
     reads = "the same segments" if same else f"{format_count(get_context(baseline))} tokens at once"
-    if (effect := _pair(found[best.name], found[baseline.name], _sum_long)) is not None:
+    if (effect := compare(own, found[baseline.name], ("long", "carried"))) is not None:
         text += f" Its perplexity is {_say_difference(effect)} that of {baseline.name}, which reads {reads}."
     caches = [_list_results(one, series, "caches") for one in (best, baseline)]
     if all(caches):
-        names = [cache["name"] for cache in caches[1][0][1]["caches"]]
-        strongest = min(names, key=lambda name: sum(_sum_cached(result, name)["total"] for _, result in caches[1]))
-        effect = _pair(caches[0], caches[1], lambda result: _sum_cached(result, "bare"), strongest)
+        ways = [MEASURES["caches"].losses(result) for result in caches[1].values()]
+        strongest = min(ways[0], key=lambda name: sum(float(way[name].total_nll.sum()) for way in ways))
+        effect = compare(caches[0], caches[1], ("caches", "bare"), ("caches", strongest))
         if effect is not None and strongest != "bare":
             stored = "states and n-grams" if strongest == "+ all" else strongest.removeprefix("+ ")
             text += f" Against {baseline.name} with a cache of {stored}, which needs no training, "
@@ -130,81 +132,32 @@ def _describe_memory(series: Sequence[Series]) -> str:
     return text
 
 
-Results = Sequence[tuple[Any, dict[str, Any]]]
-"""(seed, what a measure found)."""
+Results = dict[Any, dict[str, Any]]
+"""By seed, what a measure found."""
 
 
 def _list_results(one: Series, series: Sequence[Series], measure: str) -> Results:
     """A measure's results for a model, on the first text that any model has."""
     place = next((place for place in list_places(series) if place[0] == measure), None)
-    found = [(member.seed, member.list_measured().get(place)) for member in one.members] if place else []
-    return [(seed, measured.result) for seed, measured in found if measured is not None]
+    return {} if place is None else _list_at(one, place)
 
 
-def _combine(results: Results, way: str) -> Estimate | None:
-    """What the memory is worth against another way: over documents for one seed, over seeds for several."""
-    known = [result["overall"]["differences"][way]["relative"] for _, result in results
-             if way in result["overall"]["differences"]]  # fmt: skip
-    return _average([Estimate(one["value"], one["low"], one["high"]) for one in known])
+def _list_at(one: Series, place: Place) -> Results:
+    found = {member.seed: member.list_measured().get(place) for member in one.members}
+    return {seed: measured.result for seed, measured in found.items() if measured is not None}
 
 
-def _average(effects: Sequence[Estimate]) -> Estimate | None:
-    """The mean over seeds; its interval is the wider one, over seeds or over documents, and none for few documents."""
-    if not effects:
-        return None
-    value = compute_mean([effect.value for effect in effects])
-    lows, highs = (
-        [end for effect in effects if (end := getattr(effect, name)) is not None] for name in ("low", "high")
-    )
-    if len(lows) < len(effects):
-        return Estimate(value, None, None)
-    low, high = compute_mean(lows), compute_mean(highs)
-    if len(effects) > 1:
-        over_seeds = find_t_interval([effect.value for effect in effects], CONFIDENCE)
-        low, high = min(low, over_seeds[0] or low), max(high, over_seeds[1] or high)
-    return Estimate(value, low, high)
-
-
-def _pair(
-    one: Results, other: Results, total: Callable[[dict[str, Any]], dict[str, Any]], cache: str = ""
-) -> Estimate | None:
-    """Two models on the same documents, paired by document and seed; the other one with a cache, where it is named."""
-    pairs = [
-        (total(a), _sum_cached(b, cache) if cache else total(b))
-        for seed, a in one
-        for other_seed, b in other
-        if seed == other_seed
-    ]
-    found = [difference for a, b in pairs if (difference := compare({"documents": a}, {"documents": b})) is not None]
-    return _average([Estimate(*difference[:3]) for difference in found])
-
-
-def _sum_long(result: dict[str, Any]) -> dict[str, Any]:
-    """Tokens and loss of each long document, the memory carried."""
-    return {
-        "num_tokens": [sum(document["num_tokens"]["carried"]) for document in result["documents"]],
-        "total_nll": [sum(document["total_nll"]["carried"]) for document in result["documents"]],
-    }
-
-
-def _sum_cached(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """Tokens and loss of each long document with a cache."""
-    losses = [sum(document["total_nll"][name]) for document in result["documents"]]
-    num_tokens = [sum(document["num_tokens"]) for document in result["documents"]]
-    return {"num_tokens": num_tokens, "total_nll": losses, "total": sum(losses)}
-
-
-def _say_share(effect: Estimate) -> str:
-    said = format_size(*effect)
+def _say_share(effect: Comparison) -> str:
+    said = format_size(*effect.relative)
     return said if effect.low is not None else f"{said} (no interval: too few documents or seeds)"
 
 
-def _say_effect(effect: Estimate) -> str:
-    return f"{'lowers' if effect.value < 0 else 'raises'} perplexity by {_say_share(effect)}"
+def _say_effect(effect: Comparison) -> str:
+    return f"{'lowers' if effect.nats < 0 else 'raises'} perplexity by {_say_share(effect)}"
 
 
-def _say_difference(effect: Estimate) -> str:
-    return f"{_say_share(effect)} {'below' if effect.value < 0 else 'above'}"
+def _say_difference(effect: Comparison) -> str:
+    return f"{_say_share(effect)} {'below' if effect.nats < 0 else 'above'}"
 
 
 def describe_ranking(series: Sequence[Series]) -> Headline:
@@ -287,76 +240,41 @@ def pair_members(one: Series, other: Series) -> list[tuple[Member, Member]]:
 
 
 def describe_difference(best: Score, second: Score, place: Place) -> str:
-    """The paired difference of two models: over documents for one seed, over seeds for several."""
-    pairs = pair_members(best.series, second.series)
+    """The difference of two models, paired by seed and document."""
+    pairs, name = pair_members(best.series, second.series), second.series.name
     single = [score.series.name for score in (best, second) if len(score.values) == 1]
     if len(single) == 1 and len(pairs) < 2:
         return f"{single[0]} was trained with one seed, so the spread between seeds can't be told from the difference."
-    if len(pairs) == 1 or len(single) == 2:
-        return _describe_over_documents(pairs, place, second.series.name)
+    if len(single) < 2 and not pairs:
+        return f"{best.series.name} and {name} share no seeds, so their difference has no paired interval."
     if max(*best.values.values(), *second.values.values()) > MAX_VALUE:
         return "A figure is too large to compare seeds."
-    values = [_read(pair, best, second) for pair in pairs]
-    shares = [one / other - 1 for one, other in (pair for pair in values if pair is not None) if other]
-    if len(shares) < 2:
-        return (
-            f"{best.series.name} and {second.series.name} share no seeds, so their difference has no paired interval."
-        )
-    estimate = _compare_over_documents(pairs, place)
-    if estimate is not None and estimate.low is None:
-        return f"{_say_too_few(estimate.num_documents)} Seeds: {len(shares)}, all on the same documents."
-    low, high = find_t_interval(shares, CONFIDENCE)
-    said = (
-        f"The difference from {second.series.name} is {compute_mean(shares):+.1%} [{low:+.1%}, {high:+.1%}] "
-        f"(95% interval over {len(shares)} seeds, paired by seed, Student's t)"
-    )
-    is_clear = _is_clear(low, high)
-    if estimate is not None:
-        said += f", [{estimate.low:+.1%}, {estimate.high:+.1%}] (over {estimate.num_documents} documents, paired by "
-        said += "document and seed)"
-        is_clear = is_clear and _is_clear(estimate.low, estimate.high)
-    return f"{said}: {_judge(is_clear)}."
+    unmeasured = " Each model was trained with one seed, so the spread between seeds is unmeasured."
+    unmeasured = unmeasured if len(single) == 2 else ""
+    found = compare(_list_at(best.series, place), _list_at(second.series, place), (place[0], ""))
+    if found is None:
+        return unmeasured.strip() or "The difference has no interval: the documents are not known, or differ by seed."
+    if found.low is None and found.num_documents < MIN_DOCUMENTS:
+        were = "document was" if found.num_documents == 1 else "documents were"
+        few = f"Only {found.num_documents} {were} measured, too few for an interval of the difference."
+        return f"{few}{unmeasured or f' Seeds: {found.num_seeds}, all on the same documents.'}"
+    said = f"The difference from {name} is {math.expm1(found.nats):+.1%}"
+    if found.low is None or found.high is None:
+        return f"{said}; of {found.num_seeds} seeds it has no interval."
+    many, by = f"{found.num_documents} documents", "document"
+    if found.num_seeds > 1:
+        many, by = f"{found.num_seeds} seeds and {many}", "seed and document"
+    said += f" [{math.expm1(found.low):+.1%}, {math.expm1(found.high):+.1%}] (95% interval over {many}, paired by {by})"
+    return f"{said}: {_judge(found)}.{unmeasured}"
 
 
-def _read(pair: tuple[Member, Member], best: Score, second: Score) -> tuple[float, float] | None:
-    """The figures of two trainings."""
-    found = []
-    for member, score in zip(pair, (best, second), strict=True):
-        found.append(score.values.get(score.series.members.index(member)))
-    return (found[0], found[1]) if None not in found else None
-
-
-def _compare_over_documents(pairs: Sequence[tuple[Member, Member]], place: Place) -> Difference | None:
-    """Two models document by document, each document's loss summed over the seeds that both have."""
-    results = [[found.result if (found := m.list_measured().get(place)) else {} for m in pair] for pair in pairs]
-    return compare(*map(sum_seeds, zip(*results, strict=True))) if results else None
-
-
-def _describe_over_documents(pairs: Sequence[tuple[Member, Member]], place: Place, name: str) -> str:
-    unmeasured = "Each model was trained with one seed, so the spread between seeds is unmeasured."
-    estimate = _compare_over_documents(pairs, place)
-    if estimate is None:
-        return unmeasured
-    if estimate.low is None or estimate.high is None:
-        return f"{_say_too_few(estimate.num_documents)} {unmeasured}"
-    said = (
-        f"The difference from {name} is {estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}] "
-        f"(95% interval over {estimate.num_documents} documents, paired by document)"
-    )
-    return f"{said}: {_judge(_is_clear(estimate.low, estimate.high))}. {unmeasured}"
-
-
-def _say_too_few(num_documents: int) -> str:
-    were = "document was" if num_documents == 1 else "documents were"
-    return f"Only {num_documents} {were} measured, too few for an interval of the difference."
-
-
-def _is_clear(low: float | None, high: float | None) -> bool:
-    return low is not None and high is not None and (low > 0 or high < 0)
-
-
-def _judge(is_clear: bool) -> str:
-    return "more than chance explains" if is_clear else "chance could explain it, so read it as a tie"
+def _judge(found: Comparison) -> str:
+    if not found.is_clear:
+        seen = math.expm1(found.smallest_visible or 0)
+        return f"chance could explain it, so read it as a tie (a difference of {seen:.1%} would have been seen)"
+    if 1 < found.num_seeds < MIN_CLAIM_SEEDS:
+        return f"more than chance explains, but an indication only: a claim needs {MIN_CLAIM_SEEDS} seeds"
+    return "more than chance explains"
 
 
 def say(score: Score) -> str:

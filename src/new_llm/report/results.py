@@ -5,10 +5,10 @@ Then the models of a report: those of which runs are one (trained with several s
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config import UserError
@@ -17,7 +17,7 @@ from new_llm.config.files import read_json_file
 from new_llm.config.loading import flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
-from new_llm.evaluation.statistics import compare_documents
+from new_llm.evaluation.statistics import Comparison, compare_models
 from new_llm.formats import MISSING
 
 SCHEMA_VERSION = 1
@@ -408,36 +408,26 @@ def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText 
         return []
 
 
-class Difference(NamedTuple):
-    """A model's perplexity / another's − 1 on the same documents, with its interval, or None for too few."""
+def compare(
+    one: Mapping[Any, Any], other: Mapping[Any, Any], of: tuple[str, str], against: tuple[str, str] | None = None
+) -> Comparison | None:
+    """Two models, paired by seed and document; None where they were not measured on the same documents.
 
-    value: float
-    low: float | None
-    high: float | None
-    num_documents: int
-
-
-def compare(one: Any, other: Any) -> Difference | None:
-    """The paired difference of two results by document; None where they don't tell the same documents."""
+    Args:
+        one: a measure's results by seed.
+        other: the other model's.
+        of: the measure, and the way of reading it by which the one model is compared.
+        against: those of the other one; None: the same.
+    """
     try:
-        found = compare_documents(one["documents"], other["documents"], confidence=CONFIDENCE)
-        num_documents = sum(count > 0 for count in one["documents"]["num_tokens"])
-        return None if found is None else Difference(*found, num_documents)
+        (measure, way), (other_measure, other_way) = of, against or of
+        return compare_models(
+            {seed: MEASURES[measure].losses(result)[way] for seed, result in one.items()},
+            {seed: MEASURES[other_measure].losses(result)[other_way] for seed, result in other.items()},
+            CONFIDENCE,
+        )
     except BROKEN:
         return None
-
-
-def sum_seeds(results: Sequence[Any]) -> dict[str, Any]:
-    """Results of a model's seeds on the same documents as one: tokens and loss of each document, summed over seeds."""
-    try:
-        documents = [result["documents"] for result in results]
-        if any(one["num_tokens"] != documents[0]["num_tokens"] for one in documents):
-            return {}
-        names = ("num_tokens", "total_nll")
-        totals = {name: [sum(seeds) for seeds in zip(*(one[name] for one in documents), strict=True)] for name in names}
-        return {"documents": totals}
-    except BROKEN:
-        return {}
 
 
 def list_unknown(series: Sequence[Series]) -> list[str]:
