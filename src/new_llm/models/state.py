@@ -47,9 +47,9 @@ class LayerMemory:
         """Bytes of its floating-point tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values() if t.is_floating_point())
 
-    def map(self, function: Any) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A copy with a function applied to every tensor."""
-        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
+        return map_tensors(self, function)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """A copy on another device, with floating-point tensors in another dtype."""

@@ -1,7 +1,6 @@
 """Every model of the family as a `transformers` model: `AutoModelForCausalLM`, `generate()`, `Trainer`, `peft`."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -18,6 +17,7 @@ from new_llm.models.layers import Attention
 from new_llm.models.layers.base import initialize_weights
 from new_llm.models.loss import IGNORE_INDEX, compute_token_losses
 from new_llm.models.model_file import FORMAT_VERSION, build_model, describe_model
+from new_llm.models.state import map_tensors
 from new_llm.models.stream import MemoryStream
 from new_llm.models.transformer import TransformerLM
 
@@ -208,36 +208,26 @@ def hold_over_padding(hidden: Tensor, attention_mask: Tensor | None, before: Ten
 def select_stream_rows(stream: MemoryStream, indices: Tensor) -> MemoryStream:
     """A stream of copies of some rows of another, which stays as it is."""
     selected = copy.copy(stream)
-    seen: dict[int, Any] = {}
+    seen: dict[int, Tensor] = {}
     selected.batch_size = len(indices)
     for name in ("memories", "opened", "offsets", "num_tokens"):
         setattr(selected, name, pick_rows(getattr(stream, name), indices, seen))
     return selected
 
 
-def pick_rows(value: Any, indices: Tensor, seen: dict[int, Any]) -> Any:
-    """Copy rows of all tensors in nested dataclasses, lists, tuples and mappings; other values stay.
+def pick_rows(value: Any, indices: Tensor, seen: dict[int, Tensor]) -> Any:
+    """Copy rows of all tensors of a nested state.
 
     `seen` holds copies by the id of what they were made from: one tensor in two places stays one, since layers write
     theirs in place.
     """
-    if id(value) in seen:
-        return seen[id(value)]
-    picked: Any
-    if isinstance(value, Tensor):
-        picked = value.index_select(0, indices.to(value.device)) if value.dim() else value.clone()
-    elif isinstance(value, dict):
-        picked = {key: pick_rows(part, indices, seen) for key, part in value.items()}
-    elif type(value) in (list, tuple):
-        picked = type(value)([pick_rows(part, indices, seen) for part in value])
-    elif dataclasses.is_dataclass(value):
-        whole: Any = value
-        names = [field.name for field in dataclasses.fields(whole)]
-        picked = dataclasses.replace(whole, **{name: pick_rows(getattr(whole, name), indices, seen) for name in names})
-    else:
-        return value
-    seen[id(value)] = picked
-    return picked
+
+    def pick(t: Tensor) -> Tensor:
+        if id(t) not in seen:
+            seen[id(t)] = t.index_select(0, indices.to(t.device)) if t.dim() else t.clone()
+        return seen[id(t)]
+
+    return map_tensors(value, pick)
 
 
 UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
