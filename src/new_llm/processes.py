@@ -51,10 +51,8 @@ class Processes:
 
     Attributes:
         rank: this process, from 0; the main process is 0, and it alone writes files.
-        count: how many there are.
         local_rank: this process among those of its machine.
         group: the gloo group of the messages; None: there is one process.
-        store: where failures are recorded.
     """
 
     rank: int = 0

@@ -91,7 +91,6 @@ def choose_command(kinds: Mapping[str, Any], default: str | None = None) -> Any:
     """The type that tyro reads as a choice of sub-commands.
 
     Args:
-        kinds: the sub-commands by their names.
         default: the one that is meant where none is named; None: one must be named.
     """
     chosen = (

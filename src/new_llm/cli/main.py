@@ -92,7 +92,6 @@ def explain(error: BaseException, without_hub: str = "") -> int:
     """Say in a line what ended a command; returns its exit code.
 
     Args:
-        error: what was raised.
         without_hub: what the command offers where the hub is out of reach.
     """
     if isinstance(error, OtherProcessError):  # which has said why

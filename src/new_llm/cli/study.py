@@ -33,7 +33,6 @@ class StudyFlags:
         """Train what has not been trained, compare, and print the table.
 
         Args:
-            study: the study.
             again: the words that continue it, if it is interrupted.
             only: variants to run now.
         """

@@ -154,7 +154,6 @@ def plan_batches(
     document; the document's tail is a shorter one, if it has at least 2 tokens.
 
     Args:
-        split: the documents.
         seq_length: tokens in a sample, T.
         batch_size: rows, B.
         order: `stream` shuffles the documents each epoch, lays their samples end to end and cuts the list
@@ -162,7 +161,6 @@ def plan_batches(
             `shuffled` permutes the samples: each starts from empty memory, and the last batch may have fewer
             rows.
         seed: of the subset and, with the epoch, of the order.
-        epoch: which pass this is.
         num_samples: take this many samples, the same in every epoch: the pinned documents first, then whole
             documents in a seeded order, the last one cut; None: all.
         planter: plants facts into the samples, which must be shuffled: a sample's end is lost.

@@ -102,7 +102,6 @@ def register_source(
     """Make a function a source that `data.source` knows by name.
 
     Args:
-        name: of the source.
         fingerprint: text that changes whenever the documents do, e.g. a version; None: a hash of the documents, for
             which they are read at every start (max_documents of them).
         is_hub: it is read from the hub, so that the hub's tokenizer is tried first.
@@ -120,7 +119,6 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
     """Find the source that the configuration names; a hub source is not asked for before it is read.
 
     Args:
-        config: names the source.
         whole_files: read a text file, or WikiText-2, as one document instead of its articles.
         split: which split of a hub data set.
 

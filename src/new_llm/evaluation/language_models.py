@@ -114,7 +114,6 @@ class CachedModel(nn.Module):
     """A model and a cache of each row's text, mixed; the cache is carried, emptied and set aside with the memory.
 
     Args:
-        model: a `TransformerLM` or a `HuggingFaceLM`.
         config: the cache. With nothing in it every loss is the model's own, bit for bit.
     """
 

@@ -55,11 +55,7 @@ class TrainingData:
     """What a model was trained on; only the doctor asks.
 
     Attributes:
-        train: the training documents.
-        validation: the validation documents.
         shapes: how batches are cut from them, one shape per curriculum stage.
-        order: stream or shuffled.
-        seed: seed of the order.
         pairs: the reversal pairs whose forward sentences were trained on; empty if there were none.
         differences: where the run's records differ from the data found now, one sentence each.
         facts: fingerprints that agree with the run's records.
@@ -81,7 +77,6 @@ class Subject:
 
     Attributes:
         model: in evaluation mode, on its device.
-        tokenizer: its tokenizer.
         split: the documents to measure on, tokenised with it.
         settings: the eval section of the configuration.
         seq_length: tokens of a training sample; the position measure cuts documents into samples of this length.
@@ -308,7 +303,6 @@ def measure(
     """Measure a model: the result of each measure by its name, plain values throughout.
 
     Args:
-        subject: the model.
         names: the measures; None: `EvalConfig.measures`.
         say: told what is measured next.
         refused: takes the reason of each measure that the model or the text does not allow, in place of an error: a

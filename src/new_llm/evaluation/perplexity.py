@@ -156,8 +156,6 @@ def evaluate_sliding_window(
 
     Args:
         model: read in evaluation mode; its held memory is neither read nor changed.
-        split: the documents.
-        context: tokens in a window.
         stride: tokens from one window to the next, at most the context.
         reading: batch_size and what else `Reading` names.
 

@@ -40,9 +40,7 @@ class PairLosses(NamedTuple):
 
     Attributes:
         total_nll: of the sentence's tokens but the first, nats.
-        num_tokens: how many these are.
         answer_nll: of the answer's tokens alone, nats.
-        num_answer_tokens: how many these are.
         rank: of the right answer among the answers of its relation: 1 + those that are likelier + half of those that
             are as likely.
         num_candidates: the answers ranked, the right one among them.
@@ -196,7 +194,6 @@ def evaluate_reversal_curse(
     Args:
         model: evaluated in evaluation mode from an empty memory; its held memory is neither read nor changed.
         tokenizer: of `tokenizers` or `transformers`.
-        pairs: at least one.
         device: where the model lies; None: where its weights are.
         autocast: makes the context in which the model computes.
         on_progress: called with the sentences scored so far and in all.

@@ -57,8 +57,6 @@ def prepare_subject(
     """A loaded model with all that the measures named in `settings` need.
 
     Args:
-        loaded: the model.
-        settings: what is measured and how.
         model_config: what named the model; its device and precision are those of the baselines, too.
         text_config: the text; None: the measures bring their own.
         baselines: other models that read the same long documents; None: those that the settings name.
@@ -159,8 +157,6 @@ def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextCo
     """The model with the configured cache around it, tuned as `TunedCacheConfig` says; without one as it is.
 
     Args:
-        loaded: the model.
-        config: the cache.
         text_config: the text that will be measured; None: the measures bring their own.
 
     Raises:
@@ -227,9 +223,7 @@ def load_baselines(
     shorter; one with a memory keeps its own.
 
     Args:
-        loaded: the measured model.
         config: what named it; its device, precision and cache are the baselines', too.
-        options: names the baselines.
         text_config: the text that will be measured.
         names: of the variants of a study, in the order of the options; these keep their own segments. None: they are
             named by their runs.
@@ -287,8 +281,6 @@ def describe_evaluation(
     """The record of a measurement: the result with everything needed to repeat it.
 
     Args:
-        kind: the measure's name.
-        loaded: the model.
         text: what it was measured on; None: what the result says in `text`.
         settings: the options of the measurement, seeds included.
         result: of `Measure.run`; where its `is_complete` is False, it holds what was measured until the interruption.
@@ -313,8 +305,6 @@ def write_evaluation(record: dict[str, Any], loaded: LoadedModel, out: Path | No
     """Write a record, by default into the run's folder; repeating a measurement replaces its file.
 
     Args:
-        record: of `describe_evaluation`.
-        loaded: the model.
         out: the file; None: `<run>/evaluations/<kind>-<model>-<hash of model, text and settings>.json`, under runs/
             for a model that belongs to no run.
     """

@@ -44,10 +44,7 @@ class FillResult:
     """What was read into a memory.
 
     Attributes:
-        num_files: text files.
-        num_tokens: their tokens.
         num_segments: segments they were cut into; the last one of each document may be short.
-        seconds: wall time of reading.
     """
 
     num_files: int
@@ -76,10 +73,7 @@ def fill_memory_from_run(
 
     Args:
         run: a run folder or a model's folder; see `find_model_folder`.
-        paths: text files.
-        out: the memory file to write.
         model_name: which model of the run; None: its only one with memory.
-        device: auto, cpu, cuda or cuda:N.
         config: how much is read at once.
         on_bytes: called with the bytes read since the last call.
         on_note: called with a line that the user should read.
@@ -135,7 +129,6 @@ def fill_memory(
 
     Args:
         model: a model with memory layers, which will hold one memory shared by all rows.
-        tokenizer: the model's.
         paths: text files (.txt, .jsonl and whatever else `new_llm.data` reads).
         config: how much is read at once.
         on_bytes: called with the bytes read since the last call.
@@ -173,7 +166,6 @@ def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[s
 
     Args:
         model: holds one memory for all rows.
-        tokenizer: the model's.
         pieces: the text, cut where tokens end; see `cut_at_white_space`.
         config: tokens that are read at once.
     """

@@ -90,8 +90,6 @@ def run_experiment(
     """Train and compare some models. Under a launcher every process makes the same call.
 
     Args:
-        model_types: the models; None: the configuration's.
-        exp_config: the experiment; None: the reference.
         resume: continue the run of this name.
         console: where to show progress; None: the standard error.
         write_report: writes the page after every model, `new_llm.report.write_report`; None: no page.

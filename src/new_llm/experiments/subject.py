@@ -45,12 +45,8 @@ class LoadedModel:
 
     Attributes:
         label: short name that can be part of a file name.
-        model: the model.
-        tokenizer: its tokenizer.
-        device: where it is.
         precision: fp32, bf16 (autocast), or the dtype of its weights.
         autocast: makes the context in which it computes.
-        facts: plain values for the record.
         folder: the run it belongs to; None: no run.
         config: that run's configuration; None: no run.
     """

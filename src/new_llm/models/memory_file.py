@@ -180,7 +180,6 @@ class MemoryFile:
     """What a memory file holds.
 
     Attributes:
-        record: its metadata.
         state: its memory, as `get_memory_state` gives it and `set_memory_state` takes it.
     """
 
@@ -198,8 +197,6 @@ def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint
     """Write the memory that a model holds; the file is whole, or what was there before.
 
     Args:
-        model: the model.
-        path: the file.
         weights_fingerprint: of the model, where many files are written; None: computed.
 
     Raises:
@@ -221,7 +218,6 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
 
     Args:
         model: of the layers and the weights that filled the memory.
-        path: what `save_memory_file` or `merge_memory_files` wrote.
         force: take a memory that other weights have filled, if its shapes fit.
 
     Raises:
@@ -266,7 +262,6 @@ def read_memory_file(path: Path, check: Callable[[MemoryRecord, State], None] | 
     """Read and validate a memory file; needs no model.
 
     Args:
-        path: the file.
         check: given the record, and the state on the meta device, before any tensor is read; a ValueError of it refuses
             the file.
 
@@ -296,7 +291,6 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
     """Add memories that one model filled from different texts, and write the sum; see `merge_memory_states`.
 
     Args:
-        paths: at least two memory files.
         out: the file to write; may be one of `paths`.
         force: add memories that different weights or segment lengths have filled, if their shapes fit.
 

@@ -94,7 +94,6 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
 
     Args:
         structure: of `describe_model`, perhaps from a file; nothing in it is trusted.
-        where: its origin, for errors.
         header: of the weights that the model is to take, with whose shapes the structure's are compared before any
             memory is taken; None: the model's weights are drawn.
 

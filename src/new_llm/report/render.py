@@ -95,8 +95,6 @@ def draw_for_page(chart: Chart, spec: dict[str, Any], places: Mapping[str, int])
     """An SVG element for the page: no legend, the page's colours, a tooltip for each mark.
 
     Args:
-        chart: what is drawn.
-        spec: the chart's, or its `other`.
         places: the models' places, which choose their colours and marks in all charts alike.
     """
     spec = copy.deepcopy(spec)

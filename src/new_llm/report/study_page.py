@@ -32,9 +32,6 @@ def write_study_page(
     """Write the page of a study's summary and finished runs into its folder.
 
     Args:
-        summary: what `study.json` holds.
-        found: the finished runs by variant.
-        folder: the study's folder.
         with_figures: write each chart as SVG, PNG and CSV as well, which takes longer than the page.
     """
     charts = list(name_apart(draw_study(summary, found)))

@@ -108,7 +108,6 @@ class StepMonitor:
         """Keep a step's numbers, before its update; returns whether it is time to read them.
 
         Args:
-            place: which step.
             losses: this process's shares of the mean loss, one per batch.
             norm: of the step's gradients, before clipping.
             batches: what it read, on the host.

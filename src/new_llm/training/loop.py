@@ -70,10 +70,7 @@ class Trainer:
     """Trains one model on one split.
 
     Args:
-        model: the model, on the CPU.
-        split: the training documents.
         data: how they are cut into samples, and the order of samples.
-        config: how the model is trained.
         folder: the model's folder in the run.
         validate: measures the validation loss (nats per token) of the model as it is.
         measure: what else is measured of it on the way, plain values for an event "checkpoint" in `metrics.jsonl`.
@@ -216,8 +213,6 @@ class Trainer:
         """An epoch in samples of `segments` segments, with as many tokens per batch as whole samples have.
 
         Args:
-            epoch: which pass this is.
-            segments: of a sample.
             batch_size: whole samples in a batch; None: those of the configuration.
         """
         shape = shape_batches(self.data, batch_size or self.config.batch_size, segments)

@@ -227,8 +227,6 @@ def make_schedule(
     """Share of the peak learning rate at a step: a linear rise, then a half cosine down to `min_lr_ratio`.
 
     Args:
-        config: how the model is trained.
-        steps_per_epoch: steps in an epoch.
         read_progress: the share of the training that is done by now, which the cosine follows; None: by its steps.
     """
     warmup_steps = max(1, round(config.warmup_fraction * steps_per_epoch))

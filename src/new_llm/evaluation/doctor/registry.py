@@ -212,7 +212,6 @@ class Examination:
         """The difference from these logits that counts as rounding.
 
         Args:
-            logits: what is compared.
             is_rounded: the compared shapes differ, and with them the order of summation.
         """
         is_half = next(iter(self.model.parameters())).dtype.itemsize < 4

@@ -42,15 +42,10 @@ class NewLLMConfig(PretrainedConfig):
     Args:
         layers: the layers, each `{"kind": "infini", ...}` with the arguments of a registered layer class.
         vocab_size: rows of the embedding and the head.
-        segment_length: tokens in a segment.
-        layer_norm_eps: ε of the final LayerNorm.
         selective: options of a selective model; None: one pass.
-        format_version: version of this description.
         max_position_embeddings: tokens that a tool may give in one call. The model itself has no limit: positions
             restart in every segment and memory carries the rest. None: a Pythia's 2048, or a segment where that is
             longer, so that models cut into different segments are measured on the same texts.
-        initializer_range: standard deviation of fresh weights.
-        tie_word_embeddings: the head is the embedding.
         use_cache: return a cache where no gradients are recorded.
         kwargs: the rest, as in any `PretrainedConfig`.
     """
@@ -422,7 +417,6 @@ def export_auto(
     The folder loads wherever `new_llm.models.hf` has been imported. The held memory is not part of it.
 
     Args:
-        model: any model of registered layers.
         directory: where to write; weights that stand there are replaced.
         tokenizer: written beside the model, with its special tokens; None: none, and token 0 ends a text.
 

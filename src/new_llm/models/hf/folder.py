@@ -180,7 +180,6 @@ def wrap_tokenizer(
     Args:
         tokenizer: one of `transformers` stays as it is.
         max_length: tokens that a text should have at most.
-        vocab_size: the model's.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer

@@ -110,13 +110,7 @@ def _parse_rotary(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(config: PythiaConfig, dtype: torch.dtype, token_ids: dict[str, int | None]) -> dict[str, Any]:
-    """A `config.json` that old and new versions of `transformers` read alike: it has the keys of both.
-
-    Args:
-        config: the shape.
-        dtype: the weights'.
-        token_ids: bos_token_id, eos_token_id, pad_token_id.
-    """
+    """A `config.json` that old and new versions of `transformers` read alike: it has the keys of both."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -246,7 +240,6 @@ def export_pythia(
     `max_position_embeddings` is the segment's length: beyond it the two would differ, since GPT-NeoX has no segments.
 
     Args:
-        model: a model of Pythia layers.
         directory: where to write; weights that stand there are replaced.
         tokenizer: written beside the model, with its special tokens; None: none, and token 0 ends a text.
 

@@ -81,7 +81,6 @@ def create_pythia_with_parallel_infini(
         layers: the layers that get a memory beside them, by index.
         segment_length: tokens in a segment; None: the base's own.
         revision: branch, tag or commit of a name on the hub.
-        options: further fields of `AdapterConfig`.
 
     Raises:
         ValueError: an unknown option, a value out of range, or a layer that the base lacks.
