@@ -52,6 +52,12 @@ def fail_one(folder: Path, cell: Cell) -> None:
     print(f"here is {cell.name}")
 
 
+def crash_one(folder: Path, cell: Cell) -> None:
+    if cell.variant == "no-delta":
+        raise RuntimeError("the GPU is gone")
+    print(f"here is {cell.name}")
+
+
 def stop_one(folder: Path, cell: Cell) -> None:
     if cell.variant == "no-delta":
         os.kill(os.getpid(), signal.SIGTERM)

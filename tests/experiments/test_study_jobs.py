@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from experiment_cases import fail_one, note_process, stop_one, write_study
+from experiment_cases import crash_one, fail_one, note_process, stop_one, write_study
 from rich.console import Console
 
 from new_llm.cli.main import main
@@ -49,6 +49,13 @@ def test_a_cell_that_fails_ends_all_and_is_named(tmp_path, work, error, message)
     with pytest.raises(error, match=message) as raised:
         run(InProcesses(partial(work, tmp_path), tmp_path, 2))
     assert "\n" not in str(raised.value)
+
+
+def test_a_process_that_crashes_leaves_the_others(tmp_path):
+    pool = InProcesses(partial(crash_one, tmp_path), tmp_path, 2)
+    assert run(pool) == CELLS[:1]
+    (line,) = pool.failures
+    assert line.startswith("no-delta-s0: RuntimeError: the GPU is gone; more is in ")
 
 
 def test_a_job_that_fails_leaves_the_others(tmp_path, monkeypatch):

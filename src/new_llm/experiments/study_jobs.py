@@ -87,7 +87,7 @@ class Pool(ABC):
         """Wait until some cell has ended; returns those that have, failed ones left out.
 
         Raises:
-            UserError: one failed, and the others are not to go on: its name, its last line, and its log.
+            UserError: one had bad input: its name, its last line, and its log.
             TrainingInterrupted: one was asked to stop.
         """
 
@@ -146,7 +146,10 @@ class InTurn(Pool):
 
 
 class InProcesses(Pool):
-    """Each run in a process of its own with its share of the cores. If one fails, all end."""
+    """Each run in a process of its own with its share of the cores.
+
+    Bad input ends all; if a run fails in another way, the others go on.
+    """
 
     size: int
 
@@ -167,9 +170,11 @@ class InProcesses(Pool):
             del self.running[cell]
             if process.exitcode == INTERRUPTED:
                 raise TrainingInterrupted(f"{cell.name}: interrupted", self.folder / cell.name)
-            if process.exitcode != 0:
-                raise UserError(self.describe_failure(cell, f"its process ended with {process.exitcode}"))
-        return list(ended)
+            failure = self.describe_failure(cell, f"its process ended with {process.exitcode}")
+            if process.exitcode == BAD_INPUT:  # the others would most likely end so, too
+                raise UserError(failure)
+            self.failures += [failure] if process.exitcode else []
+        return [cell for cell, process in ended.items() if not process.exitcode]
 
     def stop(self) -> None:
         """Ask the processes to stop, and wait until they have written their checkpoints."""
