@@ -27,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -338,7 +339,7 @@ def check_correctness(scale: Scale) -> Iterator[Row]:
         (f"{name}, {scale.many_groups} groups", lambda *s, make=make: make(*s, groups=scale.many_groups), (16, 16, 1))
         for name, make in many.items()
     ]
-    for (name, make, sizes), (precision, (dtype, allows_tf32)) in itertools.product(cases, dtypes.items()):
+    for (name, make, sizes), (precision, (dtype, allows_tf32)) in product(cases, dtypes.items()):
         torch.manual_seed(0)
         row: Row = {"operation": name, "K, S, H": str(sizes), "dtype": precision}
         try:
@@ -371,7 +372,7 @@ def check_registers(scale: Scale) -> Iterator[Row]:
         yield {"kernel": "none: Triton's kernels do not run here"}
         return
     module, seen = kernels.load_triton(), set()
-    for width, dtype in itertools.product(scale.key_sizes, (torch.bfloat16, torch.float32)):
+    for width, dtype in product(scale.key_sizes, (torch.bfloat16, torch.float32)):
         run_case(make_scan(width, 64, 1, delta=True), scale.device, dtype)
         run_case(make_scan(width, 64, 1, delta=False), scale.device, dtype)
         run_case(make_local(width, 256, 1), scale.device, dtype)
@@ -494,7 +495,7 @@ def measure_head(scale: Scale) -> Iterator[Row]:
 
         liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         ways["Liger"] = lambda h, w, t: liger(w, h, t)
-    for size, (name, way) in itertools.product(scale.head_sizes, ways.items()):
+    for size, (name, way) in product(scale.head_sizes, ways.items()):
         shape = find_shape(size)
         options = {"device": scale.device, "dtype": torch.bfloat16}
         hidden = torch.randn(scale.head_rows, shape.hidden_size, **options).requires_grad_()
@@ -514,7 +515,7 @@ def compute_loss_plainly(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 def measure_training(scale: Scale) -> Iterator[Row]:
     """Tokens a second of training steps: forward, backward, AdamW, in bf16 autocast."""
-    for size, (name, job) in itertools.product(scale.sizes, list_training(scale).items()):
+    for size, (name, job) in product(scale.sizes, list_training(scale).items()):
         job = replace(job, size=size, options=make_all_infini(size) if job.model == "infini" else {})
         row: Row = {"shape": size, "model": name, "rows × tokens": f"{job.rows} × {job.tokens}"}
         device, step = torch.device(scale.device), None
@@ -561,25 +562,30 @@ def measure_decoding(scale: Scale) -> Iterator[Row]:
     """Tokens a second of greedy decoding in bf16, the capture of a step included, and how many times theirs."""
     common = {"tokens": scale.prompt, "new_tokens": scale.new_tokens, "device": scale.device, "is_random": True}
     job = Job("decoding", **common)
-    jobs = {
-        "GPT-NeoX, static cache, compiled": replace(job, model=HUGGING_FACE, is_compiled=True),
+    ours = {
         "ours, Pythia": job,
         "ours, all Infini": replace(job, model="infini", segment=scale.segment),
         "ours, token_memory": replace(job, model="token_memory", segment=scale.segment),
     }
-    theirs = 0.0
-    for size, rows, (name, job) in itertools.product(scale.sizes, scale.batches, jobs.items()):
+    theirs = {"GPT-NeoX, static cache, compiled": replace(job, model=HUGGING_FACE, is_compiled=True)}
+    seconds: dict[tuple[str, int], dict[str, float]] = {}
+    sizes = scale.sizes[:2]
+    cases = [*product(sizes, scale.batches, ours.items()), *product(sizes, scale.batches, theirs.items())]
+    for size, rows, (name, job) in cases:  # theirs last: it takes long to compile
         job = replace(job, size=size, rows=rows, options=make_all_infini(size) if job.model == "infini" else {})
         row: Row = {"shape": size, "batch": rows, "model": name, "prompt": job.tokens}
         step: Any = None
-        theirs = 0.0 if job.model == HUGGING_FACE else theirs
         try:
             step = make_step(job, torch.device(scale.device))
             step()  # compiles and captures
-            seconds = statistics.median(step() for _ in range(3))
-            theirs = seconds if job.model == HUGGING_FACE else theirs
-            row |= {"tokens/s": round(rows / seconds), "ms a token": round(seconds * 1e3, 3)}
-            row["of static"] = round(theirs / seconds, 2)
+            mine = statistics.median(step() for _ in range(3))
+            row |= {"tokens/s": round(rows / mine), "ms a token": round(mine * 1e3, 3)}
+            others = seconds.setdefault((size, rows), {})
+            if name in theirs:
+                row["ours, times as fast"] = ", ".join(
+                    f"{what[6:]} {mine / other:.2f}" for what, other in others.items()
+                )
+            others[name] = mine
             counted = count_calls(step)  # of new_tokens + 2 tokens and two prompts
             row |= {f"{what} a token": round(number / (job.new_tokens + 2), 1) for what, number in counted.items()}
         except Exception as error:

@@ -30,7 +30,7 @@ from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops.kernels import triton_kernels, triton_steps
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
 
 class Figures(NamedTuple):
@@ -177,7 +177,8 @@ def make_token(rows: int, hidden_size: int, heads: int) -> None:
     mixed, inner = triton_steps.project(
         *(x, layer.input_layernorm, attention.query_key_value, layer.post_attention_layernorm, layer.mlp.dense_h_to_4h)
     )
-    triton_steps.attend(mixed, cache, cache, places, (make(385, 16, dtype=wide),) * 2, 16)
+    angles, done = (make(384, 16, dtype=wide),) * 2, make(rows * heads, dtype=torch.int32)
+    triton_steps.attend(mixed, cache, cache, places, angles, 16, done)
     sums, keys = make(rows, heads, width, width, dtype=wide), make(rows, heads, width, dtype=wide)
     memory = sums.unsqueeze(1), keys.unsqueeze(1), make(heads)
     triton_steps.recall(mixed, sums, keys, sums, places, *memory, epsilon=1e-6, use_delta_rule=True)

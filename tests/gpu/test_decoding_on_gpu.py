@@ -1,6 +1,7 @@
 """Tokens made by replays of a CUDA graph are those of single steps.
 
-`pytest -m gpu` on a machine with a GPU; elsewhere all are skipped.
+`pytest -m gpu` on a machine with a GPU, or `pytest --noconftest -m gpu tests/gpu` where the data and charts of other
+tests are missing; elsewhere all are skipped.
 """
 
 import contextlib

@@ -289,6 +289,7 @@ def test_a_token_of_a_plain_layer_is_three_launches_and_right(
     stream.feed(ids[:, :3], torch.tensor([[1, 1, 1], [1, 1, 0]]))
     expected = copy.deepcopy(stream)
     stream.begin_steps(6)
+    monkeypatch.setattr(triton_steps, "PIECE", 4)  # so that a head has several
     launches: list[str] = []
     for name in ("project", "attend", "recall", "merge"):
         call = getattr(triton_steps, name)

@@ -143,7 +143,7 @@ class TritonStep:
 
     def __init__(self, layer: Block) -> None:
         self.layer = layer
-        self.angles: tuple[Tensor, Tensor] | None = None
+        self.kept: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], Tensor]] = {}
 
     @staticmethod
     def takes(layer: nn.Module) -> bool:
@@ -181,12 +181,17 @@ class TritonStep:
         if isinstance(attention, SoftmaxAttention):
             opened = attention.grow_cache(opened, hidden, step)
             settings = (attention.rotary_dim, attention.rotary_emb_base, torch.float32)
-            if self.angles is None or len(self.angles[0]) < step.longest:
-                if ("all", settings) not in step.shared:
-                    places = torch.arange(step.longest, device=hidden.device)
-                    step.shared["all", settings] = compute_rotary_angles(places, *settings)
-                self.angles = step.shared["all", settings]
-            mixed = steps.attend(mixed, opened.keys, opened.values, step.offsets, self.angles, attention.rotary_dim)
+            case = step.longest, len(hidden)
+            if case not in self.kept:
+                key = "all", settings, attention.num_heads  # equal layers, which run one after another, share both
+                if key not in step.shared:
+                    angles = compute_rotary_angles(torch.arange(step.longest, device=hidden.device), *settings)
+                    done = torch.zeros(len(hidden) * attention.num_heads, dtype=torch.int32, device=hidden.device)
+                    step.shared[key] = angles, done
+                self.kept = {case: step.shared[key]}
+            angles, done = self.kept[case]
+            cache = opened.keys, opened.values
+            mixed = steps.attend(mixed, *cache, step.offsets, angles, attention.rotary_dim, done)
         else:
             assert memory is not None
             opened = opened or attention._open_segment(len(hidden), hidden, is_one_sum=False)

@@ -18,8 +18,8 @@ from new_llm.models.ops.kernels import check_tensor
 
 ROWS = 16
 """Rows of a tile, the fewest that a dot takes; of fewer the others are masked."""
-MAX_HEAD_SIZE = 128
-"""K up to which a head's sums stay in registers."""
+PIECE = 64
+"""Earlier tokens that a program attends to."""
 
 
 @triton.jit
@@ -133,43 +133,65 @@ def _rotate(x_ptr, cos, sin, ROTARY: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _attend_kernel(
-    mixed_ptr, keys_ptr, values_ptr, place_ptr, cos_ptr, sin_ptr, out_ptr, heads, slots, scale,
-    ROTARY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    mixed_ptr, keys_ptr, values_ptr, place_ptr, cos_ptr, sin_ptr, out_ptr, part_ptr, sum_ptr, done_ptr,
+    heads, slots, pieces, scale,
+    ROTARY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64) // pieces
+    piece = tl.program_id(0) % pieces
     place = tl.load(place_ptr + pair // heads)
-    column = tl.arange(0, WIDTH)
-    is_rotated = column < ROTARY
-    cos = tl.load(cos_ptr + place * ROTARY + column, mask=is_rotated, other=1.0)
-    sin = tl.load(sin_ptr + place * ROTARY + column, mask=is_rotated, other=0.0)
-    own = mixed_ptr + pair * 3 * WIDTH
-    query = _rotate(own, cos, sin, ROTARY, WIDTH) * scale
-    key = _rotate(own + WIDTH, cos, sin, ROTARY, WIDTH).to(keys_ptr.dtype.element_ty)
-    value = tl.load(own + 2 * WIDTH + column)
-    keys = keys_ptr + pair * slots * WIDTH
-    values = values_ptr + pair * slots * WIDTH
-    tl.store(keys + place * WIDTH + column, key)
-    tl.store(values + place * WIDTH + column, value)
-    # softmax as it goes, over the token itself and then the earlier ones
-    greatest = tl.sum(query * key.to(tl.float32), 0)
-    total = 1.0
-    acc = value.to(tl.float32)
-    begin = 0
-    while begin < place:
-        slot = begin + tl.arange(0, BLOCK)
-        is_there = (slot < place)[:, None]
+    num_filled = tl.maximum((place + BLOCK - 1) // BLOCK, 1)  # pieces with earlier tokens
+    if piece < num_filled:
+        column = tl.arange(0, WIDTH)
+        is_rotated = column < ROTARY
+        cos = tl.load(cos_ptr + place * ROTARY + column, mask=is_rotated, other=1.0)
+        sin = tl.load(sin_ptr + place * ROTARY + column, mask=is_rotated, other=0.0)
+        own = mixed_ptr + pair * 3 * WIDTH
+        keys = keys_ptr + pair * slots * WIDTH
+        values = values_ptr + pair * slots * WIDTH
+        slot = piece * BLOCK + tl.arange(0, BLOCK)
+        is_there = slot < place
         tile = slot[:, None] * WIDTH + column[None, :]
-        earlier_keys = tl.load(keys + tile, mask=is_there, other=0.0).to(tl.float32)
-        earlier_values = tl.load(values + tile, mask=is_there, other=0.0).to(tl.float32)
-        scores = tl.where(slot < place, tl.sum(query[None, :] * earlier_keys, 1), float("-inf"))
-        new_greatest = tl.maximum(greatest, tl.max(scores, 0))
-        left = tl.exp(greatest - new_greatest)
-        shares = tl.exp(scores - new_greatest)
-        total = total * left + tl.sum(shares, 0)
-        acc = acc * left + tl.sum(shares[:, None] * earlier_values, 0)
-        greatest = new_greatest
-        begin += BLOCK
-    tl.store(out_ptr + pair * WIDTH + column, (acc / total).to(out_ptr.dtype.element_ty))
+        earlier_keys = tl.load(keys + tile, mask=is_there[:, None], other=0.0).to(tl.float32)
+        earlier_values = tl.load(values + tile, mask=is_there[:, None], other=0.0).to(tl.float32)
+        query = _rotate(own, cos, sin, ROTARY, WIDTH) * scale
+        scores = tl.where(is_there, tl.sum(query[None, :] * earlier_keys, 1), float("-inf"))
+        greatest = tl.max(scores, 0)
+        if piece == 0:  # the token itself, too
+            key = _rotate(own + WIDTH, cos, sin, ROTARY, WIDTH).to(keys_ptr.dtype.element_ty)
+            value = tl.load(own + 2 * WIDTH + column)
+            tl.store(keys + place * WIDTH + column, key)
+            tl.store(values + place * WIDTH + column, value)
+            own_score = tl.sum(query * key.to(tl.float32), 0)
+            greatest = tl.maximum(greatest, own_score)
+            own_share = tl.exp(own_score - greatest)
+            acc = own_share * value.to(tl.float32)
+        else:
+            own_share = 0.0
+            acc = tl.zeros([WIDTH], tl.float32)
+        shares = tl.exp(scores - greatest)
+        total = tl.sum(shares, 0) + own_share
+        acc += tl.sum(shares[:, None] * earlier_values, 0)
+        out = out_ptr + pair * WIDTH + column
+        if num_filled == 1:
+            tl.store(out, (acc / total).to(out_ptr.dtype.element_ty))
+        else:
+            tl.store(part_ptr + (pair * pieces + piece) * WIDTH + column, acc)
+            tl.store(sum_ptr + (pair * pieces + piece) * 2, greatest)
+            tl.store(sum_ptr + (pair * pieces + piece) * 2 + 1, total)
+            tl.debug_barrier()  # all threads have stored before the program counts itself
+            if tl.atomic_add(done_ptr + pair, 1) == num_filled - 1:  # the last one adds all up, in their order
+                number = tl.arange(0, PIECES)
+                is_filled = number < num_filled
+                sums = sum_ptr + (pair * pieces + number) * 2
+                greatests = tl.load(sums, mask=is_filled, other=float("-inf"), cache_modifier=".cg")
+                totals = tl.load(sums + 1, mask=is_filled, other=0.0, cache_modifier=".cg")
+                parts = part_ptr + (pair * pieces + number)[:, None] * WIDTH + column[None, :]
+                accs = tl.load(parts, mask=is_filled[:, None], other=0.0, cache_modifier=".cg")
+                weights = tl.exp(greatests - tl.max(greatests, 0))
+                acc = tl.sum(weights[:, None] * accs, 0) / tl.sum(weights * totals, 0)
+                tl.store(out, acc.to(out_ptr.dtype.element_ty))
+                tl.store(done_ptr + pair, 0)
 
 
 @triton.jit
@@ -257,30 +279,44 @@ def merge(hidden: Tensor, mixed: Tensor, linear: nn.Linear, inner: Tensor, inner
 
 
 def attend(
-    mixed: Tensor, keys: Tensor, values: Tensor, places: Tensor, angles: tuple[Tensor, Tensor], rotary_dim: int
+    mixed: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+    angles: tuple[Tensor, Tensor],
+    rotary_dim: int,
+    done: Tensor,
 ) -> Tensor:
     """softmax(q kᵀ / √K) v over the earlier tokens and the token itself, which joins the cache; [B, 1, H K].
+
+    A program takes a head's `PIECE` tokens; the last one that ends adds up what all of them found.
 
     Args:
         mixed: q, k and v of each head beside one another, [B, 1, H · 3 K].
         keys: [B, H, C, K], rotated.
         values: likewise.
         places: each row's slot for the new token, [B] int64, below C.
-        angles: cos and sin of all places, [≥ C − 1, rotary_dim] float32.
+        angles: cos and sin of all places, [longest, rotary_dim] float32; the new tokens' are below `longest`.
         rotary_dim: how many of K are rotated.
+        done: zeros, and zeros again afterwards, [B · H] int32.
     """
     rows, heads, slots, width = keys.shape
+    pieces = -(-len(angles[0]) // PIECE)
     check_tensor("mixed", mixed, (rows, 1, 3 * heads * width), keys.dtype, keys.device)
     for name, tensor in (("keys", keys), ("values", values)):
         check_tensor(name, tensor, (rows, heads, slots, width), mixed.dtype, mixed.device)
     check_tensor("places", places, (rows,), torch.int64, mixed.device)
+    check_tensor("done", done, (rows * heads,), torch.int32, mixed.device)
     out = mixed.new_empty(rows, 1, heads * width)
-    _attend_kernel[(rows * heads,)](
-        *(mixed, keys, values, places, *angles, out, heads, slots, width**-0.5),
+    parts = mixed.new_empty(rows * heads, pieces, width, dtype=torch.float32)
+    sums = mixed.new_empty(rows * heads, pieces, 2, dtype=torch.float32)
+    _attend_kernel[(rows * heads * pieces,)](
+        *(mixed, keys, values, places, *angles, out, parts, sums, done, heads, slots, pieces, width**-0.5),
         ROTARY=rotary_dim,
         WIDTH=width,
-        BLOCK=max(16, min(256, 2**14 // width)),
-        num_warps=8,
+        BLOCK=PIECE,
+        PIECES=triton.next_power_of_2(pieces),
+        num_warps=4,
     )
     return out
 
