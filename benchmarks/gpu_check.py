@@ -709,10 +709,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
     parser.add_argument("--minutes", type=float, default=10, help="of all sections together")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--sizes", nargs="+", help="shapes of training and decoding, e.g. 410m; none named: all")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="everything once, small, on the CPU")
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scale = REHEARSAL if arguments.cpu_rehearsal else Scale()
+    scale = replace(scale, sizes=tuple(arguments.sizes or scale.sizes))
     if arguments.section:
         run_section(arguments.section, scale, arguments.output)
         return
@@ -736,6 +738,7 @@ def main() -> None:
         left = 60 * arguments.minutes - (time.monotonic() - begun)
         limit = min(left, SECTIONS[name].seconds * arguments.minutes / 10)
         command = [sys.executable, __file__, "--section", name, "--output", str(arguments.output)]
+        command += ["--sizes", *arguments.sizes] if arguments.sizes else []
         command += ["--cpu-rehearsal"] if arguments.cpu_rehearsal else []
         follow_section(name, command, max(limit, 1), report, write)
         found = report["sections"][name]
