@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,12 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     expected = sum(second[seed] - first[seed] for seed in "01") / 2
     assert other[metric]["difference_from_reference"]["mean"] == pytest.approx(expected)
     assert reference[metric]["difference_from_reference"] is None
+    # Models are compared in nats, paired by seed and document; of two seeds there is no interval.
+    compared = other["comparisons"]["sliding"]
+    nats = [math.log(second[seed] / first[seed]) for seed in "01"]
+    assert (compared["nats"], compared["low"]) == (pytest.approx(sum(nats) / 2), None)
+    assert other["comparisons"]["caches-two, beyond repetition"] == other["comparisons"]["caches-two, + bigrams"]
+    assert f"| {100 * math.expm1(sum(nats) / 2):+.1f} % |" in (folder / "table.md").read_text()
     # Carried against reset is what the records of the runs say.
     record = json.loads((folder / "measured" / "no-delta-s1-long-validation.json").read_text())
     relative = record["result"]["overall"]["differences"]["reset"]["relative"]["value"]
@@ -272,7 +279,7 @@ def make_run(seed: int, starts: list[int]) -> dict[str, Any]:
     streaming = {"perplexity": 9.0, "standard_error": 0.1, "bits_per_byte": 2.0 + seed / 10}
     streaming |= {"num_tokens": 100, "num_bytes": 400, "verdict": {"text": "normal"}}
     cache = {"name": "+ all", "relative": {"value": -0.5, "low": -0.75, "high": 0.0}}
-    cache |= {"size": {"state_numbers": 30, "bytes_per_token": 2}}
+    cache |= {"size": {"state_bytes": 120, "bytes_per_token": 2}}
     caches = {"caches": [{"name": "bare"}, cache], "documents": [{"num_tokens": [60, 10]}, {"num_tokens": [50, 0]}]}
     model = {
         "evaluation": {"streaming": streaming, "caches": caches},
@@ -312,7 +319,7 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     assert "| no-delta | 1 |" in render_markdown(summary)
     points = {
         (row["variant"], cost): [float(row[key]) for key in (cost, "mean", "low", "high") if row[key]]
-        for cost in ("processor seconds", "state, numbers per row")
+        for cost in ("processor seconds", "state, bytes per row")
         for row in csv.DictReader(
             (tmp_path / "figures" / f"{BITS}-by-{cost.replace(', ', ' ').replace(' ', '-')}.csv").open()
         )
@@ -320,12 +327,12 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     seconds, mean, low, high = points["reference", "processor seconds"]
     assert [seconds, mean] == pytest.approx([31, 2.1])
     assert low < 2.1 < high
-    # A cache takes log2(1 - 0.5) bits from each token, of four bytes; it adds its numbers and the longest document.
-    assert points["reference + all", "state, numbers per row"][:2] == pytest.approx([100 + 30 + 70, 2.1 - 0.25])
+    # A cache takes log2(1 - 0.5) bits from each token, of four bytes; it adds its states and the longest document.
+    assert points["reference + all", "state, bytes per row"][:2] == pytest.approx([400 + 120 + 2 * 70, 2.1 - 0.25])
     assert points["no-delta", "processor seconds"][:2] == [30, 2]
     assert ("no-delta + all", "processor seconds") not in points  # neither the reference nor a baseline
     page = (tmp_path / "study.html").read_text()
-    assert all(f'id="{BITS}-by-{cost}"' in page for cost in ("state-numbers-per-row", "processor-seconds"))
+    assert all(f'id="{BITS}-by-{cost}"' in page for cost in ("state-bytes-per-row", "processor-seconds"))
     assert '<th scope="row">no-delta</th>' in page
     # One seed: the measure's own interval, over documents.
     assert summary["variants"]["no-delta"]["figures"][VS_RESET.replace("validation", "books")]["high"] == 0.0

@@ -218,7 +218,7 @@ def compare_models(
     Satterthwaite, Biometrics Bulletin 2, 1946. Of one seed it is over documents alone, of two there is none.
 
     Args:
-        one: its losses by seed, each [D, 1].
+        one: its losses by seed, whose ranges are taken together.
         other: the other's.
         confidence: of the interval.
 

@@ -8,13 +8,21 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, Measure
-from new_llm.evaluation.statistics import MIN_DOCUMENTS, find_t_interval
+from new_llm.evaluation.caches import BARE
+from new_llm.evaluation.statistics import (
+    MIN_DOCUMENTS,
+    MIN_SEEDS,
+    Comparison,
+    DocumentLosses,
+    compare_models,
+    find_t_interval,
+)
 from new_llm.experiments.config import VALIDATION, StudyConfig
 from new_llm.formats import format_bytes, format_count, format_number
 
@@ -22,12 +30,12 @@ Run = Mapping[str, Any]
 """One training: `seed`, `model` (its entry in results.json), `measured` (records by what was measured), `code`."""
 
 CONFIDENCE = 0.95
-MIN_SEEDS = 3
-"""Seeds from which a mean has an interval: that of two is ten times as wide as their distance, and says nothing."""
 COST = "Gates and cost"
 PARAMETERS, CPU_SECONDS = "parameters", "processor seconds"
-MEMORY, STATE = "memory, numbers per row", "state, numbers per row"
-"""Titles of columns of cost, which figures stand against."""
+MEMORY, STATE = "memory, bytes per row", "state, bytes per row"
+"""Titles of columns of cost, which figures stand against; a number is float32."""
+BEYOND = "beyond repetition"
+"""What a memory is worth where both models also look up the text itself, two bytes a token, by its longest n-grams."""
 BITS_PER_BYTE = "bits/byte"
 """What the titles of columns in bits per byte end with."""
 STREAMING_BITS = f"streaming {BITS_PER_BYTE}"
@@ -81,8 +89,8 @@ def list_figures(run: Run) -> dict[str, Figure]:
     model, cost = run["model"], run["model"].get("cost") or {}
     costs = [
         Column("parameters", PARAMETERS, model["num_parameters"]["total"], format_count),
-        Column("memory", MEMORY, cost.get("memory_numbers"), format_count),
-        Column("state", STATE, cost.get("state_numbers"), format_count),
+        Column("memory", MEMORY, _count_bytes(cost.get("memory_numbers")), format_bytes),
+        Column("state", STATE, _count_bytes(cost.get("state_numbers")), format_bytes),
         Column("FLOPs", "FLOPs/token", cost.get("flops_per_token"), format_count),
         Column("CPU time", CPU_SECONDS, training.get("cpu_seconds"), format_count),
         Column("least gate", "least gate", min(gates, default=None)),
@@ -93,21 +101,25 @@ def list_figures(run: Run) -> dict[str, Figure]:
     return figures | {f"{COST}: {column.title}": Figure(COST, column) for column in costs if column.value is not None}
 
 
+def _count_bytes(numbers: int | None) -> int | None:
+    return None if numbers is None else 4 * numbers
+
+
 class CachedFigure(NamedTuple):
-    """A cache around a training's model: its bits per byte with their interval, and the numbers that it stores."""
+    """A cache around a training's model: its bits per byte with their interval, and the bytes that it stores."""
 
     value: float | None
     low: float | None
     high: float | None
-    num_numbers: int
+    num_bytes: int
 
 
 def list_cached(run: Run) -> dict[str, CachedFigure]:
     """What each cache that was measured makes of the bits per byte of streaming, by its name.
 
     What a cache is worth was measured on long documents, where it has something to look up: it is taken, in bits per
-    byte, from the model's own figure, on the validation documents. n-grams are looked up in the text itself: a token of
-    the longest document counts as a number.
+    byte, from the model's own figure, on the validation documents. n-grams are looked up in the text itself: the
+    tokens of the longest document.
     """
     own, later = run["model"].get("evaluation") or {}, run["measured"].get(f"caches-{VALIDATION}") or {}
     streaming, caches = own.get("streaming") or {}, later.get("result") or own.get("caches")
@@ -122,7 +134,7 @@ def list_cached(run: Run) -> dict[str, CachedFigure]:
             None if worth[end] is None else streaming["bits_per_byte"] + math.log2(1 + worth[end]) * tokens_per_byte
             for end in ("value", "low", "high")
         )
-        stored = size["state_numbers"] + (longest if size["bytes_per_token"] else 0)
+        stored = size["state_bytes"] + size["bytes_per_token"] * longest
         found[cache["name"]] = CachedFigure(value, low, high, stored)
     return found
 
@@ -133,8 +145,9 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
     Each variant has its changes, its seeds, the versions of the code that trained it, its size, and `figures`: by name
     the values by seed, their mean with its interval (Student's t over at least MIN_SEEDS seeds; of one seed the
     measure's own, over documents), the text of the table's cell, and the difference from the reference, paired by seed.
-    `caches` has, by name, the bits per byte of streaming with each cache that was measured around it, and the numbers
-    that the cache stores.
+    `caches` has, by name, the bits per byte of streaming with each cache that was measured around it, and the bytes
+    that the cache stores. `comparisons` are those with the reference of `compare_runs`, which tables show as figures,
+    too; `checkpoints` has those of each share of the training that models were measured after, the end among them.
     """
     by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
     reference = by_variant.get(study.reference_variant, {})
@@ -174,7 +187,19 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": figures,
             "caches": _summarize_caches(runs),
+            "comparisons": {},
+            "checkpoints": [],
         }
+        if name != study.reference_variant:
+            compared = compare_runs(runs, found.get(study.reference_variant, ()))
+            variants[name]["comparisons"] = {key: one.comparison._asdict() for key, one in compared.items()}
+            variants[name]["checkpoints"] = _compare_checkpoints(runs, found.get(study.reference_variant, ()))
+            for key, one in compared.items():
+                if one.has_column:
+                    metric = f"Against {study.reference_variant}{one.table}: {key}"
+                    figures[metric] = _show_comparison(one.comparison)
+                    if metric not in tables.setdefault(metric.removesuffix(f": {key}"), []):
+                        tables[metric.removesuffix(f": {key}")].append(metric)
     cost = {COST: tables.pop(COST)} if COST in tables else {}
     return {
         "name": study.name,
@@ -192,10 +217,113 @@ def _summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     caches: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for one in found for name in one):
         seeds = [one[name] for one in found if name in one]
-        caches[name] = _summarize([one.value for one in seeds], is_shown=True) | {"numbers": seeds[0].num_numbers}
+        caches[name] = _summarize([one.value for one in seeds], is_shown=True) | {"bytes": seeds[0].num_bytes}
         if len(seeds) == 1:
             caches[name] |= {"low": seeds[0].low, "high": seeds[0].high}
     return caches
+
+
+# Models in pairs
+
+
+class Compared(NamedTuple):
+    """A comparison of a variant with the reference, and the table that it stands in, if it has a column at all."""
+
+    comparison: Comparison
+    table: str
+    has_column: bool
+
+
+def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLosses]]]:
+    """What models are compared by: losses by what was measured, way of reading, and seed."""
+    found: dict[str, dict[str, dict[int, DocumentLosses]]] = {}
+    for run in runs:
+        for what, name, result in list_results(run):
+            with suppress(Exception):  # as in `list_figures`
+                for way, losses in MEASURES[name].losses(dict(result)).items():
+                    found.setdefault(what, {}).setdefault(way, {})[run["seed"]] = losses
+    return found
+
+
+def compare_runs(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Compared]:
+    """A variant against the reference, paired by seed and document, in nats per token; by name.
+
+    Both are read the same way, with the same cache around each; `BEYOND` is the column of the longest n-grams. Where
+    caches were measured, the bare model is also compared with the reference with each of them: "against + 2,000
+    states". Names of a range of distance end with "from 1,024".
+    """
+    own, others = list_losses(runs), list_losses(reference)
+    found: dict[str, Compared] = {}
+
+    def add(name: str, one: dict[int, DocumentLosses], other: dict[int, DocumentLosses], table: str) -> None:
+        starts = next(iter(one.values())).range_starts
+        for column in (None, *(range(len(starts)) if len(starts) > 1 else ())):
+            parts = [{seed: losses.select(column) for seed, losses in by_seed.items()} for by_seed in (one, other)]
+            if (comparison := compare_models(*parts, CONFIDENCE)) is not None:
+                key = name if column is None else f"{name} from {starts[column]:,}"
+                found[key] = Compared(comparison, table, column is None)
+
+    for what, ways in own.items():
+        theirs = others.get(what, {})
+        shared = [way for way in ways if way in theirs]
+        has_caches = BARE in ways
+        for way in shared if has_caches else shared[:1]:
+            name = what if way == next(iter(ways)) else f"{what}, {way}"
+            add(name, ways[way], theirs[way], "")
+        if has_caches:
+            grams = [way for way in shared if way.endswith("grams")]
+            for way in grams[-1:]:
+                add(f"{what}, {BEYOND}", ways[way], theirs[way], "")
+            for way in shared[1:]:
+                add(f"{what}, against {way}", ways[BARE], theirs[way], " with a cache")
+    return found
+
+
+def _show_comparison(found: Comparison) -> dict[str, Any]:
+    """A comparison as a figure: in nats, told in percent of the perplexity; beside a null what would have been seen."""
+    value, low, high = found.relative
+    text = f"{100 * value:+.1f} %"
+    if low is not None and high is not None:
+        text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if found.smallest_visible is not None and not found.is_clear:
+        text += f", {100 * math.expm1(found.smallest_visible):.1f} % visible"
+    return {
+        "by_seed": {str(seed): nats for seed, nats in found.by_seed.items()},
+        "mean": found.nats,
+        "low": found.low,
+        "high": found.high,
+        "num_seeds": found.num_seeds,
+        "text": text,
+        "difference_from_reference": None,
+    }
+
+
+def _compare_checkpoints(runs: Sequence[Run], reference: Sequence[Run]) -> list[dict[str, Any]]:
+    """The comparisons with the reference along the training: `share` of it, `tokens`, `comparisons` as at its end."""
+
+    def find_log(run: Run) -> list[Mapping[str, Any]]:
+        return run["model"]["training"].get("checkpoints_log") or []
+
+    def at(some: Sequence[Run], place: int) -> list[Run]:
+        return [
+            {"seed": run["seed"], "model": {"evaluation": find_log(run)[place]["evaluation"]}, "measured": {}}
+            for run in some
+            if len(find_log(run)) > place
+        ]
+
+    num_checkpoints = max((len(find_log(run)) for run in runs), default=0)
+    marks = [next(log[place] for run in runs if len(log := find_log(run)) > place) for place in range(num_checkpoints)]
+    stages = [(line["share"], line["tokens"], at(runs, i), at(reference, i)) for i, line in enumerate(marks)]
+    if stages:
+        stages.append((1.0, runs[0]["model"]["training"]["tokens"], list(runs), list(reference)))
+    return [
+        {
+            "share": share,
+            "tokens": tokens,
+            "comparisons": {key: one.comparison._asdict() for key, one in compare_runs(some, others).items()},
+        }
+        for share, tokens, some, others in stages
+    ]
 
 
 def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
@@ -234,7 +362,9 @@ def render_introduction(summary: Mapping[str, Any]) -> str:
     return (
         f"{make_line(summary['question'])} Mean over {summary['num_seeds']} seeds and its 95 % interval; of one seed "
         "the interval over documents; of two seeds none. Differences are relative: below 0 the carried memory is "
-        f"better. Figures of fewer than {MIN_DOCUMENTS} documents have no interval."
+        "better. Models are compared paired by seed and document, and the interval is for other seeds and other "
+        "documents; beside a difference that chance could explain stands the smallest one that would have been seen in "
+        f"four of five repetitions. Figures of fewer than {MIN_DOCUMENTS} documents have no interval."
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from new_llm.charts import Chart, bar_chart, point_chart
+from new_llm.charts import Chart, bar_chart, line_chart, point_chart
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, ModelResult
@@ -60,13 +60,13 @@ ENDS = ("mean", "low", "high")
 
 def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -> list[Chart]:
     """All charts of a study's summary and finished runs; what is gained at which cost comes first."""
-    return [*draw_against_cost(summary), *draw_figures(summary), *draw_measures(found)]
+    return [*draw_against_cost(summary), *draw_checkpoints(summary), *draw_figures(summary), *draw_measures(found)]
 
 
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
     """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
 
-    Caches that were measured around the model of the reference or of a baseline stand beside it, each with the numbers
+    Caches that were measured around the model of the reference or of a baseline stand beside it, each with the bytes
     that it stores: they are what a memory has to beat.
     """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
@@ -78,8 +78,8 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
     with_caches = (
         " Small points are the reference or a baseline with an untrained cache around it, joined to it by a thin line: "
         "what the cache is worth on long documents, taken from the model's own figure (of one seed, with its interval "
-        "over documents). A cache adds what it stores to state and memory, N × (D + 1) numbers for N states of width "
-        "D, and for n-grams each token of the longest document."
+        "over documents). A cache adds what it stores to state and memory, N states and the tokens after them, and "
+        "for n-grams the tokens of the longest document."
     )
     charts, with_points = [], {summary["reference"], *summary["baselines"]}
     for cost in (STATE, MEMORY, CPU_SECONDS):
@@ -92,7 +92,7 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
                 rows.append({"variant": name, cost: place["mean"], **{end: figure[end] for end in ENDS}})
                 has_points = name in with_points and metric.endswith(STREAMING_BITS)
                 for cache, found in entry["caches"].items() if has_points else ():
-                    spent = place["mean"] + (found["numbers"] if cost != CPU_SECONDS else 0)
+                    spent = place["mean"] + (found["bytes"] if cost != CPU_SECONDS else 0)
                     rows.append({"variant": f"{name} {cache}", cost: spent, **{end: found[end] for end in ENDS}})
                     rows[-1]["around"] = name
             axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around"}
@@ -102,6 +102,23 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
                 point_chart(f"{metric} by {cost}", f"What is gained by {cost}", said, rows, **axes, view=metric)
             )
     return [chart for chart in charts if chart.spec["data"]["values"]]
+
+
+def draw_checkpoints(summary: Mapping[str, Any]) -> list[Chart]:
+    """How each difference from the reference moves with training, a view each."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in summary["variants"].items():
+        for stage in entry["checkpoints"]:
+            for key, found in stage["comparisons"].items():
+                ends = {end: found[end] for end in ("nats", "low", "high")}
+                rows.setdefault(key, []).append({"variant": name, "tokens": stage["tokens"], **ends})
+    caption = (
+        f"Nats per token below (better) or above {summary['reference']}, paired by seed and document, as it trains."
+    )
+    axes: dict[str, Any] = {"x": "tokens", "y": "nats", "series": "variant", "low": "low", "high": "high"}
+    axes |= {"x_title": "training tokens", "y_title": "nats per token", "reference": 0.0}
+    title = "Differences along the training"
+    return [line_chart(f"along-{key}", title, caption, some, **axes, view=key) for key, some in rows.items()]
 
 
 def draw_figures(summary: Mapping[str, Any]) -> list[Chart]:
