@@ -56,10 +56,10 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert other[metric]["difference_from_reference"]["mean"] == pytest.approx(expected)
     assert reference[metric]["difference_from_reference"] is None
     # Models are compared in nats, paired by seed and document; of two seeds there is no interval.
-    compared = other["comparisons"]["sliding"]
+    compared = summary["variants"]["no-delta"]["comparisons"]
     nats = [math.log(second[seed] / first[seed]) for seed in "01"]
-    assert (compared["nats"], compared["low"]) == (pytest.approx(sum(nats) / 2), None)
-    assert other["comparisons"]["caches-two, beyond repetition"] == other["comparisons"]["caches-two, + bigrams"]
+    assert (compared["sliding"]["nats"], compared["sliding"]["low"]) == (pytest.approx(sum(nats) / 2), None)
+    assert compared["caches-two, beyond repetition"] == compared["caches-two, + bigrams"]
     assert f"| {100 * math.expm1(sum(nats) / 2):+.1f} % |" in (folder / "table.md").read_text()
     # Carried against reset is what the records of the runs say.
     record = json.loads((folder / "measured" / "no-delta-s1-long-validation.json").read_text())

@@ -259,7 +259,7 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Com
         starts = next(iter(one.values())).range_starts
         for column in (None, *(range(len(starts)) if len(starts) > 1 else ())):
             parts = [{seed: losses.select(column) for seed, losses in by_seed.items()} for by_seed in (one, other)]
-            if (comparison := compare_models(*parts, CONFIDENCE)) is not None:
+            if (comparison := compare_models(parts[0], parts[1], CONFIDENCE)) is not None:
                 key = name if column is None else f"{name} from {starts[column]:,}"
                 found[key] = Compared(comparison, table, column is None)
 
