@@ -76,6 +76,7 @@ def test_generation_is_the_same(name: str, options: dict, update_memory: bool, m
     found = []
     for devices in (set(), {"cpu"}):
         monkeypatch.setattr(generation, "STEPS_IN_PLACE", devices)
+        monkeypatch.setitem(generation.LOOK_EVERY, "cpu", 5 if devices else 1)
         model.reset_memory()
         ids, statistics = model.generate(prompt, mask, eos_token_id=int(free[0, 13]), **options)
         found.append((ids, statistics.row_tokens, model.get_memory_state()))
