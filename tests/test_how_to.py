@@ -10,9 +10,9 @@ import torch
 from documents import ROOT, find_blocks
 from new_llm import create_model
 from new_llm.cli.main import main
-from new_llm.config import PythiaConfig
 from new_llm.evaluation import MEASURES
 from new_llm.models import load_model
+from tiny import make_shape
 
 TINY = """
 experiment --name mine --device cpu --data.source text --data.tokenizer-vocab-size 300 --samples 16 --seq-length 32
@@ -70,7 +70,7 @@ def test_a_gated_layer_that_defines_forward_alone(capsys: pytest.CaptureFixture[
         main(["generate", "--run", "runs/mine", "--model", name, "--prompt", "The river", "--max-new-tokens", "9"]) == 0
     )
     assert capsys.readouterr().out.startswith("The river")
-    shape = PythiaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    shape = make_shape(hidden_size=16, intermediate_size=32)
     layer = create_model(name, shape, keep=0.7).layer_list[0]
     assert layer.state_dict().keys() == model.layer_list[0].state_dict().keys()
     assert main([*TINY.split(), "--name", "bad", "--models", name, "--model.options", "kept", "1"]) == 2

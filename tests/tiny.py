@@ -32,10 +32,17 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
 """The models of `make_run`: their segments' length, and their options."""
 
 
-def make_model(kind: str, vocab_size: int, *, segment_length: int = 16, **options: Any) -> TransformerLM:
-    """An untrained model whose predictions differ from token to token."""
+def make_shape(**changes: Any) -> PythiaConfig:
+    """The tiny shape with a vocabulary of 64, but for what is changed."""
+    return PythiaConfig(**({"vocab_size": 64} | SHAPE | changes))
+
+
+def make_model(
+    kind: str, vocab_size: int, *, segment_length: int = 16, spread: float = 0.3, **options: Any
+) -> TransformerLM:
+    """An untrained model whose weights are far enough apart for predictions and memories to differ."""
     torch.manual_seed(0)
-    shape = PythiaConfig(vocab_size=vocab_size, initializer_range=0.3, **SHAPE)
+    shape = make_shape(vocab_size=vocab_size, initializer_range=spread)
     return create_model(kind, shape, segment_length=segment_length, **options)
 
 

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch.multiprocessing.spawn import ProcessExitedException
 
 import new_llm.processes
-from new_llm.config import PythiaConfig, TrainConfig, UserError
+from new_llm.config import TrainConfig, UserError
 from new_llm.models import create_model
 from new_llm.processes import Processes
 from new_llm.training import preparation
 from new_llm.training.preparation import gather_model, has_unused_parameters, prepare_training
+from tiny import make_shape
 from training_cases import run_processes
 
-SHAPE = PythiaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SHAPE = make_shape()
 USES_ALL = {"pythia", "infini", "transformer_xl", "gated_delta", "selective", "token_memory"}
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig
+from new_llm import TransformerLM
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.models.loss import IGNORE_INDEX, align_labels
+from tiny import make_model
 
 VOCAB_SIZE = 11
 
@@ -97,16 +97,7 @@ def make_tiny_model(
     kind: str, vocab_size: int, segment_length: int, *, spread: float = 0.2, **options
 ) -> TransformerLM:
     """Two layers of width 32, with weights far enough apart for memories to matter."""
-    torch.manual_seed(0)
-    shape = PythiaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=spread,
-    )
-    return create_model(kind, shape, segment_length=segment_length, **options).eval()
+    return make_model(kind, vocab_size, segment_length=segment_length, spread=spread, **options).eval()
 
 
 def copy_state(model: TransformerLM) -> dict:

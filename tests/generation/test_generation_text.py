@@ -8,11 +8,11 @@ from tokenizers import Tokenizer
 
 from model_cases import get_model, text_ids
 from new_llm import create_model
-from new_llm.config import PythiaConfig
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.models import generation
 from new_llm.models.generation import generate
 from new_llm.models.sampling import REPLACEMENT, StoppingText, TextDecoder
+from tiny import make_shape
 from tokenizer_families import FAMILIES, train_family
 from tokenizer_families import TEXT as FAMILY_TEXT
 
@@ -131,13 +131,7 @@ def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer: Tokenizer, monk
 
 
 def make_model(tokenizer: Tokenizer):
-    shape = PythiaConfig(
-        vocab_size=padded_vocab_size(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+    shape = make_shape(vocab_size=padded_vocab_size(tokenizer), hidden_size=16, intermediate_size=32)
     return create_model("infini", shape, segment_length=5)
 
 

@@ -8,18 +8,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from model_cases import get_model, randomize, text_ids
-from new_llm.config import PythiaConfig, UserError
+from new_llm.config import UserError
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.hf import NewLLMForCausalLM, export_auto
 from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
 from new_llm.models.layers.infini import InfiniOptions
+from tiny import make_shape
 
 
 def make_model(kind: str = "infini", seed: int = 0, tie_word_embeddings: bool = False, **options: Any) -> TransformerLM:
     torch.manual_seed(seed)
-    shape = PythiaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=48, initializer_range=0.2,
-                         tie_word_embeddings=tie_word_embeddings)  # fmt: skip
+    shape = make_shape(
+        vocab_size=384, intermediate_size=48, initializer_range=0.2, tie_word_embeddings=tie_word_embeddings
+    )
     return create_model(kind, shape, segment_length=8, **options)
 
 

@@ -8,21 +8,15 @@ import torch
 from torch import Tensor
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig, TrainConfig, UserError
+from new_llm.config import TrainConfig, UserError
 from new_llm.evaluation.doctor.memory_checks import check_gates
-from new_llm.models import load_memory_file, load_model, save_memory_file, save_model
+from new_llm.models import save_model
 from new_llm.models.hf.infini_adapter import add_parallel_infini, create_pythia_with_parallel_infini, split_weights
 from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.training.preparation import group_parameters
+from tiny import make_shape
 
-SHAPE = PythiaConfig(
-    vocab_size=128,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=64,
-    initializer_range=0.2,
-)
+SHAPE = make_shape(vocab_size=128, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
 PIECES = (3, 1, 1, 16, 9)
 
 
@@ -180,26 +174,3 @@ def test_a_pythia_of_a_directory_gets_a_memory(tmp_path: Path, ids: Tensor) -> N
         base.segment_length = 4
         assert torch.equal(model(ids), base(ids))
         assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("embed"))
-
-
-def test_a_saved_adapted_model_is_one_again(tmp_path: Path, ids: Tensor) -> None:
-    model = make_adapted(initial_alpha=0.5, layers=(0, 1), num_memory_heads=4)
-    save_model(model, tmp_path)
-    again = load_model(tmp_path)
-    assert torch.equal(again(ids), model(ids))
-    assert again.get_alpha() == {0: 0.5, 1: 0.5}
-
-
-def test_memory_is_saved_and_carried_like_any_other(ids: Tensor, tmp_path: Path) -> None:
-    model = make_adapted(initial_alpha=0.7)
-    empty = model(ids)
-    model(ids, update_memory=True)
-    filled = model(ids)
-    assert not torch.allclose(empty, filled, atol=1e-4)
-    save_memory_file(model, tmp_path / "memory.safetensors")
-    other = make_adapted(initial_alpha=0.7)
-    load_memory_file(other, tmp_path / "memory.safetensors")
-    assert torch.equal(other(ids), filled)
-    other.reset_memory()
-    assert torch.equal(other(ids), empty)
-    assert model.memory_info()["per_layer"] == [{"layer": 0, "kind": "parallel_infini", "bytes": (32 * 32 + 32) * 4}]

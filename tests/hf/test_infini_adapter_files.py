@@ -1,7 +1,6 @@
 """An adapter's file: written and read alone, and nothing is believed of it."""
 
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig, UserError
+from new_llm.config import UserError
 from new_llm.models import save_model
 from new_llm.models.hf.infini_adapter import (
     add_parallel_infini,
@@ -25,22 +24,16 @@ from new_llm.models.hf.infini_adapter import (
 )
 from new_llm.models.layers.parallel_infini import AdapterConfig
 from new_llm.models.tensor_files import fingerprint_weights, hash_content
+from tiny import make_shape
 
-SHAPE = PythiaConfig(
-    vocab_size=128,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=64,
-    initializer_range=0.2,
-)
+SHAPE = make_shape(vocab_size=128, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
 IDS = torch.tensor([list(b"we the people of the united states")])
 FORMATS = ("adapter.pt", "adapter.safetensors")
 
 
-def make_base(seed: int = 0, shape: PythiaConfig = SHAPE) -> TransformerLM:
+def make_base(seed: int = 0) -> TransformerLM:
     torch.manual_seed(seed)
-    return create_model("pythia", shape, segment_length=8)
+    return create_model("pythia", SHAPE, segment_length=8)
 
 
 def make_adapted(base_name: str | None = None, **options: Any) -> TransformerLM:
@@ -219,29 +212,3 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path: Path, name: str) -> No
         with pytest.raises(UserError, match=name) as refused:
             read_adapter_file(path)
         assert "\n" not in str(refused.value)
-
-
-class Malice:
-    """Would run code where a pickle is trusted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-def test_code_in_a_pt_file_is_not_run(tmp_path: Path) -> None:
-    torch.save({"metadata": {}, "tensors": Malice(tmp_path / "run")}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="not readable as plain tensors"):
-        read_adapter_file(tmp_path / "a.pt")
-    assert not (tmp_path / "run").exists()
-
-
-def test_packed_entries_are_refused_unread(tmp_path: Path) -> None:
-    save_adapter(make_adapted(), tmp_path / "good.pt")
-    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "a.pt", "w") as packed:
-        for entry in good.infolist():
-            packed.writestr(entry.filename, good.read(entry), zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match="packed entries"):
-        read_adapter_file(tmp_path / "a.pt")

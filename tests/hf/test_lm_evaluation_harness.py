@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 from new_llm.cli.main import main
-from new_llm.config import PythiaConfig
-from new_llm.models import TransformerLM, create_model
+from new_llm.models import TransformerLM
 from new_llm.models.hf import export_auto
+from tiny import make_model
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 QUESTIONS = [
@@ -57,10 +57,7 @@ def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tokenizer) -> tuple[Path, TransformerLM]:
-    torch.manual_seed(0)
-    shape = PythiaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=48, initializer_range=0.2)  # fmt: skip
-    model = create_model("infini", shape, segment_length=16).eval()
+    model = make_model("infini", 384, spread=0.2).eval()
     folder = tmp_path_factory.mktemp("exported")
     export_auto(model, folder, tokenizer)
     return folder, model

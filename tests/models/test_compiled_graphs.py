@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig
 from new_llm.models.ops import kernels
+from tiny import make_shape
 
-CONFIG = PythiaConfig(
-    vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-    max_position_embeddings=8,
-)  # fmt: skip
+CONFIG = make_shape(vocab_size=32, hidden_size=16, num_hidden_layers=1, intermediate_size=16, max_position_embeddings=8)
 
 
 def check_memory(t: Tensor) -> None:

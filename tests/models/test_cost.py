@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from new_llm import create_model
-from new_llm.config import PythiaConfig, UserError
+from new_llm.config import UserError
 from new_llm.models.cost import count_flops, count_memory, count_state
 from new_llm.models.factory import MODEL_KINDS, match_parameters
+from tiny import make_shape
 
 L, D, H, S, Z = 2, 32, 2, 8, 64
-SHAPE = PythiaConfig(vocab_size=Z, hidden_size=D, num_hidden_layers=L, num_attention_heads=H, intermediate_size=48)
+SHAPE = make_shape(vocab_size=Z, hidden_size=D, num_hidden_layers=L, num_attention_heads=H, intermediate_size=48)
 K = D // H
 MEMORY = H * K * (K + 1)  # M and z
 OPEN = H * K * (2 * K + 1) + D  # both sums of products, that of keys, the last key

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from new_llm.config import PythiaConfig
 from new_llm.models import TransformerLM, create_model
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops import head_loss as module
 from new_llm.models.ops.head_loss import linear_cross_entropy, linear_cross_entropy_naive
 from new_llm.models.ops.kernels import native
+from tiny import make_shape
 
 ROWS, WIDTH, WORDS = 23, 16, 301
 
@@ -149,9 +149,7 @@ def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook: bool) ->
 def test_label_weights_multiply_each_label_s_loss(kind):
     torch.manual_seed(0)
     options = {"earlier_pass_weight": 0.5} if kind == "selective" else {}
-    shape = PythiaConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+    shape = make_shape(vocab_size=40, hidden_size=16, intermediate_size=32)
     model = create_model(kind, shape, segment_length=8, **options).train()
     labels = torch.randint(40, (2, 17))
     weights = torch.rand(2, 17) * 5

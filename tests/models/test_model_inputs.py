@@ -13,15 +13,9 @@ from new_llm.experiments.config import ModelConfig
 from new_llm.models import ModelType, TransformerLM, create_model
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, PythiaLayer, TokenMemoryLayer
+from tiny import make_shape
 
-CONFIG = PythiaConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=64,
-)
+CONFIG = make_shape(vocab_size=VOCAB_SIZE, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
 IDS = text_ids(2, 6)
 
 

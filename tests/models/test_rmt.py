@@ -6,8 +6,8 @@ from torch import Tensor
 
 from model_cases import randomize
 from new_llm import create_model
-from new_llm.config import PythiaConfig
 from new_llm.models.layers import RecurrentMemoryStack, Segments
+from tiny import make_shape
 
 SIZES = (16, 2, 24)
 
@@ -43,9 +43,7 @@ def test_the_stack_equals_its_equation(num_memory_tokens: int) -> None:
 
 
 def test_the_model_has_pythias_layers_inside() -> None:
-    shape = PythiaConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
-    )
+    shape = make_shape(hidden_size=16, num_hidden_layers=3, intermediate_size=24)
     model, pythia = create_model("rmt", shape, num_memory_tokens=5), create_model("pythia", shape)
     added = 5 * 16 + 2 * 16  # the first vectors, and a LayerNorm
     assert model.num_parameters()["total"] == pythia.num_parameters()["total"] + added

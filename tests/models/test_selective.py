@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from model_cases import VOCAB_SIZE, randomize, text_ids
-from new_llm.config import PythiaConfig
 from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
 from new_llm.models.layers import (
     HierarchicalLayer,
@@ -19,15 +18,9 @@ from new_llm.models.layers import (
     TokenMemoryLayer,
 )
 from new_llm.testing import check_model
+from tiny import make_shape
 
-CONFIG = PythiaConfig(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=64,
-)
+CONFIG = make_shape(vocab_size=VOCAB_SIZE, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
 SEGMENT = 7
 STACKS = {
     "pythia": lambda: [PythiaLayer(32, 4, 48), PythiaLayer(32, 4, 48)],

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from new_llm.config import PythiaConfig
 from new_llm.config.model import GenerationConfig
 from new_llm.models import create_model
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.sampling import TokenSampler
+from tiny import make_shape
 
-SHAPE = PythiaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SHAPE = make_shape()
 OPTIONS: dict[str, dict[str, Any]] = {
     "infini": {"use_alibi": True, "num_memory_banks": 2},
     "multi_memory": {"router": "top1"},

@@ -5,19 +5,13 @@ import copy
 import pytest
 import torch
 
-from new_llm.config import PythiaConfig, TrainConfig, UserError
+from new_llm.config import TrainConfig, UserError
 from new_llm.models import TransformerLM, create_model, load_model, save_model
 from new_llm.processes import ALONE
 from new_llm.training.preparation import make_optimizer, shard_weights
+from tiny import make_shape
 
-SHAPE = PythiaConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    tie_word_embeddings=True,
-)
+SHAPE = make_shape(vocab_size=40, hidden_size=16, intermediate_size=32, tie_word_embeddings=True)
 
 
 def make(kind: str = "infini") -> TransformerLM:

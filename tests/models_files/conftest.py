@@ -7,9 +7,10 @@ import torch
 from tokenizers import Tokenizer
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import DataConfig, PythiaConfig
+from new_llm.config import DataConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
+from tiny import make_shape
 
 MakeModel = Callable[..., TransformerLM]
 
@@ -27,14 +28,7 @@ def tokenizer(speeches: list[str]) -> Tokenizer:
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Tokenizer) -> MakeModel:
     def make(kind: str = "infini", *, seed: int = 0, segment_length: int = 8, **options) -> TransformerLM:
-        config = PythiaConfig(
-            vocab_size=padded_vocab_size(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            initializer_range=0.2,
-        )
+        config = make_shape(vocab_size=padded_vocab_size(tokenizer), num_attention_heads=4, initializer_range=0.2)
         torch.manual_seed(seed)
         return create_model(kind, config, segment_length=segment_length, **options)
 
