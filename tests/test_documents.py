@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import json
+import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +18,7 @@ from new_llm.cli.completion import write_completion
 from new_llm.cli.main import COMMANDS
 from new_llm.config.loading import settings_from_dict
 from new_llm.experiments.config import ExperimentConfig
+from new_llm.formats import format_size
 
 LANGUAGES = {"", "bash", "python", "yaml", "text"}
 
@@ -43,6 +47,34 @@ def test_commands_exist_and_take_their_flags(
         (run / "adapter.yaml").write_text("{}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     parse_command(words, monkeypatch)
+
+
+def read_figure(summary: dict[str, Any], name: str) -> tuple[float, ...]:
+    """A study's figure and its interval; differences of models are in nats, and are told as ratios."""
+    variant, _, figure = name.partition(": ")
+    entry = summary["variants"][variant]
+    if figure in entry.get("comparisons", {}):
+        return tuple(math.expm1(entry["comparisons"][figure][end] or 0) for end in ("nats", "low", "high"))
+    return tuple(entry["figures"][figure][end] or 0 for end in ("mean", "low", "high"))
+
+
+def test_the_readme_s_numbers_are_those_of_the_committed_results() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What we found")[1].split("\n## ")[0]
+    shown, _, sources = section.partition("<!--")
+    for said, file, *names in (line.split(" | ") for line in sources.splitlines() if " | " in line):
+        assert said in shown
+        if not names:  # results that no study holds
+            assert said in (ROOT / "docs/experiments" / file).read_text(encoding="utf-8")
+            continue
+        summary = json.loads((ROOT / "docs/experiments" / file).read_text(encoding="utf-8"))
+        value, low, high = read_figure(summary, names[0].split(" / ")[0])
+        if " / " in names[0]:
+            value = value / read_figure(summary, names[0].split(" / ")[1])[0] - 1
+        signed = f"{100 * value:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
+        assert {said} & {format_size(value, low, high), format_size(value, None, None), signed}, (said, signed)
+        shown = shown.replace(said, "")
+    told = {line.split(" | ")[0] for line in sources.splitlines()}
+    assert set(re.findall(r"[−+]?[\d.]+ %", shown)) <= told | {"95 %"}
 
 
 @functools.cache
