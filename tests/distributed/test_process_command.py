@@ -74,7 +74,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path: Path, f
         (("--batch-size", "5"), "5 rows can't be divided among 2 processes"),
         (("--data.source", "nowhere"), "nowhere: no such file or folder"),
         (("--lr", "-1"), "learning_rate"),
-        (("--resume",), "no such configuration file"),
+        (("--resume",), "no such file"),
     ],
 )
 def test_bad_input_is_one_line_of_one_process(

@@ -203,7 +203,7 @@ def test_a_changed_file_is_corrupted(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_truncated_or_foreign_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_adapter_file(path)
     save_adapter(make_adapted(), path)
     whole = path.read_bytes()

@@ -160,7 +160,7 @@ def test_the_report_reads_the_version_that_experiments_write():
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not UTF-8: 0xff at byte 0"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "expected a mapping of results, found list"),
+        (b"[]", "expected a mapping, found list"),
         (b"{}", "no schema_version; this version of new-llm reads schema_version 1"),
         (b'{"schema_version": 2}', "schema_version 2; this version"),
         (b'{"schema_version": true}', "schema_version True; this version"),
@@ -178,7 +178,7 @@ def test_a_bad_file_gets_one_line(content: bytes, message: str, tmp_path: Path):
 
 
 def test_a_missing_file_gets_one_line(tmp_path: Path):
-    with pytest.raises(UserError, match="no such results file"):
+    with pytest.raises(UserError, match="no such file"):
         load_results(tmp_path)
-    with pytest.raises(UserError, match="no such results file"):
+    with pytest.raises(UserError, match="no such file"):
         load_results(tmp_path / "other.json")

@@ -198,10 +198,7 @@ class Generate(Command):
 def read_prompt(path: Path) -> str:
     """The text of a file, or of the standard input for `-`, without its last line break."""
     if str(path) != "-":
-        try:
-            text = read_text_file(path, MAX_PROMPT_BYTES)
-        except FileNotFoundError:
-            raise UserError(f"--prompt-file: {path}: no such file") from None
+        text = read_text_file(path, MAX_PROMPT_BYTES)
     else:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")

@@ -35,16 +35,11 @@ MAX_ERROR_CHARACTERS = 300
 
 
 def check_regular_file(path: Path) -> None:
-    """Refuse a folder, a device or a pipe, which could be without end or never answer.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        UserError: it is not a regular file, or can't be looked at.
-    """
+    """Refuse a folder, a device or a pipe, which could be without end or never answer, and what isn't there."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise
+        raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(shorten(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}")) from None
     if not stat.S_ISREG(mode):
@@ -55,15 +50,12 @@ def read_text_file(path: Path, max_bytes: int) -> str:
     """The text of a regular file.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: it is not a regular file, has more than `max_bytes`, is not UTF-8, or can't be read.
+        UserError: there is none, it is not a regular file, has more than `max_bytes`, is not UTF-8, or can't be read.
     """
+    check_regular_file(path)
     try:
-        check_regular_file(path)
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
     if len(raw) > max_bytes:
@@ -77,17 +69,20 @@ def read_text_file(path: Path, max_bytes: int) -> str:
 
 
 def read_json_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        FileNotFoundError: there is none.
-        UserError: as `read_text_file`, or it is not JSON.
-    """
+    """What a JSON file holds; errors as of `read_text_file`, and where it is not JSON."""
     text = read_text_file(path, max_bytes)
     try:
         return load_json(text)
     except ValueError as error:
         raise UserError(shorten(f"{path}: not valid JSON: {error}")) from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; errors as of `read_json_file`, and where it holds something else."""
+    values = read_json_file(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
+    return values
 
 
 def load_json(text: str) -> Any:
@@ -309,11 +304,11 @@ def write_manifest(folder: Path) -> None:
 
 def check_manifest(folder: Path) -> list[str]:
     """What is wrong with a folder that `write_manifest` closed, its manifest included; none: all is as written."""
+    if not (folder / MANIFEST_FILE).exists():
+        return [f"{MANIFEST_FILE} is missing"]
     try:
         files = read_json_file(folder / MANIFEST_FILE)["files"].items()
         faults = [(name, _find_fault(folder / name, entry["num_bytes"], entry["sha256"])) for name, entry in files]
-    except FileNotFoundError:
-        return [f"{MANIFEST_FILE} is missing"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST_FILE} can't be read"]
     return [f"{name} {fault}" for name, fault in faults if fault is not None]

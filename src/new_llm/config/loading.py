@@ -88,12 +88,8 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     Raises:
         UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
     """
-    try:
-        values = read_yaml(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    if values is None:
-        values = {}
+    values = read_yaml(path)
+    values = {} if values is None else values
     if not isinstance(values, dict):
         fields = cast(Any, kind).__dataclass_fields__.values()
         sections = [field.name for field in fields if dataclasses.is_dataclass(field.type)]
@@ -151,8 +147,7 @@ def read_yaml(path: Path) -> Any:
     """The plain values of a YAML file.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: it is too large or no YAML, nested too deeply, or asks for aliases or objects.
+        UserError: there is none, it is too large or no YAML, nested too deeply, or asks for aliases or objects.
     """
     text = read_text_file(path, MAX_YAML_BYTES)
     try:

@@ -107,10 +107,7 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
         raise UserError(f"{path}: pairs are read from .csv and .jsonl files")
     pairs: list[ReversalPair] = []
     lines: dict[tuple[str, str, str], int] = {}
-    try:
-        text = read_text_file(path, MAX_FILE_BYTES).removeprefix("\ufeff")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    text = read_text_file(path, MAX_FILE_BYTES).removeprefix("\ufeff")
     for number, row in rows(path, text):
         pair = _make_pair(row, f"{path}: line {number}")
         identity = (pair.relation, pair.forward, pair.backward)

@@ -76,10 +76,7 @@ def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) ->
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
     """Read a tokenizer.json; one that can't be read or is not a tokenizer is a `UserError`."""
-    try:
-        text = read_text_file(path, MAX_TOKENIZER_BYTES)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tokenizer file") from None
+    text = read_text_file(path, MAX_TOKENIZER_BYTES)
     try:
         return _as_plain(Tokenizer.from_str(text))
     except Exception as error:  # tokenizers raises plain Exception

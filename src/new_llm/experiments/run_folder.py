@@ -223,10 +223,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a file that `write_json` wrote; None where there is none."""
-    try:
-        return read_json_file(path)
-    except FileNotFoundError:
-        return None
+    return read_json_file(path) if path.exists() else None
 
 
 def _strict(value: Any) -> Any:

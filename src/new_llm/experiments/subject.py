@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import new_llm.models.hf  # registers this project's models with the Auto classes
 from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import SubjectConfig
-from new_llm.config.files import read_json_file
+from new_llm.config.files import read_mapping
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
 from new_llm.evaluation.language_models import HuggingFaceLM
@@ -191,11 +191,7 @@ def _read_model_type(name: str, revision: str | None) -> str:
                 "of reach; give a run folder, or a folder that save_pretrained or `new-llm export` wrote"
             )
         path = Path(cached)
-    try:
-        values = read_json_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    kind = read_mapping(path).get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"{path}: names no model_type")
     return kind

@@ -278,8 +278,6 @@ def read_memory_file(path: Path, check: Callable[[MemoryRecord, State], None] | 
         state = _fill_state(record, read_safetensors(path), where)
         for index, entry in state.items():
             check_values(entry, f"layer {index}")
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: can't be read: {error.strerror}") from None
     except UserError:
         raise
     except ValueError as error:

@@ -195,7 +195,7 @@ def find_model_fault(folder: Path, structure: dict[str, Any], fingerprint: str) 
     try:
         if read_structure(folder) != json.loads(json.dumps(structure)):
             return f"{folder / STRUCTURE_FILE}: another structure"
-        found = fingerprint_tensors(_read_weights(folder))
+        found = fingerprint_tensors(read_safetensors(folder / WEIGHTS_FILE))
     except UserError as error:
         return str(error)
     return None if found == fingerprint else f"{folder / WEIGHTS_FILE}: other weights"
@@ -203,17 +203,13 @@ def find_model_fault(folder: Path, structure: dict[str, Any], fingerprint: str) 
 
 def read_structure(folder: Path) -> Any:
     """What `model.json` in a folder holds, which `build_model` validates."""
-    try:
-        return read_json_file(folder / STRUCTURE_FILE)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no saved model here ({STRUCTURE_FILE} is missing)") from None
+    _check_is_there(folder / STRUCTURE_FILE)
+    return read_json_file(folder / STRUCTURE_FILE)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        return read_safetensors(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
+def _check_is_there(file: Path) -> None:
+    if not file.exists():
+        raise UserError(f"{file.parent}: no saved model here ({file.name} is missing)")
 
 
 def load_model(folder: str | Path) -> TransformerLM:
@@ -225,13 +221,11 @@ def load_model(folder: str | Path) -> TransformerLM:
     folder = Path(folder)
     where, weights = str(folder / STRUCTURE_FILE), str(folder / WEIGHTS_FILE)
     structure = read_structure(folder)
-    try:
-        header = read_header(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no saved model here ({WEIGHTS_FILE} is missing)") from None
+    _check_is_there(folder / WEIGHTS_FILE)
+    header = read_header(folder / WEIGHTS_FILE)
     header.check_weights(weights)
     model = build_model(structure, where, header)
-    tensors = _read_weights(folder)
+    tensors = read_safetensors(folder / WEIGHTS_FILE)
     check_finite(tensors, weights)
     model.to(tensors["embed_in.weight"].dtype)
     try:

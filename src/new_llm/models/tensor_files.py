@@ -69,8 +69,7 @@ def read_header(path: Path) -> TensorHeader:
     """The header of a safetensors file; nothing else of the file is read.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it is no safetensors file, it is truncated, or its header disagrees with its length.
+        UserError: there is none, it is no safetensors file, it is truncated, or its header disagrees with its length.
     """
     check_regular_file(path)
     beginning = b""
@@ -81,8 +80,6 @@ def read_header(path: Path) -> TensorHeader:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             return TensorHeader(shapes, {name: part.get_dtype() for name, part in parts.items()}, file.metadata() or {})
-    except FileNotFoundError:
-        raise
     except (OSError, MemoryError) as error:  # a file is mapped, which a limit of the process may forbid
         raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     except SafetensorError as error:
@@ -98,14 +95,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, with the digest they were written with if there is one.
 
     Raises:
-        FileNotFoundError: there is no such file.
         UserError: as `read_header`, or the content does not match the digest.
     """
     metadata = read_header(path).metadata
     try:
         tensors = load_file(path)
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError, MemoryError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(shorten(f"{path}: not a readable safetensors file: {error}")) from None
     check_digest(metadata, tensors, str(path))

@@ -13,7 +13,7 @@ from typing import Any
 from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
-from new_llm.config.files import read_json_file
+from new_llm.config.files import read_json_file, read_mapping
 from new_llm.config.loading import flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
@@ -32,12 +32,7 @@ def load_results(path: Path) -> dict[str, Any]:
         UserError: the file is missing, not a JSON mapping, of another schema version, or its models are not a list.
     """
     file = path / "results.json" if path.is_dir() else path
-    try:
-        results = read_json_file(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such results file; give a run folder or its results.json") from None
-    if not isinstance(results, dict):
-        raise UserError(f"{file}: expected a mapping of results, found {type(results).__name__}")
+    results = read_mapping(file)
     version = results.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         found = "no schema_version" if version is None else f"schema_version {version!r}"

@@ -26,7 +26,7 @@ from new_llm.config import UserError
 from new_llm.config.errors import OtherProcessError
 from new_llm.config.files import (
     check_manifest,
-    read_json_file,
+    read_mapping,
     remove_folder_atomically,
     remove_leftovers,
     write_folder_atomically,
@@ -251,9 +251,7 @@ def load_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's files; another version is a `UserError`, a broken file raises what its library does."""
-    state = read_json_file(path / STATE_FILE)
-    if not isinstance(state, dict):
-        raise UserError(f"{path / STATE_FILE}: expected a mapping, found {type(state).__name__}")
+    state = read_mapping(path / STATE_FILE)
     if state.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: checkpoint version {state.get('format_version')}, this program reads {FORMAT_VERSION}"

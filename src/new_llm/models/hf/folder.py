@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.files import make_temporary_folder, read_json_file, shorten, write_atomically
+from new_llm.config.files import make_temporary_folder, read_mapping, shorten, write_atomically
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import END_OF_TEXT, find_special_tokens
 from new_llm.models.model_file import STRUCTURE_FILE
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: no {CONFIG_FILE} here{hint if (folder / STRUCTURE_FILE).is_file() else ''}; {INSTEAD}"
         )
-    return _read_mapping(path)
+    return read_mapping(path)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no weights here; looked for {', '.join(WEIGHT_FILES)}")
     if not name.endswith(INDEX_ENDING):
         return _read_tensors(folder / name)
-    places = _read_mapping(folder / name).get("weight_map")
+    places = read_mapping(folder / name).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{folder / name}: no weight_map of names and files")
     weights: dict[str, Tensor] = {}
@@ -111,23 +111,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping, found {type(values).__name__}")
-    return values
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         values = read_torch_file(path)
-    except FileNotFoundError:
-        raise UserError(shorten(f"{path}: no such file, though the index names it")) from None
     except OSError as error:
         raise UserError(shorten(f"{path}: can't be read: {describe_failure(error)}")) from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
