@@ -202,6 +202,7 @@ def point_chart(
     y: str,
     series: str,
     owner: str | None = None,
+    after: str | None = None,
     low: str | None = None,
     high: str | None = None,
     x_title: str = "",
@@ -212,8 +213,8 @@ def point_chart(
     """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
     A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour and number, with
-    a letter that the caption explains (of many: none), joined to it by a thin line. A logarithmic x-axis has base 10;
-    rows that have no place on it are left out.
+    a letter that the caption explains (of many: none), joined to it by a thin line, or to the row whose name is in `after`. A logarithmic
+    x-axis has base 10; rows that have no place on it are left out.
     """
     owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
     parts = [_name(row, series).removeprefix(_name(row, owner)).strip() for row in rows if _name(row, owner)]
@@ -222,7 +223,7 @@ def point_chart(
         letters = (f"{letter}: {one}" for letter, one in zip(ascii_lowercase, varieties, strict=False))
         caption = f"{caption} {', '.join(letters)}."
     drawn: list[Row] = []
-    owning: dict[str, Row] = {}
+    known: dict[str, Row] = {}
     for row in rows:
         across, up = _number(row.get(x), is_log=x_log), _number(row.get(y))
         if across is None or up is None:
@@ -233,9 +234,9 @@ def point_chart(
         if owned:
             letter = ascii_lowercase[varieties.index(named.removeprefix(owned).strip()) % len(ascii_lowercase)]
             point |= {"number": "" if is_crowded else number + letter, "size": 25}
-            point |= {"from_x": base["x"], "from_y": base["y"]} if (base := owning.get(owned)) else {}
-        else:
-            owning[named] = point
+            base = known.get(_name(row, after)) or known.get(owned)
+            point |= {"from_x": base["x"], "from_y": base["y"]} if base else {}
+        known[named] = point
         point["series"] = f"{number} {owned or named}"
         drawn.append(point | {"tip": f"{named}: {_say_value(point, '')} at {_say(across)} {x_title}"})
     places = {point["series"]: int(point["series"].split()[0]) - 1 for point in drawn}

@@ -66,8 +66,8 @@ def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
     """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
 
-    Caches that were measured around the model of the reference or of a baseline stand beside it, each with the bytes
-    that it stores: they are what a memory has to beat.
+    Caches that were measured around a model stand beside it, each with the bytes that it stores, those of states as a
+    curve: they are what a memory has to beat. Other caches are shown for the reference and baselines alone.
     """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (
@@ -76,7 +76,7 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
         "without are left out); processor seconds are those of training, without evaluation."
     )
     with_caches = (
-        " Small points are the reference or a baseline with an untrained cache around it, joined to it by a thin line: "
+        " Small points are a model with an untrained cache around it, those of more and more states joined by a line: "
         "what the cache is worth on long documents, taken from the model's own figure (of one seed, with its interval "
         "over documents). A cache adds what it stores to state and memory, N states and the tokens after them, and "
         "for n-grams the tokens of the longest document."
@@ -90,12 +90,16 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
                 if not figure or not place:
                     continue
                 rows.append({"variant": name, cost: place["mean"], **{end: figure[end] for end in ENDS}})
-                has_points = name in with_points and metric.endswith(STREAMING_BITS)
-                for cache, found in entry["caches"].items() if has_points else ():
+                after = name
+                for cache, found in entry["caches"].items() if metric.endswith(STREAMING_BITS) else ():
+                    is_states = cache.endswith("states")
+                    if not is_states and name not in with_points:
+                        continue
                     spent = place["mean"] + (found["bytes"] if cost != CPU_SECONDS else 0)
                     rows.append({"variant": f"{name} {cache}", cost: spent, **{end: found[end] for end in ENDS}})
-                    rows[-1]["around"] = name
-            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around"}
+                    rows[-1] |= {"around": name, "after": after if is_states else name}
+                    after = rows[-1]["variant"] if is_states else after
+            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around", "after": "after"}
             axes |= {"low": "low", "high": "high", "x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
             said = caption + with_caches if any("around" in row for row in rows) else caption
             charts.append(
