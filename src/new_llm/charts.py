@@ -213,8 +213,8 @@ def point_chart(
     """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
     A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour and number, with
-    a letter that the caption explains (of many: none), joined to it by a thin line, or to the row whose name is in `after`. A logarithmic
-    x-axis has base 10; rows that have no place on it are left out.
+    a letter that the caption explains (of many: none), joined by a thin line to it, or to the row that `after` names. A
+    logarithmic x-axis has base 10; rows that have no place on it are left out.
     """
     owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
     parts = [_name(row, series).removeprefix(_name(row, owner)).strip() for row in rows if _name(row, owner)]
