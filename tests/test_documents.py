@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ LANGUAGES = {"", "bash", "python", "yaml", "text"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "python")], ids=name_page)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     """A page's blocks run one after another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     code = "\n".join(find_blocks(page, "python"))
@@ -34,9 +33,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("page", "command"), sorted({(name_page(page), command) for page in PAGES for command in find_commands(page)})
 )
-def test_commands_exist_and_take_their_flags(
-    page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_exist_and_take_their_flags(page, command, tmp_path, monkeypatch):
     for folder in ("configs", "studies"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     words = shlex.split(command)
@@ -58,7 +55,7 @@ def read_figure(summary: dict[str, Any], name: str) -> tuple[float, ...]:
     return tuple(entry["figures"][figure][end] or 0 for end in ("mean", "low", "high"))
 
 
-def test_the_readme_s_numbers_are_those_of_the_committed_results() -> None:
+def test_the_readme_s_numbers_are_those_of_the_committed_results():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What we found")[1].split("\n## ")[0]
     shown, _, sources = section.partition("<!--")
     for said, file, *names in (line.split(" | ") for line in sources.splitlines() if " | " in line):
@@ -84,26 +81,26 @@ def list_flags() -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_commands_and_flags_in_sentences_exist(page: Path) -> None:
+def test_commands_and_flags_in_sentences_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert set(re.findall(r"`new-llm ([a-z][\w-]*)", text)) <= set(COMMANDS)
     assert set(re.findall(r"`(--[\w.-]+)", text)) <= list_flags()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "yaml")], ids=name_page)
-def test_yaml_blocks_are_configurations(page: Path) -> None:
+def test_yaml_blocks_are_configurations(page):
     for block in find_blocks(page, "yaml"):
         assert settings_from_dict(yaml.safe_load(block), ExperimentConfig, name_page(page)).models
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_no_block_is_left_untested_by_its_language(page: Path) -> None:
+def test_no_block_is_left_untested_by_its_language(page):
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_between_pages_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
@@ -128,7 +125,7 @@ def find_object(path: str) -> object:
     raise AssertionError(f"{path}: no such module")
 
 
-def test_every_equation_names_what_implements_it() -> None:
+def test_every_equation_names_what_implements_it():
     rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8"), re.MULTILINE)[1:]
     assert len(rows) >= 12
     for row in rows:
@@ -140,14 +137,14 @@ def test_every_equation_names_what_implements_it() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_named_objects_exist(page: Path) -> None:
+def test_named_objects_exist(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"#(new_llm\.[\w.]+)\)", text):
         find_object(path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_named_files_and_tests_exist(page: Path) -> None:
+def test_named_files_and_tests_exist(page):
     text = page.read_text(encoding="utf-8")
     for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert not test or f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
@@ -155,17 +152,17 @@ def test_named_files_and_tests_exist(page: Path) -> None:
         assert (ROOT / file).is_file(), file
 
 
-def test_readme_fits_three_screens() -> None:
+def test_readme_fits_three_screens():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if ROOT / "docs" in page.parents}
     assert pages == set(re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE))
 
 
-def test_project_files_agree_with_the_project() -> None:
+def test_project_files_agree_with_the_project():
     def read(name: str) -> str:
         return (ROOT / name).read_text(encoding="utf-8")
 
@@ -181,7 +178,7 @@ def test_project_files_agree_with_the_project() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_names_of_the_specification_lead_to_ours() -> None:
+def test_names_of_the_specification_lead_to_ours():
     names = re.findall(r"`(new_llm\.[\w.]+)`", (ROOT / "docs" / "specification-names.md").read_text(encoding="utf-8"))
     assert len(names) > 15
     for name in names:
@@ -189,7 +186,7 @@ def test_names_of_the_specification_lead_to_ours() -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/life-of-a-batch.md", "docs/images/life-of-a-batch.svg"])
-def test_the_life_of_a_batch_names_files_that_exist(page: str) -> None:
+def test_the_life_of_a_batch_names_files_that_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     files = set(re.findall(r"\b((?:config|data|models|training|evaluation|experiments|report|cli)/[\w/]+\.py)\b", text))
     assert len(files) > 8
@@ -197,7 +194,7 @@ def test_the_life_of_a_batch_names_files_that_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/security.md", "docs/reliability.md"])
-def test_promises_name_tests_that_exist(page: str) -> None:
+def test_promises_name_tests_that_exist(page):
     named = re.findall(r"(tests/[\w/]+\.py)(?:::(test_\w+))?", (ROOT / page).read_text(encoding="utf-8"))
     assert len(named) > 15
     assert [
@@ -205,7 +202,7 @@ def test_promises_name_tests_that_exist(page: str) -> None:
     ] == []
 
 
-def test_every_row_of_the_audit_names_a_test_and_modules_that_exist() -> None:
+def test_every_row_of_the_audit_names_a_test_and_modules_that_exist():
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
     assert len(rows) >= 15

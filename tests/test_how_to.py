@@ -48,7 +48,7 @@ def run_tiny(*flags: str) -> dict:
     return json.loads(Path("runs/mine/results.json").read_text())
 
 
-def test_a_gated_layer_that_defines_forward_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gated_layer_that_defines_forward_alone(capsys):
     write_module("my_layers", "own-layer.md", 60)
     name = "my_layers:GatedLayer"
     flags = ["--eval.measures", "streaming", "--model.options", "keep", "0.7"]
@@ -77,7 +77,7 @@ def test_a_gated_layer_that_defines_forward_alone(capsys: pytest.CaptureFixture[
     assert "kept" in capsys.readouterr().err
 
 
-def test_a_measure_stands_in_results_console_and_report(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measure_stands_in_results_console_and_report(capsys):
     write_module("my_measures", "own-measure.md", 40)
     # A measure that refuses costs neither the run nor the other measures, but the exit code says so.
     flags = ["--models", "pythia", "--eval.measures", "sliding", "long", "my_measures:Surprise"]
@@ -106,7 +106,7 @@ def test_a_measure_stands_in_results_console_and_report(capsys: pytest.CaptureFi
     assert "note: Figures of my_measures:Surprise are left out" in capsys.readouterr().err
 
 
-def test_a_source_is_one_function(folder: Path) -> None:
+def test_a_source_is_one_function(folder):
     write_module("my_sources", "own-source.md", 20)
     (folder / "verses").mkdir()
     stanzas = [f"Stanza {number}: the river rose above its banks. " * 30 for number in range(12)]
@@ -124,7 +124,7 @@ def test_a_source_is_one_function(folder: Path) -> None:
         (["--data.source", "my_sources:absent"], "no module named my_sources"),
     ],
 )
-def test_what_is_not_there_is_one_line(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_one_line(flags, said, capsys):
     assert main([*TINY.split(), *flags]) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="needs the extra docs (make docs)")
-def test_the_site_builds_strictly_and_loads_nothing(tmp_path: Path) -> None:
+def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
     for name in ("docs", "src", "mkdocs.yml"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]

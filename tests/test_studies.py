@@ -11,7 +11,7 @@ STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_committed_study_can_run(path: Path) -> None:
+def test_a_committed_study_can_run(path):
     study = read_settings(path, StudyConfig)
     assert study.name == path.stem
     assert study.question.endswith("?")
@@ -25,5 +25,5 @@ def test_a_committed_study_can_run(path: Path) -> None:
         assert reads_all or tokens == first.num_samples * first.seq_length
 
 
-def test_there_are_studies() -> None:
+def test_there_are_studies():
     assert {path.stem for path in STUDIES} >= {"memory", "books", "recall", "ablations"}

@@ -23,7 +23,7 @@ PROGRAMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_quick_run_writes_its_tables(program: str, tmp_path: Path) -> None:
+def test_a_quick_run_writes_its_tables(program, tmp_path):
     page = tmp_path / "page.md"
     command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--only", program, "--page", str(page)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -35,7 +35,7 @@ def test_a_quick_run_writes_its_tables(program: str, tmp_path: Path) -> None:
     assert "| --- |" in text or "| ---: |" in text
 
 
-def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study() -> None:
+def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study():
     source = (FOLDER / "all.py").read_text()
     helpers = {"all", "gpu_check", "kernel_figures", "turns", "jobs", "parallel_adapter_page", "parallel_adapter_study"}
     for path in FOLDER.glob("*.py"):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_rehearsal_runs_every_section_to_its_end(tmp_path: Path) -> None:
+def test_the_rehearsal_runs_every_section_to_its_end(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--cpu-rehearsal", "--minutes", "60"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, env=environment)

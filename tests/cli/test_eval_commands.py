@@ -200,7 +200,7 @@ def test_wikitext_s_text_is_one_document_unless_its_articles_are_asked_for(run, 
     assert json.loads(out.read_text())["text"]["num_documents"] == 3
 
 
-def test_inspect_makes_a_page_of_a_text(run: Path, text: Path, capsys) -> None:
+def test_inspect_makes_a_page_of_a_text(run, text, capsys):
     assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(text)]) == 0
     out = capsys.readouterr().out
     page = Path(out.split("page: ")[1].splitlines()[0])

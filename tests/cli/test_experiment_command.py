@@ -31,7 +31,7 @@ TINY = """
 """.split()  # noqa: SIM905
 
 
-def test_a_file_is_read_without_a_warning(tmp_path: Path) -> None:
+def test_a_file_is_read_without_a_warning(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("models: [multi_memory]\nmodel: {num_memories: 2}\ndata: {num_samples: null}\n")
     with warnings.catch_warnings():
@@ -54,9 +54,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_text_file_is_enough_for_an_experiment(
-    here: Path, address: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_file_is_enough_for_an_experiment(here, address, capsys, monkeypatch):
     flags = ["--models", "pythia", "infini", "--data.source", str(address), *TINY, "--epochs", "1", "--name", "one"]
     monkeypatch.setattr(sys, "argv", ["new-llm", "experiment", *flags])
     assert main(["experiment", *flags]) == 0
@@ -75,7 +73,7 @@ def test_a_text_file_is_enough_for_an_experiment(
     assert any("reversal sentences" in note for note in results["data"]["notes"])
 
 
-def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here: Path, address: Path) -> None:
+def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here, address):
     flags = ["--models", "infini", "--data.source", str(address), "--data.no-reversal-pairs", *TINY, "--epochs", "2"]
     flags += ["--eval.measures", "sliding", "--train.patience", "0"]
 
@@ -108,7 +106,7 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here: Path, a
         "--models hierarchical --num-memories 8",
     ],
 )
-def test_the_documented_flags_are_read(flags: str) -> None:
+def test_the_documented_flags_are_read(flags):
     config = Experiment.read(flags.split(), "new-llm experiment").settings
     assert [str(kind) for kind in config.models] == [word for word in flags.split() if word.isidentifier()]
     assert config.train.learning_rate == (5e-5 if "--lr" in flags else 1e-4)
@@ -117,13 +115,13 @@ def test_the_documented_flags_are_read(flags: str) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])
-def test_the_selective_experiment_compares_both_baselines(flags: str) -> None:
+def test_the_selective_experiment_compares_both_baselines(flags):
     config = ExperimentSelective.read(flags.split(), "new-llm experiment-selective").settings
     assert [str(kind) for kind in config.models] == ["pythia", "deep_pythia", "selective"]
     assert config.model.skip_interval == (2 if "2" in flags else None)
 
 
-def test_the_script_runs_the_command() -> None:
+def test_the_script_runs_the_command():
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "experiment.py"), "--models", "nope"],
         capture_output=True,
@@ -156,8 +154,8 @@ def list_flags(base: str, addresses: Path) -> list[str]:
 
 
 def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
-    base: str, addresses: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+    base, addresses, tmp_path, monkeypatch, capsys
+):
     script = ROOT / "scripts" / "train_parallel_adapter.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(script.parent)
@@ -179,7 +177,7 @@ def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
     assert main(["train-adapter", *list_flags(base, addresses)]) == 2  # a run of this name exists
 
 
-def test_a_file_of_settings_is_begun_from(tmp_path: Path) -> None:
+def test_a_file_of_settings_is_begun_from(tmp_path):
     path = tmp_path / "adapter.yaml"
     path.write_text("base: runs/base\nadapter: {layers: [1], initial_alpha: 1e-1}\ntrain: {num_epochs: 3}\n")
     training = read("--config", str(path), "--epochs", "4")

@@ -51,9 +51,7 @@ class PanicException(BaseException):
         (HubError("pile: out of reach"), 2, "pile: out of reach: take --that instead"),
     ],
 )
-def test_every_failure_is_a_line_and_an_exit_code(
-    error: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_failure_is_a_line_and_an_exit_code(error, code, words, monkeypatch, capsys):
     class Failing(Command):
         without_hub: ClassVar[str] = "take --that instead"
 
@@ -74,7 +72,7 @@ def test_every_failure_is_a_line_and_an_exit_code(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_names_its_place_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_names_its_place_in_the_package(capsys):
     assert explain(KeyError("x")) == 1
     assert "KeyError: 'x' (outside this package)" in capsys.readouterr().err
     with pytest.raises(TypeError) as caught:
@@ -83,7 +81,7 @@ def test_a_bug_names_its_place_in_the_package(capsys: pytest.CaptureFixture[str]
     assert "(new_llm/config/terminal.py, line " in capsys.readouterr().err
 
 
-def test_little_address_space_is_one_line(tmp_path: Path) -> None:
+def test_little_address_space_is_one_line(tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
 
@@ -97,9 +95,7 @@ def test_little_address_space_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "lm-eval"])
-def test_help_in_a_narrow_terminal_that_knows_ascii_alone(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_in_a_narrow_terminal_that_knows_ascii_alone(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
@@ -109,7 +105,7 @@ def test_help_in_a_narrow_terminal_that_knows_ascii_alone(
     assert "show this help message" in " ".join(shown.split())
 
 
-def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+def test_help_does_not_wait_for_torch(tmp_path):
     calls = [[], ["memory", "fill"], ["memory", "merge"], *([name] for name in COMMANDS if name not in TRAINING)]
     script = (
         "import sys\nfrom new_llm.cli.main import main\n"
@@ -123,14 +119,14 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     assert "usage: new-llm memory" in done.stdout
 
 
-def test_help_shows_the_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_examples(capsys):
     with pytest.raises(SystemExit):
         main(["runs", "--help"])
     assert "\n  new-llm runs show quick-20260131-120000\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["experiment", "--help"], ["runs"], ["memory", "show", "–‖±α.x"]])
-def test_a_terminal_that_knows_ascii_alone(arguments: list[str], tmp_path: Path) -> None:
+def test_a_terminal_that_knows_ascii_alone(arguments, tmp_path):
     (tmp_path / "runs" / "a–b").mkdir(parents=True)
     (tmp_path / "runs" / "a–b" / "config.yaml").write_text("models: [pythia]")
     done = call(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="20")
@@ -142,7 +138,7 @@ def test_a_terminal_that_knows_ascii_alone(arguments: list[str], tmp_path: Path)
         assert done.stderr.startswith("new-llm: -|+-alpha.x: ")
 
 
-def test_text_from_files_is_no_command_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_from_files_is_no_command_to_the_terminal(capsys):
     from rich.table import Table
 
     hostile = "[bold]x[/x] :smile: \x1b]0;title\x07\r\u202eabc\x9b31m \udc80"
@@ -159,14 +155,14 @@ def test_text_from_files_is_no_command_to_the_terminal(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", ["my config.yaml", "ünï-(1).yaml", " .yaml", "-x.yaml"])
-def test_a_configuration_s_name_may_be_any(name: str, tmp_path: Path) -> None:
+def test_a_configuration_s_name_may_be_any(name, tmp_path):
     (tmp_path / name).write_text("models: [infini]\nseed: 3\n")
     config = Experiment.read([f"--config={tmp_path / name}"], "new-llm experiment").settings
     assert (config.models, config.seed) == (("infini",), 3)
     assert config.name
 
 
-def test_dashes_and_underscores_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashes_and_underscores_are_alike(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "other runs" / "a"
     run.mkdir(parents=True)
@@ -179,7 +175,7 @@ def test_dashes_and_underscores_are_alike(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_advice_names_flags_that_the_command_has(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_names_flags_that_the_command_has(name, capsys):
     import re
 
     kind = load_command(name)

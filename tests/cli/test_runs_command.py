@@ -117,9 +117,7 @@ def write_run(folder: Path, perplexity: float, seed: int = 0, model: str = "infi
     return folder
 
 
-def test_a_run_s_report_is_written_again_with_evaluations_made_since(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_s_report_is_written_again_with_evaluations_made_since(tmp_path, capsys):
     run = write_run(tmp_path / "runs" / "a", 80.0)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
@@ -141,7 +139,7 @@ def test_a_run_s_report_is_written_again_with_evaluations_made_since(
     assert "book.txt" in second
 
 
-def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_runs_are_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [write_run(tmp_path / f"i{seed}", 80.0 + seed, seed) for seed in range(2)]
     runs += [write_run(tmp_path / f"p{seed}", 90.0 + seed, seed, "pythia") for seed in range(2)]
@@ -153,9 +151,7 @@ def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "report.html").read_text() == text
 
 
-def test_measures_of_one_s_own_are_named_by_the_user_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_measures_of_one_s_own_are_named_by_the_user_alone(tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "runs" / "a", 80.0)
     results = json.loads((run / "results.json").read_text())
     results["config"]["eval"] = {"measures": ["sliding", "stranger:Mine"]}

@@ -21,7 +21,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_flat_keywords_of_python_land_in_their_sections() -> None:
+def test_the_flat_keywords_of_python_land_in_their_sections():
     config = ExperimentConfig(num_samples=5000, seq_length=256, num_epochs=30, num_memories=8)
     assert config.data.num_samples == 5000
     assert config.data.seq_length == 256
@@ -29,18 +29,18 @@ def test_the_flat_keywords_of_python_land_in_their_sections() -> None:
     assert config.model.num_memories == 8
 
 
-def test_a_flat_keyword_joins_a_section_that_is_given_too() -> None:
+def test_a_flat_keyword_joins_a_section_that_is_given_too():
     config = ExperimentConfig(data={"source": "sotu"}, num_samples=7)
     assert (config.data.source, config.data.num_samples) == ("sotu", 7)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_published_configuration_loads_and_survives_its_yaml_form(path: Path) -> None:
+def test_every_published_configuration_loads_and_survives_its_yaml_form(path):
     config = read_settings(path, ExperimentConfig)
     assert settings_from_dict(yaml.safe_load(config.to_yaml()), ExperimentConfig, "again") == config
 
 
-def test_the_reference_file_is_the_programs_default() -> None:
+def test_the_reference_file_is_the_programs_default():
     reference = read_settings(next(path for path in CONFIGS if path.stem == "pythia-70m-pile"), ExperimentConfig)
     default = ExperimentConfig(models=reference.models)
     assert reference.model.shape(1) == dataclasses.replace(default.model.shape(1), vocab_size=50304)
@@ -48,7 +48,7 @@ def test_the_reference_file_is_the_programs_default() -> None:
     assert reference.data.source == "pile"
 
 
-def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
+def test_exponents_without_a_point_are_numbers(tmp_path):
     config = read_settings(write(tmp_path, "train: {learning_rate: 1e-4, adam_epsilon: 1E-9}"), ExperimentConfig)
     assert (config.train.learning_rate, config.train.adam_epsilon) == (1e-4, 1e-9)
 
@@ -80,7 +80,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "YAML"),
     ],
 )
-def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path: Path, text: str, named: str) -> None:
+def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
     with pytest.raises(UserError) as caught:
         read_settings(write(tmp_path, text), ExperimentConfig)
     assert named in str(caught.value)
@@ -91,21 +91,21 @@ def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path: Path, text: str, na
     "bad",
     [{"num_samples": -1}, {"nonsense": 1}, {"model": {"hidden_size": "x"}}, {"models": ["pythia", "gpt"]}],
 )
-def test_bad_values_from_python_are_one_line_too(bad: dict[str, object]) -> None:
+def test_bad_values_from_python_are_one_line_too(bad):
     with pytest.raises(UserError) as caught:
         ExperimentConfig(**bad)
     assert next(iter(bad)) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_the_segment_is_the_samples_share_unless_it_is_set() -> None:
+def test_the_segment_is_the_samples_share_unless_it_is_set():
     assert ExperimentConfig(seq_length=256, segments_per_sample=4).segment_length == 64
     assert ExperimentConfig(seq_length=256, segment_length=32).segment_length == 32
     with pytest.raises(UserError, match="max_position_embeddings"):
         ExperimentConfig(seq_length=4096, segments_per_sample=1)
 
 
-def test_the_models_shape_takes_the_tokenizers_size_unless_it_is_set() -> None:
+def test_the_models_shape_takes_the_tokenizers_size_unless_it_is_set():
     config = ExperimentConfig()
     assert config.model.shape(4096) == PythiaConfig(vocab_size=4096)
     assert ExperimentConfig(vocab_size=50304).model.shape(4096).vocab_size == 50304
@@ -125,7 +125,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
-def test_the_current_directory_is_searched_last(here: Path) -> None:
+def test_the_current_directory_is_searched_last(here):
     (here / "own_measures.py").write_text("VALUE = 7")
     (here / "json.py").write_text("VALUE = 7")
     assert load_by_name("own_measures:VALUE") == 7
@@ -149,7 +149,7 @@ def test_the_current_directory_is_searched_last(here: Path) -> None:
         ("", "own_module:", "a layer of your own is named my_module:MyName"),
     ],
 )
-def test_what_can_not_be_loaded_is_one_line(here: Path, source: str, name: str, message: str) -> None:
+def test_what_can_not_be_loaded_is_one_line(here, source, name, message):
     (here / "own_module.py").write_text(source)
     with pytest.raises(UserError, match=message) as caught:
         load_by_name(name, "a layer")

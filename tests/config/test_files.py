@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,9 +54,7 @@ def read(path: Path) -> set[str] | None:
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize("dies", [False, True])
-def test_whatever_fails_there_is_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, str], None], dies: bool
-) -> None:
+def test_whatever_fails_there_is_the_old_or_the_new(tmp_path, monkeypatch, write, dies):
     path, number, is_whole = tmp_path / "place" / "name", 0, False
     write(path, "old")
     while not is_whole:
@@ -79,7 +76,7 @@ def test_whatever_fails_there_is_the_old_or_the_new(
     assert number > 8
 
 
-def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
     path = tmp_path / "folder"
     remove_folder_atomically(path)
     number, is_gone = 0, False
@@ -98,7 +95,7 @@ def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert number > 3
 
 
-def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path: Path) -> None:
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path):
     path = tmp_path / "file"
     program = (
         "import os, sys; from pathlib import Path; from new_llm.config.files import write_atomically\n"
@@ -122,7 +119,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_o
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["another", "file"]
 
 
-def test_only_folders_with_our_ending_are_leftovers(tmp_path: Path) -> None:
+def test_only_folders_with_our_ending_are_leftovers(tmp_path):
     kept = [tmp_path / ".hidden", tmp_path / "name.tmp", tmp_path / ".name.other"]
     for folder in kept:
         folder.mkdir()
@@ -169,9 +166,7 @@ def fail_as_rust_does(path: Path) -> None:
         (fail_as_rust_does, "free some space"),
     ],
 )
-def test_what_the_disk_refuses_names_the_file_and_what_to_do(
-    tmp_path: Path, write: Callable[[Path], None], way: str
-) -> None:
+def test_what_the_disk_refuses_names_the_file_and_what_to_do(tmp_path, write, way):
     path = tmp_path / "file"
     with pytest.raises(OSError, match=str(path)) as caught, write_atomically(path) as temporary:
         write(temporary)
@@ -181,7 +176,7 @@ def test_what_the_disk_refuses_names_the_file_and_what_to_do(
     assert ".tmp" not in message
 
 
-def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_errors_stay_as_they_are(tmp_path):
     for error in (ValueError("x"), OSError(errno.ECONNRESET, "reset"), FileNotFoundError(2, "none", "elsewhere")):
         with pytest.raises(type(error)) as caught, name_refusals(tmp_path):
             raise error
@@ -228,7 +223,7 @@ def holder(tmp_path: Path):
             pipe.close()
 
 
-def test_the_second_is_refused_with_who_holds_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_the_second_is_refused_with_who_holds_it(tmp_path, holder):
     with pytest.raises(UserError) as error, hold_lock(tmp_path / "lock", "runs/a"):
         pytest.fail("both hold it")
     message = str(error.value)
@@ -238,14 +233,14 @@ def test_the_second_is_refused_with_who_holds_it(tmp_path: Path, holder: subproc
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_holder_leaves_no_lock(tmp_path: Path, holder: subprocess.Popen[str], number: int) -> None:
+def test_a_killed_holder_leaves_no_lock(tmp_path, holder, number):
     os.kill(holder.pid, number)
     holder.wait()
     with hold_lock(tmp_path / "lock", "runs/a"):
         assert describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
 
 
-def test_who_waits_is_told_once_and_goes_on_when_the_holder_ends(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_who_waits_is_told_once_and_goes_on_when_the_holder_ends(tmp_path, holder):
     lines: list[str] = []
     began = time.monotonic()
     threading.Timer(0.2, holder.kill).start()
@@ -256,7 +251,7 @@ def test_who_waits_is_told_once_and_goes_on_when_the_holder_ends(tmp_path: Path,
     assert lines[0].endswith("is using the token cache")
 
 
-def test_no_two_processes_are_ever_inside_at_once(tmp_path: Path) -> None:
+def test_no_two_processes_are_ever_inside_at_once(tmp_path):
     (tmp_path / "number").write_text("0")
     counters = [start(COUNT, tmp_path, 60) for _ in range(3)]
     for counter in counters:
@@ -264,7 +259,7 @@ def test_no_two_processes_are_ever_inside_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "number").read_text() == "180"
 
 
-def test_a_lock_that_can_t_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't make the lock"), hold_lock(tmp_path / "file" / "lock", "x"):
         pass
@@ -287,7 +282,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_whole_folder_has_no_faults(folder: Path) -> None:
+def test_a_whole_folder_has_no_faults(folder):
     assert check_manifest(folder) == []
     files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
     assert set(files) == {"weights", "deep/state", "empty"}
@@ -313,7 +308,7 @@ def test_a_whole_folder_has_no_faults(folder: Path) -> None:
         (b'{"files": {"/dev/zero": {"num_bytes": 0, "sha256": ""}}}', "/dev/zero is no file"),
     ],
 )
-def test_a_damaged_manifest_is_itself_a_fault(folder: Path, content: bytes | None, fault: str) -> None:
+def test_a_damaged_manifest_is_itself_a_fault(folder, content, fault):
     path = folder / MANIFEST_FILE
     path.unlink()
     if content is not None:

@@ -2,7 +2,6 @@
 
 import io
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,7 +216,7 @@ SHUFFLE = {"order": "shuffled", "seed": 1, "epoch": 0}
 SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
 
 
-def test_stages_share_the_steps_evenly() -> None:
+def test_stages_share_the_steps_evenly():
     plans = {
         segments: plan_batches(make_split([512]), seq_length=2 * segments, batch_size=16 // segments, **SHUFFLE)
         for segments in (1, 4, 8)
@@ -237,9 +236,7 @@ def test_stages_share_the_steps_evenly() -> None:
         ({"mixed_samples": 0.4}, [(1, 16), (8, 2)] * 4),
     ],
 )
-def test_training_follows_the_plan(
-    options: dict, expected: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_follows_the_plan(options, expected, tmp_path, monkeypatch):
     """A curriculum, and steps of a whole sample and as many tokens of single segments."""
     config = ExperimentConfig(
         device="cpu",
@@ -271,7 +268,7 @@ def test_training_follows_the_plan(
     assert result.tokens == pytest.approx(2 * 63, abs=2)  # a document's last token has no target
 
 
-def test_shapes_of_a_training() -> None:
+def test_shapes_of_a_training():
     data = DataConfig(**SHUFFLED, num_samples=100)
     assert list_shapes(data, 2) == ((16, 2, 100),)
     stages = DataConfig(**SHUFFLED, num_samples=None, segment_curriculum=(1, 4, 1))
@@ -291,7 +288,7 @@ def test_shapes_of_a_training() -> None:
         ({"mixed_samples": 0.5, "segment_curriculum": (1, 8)}, ["mixed_samples", "segment_curriculum"]),
     ],
 )
-def test_a_curriculum_that_cannot_be_is_refused(options: dict, words: list[str]) -> None:
+def test_a_curriculum_that_cannot_be_is_refused(options, words):
     with pytest.raises(UserError) as error:
         DataConfig(**{**SHUFFLED, **options})
     for word in words:

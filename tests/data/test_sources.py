@@ -249,7 +249,7 @@ def read_badly(config):
 """
 
 
-def test_documents_may_be_texts_alone_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_may_be_texts_alone_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "numbers_of_mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
 

@@ -64,11 +64,11 @@ def talk(processes: Processes) -> None:
     assert processes.gather("still here") == ["still here"] * 3
 
 
-def test_processes_agree() -> None:
+def test_processes_agree():
     run_processes(3, talk)
 
 
-def test_one_process_talks_to_itself() -> None:
+def test_one_process_talks_to_itself():
     assert ALONE.gather(3) == [3]
     assert ALONE.share("x") == ALONE.run_on_main(lambda: "x") == ALONE.run_main_first(lambda: "x") == "x"
     assert ALONE.slice_rows(7) == slice(0, 7)
@@ -91,7 +91,7 @@ def fail_alone(processes: Processes, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_alone_ends_the_others_without_a_word(tmp_path: Path) -> None:
+def test_a_process_that_fails_alone_ends_the_others_without_a_word(tmp_path):
     run_processes(2, fail_alone, tmp_path)
     assert (tmp_path / "1").read_text() == "UserError "
     assert (tmp_path / "0").read_text() == "OtherProcessError True"
@@ -107,9 +107,7 @@ def test_a_process_that_fails_alone_ends_the_others_without_a_word(tmp_path: Pat
         ),
     ],
 )
-def test_a_launcher_that_is_not_understood_is_refused(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
-) -> None:
+def test_a_launcher_that_is_not_understood_is_refused(monkeypatch, environment, message):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -49,7 +49,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path: Path, flags: list[str], sharding: str) -> None:
+def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path, flags, sharding):
     assert finish(start(tmp_path, "--name", "whole", *flags))[0] == 0
     process = start(tmp_path, "--name", "both", *flags, "--train.sharding", sharding, launcher=SEVERAL)
     metrics = tmp_path / "both" / "infini" / "metrics.jsonl"
@@ -77,9 +77,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path: Path, f
         (("--resume",), "no such file"),
     ],
 )
-def test_bad_input_is_one_line_of_one_process(
-    tmp_path: Path, flags: list[str], bad: tuple[str, ...], message: str
-) -> None:
+def test_bad_input_is_one_line_of_one_process(tmp_path, flags, bad, message):
     # Without torchrun's own words: each process as `srun` would start it.
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     command = [sys.executable, "-m", "new_llm.cli.main", "experiment", "--runs-dir", str(tmp_path / "runs")]
@@ -102,9 +100,7 @@ def test_bad_input_is_one_line_of_one_process(
     assert not (tmp_path / "runs").exists()
 
 
-def test_commands_of_one_process_refuse_several(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_of_one_process_refuse_several(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert main(["runs"]) == 2
@@ -115,7 +111,7 @@ def test_commands_of_one_process_refuse_several(
     assert capsys.readouterr().err == ""
 
 
-def test_the_launcher_s_variables_are_read() -> None:
+def test_the_launcher_s_variables_are_read():
     check_command("experiment", {"WORLD_SIZE": "8"})
     check_command("runs", {"WORLD_SIZE": "1"})
     check_command("runs", {})

@@ -47,7 +47,7 @@ def compare_all(root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str
                 assert torch.allclose(tensor, found[key], atol=1e-3), (name, way, key)
 
 
-def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_curve_of_one(tmp_path):
     """Batches of 6 rows, 2 of them in a step, documents of unequal lengths, rows that run empty at the end."""
     compare_all(
         tmp_path,
@@ -63,7 +63,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_every_model_gives_the_curve_of_one_process(tmp_path: Path, count: int) -> None:
+def test_every_model_gives_the_curve_of_one_process(tmp_path, count):
     compare_all(
         tmp_path,
         {f"{kind}-{order}": (kind, {}, {"order": order}) for kind in KINDS for order in ("stream", "shuffled")},
@@ -72,7 +72,7 @@ def test_every_model_gives_the_curve_of_one_process(tmp_path: Path, count: int) 
 
 
 @pytest.mark.slow
-def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path: Path) -> None:
+def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path):
     """Layers run twice, layers called once a pass and segment with memory between, a last batch of few rows."""
     compare_all(
         tmp_path,
@@ -87,7 +87,7 @@ def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path: Path) 
     )
 
 
-def test_a_model_without_memory_goes_on_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+def test_a_model_without_memory_goes_on_in_the_middle_of_a_stream(tmp_path):
     make_trainer(tmp_path / "whole", "pythia").run()
     trainer = make_trainer(tmp_path / "stopped", "pythia")
     stop_at(trainer, 2)
@@ -110,7 +110,7 @@ def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str,
             trainer.run(resume=True)
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path):
     """Each training is stopped by SIGTERM to its last process alone, and goes on with other processes."""
     make_trainer(tmp_path / "whole", **ROWS).run()
     expected = read_curve(tmp_path / "whole")

@@ -29,7 +29,7 @@ def train_and_count(processes: Processes, folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads in /proc")
-def test_no_thread_of_a_group_outlives_the_leave(tmp_path: Path) -> None:
+def test_no_thread_of_a_group_outlives_the_leave(tmp_path):
     """A thread that drops its last tensor while Python ends aborts the process after a finished training."""
     run_processes(2, train_and_count, tmp_path, start_method="spawn")
     for rank in range(2):

@@ -68,7 +68,7 @@ def check_equal(expected: Any, found: Any, where: str) -> None:
         assert found == expected, where
 
 
-def test_every_process_has_the_numbers_of_one(tmp_path: Path) -> None:
+def test_every_process_has_the_numbers_of_one(tmp_path):
     expected = json.loads(json.dumps(measure_all(ALONE)))
     run_processes(3, write_measured, tmp_path)
     for rank in range(3):

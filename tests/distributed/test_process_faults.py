@@ -40,7 +40,7 @@ def train(processes: Processes, root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_fault_in_one_process_is_skipped_or_stops_all(tmp_path: Path) -> None:
+def test_a_fault_in_one_process_is_skipped_or_stops_all(tmp_path):
     train(ALONE, tmp_path / "one")
     run_processes(2, train, tmp_path / "two")
     for way in ("ddp", "fsdp"):

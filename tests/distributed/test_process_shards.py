@@ -58,12 +58,12 @@ def check_shards(processes: Processes) -> None:
         assert torch.allclose(mine.grad.full_tensor(), theirs.grad, atol=0.03 * float(theirs.grad.abs().max()) + 1e-6)
 
 
-def test_sharded_weights_are_never_whole_on_a_device_and_are_gathered_in_bf16() -> None:
+def test_sharded_weights_are_never_whole_on_a_device_and_are_gathered_in_bf16():
     run_processes(2, check_shards)
 
 
 @pytest.mark.parametrize("kind", [*sorted(USES_ALL), "hierarchical", "rmt"])
-def test_ddp_looks_for_unused_parameters_only_where_there_are_some(kind: str) -> None:
+def test_ddp_looks_for_unused_parameters_only_where_there_are_some(kind):
     model = create_model(kind, SHAPE, segment_length=8)
     assert has_unused_parameters(model, lambda model, batch: model.total_loss(batch.input_ids, batch.labels)) == (
         kind not in USES_ALL
@@ -83,7 +83,7 @@ def wait_for_ever(processes: Processes) -> None:
         time.sleep(600)
 
 
-def test_a_process_that_waits_for_one_that_failed_ends() -> None:
+def test_a_process_that_waits_for_one_that_failed_ends():
     with pytest.raises(ProcessExitedException) as caught:
         run_processes(2, wait_for_ever)
     assert (caught.value.error_index, caught.value.exit_code) == (0, 2)
@@ -92,9 +92,7 @@ def test_a_process_that_waits_for_one_that_failed_ends() -> None:
 @pytest.mark.parametrize(
     ("visible", "uuids", "index"), [(2, "ab", 1), (1, "ab", 0), (1, "aa", None)], ids=["all", "its own", "shared"]
 )
-def test_each_process_takes_a_gpu_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, visible: int, uuids: str, index: int | None
-) -> None:
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, visible, uuids, index):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

@@ -56,13 +56,7 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs(
-    name: str,
-    addresses: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_script_runs(name, addresses, tmp_path, monkeypatch, capsys):
     arguments, printed, files = SCRIPTS[name]
     if "--text" in (EXAMPLES / name).read_text(encoding="utf-8"):
         arguments = ["--text", str(addresses), *arguments]
@@ -74,7 +68,7 @@ def test_a_script_runs(
         assert (tmp_path / file).exists(), file
 
 
-def test_scripts_and_notebooks_are_all_tested() -> None:
+def test_scripts_and_notebooks_are_all_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
     assert len(list(EXAMPLES.glob("*.ipynb"))) == 2
 
@@ -86,7 +80,7 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
-def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
     """Its cells one after another, as Jupyter would run them; they hold no magic and no output."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "notebook"}
@@ -98,7 +92,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             exec(compile(source, f"{path.name}, cell {number}", "exec"), names)
 
 
-def test_the_layer_of_the_how_to_is_the_layer_of_the_example() -> None:
+def test_the_layer_of_the_how_to_is_the_layer_of_the_example():
     page = (EXAMPLES.parent / "docs" / "how-to" / "own-layer.md").read_text(encoding="utf-8")
     code = re.search(r"^@dataclass.*?(?=^```)", page, re.MULTILINE | re.DOTALL)
     assert code

@@ -78,9 +78,7 @@ def load_base_of(run_folder: Path) -> TransformerLM:
     return load_model(run_folder / "pythia" / "best")
 
 
-def test_a_base_in_16_bits_is_widened_for_training(
-    tiny_adapter: AdapterTrainingConfig, base_run: Path, tmp_path: Path
-) -> None:
+def test_a_base_in_16_bits_is_widened_for_training(tiny_adapter, base_run, tmp_path):
     base = load_base_of(base_run).half()
     export_pythia(base, tmp_path / "published", Tokenizer.from_file(str(base_run / "tokenizer.json")))
     train = dataclasses.replace(tiny_adapter.train, num_epochs=1)
@@ -93,9 +91,7 @@ def test_a_base_in_16_bits_is_widened_for_training(
     assert load_adapted_model(tiny_adapter.out).get_alpha() == pytest.approx(results["alpha"], rel=1e-2)
 
 
-def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(
-    tiny_adapter: AdapterTrainingConfig, base_run: Path
-) -> None:
+def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(tiny_adapter, base_run):
     results = run(tiny_adapter)
     folder = Path(results["folder"])
     base = load_base_of(base_run)
@@ -139,9 +135,7 @@ def curve(results: dict[str, Any]) -> list[Any]:
     ]
 
 
-def test_an_interrupted_training_goes_on_to_the_same_end(
-    tiny_adapter: AdapterTrainingConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_training_goes_on_to_the_same_end(tiny_adapter, monkeypatch):
     whole = run(tiny_adapter)
     again = dataclasses.replace(tiny_adapter, name="again")
     step = Trainer._train_step
@@ -167,7 +161,7 @@ def test_an_interrupted_training_goes_on_to_the_same_end(
         )
 
 
-def test_bad_input_leaves_no_run_behind(tiny_adapter: AdapterTrainingConfig, tmp_path: Path) -> None:
+def test_bad_input_leaves_no_run_behind(tiny_adapter, tmp_path):
     def refuse(**changes: Any) -> str:
         with pytest.raises(UserError) as refused:
             run(dataclasses.replace(tiny_adapter, **changes))
@@ -185,7 +179,7 @@ def test_bad_input_leaves_no_run_behind(tiny_adapter: AdapterTrainingConfig, tmp
         dataclasses.replace(tiny_adapter, out=tmp_path / "adapter.bin")
 
 
-def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter: AdapterTrainingConfig) -> None:
+def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter):
     tokenizer = find_base(tiny_adapter)[1]
     data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))
     lengths = np.diff(data.train.offsets)
@@ -209,8 +203,8 @@ def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_a
 
 
 def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_out_of_reach(
-    tiny_adapter: AdapterTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_adapter, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
 
@@ -235,7 +229,7 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
     )
 
 
-def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter: AdapterTrainingConfig, base_run: Path) -> None:
+def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter, base_run):
     config = dataclasses.replace(
         tiny_adapter,
         adapter=dataclasses.replace(tiny_adapter.adapter, freeze_base_model=False),

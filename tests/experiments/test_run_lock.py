@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> ExperimentConfig:
     return ExperimentConfig(name="a", runs_dir=str(tmp_path / "deep" / "runs"))
 
 
-def test_a_second_process_is_refused_at_once_and_told_who_is_there(config: ExperimentConfig) -> None:
+def test_a_second_process_is_refused_at_once_and_told_who_is_there(config):
     with hold_elsewhere(config) as pid:
         message = rf"runs/a: another process \(PID {pid} on .*\) is using it"
         for resume in (False, True):
@@ -51,7 +51,7 @@ def test_a_second_process_is_refused_at_once_and_told_who_is_there(config: Exper
     assert os.listdir(config.runs_dir) == ["a"]
 
 
-def test_bad_input_leaves_no_folder_behind(config: ExperimentConfig, tmp_path: Path) -> None:
+def test_bad_input_leaves_no_folder_behind(config, tmp_path):
     with pytest.raises(UserError, match="no run here"), hold_run(config, resume=True):
         pass
     with pytest.raises(UserError, match="bad data"), hold_run(config, resume=False):
@@ -59,7 +59,7 @@ def test_bad_input_leaves_no_folder_behind(config: ExperimentConfig, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_to_a_run_is_the_same_run(config: ExperimentConfig, tmp_path: Path) -> None:
+def test_a_link_to_a_run_is_the_same_run(config, tmp_path):
     with hold_run(config, resume=False) as (_, folder):
         create_run(config, folder)
     (tmp_path / "folder-link").symlink_to(folder.parent)
@@ -71,7 +71,7 @@ def test_a_link_to_a_run_is_the_same_run(config: ExperimentConfig, tmp_path: Pat
                 pytest.fail("both are in it")
 
 
-def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(config: ExperimentConfig) -> None:
+def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(config):
     with hold_run(config, resume=False) as (_, folder):
         create_run(config, folder)
     left = [folder / ".results.json.abc.tmp", folder / "infini" / "best" / ".model.safetensors.abc.tmp"]

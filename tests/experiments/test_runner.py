@@ -40,7 +40,7 @@ def curve(results: dict[str, Any], model: int = 0) -> list[tuple[Any, ...]]:
     return steps + [(line["epoch"], line["train_loss"], line["validation_loss"]) for line in training["epochs_log"]]
 
 
-def test_experiments_of_several_models_match_their_parameters_unless_a_width_is_given() -> None:
+def test_experiments_of_several_models_match_their_parameters_unless_a_width_is_given():
     def matches(models: list[str], **model: Any) -> bool:
         return ExperimentConfig(models=models, model={"size": "14m", **model}).matches_parameters
 
@@ -59,7 +59,7 @@ def renamed(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentCo
     return dataclasses.replace(config, name=name, **changes)
 
 
-def test_a_run_folder_holds_all_that_the_design_names(trained_run: dict[str, Any]) -> None:
+def test_a_run_folder_holds_all_that_the_design_names(trained_run):
     folder = Path(trained_run["folder"])
     models = {"infini", "pythia"}
     files = {".lock", "config.yaml", "data.json", "environment.json", "figures", "report.html", "results.json"}
@@ -86,7 +86,7 @@ def test_a_run_folder_holds_all_that_the_design_names(trained_run: dict[str, Any
     assert all("layers.0" in line["gates"] for line in lines if line["event"] == "train")
 
 
-def test_every_model_trains_as_an_experiment(tiny: ExperimentConfig) -> None:
+def test_every_model_trains_as_an_experiment(tiny):
     train = dataclasses.replace(tiny.train, num_epochs=1)
     data = dataclasses.replace(tiny.data, num_samples=8)
     results = run(dataclasses.replace(tiny, train=train, data=data), list(ModelType))
@@ -95,7 +95,7 @@ def test_every_model_trains_as_an_experiment(tiny: ExperimentConfig) -> None:
     assert (by_name["pythia"], by_name["pythia_segments"]) == (32, 16)
 
 
-def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfig, trained_run: dict[str, Any]) -> None:
+def test_one_seed_gives_one_curve_and_another_seed_another(tiny, trained_run):
     """Bit for bit; a Pythia trained beside another has the curve of one trained alone that is measured on the way."""
     settings = dataclasses.replace(tiny.eval, checkpoints=(0.3, 0.6))
     again = run(dataclasses.replace(renamed(tiny, "again"), eval=settings), ["pythia"])
@@ -111,7 +111,7 @@ def test_one_seed_gives_one_curve_and_another_seed_another(tiny: ExperimentConfi
     assert again["data"]["split_fingerprint"] == other["data"]["split_fingerprint"]
 
 
-def test_deterministic_training_asks_torch_for_it(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_training_asks_torch_for_it(tiny, monkeypatch):
     asked: list[bool] = []
     step = Trainer._train_step
 
@@ -127,7 +127,7 @@ def test_deterministic_training_asks_torch_for_it(tiny: ExperimentConfig, monkey
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_accumulated_batches_weigh_every_token_the_same(tiny: ExperimentConfig) -> None:
+def test_accumulated_batches_weigh_every_token_the_same(tiny):
     """Two rows at a time, summed over two batches, step like four rows at once (shuffled: the same samples)."""
     data = dataclasses.replace(tiny.data, order="shuffled")
     train = dataclasses.replace(tiny.train, num_epochs=1, log_every_steps=1)
@@ -170,9 +170,7 @@ def at_a_result(place: Any) -> bool:
     return isinstance(place, Run)
 
 
-def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
-    tiny: ExperimentConfig, trained_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(tiny, trained_run, monkeypatch):
     fail_after(at_step(17), renamed(tiny, "broken"), ["infini", "pythia"], monkeypatch)  # in the second epoch
     models = renamed(tiny, "broken", models=(ModelType.INFINI, ModelType.PYTHIA))
     resumed = run_experiment(None, models, resume=True, console=Console(file=io.StringIO()))
@@ -182,9 +180,7 @@ def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
-    tiny: ExperimentConfig, trained_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(tiny, trained_run, monkeypatch):
     fail_after(at_step(17), renamed(tiny, "broken"), ["infini"], monkeypatch)
     last, before = list_checkpoints(tiny.runs_dir / "broken" / "infini")
     content = bytearray((last / "trainer.pt").read_bytes())
@@ -199,7 +195,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert curve(resumed) == curve(trained_run)
 
 
-def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(trained_run: dict[str, Any]) -> None:
+def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(trained_run):
     config = settings_from_dict(trained_run["config"], ExperimentConfig, "test")
     with pytest.raises(UserError, match="--resume"):
         run_experiment(None, config)
@@ -210,7 +206,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(trained
     assert run_experiment(None, config, resume=True)["created"] == trained_run["created"]
 
 
-def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, trained_run: dict[str, Any]) -> None:
+def test_a_finished_run_is_lengthened(tiny, trained_run):
     """It goes on counting, at the learning rates of the new length; what was measured before is set aside."""
     shutil.copytree(trained_run["folder"], folder := tiny.runs_dir / "whole")
     (folder / "evaluations").mkdir()
@@ -237,9 +233,7 @@ def test_a_finished_run_is_lengthened(tiny: ExperimentConfig, trained_run: dict[
     assert load_results(folder / "results.json")["status"] == "complete"
 
 
-def test_a_run_begins_from_the_weights_of_another(
-    tiny: ExperimentConfig, trained_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch):
     loaded = list[Any]()
     monkeypatch.setattr("new_llm.experiments.runner.load_run_model", lambda *a: loaded.append(a) or load_run_model(*a))
 
@@ -266,7 +260,7 @@ def test_a_run_begins_from_the_weights_of_another(
     assert not (tiny.runs_dir / "bad").exists()
 
 
-def test_bad_data_leaves_no_run_folder(tiny: ExperimentConfig, tmp_path: Path) -> None:
+def test_bad_data_leaves_no_run_folder(tiny, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(UserError):
@@ -274,9 +268,7 @@ def test_bad_data_leaves_no_run_folder(tiny: ExperimentConfig, tmp_path: Path) -
     assert not tiny.runs_dir.exists()
 
 
-def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
-    tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(tiny, monkeypatch):
     losses = iter([5.0, 4.0, 4.5, 4.4, 1.0])
     monkeypatch.setattr(Run, "measure_validation_loss", lambda *arguments: next(losses))
     train = dataclasses.replace(tiny.train, num_epochs=5, patience=2)
@@ -288,9 +280,7 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(
     assert run(longer, ["pythia"], resume=True)["models"] == before
 
 
-def test_a_run_does_not_continue_on_other_text(
-    tiny: ExperimentConfig, addresses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_does_not_continue_on_other_text(tiny, addresses, tmp_path, monkeypatch):
     source = tmp_path / "own"
     source.mkdir()
     for path in addresses.iterdir():
@@ -307,9 +297,7 @@ def test_a_run_does_not_continue_on_other_text(
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
 
 
-def test_a_run_continues_with_its_own_copy_of_a_tokenizer(
-    tiny: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_continues_with_its_own_copy_of_a_tokenizer(tiny, tmp_path, monkeypatch):
     tokenizer = tmp_path / "tokenizer.json"
     prepare_data(tiny.data).tokenizer.save(str(tokenizer))
     tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, tokenizer=str(tokenizer)))
@@ -320,7 +308,7 @@ def test_a_run_continues_with_its_own_copy_of_a_tokenizer(
     assert (tiny.runs_dir / "tiny" / "data.json").read_text() == begun
 
 
-def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_run_folder_is_one_line(tiny, monkeypatch):
     step = Trainer._train_step
 
     def move(self: Trainer, batches: list[Any]) -> None:
@@ -334,7 +322,7 @@ def test_a_deleted_run_folder_is_one_line(tiny: ExperimentConfig, monkeypatch: p
     assert [path.name for path in tiny.runs_dir.iterdir()] == ["elsewhere"]
 
 
-def test_a_loss_of_ones_own_trains(tiny: ExperimentConfig, trained_run: dict[str, Any]) -> None:
+def test_a_loss_of_ones_own_trains(tiny, trained_run):
     train = dataclasses.replace(tiny.train, num_epochs=1)
     doubled = run(
         dataclasses.replace(tiny, train=train),

@@ -17,9 +17,7 @@ def write(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_there_is_always_a_whole_checkpoint_and_training_goes_on_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
-) -> None:
+def test_there_is_always_a_whole_checkpoint_and_training_goes_on_from_it(tmp_path, monkeypatch, dies):
     for step in (1, 2):
         write(tmp_path, step)
     number, step, is_whole = 0, 2, False

@@ -1,7 +1,6 @@
 """A disk that fills up under a run, again and again: one line, a whole last checkpoint, and the same end."""
 
 import os
-import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +43,7 @@ def fill(place: Path, spare_bytes: int) -> Path:
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(
-    whole: FaultRun, small_disk: Path, dice: random.Random
-) -> None:
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole, small_disk, dice):
     run = FaultRun(small_disk, "full")
     for number in range(NUM_FILLS):
         process = run.start()
@@ -67,7 +64,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_from_the_start_is_one_line(small_disk: Path) -> None:
+def test_a_disk_that_is_full_from_the_start_is_one_line(small_disk):
     run = FaultRun(small_disk, "full")
     ballast = fill(small_disk, 0)
     process = run.start()

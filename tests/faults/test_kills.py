@@ -4,7 +4,7 @@ import random
 import signal
 
 import pytest
-from fault_runs import FaultRun, assert_same_end, kill_often
+from fault_runs import assert_same_end, kill_often
 
 KILLS = ["start"] * 3 + ["checkpoint"] * 9 + ["training"] * 10
 STOPS = ["start", "checkpoint", "training", "checkpoint", "training", "training"]
@@ -18,9 +18,7 @@ def order_aims(aims: list[str], dice: random.Random) -> list[str]:
 
 
 @pytest.mark.slow
-def test_25_sigkills_at_random_instants_change_nothing(
-    whole: FaultRun, killed: FaultRun, dice: random.Random, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_25_sigkills_at_random_instants_change_nothing(whole, killed, dice, capsys):
     aims = order_aims(KILLS, dice)
     num_torn = 0
     for number, (aim, _, code, err) in enumerate(kill_often(killed, aims, [signal.SIGKILL], dice)):
@@ -35,9 +33,7 @@ def test_25_sigkills_at_random_instants_change_nothing(
 
 
 @pytest.mark.slow
-def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(
-    whole: FaultRun, killed: FaultRun, dice: random.Random
-) -> None:
+def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(whole, killed, dice):
     aims = order_aims(STOPS, dice)
     for aim, sent, code, err in kill_often(killed, aims, [signal.SIGTERM, signal.SIGINT], dice):
         # In a process's first instants Python has not begun the program yet, and nothing is said.

@@ -45,7 +45,7 @@ class Script:
         monkeypatch.setattr(generation, "TokenSampler", Sampler)
 
 
-def test_pieces_joined_are_the_text_and_hold_whole_characters(byte_tokenizer: Tokenizer) -> None:
+def test_pieces_joined_are_the_text_and_hold_whole_characters(byte_tokenizer):
     decoder = TextDecoder(byte_tokenizer)
     pieces = [decoder.push(token) for token in byte_tokenizer.encode(TEXT).ids]
     assert "".join(pieces) + decoder.finish() == TEXT
@@ -56,7 +56,7 @@ def test_pieces_joined_are_the_text_and_hold_whole_characters(byte_tokenizer: To
 @given(
     st.one_of(st.binary(max_size=50), st.text(max_size=50).map(str.encode), st.binary(max_size=1).map(lambda b: b * 99))
 )
-def test_any_bytes_decode_as_they_do_at_once(byte_tokenizer: Tokenizer, data: bytes) -> None:
+def test_any_bytes_decode_as_they_do_at_once(byte_tokenizer, data):
     ids = [find_byte(byte_tokenizer, byte) for byte in data]
     decoder = TextDecoder(byte_tokenizer)
     found = "".join(map(decoder.push, ids)) + decoder.finish()
@@ -72,7 +72,7 @@ def find_byte(tokenizer: Tokenizer, byte: int) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_text_after_a_prompt_is_that_of_all_tokens(family: str) -> None:
+def test_text_after_a_prompt_is_that_of_all_tokens(family):
     """Spaces between prompt and text, characters of several tokens, and tokens that change those before them."""
     tokenizer = train_family(family)
     ids = tokenizer.encode(FAMILY_TEXT + " We do n't know; 世界世界世界 is n't ' ere .", add_special_tokens=False).ids
@@ -90,7 +90,7 @@ def test_text_after_a_prompt_is_that_of_all_tokens(family: str) -> None:
 
 @settings(deadline=None, max_examples=80)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_a_row_ends_before_the_first_stop_string(byte_tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
+def test_a_row_ends_before_the_first_stop_string(byte_tokenizer, text, stops):
     row = StoppingText(byte_tokenizer, stops)
     found = read = ""
     for token in byte_tokenizer.encode(text).ids:
@@ -105,7 +105,7 @@ def test_a_row_ends_before_the_first_stop_string(byte_tokenizer: Tokenizer, text
     assert found == (read[: min(begins)] if begins else text)
 
 
-def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer, monkeypatch):
     said = tokenizer.encode("the cat sat on the mat").ids
     stop = "t on"
     assert not any(stop in tokenizer.decode([token]) for token in said)
@@ -159,13 +159,13 @@ def make_model(tokenizer: Tokenizer):
         ({"beams": 3}, "unknown key 'beams'"),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(options: dict, message: str) -> None:
+def test_bad_settings_are_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         get_model("mixed").generate(text_ids(1, 3), **options)
     assert "\n" not in str(caught.value)
 
 
-def test_bad_prompts_are_refused() -> None:
+def test_bad_prompts_are_refused():
     model = get_model("mixed")
     for empty in (torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="empty"):

@@ -40,7 +40,7 @@ def make_selective(skip_interval: int, dtype: torch.dtype = torch.float64) -> Se
 
 @pytest.mark.parametrize("prompt_length", [1, 13])
 @pytest.mark.parametrize("name", NAMES)
-def test_stream_equals_recomputing_token_for_token(name: str, prompt_length: int) -> None:
+def test_stream_equals_recomputing_token_for_token(name, prompt_length):
     model = get_model(name)
     with torch.no_grad():
         model(text_ids(1, 8, start=60), update_memory=True)
@@ -56,7 +56,7 @@ def test_stream_equals_recomputing_token_for_token(name: str, prompt_length: int
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_cached_row_continues_as_the_cached_model_says_token_by_token(side: str) -> None:
+def test_a_cached_row_continues_as_the_cached_model_says_token_by_token(side):
     model, lengths = get_model("mixed"), (3, 11)
     config = CacheConfig(num_states=6, ngram_order=3, theta=2.0)
     whole = text_ids(2, 11)
@@ -75,7 +75,7 @@ def test_a_cached_row_continues_as_the_cached_model_says_token_by_token(side: st
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["mixed", "infini-tokens", "selective"])
-def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name: str, side: str) -> None:
+def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name, side):
     model = make_selective(1) if name == "selective" else get_model(name)
     lengths = (3, 11, 5)
     whole = text_ids(3, 11)
@@ -93,9 +93,7 @@ def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name: str, side: 
 
 
 @pytest.mark.parametrize(("name", "look_every"), [("mixed", 1), ("infini-tokens", 1), ("mixed", 5)])
-def test_rows_that_end_early_are_padded_and_leave_the_others_alone(
-    name: str, look_every: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_end_early_are_padded_and_leave_the_others_alone(name, look_every, monkeypatch):
     monkeypatch.setitem(LOOK_EVERY, "cpu", look_every)
     model = get_model(name)
     prompt = text_ids(3, 7)
@@ -117,7 +115,7 @@ def test_rows_that_end_early_are_padded_and_leave_the_others_alone(
 
 @pytest.mark.parametrize("name", ["mixed", "infini-tokens"])
 @pytest.mark.parametrize("rows", [None, 2])
-def test_held_memory_changes_only_when_asked(name: str, rows: int | None) -> None:
+def test_held_memory_changes_only_when_asked(name, rows):
     model = get_model(name)
     model.reset_memory(rows)
     with torch.no_grad():
@@ -137,7 +135,7 @@ def test_held_memory_changes_only_when_asked(name: str, rows: int | None) -> Non
     assert_states_near(found, model.get_memory_state(), 1e-9)
 
 
-def test_memory_of_rows_that_ended_early_holds_their_last_token_and_no_padding() -> None:
+def test_memory_of_rows_that_ended_early_holds_their_last_token_and_no_padding():
     model = get_model("mixed")
     model.reset_memory(2)
     held = model.get_memory_state()
@@ -157,7 +155,7 @@ def test_memory_of_rows_that_ended_early_holds_their_last_token_and_no_padding()
     assert_states_near(found, model.get_memory_state(), 1e-9)
 
 
-def test_on_token_is_told_of_every_token() -> None:
+def test_on_token_is_told_of_every_token():
     model = get_model("mixed")
     steps: list[list[int | None]] = []
     ids, statistics = model.generate(

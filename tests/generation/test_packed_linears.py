@@ -14,7 +14,7 @@ needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="no oneD
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (MAX_ROWS, 48), (3, 2, 48), (MAX_ROWS + 1, 48)])
-def test_products(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, bias: bool) -> None:
+def test_products(shape, dtype, tolerance, bias):
     if not can_pack(torch.zeros(1, dtype=dtype)):
         pytest.skip("no bf16 here")
     linear = nn.Linear(48, 80, bias=bias).to(dtype)
@@ -24,7 +24,7 @@ def test_products(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, 
 
 
 @needs_packing
-def test_gradients_and_changed_weights_go_the_usual_way() -> None:
+def test_gradients_and_changed_weights_go_the_usual_way():
     linear, x = nn.Linear(8, 6), torch.ones(1, 8)
     packed = pack_linear(linear)
     packed(x).sum().backward()
@@ -36,5 +36,5 @@ def test_gradients_and_changed_weights_go_the_usual_way() -> None:
         assert torch.equal(packed(x)[0], linear.bias)
 
 
-def test_double_precision_is_left_alone() -> None:
+def test_double_precision_is_left_alone():
     assert not can_pack(torch.zeros(1, dtype=torch.float64))

@@ -35,11 +35,11 @@ LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.6, -30.0])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
+def test_draws_follow_the_softmax_at_a_temperature(temperature):
     assert_shares(count_draws(LOGITS, temperature=temperature), (LOGITS / temperature).softmax(-1))
 
 
-def test_top_k_draws_among_the_k_likeliest() -> None:
+def test_top_k_draws_among_the_k_likeliest():
     expected = torch.where(LOGITS >= 1.0, LOGITS, -torch.inf).softmax(-1)
     assert_shares(count_draws(LOGITS, top_k=3), expected)
     assert_shares(count_draws(LOGITS, top_k=100), LOGITS.softmax(-1))
@@ -47,9 +47,7 @@ def test_top_k_draws_among_the_k_likeliest() -> None:
 
 @pytest.mark.parametrize("first_candidates", [2, 1024])
 @pytest.mark.parametrize("top_p", [0.05, 0.45, 0.9])
-def test_top_p_draws_among_the_fewest_that_reach_it(
-    top_p: float, first_candidates: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_top_p_draws_among_the_fewest_that_reach_it(top_p, first_candidates, monkeypatch):
     monkeypatch.setattr(sampling, "FIRST_CANDIDATES", first_candidates)
     probabilities = LOGITS.softmax(-1)
     kept, total = torch.zeros_like(probabilities), 0.0
@@ -62,7 +60,7 @@ def test_top_p_draws_among_the_fewest_that_reach_it(
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
 @pytest.mark.parametrize("name", ["pythia", "mixed"])
-def test_the_narrowest_draw_is_greedy(name: str, options: dict) -> None:
+def test_the_narrowest_draw_is_greedy(name, options):
     model = get_model(name)
     prompt = text_ids(2, 7)
     greedy, _ = model.generate(prompt, max_new_tokens=12)
@@ -71,7 +69,7 @@ def test_the_narrowest_draw_is_greedy(name: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}])
-def test_among_equal_logits_the_narrowest_draw_takes_what_greedy_takes(options: dict) -> None:
+def test_among_equal_logits_the_narrowest_draw_takes_what_greedy_takes(options):
     for seed in range(20):
         logits = torch.randint(0, 3, (2, 500), generator=torch.Generator().manual_seed(seed)).float()
         assert torch.equal(make_sampler(2, 500, **options).choose(logits), logits.argmax(-1))
@@ -79,7 +77,7 @@ def test_among_equal_logits_the_narrowest_draw_takes_what_greedy_takes(options: 
         assert all(len(set(row)) == 400 for row in tokens.tolist())
 
 
-def test_seeds_reproduce_and_differ() -> None:
+def test_seeds_reproduce_and_differ():
     model = get_model("mixed")
     options = {"max_new_tokens": 20, "do_sample": True}
     first, _ = model.generate(text_ids(2, 7), seed=3, **options)
@@ -90,7 +88,7 @@ def test_seeds_reproduce_and_differ() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.9, "repetition_penalty": 1.3}])
-def test_a_rows_draws_do_not_depend_on_its_batch(options: dict) -> None:
+def test_a_rows_draws_do_not_depend_on_its_batch(options):
     """Row r draws by seed + r, so that equal prompts differ in one batch and a row alone can be had again."""
     model = get_model("mixed")
     prompts = text_ids(1, 7).expand(3, -1)
@@ -101,7 +99,7 @@ def test_a_rows_draws_do_not_depend_on_its_batch(options: dict) -> None:
         assert torch.equal(alone[0], together[row])
 
 
-def test_a_share_of_the_whole_never_falls_on_probability_0() -> None:
+def test_a_share_of_the_whole_never_falls_on_probability_0():
     probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]] * 3)
     uniform = torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)
     assert invert_cumulative(probabilities, uniform).tolist() == [1, 3, 3]
@@ -110,7 +108,7 @@ def test_a_share_of_the_whole_never_falls_on_probability_0() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_logits_that_are_not_finite_stop_in_one_line(value: float, do_sample: bool) -> None:
+def test_logits_that_are_not_finite_stop_in_one_line(value, do_sample):
     ids = torch.zeros(2, 1, dtype=torch.int64)
     sampler = TokenSampler(GenerationConfig(do_sample=do_sample), ids, torch.ones_like(ids, dtype=torch.bool), 6)
     logits = LOGITS.repeat(2, 1)

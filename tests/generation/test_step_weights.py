@@ -41,9 +41,7 @@ def read_by_steps(model: TransformerLM, ids: Tensor, mask: Tensor | None = None,
 
 @pytest.mark.parametrize("rows", [1, 3, MAX_STEP_ROWS])
 @pytest.mark.parametrize(("heads", "rotary_pct"), [(1, 0.0), (2, 0.25), (3, 1.0)])
-def test_a_step_in_single_precision_is_the_layers_own(
-    rows: int, heads: int, rotary_pct: float, calls: list[int]
-) -> None:
+def test_a_step_in_single_precision_is_the_layers_own(rows, heads, rotary_pct, calls):
     torch.manual_seed(0)
     layers = [PythiaLayer(24 * heads, heads, 70, rotary_pct=rotary_pct) for _ in range(2)]
     model = TransformerLM(layers, 128, 16, initializer_range=0.3)
@@ -61,7 +59,7 @@ def test_a_step_in_single_precision_is_the_layers_own(
 
 
 @pytest.mark.parametrize("first", [1, 9])
-def test_rows_of_unequal_lengths(first: int, calls: list[int]) -> None:
+def test_rows_of_unequal_lengths(first, calls):
     """Rows stand at different places of their segments, and masked ones take none."""
     model = build_model(STACKS["pythia"], segment_length=6, dtype=torch.float32)
     ids = text_ids(4, 25)
@@ -75,7 +73,7 @@ def test_rows_of_unequal_lengths(first: int, calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["pythia", *MIXED_STACKS])
-def test_a_step_in_16_bits_is_as_near_the_exact_logits_as_the_layers_own(name: str) -> None:
+def test_a_step_in_16_bits_is_as_near_the_exact_logits_as_the_layers_own(name):
     exact = build_model(STACKS[name], segment_length=8)
     model = build_model(STACKS[name], segment_length=8, dtype=torch.float32).to(torch.bfloat16)
     exact.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
@@ -91,9 +89,7 @@ def test_a_step_in_16_bits_is_as_near_the_exact_logits_as_the_layers_own(name: s
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
-def test_generation_takes_the_compiled_step_and_says_what_it_says_without(
-    num_rows: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_takes_the_compiled_step_and_says_what_it_says_without(num_rows, calls, monkeypatch):
     model = build_model(MIXED_STACKS["mixed"], dtype=torch.float32)
     found, _ = model.generate(text_ids(num_rows, 7), max_new_tokens=30)
     assert len(calls) >= 29
@@ -131,7 +127,7 @@ def drop_bias(model: TransformerLM) -> None:
 
 
 @pytest.mark.parametrize("change", [change_weight, replace_weight, replace_module, add_hook, drop_bias])
-def test_what_changes_in_the_model_is_seen(change) -> None:
+def test_what_changes_in_the_model_is_seen(change):
     model = build_model(STACKS["pythia"], dtype=torch.float32)
     before, weights = read(model), make_weights(model)
     with weights.in_use():
@@ -143,7 +139,7 @@ def test_what_changes_in_the_model_is_seen(change) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_autocast_and_gradients_run_the_layers_own_step(calls: list[int]) -> None:
+def test_autocast_and_gradients_run_the_layers_own_step(calls):
     model = build_model(STACKS["pythia"], dtype=torch.float32)
     with make_weights(model).in_use():
         with torch.autocast("cpu", torch.bfloat16):
@@ -154,7 +150,7 @@ def test_autocast_and_gradients_run_the_layers_own_step(calls: list[int]) -> Non
     assert model.embed_out.weight.grad is not None
 
 
-def test_another_kind_of_layer_keeps_its_step() -> None:
+def test_another_kind_of_layer_keeps_its_step():
     class Doubling(PythiaLayer):
         def step(self, *arguments):
             hidden, opened = super().step(*arguments)

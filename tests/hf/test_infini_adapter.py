@@ -1,6 +1,5 @@
 """The parallel adapter on a model: equal to its base with α = 0, learning, and its memory."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +51,7 @@ def read_in_pieces(model: TransformerLM, ids: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_at_first_the_adapted_model_is_its_base_bit_for_bit(options: dict, dtype: torch.dtype, ids: Tensor) -> None:
+def test_at_first_the_adapted_model_is_its_base_bit_for_bit(options, dtype, ids):
     base, model = make_base(dtype), make_adapted(dtype, **options)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :5] = False
@@ -66,7 +65,7 @@ def test_at_first_the_adapted_model_is_its_base_bit_for_bit(options: dict, dtype
     assert torch.equal(chosen, expected)
 
 
-def test_with_alpha_the_memory_carries_what_segments_before_said(ids: Tensor) -> None:
+def test_with_alpha_the_memory_carries_what_segments_before_said(ids):
     model = make_adapted(initial_alpha=0.7)
     assert not torch.allclose(model(ids), make_base()(ids), atol=1e-2)
     changed = ids.clone()
@@ -76,7 +75,7 @@ def test_with_alpha_the_memory_carries_what_segments_before_said(ids: Tensor) ->
     assert float((make_base()(ids) - make_base()(changed)).abs()[:, 8:].max()) == 0
 
 
-def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary(ids: Tensor) -> None:
+def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary(ids):
     assert make_adapted(initial_alpha=0.25).get_alpha() == 0.25
     several = make_adapted(initial_alpha=-0.5, layers=(2, 0))
     assert several.get_alpha() == {0: -0.5, 2: -0.5}
@@ -86,7 +85,7 @@ def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary(ids: Tensor)
         make_base().get_alpha()
 
 
-def test_the_doctor_names_adapters_whose_alpha_is_0() -> None:
+def test_the_doctor_names_adapters_whose_alpha_is_0():
     model = make_adapted(layers=(0, 2), gate_init=-0.5)
     torch.nn.init.constant_(model.layers[0].get_parameter("alpha"), 0.3)
     found = check_gates(SimpleNamespace(own_model=model))
@@ -95,7 +94,7 @@ def test_the_doctor_names_adapters_whose_alpha_is_0() -> None:
     assert found.found.startswith("gates range from 0.378 to 0.378;")  # α is no gate
 
 
-def test_alpha_trains_with_the_gates_and_the_base_not_at_all() -> None:
+def test_alpha_trains_with_the_gates_and_the_base_not_at_all():
     model = make_adapted(layers=(0, 1), num_memory_banks=2)
     train = TrainConfig(gate_learning_rate=0.02)
     groups = {group["name"]: group for group in group_parameters(model, train)}
@@ -108,7 +107,7 @@ def test_alpha_trains_with_the_gates_and_the_base_not_at_all() -> None:
     assert set(base) == set(make_base().state_dict())
 
 
-def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_projection_alone(ids: Tensor) -> None:
+def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_projection_alone(ids):
     def find_moved(model: TransformerLM) -> set[str]:
         model.compute_loss(ids, ids)[0].backward()
         named = model.layers[0].named_parameters()
@@ -122,7 +121,7 @@ def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_pr
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
-def test_the_memory_begins_with_the_projections_of_its_base(heads: int, ids: Tensor) -> None:
+def test_the_memory_begins_with_the_projections_of_its_base(heads, ids):
     layer = make_adapted(num_memory_heads=heads).layers[0]
     hidden = torch.randn(2, 5, 32)
     mine = layer.attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (heads, 3, -1))
@@ -148,13 +147,13 @@ def test_the_memory_begins_with_the_projections_of_its_base(heads: int, ids: Ten
         ({"init": "zeros"}, "init"),
     ],
 )
-def test_bad_options_are_named(options: dict, said: str, tmp_path: Path) -> None:
+def test_bad_options_are_named(options, said, tmp_path):
     save_model(make_base(), tmp_path)
     with pytest.raises(ValueError, match=said):
         create_pythia_with_parallel_infini(tmp_path, **options)
 
 
-def test_an_adapter_stands_beside_pythia_layers_alone() -> None:
+def test_an_adapter_stands_beside_pythia_layers_alone():
     model = create_model("infini", SHAPE, segment_length=8)
     with pytest.raises(UserError, match=r"layer 0 is infini"):
         add_parallel_infini(model, AdapterConfig())
@@ -162,7 +161,7 @@ def test_an_adapter_stands_beside_pythia_layers_alone() -> None:
         add_parallel_infini(make_adapted(), AdapterConfig())
 
 
-def test_a_pythia_of_a_directory_gets_a_memory(tmp_path: Path, ids: Tensor) -> None:
+def test_a_pythia_of_a_directory_gets_a_memory(tmp_path, ids):
     from new_llm.models.hf.gpt_neox import export_pythia
 
     base = make_base()

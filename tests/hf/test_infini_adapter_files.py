@@ -44,7 +44,7 @@ def make_adapted(base_name: str | None = None, **options: Any) -> TransformerLM:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_adapter_comes_back_on_its_base(tmp_path: Path, name: str) -> None:
+def test_an_adapter_comes_back_on_its_base(tmp_path, name):
     model = make_adapted(num_memory_banks=2, use_alibi=True)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,7 +61,7 @@ def test_an_adapter_comes_back_on_its_base(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_base_is_found_by_the_name_in_the_file(tmp_path: Path, name: str) -> None:
+def test_the_base_is_found_by_the_name_in_the_file(tmp_path, name):
     save_model(make_base(), tmp_path / "base")
     model = make_adapted(base_name=str(tmp_path / "base"))
     save_adapter(model, tmp_path / name)
@@ -74,7 +74,7 @@ def test_the_base_is_found_by_the_name_in_the_file(tmp_path: Path, name: str) ->
         load_adapted_model(tmp_path / name)
 
 
-def test_an_adapter_of_other_weights_needs_force(tmp_path: Path) -> None:
+def test_an_adapter_of_other_weights_needs_force(tmp_path):
     save_adapter(make_adapted(base_name="runs/base"), tmp_path / "a.pt")
     stranger = make_base(seed=5)
     before = fingerprint_weights(stranger)
@@ -85,7 +85,7 @@ def test_an_adapter_of_other_weights_needs_force(tmp_path: Path) -> None:
     assert attach_adapter(stranger, tmp_path / "a.pt", force=True).get_alpha() == {0: 0.5, 2: 0.5}
 
 
-def test_a_base_that_was_trained_goes_with_its_adapter(tmp_path: Path) -> None:
+def test_a_base_that_was_trained_goes_with_its_adapter(tmp_path):
     model = make_adapted(freeze_base_model=False)
     with torch.no_grad():
         model.embed_in.weight.add_(0.1)
@@ -179,7 +179,7 @@ def set_option(name: str, value: Any, layer: str = "0") -> Change:
         (set_option("initial_alpha", 0.5, layer="-1"), "layers"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, name: str, change: Change, said: str) -> None:
+def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, change, said):
     save_adapter(make_adapted(), tmp_path / f"good-{name}")
     rewrite(tmp_path / f"good-{name}", tmp_path / name, change)
     model = make_base()
@@ -193,7 +193,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_changed_file_is_corrupted(tmp_path: Path, name: str) -> None:
+def test_a_changed_file_is_corrupted(tmp_path, name):
     save_adapter(make_adapted(), tmp_path / f"good-{name}")
     rewrite(tmp_path / f"good-{name}", tmp_path / name, change_quietly, digest=False)
     with pytest.raises(UserError, match="corrupted"):
@@ -201,7 +201,7 @@ def test_a_changed_file_is_corrupted(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_truncated_or_foreign_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_truncated_or_foreign_file_is_refused(tmp_path, name):
     path = tmp_path / name
     with pytest.raises(UserError, match="no such file"):
         read_adapter_file(path)

@@ -23,7 +23,7 @@ def find_extra_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ("hierarchical", {"hierarchy": "fenwick"}),
     ],
 )
-def test_what_memory_returns_predicts_the_next_token_alone(kind: str, options: dict[str, Any]) -> None:
+def test_what_memory_returns_predicts_the_next_token_alone(kind, options):
     """In all segments but the first, which finds an empty memory."""
     model, ids = build_model([LayerCase(kind, {"read_loss_weight": 0.3, **options})]), text_ids(2, 4 * LENGTH)
     reads: list[torch.Tensor] = []
@@ -35,7 +35,7 @@ def test_what_memory_returns_predicts_the_next_token_alone(kind: str, options: d
     torch.testing.assert_close(extra, 0.3 * losses.mean())
 
 
-def test_a_router_is_drawn_to_equal_shares() -> None:
+def test_a_router_is_drawn_to_equal_shares():
     options = {"router": "top1", "num_memories": 3, "balance_weight": 0.2}
     model, ids = build_model([LayerCase("multi_memory", options)]), text_ids(2, 4 * LENGTH)
     scores: list[torch.Tensor] = []

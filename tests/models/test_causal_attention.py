@@ -30,7 +30,7 @@ def run(function, mixed: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 20])
-def test_results_and_gradients_are_near_torch_s(length: int) -> None:
+def test_results_and_gradients_are_near_torch_s(length):
     torch.manual_seed(length)
     mixed = torch.randn(3, length, 2, 3 * 16).bfloat16()
     upstream = torch.randn(3, 2, length, 16).bfloat16()
@@ -42,7 +42,7 @@ def test_results_and_gradients_are_near_torch_s(length: int) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_no_token_sees_a_later_one() -> None:
+def test_no_token_sees_a_later_one():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 19, 16).bfloat16().unbind(0)
     before = causal_attention(q, k, v)
@@ -50,6 +50,6 @@ def test_no_token_sees_a_later_one() -> None:
     assert torch.equal(causal_attention(q, k, v)[:, :, :11], before[:, :, :11])
 
 
-def test_other_precisions_are_torch_s_own() -> None:
+def test_other_precisions_are_torch_s_own():
     q, k, v = torch.randn(3, 2, 4, 300, 16).unbind(0)
     assert torch.equal(causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))

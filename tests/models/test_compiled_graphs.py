@@ -36,7 +36,7 @@ KINDS = ("infini", "multi_memory", "hierarchical", "gated_delta", "token_memory"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_with_kernels_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_kernels_is_one_graph(kind, monkeypatch):
     """What the kernels give does not matter here, only that they can't break the graph: stand-ins give shapes."""
     stand_ins = SimpleNamespace(
         sum_causally=sum_causally, write_with_delta=write_with_delta, write_sums=write_sums, invert=torch.clone

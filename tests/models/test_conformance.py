@@ -33,7 +33,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_built_in_layers(case: LayerCase) -> None:
+def test_built_in_layers(case):
     check_layer(case.build)
 
 
@@ -51,7 +51,7 @@ torch.save((model.get_memory_state(), model(torch.load(f"{folder}/ids.pt"))), f"
 """
 
 
-def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path: Path) -> None:
+def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path):
     """Every built-in memory in one model, and one of a layer of the user's own, go by one memory file."""
     layers = [MeanLayer(16), *(case.build() for case in CASES.values())]
     layers.sort(key=lambda layer: layer.stands_before_head)
@@ -70,7 +70,7 @@ def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", MIXED_STACKS)
-def test_mixed_models(name: str) -> None:
+def test_mixed_models(name):
     check_model(get_model(name))
 
 
@@ -125,11 +125,11 @@ class MeanLayer(Layer):
         return torch.stack(outputs, dim=1), memory
 
 
-def test_a_layer_that_defines_forward_alone() -> None:
+def test_a_layer_that_defines_forward_alone():
     check_layer(lambda: MeanLayer(16))
 
 
-def test_auxiliary_losses_reach_training_and_no_evaluation() -> None:
+def test_auxiliary_losses_reach_training_and_no_evaluation():
     model, ids = TransformerLM([MeanLayer(16)], 64, 4), torch.arange(10).view(1, 10)
     extra = model.layers[0].dense.weight.square().mean()
     trained, statistics = model.train().compute_loss(ids, ids)
@@ -140,7 +140,7 @@ def test_auxiliary_losses_reach_training_and_no_evaluation() -> None:
 
 
 @pytest.mark.parametrize("fault", ["future", "rows", "padding", "write"])
-def test_broken_layers_are_found(fault: str) -> None:
+def test_broken_layers_are_found(fault):
     class Broken(MeanLayer):
         def forward(self, hidden, memory=None, segments=None):
             out, written = super().forward(

@@ -36,14 +36,14 @@ OPEN = H * K * (2 * K + 1) + D  # both sums of products, that of keys, the last 
         ("rmt", {"num_memory_tokens": 3}, S, 3 * D, D * S),
     ],
 )
-def test_the_state_is_what_a_stream_keeps(kind: str, options: dict, length: int, memory: int, opened: int) -> None:
+def test_the_state_is_what_a_stream_keeps(kind, options, length, memory, opened):
     model = create_model(kind, SHAPE, segment_length=length, **options)
     assert count_memory(model) == memory
     assert count_state(model) == memory + opened
     assert model.memory_rows is None
 
 
-def test_operations_are_those_of_the_products() -> None:
+def test_operations_are_those_of_the_products():
     model = create_model("pythia_segments", SHAPE, segment_length=S).eval()
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     attention = L * 2 * 2 * D * S  # q kᵀ and its product with v, of S tokens each
@@ -51,7 +51,7 @@ def test_operations_are_those_of_the_products() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(MODEL_KINDS) - {"deep_pythia"}))
-def test_parameters_match_to_a_percent_by_the_width_of_the_mlps(kind: str) -> None:
+def test_parameters_match_to_a_percent_by_the_width_of_the_mlps(kind):
     shape = dataclasses.replace(SHAPE, num_hidden_layers=4, intermediate_size=256)
     before = torch.get_rng_state()
     matched = match_parameters(kind, shape)
@@ -64,7 +64,7 @@ def test_parameters_match_to_a_percent_by_the_width_of_the_mlps(kind: str) -> No
     assert (matched == shape) == (abs(as_given / wanted - 1) <= 0.01)
 
 
-def test_what_can_not_be_matched() -> None:
+def test_what_can_not_be_matched():
     assert match_parameters("deep_pythia", SHAPE) == SHAPE
     with pytest.raises(UserError, match=r"token_memory has .* parameters more than a Pythia"):
         match_parameters("token_memory", dataclasses.replace(SHAPE, intermediate_size=2))

@@ -45,9 +45,7 @@ def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **opt
 @pytest.mark.parametrize(("chunk_rows", "weighted"), [(1, False), (5, True), (1024, True)])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_results_and_gradients_are_the_naive_form_s(
-    dtype: torch.dtype, tolerance: float, reduction: str, chunk_rows: int, weighted: bool
-) -> None:
+def test_results_and_gradients_are_the_naive_form_s(dtype, tolerance, reduction, chunk_rows, weighted):
     """The gradient from above differs from row to row, in size and sign."""
     hidden, weight, targets, weights = make(dtype)
     upstream = torch.linspace(-2, 3, ROWS) if reduction == "none" else torch.tensor(-0.37)
@@ -60,7 +58,7 @@ def test_results_and_gradients_are_the_naive_form_s(
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction: str) -> None:
+def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction):
     hidden, weight, targets, weights = make()
     upstream = weights if reduction == "none" else torch.tensor(1.0)
     expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, reduction=reduction)
@@ -72,7 +70,7 @@ def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction:
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_gradients_in_float64_pass_gradcheck(reduction: str) -> None:
+def test_gradients_in_float64_pass_gradcheck(reduction):
     hidden, weight, targets, weights = make(torch.float64)
     inputs = (hidden[:6].requires_grad_(), weight[:11].requires_grad_())
     targets = targets[:6].clamp_max(10)
@@ -83,7 +81,7 @@ def test_gradients_in_float64_pass_gradcheck(reduction: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_logits_beyond_every_exponent_and_faults_are_not_hidden() -> None:
+def test_logits_beyond_every_exponent_and_faults_are_not_hidden():
     hidden, weight, targets, _ = make()
     expected = run(linear_cross_entropy_naive, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
     found = run(linear_cross_entropy, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
@@ -95,7 +93,7 @@ def test_logits_beyond_every_exponent_and_faults_are_not_hidden() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_rows_without_a_target_have_no_part() -> None:
+def test_rows_without_a_target_have_no_part():
     hidden, weight, targets, _ = make()
     hidden[targets == -100] = float("inf")
     loss, for_hidden, for_weight = run(
@@ -109,7 +107,7 @@ def test_rows_without_a_target_have_no_part() -> None:
     assert float(loss) > 0
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused():
     hidden, weight, targets, weights = make()
     for arguments, options, words in (
         ((hidden[:, :3], weight, targets), {}, "N, D"),
@@ -125,7 +123,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("with_hook", [False, True])
-def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook: bool) -> None:
+def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook):
     """A head with a hook is called as a module, and nothing else changes."""
     torch.manual_seed(0)
     model = TransformerLM([PythiaLayer(32, 2, 64)], vocab_size=97, segment_length=8).double()

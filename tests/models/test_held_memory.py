@@ -37,7 +37,7 @@ def fill(model: TransformerLM, rows: int | None = None, start: int = 0) -> dict:
     return model.get_memory_state()
 
 
-def test_a_state_is_a_copy() -> None:
+def test_a_state_is_a_copy():
     """Neither later calls nor writes to the given tensors reach through it."""
     model = get_model("mixed")
     state = fill(model)
@@ -52,7 +52,7 @@ def test_a_state_is_a_copy() -> None:
     assert_states_equal(model.get_memory_state(), kept)
 
 
-def test_a_failed_call_changes_nothing() -> None:
+def test_a_failed_call_changes_nothing():
     model = get_model("mixed")
     before = fill(model, 2)
     for bad in (text_ids(3, 4), text_ids(2, 4) + 128):
@@ -62,7 +62,7 @@ def test_a_failed_call_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", UNDECAYED_STACKS)
-def test_shared_memory_takes_the_sum_of_the_rows_changes(name: str) -> None:
+def test_shared_memory_takes_the_sum_of_the_rows_changes(name):
     """Every row starts from the memory before the call; its change is what it alone would have made."""
     model = get_model(name)
     before = fill(model, start=50)
@@ -83,7 +83,7 @@ def test_shared_memory_takes_the_sum_of_the_rows_changes(name: str) -> None:
 
 
 @pytest.mark.parametrize("use_delta_rule", [True, False])
-def test_decay_in_shared_memory_depends_on_time_and_not_on_rows(use_delta_rule: bool) -> None:
+def test_decay_in_shared_memory_depends_on_time_and_not_on_rows(use_delta_rule):
     """z is a decayed sum of positive features: whatever the number of rows it stays positive and bounded."""
     options = {"num_memory_heads": 4, "use_alibi": True, "alibi_scale": 1.5, "use_delta_rule": use_delta_rule}
     model = build_model([LayerCase("infini", options)], segment_length=5)
@@ -96,7 +96,7 @@ def test_decay_in_shared_memory_depends_on_time_and_not_on_rows(use_delta_rule: 
 
 
 @by_mixture
-def test_reset_rows_empties_those_rows_alone(name: str) -> None:
+def test_reset_rows_empties_those_rows_alone(name):
     model = get_model(name)
     filled = fill(model, 3)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def interrupt_fresh_memory(model: TransformerLM) -> None:
         raise RuntimeError("interrupted")
 
 
-def test_reset_and_fresh_memory() -> None:
+def test_reset_and_fresh_memory():
     model, ids = get_model("mixed"), text_ids(2, 7)
     with torch.no_grad():
         empty = model(ids)
@@ -144,7 +144,7 @@ def test_reset_and_fresh_memory() -> None:
         assert not any(value.any() for value in entry.values() if isinstance(value, Tensor))
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
+def test_rows_that_do_not_fit_are_refused():
     model = get_model("mixed")
     with pytest.raises(ValueError, match="batch_size: 0"):
         model.reset_memory(0)

@@ -21,7 +21,7 @@ SHARED_BYTES = 227 * 1024
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_bfloat16_up_to_512_wide_spills_nothing_and_multiplies_by_warp_groups() -> None:
+def test_bfloat16_up_to_512_wide_spills_nothing_and_multiplies_by_warp_groups():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "benchmarks" / "kernel_figures.py"), "--json"]

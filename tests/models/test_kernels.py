@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compi
 
 @needs_compiler
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_the_default_dtype_has_no_say(default: torch.dtype) -> None:
+def test_the_default_dtype_has_no_say(default):
     """Each of these writes to a tensor of its own making, which is float32 whatever torch's default is."""
     model = build_model(STACKS["pythia"], segment_length=48, dtype=torch.float32).eval()
     ids = text_ids(1, 40)
@@ -69,7 +69,7 @@ def make_step(width: int = 16, inner: int = 24, **changed: object) -> PythiaStep
 
 
 @needs_compiler
-def test_a_step_whose_numbers_do_not_fit_is_refused() -> None:
+def test_a_step_whose_numbers_do_not_fit_is_refused():
     for changed, words in (
         ({"num_heads": 3}, "3 heads"),
         ({"rotary_dim": 10}, "10 rotary"),
@@ -85,7 +85,7 @@ def test_a_step_whose_numbers_do_not_fit_is_refused() -> None:
 
 
 @needs_compiler
-def test_a_call_whose_tensors_do_not_fit_is_refused() -> None:
+def test_a_call_whose_tensors_do_not_fit_is_refused():
     step = make_step()
     cache = torch.zeros(2, 2, 5, 8)
     fitting = {
@@ -115,7 +115,7 @@ def test_a_call_whose_tensors_do_not_fit_is_refused() -> None:
 
 
 @needs_compiler
-def test_other_calls_check_too() -> None:
+def test_other_calls_check_too():
     kernels = native.load_kernels()
     assert kernels is not None
     scores, sums = torch.zeros(2, 3, 8).bfloat16(), torch.zeros(2, 3)
@@ -173,7 +173,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @needs_compiler
-def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled: list[Path], home: Path) -> None:
+def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled, home):
     build.load_library()
     build.load_library()
     assert len(compiled) == 1
@@ -183,9 +183,7 @@ def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled: lis
 
 @needs_compiler
 @pytest.mark.parametrize("damage", ["truncated", "changed", "link", "writable by others", "empty"])
-def test_a_damaged_library_is_never_loaded_and_is_compiled_again(
-    compiled: list[Path], home: Path, damage: str, tmp_path: Path
-) -> None:
+def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home, damage, tmp_path):
     build.load_library()
     (path,) = home.glob("*.so")
     whole = path.read_bytes()
@@ -213,9 +211,7 @@ def plant(folder: Path) -> Path:
 
 
 @needs_compiler
-def test_nothing_is_loaded_from_a_shared_cache(
-    compiled: list[Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_loaded_from_a_shared_cache(compiled, home, tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     monkeypatch.setenv("NEW_LLM_CACHE", str(shared))
     planted = plant(shared / "native")
@@ -226,9 +222,7 @@ def test_nothing_is_loaded_from_a_shared_cache(
 
 @needs_compiler
 @pytest.mark.parametrize("fault", ["mode", "parent", "owner", "link", "file"])
-def test_a_folder_that_others_could_change_is_not_used(
-    compiled: list[Path], home: Path, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_others_could_change_is_not_used(compiled, home, fault, tmp_path, monkeypatch):
     """Kernels go to the folder for temporary files instead; where nothing is safe, each process compiles its own."""
     if fault == "parent":
         home.parent.chmod(0o777)
@@ -249,14 +243,12 @@ def test_a_folder_that_others_could_change_is_not_used(
     assert kept == ([] if fault == "owner" else [tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"])
 
 
-def test_the_kernels_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_can_be_turned_off(monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
     assert native.load_kernels.__wrapped__() is None
 
 
-def test_a_compiler_that_fails_leaves_the_pytorch_form(
-    monkeypatch: pytest.MonkeyPatch, home: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_compiler_that_fails_leaves_the_pytorch_form(monkeypatch, home, caplog):
     caplog.set_level("DEBUG", logger=native.__name__)
     for compiler in ("false", "no-such-compiler-here"):
         monkeypatch.setenv("CC", compiler)
@@ -278,7 +270,7 @@ raise SystemExit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *{files!r}])
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path: Path) -> None:
+def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path):
     """A build with address and undefined-behaviour sanitizers runs the tests of every kernel."""
     library = subprocess.run(
         ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

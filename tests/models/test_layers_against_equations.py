@@ -42,7 +42,7 @@ def assert_memories_near(state: MemoryState | None, references: list[ReferenceMe
 
 
 @by_case
-def test_layer_equals_its_equations(case: LayerCase) -> None:
+def test_layer_equals_its_equations(case):
     """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
     layer = case.build().double()
     randomize(layer)
@@ -59,7 +59,7 @@ def test_layer_equals_its_equations(case: LayerCase) -> None:
 
 
 @by_case
-def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> None:
+def test_masked_tokens_of_a_layer_are_not_in_the_equations(case):
     """Row 0 has a short second and an empty third segment; row 1 is whole."""
     layer = case.build().double()
     randomize(layer)
@@ -79,7 +79,7 @@ def test_masked_tokens_of_a_layer_are_not_in_the_equations(case: LayerCase) -> N
 
 
 @by_dtype
-def test_a_long_segment_runs_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_segment_runs_in_chunks(dtype, monkeypatch):
     """Beyond the length up to which local attention is one masked product."""
     monkeypatch.setattr(compressive, "CHUNK_LENGTH", 4)
     case = LayerCase("infini", {"num_memory_heads": 2})
@@ -103,12 +103,12 @@ def test_a_long_segment_runs_in_chunks(dtype: torch.dtype, monkeypatch: pytest.M
         (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),
     ],
 )
-def test_decay_of_each_head_follows_alibi(heads: int, slopes: list[float]) -> None:
+def test_decay_of_each_head_follows_alibi(heads, slopes):
     layer = InfiniLayer(48, 4, 24, num_memory_heads=heads, use_alibi=True, alibi_scale=2.0)
     assert layer.attention.decay == pytest.approx([np.exp(-2.0 * slope) for slope in slopes], rel=1e-12)
 
 
-def test_banks_are_written_in_turn() -> None:
+def test_banks_are_written_in_turn():
     """(segments seen // segments_per_bank) mod num_memory_banks."""
     layer = LayerCase("infini", {"num_memory_banks": 3, "segments_per_bank": 2}).build()
     randomize(layer)

@@ -5,20 +5,18 @@ import math
 import pytest
 import torch
 
-from model_cases import LayerCase, assert_near, get_model, text_ids
-from new_llm.models import TransformerLM
-from new_llm.models.layers import PythiaLayer
+from model_cases import assert_near, get_model, text_ids
 from new_llm.models.loss import LossStatistics, align_labels
 
 
-def test_position_t_predicts_token_t_plus_one() -> None:
+def test_position_t_predicts_token_t_plus_one():
     tokens = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
     assert align_labels(tokens, 4).tolist() == [[1, 4, 1, -100], [9, 2, 6, -100]]
     assert align_labels(tokens, 3).tolist() == [[1, 4, 1], [9, 2, 6]]
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_token_losses_are_the_log_probabilities_of_the_next_tokens(extra: int) -> None:
+def test_token_losses_are_the_log_probabilities_of_the_next_tokens(extra):
     model = get_model("mixed", segment_length=4)
     text = text_ids(2, 10 + extra)
     ids = text[:, :10]
@@ -32,7 +30,7 @@ def test_token_losses_are_the_log_probabilities_of_the_next_tokens(extra: int) -
             assert_near(losses[row, t], expected, 1e-12)
 
 
-def test_masked_and_ignored_tokens_are_no_targets() -> None:
+def test_masked_and_ignored_tokens_are_no_targets():
     model = get_model("mixed", segment_length=4)
     ids = text_ids(2, 9)
     labels = ids.clone()
@@ -49,7 +47,7 @@ def test_masked_and_ignored_tokens_are_no_targets() -> None:
     assert statistics.perplexity == pytest.approx(math.exp(statistics.total_nll / 12), rel=1e-5)
 
 
-def test_a_call_without_targets_has_no_mean_loss() -> None:
+def test_a_call_without_targets_has_no_mean_loss():
     model = get_model("mixed")
     ids = text_ids(1, 3)
     for labels in (torch.full_like(ids, -100), ids):
@@ -57,22 +55,3 @@ def test_a_call_without_targets_has_no_mean_loss() -> None:
         with pytest.raises(ValueError, match="no token is predicted"):
             model.compute_loss(ids, labels, mask)
     assert math.isnan(LossStatistics(num_tokens=0, total_nll=0.0).perplexity)
-
-
-@pytest.mark.parametrize("kind", ["pythia", "infini"])
-def test_a_model_that_has_learned_a_sentence_scores_near_one(kind: str) -> None:
-    """Labels shifted twice would train and measure well too; the predicted tokens would show it."""
-    torch.manual_seed(0)
-    model = TransformerLM([LayerCase(kind).build(32, 2), PythiaLayer(32, 2, 64)], vocab_size=128, segment_length=16)
-    ids = text_ids(1, 40)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        optimizer.zero_grad()
-        loss, _ = model.compute_loss(ids, ids)
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        _, statistics = model.compute_loss(ids, ids)
-        predicted = model(ids)[0, :-1].argmax(-1)
-    assert statistics.perplexity < 1.2
-    assert torch.equal(predicted, ids[0, 1:])

@@ -36,7 +36,7 @@ def read_from_empty(model: TransformerLM, ids: Tensor, mask: Tensor | None = Non
 
 
 @pytest.mark.parametrize("name", [*SUMS, "mixed-sums"])
-def test_two_halves_merge_into_one_batch_of_both(name: str) -> None:
+def test_two_halves_merge_into_one_batch_of_both(name):
     model = get_model(name, dtype=torch.float32)
     ids = text_ids(2, 13)
     merged = merge_memory_states([read_from_empty(model, ids[:1]), read_from_empty(model, ids[1:])])
@@ -46,7 +46,7 @@ def test_two_halves_merge_into_one_batch_of_both(name: str) -> None:
     assert_states_equal(model.get_memory_state(), merged)
 
 
-def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added() -> None:
+def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added():
     model, ids = get_model("hierarchical-fenwick-sum", dtype=torch.float64), text_ids(3, 35)
     held = read_from_empty(model, ids[:1, :15])  # three segments: blocks of two and of one
     for rows in (1, 2):
@@ -68,7 +68,7 @@ def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added() -> None
         torch.testing.assert_close(entry["fine_memories"], expected)
 
 
-def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs() -> None:
+def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs():
     model = get_model("mixed-sums")
     states = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]
     again = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]
@@ -81,14 +81,14 @@ def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs() -> None:
 
 
 @pytest.mark.parametrize("name", [*sorted(MEMORY_STACKS.keys() - set(SUMS) - {"mixed-sums"})])
-def test_memories_that_do_not_add_are_refused(name: str) -> None:
+def test_memories_that_do_not_add_are_refused(name):
     state = read_from_empty(get_model(name), text_ids(1, 9))
     with pytest.raises(ValueError, match=r"layer \d.*(delta rule|decay)") as error:
         merge_memory_states([state, state])
     assert "\n" not in str(error.value)
 
 
-def test_states_that_do_not_belong_together_are_refused() -> None:
+def test_states_that_do_not_belong_together_are_refused():
     options = {"use_delta_rule": False}
     multi = LayerCase("multi_memory", options)
 
@@ -110,7 +110,7 @@ def test_states_that_do_not_belong_together_are_refused() -> None:
             merge_memory_states([state, other])
 
 
-def test_memories_of_ones_own_add_field_by_field_within_range() -> None:
+def test_memories_of_ones_own_add_field_by_field_within_range():
     def make(total: float, count: int) -> dict[int, dict[str, Any]]:
         plain = {"layer_kind": "mean", "version": STATE_VERSION, "per_row": False, "additive": True}
         return {0: {**plain, "total": torch.full((2,), total), "count": torch.tensor(count)}}

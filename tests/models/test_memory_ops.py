@@ -50,7 +50,7 @@ def draw_segment(length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tu
 # Fast forms equal naive forms
 
 
-def test_feature_map_is_elu_plus_one() -> None:
+def test_feature_map_is_elu_plus_one():
     x = torch.linspace(-30, 30, 121, dtype=torch.float64)
     expected = torch.where(x > 0, x + 1, x.exp())
     assert torch.equal(feature_map(x), expected)
@@ -60,7 +60,7 @@ def test_feature_map_is_elu_plus_one() -> None:
 @by_dtype
 @pytest.mark.parametrize("chunk_length", [1, 3, 64])
 @pytest.mark.parametrize("length", [1, 7, 11])
-def test_local_attention_equals_its_naive_form(length: int, chunk_length: int, dtype: torch.dtype) -> None:
+def test_local_attention_equals_its_naive_form(length, chunk_length, dtype):
     q, k, v = draw_segment(length, dtype)
     actual = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=chunk_length)
     assert_near(actual, local_linear_attention_naive(q, k, v, epsilon=EPSILON), TOLERANCES[dtype])
@@ -69,7 +69,7 @@ def test_local_attention_equals_its_naive_form(length: int, chunk_length: int, d
 @by_dtype
 @pytest.mark.parametrize("num_memories", [1, MEMORIES])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_read_equals_its_naive_form(weighted: bool, num_memories: int, dtype: torch.dtype) -> None:
+def test_read_equals_its_naive_form(weighted, num_memories, dtype):
     memories, norms, _ = (t[:, -num_memories:] for t in draw_memories(dtype))
     q, _, _ = draw_segment(dtype=dtype)
     weights = draw(ROWS, num_memories, HEADS, LENGTH, seed=6, dtype=dtype) if weighted else None
@@ -80,7 +80,7 @@ def test_read_equals_its_naive_form(weighted: bool, num_memories: int, dtype: to
 
 @pytest.mark.parametrize("standardize", [False, True])
 @by_dtype
-def test_selection_equals_its_naive_form(dtype: torch.dtype, standardize: bool) -> None:
+def test_selection_equals_its_naive_form(dtype, standardize):
     _, norms, num_tokens = draw_memories(dtype)
     q, _, _ = draw_segment(dtype=dtype)
     expected = select_memories_naive(q, norms, num_tokens, standardize=standardize)
@@ -92,7 +92,7 @@ def test_selection_equals_its_naive_form(dtype: torch.dtype, standardize: bool) 
 @by_decay
 @by_rule
 @by_dtype
-def test_write_equals_its_naive_form(dtype: torch.dtype, use_delta_rule: bool, decay: list[float] | None) -> None:
+def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
     memories, norms, _ = draw_memories(dtype)
     _, k, v = draw_segment(dtype=dtype)
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
@@ -108,7 +108,7 @@ def test_write_equals_its_naive_form(dtype: torch.dtype, use_delta_rule: bool, d
         assert torch.equal(norms[:, n], before[1])
 
 
-def test_read_of_another_width_is_refused() -> None:
+def test_read_of_another_width_is_refused():
     memories, norms, _ = draw_memories()
     with pytest.raises(ValueError, match=r"width 3 .* width 4"):
         read_memories(draw_features(ROWS, HEADS, LENGTH, 3), memories, norms, epsilon=EPSILON)
@@ -122,7 +122,7 @@ def check_gradients(function, *inputs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("chunk_length", [2, 64])
-def test_gradient_of_local_attention(chunk_length: int) -> None:
+def test_gradient_of_local_attention(chunk_length):
     q, k, v = draw_segment()
     sums = draw(ROWS, HEADS, WIDTH, VALUE_WIDTH, seed=7), draw_features(ROWS, HEADS, WIDTH, seed=8)
 
@@ -134,7 +134,7 @@ def test_gradient_of_local_attention(chunk_length: int) -> None:
     check_gradients(attend, q, k, v, *sums)
 
 
-def test_gradient_of_read() -> None:
+def test_gradient_of_read():
     memories, norms, _ = draw_memories()
     norms = norms + 0.1  # an empty memory's divisor is clamped, where finite differences see a corner
     q, _, _ = draw_segment()
@@ -142,7 +142,7 @@ def test_gradient_of_read() -> None:
     check_gradients(lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights)
 
 
-def test_gradient_of_selection() -> None:
+def test_gradient_of_selection():
     _, norms, num_tokens = draw_memories()
     q, _, _ = draw_segment()
     check_gradients(lambda q, z: select_memories(q, z, num_tokens), q, norms)
@@ -154,7 +154,7 @@ def test_gradient_of_selection() -> None:
 
 @by_decay
 @by_rule
-def test_gradient_of_write(use_delta_rule: bool, decay: list[float] | None) -> None:
+def test_gradient_of_write(use_delta_rule, decay):
     memories, norms, _ = draw_memories()
     _, k, v = draw_segment()
     w = None if decay is None else torch.tensor(decay, dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_gradient_of_write(use_delta_rule: bool, decay: list[float] | None) -> N
     check_gradients(write, k, v, memories[:, 0], norms[:, 0])
 
 
-def test_gradients_through_empty_memories_are_finite() -> None:
+def test_gradients_through_empty_memories_are_finite():
     """Reads of a partly empty memory, as in the first segments of every call."""
     memories, norms, num_tokens = (t.clone() for t in draw_memories(torch.float32))
     memories.requires_grad_()
@@ -183,7 +183,7 @@ def test_gradients_through_empty_memories_are_finite() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e7])
-def test_read_in_16_bits_survives_a_huge_memory(dtype: torch.dtype, size: float) -> None:
+def test_read_in_16_bits_survives_a_huge_memory(dtype, size):
     """After 10 million tokens z and M are far beyond float16's 65,504; what is read is not."""
     memories, norms, num_tokens = draw_memories(torch.float32)
     q = draw_segment(dtype=torch.float32)[0]
@@ -196,7 +196,7 @@ def test_read_in_16_bits_survives_a_huge_memory(dtype: torch.dtype, size: float)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @by_rule
-def test_write_in_16_bits_sums_in_float32(dtype: torch.dtype, use_delta_rule: bool) -> None:
+def test_write_in_16_bits_sums_in_float32(dtype, use_delta_rule):
     """3,000 tokens: a float16 sum would overflow, a bfloat16 sum would stop growing at 256."""
     k = torch.full((1, 1, 3000, 2), 30.0, dtype=dtype)
     v = torch.ones(1, 1, 3000, 2, dtype=dtype)
@@ -208,7 +208,7 @@ def test_write_in_16_bits_sums_in_float32(dtype: torch.dtype, use_delta_rule: bo
     torch.testing.assert_close(norm, torch.full_like(norm, 90000.0))
 
 
-def test_the_wide_product_of_bfloat16_has_the_gradients_of_its_equation() -> None:
+def test_the_wide_product_of_bfloat16_has_the_gradients_of_its_equation():
     """Only a GPU multiplies like that; the gradients are the same everywhere."""
     k, v = (torch.randn(2, 5, width).bfloat16() for width in (3, 4))
     upstream = torch.randn(2, 3, 4).bfloat16().float()

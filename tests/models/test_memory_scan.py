@@ -29,13 +29,13 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 @pytest.mark.parametrize("number", [1, 2, 13])
 @pytest.mark.parametrize("has_decay", [True, False])
-def test_scanned_sums_equal_their_naive_form(number: int, has_decay: bool) -> None:
+def test_scanned_sums_equal_their_naive_form(number, has_decay):
     initial, changes = draw(2, 3, 4, seed=1), draw(2, number, 3, 4, seed=2)
     decay = draw(2, number, 3, 1, seed=3).sigmoid() if has_decay else None
     assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
 
 
-def test_decay_to_nothing_is_no_division() -> None:
+def test_decay_to_nothing_is_no_division():
     """A scan by dividing through products of the decay would be 0 / 0 here."""
     initial, changes = draw(1, 2, seed=1), draw(1, 400, 2, seed=2)
     decay = torch.full((1, 400, 1), 1e-3, dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_decay_to_nothing_is_no_division() -> None:
     assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
 
 
-def test_gradient_of_scanned_sums() -> None:
+def test_gradient_of_scanned_sums():
     initial, changes = draw(2, 3, seed=1).requires_grad_(), draw(2, 5, 3, seed=2).requires_grad_()
     decay = draw(2, 5, 1, seed=3).sigmoid()
     assert torch.autograd.gradcheck(lambda first, rest: scan_sums(first, rest, decay), (initial, changes))
@@ -118,7 +118,7 @@ OPTIONS = [
 
 @by_shape
 @pytest.mark.parametrize("group", [1, 2, 99])
-def test_scan_equals_its_naive_form(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], group: int) -> None:
+def test_scan_equals_its_naive_form(monkeypatch, shape, group):
     """Outputs and gradients, all options together, in float64 and float32."""
     monkeypatch.setattr("new_llm.models.ops.memory_scan.choose_group", lambda *_: group)
     for options, dtype in zip(OPTIONS, itertools.cycle((torch.float64, torch.float64, torch.float32)), strict=False):
@@ -139,7 +139,7 @@ def test_scan_equals_its_naive_form(monkeypatch: pytest.MonkeyPatch, shape: tupl
 
 
 @pytest.mark.parametrize("has_delta", [True, False])
-def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch, has_delta: bool) -> None:
+def test_gradients_by_finite_differences(monkeypatch, has_delta):
     monkeypatch.setattr("new_llm.models.ops.memory_scan.choose_group", lambda *_: 2)
     call = Call.draw(4, 2, 3, has_delta=has_delta, has_decay=True, has_sum=True, rows_differ=True)
 
@@ -151,7 +151,7 @@ def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch, has_de
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("has_delta", [True, False])
-def test_16_bits_stay_near(dtype: torch.dtype, has_delta: bool) -> None:
+def test_16_bits_stay_near(dtype, has_delta):
     call = Call.draw(6, 2, 6, has_delta=has_delta, has_decay=True, has_sum=True)
     narrow = {
         name: t.detach().to(dtype if name in ("q", "k", "v", "written_keys") else torch.float32).requires_grad_()
@@ -189,7 +189,7 @@ def count_kept_bytes(num_segments: int, width: int) -> int:
     return sum(sizes.values())
 
 
-def test_states_are_kept_once_a_group() -> None:
+def test_states_are_kept_once_a_group():
     """16 and 64 segments keep 3 and 7 states between groups, not 16 and 64."""
     width = 512
     state = width * width * 4

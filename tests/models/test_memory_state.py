@@ -30,7 +30,7 @@ def fill(model: TransformerLM, rows: int | None = None) -> dict[int, dict[str, A
     return model.get_memory_state()
 
 
-def test_states_hold_the_documented_keys_as_cpu_tensors() -> None:
+def test_states_hold_the_documented_keys_as_cpu_tensors():
     model = get_model("mixed", dtype=torch.float32)
     state = fill(model)
     assert list(state) == [0, 2, 3]
@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("rows", [None, 2])
-def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil: Spoil, message: str, rows: int | None) -> None:
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil, message, rows):
     model = get_model("mixed", dtype=torch.float32)
     good = fill(model, rows)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil: Spoil, 
 
 
 @pytest.mark.parametrize("name", [name for name in MIXED_STACKS if name != "tokens"])  # one memory layer alone
-def test_layers_of_different_numbers_of_rows_are_refused(name: str) -> None:
+def test_layers_of_different_numbers_of_rows_are_refused(name):
     model = get_model(name)
     three, shared, two = fill(model, 3), fill(model), fill(model, 2)
     first = min(two)
@@ -134,7 +134,7 @@ def test_layers_of_different_numbers_of_rows_are_refused(name: str) -> None:
         assert_states_equal(model.get_memory_state(), two)
 
 
-def test_states_of_another_precision_are_taken_over() -> None:
+def test_states_of_another_precision_are_taken_over():
     """A float64 model's memory serves a float32 model, rounded once."""
     wide, narrow = (get_model("mixed", dtype=dtype) for dtype in (torch.float64, torch.float32))
     state = fill(wide)

@@ -19,7 +19,7 @@ from new_llm.models.layers import PythiaLayer
 @pytest.mark.parametrize(
     ("name", "dtype"), itertools.product(MIXED_STACKS, (torch.float32, torch.float64, torch.bfloat16))
 )
-def test_a_loaded_model_is_the_same_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_loaded_model_is_the_same_bit_for_bit(name, dtype, tmp_path):
     model = build_model(STACKS[name], dtype=dtype, segment_length=6)
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
@@ -37,7 +37,7 @@ def test_a_loaded_model_is_the_same_bit_for_bit(name: str, dtype: torch.dtype, t
     assert loaded.memory_info() == model.memory_info()
 
 
-def test_saving_again_replaces_the_model_by_equal_bytes(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_model_by_equal_bytes(tmp_path):
     for seed in (0, 1):
         save_model(build_model(STACKS["mixed"], seed=seed), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
@@ -48,7 +48,7 @@ def test_saving_again_replaces_the_model_by_equal_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_changed_weights_are_not_taken_for_the_model(tmp_path: Path) -> None:
+def test_changed_weights_are_not_taken_for_the_model(tmp_path):
     save_model(get_model("mixed"), tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -56,7 +56,7 @@ def test_changed_weights_are_not_taken_for_the_model(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+def test_a_layer_that_could_not_be_loaded_is_not_saved(tmp_path):
     class OwnLayer(PythiaLayer):
         kind = "own"
 
@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_folder_is_refused_with_one_line(spoil: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+def test_a_broken_folder_is_refused_with_one_line(spoil, message, tmp_path):
     save_model(get_model("mixed"), tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as error:

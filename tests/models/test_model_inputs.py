@@ -12,7 +12,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.experiments.config import ModelConfig
 from new_llm.models import ModelType, TransformerLM, create_model
 from new_llm.models.factory import MODEL_KINDS
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, PythiaLayer, TokenMemoryLayer
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer, TokenMemoryLayer
 from tiny import make_shape
 
 CONFIG = make_shape(vocab_size=VOCAB_SIZE, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
@@ -56,7 +56,7 @@ BAD_VALUES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("model_type", ModelType)
-def test_each_model_takes_its_options_in_range_and_no_others(model_type: ModelType) -> None:
+def test_each_model_takes_its_options_in_range_and_no_others(model_type):
     taken = set(MODEL_KINDS[model_type].defaults)
     if model_type in ("pythia", "infini", "multi_memory", "hierarchical", "token_memory"):
         assert taken & TABLE.keys() == {option for option, kinds in TABLE.items() if model_type in kinds}
@@ -69,16 +69,16 @@ def test_each_model_takes_its_options_in_range_and_no_others(model_type: ModelTy
 
 
 @pytest.mark.parametrize("length", [0, -1, 65, 6.5])
-def test_segment_length_out_of_range(length: Any) -> None:
+def test_segment_length_out_of_range(length):
     refuse(lambda: create_model("infini", CONFIG, segment_length=length), "segment_length", str(length), "1 to", "64")
 
 
 @pytest.mark.parametrize("model_type", ["", "multi-memory", None, 3])
-def test_unknown_model_type(model_type: Any) -> None:
+def test_unknown_model_type(model_type):
     refuse(lambda: create_model(model_type, CONFIG), repr(str(model_type)), *ModelType)
 
 
-def test_options_reach_the_layer() -> None:
+def test_options_reach_the_layer():
     """And the defaults are DESIGN's."""
 
     def read(kind: str, **options: Any) -> tuple[Any, ...]:
@@ -101,7 +101,7 @@ def test_options_reach_the_layer() -> None:
 
 @pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical"])
 @pytest.mark.parametrize("places", [None, (1, 0), (-1,)])
-def test_the_named_layers_have_memory_and_no_others(kind: str, places: tuple[int, ...] | None) -> None:
+def test_the_named_layers_have_memory_and_no_others(kind, places):
     model = create_model(kind, CONFIG, **({} if places is None else {"memory_layers": places}))
     expected = sorted(place % 2 for place in places or (0,))  # by default it is the first
     assert sorted(model.memory_layers) == [entry["layer"] for entry in model.memory_info()["per_layer"]] == expected
@@ -109,13 +109,13 @@ def test_the_named_layers_have_memory_and_no_others(kind: str, places: tuple[int
 
 
 @pytest.mark.parametrize("places", [(2,), (1, -1), ()])
-def test_other_places_are_refused_by_name(places: tuple[int, ...]) -> None:
+def test_other_places_are_refused_by_name(places):
     refuse(lambda: create_model("infini", CONFIG, memory_layers=places), "memory_layers")
     with pytest.raises(UserError, match="memory_layers"):
         ModelConfig(num_hidden_layers=2, memory_layers=places).check_taken(["infini"])
 
 
-# Shapes
+# Shapes and rules
 
 
 @pytest.mark.parametrize(
@@ -128,24 +128,47 @@ def test_other_places_are_refused_by_name(places: tuple[int, ...]) -> None:
         ({"hidden": 32}, ("hidden",)),
     ],
 )
-def test_shapes_out_of_range(values: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_shapes_out_of_range(values, words):
     refuse(lambda: PythiaConfig(**{"num_attention_heads": 4, **values}), *words)
+
+
+@pytest.mark.parametrize(
+    ("layer_type", "options", "message"),
+    [
+        (InfiniLayer, {"key_features": "unit"}, "unit keys are signed"),
+        (
+            InfiniLayer,
+            {"key_features": "unit", "use_normalizer": False, "normalize_keys": True},
+            "unit keys are signed",
+        ),
+        (MultiMemoryLayer, {"router": "top1", "use_token_decay": True}, "not router top1 or hierarchy fenwick"),
+        (InfiniLayer, {"use_normalizer": False}, "diverges on keys longer than 1"),
+        (
+            HierarchicalLayer,
+            {"hierarchy": "fenwick", "use_normalizer": False, "key_features": "softmax"},
+            "not router top1 or hierarchy fenwick",
+        ),
+    ],
+)
+def test_rules_that_do_not_fit_are_refused(layer_type, options, message):
+    with pytest.raises(UserError, match=message):
+        layer_type(16, 2, 24, **options)
 
 
 @pytest.mark.parametrize("heads", [0, 3])
 @pytest.mark.parametrize("layer_type", [PythiaLayer, InfiniLayer, HierarchicalLayer])
-def test_heads_that_do_not_divide_the_hidden_size(layer_type: type, heads: int) -> None:
+def test_heads_that_do_not_divide_the_hidden_size(layer_type, heads):
     if layer_type is not InfiniLayer:  # whose memory has one head unless asked
         refuse(lambda: layer_type(32, heads, 48), "heads", str(heads), "32")
     if layer_type is not PythiaLayer:
         refuse(lambda: layer_type(32, 4, 48, num_memory_heads=heads), "num_memory_heads", str(heads))
 
 
-def test_an_odd_number_of_rotated_dimensions() -> None:
+def test_an_odd_number_of_rotated_dimensions():
     refuse(lambda: PythiaLayer(32, 4, 48, rotary_pct=0.4), "rotary_pct", "0.4", "even")
 
 
-def test_models_without_layers_or_of_different_layers() -> None:
+def test_models_without_layers_or_of_different_layers():
     pythia = PythiaLayer(32, 4, 48)
     refuse(lambda: TransformerLM([]), "layers", "at least one")
     refuse(lambda: TransformerLM([pythia, InfiniLayer(16, 2, 24)]), "16", "32")
@@ -170,7 +193,7 @@ BAD_IDS: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("ids", "words"), BAD_IDS.values(), ids=BAD_IDS)
-def test_ids_out_of_range(ids: torch.Tensor, words: tuple[str, ...]) -> None:
+def test_ids_out_of_range(ids, words):
     model = get_model("mixed")
     refuse(lambda: model(ids), *words)
     refuse(lambda: model.open_stream(2).feed(ids), *words[:1])
@@ -178,7 +201,7 @@ def test_ids_out_of_range(ids: torch.Tensor, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 5), (1, 6), (2, 6, 1)])
-def test_masks_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+def test_masks_of_the_wrong_shape(shape):
     model = get_model("mixed")
     for call in (
         lambda: model(IDS, torch.ones(shape)),
@@ -189,7 +212,7 @@ def test_masks_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
-def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+def test_masks_of_any_dtype(dtype):
     model = get_model("mixed")
     mask = torch.ones(2, 6, dtype=dtype)
     mask[0, 3:] = 0
@@ -199,7 +222,7 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8])
-def test_labels_of_the_wrong_width(columns: int) -> None:
+def test_labels_of_the_wrong_width(columns):
     labels = text_ids(2, columns)
     refuse(lambda: get_model("mixed").token_losses(IDS, labels), "labels", str(columns), "6 or 7")
 
@@ -209,5 +232,5 @@ def test_labels_of_the_wrong_width(columns: int) -> None:
     [IDS[0], IDS[:1], IDS + VOCAB_SIZE, IDS - 200],
     ids=["one dimension", "one row", "too large", "negative"],
 )
-def test_labels_that_do_not_fit_the_ids(labels: torch.Tensor) -> None:
+def test_labels_that_do_not_fit_the_ids(labels):
     refuse(lambda: get_model("mixed").compute_loss(IDS, labels), "labels")

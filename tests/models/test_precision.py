@@ -22,7 +22,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @by_stack
-def test_autocast_keeps_memory_in_float32(name: str) -> None:
+def test_autocast_keeps_memory_in_float32(name):
     """Training in bf16 is autocast over float32 weights."""
     model = build_model(STACKS[name], dtype=torch.float32)
     ids = text_ids(2, 33)

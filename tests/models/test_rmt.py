@@ -26,7 +26,7 @@ def read_row(stack: RecurrentMemoryStack, x: Tensor, length: int) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("num_memory_tokens", [1, 3])
-def test_the_stack_equals_its_equation(num_memory_tokens: int) -> None:
+def test_the_stack_equals_its_equation(num_memory_tokens):
     """Row 0 has a short last segment; row 1 is whole."""
     stack = RecurrentMemoryStack(*SIZES, num_layers=2, num_memory_tokens=num_memory_tokens)
     randomize(stack)
@@ -42,7 +42,7 @@ def test_the_stack_equals_its_equation(num_memory_tokens: int) -> None:
     assert memory.num_segments.tolist() == [3, 3]
 
 
-def test_the_model_has_pythias_layers_inside() -> None:
+def test_the_model_has_pythias_layers_inside():
     shape = make_shape(hidden_size=16, num_hidden_layers=3, intermediate_size=24)
     model, pythia = create_model("rmt", shape, num_memory_tokens=5), create_model("pythia", shape)
     added = 5 * 16 + 2 * 16  # the first vectors, and a LayerNorm

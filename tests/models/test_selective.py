@@ -51,7 +51,7 @@ def make_plain(model_type: str, **options: Any) -> TransformerLM:
     return create_model(model_type, CONFIG, segment_length=SEGMENT, **options)
 
 
-def test_without_extra_passes_it_is_the_plain_model_bit_for_bit() -> None:
+def test_without_extra_passes_it_is_the_plain_model_bit_for_bit():
     plain, selective = make_plain("pythia"), make_plain("selective", skip_interval=0)
     ids = text_ids(2, 20)
     assert plain.num_parameters() == selective.num_parameters()
@@ -60,7 +60,7 @@ def test_without_extra_passes_it_is_the_plain_model_bit_for_bit() -> None:
 
 @by_stack
 @pytest.mark.parametrize(("skip_interval", "add_embedding"), [(1, False), (2, False), (2, True)])
-def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interval: int, add_embedding: bool) -> None:
+def test_passes_are_the_layers_again_segment_by_segment(stack, skip_interval, add_embedding):
     """Against a loop over segments and passes that is written out here; the last pass alone writes."""
     model, ids = make(stack, skip_interval, add_embedding=add_embedding), text_ids(2, 3 * SEGMENT)
     memories: list[Any] = [None] * len(model.layers)
@@ -87,11 +87,11 @@ def test_passes_are_the_layers_again_segment_by_segment(stack: str, skip_interva
 
 @by_stack
 @pytest.mark.parametrize(("skip_interval", "add_embedding"), [(1, True), (2, False)])
-def test_every_pass_keeps_the_contract(stack: str, skip_interval: int, add_embedding: bool) -> None:
+def test_every_pass_keeps_the_contract(stack, skip_interval, add_embedding):
     check_model(make(stack, skip_interval, add_embedding=add_embedding))
 
 
-def test_the_published_form_begins_with_what_the_pass_before_ended_with() -> None:
+def test_the_published_form_begins_with_what_the_pass_before_ended_with():
     model, ids = make_plain("selective", recipe="published", skip_interval=2), text_ids(1, 5)
     assert model.pass_projection is not None
     assert torch.equal(model.pass_projection.weight, torch.eye(32))
@@ -101,7 +101,7 @@ def test_the_published_form_begins_with_what_the_pass_before_ended_with() -> Non
 
 
 @pytest.mark.parametrize("stack", ["mixed", "tokens"])
-def test_the_loss_after_every_pass_ends_with_the_models_loss(stack: str) -> None:
+def test_the_loss_after_every_pass_ends_with_the_models_loss(stack):
     model, ids = make(stack, 2), text_ids(2, 18)
     targets = model.find_targets(ids, ids)
     losses = [model.score_passes([hidden], targets) for hidden in model.compute_passes(ids)]
@@ -112,7 +112,7 @@ def test_the_loss_after_every_pass_ends_with_the_models_loss(stack: str) -> None
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0])
-def test_training_can_weigh_the_passes(weight: float) -> None:
+def test_training_can_weigh_the_passes(weight):
     model, ids = make("pythia", 2, earlier_pass_weight=weight), text_ids(2, 12)
     targets = model.find_targets(ids, ids)
     losses = [model.score_passes([hidden], targets).mean() for hidden in model.compute_passes(ids)]
@@ -122,6 +122,6 @@ def test_training_can_weigh_the_passes(weight: float) -> None:
     torch.testing.assert_close(model.eval().token_losses(ids, ids).mean(), losses[-1])
 
 
-def test_the_baseline_of_equal_compute_has_as_many_layers_as_run() -> None:
+def test_the_baseline_of_equal_compute_has_as_many_layers_as_run():
     deep, selective = make_plain("deep_pythia", skip_interval=2), make_plain("selective", skip_interval=2)
     assert len(deep.layers) == len(selective.layers) * selective.count_passes()

@@ -1,6 +1,5 @@
 """The code blocks of the specification's section 1, as they stand there, on small shapes and a short text."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_models_by_name() -> None:
+def test_models_by_name():
     with torch.device("meta"):  # the shapes of pythia-70m, without their memory
         model = create_model("pythia")
         assert [layer.kind for layer in model.layer_list] == ["pythia"] * 6
@@ -41,7 +40,7 @@ def test_models_by_name() -> None:
         assert create_model("infini", size="14m").layers[0].hidden_size == 128
 
 
-def test_layers_of_ones_own_choice() -> None:
+def test_layers_of_ones_own_choice():
     with torch.device("meta"):
         model = TransformerLM(
             layers=[
@@ -55,28 +54,8 @@ def test_layers_of_ones_own_choice() -> None:
     assert model.memory_info()["total_bytes"] == 1_050_624 + 532_480
 
 
-def test_memory_from_one_machine_to_another(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = create_model("infini", PythiaConfig(**SMALL), segment_length=8)
-    other = create_model("infini", PythiaConfig(**SMALL), segment_length=8)
-    other.load_state_dict(model.state_dict())
-    data_loader = torch.arange(90).view(3, 2, 15)
-    input_ids = torch.arange(20).view(1, 20)
-
-    model.reset_memory()
-    for batch in data_loader:
-        _ = model(batch, update_memory=True)
-    torch.save(model.get_memory_state(), "memory.pt")
-    other.set_memory_state(torch.load("memory.pt", weights_only=True))
-    logits = other(input_ids)
-    assert logits.shape == (1, 20, 96)
-    assert torch.equal(logits, model(input_ids))
-    assert not torch.equal(logits, create_model("infini", PythiaConfig(**SMALL), segment_length=8)(input_ids))
-
-
 @pytest.mark.parametrize("use_selective", [True, False])
-def test_selective_models_with_and_without_their_extra_passes(use_selective: bool) -> None:
+def test_selective_models_with_and_without_their_extra_passes(use_selective):
     torch.manual_seed(0)
     model = create_model("selective", PythiaConfig(**SMALL, initializer_range=0.2), skip_interval=2, segment_length=8)
     plain = create_model("pythia", PythiaConfig(**SMALL, initializer_range=0.2), segment_length=8)
@@ -92,7 +71,7 @@ def test_selective_models_with_and_without_their_extra_passes(use_selective: boo
     assert torch.equal(ids, plain.generate(input_ids, max_new_tokens=50)[0]) != use_selective
 
 
-def test_one_set_of_defaults_and_named_recipes() -> None:
+def test_one_set_of_defaults_and_named_recipes():
     torch.manual_seed(0)
     by_name = create_model("infini", PythiaConfig(**SMALL))
     by_layer = InfiniLayer(32, 4, 48)
@@ -122,7 +101,7 @@ class LowRankHead(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_token_memory_reads_the_head_as_it_is(tied: bool) -> None:
+def test_a_token_memory_reads_the_head_as_it_is(tied):
     """Wrapped and then merged, the head gives the same logits, streams and tokens."""
     torch.manual_seed(0)
     shape = PythiaConfig(**SMALL, initializer_range=0.2, tie_word_embeddings=tied)
@@ -152,7 +131,7 @@ HEADS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_whatever_the_head_is_a_token_memory_reads_its_rows(kind: str, tied: bool, tmp_path: Path) -> None:
+def test_whatever_the_head_is_a_token_memory_reads_its_rows(kind, tied, tmp_path):
     """The hidden states are those of a plain head with the rows that the changed one has."""
     torch.manual_seed(0)
     shape = PythiaConfig(**SMALL, initializer_range=0.2, tie_word_embeddings=tied)

@@ -74,7 +74,7 @@ def watch() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODEL_KINDS if kind != "deep_pythia"])
-def test_a_training_step_waits_for_nothing(kind: str) -> None:
+def test_a_training_step_waits_for_nothing(kind):
     with torch.device("meta"):
         model = create_model(kind, SHAPE, segment_length=8, **OPTIONS.get(kind, {}))
     ids = torch.zeros(2, 24, dtype=torch.int64, device="meta")
@@ -93,7 +93,7 @@ def test_a_training_step_waits_for_nothing(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["pythia", "infini", "hierarchical", "transformer_xl", "gated_delta", "rmt", "token_memory", "selective"]
 )
-def test_a_generated_token_waits_for_nothing(kind: str) -> None:
+def test_a_generated_token_waits_for_nothing(kind):
     """In the middle of a segment, with every option of drawing, after a prompt of more than a segment."""
     with torch.device("meta"):
         model = create_model(kind, SHAPE, segment_length=8)
@@ -108,7 +108,7 @@ def test_a_generated_token_waits_for_nothing(kind: str) -> None:
     assert not found
 
 
-def test_what_waits_is_seen() -> None:
+def test_what_waits_is_seen():
     there = torch.zeros(2, device="meta")
     with watch() as found:
         torch.ones(2).to("meta", non_blocking=True)

@@ -74,7 +74,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_layer_equals_its_equations(dtype: torch.dtype) -> None:
+def test_the_layer_equals_its_equations(dtype):
     """Four segments of 5 tokens in one call, then an odd piece of 3 that reads what they wrote."""
     layer, x, u = make_layer().to(dtype), draw(ROWS, 23, SIZE), draw(ROWS, 23, SIZE, seed=1)
     with torch.no_grad():
@@ -98,9 +98,7 @@ def test_the_layer_equals_its_equations(dtype: torch.dtype) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 7), st.integers(1, 3), st.data())
-def test_a_segment_at_a_time_equals_a_token_at_a_time(
-    rows: int, segments: int, length: int, heads: int, data: st.DataObject
-) -> None:
+def test_a_segment_at_a_time_equals_a_token_at_a_time(rows, segments, length, heads, data):
     """Reads, M and all gradients, with some keys 0, in pieces of at most 3 tokens or in one."""
     num_writes = data.draw(st.integers(0, segments))
     shape = (rows, segments, heads, length)
@@ -125,7 +123,7 @@ def test_a_segment_at_a_time_equals_a_token_at_a_time(
         assert_near(one, other, 1e-10)
 
 
-def test_how_the_layer_begins() -> None:
+def test_how_the_layer_begins():
     layer = TokenMemoryLayer(
         8, num_memory_heads=2, read_gate_init=0.5, read_scale_init=3.0, query_key_init_scale=2.0, retention_init=0.75
     )
@@ -145,7 +143,7 @@ def test_how_the_layer_begins() -> None:
     assert attention.read_scale.tolist() == [3.0]
 
 
-def test_rows_add_what_they_changed_to_a_shared_memory() -> None:
+def test_rows_add_what_they_changed_to_a_shared_memory():
     model, ids = get_model("tokens", segment_length=4), text_ids(3, 10)
     with torch.no_grad():
         model(text_ids(1, 9, start=50), update_memory=True)
@@ -162,6 +160,6 @@ def test_rows_add_what_they_changed_to_a_shared_memory() -> None:
     assert int(together["token_counts"].sum()) == 9 + 3 * 10
 
 
-def test_the_layer_alone_asks_for_the_heads_rows() -> None:
+def test_the_layer_alone_asks_for_the_heads_rows():
     with pytest.raises(ValueError, match="rows of its tokens: it runs inside a TransformerLM"):
         make_layer()(draw(1, 1, 4, SIZE))

@@ -58,7 +58,7 @@ def attend(layer: TransformerXLLayer, x: np.ndarray, segment_length: int, memory
 
 
 @pytest.mark.parametrize("memory_tokens", [3, 4, 9])
-def test_attention_equals_its_equation(memory_tokens: int) -> None:
+def test_attention_equals_its_equation(memory_tokens):
     """Four segments of 4 tokens in one call, then an odd piece of 3 that reads what they left."""
     layer = TransformerXLLayer(HIDDEN_SIZE, NUM_HEADS, 8, rotary_pct=0.5, memory_tokens=memory_tokens).double()
     randomize(layer)
@@ -73,7 +73,7 @@ def test_attention_equals_its_equation(memory_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_memory_it_is_pythia_bit_for_bit(dtype: torch.dtype) -> None:
+def test_without_memory_it_is_pythia_bit_for_bit(dtype):
     ids = text_ids(2, 19)
     models = [make(kind, 5, **options).to(dtype) for kind, options in KINDS_WITHOUT_MEMORY]
     found = []
@@ -92,7 +92,7 @@ KINDS_WITHOUT_MEMORY: list[tuple[str, dict[str, Any]]] = [("pythia", {}), ("tran
 
 
 @pytest.mark.parametrize("detach_memory", [True, False])
-def test_with_the_whole_text_it_is_pythia_that_reads_it_whole(detach_memory: bool) -> None:
+def test_with_the_whole_text_it_is_pythia_that_reads_it_whole(detach_memory):
     ids = text_ids(2, 37)
     model = make("transformer_xl", 5, memory_tokens=40, detach_memory=detach_memory)
     whole = make("pythia", 64)
@@ -107,7 +107,7 @@ def test_with_the_whole_text_it_is_pythia_that_reads_it_whole(detach_memory: boo
     assert torch.allclose(*gradients, atol=1e-5) is not detach_memory
 
 
-def test_rows_do_not_share_a_cache() -> None:
+def test_rows_do_not_share_a_cache():
     """One row may write into the shared memory; the sum of several rows' keys would be no one's."""
     model, ids = make("transformer_xl", 5), text_ids(2, 19)
     model(ids[:1], update_memory=True)

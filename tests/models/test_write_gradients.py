@@ -7,7 +7,7 @@ from model_cases import MEMORY_STACKS, build_model, get_model, text_ids
 
 
 @pytest.mark.parametrize("name", MEMORY_STACKS)
-def test_every_parameter_has_a_gradient(name: str) -> None:
+def test_every_parameter_has_a_gradient(name):
     model = build_model(MEMORY_STACKS[name], dtype=torch.float32)
     ids = text_ids(2, 12)
     model.compute_loss(ids, ids, update_memory=True)[0].backward()
@@ -21,7 +21,7 @@ def test_every_parameter_has_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MEMORY_STACKS if "tokens" not in name])
-def test_what_segment_1_wrote_trains_its_keys_and_values(name: str) -> None:
+def test_what_segment_1_wrote_trains_its_keys_and_values(name):
     """Segments 2 and 3 are read with frozen weights, so that the write is the only way to them."""
     model = get_model(name, segment_length=4)
     for layer in model.memory_layers.values():

@@ -60,7 +60,7 @@ def make_pair(dtype: torch.dtype, **shape: Any) -> tuple[TransformerLM, GPTNeoXF
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_logits_equal_hugging_face(shape: dict[str, Any], dtype: torch.dtype) -> None:
+def test_logits_equal_hugging_face(shape, dtype):
     ours, theirs = make_pair(dtype, **shape)
     for batch, length in ((1, 1), (2, 7), (3, 33), (1, 64)):
         ids = text_ids(batch, length)
@@ -69,7 +69,7 @@ def test_logits_equal_hugging_face(shape: dict[str, Any], dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_segments_equal_separate_calls_of_hugging_face(dtype: torch.dtype) -> None:
+def test_segments_equal_separate_calls_of_hugging_face(dtype):
     """The baseline of an experiment: positions restart and nothing is seen across a segment's end."""
     ours, theirs = make_pair(dtype, **SHAPES["quarter-rotary"])
     ours.segment_length = 12
@@ -79,7 +79,7 @@ def test_segments_equal_separate_calls_of_hugging_face(dtype: torch.dtype) -> No
         assert_near(ours(ids), expected, TOLERANCES[dtype])
 
 
-def test_gradients_equal_hugging_face() -> None:
+def test_gradients_equal_hugging_face():
     ours, theirs = make_pair(torch.float64, **SHAPES["half-rotary"])
     ids = text_ids(2, 21)
     loss, statistics = ours.compute_loss(ids, ids)
@@ -96,7 +96,7 @@ def test_gradients_equal_hugging_face() -> None:
         assert_near(one, other, 1e-7)
 
 
-def test_masked_tokens_equal_hugging_face_without_them() -> None:
+def test_masked_tokens_equal_hugging_face_without_them():
     """Left padding, as generation uses it: the row is read as if the padding were not there."""
     ours, theirs = make_pair(torch.float64, **SHAPES["quarter-rotary"])
     ids = text_ids(2, 15)

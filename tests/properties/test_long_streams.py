@@ -103,7 +103,7 @@ by_case = pytest.mark.parametrize(("use_delta_rule", "decay"), CASES.values(), i
 
 
 @by_case
-def test_200_thousand_tokens(use_delta_rule: bool, decay: list[float] | None) -> None:
+def test_200_thousand_tokens(use_delta_rule, decay):
     stream = project_text(200, hidden_size=32, num_heads=2)
     _, z = read_for(stream, 200_000, use_delta_rule=use_delta_rule, decay=decay, checks=10, bound=1e-5)
     assert bool((z[:, 0] > 1).all())
@@ -112,7 +112,7 @@ def test_200_thousand_tokens(use_delta_rule: bool, decay: list[float] | None) ->
 
 @pytest.mark.slow
 @by_case
-def test_10_million_tokens(use_delta_rule: bool, decay: list[float] | None) -> None:
+def test_10_million_tokens(use_delta_rule, decay):
     stream = project_text(3000, hidden_size=128, num_heads=2)
     _, z = read_for(stream, 10_000_000, use_delta_rule=use_delta_rule, decay=decay, checks=40, bound=5e-5)
     assert decay is not None or bool((z > 1_000_000).all())

@@ -142,13 +142,13 @@ def check_draw(seed: int, folder: Any) -> None:
         torch.set_default_dtype(before)
 
 
-def test_some_combinations(tmp_path) -> None:
+def test_some_combinations(tmp_path):
     for seed in range(8):
         check_draw(seed, tmp_path)
 
 
 @pytest.mark.slow
-def test_ten_minutes_of_combinations(tmp_path) -> None:
+def test_ten_minutes_of_combinations(tmp_path):
     if "NEW_LLM_DRAW" in os.environ:
         check_draw(int(os.environ["NEW_LLM_DRAW"]), tmp_path)
         return

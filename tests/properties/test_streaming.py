@@ -34,9 +34,7 @@ def draw_cuts(data: st.DataObject, length: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("name", [*MIXED_STACKS, "pythia"])
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from((3, 5, 8)), call_masks(), st.booleans(), st.sampled_from(list(STREAM_TOLERANCES)), st.data())
-def test_masked_stream_equals_masked_call(
-    name: str, segment_length: int, mask: Tensor, shared: bool, dtype: torch.dtype, data: st.DataObject
-) -> None:
+def test_masked_stream_equals_masked_call(name, segment_length, mask, shared, dtype, data):
     tolerance = STREAM_TOLERANCES[dtype]
     rows, length = mask.shape
     model = get_model(name, segment_length=segment_length, dtype=dtype)
@@ -59,7 +57,7 @@ def test_masked_stream_equals_masked_call(
     assert torch.equal(stream.num_tokens, mask.sum(1))
 
 
-def test_a_closed_stream_and_other_rows_are_refused() -> None:
+def test_a_closed_stream_and_other_rows_are_refused():
     model = get_model("mixed")
     with pytest.raises(ValueError, match="batch_size: 0"):
         model.open_stream(0)
@@ -74,7 +72,7 @@ def test_a_closed_stream_and_other_rows_are_refused() -> None:
         model.open_stream(3)
 
 
-def test_a_stream_adds_what_it_read_to_a_memory_that_has_grown_meanwhile() -> None:
+def test_a_stream_adds_what_it_read_to_a_memory_that_has_grown_meanwhile():
     """Rows' changes are summed into the shared memory, in whichever order the texts end."""
     model = get_model("mixed-sums", segment_length=5)
     first, second = text_ids(2, 10), text_ids(2, 15, start=80)
@@ -94,7 +92,7 @@ def test_a_stream_adds_what_it_read_to_a_memory_that_has_grown_meanwhile() -> No
 
 
 @pytest.mark.parametrize("name", MIXED_STACKS)
-def test_a_reset_row_of_a_stream_starts_again_and_the_other_continues(name: str) -> None:
+def test_a_reset_row_of_a_stream_starts_again_and_the_other_continues(name):
     model = get_model(name, segment_length=5, dtype=torch.float64)
     first, second = text_ids(2, 13), text_ids(2, 12, start=40)
     model.reset_memory(2)
@@ -118,7 +116,7 @@ def test_a_reset_row_of_a_stream_starts_again_and_the_other_continues(name: str)
                 assert_near(kept[index][key][0], value[0], 1e-9)
 
 
-def test_a_stream_with_reset_rows_is_not_added_to_a_shared_memory() -> None:
+def test_a_stream_with_reset_rows_is_not_added_to_a_shared_memory():
     stream = get_model("mixed").open_stream(2)
     stream.feed(text_ids(2, 7))
     with pytest.raises(ValueError, match="shape"):

@@ -104,7 +104,7 @@ def read_column(page: Any, column: int) -> list[str]:
     )
 
 
-def test_tables_sort_by_every_column_with_mouse_and_keys(open_page: Any):
+def test_tables_sort_by_every_column_with_mouse_and_keys(open_page):
     page = open_page()
     heads = page.locator("table.summary tr.heads th button")
     assert read_column(page, 0) == list(SHAPES)
@@ -130,7 +130,7 @@ def test_tables_sort_by_every_column_with_mouse_and_keys(open_page: Any):
     assert read_column(page, 0)[0] == "pythia"
 
 
-def test_figures_switch_views_together(open_page: Any):
+def test_figures_switch_views_together(open_page):
     page = open_page()
     for axis in ("compute", "seconds", "tokens"):
         page.click(f"#validation button[data-view={axis}]")
@@ -143,7 +143,7 @@ def test_figures_switch_views_together(open_page: Any):
     assert "1.48G" in page.locator("#cost-tokens-s .view:visible svg").text_content()
 
 
-def test_curves_switch_between_a_linear_and_a_logarithmic_axis(open_page: Any):
+def test_curves_switch_between_a_linear_and_a_logarithmic_axis(open_page):
     page = open_page()
     labels = ".view:visible .drawn:visible svg text"
     for chart, is_log in (("validation", True), ("training-loss", False)):
@@ -156,7 +156,7 @@ def test_curves_switch_between_a_linear_and_a_logarithmic_axis(open_page: Any):
     assert page.locator("#cost-tokens-s .scale").count() == 0  # bars begin at zero
 
 
-def test_marks_tell_their_numbers(open_page: Any):
+def test_marks_tell_their_numbers(open_page):
     page = open_page()
     tips = page.locator("#validation .view:visible title").all_text_contents()
     assert any(tip.startswith("infini: ") and "training tokens" in tip for tip in tips)
@@ -165,7 +165,7 @@ def test_marks_tell_their_numbers(open_page: Any):
     assert page.evaluate("(e) => getComputedStyle(e).strokeWidth", mark.element_handle()) == "1.5px"
 
 
-def test_a_series_is_hidden_and_shown_by_its_key(open_page: Any):
+def test_a_series_is_hidden_and_shown_by_its_key(open_page):
     page = open_page()
     key = page.locator("#positions .key button", has_text="infini")
     drawn = page.locator("#positions svg [stroke='var(--series-1)'], #positions svg [fill='var(--series-1)']")
@@ -178,7 +178,7 @@ def test_a_series_is_hidden_and_shown_by_its_key(open_page: Any):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_themes_can_be_read_and_changed(open_page: Any, scheme: str):
+def test_both_themes_can_be_read_and_changed(open_page, scheme):
     page = open_page(color_scheme=scheme)
     ground = "getComputedStyle(document.body).backgroundColor"
     first = page.evaluate(ground)
@@ -195,7 +195,7 @@ def test_both_themes_can_be_read_and_changed(open_page: Any, scheme: str):
 
 
 @pytest.mark.parametrize("width", [390, 768, 1200])
-def test_nothing_scrolls_sideways_but_tables(open_page: Any, width: int):
+def test_nothing_scrolls_sideways_but_tables(open_page, width):
     page = open_page(width)
     page.eval_on_selector_all("details", "(all) => all.forEach((one) => { one.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -204,7 +204,7 @@ def test_nothing_scrolls_sideways_but_tables(open_page: Any, width: int):
     assert page.eval_on_selector_all("body *:not(script)", wide, width) == []
 
 
-def test_letters_of_charts_can_be_read_on_a_phone(open_page: Any):
+def test_letters_of_charts_can_be_read_on_a_phone(open_page):
     page = open_page(390)
     heights = page.eval_on_selector_all(
         ".view:not([hidden]) svg text",
@@ -218,14 +218,14 @@ def test_letters_of_charts_can_be_read_on_a_phone(open_page: Any):
     assert page.eval_on_selector_all(".view:not([hidden]) svg text", cut) == []
 
 
-def test_the_command_can_be_copied(open_page: Any):
+def test_the_command_can_be_copied(open_page):
     page = open_page()
     page.locator(".copy").first.click()
     page.wait_for_function("document.querySelector('.copy').textContent !== 'Copy'")
     assert page.locator(".copy").first.inner_text() == "Copied"
 
 
-def test_without_a_script_everything_is_there(open_page: Any):
+def test_without_a_script_everything_is_there(open_page):
     page = open_page(java_script_enabled=False)
     hidden = page.locator(".view[hidden]")
     assert hidden.count() > 10

@@ -22,7 +22,7 @@ def make_lines(rows: list[dict[str, Any]], **options: Any) -> Chart:
 
 
 @pytest.mark.parametrize("value", [None, "text", math.nan, math.inf, True, 10**400, [1]])
-def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value: Any):
+def test_rows_that_can_t_be_drawn_are_left_out_and_stay_in_the_table(value):
     rows = [{"step": 1, "loss": 2.0, "model": "a"}, {"step": 2, "loss": value, "model": "a"}]
     for chart in (
         make_lines(rows),

@@ -83,7 +83,7 @@ def test_several_seeds_are_paired_by_seed_and_document():
 
 
 @pytest.mark.parametrize("broken", [None, {}, {"num_tokens": [1], "total_nll": ["x"]}, {"num_tokens": [2, 3]}])
-def test_documents_that_can_t_be_paired_give_no_interval(broken: Any):
+def test_documents_that_can_t_be_paired_give_no_interval(broken):
     results = make_results("pythia", "infini")
     results["models"][1]["evaluation"]["sliding"]["documents"] = broken
     said = compare(results)
@@ -114,7 +114,7 @@ def test_a_gap_beyond_the_seeds_spread_is_told_from_one_within():
         (("models", 0, "evaluation", "sliding", "context"), 512, "their context differs"),
     ],
 )
-def test_models_of_different_measurements_are_not_ranked(path: tuple[Any, ...], value: Any, words: str):
+def test_models_of_different_measurements_are_not_ranked(path, value, words):
     one, two = make_results("pythia"), make_results("infini")
     entry: Any = two
     for key in path[:-1]:

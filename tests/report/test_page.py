@@ -2,7 +2,6 @@ import base64
 import hashlib
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def show(results: dict[str, Any]) -> Page:
     return read_page([make_run(results)])
 
 
-def test_a_complete_run_shows_everything(four_models: dict[str, Any], tmp_path: Path):
+def test_a_complete_run_shows_everything(four_models, tmp_path):
     page = read_page([make_run(four_models)], tmp_path)
     assert set(page.ids()) >= CHARTS
     said = page.read()
@@ -56,7 +55,7 @@ def test_a_complete_run_shows_everything(four_models: dict[str, Any], tmp_path: 
     assert (tmp_path / "figures" / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_loads_nothing_and_runs_its_own_script_alone(four_models: dict[str, Any]):
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(four_models):
     page = show(four_models)
     for tag, attributes in page.elements:
         assert tag not in {"iframe", "object", "embed", "img", "base"}
@@ -74,13 +73,13 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(four_models: dict[
     assert not re.search(r"url\((?!#)", page.source)
 
 
-def test_ids_are_unique_and_references_lead_somewhere(four_models: dict[str, Any]):
+def test_ids_are_unique_and_references_lead_somewhere(four_models):
     page = show(four_models)
     assert [name for name, count in Counter(page.ids()).items() if count > 1] == []
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', page.source)) <= set(page.ids())
 
 
-def test_charts_have_the_page_s_colours_and_tooltips(results: dict[str, Any]):
+def test_charts_have_the_page_s_colours_and_tooltips(results):
     page = show(results)
     pictures = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("role") == "img"]
     assert len(pictures) > len(CHARTS)
@@ -97,7 +96,7 @@ def test_charts_have_the_page_s_colours_and_tooltips(results: dict[str, Any]):
     assert "var(--series-0)" not in gates
 
 
-def test_hostile_text_is_shown_and_not_obeyed(results: dict[str, Any], tmp_path: Path):
+def test_hostile_text_is_shown_and_not_obeyed(results, tmp_path):
     hostile = '<script>alert(1)</script> & "q" $x^{$ \x1b[31m\u202e {{ 7 * 7 }} --> 漢字'
     results["name"] = results["command"] = results["status"] = hostile
     results["models"][1]["model_type"] = hostile
@@ -119,7 +118,7 @@ def test_hostile_text_is_shown_and_not_obeyed(results: dict[str, Any], tmp_path:
         assert file.suffix != ".svg" or "<script" not in file.read_text()
 
 
-def test_an_interrupted_run_shows_what_it_has(results: dict[str, Any]):
+def test_an_interrupted_run_shows_what_it_has(results):
     results["status"] = "interrupted"
     del results["models"][1]["evaluation"], results["models"][1]["gates"]
     results["models"][1]["training"]["epochs_log"] = []
@@ -150,7 +149,7 @@ MISSING = {
 @pytest.mark.parametrize("value", [None, "text"], ids=["null", "text"])
 @pytest.mark.parametrize("paths", MISSING.values(), ids=MISSING.keys())
 @pytest.mark.filterwarnings("error")
-def test_missing_or_broken_parts_leave_the_rest(results: dict[str, Any], paths: list[Any], value: Any):
+def test_missing_or_broken_parts_leave_the_rest(results, paths, value):
     for path in paths:
         entry: Any = results
         for key in path[:-1]:
@@ -165,7 +164,7 @@ def test_missing_or_broken_parts_leave_the_rest(results: dict[str, Any], paths: 
     "value", [float("nan"), 1e308, -1.0, 1e-9, 10**400], ids=["nan", "huge", "minus", "tiny", "whole"]
 )
 @pytest.mark.filterwarnings("error")
-def test_numbers_that_no_axis_can_hold(results: dict[str, Any], value: float):
+def test_numbers_that_no_axis_can_hold(results, value):
     def spoil(entry: Any) -> Any:
         if isinstance(entry, dict):
             return {key: spoil(item) for key, item in entry.items()}
@@ -178,7 +177,7 @@ def test_numbers_that_no_axis_can_hold(results: dict[str, Any], value: float):
     show(results | {"models": [spoiled]})
 
 
-def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
+def test_passages_are_shaded_and_their_text_is_text(results):
     token = {"carried": 1.0, "emptied": 2.5, "with_memory": [["<b>", 0.9]], "without": [["x", 0.1]], "gate": 0.25}
     token["selection"] = [[0.25, 0.75]]
     passage = {
@@ -209,7 +208,7 @@ def test_passages_are_shaded_and_their_text_is_text(results: dict[str, Any]):
     assert "<dt>with the memory</dt><dd>&lt;s&gt;</dd>" in page.source
 
 
-def test_no_home_folder_is_shared(four_models: dict[str, Any], tmp_path: Path):
+def test_no_home_folder_is_shared(four_models, tmp_path):
     for home in ("/root", "/home/ada", "/Users/ada"):
         four_models["command"] = f"new-llm experiment --config {home}/a.yaml --data.source={home}/texts"
         four_models["config"]["data"]["source"] = f"{home}/texts/a.txt"
@@ -224,9 +223,7 @@ def test_no_home_folder_is_shared(four_models: dict[str, Any], tmp_path: Path):
         assert "/root" not in (tmp_path / name).read_text()
 
 
-def test_a_process_with_few_addresses_writes_the_page_without_charts(
-    four_models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_process_with_few_addresses_writes_the_page_without_charts(four_models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("new_llm.report.render.read_address_limit", lambda: 6 << 30)
     page = read_page([make_run(four_models)], tmp_path)
     assert "multi_memory has the lowest" in page.read()

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +54,7 @@ def test_differences_leave_out_what_a_model_does_not_take():
     assert "model.hidden_size" not in rows
 
 
-def test_runs_are_read_with_their_evaluations(tmp_path: Path):
+def test_runs_are_read_with_their_evaluations(tmp_path):
     folder = write_run(tmp_path / "a", make_results("pythia", "infini"), make_long("infini"))
     (folder / "evaluations" / "broken.json").write_text("{")
     (folder / "evaluations" / "future.json").write_text('{"record_version": 9, "kind": "long", "result": {}}')
@@ -98,7 +97,7 @@ def record(model: str, luck: Any, **changes: Any) -> Any:
     return read_record(values | changes)
 
 
-def test_the_newest_complete_measurement_of_a_text_is_shown(luck: Any):
+def test_the_newest_complete_measurement_of_a_text_is_shown(luck):
     evaluations = [
         record("infini", 0.10, created="2026-02-01"),
         record("infini", 0.20, created="2026-02-02"),
@@ -113,7 +112,7 @@ def test_the_newest_complete_measurement_of_a_text_is_shown(luck: Any):
 
 
 @pytest.mark.parametrize("value", [None, "text", 1e308, float("nan"), -5, [], {}], ids=str)
-def test_a_broken_result_of_a_measure_leaves_the_others(luck: Any, value: Any):
+def test_a_broken_result_of_a_measure_leaves_the_others(luck, value):
     results = make_results("pythia", "infini")
     results["models"][0]["evaluation"]["luck"] = {"luck": value}
     results["models"][1]["evaluation"]["luck"] = {"luck": 0.75}
@@ -144,7 +143,7 @@ def test_seeds_of_different_ranges_are_drawn_as_far_as_each_reaches():
 # results
 
 
-def test_results_are_read_from_the_file_or_its_folder(results: dict[str, Any], tmp_path: Path):
+def test_results_are_read_from_the_file_or_its_folder(results, tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results), encoding="utf-8")
     assert load_results(file) == load_results(tmp_path) == results
@@ -167,7 +166,7 @@ def test_the_report_reads_the_version_that_experiments_write():
         (b'{"schema_version": 1, "models": {}}', "models: expected a list, found dict"),
     ],
 )
-def test_a_bad_file_gets_one_line(content: bytes, message: str, tmp_path: Path):
+def test_a_bad_file_gets_one_line(content, message, tmp_path):
     file = tmp_path / "results.json"
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -177,7 +176,7 @@ def test_a_bad_file_gets_one_line(content: bytes, message: str, tmp_path: Path):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_gets_one_line(tmp_path: Path):
+def test_a_missing_file_gets_one_line(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_results(tmp_path)
     with pytest.raises(UserError, match="no such file"):

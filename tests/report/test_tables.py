@@ -54,7 +54,7 @@ def find_column(summary: Summary, group: str, title: str) -> list[Any]:
         (formats.format_seconds(7800), "2 h 10 min"),
     ],
 )
-def test_numbers_and_names_read_well(written: str, expected: str):
+def test_numbers_and_names_read_well(written, expected):
     assert written == expected
 
 
@@ -78,7 +78,7 @@ MODELS = ["pythia", "infini", "multi_memory", "hierarchical"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_every_model_is_a_row_and_no_word_is_cut(four_models: dict[str, Any], width: int):
+def test_every_model_is_a_row_and_no_word_is_cut(four_models, width):
     text = show(four_models, width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -90,7 +90,7 @@ def test_every_model_is_a_row_and_no_word_is_cut(four_models: dict[str, Any], wi
     assert "multi_memory has the lowest" in text
 
 
-def test_a_terminal_without_other_characters_gets_ascii(four_models: dict[str, Any]):
+def test_a_terminal_without_other_characters_gets_ascii(four_models):
     four_models["name"] = "Über · 漢字"
     text = show(four_models, 80, "ascii")
     assert "75.94 +- 0.46" in text
@@ -98,7 +98,7 @@ def test_a_terminal_without_other_characters_gets_ascii(four_models: dict[str, A
     assert "?ber" in text
 
 
-def test_only_the_best_of_a_figure_is_marked(results: dict[str, Any]):
+def test_only_the_best_of_a_figure_is_marked(results):
     summary = find_summary(results)
     assert [c.is_best for c in find_column(summary, "Validation perplexity", "sliding")] == [False, True]
     assert [c.is_best for c in find_column(summary, "Reversal curse", "backward first")].count(True) == 1
@@ -115,7 +115,7 @@ def test_seeds_are_a_mean_that_says_each():
     assert cell.hint == "2 seeds: 78.26, 156.5; standard deviation 55.3"
 
 
-def test_names_are_no_markup_and_drive_no_terminal(results: dict[str, Any]):
+def test_names_are_no_markup_and_drive_no_terminal(results):
     results["name"] = "[/red] run\x1b]0;title\x07"
     results["models"][0]["model_type"] = "[bold]pythia\x1b[2J\r"
     results["models"][0]["evaluation"]["sliding"]["verdict"] = {"level": "a\x1b[31m", "text": "b\x9b"}

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ def names(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
 
 
-def test_the_newest_are_kept_and_the_last_is_found(tmp_path: Path) -> None:
+def test_the_newest_are_kept_and_the_last_is_found(tmp_path):
     assert find_checkpoint(tmp_path, pytest.fail) is None
     for step, epoch in ((3, 0), (6, 0), (6, 1), (9, 1)):
         path = write(tmp_path, step, epoch)
@@ -70,9 +69,7 @@ def flip(path: Path) -> None:
         (lambda path: (path / MANIFEST_FILE).write_text("{"), "manifest.json can't be read"),
     ],
 )
-def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(
-    tmp_path: Path, damage: Callable[[Path], object], words: str
-) -> None:
+def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(tmp_path, damage, words):
     before, last = write(tmp_path, 3), write(tmp_path, 6)
     damage(last)
     lines: list[str] = []
@@ -87,7 +84,7 @@ def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(
     assert "\n" not in message
 
 
-def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones(tmp_path: Path) -> None:
+def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones(tmp_path):
     before, last = write(tmp_path, 3), write(tmp_path, 6)
     flip(last)
     assert write(tmp_path, 4) in list_checkpoints(tmp_path)
@@ -96,7 +93,7 @@ def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones
     assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed(tmp_path):
     last = write(tmp_path, 3)
     half = tmp_path / CHECKPOINTS_FOLDER / f".{name_checkpoint(6, 0)}.x1.tmp" / name_checkpoint(6, 0)
     half.mkdir(parents=True)
@@ -107,7 +104,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert set((tmp_path / CHECKPOINTS_FOLDER).iterdir()) == {last, foreign}
 
 
-def test_all_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_all_random_generators_go_on_where_they_were(tmp_path):
     def draw() -> tuple[float, ...]:
         numbers = [random.random(), random.gauss(), np.random.standard_normal(), torch.rand(()).item()]
         return (*numbers, torch.randn(20).sum().item())
@@ -148,7 +145,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatch):
     train(tmp_path / "whole", [3.0, 2.0, 4.0, 5.0])
     saved: list[Path] = []
 
@@ -196,9 +193,7 @@ def change_structure(best: Path) -> None:
         (shutil.rmtree, "no saved model here"),
     ],
 )
-def test_damaged_best_weights_come_back_from_a_checkpoint(
-    tmp_path: Path, damage: Callable[[Path], None], words: str
-) -> None:
+def test_damaged_best_weights_come_back_from_a_checkpoint(tmp_path, damage, words):
     train(tmp_path, [3.0, 2.0], epochs=2)
     expected = read_best(tmp_path)
     damage(tmp_path / BEST_FOLDER)
@@ -211,7 +206,7 @@ def test_damaged_best_weights_come_back_from_a_checkpoint(
     assert same(read_best(tmp_path), expected)
 
 
-def test_best_weights_that_no_checkpoint_has_are_said_to_be_lost(tmp_path: Path) -> None:
+def test_best_weights_that_no_checkpoint_has_are_said_to_be_lost(tmp_path):
     train(tmp_path, [3.0, 2.0, 2.5, 2.6])
     flip_weights(tmp_path / BEST_FOLDER)
     lines = train(tmp_path, [2.7], resume=True, epochs=5)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def spoil(trainer: Trainer, steps: set[int], factor: float = float("nan")) -> di
 
 @pytest.mark.parametrize("every_steps", [1, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_fault_that_stops_is_saved_for_study(tmp_path: Path, every_steps: int, accumulation: int) -> None:
+def test_a_fault_that_stops_is_saved_for_study(tmp_path, every_steps, accumulation):
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=accumulation)
     read_late(trainer, every_steps)
     met = spoil(trainer, {6})
@@ -59,7 +58,7 @@ def test_a_fault_that_stops_is_saved_for_study(tmp_path: Path, every_steps: int,
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_gradient_that_is_not_finite_is_a_fault_too(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_is_a_fault_too(tmp_path):
     trainer = make_trainer(tmp_path)
     bias = trainer.model.layers[1].mlp.dense_h_to_4h.bias
     bias.register_hook(lambda grad: grad * math.inf if trainer.state.step == 2 else grad)
@@ -69,7 +68,7 @@ def test_a_gradient_that_is_not_finite_is_a_fault_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("every_steps", [1, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_skipped_step_changes_nothing_but_the_place(tmp_path: Path, every_steps: int, accumulation: int) -> None:
+def test_a_skipped_step_changes_nothing_but_the_place(tmp_path, every_steps, accumulation):
     trainer = make_trainer(tmp_path, on_nonfinite="skip", gradient_accumulation_steps=accumulation)
     read_late(trainer, every_steps)
     lines: list[str] = []
@@ -115,7 +114,7 @@ def test_a_skipped_step_changes_nothing_but_the_place(tmp_path: Path, every_step
 
 
 @pytest.mark.parametrize("every_steps", [1, 4])
-def test_too_many_skips_in_a_row_stop(tmp_path: Path, every_steps: int) -> None:
+def test_too_many_skips_in_a_row_stop(tmp_path, every_steps):
     trainer = make_trainer(tmp_path, on_nonfinite="skip", max_skipped_steps=2, max_saved_faults=2)
     read_late(trainer, every_steps)
     met = spoil(trainer, {2, 3, 5, 6, 7})
@@ -125,7 +124,7 @@ def test_too_many_skips_in_a_row_stop(tmp_path: Path, every_steps: int) -> None:
     assert len(list((tmp_path / FAULTS_FOLDER).iterdir())) == 2
 
 
-def test_a_spike_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_spike_warns_once_and_training_goes_on(tmp_path):
     trainer = make_trainer(tmp_path, spike_window=8, num_epochs=4)
     lines: list[str] = []
     trainer.progress.note = lines.append
@@ -139,7 +138,7 @@ def test_a_spike_warns_once_and_training_goes_on(tmp_path: Path) -> None:
     assert spikes[0]["deviations"] > 8
 
 
-def test_what_guards_remember_goes_on_after_a_resume(tmp_path: Path) -> None:
+def test_what_guards_remember_goes_on_after_a_resume(tmp_path):
     curves = []
     for name, stops in (("whole", False), ("resumed", True)):
         folder = tmp_path / name

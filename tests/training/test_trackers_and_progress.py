@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,9 +91,7 @@ def test_the_live_view_shows_loss_speed_and_memory():
     assert "epoch 1/2  training loss 2.000  validation perplexity 7.4 (best so far)" in out.getvalue()
 
 
-def test_a_disk_that_tensorboard_can_t_write_to_is_an_error_of_the_next_call_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_tensorboard_can_t_write_to_is_an_error_of_the_next_call_and_nothing_else(tmp_path, monkeypatch):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     told: list[object] = []

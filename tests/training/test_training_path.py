@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from new_llm.training.preparation import group_parameters, make_schedule, prefet
 from training_cases import VOCAB, equal, list_weights, make_split, make_trainer, read_curve, read_late, stop_at
 
 
-def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path: Path) -> None:
+def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path):
     plain = make_trainer(tmp_path / "plain", prefetch_batches=0, log_every_steps=4)
     other = make_trainer(tmp_path / "other", prefetch_batches=3, log_every_steps=4)
     read_late(other, 4)
@@ -30,7 +29,7 @@ def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["pythia", "infini", "selective", "token_memory"])
-def test_layers_run_twice_give_the_same_gradients(tmp_path: Path, kind: str) -> None:
+def test_layers_run_twice_give_the_same_gradients(tmp_path, kind):
     gradients = []
     for checkpointing in (False, True):
         model = make_trainer(tmp_path, kind, gradient_checkpointing=checkpointing).model.train()
@@ -51,14 +50,14 @@ def test_layers_run_twice_give_the_same_gradients(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_to_the_same_losses(tmp_path: Path) -> None:
+def test_compiled_layers_train_to_the_same_losses(tmp_path):
     for compiled in (False, True):
         make_trainer(tmp_path / str(compiled), compile=compiled, num_epochs=1).run()
     assert read_curve(tmp_path / "False") == pytest.approx(read_curve(tmp_path / "True"), rel=1e-4)
 
 
 @pytest.mark.parametrize("num_ahead", [0, 2, 100])
-def test_batches_made_ahead_come_in_the_plan_s_order(num_ahead: int) -> None:
+def test_batches_made_ahead_come_in_the_plan_s_order(num_ahead):
     plan = plan_batches(make_split(), seq_length=16, batch_size=2, order="shuffled", seed=0, epoch=0)
     with prefetch_batches(plan, 3, num_ahead, pin=False) as batches:
         found = list(batches)
@@ -68,7 +67,7 @@ def test_batches_made_ahead_come_in_the_plan_s_order(num_ahead: int) -> None:
         assert torch.equal(batch.labels, plan[number].labels)
 
 
-def test_a_batch_that_fails_fails_where_it_is_asked_for_and_the_thread_ends() -> None:
+def test_a_batch_that_fails_fails_where_it_is_asked_for_and_the_thread_ends():
     class Broken(list):
         made = 0
 
@@ -85,16 +84,14 @@ def test_a_batch_that_fails_fails_where_it_is_asked_for_and_the_thread_ends() ->
     assert Broken.made < 10
 
 
-def test_the_rate_rises_linearly_then_falls_as_a_half_cosine() -> None:
+def test_the_rate_rises_linearly_then_falls_as_a_half_cosine():
     share = make_schedule(TrainConfig(num_epochs=4, warmup_fraction=0.1, min_lr_ratio=0.1), steps_per_epoch=100)
     assert [share(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert [share(step) for step in (10 + 195, 400, 10_000)] == pytest.approx([0.55, 0.1, 0.1])
     assert make_schedule(TrainConfig(num_epochs=1, warmup_fraction=0.0), steps_per_epoch=10)(0) == 1.0
 
 
-def test_training_ends_with_its_processor_seconds_and_a_resumed_one_at_the_same_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_ends_with_its_processor_seconds_and_a_resumed_one_at_the_same_step(tmp_path, monkeypatch):
     """With a clock by which each step takes a second; the cosine ends with the budget, beyond num_epochs."""
     seconds = itertools.count()
     monkeypatch.setattr(time, "process_time", lambda: next(seconds))
@@ -113,7 +110,7 @@ def test_training_ends_with_its_processor_seconds_and_a_resumed_one_at_the_same_
     assert equal(list_weights(resumed.model), list_weights(whole.model))
 
 
-def test_gates_have_their_own_rate_and_no_decay(tmp_path: Path) -> None:
+def test_gates_have_their_own_rate_and_no_decay(tmp_path):
     trainer = make_trainer(tmp_path, options={"num_memory_banks": 2})
     model, config = trainer.model, trainer.config
     groups = {group["name"]: group for group in group_parameters(model, config)}
