@@ -53,6 +53,16 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
                     losses = entry["total_nll"][found["name"]]
                     assert sum(losses) == pytest.approx(streamed[entry["index"]], rel=1e-6)
                     assert len(losses) == 2
+    for entry in result["documents"]:  # a token is of the kind of the longest n-gram that stands before it, too
+        text, kinds = DOCUMENTS[entry["index"]], [0, 0, 0, 0]
+        for end in range(1, len(text)):
+            grams = [text[end - n : end + 1] for n in range(min(3, end + 1))]
+            earlier = [[text[i - n : i + 1] for i in range(n, end)] for n in range(3)]
+            kinds[sum(gram in known for gram, known in zip(grams, earlier, strict=False))] += 1
+        assert entry["repetition"]["num_tokens"] == kinds
+        bare = entry["repetition"]["total_nll"]["bare"]
+        assert sum(bare) == pytest.approx(sum(entry["total_nll"]["bare"]))
+    assert set(Caches().losses(result)) >= {"bare", "repeated trigrams", "new tokens, + trigrams"}
     everything = result["caches"][-1]
     assert everything["relative"]["high"] < 0  # the documents repeat themselves
     ratio = everything["perplexity"]["value"] / result["caches"][0]["perplexity"]["value"]

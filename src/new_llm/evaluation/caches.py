@@ -19,7 +19,7 @@ from new_llm.charts import Chart, bar_chart
 from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
-from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, join_rows, plan_segments
+from new_llm.evaluation.scoring import Autocast, Scores, evaluation_mode, find_device, join_rows, plan_segments
 from new_llm.evaluation.statistics import DocumentLosses, LossSums, draw_resamples, estimate_over_documents
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
@@ -33,6 +33,8 @@ from new_llm.models.cache import (
 )
 
 BARE = "bare"
+REPETITION = ("new tokens", "tokens seen before", "repeated bigrams", "repeated trigrams")
+"""What a token of a text is, by the longest n-gram that ends in it and stands in the text before."""
 TUNING_TOKENS = 50_000
 """Tokens by which θ and weights are tuned at most: for so few numbers more make no difference."""
 
@@ -166,7 +168,8 @@ class Caches(Measure):
         `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative` to the bare
         model's − 1, paired by document, the `settings` that were tuned for each half of the documents on the other
         half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range of
-        distance, the ranges beginning at `range_starts`, tokens and total loss by cache.
+        distance, the ranges beginning at `range_starts`, tokens and total loss by cache; `repetition` has the same by
+        what a token repeats (`REPETITION`).
 
         Returns:
             None for a model whose hidden states can't be had, and where fewer than two documents are long enough (or
@@ -201,6 +204,8 @@ class Caches(Measure):
         vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
         caches: list[dict[str, Any]] = []
         sums: dict[str, LossSums] = {}
+        by_repetition: dict[str, LossSums] = {}
+        longest = [(found.ngrams > 0).sum(1) for found in parts]
         for name, num_states, order in settings.list_caches():
             if name == BARE:
                 tuned, losses = [], [found.losses for found in parts]
@@ -208,6 +213,9 @@ class Caches(Measure):
                 tuned, losses = cross_tune(parts, settings, num_states, order)
             sums[name] = LossSums(len(parts), choice.edges)
             sums[name].add(join_rows((place, 1, row) for place, row in enumerate(losses)))
+            by_repetition[name] = LossSums(len(parts), range(1 + max(settings.ngram_orders, default=0)))
+            for place, row in enumerate(losses):
+                by_repetition[name].add(Scores(np.full(len(row), place), longest[place], row))
             total, bare = (sums[one].total_nll.sum(1) for one in (name, BARE))
             ways = [(total, lengths), (bare, lengths)]
             caches.append(
@@ -234,6 +242,10 @@ class Caches(Measure):
                     "half": place % 2,
                     "num_tokens": sums[BARE].counts[place].tolist(),
                     "total_nll": {name: one.total_nll[place].tolist() for name, one in sums.items()},
+                    "repetition": {
+                        "num_tokens": by_repetition[BARE].counts[place].tolist(),
+                        "total_nll": {name: one.total_nll[place].tolist() for name, one in by_repetition.items()},
+                    },
                 }
                 for place, index in enumerate(indices)
             ],
@@ -252,13 +264,22 @@ class Caches(Measure):
         return [] if last["name"] == BARE else _describe_cache(last, "With caches")
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
-        """The bare model's, and those with each cache."""
+        """The bare model's and those with each cache; of the bare model and the longest n-grams also on each kind of
+        tokens of `REPETITION`."""
         documents = result["documents"]
         counts = [document["num_tokens"] for document in documents]
-        return {
+        found = {
             name: DocumentLosses.read(counts, [one["total_nll"][name] for one in documents], result["range_starts"])
             for name in documents[0]["total_nll"]
         }
+        for name in [BARE, *[name for name in found if name.endswith("grams")][-1:]]:
+            for place in range(len(documents[0]["repetition"]["num_tokens"])):
+                parts = [one["repetition"] for one in documents]
+                key = REPETITION[place] if name == BARE else f"{REPETITION[place]}, {name}"
+                found[key] = DocumentLosses.read(
+                    [part["num_tokens"][place] for part in parts], [part["total_nll"][name][place] for part in parts]
+                )
+        return found
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         """The same of every cache."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, Measure
-from new_llm.evaluation.caches import BARE
+from new_llm.evaluation.caches import BARE, REPETITION
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
     MIN_SEEDS,
@@ -269,12 +269,13 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Com
         has_caches = BARE in ways
         for way in shared if has_caches else shared[:1]:
             name = what if way == next(iter(ways)) else f"{what}, {way}"
-            add(name, ways[way], theirs[way], "")
+            is_part = way.startswith(REPETITION)
+            add(name, ways[way], theirs[way], " by what is repeated" if is_part else "")
         if has_caches:
-            grams = [way for way in shared if way.endswith("grams")]
-            for way in grams[-1:]:
+            caches = [way for way in shared if way.startswith("+ ")]
+            for way in [way for way in caches if way.endswith("grams")][-1:]:
                 add(f"{what}, {BEYOND}", ways[way], theirs[way], "")
-            for way in shared[1:]:
+            for way in caches:
                 add(f"{what}, against {way}", ways[BARE], theirs[way], " with a cache")
     return found
 

@@ -123,7 +123,8 @@ def _describe_memory(series: Sequence[Series]) -> str:
     caches = [_list_results(one, series, "caches") for one in (best, baseline)]
     if all(caches):
         ways = [MEASURES["caches"].losses(result) for result in caches[1].values()]
-        strongest = min(ways[0], key=lambda name: sum(float(way[name].total_nll.sum()) for way in ways))
+        names = [cache["name"] for cache in next(iter(caches[1].values()))["caches"]]
+        strongest = min(names, key=lambda name: sum(float(way[name].total_nll.sum()) for way in ways))
         effect = compare(caches[0], caches[1], ("caches", "bare"), ("caches", strongest))
         if effect is not None and strongest != "bare":
             stored = "states and n-grams" if strongest == "+ all" else strongest.removeprefix("+ ")
