@@ -1,6 +1,9 @@
-"""What processes say to one another: values, errors, the wish to stop."""
+"""What processes say to one another: values, errors, the wish to stop; and what is left when they end."""
 
+import atexit
+import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import torch
 
 from new_llm.config import UserError
 from new_llm.config.errors import OtherProcessError
-from new_llm.processes import ALONE, Processes, start_processes
+from new_llm.processes import ALONE, Processes, _end_processes, start_processes
+from new_llm.training import Trainer, TrainingError
 from new_llm.training.checkpoint import share_weights
-from training_cases import run_processes
+from new_llm.training.log import read_metrics
+from training_cases import make_trainer, read_curve, run_processes
 
 
 def fail_on(processes: Processes, rank: int, error: Exception) -> None:
@@ -114,3 +119,75 @@ def test_a_launcher_that_is_not_understood_is_refused(monkeypatch, environment, 
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         start_processes()
+
+
+# What is left of the processes' groups when a process ends
+
+
+def count_gloo_threads() -> int:
+    return sum(name.read_text() == "pt_gloo_runloop\n" for name in Path("/proc/self/task").glob("*/comm"))
+
+
+def train_and_count(processes: Processes, folder: Path) -> None:
+    """Train, and note how many threads the groups have before and after the process takes leave of the other."""
+    make_trainer(folder, processes=processes, num_epochs=1, batch_size=6).run()
+    rank = processes.rank  # the handler must not hold the processes themselves
+
+    def end() -> None:
+        before = count_gloo_threads()
+        _end_processes()
+        (folder / f"threads-{rank}").write_text(f"{before > 0} {count_gloo_threads()}")
+
+    atexit.unregister(_end_processes)
+    atexit.register(end)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads in /proc")
+def test_no_thread_of_a_group_outlives_the_leave(tmp_path):
+    """A thread that drops its last tensor while Python ends aborts the process after a finished training."""
+    run_processes(2, train_and_count, tmp_path, start_method="spawn")
+    for rank in range(2):
+        assert (tmp_path / f"threads-{rank}").read_text() == "True 0"
+
+
+# A fault in the rows of one process is a fault of the step, on all of them
+
+
+def poison(trainer: Trainer, step: int) -> None:
+    """Make the last row's loss of a step's batches NaN: it is read by one process alone."""
+    forward = trainer._forward
+    is_last = trainer.processes.rank + 1 == trainer.processes.count
+
+    def compute(batch) -> torch.Tensor:
+        return forward(batch) * (float("nan") if trainer.state.step + 1 == step and is_last else 1.0)
+
+    trainer._forward = compute
+
+
+def train(processes: Processes, root: Path) -> None:
+    for way in ("ddp", "fsdp"):
+        for on_nonfinite in ("skip", "stop"):
+            folder = root / f"{way}-{on_nonfinite}"
+            changes = {"sharding": way, "on_nonfinite": on_nonfinite, "batch_size": 6, "learning_rate": 1e-2}
+            trainer = make_trainer(folder, processes=processes, **changes)
+            poison(trainer, 3)
+            if on_nonfinite == "skip":
+                trainer.run()
+                continue
+            with pytest.raises(TrainingError, match="loss is nan at step 3") as caught:
+                trainer.run()
+            if processes.is_main:
+                (root / f"{way}.json").write_text(json.dumps(str(caught.value).replace(str(root), "")))
+
+
+@pytest.mark.slow
+def test_a_fault_in_one_process_is_skipped_or_stops_all(tmp_path):
+    train(ALONE, tmp_path / "one")
+    run_processes(2, train, tmp_path / "two")
+    for way in ("ddp", "fsdp"):
+        expected = read_curve(tmp_path / "one" / f"{way}-skip")
+        assert len(expected) > 20
+        assert read_curve(tmp_path / "two" / f"{way}-skip") == pytest.approx(expected, rel=1e-4)
+        events = [line["event"] for line in read_metrics(tmp_path / "two" / f"{way}-skip")]
+        assert events == [line["event"] for line in read_metrics(tmp_path / "one" / f"{way}-skip")]
+        assert (tmp_path / "one" / f"{way}.json").read_text() == (tmp_path / "two" / f"{way}.json").read_text()

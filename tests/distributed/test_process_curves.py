@@ -1,16 +1,38 @@
-"""One process, two with all weights (DDP) and two with a share of them (FSDP): the same curve."""
+"""One process, two with all weights (DDP) and two with a share of them (FSDP): the same curve and measurements."""
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.multiprocessing.spawn import ProcessExitedException
 
-from new_llm.models import load_model
+import new_llm.processes
+from new_llm.config import EvalConfig, TrainConfig, UserError
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.evaluation import (
+    Positions,
+    Subject,
+    evaluate_independent,
+    evaluate_reversal_curse,
+    evaluate_rolling,
+    evaluate_sliding_window,
+    evaluate_streaming,
+)
+from new_llm.models import create_model, load_model
 from new_llm.processes import ALONE, Processes
-from new_llm.training import TrainingInterrupted
+from new_llm.training import TrainingInterrupted, preparation
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, read_checkpoint
-from training_cases import make_trainer, read_curve, run_processes, stop_at
+from new_llm.training.preparation import gather_model, has_unused_parameters, prepare_training
+from tiny import make_shape
+from training_cases import VOCAB, make_config, make_split, make_trainer, read_curve, run_processes, stop_at
 
 WAYS = ("ddp", "fsdp")
 KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory")
@@ -129,3 +151,151 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path
     run_processes(2, resume_all, tmp_path, "one-{way}", WAYS)
     for name in ("two-ddp", "two-fsdp", "one-ddp", "one-fsdp"):
         assert read_curve(tmp_path / name) == pytest.approx(expected, rel=TOLERANCE), name
+
+
+# Windows, documents and sentences shared among processes: the numbers of one process
+
+
+TIMING = {"seconds", "tokens_per_second"}
+
+
+def measure_all(processes: Processes) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = create_model("infini", make_config().model.shape(VOCAB), segment_length=8).eval()
+    split, shared = make_split(), {"batch_size": 3, "processes": processes}
+    pairs = get_reversal_pairs()[:6]
+    words = sorted({word for pair in pairs for text in (pair.forward, pair.backward) for word in text.split()})
+    tokenizer = Tokenizer(WordLevel({word: index % VOCAB for index, word in enumerate(["?", *words])}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    results = {
+        "sliding": evaluate_sliding_window(model, split, context=16, stride=4, **shared),
+        "rolling": evaluate_rolling(model, split, context=16, prefix_token=0, **shared),
+        "independent": evaluate_independent(model, split, max_tokens=300, **shared),
+        "streaming": evaluate_streaming(model, split, **shared),
+        # One document: all processes but one have nothing to read.
+        "one document": evaluate_streaming(model, split, max_tokens=100, **shared),
+        "one window": evaluate_sliding_window(model, split, context=64, stride=64, max_tokens=50, **shared),
+    }
+    found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
+    settings = EvalConfig(position_edges=(0, 2, 8), batch_size=3)
+    ranges = Positions().run(Subject(model, tokenizer, split, settings, seq_length=16, processes=processes))["ranges"]
+    found["positions"] = {str(entry["start"]): entry for entry in ranges}
+    found["reversal"] = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=20, **shared).to_dict()
+    return found
+
+
+def write_measured(processes: Processes, folder: Path) -> None:
+    (folder / f"{processes.rank}.json").write_text(json.dumps(measure_all(processes)))
+
+
+def check_equal(expected: Any, found: Any, where: str) -> None:
+    if isinstance(expected, dict):
+        assert expected.keys() == found.keys(), where
+        for key in expected.keys() - TIMING:
+            check_equal(expected[key], found[key], f"{where} {key}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), where
+    else:
+        assert found == expected, where
+
+
+def test_every_process_has_the_numbers_of_one(tmp_path):
+    expected = json.loads(json.dumps(measure_all(ALONE)))
+    run_processes(3, write_measured, tmp_path)
+    for rank in range(3):
+        check_equal(expected, json.loads((tmp_path / f"{rank}.json").read_text()), f"process {rank}:")
+
+
+# Sharded weights: laid out on meta, gathered in bf16. And what DDP, the devices and a failing process need
+
+
+SHAPE = make_shape()
+USES_ALL = {"pythia", "infini", "transformer_xl", "gated_delta", "selective", "token_memory"}
+
+
+def check_shards(processes: Processes) -> None:
+    torch.manual_seed(0)
+    whole = create_model("infini", SHAPE, segment_length=8)
+    with torch.device("cpu" if processes.is_main else "meta"):
+        model = create_model("infini", SHAPE, segment_length=8)
+    if processes.is_main:
+        model.load_state_dict(whole.state_dict())
+    ids = torch.arange(16).view(1, 16)
+
+    def compute_loss(model, batch=None) -> torch.Tensor:
+        return model.total_loss(ids, ids) / 15
+
+    # The policy of a GPU, and its autocast's LayerNorm, which computes in float32 whatever the weights' dtype is.
+    policy, layer_norm = preparation.choose_policy("bf16", torch.device("cuda")), F.layer_norm
+    assert preparation.choose_policy("bf16", torch.device("cpu")).param_dtype is None
+    preparation.choose_policy = lambda precision, device: policy
+    F.layer_norm = lambda x, shape, *rest: layer_norm(
+        x.float(), shape, *(t if isinstance(t, float) else t.float() for t in rest)
+    )
+    cpu, config = torch.device("cpu"), TrainConfig(sharding="fsdp")
+    prepared = prepare_training(model, compute_loss, config, cpu, "bf16", processes)
+    assert all(p.device == cpu and 2 * p.to_local().numel() <= p.numel() + 64 for p in model.parameters())
+    policies = [part._get_fsdp_state()._fsdp_param_group.mp_policy for part in (*model.layers, prepared.batch_loss)]
+    assert [policy.param_dtype for policy in policies] == [torch.bfloat16] * len(model.layers) + [None]
+    assert {policy.reduce_dtype for policy in policies} == {torch.float32}
+    gathered = gather_model(model, prepared.structure).state_dict()
+    assert all(torch.equal(gathered[name], weight) for name, weight in whole.state_dict().items())
+    loss = prepared.batch_loss(None)
+    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = compute_loss(whole)
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(mine.grad.full_tensor(), theirs.grad, atol=0.03 * float(theirs.grad.abs().max()) + 1e-6)
+
+
+def test_sharded_weights_are_never_whole_on_a_device_and_are_gathered_in_bf16():
+    run_processes(2, check_shards)
+
+
+@pytest.mark.parametrize("kind", [*sorted(USES_ALL), "hierarchical", "rmt"])
+def test_ddp_looks_for_unused_parameters_only_where_there_are_some(kind):
+    model = create_model(kind, SHAPE, segment_length=8)
+    assert has_unused_parameters(model, lambda model, batch: model.total_loss(batch.input_ids, batch.labels)) == (
+        kind not in USES_ALL
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def wait_for_ever(processes: Processes) -> None:
+    """Process 1 fails, but stays; process 0 waits for it in an exchange."""
+    new_llm.processes.WATCH_SECONDS = new_llm.processes.GRACE_SECONDS = 0.1
+    try:
+        with processes.guard():
+            if processes.rank == 1:
+                raise UserError("process 1 can't go on")
+            processes.sum_on_device(torch.ones(1))
+    except UserError:
+        time.sleep(600)
+
+
+def test_a_process_that_waits_for_one_that_failed_ends():
+    with pytest.raises(ProcessExitedException) as caught:
+        run_processes(2, wait_for_ever)
+    assert (caught.value.error_index, caught.value.exit_code) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "uuids", "index"), [(2, "ab", 1), (1, "ab", 0), (1, "aa", None)], ids=["all", "its own", "shared"]
+)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, visible, uuids, index):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    properties = type("Properties", (), {"uuid": uuids[1]})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [(value[0], uuids[0]), value])
+    processes = Processes(rank=1, count=2, local_rank=1)
+    if index is None:
+        with pytest.raises(UserError, match="number 2 on its machine, where it sees 1 GPUs, and would share one"):
+            processes.place(torch.device("cuda"))
+        return
+    assert processes.place(torch.device("cuda")) == torch.device("cuda", index)
+    assert os.environ["LOCAL_RANK"] == str(index)
+    assert processes.place(torch.device("cpu")) == torch.device("cpu")

@@ -1,12 +1,21 @@
-"""Which token each position predicts, and what a loss is measured on."""
+"""Losses: which token each position predicts, the fused head against its naive form, what joins in training alone."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from model_cases import assert_near, get_model, text_ids
+from model_cases import HIDDEN_SIZE, LayerCase, assert_near, build_model, get_model, text_ids
+from new_llm.models import TransformerLM, create_model
+from new_llm.models.layers import PythiaLayer
 from new_llm.models.loss import LossStatistics, align_labels
+from new_llm.models.ops import head_loss as module
+from new_llm.models.ops.head_loss import linear_cross_entropy, linear_cross_entropy_naive
+from new_llm.models.ops.kernels import native
+from tiny import make_shape
 
 
 def test_position_t_predicts_token_t_plus_one():
@@ -55,3 +64,197 @@ def test_a_call_without_targets_has_no_mean_loss():
         with pytest.raises(ValueError, match="no token is predicted"):
             model.compute_loss(ids, labels, mask)
     assert math.isnan(LossStatistics(num_tokens=0, total_nll=0.0).perplexity)
+
+
+# The fused head against its naive form, with and without compiled kernels
+
+
+ROWS, WIDTH, WORDS = 23, 16, 301
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "pytorch":
+        monkeypatch.setattr(native, "find_kernels", lambda *tensors: None)
+        return
+    if native.load_kernels() is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(module, "MIN_NATIVE_LOGITS", 0)
+
+
+def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator, dtype=dtype)
+    weight = torch.randn(WORDS, WIDTH, generator=generator, dtype=dtype)
+    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    targets[::4] = -100
+    return hidden, weight, targets, torch.rand(ROWS, generator=generator, dtype=dtype)
+
+
+def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **options) -> list[Tensor]:
+    """The result and both gradients, given the gradient from above."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    result = function(hidden, weight, *rest, **options)
+    gradients = torch.autograd.grad(result, (hidden, weight), upstream.to(result.dtype))
+    return [result.detach(), *gradients]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("chunk_rows", "weighted"), [(1, False), (5, True), (1024, True)])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_results_and_gradients_are_the_naive_form_s(dtype, tolerance, reduction, chunk_rows, weighted):
+    """The gradient from above differs from row to row, in size and sign."""
+    hidden, weight, targets, weights = make(dtype)
+    upstream = torch.linspace(-2, 3, ROWS) if reduction == "none" else torch.tensor(-0.37)
+    options = {"label_weights": weights if weighted else None, "reduction": reduction}
+    expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, **options)
+    found = run(linear_cross_entropy, hidden, weight, upstream, targets, chunk_rows=chunk_rows, **options)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction):
+    hidden, weight, targets, weights = make()
+    upstream = weights if reduction == "none" else torch.tensor(1.0)
+    expected = run(linear_cross_entropy_naive, hidden, weight, upstream, targets, reduction=reduction)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(linear_cross_entropy, hidden, weight, upstream, targets, reduction=reduction, chunk_rows=8)
+    for one, two, tolerance in zip(found, expected, (5e-3, 2e-2, 2e-2), strict=True):
+        assert one.dtype == torch.float32
+        assert 0 < float((one - two).norm() / two.norm()) < tolerance
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_gradients_in_float64_pass_gradcheck(reduction):
+    hidden, weight, targets, weights = make(torch.float64)
+    inputs = (hidden[:6].requires_grad_(), weight[:11].requires_grad_())
+    targets = targets[:6].clamp_max(10)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, label_weights=weights[:6], reduction=reduction, chunk_rows=4),
+        inputs,
+    )
+
+
+@pytest.mark.usefixtures("kernels")
+def test_logits_beyond_every_exponent_and_faults_are_not_hidden():
+    hidden, weight, targets, _ = make()
+    expected = run(linear_cross_entropy_naive, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
+    found = run(linear_cross_entropy, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-2)
+    hidden[1, 3] = float("nan")
+    losses = linear_cross_entropy(hidden, weight, targets)
+    assert losses.isnan().tolist() == [row == 1 for row in range(ROWS)]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_rows_without_a_target_have_no_part():
+    hidden, weight, targets, _ = make()
+    hidden[targets == -100] = float("inf")
+    loss, for_hidden, for_weight = run(
+        linear_cross_entropy, hidden, weight, torch.tensor(1.0), targets, reduction="sum"
+    )
+    assert bool(for_weight.isfinite().all())
+    assert not for_hidden[targets == -100].any()
+    empty = torch.full_like(targets, -100)
+    for part in run(linear_cross_entropy, hidden, weight, torch.tensor(1.0), empty, reduction="sum"):
+        assert not part.any()
+    assert float(loss) > 0
+
+
+def test_what_does_not_fit_is_refused():
+    hidden, weight, targets, weights = make()
+    for arguments, options, words in (
+        ((hidden[:, :3], weight, targets), {}, "N, D"),
+        ((hidden, weight, targets[:5]), {}, "targets"),
+        ((hidden, weight, targets), {"label_weights": weights[:2]}, "label_weights"),
+        ((hidden, weight, targets), {"reduction": "mean"}, "reduction"),
+        ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows"),
+        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), {}, "targets: 301"),
+        ((hidden, weight, targets), {"ignore_index": -1}, "targets: -100"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize("with_hook", [False, True])
+def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook):
+    """A head with a hook is called as a module, and nothing else changes."""
+    torch.manual_seed(0)
+    model = TransformerLM([PythiaLayer(32, 2, 64)], vocab_size=97, segment_length=8).double()
+    ids = torch.randint(0, 97, (2, 21))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 15:] = False
+    calls = []
+    if with_hook:
+        model.embed_out.register_forward_hook(lambda *arguments: calls.append(1))
+    weights = list(model.parameters())
+    total = model.total_loss(ids, ids, mask)
+    expected = model.token_losses(ids, ids, mask).sum()
+    torch.testing.assert_close(total, expected)
+    for one, two in zip(torch.autograd.grad(total, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(one, two)
+    assert bool(calls) == with_hook
+    assert model.token_losses(ids, ids, mask).shape == ids.shape
+
+
+@pytest.mark.parametrize("kind", ["pythia", "selective"])
+def test_label_weights_multiply_each_label_s_loss(kind):
+    torch.manual_seed(0)
+    options = {"earlier_pass_weight": 0.5} if kind == "selective" else {}
+    shape = make_shape(vocab_size=40, hidden_size=16, intermediate_size=32)
+    model = create_model(kind, shape, segment_length=8, **options).train()
+    labels = torch.randint(40, (2, 17))
+    weights = torch.rand(2, 17) * 5
+    total = model.total_loss(labels[:, :-1], labels, label_weights=weights)
+    expected = (model.token_losses(labels[:, :-1], labels) * weights[:, 1:]).sum()
+    torch.testing.assert_close(total, expected)
+    with pytest.raises(ValueError, match="label_weights"):
+        model.total_loss(labels[:, :-1], labels, label_weights=weights[:, :-1])
+
+
+# What joins the loss in training alone: what memory returns must predict by itself, and a router use all memories
+
+
+LENGTH = 5
+
+
+def find_extra_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model.train().compute_loss(ids, ids)[0] - model.eval().compute_loss(ids, ids)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("infini", {}),
+        ("multi_memory", {"router": "top1", "balance_weight": 0.0}),
+        ("hierarchical", {"hierarchy": "fenwick"}),
+    ],
+)
+def test_what_memory_returns_predicts_the_next_token_alone(kind, options):
+    """In all segments but the first, which finds an empty memory."""
+    model, ids = build_model([LayerCase(kind, {"read_loss_weight": 0.3, **options})]), text_ids(2, 4 * LENGTH)
+    reads: list[torch.Tensor] = []
+    hook = model.layers[0].attention.dense.register_forward_hook(lambda _, __, output: reads.append(output))
+    extra = find_extra_loss(model, ids)
+    hook.remove()
+    logits = F.layer_norm(reads[0], (HIDDEN_SIZE,)) @ model.embed_out.weight.t()
+    losses = -logits.log_softmax(-1).flatten(1, 2)[:, LENGTH:-1].gather(-1, ids[:, LENGTH + 1 :, None])
+    torch.testing.assert_close(extra, 0.3 * losses.mean())
+
+
+def test_a_router_is_drawn_to_equal_shares():
+    options = {"router": "top1", "num_memories": 3, "balance_weight": 0.2}
+    model, ids = build_model([LayerCase("multi_memory", options)]), text_ids(2, 4 * LENGTH)
+    scores: list[torch.Tensor] = []
+    attention = model.layers[0].attention
+    route = attention.route
+    attention.route = lambda *arguments: scores.append(route(*arguments)) or scores[-1]
+    extra = find_extra_loss(model, ids)
+    sent = F.one_hot(scores[0].argmax(-1), 3).double().flatten(0, 2).mean(0)  # the keys' scores come first
+    torch.testing.assert_close(extra, 0.2 * 3 * (sent * scores[0].softmax(-1).flatten(0, 2).mean(0)).sum())
+    extra.backward()
+    assert bool(attention.router.weight.grad.any())

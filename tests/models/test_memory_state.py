@@ -1,4 +1,4 @@
-"""`get_memory_state` and `set_memory_state`: what they hold and refuse, and the way to another process."""
+"""The memory that a model holds: shared or per row, reset, saved, restored, merged, left alone when a call fails."""
 
 import copy
 from collections.abc import Callable
@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from model_cases import (
+    MEMORY_CASES,
+    MEMORY_STACKS,
     MIXED_STACKS,
+    LayerCase,
+    assert_near,
     assert_states_equal,
+    assert_states_near,
+    build_model,
     get_model,
     text_ids,
 )
-from new_llm.models import TransformerLM
+from new_llm.models import TransformerLM, merge_memory_states
+from new_llm.models.state import STATE_VERSION
 
 LAYER_KEYS = {
     "infini": {"memories", "memory_norms", "current_bank", "segment_counter"},
@@ -23,10 +30,11 @@ LAYER_KEYS = {
 }
 
 
-def fill(model: TransformerLM, rows: int | None = None) -> dict[int, dict[str, Any]]:
+def fill(model: TransformerLM, rows: int | None = None, start: int = 0) -> dict[int, dict[str, Any]]:
+    """An empty memory, filled by a call of two segments and a bit; its state."""
     model.reset_memory(rows)
     with torch.no_grad():
-        model(text_ids(rows or 2, 13), update_memory=True)
+        model(text_ids(rows or 2, 13, start), update_memory=True)
     return model.get_memory_state()
 
 
@@ -143,3 +151,251 @@ def test_states_of_another_precision_are_taken_over():
         for key, value in entry.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 assert torch.equal(value, state[index][key].float())
+
+
+# The memory that a model holds: shared or per row, reset, restored, and left alone when a call fails
+
+
+UNDECAYED_STACKS = [  # whose memories add up number by number; blocks of a tree also move
+    name
+    for name, cases in MEMORY_STACKS.items()
+    if not any(
+        any(case.options.get(option) for option in ("use_alibi", "use_token_decay"))
+        or case.kind == "token_memory"
+        or case.options.get("hierarchy") == "fenwick"
+        for case in cases
+    )
+]
+by_mixture = pytest.mark.parametrize("name", MIXED_STACKS)
+
+
+def test_a_state_is_a_copy():
+    """Neither later calls nor writes to the given tensors reach through it."""
+    model = get_model("mixed")
+    state = fill(model)
+    kept = model.get_memory_state()
+    model(text_ids(2, 9), update_memory=True)
+    assert_states_equal(state, kept)
+    model.set_memory_state(state)
+    for entry in state.values():
+        for value in entry.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.fill_(7.0)
+    assert_states_equal(model.get_memory_state(), kept)
+
+
+def test_a_failed_call_changes_nothing():
+    model = get_model("mixed")
+    before = fill(model, 2)
+    for bad in (text_ids(3, 4), text_ids(2, 4) + 128):
+        with pytest.raises(ValueError, match=r"rows|ids"):
+            model(bad, update_memory=True)
+    assert_states_equal(model.get_memory_state(), before)
+
+
+@pytest.mark.parametrize("name", UNDECAYED_STACKS)
+def test_shared_memory_takes_the_sum_of_the_rows_changes(name):
+    """Every row starts from the memory before the call; its change is what it alone would have made."""
+    model = get_model(name)
+    before = fill(model, start=50)
+    ids = text_ids(3, 13)
+    model(ids, update_memory=True)
+    together = model.get_memory_state()
+    alone = []
+    for row in range(3):
+        model.set_memory_state(before)
+        model(ids[row : row + 1], update_memory=True)
+        alone.append(model.get_memory_state())
+    for index, entry in before.items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and key.endswith(("memories", "norms", "counts")):
+                change = sum(state[index][key] - value for state in alone)
+                torch.testing.assert_close(together[index][key], value + change, atol=1e-9, rtol=1e-10)
+        assert torch.equal(together[index]["segment_counter"], alone[0][index]["segment_counter"])
+
+
+@pytest.mark.parametrize("use_delta_rule", [True, False])
+def test_decay_in_shared_memory_depends_on_time_and_not_on_rows(use_delta_rule):
+    """z is a decayed sum of positive features: whatever the number of rows it stays positive and bounded."""
+    options = {"num_memory_heads": 4, "use_alibi": True, "alibi_scale": 1.5, "use_delta_rule": use_delta_rule}
+    model = build_model([LayerCase("infini", options)], segment_length=5)
+    with torch.no_grad():
+        for step in range(12):
+            model(text_ids(16, 5, start=5 * step), update_memory=True)
+            norms = model.get_memory_state()[0]["memory_norms"]
+            assert bool((norms >= 0).all()), f"call {step}: z falls to {norms.min():.3g}"
+        assert float(norms.max()) < 12 * 16 * 5 * 20
+
+
+@by_mixture
+def test_reset_rows_empties_those_rows_alone(name):
+    model = get_model(name)
+    filled = fill(model, 3)
+    with torch.no_grad():
+        before = model(text_ids(3, 7))
+        model.reset_rows(torch.tensor([False, False, False]))
+        assert_states_equal(model.get_memory_state(), filled)
+        model.reset_rows(torch.tensor([False, True, False]))
+        after = model(text_ids(3, 7))
+        state = model.get_memory_state()
+        model.reset_memory(3)
+        empty = model(text_ids(3, 7))
+    for index, entry in state.items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value[[0, 2]], filled[index][key][[0, 2]])
+                assert not value[1].any()
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert_near(after[1], empty[1], 1e-12)
+    assert not torch.allclose(after[1], before[1])
+
+
+def interrupt_fresh_memory(model: TransformerLM) -> None:
+    with model.fresh_memory(batch_size=3):
+        assert model.memory_rows == 3
+        model(text_ids(3, 4), update_memory=True)
+        raise RuntimeError("interrupted")
+
+
+def test_reset_and_fresh_memory():
+    model, ids = get_model("mixed"), text_ids(2, 7)
+    with torch.no_grad():
+        empty = model(ids)
+        filled = fill(model)
+        with model.fresh_memory():
+            assert_near(model(ids), empty, 1e-12)
+            model(ids, update_memory=True)
+        assert_states_equal(model.get_memory_state(), filled)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            interrupt_fresh_memory(model)
+        assert model.memory_rows is None
+        assert_states_equal(model.get_memory_state(), filled)
+        model.reset_memory()
+        assert torch.equal(model(ids), empty)
+    for entry in model.get_memory_state().values():
+        assert not any(value.any() for value in entry.values() if isinstance(value, Tensor))
+
+
+def test_rows_that_do_not_fit_are_refused():
+    model = get_model("mixed")
+    with pytest.raises(ValueError, match="batch_size: 0"):
+        model.reset_memory(0)
+    with pytest.raises(ValueError, match="one memory shared by all rows"):
+        model.reset_rows(torch.tensor([True]))
+    model.reset_memory(2)
+    for call in (lambda: model(text_ids(3, 4)), lambda: model.compute_loss(text_ids(1, 4), text_ids(1, 4))):
+        with pytest.raises(ValueError, match=r"batch of \d rows, but .* each of 2.*reset_memory"):
+            call()
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        model.reset_rows(torch.ones(3, dtype=torch.bool))
+
+
+# Memories that add: two machines' states merge into one machine's; all others are refused
+
+
+SUMS = [
+    name
+    for name, case in MEMORY_CASES.items()
+    if not any(
+        case.options.get(name, name == "use_delta_rule") for name in ("use_delta_rule", "use_alibi", "use_token_decay")
+    )
+]
+
+
+def read_from_empty(model: TransformerLM, ids: Tensor, mask: Tensor | None = None) -> dict[int, dict[str, Any]]:
+    model.reset_memory()
+    with torch.no_grad():
+        model(ids, mask, update_memory=True)
+    return model.get_memory_state()
+
+
+@pytest.mark.parametrize("name", [*SUMS, "mixed-sums"])
+def test_two_halves_merge_into_one_batch_of_both(name):
+    model = get_model(name, dtype=torch.float32)
+    ids = text_ids(2, 13)
+    merged = merge_memory_states([read_from_empty(model, ids[:1]), read_from_empty(model, ids[1:])])
+    together = read_from_empty(model, ids)
+    assert_states_near(merged, together, 1e-6)
+    model.set_memory_state(merged)
+    assert_states_equal(model.get_memory_state(), merged)
+
+
+def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added():
+    model, ids = get_model("hierarchical-fenwick-sum", dtype=torch.float64), text_ids(3, 35)
+    held = read_from_empty(model, ids[:1, :15])  # three segments: blocks of two and of one
+    for rows in (1, 2):
+        model.set_memory_state(held)
+        model(ids[1 : 1 + rows], update_memory=True)
+        alone = []
+        for row in range(1, 1 + rows):
+            model.set_memory_state(held)
+            model(ids[row : row + 1], update_memory=True)
+            alone.append(model.get_memory_state()[0]["fine_memories"])
+        model.set_memory_state(held)
+        model(ids[1 : 1 + rows], update_memory=True)
+        entry = model.get_memory_state()[0]
+        assert int(entry["segment_counter"]) == 10  # three and seven: binary 1010
+        assert [bool(block.any()) for block in entry["fine_memories"]] == [False, True, False, True]
+        moved = torch.zeros_like(alone[0])
+        moved[3] = held[0]["fine_memories"].sum(0)  # all that was held is in the block of eight
+        expected = sum(alone) - (rows - 1) * moved
+        torch.testing.assert_close(entry["fine_memories"], expected)
+
+
+def test_merging_does_not_depend_on_the_order_and_leaves_its_inputs():
+    model = get_model("mixed-sums")
+    states = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]
+    again = [read_from_empty(model, text_ids(1, 13, start)) for start in (0, 100, 200)]
+    merged = merge_memory_states(states)
+    assert_states_near(merge_memory_states(states[::-1]), merged, 1e-12)
+    assert_states_near(merge_memory_states([merge_memory_states(states[:2]), states[2]]), merged, 1e-12)
+    assert_states_equal(merge_memory_states(states[:1]), states[0])
+    for state, same in zip(states, again, strict=True):
+        assert_states_equal(state, same)
+
+
+@pytest.mark.parametrize("name", [*sorted(MEMORY_STACKS.keys() - set(SUMS) - {"mixed-sums"})])
+def test_memories_that_do_not_add_are_refused(name):
+    state = read_from_empty(get_model(name), text_ids(1, 9))
+    with pytest.raises(ValueError, match=r"layer \d.*(delta rule|decay)") as error:
+        merge_memory_states([state, state])
+    assert "\n" not in str(error.value)
+
+
+def test_states_that_do_not_belong_together_are_refused():
+    options = {"use_delta_rule": False}
+    multi = LayerCase("multi_memory", options)
+
+    def fill(*cases: LayerCase) -> dict[int, dict[str, Any]]:
+        return read_from_empty(build_model(list(cases)), text_ids(1, 7))
+
+    state = fill(multi)
+    with pytest.raises(ValueError, match="at least one"):
+        merge_memory_states([])
+    for other, message in (
+        (fill(multi, multi), r"state 1 has memory layers \[0, 1\]"),
+        (fill(LayerCase("hierarchical", options)), "layer kind"),
+        (fill(LayerCase("multi_memory", {**options, "num_memories": 2})), "num_memories 2"),
+        (fill(LayerCase("multi_memory", {**options, "num_memory_heads": 1})), "shape"),
+        ({0: {**state[0], "version": 1}}, "version"),
+        ({0: None}, "layer 0 of state 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_memory_states([state, other])
+
+
+def test_memories_of_ones_own_add_field_by_field_within_range():
+    def make(total: float, count: int) -> dict[int, dict[str, Any]]:
+        plain = {"layer_kind": "mean", "version": STATE_VERSION, "per_row": False, "additive": True}
+        return {0: {**plain, "total": torch.full((2,), total), "count": torch.tensor(count)}}
+
+    merged = merge_memory_states([make(1.5, 3), make(2.0, 4)])
+    assert_states_equal(merged, make(3.5, 7))
+    for state, message in (
+        (make(3e38, 1), "layer 0 of the sum: total holds NaN or infinite"),
+        (make(0.0, 2**53 - 1), "layer 0 of the sum: count holds impossible counts"),
+        (make(0.0, -1), "layer 0 of state 0: count holds impossible counts"),
+        ({0: make(0.0, 0)[0] | {"current_bank": torch.tensor(0)}}, "current_bank does not belong"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_memory_states([state, state])

@@ -1,4 +1,4 @@
-"""The Transformer-XL layer against its equations token by token, and against the Pythia that it is at both ends."""
+"""The layers of Transformer-XL and of the recurrent memory transformer against their equations."""
 
 import math
 from typing import Any
@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from model_cases import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_HEADS, VOCAB_SIZE, assert_near, randomize, text_ids
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig
-from new_llm.models.layers import Segments
+from new_llm.models.layers import RecurrentMemoryStack, Segments
 from new_llm.models.layers.pythia import compute_rotary_angles
 from new_llm.models.layers.transformer_xl import TransformerXLLayer
+from tiny import make_shape
 
 SHAPE = PythiaConfig(
     vocab_size=VOCAB_SIZE,
@@ -115,3 +117,47 @@ def test_rows_do_not_share_a_cache():
     with pytest.raises(ValueError, match=r"call reset_memory\(batch_size\) first"):
         model(ids, update_memory=True)
     assert torch.equal(model.get_memory_state()[0]["keys"], before[0]["keys"])
+
+
+# The recurrent memory transformer against its equation, row by row and segment by segment
+
+
+SIZES = (16, 2, 24)
+
+
+def read_row(stack: RecurrentMemoryStack, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """One row's tokens [T, D]: what comes out, and the memory after the last segment."""
+    memory, outputs = stack.first_memory.weight, []
+    for segment in x.split(length):
+        whole = torch.cat((memory, segment, memory))[None, None]
+        for layer in stack.layers:
+            whole, _ = layer(whole)
+        read, written = whole[0, 0][len(memory) : -len(memory)], whole[0, 0][-len(memory) :]
+        memory = stack.memory_norm(written)
+        outputs.append(read)
+    return torch.cat(outputs), memory
+
+
+@pytest.mark.parametrize("num_memory_tokens", [1, 3])
+def test_the_stack_equals_its_equation(num_memory_tokens):
+    """Row 0 has a short last segment; row 1 is whole."""
+    stack = RecurrentMemoryStack(*SIZES, num_layers=2, num_memory_tokens=num_memory_tokens)
+    randomize(stack)
+    stack.double()
+    x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)).double()
+    valid = torch.arange(4) < torch.tensor([[4, 4, 2], [4, 4, 4]]).unsqueeze(-1)
+    with torch.no_grad():
+        found, memory = stack(x, None, Segments(valid=valid))
+        for row in range(2):
+            expected, vectors = read_row(stack, x[row][valid[row]], 4)
+            torch.testing.assert_close(found[row][valid[row]], expected, atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(memory.vectors[row], vectors, atol=1e-10, rtol=1e-10)
+    assert memory.num_segments.tolist() == [3, 3]
+
+
+def test_the_model_has_pythias_layers_inside():
+    shape = make_shape(hidden_size=16, num_hidden_layers=3, intermediate_size=24)
+    model, pythia = create_model("rmt", shape, num_memory_tokens=5), create_model("pythia", shape)
+    added = 5 * 16 + 2 * 16  # the first vectors, and a LayerNorm
+    assert model.num_parameters()["total"] == pythia.num_parameters()["total"] + added
+    assert model.memory_info()["total_bytes"] == 4 * 5 * 16
