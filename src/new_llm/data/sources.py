@@ -277,13 +277,13 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
             f"{path}: no such file or folder; data.source is {names}, hub:owner/name, my_module:function, or the path "
             f"of a folder or of a file with extension {known}"
         )
-    if all(_size(file) == 0 for file in files):
+    if not any(file.stat().st_size for file in files):
         raise UserError(f"{path}: empty: there is no text in it")
     bad_rows = BadRows(skip=config.on_bad_row == "skip")
 
     def read_files() -> Iterator[Document]:
         for file in files:
-            if _size(file) or len(files) == 1:
+            if file.stat().st_size or len(files) == 1:
                 yield from read_file(
                     file,
                     config.text_field,
@@ -300,7 +300,7 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         _hash([config.text_field, *contents]),
         read_files,
         bad_rows,
-        max_characters=sum(map(_size, files)) if is_plain else None,
+        max_characters=sum(file.stat().st_size for file in files) if is_plain else None,
         notes=_describe_ignored(path, ignored),
     )
 
@@ -321,22 +321,12 @@ def _hash(parts: list[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
-
-
 def _hash_file(file: Path) -> str:
     """The content of a file in 32 characters; fast enough to read gigabytes at every start."""
     import xxhash
 
     digest = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as opened:
-            while piece := opened.read(HASH_BYTES):
-                digest.update(piece)
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror or error}") from None
+    with file.open("rb") as opened:
+        while piece := opened.read(HASH_BYTES):
+            digest.update(piece)
     return digest.hexdigest()

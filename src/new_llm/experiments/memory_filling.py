@@ -14,6 +14,7 @@ tokenizers that put a prefix in front of a text agree there, too. Only a run wit
 
 import codecs
 import copy
+import io
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +27,8 @@ from tokenizers import Tokenizer
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import FillConfig
-from new_llm.config.files import describe_os_error
-from new_llm.data.local_files import READERS, find_reader, join_line_ends, read_file
+from new_llm.config.files import check_regular_file, describe_os_error
+from new_llm.data.local_files import READERS, find_reader, read_file
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
 from new_llm.models.memory_file import save_memory_file
@@ -216,17 +217,11 @@ def check_text_files(paths: Iterable[Path]) -> None:
         UserError: one is missing, not a regular file, empty, or of an unknown format.
     """
     for path in paths:
-        try:
-            if not path.exists():
-                raise UserError(f"{path}: no such file")
-            if not path.is_file():
-                raise UserError(f"{path}: not a regular file")
-            if find_reader(path) is None:
-                raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}")
-            if path.stat().st_size == 0:
-                raise UserError(f"{path}: empty: there is no text in it")
-        except OSError as error:
-            raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+        check_regular_file(path)
+        if find_reader(path) is None:
+            raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: empty: there is no text in it")
 
 
 def is_plain(path: Path) -> bool:
@@ -291,32 +286,28 @@ def find_cut(text: str) -> int:
 def _read_plain(path: Path, block_bytes: int, on_bytes: OnBytes) -> Iterator[str]:
     """UTF-8 text in blocks, without a byte order mark, with \\n for every line end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, held, has_begun, is_visible = 0, "", False, False
-    try:
-        with path.open("rb") as file:
-            while True:
-                raw = file.read(block_bytes)
-                if (at := raw.find(b"\0")) >= 0:
-                    raise UserError(f"{path}: binary (a NUL at byte {offset + at}); UTF-8 text is expected")
-                pending = len(decoder.getstate()[0])
-                try:
-                    text = held + decoder.decode(raw, final=not raw)
-                except UnicodeDecodeError as error:
-                    at = offset - pending + error.start
-                    byte = error.object[error.start]
-                    raise UserError(f"{path}: not UTF-8 text: 0x{byte:02x} at byte {at}") from None
-                held = "\r" if raw and text.endswith("\r") else ""  # its \n may come with the next block
-                text = join_line_ends(text.removesuffix(held))
-                if text and not has_begun:
-                    text, has_begun = text.removeprefix("\ufeff"), True
-                is_visible = is_visible or not (not text or text.isspace())
-                if text:
-                    yield text
-                if not raw:
-                    break
-                offset += len(raw)
-                on_bytes(len(raw))
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    lines = io.IncrementalNewlineDecoder(decoder, translate=True)  # a \r is held back: its \n may come next
+    offset, has_begun, is_visible = 0, False, False
+    with path.open("rb") as file:
+        while True:
+            raw = file.read(block_bytes)
+            if (at := raw.find(b"\0")) >= 0:
+                raise UserError(f"{path}: binary (a NUL at byte {offset + at}); UTF-8 text is expected")
+            pending = len(decoder.getstate()[0])
+            try:
+                text = lines.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                at = offset - pending + error.start
+                byte = error.object[error.start]
+                raise UserError(f"{path}: not UTF-8 text: 0x{byte:02x} at byte {at}") from None
+            if text and not has_begun:
+                text, has_begun = text.removeprefix("\ufeff"), True
+            if text:
+                is_visible = is_visible or not text.isspace()
+                yield text
+            if not raw:
+                break
+            offset += len(raw)
+            on_bytes(len(raw))
     if not is_visible:
         raise UserError(f"{path}: holds no text, only white space")

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.files import describe_os_error, shorten
+from new_llm.config.files import shorten
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.state import (
@@ -200,7 +200,7 @@ def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint
         weights_fingerprint: of the model, where many files are written; None: computed.
 
     Raises:
-        UserError: the model has no memory layer, or the file can't be written.
+        UserError: the model has no memory layer.
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer: there is no memory to save")
@@ -240,11 +240,7 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
 
 
 def write_memory_file(path: Path, content: MemoryFile) -> None:
-    """Write a memory file atomically.
-
-    Raises:
-        UserError: the file can't be written.
-    """
+    """Write a memory file atomically; what the system refuses is an OSError."""
     tensors = {
         f"layers.{index}.{key}": value
         for index, entry in content.state.items()
@@ -252,10 +248,7 @@ def write_memory_file(path: Path, content: MemoryFile) -> None:
         if isinstance(value, Tensor)
     }
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)} | format_record(content.record)
-    try:
-        write_safetensors(path, tensors, metadata)
-    except OSError as error:
-        raise UserError(describe_os_error(error)) from None
+    write_safetensors(path, tensors, metadata)
 
 
 def read_memory_file(path: Path, check: Callable[[MemoryRecord, State], None] | None = None) -> MemoryFile:

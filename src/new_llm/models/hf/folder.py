@@ -112,12 +112,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        values = read_torch_file(path)
-    except OSError as error:
-        raise UserError(shorten(f"{path}: can't be read: {describe_failure(error)}")) from None
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    values = read_torch_file(path)
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
         raise UserError(f"{path}: not a mapping of names and tensors")
     return values

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from new_llm import __version__
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.files import describe_os_error, shorten, write_atomically
+from new_llm.config.files import shorten, write_atomically
 from new_llm.config.model import Size, check_adapter_suffix
 from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.hf.gpt_neox import load_pythia, split_heads_anew
@@ -366,28 +366,20 @@ def write_adapter_file(path: Path, content: AdapterFile) -> None:
     values = _RECORD.dump_python(dataclasses.replace(content.record, created=created), mode="json")
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    try:
-        if path.suffix == ".safetensors":
-            write_safetensors(path, content.tensors, metadata)
-            return
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
-        metadata[DIGEST] = hash_content(metadata, tensors)
-        with write_atomically(path) as temporary, temporary.open("wb") as file:
-            torch.save({"metadata": metadata, "tensors": tensors}, file)
-    except OSError as error:
-        raise UserError(describe_os_error(error)) from None
+    if path.suffix == ".safetensors":
+        write_safetensors(path, content.tensors, metadata)
+        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
+    metadata[DIGEST] = hash_content(metadata, tensors)
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        torch.save({"metadata": metadata, "tensors": tensors}, file)
 
 
 def read_adapter_file(path: Path) -> AdapterFile:
     """Read and validate an adapter file; needs no model. A broken one, or of another version, is a `UserError`."""
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
-    try:
-        metadata, tensors = (
-            _read_pt(path) if path.suffix == ".pt" else (read_header(path).metadata, read_safetensors(path))
-        )
-    except OSError as error:
-        raise UserError(f"{where}: can't be read: {error.strerror or error}") from None
+    metadata, tensors = _read_pt(path) if path.suffix == ".pt" else (read_header(path).metadata, read_safetensors(path))
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(f"{where}: not an adapter file (its format is not {FORMAT!r})")
     if not all(isinstance(value, str) for value in (*metadata, *metadata.values())):
