@@ -9,9 +9,8 @@ import new_llm.config
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, save_model
-from new_llm.models.factory import MODEL_KINDS
+from new_llm.models.factory import MODEL_KINDS, RECIPES
 from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
-from new_llm.models.recipes import RECIPES
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

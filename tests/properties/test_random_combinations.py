@@ -17,9 +17,8 @@ from model_cases import assert_states_equal
 from new_llm import TransformerLM, create_model
 from new_llm.config import PythiaConfig, TrainConfig, UserError
 from new_llm.models import load_model, save_model
-from new_llm.models.factory import MODEL_KINDS
+from new_llm.models.factory import MODEL_KINDS, RECIPES
 from new_llm.models.generation import encode_prompts, generate
-from new_llm.models.recipes import RECIPES
 from new_llm.testing import check_model, check_precision, draw_ids
 from new_llm.training.preparation import make_optimizer
 from tokenizer_families import FAMILIES, TEXT, train_family

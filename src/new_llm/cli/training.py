@@ -26,10 +26,7 @@ class Origin:
     """The flags that say where the other flags' defaults come from."""
 
     config: Path | None = None
-    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick; flags override
-    it."""
     resume: bool = False
-    """Continue the interrupted run that --name names."""
     name: str | None = None
     runs_dir: Path = Path("runs")
 

@@ -18,9 +18,8 @@ from new_llm.config.loading import RunSettings, TrainingSettings, settings_from_
 from new_llm.config.model import SIZES, PythiaConfig, check_adapter_suffix
 from new_llm.config.sections import read_field_docs, section, short
 from new_llm.config.train import ClusterConfig, TrainConfig
-from new_llm.models.factory import MODEL_KINDS, find_model_kind, find_places, resolve_options
+from new_llm.models.factory import MODEL_KINDS, RECIPES, find_model_kind, find_places, resolve_options
 from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniLayer
-from new_llm.models.recipes import RECIPES
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""`create_model`: the model types by name, their options, and how their models are built."""
+"""`create_model`: the model types by name, their options and recipes, and how their models are built."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,7 +16,6 @@ from new_llm.models.cost import check_fits
 from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, RecurrentMemoryStack, build_layer
 from new_llm.models.layers.base import NoOptions
 from new_llm.models.layers.rmt import RecurrentMemoryOptions
-from new_llm.models.recipes import RECIPES
 from new_llm.models.transformer import DepthOptions, SelectiveOptions, SelectiveOutputLM, TransformerLM
 
 
@@ -151,6 +150,43 @@ def find_model_kind(model_type: str) -> ModelKind:
         allowed = ", ".join(MODEL_KINDS)
         raise UserError(f"model_type: {name!r} is unknown; allowed are {allowed}, or my_module:MyLayer")
     return MODEL_KINDS[name]
+
+
+# Named recipes: options that a study found to work better than the defaults, or that a mechanism's authors use.
+# `create_model("infini", recipe="tuned")` and `--recipe tuned` use them; options given explicitly override them.
+
+
+_TUNED_MEMORY: dict[str, Any] = {
+    # In the last layer a read reaches the head directly. The figures are in docs/experiments/memory.md, "All tables".
+    "memory_layers": (-1,),
+    # Gates start open, at 0.88, where training takes them.
+    "gate_init": 2.0,
+    # A query finds what followed similar contexts.
+    "use_key_shift": True,
+    # Few features of a token are large and W_k starts as W_q, so that only similar tokens match ("plain-start").
+    "query_key_init_scale": 6.0,
+    "query_key_init_bias": -3.0,
+    "match_query_key_init": True,
+}
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "tuned": {
+        "infini": _TUNED_MEMORY,
+        "multi_memory": _TUNED_MEMORY,
+        "hierarchical": _TUNED_MEMORY,
+        # studies/token-ablations.yaml: its "plain-start" loses.
+        "token_memory": {"query_key_init_scale": 6.0},
+    },
+    # Each mechanism as its authors have it, where the default is the specification's form.
+    "published": {
+        "infini": {"local_attention": "softmax"},  # arXiv:2404.07143
+        "multi_memory": {"router": "top1"},  # arXiv:2502.13685
+        "hierarchical": {"hierarchy": "fenwick"},  # arXiv:2506.04761
+        # arXiv:2604.21106: the map between passes begins as the identity, and each pass sees the tokens and has a loss.
+        "selective": {"projection_init": "identity", "add_embedding": True, "earlier_pass_weight": 1.0},
+    },
+}
+"""Options by recipe and model type; model types that a recipe does not name keep their defaults."""
 
 
 def resolve_options(model_type: str, options: Mapping[str, Any], recipe: str | None = None) -> dict[str, Any]:
