@@ -47,6 +47,8 @@ class Figures(NamedTuple):
     shared_bytes: int
     wgmma: int
     barriers: int
+    unset: str
+    """An instruction that reads a uniform register which none writes, as ptxas 12.8 makes them; "": there is none."""
 
 
 class Recorder:
@@ -74,7 +76,9 @@ def recording(note: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None
 
 
 def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple[Any, str]:
-    """The compiled kernel and what cuobjdump reports of it. 1 and multiples of 16 are specialised, as at a launch."""
+    """The compiled kernel, and its resources and instructions as cuobjdump lists them. 1 and multiples of 16 are
+    specialised, as at a launch.
+    """
     signature, constants, attributes = {}, {}, {}
     settings = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     constants |= {name: value for name, value in options.items() if name not in settings}
@@ -84,11 +88,11 @@ def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tu
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and not kernel.params[i].do_not_specialize:
             constants[name] = 1
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not kernel.params[i].do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     for name in constants:
         signature[name] = "constexpr"
@@ -97,8 +101,26 @@ def compile_launch(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tu
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        done = subprocess.run([str(cuobjdump), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        command = [str(cuobjdump), "-res-usage", "-sass", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     return compiled, done.stdout
+
+
+def find_unset_register(listing: str) -> str:
+    """The first instruction that reads a uniform register which no instruction writes, "" where there is none."""
+    written: set[int] = set()
+    read: dict[int, str] = {}
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([^;/]+?) *;", listing):
+        name, _, rest = instruction.partition(" ")
+        operands = rest.split(",")
+        if target := re.fullmatch(r" *UR(\d+)", operands[0]):
+            width = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            written.update(range(int(target[1]), int(target[1]) + width))
+            operands = operands[1:]
+        for is_pair_of_pairs, first in re.findall(r"(gdesc\[)?\bUR(\d+)\b", ",".join(operands)):
+            for register in range(int(first), int(first) + (4 if is_pair_of_pairs else 1)):
+                read.setdefault(register, instruction)
+    return next((instruction for register, instruction in read.items() if register not in written), "")
 
 
 def measure(case: str, call: Callable[[], object]) -> list[Figures]:
@@ -114,6 +136,7 @@ def measure(case: str, call: Callable[[], object]) -> list[Figures]:
                 kernel.__name__.strip("_"), case, grid, options["num_warps"], options.get("num_stages", 3), tiles,
                 registers, stack, compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"),
                 len(re.findall(r"^ *\S+\.barrier\b", compiled.asm["ttgir"], re.MULTILINE)),
+                find_unset_register(report),
             )
         )  # fmt: skip
 
@@ -134,15 +157,17 @@ def write_delta(
     *,
     backward: bool,
     chunks: bool = False,
+    num_writes: int = 4,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """The chain of 4 segments with the delta rule, as Infini layers have it; or of chunks token by token."""
-    k = make(batch, 4, heads, length, width, dtype=dtype)
-    decay, slots = make(batch, 4, heads, dtype=torch.float32), make(batch, 4, dtype=torch.int64)
+    """The chain of segments with the delta rule, as Infini layers have it; or of chunks token by token."""
+    k = make(batch, num_writes, heads, length, width, dtype=dtype)
+    decay = make(batch, num_writes, heads, dtype=torch.float32)
+    slots = make(batch, num_writes, dtype=torch.int64)
     state = make(batch, heads, 1, width, width, dtype=torch.float32)
-    states = make(batch, 4, heads, *(() if backward else (1,)), width, width, dtype=dtype)
-    added = make(batch, 4, heads, 1, width, width, dtype=dtype) if backward else None
-    scales = None if chunks else make(batch, 4, heads, length, dtype=torch.float32)
+    states = make(batch, num_writes, heads, *(() if backward else (1,)), width, width, dtype=dtype)
+    added = make(batch, num_writes, heads, 1, width, width, dtype=dtype) if backward else None
+    scales = None if chunks else make(batch, num_writes, heads, length, dtype=torch.float32)
     values, written = None if backward else k, k if chunks else None
     triton_kernels.write_with_delta(state, states, k, written, scales, values, decay, slots, added=added)
 
@@ -193,6 +218,9 @@ def measure_all() -> Iterator[Figures]:
             chain = functools.partial(write_delta, 1, 8, width, 64, backward=direction == "backward", chunks=True)
             yield from measure(f"K={width}, chunks, {direction}", chain)
         yield from measure(f"K={width}", functools.partial(attend, 64, width, 256))
+    for (width, length), backward, chunks in itertools.product(((64, 64), (96, 33)), (False, True), (False, True)):
+        one = functools.partial(write_delta, 1, 8, width, length, backward=backward, chunks=chunks, num_writes=1)
+        yield from measure(f"K={width}, one {'chunk' if chunks else 'segment'}", one)
     for memories, backward in itertools.product((1, 2), (False, True)):
         write = functools.partial(write_sums, memories, backward=backward)
         yield from measure(f"{memories} memories, {'backward' if backward else 'forward'}", write)

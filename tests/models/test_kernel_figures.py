@@ -21,7 +21,7 @@ SHARED_BYTES = 227 * 1024
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_bfloat16_up_to_512_wide_spills_nothing_and_multiplies_by_warp_groups():
+def test_bfloat16_up_to_512_wide_spills_nothing_sets_what_it_reads_and_multiplies_by_warp_groups():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "benchmarks" / "kernel_figures.py"), "--json"]
@@ -38,6 +38,7 @@ def test_bfloat16_up_to_512_wide_spills_nothing_and_multiplies_by_warp_groups():
     assert {launch["case"].split(",")[0] for launch in launches} >= {f"K={width}" for width in (64, 128, 256, 512)}
     for launch in launches:
         assert launch["spilled_bytes"] == 0, launch
+        assert not launch["unset"], launch  # a register of whatever was there before: addresses anywhere
         assert launch["shared_bytes"] <= SHARED_BYTES, launch
         assert launch["wgmma"] or launch["kernel"] in WITHOUT_GROUPS, launch
         # one thread stores what another has loaded or will load, since their tiles are divided differently

@@ -89,7 +89,8 @@ def _write_block(
     return tl.dot(tl.trans(right), written.to(OPERAND), acc=state, input_precision="tf32x3")
 
 
-@triton.jit
+# a loop of one turn would be unrolled, for which ptxas 12.8 (Triton 3.6) makes code that reads a register it never set
+@triton.jit(do_not_specialize=["num_writes"])
 def _delta_kernel(
     state_ptr, states_ptr, left_ptr, right_ptr, scale_ptr, value_ptr, update_ptr, add_ptr, decay_ptr, slot_ptr,
     num_writes, num_states, num_unread, num_added, heads, length,
