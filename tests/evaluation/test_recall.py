@@ -82,6 +82,8 @@ def find_next(text):
     """What followed the last earlier occurrence of the longest suffix of two tokens or more."""
     best, found = 1, None
     for end in range(len(text) - 1, 1, -1):
+        if text[end - 1] != text[-1]:
+            continue
         size = 0
         while size < min(end, 12) and text[end - 1 - size] == text[len(text) - 1 - size]:
             size += 1

@@ -31,6 +31,7 @@ from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model,
 from new_llm.report import write_report
 from new_llm.training import Trainer, TrainingError
 from new_llm.training.log import read_metrics
+from tiny import make_settings
 
 
 @pytest.fixture
@@ -39,39 +40,41 @@ def base_run(trained_run: dict[str, Any]) -> Path:
     return Path(trained_run["folder"])
 
 
-@pytest.fixture
-def tiny_adapter(base_run: Path, addresses: Path, tmp_path: Path) -> AdapterTrainingConfig:
+def make_adapter(base: Path, source: Path, folder: Path) -> AdapterTrainingConfig:
+    settings = make_settings(source, folder / "runs")
+    train = settings["train"] | {"batch_size": 2, "learning_rate": 1e-2, "patience": 0}
     return AdapterTrainingConfig(
         name="adapter",
-        base=str(base_run),
+        base=str(base),
         num_docs=2,
         min_doc_tokens=100,
         device="cpu",
-        runs_dir=tmp_path / "runs",
-        out=tmp_path / "parallel_adapter.pt",
+        runs_dir=folder / "runs",
+        out=folder / "parallel_adapter.pt",
         wikitext=None,
-        data={
-            "source": str(addresses),
-            "seq_length": 32,
-            "segments_per_sample": 2,
-            "validation_fraction": 0.25,
-            "min_documents": 2,
-        },
-        train={
-            "num_epochs": 2,
-            "batch_size": 2,
-            "precision": "fp32",
-            "learning_rate": 1e-2,
-            "log_every_steps": 2,
-            "checkpoint_every_steps": 3,
-            "patience": 0,
-        },
-        eval={"max_tokens": 1500, "batch_size": 4, "measures": ["sliding", "streaming"]},
+        data={"source": str(source), "seq_length": 32, "segments_per_sample": 2, "min_documents": 2}
+        | {"validation_fraction": 0.25},
+        train=train,
+        eval={"max_tokens": 500, "batch_size": 4, "measures": ["sliding", "streaming"]},
     )
 
 
+@pytest.fixture
+def tiny_adapter(base_run: Path, addresses: Path, tmp_path: Path) -> AdapterTrainingConfig:
+    return make_adapter(base_run, addresses, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    trained_run: dict[str, Any], addresses: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[AdapterTrainingConfig, dict[str, Any]]:
+    """A training that was never interrupted, and its results."""
+    config = make_adapter(Path(trained_run["folder"]), addresses, tmp_path_factory.mktemp("adapter"))
+    return config, run(config, write_report=write_report)
+
+
 def run(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
-    return train_adapter(config, console=Console(file=io.StringIO()), write_report=write_report, **options)
+    return train_adapter(config, console=Console(file=io.StringIO()), **options)
 
 
 def load_base_of(run_folder: Path) -> TransformerLM:
@@ -91,8 +94,8 @@ def test_a_base_in_16_bits_is_widened_for_training(tiny_adapter, base_run, tmp_p
     assert load_adapted_model(tiny_adapter.out).get_alpha() == pytest.approx(results["alpha"], rel=1e-2)
 
 
-def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(tiny_adapter, base_run):
-    results = run(tiny_adapter)
+def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(finished, base_run):
+    config, results = finished
     folder = Path(results["folder"])
     base = load_base_of(base_run)
     last = load_model(folder / "parallel_infini" / "best")
@@ -103,11 +106,11 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(tiny_adapte
     assert results["alpha"] == last.get_alpha() != 0
     assert float(adapter["layers.0.attention.dense.weight"].std()) > 0
     assert results["num_parameters"]["trained"] == results["num_parameters"]["adapter"] == 4 * 32 * 32 + 4 * 32 + 66
-    saved = attach_adapter(base, tiny_adapter.out)
+    saved = attach_adapter(base, config.out)
     assert saved.segment_length == 16
     for name, value in last.state_dict().items():
         assert torch.equal(saved.state_dict()[name], value)
-    assert load_adapted_model(tiny_adapter.out).get_alpha() == results["alpha"]
+    assert load_adapted_model(config.out).get_alpha() == results["alpha"]
     assert json.loads((folder / "results.json").read_text())["status"] == "complete"
     assert {path.name for path in folder.iterdir()} >= {
         "adapter.yaml",
@@ -135,8 +138,8 @@ def curve(results: dict[str, Any]) -> list[Any]:
     ]
 
 
-def test_an_interrupted_training_goes_on_to_the_same_end(tiny_adapter, monkeypatch):
-    whole = run(tiny_adapter)
+def test_an_interrupted_training_goes_on_to_the_same_end(finished, tiny_adapter, monkeypatch):
+    whole = finished[1]
     again = dataclasses.replace(tiny_adapter, name="again")
     step = Trainer._train_step
 

@@ -21,7 +21,6 @@ from new_llm.experiments.run_folder import load_run_model
 from new_llm.experiments.runner import Run, build_model
 from new_llm.models import ModelType, load_model
 from new_llm.models.tensor_files import fingerprint_weights
-from new_llm.report import write_report
 from new_llm.report.results import load_results
 from new_llm.training import Trainer
 from new_llm.training.checkpoint import list_checkpoints, remove_checkpoints
@@ -30,7 +29,7 @@ from new_llm.training.preparation import make_schedule
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
-    return run_experiment(models, config, console=Console(file=io.StringIO()), write_report=write_report, **options)
+    return run_experiment(models, config, console=Console(file=io.StringIO()), **options)
 
 
 def curve(results: dict[str, Any], model: int = 0) -> list[tuple[Any, ...]]:
