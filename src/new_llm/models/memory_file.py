@@ -21,12 +21,11 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -44,7 +43,6 @@ from new_llm.models.state import (
 from new_llm.models.tensor_files import (
     DIGEST,
     DTYPE_NAMES,
-    TensorHeader,
     fingerprint_weights,
     read_header,
     read_safetensors,
@@ -56,7 +54,6 @@ FORMAT_VERSION = 2
 MAX_DIMENSIONS = 8
 SHARED = "shared"
 """What `rows` says where all rows share one memory."""
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 Size = Annotated[int, Field(gt=0, lt=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
@@ -223,19 +220,17 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
     Raises:
         UserError: the file is broken or no memory file, or other layers or (unless forced) weights filled it.
     """
-
-    def check(record: MemoryRecord, form: State) -> None:
-        model.check_memory_form(form)
-        if not force and record.weights_fingerprint != (own := fingerprint_weights(model)):
-            raise ValueError(
-                f"filled by other weights (fingerprint {record.weights_fingerprint[:12]}…) than this model's "
-                f"({own[:12]}…); --force (force=True) takes it all the same"
-            )
-
-    state = read_memory_file(Path(path), check=check).state
+    content = read_memory_file(Path(path))
     try:
-        model.set_memory_state(state)
-    except ValueError as error:  # numbers that are too large for the model's precision
+        model.check_memory_form(content.state)
+        filled_by = content.record.weights_fingerprint
+        if not force and filled_by != (own := fingerprint_weights(model)):
+            raise ValueError(
+                f"filled by other weights (fingerprint {filled_by[:12]}…) than this model's ({own[:12]}…); --force "
+                "(force=True) takes it all the same"
+            )
+        model.set_memory_state(content.state)
+    except ValueError as error:
         raise UserError(shorten(f"{path}: {error}")) from None
 
 
@@ -251,28 +246,25 @@ def write_memory_file(path: Path, content: MemoryFile) -> None:
     write_safetensors(path, tensors, metadata)
 
 
-def read_memory_file(path: Path, check: Callable[[MemoryRecord, State], None] | None = None) -> MemoryFile:
+def read_memory_file(path: Path) -> MemoryFile:
     """Read and validate a memory file; needs no model.
-
-    Args:
-        check: given the record, and the state on the meta device, before any tensor is read; a ValueError of it refuses
-            the file.
 
     Raises:
         UserError: no readable memory file of this version, or broken: one line says what.
     """
     where = str(path)
+    header, num_bytes = read_header(path), path.stat().st_size
+    record = parse_record(_check_format(header.metadata, where), where)
+    for name, shape in header.shapes.items():
+        # Beside a size of 0 the others may be anything, and would cost time though they hold no bytes.
+        is_possible = len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= num_bytes
+        if header.dtypes[name] not in DTYPE_NAMES.values() or not is_possible:
+            found = f"has shape {list(shape)} of {header.dtypes[name]}"
+            raise UserError(shorten(f"{path}: {name} {found}, which no memory has"))
+    state = _fill_state(record, read_safetensors(path), where)
     try:
-        header = read_header(path)
-        record = parse_record(_check_format(header.metadata, where), where)
-        form = _fill_state(record, _list_forms(header, path), where)
-        if check is not None:
-            check(record, form)
-        state = _fill_state(record, read_safetensors(path), where)
         for index, entry in state.items():
             check_values(entry, f"layer {index}")
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(shorten(f"{where}: {error}")) from None
     return MemoryFile(record, state)
@@ -319,20 +311,6 @@ def _check_format(metadata: dict[str, str], where: str) -> dict[str, str]:
         found = metadata.get("format_version")
         raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
     return {key: value for key, value in metadata.items() if key not in ("format", "format_version", DIGEST)}
-
-
-def _list_forms(header: TensorHeader, path: Path) -> dict[str, Tensor]:
-    """The tensors on the meta device: shapes and dtypes without numbers."""
-    forms: dict[str, Tensor] = {}
-    num_bytes = path.stat().st_size
-    for name, shape in header.shapes.items():
-        dtype = DTYPES.get(header.dtypes[name])
-        # Beside a size of 0 the others may be anything, and would cost time though they hold no bytes.
-        if dtype is None or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > num_bytes:
-            found = f"has shape {list(shape)} of {header.dtypes[name]}"
-            raise UserError(shorten(f"{path}: {name} {found}, which no memory has"))
-        forms[name] = torch.empty(shape, dtype=dtype, device="meta")
-    return forms
 
 
 def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor], where: str) -> State:
