@@ -14,7 +14,7 @@ from torch import Tensor
 from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
 from new_llm.models.layers import ReadTokens, Segments, TokenMemoryLayer
 from new_llm.models.layers.base import initialize_weights
-from new_llm.models.ops import delta_rule, scan_delta_rule, scan_delta_rule_naive
+from new_llm.models.ops import delta_rule, scale_to_length, scan_delta_rule, scan_delta_rule_naive
 
 ROWS, SIZE, HEADS, KEY_SIZE = 2, 6, 3, 4
 
@@ -121,6 +121,44 @@ def test_a_segment_at_a_time_equals_a_token_at_a_time(rows, segments, length, he
     ]
     for one, other in zip(*gradients, strict=True):
         assert_near(one, other, 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize(("length", "width"), [(64, 32), (130, 20)])
+def test_the_compiled_kernels_equal_the_rule(dtype: torch.dtype, tolerance: float, length: int, width: int) -> None:
+    """Where there are none, the PyTorch form in these dtypes; some β are 0."""
+    shape = (2, 3, 2, length)
+    q, k = (F.normalize(draw(*shape, width, seed=seed), dim=-1).to(dtype).double() for seed in (0, 1))
+    v, beta = draw(2, 3, length, 24, seed=2).to(dtype).double(), 2 * torch.sigmoid(draw(*shape, seed=3))
+    beta[..., ::7] = 0
+    memory, rest, decay = draw(2, 2, width, 24, seed=4), draw(2, width, 24, seed=5), draw(2, 2, 2, seed=6).sigmoid()
+    exact = [t.float().double().requires_grad_() for t in (q, k, v, beta, memory, rest, decay)]
+    mine = [t.detach().to(dtype if place < 3 else torch.float32).requires_grad_() for place, t in enumerate(exact)]
+    results = []
+    for function, inputs in ((scan_delta_rule, mine), (scan_delta_rule_naive, exact)):
+        outputs = function(*inputs)
+        loss = sum((t.double() * draw(*t.shape, seed=7 + place)).sum() for place, t in enumerate(outputs))
+        assert isinstance(loss, Tensor)
+        results.append([*outputs, *torch.autograd.grad(loss, inputs)])
+    for one, other in zip(*results, strict=True):
+        assert float(((one.double() - other).norm() / other.norm()).detach()) < tolerance
+
+
+@pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_given_lengths(narrow: torch.dtype) -> None:
+    x, lengths, upstream = draw(3, 5, 40).to(narrow), draw(3, 5, seed=1), draw(3, 5, 40, seed=2)
+    x[1, 2] = 0
+    wide = torch.promote_types(narrow, torch.float32)
+    exact, mine = (x.double(), lengths.to(wide).double()), (x.clone(), lengths.to(wide))
+    for t in (*exact, *mine):
+        t.requires_grad_()
+    expected, found = exact[1].unsqueeze(-1) * F.normalize(exact[0], dim=-1), scale_to_length(*mine, dtype=wide)
+    gradients = [torch.autograd.grad(y, t, upstream.to(y.dtype)) for y, t in ((expected, exact), (found, mine))]
+    expected_x, found_x = (g[0].masked_fill(x == 0, 0) for g in gradients)
+    tolerance = 1e-12 if narrow == torch.float64 else 1e-5
+    assert_near(found, expected.to(wide), tolerance)
+    assert_near(gradients[1][1], gradients[0][1].to(wide), tolerance)
+    assert_near(found_x, expected_x.to(narrow), 0.01 if narrow == torch.bfloat16 else tolerance)
 
 
 def test_how_the_layer_begins():

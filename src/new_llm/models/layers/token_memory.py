@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from new_llm.config.model import MAX_SIZE, Size
 from new_llm.config.sections import section
 from new_llm.models.layers.base import ReadTokens, Segments, Step, register_layer
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
-from new_llm.models.ops import scan_delta_rule, scan_sums, sum_reads, write_delta_rule
+from new_llm.models.ops import scale_to_length, scan_delta_rule, scan_sums, sum_reads, write_delta_rule
 from new_llm.models.state import LayerMemory, MemoryState, choose_rows
 
 
@@ -115,18 +114,19 @@ class TokenMemoryAttention(MemoryAttention):
         """Read and write whole segments; see `Layer.forward`."""
         batch, num_segments, length, _ = hidden.shape
         num_writes = num_segments - (not segments.write_last)
+        hidden = round_for_products(hidden)
         q, k, v, beta = self._project(hidden, segments.tokens)
         with torch.autocast(hidden.device.type, enabled=False):
-            k = shift_keys(k)
+            k = _FileKeys.apply(k, num_writes)
             counts = segments.count_tokens(batch, num_writes, length, hidden.device)
             if segments.valid is not None:
-                k = k * segments.valid[:, :, None, :, None]
-            before = self.empty_memory(batch, q) if memory is None else memory
+                k = k * segments.valid[:, :num_writes, None, :, None]
+            before = self.empty_memory(batch, beta) if memory is None else memory
             decay = self._decay(counts > 0, before)
-            rest = self.initial_memory.to(q.dtype)
-            reads, change = scan_delta_rule(q.to(v.dtype), k, v, beta, before.memories[:, 0], rest, decay)
+            rest = self.initial_memory.to(beta.dtype)
+            reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, decay)
             if num_writes:
-                squares = k[:, :num_writes].square().sum(-2)
+                squares = k.to(beta.dtype).square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
                 memory = self._write(before, change, norms, counts, decay)
         return self._mix(hidden, reads), memory
@@ -141,8 +141,8 @@ class TokenMemoryAttention(MemoryAttention):
         return torch.sigmoid(self.gate + self.token_gate(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
 
     def _project(self, hidden: Tensor, tokens: ReadTokens | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g q and k [..., H, S, K] and β [..., H, S], float32 at least; v [..., S, V] as W_v gives it, but not float16,
-        whose range is too small for a memory.
+        """α g q and k [..., H, S, K] and v [..., S, V] as W_v gives it, but not float16, whose range is too small for a
+        memory; β [..., H, S], float32 at least.
         """
         if tokens is None:
             raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
@@ -150,17 +150,18 @@ class TokenMemoryAttention(MemoryAttention):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
 
         def split(x: Tensor) -> Tensor:
-            return F.normalize(x.to(dtype).unflatten(-1, (self.num_memory_heads, -1)), dim=-1)
+            return x.unflatten(-1, (self.num_memory_heads, -1))
 
         beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype))
-        q, k = self.compute_gates(hidden).unsqueeze(-1) * split(self.query(hidden)), split(self.key(hidden))
-        v = self.value(F.normalize(token_rows.to(dtype), dim=-1).to(hidden.dtype))
+        v = self.value(scale_to_length(token_rows, dtype=hidden.dtype))
         v = v.to(dtype) if v.dtype == torch.float16 else v
+        q = scale_to_length(split(self.query(hidden)), self.read_scale * self.compute_gates(hidden), v.dtype)
+        k = scale_to_length(split(self.key(hidden)), dtype=v.dtype)
         return q.transpose(-2, -3), k.transpose(-2, -3), v, beta.transpose(-1, -2)
 
     def _mix(self, hidden: Tensor, reads: Tensor) -> Tensor:
-        """The layer's contribution [..., S, D] from Σ_h g_h q_h M_h [..., S, V]."""
-        return self.dense(reads.to(hidden.dtype)) * self.read_scale.to(hidden.dtype)
+        """The layer's contribution [..., S, D] from α Σ_h g_h q_h M_h [..., S, V]."""
+        return self.dense(reads.to(hidden.dtype))
 
     # Writing. A state holds M − M₀, so that an empty one is zero.
 
@@ -183,19 +184,21 @@ class TokenMemoryAttention(MemoryAttention):
         self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
     ) -> tuple[Tensor, OpenTokens]:
         """More tokens; they read the memory from before the segment, and their writes wait for its end."""
+        hidden = round_for_products(hidden)
         q, k, v, beta = self._project(hidden, step.tokens)
         with torch.autocast(hidden.device.type, enabled=False):
-            rest = self.initial_memory.to(q.dtype)
-            memory = self.empty_memory(len(hidden), q) if memory is None else memory
+            q, k, v = (t.to(beta.dtype) for t in (q, k, v))
+            rest = self.initial_memory.to(k.dtype)
+            memory = self.empty_memory(len(hidden), k) if memory is None else memory
             held = memory.memories[:, 0]
             reads = sum_reads(q.transpose(1, 2).flatten(2), rest + held)
             if opened is None:
-                opened = self._open(len(hidden), q)
+                opened = self._open(len(hidden), k)
             k, last_key = shift_keys(k, opened.last_key), pick_last_key(k, opened.last_key, step.valid)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
-            faded = torch.sigmoid(self.retention.to(q.dtype))[:, None, None] * held
-            added = write_delta_rule(k, v.to(k.dtype), beta, rest + faded + opened.change)
+            faded = torch.sigmoid(self.retention.to(k.dtype))[:, None, None] * held
+            added = write_delta_rule(k, v, beta, rest + faded + opened.change)
             opened = OpenTokens(
                 change=opened.change + added,
                 norms=opened.norms + k.square().sum(-2),
@@ -224,6 +227,34 @@ class TokenMemoryAttention(MemoryAttention):
         norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
         memory = self._write(memory, change, norms, counts, decay)
         return opened.emptied().select_rows(ended, opened), memory
+
+
+def round_for_products(x: Tensor) -> Tensor:
+    """x as autocast would round it for each product of its own."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class _FileKeys(torch.autograd.Function):
+    """`shift_keys` of the first w segments, laid out segment by segment: [B, n, H, S, K] to [B, w, H, S, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, num_writes: int) -> Tensor:
+        ctx.num_segments = k.shape[1]
+        k = k[:, :num_writes].transpose(0, 1)
+        filed = k.new_empty(k.shape)
+        filed[..., 0, :] = 0
+        filed[..., 1:, :] = k[..., :-1, :]
+        return filed.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch, num_writes, heads, length, width = upstream.shape
+        for_k = upstream.new_empty(batch, ctx.num_segments, length, heads, width)  # as projections are laid out
+        for_k[:, num_writes:] = 0
+        for_k[:, :num_writes, -1] = 0
+        for_k[:, :num_writes, :-1] = upstream[..., 1:, :].transpose(2, 3)
+        return for_k.transpose(2, 3), None
 
 
 @register_layer("token_memory", options=TokenMemoryOptions)

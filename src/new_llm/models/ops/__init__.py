@@ -13,6 +13,7 @@ from new_llm.models.ops.local_attention import (
     local_linear_attention,
     local_linear_attention_naive,
     map_features,
+    scale_to_length,
 )
 from new_llm.models.ops.memory import (
     add_outer_products,
@@ -42,6 +43,7 @@ __all__ = [
     "multiply_norms",
     "read_memories",
     "read_memories_naive",
+    "scale_to_length",
     "scan_delta_rule",
     "scan_delta_rule_naive",
     "scan_memories",

@@ -9,6 +9,7 @@ in float32, and M is float32.
 Legend: n chunks, G groups (a row's head each), C tokens of a chunk, K and V widths of keys and values.
 """
 
+from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
+from new_llm.models.ops.kernels import native
 
 
 def invert(coefficients: Tensor) -> Tensor:
@@ -26,10 +28,19 @@ def invert(coefficients: Tensor) -> Tensor:
 def _invert(coefficients: Tensor) -> Tensor:
     if kernels.uses_triton(coefficients, (torch.float32,)):
         return kernels.load_triton().invert(coefficients)
+    found = find_solver(coefficients)
+    if found is not None:
+        return native.solve_chunks(found, coefficients.contiguous(), None, coefficients.dtype)
     units = torch.eye(coefficients.shape[-1], dtype=coefficients.dtype, device=coefficients.device)
-    # the solver never looks at the diagonal, nor at what is above it
-    units = units.expand_as(coefficients)
+    units = units.expand_as(coefficients)  # the solver never looks at the diagonal, nor at what is above it
     return torch.linalg.solve_triangular(coefficients, units, upper=False, unitriangular=True).contiguous()
+
+
+def find_solver(products: Tensor) -> CDLL | None:
+    """The C kernels, if they solve chunks such as these, [..., C, C]."""
+    if products.dtype == torch.float32 and products.shape[-1] <= native.MAX_CHUNK:
+        return native.find_kernels(products.contiguous())
+    return None
 
 
 compiled_invert = library.custom_op("new_llm::invert_chunks", _invert, mutates_args=())

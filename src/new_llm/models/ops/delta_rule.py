@@ -14,6 +14,8 @@ Legend: B rows, n segments, H heads, S tokens of a segment, K and V widths of ke
 a segment.
 """
 
+from ctypes import CDLL
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,8 +24,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
-from new_llm.models.ops.delta_chunks import add_product, chain_chunks, invert
+from new_llm.models.ops.delta_chunks import add_product, chain_chunks, find_solver, invert
+from new_llm.models.ops.kernels import native
 
+LEAST_STRENGTH = 1e-20
+"""What a smaller β is taken for, so that gradients can be divided by it."""
 PIECE_LENGTH = 64
 """C at most: the products inside a piece grow with C, the number of steps from piece to piece falls with it."""
 
@@ -55,7 +60,7 @@ def scan_delta_rule(
 
     Args:
         q: queries, each head's weighed as its read is to be, [B, n, H, S, K].
-        k: keys, likewise; 0 where nothing is written.
+        k: keys, likewise, in q's dtype or M's; 0 where nothing is written.
         v: values, which all heads write, [B, n, S, V].
         beta: how much of the error is written, [B, n, H, S]; between 0 and 2 for keys of length 1.
         change: C before the first segment, [B, H, K, V], float32 or wider.
@@ -68,7 +73,7 @@ def scan_delta_rule(
     num_writes, num_tokens = decay.shape[1], q.shape[3]
     num_pieces = -(-num_tokens // PIECE_LENGTH)
     takes_kernels = kernels.uses_triton(q) and q.shape[-1] * q.element_size() <= kernels.MAX_KEY_BYTES
-    k, v, beta = k[:, :num_writes].to(change.dtype), v[:, :num_writes].to(q.dtype), beta[:, :num_writes]
+    k, v, beta = k[:, :num_writes], v[:, :num_writes].to(q.dtype), beta[:, :num_writes]
     missing = -num_tokens % num_pieces  # tokens that are missing to whole pieces are zero, and so write nothing
     if missing:
         k, v, beta = F.pad(k, (0, 0, 0, missing)), F.pad(v, (0, 0, 0, missing)), F.pad(beta, (0, missing))
@@ -94,8 +99,8 @@ def write_delta_rule(k: Tensor, v: Tensor, beta: Tensor, memory: Tensor) -> Tens
     added = torch.zeros_like(memory)
     pieces = (k.split(PIECE_LENGTH, 2), v.unsqueeze(1).split(PIECE_LENGTH, 2), beta.split(PIECE_LENGTH, 2))
     for key, value, strength in zip(*pieces, strict=True):
-        bases, _, _ = _solve_writes(key, strength, key.dtype)
-        added = added + (bases * strength.unsqueeze(-2)) @ (value - key @ (memory + added))
+        solved, _ = _solve_writes(key, strength.contiguous(), key.dtype)
+        added = added + key.transpose(-1, -2) @ solved @ (value - key @ (memory + added))
     return added
 
 
@@ -104,23 +109,88 @@ def sum_reads(queries: Tensor, memory: Tensor) -> Tensor:
     return queries @ memory.flatten(1, 2)
 
 
-def _solve_writes(k: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """W diag(β)⁻¹ = Kᵀ N in `dtype`, N = (I + tril(diag(β) K Kᵀ, −1))⁻¹ likewise, and K Kᵀ."""
+def _solve_writes(k: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """N diag(β) in `dtype`, N = (I + tril(diag(β) K Kᵀ, −1))⁻¹, and K Kᵀ in β's."""
+    k = k.to(beta.dtype)
     products = k @ k.transpose(-1, -2)
-    if k.shape[-2] == 1:  # nothing to solve
-        return k.to(dtype).transpose(-1, -2), torch.ones_like(products, dtype=dtype), products
-    # the solver never looks at the diagonal, nor at what is above it
-    units = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(products)
-    inverse = torch.linalg.solve_triangular(beta.unsqueeze(-1) * products, units, upper=False, unitriangular=True)
-    inverse = inverse.to(dtype)
-    return k.to(dtype).transpose(-1, -2) @ inverse, inverse, products
+    found = find_solver(products)
+    if found is not None:
+        return native.solve_chunks(found, products, beta, dtype), products
+    return (invert(beta.unsqueeze(-1) * products) * beta.unsqueeze(-2)).to(dtype), products
+
+
+def _differentiate_solution(
+    below: Tensor, products: Tensor, beta: Tensor, for_writes: Tensor, writes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Q below the diagonal plus its transpose, and β' = (Σ_k W' ⊙ W − Σ_j Q ⊙ K Kᵀ) / β; Q = −diag(β) A'."""
+    found = find_solver(products)
+    if found is not None:
+        return native.solve_chunks_backward(found, below, products, beta, for_writes, writes)
+    below = below.tril(-1)
+    for_beta = (for_writes * writes).sum(-2, dtype=beta.dtype) - (below * products).sum(-1)
+    return below + below.transpose(-1, -2), for_beta / beta
+
+
+def _fade(memory: Tensor, rest: Tensor, retained: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """M₀ + w (M − M₀) in `dtype`, of [B, H, K, V], [H, K, V] and [B, H]; w None: 1."""
+    found = _find_movers(memory, dtype)
+    if found is not None:
+        narrow = torch.empty_like(memory, dtype=dtype)
+        native.move_memories(found, memory, rest, retained, None, narrow)
+        return narrow
+    return (memory if retained is None else torch.lerp(rest, memory, retained[..., None, None])).to(dtype)
+
+
+def _write(memory: Tensor, rest: Tensor, retained: Tensor | None, product: Tensor) -> tuple[Tensor, Tensor]:
+    """M₀ + w (M − M₀) + P, in M's dtype and in P's."""
+    found = _find_movers(memory, product.dtype)
+    if found is not None:
+        narrow = torch.empty_like(product)
+        wide = native.move_memories(found, memory, rest, retained, product, narrow)
+        return narrow if wide is None else wide, narrow
+    memory = _fade(memory, rest, retained, memory.dtype) + product
+    return memory, memory.to(product.dtype)
+
+
+def _retreat(
+    g: Tensor,
+    product: Tensor | None,
+    added: Tensor | None,
+    memory: Tensor,
+    rest: Tensor,
+    retained: Tensor | None,
+    for_retained: Tensor | None,
+    for_rest: Tensor,
+) -> Tensor:
+    """G ← w (G − P) + R in place, returned in the dtype of M; w' = Σ (M − M₀) (G − P), M₀' grows by (1 − w) (G − P)."""
+    found = _find_movers(g, memory.dtype)
+    if found is not None:
+        narrow = g if memory.dtype == g.dtype else torch.empty_like(memory)
+        native.retreat_memories(found, g, product, added, memory, rest, retained, for_retained, for_rest, narrow)
+        return narrow
+    if product is not None:
+        g.sub_(product)
+    if retained is not None and for_retained is not None:
+        for_retained.copy_(((memory - rest) * g).sum((-1, -2)))
+        for_rest.addcmul_(g, 1 - retained[..., None, None])
+        g.mul_(retained[..., None, None])
+    if added is not None:
+        g.add_(added)
+    return g.to(memory.dtype)
+
+
+def _find_movers(memory: Tensor, dtype: torch.dtype) -> CDLL | None:
+    """The C kernels, if they change memories such as this one by products of this dtype."""
+    if memory.dtype == torch.float32 and dtype in native.SUFFIXES:
+        return native.find_kernels(memory)
+    return None
 
 
 def _chain_pieces(
     q: Tensor, k: Tensor, beta: Tensor, v: Tensor, change: Tensor, rest: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What `_Scan` makes, by the kernels of a GPU; arguments as there."""
-    dtype, num_pieces = q.dtype, k.shape[1]
+    dtype, num_pieces, k = q.dtype, k.shape[1], k.to(change.dtype)
     solved = invert(beta.unsqueeze(-1) * (k @ k.transpose(-1, -2))) * beta.unsqueeze(-2)  # N diag(β)
     keys = k.to(dtype)
     writes = solved.to(dtype).transpose(-1, -2) @ keys  # Wᵀ
@@ -138,76 +208,73 @@ class _Scan(torch.autograd.Function):
     """W of all pieces, the recurrence from piece to piece, and the reads.
 
     Going back through the recurrence, with G = ∂L/∂M behind a piece and E = V − K M: E' = Wᵀ G, W' = G Eᵀ,
-    K' = −E' Mᵀ and G ← G − Kᵀ E'. Through W = U diag(β), U = Kᵀ N, N = (I + A)⁻¹, A = tril(diag(β) K Kᵀ, −1): with
-    Z = N (W' diag(β))ᵀ, K' = Z and A' = −Uᵀ Zᵀ below the diagonal.
+    K' = −E' Mᵀ and G ← G − Kᵀ E'. Through W = Kᵀ N diag(β), N = (I + A)⁻¹, A = tril(diag(β) K Kᵀ, −1): with
+    Z = N diag(β) W'ᵀ, K' = Z and diag(β) A' = −Wᵀ Zᵀ below the diagonal.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, beta: Tensor, v: Tensor, change: Tensor, rest: Tensor, decay: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """q [n, B, S, H K]; k [w, m, B, H, C, K] and beta in M's dtype; v [w, m, B, C, V]; the others as in
+        """q [n, B, S, H K]; k [w, m, B, H, C, K]; beta [w, m, B, H, C] in M's dtype; v [w, m, B, C, V]; others as in
         `scan_delta_rule`. Returns the reads [n, B, S, V] and C after the last write.
         """
-        num_writes, heads, dtype = len(k), k.shape[3], q.dtype
-        bases, inverses, products = _solve_writes(k, beta, dtype)
-        writes = (bases * beta.unsqueeze(-2)).to(dtype)
+        num_writes, num_pieces, dtype = *k.shape[:2], q.dtype
+        beta, rest = beta.clamp(min=LEAST_STRENGTH), rest.contiguous()
+        retained = decay.transpose(0, 1).contiguous()
+        solved, products = _solve_writes(k, beta, dtype)
         keys = k.to(dtype)
-        errors = v.unsqueeze(3).repeat(1, 1, 1, heads, 1, 1)
+        writes = keys.transpose(-1, -2) @ solved
+        errors = v.unsqueeze(3).expand(*k.shape[:-1], v.shape[-1]).clone(memory_format=torch.contiguous_format)
+        steps = [t.flatten(2, 3).flatten(0, 1) for t in (keys, writes, errors)]  # [w m, B H, …]
         reads = q.new_empty(*q.shape[:3], v.shape[-1])
         held = rest + change
-        states, narrow = [held], held.to(dtype)
+        states, pieces = [held.to(dtype)], []  # M before each segment, and as each piece finds it
         for index, query in enumerate(q):
-            torch.bmm(query, narrow.flatten(1, 2), out=reads[index])
+            torch.bmm(query, states[-1].flatten(1, 2), out=reads[index])
             if index >= num_writes:
                 continue
-            held = _fade(held, rest, decay[:, index])
-            for key, write, error in zip(keys[index], writes[index], errors[index], strict=True):
-                error.flatten(0, 1).baddbmm_(key.flatten(0, 1), held.to(dtype).flatten(0, 1), alpha=-1)
-                held = add_product(held, write, error)
-            states.append(held)
-            narrow = held.to(dtype)
-        ctx.save_for_backward(q, keys, beta, bases, inverses, products, errors, rest, decay, *states)
+            narrow = states[-1]
+            for piece in range(num_pieces):
+                key, write, error = (t[index * num_pieces + piece] for t in steps)
+                left = None if piece else retained[index]
+                pieces.append(narrow if left is None else _fade(held, rest, left, dtype))
+                error.baddbmm_(key, pieces[-1].flatten(0, 1), alpha=-1)
+                held, narrow = _write(held, rest, left, torch.bmm(write, error).view_as(held))
+            states.append(narrow)
+        ctx.save_for_backward(q, k, beta, writes, solved, products, errors, rest, retained, *states, *pieces)
         return reads, held - rest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, beta, bases, inverses, products, errors, rest, decay, *states = ctx.saved_tensors
+        q, k, beta, writes, solved, products, errors, rest, retained, *states = ctx.saved_tensors
         for_reads, g = upstreams
-        num_writes, dtype = len(k), q.dtype
-        writes = (bases * beta.unsqueeze(-2)).to(dtype)
-        for_q, for_k, for_writes, for_errors = (torch.empty_like(t) for t in (q, k, writes, errors))
-        for_decay, for_rest = torch.empty_like(decay), -g
+        num_writes, num_pieces = k.shape[:2]
+        states, pieces, keys = states[: num_writes + 1], states[num_writes + 1 :], k.to(q.dtype)
+        for_q, for_k, for_writes, for_errors = (torch.empty_like(t) for t in (q, keys, writes, errors))
+        g, for_rest, for_retained = g.clone(memory_format=torch.contiguous_format), -g, torch.empty_like(retained)
+        narrow = g.to(q.dtype)
+        steps = [t.flatten(2, 3).flatten(0, 1) for t in (keys, writes, errors, for_k, for_writes, for_errors)]
         for index in reversed(range(len(q))):
-            state = states[min(index, num_writes)]
+            state, product, left, into = states[min(index, num_writes)], None, None, None
+            added = torch.bmm(q[index].transpose(1, 2), for_reads[index]).view_as(state)
+            torch.bmm(for_reads[index], state.flatten(1, 2).transpose(1, 2), out=for_q[index])
             if index < num_writes:
-                held = [_fade(state, rest, decay[:, index])]
-                for write, error in zip(writes[index, :-1], errors[index, :-1], strict=True):
-                    held.append(add_product(held[-1], write, error))
-                for piece in reversed(range(len(held))):
-                    place = index, piece
-                    narrow = g.to(dtype)
-                    torch.matmul(writes[place].transpose(-1, -2), narrow, out=for_errors[place])
-                    torch.matmul(narrow, errors[place].transpose(-1, -2), out=for_writes[place])
-                    torch.matmul(for_errors[place], held[piece].to(dtype).transpose(-1, -2), out=for_k[place])
-                    g = add_product(g, k[place].transpose(-1, -2), for_errors[place], sign=-1)
-                for_decay[:, index] = ((state - rest) * g).sum((-1, -2))
-                retained = decay[:, index, :, None, None]
-                for_rest.addcmul_(g, 1 - retained)
-                g = g * retained
-            torch.bmm(for_reads[index], state.to(dtype).flatten(1, 2).transpose(-1, -2), out=for_q[index])
-            flat = g.flatten(1, 2)
-            g = add_product(flat, q[index].transpose(-1, -2), for_reads[index]).view_as(g)
-        for_beta = (for_writes * bases).sum(-2, dtype=beta.dtype)
-        through = inverses @ (for_writes * beta.unsqueeze(-2)).to(dtype).transpose(-1, -2)  # Z
-        below = (bases.transpose(-1, -2) @ through.transpose(-1, -2)).to(beta.dtype).tril_(-1)  # −A'
-        for_beta -= (below * products).sum(-1)
-        below *= beta.unsqueeze(-1)
-        for_k = through - for_k - (below + below.transpose(-1, -2)).to(dtype) @ k
-        return for_q, for_k.to(beta.dtype), for_beta, for_errors.sum(3), g, (for_rest + g).sum(0), for_decay
-
-
-def _fade(memory: Tensor, rest: Tensor, retained: Tensor) -> Tensor:
-    """M₀ + w (M − M₀) of [B, H, K, V], [H, K, V] and [B, H]."""
-    return torch.lerp(rest, memory, retained[..., None, None])
+                left, into = retained[index], for_retained[index]
+                for piece in reversed(range(num_pieces)):
+                    place, above = index * num_pieces + piece, narrow.flatten(0, 1)
+                    key, write, error, for_key, for_write, for_error = (t[place] for t in steps)
+                    torch.bmm(write.transpose(1, 2), above, out=for_error)
+                    torch.bmm(above, error.transpose(1, 2), out=for_write)
+                    torch.bmm(for_error, pieces[place].flatten(0, 1).transpose(1, 2), out=for_key)
+                    product = torch.bmm(key.transpose(1, 2), for_error).view_as(state)
+                    if piece:
+                        narrow = _retreat(g, product, None, state, rest, None, None, for_rest)
+            narrow = _retreat(g, product, added, state, rest, left, into, for_rest)
+        through = solved @ for_writes.transpose(-1, -2)  # Z
+        below = writes.transpose(-1, -2) @ through.transpose(-1, -2)  # −diag(β) A'
+        symmetric, for_beta = _differentiate_solution(below, products, beta, for_writes, writes)
+        for_k = add_product(through, symmetric, keys, sign=-1).sub_(for_k)
+        for_v = reduce(torch.add, for_errors.unbind(3))  # in 16 bits several times faster than `sum`
+        return for_q, for_k.to(k.dtype), for_beta, for_v, g, (for_rest + g).sum(0), for_retained.transpose(0, 1)

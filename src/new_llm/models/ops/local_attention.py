@@ -41,6 +41,10 @@ def feature_map(x: Tensor) -> Tensor:
     return _FeatureMap.apply(x)
 
 
+LEAST_NORM = 1e-12
+"""What shorter vectors are taken to be as long as, when they are divided by their length."""
+
+
 def map_features(x: Tensor, kind: str) -> Tensor:
     """Features of queries or keys: "elu", σ(x); "unit", x / ‖x‖, which keeps signs; "softmax", over the last dimension.
 
@@ -48,8 +52,43 @@ def map_features(x: Tensor, kind: str) -> Tensor:
     be divided by q z.
     """
     if kind == "unit":
-        return F.normalize(x, dim=-1)
+        return scale_to_length(x)
     return x.softmax(-1) if kind == "softmax" else feature_map(x)
+
+
+def scale_to_length(x: Tensor, lengths: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """l x / ‖x‖ in `dtype` (None: x's), from lengths l [...] (None: 1) and x [..., K]; made in float32 at least."""
+    return _ScaleToLength.apply(x, lengths, x.dtype if dtype is None else dtype)
+
+
+class _ScaleToLength(torch.autograd.Function):
+    """With y = f x and f = l / ‖x‖: ∂L/∂x = f (y' − x (x·y') / ‖x‖²) and ∂L/∂l = (x·y') / ‖x‖."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x, lengths = x.contiguous(), None if lengths is None else lengths.contiguous()
+        found = native.find_kernels(x, x.new_empty(0, dtype=dtype), x if lengths is None else lengths)
+        if found is not None:
+            y, norms = native.scale_rows(found, x, lengths, dtype, least=LEAST_NORM)
+            ctx.save_for_backward(x, norms, lengths)
+            return y
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(LEAST_NORM)
+        ctx.save_for_backward(x, norms, lengths)
+        return (wide / norms if lengths is None else wide * (lengths.unsqueeze(-1) / norms)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, norms, lengths = ctx.saved_tensors
+        if norms.dim() < x.dim():
+            found = native.load_kernels()
+            assert found is not None
+            return *native.scale_rows_backward(found, x, lengths, norms, upstream.contiguous()), None
+        wide, upstream = x.to(norms.dtype), upstream.to(norms.dtype)
+        along = (wide * upstream).sum(-1, keepdim=True).div_(norms)
+        factors = norms.reciprocal() if lengths is None else lengths.unsqueeze(-1) / norms
+        for_x = (upstream * factors).addcmul_(wide, along / norms * factors, value=-1)
+        return for_x.to(x.dtype), None if lengths is None else along.squeeze(-1).to(lengths.dtype), None
 
 
 class _FeatureMap(torch.autograd.Function):

@@ -10,6 +10,7 @@ import logging
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ MAX_ROWS = {torch.bfloat16: 4, torch.float32: 8}
 """Rows up to which products with few rows take less time than torch's, by the weight's dtype."""
 MAX_STEP_ROWS = 8
 """Rows that a layer's step takes; decoding.c has room for no more."""
+MAX_CHUNK = 64
+"""Tokens of a chunk of the delta rule that the kernels solve; delta.c has room for no more."""
 
 _POINTER, _SIZE, _INT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _log = logging.getLogger(__name__)
@@ -69,6 +72,16 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         score, step, linear = (
             getattr(library, f"{name}_{suffix}") for name in ("score_rows", "step_pythia", "linear_rows")
         )
+        solve, solve_back, move, retreat = (
+            getattr(library, f"{name}_{suffix}")
+            for name in ("solve_chunks", "solve_chunks_backward", "move_memories", "retreat_memories")
+        )
+        solve.argtypes, solve_back.argtypes = (
+            [*[_POINTER] * 3, *[_SIZE] * 2, _INT],
+            [*[_POINTER] * 7, *[_SIZE] * 3, _INT],
+        )
+        move.argtypes, retreat.argtypes = [*[_POINTER] * 6, *[_SIZE] * 3, _INT], [*[_POINTER] * 9, *[_SIZE] * 3, _INT]
+        solve.restype = solve_back.restype = move.restype = retreat.restype = None
         score.argtypes, step.argtypes = scoring, [_POINTER, _POINTER]
         linear.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _INT]
         score.restype = step.restype = linear.restype = None
@@ -76,6 +89,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.causal_softmax.argtypes = [_POINTER, _POINTER, *shape]
     library.causal_softmax_backward.argtypes = [_POINTER, _POINTER, _POINTER, *shape]
     library.causal_softmax.restype = library.causal_softmax_backward.restype = None
+    for pair in product(SUFFIXES.values(), repeat=2):
+        scale, back = (getattr(library, "_".join((name, *pair))) for name in ("scale_rows", "scale_rows_backward"))
+        scale.argtypes = [*[_POINTER] * 4, _SIZE, _SIZE, _REAL, _INT]
+        back.argtypes = [*[_POINTER] * 6, _SIZE, _SIZE, _INT]
+        scale.restype = back.restype = None
     library.count_step_scratch.argtypes, library.count_step_scratch.restype = [*[_SIZE] * 5, _INT], _SIZE
     return library
 
@@ -154,6 +172,161 @@ def _check_scores(scores: Tensor, logsumexp: Tensor, first: int) -> None:
     check_tensor("logsumexp", logsumexp, (number, num_rows), torch.float32)
     if not 0 <= first <= num_columns - num_rows:
         raise ValueError(f"first: row {first} and the {num_rows - 1} after it are not among {num_columns} columns")
+
+
+# Rows scaled to lengths, and inverses
+
+
+def scale_rows(
+    kernels: ctypes.CDLL, x: Tensor, lengths: Tensor | None, dtype: torch.dtype, *, least: float
+) -> tuple[Tensor, Tensor]:
+    """l x / max(‖x‖, least) of rows x [..., K] in `dtype`, and the norms [...]; lengths l [...] float32 (None: 1)."""
+    check_tensor("x", x, x.shape, x.dtype)
+    if lengths is not None:
+        check_tensor("lengths", lengths, x.shape[:-1], torch.float32)
+    y, norms = _empty(*x.shape, dtype=dtype), _empty(*x.shape[:-1])
+    _get_function(kernels, f"scale_rows_{SUFFIXES[x.dtype]}", dtype)(
+        x.data_ptr(), _point(lengths), y.data_ptr(), norms.data_ptr(), norms.numel(), x.shape[-1], least,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, norms
+
+
+def scale_rows_backward(
+    kernels: ctypes.CDLL, x: Tensor, lengths: Tensor | None, norms: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and lengths; see `scale_rows`."""
+    check_tensor("x", x, x.shape, x.dtype)
+    check_tensor("upstream", upstream, x.shape, upstream.dtype)
+    for name, t in (("norms", norms), ("lengths", norms if lengths is None else lengths)):
+        check_tensor(name, t, x.shape[:-1], torch.float32)
+    for_x, for_lengths = _empty(*x.shape, dtype=x.dtype), None if lengths is None else torch.empty_like(lengths)
+    _get_function(kernels, f"scale_rows_backward_{SUFFIXES[x.dtype]}", upstream.dtype)(
+        x.data_ptr(), _point(lengths), norms.data_ptr(), upstream.data_ptr(), for_x.data_ptr(), _point(for_lengths),
+        norms.numel(), x.shape[-1], torch.get_num_threads(),
+    )  # fmt: skip
+    return for_x, for_lengths
+
+
+def solve_chunks(kernels: ctypes.CDLL, products: Tensor, strengths: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(I + tril(diag(β) S, −1))⁻¹ diag(β) in `dtype`, from S [..., C, C] and β [..., C] float32 (None: 1)."""
+    size = _check_chunks(products, strengths)
+    solved = _empty(*products.shape, dtype=dtype)
+    _get_function(kernels, "solve_chunks", dtype)(
+        products.data_ptr(), _point(strengths), solved.data_ptr(), products.shape[:-2].numel(), size,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return solved
+
+
+def solve_chunks_backward(
+    kernels: ctypes.CDLL, below: Tensor, products: Tensor, strengths: Tensor, for_writes: Tensor, writes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Q below the diagonal plus its transpose, and β' of W = Kᵀ N diag(β); see `delta_rule`.
+
+    Args:
+        below: Q = −diag(β) A' below the diagonal, whatever is above it, [..., C, C].
+        products: S, likewise, float32.
+        strengths: β, [..., C] float32, not 0.
+        for_writes: W', [..., K, C].
+        writes: W, likewise.
+    """
+    size = _check_chunks(products, strengths)
+    shape = (*products.shape[:-2], writes.shape[-2], size)
+    for name, t, expected in (("Q", below, products.shape), ("W'", for_writes, shape), ("W", writes, shape)):
+        check_tensor(name, t, expected, below.dtype)
+    symmetric, for_strengths = _empty(*products.shape, dtype=below.dtype), _empty(*strengths.shape)
+    _get_function(kernels, "solve_chunks_backward", below.dtype)(
+        *(t.data_ptr() for t in (below, products, strengths, for_writes, writes, symmetric, for_strengths)),
+        products.shape[:-2].numel(), size, writes.shape[-2], torch.get_num_threads(),
+    )  # fmt: skip
+    return symmetric, for_strengths
+
+
+def move_memories(
+    kernels: ctypes.CDLL, memory: Tensor, rest: Tensor, retained: Tensor | None, product: Tensor | None, narrow: Tensor
+) -> Tensor | None:
+    """M₀ + w (M − M₀) + P to `narrow`, of whose dtype P is; returned in float32 where there is a P and P is narrower.
+
+    Args:
+        memory: M, [B, H, K, V] float32.
+        rest: M₀, [H, K, V] float32.
+        retained: w, [B, H] float32; None: 1.
+        product: P, as M; None: 0.
+        narrow: takes the result.
+    """
+    for name, t in (("P", narrow if product is None else product), ("narrow", narrow)):
+        check_tensor(name, t, memory.shape, narrow.dtype)
+    batch, heads, size = _check_memories(memory, rest, retained)
+    wide = None if product is None or narrow.dtype == memory.dtype else torch.empty_like(memory)
+    _get_function(kernels, "move_memories", narrow.dtype)(
+        memory.data_ptr(), rest.data_ptr(), _point(retained), _point(product), _point(wide), narrow.data_ptr(),
+        batch, heads, size, torch.get_num_threads(),
+    )  # fmt: skip
+    return wide
+
+
+def retreat_memories(
+    kernels: ctypes.CDLL,
+    g: Tensor,
+    product: Tensor | None,
+    added: Tensor | None,
+    memory: Tensor,
+    rest: Tensor,
+    retained: Tensor | None,
+    for_retained: Tensor | None,
+    for_rest: Tensor,
+    narrow: Tensor,
+) -> None:
+    """G ← w (G − P) + R in place and in `narrow`; w' = Σ (M − M₀) (G − P), and M₀' grows by (1 − w) (G − P).
+
+    Args:
+        g: G, [B, H, K, V] float32.
+        product: P, likewise in the dtype of `narrow`; None: 0.
+        added: R, likewise; None: 0.
+        memory: M, likewise.
+        rest: M₀, [H, K, V] float32.
+        retained: w, [B, H] float32; None: 1, and M₀' is left as it is.
+        for_retained: takes w', likewise; None where w is None.
+        for_rest: M₀' of each row, [B, H, K, V] float32.
+        narrow: takes G; `g` itself where that is float32.
+    """
+    for name, t in (("P", product), ("R", added), ("M", memory), ("narrow", narrow)):
+        check_tensor(name, narrow if t is None else t, g.shape, narrow.dtype)
+    check_tensor("for_rest", for_rest, g.shape, torch.float32)
+    if (retained is None) != (for_retained is None):
+        raise ValueError("w and its gradient: one is given without the other")
+    if for_retained is not None:
+        check_tensor("for_retained", for_retained, g.shape[:2], torch.float32)
+    batch, heads, size = _check_memories(g, rest, retained)
+    _get_function(kernels, "retreat_memories", narrow.dtype)(
+        g.data_ptr(), _point(product), _point(added), memory.data_ptr(), rest.data_ptr(), _point(retained),
+        _point(for_retained), for_rest.data_ptr(), _point(None if narrow is g else narrow),
+        batch, heads, size, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _check_memories(memory: Tensor, rest: Tensor, retained: Tensor | None) -> tuple[int, int, int]:
+    batch, heads, width, value_width = memory.shape
+    check_tensor("M", memory, memory.shape, torch.float32)
+    check_tensor("rest", rest, memory.shape[1:], torch.float32)
+    if retained is not None:
+        check_tensor("w", retained, (batch, heads), torch.float32)
+    return batch, heads, width * value_width
+
+
+def _check_chunks(products: Tensor, strengths: Tensor | None) -> int:
+    size = products.shape[-1]
+    check_tensor("products", products, (*products.shape[:-1], size), torch.float32)
+    if strengths is not None:
+        check_tensor("strengths", strengths, products.shape[:-1], torch.float32)
+    if size > MAX_CHUNK:
+        raise ValueError(f"chunks of {size} tokens; the kernels take {MAX_CHUNK} at most")
+    return size
+
+
+def _point(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
 
 
 # Decoding: products with few rows, and a Pythia layer's step

@@ -1,0 +1,39 @@
+/* Rows scaled to given lengths, with their gradients. */
+#include "kernels.h"
+
+/* y_r = l_r x_r / |x_r| of rows [rows, width], a norm being `least` at least; norms [rows] are kept. lengths: NULL: 1. */
+#define DEFINE_SCALE_ROWS(FROM, TO, X, LOAD, STORE_X, Y, LOAD_Y, STORE)                                                \
+    void scale_rows_##FROM##_##TO(const X *x, const float *lengths, Y *y, float *norms, int64_t rows, int64_t width,   \
+                                  float least, int threads) {                                                          \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int64_t r = 0; r < rows; r++) {         \
+            const X *from = x + r * width;                                                                             \
+            Y *to = y + r * width;                                                                                     \
+            float sum = 0.0f;                                                                                          \
+            _Pragma("omp simd reduction(+ : sum)") for (int64_t j = 0; j < width; j++) sum += LOAD(from[j]) * LOAD(from[j]); \
+            float norm = sqrtf(sum);                                                                                   \
+            norms[r] = norm = norm > least ? norm : least;                                                             \
+            float factor = (lengths ? lengths[r] : 1.0f) / norm;                                                       \
+            _Pragma("omp simd") for (int64_t j = 0; j < width; j++) to[j] = STORE(factor * LOAD(from[j]));             \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* With f = l / |x|: for_x = f (g - x (x.g) / |x|^2), for_lengths = x.g / |x|. */                                  \
+    void scale_rows_backward_##FROM##_##TO(const X *x, const float *lengths, const float *norms, const Y *upstream,    \
+                                           X *for_x, float *for_lengths, int64_t rows, int64_t width, int threads) {   \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int64_t r = 0; r < rows; r++) {         \
+            const X *from = x + r * width;                                                                             \
+            const Y *g = upstream + r * width;                                                                         \
+            X *to = for_x + r * width;                                                                                 \
+            float along = 0.0f;                                                                                        \
+            _Pragma("omp simd reduction(+ : along)") for (int64_t j = 0; j < width; j++) along += LOAD(from[j]) * LOAD_Y(g[j]); \
+            along /= norms[r];                                                                                         \
+            if (for_lengths) for_lengths[r] = along;                                                                   \
+            float factor = (lengths ? lengths[r] : 1.0f) / norms[r], back = factor * along / norms[r];                 \
+            _Pragma("omp simd") for (int64_t j = 0; j < width; j++) to[j] =                                            \
+                STORE_X(factor * LOAD_Y(g[j]) - back * LOAD(from[j]));                                                 \
+        }                                                                                                              \
+    }
+
+DEFINE_SCALE_ROWS(float32, float32, float, from_float, to_float, float, from_float, to_float)
+DEFINE_SCALE_ROWS(float32, bfloat16, float, from_float, to_float, bf16, from_bf16, to_bf16)
+DEFINE_SCALE_ROWS(bfloat16, float32, bf16, from_bf16, to_bf16, float, from_float, to_float)
+DEFINE_SCALE_ROWS(bfloat16, bfloat16, bf16, from_bf16, to_bf16, bf16, from_bf16, to_bf16)
