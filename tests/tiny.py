@@ -1,7 +1,9 @@
 """What all tests share that is tiny: one shape, one text, folders of models and of an experiment, and bad input."""
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
 from new_llm.models import TransformerLM, create_model, load_model, save_memory_file, save_model
 
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-m", "new_llm.cli.main"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+"""Of a command in a process of its own."""
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -1,13 +1,12 @@
 """Every benchmark program runs to its end on something tiny, and the page holds its tables."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tiny import ENVIRONMENT, ROOT
+
 FOLDER = ROOT / "benchmarks"
 PROGRAMS = {
     "training": "GPT-NeoX, bf16, fused AdamW",
@@ -26,8 +25,7 @@ PROGRAMS = {
 def test_a_quick_run_writes_its_tables(program, tmp_path):
     page = tmp_path / "page.md"
     command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--only", program, "--page", str(page)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     text = page.read_text()
     assert PROGRAMS[program] in text

@@ -1,21 +1,18 @@
 """The rehearsal of the GPU check: every section, small, on the CPU, without packages that a GPU machine may lack."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tiny import ENVIRONMENT, ROOT
 
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_section_to_its_end(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--cpu-rehearsal", "--minutes", "60"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     sections = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert {found["state"] for found in sections.values()} == {"done"}

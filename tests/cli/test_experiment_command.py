@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import os
 import runpy
 import signal
 import subprocess
@@ -20,9 +19,8 @@ from new_llm.cli.train_adapter import TrainAdapter
 from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
 from new_llm.training.log import read_metrics
+from tiny import COMMAND, ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 TINY = """
 --model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64
 --data.tokenizer-vocab-size 384 --samples 48 --seq-length 32 --segments-per-sample 2 --batch-size 4 --lr 3e-3
@@ -84,7 +82,7 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here, address
     assert main(["experiment", *flags, "--name", "whole"]) == 0
     for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
         name = sent.name
-        command = [sys.executable, "-m", "new_llm.cli.main", "experiment", *flags, "--name", name]
+        command = [*COMMAND, "experiment", *flags, "--name", name]
         killed = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         metrics = here / "runs" / name / "infini" / "metrics.jsonl"
         while killed.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 7):

@@ -17,15 +17,14 @@ from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import COMMANDS, explain, load_command, main
 from new_llm.config.errors import HubError, UserError
 from new_llm.config.terminal import make_line, make_printable, open_console
+from tiny import COMMAND, ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"experiment", "experiment-selective", "train-adapter", "evaluate-wikitext", "lm-eval", "completion"}
 """Commands whose flags are the fields of what torch's modules hold."""
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
 def call(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "new_llm.cli.main", *arguments]
+    command = [*COMMAND, *arguments]
     return subprocess.run(
         command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, check=False, timeout=120
     )
@@ -85,7 +84,7 @@ def test_little_address_space_is_one_line(tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
 
-    command = [sys.executable, "-m", "new_llm.cli.main", "generate", "--run", "x", "--prompt", "x"]
+    command = [*COMMAND, "generate", "--run", "x", "--prompt", "x"]
     done = subprocess.run(
         command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=limit
     )
@@ -206,7 +205,7 @@ def test_a_wheel_holds_all_that_commands_need(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     settings = ["--models", "pythia_segments", "infini", "--model.hidden-size", "32", "--data.num-samples", "8"]
     subprocess.run(
-        [sys.executable, "-m", "new_llm.cli.main", "experiment", "--config", "quick", "--name", "one", *settings],
+        [*COMMAND, "experiment", "--config", "quick", "--name", "one", *settings],
         cwd=tmp_path,
         env=environment,
         check=True,

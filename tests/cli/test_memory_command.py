@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,11 +14,7 @@ from new_llm.cli.main import main
 from new_llm.data.tokenizer import read_tokenizer_file
 from new_llm.models import load_memory_file
 from new_llm.models.memory_file import read_memory_file
-from tiny import load_best, refuse
-
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "new_llm.cli.main", "memory"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+from tiny import COMMAND, ENVIRONMENT, load_best, refuse
 
 
 def call(*arguments: object) -> int:
@@ -108,7 +103,7 @@ def test_an_interrupted_fill_leaves_the_old_file(untrained_run, tmp_path, sent):
     text.write_text((untrained_run / "0.txt").read_text() * 2000)
     arguments = ["fill", "--run", untrained_run / "hierarchical", "--text", text, "--out", out]
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*COMMAND, "memory", *map(str, arguments)],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,

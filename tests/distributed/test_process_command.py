@@ -13,10 +13,9 @@ import pytest
 from new_llm.cli.main import check_command, is_main_process, main
 from new_llm.config import UserError
 from new_llm.experiments.run_folder import read_json
+from tiny import COMMAND, ENVIRONMENT
 from training_cases import read_curve
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -80,7 +79,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path, flags, 
 def test_bad_input_is_one_line_of_one_process(tmp_path, flags, bad, message):
     # Without torchrun's own words: each process as `srun` would start it.
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    command = [sys.executable, "-m", "new_llm.cli.main", "experiment", "--runs-dir", str(tmp_path / "runs")]
+    command = [*COMMAND, "experiment", "--runs-dir", str(tmp_path / "runs")]
     processes = [
         subprocess.Popen(
             [*command, "--name", "bad", *flags, *bad],

@@ -1,11 +1,10 @@
-"""A real experiment that is killed: started as a user starts it, watched by its files, compared by its end."""
+"""A real experiment that is killed, or whose disk fills up: started as a user starts it, compared by its end."""
 
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from disk_faults import stop_at
 from new_llm.config.files import check_manifest
 from new_llm.experiments.run_folder import LOCK_FILE
 from new_llm.models import load_model
-from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
+from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, find_checkpoint, list_checkpoints, write_checkpoint_folder
 from new_llm.training.log import METRICS_FILE, read_metrics
+from tiny import COMMAND, ENVIRONMENT
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("infini", "multi_memory")
 POLL_SECONDS = 0.002
 TIMEOUT_SECONDS = 240.0
@@ -85,10 +86,10 @@ class FaultRun:
                 arguments += [f"--{key.replace('_', '-')}"] + ([] if value is None else str(value).split())
         return subprocess.Popen(
             [
-                sys.executable, "-m", "new_llm.cli.main", "experiment",
+                *COMMAND, "experiment",
                 "--name", self.name, "--runs-dir", str(self.runs_dir), *arguments,
             ],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")} | self.environment,
+            env=ENVIRONMENT | self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -210,3 +211,179 @@ def assert_same_end(found: FaultRun, expected: FaultRun) -> None:
     assert drop_clock(results) == drop_clock(others)
     assert [path.name for path in found.folder.rglob(".*")] == [LOCK_FILE]
     assert [path.name for path in found.runs_dir.glob(f".{found.name}*")] == []
+
+
+# The run that nothing happens to, and the dice
+
+
+SEED = int(os.environ.get("NEW_LLM_FAULT_SEED", "0"))
+"""Of the instants; another one tries others."""
+
+
+@pytest.fixture
+def dice() -> random.Random:
+    print(f"instants of NEW_LLM_FAULT_SEED={SEED}")
+    return random.Random(SEED)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
+    """A run that is never interrupted."""
+    run = FaultRun(tmp_path_factory.mktemp("whole"), "whole")
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> FaultRun:
+    return FaultRun(tmp_path / "runs", "killed")
+
+
+# A run that is killed again and again ends as one that never was
+
+
+KILLS = ["start"] * 3 + ["checkpoint"] * 9 + ["training"] * 10
+STOPS = ["start", "checkpoint", "training", "checkpoint", "training", "training"]
+
+
+def order_aims(aims: list[str], dice: random.Random) -> list[str]:
+    """In random order, and three more: while the first model is measured, while the second is, and at once again."""
+    mixed = dice.sample(aims, len(aims))
+    half = len(mixed) // 2
+    return [*mixed[:half], "measurement", *mixed[half:], "measurement", "measurement"]
+
+
+@pytest.mark.slow
+def test_25_sigkills_at_random_instants_change_nothing(whole, killed, dice, capsys):
+    aims = order_aims(KILLS, dice)
+    num_torn = 0
+    for number, (aim, _, code, err) in enumerate(kill_often(killed, aims, [signal.SIGKILL], dice)):
+        assert code == -signal.SIGKILL, err
+        assert killed.find_faults() == [], (number, aim)
+        num_torn += killed.is_writing_checkpoint()
+    killed.finish()
+    assert_same_end(killed, whole)
+    with capsys.disabled():
+        print(f" [{len(aims)} kills, {num_torn} in the middle of a checkpoint]", end="")
+    assert num_torn >= 3
+
+
+@pytest.mark.slow
+def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(whole, killed, dice):
+    aims = order_aims(STOPS, dice)
+    for aim, sent, code, err in kill_often(killed, aims, [signal.SIGTERM, signal.SIGINT], dice):
+        # In a process's first instants Python has not begun the program yet, and nothing is said.
+        assert code == 130 or (not err.strip() and code == -sent) or aim == "start", (aim, code, err)
+        assert not killed.is_writing_checkpoint(), aim
+        assert killed.find_faults() == [], aim
+        if code == 130:
+            assert "Traceback" not in err, err
+            last = err.strip().splitlines()[-1]
+            assert "--resume" in last or last == "new-llm: interrupted", err
+    killed.finish()
+    assert_same_end(killed, whole)
+
+
+# A disk that fills up under a run, again and again: one line, a whole last checkpoint, and the same end
+
+
+SIZE = "24m"
+NUM_FILLS = 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A small tmpfs, where this process may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place: Path, spare_bytes: int) -> Path:
+    """Take the disk's space but for a few bytes."""
+    ballast = place / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"\0" * 65536)
+        except OSError:
+            pass
+        size = file.tell()
+    os.truncate(ballast, max(0, size - spare_bytes))
+    return ballast
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole, small_disk, dice):
+    run = FaultRun(small_disk, "full")
+    for number in range(NUM_FILLS):
+        process = run.start()
+        choose_instant(run, process, "training" if number % 2 else "checkpoint", dice)
+        ballast = fill(small_disk, dice.choice([0, 4096, 50_000, 200_000]))
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 2, (number, process.returncode, err)
+        said = [line for line in err.splitlines() if line.startswith("new-llm: ")]
+        assert len(said) == 1, err
+        assert f"{small_disk}/" in said[0]
+        assert "No space left on device: free some space; a run then continues by --resume" in said[0]
+        assert "Traceback" not in err, err
+        assert err.strip().splitlines()[-1] == said[0], err
+        assert run.find_faults() == []
+        ballast.unlink()
+    run.finish()
+    assert_same_end(run, whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_from_the_start_is_one_line(small_disk):
+    run = FaultRun(small_disk, "full")
+    ballast = fill(small_disk, 0)
+    process = run.start()
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("new-llm: "), err
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert list(small_disk.iterdir()) == [ballast]
+
+
+# Every single operation on the disk while a checkpoint is written: it fails, or the process dies before it
+
+
+def write(folder: Path, step: int) -> None:
+    with write_checkpoint_folder(folder, step, 0, keep=2) as temporary:
+        (temporary / "weights").write_bytes(step.to_bytes(64, "big"))
+        (temporary / "state").write_text(str(step))
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_there_is_always_a_whole_checkpoint_and_training_goes_on_from_it(tmp_path, monkeypatch, dies):
+    for step in (1, 2):
+        write(tmp_path, step)
+    number, step, is_whole = 0, 2, False
+    while not is_whole:
+        number += 1
+        if dies and (child := os.fork()):
+            is_whole = os.waitpid(child, 0)[1] == 0
+        else:
+            with stop_at(number, monkeypatch, dies=dies) as done, suppress(OSError):
+                write(tmp_path, step + 1)
+            if dies:
+                os._exit(0)
+            is_whole = len(done) < number
+        found = find_checkpoint(tmp_path, pytest.fail)
+        assert found is not None
+        assert int((found / "state").read_text()) in (step, step + 1), number
+        assert all(path.name.startswith("step-") for path in found.parent.iterdir()), number
+        write(tmp_path, step + 1)
+        assert len(list_checkpoints(tmp_path)) == 2
+        step += 1
+    assert number > 20
