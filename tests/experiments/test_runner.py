@@ -98,7 +98,8 @@ def test_one_seed_gives_one_curve_and_another_seed_another(tiny, trained_run):
     """Bit for bit; a Pythia trained beside another has the curve of one trained alone that is measured on the way."""
     settings = dataclasses.replace(tiny.eval, checkpoints=(0.3, 0.6))
     again = run(dataclasses.replace(renamed(tiny, "again"), eval=settings), ["pythia"])
-    losses = [line["evaluation"]["streaming"]["loss"] for line in again["models"][0]["training"]["checkpoints_log"]]
+    lines = [line for line in read_metrics(Path(again["folder"]) / "pythia") if line["event"] == "checkpoint"]
+    losses = [line["evaluation"]["streaming"]["loss"] for line in lines]
     assert losses[0] > losses[1] > again["models"][0]["evaluation"]["sliding"]["loss"]
     assert curve(again) == curve(trained_run, 1)
     one, two = (model["evaluation"]["sliding"]["loss"] for model in (again["models"][0], trained_run["models"][1]))

@@ -151,9 +151,7 @@ def measure_long(results: dict[str, Any], *worths: float, cache: float = 0.0) ->
             entry["evaluation"]["caches"] = {
                 "caches": [{"name": "bare"}, {"name": "+ 2,000 states"}],
                 "range_starts": [0],
-                "documents": [
-                    {"num_tokens": [10], "total_nll": total, "repetition": {"num_tokens": []}} for total in totals
-                ],
+                "documents": [{"num_tokens": [10], "total_nll": total} for total in totals],
             }
 
 

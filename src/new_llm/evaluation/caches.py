@@ -273,7 +273,7 @@ class Caches(Measure):
             for name in documents[0]["total_nll"]
         }
         for name in [BARE, *[name for name in found if name.endswith("grams")][-1:]]:
-            for place in range(len(documents[0]["repetition"]["num_tokens"])):
+            for place in range(len(documents[0].get("repetition", {}).get("num_tokens", ()))):
                 parts = [one["repetition"] for one in documents]
                 key = REPETITION[place] if name == BARE else f"{REPETITION[place]}, {name}"
                 found[key] = DocumentLosses.read(

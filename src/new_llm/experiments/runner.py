@@ -453,7 +453,6 @@ class Run(ABC, Generic[Config]):
                 **dataclasses.asdict(training),
                 "steps_log": [line for line in lines if line["event"] == "train"],
                 "epochs_log": [line for line in lines if line["event"] == "epoch"],
-                "checkpoints_log": [line for line in lines if line["event"] == "checkpoint"],
             }
         write_json(folder / MODEL_RESULT_FILE, result)
         self._remove_checkpoints(folder)

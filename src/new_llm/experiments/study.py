@@ -22,7 +22,7 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import read_settings
 from new_llm.config.terminal import open_console
 from new_llm.evaluation import load_own_measures, measure
-from new_llm.experiments.config import STUDY_FILE, StudyConfig
+from new_llm.experiments.config import STUDY_FILE, StudyConfig, name_model_folder
 from new_llm.experiments.evaluation import describe_evaluation, load_baselines, plain_settings, prepare_subject
 from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
@@ -30,6 +30,7 @@ from new_llm.experiments.study_jobs import Cell, InProcesses, InTurn, OnCluster,
 from new_llm.experiments.study_progress import StudyProgress
 from new_llm.experiments.study_table import describe_study, render_csv, render_markdown
 from new_llm.experiments.subject import load_any_model
+from new_llm.training.log import read_metrics
 
 SUMMARY_FILE = "study.json"
 TABLE_FILE = "table.md"
@@ -263,13 +264,29 @@ def gather_runs(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
     return {name: found[name] for name in study.variants if name in found}
 
 
+def gather_checkpoints(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
+    """By variant and seed, what was measured along the training, of runs under way too; the end is the last."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in plan_cells(study):
+        name = name_model_folder(study.configure(cell.variant, cell.seed).models[0])
+        log = [line for line in read_metrics(study.folder / cell.name / name) if line["event"] == "checkpoint"]
+        if not log:
+            continue
+        results = read_json(study.folder / cell.name / RESULTS_FILE) or {}
+        if results.get("status") == "complete":
+            model = results["models"][0]
+            log.append({"share": 1.0, "tokens": model["training"]["tokens"], "evaluation": model["evaluation"]})
+        found.setdefault(cell.variant, []).append({"seed": cell.seed, "log": log})
+    return {name: found[name] for name in study.variants if name in found}
+
+
 def summarize_study(
     study: StudyConfig, write_page: StudyWriter | None = None, *, is_done: bool = True
 ) -> dict[str, Any]:
     """Compare all that is done by now, and write `study.json`, `table.md`, `figures.csv` and the page; the charts' own
     files wait until the study is done."""
     found = gather_runs(study)
-    summary = describe_study(study, found) | {"code": describe_code()}
+    summary = describe_study(study, found, gather_checkpoints(study)) | {"code": describe_code()}
     write_json(study.folder / SUMMARY_FILE, summary)
     write_text_atomically(study.folder / TABLE_FILE, render_markdown(summary))
     write_text_atomically(study.folder / FIGURES_FILE, render_csv(summary))

@@ -139,7 +139,11 @@ def list_cached(run: Run) -> dict[str, CachedFigure]:
     return found
 
 
-def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def describe_study(
+    study: StudyConfig,
+    found: Mapping[str, list[dict[str, Any]]],
+    checkpoints: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
     """All figures of a study's finished runs by variant, as plain values: what `study.json` holds.
 
     Each variant has its changes, its seeds, the versions of the code that trained it, its size, and `figures`: by name
@@ -147,7 +151,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
     measure's own, over documents), the text of the table's cell, and the difference from the reference, paired by seed.
     `caches` has, by name, the bits per byte of streaming with each cache that was measured around it, and the bytes
     that the cache stores. `comparisons` are those with the reference of `compare_runs`, which tables show as figures,
-    too; `checkpoints` has those of each share of the training that models were measured after, the end among them.
+    too; `checkpoints`, beside the variants, are those of `describe_checkpoints`.
     """
     by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
     reference = by_variant.get(study.reference_variant, {})
@@ -188,12 +192,10 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
             "figures": figures,
             "caches": _summarize_caches(runs),
             "comparisons": {},
-            "checkpoints": [],
         }
         if name != study.reference_variant:
             compared = compare_runs(runs, found.get(study.reference_variant, ()))
             variants[name]["comparisons"] = {key: one.comparison._asdict() for key, one in compared.items()}
-            variants[name]["checkpoints"] = _compare_checkpoints(runs, found.get(study.reference_variant, ()))
             for key, one in compared.items():
                 if one.has_column:
                     metric = f"Against {study.reference_variant}{one.table}: {key}"
@@ -209,6 +211,7 @@ def describe_study(study: StudyConfig, found: Mapping[str, list[dict[str, Any]]]
         "num_seeds": len(study.seeds),
         "tables": tables | cost,
         "variants": variants,
+        "checkpoints": describe_checkpoints(checkpoints or {}, study.reference_variant),
     }
 
 
@@ -299,32 +302,42 @@ def _show_comparison(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _compare_checkpoints(runs: Sequence[Run], reference: Sequence[Run]) -> list[dict[str, Any]]:
-    """The comparisons with the reference along the training: `share` of it, `tokens`, `comparisons` as at its end."""
+def describe_checkpoints(
+    checkpoints: Mapping[str, Sequence[Mapping[str, Any]]], reference: str
+) -> dict[str, list[dict[str, Any]]]:
+    """By variant, along the training: its `share`, `tokens`, `seeds`, the `perplexity` of each way (the mean over seeds
+    of its logarithm), and the `comparisons` with the reference."""
 
-    def find_log(run: Run) -> list[Mapping[str, Any]]:
-        return run["model"]["training"].get("checkpoints_log") or []
-
-    def at(some: Sequence[Run], place: int) -> list[Run]:
+    def find_runs(variant: str, place: int) -> list[Run]:
         return [
-            {"seed": run["seed"], "model": {"evaluation": find_log(run)[place]["evaluation"]}, "measured": {}}
-            for run in some
-            if len(find_log(run)) > place
+            {"seed": one["seed"], "model": {"evaluation": one["log"][place]["evaluation"]}, "measured": {}}
+            for one in checkpoints.get(variant, ())
+            if len(one["log"]) > place
         ]
 
-    num_checkpoints = max((len(find_log(run)) for run in runs), default=0)
-    marks = [next(log[place] for run in runs if len(log := find_log(run)) > place) for place in range(num_checkpoints)]
-    stages = [(line["share"], line["tokens"], at(runs, i), at(reference, i)) for i, line in enumerate(marks)]
-    if stages:
-        stages.append((1.0, runs[0]["model"]["training"]["tokens"], list(runs), list(reference)))
-    return [
-        {
-            "share": share,
-            "tokens": tokens,
-            "comparisons": {key: one.comparison._asdict() for key, one in compare_runs(some, others).items()},
+    def describe(variant: str, place: int) -> dict[str, Any]:
+        runs = find_runs(variant, place)
+        line = next(one["log"][place] for one in checkpoints[variant] if len(one["log"]) > place)
+        perplexity = {
+            f"{what}, {way}" if way else what: math.exp(
+                statistics.fmean(one.total_nll.sum() / max(1, one.num_tokens.sum()) for one in by_seed.values())
+            )
+            for what, ways in list_losses(runs).items()
+            for way, by_seed in ways.items()
         }
-        for share, tokens, some, others in stages
-    ]
+        compared = {} if variant == reference else compare_runs(runs, find_runs(reference, place))
+        return {
+            "share": line["share"],
+            "tokens": line["tokens"],
+            "seeds": [run["seed"] for run in runs],
+            "perplexity": perplexity,
+            "comparisons": {key: one.comparison._asdict() for key, one in compared.items()},
+        }
+
+    return {
+        variant: [describe(variant, place) for place in range(max(len(one["log"]) for one in runs))]
+        for variant, runs in checkpoints.items()
+    }
 
 
 def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:

@@ -111,8 +111,8 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
 def draw_checkpoints(summary: Mapping[str, Any]) -> list[Chart]:
     """How each difference from the reference moves with training, a view each."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name, entry in summary["variants"].items():
-        for stage in entry["checkpoints"]:
+    for name, stages in summary["checkpoints"].items():
+        for stage in stages:
             for key, found in stage["comparisons"].items():
                 ends = {end: found[end] for end in ("nats", "low", "high")}
                 rows.setdefault(key, []).append({"variant": name, "tokens": stage["tokens"], **ends})
