@@ -248,19 +248,20 @@ def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLo
     return found
 
 
-def compare_runs(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Compared]:
+def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: bool = False) -> dict[str, Compared]:
     """A variant against the reference, paired by seed and document, in nats per token; by name.
 
     Both are read the same way, with the same cache around each; `BEYOND` is the column of the longest n-grams. Where
     caches were measured, the bare model is also compared with the reference with each of them: "against + 2,000
-    states". Names of a range of distance end with "from 1,024".
+    states". Names of a range of distance end with "from 1,024"; `is_short`: only the last range is taken.
     """
     own, others = list_losses(runs), list_losses(reference)
     found: dict[str, Compared] = {}
 
     def add(name: str, one: dict[int, DocumentLosses], other: dict[int, DocumentLosses], table: str) -> None:
         starts = next(iter(one.values())).range_starts
-        for column in (None, *(range(len(starts)) if len(starts) > 1 else ())):
+        ranges = range(len(starts)) if len(starts) > 1 else ()
+        for column in (None, *(ranges[-1:] if is_short else ranges)):
             parts = [{seed: losses.select(column) for seed, losses in by_seed.items()} for by_seed in (one, other)]
             if (comparison := compare_models(parts[0], parts[1], CONFIDENCE)) is not None:
                 key = name if column is None else f"{name} from {starts[column]:,}"
@@ -325,7 +326,7 @@ def describe_checkpoints(
             for what, ways in list_losses(runs).items()
             for way, by_seed in ways.items()
         }
-        compared = {} if variant == reference else compare_runs(runs, find_runs(reference, place))
+        compared = {} if variant == reference else compare_runs(runs, find_runs(reference, place), is_short=True)
         return {
             "share": line["share"],
             "tokens": line["tokens"],
