@@ -146,7 +146,7 @@ def test_runs_are_compared(tmp_path, monkeypatch):
     assert main(["report", *map(str, runs), "--out", "new/all.html"]) == 0
     text = (tmp_path / "new" / "all.html").read_text()
     assert "infini has the lowest sliding-window perplexity: 80.50, 11.0% below pythia (90.50)." in text
-    assert "2 seeds, paired by seed" in text
+    assert "Figures are means over 2 seeds per model." in text
     assert main(["report", *map(str, runs)]) == 0
     assert (tmp_path / "report.html").read_text() == text
 
