@@ -48,10 +48,6 @@ class Verdict:
     range: str
     text: str
 
-    def to_dict(self) -> dict[str, str]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
 
 # A perplexity below the number gets the verdict beside it.
 _VERDICTS = (
@@ -282,7 +278,7 @@ class Perplexity(Measure):
         """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same split."""
         result = self.evaluate(subject, subject.reading)
         return result.to_dict() | {
-            "verdict": diagnose_perplexity(result.perplexity).to_dict(),
+            "verdict": dataclasses.asdict(diagnose_perplexity(result.perplexity)),
             "unigram_perplexity": unigram_perplexity(subject.split),
         }
 
