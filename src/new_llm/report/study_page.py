@@ -114,6 +114,8 @@ def draw_checkpoints(summary: Mapping[str, Any]) -> list[Chart]:
     for name, stages in summary["checkpoints"].items():
         for stage in stages:
             for key, found in stage["comparisons"].items():
+                if " from " in key:  # a range of distance: in study.json
+                    continue
                 ends = {end: found[end] for end in ("nats", "low", "high")}
                 rows.setdefault(key, []).append({"variant": name, "tokens": stage["tokens"], **ends})
     caption = (
