@@ -45,7 +45,7 @@ def _add_to_memories(mine, added, is_tile, size, N: tl.constexpr):
     for m in range(N):
         change = tl.load(added + m * size, mask=is_tile, other=0.0).to(tl.float32)
         grown = tl.load(mine + m * size, mask=is_tile, other=0.0) + change
-        tl.debug_barrier()  # loads and stores may divide a tile among the threads differently
+        tl.debug_barrier()  # as in `_end_turn`
         tl.store(mine + m * size, grown, mask=is_tile)
 
 
@@ -55,6 +55,21 @@ def _copy_memories(mine, states, is_tile, size, N: tl.constexpr):
     for m in range(N):
         seen = tl.load(mine + m * size, mask=is_tile, other=0.0)
         tl.store(states + m * size, seen.to(states.dtype.element_ty), mask=is_tile)
+
+
+@triton.jit
+def _end_turn(state, mine, added, is_tile, slot, size, grows, N: tl.constexpr, HAS_ADD: tl.constexpr):
+    """Put the written memory back where there are several; one stays in registers. All grow by `added`."""
+    if N > 1:
+        tl.debug_barrier()  # all threads have read the memories, whose loads and stores divide a tile differently
+        tl.store(mine + slot * size, state, mask=is_tile)
+        tl.debug_barrier()  # what one thread stores another may load
+        if HAS_ADD and grows:
+            _add_to_memories(mine, added, is_tile, size, N)
+        tl.debug_barrier()
+    elif HAS_ADD and grows:
+        state += tl.load(added, mask=is_tile, other=0.0).to(tl.float32)
+    return state
 
 
 @triton.jit
@@ -141,15 +156,7 @@ def _delta_kernel(
                     length, WIDTH, VALUE_WIDTH, IS_BACKWARD, SHARES_KEYS, HAS_SCALE, OPERAND, BLOCK_S,
                 )  # fmt: skip
         added = add_ptr + ((b * num_added + i - num_unread) * heads + h) * N * size + tile
-        if N > 1:
-            tl.debug_barrier()  # all threads have read the state's tile
-            tl.store(mine + slot * size, state, mask=is_tile)
-            tl.debug_barrier()  # what one thread stores another may load
-            if HAS_ADD and i >= num_unread:
-                _add_to_memories(mine, added, is_tile, size, N)
-            tl.debug_barrier()
-        elif HAS_ADD and i >= num_unread:
-            state += tl.load(added, mask=is_tile, other=0.0).to(tl.float32)
+        state = _end_turn(state, mine, added, is_tile, slot, size, i >= num_unread, N, HAS_ADD)
     if N == 1:
         tl.store(mine, state, mask=is_tile)
 
@@ -187,15 +194,7 @@ def _plain_kernel(
         if not IS_BACKWARD:
             state += tl.load(product_ptr + segment * size + tile, mask=is_tile, other=0.0)
         added = add_ptr + ((b * num_added + i - num_unread) * heads + h) * N * size + tile
-        if N > 1:
-            tl.debug_barrier()  # all threads have read the memories: as above
-            tl.store(mine + slot * size, state, mask=is_tile)
-            tl.debug_barrier()  # what one thread stores another may load
-            if HAS_ADD and i >= num_unread:
-                _add_to_memories(mine, added, is_tile, size, N)
-            tl.debug_barrier()
-        elif HAS_ADD and i >= num_unread:
-            state += tl.load(added, mask=is_tile, other=0.0).to(tl.float32)
+        state = _end_turn(state, mine, added, is_tile, slot, size, i >= num_unread, N, HAS_ADD)
     if N == 1:
         tl.store(mine, state, mask=is_tile)
 
