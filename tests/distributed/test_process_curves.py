@@ -30,7 +30,7 @@ from new_llm.models import create_model, load_model
 from new_llm.processes import ALONE, Processes
 from new_llm.training import TrainingInterrupted, preparation
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, read_checkpoint
-from new_llm.training.preparation import gather_model, has_unused_parameters, prepare_training
+from new_llm.training.preparation import ShardedModel, gather_model, has_unused_parameters, prepare_training
 from tiny import make_shape
 from training_cases import VOCAB, make_config, make_split, make_trainer, read_curve, run_processes, stop_at
 
@@ -240,6 +240,12 @@ def check_shards(processes: Processes) -> None:
     assert {policy.reduce_dtype for policy in policies} == {torch.float32}
     gathered = gather_model(model, prepared.structure).state_dict()
     assert all(torch.equal(gathered[name], weight) for name, weight in whole.state_dict().items())
+    # Documents of unequal lengths, read with the weights divided; then the gradients are as if nothing had been read.
+    split = make_split((40, 9, 9))
+    reading: Any = {"batch_size": 1, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    found = evaluate_streaming(ShardedModel(prepared, model, processes), split, processes=processes, **reading)
+    assert found.loss == pytest.approx(evaluate_streaming(whole, split, **reading).loss, rel=1e-3)
+    assert all(2 * p.to_local().numel() <= p.numel() + 64 for p in model.parameters())
     loss = prepared.batch_loss(None)
     loss.backward()
     with torch.autocast("cpu", torch.bfloat16):

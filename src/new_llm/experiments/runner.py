@@ -26,6 +26,7 @@ from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.recall_facts import SamplePlanter
 from new_llm.data.tokenizer import fingerprint_tokenizer
 from new_llm.evaluation import (
+    LanguageModel,
     Subject,
     evaluate_sliding_window,
     evaluate_streaming,
@@ -378,7 +379,7 @@ class Run(ABC, Generic[Config]):
         finally:
             progress.stop()
 
-    def measure_validation_loss(self, model: TransformerLM) -> float:
+    def measure_validation_loss(self, model: LanguageModel) -> float:
         """Nats per validation token under the conditions of training: streams with memory, or single samples."""
         settings, split = self.config.eval, self.data.validation
         reading = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens}

@@ -43,6 +43,7 @@ from new_llm.training.guards import StepMonitor, StepPlace
 from new_llm.training.log import MetricsWriter, SilentMetrics, TrainingProgress, open_trackers
 from new_llm.training.preparation import (
     LossFunction,
+    ShardedModel,
     gather_model,
     make_scheduler,
     map_tensors,
@@ -92,7 +93,7 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         *,
-        validate: Callable[[TransformerLM], float],
+        validate: Callable[[TransformerLM | ShardedModel], float],
         measure: Callable[[TransformerLM], dict[str, Any]] | None = None,
         checkpoints: Sequence[float] = (),
         device: torch.device,
@@ -128,6 +129,7 @@ class Trainer:
             prepared.optimizer,
         )
         self.structure = prepared.structure
+        self.read_model = ShardedModel(prepared, model, processes) if prepared.structure else model
         self.device = self.accelerator.device
         self.state = TrainerState()
         read_progress = self._share_spent if config.stop_at == "cpu_seconds" else None
@@ -360,20 +362,20 @@ class Trainer:
     def _end_epoch(self, signals: StopSignals) -> None:
         """Validate, write a checkpoint, and keep the best weights."""
         state, patience = self.state, self.config.patience
-        model = gather_model(self.model, self.structure)
         try:
             # Several processes validate together, and stop together after it.
             with signals.interrupt() if self.processes.count == 1 else nullcontext():
-                loss = self.validate(model)
+                loss = self.validate(self.read_model)
         except KeyboardInterrupt:
             self._save()
             raise self._interrupted() from None
         state.epoch += 1
         state.batch = 0
-        is_best = state.best_loss is None or loss < state.best_loss
-        if is_best:
+        best = None
+        if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_epoch, state.epochs_without_gain = loss, state.epoch, 0
-            state.best_fingerprint = self.processes.run_on_main(lambda: fingerprint_weights(model))
+            best = gather_model(self.model, self.structure, on_host=True)
+            state.best_fingerprint = self.processes.run_on_main(lambda: fingerprint_weights(best))
         else:
             state.epochs_without_gain += 1
             state.stopped_early = bool(patience) and state.epochs_without_gain >= patience
@@ -385,12 +387,12 @@ class Trainer:
             "validation_perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
             "seconds": state.seconds,
             "cpu_seconds": state.cpu_seconds,
-            "is_best": is_best,
+            "is_best": best is not None,
         }
         self.metrics.write("epoch", state.step, values)
         self._save()
-        if is_best:  # after the checkpoint, which holds the same weights: see restore_best
-            self.processes.run_on_main(lambda: save_model(model, self.folder / BEST_FOLDER))
+        if best is not None:  # after the checkpoint, which holds the same weights: see restore_best
+            self.processes.run_on_main(lambda: save_model(best, self.folder / BEST_FOLDER))
         self.progress.end_epoch(values)
 
     # Metrics and checkpoints

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -30,6 +32,9 @@ from new_llm.models.ops.kernels import native
 from new_llm.processes import Processes, gather_tensor
 from new_llm.training.checkpoint import share_weights
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 LossFunction = Callable[[TransformerLM, Batch], Tensor]
 """A batch's loss, summed over its predicted tokens: a step divides by the tokens of all its batches and processes."""
 
@@ -45,6 +50,10 @@ class BatchLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss of a batch."""
         return self.loss_fn(self.model, batch)
+
+    def token_losses(self, *args: Any, **options: Any) -> Tensor:
+        """The model's `token_losses`, from here, where FSDP holds what is outside the layers."""
+        return self.model.token_losses(*args, **options)
 
 
 @dataclass
@@ -163,18 +172,82 @@ def choose_policy(precision: str, device: torch.device) -> Any:
     return MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def gather_model(model: TransformerLM, structure: dict[str, Any] | None) -> TransformerLM:
+def gather_model(model: TransformerLM, structure: dict[str, Any] | None, *, on_host: bool = False) -> TransformerLM:
     """The model with all its weights: a copy, of the structure that `shard_weights` returned, if it is sharded.
 
-    All processes call this.
+    All processes call this. `on_host`: the copy lies on the main process's CPU, and no device holds more than one whole
+    tensor at a time; on the other processes it has no weights.
     """
     if structure is None:
         return model
     with torch.device("meta"):
         whole = build_model(structure, "the model in training")
-    weights = {name: gather_tensor(tensor.detach()) for name, tensor in model.state_dict().items()}
-    whole.load_state_dict(weights, assign=True)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        gathered = gather_tensor(tensor.detach())
+        if not on_host:
+            weights[name] = gathered
+        elif dist.get_rank() == 0:
+            weights[name] = gathered.cpu()
+    whole.load_state_dict(weights, assign=True, strict=not on_host or bool(weights))
     return whole.train(model.training)
+
+
+class ShardedModel:
+    """A sharded model as a measure reads it (`LanguageModel`): its weights stay divided among the processes.
+
+    Each call gathers the weights layer by layer, which all processes must do together. So a process that has come to
+    the end of its documents, where it leaves `fresh_memory`, reads one token again and again until all others have.
+    """
+
+    def __init__(self, prepared: PreparedTraining, model: TransformerLM, processes: Processes) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        self.model = model
+        self.processes = processes
+        self.batch_loss = cast(BatchLoss, prepared.accelerator.unwrap_model(prepared.batch_loss))
+        register_fsdp_forward_method(self.batch_loss, "token_losses")
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens in a segment."""
+        return self.model.segment_length
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model and all its parts."""
+        return self.model.modules()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's weights, of which this process holds a share."""
+        return self.model.parameters()
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Empty the memory of the rows that are True, [B] bool."""
+        self.model.reset_rows(rows)
+
+    @contextmanager
+    def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
+        """An empty memory inside the context; at its end, wait for all processes to come to theirs."""
+        with self.model.fresh_memory(batch_size):
+            yield
+        token = torch.zeros(1, 1, dtype=torch.int64, device=next(self.parameters()).device)
+        with self.model.fresh_memory():
+            while self._any_reads(False):
+                self._read(token, F.pad(token, (0, 1)))
+        cast("FSDPModule", self.batch_loss).reshard()  # the root, which stays gathered between calls
+
+    def token_losses(self, input_ids: Tensor, labels: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Loss in nats of the token after each position, [B, T]."""
+        self._any_reads(True)
+        return self._read(input_ids, labels, *args, **options)
+
+    def _read(self, *args: Any, **options: Any) -> Tensor:
+        # What is gathered here serves the next step's gradients, too, for which inference tensors are no good.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.batch_loss.token_losses(*args, **options)
+
+    def _any_reads(self, reads: bool) -> bool:
+        return bool(self.processes.sum(np.array([reads], dtype=np.int64))[0])
 
 
 # The optimizer
