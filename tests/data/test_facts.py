@@ -96,6 +96,28 @@ def test_answers_are_marked_at_the_second_statement_alone(split, tokenizer):
     assert found > 10
 
 
+@pytest.mark.parametrize("made_up", [0, 1])
+def test_a_changed_fact_is_asked_for_after_both_its_statements(split, tokenizer, made_up):
+    config = replace(CONFIG, planted_tasks=("changed",), planted_distance=(2, 60), planted_made_up=made_up)
+    planter = SamplePlanter(tokenizer, config, seed=0)
+    found = 0
+    for begin in range(0, 4000, 500):
+        planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
+        edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        for start, end in edges[:-1]:  # the last one may have been cut
+            before = tokenizer.decode(planted.tokens[:start].tolist())
+            (question,) = [
+                one.group()
+                for relation in FACTS["relations"]
+                if (one := re.search(re.escape(relation["prompt"]).replace(r"\{name\}", NAME) + "$", before))
+            ]
+            old, new, asked = (text.split(".")[0] + "." for text in before.split(question)[1:])
+            assert old != new == tokenizer.decode(planted.tokens[start:end].tolist())
+            assert asked == "."
+            found += 1
+    assert found > 10
+
+
 NAME = "[A-Z][A-Za-z]+ [A-Z][A-Za-z]+"
 
 
@@ -220,12 +242,13 @@ TOKENS = np.array(TOKENIZER.encode(TEXT * 4).ids)
 BORDERS = SentenceBorders(TOKENIZER)
 
 
-@pytest.mark.parametrize("task", ["passkey", "facts"])
+@pytest.mark.parametrize("task", ["passkey", "facts", "changed"])
 @pytest.mark.parametrize("part", ["train", "eval"])
 def test_a_needle_is_a_question_with_its_answer(task, part):
     for trial in range(40):
         needle = draw_needle(task, part, 10, np.random.default_rng(trial))
         assert needle.statement.startswith(needle.prompt + needle.answer)
+        assert needle.replaced == (needle.prompt + needle.candidates[1] if task == "changed" else "")
         assert needle.candidates[0] == needle.answer
         assert len(set(needle.candidates)) == 10
         assert all(candidate[0] == " " and candidate[-1] == "." for candidate in needle.candidates)

@@ -30,11 +30,13 @@ SEGMENT = 96
 class Copier(nn.Module):
     """Predicts what followed the last occurrence of the longest suffix, in the call's segment or in its memory.
 
-    Its memory is the last `num_segments` segments that it has written; None: all.
+    Its memory is the last `num_segments` segments that it has written; None: all. With `takes_first` equally long
+    suffixes are looked for from the text's beginning.
     """
 
-    def __init__(self, num_segments=None, segment_length=SEGMENT):
+    def __init__(self, num_segments=None, segment_length=SEGMENT, *, takes_first=False):
         super().__init__()
+        self.takes_first = takes_first
         self.segment_length = segment_length
         self.num_segments = num_segments
         self.held = ["not to be touched"]
@@ -46,7 +48,7 @@ class Copier(nn.Module):
             real = len(ids) if attention_mask is None else int(attention_mask[row].sum())
             for position in range(real):
                 text = self._recall(row) + ids[: position + 1]
-                if (token := find_next(text)) is not None:
+                if (token := find_next(text, takes_first=self.takes_first)) is not None:
                     logits[row, position, token] = 12.0
         return logits
 
@@ -78,10 +80,10 @@ class Copier(nn.Module):
         self.held = before
 
 
-def find_next(text):
-    """What followed the last earlier occurrence of the longest suffix of two tokens or more."""
+def find_next(text, *, takes_first=False):
+    """What followed the last (or first) earlier occurrence of the longest suffix of two tokens or more."""
     best, found = 1, None
-    for end in range(len(text) - 1, 1, -1):
+    for end in range(2, len(text)) if takes_first else range(len(text) - 1, 1, -1):
         if text[end - 1] != text[-1]:
             continue
         size = 0
@@ -124,6 +126,21 @@ def test_a_short_memory_finds_what_is_near():
         near = cell["depth"] == 1
         assert cell["mean_distance"] == (1 if near else cell["length"] - 1)
         assert cell["carried"]["exact"]["value"] == (1 if near else 0)
+
+
+@pytest.mark.parametrize("knows_newest", [True, False])
+def test_the_newest_statement_of_a_changed_fact_is_right(knows_newest):
+    result = measure(Copier(takes_first=not knows_newest), tasks=("facts", "changed"), lengths=(2, 3, 6))
+    assert result["notes"] == ["changed: 2 segments of 96 tokens can't hold sentence and question"]
+    for cell in result["cells"]:
+        is_right = cell["task"] == "facts" or knows_newest
+        assert (cell["carried"]["exact"]["value"], cell["carried"]["old"]["value"]) == (is_right, not is_right)
+        assert cell["carried"]["mean_rank"]["value"] == (1 if is_right else 2)
+        assert cell["reset"]["old"]["value"] == 0
+        if cell["task"] == "changed":
+            assert cell["mean_distance"] == (cell["length"] - 2 if cell["depth"] == 0 else cell["mean_distance"])
+    titles = [table.title for table in Recall().tables(result)]
+    assert ("changed facts: old value given" in titles, "facts: old value given" in titles) == (True, False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
@@ -253,14 +270,14 @@ def test_equals_share_the_mean_of_their_places_and_none_is_first():
     model = Copier()
     model.token_losses = lambda input_ids, labels, mask=None, **options: torch.zeros(input_ids.shape)
     (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
-    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 5.5, "is_first": False}]
+    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 5.5, "is_first": False, "is_old": False}]
 
 
 def test_a_model_that_gives_nan_comes_last():
     model = make_tiny_model("infini", VOCAB_SIZE, SEGMENT)
     nn.init.constant_(model.embed_out.weight, math.nan)
     (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
-    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 10.0, "is_first": False}]
+    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 10.0, "is_first": False, "is_old": False}]
 
 
 def test_figures_of_known_answers():

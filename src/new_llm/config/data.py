@@ -66,16 +66,18 @@ class DataConfig:
     """Share of an epoch's training tokens that the reversal sentences may take. With a small text only some of the
     sentences join it, and none where fewer than a tenth of them would fit; 1: no limit."""
     planted_facts: Annotated[float, Field(ge=0, le=50)] = 0.0
-    """Facts to recall in every 1,000 tokens of a training sample, each stated twice, others in every epoch; 0: none.
+    """Facts to recall in every 1,000 tokens of a training sample, each stated twice (changed ones three times), others
+    in every epoch; 0: none.
     They need `order: shuffled`."""
     planted_distance: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (16, 1024)
-    """Tokens between the two statements of a planted fact, at least and at most."""
+    """Tokens from one statement of a planted fact to the next, at least and at most."""
     planted_made_up: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the names, and of the values in words, that are from no list, so that any word is learned to be
     recalled: made up of the tokenizer's pieces, or words of the sample's own text; the others are from the part
     "train" of the lists."""
-    planted_tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1)] = ("facts",)
-    """What is planted: passkey, a number of five digits; facts, one sentence about an invented person."""
+    planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1)] = ("facts",)
+    """What is planted: passkey, a number of five digits; facts, one sentence about an invented person; changed, such a
+    fact that is stated anew with another value before it is asked for."""
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     num_workers: Annotated[int, Field(gt=0)] = 1

@@ -174,8 +174,12 @@ MAX_CANDIDATES = 12  # values that each relation of data/recall_facts.json has
 class RecallConfig(IntervalConfig):
     """What is hidden, in how long a text, and how deep."""
 
-    tasks: Annotated[tuple[Literal["passkey", "facts"], ...], Field(min_length=1), UNIQUE] = ("passkey", "facts")
-    """passkey: a number of five digits; facts: one sentence about an invented person."""
+    tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1), UNIQUE] = (
+        "passkey",
+        "facts",
+    )
+    """passkey: a number of five digits; facts: one sentence about an invented person; changed: such a fact that is
+    stated at the text's beginning with another value, and the newest is right."""
     lengths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), UNIQUE] = (1, 2, 4, 8, 16, 32, 64)
     """Lengths of the whole text in segments, e.g. up to 1000; the last segment holds the question. In a text of 1 the
     sentence and the question share the segment."""

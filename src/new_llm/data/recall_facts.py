@@ -4,7 +4,8 @@ Names, values and keys of the parts "train" and "eval" are disjoint, so that a m
 and measured on the others. The pass key task is that of Landmark Attention, arXiv:2305.16300.
 
 A planted sample holds a sentence somewhere, and the same sentence again some way on. What the second one ends with can
-be known from the first alone, so that predicting it trains the memory.
+be known from the first alone, so that predicting it trains the memory. A changed fact is stated with one value, then
+with another, then asked for: the newest statement is right.
 """
 
 import functools
@@ -13,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
@@ -23,8 +24,8 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
 
-RecallTask = Literal["passkey", "facts"]
-"""passkey: a number; facts: one sentence about an invented person."""
+RecallTask = Literal["passkey", "facts", "changed"]
+"""passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
 RecallPart = Literal["train", "eval"]
 """Which of two disjoint sets of names, values and keys is drawn from."""
 
@@ -44,7 +45,9 @@ class Needle:
     statement: str
     prompt: str
     candidates: tuple[str, ...]
-    """The right answer first, then wrong ones drawn from where it was drawn."""
+    """The right answer first, then wrong ones drawn from where it was drawn; of a changed fact the old value first."""
+    replaced: str = ""
+    """The earlier statement that this one replaces, with the old value; empty: there is none."""
 
     @property
     def answer(self) -> str:
@@ -60,7 +63,7 @@ def draw_needle(
     `name` is whom a fact is about; None: one of the part's names.
 
     Raises:
-        ValueError: more candidates than a relation of this part has values, or fewer than one.
+        ValueError: more candidates than a relation of this part has values, or fewer than one (of a changed fact, two).
     """
     if task == "passkey":
         keys = _draw_keys(part, num_candidates, generator)
@@ -68,12 +71,13 @@ def draw_needle(
     names, relations = _read_facts(part)
     relation = relations[generator.integers(len(relations))]
     values = relation[part]
-    if not 1 <= num_candidates <= len(values):
-        raise ValueError(f"{num_candidates} candidates: a relation has {len(values)} values, and 1 is the least")
+    if not (least := 1 + (task == "changed")) <= num_candidates <= len(values):
+        raise ValueError(f"{num_candidates} candidates: a relation has {len(values)} values, and {least} is the least")
     if name is None:
         name = f"{_choose(names['first_names'], generator)} {_choose(names['surnames'], generator)}"
     chosen = [values[i] for i in generator.choice(len(values), num_candidates, replace=False)]
-    return _make(relation["prompt"].format(name=name), chosen)
+    needle = _make(relation["prompt"].format(name=name), chosen)
+    return replace(needle, replaced=needle.prompt + needle.candidates[1]) if task == "changed" else needle
 
 
 @functools.cache
@@ -250,7 +254,7 @@ class WordPieces:
 class PlantedSample(NamedTuple):
     """A sample with its facts: as many tokens as it had; what the facts displaced is missing at the end.
 
-    `is_answer` marks the tokens that can be known from an earlier statement: those after the second one's question.
+    `is_answer` marks the tokens that can be known from an earlier statement: those after the last one's question.
     """
 
     tokens: NDArray[np.int64]
@@ -264,11 +268,11 @@ class _Statement(NamedTuple):
 
 
 class SamplePlanter:
-    """Puts `planted_facts` facts into every thousand tokens of a sample, each stated twice.
+    """Puts `planted_facts` facts into every thousand tokens of a sample, each stated twice, a changed one three times.
 
-    The first place is drawn evenly over the sample; the way to the second, in tokens of the sample's text, so that its
-    logarithm is even between the two `planted_distance`. Both are moved to the nearest border of sentences. A fact
-    whose second place lies beyond the sample's end is left out, and so is one whose question has been asked before.
+    The first place is drawn evenly over the sample; the way to each next one, in tokens of the sample's text, so that
+    its logarithm is even between the two `planted_distance`. All are moved to the nearest border of sentences. A fact
+    whose last place lies beyond the sample's end is left out, and so is one whose question has been asked before.
     The share `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share
     of the values in words is from no list: made up, too, or a word of the sample's own text.
     """
@@ -298,18 +302,20 @@ class SamplePlanter:
         asked = set[str]()
         statements: list[_Statement] = []
         for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
-            question, sentence, answer_begin = self._draw(tokens, generator)
-            first = int(generator.integers(length))
-            second = first + round(math.exp(generator.uniform(low, high)))
-            if second >= length or question in asked:
+            question, sentences, answer_begin = self._draw(tokens, generator)
+            wanted = [int(generator.integers(length))]
+            for _ in sentences:
+                wanted.append(wanted[-1] + round(math.exp(generator.uniform(low, high))))
+            if wanted[-1] >= length or question in asked:
                 continue
             asked.add(question)
-            first, second = (int(places[np.abs(places - wanted).argmin()]) for wanted in (first, second))
-            statements += [_Statement(first, sentence, len(sentence)), _Statement(second, sentence, answer_begin)]
+            *earlier, last = (int(places[np.abs(places - place).argmin()]) for place in wanted)
+            statements += [_Statement(p, s, len(s)) for p, s in zip(earlier, sentences, strict=True)]
+            statements.append(_Statement(last, sentences[-1], answer_begin))
         pieces: list[NDArray[np.int64]] = []
         marks: list[NDArray[np.bool_]] = []
         end = 0
-        for statement in sorted(statements, key=lambda one: (one.place, -one.answer_begin)):
+        for statement in sorted(statements, key=lambda one: one.place):  # of one place in their order
             pieces += [tokens[end : statement.place], statement.tokens]
             marks += [is_answer[end : statement.place], np.arange(len(statement.tokens)) >= statement.answer_begin]
             end = statement.place
@@ -317,17 +323,21 @@ class SamplePlanter:
         marks.append(is_answer[end:])
         return PlantedSample(np.concatenate(pieces)[:length], np.concatenate(marks)[:length])
 
-    def _draw(self, text: NDArray[np.int64], generator: np.random.Generator) -> tuple[str, NDArray[np.int64], int]:
-        """A question, the tokens of the whole statement, and where in them the answer begins."""
+    def _draw(
+        self, text: NDArray[np.int64], generator: np.random.Generator
+    ) -> tuple[str, list[NDArray[np.int64]], int]:
+        """A question, the tokens of its statements, the newest last, and where in them the answer begins."""
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
         name = None
-        if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
+        if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
             name = pieces.draw_person(generator)
-        needle = draw_needle(task, "train", 1, generator, name=name)
+        needle = draw_needle(task, "train", 1 + (task == "changed"), generator, name=name)
         question = encode_sentence(self._tokenizer, needle.prompt)
-        if task == "facts" and pieces is not None and generator.random() < config.planted_made_up:
-            statement = np.concatenate([question, pieces.draw_word(text, generator), pieces.full_stop])
+        statements = [one for one in (needle.replaced, needle.statement) if one]
+        if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
+            words = [pieces.draw_word(text, generator) for _ in statements]
+            encoded = [np.concatenate([question, word, pieces.full_stop]) for word in words]
         else:
-            statement = encode_sentence(self._tokenizer, needle.statement)
-        return needle.prompt, statement, len(question)
+            encoded = [encode_sentence(self._tokenizer, one) for one in statements]
+        return needle.prompt, encoded, len(question)

@@ -5,6 +5,9 @@ with the sentence between two of its sentences, and are read into an empty memor
 segment's beginning, so that memory is the only way from the sentence to it, and the distance between them is a whole
 number of segments. In a text of one segment the sentence and the question share it: what a model can do without its
 memory. The question is also asked of an empty memory, which is the control.
+
+A changed fact is stated with another value at the text's beginning, in a segment before the one that replaces it; the
+newest is the right answer. A memory that only adds holds both.
 """
 
 import functools
@@ -48,12 +51,17 @@ from new_llm.formats import format_number, format_percent
 from new_llm.models import TransformerLM
 from new_llm.models.loss import IGNORE_INDEX, align_labels
 
-TASKS = {"passkey": "pass keys", "facts": "facts"}
+TASKS = {"passkey": "pass keys", "facts": "facts", "changed": "changed facts"}
 """What readers know the tasks by."""
-FIGURES = {"exact": "greedy exact match", "first": "right answer ranked first", "mean_rank": "mean rank"}
-"""What they know the figures by."""
+FIGURES = {
+    "exact": "greedy exact match",
+    "old": "old value given",
+    "first": "right answer ranked first",
+    "mean_rank": "mean rank",
+}
+"""What they know the figures by; only changed facts have an old value."""
 NEEDLE_STREAM, FILLER_STREAM = 1, 2  # keep the random numbers of different choices apart
-TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2}
+TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2, "changed": 3}
 FIRST_SENTENCE_REACH = 1024  # tokens in which a sentence's end is looked for before the text is begun anywhere
 
 Tokens = NDArray[np.int64]
@@ -71,6 +79,7 @@ class RecallText:
         differ_begin: index of the first token in which the candidates differ.
         depth: tokens of the text before the sentence, as a share of all that is not the sentence.
         distance: segments from the sentence's end to the question; 0: they share one.
+        is_changed: whether the sentence replaces one at the text's beginning, whose value is the second candidate.
     """
 
     context: Tokens
@@ -80,13 +89,15 @@ class RecallText:
     differ_begin: int
     depth: float
     distance: int
+    is_changed: bool
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedNeedle:
-    """A needle as tokens: the sentence, and the question with each answer, the right one first."""
+    """A needle as tokens: the sentence, the one that it replaces (or none, [0]), and the question with each answer."""
 
     statement: Tokens
+    replaced: Tokens
     candidates: tuple[Tokens, ...]
     answer_begin: int
 
@@ -129,11 +140,11 @@ class TextMaker:
     def count_room(self, task: RecallTask, length: int, trial: int) -> int:
         """Tokens of the documents in a text; below 0: it can't hold the sentence and the question."""
         needle = self._draw(task, trial)
-        if needle.question_tokens > self.segment_length:
+        if needle.question_tokens > self.segment_length or (len(needle.replaced) and length < 3):
             return -1
         if length == 1:
             return self.segment_length - len(needle.statement) - needle.question_tokens
-        return (length - 1) * self.segment_length - len(needle.statement)
+        return (length - 1) * self.segment_length - len(needle.statement) - len(needle.replaced)
 
     def make(self, task: RecallTask, length: int, depth: float, trial: int) -> RecallText:
         """One text; a ValueError where there is no room for it."""
@@ -145,6 +156,9 @@ class TextMaker:
         needle = self._draw(task, trial)
         begin = self._begin(trial)
         filler = np.take(self.split.tokens, np.arange(begin, begin + room), mode="wrap")
+        if is_changed := len(needle.replaced) > 0:  # in a segment of its own, before that of the sentence
+            filler = np.concatenate([needle.replaced, filler])
+            depth = max(depth, 1.5 * self.segment_length / len(filler))
         place = choose_place(filler, len(needle.statement), depth, self.segment_length, self.borders)
         text = plant_sentence(filler, needle.statement, place)
         last_segment = (place + len(needle.statement) - 1) // self.segment_length
@@ -155,8 +169,9 @@ class TextMaker:
             candidates=needle.candidates,
             answer_begin=needle.answer_begin,
             differ_begin=max(1, count_shared(needle.candidates)),
-            depth=place / room if room else 0.0,
+            depth=place / len(filler) if len(filler) else 0.0,
             distance=length - 1 - last_segment,
+            is_changed=is_changed,
         )
 
     def _draw_needle(
@@ -168,6 +183,7 @@ class TextMaker:
         prompt = encode_sentence(self.tokenizer, needle.prompt)
         return EncodedNeedle(
             statement=encode_sentence(self.tokenizer, needle.statement),
+            replaced=encode_sentence(self.tokenizer, needle.replaced) if needle.replaced else prompt[:0],
             candidates=candidates,
             answer_begin=max(1, count_shared([prompt, candidates[0]])),
         )
@@ -188,11 +204,13 @@ class Answer(NamedTuple):
         is_exact: greedy decoding from the question gives the right answer, token by token.
         rank: place of the right answer among the candidates, 1 is first; equals share the mean of their places.
         is_first: whether it is more probable than every other; a tie is not first.
+        is_old: greedy decoding gives the value that a changed fact had before.
     """
 
     is_exact: bool
     rank: float
     is_first: bool
+    is_old: bool = False
 
 
 class Plan(NamedTuple):
@@ -315,20 +333,24 @@ def score_answers(model: LanguageModel, texts: Sequence[RecallText], device: tor
     # NaN is neither ahead nor behind: a model that gives it knows nothing, and comes last.
     ahead = ahead + (np.isnan(others) | np.isnan(right)).sum(1)
     exact = find_exact(model, texts, device)
+    old = find_exact(model, texts, device, 1) if any(text.is_changed for text in texts) else exact
     return [
-        Answer(is_exact, float(1 + a + e / 2), bool(a + e == 0))
-        for is_exact, a, e in zip(exact, ahead, equal, strict=True)
+        Answer(is_exact, float(1 + a + e / 2), bool(a + e == 0), text.is_changed and is_old)
+        for text, is_exact, is_old, a, e in zip(texts, exact, old, ahead, equal, strict=True)
     ]
 
 
-def find_exact(model: LanguageModel, texts: Sequence[RecallText], device: torch.device) -> list[bool]:
-    """Whether greedy decoding gives each right answer.
+def find_exact(
+    model: LanguageModel, texts: Sequence[RecallText], device: torch.device, candidate: int = 0
+) -> list[bool]:
+    """Whether greedy decoding gives each right answer, or another of the candidates.
 
-    Read is the question with the right answer, and each of the answer's tokens must be the most probable one where it
-    stands. That is the same: greedy decoding has read the right tokens for as long as it has found them.
+    Read is the question with the answer, and each of the answer's tokens must be the most probable one where it
+    stands. That is the same: greedy decoding has read these tokens for as long as it has found them.
     """
     rows = [
-        Row(np.concatenate([text.opening, text.candidates[0]]), len(text.opening) + text.answer_begin) for text in texts
+        Row(np.concatenate([text.opening, text.candidates[candidate]]), len(text.opening) + text.answer_begin)
+        for text in texts
     ]
     input_ids, labels, mask = pad_rows(rows, device)
     targets = align_labels(labels, input_ids.shape[1])
@@ -353,7 +375,7 @@ def predict_tokens(model: LanguageModel, input_ids: Tensor, mask: Tensor | None,
 
 
 def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict[str, Any]:
-    """Of at least one trial the shares that are `exact` and `first`, with Wilson's intervals, and the `mean_rank`.
+    """Of at least one trial the shares that are `exact`, `old` and `first`, with Wilson's intervals, and `mean_rank`.
 
     The interval of the rank is a bootstrap one over trials. `answers` are the trials themselves.
     """
@@ -369,6 +391,7 @@ def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict
         mean_rank = Estimate(mean_rank.value, *find_interval(drawn, settings.confidence))
     return {
         "exact": share(sum(answer.is_exact for answer in answers)),
+        "old": share(sum(answer.is_old for answer in answers)),
         "first": share(sum(answer.is_first for answer in answers)),
         "mean_rank": mean_rank,
         "answers": answers,
@@ -481,7 +504,10 @@ class Recall(Measure):
         for task, cells in group_by_task(result).items():
             by_distance: dict[str, list[Column]] = {}
             for key, title in FIGURES.items():
-                write, better = (format_number, "lower") if key == "mean_rank" else (format_percent, "higher")
+                if key == "old" and task != "changed":
+                    continue
+                write = format_number if key == "mean_rank" else format_percent
+                better = "higher" if key in ("exact", "first") else "lower"
                 rows: dict[str, list[Column]] = {}
                 for cell in sorted(cells, key=lambda cell: (cell["depth"], cell["length"])):
                     length, found = f"{cell['length']:,}", cell["carried"][key]
