@@ -15,7 +15,7 @@ from new_llm.config import DataConfig, EvalConfig, TrainConfig
 from new_llm.experiments import ExperimentConfig, ModelConfig, run_experiment
 from new_llm.experiments.adapter import train_adapter
 from new_llm.experiments.config import AdapterDataConfig, AdapterTrainConfig, AdapterTrainingConfig
-from new_llm.models.layers.parallel_infini import AdapterConfig
+from new_llm.models.layers.infini import AdapterConfig
 
 
 def main() -> None:

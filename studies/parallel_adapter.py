@@ -39,7 +39,7 @@ from new_llm.experiments.run_folder import read_json, write_json
 from new_llm.models import load_model
 from new_llm.models.hf.gpt_neox import export_pythia
 from new_llm.models.hf.infini_adapter import add_parallel_infini
-from new_llm.models.layers.parallel_infini import AdapterConfig
+from new_llm.models.layers.infini import AdapterConfig
 
 SEGMENT = 64
 SEGMENTS = 8

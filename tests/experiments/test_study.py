@@ -341,7 +341,7 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
 def test_an_experiment_with_seeds_is_a_study(monkeypatch, tmp_path, capsys):
     given = []
     monkeypatch.setattr(study_module, "run_study", lambda study, **options: given.append((study, options)))
-    monkeypatch.setattr("new_llm.cli.study.run_training", lambda train, describe: train(Console(quiet=True)) or 130)
+    monkeypatch.setattr("new_llm.cli.training.run_training", lambda train, describe: train(Console(quiet=True)) or 130)
     flags = f"--models pythia infini --num-memories 2 --seeds 0 3 --name one --jobs 2 --runs-dir {tmp_path}".split()
     assert main(["experiment", *flags]) == 2  # --num-memories is an option of neither
     flags[3:5] = ["--model.num-memory-heads", "2"]

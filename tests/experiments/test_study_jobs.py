@@ -14,8 +14,7 @@ from rich.console import Console
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.train import ClusterConfig
-from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, InProcesses, OnCluster
-from new_llm.experiments.study_progress import StudyProgress
+from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, InProcesses, OnCluster, StudyProgress
 from new_llm.training import TrainingInterrupted
 
 CELLS = [Cell("reference", 0), Cell("no-delta", 0)]

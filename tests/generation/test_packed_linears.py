@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from new_llm.models.decoding_weights import MAX_PACKED_ROWS as MAX_ROWS
-from new_llm.models.decoding_weights import can_pack, pack_linear
+from new_llm.models.decoding import MAX_PACKED_ROWS as MAX_ROWS
+from new_llm.models.decoding import can_pack, pack_linear
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="no oneDNN here")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from new_llm.models import TransformerLM
-from new_llm.models.decoding_weights import DecodingWeights
+from new_llm.models.decoding import DecodingWeights
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import MAX_STEP_ROWS, PythiaStep

@@ -12,8 +12,7 @@ import torch
 
 from new_llm.config import PythiaConfig
 from new_llm.models import create_model, generation
-from new_llm.models.captured import CapturedCall
-from new_llm.models.decoding_weights import DecodingWeights
+from new_llm.models.decoding import CapturedCall, DecodingWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 SHAPE = PythiaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)

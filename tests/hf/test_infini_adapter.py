@@ -26,7 +26,7 @@ from new_llm.models.hf.infini_adapter import (
     save_adapter,
     split_weights,
 )
-from new_llm.models.layers.parallel_infini import AdapterConfig
+from new_llm.models.layers.infini import AdapterConfig
 from new_llm.models.tensor_files import fingerprint_weights, hash_content
 from new_llm.training.preparation import group_parameters
 from tiny import make_shape

@@ -13,7 +13,7 @@ from torch import nn
 
 from model_cases import STACKS, build_model, text_ids
 from new_llm.models.ops.head_loss import linear_cross_entropy
-from new_llm.models.ops.kernels import SWITCH, build, check_tensor, native
+from new_llm.models.ops.kernels import SWITCH, check_tensor, native
 from new_llm.models.ops.kernels.native import Matrix, PythiaStep
 from new_llm.models.ops.local_attention import causal_attention
 
@@ -160,7 +160,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every compilation; a copy of the session's own library stands in for it."""
-    library = build.find_library(next(iter(build._list_places())), build._describe_build()[0])
+    library = native.find_library(next(iter(native._list_places())), native._describe_build()[0])
     assert library is not None
     made: list[Path] = []
 
@@ -168,14 +168,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(folder)
         return Path(shutil.copy(library, folder / "kernels.so"))
 
-    monkeypatch.setattr(build, "_compile", compile_kernels)
+    monkeypatch.setattr(native, "_compile", compile_kernels)
     return made
 
 
 @needs_compiler
 def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled, home):
-    build.load_library()
-    build.load_library()
+    native.load_library()
+    native.load_library()
     assert len(compiled) == 1
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert [path.suffix for path in home.iterdir()] == [".so"]
@@ -184,7 +184,7 @@ def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled, hom
 @needs_compiler
 @pytest.mark.parametrize("damage", ["truncated", "changed", "link", "writable by others", "empty"])
 def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home, damage, tmp_path):
-    build.load_library()
+    native.load_library()
     (path,) = home.glob("*.so")
     whole = path.read_bytes()
     if damage == "link":
@@ -195,7 +195,7 @@ def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home,
     else:
         path.unlink()  # the file itself is mapped into this process, which would die of SIGBUS if it shrank
         path.write_bytes({"truncated": whole[:5000], "changed": whole[:-1] + b"\0x", "empty": b""}[damage])
-    build.load_library()
+    native.load_library()
     assert len(compiled) == 2
     (path,) = home.glob("*.so")
     assert path.read_bytes() == whole
@@ -205,7 +205,7 @@ def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home,
 def plant(folder: Path) -> Path:
     """A library that anyone can put there who knows the key: it would run whatever its writer likes."""
     folder.mkdir(parents=True)
-    path = folder / f"{build._describe_build()[0]}.so"
+    path = folder / f"{native._describe_build()[0]}.so"
     path.write_bytes(b"no library at all")
     return path
 
@@ -215,7 +215,7 @@ def test_nothing_is_loaded_from_a_shared_cache(compiled, home, tmp_path, monkeyp
     shared = tmp_path / "shared"
     monkeypatch.setenv("NEW_LLM_CACHE", str(shared))
     planted = plant(shared / "native")
-    build.load_library()
+    native.load_library()
     assert len(compiled) == 1
     assert list(shared.rglob("*.so")) == [planted]
 
@@ -236,8 +236,8 @@ def test_a_folder_that_others_could_change_is_not_used(compiled, home, fault, tm
     if fault == "owner":
         mine = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
-    build.load_library()
-    build.load_library()
+    native.load_library()
+    native.load_library()
     assert len(compiled) == (2 if fault == "owner" else 1)
     kept = [path.parent for path in tmp_path.rglob("*.so")]
     assert kept == ([] if fault == "owner" else [tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"])
@@ -261,9 +261,9 @@ def test_a_compiler_that_fails_leaves_the_pytorch_form(monkeypatch, home, caplog
 
 UNDER_SANITIZERS = """
 import pytest
-from new_llm.models.ops.kernels import build
-build.FLAGS += ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-build.BUILD_SECONDS = 600
+from new_llm.models.ops.kernels import native
+native.FLAGS += ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+native.BUILD_SECONDS = 600
 raise SystemExit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *{files!r}]))
 """
 

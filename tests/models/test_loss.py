@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model_cases import HIDDEN_SIZE, LayerCase, assert_near, build_model, get_model, text_ids
 from new_llm.models import TransformerLM, create_model
+from new_llm.models.inputs import LossStatistics, align_labels
 from new_llm.models.layers import PythiaLayer
-from new_llm.models.loss import LossStatistics, align_labels
 from new_llm.models.ops import head_loss as module
 from new_llm.models.ops.head_loss import linear_cross_entropy, linear_cross_entropy_naive
 from new_llm.models.ops.kernels import native

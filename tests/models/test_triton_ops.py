@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from new_llm.config import PythiaConfig  # noqa: E402
 from new_llm.models import create_model  # noqa: E402
-from new_llm.models.decoding_weights import DecodingWeights  # noqa: E402
+from new_llm.models.decoding import DecodingWeights  # noqa: E402
 from new_llm.models.layers import (  # noqa: E402
     HierarchicalLayer,
     InfiniLayer,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
-from new_llm.report.render import place_series
+from new_llm.report.figures import place_series
 
 HOSTILE = '<script>alert(1)</script> "q" {"signal": "x"} datum.y \u202e 漢字'
 

@@ -10,7 +10,7 @@ from page import Page, read_page
 from new_llm.charts import line_chart
 from new_llm.config import UserError
 from new_llm.config.terminal import hide_home
-from new_llm.report.render import write_chart
+from new_llm.report.figures import write_chart
 from new_llm.report.results import make_run
 
 CHARTS = {
@@ -224,7 +224,7 @@ def test_no_home_folder_is_shared(four_models, tmp_path):
 
 
 def test_a_process_with_few_addresses_writes_the_page_without_charts(four_models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("new_llm.report.render.read_address_limit", lambda: 6 << 30)
+    monkeypatch.setattr("new_llm.report.figures.read_address_limit", lambda: 6 << 30)
     page = read_page([make_run(four_models)], tmp_path)
     assert "multi_memory has the lowest" in page.read()
     assert not set(page.ids()) & CHARTS

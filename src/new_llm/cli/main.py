@@ -30,12 +30,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export:Export", "export a model as a folder for Hugging Face's tools"),
     "generate": ("generate:Generate", "continue a text"),
     "inspect": ("eval:Inspect", "show what the memory knew about a text of yours, token by token"),
-    "lm-eval": ("lm_eval:LmEval", "lm-evaluation-harness with this project's models"),
+    "lm-eval": ("export:LmEval", "lm-evaluation-harness with this project's models"),
     "memory": ("memory:Memory", "fill, show, merge and compare memory files"),
-    "report": ("report:Report", "rewrite a run's report, or compare several runs"),
+    "report": ("runs:Report", "rewrite a run's report, or compare several runs"),
     "runs": ("runs:Runs", "list the runs of a folder, or show one"),
     "study": ("study:Study", "train and compare the variants of a study, with several seeds"),
-    "train-adapter": ("train_adapter:TrainAdapter", "train a memory adapter on an existing Pythia"),
+    "train-adapter": ("experiment:TrainAdapter", "train a memory adapter on an existing Pythia"),
 }
 
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130

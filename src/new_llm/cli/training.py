@@ -1,10 +1,11 @@
-"""What the commands that train share: where their settings come from, and how a training ends."""
+"""What the commands that train share: where settings come from, how a study is run, and how a training ends."""
 
 import dataclasses
 import re
+import shlex
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -13,12 +14,16 @@ import tyro
 
 from new_llm.cli.command import Command, read_flags
 from new_llm.cli.main import end_quietly, is_main_process
+from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.loading import RunSettings, find_committed, read_settings
-from new_llm.config.terminal import make_line, open_console
+from new_llm.config.terminal import make_line, open_console, print_text
+from new_llm.config.train import ClusterConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from new_llm.experiments.config import StudyConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -96,6 +101,61 @@ class TrainingCommand(Command):
             for measure, line in (item for found in refused for item in found.items()):
                 print(f"new-llm: {measure} is not measured: {make_line(line)}", file=sys.stderr)
         return 2 if refused else 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class StudyFlags:
+    """How the runs of a study are run."""
+
+    jobs: int | None = None
+    """Runs in parallel, each in its own process with its share of the cores; faster for small models. None: one,
+    or on a cluster all."""
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+
+    def run(self, study: "StudyConfig", again: Sequence[str], only: Sequence[str] = ()) -> int:
+        """Train what has not been trained, compare, and print the table.
+
+        Args:
+            again: the words that continue it, if it is interrupted.
+            only: variants to run now.
+        """
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"--jobs: {self.jobs} must be at least 1")
+        given = {name: value for name, value in vars(self.cluster).items() if value not in (None, (), {})}
+        study = dataclasses.replace(study, cluster=dataclasses.replace(study.cluster, **given))
+
+        from new_llm.experiments.study import FIGURES_FILE, SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
+        from new_llm.experiments.study_jobs import LOGS_FOLDER
+        from new_llm.experiments.study_table import make_tables, render_introduction
+        from new_llm.report import ColumnTable, write_report
+        from new_llm.report.study_page import STUDY_PAGE, write_study_page
+
+        def train(console: "Console") -> dict[str, Any]:
+            said = f"{study.name}: {study.question}\n{len(plan_cells(study, only))} runs in {study.folder}"
+            if study.cpu_minutes:
+                said += f"; the whole study took about {study.cpu_minutes:g} minutes on two cores when it was written"
+            console.print(f"{said}\nwhat each run prints: {study.folder / LOGS_FOLDER}", soft_wrap=True)
+            return run_study(
+                study,
+                only=only,
+                jobs=self.jobs,
+                console=console,
+                write_report=write_report,
+                write_page=write_study_page,
+            )
+
+        summary = run_training(train, lambda _: shlex.join(["new-llm", *again]))
+        if isinstance(summary, int):
+            return summary
+        console = open_console()
+        console.print(render_introduction(summary), highlight=False, markup=False)
+        for title, rows in make_tables(summary):
+            console.print(
+                "", f"{make_line(title)}.", ColumnTable.of_words(rows), sep="\n", highlight=False, markup=False
+            )
+        files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
+        print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
+        return 0
 
 
 def run_training(

@@ -1,9 +1,8 @@
 """Configuration without torch: a dataclass for every section, and YAML that rejects what it does not know."""
 
-from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.model import PythiaConfig
-from new_llm.config.train import TrainConfig
+from new_llm.config.train import DataConfig, TrainConfig
 
 __all__ = ["DataConfig", "EvalConfig", "PythiaConfig", "TrainConfig", "UserError"]

@@ -16,12 +16,11 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import EvalConfig
 from new_llm.config.files import read_text_file, shorten
 from new_llm.config.sections import describe_validation_error
-from new_llm.config.train import TrainConfig
+from new_llm.config.train import DataConfig, TrainConfig
 
 
 def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:

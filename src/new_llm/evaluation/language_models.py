@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from new_llm.config import UserError
 from new_llm.config.model import CacheConfig
 from new_llm.models.cache import TextCache, mix
-from new_llm.models.loss import align_labels, compute_token_losses
+from new_llm.models.inputs import align_labels, compute_token_losses
 from new_llm.models.transformer import SCORED_ROWS
 
 

@@ -49,7 +49,7 @@ from new_llm.evaluation.scoring import (
 from new_llm.evaluation.statistics import Estimate, draw_resamples, find_interval, find_share_interval
 from new_llm.formats import format_number, format_percent
 from new_llm.models import TransformerLM
-from new_llm.models.loss import IGNORE_INDEX, align_labels
+from new_llm.models.inputs import IGNORE_INDEX, align_labels
 
 TASKS = {"passkey": "pass keys", "facts": "facts", "changed": "changed facts"}
 """What readers know the tasks by."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.models.loss import IGNORE_INDEX
+from new_llm.models.inputs import IGNORE_INDEX
 from new_llm.processes import ALONE, Processes
 
 Autocast = Callable[[], AbstractContextManager[Any]]

@@ -11,15 +11,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 import tyro
 from pydantic import AfterValidator, Field, model_serializer
 
-from new_llm.config.data import DataConfig
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig, RecallConfig
 from new_llm.config.loading import RunSettings, TrainingSettings, settings_from_dict
 from new_llm.config.model import SIZES, PythiaConfig, check_adapter_suffix
 from new_llm.config.sections import read_field_docs, section, short
-from new_llm.config.train import ClusterConfig, TrainConfig
+from new_llm.config.train import ClusterConfig, DataConfig, TrainConfig
 from new_llm.models.factory import MODEL_KINDS, RECIPES, find_model_kind, find_places, resolve_options
-from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniLayer
+from new_llm.models.layers.infini import AdapterConfig, ParallelInfiniLayer
 
 T = TypeVar("T")
 

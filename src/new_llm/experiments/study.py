@@ -26,8 +26,7 @@ from new_llm.experiments.config import STUDY_FILE, StudyConfig, name_model_folde
 from new_llm.experiments.evaluation import describe_evaluation, load_baselines, plain_settings, prepare_subject
 from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
-from new_llm.experiments.study_jobs import Cell, InProcesses, InTurn, OnCluster, Pool
-from new_llm.experiments.study_progress import StudyProgress
+from new_llm.experiments.study_jobs import Cell, InProcesses, InTurn, OnCluster, Pool, StudyProgress
 from new_llm.experiments.study_table import describe_study, render_csv, render_markdown
 from new_llm.experiments.subject import load_any_model
 from new_llm.training.log import read_metrics

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from new_llm.config.model import GenerationConfig
 from new_llm.models.cache import TextCache
-from new_llm.models.captured import CapturedCall
-from new_llm.models.decoding_weights import DecodingWeights
+from new_llm.models.decoding import CapturedCall, DecodingWeights
 from new_llm.models.inputs import check_input_ids, check_mask, mark_valid, plan_packing
 from new_llm.models.sampling import StoppingText, TokenSampler
 

@@ -16,10 +16,20 @@ from new_llm.config.model import MAX_LAYERS
 from new_llm.config.sections import section, short
 from new_llm.models.generation import GenerationStatistics, generate
 from new_llm.models.held_memory import HeldMemory, LayerMemories
-from new_llm.models.inputs import Packing, check_input_ids, check_mask, check_targets, mark_valid, plan_packing
+from new_llm.models.inputs import (
+    IGNORE_INDEX,
+    LossStatistics,
+    Packing,
+    align_labels,
+    check_input_ids,
+    check_mask,
+    check_targets,
+    compute_token_losses,
+    mark_valid,
+    plan_packing,
+)
 from new_llm.models.layers import Attention, Layer, ReadTokens, Segments
 from new_llm.models.layers.base import initialize_weights
-from new_llm.models.loss import IGNORE_INDEX, LossStatistics, align_labels, compute_token_losses
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.stream import MemoryStream
 

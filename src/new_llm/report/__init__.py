@@ -1,7 +1,7 @@
 """The report of experiments: a page to show, charts as files, and tables for the console."""
 
+from new_llm.report.figures import write_chart, write_charts
 from new_llm.report.page import write_page, write_report
-from new_llm.report.render import write_chart, write_charts
 from new_llm.report.results import load_results, make_run, read_runs
 from new_llm.report.tables import ColumnTable, SummaryTable
 

@@ -21,7 +21,7 @@ from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
 from new_llm.formats import format_number
-from new_llm.report import render
+from new_llm.report import figures
 from new_llm.report.figures import COMPUTE_NOTE, draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import (
@@ -109,12 +109,12 @@ def write_page(runs: Sequence[Run], path: Path, *, with_figures: bool = True) ->
     The page loads nothing: style, script and charts are inside it. Each file appears whole or not at all.
     """
     series = group_series(runs)
-    if obstacle := render.find_obstacle():
+    if obstacle := figures.find_obstacle():
         print_text(f"new-llm: {path}: {obstacle}", stderr=True)
     charts = {} if obstacle else draw_charts(series)
     write_text_atomically(path, render_page(runs, series, charts, with_figures=with_figures))
     if with_figures:
-        render.write_charts([chart for group in charts.values() for chart in group], path.parent / FIGURES_FOLDER)
+        figures.write_charts([chart for group in charts.values() for chart in group], path.parent / FIGURES_FOLDER)
 
 
 def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
@@ -122,7 +122,7 @@ def draw_charts(series: Sequence[Series]) -> dict[Place, list[Chart]]:
     places = list_places(series)
     drawn = {place: draw_measure(list_results(series, place), place) for place in places}
     own = {("training", ""): draw_training(series), ("memory", ""): draw_memory(series)}
-    apart = render.name_apart(chart for charts in (drawn | own).values() for chart in charts)
+    apart = figures.name_apart(chart for charts in (drawn | own).values() for chart in charts)
     return {place: list(islice(apart, len(charts))) for place, charts in (drawn | own).items()}
 
 
@@ -234,16 +234,16 @@ def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str
     views = []
     for chart in charts:
         try:  # a user's own specification perhaps
-            svg = Markup(render.draw_for_page(chart, chart.spec, places))
-            other = Markup(render.draw_for_page(chart, chart.other, places)) if chart.other else None
+            svg = Markup(figures.draw_for_page(chart, chart.spec, places))
+            other = Markup(figures.draw_for_page(chart, chart.other, places)) if chart.other else None
         except BROKEN:
             continue
-        table = base64.b64encode(render.write_table(chart).encode()).decode()
+        table = base64.b64encode(figures.write_table(chart).encode()).decode()
         label = make_line(chart.view or chart.title)
         csv, files = f"data:text/csv;charset=utf-8;base64,{table}", []
         if with_figures:
             files = [(kind, f"{FIGURES_FOLDER}/{chart.name}.{kind.lower()}") for kind in ("SVG", "PNG")]
-        key = [(make_line(name), *_draw_mark(place)) for name, place in render.place_series(chart, places).items()]
+        key = [(make_line(name), *_draw_mark(place)) for name, place in figures.place_series(chart, places).items()]
         views.append(View(label, svg, other, chart.is_log, csv, chart.name, files, key))
     first = charts[0]
     name, number = first.name, 2
@@ -266,7 +266,7 @@ _MARKS = (
 
 
 def _draw_mark(place: int) -> tuple[str, Markup]:
-    color, _ = render.choose_mark(place)
+    color, _ = figures.choose_mark(place)
     path = _MARKS[place % len(_MARKS)]
     return color, Markup(f'<svg viewBox="0 0 10 10" aria-hidden="true"><path d="{path}" fill="currentColor"/></svg>')
 

@@ -19,8 +19,8 @@ from new_llm.experiments.study_table import (
     list_cells,
     list_results,
 )
+from new_llm.report.figures import name_apart, write_charts
 from new_llm.report.page import FIGURES_FOLDER, fill_template, list_shown
-from new_llm.report.render import name_apart, write_charts
 from new_llm.report.results import draw_measure
 
 STUDY_PAGE = "study.html"

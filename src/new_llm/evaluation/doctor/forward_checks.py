@@ -19,7 +19,7 @@ from new_llm.evaluation.doctor.registry import (
 )
 from new_llm.evaluation.perplexity import evaluate_sliding_window
 from new_llm.evaluation.scoring import Reading, select_documents
-from new_llm.models.loss import IGNORE_INDEX
+from new_llm.models.inputs import IGNORE_INDEX
 
 CONTEXT = 1024  # tokens in a window of the check of skill
 LOSS_MARGIN = 0.02  # nats by which autocast may change the mean loss

@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models.hf.folder import find_token_ids, stage_folder, wrap_tokenizer, write_tokenizer
+from new_llm.models.inputs import IGNORE_INDEX, compute_token_losses
 from new_llm.models.layers import Attention
 from new_llm.models.layers.base import initialize_weights
-from new_llm.models.loss import IGNORE_INDEX, compute_token_losses
 from new_llm.models.model_file import FORMAT_VERSION, build_model, describe_model
 from new_llm.models.state import map_tensors
 from new_llm.models.stream import MemoryStream

@@ -38,7 +38,7 @@ from new_llm.config.sections import describe_validation_error, section
 from new_llm.models.hf.gpt_neox import load_pythia, split_heads_anew
 from new_llm.models.layers import Layer, ParallelInfiniLayer, PythiaLayer
 from new_llm.models.layers.base import initialize_weights
-from new_llm.models.layers.parallel_infini import AdapterConfig, ParallelInfiniOptions
+from new_llm.models.layers.infini import AdapterConfig, ParallelInfiniOptions
 from new_llm.models.model_file import STRUCTURE_FILE, load_model
 from new_llm.models.tensor_files import (
     DIGEST,

@@ -15,10 +15,9 @@ from new_llm.models.layers.base import (
 from new_llm.models.layers.compressive import CompressiveAttention
 from new_llm.models.layers.gated_delta import GatedDeltaLayer
 from new_llm.models.layers.hierarchical import HierarchicalLayer
-from new_llm.models.layers.infini import InfiniLayer
+from new_llm.models.layers.infini import InfiniLayer, ParallelInfiniLayer
 from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer
 from new_llm.models.layers.multi_memory import MultiMemoryLayer
-from new_llm.models.layers.parallel_infini import ParallelInfiniLayer
 from new_llm.models.layers.pythia import PythiaLayer
 from new_llm.models.layers.rmt import RecurrentMemoryStack
 from new_llm.models.layers.token_memory import TokenMemoryLayer

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.config.sections import section
-from new_llm.models.loss import IGNORE_INDEX
+from new_llm.models.inputs import IGNORE_INDEX
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
 

@@ -1,16 +1,23 @@
-"""The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head."""
+"""The Infini layer: banks of one compressive memory, written in turn, mixed by weights learned per head.
+
+Then the parallel adapter, which puts such a memory beside an unchanged Pythia layer.
+"""
 
 import math
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from new_llm.config import PythiaConfig, UserError
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import check_divides, register_layer
-from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
+from new_llm.models.layers.base import Segments, Step, check_divides, register_layer
+from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions, OpenSegment
+from new_llm.models.layers.memory_layer import MemoryLayer
+from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
 from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
 
@@ -90,3 +97,134 @@ def compute_alibi_slopes(num_heads: int) -> list[float]:
     if power < num_heads:
         slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: num_heads - power]
     return slopes
+
+
+# The parallel adapter
+
+
+@section
+class ParallelInfiniOptions(InfiniOptions):
+    """The memory beside one layer: Base(x) + α · Infini(LN x)."""
+
+    initial_alpha: Annotated[float, short("--initial-alpha")] = 0.0
+    """Initial α; 0: the adapted model equals the base bit for bit."""
+
+
+@section
+class AdapterConfig(ParallelInfiniOptions):
+    """The adapter section: a memory beside some layers of a GPT-NeoX."""
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), short("--layers")] = (0,)
+    """The layers, by their index, that get a memory beside them."""
+    init: Annotated[Literal["base", "random"], short("--init")] = "base"
+    """The memory's weights at the start: those of the attention that it stands beside, or drawn anew."""
+    zero_init_dense: Annotated[bool, short("--zero-init-dense")] = False
+    """Begin with an output projection of zeros: with any α the adapted model is the base at first."""
+    freeze_base_model: Annotated[bool, short("--freeze")] = True
+    """Train the adapter's weights alone."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.layers)) != len(self.layers):
+            raise UserError(f"adapter.layers: {list(self.layers)} names a layer twice")
+
+
+@dataclass(frozen=True)
+class OpenBranches:
+    """The two branches' states of the open segments."""
+
+    base: KeyValueCache | None
+    infini: OpenSegment | None
+
+
+@register_layer("parallel_infini", options=ParallelInfiniOptions, model_type=False)
+class ParallelInfiniLayer(MemoryLayer):
+    """Base(x) + α · Infini(LN x): a GPT-NeoX layer, and beside it an Infini attention that reads the same input.
+
+    Infini is that of `InfiniLayer`: compressive memory, local linear attention, gates, and an output projection. With
+    α = 0 the output equals the base layer's bit for bit, whatever the memory holds.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of the base layer's softmax attention.
+        intermediate_size: width of the base layer's MLP.
+        rotary_pct: share of each head of the base layer that is rotated.
+        rotary_emb_base: base of its rotary wavelengths.
+        layer_norm_eps: ε of all LayerNorms.
+        base_name: directory or hub name of the base layer's weights; only recorded.
+        options: fields of `ParallelInfiniOptions`.
+
+    Raises:
+        ValueError: heads that do not divide the hidden size, or an option out of range.
+    """
+
+    index_key: ClassVar[str] = InfiniLayer.index_key
+    can_step_in_place = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        rotary_pct: float = PythiaConfig.rotary_pct,
+        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+        base_name: str | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = ParallelInfiniOptions(**options)
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.base_name = base_name
+        self.base_layer = PythiaLayer(
+            hidden_size,
+            num_heads,
+            intermediate_size,
+            rotary_pct=rotary_pct,
+            rotary_emb_base=rotary_emb_base,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.attention = InfiniAttention(hidden_size, chosen.num_memory_heads, chosen)
+        self.attention.set_positions(rotary_pct, rotary_emb_base)
+        self.alpha = nn.Parameter(torch.tensor(float(chosen.initial_alpha)))
+
+    def forward(
+        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Whole segments through both branches; see `Layer.forward`."""
+        segments = segments or Segments()
+        base, _ = self.base_layer(hidden, None, segments)
+        recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments)
+        return self._add(base, recalled), memory
+
+    def step(
+        self, hidden: Tensor, opened: OpenBranches | None, memory: MemoryState | None, step: Step
+    ) -> tuple[Tensor, OpenBranches]:
+        """More tokens through both branches; see `Layer.step`."""
+        opened = opened or OpenBranches(None, None)
+        base, cache = self.base_layer.step(hidden, opened.base, None, step)
+        recalled, sums = self.attention.step(self.input_layernorm(hidden), opened.infini, memory, step)
+        return self._add(base, recalled), OpenBranches(cache, sums)
+
+    def end_segments(
+        self, opened: OpenBranches | None, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[Any, MemoryState | None]:
+        """Write and clear the open segments of some rows; see `Layer.end_segments`."""
+        if opened is None:
+            return None, memory
+        sums, memory = self.attention.end_segments(opened.infini, memory, ended)
+        cache, _ = self.base_layer.end_segments(opened.base, None, ended)
+        return OpenBranches(cache, sums), memory
+
+    def _add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        return hidden + self.alpha.to(mixed.dtype) * mixed
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """β, the bank weights and α."""
+        return [*super().gate_parameters(), self.alpha]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The layer's own weights by name: all but the base layer's."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("base_layer.")}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from new_llm.models.loss import IGNORE_INDEX
+from new_llm.models.inputs import IGNORE_INDEX
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
 
