@@ -126,7 +126,7 @@ class StudyFlags:
 
         from new_llm.experiments.study import FIGURES_FILE, SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_jobs import LOGS_FOLDER
-        from new_llm.experiments.study_table import make_tables, render_introduction
+        from new_llm.experiments.study_table import COST, make_tables, render_introduction
         from new_llm.report import ColumnTable, write_report
         from new_llm.report.study_page import STUDY_PAGE, write_study_page
 
@@ -149,10 +149,16 @@ class StudyFlags:
             return summary
         console = open_console()
         console.print(render_introduction(summary), highlight=False, markup=False)
-        for title, rows in make_tables(summary):
-            console.print(
-                "", f"{make_line(title)}.", ColumnTable.of_words(rows), sep="\n", highlight=False, markup=False
-            )
+        tables = list(make_tables(summary))
+        main = {tables[0][0], f"Against {summary['reference']}", COST}
+        for title, rows in tables:
+            if title in main:
+                console.print(
+                    "", f"{make_line(title)}.", ColumnTable.of_words(rows), sep="\n", highlight=False, markup=False
+                )
+        others = [make_line(title) for title, _ in tables if title not in main]
+        if others:
+            console.print(f"\nalso in the page and the table: {'; '.join(others)}", highlight=False, markup=False)
         files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
         print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
         return 0
