@@ -78,9 +78,7 @@ def test_unknown_model_type(model_type):
     refuse(lambda: create_model(model_type, CONFIG), repr(str(model_type)), *ModelType)
 
 
-def test_options_reach_the_layer():
-    """And the defaults are DESIGN's."""
-
+def test_the_defaults_are_the_design_s_and_options_reach_the_layer():
     def read(kind: str, **options: Any) -> tuple[Any, ...]:
         layer = create_model(kind, CONFIG, **options).layers[0].attention
         return layer.num_memory_heads, layer.num_memories, layer.segments_per_memory, layer.use_delta_rule
@@ -90,13 +88,7 @@ def test_options_reach_the_layer():
     for kind in ("multi_memory", "hierarchical"):
         assert read(kind) == (4, 4, 1, True)
         assert read(kind, num_memories=8, num_memory_heads=2, use_delta_rule=False) == (2, 8, 1, False)
-    for options in ({}, {"num_memory_heads": 3, "memory_key_size": 5, "read_gate_init": 1.5, "read_scale_init": 0.25}):
-        tokens = create_model("token_memory", CONFIG, **options).layers[-1].attention
-        assert tokens.gate.tolist() == [options.get("read_gate_init", -1.0)] * options.get("num_memory_heads", 4)
-        assert tokens.head_size == options.get("memory_key_size", CONFIG.hidden_size // 2)
-        assert tokens.read_scale.tolist() == [options.get("read_scale_init", 30.0)]
     assert create_model("infini", CONFIG).segment_length == CONFIG.max_position_embeddings
-    assert create_model("infini", CONFIG, segment_length=7).segment_length == 7
 
 
 @pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical"])
@@ -132,49 +124,41 @@ def test_shapes_out_of_range(values, words):
     refuse(lambda: PythiaConfig(**{"num_attention_heads": 4, **values}), *words)
 
 
-@pytest.mark.parametrize(
-    ("layer_type", "options", "message"),
-    [
-        (InfiniLayer, {"key_features": "unit"}, "unit keys are signed"),
-        (
-            InfiniLayer,
-            {"key_features": "unit", "use_normalizer": False, "normalize_keys": True},
-            "unit keys are signed",
-        ),
-        (MultiMemoryLayer, {"router": "top1", "use_token_decay": True}, "not router top1 or hierarchy fenwick"),
-        (InfiniLayer, {"use_normalizer": False}, "diverges on keys longer than 1"),
-        (
-            HierarchicalLayer,
-            {"hierarchy": "fenwick", "use_normalizer": False, "key_features": "softmax"},
-            "not router top1 or hierarchy fenwick",
-        ),
-    ],
-)
-def test_rules_that_do_not_fit_are_refused(layer_type, options, message):
-    with pytest.raises(UserError, match=message):
-        layer_type(16, 2, 24, **options)
+UNIT: dict[str, Any] = {"key_features": "unit"}
+NO_LAYER: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "signed keys": (lambda: InfiniLayer(16, 2, 24, **UNIT), ("unit keys are signed",)),
+    "signed keys, divided by their sum": (
+        lambda: InfiniLayer(16, 2, 24, **UNIT, use_normalizer=False, normalize_keys=True),
+        ("unit keys are signed",),
+    ),
+    "long keys": (lambda: InfiniLayer(16, 2, 24, use_normalizer=False), ("diverges on keys longer than 1",)),
+    "a router that decays": (
+        lambda: MultiMemoryLayer(16, 2, 24, router="top1", use_token_decay=True),
+        ("not router top1 or hierarchy fenwick",),
+    ),
+    "a tree without z": (
+        lambda: HierarchicalLayer(16, 2, 24, hierarchy="fenwick", use_normalizer=False, key_features="softmax"),
+        ("not router top1 or hierarchy fenwick",),
+    ),
+    "no heads": (lambda: PythiaLayer(32, 0, 48), ("heads", "0", "32")),
+    "three heads": (lambda: PythiaLayer(32, 3, 48), ("heads", "3", "32")),
+    "three memory heads": (lambda: InfiniLayer(32, 4, 48, num_memory_heads=3), ("num_memory_heads", "3")),
+    "no memory heads": (lambda: HierarchicalLayer(32, 4, 48, num_memory_heads=0), ("num_memory_heads", "0")),
+    "odd rotation": (lambda: PythiaLayer(32, 4, 48, rotary_pct=0.4), ("rotary_pct", "0.4", "even")),
+    "no layers": (lambda: TransformerLM([]), ("layers", "at least one")),
+    "two widths": (lambda: TransformerLM([PythiaLayer(32, 4, 48), InfiniLayer(16, 2, 24)]), ("16", "32")),
+    "a head's memory below": (
+        lambda: TransformerLM([TokenMemoryLayer(32), PythiaLayer(32, 4, 48)]),
+        ("token_memory", "can only be among the last"),
+    ),
+    "no words": (lambda: TransformerLM([PythiaLayer(32, 4, 48)], vocab_size=0), ("vocab_size", "0")),
+    "no segment": (lambda: TransformerLM([PythiaLayer(32, 4, 48)], segment_length=-3), ("segment_length", "-3")),
+}
 
 
-@pytest.mark.parametrize("heads", [0, 3])
-@pytest.mark.parametrize("layer_type", [PythiaLayer, InfiniLayer, HierarchicalLayer])
-def test_heads_that_do_not_divide_the_hidden_size(layer_type, heads):
-    if layer_type is not InfiniLayer:  # whose memory has one head unless asked
-        refuse(lambda: layer_type(32, heads, 48), "heads", str(heads), "32")
-    if layer_type is not PythiaLayer:
-        refuse(lambda: layer_type(32, 4, 48, num_memory_heads=heads), "num_memory_heads", str(heads))
-
-
-def test_an_odd_number_of_rotated_dimensions():
-    refuse(lambda: PythiaLayer(32, 4, 48, rotary_pct=0.4), "rotary_pct", "0.4", "even")
-
-
-def test_models_without_layers_or_of_different_layers():
-    pythia = PythiaLayer(32, 4, 48)
-    refuse(lambda: TransformerLM([]), "layers", "at least one")
-    refuse(lambda: TransformerLM([pythia, InfiniLayer(16, 2, 24)]), "16", "32")
-    refuse(lambda: TransformerLM([TokenMemoryLayer(32), pythia]), "token_memory", "can only be among the last")
-    refuse(lambda: TransformerLM([pythia], vocab_size=0), "vocab_size", "0")
-    refuse(lambda: TransformerLM([pythia], segment_length=-3), "segment_length", "-3")
+@pytest.mark.parametrize(("build", "words"), NO_LAYER.values(), ids=NO_LAYER)
+def test_what_makes_no_layer_and_no_model(build, words):
+    refuse(build, *words)
 
 
 # Calls

@@ -27,8 +27,8 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["pythia", "infini", "selective", "token_memory"])
 def test_the_head_is_the_embedding_through_training(kind, ids):
     model = make(kind).train()
-    assert model.num_parameters()["lm_head"] == 0
     parts = model.num_parameters()
+    assert parts["lm_head"] == 0
     assert parts["total"] == parts["embedding"] + parts["transformer"] == sum(p.numel() for p in model.parameters())
     optimizer = make_optimizer(model, TrainConfig(learning_rate=0.1))
     before = model.embed_in.weight.detach().clone()
@@ -36,8 +36,7 @@ def test_the_head_is_the_embedding_through_training(kind, ids):
     optimizer.step()
     assert model.embed_out.weight is model.embed_in.weight
     assert (model.embed_in.weight != before).any()
-    hidden = model.compute_hidden(ids)
-    torch.testing.assert_close(model(ids), hidden @ model.embed_in.weight.t())
+    torch.testing.assert_close(model(ids), model.compute_hidden(ids) @ model.embed_in.weight.t())
 
 
 def test_gradients_are_those_of_both_places(ids):
@@ -49,35 +48,23 @@ def test_gradients_are_those_of_both_places(ids):
 
 
 @pytest.mark.parametrize("kind", ["pythia", "selective", "token_memory"])
-def test_a_saved_model_is_tied_again(kind, ids, tmp_path):
+def test_saved_copied_or_loaded_it_stays_tied_until_it_is_untied(kind, ids, tmp_path):
     model = make(kind)
     assert "embed_out.weight" not in model.state_dict()
     save_model(model, tmp_path)
-    again = load_model(tmp_path).eval()
-    assert again.embed_out.weight is again.embed_in.weight
-    assert torch.equal(again(ids), model(ids))
-    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
-    other = make(kind)
-    torch.nn.init.zeros_(other.embed_in.weight)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(ids), model(ids))
-
-
-def test_untied_the_logits_stay(ids):
-    model = make("pythia")
+    others = [load_model(tmp_path).eval(), copy.deepcopy(model)]
+    for assign in (False, True):
+        others.append(make(kind))
+        torch.nn.init.zeros_(others[-1].embed_in.weight)
+        others[-1].load_state_dict(model.state_dict(), assign=assign)
+    for other in others:
+        assert other.embed_out.weight is other.embed_in.weight
+        assert torch.equal(other(ids), model(ids))
     logits = model(ids)
     model.untie_embeddings()
     assert model.embed_out.weight is not model.embed_in.weight
     assert "embed_out.weight" in model.state_dict()
     assert torch.equal(model(ids), logits)
-
-
-def test_weights_that_are_assigned_stay_tied(ids):
-    model, other = make(), make()
-    torch.nn.init.zeros_(other.embed_in.weight)
-    other.load_state_dict(model.state_dict(), assign=True)
-    assert other.embed_out.weight is other.embed_in.weight
-    assert torch.equal(other(ids), model(ids))
 
 
 def test_shared_out_weights_refuse_them():
