@@ -12,9 +12,11 @@ import pytest
 import torch
 import vl_convert
 from rich.console import Console
+from tokenizers import Tokenizer
 
 import tiny
 from new_llm.data.sources import SOURCES
+from new_llm.data.tokenizer import train_tokenizer
 from new_llm.evaluation import MEASURES
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
@@ -102,6 +104,12 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = (speeches / name).read_text(encoding="utf-8")
         (folder / name).write_text(text[:3000], encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of the tiny text, of as many entries as the models of `tiny.make_model` know."""
+    return train_tokenizer(tiny.SPEECHES, 384)
 
 
 @pytest.fixture(scope="session")

