@@ -157,7 +157,6 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
             edges=(0, 16, 64, 256),
             max_documents=5,
             max_tokens_per_document=512,
-            num_resamples=20,
         ),
         recall=RecallConfig(lengths=(5,), depths=(0.5,), trials=2, num_resamples=20),
         **options,

@@ -221,7 +221,7 @@ def call(kind: str, run: Path, *arguments: object) -> int:
 def test_long_documents_with_baselines(run, tmp_path, capsys):
     out, gpt2 = tmp_path / "long.json", run.parent / "gpt2"
     flags = ["--baselines", f"{run}:pythia", gpt2, "--window-baselines", f"{run}:pythia", "--window-stride", 30]
-    flags += ["--edges", 0, 100, 5000, "--min-tokens", 300, "--num-resamples", 50, "--out", out]
+    flags += ["--edges", 0, 100, 5000, "--min-tokens", 300, "--out", out]
     assert call("long", run, *flags) == 0
     record = json.loads(out.read_text())
     assert (record["kind"], record["status"], record["settings"]["seed"]) == ("long", "complete", 0)

@@ -8,7 +8,7 @@ from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocume
 from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel, Caches, Subject, evaluate_streaming, tune_cache
 
-LONG = LongDocumentsConfig(min_tokens=30, edges=(0, 20), num_resamples=200)
+LONG = LongDocumentsConfig(min_tokens=30, edges=(0, 20))
 SETTINGS = CacheMeasureConfig(sizes=(3, 20), ngram_orders=(1, 3), thetas=(1.0, 8.0), segments_per_call=2)
 
 

@@ -27,7 +27,7 @@ from new_llm.evaluation import (
     evaluate_streaming,
 )
 from new_llm.evaluation.long_documents import plan_pairs
-from new_llm.evaluation.statistics import MIN_DOCUMENTS
+from new_llm.evaluation.statistics import MIN_DOCUMENTS, DocumentLosses, compare_models
 
 LENGTHS = [70, 3, 130, 65, 41, 17, 64, 16]
 DOCUMENTS = make_documents(LENGTHS)
@@ -37,9 +37,7 @@ LONG = [index for index, length in enumerate(LENGTHS) if length >= 17]
 
 
 def measure(model, split=SPLIT, *, hooks=None, **options):
-    settings = LongDocumentsConfig(
-        **({"min_tokens": 17, "edges": EDGES, "batch_size": 4, "num_resamples": 200} | options)
-    )
+    settings = LongDocumentsConfig(**({"min_tokens": 17, "edges": EDGES, "batch_size": 4} | options))
     return LongDocuments().run(Subject(model, None, split, EvalConfig(long_documents=settings), **(hooks or {})))
 
 
@@ -98,40 +96,31 @@ def test_partners_are_of_like_length_and_one_that_is_over_borrows():
 
 
 def check_figures(figures, columns, documents):
-    """A range's figures from the documents' sums, and its intervals from a loop over the resamples' draws."""
+    """A range's figures from the documents' sums; its intervals are those of `compare_models`."""
     counts = {way: np.array([[d["num_tokens"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
     totals = {way: np.array([[d["total_nll"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
     losses = {way: totals[way].sum() / counts[way].sum() for way in WAYS}
     assert figures["num_tokens"] == counts["carried"].sum()
     assert figures["num_documents"] == (counts["carried"] > 0).sum()
-    rng = np.random.default_rng(3)
     for way in WAYS:
         assert figures["perplexity"][way]["value"] == pytest.approx(math.exp(losses[way]))
     for way in WAYS[1:]:
         difference = figures["differences"][way]
         assert difference["nats"]["value"] == pytest.approx(losses["carried"] - losses[way])
         assert difference["relative"]["value"] == pytest.approx(math.exp(losses["carried"] - losses[way]) - 1)
-        drawn = []
-        for _ in range(1000):
-            chosen = rng.integers(len(documents), size=len(documents))
-            if counts["carried"][chosen].sum():
-                a, b = (totals[w][chosen].sum() / counts[w][chosen].sum() for w in ("carried", way))
-                drawn.append(a - b)
-        if figures["num_documents"] < MIN_DOCUMENTS:
-            assert difference["nats"]["low"] is difference["nats"]["high"] is None
-            continue
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        tolerance = 0.15 * (high - low) + 1e-12
-        assert difference["nats"]["low"] == pytest.approx(low, abs=tolerance)
-        assert difference["nats"]["high"] == pytest.approx(high, abs=tolerance)
-        assert difference["relative"]["low"] == pytest.approx(math.expm1(difference["nats"]["low"]))
+        own, other = (DocumentLosses(counts[w][:, None], totals[w][:, None], (0,)) for w in ("carried", way))
+        compared = compare_models({0: own}, {0: other})
+        assert (difference["nats"]["low"], difference["nats"]["high"]) == pytest.approx((compared.low, compared.high))
+        assert (difference["nats"]["low"] is None) == (figures["num_documents"] < MIN_DOCUMENTS)
+        if compared.low is not None:
+            assert difference["relative"]["low"] == pytest.approx(math.expm1(compared.low))
 
 
 WAYS = ("carried", "reset", "foreign")
 
 
 def test_figures_and_paired_intervals():
-    result = measure(BigramModel(), num_resamples=4000)
+    result = measure(BigramModel())
     starts = [(found["start"], found["end"]) for found in result["ranges"]]
     assert starts == [(0, 16), (16, 40), (40, 100), (100, 1000)]  # no token is a thousand away
     for column, figures in enumerate(result["ranges"]):

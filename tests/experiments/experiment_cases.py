@@ -33,7 +33,7 @@ def write_study(path: Path, addresses: Path, **changes: object) -> Path:
         "seeds": [0, 1],
         "baselines": ["pythia"],
         "window_baselines": ["whole"],
-        "long_documents": {"min_tokens": 64, "edges": [0, 128], "num_resamples": 50},
+        "long_documents": {"min_tokens": 64, "edges": [0, 128]},
         "caches": {"sizes": [20], "ngram_orders": [2], "thetas": [8.0]},
         "runs_dir": str(path.parent / "runs"),
     }

@@ -115,7 +115,7 @@ class LongDocuments(Evaluation):
     """Perplexity of long documents by distance from their start, three ways on the same weights.
 
     The memory is carried along the document; it is reset at every segment; it is that of another document. The
-    differences, with paired bootstrap intervals over documents, say whether memory helps. The text is --data.source,
+    differences, with intervals over documents that pair them, say whether memory helps. The text is --data.source,
     or the validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
     """
 

@@ -108,7 +108,7 @@ def check_edges(edges: tuple[int, ...], name: str) -> None:
 
 @section
 class IntervalConfig:
-    """How intervals are computed: by resampling the documents, trials or pairs that were measured."""
+    """How bootstrap intervals are computed: by resampling the trials or pairs that were measured."""
 
     num_resamples: Annotated[int, Field(gt=0)] = 2000
     """Bootstrap resamples that the intervals rest on."""
@@ -119,7 +119,7 @@ class IntervalConfig:
 
 
 @section
-class LongDocumentsConfig(IntervalConfig):
+class LongDocumentsConfig:
     """Which documents are long, in what ranges they are measured, and against what."""
 
     min_tokens: Annotated[int, Field(ge=2)] = 2048
@@ -142,6 +142,8 @@ class LongDocumentsConfig(IntervalConfig):
     context."""
     window_stride: Annotated[int | None, Field(gt=0)] = None
     """Tokens from one of these windows to the next; None: half a window."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence of the intervals over documents."""
 
     def __post_init__(self) -> None:
         check_edges(self.edges, "edges")

@@ -7,6 +7,7 @@ applied to the rest, and the other way round: so every document is measured with
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,7 @@ from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, Scores, evaluation_mode, find_device, join_rows, plan_segments
-from new_llm.evaluation.statistics import DocumentLosses, LossSums, draw_resamples, estimate_over_documents
+from new_llm.evaluation.statistics import DocumentLosses, LossSums, compare_models, estimate_perplexity
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
     Probabilities,
@@ -198,7 +199,6 @@ class Caches(Measure):
         if len(parts) < 2:
             return None
         indices, num_planned, lengths = indices[: len(parts)], int(lengths.sum()), lengths[: len(parts)]
-        resamples = draw_resamples(len(parts), choice.num_resamples, choice.seed)
         is_whole = choice.max_tokens_per_document is None or bool((split.lengths[indices] == lengths + 1).all())
         num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
         vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
@@ -216,18 +216,17 @@ class Caches(Measure):
             by_repetition[name] = LossSums(len(parts), range(1 + max(settings.ngram_orders, default=0)))
             for place, row in enumerate(losses):
                 by_repetition[name].add(Scores(np.full(len(row), place), longest[place], row))
-            total, bare = (sums[one].total_nll.sum(1) for one in (name, BARE))
-            ways = [(total, lengths), (bare, lengths)]
+            compared = compare_models({0: sums[name].losses}, {0: sums[BARE].losses}, choice.confidence)
+            assert compared is not None  # the documents are the same
+            total_nll = float(sums[name].total_nll.sum())
             caches.append(
                 {
                     "name": name,
                     "num_states": num_states,
                     "ngram_order": order,
-                    "perplexity": estimate_over_documents(np.exp, ways[:1], resamples, choice.confidence),
-                    "bits_per_byte": float(total.sum() / np.log(2) / num_bytes) if num_bytes else None,
-                    "relative": estimate_over_documents(
-                        lambda a, b: np.expm1(a - b), ways, resamples, choice.confidence
-                    ),
+                    "perplexity": estimate_perplexity(sums[name].losses, choice.confidence),
+                    "bits_per_byte": total_nll / math.log(2) / num_bytes if num_bytes else None,
+                    "relative": compared.relative,
                     "settings": tuned,
                     "size": describe_cache(
                         CacheConfig(num_states=num_states, ngram_order=order), hidden_size, vocab_size

@@ -12,14 +12,13 @@ so the partner's tokens meet this document's memory, and no memory has to be mov
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
@@ -40,11 +39,10 @@ from new_llm.evaluation.scoring import (
 )
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
-    Array,
     DocumentLosses,
     LossSums,
-    draw_resamples,
-    estimate_over_documents,
+    compare_models,
+    estimate_perplexity,
 )
 from new_llm.formats import WAYS, format_count, format_percent, format_size, name_range
 
@@ -206,52 +204,40 @@ def select_long_documents(split: TokenSplit, settings: LongDocumentsConfig) -> l
     return chosen
 
 
-def summarize_ranges(
-    sums: Mapping[str, LossSums], resamples: Array, confidence: float
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def summarize_ranges(sums: Mapping[str, LossSums], confidence: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of all tokens, and of each range of distance that holds one, as `LongDocuments.run` says.
 
     Args:
         sums: by way; `CARRIED` among them, with a token at least.
-        resamples: how often each document is drawn, [R, D].
         confidence: of the intervals.
     """
     starts = sums[CARRIED].edges.tolist()
 
-    def summarize(columns: list[int], start: int, end: int | None) -> dict[str, Any]:
-        ways: dict[str, tuple[Array, NDArray[np.int64]]] = {
-            name: (one.total_nll[:, columns].sum(1), one.counts[:, columns].sum(1)) for name, one in sums.items()
-        }
-        counts = ways[CARRIED][1]
-        measured = [name for name, (_, count) in ways.items() if count.any()]
-        comparable = [name for name in measured if name != CARRIED and (ways[name][1] == counts).all()]
-
-        def estimate(function: Callable[..., Any], *names: str) -> dict[str, float | None]:
-            chosen = [ways[name] for name in names]
-            return estimate_over_documents(function, chosen, resamples, confidence)._asdict()
-
+    def summarize(column: int | None, start: int, end: int | None) -> dict[str, Any]:
+        ways = {name: one.losses.select(column) for name, one in sums.items()}
+        counts = ways[CARRIED].num_tokens
+        measured = {name: way for name, way in ways.items() if way.num_tokens.any()}
+        compared = {name: compare_models({0: ways[CARRIED]}, {0: way}, confidence) for name, way in ways.items()}
         return {
             "start": start,
             "end": end,
             "num_tokens": int(counts.sum()),
             "num_documents": int((counts > 0).sum()),
-            "perplexity": {name: estimate(np.exp, name) for name in measured},
+            "perplexity": {name: estimate_perplexity(way, confidence)._asdict() for name, way in measured.items()},
             "differences": {
-                name: {
-                    "nats": estimate(np.subtract, CARRIED, name),
-                    "relative": estimate(lambda a, b: np.expm1(a - b), CARRIED, name),
-                }
-                for name in comparable
+                name: {"nats": found.estimate._asdict(), "relative": found.relative._asdict()}
+                for name, found in compared.items()
+                if found is not None and name != CARRIED
             },
         }
 
     spans = zip(starts, [*starts[1:], None], strict=True)
     ranges = [
-        summarize([column], start, end)
+        summarize(column, start, end)
         for column, (start, end) in enumerate(spans)
         if sums[CARRIED].counts[:, column].any()
     ]
-    return summarize(list(range(len(starts))), 0, None), ranges
+    return summarize(None, 0, None), ranges
 
 
 def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
@@ -280,9 +266,8 @@ class LongDocuments(Measure):
         """Perplexity by distance from the document's start, with the memory carried, reset and foreign; of a model
         without memory, whose ways are one, carried alone.
 
-        The ways share batches, and the intervals are percentile bootstrap ones over documents, paired: each resample
-        draws documents and takes the difference of the ways within them. An interval's ends are None where fewer than
-        MIN_DOCUMENTS documents have a token in the range.
+        The ways share batches and are compared in pairs, by document (`compare_models`). An interval's ends are None
+        where fewer than MIN_DOCUMENTS documents have a token in the range.
 
         `overall`, and each of the `ranges` of distance that holds a token, has `start`, `end` (None: open),
         `num_tokens` and `num_documents`; its `perplexity` by way (carried, reset, foreign where there are two
@@ -343,8 +328,7 @@ class LongDocuments(Measure):
         if not is_complete and not scorer.is_stopped:  # a bug in New-LLM; no number is better than a wrong one
             raise RuntimeError(f"scored {num_scored} of {num_planned} tokens")
         seconds = time.perf_counter() - began
-        resamples = draw_resamples(len(documents), settings.num_resamples, settings.seed)
-        overall, ranges = summarize_ranges(sums, resamples, settings.confidence)
+        overall, ranges = summarize_ranges(sums, settings.confidence)
         return {
             "overall": overall,
             "ranges": ranges,
@@ -368,9 +352,7 @@ class LongDocuments(Measure):
             "num_tokens": num_scored[CARRIED],
             "num_planned": num_planned,
             "is_complete": is_complete,
-            "num_resamples": settings.num_resamples,
             "confidence": settings.confidence,
-            "seed": settings.seed,
             "seconds": seconds,
             "tokens_per_second": sum(num_scored.values()) / seconds,
         }

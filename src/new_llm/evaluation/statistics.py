@@ -1,13 +1,14 @@
-"""Confidence intervals: a bootstrap over documents, pairs or trials, Wilson's for shares, Student's t over seeds.
+"""Confidence intervals: Student's t over documents and seeds, a bootstrap over pairs or trials, Wilson's for shares.
 
 Tokens of one document are not independent, and two models are measured on the same documents. So everything about
-perplexity is clustered by document, and models are compared in pairs, by seed and document, in nats per token, told in
-percent of the perplexity (`compare_models`). Fewer than MIN_DOCUMENTS documents or MIN_SEEDS seeds give no
-interval: so few say nothing about others. Seeds are of weights and order alone; the split of the documents is fixed.
+perplexity is clustered by document, and models, or two ways to read one, are compared in pairs, by seed and document,
+in nats per token, told in percent of the perplexity. `compare_models` alone makes such comparisons. Fewer than
+MIN_DOCUMENTS documents or MIN_SEEDS seeds give no interval: so few say nothing about others. Seeds are of weights and
+order alone; the split of the documents is fixed.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any, NamedTuple, Self
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from new_llm.evaluation.scoring import Scores
+from new_llm.evaluation.scoring import Scores, exp_or_inf
 
 Array = NDArray[np.float64]
 MIN_DOCUMENTS = 5
@@ -92,10 +93,16 @@ class Comparison(NamedTuple):
     by_seed: dict[Any, float]
 
     @property
+    def estimate(self) -> Estimate:
+        """The difference with its interval."""
+        return Estimate(self.nats, self.low, self.high)
+
+    @property
     def relative(self) -> Estimate:
         """The ratio of the perplexities − 1, with its interval."""
-        low, high = (None if nats is None else math.expm1(nats) for nats in (self.low, self.high))
-        return Estimate(math.expm1(self.nats), low, high)
+        with np.errstate(over="ignore"):
+            ends = (None if nats is None else float(np.expm1(nats)) for nats in (self.low, self.high))
+            return Estimate(float(np.expm1(self.nats)), *ends)
 
     @property
     def is_clear(self) -> bool:
@@ -127,6 +134,11 @@ class LossSums:
     def num_tokens(self) -> int:
         """Tokens scored."""
         return int(self.counts.sum())
+
+    @property
+    def losses(self) -> DocumentLosses:
+        """The sums, to be compared with others'."""
+        return DocumentLosses(self.counts, self.total_nll, tuple(self.edges.tolist()))
 
     def add(self, scores: Scores) -> None:
         """Count a batch."""
@@ -170,28 +182,6 @@ def find_interval(statistics: Array, confidence: float) -> Interval:
     return Interval(float(low), float(high))
 
 
-def estimate_over_documents(
-    function: Callable[..., Any],
-    ways: Sequence[tuple[NDArray[Any], NDArray[Any]]],
-    resamples: Array,
-    confidence: float,
-) -> Estimate:
-    """A function of the mean losses of one or more ways to read documents, with its interval over documents.
-
-    Args:
-        function: of the mean loss in nats of each way, e.g. np.exp or np.subtract.
-        ways: (total loss [D], tokens [D]) of each, on the same documents.
-        resamples: of `draw_resamples`, [R, D].
-        confidence: of the interval; there is none where fewer than MIN_DOCUMENTS documents have a token.
-    """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        value = function(*(total.sum() / count.sum() for total, count in ways))
-        if (ways[0][1] > 0).sum() < MIN_DOCUMENTS:
-            return Estimate(float(value), None, None)
-        drawn = function(*((resamples @ total) / (resamples @ count) for total, count in ways))
-    return Estimate(float(value), *find_interval(drawn, confidence))
-
-
 def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> float | None:
     """Standard error of the mean loss of a token, √(D/(D−1) · Σ_d (L_d − n_d L̄)²) / Σ_d n_d, clustered by document.
 
@@ -205,6 +195,19 @@ def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> f
     mean = total_nll.sum() / num_tokens.sum()
     residuals = (total_nll - num_tokens * mean)[is_read]
     return float(math.sqrt(count / (count - 1) * float(residuals @ residuals)) / num_tokens.sum())
+
+
+def estimate_perplexity(losses: DocumentLosses, confidence: float = 0.95) -> Estimate:
+    """exp of the mean loss of a token, all ranges together, with Student's interval over documents.
+
+    The interval is that of the mean loss, whose variance is clustered (`find_clustered_error`), as in `compare_models`.
+    """
+    counts, total = (part[:, 0] for part in losses.select(None)[:2])
+    loss, error = float(total.sum() / counts.sum()), find_clustered_error(total, counts)
+    if error is None:
+        return Estimate(exp_or_inf(loss), None, None)
+    half = _find_t_quantile(confidence, int((counts > 0).sum()) - 1) * error
+    return Estimate(exp_or_inf(loss), exp_or_inf(loss - half), exp_or_inf(loss + half))
 
 
 def compare_models(
@@ -249,6 +252,8 @@ def compare_models(
     if len(seeds) > 1:
         parts.append((float(by_seed.var(ddof=1)) / len(seeds), len(seeds) - 1))
     variance = sum(part for part, _ in parts)
+    if not math.isfinite(variance):  # of a model that broke
+        return found
     freedom = int(variance**2 / sum(part**2 / free for part, free in parts)) if variance else num_documents - 1
     spread, quantile = math.sqrt(variance), _find_t_quantile(confidence, freedom)
     half, visible = quantile * spread, (quantile + _find_t_quantile(2 * POWER - 1, freedom)) * spread
