@@ -98,6 +98,18 @@ def test_forward_sentences_are_trained_on_and_backward_ones_never(config):
         data.train.tokens[0] = 1
 
 
+def test_sentences_are_repeated_and_some_pairs_taught_backward(config):
+    config = replace(config, reversal_repeats=2, reversal_taught=3)
+    data = prepare_data(config)
+    taught = [pair for pair in PAIRS if pair.forward in data.info["reversal_taught"]]
+    assert len(taught) == 3 * len({pair.relation for pair in PAIRS})
+    lines = "\n".join(texts_of(data, data.train)[: data.train.num_pinned_documents]).split("\n")
+    once = [pair.forward for pair in PAIRS] + [pair.backward for pair in taught]
+    assert sorted(lines) == sorted(once * 2)
+    assert sorted(lines[: len(once)]) == sorted(once)
+    assert lines[: len(once)] != lines[len(once) :]
+
+
 def count_pinned(data: PreparedData) -> int:
     return int(data.train.offsets[data.train.num_pinned_documents])
 

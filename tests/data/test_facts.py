@@ -18,6 +18,7 @@ from new_llm.data.recall_facts import (
     _read_facts,
     choose_place,
     draw_needle,
+    draw_pairs_of_facts,
     encode_sentence,
     is_key_of,
     plant_sentence,
@@ -114,6 +115,28 @@ def test_a_changed_fact_is_asked_for_after_both_its_statements(split, tokenizer,
             old, new, asked = (text.split(".")[0] + "." for text in before.split(question)[1:])
             assert old != new == tokenizer.decode(planted.tokens[start:end].tolist())
             assert asked == "."
+            found += 1
+    assert found > 10
+
+
+@pytest.mark.parametrize("made_up", [0, 1])
+def test_a_fact_told_backward_ends_with_its_name(split, tokenizer, made_up):
+    """Before it the same fact is told forward, and only the name is marked."""
+    config = replace(CONFIG, planted_backward=1.0, planted_made_up=made_up)
+    planter, found = SamplePlanter(tokenizer, config, seed=0), 0
+    for begin in range(0, 4000, 500):
+        planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
+        edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        for first, last in edges[edges[:, 1] < 500]:
+            before, name = (
+                tokenizer.decode(planted.tokens[part].tolist()) for part in (slice(first), slice(first, last))
+            )
+            asked = [r for r in FACTS["relations"] if before.endswith(r["backward"].partition("{value}")[2])]
+            (value,) = {
+                before[before.rindex(start) + len(start) :].split()[0]
+                for start in (r["backward"].partition("{value}")[0] for r in asked)
+            }
+            assert any(f"{r['prompt'].format(name=name.strip(' .'))} {value}." in before for r in asked)
             found += 1
     assert found > 10
 
@@ -271,6 +294,19 @@ def test_train_and_eval_share_no_name_value_or_key():
     assert not keys["train"] & keys["eval"]
     assert all(is_key_of(key, "train") != is_key_of(key, "eval") for key in range(10_000, 10_200))
     assert np.mean([is_key_of(key, "eval") for key in range(10_000, 20_000)]) == pytest.approx(0.2, abs=0.02)
+
+
+def test_facts_in_both_directions_share_no_name():
+    pairs = draw_pairs_of_facts(50, 4, seed=0)
+    assert len({pair.subject for pair in pairs}) == len(pairs) == 200
+    assert {len({pair.object for pair in pairs if pair.relation == text}) for text in {p.relation for p in pairs}} == {
+        4
+    }
+    for pair in pairs[::20]:
+        assert pair.forward == pair.forward_prompt + f" {pair.object}."
+        assert pair.backward == pair.backward_prompt + f" {pair.subject}."
+        assert pair.subject in pair.forward_prompt
+        assert pair.object in pair.backward_prompt
 
 
 def test_borders_are_between_sentences():

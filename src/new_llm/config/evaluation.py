@@ -213,6 +213,13 @@ class ReversalConfig(IntervalConfig):
     """Prompts with answers that are scored at most: each relation asks for about twice the square of its pairs."""
     num_resamples: Annotated[int, Field(gt=0)] = 1000
     """Bootstrap resamples that the intervals rest on."""
+    places: Annotated[tuple[Literal["weights", "memory", "context"], ...], UNIQUE] = ()
+    """Where knowledge is asked for against a guess: weights, the pairs; memory and context, invented facts that a text
+    has just told and no training holds."""
+    fresh_texts: Annotated[int, Field(ge=5, le=64)] = 50
+    """Texts that tell such facts."""
+    facts_per_text: Annotated[int, Field(ge=2, le=4)] = 4
+    """Facts that each of them tells, all of one relation: their answers compete."""
 
 
 @section

@@ -172,6 +172,12 @@ class DataConfig:
     """Upper estimate of the characters in a token, by which to tell how much of a long source num_samples needs."""
     reversal_pairs: bool = True
     """Add the forward sentences of the reversal pairs to the training set."""
+    reversal_repeats: Annotated[int, Field(gt=0)] = 1
+    """How often an epoch holds each of these sentences, each time in another order. With more than one,
+    max_reversal_share must usually be raised."""
+    reversal_taught: Annotated[int, Field(ge=0)] = 0
+    """Pairs of each relation, drawn by split_seed, whose backward sentences are trained on as well. They teach how the
+    relation is told backward, and the curse is measured on the other pairs."""
     max_reversal_share: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of an epoch's training tokens that the reversal sentences may take. With a small text only some of the
     sentences join it, and none where fewer than a tenth of them would fit; 1: no limit."""
@@ -188,6 +194,8 @@ class DataConfig:
     planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1)] = ("facts",)
     """What is planted: passkey, a number of five digits; facts, one sentence about an invented person; changed, such a
     fact that is stated anew with another value before it is asked for."""
+    planted_backward: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the planted facts that are asked for backward: the value is given, and the name is the answer."""
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     num_workers: Annotated[int, Field(gt=0)] = 1

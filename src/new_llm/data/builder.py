@@ -181,7 +181,7 @@ class Builder:
 
             def sentences_and_texts() -> Iterator[str]:
                 if self.sentences and self._has_room_for_sentences(texts):
-                    yield "\n".join(self.sentences)
+                    yield "\n".join(dict.fromkeys(self.sentences))
                 for row in texts:
                     yield row["text"]
                     advance(1)

@@ -38,7 +38,7 @@ from new_llm.config.files import (
 )
 from new_llm.config.terminal import print_text
 from new_llm.data.builder import Builder, limit_characters, pack_sentences, shuffle_sentences
-from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs
 from new_llm.data.sources import Source, open_source
 from new_llm.data.tokenizer import (
     TOKENIZER_FILE,
@@ -194,8 +194,8 @@ class PreparedData:
 def prepare_data(config: DataConfig) -> PreparedData:
     """Read, split by document, tokenise and cache what the configuration asks for.
 
-    A second call reads the cache. The forward sentences of the reversal pairs join the training split alone: they are
-    its first documents, which are pinned.
+    A second call reads the cache. The sentences of the reversal pairs join the training split alone: they are its first
+    documents, which are pinned.
 
     Raises:
         UserError: one line for anything wrong with the source, the tokenizer or the cache folder, and for a
@@ -204,8 +204,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     source = open_source(config)
     held = config.validation_source
     validation_source = held and open_source(replace(config, source=held), split="validation")
-    sentences = [pair.forward for pair in get_reversal_pairs()] if config.reversal_pairs else []
-    sentences = shuffle_sentences(sentences, config.split_seed)
+    sentences = list_sentences(config)
     found = find_tokenizer(config, is_hub_source=source.is_hub)
     key = cache_key(
         {
@@ -248,6 +247,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         "split_fingerprint": _fingerprint_splits(cache, pinned),
         "reversal_sentences": len(kept),
         "reversal_documents": len(pinned),
+        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in set(kept)],
         "notes": notes,
     }
     return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)
@@ -269,6 +269,21 @@ def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
     now = fingerprints(after)
     return [name for name, value in fingerprints(before).items() if value != now[name]]
+
+
+def choose_taught(config: DataConfig) -> list[ReversalPair]:
+    """The reversal pairs whose backward sentences are trained on, too."""
+    if not (config.reversal_pairs and config.reversal_taught):
+        return []
+    return draw_pairs(get_reversal_pairs(), config.reversal_taught, config.split_seed)
+
+
+def list_sentences(config: DataConfig) -> list[str]:
+    """The sentences of the reversal pairs that training is to hold, in its order, as often as it repeats them."""
+    sentences = [pair.forward for pair in get_reversal_pairs()] if config.reversal_pairs else []
+    sentences += [pair.backward for pair in choose_taught(config)]
+    repeats = range(config.reversal_repeats)
+    return [one for number in repeats for one in shuffle_sentences(sentences, config.split_seed + number)]
 
 
 def choose_sentences(

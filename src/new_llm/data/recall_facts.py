@@ -3,9 +3,9 @@
 Names, values and keys of the parts "train" and "eval" are disjoint, so that a model may be trained to recall the ones
 and measured on the others. The pass key task is that of Landmark Attention, arXiv:2305.16300.
 
-A planted sample holds a sentence somewhere, and the same sentence again some way on. What the second one ends with can
-be known from the first alone, so that predicting it trains the memory. A changed fact is stated with one value, then
-with another, then asked for: the newest statement is right.
+A planted sample holds a sentence somewhere, and the same sentence again some way on, or the same fact told backward.
+What the second one ends with can be known from the first alone, so that predicting it trains the memory. A changed fact
+is stated with one value, then with another, then asked for: the newest statement is right.
 """
 
 import functools
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
+from new_llm.data.reversal_pairs import ReversalPair
 
 RecallTask = Literal["passkey", "facts", "changed"]
 """passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
@@ -48,6 +49,10 @@ class Needle:
     """The right answer first, then wrong ones drawn from where it was drawn; of a changed fact the old value first."""
     replaced: str = ""
     """The earlier statement that this one replaces, with the old value; empty: there is none."""
+    name: str = ""
+    """Whom a fact is about."""
+    backward: str = ""
+    """The question for the name, with `{value}` where the value stands; empty: there is none."""
 
     @property
     def answer(self) -> str:
@@ -77,7 +82,46 @@ def draw_needle(
         name = f"{_choose(names['first_names'], generator)} {_choose(names['surnames'], generator)}"
     chosen = [values[i] for i in generator.choice(len(values), num_candidates, replace=False)]
     needle = _make(relation["prompt"].format(name=name), chosen)
-    return replace(needle, replaced=needle.prompt + needle.candidates[1]) if task == "changed" else needle
+    replaced = needle.prompt + needle.candidates[1] if task == "changed" else ""
+    return replace(needle, replaced=replaced, name=name, backward=relation["backward"])
+
+
+def draw_pairs_of_facts(num_texts: int, num_facts: int, seed: int) -> list[ReversalPair]:
+    """Facts of the part "eval" in both directions: `num_facts` of one relation for each of `num_texts` texts.
+
+    Each pair's `relation` is its text, so that the answers of one text compete; no two facts share a name, nor two of a
+    text a value. As in planted samples a sentence begins with a space.
+
+    Raises:
+        ValueError: more facts than there are names, or than a relation has values.
+    """
+    generator = np.random.default_rng([seed, PAIRS_STREAM])
+    names, relations = _read_facts("eval")
+    people = [f"{first} {last}" for first in names["first_names"] for last in names["surnames"]]
+    if num_texts * num_facts > len(people) or num_facts > len(relations[0]["eval"]):
+        raise ValueError(f"{num_texts} texts of {num_facts} facts: there are {len(people)} names")
+    chosen = iter(generator.permutation(people).tolist())
+    pairs: list[ReversalPair] = []
+    for text in range(num_texts):
+        relation = relations[generator.integers(len(relations))]
+        for value in generator.choice(relation["eval"], num_facts, replace=False).tolist():
+            name = next(chosen)
+            forward, backward = relation["prompt"].format(name=name), relation["backward"].format(value=value)
+            pairs.append(
+                ReversalPair(
+                    relation=f"text {text}",
+                    subject=name,
+                    object=value,
+                    kind="invented",
+                    forward=f" {forward} {value}.",
+                    backward=f" {backward} {name}.",
+                    forward_prompt=f" {forward}",
+                    forward_answer=f" {value}.",
+                    backward_prompt=f" {backward}",
+                    backward_answer=f" {name}.",
+                )
+            )
+    return pairs
 
 
 @functools.cache
@@ -124,6 +168,7 @@ def _read_facts(part: RecallPart) -> tuple[dict[str, list[str]], list[dict[str, 
 TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
 NAMES = 2  # a made-up person has a first name and a surname
 TEXT_WORDS = 0.5  # share of the values from no list that are words of the sample's own text
+PAIRS_STREAM = 2**32 - 3  # keeps the choice of pairs apart from that
 PLANT_STREAM = 2**32 - 2  # keeps the choice of facts apart from a sample's place in the order
 MAX_CONTINUATIONS = 6  # pieces after a word's first one, at most
 NAME_PIECES = (1, 4)  # pieces after a name's first letter, at least and at most
@@ -164,7 +209,12 @@ def decode_entries(tokenizer: Tokenizer) -> list[str]:
 
 def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:
     """The tokens of a sentence, with the space before it that divides it from the sentence before."""
-    return np.array(tokenizer.encode(f" {sentence}", add_special_tokens=False).ids, dtype=np.int64)
+    return encode_piece(tokenizer, f" {sentence}")
+
+
+def encode_piece(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
+    """The tokens of a text as it stands."""
+    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 def choose_place(
@@ -212,7 +262,7 @@ class WordPieces:
         self._is_next = np.array([bool(_CONTINUES_WORD.fullmatch(text)) for text in self._texts])
         self._first = np.flatnonzero(self._is_first & [text != " " for text in self._texts])
         self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
-        self.full_stop = np.array(tokenizer.encode(".", add_special_tokens=False).ids, dtype=np.int64)
+        self.full_stop = encode_piece(tokenizer, ".")
         if not len(self._first) or not len(self._next):
             raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
 
@@ -272,9 +322,10 @@ class SamplePlanter:
 
     The first place is drawn evenly over the sample; the way to each next one, in tokens of the sample's text, so that
     its logarithm is even between the two `planted_distance`. All are moved to the nearest border of sentences. A fact
-    whose last place lies beyond the sample's end is left out, and so is one whose question has been asked before.
-    The share `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share
-    of the values in words is from no list: made up, too, or a word of the sample's own text.
+    whose last place lies beyond the sample's end is left out, and so is one whose question has been asked before. The
+    share `planted_backward` of the facts is told backward the last time: the value, then the name. The share
+    `planted_made_up` of the persons has a name that is made up of the tokenizer's own pieces, and that share of the
+    values in words is from no list: made up, too, or a word of the sample's own text.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
@@ -302,16 +353,16 @@ class SamplePlanter:
         asked = set[str]()
         statements: list[_Statement] = []
         for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
-            question, sentences, answer_begin = self._draw(tokens, generator)
+            question, told, asked_for, answer_begin = self._draw(tokens, generator)
             wanted = [int(generator.integers(length))]
-            for _ in sentences:
+            for _ in told:
                 wanted.append(wanted[-1] + round(math.exp(generator.uniform(low, high))))
             if wanted[-1] >= length or question in asked:
                 continue
             asked.add(question)
             *earlier, last = (int(places[np.abs(places - place).argmin()]) for place in wanted)
-            statements += [_Statement(p, s, len(s)) for p, s in zip(earlier, sentences, strict=True)]
-            statements.append(_Statement(last, sentences[-1], answer_begin))
+            statements += [_Statement(p, s, len(s)) for p, s in zip(earlier, told, strict=True)]
+            statements.append(_Statement(last, asked_for, answer_begin))
         pieces: list[NDArray[np.int64]] = []
         marks: list[NDArray[np.bool_]] = []
         end = 0
@@ -325,8 +376,11 @@ class SamplePlanter:
 
     def _draw(
         self, text: NDArray[np.int64], generator: np.random.Generator
-    ) -> tuple[str, list[NDArray[np.int64]], int]:
-        """A question, the tokens of its statements, the newest last, and where in them the answer begins."""
+    ) -> tuple[str, list[NDArray[np.int64]], NDArray[np.int64], int]:
+        """A question, the tokens of its statements, the newest last, of the one that asks, and where its answer begins.
+
+        What asks is the newest statement again, or the same fact told backward.
+        """
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
         name = None
@@ -340,4 +394,11 @@ class SamplePlanter:
             encoded = [np.concatenate([question, word, pieces.full_stop]) for word in words]
         else:
             encoded = [encode_sentence(self._tokenizer, one) for one in statements]
-        return needle.prompt, encoded, len(question)
+        if not (needle.backward and config.planted_backward and generator.random() < config.planted_backward):
+            return needle.prompt, encoded, encoded[-1], len(question)
+        stop = encode_piece(self._tokenizer, ".")
+        before, after = needle.backward.split(" {value}")
+        value = encoded[-1][len(question) : -len(stop)]
+        prompt = [encode_sentence(self._tokenizer, before), value, encode_piece(self._tokenizer, after)]
+        name = encode_sentence(self._tokenizer, needle.name)
+        return needle.prompt, encoded, np.concatenate([*prompt, name, stop]), sum(map(len, prompt))

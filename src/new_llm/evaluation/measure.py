@@ -204,6 +204,10 @@ class Measure(ABC):
         """Each document's loss by way of reading, by which two models are compared; the model's own is first."""
         return {}
 
+    def contrasts(self, result: dict[str, Any]) -> dict[str, tuple[DocumentLosses, DocumentLosses]]:
+        """By name two shares of hits, of a document's questions: a model is compared with itself or with a guess."""
+        return {}
+
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """The charts that compare the models."""
         return []

@@ -1,11 +1,15 @@
-"""The reversal curse: a model that learned "A is B" need not know "B is A" (arXiv:2309.12288)."""
+"""The reversal curse: a model that learned "A is B" need not know "B is A" (arXiv:2309.12288).
+
+Knowledge can lie in three places. The weights know the pairs that training told forward, again and again. The memory
+and the context know facts of a text that was read just now, each told once, forward: `ask_fresh_texts`.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,8 +19,11 @@ from numpy.typing import NDArray
 from new_llm.charts import Chart, bar_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import ReversalConfig
+from new_llm.data.recall_facts import SentenceBorders, draw_pairs_of_facts
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
+from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
+from new_llm.evaluation.recall import Answer, RecallText, find_exact, read_context, score_answers
 from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
@@ -28,11 +35,12 @@ from new_llm.evaluation.scoring import (
     group_by_length,
     score_rows,
 )
-from new_llm.evaluation.statistics import Interval, draw_resamples, find_interval
+from new_llm.evaluation.statistics import DocumentLosses, Interval, draw_resamples, find_interval
 from new_llm.formats import format_count, format_number, format_percent
 from new_llm.processes import ALONE, Processes
 
 Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 class PairLosses(NamedTuple):
@@ -94,6 +102,8 @@ class ReversalResult(ReversalScores):
 
     per_relation: dict[str, ReversalScores]
     by_kind: dict[str, ReversalScores]
+    ranks: dict[str, list[float]]
+    """By direction the rank of each pair's answer."""
     bootstrap: dict[str, Any]
     """What the intervals rest on."""
 
@@ -206,9 +216,8 @@ def evaluate_reversal_curse(
     settings, pairs = ReversalConfig(**options), list(pairs)
     if not pairs:
         raise UserError("reversal: no pairs were given")
-    directions: tuple[Direction, ...] = ("forward", "backward")
     _check_size(pairs, settings.max_sentences)
-    tasks = {direction: _list_candidates(pairs, direction) for direction in directions}
+    tasks = {direction: _list_candidates(pairs, direction) for direction in DIRECTIONS}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
     encoded = {text: encode_text(tokenizer, text) for text in texts}
     where = find_device(model, device)
@@ -231,6 +240,7 @@ def evaluate_reversal_curse(
         **vars(whole),
         per_relation=summarize_groups(relations),
         by_kind=summarize_groups(kinds),
+        ranks={direction: [reading.rank for reading in found] for direction, found in readings.items()},
         bootstrap={
             "method": "percentile; pairs drawn within each relation",
             "num_resamples": settings.num_resamples,
@@ -240,13 +250,142 @@ def evaluate_reversal_curse(
     )
 
 
-def load_pairs(settings: ReversalConfig) -> list[ReversalPair]:
+# Knowledge in three places
+
+PLACES = {"weights": "weights", "memory": "memory", "emptied": "memory emptied", "context": "context"}
+"""What readers know them by; `emptied` is the control of the memory."""
+NOTHING = np.zeros(0, np.int64)
+SENTENCE_REACH = 1024  # tokens in which the end of a sentence is looked for
+
+
+class Hits(NamedTuple):
+    """What the questions of one direction showed; the questions of one text, or of one relation, belong together.
+
+    Attributes:
+        num_questions: of each text.
+        first: how many right answers were more probable than the others.
+        exact: how many greedy decoding gave token by token.
+        chance: how many a guess would have put first.
+    """
+
+    num_questions: list[int]
+    first: list[int]
+    exact: list[int]
+    chance: list[float]
+
+    @classmethod
+    def collect(cls, groups: Sequence[str], first: Sequence[bool], exact: Sequence[bool]) -> "Hits":
+        """From each question's group, whose answers compete."""
+        names = list(dict.fromkeys(groups))
+
+        def add(found: Sequence[bool]) -> list[int]:
+            return [sum(hit for group, hit in zip(groups, found, strict=True) if group == name) for name in names]
+
+        return cls(add([True] * len(groups)), add(first), add(exact), [1.0] * len(names))
+
+
+def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: ReversalResult) -> dict[str, Any]:
+    """By place and direction the `Hits`: of the pairs, which the weights may know, and of fresh facts.
+
+    A model without memory has no figures for it.
+
+    Raises:
+        UserError: there is no text, or a segment has no room for the facts and a question.
+    """
+    model, settings = subject.model, subject.settings.reversal
+    device, relations, size = find_device(model, subject.device), [pair.relation for pair in pairs], settings.batch_size
+    found: dict[str, dict[str, Hits]] = {}
+    with evaluation_mode(model, subject.autocast):
+        for direction in DIRECTIONS if "weights" in settings.places else ():
+            texts = [_pose(subject.tokenizer, [pair], 0, direction) for pair in pairs]
+            with model.fresh_memory():
+                exact = [
+                    one for i in range(0, len(texts), size) for one in find_exact(model, texts[i : i + size], device)
+                ]
+            first = [rank == 1 for rank in result.ranks[direction]]
+            found.setdefault("weights", {})[direction] = Hits.collect(relations, first, exact)
+        if {"memory", "context"} & set(settings.places):
+            found |= _ask_fresh_texts(subject, device)
+        return to_plain(found)
+
+
+def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[str, Hits]]:
+    """Facts that only the text tells. They end its first segment; the question begins the next, or ends the same one.
+
+    All facts of a text are asked for. Before them stands text of the subject's documents, whole sentences at its end.
+    """
+    model, settings, tokenizer = subject.model, subject.settings.reversal, subject.tokenizer
+    num_facts, size = settings.facts_per_text, model.segment_length
+    pairs = draw_pairs_of_facts(settings.fresh_texts, num_facts, settings.seed)
+    groups = [pairs[begin : begin + num_facts] for begin in range(0, len(pairs), num_facts)]
+    told = [np.concatenate([encode_text(tokenizer, pair.forward) for pair in group]) for group in groups]
+    questions = {way: [[_pose(tokenizer, g, i, way) for g in groups] for i in range(num_facts)] for way in DIRECTIONS}
+    posed = [text for found in questions.values() for texts in found for text in texts]
+    room = size - max(len(tokens) for text in posed for tokens in text.candidates)
+    if room < (longest := max(map(len, told))):
+        raise UserError(
+            f"reversal.places: {num_facts} facts and a question take {longest + size - room} tokens, a segment "
+            f"has {size}: reversal.facts_per_text must be smaller"
+        )
+    if not subject.split.num_tokens:
+        raise UserError("reversal.places: there is no text to tell the facts in")
+    borders, generator = SentenceBorders(tokenizer), np.random.default_rng(settings.seed)
+
+    def fill(facts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        begin, before = int(generator.integers(subject.split.num_tokens)), size - len(facts)
+        text = np.take(subject.split.tokens, np.arange(begin, begin + before + SENTENCE_REACH), mode="wrap")
+        after = borders.find_sentences(text)
+        end = next((int(place) for place in after if place >= before), before)
+        return np.concatenate([text[end - before : end], facts]).astype(np.int64)
+
+    read: dict[str, list[dict[str, NDArray[np.int64]]]] = {}
+    if "memory" in settings.places and has_memory(model):
+        read = {"memory": [{"context": fill(facts, size)} for facts in told], "emptied": [{}] * len(told)}
+    if "context" in settings.places:
+        read["context"] = [{"opening": fill(facts, room)} for facts in told]
+    found: dict[str, dict[str, Hits]] = {}
+    for place, parts in read.items():
+        with model.fresh_memory(batch_size=len(groups)):
+            for way, asked in questions.items():
+                answers: list[Answer] = []
+                for texts in asked:
+                    texts = [replace(text, **part) for text, part in zip(texts, parts, strict=True)]
+                    if place == "memory" and not found.get(place) and not answers:
+                        read_context(model, texts, 0, size, device)
+                    answers += score_answers(model, texts, device)
+                names = [group[0].relation for group in groups] * num_facts
+                hits = Hits.collect(names, [one.is_first for one in answers], [one.is_exact for one in answers])
+                found.setdefault(place, {})[way] = hits
+    return found
+
+
+def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> RecallText:
+    """The question for one of a group's facts, with the answers of all."""
+    prompt = getattr(group[number], f"{direction}_prompt")
+    answers = [getattr(pair, f"{direction}_answer") for pair in (group[number], *group[:number], *group[number + 1 :])]
+    candidates = tuple(encode_text(tokenizer, prompt + answer) for answer in answers)
+    return RecallText(
+        context=NOTHING,
+        opening=NOTHING,
+        candidates=candidates,
+        answer_begin=max(1, count_shared([candidates[0], encode_text(tokenizer, prompt)])),
+        differ_begin=max(1, count_shared(candidates)),
+        depth=0.0,
+        distance=0,
+        is_changed=False,
+    )
+
+
+def load_pairs(settings: ReversalConfig, taught: Collection[str] = ()) -> list[ReversalPair]:
     """The configured pairs: those of a file or the project's own, all or so many of each relation.
+
+    Those whose forward sentence is among `taught` are left out: their backward sentence was trained on, too.
 
     Raises:
         UserError: the file can't be read.
     """
     pairs = get_reversal_pairs() if settings.pairs is None else read_reversal_pairs(settings.pairs)
+    pairs = [pair for pair in pairs if pair.forward not in taught]
     if settings.pairs_per_relation is not None:
         pairs = draw_pairs(pairs, settings.pairs_per_relation, settings.seed)
     return pairs
@@ -384,8 +523,9 @@ class ReversalCurse(Measure):
     def run(self, subject: Subject) -> dict[str, Any]:
         """See `ReversalResult.to_dict`."""
         settings = subject.settings.reversal
-        pairs = load_pairs(settings)
-        result = evaluate_reversal_curse(
+        taught = set(subject.facts.get("reversal_taught", ()))
+        pairs = load_pairs(settings, taught)
+        found = evaluate_reversal_curse(
             subject.model,
             subject.tokenizer,
             pairs,
@@ -395,6 +535,7 @@ class ReversalCurse(Measure):
             processes=subject.processes,
             **{name: value for name, value in vars(settings).items() if not name.startswith("pairs")},
         )
+        places = ask_places(subject, pairs, found) if settings.places else {}
         known = {pair.forward for pair in get_reversal_pairs()}
         text = {
             "source": "the project's own pairs" if settings.pairs is None else str(settings.pairs),
@@ -405,12 +546,27 @@ class ReversalCurse(Measure):
             "num_relations": len({pair.relation for pair in pairs}),
             "num_own": sum(pair.forward in known for pair in pairs),
             "num_trained": subject.facts.get("reversal_sentences"),
+            "num_taught": len(taught),
         }
-        return result.to_dict() | {"text": text}
+        return found.to_dict() | {"text": text, "places": places}
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Both directions, their ratio (1 is best) and gap (0 is best), and how often the right answer is first."""
         return [make_column(result, key, title, "Reversal curse") for key, title in COLUMNS.items()]
+
+    def contrasts(self, result: dict[str, Any]) -> dict[str, tuple[DocumentLosses, DocumentLosses]]:
+        """In each place, shares ranked first: both directions against a guess, and backward against forward."""
+        found: dict[str, tuple[DocumentLosses, DocumentLosses]] = {}
+        for place, ways in result.get("places", {}).items():
+            shares = {
+                (way, key): DocumentLosses.read(hits["num_questions"], hits[key])
+                for way, hits in ways.items()
+                for key in ("first", "chance")
+            }
+            for way in ways:
+                found[f"{PLACES[place]}, {way} − chance"] = shares[way, "first"], shares[way, "chance"]
+            found[f"{PLACES[place]}, backward − forward"] = shares["backward", "first"], shares["forward", "first"]
+        return found
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         """All pairs, each kind and each relation."""
@@ -431,6 +587,19 @@ class ReversalCurse(Measure):
                 for name, scores in groups.items()
             ]
             tables.append(Table(title, rows))
+        for key, title in (("first", "right answer first"), ("exact", "exact answers")):
+            rows = [
+                (
+                    PLACES[place],
+                    [
+                        Column(way, way, sum(hits[key]) / sum(hits["num_questions"]), format_percent, "higher")
+                        for way, hits in ways.items()
+                    ],
+                )
+                for place, ways in result.get("places", {}).items()
+            ]
+            if rows:
+                tables.append(Table(f"by place of the knowledge, {title}", rows, is_for_studies=True))
         return tables
 
     def notes(self, result: dict[str, Any]) -> list[str]:
@@ -438,8 +607,10 @@ class ReversalCurse(Measure):
         text, bootstrap, trained = result["text"], result["bootstrap"], result["text"]["num_trained"]
         what = "It is unknown whether training held forward sentences."
         if trained is not None:
-            what = f"Training held {trained} forward sentences of the project's own pairs"
+            what = f"Training held {trained} sentences of the project's own pairs"
             what += f"; {text['num_own']} of the pairs that were measured are among these pairs."
+        if text.get("num_taught"):
+            what += f" {text['num_taught']} pairs were taught backward as well, and are not measured."
         return [
             f"{text['num_pairs']} pairs in {text['num_relations']} relations. {what}",
             f"{bootstrap['confidence']:.0%} intervals of {bootstrap['num_resamples']:,} bootstrap resamples.",
@@ -460,7 +631,24 @@ class ReversalCurse(Measure):
         ]
         caption = "Share of the pairs whose right answer ranks first among the answers of its relation."
         axes: dict[str, Any] = {"x": "model", "y": "share", "series": "direction", "low": "low", "high": "high"}
-        return [bar_chart("reversal", "The reversal curse", caption, rows, **axes, y_format=".0%")]
+        charts = [bar_chart("reversal", "The reversal curse", caption, rows, **axes, y_format=".0%")]
+        caption = "Share of the right answers that rank first. A guess is right as often as with the memory emptied."
+        for way in DIRECTIONS:
+            rows = [
+                {
+                    "model": one.name,
+                    "place": PLACES[place],
+                    "share": sum(ways[way]["first"]) / sum(ways[way]["num_questions"]),
+                }
+                for one in results
+                for place, ways in one.result.get("places", {}).items()
+            ]
+            if rows:
+                axes = {"x": "model", "y": "share", "series": "place", "y_format": ".0%"}
+                charts.append(
+                    bar_chart(f"reversal-{way}", "Knowledge in three places", caption, rows, **axes, view=way)
+                )
+        return charts
 
     def describe(self, result: dict[str, Any]) -> str:
         """Both directions, ratio and gap."""

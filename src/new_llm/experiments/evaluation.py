@@ -23,8 +23,14 @@ from new_llm.config.evaluation import (
 )
 from new_llm.config.model import CacheConfig
 from new_llm.data.batches import list_shapes
-from new_llm.data.builder import shuffle_sentences
-from new_llm.data.dataset import EvaluationText, PreparedData, count_text, prepare_data, read_evaluation_text
+from new_llm.data.dataset import (
+    EvaluationText,
+    PreparedData,
+    count_text,
+    list_sentences,
+    prepare_data,
+    read_evaluation_text,
+)
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import TokenSplit, fingerprint_tokenizer, tokenize_documents
 from new_llm.evaluation import Baseline, CachedModel, Subject, TrainingData, tune_cache
@@ -136,15 +142,14 @@ def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingDa
             what = name.replace("_", " ")
             differences.append(f"the {what} was {str(then[name])[:12]}, and is {str(value)[:12]}")
     # Of a small text only the first of the shuffled sentences join the training split.
-    sentences = shuffle_sentences([pair.forward for pair in get_reversal_pairs()], config.data.split_seed)
-    trained = set(sentences[: prepared.info["reversal_sentences"]])
+    trained = set(list_sentences(config.data)[: prepared.info["reversal_sentences"]])
     return TrainingData(
         train=prepared.train,
         validation=prepared.validation,
         shapes=list_shapes(config.data, config.train.batch_size),
         order=config.data.order,
         seed=config.seed,
-        pairs=tuple(pair for pair in get_reversal_pairs() if pair.forward in trained),
+        pairs=tuple(p for p in get_reversal_pairs() if p.forward in trained and p.backward not in trained),
         differences=tuple(differences),
         facts=facts,
     )

@@ -36,6 +36,8 @@ MEMORY, STATE = "memory, bytes per row", "state, bytes per row"
 """Titles of columns of cost, which figures stand against; a number is float32."""
 BEYOND = "beyond repetition"
 """What a memory is worth where both models also look up the text itself, two bytes a token, by its longest n-grams."""
+CONTRASTS = "Right answers, in points"
+"""The table of what models are compared with themselves by."""
 BITS_PER_BYTE = "bits/byte"
 """What the titles of columns in bits per byte end with."""
 STREAMING_BITS = f"streaming {BITS_PER_BYTE}"
@@ -193,9 +195,14 @@ def describe_study(
             "caches": _summarize_caches(runs),
             "comparisons": {},
         }
+        for key, contrast in contrast_runs(runs).items():
+            variants[name]["comparisons"][key] = contrast._asdict()
+            figures[f"{CONTRASTS}: {key}"] = _show_comparison(contrast, is_share=True)
+            if (metric := f"{CONTRASTS}: {key}") not in tables.setdefault(CONTRASTS, []):
+                tables[CONTRASTS].append(metric)
         if name != study.reference_variant:
             compared = compare_runs(runs, found.get(study.reference_variant, ()))
-            variants[name]["comparisons"] = {key: one.comparison._asdict() for key, one in compared.items()}
+            variants[name]["comparisons"] |= {key: one.comparison._asdict() for key, one in compared.items()}
             for key, one in compared.items():
                 if one.has_column:
                     metric = f"Against {study.reference_variant}{one.table}: {key}"
@@ -284,14 +291,32 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: boo
     return found
 
 
-def _show_comparison(found: Comparison) -> dict[str, Any]:
-    """A comparison as a figure: in nats, told in percent of the perplexity; beside a null what would have been seen."""
-    value, low, high = found.relative
-    text = f"{100 * value:+.1f} %"
-    if low is not None and high is not None:
-        text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
+    """The contrasts within each run, e.g. of its hits with those of a guess, over seeds and documents; by name."""
+    found: dict[str, dict[int, tuple[DocumentLosses, DocumentLosses]]] = {}
+    for run in runs:
+        for _, name, result in list_results(run):
+            with suppress(Exception):  # as in `list_figures`
+                for key, pair in MEASURES[name].contrasts(dict(result)).items():
+                    found.setdefault(key, {})[run["seed"]] = pair
+    compared: dict[str, Comparison | None] = {}
+    for key, by_seed in found.items():
+        one, other = ({seed: pair[side] for seed, pair in by_seed.items()} for side in (0, 1))
+        compared[key] = compare_models(one, other, CONFIDENCE)
+    return {key: one for key, one in compared.items() if one is not None}
+
+
+def _show_comparison(found: Comparison, *, is_share: bool = False) -> dict[str, Any]:
+    """A comparison as a figure, and beside a null what would have been seen.
+
+    In nats, told in percent of the perplexity; or a difference of shares, told in percentage points.
+    """
+    unit, convert = ("points", float) if is_share else ("%", math.expm1)
+    text = f"{100 * convert(found.nats):+.1f} {unit}"
+    if found.low is not None and found.high is not None:
+        text += f" [{100 * convert(found.low):+.1f}, {100 * convert(found.high):+.1f}]"
     if found.smallest_visible is not None and not found.is_clear:
-        text += f", {100 * math.expm1(found.smallest_visible):.1f} % visible"
+        text += f", {100 * convert(found.smallest_visible):.1f} {unit} visible"
     return {
         "by_seed": {str(seed): nats for seed, nats in found.by_seed.items()},
         "mean": found.nats,
