@@ -12,9 +12,8 @@ import pytest
 
 from new_llm.cli import main as program
 from new_llm.cli.command import Command
-from new_llm.cli.completion import write_completion
 from new_llm.cli.experiment import Experiment
-from new_llm.cli.main import COMMANDS, explain, load_command, main
+from new_llm.cli.main import COMMANDS, load_command, main
 from new_llm.config.errors import HubError, UserError
 from new_llm.config.terminal import make_line, make_printable, open_console
 from tiny import COMMAND, ENVIRONMENT, ROOT
@@ -71,15 +70,6 @@ def test_every_failure_is_a_line_and_an_exit_code(error, code, words, monkeypatc
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_names_its_place_in_the_package(capsys):
-    assert explain(KeyError("x")) == 1
-    assert "KeyError: 'x' (outside this package)" in capsys.readouterr().err
-    with pytest.raises(TypeError) as caught:
-        open_console(nonsense=1)
-    assert explain(caught.value) == 1
-    assert "(new_llm/config/terminal.py, line " in capsys.readouterr().err
-
-
 def test_little_address_space_is_one_line(tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
@@ -118,21 +108,11 @@ def test_help_does_not_wait_for_torch(tmp_path):
     assert "usage: new-llm memory" in done.stdout
 
 
-def test_help_shows_the_examples(capsys):
-    with pytest.raises(SystemExit):
-        main(["runs", "--help"])
-    assert "\n  new-llm runs show quick-20260131-120000\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("arguments", [["experiment", "--help"], ["runs"], ["memory", "show", "–‖±α.x"]])
+@pytest.mark.parametrize("arguments", [["experiment", "--help"], ["memory", "show", "–‖±α.x"]])
 def test_a_terminal_that_knows_ascii_alone(arguments, tmp_path):
-    (tmp_path / "runs" / "a–b").mkdir(parents=True)
-    (tmp_path / "runs" / "a–b" / "config.yaml").write_text("models: [pythia]")
     done = call(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="20")
     assert "UnicodeEncodeError" not in done.stderr
     assert done.returncode == (2 if "show" in arguments else 0), done.stderr
-    if arguments == ["runs"]:
-        assert "a-b" in done.stdout
     if "show" in arguments:
         assert done.stderr.startswith("new-llm: -|+-alpha.x: ")
 
@@ -153,7 +133,7 @@ def test_text_from_files_is_no_command_to_the_terminal(capsys):
     assert make_printable("a\n\tb – é 日本") == "a\n\tb – é 日本"
 
 
-@pytest.mark.parametrize("name", ["my config.yaml", "ünï-(1).yaml", " .yaml", "-x.yaml"])
+@pytest.mark.parametrize("name", ["ünï -(1).yaml", "-x.yaml"])
 def test_a_configuration_s_name_may_be_any(name, tmp_path):
     (tmp_path / name).write_text("models: [infini]\nseed: 3\n")
     config = Experiment.read([f"--config={tmp_path / name}"], "new-llm experiment").settings
@@ -214,11 +194,6 @@ def test_a_wheel_holds_all_that_commands_need(tmp_path):
 
 
 # The shells' completion knows every command and its flags
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_a_script_for_each_shell(shell):
-    assert "num-memories" in write_completion(shell)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None or shutil.which("python3") is None, reason="needs bash and python3")

@@ -109,7 +109,7 @@ def test_an_interrupted_fill_leaves_the_old_file(untrained_run, tmp_path, sent):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
-    wait_until_it_reads(process.pid)
+    wait_until_it_reads(process.pid, text)
     process.send_signal(sent)
     _, errors = process.communicate()
     if sent == signal.SIGINT:
@@ -120,11 +120,11 @@ def test_an_interrupted_fill_leaves_the_old_file(untrained_run, tmp_path, sent):
     assert sorted(tmp_path.iterdir()) == sorted([out, text])
 
 
-def wait_until_it_reads(pid: int) -> None:
+def wait_until_it_reads(pid: int, text: Path) -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
     until = time.monotonic() + 60
-    while not any(name.endswith(".txt") for name in list_open_files(pid)):
+    while str(text) not in list_open_files(pid):
         assert time.monotonic() < until, "it does not read"
         time.sleep(0.05)
 

