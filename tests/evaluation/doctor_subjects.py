@@ -8,18 +8,18 @@ from types import SimpleNamespace
 import torch
 
 from new_llm import create_model
-from new_llm.config import EvalConfig, PythiaConfig
+from new_llm.config import EvalConfig
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import Subject, TrainingData
 from new_llm.evaluation.doctor import Doctor
+from tiny import make_shape
 
 SEGMENT = 16
 CONFIG = DoctorConfig(segment_tokens=8, max_tokens=2048, fill_segments=16)
 PAIRS = get_reversal_pairs()[:12]
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
 
 def make_untrained(kind: str, recipe: str = "default"):
     torch.manual_seed(0)
-    shape = PythiaConfig(vocab_size=padded_vocab_size(make_tokenizer()), **SHAPE)
+    shape = make_shape(vocab_size=padded_vocab_size(make_tokenizer()))
     named = None if recipe == "default" else recipe
     return create_model(kind, shape, segment_length=SEGMENT, recipe=named).eval()
 

@@ -21,10 +21,7 @@ from hypothesis import strategies as st
 
 from new_llm.data.batches import BatchShape, plan_batches
 from new_llm.evaluation.doctor import data_checks
-from new_llm.evaluation.doctor.data_checks import (
-    find_sequences,
-    find_shared_spans,
-)
+from new_llm.evaluation.doctor.data_checks import find_sequences, find_shared_spans
 
 DATA_CHECKS = dataclasses.replace(CONFIG, checks=("record", "batches", "documents", "spans", "reversal"))
 
@@ -47,85 +44,66 @@ class ChangedPlan:
         return dataclasses.replace(batch, **self.change(batch))
 
 
-def spoil_batches(monkeypatch, change):
-    monkeypatch.setattr(data_checks, "plan_batches", lambda *a, **k: ChangedPlan(plan_batches(*a, **k), change))
-
-
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 def test_healthy_data(order):
     report = examine_data(make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, 100))))
     assert len(list_levels(report, "ok")) == 5
 
 
-def test_labels_that_the_data_shifts(monkeypatch):
-    spoil_batches(monkeypatch, lambda batch: {"labels": batch.labels.roll(-1, 1)})
-    check_only(examine_data(make_data()), "fault", "batches", "shifts labels")
+@pytest.mark.parametrize(
+    ("change", "order", "words"),
+    [
+        (lambda batch: {"labels": batch.labels.roll(-1, 1)}, "stream", "shifts labels"),
+        (lambda batch: {"labels": batch.labels.clamp_min(0)}, "shuffled", "not the token at their place"),
+        (lambda batch: {"resets": batch.resets & False}, "stream", "without a reset"),
+        (lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)}, "shuffled", "without a reset"),
+    ],
+    ids=["shifted labels", "labels on padding", "memory carried", "carried in the second stage"],
+)
+def test_faults_of_batches(change, order, words, monkeypatch):
+    monkeypatch.setattr(data_checks, "plan_batches", lambda *a, **k: ChangedPlan(plan_batches(*a, **k), change))
+    data = make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, None)))
+    check_only(examine_data(data), "fault", "batches", words)
 
 
-def test_labels_on_padding(monkeypatch):
-    spoil_batches(monkeypatch, lambda batch: {"labels": batch.labels.clamp_min(0)})
-    check_only(examine_data(make_data(order="shuffled")), "fault", "batches", "not the token at their place")
+TEXTS, (FORWARD, BACKWARD) = read_texts(), (PAIRS[5].forward, PAIRS[3].backward)
+FAULTS = {
+    "a validation document in training": ({"train": [*TEXTS[:-2], TEXTS[-1]]}, "documents", "1 of 2 validation"),
+    "a backward sentence in training": ({"train": [*TEXTS[:-2], f"{BACKWARD}\nAnd so on."]}, "reversal", BACKWARD),
+    "and inside another": ({"train": [*TEXTS[:-2], f"It is known that {BACKWARD}\nAnd so."]}, "reversal", BACKWARD),
+    "a forward sentence in validation": (
+        {"validation": [TEXTS[-2] + f'\n"{FORWARD}" they said.', TEXTS[-1]]},
+        "reversal",
+        FORWARD,
+    ),
+}
 
 
-@pytest.mark.parametrize("order", ["stream", "shuffled"])
-def test_memory_carried_into_another_document(order, monkeypatch):
-    spoil_batches(monkeypatch, lambda batch: {"resets": batch.resets & False})
-    check_only(examine_data(make_data(order=order)), "fault", "batches", "without a reset")
-
-
-def test_every_stage_of_a_curriculum_is_checked(monkeypatch):
-    spoil_batches(monkeypatch, lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)})
-    shapes = (BatchShape(32, 4, None), BatchShape(8, 16, None))
-    assert not list_levels(examine_data(make_data(order="shuffled", shapes=shapes[:1])), "fault")
-    check_only(examine_data(make_data(order="shuffled", shapes=shapes)), "fault", "batches", "without a reset")
-
-
-def test_a_validation_document_in_training():
-    texts = read_texts()
-    data = make_data(train=[*texts[:-2], texts[-1]])
-    check_only(examine_data(data), "fault", "documents", "1 of 2 validation")
+@pytest.mark.parametrize(("changes", "check", "words"), FAULTS.values(), ids=FAULTS)
+def test_faults_of_texts(changes, check, words):
+    check_only(examine_data(make_data(**changes)), "fault", check, words)
 
 
 def test_part_of_a_validation_document_in_training():
-    texts = read_texts()
-    report = examine_data(make_data(train=[*texts[:-3], texts[-3] + " " + texts[-1][700:1700]]))
+    report = examine_data(make_data(train=[*TEXTS[:-3], TEXTS[-3] + " " + TEXTS[-1][700:1700]]))
     check_only(report, "fault", "spans", "validation spans of 50 tokens")
     share, quoted = re.search(r"\(([\d.]+)%.*such as .(.{20})", report["spans"].found).groups()
-    assert quoted in " ".join(texts[-1].split())
+    assert quoted in " ".join(TEXTS[-1].split())
     assert 5 < float(share) < 50
 
 
 def test_a_copied_document_is_a_fault_and_a_phrase_a_warning(monkeypatch):
-    monkeypatch.setattr("new_llm.evaluation.doctor.data_checks.OVERLAP_SHARE", 1.0)
-    texts = read_texts()
-    copied = make_data(train=[*texts[:-2], texts[-1][:-5]])
-    check_only(examine_data(copied), "fault", "spans", "are in training")
-    phrase = make_data(train=[*texts[:-2], texts[-1][700:1200]])
-    check_only(examine_data(phrase), "warning", "spans", "are in training")
-
-
-@pytest.mark.parametrize("before", ["", "It is known that "])
-def test_a_backward_sentence_in_training(before):
-    data = make_data(train=[*read_texts()[:-2], f"{before}{PAIRS[3].backward}\nAnd so on."])
-    check_only(examine_data(data), "fault", "reversal", PAIRS[3].backward)
-
-
-def test_a_forward_sentence_in_validation():
-    texts = read_texts()
-    data = make_data(validation=[texts[-2] + f'\n"{PAIRS[5].forward}" they said.', texts[-1]])
-    check_only(examine_data(data), "fault", "reversal", PAIRS[5].forward)
-
-
-def test_pairs_that_were_never_trained_on():
-    data = make_data()
-    data = dataclasses.replace(data, train=data.validation, validation=data.train, pairs=data.pairs[:1])
-    report = examine_data(dataclasses.replace(data, validation=data.train), checks=("reversal",))
-    check_only(report, "warning", "reversal", "only 0 of 1 forward sentences")
+    monkeypatch.setattr(data_checks, "OVERLAP_SHARE", 1.0)
+    for text, level in ((TEXTS[-1][:-5], "fault"), (TEXTS[-1][700:1200], "warning")):
+        check_only(examine_data(make_data(train=[*TEXTS[:-2], text])), level, "spans", "are in training")
 
 
 def test_data_that_is_not_the_runs():
     data = make_data(differences=("the source fingerprint was 1 and is 2",))
     check_only(examine_data(data), "warning", "record", "the source fingerprint was 1 and is 2")
+    data = dataclasses.replace(data, train=data.validation, pairs=data.pairs[:1])
+    report = examine_data(data, checks=("reversal",))
+    check_only(report, "warning", "reversal", "only 0 of 1 forward sentences")
 
 
 # The search for shared text: few different tokens, so that much is shared; documents may be empty or very short

@@ -27,8 +27,7 @@ def make_model(kind, segment_length=16):
     return make_tiny_model(kind, padded_vocab_size(TOKENIZER), segment_length)
 
 
-@pytest.mark.parametrize("kind", ["infini", "multi_memory"])
-@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize(("kind", "rows"), [("infini", None), ("multi_memory", 2)])
 def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
     model = make_model(kind)
     subject = Subject(model, TOKENIZER, SPLIT, EvalConfig(position_edges=(0, 16), batch_size=3), seq_length=32)
@@ -51,6 +50,15 @@ def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
     assert_same_state(model.get_memory_state(), before)
 
 
+def learn(model, ids, labels):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss, _ = model.compute_loss(ids, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 class DoublyShifted:
     """A model that is handed labels shifted once before the model itself shifts them."""
 
@@ -70,13 +78,8 @@ def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
     model = make_model(kind, segment_length=64)
     split = tokenize_documents(["The novel Moby-Dick was written by Herman Melville in the year 1851."], TOKENIZER)
     ids = torch.from_numpy(split.tokens.astype("int64"))[None]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     evaluate_streaming(model, split, batch_size=1)  # what it leaves behind must not hinder training
-    for _ in range(60):
-        loss, _ = model.compute_loss(ids, ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(model, ids, ids)
     for result in (
         evaluate_sliding_window(model, split, context=64, stride=16, batch_size=4),
         evaluate_streaming(model, split, batch_size=4),
@@ -88,20 +91,15 @@ def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
     assert wrong.perplexity > 1000
 
 
-def learn_sentences(model, texts, steps=60):
+def learn_sentences(model, texts):
     """Train on sentences, each a row, until the model knows them."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     split = tokenize_documents(texts, TOKENIZER)
     width = int((split.offsets[1:] - split.offsets[:-1]).max())
     ids, labels = torch.zeros(len(texts), width, dtype=torch.int64), torch.full((len(texts), width), -100)
     for row in range(len(texts)):
         tokens = torch.from_numpy(split.document(row).astype("int64"))
         ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
-    for _ in range(steps):
-        loss, _ = model.compute_loss(ids, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(model, ids, labels)
 
 
 @pytest.mark.parametrize("kind", ["pythia", "infini"])

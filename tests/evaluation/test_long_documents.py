@@ -62,7 +62,7 @@ def range_sums(losses):
     return rows
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
 @pytest.mark.parametrize("segment_length", [1, 8, 200])
 def test_three_ways_equal_naive_loops(batch_size, segment_length):
     model = BigramModel(segment_length)
@@ -126,11 +126,8 @@ def test_figures_and_paired_intervals():
     for column, figures in enumerate(result["ranges"]):
         check_figures(figures, [column], result["documents"])
     check_figures(result["overall"], range(len(EDGES)), result["documents"])
-    assert (
-        sum(found["num_tokens"] for found in result["ranges"])
-        == result["num_tokens"]
-        == sum(LENGTHS[i] - 1 for i in LONG)
-    )
+    counted = sum(found["num_tokens"] for found in result["ranges"])
+    assert counted == result["num_tokens"] == sum(LENGTHS[i] - 1 for i in LONG)
     paired, single = result["overall"]["differences"]["reset"]["nats"], result["overall"]["perplexity"]["carried"]
     assert paired["low"] < paired["value"] < paired["high"]
     assert single["low"] < single["value"] < single["high"]
@@ -142,9 +139,6 @@ def test_documents_are_chosen_and_cut():
     assert [entry["index"] for entry in result["documents"]] == LONG[:3]
     short = make_split([DOCUMENTS[i][:60] for i in LONG[:3]])
     assert result["overall"] == measure(model, short)["overall"]
-    with pytest.raises(UserError, match=r"no document has 131 tokens; the longest of 8 has 130") as caught:
-        measure(model, min_tokens=131)
-    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="the longest of 0 has 0"):
         measure(model, make_split([]))
 
@@ -161,7 +155,7 @@ def test_one_document_has_no_foreign_memory_and_no_interval():
     assert values["overall"]["differences"]["reset"]["nats"].keys() == {"value", "low", "high"}
 
 
-@pytest.mark.parametrize("num_batches", [1, 3, 8])
+@pytest.mark.parametrize("num_batches", [1, 8])
 def test_a_stopped_measurement_is_labelled_and_still_paired(num_batches):
     asked = []
 
@@ -225,19 +219,15 @@ REAL = tokenize_documents(TEXTS, TOKENIZER)
         ("selective", {}),
     ],
 )
-@pytest.mark.parametrize("batch_size", [2, 5])
-def test_real_models_equal_the_protocols(kind, options, batch_size):
+def test_real_models_equal_the_protocols(kind, options):
     model = make_tiny_model(kind, padded_vocab_size(TOKENIZER), 16, **options)
     model.reset_memory(2)
     model(torch.from_numpy(REAL.tokens[:128].astype("int64")).view(2, 64), update_memory=True)
     before = copy_state(model)
-    result = measure(model, REAL, min_tokens=40, batch_size=batch_size)
+    result = measure(model, REAL, min_tokens=40, batch_size=2)
     long = tokenize_documents([TEXTS[entry["index"]] for entry in result["documents"]], TOKENIZER)
     assert long.num_documents == 5
-    streaming, independent = (
-        evaluate_streaming(model, long, batch_size=3),
-        evaluate_independent(model, long, batch_size=3),
-    )
+    streaming, independent = (way(model, long, batch_size=3) for way in (evaluate_streaming, evaluate_independent))
     perplexity = {name: found["value"] for name, found in result["overall"]["perplexity"].items()}
     assert perplexity["carried"] == pytest.approx(streaming.perplexity, rel=1e-6)
     if model.memory_layers:

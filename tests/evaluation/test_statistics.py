@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from new_llm.evaluation.scoring import Window, choose_rows, plan_segments, plan_windows
+from new_llm.evaluation.scoring import choose_rows, plan_segments, plan_windows
 from new_llm.evaluation.statistics import (
     DocumentLosses,
     compare_models,
@@ -33,19 +33,13 @@ def test_odd_values():
     low, high = find_interval(np.array([np.nan, 1.0, 2.0, np.inf]), 0.95)
     assert (low, high) == (1.0, np.inf)
     assert np.isnan(find_interval(np.array([np.nan]), 0.95)).all()
-    for wrong in (0.0, 1.0):
-        with pytest.raises(ValueError, match="confidence"):
-            find_interval(np.ones(3), wrong)
-    with pytest.raises(ValueError, match="positive"):
-        draw_resamples(0, 10, seed=0)
 
 
 # Quantiles of Student's distribution from printed tables: degrees of freedom, confidence, t.
 @pytest.mark.parametrize(
     ("freedom", "confidence", "quantile"),
-    [(2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (4, 0.99, 4.604), (9, 0.95, 2.262),
-     (10, 0.9, 1.812), (29, 0.95, 2.045), (120, 0.95, 1.980)],
-)  # fmt: skip
+    [(2, 0.95, 4.303), (4, 0.99, 4.604), (10, 0.9, 1.812), (120, 0.95, 1.980)],
+)
 def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile):
     values = np.random.default_rng(freedom).normal(size=freedom + 1)
     low, high = find_t_interval(values, confidence)
@@ -56,8 +50,6 @@ def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile)
 
 def test_one_seed_and_two_have_no_interval():
     assert find_t_interval([3.0], 0.95) == find_t_interval([3.0, 4.0], 0.95) == (None, None)
-    with pytest.raises(ValueError, match="confidence"):
-        find_t_interval([1.0, 2.0, 3.0], 1.0)
 
 
 def test_wilson_interval():
@@ -65,9 +57,6 @@ def test_wilson_interval():
     assert find_share_interval(0, 20, 0.95) == pytest.approx((0, 0.1611), abs=1e-4)
     low, high = find_share_interval(20, 20, 0.95)
     assert (low, high) == pytest.approx((0.8389, 1), abs=1e-4)
-    for hits, trials, confidence in ((1, 0, 0.9), (3, 2, 0.9), (1, 2, 1.0)):
-        with pytest.raises(ValueError, match=r"no interval|confidence"):
-            find_share_interval(hits, trials, confidence)
 
 
 def test_tokens_of_one_document_are_not_independent():
@@ -141,16 +130,6 @@ def test_every_token_but_the_first_is_scored_once_with_context(length, setting):
         assert window.first_scored - window.begin >= min(window.first_scored, context - stride)
 
 
-@given(st.integers(0, 200), settings)
-def test_a_token_is_scored_in_the_first_window_that_reaches_it(length, setting):
-    context, stride = setting
-    span = context + (stride == context)
-    for window in plan_windows(length, context, stride):
-        for index in range(window.first_scored, window.end):
-            reaching = [begin for begin in range(0, length, stride) if begin < index < begin + span]
-            assert window.begin == reaching[0]
-
-
 @given(st.integers(0, 200), st.integers(1, 40))
 def test_segments_are_consecutive_and_lose_no_target(length, piece_tokens):
     pieces = plan_segments(length, piece_tokens)
@@ -158,19 +137,6 @@ def test_segments_are_consecutive_and_lose_no_target(length, piece_tokens):
     assert read == list(range(length - 1))
     assert all(piece.first_scored == piece.begin + 1 for piece in pieces)
     assert all(piece.end - 1 - piece.begin == piece_tokens for piece in pieces[:-1])
-
-
-def test_small_cases():
-    assert plan_windows(7, context=4, stride=2) == [Window(0, 4, 1), Window(2, 6, 4), Window(4, 7, 6)]
-    assert plan_windows(3, context=4, stride=2) == [Window(0, 3, 1)]
-    assert plan_segments(7, 3) == [Window(0, 4, 1), Window(3, 7, 4)]
-    assert plan_windows(1, 4, 2) == plan_segments(0, 4) == []
-
-
-@pytest.mark.parametrize("stride", [0, 5])
-def test_a_stride_that_would_skip_tokens_is_refused(stride):
-    with pytest.raises(ValueError, match="stride"):
-        plan_windows(10, context=4, stride=stride)
 
 
 def test_rows_of_a_batch_are_as_many_as_idle_least_on_a_cpu_and_all_on_a_gpu():
