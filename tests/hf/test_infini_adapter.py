@@ -1,7 +1,6 @@
 """The parallel adapter: equal to its base with α = 0, its memory, and its file, of which nothing is believed."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from new_llm import TransformerLM, create_model
 from new_llm.config import TrainConfig, UserError
 from new_llm.evaluation.doctor.memory_checks import check_gates
-from new_llm.models import save_model
+from new_llm.models import export_pythia, save_model
 from new_llm.models.hf.infini_adapter import (
     add_parallel_infini,
     attach_adapter,
@@ -91,12 +90,10 @@ def test_with_alpha_the_memory_carries_what_segments_before_said(ids):
     assert float((make_base()(ids) - make_base()(changed)).abs()[:, 8:].max()) == 0
 
 
-def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary(ids):
+def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary():
     assert make_adapted(initial_alpha=0.25).get_alpha() == 0.25
     several = make_adapted(initial_alpha=-0.5, layers=(2, 0))
-    assert several.get_alpha() == {0: -0.5, 2: -0.5}
-    assert several.alpha_values()[2] == -0.5
-    assert set(several.gate_values()) == {"layers.0", "layers.2"}
+    assert several.get_alpha() == several.alpha_values() == {0: -0.5, 2: -0.5}
     with pytest.raises(ValueError, match="no parallel adapter"):
         make_base().get_alpha()
 
@@ -178,15 +175,13 @@ def test_an_adapter_stands_beside_pythia_layers_alone():
 
 
 def test_a_pythia_of_a_directory_gets_a_memory(tmp_path, ids):
-    from new_llm.models.hf.gpt_neox import export_pythia
-
     base = make_base()
     save_model(base, tmp_path / "ours")
     export_pythia(base, tmp_path / "neox")
+    base.segment_length = 4
     for folder in ("ours", "neox"):
         model = create_pythia_with_parallel_infini(model_name=str(tmp_path / folder), layers=(0, 2), segment_length=4)
         assert model.segment_length == 4
-        base.segment_length = 4
         assert torch.equal(model(ids), base(ids))
         assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("embed"))
 
@@ -253,11 +248,10 @@ def test_a_base_that_was_trained_goes_with_its_adapter(tmp_path):
     assert torch.equal(attach_adapter(make_base(seed=3), tmp_path / "a.pt")(IDS), model(IDS))
 
 
-Change = Callable[[dict[str, str], dict[str, Tensor]], None]
-
-
-def rewrite(source: Path, target: Path, change: Change, *, digest: bool = True) -> None:
-    """The file with other content, its digest made right again."""
+def rewrite(source: Path, target: Path, *, digest: bool = True, **changes: Any) -> None:
+    """The file with other metadata, options of layer 0, or tensors; None leaves a tensor out. Its digest is made right
+    again.
+    """
     if source.suffix == ".pt":
         content = torch.load(source, weights_only=True)
         metadata, tensors = content["metadata"], content["tensors"]
@@ -265,10 +259,14 @@ def rewrite(source: Path, target: Path, change: Change, *, digest: bool = True) 
         with safe_open(source, "pt") as file:
             metadata = dict(file.metadata())
         tensors = load_file(source)
+    metadata |= changes.get("metadata", {})
+    if options := changes.get("options"):
+        layers = json.loads(metadata["layers"])
+        layers["0"] |= options
+        metadata["layers"] = json.dumps(layers)
+    tensors = {name: t for name, t in (tensors | changes.get("tensors", {})).items() if t is not None}
     if digest:
-        metadata.pop("sha256")
-    change(metadata, tensors)
-    if digest:
+        del metadata["sha256"]
         metadata["sha256"] = hash_content(metadata, tensors)
     if target.suffix == ".pt":
         torch.save({"metadata": metadata, "tensors": tensors}, target)
@@ -276,71 +274,34 @@ def rewrite(source: Path, target: Path, change: Change, *, digest: bool = True) 
         save_file(tensors, target, metadata=metadata)
 
 
-def put_nan(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["layers.0.alpha"] = torch.tensor(float("nan"))
-
-
-def cut_tensor(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["layers.0.attention.gate"] = torch.zeros(3)
-
-
-def drop_tensor(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    del tensors["layers.2.alpha"]
-
-
-def add_tensor(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["embed_in.weight"] = torch.zeros(128, 32)
-
-
-def make_integers(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["layers.0.attention.gate"] = torch.zeros(1, dtype=torch.int64)
-
-
-def change_quietly(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["layers.0.alpha"] += 0.25
-
-
-def set_metadata(name: str, value: str) -> Change:
-    def change(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-        metadata[name] = value
-
-    return change
-
-
-def set_option(name: str, value: Any, layer: str = "0") -> Change:
-    def change(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-        layers = json.loads(metadata["layers"])
-        layers.setdefault(layer, dict(layers["0"]))[name] = value
-        metadata["layers"] = json.dumps(layers)
-
-    return change
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "NaN": ({"tensors": {"layers.0.alpha": torch.tensor(float("nan"))}}, "NaN or infinite"),
+    "shape": ({"tensors": {"layers.0.attention.gate": torch.zeros(3)}}, "has shape"),
+    "missing": ({"tensors": {"layers.2.alpha": None}}, "missing or unknown tensors"),
+    "unknown": ({"tensors": {"embed_in.weight": torch.zeros(128, 32)}}, "missing or unknown tensors"),
+    "integers": (
+        {"tensors": {"layers.0.attention.gate": torch.zeros(1, dtype=torch.int64)}},
+        "not a tensor of floats",
+    ),
+    "format": ({"metadata": {"format": "new-llm-memory"}}, "not an adapter file"),
+    "version": ({"metadata": {"format_version": "99"}}, "format version 99, this program reads 1"),
+    "length": ({"metadata": {"segment_length": "-4"}}, "segment_length"),
+    "no JSON": ({"metadata": {"layers": "["}}, "broken metadata"),
+    "nested": ({"metadata": {"layers": "[" * 100_000}}, "broken metadata"),
+    "unknown key": ({"metadata": {"colour": "red"}}, "colour"),
+    "endless banks": ({"options": {"num_memory_banks": 10**12}}, "num_memory_banks"),
+    "odd heads": ({"options": {"num_memory_heads": 7}}, "does not fit this base"),
+    "a word for a truth": ({"options": {"use_delta_rule": "yes"}}, "use_delta_rule"),
+    "a far layer": ({"metadata": {"layers": '{"7": {}}'}}, "has layers 0 to 2"),
+    "a negative layer": ({"metadata": {"layers": '{"-1": {}}'}}, "layers"),
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (put_nan, "NaN or infinite"),
-        (cut_tensor, "has shape"),
-        (drop_tensor, "missing or unknown tensors"),
-        (add_tensor, "missing or unknown tensors"),
-        (make_integers, "not a tensor of floats"),
-        (set_metadata("format", "new-llm-memory"), "not an adapter file"),
-        (set_metadata("format_version", "99"), "format version 99, this program reads 1"),
-        (set_metadata("segment_length", "-4"), "segment_length"),
-        (set_metadata("layers", "["), "broken metadata"),
-        (set_metadata("layers", "[" * 100_000), "broken metadata"),
-        (set_metadata("colour", "red"), "colour"),
-        (set_option("num_memory_banks", 10**12), "num_memory_banks"),
-        (set_option("num_memory_heads", 7), "does not fit this base"),
-        (set_option("use_delta_rule", "yes"), "use_delta_rule"),
-        (set_option("initial_alpha", 0.5, layer="7"), "has layers 0 to 2"),
-        (set_option("initial_alpha", 0.5, layer="-1"), "layers"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, change, said):
+@pytest.mark.parametrize(("changes", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, changes, said):
     save_adapter(make_two(), tmp_path / f"good-{name}")
-    rewrite(tmp_path / f"good-{name}", tmp_path / name, change)
+    rewrite(tmp_path / f"good-{name}", tmp_path / name, **changes)
     model = make_base()
     before = fingerprint_weights(model)
     with pytest.raises(UserError, match=said) as refused:
@@ -354,7 +315,8 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, change,
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_changed_file_is_corrupted(tmp_path, name):
     save_adapter(make_two(), tmp_path / f"good-{name}")
-    rewrite(tmp_path / f"good-{name}", tmp_path / name, change_quietly, digest=False)
+    changed = {"layers.0.alpha": torch.tensor(0.75)}
+    rewrite(tmp_path / f"good-{name}", tmp_path / name, digest=False, tensors=changed)
     with pytest.raises(UserError, match="corrupted"):
         read_adapter_file(tmp_path / name)
 

@@ -16,14 +16,6 @@ from tiny import make_shape
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def assert_bit_identical(one: TransformerLM, other: TransformerLM) -> None:
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert value.dtype == second[name].dtype, name
-        assert torch.equal(value.view(torch.uint8), second[name].view(torch.uint8)), name
-
-
 @pytest.fixture(scope="module")
 def neox():
     return make_neox()
@@ -35,6 +27,8 @@ def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
     weights = disk_weights(neox)
     if config is OLD_CONFIG:
         weights |= old_buffers()
+    elif kind == "bin":  # the head by its name in memory
+        weights["lm_head.weight"] = weights.pop("embed_out.weight")
     model = load_pythia(write_folder(tmp_path, config, weights, kind)).eval()
     assert model.segment_length == 64
     ids = text_ids(2, 64)
@@ -51,14 +45,6 @@ def test_the_installed_versions_own_folder_gives_its_logits(tmp_path, neox):
         assert_near(model(text_ids(1, 40))[:, 16:32], neox(text_ids(1, 40)[:, 16:32]).logits, 1e-5)
 
 
-@pytest.mark.parametrize("head", ["lm_head.weight", "embed_out.weight"])
-def test_the_heads_name_in_memory_is_read_too(tmp_path, neox, head):
-    weights = disk_weights(neox)
-    weights[head] = weights.pop("embed_out.weight")
-    model = load_pythia(write_folder(tmp_path, NEW_CONFIG, weights))
-    assert torch.equal(model.embed_out.weight, weights[head])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
     weights = disk_weights(neox, dtype)
@@ -66,7 +52,7 @@ def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
     assert first.embed_in.weight.dtype == dtype
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in first.parameters())
     export_pythia(first, tmp_path / "ours")
-    assert_bit_identical(first, load_pythia(tmp_path / "ours"))
+    torch.testing.assert_close(load_pythia(tmp_path / "ours").state_dict(), first.state_dict(), rtol=0, atol=0)
     stored = load_file(tmp_path / "ours" / "model.safetensors")
     assert stored.keys() == weights.keys()
     assert all(torch.equal(stored[name], value) for name, value in weights.items())
@@ -204,6 +190,8 @@ def test_a_swapped_layer_takes_over_what_fits(tmp_path, neox, choice, heads):
     assert model.layers[1].settings["layer_norm_eps"] == 1e-4
     model(text_ids(2, 20), update_memory=True)
     assert int(model.get_memory_state()[1]["segment_counter"]) == 3
+    beside = load_pythia(folder, replace_layers={1: "parallel_infini"})  # which keeps its layer; α begins at 0
+    assert torch.equal(beside(text_ids(2, 20)), plain(text_ids(2, 20)))
 
 
 def test_swaps_out_of_range_are_named(tmp_path, neox):
@@ -220,9 +208,3 @@ def test_swaps_out_of_range_are_named(tmp_path, neox):
             load_pythia(folder, replace_layers=choices)
     with pytest.raises(ValueError, match="allowed are 1 to max_position_embeddings"):
         load_pythia(folder, segment_length=65)
-
-
-def test_a_parallel_memory_keeps_the_layer_it_stands_beside(tmp_path, neox):
-    folder = write_folder(tmp_path, OLD_CONFIG, disk_weights(neox))
-    beside = load_pythia(folder, replace_layers={1: "parallel_infini"})
-    assert torch.equal(beside(text_ids(2, 20)), load_pythia(folder)(text_ids(2, 20)))  # α begins at 0

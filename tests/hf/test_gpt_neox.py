@@ -4,18 +4,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from neox_folders import SHAPE, disk_weights, make_neox
+from transformers import GPTNeoXForCausalLM
 
-from model_cases import assert_near, randomize, text_ids
+from model_cases import assert_near, text_ids
 from new_llm.config import PythiaConfig
 from new_llm.models import TransformerLM, create_model
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}
+HALF: dict[str, Any] = {
+    "hidden_size": 48, "num_attention_heads": 3, "rotary_pct": 0.5, "rotary_emb_base": 10_000, "layer_norm_eps": 1e-3,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "quarter-rotary": {"hidden_size": 32, "num_attention_heads": 4, "rotary_pct": 0.25},
-    "half-rotary": {"hidden_size": 48, "num_attention_heads": 3, "rotary_pct": 0.5, "layer_norm_eps": 1e-3},
-    "full-rotary": {"hidden_size": 32, "num_attention_heads": 2, "rotary_pct": 1.0, "rotary_emb_base": 500.0},
+    "quarter-rotary": {"rotary_pct": 0.25},
+    "half-rotary": HALF,
+    "full-rotary": {"num_attention_heads": 2, "rotary_pct": 1.0},
     "one-head-one-layer": {"hidden_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1},
 }
 
@@ -27,35 +30,10 @@ def our_name(name: str) -> str:
 
 def make_pair(dtype: torch.dtype, **shape: Any) -> tuple[TransformerLM, GPTNeoXForCausalLM]:
     """Hugging Face's model with random weights, biases and norms, and ours with the same."""
-    config = PythiaConfig(
-        **{
-            "vocab_size": 128,
-            "num_hidden_layers": 3,
-            "intermediate_size": 40,
-            "max_position_embeddings": 64,
-            **shape,
-        }
-    )
-    theirs = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings,
-            layer_norm_eps=config.layer_norm_eps,
-            hidden_act="gelu",
-            use_parallel_residual=True,
-            tie_word_embeddings=False,
-            rotary_pct=config.rotary_pct,
-            rotary_emb_base=config.rotary_emb_base,
-        )
-    )
-    ours = create_model("pythia", config)
-    randomize(theirs, seed=3)
-    ours.load_state_dict({our_name(name): value for name, value in theirs.state_dict().items()}, strict=True)
-    return ours.to(dtype).eval(), theirs.to(dtype).eval()
+    theirs = make_neox(**shape)
+    ours = create_model("pythia", PythiaConfig(**{**SHAPE, "rotary_pct": 0.5, "rotary_emb_base": 500, **shape}))
+    ours.load_state_dict({our_name(name): value for name, value in disk_weights(theirs).items()})
+    return ours.to(dtype).eval(), theirs.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -71,7 +49,7 @@ def test_logits_equal_hugging_face(shape, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_segments_equal_separate_calls_of_hugging_face(dtype):
     """The baseline of an experiment: positions restart and nothing is seen across a segment's end."""
-    ours, theirs = make_pair(dtype, **SHAPES["quarter-rotary"])
+    ours, theirs = make_pair(dtype, rotary_pct=0.25)
     ours.segment_length = 12
     ids = text_ids(2, 29)
     with torch.no_grad():
@@ -80,7 +58,7 @@ def test_segments_equal_separate_calls_of_hugging_face(dtype):
 
 
 def test_gradients_equal_hugging_face():
-    ours, theirs = make_pair(torch.float64, **SHAPES["half-rotary"])
+    ours, theirs = make_pair(torch.float64, **HALF)
     ids = text_ids(2, 21)
     loss, statistics = ours.compute_loss(ids, ids)
     their_loss = theirs(ids, labels=ids).loss
@@ -98,12 +76,12 @@ def test_gradients_equal_hugging_face():
 
 def test_masked_tokens_equal_hugging_face_without_them():
     """Left padding, as generation uses it: the row is read as if the padding were not there."""
-    ours, theirs = make_pair(torch.float64, **SHAPES["quarter-rotary"])
+    ours, theirs = make_pair(torch.float64, rotary_pct=0.25)
     ids = text_ids(2, 15)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
     with torch.no_grad():
         actual = ours(ids, mask)
-        expected: list[Tensor] = [theirs(ids[:1]).logits[0], theirs(ids[1:, 6:]).logits[0]]
+        expected = [theirs(ids[:1]).logits[0], theirs(ids[1:, 6:]).logits[0]]
     assert_near(actual[0], expected[0], 1e-7)
     assert_near(actual[1, 6:], expected[1], 1e-7)
