@@ -5,15 +5,12 @@ import sys
 import types
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_cases import HIDDEN_SIZE, NUM_HEADS, assert_near, randomize, text_ids
-from new_llm import create_model
-from new_llm.config import PythiaConfig
+from model_cases import HIDDEN_SIZE, NUM_HEADS, LayerCase, assert_near, build_model, randomize, text_ids
 from new_llm.models.layers import GatedDeltaLayer, Segments
 from new_llm.models.ops import gated_delta, gated_delta_rule, gated_delta_rule_naive
 
@@ -105,46 +102,37 @@ def test_16_bits_raise_no_warning() -> None:
         layer(x)[0].float().sum().backward()
 
 
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def mix(layer: GatedDeltaLayer, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mix(layer: GatedDeltaLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the mixer makes of one row [T, D], and M [H, K, V] after it, from the equations alone."""
-    w = {name: value.double().numpy() for name, value in layer.attention.state_dict().items()}
+    w = {name: value.double() for name, value in layer.attention.state_dict().items()}
     heads, options = layer.attention.num_heads, layer.settings
     size = HIDDEN_SIZE // heads
     inputs = x @ w["query_key_value.weight"].T
-    M, out = np.zeros((heads, size, size)), np.zeros_like(x)
-    for t in range(len(x)):
-        mixed = inputs[t]
-        if options["convolution_size"]:
-            taps = w["convolution.weight"]  # the last is that of the token itself
-            near = range(max(0, t - taps.shape[1] + 1), t + 1)
-            mixed = sum(taps[:, taps.shape[1] - 1 - (t - j)] * inputs[j] for j in near)
-        q, k, v = mixed.reshape(3, heads, size)
-        read = np.zeros((heads, size))
-        for h in range(heads):
-            query, key = (features(part[h], options["key_features"]) for part in (q, k))
-            alpha, beta = 1.0, 1 / (1 + math.exp(-w["strength.weight"][h] @ x[t]))
-            if options["use_token_decay"]:
-                step = math.log1p(math.exp(w["token_decay.linear.weight"][h] @ x[t] + w["token_decay.bias"][h]))
-                alpha = math.exp(-math.exp(w["token_decay.rate"][h]) * step)
-            M[h] = alpha * M[h]
-            M[h] += beta * np.outer(key, silu(v[h]) - key @ M[h])
-            found = query @ M[h] / math.sqrt(size)
-            read[h] = found / np.sqrt(np.mean(found**2) + 1e-5) * w["norm.weight"]
+    if reach := options["convolution_size"]:  # the last tap is that of the token itself
+        padded = F.pad(inputs, (0, 0, reach - 1, 0))
+        inputs = torch.stack([(w["convolution.weight"].T * padded[t : t + reach]).sum(0) for t in range(len(x))])
+    M, out = torch.zeros(heads, size, size).double(), []
+    for token, mixed in zip(x, inputs, strict=True):
+        q, k, v = mixed.view(3, heads, size)
+        q, k = (features(part, options["key_features"]) for part in (q, k))
+        beta = (w["strength.weight"] @ token).sigmoid()[:, None, None]
+        if options["use_token_decay"]:
+            step = F.softplus(w["token_decay.linear.weight"] @ token + w["token_decay.bias"])
+            M = (-w["token_decay.rate"].exp() * step).exp()[:, None, None] * M
+        M = M + beta * k.unsqueeze(-1) * (F.silu(v) - torch.einsum("hk,hkv->hv", k, M)).unsqueeze(-2)
+        read = torch.einsum("hk,hkv->hv", q, M) / math.sqrt(size)
+        read = read / (read.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["norm.weight"]
         if options["use_output_gate"]:
-            read = read * silu(w["output_gate.weight"] @ x[t]).reshape(heads, size)
-        out[t] = w["dense.weight"] @ read.reshape(-1)
-    return out, M
+            read = read * F.silu(w["output_gate.weight"] @ token).view(heads, size)
+        out.append(w["dense.weight"] @ read.flatten())
+    return torch.stack(out), M
 
 
-def features(x: np.ndarray, kind: str) -> np.ndarray:
+def features(x: Tensor, kind: str) -> Tensor:
     if kind == "unit":
-        return silu(x) / np.linalg.norm(silu(x))
-    positive = np.exp(x) if kind == "softmax" else np.where(x > 0, x + 1, np.exp(x))
-    return positive / positive.sum()
+        return F.normalize(F.silu(x), dim=-1)
+    positive = x.exp() if kind == "softmax" else F.elu(x) + 1
+    return positive / positive.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(
@@ -168,19 +156,16 @@ def test_the_layer_equals_its_equations(options: dict[str, Any]) -> None:
     found = torch.cat((whole.flatten(1, 2), last[:, 0]), 1)
     for row, real in enumerate((23, 23, 12)):
         text = x[row] if real == 23 else torch.cat((x[row, :12], x[row, 20:]))
-        expected, end = mix(layer, text.numpy())
-        assert_near(found[row, :real], torch.from_numpy(expected[:real]), 1e-10)
-        assert_near(found[row, 20:], torch.from_numpy(expected[-3:]), 1e-10)
-        assert_near(memory.memories[row, 0], torch.from_numpy(end), 1e-10)
+        expected, end = mix(layer, text)
+        assert_near(found[row, :real], expected[:real], 1e-10)
+        assert_near(found[row, 20:], expected[-3:], 1e-10)
+        assert_near(memory.memories[row, 0], end, 1e-10)
     assert memory.num_tokens.tolist() == [23, 23, 15]
 
 
 def test_segments_are_not_seen() -> None:
     """One text, whatever its cuts: logits in segments of 3 tokens equal those of the whole."""
-    shape = PythiaConfig(
-        vocab_size=128, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-    )
-    model, ids = create_model("gated_delta", shape, segment_length=3, memory_layers=(0, 1)).double(), text_ids(2, 17)
+    model, ids = build_model(2 * [LayerCase("gated_delta")], segment_length=3), text_ids(2, 17)
     cut = model(ids)
     model.segment_length = 64
     assert_near(model(ids), cut, 1e-12)

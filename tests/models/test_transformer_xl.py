@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from new_llm.config import PythiaConfig
 from new_llm.models.layers import RecurrentMemoryStack, Segments
 from new_llm.models.layers.pythia import compute_rotary_angles
 from new_llm.models.layers.transformer_xl import TransformerXLLayer
-from tiny import make_shape
 
 SHAPE = PythiaConfig(
     vocab_size=VOCAB_SIZE,
@@ -33,30 +31,25 @@ def make(kind: str, segment_length: int, **options: Any) -> TransformerLM:
     return model
 
 
-def attend(layer: TransformerXLLayer, x: np.ndarray, segment_length: int, memory_tokens: int) -> np.ndarray:
+def attend(layer: TransformerXLLayer, x: Tensor, segment_length: int, memory_tokens: int) -> Tensor:
     """What attention adds to one row [T, D], before W_o: softmax over the segment and the C tokens before it."""
-    parts = {name: value.double().numpy() for name, value in layer.attention.state_dict().items()}
-    size, half = HIDDEN_SIZE // NUM_HEADS, layer.attention.rotary_dim // 2
-    projected = x @ parts["query_key_value.weight"].T + parts["query_key_value.bias"]
-    q, k, v = np.moveaxis(projected.reshape(len(x), NUM_HEADS, 3, size), 2, 0)
+    half = layer.attention.rotary_dim // 2
+    q, k, v = layer.attention.query_key_value(x).view(len(x), NUM_HEADS, 3, -1).unbind(2)
 
-    def turn(head: np.ndarray, place: int) -> np.ndarray:
-        cos, sin = (
-            part[:half].numpy() for part in compute_rotary_angles(torch.tensor(place), 2 * half, 1e4, torch.float64)
-        )
-        first, second, rest = np.split(head, [half, 2 * half])
-        return np.concatenate((first * cos - second * sin, second * cos + first * sin, rest))
+    def turn(heads: Tensor, places: Tensor) -> Tensor:
+        angles = compute_rotary_angles(places, 2 * half, 1e4, torch.float64)
+        cos, sin = (part[:, None, :half] for part in angles)
+        first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
-    mixed = np.zeros((len(x), NUM_HEADS, size))
+    mixed = []
     for t in range(len(x)):
         start = t // segment_length * segment_length
-        seen = range(max(0, start - memory_tokens), t + 1)
-        for h in range(NUM_HEADS):
-            query = turn(q[t, h], t - start)
-            scores = np.array([query @ turn(k[j, h], j - start) for j in seen]) / math.sqrt(size)
-            weights = np.exp(scores - scores.max())
-            mixed[t, h] = weights / weights.sum() @ v[list(seen), h]
-    return mixed.reshape(len(x), -1)
+        seen = torch.arange(max(0, start - memory_tokens), t + 1)
+        query = turn(q[t : t + 1], torch.tensor([t - start]))
+        scores = (query * turn(k[seen], seen - start)).sum(-1) / math.sqrt(q.shape[-1])
+        mixed.append((scores.softmax(0).unsqueeze(-1) * v[seen]).sum(0).flatten())
+    return torch.stack(mixed)
 
 
 @pytest.mark.parametrize("memory_tokens", [3, 4, 9])
@@ -70,8 +63,8 @@ def test_attention_equals_its_equation(memory_tokens):
     with torch.no_grad():
         whole, memory = layer.attention(x[:, :16].unflatten(1, (4, 4)), None, Segments())
         last, _ = layer.attention(x[:, None, 16:], memory, Segments())
-    expected = np.stack([attend(layer, row, 4, memory_tokens) for row in x.numpy()])
-    assert_near(torch.cat((whole.flatten(1, 2), last[:, 0]), 1), torch.from_numpy(expected), 1e-10)
+        expected = torch.stack([attend(layer, row, 4, memory_tokens) for row in x])
+    assert_near(torch.cat((whole.flatten(1, 2), last[:, 0]), 1), expected, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,9 +115,6 @@ def test_rows_do_not_share_a_cache():
 # The recurrent memory transformer against its equation, row by row and segment by segment
 
 
-SIZES = (16, 2, 24)
-
-
 def read_row(stack: RecurrentMemoryStack, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """One row's tokens [T, D]: what comes out, and the memory after the last segment."""
     memory, outputs = stack.first_memory.weight, []
@@ -141,7 +131,7 @@ def read_row(stack: RecurrentMemoryStack, x: Tensor, length: int) -> tuple[Tenso
 @pytest.mark.parametrize("num_memory_tokens", [1, 3])
 def test_the_stack_equals_its_equation(num_memory_tokens):
     """Row 0 has a short last segment; row 1 is whole."""
-    stack = RecurrentMemoryStack(*SIZES, num_layers=2, num_memory_tokens=num_memory_tokens)
+    stack = RecurrentMemoryStack(16, 2, 24, num_layers=2, num_memory_tokens=num_memory_tokens)
     randomize(stack)
     stack.double()
     x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)).double()
@@ -153,11 +143,3 @@ def test_the_stack_equals_its_equation(num_memory_tokens):
             torch.testing.assert_close(found[row][valid[row]], expected, atol=1e-10, rtol=1e-10)
             torch.testing.assert_close(memory.vectors[row], vectors, atol=1e-10, rtol=1e-10)
     assert memory.num_segments.tolist() == [3, 3]
-
-
-def test_the_model_has_pythias_layers_inside():
-    shape = make_shape(hidden_size=16, num_hidden_layers=3, intermediate_size=24)
-    model, pythia = create_model("rmt", shape, num_memory_tokens=5), create_model("pythia", shape)
-    added = 5 * 16 + 2 * 16  # the first vectors, and a LayerNorm
-    assert model.num_parameters()["total"] == pythia.num_parameters()["total"] + added
-    assert model.memory_info()["total_bytes"] == 4 * 5 * 16
