@@ -1,6 +1,8 @@
 """The compiled step and products equal the model's own, are used where they can be, and leave the model as it was."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -105,34 +107,26 @@ def read(model: TransformerLM) -> Tensor:
         return read_by_steps(model, text_ids(1, 9))
 
 
-def change_weight(model: TransformerLM) -> None:
-    model.layers[0].mlp.dense_h_to_4h.weight.data.mul_(-1)
-
-
-def replace_weight(model: TransformerLM) -> None:
-    linear = model.layers[1].attention.query_key_value
+def take_weight(linear: nn.Linear) -> None:
     linear.weight = nn.Parameter(linear.weight.detach() * 0.5)
 
 
-def replace_module(model: TransformerLM) -> None:
-    model.layers[0].mlp.dense_4h_to_h = nn.Sequential(model.layers[0].mlp.dense_4h_to_h, nn.Tanh())
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "weight in place": lambda attention, mlp: mlp.dense_h_to_4h.weight.data.mul_(-1),
+    "another weight": lambda attention, mlp: take_weight(attention.query_key_value),
+    "another module": lambda attention, mlp: setattr(mlp, "dense_4h_to_h", nn.Sequential(mlp.dense_4h_to_h, nn.Tanh())),
+    "a hook": lambda attention, mlp: attention.dense.register_forward_hook(lambda module, inputs, out: out * 3),
+    "no bias": lambda attention, mlp: setattr(attention.dense, "bias", None),
+}
 
 
-def add_hook(model: TransformerLM) -> None:
-    model.layers[0].attention.dense.register_forward_hook(lambda _module, _inputs, out: out * 3)
-
-
-def drop_bias(model: TransformerLM) -> None:
-    model.layers[0].attention.dense.bias = None
-
-
-@pytest.mark.parametrize("change", [change_weight, replace_weight, replace_module, add_hook, drop_bias])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_changes_in_the_model_is_seen(change):
     model = build_model(STACKS["pythia"], dtype=torch.float32)
     before, weights = read(model), make_weights(model)
     with weights.in_use():
         torch.testing.assert_close(read(model), before, atol=1e-5, rtol=1e-5)
-        change(model)
+        change(model.layers[0].attention, model.layers[0].mlp)
         found = read(model)
     expected = read(model)
     assert (expected - before).abs().max() > 1e-3

@@ -86,14 +86,13 @@ def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
     assert "perplexity" not in card  # this model of the run was not measured
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("kind", "layout", "tied"),
+    ("family", "kind", "layout", "tied"),
     [
-        ("pythia", "gpt_neox", True),
-        ("pythia", "gpt_neox", False),
-        ("token_memory", "auto", True),
-        ("selective", "auto", False),
+        *((family, "token_memory", "auto", True) for family in FAMILIES),
+        ("gpt-neox", "selective", "auto", False),
+        ("llama", "pythia", "gpt_neox", True),
+        ("bert", "pythia", "gpt_neox", False),
     ],
 )
 def test_settings_tied_weights_and_special_tokens_survive(tmp_path, family, kind, layout, tied):

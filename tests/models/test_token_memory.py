@@ -1,9 +1,7 @@
 """The token memory against its equations, written out token by token, and what is its own."""
 
-import math
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,38 +37,30 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def read_row(
-    layer: TokenMemoryLayer, segments: list[np.ndarray], rows: list[np.ndarray]
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """A row's segments [S, D] with the head's rows of their tokens: outputs, M less the initial memory, and Σ k²."""
-    w = {name.removeprefix("attention."): value.double().numpy() for name, value in layer.state_dict().items()}
-    query, key = (w[f"{name}.weight"].reshape(HEADS, KEY_SIZE, SIZE) for name in ("query", "key"))
-    query_bias, key_bias = (w[f"{name}.bias"].reshape(HEADS, KEY_SIZE) for name in ("query", "key"))
-    M, z, outputs = w["initial_memory"].copy(), np.zeros((HEADS, KEY_SIZE)), []
-    retained = 1 / (1 + np.exp(-w["retention"]))[:, None, None]
-    for xs, us in zip(segments, rows, strict=True):
-        added = np.zeros_like(xs)
-        for t, x in enumerate(xs):
-            read = np.zeros(SIZE)
-            for h in range(HEADS):
-                gate = 1 / (1 + math.exp(-(w["gate"][h] + w["token_gate.weight"][h] @ x)))
-                read += gate * unit(query[h] @ x + query_bias[h]) @ M[h]
-            added[t] = w["read_scale"] * (w["dense.weight"] @ read)
-        outputs.append(xs + added)
-        M = w["initial_memory"] + retained * (M - w["initial_memory"])
-        z *= retained[..., 0]
-        for t in range(1, len(xs)):  # the first token follows nothing that the segment holds
-            value = w["value.weight"] @ unit(us[t])
-            for h in range(HEADS):
-                beta = 2 / (1 + math.exp(-(w["strength.weight"][h] @ xs[t] + w["strength.bias"][h])))
-                k = unit(key[h] @ xs[t - 1] + key_bias[h])
-                M[h] += beta * np.outer(k, value - k @ M[h])
-                z[h] += k * k
-    return outputs, M - w["initial_memory"], z
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    return x / np.linalg.norm(x)
+def read_row(layer: TokenMemoryLayer, x: Tensor, rows: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A row's tokens [T, D] with the head's rows of them: outputs, M less the initial memory, and Σ k²."""
+    w = {name.removeprefix("attention."): value.double() for name, value in layer.state_dict().items()}
+    first, outputs = w["initial_memory"], []
+    M, z = first, torch.zeros(HEADS, KEY_SIZE).double()
+    retained = w["retention"].sigmoid().unsqueeze(-1)
+    queries, keys = (
+        F.normalize(F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"]).view(-1, HEADS, KEY_SIZE), dim=-1)
+        for name in ("query", "key")
+    )
+    values = F.normalize(rows, dim=-1) @ w["value.weight"].T
+    for begin in range(0, len(x), length):
+        segment = range(begin, min(begin + length, len(x)))
+        for t in segment:
+            gates = (w["gate"] + w["token_gate.weight"] @ x[t]).sigmoid()
+            read = torch.einsum("h,hk,hkv->v", gates, queries[t], M)
+            outputs.append(x[t] + w["read_scale"] * (w["dense.weight"] @ read))
+        M, z = first + retained.unsqueeze(-1) * (M - first), retained * z
+        for t in segment[1:]:  # the first token follows nothing that the segment holds
+            beta = 2 * F.linear(x[t], w["strength.weight"], w["strength.bias"]).sigmoid().unsqueeze(-1)
+            found = torch.einsum("hk,hkv->hv", keys[t - 1], M)
+            M = M + torch.einsum("hk,hv->hkv", keys[t - 1], beta * (values[t] - found))
+            z = z + keys[t - 1].square()
+    return torch.stack(outputs), M - first, z
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,12 +76,9 @@ def test_the_layer_equals_its_equations(dtype):
         last, memory = layer(x[:, None, 20:].to(dtype), memory, Segments(tokens=RowsOf(u[:, None, 20:].to(dtype))))
     actual = torch.cat((whole.flatten(1, 2), last[:, 0]), dim=1)
     for row in range(ROWS):
-        cuts = [slice(begin, begin + 5) for begin in range(0, 23, 5)]
-        xs, us = x[row].numpy(), u[row].numpy()
-        outputs, change, z = read_row(layer, [xs[cut] for cut in cuts], [us[cut] for cut in cuts])
-        assert_near(actual[row], torch.from_numpy(np.concatenate(outputs)).to(dtype), TOLERANCES[dtype])
-        assert_near(memory.memories[row, 0], torch.from_numpy(change).to(dtype), TOLERANCES[dtype])
-        assert_near(memory.norms[row, 0], torch.from_numpy(z).to(dtype), TOLERANCES[dtype])
+        expected = read_row(layer, x[row], u[row], 5)
+        for one, other in zip((actual[row], memory.memories[row, 0], memory.norms[row, 0]), expected, strict=True):
+            assert_near(one, other.to(dtype), TOLERANCES[dtype])
     assert memory.num_tokens.tolist() == [[23]] * ROWS
     assert memory.num_segments.tolist() == [5] * ROWS
 
