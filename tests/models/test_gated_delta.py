@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_cases import HIDDEN_SIZE, NUM_HEADS, LayerCase, assert_near, build_model, randomize, text_ids
+from model_cases import HIDDEN_SIZE, NUM_HEADS, assert_near, randomize
 from new_llm.models.layers import GatedDeltaLayer, Segments
 from new_llm.models.ops import gated_delta, gated_delta_rule, gated_delta_rule_naive
 
@@ -161,11 +161,3 @@ def test_the_layer_equals_its_equations(options: dict[str, Any]) -> None:
         assert_near(found[row, 20:], expected[-3:], 1e-10)
         assert_near(memory.memories[row, 0], end, 1e-10)
     assert memory.num_tokens.tolist() == [23, 23, 15]
-
-
-def test_segments_are_not_seen() -> None:
-    """One text, whatever its cuts: logits in segments of 3 tokens equal those of the whole."""
-    model, ids = build_model(2 * [LayerCase("gated_delta")], segment_length=3), text_ids(2, 17)
-    cut = model(ids)
-    model.segment_length = 64
-    assert_near(model(ids), cut, 1e-12)

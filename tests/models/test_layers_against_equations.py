@@ -106,17 +106,3 @@ def test_a_long_segment_runs_in_chunks(dtype, monkeypatch):
 def test_decay_of_each_head_follows_alibi(heads, slopes):
     layer = InfiniLayer(48, 4, 24, num_memory_heads=heads, use_alibi=True, alibi_scale=2.0)
     assert layer.attention.decay == pytest.approx([math.exp(-2.0 * slope) for slope in slopes], rel=1e-12)
-
-
-def test_banks_are_written_in_turn():
-    """(segments seen // segments_per_bank) mod num_memory_banks."""
-    layer = LayerCase("infini", {"num_memory_banks": 3, "segments_per_bank": 2}).build()
-    randomize(layer)
-    memory = None
-    written = []
-    for step in range(8):
-        before = torch.zeros(1, 3, dtype=torch.int64) if memory is None else memory.num_tokens
-        _, memory = layer(draw_hidden(1, 3)[:, None].float() + step, memory)
-        assert memory is not None
-        written.append((memory.num_tokens - before)[0].nonzero().flatten().tolist())
-    assert written == [[0], [0], [1], [1], [2], [2], [0], [0]]

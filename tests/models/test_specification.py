@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from new_llm import TransformerLM, create_model
+from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, save_model
 from new_llm.models.factory import MODEL_KINDS, RECIPES
-from new_llm.models.layers import InfiniLayer, MultiMemoryLayer, PythiaLayer
+from new_llm.models.layers import InfiniLayer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -36,20 +36,6 @@ def test_models_by_name():
         assert model.segment_length == 2048
         assert isinstance(model, SelectiveOutputLM)
         assert create_model("infini", size="14m").layers[0].hidden_size == 128
-
-
-def test_layers_of_ones_own_choice():
-    with torch.device("meta"):
-        model = TransformerLM(
-            layers=[
-                InfiniLayer(512, 8, 2048),
-                MultiMemoryLayer(512, 8, 2048, num_memories=4),
-                *[PythiaLayer(hidden_size=512, num_heads=8, intermediate_size=2048) for _ in range(4)],
-            ],
-            vocab_size=50304,
-            segment_length=256,
-        )
-    assert model.memory_info()["total_bytes"] == 1_050_624 + 532_480
 
 
 @pytest.mark.parametrize("use_selective", [True, False])

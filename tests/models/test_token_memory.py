@@ -11,7 +11,6 @@ from torch import Tensor
 
 from model_cases import DTYPES, TOLERANCES, assert_near, get_model, randomize, text_ids
 from new_llm.models.layers import ReadTokens, Segments, TokenMemoryLayer
-from new_llm.models.layers.base import initialize_weights
 from new_llm.models.ops import delta_rule, scale_to_length, scan_delta_rule, scan_delta_rule_naive
 
 ROWS, SIZE, HEADS, KEY_SIZE = 2, 6, 3, 4
@@ -146,26 +145,6 @@ def test_rows_of_given_lengths(narrow: torch.dtype) -> None:
     assert_near(found, expected.to(wide), tolerance)
     assert_near(gradients[1][1], gradients[0][1].to(wide), tolerance)
     assert_near(found_x, expected_x.to(narrow), 0.01 if narrow == torch.bfloat16 else tolerance)
-
-
-def test_how_the_layer_begins():
-    layer = TokenMemoryLayer(
-        8, num_memory_heads=2, read_gate_init=0.5, read_scale_init=3.0, query_key_init_scale=2.0, retention_init=0.75
-    )
-    torch.manual_seed(0)
-    initialize_weights(layer, 0.02)
-    attention = layer.attention
-    assert torch.equal(attention.key.weight, attention.query.weight)
-    torch.manual_seed(0)
-    assert torch.equal(attention.query.weight, 0.04 * torch.randn(2 * 4, 8))
-    for linear in (attention.value, attention.dense):
-        assert torch.equal(linear.weight, torch.eye(8))
-    for zero in (attention.strength.weight, attention.strength.bias, attention.token_gate.weight):
-        assert not zero.any()
-    assert not attention.initial_memory.any()
-    assert attention.gate.tolist() == [0.5, 0.5]
-    assert torch.allclose(torch.sigmoid(attention.retention), torch.tensor(0.75))
-    assert attention.read_scale.tolist() == [3.0]
 
 
 def test_rows_add_what_they_changed_to_a_shared_memory():

@@ -82,9 +82,6 @@ def check_text(model: TransformerLM, family: str) -> None:
     options = {"tokenizer": tokenizer, "on_text": lambda _, piece: shown.append(piece), "max_new_tokens": 12}
     made, statistics = generate(model, ids, mask, **options)
     assert statistics.texts == ("".join(shown),)
-    before, whole = tokenizer.decode(ids[0].tolist()), tokenizer.decode(made[0].tolist())
-    if whole.startswith(before) and int(made.max()) < tokenizer.get_vocab_size():
-        assert before + statistics.texts[0] == whole
     logits = model(made[:, :-1])[:, ids.shape[1] - 1 :]
     chosen = logits.gather(-1, made[:, ids.shape[1] :, None]).squeeze(-1)
     torch.testing.assert_close(chosen, logits.amax(-1), atol=1e-8, rtol=1e-8)
