@@ -61,6 +61,10 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     assert (compared["sliding"]["nats"], compared["sliding"]["low"]) == (pytest.approx(sum(nats) / 2), None)
     assert compared["caches-two, beyond repetition"] == compared["caches-two, + bigrams"]
     assert f"| {100 * math.expm1(sum(nats) / 2):+.1f} % |" in (folder / "table.md").read_text()
+    third = summary["variants"]["pythia"]["figures"][metric]["by_seed"]  # a baseline is compared with, too
+    nats = [math.log(second[seed] / third[seed]) for seed in "01"]
+    assert other["Against pythia: sliding"]["mean"] == pytest.approx(sum(nats) / 2)
+    assert "Against pythia: sliding" not in summary["variants"]["pythia"]["figures"]
     # Carried against reset is what the records of the runs say.
     record = json.loads((folder / "measured" / "no-delta-s1-long-validation.json").read_text())
     relative = record["result"]["overall"]["differences"]["reset"]["relative"]["value"]

@@ -150,7 +150,7 @@ class StudyFlags:
         console = open_console()
         console.print(render_introduction(summary), highlight=False, markup=False)
         tables = list(make_tables(summary))
-        main = {tables[0][0], f"Against {summary['reference']}", COST}
+        main = {tables[0][0], COST, *(f"Against {name}" for name in (summary["reference"], *summary["baselines"]))}
         for title, rows in tables:
             if title in main:
                 console.print(

@@ -348,7 +348,8 @@ class StudyConfig(RunSettings):
     reference: str | None = None
     """The variant that all others are compared with; None: the first one."""
     baselines: tuple[str, ...] = ()
-    """Variants that read the long documents beside every other one, in consecutive segments."""
+    """More variants that all others are compared with. They read the long documents beside every other one, in
+    consecutive segments."""
     window_baselines: tuple[str, ...] = ()
     """Likewise, but in sliding windows as long as their segment: models without memory with their whole context."""
     long_documents: LongDocumentsConfig | None = dataclasses.field(default_factory=LongDocumentsConfig)

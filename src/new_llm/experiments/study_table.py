@@ -153,7 +153,8 @@ def describe_study(
     measure's own, over documents), the text of the table's cell, and the difference from the reference, paired by seed.
     `caches` has, by name, the bits per byte of streaming with each cache that was measured around it, and the bytes
     that the cache stores. `comparisons` are those with the reference of `compare_runs`, which tables show as figures,
-    too; `checkpoints`, beside the variants, are those of `describe_checkpoints`.
+    too, beside those with the study's baselines; `checkpoints`, beside the variants, are those of
+    `describe_checkpoints`.
     """
     by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
     reference = by_variant.get(study.reference_variant, {})
@@ -200,12 +201,13 @@ def describe_study(
             figures[f"{CONTRASTS}: {key}"] = _show_comparison(contrast, is_share=True)
             if (metric := f"{CONTRASTS}: {key}") not in tables.setdefault(CONTRASTS, []):
                 tables[CONTRASTS].append(metric)
-        if name != study.reference_variant:
-            compared = compare_runs(runs, found.get(study.reference_variant, ()))
-            variants[name]["comparisons"] |= {key: one.comparison._asdict() for key, one in compared.items()}
+        for other in dict.fromkeys((study.reference_variant, *study.baselines)):
+            compared = compare_runs(runs, found.get(other, ())) if other != name else {}
+            if other == study.reference_variant:
+                variants[name]["comparisons"] |= {key: one.comparison._asdict() for key, one in compared.items()}
             for key, one in compared.items():
                 if one.has_column:
-                    metric = f"Against {study.reference_variant}{one.table}: {key}"
+                    metric = f"Against {other}{one.table}: {key}"
                     figures[metric] = _show_comparison(one.comparison)
                     if metric not in tables.setdefault(metric.removesuffix(f": {key}"), []):
                         tables[metric.removesuffix(f": {key}")].append(metric)
