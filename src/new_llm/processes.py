@@ -86,11 +86,7 @@ class Processes:
         return own
 
     def slice_rows(self, num_rows: int, what: str = "train.batch_size") -> slice:
-        """The rows of a batch that this process reads: an equal share each, in the order of ranks.
-
-        Raises:
-            UserError: the processes do not divide the rows.
-        """
+        """The rows of a batch that this process reads: an equal share each, in the order of ranks."""
         if num_rows % self.count:
             raise UserError(
                 f"{what}: {num_rows} rows can't be divided among {self.count} processes; it counts the rows of all "
@@ -298,11 +294,7 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 
 
 def start_processes() -> Processes:
-    """Join the other processes of the launcher; without one, this process is alone. Repeated calls return the same.
-
-    Raises:
-        UserError: the launcher's variables are incomplete, or it asks for FSDP, DeepSpeed or Megatron.
-    """
+    """Join the other processes of the launcher; without one, this process is alone. Repeated calls return the same."""
     if _State.processes is not None:
         return _State.processes
     count = int(os.environ.get("WORLD_SIZE") or 1)

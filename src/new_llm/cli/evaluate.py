@@ -33,9 +33,6 @@ def evaluate(command: Evaluation) -> int:
 
     Returns:
         The exit code: 130 where a measurement was interrupted and its result is partial, 1 where it found a fault.
-
-    Raises:
-        UserError: bad input, or a measure that refuses this model or text, once the others are done.
     """
     register_measure(Doctor)  # here, because experiments do without its modules
     settings, measures = command.settings, find_measures(command.names)

@@ -59,11 +59,7 @@ class LmEval(Command):
         return cls(arguments=tuple(arguments))
 
     def execute(self) -> int:
-        """Hand the arguments to `lm_eval`.
-
-        Raises:
-            UserError: lm_eval is not installed.
-        """
+        """Hand the arguments to `lm_eval`."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm-evaluation-harness is not installed: pip install 'new-llm[lm-eval]'")
         import new_llm.models.hf  # noqa: F401 - registers the model type with the Auto classes

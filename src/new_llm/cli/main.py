@@ -195,11 +195,7 @@ def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def check_command(command: str, environment: Mapping[str, str] | None = None) -> None:
-    """Refuse several processes for a command that would do the same in each of them.
-
-    Raises:
-        UserError: names the commands that several processes work on together.
-    """
+    """Refuse several processes for a command that would do the same in each of them."""
     count = (os.environ if environment is None else environment).get("WORLD_SIZE") or "1"
     if not count.isdigit():
         raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")

@@ -65,11 +65,7 @@ class ShowRun(Command):
     """The folder of runs."""
 
     def execute(self) -> int:
-        """Print it.
-
-        Raises:
-            UserError: there is no run of this name.
-        """
+        """Print it."""
         from new_llm.experiments.run_folder import CONFIG_KINDS, describe_run, list_differences
         from new_llm.report import ColumnTable
 
@@ -182,11 +178,7 @@ class Report(Command):
     """The .html file to write; None: report.html in the run's folder, or in this folder for several runs."""
 
     def execute(self) -> int:
-        """Write the page.
-
-        Raises:
-            UserError: a run can't be read or is given twice, or the file can't be written.
-        """
+        """Write the page."""
         if not self.runs:
             raise UserError("report: name at least one run folder (see new-llm report --help)")
         from new_llm.evaluation import find_measures, register_measure

@@ -68,11 +68,7 @@ class NewStudy(Command):
     """The YAML file to write; the study has its name."""
 
     def execute(self) -> int:
-        """Write it.
-
-        Raises:
-            UserError: there is such a file, or its name can't be a study's.
-        """
+        """Write it."""
         from new_llm.config.files import write_text_atomically
         from new_llm.config.loading import find_committed, read_settings
         from new_llm.experiments.config import StudyConfig

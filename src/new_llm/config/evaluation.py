@@ -97,11 +97,7 @@ class PerplexityConfig:
 
 
 def check_edges(edges: tuple[int, ...], name: str) -> None:
-    """Refuse range borders that do not begin with 0 and rise; no borders are fine.
-
-    Raises:
-        UserError: names the field.
-    """
+    """Refuse range borders that do not begin with 0 and rise; no borders are fine."""
     if edges and (edges[0] != 0 or any(a >= b for a, b in pairwise(edges))):
         raise UserError(f"{name}: {list(edges)} must start with 0 and increase")
 
@@ -159,9 +155,6 @@ class LongDocumentsConfig:
             window: tokens in a window, the baseline's segment.
             where: what sets the stride, for the message.
             name: what the baseline is called.
-
-        Raises:
-            UserError: the stride is longer than the window.
         """
         stride = self.window_stride or max(1, window // 2)
         if stride > window:

@@ -47,11 +47,7 @@ def check_regular_file(path: Path) -> None:
 
 
 def read_text_file(path: Path, max_bytes: int) -> str:
-    """The text of a regular file.
-
-    Raises:
-        UserError: there is none, it is not a regular file, has more than `max_bytes`, is not UTF-8, or can't be read.
-    """
+    """The text of a regular file."""
     check_regular_file(path)
     try:
         with path.open("rb") as file:
@@ -344,9 +340,6 @@ def hold_lock(path: Path, what: str, *, on_wait: Callable[[str], None] | None = 
             of one thing give one lock.
         what: what it guards, for messages: "runs/base".
         on_wait: told in one line, once, whom this process waits for; None: it does not wait.
-
-    Raises:
-        UserError: another process holds it and nobody wants to wait, or the lock's file can't be made.
     """
     lock = FileLock(path, thread_local=False)
     try:

@@ -67,9 +67,6 @@ def find_committed(path: Path, folder: str) -> Path:
     Args:
         path: as the user gave it; a file of that name wins.
         folder: `configs` or `studies`.
-
-    Raises:
-        UserError: there is neither; names the project's own.
     """
     own = {Path(file.name).stem: file for file in resources.files("new_llm").joinpath(folder).iterdir()}
     if path.exists() or path.suffix or len(path.parts) > 1:
@@ -82,11 +79,7 @@ def find_committed(path: Path, folder: str) -> Path:
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
-    """Read a configuration's YAML; what it leaves out keeps its default.
-
-    Raises:
-        UserError: the file is missing or no YAML mapping, or has an unknown key, wrong type or value out of range.
-    """
+    """Read a configuration's YAML; what it leaves out keeps its default."""
     values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -143,11 +136,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file.
-
-    Raises:
-        UserError: there is none, it is too large or no YAML, nested too deeply, or asks for aliases or objects.
-    """
+    """The plain values of a YAML file."""
     text = read_text_file(path, MAX_YAML_BYTES)
     try:
         return yaml.load(text, _Loader)
@@ -170,9 +159,6 @@ def load_by_name(name: str, what: str = "an object") -> Any:
     """Import a user's module and return what it calls by this name, such as "my_module:MyLayer".
 
     Modules are looked for where Python looks for them, then in the current directory. `what` is expected there.
-
-    Raises:
-        UserError: the name has another form, there is no such module, its code fails, or it lacks the attribute.
     """
     if not is_user_name(name):
         raise UserError(f"{name}: {what} of your own is named my_module:MyName")

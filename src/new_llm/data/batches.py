@@ -262,11 +262,7 @@ def shape_batches(data: DataConfig, batch_size: int, segments: int) -> BatchShap
 
 
 def count_singles(data: DataConfig, batch_size: int) -> int:
-    """How many of a batch's whole samples `data.mixed_samples` replaces by as many tokens in single segments.
-
-    Raises:
-        UserError: a batch of one sample can't be mixed.
-    """
+    """How many of a batch's whole samples `data.mixed_samples` replaces by as many tokens in single segments."""
     if batch_size < 2:
         raise UserError(
             f"data.mixed_samples: a batch of {batch_size} sample can't be mixed; train.batch_size must be 2"

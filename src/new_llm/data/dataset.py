@@ -119,9 +119,6 @@ def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
     """Load the cache with this key, or build it where it is absent or damaged.
 
     A second process that wants the same cache waits, says so in a line, and uses what the first has built.
-
-    Raises:
-        UserError: the folder can't be written, or the build's own errors.
     """
     folder, work = root / key, root / f".{key}.work"
     if (cache := _load(folder)) is not None:
@@ -196,10 +193,6 @@ def prepare_data(config: DataConfig) -> PreparedData:
 
     A second call reads the cache. The sentences of the reversal pairs join the training split alone: they are its first
     documents, which are pinned.
-
-    Raises:
-        UserError: one line for anything wrong with the source, the tokenizer or the cache folder, and for a
-            source too short for one training sample and one validation document.
     """
     source = open_source(config)
     held = config.validation_source
@@ -355,11 +348,7 @@ class EvaluationText(NamedTuple):
 
 
 def read_evaluation_text(config: TextConfig, tokenizer: Tokenizer) -> EvaluationText:
-    """Read and tokenise the configured source, whole documents in its own order.
-
-    Raises:
-        UserError: no source is named, it can't be read, or it holds no text.
-    """
+    """Read and tokenise the configured source, whole documents in its own order."""
     if config.source is None:
         raise UserError("data.source: a text is needed: a file, a folder, wikitext-2, pile or sotu")
     source = open_source(

@@ -81,9 +81,6 @@ def read_file(
     """The documents of one file; those without a visible character are left out.
 
     With `whole` the file's text is one document, also where its format has articles. `max_bytes` is that of a document.
-
-    Raises:
-        UserError: the file can't be read in the format that its extension names, or holds records instead of one text.
     """
     reader = find_reader(path)
     if reader is None:

@@ -60,11 +60,7 @@ class Source:
     """Lines that a user should see: files of a folder that were ignored."""
 
     def read(self) -> Iterator[Document]:
-        """All documents, (name, text), in the source's own order; those without a visible character are left out.
-
-        Raises:
-            UserError: the source can't be read, or holds no text.
-        """
+        """All documents, (name, text), in the source's own order; those without a visible character are left out."""
         found, self.bad_rows.count = False, 0
         for number, document in enumerate(self.read_all(), start=1):
             name, text = document if isinstance(document, tuple) else (f"{self.name}:{number}", document)
@@ -156,11 +152,7 @@ WEIGHTED = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*")
 
 
 def parse_mix(name: str) -> dict[str, float]:
-    """The weights of a mix, `sotu*0.7+my_text.txt*0.3`, by their sources; empty: it is none.
-
-    Raises:
-        UserError: a source is named twice, or weighs nothing.
-    """
+    """The weights of a mix, `sotu*0.7+my_text.txt*0.3`, by their sources; empty: it is none."""
     found = [WEIGHTED.fullmatch(part) for part in name.split("+")]
     weights = [(part[1], float(part[2])) for part in found if part]
     if len(weights) < len(found):

@@ -189,11 +189,7 @@ NOTHING = Piece(-1, 0, Row(np.zeros(0, np.int64), 0))
 
 
 def select_long_documents(split: TokenSplit, settings: LongDocumentsConfig) -> list[int]:
-    """The first documents that are long enough, by their index in the split.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The first documents that are long enough, by their index in the split."""
     chosen = split.find_long(settings.min_tokens)[: settings.max_documents].tolist()
     if not chosen:
         longest = int(split.lengths.max(initial=0))

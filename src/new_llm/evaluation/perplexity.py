@@ -376,11 +376,7 @@ class RollingPerplexity(Perplexity):
     title = "rolling perplexity"
 
     def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
-        """See `evaluate_rolling`.
-
-        Raises:
-            UserError: the tokenizer has no token to put before each document.
-        """
+        """See `evaluate_rolling`."""
         begin = find_special_tokens(subject.tokenizer).get("bos_token")
         if begin is None:
             raise UserError("rolling perplexity: the tokenizer has no <|endoftext|> or <s> to begin a document with")

@@ -155,11 +155,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
 
 def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
-    """Where the base is (a hub name or a directory), and its tokenizer (a hub name or a file).
-
-    Raises:
-        UserError: a directory without a model or tokenizer, or a run without a model of its own to choose.
-    """
+    """Where the base is (a hub name or a directory), and its tokenizer (a hub name or a file)."""
     path = Path(config.base).expanduser()
     if not path.is_dir():
         return config.base, config.base
@@ -219,9 +215,6 @@ def choose_long_documents(
     """A seeded choice of long training documents, and all long validation documents, cut to `max_tokens`.
 
     Where no validation document is long, all of them stay, with a note.
-
-    Raises:
-        UserError: no training document has `min_tokens`.
     """
     notes = list(data.info.get("notes", []))
     long, longest = data.train.find_long(min_tokens), int(data.train.lengths.max(initial=0))

@@ -389,11 +389,7 @@ class StudyConfig(RunSettings):
 
     @classmethod
     def from_experiment(cls, config: ExperimentConfig, seeds: tuple[int, ...]) -> Self:
-        """The study of an experiment's models with some seeds; each is measured as in the experiment.
-
-        Raises:
-            UserError: an option that none of the models takes, or no seed.
-        """
+        """The study of an experiment's models with some seeds; each is measured as in the experiment."""
         config.model.check_taken(config.models)
         base = config.to_dict()
         for key in ("name", "seed", "runs_dir", "models"):

@@ -69,9 +69,6 @@ def prepare_subject(
 
     Returns:
         The subject, and what its text is, for the record; None: no text.
-
-    Raises:
-        UserError: the text, the run's data or a baseline can't be read.
     """
     training: TrainingData | None = None
     if "doctor" in settings.measures:
@@ -101,11 +98,7 @@ def prepare_subject(
 
 
 def load_evaluation_text(loaded: LoadedModel, config: TextConfig) -> EvaluationText:
-    """Read what the configuration names with the model's tokenizer; no source: its run's validation documents.
-
-    Raises:
-        UserError: the text can't be read, or the model belongs to no run and no source is named.
-    """
+    """Read what the configuration names with the model's tokenizer; no source: its run's validation documents."""
     if config.source is not None:
         return read_evaluation_text(config, loaded.tokenizer)
     if loaded.config is None:
@@ -163,9 +156,6 @@ def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextCo
 
     Args:
         text_config: the text that will be measured; None: the measures bring their own.
-
-    Raises:
-        UserError: the text to tune on can't be read, or the model's states can't be had.
     """
     if not config.is_on:
         return loaded
@@ -232,9 +222,6 @@ def load_baselines(
         text_config: the text that will be measured.
         names: of the variants of a study, in the order of the options; these keep their own segments. None: they are
             named by their runs.
-
-    Raises:
-        UserError: one can't be loaded, has another tokenizer, or a stride that is longer than its window.
     """
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
     shorts = [_shorten(spec) for spec, _ in specs]

@@ -51,9 +51,6 @@ def export_run(
     """Write a run's model with its best weights, its tokenizer and a model card; an exported model there is replaced.
 
     `layout` is auto, for every kind of model, or gpt_neox, for plain Pythia models.
-
-    Raises:
-        UserError: there is no such model, GPT-NeoX can't express it, or the folder can't be written.
     """
     run, directory = Path(run), Path(directory).expanduser()
     source = find_model_folder(run, model)

@@ -78,9 +78,6 @@ def fill_memory_from_run(
         config: how much is read at once.
         on_bytes: called with the bytes read since the last call.
         on_note: called with a line that the user should read.
-
-    Raises:
-        UserError: anything wrong with the run, the texts or the place to write; `out` is left as it was.
     """
     check_text_files(paths)
     model, tokenizer = load_run_model(run, model_name, needs_memory=True)
@@ -93,11 +90,7 @@ def fill_memory_from_run(
 
 
 def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
-    """Reject, before the work, a path where a memory file can't be written.
-
-    Raises:
-        UserError: not *.safetensors, a folder, one of the inputs, or in a read-only place.
-    """
+    """Reject, before the work, a path where a memory file can't be written."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out: {out} must end in .safetensors")
     if out.is_dir():
@@ -133,9 +126,6 @@ def fill_memory(
         paths: text files (.txt, .jsonl and whatever else `new_llm.data` reads).
         config: how much is read at once.
         on_bytes: called with the bytes read since the last call.
-
-    Raises:
-        UserError: no memory layer, no files, or a file that holds no text.
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer to fill")
@@ -211,11 +201,7 @@ def take_memory_part(model: TransformerLM) -> TransformerLM:
 
 
 def check_text_files(paths: Iterable[Path]) -> None:
-    """Reject, before any is read, files that can't hold text.
-
-    Raises:
-        UserError: one is missing, not a regular file, empty, or of an unknown format.
-    """
+    """Reject, before any is read, files that can't hold text."""
     for path in paths:
         check_regular_file(path)
         if find_reader(path) is None:
@@ -236,9 +222,6 @@ def read_documents(path: Path, config: FillConfig, on_bytes: OnBytes) -> Iterato
         path: a text file in one of the known formats.
         config: how much is read at once.
         on_bytes: called with the bytes read since the last call; of a plain text they are the file's.
-
-    Raises:
-        UserError: the file can't be read, is binary or not UTF-8, or holds no visible character.
     """
     limit = config.max_run_characters
     if is_plain(path):

@@ -246,9 +246,6 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
         run: a run folder with `<model>/best` folders, one such `<model>` folder, or a model's own folder.
         model: which model of a run folder; None: the only one.
         needs_memory: leave out models without memory layers.
-
-    Raises:
-        UserError: there is no model, not the one asked for, or several to choose from.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; a run folder or a folder with {STRUCTURE_FILE} is expected")
@@ -301,11 +298,7 @@ def has_memory(folder: Path) -> bool:
 def load_run_model(
     run: Path, model: str | None = None, *, needs_memory: bool = False
 ) -> tuple[TransformerLM, Tokenizer]:
-    """A run's model with its best weights, and its tokenizer; arguments as in `find_model_folder`.
-
-    Raises:
-        UserError: the model or the tokenizer is missing or broken, or they do not fit each other.
-    """
+    """A run's model with its best weights, and its tokenizer; arguments as in `find_model_folder`."""
     folder = find_model_folder(run, model, needs_memory=needs_memory)
     tokenizer_path = find_tokenizer_file(folder)
     tokenizer = read_tokenizer_file(tokenizer_path)

@@ -223,11 +223,7 @@ class Run(ABC, Generic[Config]):
             return self.processes.run_on_main(lambda: self._write(self.finish(results | {"status": "complete"})))
 
     def _find_longer(self) -> list[str]:
-        """The changes by which a resumed run trains longer than it has begun to.
-
-        Raises:
-            UserError: a model is done, and no checkpoint is left to train it from.
-        """
+        """The changes by which a resumed run trains longer than it has begun to."""
         if not self.resume:
             return []
         longer = list_lengths(read_begun(self.folder, type(self.config)), self.config)
@@ -514,11 +510,7 @@ class ExperimentRun(Run[ExperimentConfig]):
         return self._origins[name]
 
     def _read_origin(self, name: str, data: PreparedData) -> dict[str, Tensor] | None:
-        """The weights that a model begins from; None: fresh ones.
-
-        Raises:
-            UserError: they can't be read, have another tokenizer, or are not those of such a model.
-        """
+        """The weights that a model begins from; None: fresh ones."""
         if self.config.init_from is None:
             return None
         run, model_name = split_spec(self.config.init_from)

@@ -257,11 +257,7 @@ class Job:
 
 
 def make_executor(settings: ClusterConfig, folder: Path) -> Any:
-    """submitit's executor with a study's settings.
-
-    Raises:
-        UserError: submitit is not installed, there is no such cluster here, or it refuses a setting.
-    """
+    """submitit's executor with a study's settings."""
     try:
         import submitit
     except ImportError:

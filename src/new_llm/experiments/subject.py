@@ -63,11 +63,7 @@ class LoadedModel:
 
 
 def load_any_model(config: SubjectConfig) -> LoadedModel:
-    """Load the configured model with its tokenizer.
-
-    Raises:
-        UserError: no such model, several to choose from, or an option that doesn't fit its kind.
-    """
+    """Load the configured model with its tokenizer."""
     device = choose_device(config.device)
     name = _name_model(config)
     path = Path(name).expanduser()
@@ -139,11 +135,7 @@ def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -
 def load_hugging_face(
     name: str, revision: str | None, segment_length: int | None
 ) -> tuple[TransformerLM | HuggingFaceLM, Tokenizer, str]:
-    """The model of a folder or a hub name, its tokenizer and its model type. The checkpoint's own code never runs.
-
-    Raises:
-        UserError: neither a folder of a Hugging Face model nor on a reachable hub, or it can't be loaded.
-    """
+    """The model of a folder or a hub name, its tokenizer and its model type. The checkpoint's own code never runs."""
     kind = _read_model_type(name, revision)
     model: TransformerLM | HuggingFaceLM
     if kind == "gpt_neox":

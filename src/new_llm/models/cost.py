@@ -1,12 +1,9 @@
 """What a model costs: the state that reading on needs, the operations of a token, and whether it fits this machine."""
 
-import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +11,7 @@ from new_llm.config import UserError
 from new_llm.config.files import read_address_limit
 from new_llm.formats import format_bytes
 from new_llm.models.layers import Layer
+from new_llm.models.state import list_tensors
 from new_llm.models.transformer import TransformerLM
 
 
@@ -38,22 +36,9 @@ def count_state(model: TransformerLM) -> int:
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     opened = {type(one) for states in stream.opened for one in states}
     read = [memory.finish_call() for memory in stream.memories if memory and type(memory) not in opened]
-    kept = find_tensors([stream.opened, read])
+    kept = list_tensors([stream.opened, read])
     found = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point()}  # some hold one tensor under two names
     return sum(number for place, number in found.items() if place not in weights)
-
-
-def find_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples, dicts and dataclasses, nested in any way."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from find_tensors(one)
-    elif isinstance(value, dict):
-        yield from find_tensors(list(value.values()))
-    elif dataclasses.is_dataclass(value):
-        yield from find_tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
 @torch.no_grad()

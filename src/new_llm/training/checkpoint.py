@@ -117,9 +117,6 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
     """Inside the block: a folder for a checkpoint's files; at its end they are on disk, with a manifest.
 
     Of the older checkpoints `keep` − 1 stay; newer ones, which were damaged, are removed.
-
-    Raises:
-        UserError: the model's folder in the run is gone.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: deleted or renamed while the model trained")
@@ -136,11 +133,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint; None where there is none at all. `warn` is told in a line what was skipped.
-
-    Raises:
-        UserError: there are checkpoints, and all of them are damaged.
-    """
+    """The newest undamaged checkpoint; None where there is none at all. `warn` is told in a line what was skipped."""
     remove_leftovers(folder / CHECKPOINTS_FOLDER)
     damaged = list[str]()
     for path in list_checkpoints(folder):

@@ -133,9 +133,6 @@ def shard_weights(
     stay on the host. A layer's weights are gathered when it runs and freed after it (see `choose_policy`). Embedding,
     head and whatever else is outside the layers belong to the root, which gathers them in float32 for the whole step:
     the fused loss reads the head's weights directly.
-
-    Raises:
-        UserError: the model has a scalar parameter (the α of a parallel adapter), or tied embeddings.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -372,6 +372,54 @@ class Block(Layer):
         return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden
 
 
+class RotaryBlock(Block):
+    """A block that is made from a Pythia layer's shape, around an attention that may have rotary positions.
+
+    Args:
+        hidden_size: D.
+        num_heads: heads of softmax attention.
+        intermediate_size: width of the MLP.
+        rotary_pct: share of each head that is rotated.
+        rotary_emb_base: base of the rotary wavelengths.
+        layer_norm_eps: ε of the LayerNorms.
+        options: fields of the kind's options.
+
+    Raises:
+        ValueError: heads that do not divide the hidden size, an odd number of dimensions to rotate, or an option out of
+            range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        rotary_pct: float = PythiaConfig.rotary_pct,
+        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
+        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
+        **options: Any,
+    ) -> None:
+        chosen = self.options_type(**options)
+        super().__init__(
+            self.make_attention(chosen, hidden_size, num_heads, rotary_pct, rotary_emb_base),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            layer_norm_eps=layer_norm_eps,
+        )
+        self.num_heads = num_heads
+        self.take_options(chosen)
+
+    @abstractmethod
+    def make_attention(
+        self, options: Any, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float, /
+    ) -> Attention:
+        """The attention of a layer with these options; the layer itself is not made yet."""
+
+    def take_options(self, options: Any) -> None:
+        """Set what else the options decide."""
+
+
 def check_divides(what: str, number: int, hidden_size: int) -> int:
     """The width of a head.
 

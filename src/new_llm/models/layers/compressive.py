@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
-from new_llm.models.layers.base import Block, Segments, Step, check_divides
+from new_llm.models.layers.base import RotaryBlock, Segments, Step, check_divides
 from new_llm.models.layers.memory_layer import (
     MemoryAttention,
     MemoryLayer,
@@ -292,8 +292,6 @@ class CompressiveAttention(MemoryAttention):
 
     # What subclasses define
 
-    options_type: ClassVar[type[MemoryOptions]]
-    """The dataclass of the attention's options."""
     reads_sum: ClassVar[bool] = False
     """Whether the attention also reads the sum of its memories."""
     takes_token_rules: ClassVar[bool] = True
@@ -704,46 +702,23 @@ class CompressiveAttention(MemoryAttention):
         return opened.emptied().select_rows(ended, opened), memory
 
 
-class CompressiveLayer(MemoryLayer, Block):
+class CompressiveLayer(MemoryLayer, RotaryBlock):
     """A block whose attention is compressive; subclasses name their attention.
 
-    Args:
-        hidden_size: D.
-        num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
-        intermediate_size: width of the MLP.
-        rotary_pct: share of each head that is rotated, where local attention is softmax.
-        rotary_emb_base: base of its rotary wavelengths.
-        layer_norm_eps: ε of the LayerNorms.
-        options: fields of the attention's `options_type`.
-
-    Raises:
-        ValueError: heads that do not divide the hidden size, or an option out of range.
+    Arguments are those of `RotaryBlock`; `num_heads` is also the memory's where `num_memory_heads` is None, and
+    positions are only for softmax attention inside the segment.
     """
 
     attention_type: ClassVar[type[CompressiveAttention]]
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        *,
-        rotary_pct: float = PythiaConfig.rotary_pct,
-        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
-        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-        **options: Any,
-    ) -> None:
-        chosen: Any = self.attention_type.options_type(**options)
-        make_attention: Any = self.choose_attention(chosen)
-        attention: CompressiveAttention = make_attention(hidden_size, chosen.num_memory_heads or num_heads, chosen)
+    def make_attention(
+        self, options: Any, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float
+    ) -> CompressiveAttention:
+        """The attention that the options ask for."""
+        make: Any = self.choose_attention(options)
+        attention = make(hidden_size, options.num_memory_heads or num_heads, options)
         attention.set_positions(rotary_pct, rotary_emb_base)
-        super().__init__(
-            attention,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
-        self.num_heads = num_heads
+        return attention
 
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:
         """The class of attention that these options ask for."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from new_llm.config import UserError
 from new_llm.config.sections import section, short
 from new_llm.models.layers.base import Segments, register_layer
-from new_llm.models.layers.compressive import EPSILON, CompressiveAttention, MemoryOptions
+from new_llm.models.layers.compressive import EPSILON, CompressiveAttention
 from new_llm.models.layers.multi_memory import (
     MultiMemoryAttention,
     MultiMemoryLayer,
@@ -57,7 +57,6 @@ class ExpansionGate(nn.Module):
 class HierarchicalAttention(MultiMemoryAttention):
     """A_mem = p · fine + (1 − p) · coarse: fine is multi-memory's read, coarse a read of the sum of its memories."""
 
-    options_type: ClassVar[type[MemoryOptions]] = HierarchicalOptions
     reads_sum: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
@@ -137,7 +136,6 @@ class FenwickAttention(SelectingAttention):
     Source: log-linear attention, arXiv:2506.04761, there token by token and without z.
     """
 
-    options_type: ClassVar[type[MemoryOptions]] = HierarchicalOptions
     takes_token_rules: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:

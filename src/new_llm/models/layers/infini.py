@@ -41,8 +41,6 @@ class InfiniOptions(MemoryOptions):
 class InfiniAttention(CompressiveAttention):
     """A_mem = Σ_b softmax_b(bank weights) σ(q) M_b / max(σ(q) z_b, ε); one bank has no weights."""
 
-    options_type: ClassVar[type[MemoryOptions]] = InfiniOptions
-
     def __init__(self, hidden_size: int, num_memory_heads: int, options: InfiniOptions) -> None:
         heads, banks = num_memory_heads, options.num_memory_banks
         check_divides("num_memory_heads", heads, hidden_size)
@@ -79,7 +77,7 @@ class InfiniLayer(CompressiveLayer):
 
     M ← w M + Σ σ(k)ᵀ(v − r) at each segment's end, A_mem = σ(q) M / max(σ(q) z, ε) before it.
 
-    Arguments are those of `CompressiveLayer`; the memory has one head by default.
+    Arguments are those of `RotaryBlock`; the memory has one head by default.
     """
 
     index_key: ClassVar[str] = "current_bank"

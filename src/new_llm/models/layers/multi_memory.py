@@ -85,8 +85,6 @@ class MultiMemoryAttention(SelectingAttention):
     With `router: standardized` s is standardised over the filled memories, and τ is learned for each head.
     """
 
-    options_type: ClassVar[type[MemoryOptions]] = MultiMemoryOptions
-
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(
             hidden_size, num_memory_heads, options, num_memories=options.num_memories, segments_per_memory=1
@@ -131,7 +129,6 @@ class RoutedAttention(SelectingAttention):
     the share of tokens written to m and P_m its mean probability (Switch Transformers, arXiv:2101.03961, eq. 4).
     """
 
-    options_type: ClassVar[type[MemoryOptions]] = MultiMemoryOptions
     takes_token_rules: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
@@ -232,7 +229,7 @@ class MultiMemoryLayer(CompressiveLayer):
     They are written in turn, one segment each; with `router: top1` token by token, where the router sends them. Each
     token's weights depend only on the past.
 
-    Arguments are those of `CompressiveLayer`; the memory has `num_heads` heads by default.
+    Arguments are those of `RotaryBlock`; the memory has `num_heads` heads by default.
     """
 
     index_key: ClassVar[str] = "current_memory_idx"

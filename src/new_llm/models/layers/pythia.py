@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig
-from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
+from new_llm.models.layers.base import Attention, RotaryBlock, Segments, Step, check_divides, register_layer
 from new_llm.models.ops.local_attention import causal_attention
 from new_llm.models.state import LayerMemory
 
@@ -175,38 +174,11 @@ class SoftmaxAttention(RotarySoftmax, Attention):
 
 
 @register_layer("pythia")
-class PythiaLayer(Block):
-    """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`.
-
-    Args:
-        hidden_size: D.
-        num_heads: heads of softmax attention.
-        intermediate_size: width of the MLP.
-        rotary_pct: share of each head that is rotated.
-        rotary_emb_base: base of the rotary wavelengths.
-        layer_norm_eps: ε of the LayerNorms.
-
-    Raises:
-        ValueError: the heads do not divide the hidden size, or an odd number of dimensions would be rotated.
-    """
+class PythiaLayer(RotaryBlock):
+    """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`."""
 
     can_step_in_place = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        *,
-        rotary_pct: float = PythiaConfig.rotary_pct,
-        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
-        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-    ) -> None:
-        attention = SoftmaxAttention(hidden_size, num_heads, rotary_pct, rotary_emb_base)
-        super().__init__(
-            attention,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
-        self.num_heads = num_heads
+    def make_attention(self, options: Any, *sizes: Any) -> SoftmaxAttention:
+        """Softmax inside the segment."""
+        return SoftmaxAttention(*sizes)

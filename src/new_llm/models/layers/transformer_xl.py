@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from new_llm.config import PythiaConfig
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Block, Segments, Step, register_layer
+from new_llm.models.layers.base import RotaryBlock, Segments, Step, register_layer
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention
 from new_llm.models.state import LayerMemory
 
@@ -169,53 +168,28 @@ class TransformerXLAttention(SoftmaxAttention):
 
 
 @register_layer("transformer_xl", options=TransformerXLOptions)
-class TransformerXLLayer(Block):
+class TransformerXLLayer(RotaryBlock):
     """A Pythia layer that also attends to the C tokens before the segment, across any number of borders.
 
     Its models are made of such layers alone, as in the paper: through L layers a token sees L · C tokens back.
-
-    Args:
-        hidden_size: D.
-        num_heads: heads of softmax attention.
-        intermediate_size: width of the MLP.
-        rotary_pct: share of each head that is rotated.
-        rotary_emb_base: base of the rotary wavelengths.
-        layer_norm_eps: ε of the LayerNorms.
-        options: fields of `TransformerXLOptions`.
-
-    Raises:
-        ValueError: the heads do not divide the hidden size, or an option is out of range.
+    Arguments are those of `RotaryBlock`.
     """
 
     has_memory = True
     can_step_in_place = True
     fills_model: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        *,
-        rotary_pct: float = PythiaConfig.rotary_pct,
-        rotary_emb_base: float = PythiaConfig.rotary_emb_base,
-        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-        **options: Any,
-    ) -> None:
-        chosen = TransformerXLOptions(**options)
-        sizes = (hidden_size, num_heads, rotary_pct, rotary_emb_base)
-        attention = SoftmaxAttention(*sizes)
-        if chosen.memory_tokens:
-            attention = TransformerXLAttention(chosen.memory_tokens, *sizes, detach_memory=chosen.detach_memory)
-        super().__init__(
-            attention,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
-        self.num_heads = num_heads
-        self.has_memory = chosen.memory_tokens > 0
-        self.passes_gradients = not chosen.detach_memory
+    def make_attention(self, options: Any, *sizes: Any) -> SoftmaxAttention:
+        """Softmax over the memory and the segment; without memory that of a Pythia layer."""
+        attention = SoftmaxAttention(*sizes)  # always made: it draws from the generator, and a seed keeps its weights
+        if not options.memory_tokens:
+            return attention
+        return TransformerXLAttention(options.memory_tokens, *sizes, detach_memory=options.detach_memory)
+
+    def take_options(self, options: Any) -> None:
+        """Whether there is a memory, and whether gradients flow through it."""
+        self.has_memory = options.memory_tokens > 0
+        self.passes_gradients = not options.detach_memory
 
     def empty_memory(self, rows: int, like: Tensor) -> KeyValueMemory:
         """As `Layer.empty_memory`."""
