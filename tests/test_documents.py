@@ -13,7 +13,7 @@ import yaml
 
 from documents import PAGES, ROOT, find_blocks, find_commands, name_page, parse_command
 from new_llm import __version__
-from new_llm.cli.completion import write_completion
+from new_llm.cli.command import write_completion
 from new_llm.cli.main import COMMANDS
 from new_llm.config.loading import settings_from_dict
 from new_llm.experiments.config import ExperimentConfig

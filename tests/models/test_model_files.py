@@ -99,7 +99,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "version": (edit(format_version=9), "format_version: input should be 1"),
     "layer kind": (edit(layers=[{"kind": "mamba"}]), "unknown layer kind 'mamba'.*hierarchical"),
     "layers": (edit(layers=3), "layers: input should be a valid"),
-    "arguments": (edit(layers=[{"kind": "pythia", "width": 3}]), "unexpected keyword argument"),
+    "arguments": (edit({"width": 3}), "unknown key 'width'"),
     "vocabulary": (edit(vocab_size=64), "vocab_size is 64, embed_in.weight"),
     "a float for a number": (edit(vocab_size=8.5), "vocab_size: input should be a valid integer"),
     "negative": (edit(segment_length=-3), "segment_length: input should be greater than 0"),

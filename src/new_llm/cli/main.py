@@ -19,7 +19,7 @@ from new_llm.config.terminal import make_line, prepare_terminal
 # Module and class of each command. Modules are imported only when their command is asked for, so that help never waits
 # for torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "completion": ("completion:Completion", "print a completion script for bash, zsh or fish"),
+    "completion": ("command:Completion", "print a completion script for bash, zsh or fish"),
     "eval": ("eval:Eval", "measure a trained model: perplexity, recall, the reversal curse and more"),
     "evaluate-wikitext": ("eval:EvaluateWikitext", "perplexity on WikiText-2's test text"),
     "experiment": ("experiment:Experiment", "train models on identical data and compare them"),

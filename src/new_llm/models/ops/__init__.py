@@ -1,7 +1,7 @@
 """Pure functions; each fast form has a naive twin beside it, written from the equation.
 
 `memory`: the reads and writes of one segment. `memory_scan`: the recurrence over the segments of a call. `delta_rule`:
-the rule token by token, inside segments; `gated_delta`: with decay, across them; `delta_chunks`: its chain of chunks.
+the rule token by token, inside segments; `gated_delta`: with decay, across them, in a chain of chunks.
 `local_attention`: features, and attention inside a segment. `head_loss`: the head together with its loss. `kernels`:
 what runs compiled.
 """

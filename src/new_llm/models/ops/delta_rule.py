@@ -7,7 +7,7 @@ through two products.
 
 M is M₀ + C: a rest, and what text has changed. Before a segment is written C fades, M ← M₀ + w (M − M₀).
 
-On a GPU, where launches are what takes time, C passes through all pieces in one (`delta_chunks`): with U = V − K M₀ the
+On a GPU, where launches are what takes time, C passes through all pieces in one (`chain_chunks`): with U = V − K M₀ the
 piece writes C ← d C + W (U − d K C), where d is w in the first piece of a segment, else 1.
 
 Legend: B rows, n segments, H heads, S tokens of a segment, K and V widths of keys and values, m pieces of C tokens in
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
-from new_llm.models.ops.delta_chunks import add_product, chain_chunks, find_solver, invert
+from new_llm.models.ops.gated_delta import add_product, chain_chunks, find_solver, invert
 from new_llm.models.ops.kernels import native
 
 LEAST_STRENGTH = 1e-20
