@@ -204,7 +204,7 @@ def test_long_documents_with_baselines(run, tmp_path, capsys):
     flags += ["--edges", 0, 100, 5000, "--min-tokens", 300, "--out", out]
     assert call("long", run, *flags) == 0
     record = json.loads(out.read_text())
-    assert (record["kind"], record["status"], record["settings"]["seed"]) == ("long", "complete", 0)
+    assert (record["kind"], record["status"], record["settings"]["confidence"]) == ("long", "complete", 0.95)
     result = record["result"]
     split = tokenize_documents([text[:1500] for text in SPEECHES], read_tokenizer_file(run / "tokenizer.json"))
     infini, pythia, long_pythia = (load_best(run, kind) for kind in ("infini", "pythia", "pythia"))

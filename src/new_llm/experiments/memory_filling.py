@@ -75,7 +75,6 @@ def fill_memory_from_run(
     Args:
         run: a run folder or a model's folder; see `find_model_folder`.
         model_name: which model of the run; None: its only one with memory.
-        config: how much is read at once.
         on_bytes: called with the bytes read since the last call.
         on_note: called with a line that the user should read.
     """
@@ -119,13 +118,8 @@ def fill_memory(
 ) -> FillResult:
     """Replace the model's memory by one that texts have filled; no gradients are kept.
 
-    After an error the model holds what it held before.
-
-    Args:
-        model: a model with memory layers, which will hold one memory shared by all rows.
-        paths: text files (.txt, .jsonl and whatever else `new_llm.data` reads).
-        config: how much is read at once.
-        on_bytes: called with the bytes read since the last call.
+    After an error the model holds what it held before, else one memory shared by all rows. `on_bytes` is called with
+    the bytes read since the last call.
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer to fill")
@@ -153,13 +147,7 @@ def fill_memory(
 
 
 def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[str], config: FillConfig) -> int:
-    """Stream one document into the memory that a model holds; returns its tokens.
-
-    Args:
-        model: holds one memory for all rows.
-        pieces: the text, cut where tokens end; see `cut_at_white_space`.
-        config: tokens that are read at once.
-    """
+    """Stream a document, in pieces of `cut_at_white_space`, into the memory that a model holds; returns its tokens."""
     stream = model.open_stream(1)
     # A call reads whole segments, in parallel.
     num_tokens = max(1, config.tokens_per_call // model.segment_length) * model.segment_length
@@ -218,10 +206,7 @@ def is_plain(path: Path) -> bool:
 def read_documents(path: Path, config: FillConfig, on_bytes: OnBytes) -> Iterator[Iterator[str]]:
     """Each document of a file as pieces that may be tokenised one by one; consume one before the next.
 
-    Args:
-        path: a text file in one of the known formats.
-        config: how much is read at once.
-        on_bytes: called with the bytes read since the last call; of a plain text they are the file's.
+    `on_bytes` is called with the bytes read since the last call; of a plain text they are the file's.
     """
     limit = config.max_run_characters
     if is_plain(path):
@@ -238,11 +223,9 @@ def read_documents(path: Path, config: FillConfig, on_bytes: OnBytes) -> Iterato
 
 
 def cut_at_white_space(blocks: Iterable[str], max_run_characters: int) -> Iterator[str]:
-    """The same text in other pieces; all but the first begin with white space after a visible character.
+    """A text in other pieces; all but the first begin with white space after a visible character.
 
-    Args:
-        blocks: a text, cut anywhere.
-        max_run_characters: a longer run without such a place is cut at its end.
+    A run of more than `max_run_characters` without such a place is cut at its end.
     """
     held = ""
     for block in blocks:

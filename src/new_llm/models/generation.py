@@ -111,27 +111,6 @@ def generate(
     return run.collect_ids(), run.describe()
 
 
-def stream_text(
-    model: Any,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    config: GenerationConfig | None = None,
-    update_memory: bool = False,
-    **options: Any,
-) -> Iterator[str]:
-    """Generate the text that follows a prompt, piece by piece; pieces hold whole characters.
-
-    With `update_memory` the memory is updated once the last piece has been taken. Arguments and errors as in
-    `generate`.
-    """
-    config = dataclasses.replace(config or GenerationConfig(), **options)
-    run = GenerationRun(
-        model, encode_prompts(tokenizer, [prompt])[0], None, config, tokenizer, update_memory=update_memory
-    )
-    return (run.pieces[0] for _ in run.run() if run.pieces[0])
-
-
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Prompts as ids [B, T], padded with 0 on the right, and a mask of real tokens [B, T] bool; an empty one is an
     error.
@@ -144,7 +123,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Te
 
 
 class GenerationRun:
-    """One generation, step by step; `generate` and `stream_text` run it.
+    """One generation, step by step, which `generate` runs.
 
     Attributes:
         step_tokens: the last step's tokens, one per row; None for a row that had ended, or if tokens are not tracked.
