@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,8 +77,6 @@ def test_a_local_task_of_every_request_type(tmp_path, exported):
                "--model_args", f"pretrained={folder}", "--tasks", ",".join(f"local_{name}" for name in TASKS),
                "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json"), "--log_samples",
                "--batch_size", "2"]  # fmt: skip
-    import os
-
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,41 +55,51 @@ def test_the_default_dtype_has_no_say(default):
         assert torch.equal(one, two)
 
 
-def make_step(width: int = 16, inner: int = 24, **changed: object) -> PythiaStep:
+def make_step(**changed: Any) -> PythiaStep:
     kernels = native.load_kernels()
     assert kernels is not None
-    shapes = {"qkv": (3 * width, width), "dense": (width, width), "up": (inner, width), "down": (width, inner)}
+    shapes = {"qkv": (48, 16), "dense": (16, 16), "up": (24, 16), "down": (16, 24)}
     matrices = {name: Matrix(torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
-    given: dict[str, object] = {
-        "norms": [nn.LayerNorm(width).requires_grad_(False) for _ in range(2)],
+    given: dict[str, Any] = {
+        "norms": [nn.LayerNorm(16).requires_grad_(False) for _ in range(2)],
         "matrices": [changed.pop(name, matrix) for name, matrix in matrices.items()],
         "num_heads": 2,
         "rotary_dim": 4,
     }
-    return PythiaStep(kernels, **{**given, **changed})  # pyright: ignore[reportArgumentType]
+    return PythiaStep(kernels, **{**given, **changed})
+
+
+BAD_STEPS: dict[str, dict[str, Any]] = {
+    "3 heads": {"num_heads": 3},
+    "10 rotary": {"rotary_dim": 10},
+    r"dense_h_to_4h\.weight: \[24, 15\]": {"up": Matrix(torch.randn(24, 15), None)},
+    r"query_key_value\.weight: \[47, 16\]": {"qkv": Matrix(torch.randn(47, 16), None)},
+    "not contiguous": {"down": Matrix(torch.randn(24, 16).t(), None)},
+    "float64": {"dense": Matrix(torch.randn(16, 16).double(), None)},
+    r"dense\.bias: \[4\]": {"dense": Matrix(torch.randn(16, 16), torch.randn(4))},
+    r"norm\.weight: \[8\]": {"norms": [nn.LayerNorm(16), nn.LayerNorm(8)]},
+}
+BAD_CALLS: dict[str, dict[str, Any]] = {
+    "hidden.*bfloat16": {"hidden": torch.zeros(2, 1, 16).bfloat16()},
+    "on meta": {"hidden": torch.zeros(2, 1, 16, device="meta")},
+    r"keys: \[2, 2, 5, 4\]": {"keys": torch.zeros(2, 2, 5, 4)},
+    r"values: \[2, 2, 4, 8\]": {"values": torch.zeros(2, 2, 4, 8)},
+    r"positions \[0, 4\]": {"positions": torch.tensor([[0], [4]])},
+    r"positions \[0, -1\]": {"positions": torch.tensor([[0], [-1]])},
+    "int32": {"positions": torch.tensor([[0], [3]]).int()},
+    "longest of 6": {"longest": 6},
+    "valid": {"valid": torch.ones(3, 1, dtype=torch.bool)},
+    "sines.*float64": {"angles": (torch.zeros(2, 4), torch.zeros(2, 4).double())},
+}
 
 
 @needs_compiler
-def test_a_step_whose_numbers_do_not_fit_is_refused():
-    for changed, words in (
-        ({"num_heads": 3}, "3 heads"),
-        ({"rotary_dim": 10}, "10 rotary"),
-        ({"up": Matrix(torch.randn(24, 15), None)}, r"dense_h_to_4h\.weight: \[24, 15\]"),
-        ({"qkv": Matrix(torch.randn(47, 16), None)}, r"query_key_value\.weight: \[47, 16\]"),
-        ({"down": Matrix(torch.randn(24, 16).t(), None)}, "not contiguous"),
-        ({"dense": Matrix(torch.randn(16, 16).double(), None)}, "float64"),
-        ({"dense": Matrix(torch.randn(16, 16), torch.randn(4))}, r"dense\.bias: \[4\]"),
-        ({"norms": [nn.LayerNorm(16), nn.LayerNorm(8)]}, r"norm\.weight: \[8\]"),
-    ):
+def test_steps_and_calls_whose_tensors_do_not_fit_are_refused():
+    for words, changed in BAD_STEPS.items():
         with pytest.raises(ValueError, match=words):
             make_step(**changed)
-
-
-@needs_compiler
-def test_a_call_whose_tensors_do_not_fit_is_refused():
-    step = make_step()
-    cache = torch.zeros(2, 2, 5, 8)
-    fitting = {
+    step, cache = make_step(), torch.zeros(2, 2, 5, 8)
+    fitting: dict[str, Any] = {
         "hidden": torch.zeros(2, 1, 16),
         "keys": cache,
         "values": cache.clone(),
@@ -97,21 +108,10 @@ def test_a_call_whose_tensors_do_not_fit_is_refused():
         "angles": (torch.zeros(2, 4), torch.zeros(2, 4)),
         "longest": 4,
     }
-    assert step.run(**fitting).shape == (2, 1, 16)  # pyright: ignore[reportArgumentType]
-    for changed, words in (
-        ({"hidden": torch.zeros(2, 1, 16).bfloat16()}, "hidden.*bfloat16"),
-        ({"hidden": torch.zeros(2, 1, 16, device="meta")}, "on meta"),
-        ({"keys": torch.zeros(2, 2, 5, 4)}, r"keys: \[2, 2, 5, 4\]"),
-        ({"values": torch.zeros(2, 2, 4, 8)}, r"values: \[2, 2, 4, 8\]"),
-        ({"positions": torch.tensor([[0], [4]])}, r"positions \[0, 4\]"),
-        ({"positions": torch.tensor([[0], [-1]])}, r"positions \[0, -1\]"),
-        ({"positions": torch.tensor([[0], [3]]).int()}, "int32"),
-        ({"longest": 6}, "longest of 6"),
-        ({"valid": torch.ones(3, 1, dtype=torch.bool)}, "valid"),
-        ({"angles": (torch.zeros(2, 4), torch.zeros(2, 4).double())}, "sines.*float64"),
-    ):
+    assert step.run(**fitting).shape == (2, 1, 16)
+    for words, changed in BAD_CALLS.items():
         with pytest.raises(ValueError, match=words):
-            step.run(**{**fitting, **changed})  # pyright: ignore[reportArgumentType]
+            step.run(**{**fitting, **changed})
 
 
 @needs_compiler
@@ -119,24 +119,21 @@ def test_other_calls_check_too():
     kernels = native.load_kernels()
     assert kernels is not None
     scores, sums = torch.zeros(2, 3, 8).bfloat16(), torch.zeros(2, 3)
-    refused = {
-        "targets": lambda: native.score_rows(
-            kernels, torch.zeros(4, 9), torch.zeros(3, dtype=torch.int64), None, write_gradients=False
-        ),
-        "int32": lambda: native.score_rows(
-            kernels, torch.zeros(4, 9), torch.zeros(4, dtype=torch.int32), None, write_gradients=False
-        ),
-        "no kernel for torch.float64": lambda: native.score_rows(
-            kernels, torch.zeros(4, 9).double(), torch.zeros(4, dtype=torch.int64), None, write_gradients=False
-        ),
+
+    def score(logits: torch.Tensor, targets: torch.Tensor) -> None:
+        native.score_rows(kernels, logits, targets, None, write_gradients=False)
+
+    for words, call in {
+        "targets": lambda: score(torch.zeros(4, 9), torch.zeros(3, dtype=torch.int64)),
+        "int32": lambda: score(torch.zeros(4, 9), torch.zeros(4, dtype=torch.int32)),
+        "no kernel for torch.float64": lambda: score(torch.zeros(4, 9).double(), torch.zeros(4, dtype=torch.int64)),
         "logsumexp": lambda: native.causal_softmax(kernels, scores, torch.zeros(2, 2), first=0, scale=1.0),
         "not among 8 columns": lambda: native.causal_softmax(kernels, scores, sums, first=6, scale=1.0),
         "gradients": lambda: native.causal_softmax_backward(
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),
         r"matrix\.weight": lambda: native.linear_rows(kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None)),
-    }
-    for words, call in refused.items():
+    }.items():
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises(ValueError, match="on cpu"):  # what the Triton kernels ask of their tensors
@@ -173,15 +170,6 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @needs_compiler
-def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled, home):
-    native.load_library()
-    native.load_library()
-    assert len(compiled) == 1
-    assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    assert [path.suffix for path in home.iterdir()] == [".so"]
-
-
-@needs_compiler
 @pytest.mark.parametrize("damage", ["truncated", "changed", "link", "writable by others", "empty"])
 def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home, damage, tmp_path):
     native.load_library()
@@ -202,21 +190,19 @@ def test_a_damaged_library_is_never_loaded_and_is_compiled_again(compiled, home,
     assert not path.is_symlink()
 
 
-def plant(folder: Path) -> Path:
-    """A library that anyone can put there who knows the key: it would run whatever its writer likes."""
-    folder.mkdir(parents=True)
-    path = folder / f"{native._describe_build()[0]}.so"
-    path.write_bytes(b"no library at all")
-    return path
-
-
 @needs_compiler
-def test_nothing_is_loaded_from_a_shared_cache(compiled, home, tmp_path, monkeypatch):
+def test_a_library_is_compiled_once_into_a_folder_of_the_users_own(compiled, home, tmp_path, monkeypatch):
+    """In a shared cache anyone who knows the key could put a library, which would run whatever its writer likes."""
     shared = tmp_path / "shared"
     monkeypatch.setenv("NEW_LLM_CACHE", str(shared))
-    planted = plant(shared / "native")
+    planted = shared / "native" / f"{native._describe_build()[0]}.so"
+    planted.parent.mkdir(parents=True)
+    planted.write_bytes(b"no library at all")
+    native.load_library()
     native.load_library()
     assert len(compiled) == 1
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert [path.suffix for path in home.iterdir()] == [".so"]
     assert list(shared.rglob("*.so")) == [planted]
 
 
@@ -243,12 +229,10 @@ def test_a_folder_that_others_could_change_is_not_used(compiled, home, fault, tm
     assert kept == ([] if fault == "owner" else [tmp_path / "temporary" / f"new-llm-kernels-{os.geteuid()}"])
 
 
-def test_the_kernels_can_be_turned_off(monkeypatch):
+def test_turned_off_or_without_a_working_compiler_the_pytorch_form_stays(monkeypatch, home, caplog):
     monkeypatch.setenv(SWITCH, "0")
     assert native.load_kernels.__wrapped__() is None
-
-
-def test_a_compiler_that_fails_leaves_the_pytorch_form(monkeypatch, home, caplog):
+    monkeypatch.delenv(SWITCH)
     caplog.set_level("DEBUG", logger=native.__name__)
     for compiler in ("false", "no-such-compiler-here"):
         monkeypatch.setenv("CC", compiler)

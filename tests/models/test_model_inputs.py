@@ -165,10 +165,8 @@ def test_what_makes_no_layer_and_no_model(build, words):
 
 BAD_IDS: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = {
     "one dimension": (IDS[0], ("input_ids", "(6,)", "[batch, tokens]")),
-    "three dimensions": (IDS.unsqueeze(0), ("input_ids", "(1, 2, 6)")),
     "no tokens": (IDS[:, :0], ("input_ids", "(2, 0)", "at least one token")),
     "no rows": (IDS[:0], ("input_ids", "(0, 6)")),
-    "too large": (IDS + VOCAB_SIZE, ("input_ids", f"0 to {VOCAB_SIZE - 1}")),
     "just too large": (torch.tensor([[VOCAB_SIZE]]), (f"{VOCAB_SIZE}", f"0 to {VOCAB_SIZE - 1}")),
     "negative": (IDS - 100, ("input_ids", "-68", "0 to")),
     "floats": (IDS.float(), ("input_ids", "float32", "integers")),
@@ -205,16 +203,17 @@ def test_masks_of_any_dtype(dtype):
         assert torch.equal(model(IDS, torch.ones(2, 6, dtype=dtype)), model(IDS))
 
 
-@pytest.mark.parametrize("columns", [1, 5, 8])
-def test_labels_of_the_wrong_width(columns):
-    labels = text_ids(2, columns)
-    refuse(lambda: get_model("mixed").token_losses(IDS, labels), "labels", str(columns), "6 or 7")
+BAD_LABELS: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = {
+    "one column": (IDS[:, :1], ("1", "6 or 7")),
+    "too few columns": (IDS[:, :5], ("5", "6 or 7")),
+    "too many columns": (text_ids(2, 8), ("8", "6 or 7")),
+    "one dimension": (IDS[0], ()),
+    "one row": (IDS[:1], ()),
+    "too large": (IDS + VOCAB_SIZE, ()),
+    "negative": (IDS - 200, ()),
+}
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [IDS[0], IDS[:1], IDS + VOCAB_SIZE, IDS - 200],
-    ids=["one dimension", "one row", "too large", "negative"],
-)
-def test_labels_that_do_not_fit_the_ids(labels):
-    refuse(lambda: get_model("mixed").compute_loss(IDS, labels), "labels")
+@pytest.mark.parametrize(("labels", "words"), BAD_LABELS.values(), ids=BAD_LABELS)
+def test_labels_that_do_not_fit_the_ids(labels, words):
+    refuse(lambda: get_model("mixed").compute_loss(IDS, labels), "labels", *words)
