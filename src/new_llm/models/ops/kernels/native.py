@@ -90,36 +90,29 @@ def load_kernels() -> ctypes.CDLL | None:
         return None
 
 
+_TAKEN_BY_DTYPE = {
+    "score_rows": "pnnpppii",
+    "step_pythia": "pp",
+    "linear_rows": "ppnpi",
+    "solve_chunks": "pppnni",
+    "solve_chunks_backward": "pppppppnnni",
+    "move_memories": "ppppppnnni",
+    "retreat_memories": "pppppppppnnni",
+}
+"""The arguments of functions that there are for each dtype: p a pointer, n a 64-bit size, i an int, x a float."""
+
+
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """State what the functions take: pointers, 64-bit sizes and ints."""
-    for suffix in SUFFIXES.values():
-        scoring = [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _INT, _INT]
-        score, step, linear = (
-            getattr(library, f"{name}_{suffix}") for name in ("score_rows", "step_pythia", "linear_rows")
-        )
-        solve, solve_back, move, retreat = (
-            getattr(library, f"{name}_{suffix}")
-            for name in ("solve_chunks", "solve_chunks_backward", "move_memories", "retreat_memories")
-        )
-        solve.argtypes, solve_back.argtypes = (
-            [*[_POINTER] * 3, *[_SIZE] * 2, _INT],
-            [*[_POINTER] * 7, *[_SIZE] * 3, _INT],
-        )
-        move.argtypes, retreat.argtypes = [*[_POINTER] * 6, *[_SIZE] * 3, _INT], [*[_POINTER] * 9, *[_SIZE] * 3, _INT]
-        solve.restype = solve_back.restype = move.restype = retreat.restype = None
-        score.argtypes, step.argtypes = scoring, [_POINTER, _POINTER]
-        linear.argtypes = [_POINTER, _POINTER, _SIZE, _POINTER, _INT]
-        score.restype = step.restype = linear.restype = None
-    shape = [_SIZE, _SIZE, _SIZE, _SIZE, _REAL, _INT]
-    library.causal_softmax.argtypes = [_POINTER, _POINTER, *shape]
-    library.causal_softmax_backward.argtypes = [_POINTER, _POINTER, _POINTER, *shape]
-    library.causal_softmax.restype = library.causal_softmax_backward.restype = None
-    for pair in product(SUFFIXES.values(), repeat=2):
-        scale, back = (getattr(library, "_".join((name, *pair))) for name in ("scale_rows", "scale_rows_backward"))
-        scale.argtypes = [*[_POINTER] * 4, _SIZE, _SIZE, _REAL, _INT]
-        back.argtypes = [*[_POINTER] * 6, _SIZE, _SIZE, _INT]
-        scale.restype = back.restype = None
-    library.count_step_scratch.argtypes, library.count_step_scratch.restype = [*[_SIZE] * 5, _INT], _SIZE
+    """State what the functions take, and that none but `count_step_scratch` returns anything."""
+    kinds = {"p": _POINTER, "n": _SIZE, "i": _INT, "x": _REAL}
+    takes = {f"{name}_{suffix}": one for name, one in _TAKEN_BY_DTYPE.items() for suffix in SUFFIXES.values()}
+    for one, other in product(SUFFIXES.values(), repeat=2):
+        takes |= {f"scale_rows_{one}_{other}": "ppppnnxi", f"scale_rows_backward_{one}_{other}": "ppppppnni"}
+    takes |= {"causal_softmax": "ppnnnnxi", "causal_softmax_backward": "pppnnnnxi", "count_step_scratch": "nnnnni"}
+    for name, letters in takes.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [kinds[letter] for letter in letters], None
+    library.count_step_scratch.restype = _SIZE
     return library
 
 
