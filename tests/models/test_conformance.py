@@ -22,6 +22,7 @@ CASES = {
     **MEMORY_CASES,
     "parallel_infini": LayerCase("parallel_infini", {"initial_alpha": 0.7}),
     "token_memory": LayerCase("token_memory", {"num_memory_heads": 2}),
+    "token_memory-sum": LayerCase("token_memory", {"num_memory_heads": 2, "use_delta_rule": False}),
     "gated_delta": LayerCase("gated_delta", {"num_memory_heads": 4}),
     "gated_delta-sigma": LayerCase("gated_delta", {"key_features": "elu", "use_token_decay": False}),
     "gated_delta-plain": LayerCase("gated_delta", {"convolution_size": 0, "use_output_gate": False}),

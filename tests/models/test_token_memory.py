@@ -26,8 +26,8 @@ class RowsOf(ReadTokens):
         return self.rows  # type: ignore[attr-defined]
 
 
-def make_layer() -> TokenMemoryLayer:
-    layer = TokenMemoryLayer(SIZE, num_memory_heads=HEADS, memory_key_size=KEY_SIZE)
+def make_layer(**options) -> TokenMemoryLayer:
+    layer = TokenMemoryLayer(SIZE, num_memory_heads=HEADS, memory_key_size=KEY_SIZE, **options)
     randomize(layer)
     return layer.double()
 
@@ -56,16 +56,18 @@ def read_row(layer: TokenMemoryLayer, x: Tensor, rows: Tensor, length: int) -> t
         M, z = first + retained.unsqueeze(-1) * (M - first), retained * z
         for t in segment[1:]:  # the first token follows nothing that the segment holds
             beta = 2 * F.linear(x[t], w["strength.weight"], w["strength.bias"]).sigmoid().unsqueeze(-1)
-            found = torch.einsum("hk,hkv->hv", keys[t - 1], M)
+            found = torch.einsum("hk,hkv->hv", keys[t - 1], M) * layer.attention.use_delta_rule
             M = M + torch.einsum("hk,hv->hkv", keys[t - 1], beta * (values[t] - found))
             z = z + keys[t - 1].square()
     return torch.stack(outputs), M - first, z
 
 
+@pytest.mark.parametrize("use_delta_rule", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_layer_equals_its_equations(dtype):
+def test_the_layer_equals_its_equations(dtype, use_delta_rule):
     """Four segments of 5 tokens in one call, then an odd piece of 3 that reads what they wrote."""
-    layer, x, u = make_layer().to(dtype), draw(ROWS, 23, SIZE), draw(ROWS, 23, SIZE, seed=1)
+    layer = make_layer(use_delta_rule=use_delta_rule).to(dtype)
+    x, u = draw(ROWS, 23, SIZE), draw(ROWS, 23, SIZE, seed=1)
     with torch.no_grad():
         whole, memory = layer(
             x[:, :20].to(dtype).unflatten(1, (4, 5)),

@@ -32,6 +32,8 @@ class TokenMemoryOptions:
     """W_q = W_k start this many times as large as other weights, so that they turn more slowly."""
     retention_init: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Initial w: the share of the memory that a segment's write leaves."""
+    use_delta_rule: bool = True
+    """Write only what the memory does not return yet (v − k M). False: write v."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class OpenTokens(LayerMemory):
 
 
 class TokenMemoryAttention(MemoryAttention):
-    """α W_o Σ_h g_h q_h M_h, with M written by the delta rule token by token: M ← M + kᵀ β (v − k M).
+    """α W_o Σ_h g_h q_h M_h, with M written token by token: M ← M + kᵀ β (v − k M), or kᵀ β v without the delta rule.
 
     Before a segment is written, M ← M₀ + w (M − M₀) with learned M₀ and w: without decay, a memory trained on few
     segments would meet states in a long text that it has never seen.
@@ -67,11 +69,11 @@ class TokenMemoryAttention(MemoryAttention):
 
     num_memories = 1
     segments_per_memory = 1
-    use_delta_rule = True
 
     def __init__(self, hidden_size: int, options: TokenMemoryOptions) -> None:
         super().__init__()
         num_memory_heads, retention_init = options.num_memory_heads, options.retention_init
+        self.use_delta_rule = options.use_delta_rule
         key_size = options.memory_key_size or max(hidden_size // 2, 1)
         self.num_memory_heads = num_memory_heads
         self.query_key_init_scale = options.query_key_init_scale
@@ -124,7 +126,8 @@ class TokenMemoryAttention(MemoryAttention):
             before = self.empty_memory(batch, beta) if memory is None else memory
             decay = self._decay(counts > 0, before)
             rest = self.initial_memory.to(beta.dtype)
-            reads, change = scan_delta_rule(q, k, v, beta, before.memories[:, 0], rest, decay)
+            scan = scan_delta_rule if self.use_delta_rule else scan_plain_rule
+            reads, change = scan(q, k, v, beta, before.memories[:, 0], rest, decay)
             if num_writes:
                 squares = k.to(beta.dtype).square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
@@ -198,7 +201,10 @@ class TokenMemoryAttention(MemoryAttention):
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
             faded = torch.sigmoid(self.retention.to(k.dtype))[:, None, None] * held
-            added = write_delta_rule(k, v, beta, rest + faded + opened.change)
+            if self.use_delta_rule:
+                added = write_delta_rule(k, v, beta, rest + faded + opened.change)
+            else:
+                added = k.transpose(-1, -2) @ (beta.unsqueeze(-1) * v.unsqueeze(1))
             opened = OpenTokens(
                 change=opened.change + added,
                 norms=opened.norms + k.square().sum(-2),
@@ -227,6 +233,17 @@ class TokenMemoryAttention(MemoryAttention):
         norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
         memory = self._write(memory, change, norms, counts, decay)
         return opened.emptied().select_rows(ended, opened), memory
+
+
+def scan_plain_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, change: Tensor, rest: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scan_delta_rule` without the delta: M ← M + kᵀ β v."""
+    num_segments, num_writes = q.shape[1], k.shape[1]
+    values = beta[:, :num_writes].unsqueeze(-1) * v[:, :num_writes].unsqueeze(2)
+    states = scan_sums(change, k.to(values.dtype).transpose(-1, -2) @ values, decay[..., None, None])
+    held = rest + states[:, :num_segments]
+    return (q.to(held.dtype) @ held).sum(2), states[:, -1]
 
 
 def round_for_products(x: Tensor) -> Tensor:
