@@ -94,6 +94,7 @@ def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary():
     assert make_adapted(initial_alpha=0.25).get_alpha() == 0.25
     several = make_adapted(initial_alpha=-0.5, layers=(2, 0))
     assert several.get_alpha() == several.alpha_values() == {0: -0.5, 2: -0.5}
+    assert set(several.gate_values()) == {"layers.0", "layers.2"}
     with pytest.raises(ValueError, match="no parallel adapter"):
         make_base().get_alpha()
 
