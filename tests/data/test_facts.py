@@ -121,23 +121,23 @@ def test_a_changed_fact_is_asked_for_after_both_its_statements(split, tokenizer,
 
 @pytest.mark.parametrize("made_up", [0, 1])
 def test_a_fact_told_backward_ends_with_its_name(split, tokenizer, made_up):
-    """Before it the same fact is told forward, and only the name is marked."""
-    config = replace(CONFIG, planted_backward=1.0, planted_made_up=made_up)
+    """Before it the same fact is told forward, and only the name is marked; a sample's values are of one relation."""
+    config = replace(CONFIG, planted_backward=1.0, planted_made_up=made_up, planted_relations=1)
     planter, found = SamplePlanter(tokenizer, config, seed=0), 0
     for begin in range(0, 4000, 500):
         planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
         edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        values: list[str] = []
         for first, last in edges[edges[:, 1] < 500]:
-            before, name = (
-                tokenizer.decode(planted.tokens[part].tolist()) for part in (slice(first), slice(first, last))
-            )
-            asked = [r for r in FACTS["relations"] if before.endswith(r["backward"].partition("{value}")[2])]
-            (value,) = {
-                before[before.rindex(start) + len(start) :].split()[0]
-                for start in (r["backward"].partition("{value}")[0] for r in asked)
-            }
-            assert any(f"{r['prompt'].format(name=name.strip(' .'))} {value}." in before for r in asked)
-            found += 1
+            before, name = (tokenizer.decode(planted.tokens[a:b].tolist()) for a, b in ((0, first), (first, last)))
+            if not values:
+                (relation,) = [r for r in FACTS["relations"] if before.endswith(r["backward"].partition("{value}")[2])]
+                start, _, end = relation["backward"].partition("{value}")
+            assert before.endswith(end)
+            values.append(before[before.rindex(start) + len(start) : -len(end)])
+            assert f"{relation['prompt'].format(name=name.strip(' .'))} {values[-1]}." in before
+        assert len(set(values)) == len(values)
+        found += len(values)
     assert found > 10
 
 
@@ -296,17 +296,17 @@ def test_train_and_eval_share_no_name_value_or_key():
     assert np.mean([is_key_of(key, "eval") for key in range(10_000, 20_000)]) == pytest.approx(0.2, abs=0.02)
 
 
-def test_facts_in_both_directions_share_no_name():
-    pairs = draw_pairs_of_facts(50, 4, seed=0)
+@pytest.mark.parametrize("one_relation", [True, False])
+def test_facts_in_both_directions_share_no_name(one_relation):
+    pairs = draw_pairs_of_facts("eval", 50, 4, seed=0, one_relation=one_relation)
     assert len({pair.subject for pair in pairs}) == len(pairs) == 200
-    assert {len({pair.object for pair in pairs if pair.relation == text}) for text in {p.relation for p in pairs}} == {
-        4
-    }
-    for pair in pairs[::20]:
-        assert pair.forward == pair.forward_prompt + f" {pair.object}."
-        assert pair.backward == pair.backward_prompt + f" {pair.subject}."
-        assert pair.subject in pair.forward_prompt
-        assert pair.object in pair.backward_prompt
+    for begin in range(0, 200, 4):
+        text = pairs[begin : begin + 4]
+        assert len({pair.object for pair in text}) == 4
+        assert len({pair.forward_prompt.replace(pair.subject, "") for pair in text}) == (1 if one_relation else 4)
+        for pair in text:
+            assert pair.forward == pair.forward_prompt + f" {pair.object}."
+            assert pair.backward == pair.backward_prompt + f" {pair.subject}."
 
 
 def test_borders_are_between_sentences():

@@ -212,7 +212,12 @@ class ReversalConfig(IntervalConfig):
     fresh_texts: Annotated[int, Field(ge=5, le=64)] = 50
     """Texts that tell such facts."""
     facts_per_text: Annotated[int, Field(ge=2, le=4)] = 4
-    """Facts that each of them tells, all of one relation: their answers compete."""
+    """Facts that each of them tells; their answers compete."""
+    one_relation: bool = True
+    """Whether a text's facts are of one relation, so that only their names tell them apart; else each is of another."""
+    part: Literal["eval", "train"] = "eval"
+    """Which names and words they are drawn from: eval, of no training; train, those that training may plant, in facts
+    that no text has told."""
 
 
 @section

@@ -194,6 +194,8 @@ class DataConfig:
     planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1)] = ("facts",)
     """What is planted: passkey, a number of five digits; facts, one sentence about an invented person; changed, such a
     fact that is stated anew with another value before it is asked for."""
+    planted_relations: Annotated[int, Field(ge=1, le=8)] = 8
+    """Relations of a sample's facts, drawn for each sample. Of few, facts can be told apart by their names alone."""
     planted_backward: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the planted facts that are asked for backward: the value is given, and the name is the answer."""
     cache_dir: Path | None = None

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, NamedTuple
@@ -32,6 +33,7 @@ RecallPart = Literal["train", "eval"]
 
 FACTS_FILE = "recall_facts.json"
 KEY_RANGE = (10_000, 100_000)
+NUM_RELATIONS = 8  # of the file
 EVAL_KEYS = 5  # one key of so many is for evaluation
 
 
@@ -61,11 +63,17 @@ class Needle:
 
 
 def draw_needle(
-    task: RecallTask, part: RecallPart, num_candidates: int, generator: np.random.Generator, *, name: str | None = None
+    task: RecallTask,
+    part: RecallPart,
+    num_candidates: int,
+    generator: np.random.Generator,
+    *,
+    name: str | None = None,
+    among: Sequence[int] = range(NUM_RELATIONS),
 ) -> Needle:
     """Draw a sentence to hide, with its question and the answers to choose from, the right one among them.
 
-    `name` is whom a fact is about; None: one of the part's names.
+    `name` is whom a fact is about; None: one of the part's names. `among` are the relations that it may be of.
 
     Raises:
         ValueError: more candidates than a relation of this part has values, or fewer than one (of a changed fact, two).
@@ -74,7 +82,7 @@ def draw_needle(
         keys = _draw_keys(part, num_candidates, generator)
         return _make("The pass key is", keys, " Remember it.")
     names, relations = _read_facts(part)
-    relation = relations[generator.integers(len(relations))]
+    relation = relations[among[int(generator.integers(len(among)))]]
     values = relation[part]
     if not (least := 1 + (task == "changed")) <= num_candidates <= len(values):
         raise ValueError(f"{num_candidates} candidates: a relation has {len(values)} values, and {least} is the least")
@@ -86,8 +94,10 @@ def draw_needle(
     return replace(needle, replaced=replaced, name=name, backward=relation["backward"])
 
 
-def draw_pairs_of_facts(num_texts: int, num_facts: int, seed: int) -> list[ReversalPair]:
-    """Facts of the part "eval" in both directions: `num_facts` of one relation for each of `num_texts` texts.
+def draw_pairs_of_facts(
+    part: RecallPart, num_texts: int, num_facts: int, seed: int, *, one_relation: bool
+) -> list[ReversalPair]:
+    """Facts in both directions: `num_facts` for each of `num_texts` texts, of one relation or each of another.
 
     Each pair's `relation` is its text, so that the answers of one text compete; no two facts share a name, nor two of a
     text a value. As in planted samples a sentence begins with a space.
@@ -96,16 +106,18 @@ def draw_pairs_of_facts(num_texts: int, num_facts: int, seed: int) -> list[Rever
         ValueError: more facts than there are names, or than a relation has values.
     """
     generator = np.random.default_rng([seed, PAIRS_STREAM])
-    names, relations = _read_facts("eval")
+    names, relations = _read_facts(part)
     people = [f"{first} {last}" for first in names["first_names"] for last in names["surnames"]]
-    if num_texts * num_facts > len(people) or num_facts > len(relations[0]["eval"]):
+    if num_texts * num_facts > len(people) or num_facts > len(relations[0][part]):
         raise ValueError(f"{num_texts} texts of {num_facts} facts: there are {len(people)} names")
     chosen = iter(generator.permutation(people).tolist())
     pairs: list[ReversalPair] = []
     for text in range(num_texts):
-        relation = relations[generator.integers(len(relations))]
-        for value in generator.choice(relation["eval"], num_facts, replace=False).tolist():
-            name = next(chosen)
+        kinds = generator.choice(len(relations), 1 if one_relation else num_facts, replace=False).tolist()
+        values = [generator.choice(relations[kind][part], num_facts, replace=False).tolist() for kind in kinds]
+        for number in range(num_facts):
+            kind = number % len(kinds)
+            name, relation, value = next(chosen), relations[kinds[kind]], values[kind][number]
             forward, backward = relation["prompt"].format(name=name), relation["backward"].format(value=value)
             pairs.append(
                 ReversalPair(
@@ -350,16 +362,19 @@ class SamplePlanter:
         if not len(places):
             return PlantedSample(tokens, is_answer)
         low, high = (math.log(distance) for distance in config.planted_distance)
+        among: Sequence[int] = range(NUM_RELATIONS)
+        if config.planted_relations < NUM_RELATIONS:
+            among = generator.choice(NUM_RELATIONS, config.planted_relations, replace=False).tolist()
         asked = set[str]()
         statements: list[_Statement] = []
         for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
-            question, told, asked_for, answer_begin = self._draw(tokens, generator)
+            questions, told, asked_for, answer_begin = self._draw(tokens, among, generator)
             wanted = [int(generator.integers(length))]
             for _ in told:
                 wanted.append(wanted[-1] + round(math.exp(generator.uniform(low, high))))
-            if wanted[-1] >= length or question in asked:
+            if wanted[-1] >= length or asked & questions:
                 continue
-            asked.add(question)
+            asked |= questions
             *earlier, last = (int(places[np.abs(places - place).argmin()]) for place in wanted)
             statements += [_Statement(p, s, len(s)) for p, s in zip(earlier, told, strict=True)]
             statements.append(_Statement(last, asked_for, answer_begin))
@@ -375,18 +390,20 @@ class SamplePlanter:
         return PlantedSample(np.concatenate(pieces)[:length], np.concatenate(marks)[:length])
 
     def _draw(
-        self, text: NDArray[np.int64], generator: np.random.Generator
-    ) -> tuple[str, list[NDArray[np.int64]], NDArray[np.int64], int]:
-        """A question, the tokens of its statements, the newest last, of the one that asks, and where its answer begins.
+        self, text: NDArray[np.int64], among: Sequence[int], generator: np.random.Generator
+    ) -> tuple[set[str], list[NDArray[np.int64]], NDArray[np.int64], int]:
+        """A fact's questions, the tokens of its statements, the newest last, of the one that asks, and where its answer
+        begins.
 
-        What asks is the newest statement again, or the same fact told backward.
+        What asks is the newest statement again, or the same fact told backward. Where facts may be told so, there is a
+        second question, for the name.
         """
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
         name = None
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
             name = pieces.draw_person(generator)
-        needle = draw_needle(task, "train", 1 + (task == "changed"), generator, name=name)
+        needle = draw_needle(task, "train", 1 + (task == "changed"), generator, name=name, among=among)
         question = encode_sentence(self._tokenizer, needle.prompt)
         statements = [one for one in (needle.replaced, needle.statement) if one]
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
@@ -394,11 +411,14 @@ class SamplePlanter:
             encoded = [np.concatenate([question, word, pieces.full_stop]) for word in words]
         else:
             encoded = [encode_sentence(self._tokenizer, one) for one in statements]
-        if not (needle.backward and config.planted_backward and generator.random() < config.planted_backward):
-            return needle.prompt, encoded, encoded[-1], len(question)
+        if not (needle.backward and config.planted_backward):
+            return {needle.prompt}, encoded, encoded[-1], len(question)
         stop = encode_piece(self._tokenizer, ".")
         before, after = needle.backward.split(" {value}")
         value = encoded[-1][len(question) : -len(stop)]
         prompt = [encode_sentence(self._tokenizer, before), value, encode_piece(self._tokenizer, after)]
+        questions = {needle.prompt, needle.backward.format(value=self._tokenizer.decode(value.tolist()).strip())}
+        if generator.random() >= config.planted_backward:
+            return questions, encoded, encoded[-1], len(question)
         name = encode_sentence(self._tokenizer, needle.name)
-        return needle.prompt, encoded, np.concatenate([*prompt, name, stop]), sum(map(len, prompt))
+        return questions, encoded, np.concatenate([*prompt, name, stop]), sum(map(len, prompt))

@@ -252,8 +252,8 @@ def evaluate_reversal_curse(
 
 # Knowledge in three places
 
-PLACES = {"weights": "weights", "memory": "memory", "emptied": "memory emptied", "context": "context"}
-"""What readers know them by; `emptied` is the control of the memory."""
+PLACES = {"weights": "weights", "memory": "memory", "context": "context", "nothing": "nothing read"}
+"""What readers know them by; nothing read is the control of memory and context."""
 NOTHING = np.zeros(0, np.int64)
 SENTENCE_REACH = 1024  # tokens in which the end of a sentence is looked for
 
@@ -316,12 +316,15 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
     """
     model, settings, tokenizer = subject.model, subject.settings.reversal, subject.tokenizer
     num_facts, size = settings.facts_per_text, model.segment_length
-    pairs = draw_pairs_of_facts(settings.fresh_texts, num_facts, settings.seed)
+    pairs = draw_pairs_of_facts(
+        settings.part, settings.fresh_texts, num_facts, settings.seed, one_relation=settings.one_relation
+    )
     groups = [pairs[begin : begin + num_facts] for begin in range(0, len(pairs), num_facts)]
     told = [np.concatenate([encode_text(tokenizer, pair.forward) for pair in group]) for group in groups]
     questions = {way: [[_pose(tokenizer, g, i, way) for g in groups] for i in range(num_facts)] for way in DIRECTIONS}
     posed = [text for found in questions.values() for texts in found for text in texts]
-    room = size - max(len(tokens) for text in posed for tokens in text.candidates)
+    asks_here = "context" in settings.places  # then the question stands in the facts' segment
+    room = size - asks_here * max(len(tokens) for text in posed for tokens in text.candidates)
     if room < (longest := max(map(len, told))):
         raise UserError(
             f"reversal.places: {num_facts} facts and a question take {longest + size - room} tokens, a segment "
@@ -338,10 +341,10 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
         end = next((int(place) for place in after if place >= before), before)
         return np.concatenate([text[end - before : end], facts]).astype(np.int64)
 
-    read: dict[str, list[dict[str, NDArray[np.int64]]]] = {}
+    read: dict[str, list[dict[str, NDArray[np.int64]]]] = {"nothing": [{}] * len(told)}
     if "memory" in settings.places and has_memory(model):
-        read = {"memory": [{"context": fill(facts, size)} for facts in told], "emptied": [{}] * len(told)}
-    if "context" in settings.places:
+        read["memory"] = [{"context": fill(facts, size)} for facts in told]
+    if asks_here:
         read["context"] = [{"opening": fill(facts, room)} for facts in told]
     found: dict[str, dict[str, Hits]] = {}
     for place, parts in read.items():
@@ -356,7 +359,7 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
                 names = [group[0].relation for group in groups] * num_facts
                 hits = Hits.collect(names, [one.is_first for one in answers], [one.is_exact for one in answers])
                 found.setdefault(place, {})[way] = hits
-    return found
+    return {place: found[place] for place in PLACES if place in found}
 
 
 def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> RecallText:
@@ -555,17 +558,28 @@ class ReversalCurse(Measure):
         return [make_column(result, key, title, "Reversal curse") for key, title in COLUMNS.items()]
 
     def contrasts(self, result: dict[str, Any]) -> dict[str, tuple[DocumentLosses, DocumentLosses]]:
-        """In each place, shares ranked first: both directions against a guess, and backward against forward."""
+        """Shares of right answers: in weights those ranked first against a guess, elsewhere exact ones against those
+        with nothing read and, backward, the name ranked first among those just read; in each place backward − forward.
+        """
         found: dict[str, tuple[DocumentLosses, DocumentLosses]] = {}
-        for place, ways in result.get("places", {}).items():
-            shares = {
-                (way, key): DocumentLosses.read(hits["num_questions"], hits[key])
-                for way, hits in ways.items()
-                for key in ("first", "chance")
-            }
-            for way in ways:
-                found[f"{PLACES[place]}, {way} − chance"] = shares[way, "first"], shares[way, "chance"]
-            found[f"{PLACES[place]}, backward − forward"] = shares["backward", "first"], shares["forward", "first"]
+        places = result.get("places", {})
+
+        def share(place: str, way: str, key: str) -> DocumentLosses:
+            hits = places[place][way]
+            return DocumentLosses.read(hits["num_questions"], hits[key])
+
+        for place in places:
+            if place == "nothing":
+                continue
+            for way in DIRECTIONS:
+                if place == "weights" or way == "backward":
+                    name = f"{PLACES[place]}, {way}, first − chance"
+                    found[name] = share(place, way, "first"), share(place, way, "chance")
+                if place != "weights":
+                    name = f"{PLACES[place]}, {way}, exact − nothing read"
+                    found[name] = share(place, way, "exact"), share("nothing", way, "exact")
+            name = f"{PLACES[place]}, exact, backward − forward"
+            found[name] = share(place, "backward", "exact"), share(place, "forward", "exact")
         return found
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
