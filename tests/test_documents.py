@@ -96,12 +96,6 @@ def test_yaml_blocks_are_configurations(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_no_block_is_left_untested_by_its_language(page):
-    text = page.read_text(encoding="utf-8")
-    assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_links_between_pages_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if "://" in target:
@@ -139,15 +133,11 @@ def test_every_equation_names_what_implements_it():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_named_objects_exist(page):
+def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES  # of which every block is tested
     for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"#(new_llm\.[\w.]+)\)", text):
         find_object(path)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_page)
-def test_named_files_and_tests_exist(page):
-    text = page.read_text(encoding="utf-8")
     for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert not test or f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
     for file in re.findall(r"`((?:examples|benchmarks|studies|scripts|configs)/[\w./-]+\.\w+)`", text):

@@ -23,7 +23,3 @@ def test_a_committed_study_can_run(path):
         # All variants of a study train on as many tokens.
         first = study.configure(next(iter(study.variants)), 0).data
         assert reads_all or tokens == first.num_samples * first.seq_length
-
-
-def test_there_are_studies():
-    assert {path.stem for path in STUDIES} >= {"memory", "books", "recall", "ablations"}

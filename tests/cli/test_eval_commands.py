@@ -144,28 +144,6 @@ def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_
     assert next((run / "evaluations").iterdir()).name.startswith("sliding-pythia-")
 
 
-def test_a_model_of_transformers_of_another_kind(run, text, tmp_path):
-    model = GPT2LMHeadModel.from_pretrained(folder := run.parent / "gpt2").eval()
-    out = tmp_path / "out.json"
-    flags = ["--run", str(folder), "--data.source", str(text), "--context", "32", "--stride", "8"]
-    assert main(["eval", "ppl", *flags, "--out", str(out)]) == 0
-    ids = torch.tensor([read_tokenizer_file(run / "tokenizer.json").encode(text.read_text()).ids])
-    total, previous = 0.0, 1
-    for begin in range(0, ids.shape[1], 8):
-        end = min(begin + 32, ids.shape[1])
-        labels = ids[:, begin:end].clone()
-        labels[:, : previous - begin] = -100
-        with torch.inference_mode():
-            total += float(model(ids[:, begin:end], labels=labels).loss) * (end - previous)
-        previous = end
-        if end == ids.shape[1]:
-            break
-    record = json.loads(out.read_text())
-    assert record["result"]["perplexity"] == pytest.approx(math.exp(total / (ids.shape[1] - 1)), rel=1e-5)
-    assert record["subject"]["kind"] == "gpt2"
-    assert record["environment"]["precision"] == "fp32"
-
-
 def test_wikitext_s_text_is_one_document_unless_its_articles_are_asked_for(run, tmp_path):
     path = tmp_path / "wiki.test.raw"
     articles = [f" \n = Title {number} = \n \n {SPEECHES[number][:300].strip()} \n" for number in range(3)]

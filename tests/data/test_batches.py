@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data.batches import IGNORED_LABEL, BatchPlan, list_shapes, plan_batches, plan_curriculum
+from new_llm.data.batches import IGNORED_LABEL, BatchPlan, list_shapes, plan_batches
 from new_llm.data.tokenizer import TokenSplit, count_samples
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import create_model
@@ -172,61 +172,10 @@ def test_a_plan_depends_on_its_arguments_alone(order):
     assert read(1, 2) != read(2, 2)
 
 
-def test_a_hand_written_stream():
-    plan = plan_batches(make_split([5]), seq_length=2, batch_size=2, order="stream", seed=0, epoch=0)
-    # 5 tokens are two samples; the fifth token is the target after the second.
-    (batch,) = plan
-    assert batch.input_ids.tolist() == [[0, 1], [2, 3]]
-    assert batch.labels.tolist() == [[0, 1, 2], [2, 3, 4]]
-    assert batch.attention_mask is None
-    assert batch.resets.tolist() == [True, True], "each row starts a range"
-    one_row = plan_batches(make_split([5]), seq_length=2, batch_size=1, order="stream", seed=0, epoch=0)
-    assert [batch.resets.tolist() for batch in one_row] == [[True], [False]]
-    with pytest.raises(IndexError):
-        plan[1]
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"seq_length": 1},
-        {"batch_size": 0},
-        {"order": "random"},
-        {"num_samples": 0},
-        {"split": make_split([1, 1])},
-    ],
-)
-def test_bad_arguments_are_refused(changed):
-    arguments = {
-        "split": make_split([9]),
-        "seq_length": 2,
-        "batch_size": 1,
-        "order": "stream",
-        "seed": 0,
-        "epoch": 0,
-    }
-    with pytest.raises(ValueError, match=r"seq_length|batch_size|order|num_samples|no sample"):
-        plan_batches(**(arguments | changed))
-
-
 # A curriculum in segments, and mixed samples: the same tokens and targets in rows of other lengths
 
 
-SHUFFLE = {"order": "shuffled", "seed": 1, "epoch": 0}
 SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
-
-
-def test_stages_share_the_steps_evenly():
-    plans = {
-        segments: plan_batches(make_split([512]), seq_length=2 * segments, batch_size=16 // segments, **SHUFFLE)
-        for segments in (1, 4, 8)
-    }
-    epochs = [plan_curriculum((1, 4, 8), epoch, 3, 16, plans.__getitem__) for epoch in range(3)]
-    for epoch, segments in zip(epochs, (1, 4, 8), strict=True):
-        assert epoch.turns == tuple((plans[segments], number) for number in range(16))
-    halves = plan_curriculum((1, 8), 0, 1, 16, plans.__getitem__)
-    assert [batch.input_ids.shape for batch in halves] == [(16, 2)] * 8 + [(2, 16)] * 8
-    assert halves[-1].input_ids.tolist() == plans[8][15].input_ids.tolist()
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,7 @@ from new_llm.data.recall_facts import (
     choose_place,
     draw_needle,
     draw_pairs_of_facts,
-    encode_sentence,
     is_key_of,
-    plant_sentence,
 )
 from new_llm.data.tokenizer import TokenSplit, tokenize_documents, train_tokenizer
 
@@ -54,9 +52,9 @@ def find_statements(
     return sorted(found)
 
 
-def test_each_fact_is_stated_twice_and_nothing_else_changes(split, tokenizer):
+def test_each_fact_is_stated_twice_and_its_second_answer_marked_and_nothing_else_changes(split, tokenizer):
     planter = SamplePlanter(tokenizer, CONFIG, seed=3)
-    total = 0
+    total = num_twice = 0
     for begin in range(0, 4000, 500):
         sample = split.document(0)[begin : begin + 500].astype(np.int64)
         before = sample.copy()
@@ -74,17 +72,7 @@ def test_each_fact_is_stated_twice_and_nothing_else_changes(split, tokenizer):
             rest = rest.replace(f" {question}{answer}", "", 1)
         whole = tokenizer.decode(sample.tolist(), skip_special_tokens=False)
         assert whole.startswith(rest[: len(rest) - 60])  # a statement may be cut by the end
-        total += len(statements)
-    assert total > 20
-
-
-def test_answers_are_marked_at_the_second_statement_alone(split, tokenizer):
-    planter = SamplePlanter(tokenizer, CONFIG, seed=0)
-    found = 0
-    for begin in range(0, 4000, 500):
-        planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
-        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
-        twice = [one for one, count in Counter(s[1:] for s in find_statements(text, "train")).items() if count == 2]
+        twice = [one for one, count in counts.items() if count == 2]
         edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
         marked = [tokenizer.decode(planted.tokens[a:b].tolist()) for a, b in edges]
         for question, answer in twice:
@@ -92,9 +80,10 @@ def test_answers_are_marked_at_the_second_statement_alone(split, tokenizer):
             place = text.index(question, text.index(question) + 1)  # the second one
             assert tokenizer.decode(planted.tokens[: edges[marked.index(answer)][0]].tolist()).endswith(question)
             assert text[place + len(question) :].startswith(answer)
-        found += len(twice)
         assert len(marked) <= len(twice) + 1  # one may have been cut
-    assert found > 10
+        total, num_twice = total + len(statements), num_twice + len(twice)
+    assert total > 20
+    assert num_twice > 10
 
 
 @pytest.mark.parametrize("made_up", [0, 1])
@@ -233,23 +222,13 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents(split, tokenizer):
     assert (whole.input_ids == np.concatenate([half[0].input_ids for half in halves])).all()
 
 
-def test_bad_settings_are_refused(split, tokenizer):
+def test_bad_settings_are_refused():
     with pytest.raises(UserError, match="planted_distance"):
         DataConfig(planted_distance=(100, 10))
     with pytest.raises(UserError, match="planted_facts"):
         DataConfig(planted_facts=-1)
     with pytest.raises(UserError, match=r"planted_facts.*shuffled.*order is stream"):
         DataConfig(planted_facts=1, order="stream")
-    with pytest.raises(ValueError, match="shuffled samples alone"):
-        plan_batches(
-            split,
-            seq_length=64,
-            batch_size=1,
-            order="stream",
-            seed=0,
-            epoch=0,
-            planter=SamplePlanter(tokenizer, CONFIG, 0),
-        )
 
 
 # recall facts
@@ -317,15 +296,6 @@ def test_borders_are_between_sentences():
     assert set(after) == {" "}
     assert len(found) == 4 * 7  # the last full stop has white space after it, too
     assert set(found) <= set(BORDERS.find_words(TOKENS))
-
-
-def test_a_planted_sentence_reads_as_written():
-    sentence = encode_sentence(TOKENIZER, "The pass key is 71432. Remember it.")
-    place = int(BORDERS.find_sentences(TOKENS)[3])
-    text = TOKENIZER.decode(plant_sentence(TOKENS, sentence, place).tolist())
-    assert "that war. The pass key is 71432. Remember it. It is fitting" in text
-    assert text.replace(" The pass key is 71432. Remember it.", "") == TEXT * 4
-    assert TOKENIZER.encode(text).ids == plant_sentence(TOKENS, sentence, place).tolist()
 
 
 @pytest.mark.parametrize("segment_length", [40, 64])

@@ -47,19 +47,10 @@ def run_prepare(options: dict, environment: dict) -> str:
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=60,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def test_offline_by_setting(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for source in ("pile", "wikitext-2"):
-        with pytest.raises(UserError, match="out of reach"):
-            prepare_data(DataConfig(source=source))
-    with pytest.raises(UserError, match="not a file, is not cached here, and the hub"):
-        prepare_data(DataConfig(source="sotu", tokenizer="EleutherAI/pythia-70m"))
 
 
 def test_a_hub_that_accepts_and_never_answers(monkeypatch):

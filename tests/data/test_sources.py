@@ -89,14 +89,6 @@ def test_a_broken_packed_file_gets_one_line(tmp_path, packing, harm):
     assert "corrupt or truncated" in read_error(file)
 
 
-def test_another_text_field(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n\n{"content": "two"}\n')
-    assert read(tmp_path / "a.jsonl", text_field="content") == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
-    message = read_error(tmp_path / "a.jsonl")
-    assert "line 1: no field 'text' (found: content)" in message
-    assert "data.text_field" in message
-
-
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, speeches):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "2.txt").write_text(speeches[1])
@@ -178,16 +170,12 @@ def test_wikitext_2_has_the_articles_its_authors_count(shared_data):
 
 BAD_FILES = {
     "empty.txt": (b"", "empty"),
-    "empty.parquet": (b"", "empty"),
     "blank.txt": (b" \n\t\n", "only white space"),
     "blank.jsonl": (b'{"text": ""}\n{"text": " "}\n', "only white space"),
     "binary.txt": (b"abc\0def", "binary (a NUL at byte 3)"),
-    "binary.jsonl": (b'{"text": "a"}\n\0\0', "line 2: binary (a NUL at byte 0)"),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8 text: 0xef at byte 2"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "na\xefve"}\n', "line 2: not UTF-8 text: 0xef at byte 12"),
-    "latin.tokens": (b"a\nna\xefve\n", "line 2: not UTF-8 text: 0xef at byte 2"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object"),
-    "array.jsonl": (b'["a", "b"]\n', "line 1: not a JSON object"),
     "deep.jsonl": (b"[" * 100_000, "line 1: not a JSON object"),
     "number.jsonl": (b'{"text": 3}\n', "line 1: the field 'text' holds a int, not a string"),
     "surrogate.jsonl": (b'{"text": "a\\ud800"}\n', "line 1: half a surrogate pair at character 1"),
@@ -208,7 +196,6 @@ LINE = pile_lines(["word " * 500])
 LONG = {
     "a.jsonl": (LINE * 3, "line 1 is longer than 2,000 bytes"),
     "a.jsonl.zst": (LINE, "line 1 is longer than 2,000 bytes"),
-    "a.tokens": (b"x" * 3000, "line 1 is longer than 2,000 bytes"),
     "a.txt": (b"x" * 3000, "one document of more than 2,000 bytes"),
     "a.raw": (b"some words\n" * 300, "an article of more than 2,000 bytes"),
 }

@@ -77,11 +77,6 @@ def test_get_tokenizer_is_public_and_takes_a_name_or_a_file(tokenizer, tmp_path,
         get_tokenizer("nobody/nothing")
 
 
-def test_the_neox_tokenizer_has_pythias_rows(shared_data):
-    neox = get_tokenizer(str(shared_data / "tokenizer" / "20B_tokenizer.json"), 1.0)
-    assert padded_vocab_size(neox) == 50_304
-
-
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"model": {"type": "BPE"', b"\xff\xfe"])
 def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     file = tmp_path / "tokenizer.json"

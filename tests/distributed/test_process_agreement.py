@@ -73,16 +73,6 @@ def test_processes_agree():
     run_processes(3, talk)
 
 
-def test_one_process_talks_to_itself():
-    assert ALONE.gather(3) == [3]
-    assert ALONE.share("x") == ALONE.run_on_main(lambda: "x") == ALONE.run_main_first(lambda: "x") == "x"
-    assert ALONE.slice_rows(7) == slice(0, 7)
-    with pytest.raises(OSError, match="no disk"), ALONE.guard(), ALONE.agree():
-        raise OSError("no disk")
-    with ALONE.agree_to_stop(lambda: True) as stops:
-        assert stops()
-
-
 def fail_alone(processes: Processes, folder: Path) -> None:
     """Process 1 fails while process 0 waits for it in a collective of the gradients' kind."""
     try:

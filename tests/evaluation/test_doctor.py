@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -67,35 +68,37 @@ def wrap(owner, name, change):
     setattr(owner, name, change(getattr(owner, name)))
 
 
-def change_hidden(model, change, layer=0, name="forward"):
-    """Change what one layer reads."""
-    wrap(model.layers[layer], name, lambda forward: lambda hidden, *rest: forward(change(hidden), *rest))
+def hidden(change, layer=0):
+    """Changes what one layer reads; `change` takes it and the layer."""
+
+    def plant(model, monkeypatch):
+        owner = model.layers[layer]
+        wrap(owner, "forward", lambda forward: lambda hidden, *rest: forward(change(hidden, owner), *rest))
+
+    return plant
 
 
-def change_written(model, change):
-    """Change the memory that the memory layer leaves behind."""
+def written(**changes):
+    """Changes tensors of the memory that the memory layer leaves behind."""
 
-    def wrapped(forward):
-        def changed(*arguments):
-            hidden, memory = forward(*arguments)
-            return hidden, None if memory is None else change(memory)
+    def changed(forward, *arguments):
+        hidden, memory = forward(*arguments)
+        return hidden, memory and dataclasses.replace(memory, **{key: f(memory) for key, f in changes.items()})
 
-        return changed
+    def plant(model, monkeypatch):
+        (layer,) = model.memory_layers.values()
+        wrap(layer, "forward", lambda forward: functools.partial(changed, forward))
 
-    (layer,) = model.memory_layers.values()
-    wrap(layer, "forward", wrapped)
-
-
-def look_one_ahead(model, monkeypatch):
-    change_hidden(model, lambda hidden: hidden + 0.1 * F.pad(hidden, (0, 0, 0, 1))[..., 1:, :], layer=1)
+    return plant
 
 
-def look_into_later_segments(model, monkeypatch):
-    change_hidden(model, lambda hidden: hidden + 0.01 * hidden.mean((1, 2), keepdim=True))
+def write_in(name):
+    """A call that should leave the memory alone writes into it."""
 
+    def plant(model, monkeypatch):
+        wrap(model, name, lambda read: lambda *a, **k: read(*a, **{**k, "update_memory": True}))
 
-def mix_rows(model, monkeypatch):
-    change_hidden(model, lambda hidden: hidden + 0.01 * hidden.mean(0, keepdim=True))
+    return plant
 
 
 def mix_memories(model, monkeypatch):
@@ -119,14 +122,6 @@ def shift_labels_twice(model, monkeypatch):
     monkeypatch.setattr("new_llm.models.transformer.align_labels", shift)
 
 
-def write_in_calls(model, monkeypatch):
-    wrap(model, "forward", lambda read: lambda *a, **k: read(*a, **{**k, "update_memory": True}))
-
-
-def write_in_scoring(model, monkeypatch):
-    wrap(model, "token_losses", lambda read: lambda *a, **k: read(*a, **{**k, "update_memory": True}))
-
-
 def forget_the_mode(model, monkeypatch):
     @contextlib.contextmanager
     def forget(model, autocast=contextlib.nullcontext):
@@ -136,26 +131,6 @@ def forget_the_mode(model, monkeypatch):
             module.training = False
 
     monkeypatch.setattr("new_llm.evaluation.scoring.evaluation_mode", forget)
-
-
-def always_drop(model, monkeypatch):
-    change_hidden(model, lambda hidden: F.dropout(hidden, 0.1))
-
-
-def drop_in_training(model, monkeypatch):
-    change_hidden(model, lambda hidden: F.dropout(hidden, 0.1, training=model.layers[0].training))
-
-
-def scale_by_tokens(model, monkeypatch):
-    change_written(model, lambda m: dataclasses.replace(m, memories=m.memories / m.num_tokens.sum().clamp_min(1)))
-
-
-def overflow(model, monkeypatch):
-    change_written(model, lambda m: dataclasses.replace(m, memories=m.memories * 1e30))
-
-
-def miscount(model, monkeypatch):
-    change_written(model, lambda m: dataclasses.replace(m, num_tokens=m.num_tokens + 1))
 
 
 def weaken_steps(model, monkeypatch):
@@ -193,14 +168,23 @@ def put_gates_back(model, monkeypatch):
             torch.nn.init.zeros_(layer.attention.token_gate.weight)
 
 
+look_one_ahead = hidden(lambda h, _: h + 0.1 * F.pad(h, (0, 0, 0, 1))[..., 1:, :], layer=1)
+look_into_later_segments = hidden(lambda h, _: h + 0.01 * h.mean((1, 2), keepdim=True))
+mix_rows = hidden(lambda h, _: h + 0.01 * h.mean(0, keepdim=True))
+always_drop = hidden(lambda h, _: F.dropout(h, 0.1))
+drop_in_training = hidden(lambda h, layer: F.dropout(h, 0.1, training=layer.training))
+scale_by_tokens = written(memories=lambda m: m.memories / m.num_tokens.sum().clamp_min(1))
+overflow = written(memories=lambda m: m.memories * 1e30)
+miscount = written(num_tokens=lambda m: m.num_tokens + 1)
+
 FAULTS = [
     (look_one_ahead, "infini", "default", "causality", "changes the logits at"),
     (look_into_later_segments, "infini", "tuned", "causality", "changes the logits at"),
     (mix_rows, "infini", "default", "rows", "in one call"),
     (mix_memories, "infini", "tuned", "rows", "through per-row memories"),
     (shift_labels_twice, "infini", "default", "labels", "from those of the next token"),
-    (write_in_calls, "infini", "default", "evaluation", "memory was changed by a call"),
-    (write_in_scoring, "infini", "default", "evaluation", "memory was changed by token_losses"),
+    (write_in("forward"), "infini", "default", "evaluation", "memory was changed by a call"),
+    (write_in("token_losses"), "infini", "default", "evaluation", "memory was changed by token_losses"),
     (forget_the_mode, "infini", "default", "evaluation", "mode was changed by sliding-window perplexity"),
     (always_drop, "infini", "default", "modes", "random in evaluation"),
     (drop_in_training, "infini", "default", "modes", "training mode changes logits"),

@@ -1,4 +1,3 @@
-import math
 from itertools import pairwise
 
 import pytest
@@ -89,36 +88,3 @@ def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
         assert 1 <= result.perplexity < 1.05
     wrong = evaluate_sliding_window(DoublyShifted(model), split, context=64, stride=16, batch_size=4)
     assert wrong.perplexity > 1000
-
-
-def learn_sentences(model, texts):
-    """Train on sentences, each a row, until the model knows them."""
-    split = tokenize_documents(texts, TOKENIZER)
-    width = int((split.offsets[1:] - split.offsets[:-1]).max())
-    ids, labels = torch.zeros(len(texts), width, dtype=torch.int64), torch.full((len(texts), width), -100)
-    for row in range(len(texts)):
-        tokens = torch.from_numpy(split.document(row).astype("int64"))
-        ids[row, : len(tokens)] = labels[row, : len(tokens)] = tokens
-    learn(model, ids, labels)
-
-
-@pytest.mark.parametrize("kind", ["pythia", "infini"])
-def test_forward_training_alone_leaves_the_curse(kind):
-    """What follows a prompt is certain; a whole sentence is not: its first token leaves open which fact it states."""
-    pairs = [pair for pair in get_reversal_pairs() if pair.relation in ("capital", "invented_keeper")][::3]
-    model = make_model(kind, segment_length=64)
-    learn_sentences(model, [pair.forward for pair in pairs])
-    result = evaluate_reversal_curse(model, TOKENIZER, pairs)
-    assert result.forward_answer_perplexity < 1.05
-    lengths = [len(TOKENIZER.encode(pair.forward).ids) - 1 for pair in pairs]
-    # The first token tells the relation, at best: the subject is one of 8, whatever the model knows.
-    floor = math.exp(math.log(8) * len(pairs) / sum(lengths))
-    assert floor - 0.02 < result.forward_perplexity < 1.06 * floor < 1.3
-    assert (result.forward_accuracy, result.forward_mean_rank) == (1, 1)
-    assert result.backward_perplexity > 10 * result.forward_perplexity
-    assert result.backward_answer_perplexity > 10
-    assert result.intervals["ratio"].high < 0.2
-    assert result.chance_mean_rank == 4.5
-    assert result.backward_mean_rank > 2
-    assert result.backward_accuracy < 0.5
-    assert result.chance_accuracy == pytest.approx(1 / 8)

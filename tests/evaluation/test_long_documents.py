@@ -26,7 +26,6 @@ from new_llm.evaluation import (
     evaluate_sliding_window,
     evaluate_streaming,
 )
-from new_llm.evaluation.long_documents import plan_pairs
 from new_llm.evaluation.statistics import MIN_DOCUMENTS, DocumentLosses, compare_models
 
 LENGTHS = [70, 3, 130, 65, 41, 17, 64, 16]
@@ -84,15 +83,6 @@ def test_three_ways_equal_naive_loops(batch_size, segment_length):
     lenders = [entry["foreign_memory_of"] for entry in result["documents"]]
     assert len(set(lenders)) >= len(LONG) - 1
     assert model.held.tolist() == [5]
-
-
-def test_partners_are_of_like_length_and_one_that_is_over_borrows():
-    def members(lengths):
-        return [(slot.members, slot.num_scored) for slot in plan_pairs(lengths)]
-
-    assert members([5, 9, 7, 3]) == [((1, 2), 2), ((0, 3), 2)]
-    assert members([5, 9, 7]) == [((1, 2), 2), ((0, 2), 1)]
-    assert members([4]) == [((0,), 1)]
 
 
 def check_figures(figures, columns, documents):

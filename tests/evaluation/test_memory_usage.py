@@ -49,15 +49,6 @@ def test_norms_are_those_of_the_memory_that_reading_leaves(model):
     assert first[1][0] == first[0][0]
 
 
-def test_what_the_model_holds_is_back_afterwards(model):
-    model.reset_memory(batch_size=2)
-    model.train()
-    measure(model, make_split(40), 2)
-    assert model.memory_rows == 2
-    assert model.training
-    assert float(model.get_memory_state()[0]["memories"].abs().sum()) == 0
-
-
 def test_a_model_without_memory_has_none():
     assert measure(make_model("pythia"), make_split(40), 2) is None
 

@@ -40,16 +40,6 @@ def test_values_are_those_of_long_documents(kind):
         assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in token["selection"] or ())
 
 
-def test_what_long_has_scored_is_not_scored_again(monkeypatch):
-    subject = Subject(make_model("infini"), TOKENIZER, SPLIT, SETTINGS)
-    long = MEASURES["long"].run(subject)
-    monkeypatch.setattr("new_llm.evaluation.passages.score_pairs", None)
-    found = MEASURES["passages"].run(subject)
-    assert long is not None
-    assert found is not None
-    assert found["num_tokens"] == long["num_tokens"]
-
-
 def test_continuations_differ_by_the_memory_alone():
     subject = Subject(make_model("token_memory"), TOKENIZER, SPLIT, SETTINGS)
     found = MEASURES["passages"].run(subject)

@@ -141,14 +141,6 @@ def test_the_newest_statement_of_a_changed_fact_is_right(knows_newest):
     assert ("changed facts: old value given" in titles, "facts: old value given" in titles) == (True, False)
 
 
-@pytest.mark.parametrize("batch_size", [1, 100])
-def test_batches_and_calls_do_not_change_the_result(batch_size):
-    options = {"lengths": (1, 4), "depths": (0.5,)}
-    expected = measure(Copier(num_segments=2), **options)
-    found = measure(Copier(num_segments=2), **options, batch_size=batch_size, segments_per_call=1)
-    assert found["cells"] == expected["cells"]
-
-
 def test_a_cell_does_not_depend_on_the_others():
     whole = {(cell["task"], cell["length"], cell["depth"]): cell for cell in measure(Copier(num_segments=1))["cells"]}
     (alone,) = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,))["cells"]

@@ -139,6 +139,12 @@ def test_segments_are_consecutive_and_lose_no_target(length, piece_tokens):
     assert all(piece.end - 1 - piece.begin == piece_tokens for piece in pieces[:-1])
 
 
+@pytest.mark.parametrize("stride", [0, 5])
+def test_a_stride_that_would_skip_tokens_is_refused(stride):
+    with pytest.raises(ValueError, match="stride"):
+        plan_windows(10, context=4, stride=stride)
+
+
 def test_rows_of_a_batch_are_as_many_as_idle_least_on_a_cpu_and_all_on_a_gpu():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_rows([8000] * 4, 512, 16, cpu) == 4

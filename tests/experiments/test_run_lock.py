@@ -1,7 +1,6 @@
 """One process in a run folder, and a start that leaves nothing half made."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,27 +35,6 @@ def hold_elsewhere(config: ExperimentConfig, *, resume: bool = False) -> Iterato
 @pytest.fixture
 def config(tmp_path: Path) -> ExperimentConfig:
     return ExperimentConfig(name="a", runs_dir=str(tmp_path / "deep" / "runs"))
-
-
-def test_a_second_process_is_refused_at_once_and_told_who_is_there(config):
-    with hold_elsewhere(config) as pid:
-        message = rf"runs/a: another process \(PID {pid} on .*\) is using it"
-        for resume in (False, True):
-            with pytest.raises(UserError, match=message), hold_run(config, resume=resume):
-                pytest.fail("both are in it")
-    with hold_run(config, resume=False) as (_, folder):
-        create_run(config, folder)
-    with hold_run(config, resume=True):
-        pass
-    assert os.listdir(config.runs_dir) == ["a"]
-
-
-def test_bad_input_leaves_no_folder_behind(config, tmp_path):
-    with pytest.raises(UserError, match="no run here"), hold_run(config, resume=True):
-        pass
-    with pytest.raises(UserError, match="bad data"), hold_run(config, resume=False):
-        raise UserError("bad data")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_to_a_run_is_the_same_run(config, tmp_path):

@@ -180,21 +180,6 @@ def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(tiny, trained_
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(tiny, trained_run, monkeypatch):
-    fail_after(at_step(17), renamed(tiny, "broken"), ["infini"], monkeypatch)
-    last, before = list_checkpoints(tiny.runs_dir / "broken" / "infini")
-    content = bytearray((last / "trainer.pt").read_bytes())
-    content[len(content) // 2] ^= 4
-    (last / "trainer.pt").write_bytes(content)
-    said = io.StringIO()
-    models = renamed(tiny, "broken", models=(ModelType.INFINI,))
-    resumed = run_experiment(None, models, resume=True, console=Console(file=said))
-    line = f"{last.name} is damaged (trainer.pt has changed since it was written (sha256)): "
-    line += f"continuing from {before.name}"
-    assert line in said.getvalue()
-    assert curve(resumed) == curve(trained_run)
-
-
 def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(trained_run):
     config = settings_from_dict(trained_run["config"], ExperimentConfig, "test")
     with pytest.raises(UserError, match="--resume"):
@@ -258,14 +243,6 @@ def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch
         with pytest.raises(UserError, match=message):
             begin("bad", spec, **changes)
     assert not (tiny.runs_dir / "bad").exists()
-
-
-def test_bad_data_leaves_no_run_folder(tiny, tmp_path):
-    empty = tmp_path / "empty.txt"
-    empty.write_text("")
-    with pytest.raises(UserError):
-        run(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, source=str(empty))), ["pythia"])
-    assert not tiny.runs_dir.exists()
 
 
 def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(tiny, monkeypatch):

@@ -79,11 +79,6 @@ def test_no_cluster_is_one_line(addresses, tmp_path, monkeypatch, capsys, absent
     assert message in last
 
 
-def test_no_jobs_are_refused(addresses, tmp_path, capsys):
-    assert main(["study", str(write_study(tmp_path / "study.yaml", addresses)), "--jobs", "0"]) == 2
-    assert capsys.readouterr().err == "new-llm: --jobs: 0 must be at least 1\n"
-
-
 def test_one_view_shows_all_runs_in_60_columns(tmp_path):
     cells = [Cell("reference", 0), Cell("a-variant-whose-name-is-long", 10)]
     progress = StudyProgress(tmp_path, dict.fromkeys(cells), 4, 3, console := Console(width=60, file=io.StringIO()))

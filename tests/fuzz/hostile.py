@@ -4,7 +4,6 @@ Each is made in an empty folder, and read by a function that is expected to refu
 would write the file `ran` into the folder.
 """
 
-import gzip
 import io
 import json
 import os
@@ -162,19 +161,12 @@ def open_zst(path: Path) -> Any:
     return pa.CompressedOutputStream(str(path), "zstd")
 
 
-def open_gz(path: Path) -> Any:
-    return gzip.open(path, "wb")
-
-
 # The files
 
 
 def _make_texts() -> dict[str, tuple[Make, Read, str]]:
     def read(name: str) -> Read:
         return lambda folder: sum(len(text) for _, text in read_file(folder / name, "text"))
-
-    def is_irregular(name: str) -> tuple[Make, Read, str]:
-        return make_pipe(name), read(name), "not a regular file"
 
     one = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 500_000]))
     empty = pa.DictionaryArray.from_arrays(pa.array([0] * 4_000_000, pa.int8()), pa.array([""]))
@@ -183,27 +175,16 @@ def _make_texts() -> dict[str, tuple[Make, Read, str]]:
     return {
         "txt: 10 GB": (grow("a.txt"), read("a.txt"), "one document of more than 134,217,728 bytes"),
         "txt: a device": (make_link("a.txt", "/dev/zero"), read("a.txt"), "not a regular file"),
-        "txt: a pipe": is_irregular("a.txt"),
-        "tokens: 10 GB": (grow("a.tokens"), read("a.tokens"), "line 1 is longer than 134,217,728 bytes"),
+        "txt: a pipe": (make_pipe("a.txt"), read("a.txt"), "not a regular file"),
         "jsonl: a line of 10 GB": (grow("a.jsonl"), read("a.jsonl"), "line 1 is longer than"),
-        "jsonl: a pipe": is_irregular("a.jsonl"),
-        "jsonl: deep": (write("a.jsonl", '{"text": ' + "[" * 10**6), read("a.jsonl"), "line 1: not a JSON object"),
         "jsonl: many fields": (write("a.jsonl", fields), read("a.jsonl"), "and 99,992 more"),
         "zst: 4 GB of one line": (
             pack(open_zst, "a.jsonl.zst", 4096, b" " * (1 << 20)),
             read("a.jsonl.zst"),
             "times its size|line 1 is longer",
         ),
-        "zst: billions of lines": (pack(open_zst, "a.jsonl.zst", 2048, b"\n" * (1 << 20)), read("a.jsonl.zst"), ratio),
-        "zst: millions of documents": (
-            pack(open_zst, "a.jsonl.zst", 1024, b'{"text": "a"}\n' * 70_000),
-            read("a.jsonl.zst"),
-            ratio,
-        ),
-        "gz: billions of lines": (pack(open_gz, "a.txt.gz", 512, b"\n" * (1 << 20)), read("a.txt.gz"), f"{ratio}|more"),
         "parquet: one text again and again": (write_table(one), read("a.parquet"), ratio),
         "parquet: millions of empty rows": (write_table(empty), read("a.parquet"), ratio),
-        "parquet: a pipe": is_irregular("a.parquet"),
     }
 
 
@@ -216,10 +197,7 @@ def _make_json() -> dict[str, tuple[Make, Read, str]]:
 
     deep, results, tokenizer, config = '{"a":' * 100_000, "results.json", "tokenizer.json", "config.yaml"
     return {
-        "results: deep": (write(results, deep), load_results, "nested too deeply|not valid JSON"),
         "results: 10 GB": (grow(results), load_results, "more than 67,108,864 bytes"),
-        "results: a pipe": (make_pipe(results), load_results, "not a regular file"),
-        "results: a long number": (write(results, "9" * 100_000), load_results, "not valid JSON"),
         "tokenizer: deep": (write(tokenizer, deep), read_tokenizer, "not a valid tokenizer file"),
         "tokenizer: 10 GB": (grow(tokenizer), read_tokenizer, "more than 268,435,456 bytes"),
         "tokenizer: a pickle": (save_pickle(tokenizer), read_tokenizer, "tokenizer|UTF-8"),
@@ -229,9 +207,6 @@ def _make_json() -> dict[str, tuple[Make, Read, str]]:
             "could not determine a constructor",
         ),
         "yaml: aliases": (write(config, "a: &a [x]\nb: [*a, *a]\n"), read_config, "aliases are not allowed"),
-        "yaml: deep": (write(config, "models: " + "[" * 20_000), read_config, "nested|expected"),
-        "yaml: a name that leads out": (write(config, "name: ../../x"), read_config, "name: "),
-        "yaml: a device": (make_link(config, "/dev/zero"), read_config, "not a regular file"),
     }
 
 
@@ -246,29 +221,17 @@ def _make_models(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]
     unreadable, irregular = "not a safetensors file", "not a regular file"
     structures: dict[str, tuple[Make, str]] = {
         "a huge vocabulary": (edit("model.json", vocab_size=10**14), "vocab_size"),
-        "another vocabulary": (edit("model.json", vocab_size=1 << 24), "vocab_size is 16777216"),
-        "an endless vocabulary": (edit("model.json", vocab_size=10**40), "vocab_size"),
         "millions of layers": (edit("model.json", layers=layers), "at most 1024 items"),
         "a huge layer": (edit("model.json", layer={"hidden_size": 1 << 40}), "hidden_size"),
-        "huge heads": (edit("model.json", layer={"hidden_size": 10**9, "num_memory_heads": 10**9}), "hidden_size"),
-        "a huge memory": (edit("model.json", layer={"num_memory_banks": 10**9}), "num_memory_banks"),
-        "a text for a truth": (edit("model.json", tie_word_embeddings="no"), "tie_word_embeddings"),
-        "a negative ε": (edit("model.json", layer_norm_eps=-1.0), "layer_norm_eps"),
-        "NaN for ε": (edit("model.json", layer_norm_eps=float("nan")), "layer_norm_eps|NaN"),
-        "a text for a number": (edit("model.json", layer={"layer_norm_eps": "1e-5"}), "layer_norm_eps"),
         "NaN": (put_in(WEIGHTS, float("nan")), "holds NaN or infinite values"),
-        "infinity": (put_in(WEIGHTS, float("inf")), "holds NaN or infinite values"),
         "a huge header": (head(WEIGHTS, {}, 1 << 62), unreadable),
-        "a long header": (head(WEIGHTS, {"a" * (5 << 20): 1}), unreadable),
         "claimed shapes": (head(WEIGHTS, claims), unreadable),
         "a pickle": (save_pickle(WEIGHTS), unreadable),
         "zeros at its end": (grow(WEIGHTS), f"{unreadable}|memory"),
     }
     checkpoints: dict[str, tuple[dict[str, bytes], Make, str]] = {
         "NaN": (neox, put_in(WEIGHTS, float("nan")), "NaN or infinite"),
-        "endless layers": (neox, edit("config.json", num_hidden_layers=10**9), "num_hidden_layers"),
         "a huge width": (neox, edit("config.json", hidden_size=1 << 40), "config.json: PythiaConfig: hidden_size"),
-        "a wrong width": (neox, edit("config.json", hidden_size=1 << 22), "has shape|too large"),
         "a payload": (binary, save_payload(PICKLE), "not readable as plain"),
         "a bare pickle": (binary, save_pickle(PICKLE), "not a file of torch.save"),
         "a view of 120 GB": (binary, save_view(PICKLE, lambda view: {"a": view}), "larger than the file"),
@@ -283,11 +246,6 @@ def _make_models(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]
             write(index, '{"weight_map": {"a": "../../etc/passwd"}}'),
             "is no file of this folder",
         ),
-        "an index of a device": (
-            {"config.json": neox["config.json"], index: b'{"weight_map": {"a": "a.safetensors"}}'},
-            make_link("a.safetensors", "/dev/zero"),
-            irregular,
-        ),
     }
     autos: dict[str, tuple[Make, str]] = {
         "code of the folder": (
@@ -299,7 +257,6 @@ def _make_models(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]
         ),
         "a huge layer": (spoil(auto, edit("config.json", layer={"hidden_size": 10**9})), "hidden_size"),
         "a huge vocabulary": (spoil(auto, edit("config.json", vocab_size=10**9)), "vocab_size"),
-        "a width beyond the machine": (spoil(auto, edit("config.json", layer={"hidden_size": 1 << 24})), "too large"),
     }
     return (
         {f"model: {name}": (spoil(own, change), load_model, words) for name, (change, words) in structures.items()}
@@ -327,10 +284,8 @@ def _make_others(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]
             "not a safetensors file|memory",
         ),
         "memory: overlapping tensors": (head(MEMORY, overlapping), read_memory, "not a safetensors file"),
-        "memory: a pickle": (save_pickle(MEMORY), read_memory, "but a pickle|not a safetensors file"),
         "memory: a payload": (save_payload(MEMORY), read_memory, "but a pickle"),
         "memory: a huge header": (head(MEMORY, {}, 1 << 62), read_memory, "not a safetensors file"),
-        "memory: a pipe": (make_pipe(MEMORY), read_memory, "not a regular file"),
         "memory: a device": (make_link(MEMORY, "/dev/zero"), read_memory, "not a regular file"),
         "adapter: a payload": (save_payload(PT), read_adapter, "not readable as plain tensors"),
         "adapter: a view of 120 GB": (
@@ -338,8 +293,6 @@ def _make_others(targets: dict[str, Target]) -> dict[str, tuple[Make, Read, str]
             read_adapter,
             "larger than the file",
         ),
-        "adapter: packed entries": (pack_zip(PT), read_adapter, "holds packed entries"),
-        "adapter: a pipe": (make_pipe(PT), read_adapter, "not a regular file"),
     }
     if checkpoint := targets.get("checkpoint, any manifest"):
         files |= {

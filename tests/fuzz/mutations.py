@@ -4,7 +4,6 @@ import copy
 import json
 import random
 import re
-from collections.abc import Callable
 from typing import Any
 
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**53, 2**63 - 1, 2**64 - 1)
@@ -15,15 +14,14 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**9, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), "",
     "x", "../../x", "\x00", "\ud800", "9" * 50, "a" * 3000, [], {}, [[]], [None] * 50, {"a": 1}, {"": {}},
     [1.5, "x", {}], "NaN", "1e999", [[[[[[[[]]]]]]]], "F32", "I64", [1, -1], [10**12, 10**12])  # fmt: skip
-Mutation = Callable[[bytes, list[bytes], random.Random], bytes]
 
 
-def mutate(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """Damage some bytes in one to four ways; `others` are files to splice with."""
+def mutate(raw: bytes, rng: random.Random) -> bytes:
+    """Damage some bytes in one to four ways."""
     if rng.random() < 0.03:
         return rng.randbytes(rng.choice((0, 1, 7, 100, 5000)))
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
-        raw = rng.choice(BYTE_MUTATIONS)(raw, others, rng)
+        raw = rng.choice((_flip, _cut, _insert, _lie))(raw, rng)
     return raw
 
 
@@ -70,35 +68,29 @@ def _walk(value: Any):
         yield from _walk(entry)
 
 
-def _flip(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+def _flip(raw: bytes, rng: random.Random) -> bytes:
     changed = bytearray(raw)
     for _ in range(rng.choice((1, 1, 2, 8, 64)) if raw else 0):
         changed[_place(changed, rng)] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-def _remove(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+def _cut(raw: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(raw) + 1)
     return raw[:start] + raw[start + rng.choice((1, 2, 4, 8, 100, len(raw))) :]
 
 
-def _repeat(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    start, size = rng.randrange(len(raw) + 1), rng.choice((1, 8, 64, 1000))
-    return raw[: start + size] + raw[start : start + size] * rng.choice((1, 2, 20)) + raw[start + size :]
-
-
-def _splice(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    other = rng.choice(others) if others else raw
-    return raw[: rng.randrange(len(raw) + 1)] + other[rng.randrange(len(other) + 1) :]
-
-
-def _insert(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
+def _insert(raw: bytes, rng: random.Random) -> bytes:
     start = rng.randrange(len(raw) + 1)
-    return raw[:start] + rng.choice((rng.randbytes(rng.randrange(1, 40)), rng.choice(WORDS))) + raw[start:]
+    piece = raw[start : start + 64] * rng.choice((1, 20))
+    return raw[:start] + rng.choice((rng.randbytes(rng.randrange(1, 40)), rng.choice(WORDS), piece)) + raw[start:]
 
 
-def _lie(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """A number of 1 to 8 bytes is an extreme one."""
+def _lie(raw: bytes, rng: random.Random) -> bytes:
+    """A number, of 1 to 8 bytes or in text, is an extreme one."""
+    if found := list(re.finditer(rb"-?\d+(\.\d+)?", raw[:20_000])) if rng.random() < 0.3 else ():
+        match = rng.choice(found)
+        return raw[: match.start()] + str(rng.choice(EXTREMES)).encode() + raw[match.end() :]
     size = rng.choice((1, 2, 4, 8))
     if len(raw) < size:
         return raw
@@ -107,30 +99,7 @@ def _lie(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return raw[:start] + value.to_bytes(size, rng.choice(("little", "big"))) + raw[start + size :]
 
 
-def _renumber(raw: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """A number in text is another one, or a word."""
-    if not (found := list(re.finditer(rb"-?\d+(\.\d+)?", raw[:20_000]))):
-        return raw
-    match = rng.choice(found)
-    word = rng.choice((str(rng.choice(EXTREMES)).encode(), rng.choice(WORDS)))
-    return raw[: match.start()] + word + raw[match.end() :]
-
-
 def _place(raw: bytes | bytearray, rng: random.Random) -> int:
     """Anywhere; headers and footers, which are believed first, more often."""
     near = min(len(raw), 128)
     return rng.choice((rng.randrange(len(raw)), rng.randrange(near), len(raw) - 1 - rng.randrange(near)))
-
-
-BYTE_MUTATIONS: tuple[Mutation, ...] = (
-    _flip,
-    _flip,
-    _remove,
-    _remove,
-    _repeat,
-    _splice,
-    _insert,
-    _lie,
-    _lie,
-    _renumber,
-)

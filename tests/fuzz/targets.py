@@ -19,7 +19,6 @@ from new_llm.config import DataConfig, EvalConfig, PythiaConfig, TrainConfig
 from new_llm.config.evaluation import FillConfig
 from new_llm.data import dataset
 from new_llm.data.local_files import read_file
-from new_llm.data.reversal_pairs import read_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
 from new_llm.experiments import run_experiment, runner
@@ -68,10 +67,10 @@ def damage(target: Target, rng: random.Random) -> tuple[str, bytes]:
             lines[place] = mutations.dump_json(mutations.mutate_json(json.loads(lines[place]), rng), rng)
             return name, b"\n".join(lines)
         if name.endswith(".gz"):
-            return name, gzip.compress(mutations.mutate(gzip.decompress(raw), [], rng))
+            return name, gzip.compress(mutations.mutate(gzip.decompress(raw), rng))
         if name.endswith(".safetensors"):
             return name, mutations.mutate_safetensors(raw, rng)
-    return name, mutations.mutate(raw, [other for key, other in target.files.items() if key != name] or [raw], rng)
+    return name, mutations.mutate(raw, rng)
 
 
 def build_targets(folder: Path, *, with_runs: bool = True) -> dict[str, Target]:
@@ -122,17 +121,6 @@ def _make_texts(folder: Path) -> dict[str, Target]:
 
     targets = {name: Target({name: raw}, read_all) for name, raw in files.items()}
     targets["text in blocks"] = Target({"text.txt": files["text.txt"]}, read_blocks)
-    keys = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
-    pairs = [
-        ("capital", f"The capital of {a} is", f" {b}.", f"{b} is the capital of", f" {a}.")
-        for a, b in (("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima"))
-    ]
-    rows = [",".join(keys), *(",".join(f'"{value}"' for value in pair) for pair in pairs)]
-    for name, text in {
-        "pairs.jsonl": "".join(json.dumps(dict(zip(keys, pair, strict=True))) + "\n" for pair in pairs),
-        "pairs.csv": "\n".join(rows) + "\n",
-    }.items():
-        targets[name] = Target({name: text.encode()}, lambda folder, name=name: read_reversal_pairs(folder / name))
     return targets
 
 

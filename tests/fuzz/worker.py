@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from targets import Target, build_targets, damage
+from targets import Read, Target, build_targets, damage
 
 from new_llm.config import UserError
 
@@ -49,6 +49,7 @@ class Watch:
     def __init__(self, *, hook: bool = True) -> None:
         self.allowed: str | None = None
         self.seen: list[str] = []
+        self.message = ""
         if hook:
             sys.addaudithook(self.note)
 
@@ -69,9 +70,9 @@ class Watch:
             self.seen.append(f"{event} {real}")
 
 
-def feed(target: Target, folder: Path, watch: Watch) -> str | None:
-    """Let the target read; what went wrong, or None. The second line on is the traceback."""
-    watch.seen, watch.allowed = [], str(folder.resolve())
+def feed(read: Read, folder: Path, watch: Watch) -> str | None:
+    """Let a reader read; what went wrong, or None. The second line on is the traceback."""
+    watch.seen, watch.message, watch.allowed = [], "", str(folder.resolve())
     for number, clock, seconds in (
         (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),
         (signal.SIGALRM, signal.ITIMER_REAL, CLOCK_SECONDS),
@@ -79,9 +80,9 @@ def feed(target: Target, folder: Path, watch: Watch) -> str | None:
         signal.signal(number, raise_alarm)
         signal.setitimer(clock, seconds)
     try:
-        target.read(folder)
+        read(folder)
     except UserError as error:
-        message = str(error)
+        message = watch.message = str(error)
         if "\n" in message or not message.strip() or len(message) > MAX_LINE_CHARACTERS:
             return f"its message is not one line: {message[:300]!r}"
     except TookTooLong:
@@ -121,24 +122,15 @@ def check_hostile(place: Path, watch: Watch, targets: dict[str, Target]) -> None
 
     limit_memory("")
     for name, hostile in build_hostile_files(targets).items():
-        folder, messages = place / "hostile", list[str]()
+        folder, began = place / "hostile", time.process_time()
         write_files(folder, {})
         hostile.make(folder)
-
-        def read(folder: Path, hostile=hostile, messages=messages) -> None:
-            try:
-                hostile.read(folder)
-            except UserError as error:
-                messages.append(str(error))
-                raise
-
-        began = time.process_time()
-        fault = feed(Target({}, read), folder, watch)
+        fault = feed(hostile.read, folder, watch)
         if not fault and (folder / "ran").exists():
             fault = "code was executed"
-        if not fault and not re.search(hostile.message, "".join(messages) or "read without complaint"):
-            fault = f"expected {hostile.message!r}: {messages}"
-        print_json(name=name, fault=fault, seconds=round(time.process_time() - began, 2), message=messages[:1])
+        if not fault and not re.search(hostile.message, watch.message or "read without complaint"):
+            fault = f"expected {hostile.message!r}: {watch.message}"
+        print_json(name=name, fault=fault, seconds=round(time.process_time() - began, 2), message=watch.message)
 
 
 def check_damaged(place: Path, watch: Watch, targets: dict[str, Target], count: int, seed: str) -> None:
@@ -152,7 +144,7 @@ def check_damaged(place: Path, watch: Watch, targets: dict[str, Target], count: 
         for number in range(-(-count // len(targets))):
             file, raw = damage(target, random.Random(f"{seed} {name} {number}"))
             (folder / file).write_bytes(raw)
-            if fault := feed(target, folder, watch):
+            if fault := feed(target.read, folder, watch):
                 saved = place / "faults" / re.sub(r"\W+", "-", f"{name}-{number}") / Path(file).name
                 saved.parent.mkdir(parents=True, exist_ok=True)
                 saved.write_bytes(raw)

@@ -16,12 +16,8 @@ SHAPES = {
     "hierarchical": (4.345, 1_064_960, 6_170_113),
 }
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "pythia": {},
-    "infini": {"num_memory_heads": 1, "gate_init": 0.0},
-    "multi_memory": {"num_memories": 4, "num_memory_heads": 4, "gate_init": 0.0},
-    "hierarchical": {"num_memories": 4, "num_memory_heads": 4, "gate_init": 0.0},
-}
+SEVERAL = {"num_memories": 4, "num_memory_heads": 4, "gate_init": 0.0}
+OPTIONS = {"pythia": {}, "infini": {"num_memory_heads": 1, "gate_init": 0.0}}
 
 
 def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
@@ -37,8 +33,6 @@ def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
             "epoch": 1 + (step - 1) // steps_per_epoch,
             "tokens": step * tokens_per_step,
             "loss": loss,
-            "learning_rate": 1e-3,
-            "grad_norm": 0.6 + rng.random() / 5,
             "seconds": step * 0.3,
         }
         if memory_bytes:
@@ -60,24 +54,19 @@ def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
     perplexity = math.exp(final)
     return {
         "model_type": model_type,
-        "options": OPTIONS[model_type],
+        "options": OPTIONS.get(model_type, SEVERAL),
         "context_tokens": 256 if model_type == "pythia" else 64,
         "num_parameters": {
             "total": parameters,
             "embedding": 2_097_152,
             "lm_head": 2_097_152,
             "transformer": parameters - 2 * 2_097_152,
-            "per_layer": [(parameters - 2 * 2_097_152) // 4] * 4,
         },
         "memory_info": {
             "total_bytes": memory_bytes,
             "per_layer": [
-                {
-                    "layer": i,
-                    "kind": model_type if i == 0 else "pythia",
-                    "bytes": memory_bytes if i == 0 else 0,
-                }
-                for i in range(4)
+                {"layer": 0, "kind": model_type, "bytes": memory_bytes},
+                *({"layer": layer, "kind": "pythia", "bytes": 0} for layer in (1, 2, 3)),
             ],
         },
         "cost": {"state_numbers": 91_904, "flops_per_token": 8_440_000.0},

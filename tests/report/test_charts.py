@@ -10,8 +10,6 @@ import pytest
 from new_llm.charts import Chart, bar_chart, heat_chart, line_chart, point_chart
 from new_llm.report.figures import place_series
 
-HOSTILE = '<script>alert(1)</script> "q" {"signal": "x"} datum.y \u202e 漢字'
-
 
 def read_values(chart: Chart) -> list[dict[str, Any]]:
     return chart.spec["data"]["values"]
@@ -43,16 +41,6 @@ def test_a_logarithmic_axis_holds_positive_numbers_alone():
     assert (linear.other, logarithmic.other) == (logarithmic.spec, linear.spec)
 
 
-def test_text_of_rows_is_never_part_of_the_specification():
-    rows = [{"step": 1, "loss": 2.0, "model": HOSTILE}]
-    chart = make_lines(rows)
-    assert read_values(chart)[0]["series"] == HOSTILE
-    assert chart.spec["encoding"]["color"]["field"] == "series"
-    assert "script" not in repr(
-        {key: part for key, part in chart.spec.items() if key not in ("data", "encoding", "layer")}
-    )
-
-
 def test_a_mark_says_its_numbers():
     rows = [{"step": 1000, "loss": 2.345678, "model": "a", "from": 2.0, "to": 3.0}]
     chart = make_lines(rows, low="from", high="to", x_title="steps")
@@ -66,12 +54,6 @@ def test_seeds_of_a_model_become_their_mean_and_a_band():
     rows.append({"step": 3, "loss": 5.0, "model": "a"})  # only one seed reached it
     drawn = [(point["x"], point["y"], point.get("low"), point.get("high")) for point in read_values(make_lines(rows))]
     assert drawn == [(1, 3, 2, 4), (2, 3, 2, 4), (3, 5, None, None)]
-
-
-def test_names_are_file_names():
-    assert make_lines([]).name == "loss"
-    assert bar_chart("../Token memory, gate_init 2", "", "", [], x="x", y="y").name == "token-memory-gate-init-2"
-    assert bar_chart("漢字", "", "", [], x="x", y="y").name == "chart"
 
 
 def test_csv_holds_every_column_of_any_row():

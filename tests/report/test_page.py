@@ -35,8 +35,6 @@ def test_a_complete_run_shows_everything(four_models, tmp_path):
     page = read_page([make_run(four_models)], tmp_path)
     assert set(page.ids()) >= CHARTS
     said = page.read()
-    for name in ("pythia", "infini", "multi_memory", "hierarchical"):
-        assert said.count(name) >= 8
     assert "multi_memory has the lowest sliding-window perplexity: 75.94, 1.5% below hierarchical (77.09)" in said
     assert "83.93 ± 0.50" in said
     assert "normal for small data" in said
@@ -160,9 +158,7 @@ def test_missing_or_broken_parts_leave_the_rest(results, paths, value):
     assert "78.26" in said
 
 
-@pytest.mark.parametrize(
-    "value", [float("nan"), 1e308, -1.0, 1e-9, 10**400], ids=["nan", "huge", "minus", "tiny", "whole"]
-)
+@pytest.mark.parametrize("value", [float("nan"), 1e308, -1.0, 10**400], ids=["nan", "huge", "minus", "whole"])
 @pytest.mark.filterwarnings("error")
 def test_numbers_that_no_axis_can_hold(results, value):
     def spoil(entry: Any) -> Any:

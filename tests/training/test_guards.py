@@ -37,8 +37,7 @@ def spoil(trainer: Trainer, steps: set[int], factor: float = float("nan")) -> di
     return met
 
 
-@pytest.mark.parametrize("every_steps", [1, 4])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("every_steps", "accumulation"), [(1, 2), (4, 1)])
 def test_a_fault_that_stops_is_saved_for_study(tmp_path, every_steps, accumulation):
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=accumulation)
     read_late(trainer, every_steps)
@@ -66,8 +65,7 @@ def test_a_gradient_that_is_not_finite_is_a_fault_too(tmp_path):
         trainer.run()
 
 
-@pytest.mark.parametrize("every_steps", [1, 4])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("every_steps", "accumulation"), [(1, 2), (4, 1)])
 def test_a_skipped_step_changes_nothing_but_the_place(tmp_path, every_steps, accumulation):
     trainer = make_trainer(tmp_path, on_nonfinite="skip", gradient_accumulation_steps=accumulation)
     read_late(trainer, every_steps)

@@ -15,11 +15,10 @@ from rich.console import Console
 
 from new_llm.cli.main import main
 from new_llm.config import TrainConfig
-from new_llm.data.batches import plan_batches
 from new_llm.training import TrainingInterrupted
 from new_llm.training.log import MetricsWriter, TrainingProgress, read_metrics
 from new_llm.training.preparation import group_parameters, make_schedule, prefetch_batches
-from training_cases import VOCAB, equal, list_weights, make_split, make_trainer, read_curve, read_late, stop_at
+from training_cases import VOCAB, equal, list_weights, make_trainer, read_curve, read_late, stop_at
 
 
 def test_numbers_read_late_and_batches_made_ahead_change_nothing(tmp_path):
@@ -62,17 +61,6 @@ def test_compiled_layers_train_to_the_same_losses(tmp_path):
     for compiled in (False, True):
         make_trainer(tmp_path / str(compiled), compile=compiled, num_epochs=1).run()
     assert read_curve(tmp_path / "False") == pytest.approx(read_curve(tmp_path / "True"), rel=1e-4)
-
-
-@pytest.mark.parametrize("num_ahead", [0, 2, 100])
-def test_batches_made_ahead_come_in_the_plan_s_order(num_ahead):
-    plan = plan_batches(make_split(), seq_length=16, batch_size=2, order="shuffled", seed=0, epoch=0)
-    with prefetch_batches(plan, 3, num_ahead, pin=False) as batches:
-        found = list(batches)
-    assert len(found) == len(plan) - 3 > 5
-    for number, batch in enumerate(found, 3):
-        assert torch.equal(batch.input_ids, plan[number].input_ids)
-        assert torch.equal(batch.labels, plan[number].labels)
 
 
 def test_a_batch_that_fails_fails_where_it_is_asked_for_and_the_thread_ends():
