@@ -22,6 +22,6 @@ def test_a_committed_study_can_run(path):
         reads_all = config.data.num_samples is None
         tokens = 0 if reads_all else config.data.num_samples * config.data.seq_length
         first = study.configure(next(iter(study.variants)), 0).data
-        if not reads_all:
+        if not reads_all and config.data.reversal_pairs == first.reversal_pairs:  # else it trains on another text
             asked = first.num_samples * first.seq_length
             assert tokens < asked if name.endswith("-short") else tokens == asked
