@@ -32,7 +32,7 @@ def refuse(call: Callable[[], Any], *words: str) -> None:
 # create_model
 
 TABLE: dict[str, list[str]] = {  # DESIGN's: an option and the models that take it
-    "use_delta_rule": ["infini", "multi_memory", "hierarchical"],
+    "use_delta_rule": ["infini", "multi_memory", "hierarchical", "token_memory"],
     "num_memories": ["multi_memory", "hierarchical"],
     "num_memory_banks": ["infini"],
     "segments_per_bank": ["infini"],
