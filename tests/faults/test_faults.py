@@ -49,7 +49,7 @@ def write_settings(path: Path) -> Path:
     settings["models"] = list(MODELS)
     settings["data"] |= {"num_samples": 200, "seq_length": 64, "segments_per_sample": 4, "order": "stream"}
     settings["train"] |= {"num_epochs": NUM_EPOCHS, "patience": 0, "log_every_steps": 1, "checkpoint_every_steps": 5}
-    settings["eval"] = {"context": 64, "stride": 32, "max_tokens": 300, "measures": MEASURES}
+    settings["eval"] = {"context": 64, "stride": 32, "max_tokens": 1500, "measures": MEASURES}
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
 

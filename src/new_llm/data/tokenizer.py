@@ -79,7 +79,9 @@ def read_tokenizer_file(path: Path) -> Tokenizer:
     text = read_text_file(path, MAX_TOKENIZER_BYTES)
     try:
         return _as_plain(Tokenizer.from_str(text))
-    except Exception as error:  # tokenizers raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, or no Exception where its Rust code panics
         raise UserError(f"{path}: not a valid tokenizer file: {describe_failure(error)}") from None
 
 
