@@ -150,8 +150,10 @@ def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice
             wait_until(run.is_writing_checkpoint, process)
         time.sleep(dice.choice([0, dice.uniform(0, 0.02)]))
     elif aim == "measurement":
+        # A resumed process measures once it has started.
+        least = 1.0 if run.is_measuring() else 0.0
         wait_until(run.is_measuring, process)
-        time.sleep(dice.uniform(0, 0.15))  # it takes a quarter of a second at least
+        time.sleep(least + dice.uniform(0, 0.15))  # it takes a quarter of a second at least
 
 
 def kill_often(
