@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -31,3 +31,22 @@ def stop_at(number: int, monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iter
         for name in OPERATIONS:
             patch.setattr(os, name, wrap(name))
         yield done
+
+
+def stop_everywhere(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *, dies: bool) -> Iterator[int]:
+    """Act once for each operation, which is stopped there, until nothing is left to stop; the number after each time.
+
+    With `dies` a child process acts each time, and dies.
+    """
+    number, is_whole = 0, False
+    while not is_whole:
+        number += 1
+        if dies and (child := os.fork()):
+            is_whole = os.waitpid(child, 0)[1] == 0
+        else:
+            with stop_at(number, monkeypatch, dies=dies) as done, suppress(OSError):
+                act()
+            if dies:
+                os._exit(0)
+            is_whole = len(done) < number
+        yield number

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from disk_faults import stop_at
+from disk_faults import stop_everywhere
 from new_llm.config import UserError
 from new_llm.config.files import (
     MANIFEST_FILE,
@@ -58,18 +57,9 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize("dies", [False, True])
 def test_whatever_fails_there_is_the_old_or_the_new(tmp_path, monkeypatch, write, dies):
-    path, number, is_whole = tmp_path / "place" / "name", 0, False
+    path = tmp_path / "place" / "name"
     write(path, "old")
-    while not is_whole:
-        number += 1
-        if dies and (child := os.fork()):
-            is_whole = os.waitpid(child, 0)[1] == 0
-        else:
-            with stop_at(number, monkeypatch, dies=dies) as done, suppress(OSError):
-                write(path, "new")
-            if dies:
-                os._exit(0)
-            is_whole = len(done) < number
+    for number in stop_everywhere(lambda: write(path, "new"), monkeypatch, dies=dies):
         # Replacing a folder takes two moves; a machine that dies between them leaves none.
         allowed = [{"old"}, {"new"}] + ([None] if write is write_folder else [])
         assert read(path) in allowed, number
@@ -82,19 +72,12 @@ def test_whatever_fails_there_is_the_old_or_the_new(tmp_path, monkeypatch, write
 def test_a_folder_is_removed_whole(tmp_path, monkeypatch):
     path = tmp_path / "folder"
     remove_folder_atomically(path)
-    number, is_gone = 0, False
-    while not is_gone:
-        number += 1
-        write_folder(path, "old")
-        if child := os.fork():
-            is_gone = os.waitpid(child, 0)[1] == 0
-        else:
-            with stop_at(number, monkeypatch, dies=True):
-                remove_folder_atomically(path)
-            os._exit(0)
-        assert not path.exists() or read(path) == {"old"}
+    write_folder(path, "old")
+    for number in stop_everywhere(lambda: remove_folder_atomically(path), monkeypatch, dies=True):
+        assert not path.exists() or read(path) == {"old"}, number
         remove_leftovers(tmp_path)
         assert list(tmp_path.iterdir()) == ([path] if path.exists() else [])
+        write_folder(path, "old")
     assert number > 3
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from disk_faults import stop_at
+from disk_faults import stop_everywhere
 from new_llm.config.files import check_manifest
 from new_llm.experiments.run_folder import LOCK_FILE
 from new_llm.models import load_model
@@ -342,24 +342,16 @@ def write(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_there_is_always_a_whole_checkpoint_and_training_goes_on_from_it(tmp_path, monkeypatch, dies):
-    for step in (1, 2):
+    steps = [1, 2]
+    for step in steps:
         write(tmp_path, step)
-    number, step, is_whole = 0, 2, False
-    while not is_whole:
-        number += 1
-        if dies and (child := os.fork()):
-            is_whole = os.waitpid(child, 0)[1] == 0
-        else:
-            with stop_at(number, monkeypatch, dies=dies) as done, suppress(OSError):
-                write(tmp_path, step + 1)
-            if dies:
-                os._exit(0)
-            is_whole = len(done) < number
+    for number in stop_everywhere(lambda: write(tmp_path, steps[-1] + 1), monkeypatch, dies=dies):
+        step = steps[-1]
         found = find_checkpoint(tmp_path, pytest.fail)
         assert found is not None
         assert int((found / "state").read_text()) in (step, step + 1), number
         assert all(path.name.startswith("step-") for path in found.parent.iterdir()), number
         write(tmp_path, step + 1)
         assert len(list_checkpoints(tmp_path)) == 2
-        step += 1
+        steps.append(step + 1)
     assert number > 20
