@@ -219,6 +219,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
     if source.is_hub and config.tokenizer == "auto" and not found:
         notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
     kept = choose_sentences(sentences, cache.tokenizer, train.num_tokens, config, notes)
+    trained = set(kept)
     pinned = list(encode_documents(pack_sentences(kept, cache.tokenizer, config.seq_length), cache.tokenizer))
     if pinned:
         train = cache.load_split("train", pinned)
@@ -240,7 +241,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         "split_fingerprint": _fingerprint_splits(cache, pinned),
         "reversal_sentences": len(kept),
         "reversal_documents": len(pinned),
-        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in set(kept)],
+        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in trained],
         "notes": notes,
     }
     return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)
