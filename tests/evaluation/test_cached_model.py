@@ -27,8 +27,14 @@ SEGMENT, VOCAB_SIZE = 8, 11
 SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 DOCUMENTS = make_documents([70, 3, 41, 2, 64, 17])
 SPLIT = make_split(DOCUMENTS)
-WEIGHTS = ((0.7, 0.3, 0, 0, 0), (0.6, 0.3, 0.1, 0, 0), (0.4, 0.2, 0.1, 0.3, 0), (0.1, 0.2, 0.3, 0.2, 0.2))
-CONFIG = CacheConfig(num_states=12, ngram_order=3, theta=3.0, weights=WEIGHTS)
+WEIGHTS = (
+    (0.7, 0.3, 0, 0, 0, 0),
+    (0.6, 0.3, 0.1, 0, 0, 0),
+    (0.4, 0.2, 0.1, 0.3, 0, 0.2),
+    (0.1, 0.2, 0.3, 0.2, 0.2, 0.1),
+    *((0.1, 0.2, 0.1, 0.1, 0.2, share) for share in (0.3, 0.5, 0.7, 0.9)),
+)
+CONFIG = CacheConfig(num_states=12, ngram_order=3, longest_match=True, theta=3.0, weights=WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,25 @@ def score_with_transformers_alone(path, tokens: list[int], config: CacheConfig) 
             known = Counter(gram[-1] for gram in grams if gram[:-1] == context)
             if known:
                 parts[1 + order] = known[following] / known.total()
-        chosen = config.weights[sum(part > 1 for part in parts)]
+        place = sum(part > 1 for part in parts)
+        longest = max(
+            (
+                n
+                for n in range(1, now + 1)
+                for i in range(n - 1, now)
+                if tokens[i - n + 1 : i + 1] == tokens[now - n + 1 : now + 1]
+            ),
+            default=0,
+        )
+        if longest:
+            latest = max(
+                i
+                for i in range(longest - 1, now)
+                if tokens[i - longest + 1 : i + 1] == tokens[now - longest + 1 : now + 1]
+            )
+            parts[5] = float(tokens[latest + 1] == following)
+            place = 3 + (longest > 2) + (longest > 4) + (longest > 8) if longest > 1 else place
+        chosen = config.weights[place]
         total = sum(chosen[part] for part in parts)
         losses.append(-math.log(sum(chosen[part] * share for part, share in parts.items()) / total))
     return losses

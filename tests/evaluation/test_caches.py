@@ -34,7 +34,7 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
     result = measure(model, split)
     assert result is not None
     assert [found["name"] for found in result["caches"]] == [
-        "bare", "+ 3 states", "+ 20 states", "+ unigrams", "+ trigrams", "+ all"
+        "bare", "+ 3 states", "+ 20 states", "+ unigrams", "+ trigrams", "+ longest match", "+ all"
     ]  # fmt: skip
     assert [entry["index"] for entry in result["documents"]] == [0, 1, 3, 4, 5]
     plain = evaluate_streaming(model, split, batch_size=2).documents["total_nll"]
@@ -44,7 +44,7 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
         for half in range(2):
             tuned = found["settings"][half]
             others = [DOCUMENTS[entry["index"]] for entry in result["documents"] if entry["half"] != half]
-            config = CacheConfig(num_states=found["num_states"], ngram_order=found["ngram_order"])
+            config = CacheConfig(**{key: found[key] for key in ("num_states", "ngram_order", "longest_match")})
             config = tune_cache(model, list(map(np.array, others)), config, SETTINGS)
             assert (config.theta, np.array(config.weights).tolist()) == (tuned["theta"], tuned["weights"])
             streamed = evaluate_streaming(CachedModel(model, config), split, batch_size=3).documents["total_nll"]
@@ -63,7 +63,7 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
         bare = entry["repetition"]["total_nll"]["bare"]
         assert sum(bare) == pytest.approx(sum(entry["total_nll"]["bare"]))
     assert "bytes per token" in Caches().describe(result)
-    assert set(Caches().losses(result)) >= {"bare", "repeated trigrams", "new tokens, + trigrams"}
+    assert set(Caches().losses(result)) >= {"bare", "repeated trigrams", "new tokens, + longest match"}
     everything = result["caches"][-1]
     assert everything["relative"]["high"] < 0  # the documents repeat themselves
     ratio = everything["perplexity"]["value"] / result["caches"][0]["perplexity"]["value"]

@@ -59,7 +59,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     compared = summary["variants"]["no-delta"]["comparisons"]
     nats = [math.log(second[seed] / first[seed]) for seed in "01"]
     assert (compared["sliding"]["nats"], compared["sliding"]["low"]) == (pytest.approx(sum(nats) / 2), None)
-    assert compared["caches-two, beyond repetition"] == compared["caches-two, + bigrams"]
+    assert compared["caches-two, beyond repetition"] == compared["caches-two, + longest match"]
     assert f"| {100 * math.expm1(sum(nats) / 2):+.1f} % |" in (folder / "table.md").read_text()
     third = summary["variants"]["pythia"]["figures"][metric]["by_seed"]  # a baseline is compared with, too
     nats = [math.log(second[seed] / third[seed]) for seed in "01"]

@@ -10,7 +10,7 @@ import torch
 from new_llm.config import UserError
 from new_llm.config.model import CacheConfig
 from new_llm.models import cache
-from new_llm.models.cache import TextCache, describe_cache, mix, score_ngrams, tune_weights
+from new_llm.models.cache import Scored, TextCache, describe_cache, mix, score_match, score_ngrams, tune_weights
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 7, 61, 5
 
@@ -42,7 +42,14 @@ def mix_naively(config: CacheConfig, states: torch.Tensor, tokens: list[int], mo
         if len(tokens) >= order - 1 and ends:
             counts = Counter(tokens[i] for i in ends)
             distributions[1 + order] = [counts[w] / len(ends) for w in range(VOCAB_SIZE)]
-    weights = config.weights[sum(component > 1 for component in distributions)]
+    length = sum(component > 1 for component in distributions) - 1
+    if config.longest_match:
+        shared = [next((n for n in range(32) if n > i or tokens[i - n] != tokens[now - n]), 32) for i in range(now)]
+        length = max(shared, default=0)
+        if length:
+            latest = max(i for i in range(now) if shared[i] == length)
+            distributions[5] = [float(w == tokens[latest + 1]) for w in range(VOCAB_SIZE)]
+    weights = config.weights[max(row for row, begin in enumerate((-1, 0, 1, 2, 3, 5, 9, 17)) if begin <= length)]
     total = sum(weights[component] for component in distributions)
     return [
         sum(weights[component] * found[w] for component, found in distributions.items()) / total
@@ -52,14 +59,23 @@ def mix_naively(config: CacheConfig, states: torch.Tensor, tokens: list[int], mo
 
 @pytest.mark.parametrize("cuts", [(NUM_TOKENS,), (1,) * NUM_TOKENS, (17, 1, 40, 3)])
 @pytest.mark.parametrize(
-    ("num_states", "ngram_order", "similarity"),
-    [(0, 3, "cosine"), (9, 0, "dot"), (9, 2, "cosine"), (100, 1, "cosine"), (1, 3, "dot")],
+    ("num_states", "ngram_order", "longest_match", "similarity"),
+    [
+        (0, 3, False, "cosine"),
+        (9, 0, False, "dot"),
+        (9, 2, False, "cosine"),
+        (100, 1, True, "cosine"),
+        (1, 3, True, "dot"),
+        (0, 0, True, "dot"),
+    ],
 )
 def test_every_distribution_equals_the_equations_however_the_text_is_cut(
-    monkeypatch, cuts, num_states, ngram_order, similarity
+    monkeypatch, cuts, num_states, ngram_order, longest_match, similarity
 ):
     monkeypatch.setattr(cache, "QUERY_ROWS", 8)
-    config = CacheConfig(num_states=num_states, ngram_order=ngram_order, similarity=similarity, theta=1.5)
+    config = CacheConfig(
+        num_states=num_states, ngram_order=ngram_order, longest_match=longest_match, similarity=similarity, theta=1.5
+    )
     states, tokens, model = make_text()
     held = TextCache(config)
     begin = 0
@@ -73,24 +89,30 @@ def test_every_distribution_equals_the_equations_however_the_text_is_cut(
         np.testing.assert_allclose(found, expected, rtol=1e-12)
         np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-12)
         scores = held.score(states[piece], tokens[piece], targets)
-        scores[:, 0] = model[piece].gather(1, targets[:, None])[:, 0]
+        scores.probabilities[:, 0] = model[piece].gather(1, targets[:, None])[:, 0]
         np.testing.assert_allclose(mix(scores, config.weights), found.gather(1, targets[:, None])[:, 0], rtol=1e-12)
         held.add(states[piece], tokens[piece])
         begin += length
     assert held.states is None or len(held.states) == min(num_states, NUM_TOKENS)
 
 
-@pytest.mark.parametrize("length", [2, 3, NUM_TOKENS])
-def test_the_ngrams_of_a_whole_text_are_those_of_its_stream(length):
-    states, tokens, _ = make_text()
-    tokens, states = tokens[:length], states[: length - 1]
-    streamed = TextCache(CacheConfig(ngram_order=3)).score(states, tokens[:-1], tokens[1:])
-    np.testing.assert_array_equal(score_ngrams(tokens.numpy(), 3), streamed[:, 2:])
+@pytest.mark.parametrize(
+    "text", [[1, 2], [1, 1, 1], make_text()[1].tolist(), [3, *[1] * 80], [1, 2, 3] * 30 + [2, 3, 0] * 9]
+)
+def test_the_components_of_a_whole_text_are_those_of_its_stream(text):
+    tokens = torch.tensor(text)
+    states = torch.zeros(len(tokens) - 1, HIDDEN_SIZE)
+    streamed = TextCache(CacheConfig(ngram_order=3, longest_match=True)).score(states, tokens[:-1], tokens[1:])
+    matches, lengths = score_match(tokens.numpy())
+    found = np.column_stack([score_ngrams(tokens.numpy(), 3), matches])
+    np.testing.assert_array_equal(found, streamed.probabilities[:, 2:])
+    np.testing.assert_array_equal(lengths, streamed.lengths)
+    assert lengths.max() <= 32
 
 
 def test_reading_ahead_leaves_no_trace():
     states, tokens, model = make_text()
-    held, untouched = TextCache(CacheConfig(num_states=5, ngram_order=3)), TextCache(CacheConfig(ngram_order=3))
+    held, untouched = (TextCache(CacheConfig(num_states=num, ngram_order=3, longest_match=True)) for num in (5, 0))
     for one in (held, untouched):
         one.add(states[:20], tokens[:20])
     held.score(states[20:], tokens[20:-1], tokens[21:])
@@ -98,20 +120,32 @@ def test_reading_ahead_leaves_no_trace():
     assert held.counts is not None
     assert untouched.counts is not None
     assert vars(held.counts) == vars(untouched.counts)
+    assert held.matches is not None
+    assert vars(held.matches) == vars(untouched.matches)
     assert torch.equal(held.tokens, tokens[15:20])
 
 
 def test_tuned_weights_are_the_best_on_a_grid():
     generator = np.random.default_rng(0)
-    probabilities = generator.uniform(0.01, 1, (500, 5)) ** 2
+    probabilities = generator.uniform(0.01, 1, (500, 6)) ** 2
     probabilities[:, 3:] = np.nan
     probabilities[0, 1] = np.nan
-    tuned = tune_weights(probabilities, CacheConfig().weights)
+    scored = Scored(probabilities, np.zeros(500, np.int64))
+    tuned = tune_weights(scored, CacheConfig().weights)
     assert tuned[3].tolist() == list(CacheConfig().weights[3])  # nothing was seen of it
-    best = np.log(mix(probabilities, tuned)).mean()
+    best = np.log(mix(scored, tuned)).mean()
     for a in np.linspace(0.01, 0.98, 30):
         for b in np.linspace(0, 1 - a, 20):
-            assert np.log(mix(probabilities, [[a, b, 1 - a - b, 0, 0]] * 4)).mean() <= best + 1e-4
+            assert np.log(mix(scored, [[a, b, 1 - a - b, 0, 0, 0]] * 8)).mean() <= best + 1e-4
+
+
+def test_a_long_match_that_a_text_has_once_weighs_as_shorter_ones_do():
+    probabilities = np.full((301, 6), 0.5)
+    probabilities[:, 5] = np.arange(301) % 3 > 0
+    scored = Scored(probabilities, np.array([*[9] * 300, 17]))
+    tuned = tune_weights(scored, CacheConfig().weights)
+    assert tuned[6, 5] == pytest.approx(1 / 3, abs=0.1)  # 2/3 of the matches are right, where all others have one half
+    np.testing.assert_allclose(tuned[7], tuned[6], atol=0.05)
 
 
 def test_size_and_refusals():
@@ -123,4 +157,4 @@ def test_size_and_refusals():
     }
     assert describe_cache(CacheConfig(ngram_order=1), 128, 70_000)["bytes_per_token"] == 4
     with pytest.raises(UserError, match="the model's must be positive"):
-        CacheConfig(weights=((0, 1, 0, 0, 0),) * 4)
+        CacheConfig(weights=((0, 1, 0, 0, 0, 0),) * 8)

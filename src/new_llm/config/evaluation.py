@@ -6,7 +6,7 @@
 import dataclasses
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -228,7 +228,9 @@ class CacheMeasureConfig:
     """Numbers of states N, one cache each. 254 states of width 128 are as many numbers as the token memory of a model
     of that width with four heads."""
     ngram_orders: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_ORDER)], ...], UNIQUE] = (2, 3)
-    """Longest n-grams, one cache each; the longest one and the most states together are another."""
+    """Longest n-grams, one cache each."""
+    longest_match: bool = True
+    """Another cache with the longest match beside the longest n-grams. The last cache has all, with the most states."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """How two states are compared: by the angle between them, or by their inner product."""
     thetas: Annotated[tuple[Positive, ...], Field(min_length=1), UNIQUE] = (4, 6, 8, 12, 16, 24, 32)
@@ -236,14 +238,18 @@ class CacheMeasureConfig:
     segments_per_call: Annotated[int, Field(gt=0)] = 8
     """Segments read by one call; it does not change the result."""
 
-    def list_caches(self) -> list[tuple[str, int, int]]:
-        """Name, number of states and longest n-grams of each cache, the bare model first."""
-        found = [("bare", 0, 0)]
-        found += [(f"+ {size:,} states", size, 0) for size in self.sizes]
-        found += [(f"+ {COMPONENTS[1 + order]}", 0, order) for order in self.ngram_orders]
-        if self.sizes and self.ngram_orders:
-            found.append(("+ all", max(self.sizes), max(self.ngram_orders)))
-        return found
+    def list_caches(self) -> dict[str, CacheConfig]:
+        """Each cache by name, the bare model first; weights and θ are not tuned yet."""
+        order = max(self.ngram_orders, default=0)
+        found: dict[str, dict[str, Any]] = {"bare": {}}
+        found |= {f"+ {size:,} states": {"num_states": size} for size in self.sizes}
+        found |= {f"+ {COMPONENTS[1 + order]}": {"ngram_order": order} for order in self.ngram_orders}
+        text = {"ngram_order": order, "longest_match": self.longest_match}
+        if self.longest_match:
+            found["+ longest match"] = text
+        if self.sizes and any(text.values()):
+            found["+ all"] = {"num_states": max(self.sizes), **text}
+        return {name: CacheConfig(similarity=self.similarity, **one) for name, one in found.items()}
 
 
 @section

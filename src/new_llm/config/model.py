@@ -79,35 +79,43 @@ def check_adapter_suffix(path: Path, what: str) -> None:
         raise UserError(f"{what}: {path} must end with {' or '.join(ADAPTER_SUFFIXES)}")
 
 
-COMPONENTS = ("model", "states", "unigrams", "bigrams", "trigrams")
+COMPONENTS = ("model", "states", "unigrams", "bigrams", "trigrams", "match")
 """What a cached model mixes."""
+CONTEXT_LENGTHS = (-1, 0, 1, 2, 3, 5, 9, 17)
+"""Where the ranges of context lengths begin that have weights of their own; −1: nothing has been read."""
 MAX_ORDER = 3
 
 Weight = Annotated[float, Field(ge=0)]
-Weights = tuple[Weight, Weight, Weight, Weight, Weight]
+Weights = Annotated[tuple[Weight, ...], Field(min_length=len(COMPONENTS), max_length=len(COMPONENTS))]
 
 
 @section
 class CacheConfig:
-    """A cache of the text read so far: of its last states, and of what followed its n-grams."""
+    """A cache of the text read so far: of its last states, of what followed its n-grams, and of its longest match."""
 
     num_states: Annotated[int, Field(ge=0), short("--cache")] = 0
     """N: the last states that are kept, each with the token that followed; 0: none."""
     ngram_order: Annotated[int, Field(ge=0, le=MAX_ORDER), short("--ngrams")] = 0
     """Count what followed in the text: 1 all tokens, 2 also each token (bigrams), 3 also each pair; 0: nothing."""
+    longest_match: Annotated[bool, short("--longest-match")] = False
+    """Predict what followed the longest earlier passage that ends as the text does now."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """How two states are compared: by the angle between them, or by their inner product."""
     theta: Annotated[float, Field(gt=0)] = 12.0
     """θ: how much more a similar state counts; its best value depends on the similarity."""
-    weights: tuple[Weights, Weights, Weights, Weights] = (
-        (0.65, 0.35, 0.0, 0.0, 0.0),
-        (0.90, 0.07, 0.03, 0.0, 0.0),
-        (0.60, 0.22, 0.02, 0.16, 0.0),
-        (0.38, 0.27, 0.02, 0.08, 0.25),
+    weights: Annotated[tuple[Weights, ...], Field(min_length=len(CONTEXT_LENGTHS), max_length=len(CONTEXT_LENGTHS))] = (
+        (0.65, 0.35, 0.0, 0.0, 0.0, 0.0),
+        (0.90, 0.07, 0.03, 0.0, 0.0, 0.0),
+        (0.60, 0.22, 0.02, 0.16, 0.0, 0.02),
+        (0.38, 0.27, 0.02, 0.08, 0.25, 0.03),
+        (0.65, 0.17, 0.0, 0.0, 0.09, 0.09),
+        (0.42, 0.23, 0.0, 0.0, 0.12, 0.23),
+        (0.33, 0.10, 0.0, 0.0, 0.13, 0.44),
+        (0.12, 0.02, 0.0, 0.0, 0.26, 0.60),
     )
-    """Weights of model, states, unigrams, bigrams and trigrams where the longest n-gram context that the text has
-    seen before is none, the empty one, the last token, the last two tokens. What is off or knows nothing is left out,
-    and the others' weights are scaled to sum to 1. The defaults are near what EM gives on WikiText-2's articles."""
+    """Weights of model, states, unigrams, bigrams, trigrams and match where the longest context that the text has seen
+    before: none, as nothing has been read; 0 tokens; 1; 2; 3 to 4; 5 to 8; 9 to 16; more. What is off or knows nothing
+    is left out, and the others' weights are scaled to sum to 1. The defaults are near what EM gives on articles."""
 
     def __post_init__(self) -> None:
         if any(row[0] <= 0 for row in self.weights):
@@ -116,7 +124,7 @@ class CacheConfig:
     @property
     def is_on(self) -> bool:
         """Whether anything is cached."""
-        return self.num_states > 0 or self.ngram_order > 0
+        return self.num_states > 0 or self.ngram_order > 0 or self.longest_match
 
 
 def _as_tuple(value: object) -> object:

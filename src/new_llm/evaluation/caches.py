@@ -24,10 +24,13 @@ from new_llm.evaluation.scoring import Autocast, Scores, evaluation_mode, find_d
 from new_llm.evaluation.statistics import DocumentLosses, LossSums, compare_models, estimate_perplexity
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
+    MATCH,
     Probabilities,
+    Scored,
     describe_cache,
     mix,
     prepare_states,
+    score_match,
     score_ngrams,
     score_states,
     tune_weights,
@@ -36,6 +39,8 @@ from new_llm.models.cache import (
 BARE = "bare"
 REPETITION = ("new tokens", "tokens seen before", "repeated bigrams", "repeated trigrams")
 """What a token of a text is, by the longest n-gram that ends in it and stands in the text before."""
+TEXT_CACHES = ("grams", "match")
+"""Ends of the names of caches that keep nothing but the text; the last of them knows all exact repetition."""
 TUNING_TOKENS = 50_000
 """Tokens by which θ and weights are tuned at most: for so few numbers more make no difference."""
 
@@ -47,20 +52,28 @@ class Parts(NamedTuple):
         losses: the model's own, [T].
         states: by the states, for each N and each θ, [T, N, Θ].
         ngrams: by unigrams, bigrams and trigrams of the text, [T, 3].
+        matches: by the longest match, [T].
+        lengths: tokens of the longest match, [T].
     """
 
     losses: NDArray[np.float64]
     states: Probabilities
     ngrams: Probabilities
+    matches: Probabilities
+    lengths: NDArray[np.int64]
 
-    def select(self, size: int | None, theta: int, order: int) -> Probabilities:
-        """What a mixture is made of, [T, 5]: the place of its N (None: no states) and θ, and its longest n-grams."""
-        found = np.full((len(self.losses), len(COMPONENTS)), np.nan)
+    def select(self, config: CacheConfig, sizes: Sequence[int], theta: int) -> Scored:
+        """What a cache knows, by the place of its θ."""
+        found, lengths = np.full((len(self.losses), len(COMPONENTS)), np.nan), np.full(len(self.losses), -1)
         found[:, 0] = np.exp(-self.losses)
-        if size is not None:
-            found[:, 1] = self.states[:, size, theta]
-        found[:, 2 : 2 + order] = self.ngrams[:, :order]
-        return found
+        if config.num_states:
+            found[:, 1] = self.states[:, sizes.index(config.num_states), theta]
+        if config.ngram_order:
+            found[:, 2 : 2 + config.ngram_order] = self.ngrams[:, : config.ngram_order]
+            lengths = (~np.isnan(found[:, 2:])).sum(1) - 1
+        if config.longest_match:
+            found[:, MATCH], lengths = self.matches, self.lengths
+        return Scored(found, lengths)
 
 
 class Tuned(NamedTuple):
@@ -92,41 +105,38 @@ def read_parts(
             losses.append(model.score_passes([hidden[-1]], targets)[0].double().cpu())
         states = prepare_states(torch.cat(hidden, dim=1)[0], settings.similarity)
         by_states = [score_states(states, ids[:-1], ids[1:], size, settings.thetas) for size in settings.sizes]
-    by_ngrams = np.full((len(tokens) - 1, MAX_ORDER), np.nan)
-    if settings.ngram_orders:
-        by_ngrams[:, : max(settings.ngram_orders)] = score_ngrams(tokens.astype(np.int64), max(settings.ngram_orders))
+    by_ngrams = score_ngrams(tokens.astype(np.int64), MAX_ORDER)
     shape = (len(tokens) - 1, len(by_states), len(settings.thetas))
     stacked = np.stack(by_states, axis=1) if by_states else np.empty(shape)
-    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams)
+    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams, *score_match(tokens.astype(np.int64)))
 
 
-def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int) -> Tuned:
+def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConfig) -> Tuned:
     """The θ among those given, and its weights by EM, that make some documents most probable.
 
     Of more than TUNING_TOKENS tokens, evenly spread ones are used.
     """
-    size = settings.sizes.index(num_states) if num_states else None
     stride = -(-sum(len(one.losses) for one in parts) // TUNING_TOKENS)
     found: list[tuple[float, Tuned]] = []
-    for place, theta in enumerate(settings.thetas[: None if num_states else 1]):
-        probabilities = np.concatenate([one.select(size, place, order)[::stride] for one in parts])
-        weights = tune_weights(probabilities, CacheConfig().weights)
-        likelihood = float(np.log(mix(probabilities, weights)).sum())
-        found.append((likelihood, Tuned(theta, weights.tolist(), len(probabilities))))
+    for place, theta in enumerate(settings.thetas[: None if config.num_states else 1]):
+        selected = [one.select(config, settings.sizes, place) for one in parts]
+        scored = Scored(*(np.concatenate(rows)[::stride] for rows in zip(*selected, strict=True)))
+        weights = tune_weights(scored, config.weights)
+        likelihood = float(np.log(mix(scored, weights)).sum())
+        found.append((likelihood, Tuned(theta, weights.tolist(), len(scored.lengths))))
     return max(found)[1]
 
 
 def cross_tune(
-    parts: Sequence[Parts], settings: CacheMeasureConfig, num_states: int, order: int
+    parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConfig
 ) -> tuple[list[Tuned], list[NDArray[np.float64]]]:
     """Settings for either half of the documents from the other one, and each document's losses with them."""
-    tuned = [tune(parts[1 - half :: 2], settings, num_states, order) for half in range(2)]
+    tuned = [tune(parts[1 - half :: 2], settings, config) for half in range(2)]
     losses: list[NDArray[np.float64]] = []
     for place, found in enumerate(parts):
         chosen = tuned[place % 2]
-        size = settings.sizes.index(num_states) if num_states else None
-        probabilities = found.select(size, settings.thetas.index(chosen.theta), order)
-        losses.append(-np.log(mix(probabilities, chosen.weights)))
+        scored = found.select(config, settings.sizes, settings.thetas.index(chosen.theta))
+        losses.append(-np.log(mix(scored, chosen.weights)))
     return tuned, losses
 
 
@@ -144,10 +154,9 @@ def tune_cache(
         settings or CacheMeasureConfig(),
         similarity=config.similarity,
         sizes=(config.num_states,) if config.num_states else (),
-        ngram_orders=(config.ngram_order,) if config.ngram_order else (),
     )
     parts = [read_parts(model, tokens, chosen, device=device, autocast=autocast) for tokens in documents]
-    tuned = tune(parts, chosen, config.num_states, config.ngram_order)
+    tuned = tune(parts, chosen, config)
     weights: Any = tuple(map(tuple, tuned.weights))
     return dataclasses.replace(config, theta=tuned.theta, weights=weights)
 
@@ -166,11 +175,11 @@ class Caches(Measure):
         Of `subject.settings.max_tokens` the first long documents are scored, but two at least.
 
         `caches`, the bare model first, have their `name`, `num_states` N, `ngram_order` (of the longest n-grams),
-        `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative` to the bare
-        model's − 1, paired by document, the `settings` that were tuned for each half of the documents on the other
-        half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range of
-        distance, the ranges beginning at `range_starts`, tokens and total loss by cache; `repetition` has the same by
-        what a token repeats (`REPETITION`).
+        `longest_match`, `perplexity`, `bits_per_byte` (None where documents were cut short), the perplexity `relative`
+        to the bare model's − 1, paired by document, the `settings` that were tuned for each half of the documents on
+        the other half, and `size`, of `describe_cache`. `documents` have their index in the split, half, and by range
+        of distance, the ranges beginning at `range_starts`, tokens and total loss by cache; `repetition` has the same
+        by what a token repeats (`REPETITION`).
 
         Returns:
             None for a model whose hidden states can't be had, and where fewer than two documents are long enough (or
@@ -205,15 +214,16 @@ class Caches(Measure):
         caches: list[dict[str, Any]] = []
         sums: dict[str, LossSums] = {}
         by_repetition: dict[str, LossSums] = {}
-        longest = [(found.ngrams > 0).sum(1) for found in parts]
-        for name, num_states, order in settings.list_caches():
+        order = max(settings.ngram_orders, default=0)
+        longest = [(found.ngrams[:, :order] > 0).sum(1) for found in parts]
+        for name, config in settings.list_caches().items():
             if name == BARE:
                 tuned, losses = [], [found.losses for found in parts]
             else:
-                tuned, losses = cross_tune(parts, settings, num_states, order)
+                tuned, losses = cross_tune(parts, settings, config)
             sums[name] = LossSums(len(parts), choice.edges)
             sums[name].add(join_rows((place, 1, row) for place, row in enumerate(losses)))
-            by_repetition[name] = LossSums(len(parts), range(1 + max(settings.ngram_orders, default=0)))
+            by_repetition[name] = LossSums(len(parts), range(1 + order))
             for place, row in enumerate(losses):
                 by_repetition[name].add(Scores(np.full(len(row), place), longest[place], row))
             compared = compare_models({0: sums[name].losses}, {0: sums[BARE].losses}, choice.confidence)
@@ -222,15 +232,14 @@ class Caches(Measure):
             caches.append(
                 {
                     "name": name,
-                    "num_states": num_states,
-                    "ngram_order": order,
+                    "num_states": config.num_states,
+                    "ngram_order": config.ngram_order,
+                    "longest_match": config.longest_match,
                     "perplexity": estimate_perplexity(sums[name].losses, choice.confidence),
                     "bits_per_byte": total_nll / math.log(2) / num_bytes if num_bytes else None,
                     "relative": compared.relative,
                     "settings": tuned,
-                    "size": describe_cache(
-                        CacheConfig(num_states=num_states, ngram_order=order), hidden_size, vocab_size
-                    ),
+                    "size": describe_cache(config, hidden_size, vocab_size),
                 }
             )
         return {
@@ -263,15 +272,15 @@ class Caches(Measure):
         return [] if last["name"] == BARE else _describe_cache(last, "With caches")
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
-        """The bare model's and those with each cache; of the bare model and the longest n-grams also on each kind of
-        tokens of `REPETITION`."""
+        """The bare model's and those with each cache; of the bare model and the last `TEXT_CACHES` also on each kind
+        of tokens of `REPETITION`."""
         documents = result["documents"]
         counts = [document["num_tokens"] for document in documents]
         found = {
             name: DocumentLosses.read(counts, [one["total_nll"][name] for one in documents], result["range_starts"])
             for name in documents[0]["total_nll"]
         }
-        for name in [BARE, *[name for name in found if name.endswith("grams")][-1:]]:
+        for name in [BARE, *[name for name in found if name.endswith(TEXT_CACHES)][-1:]]:
             for place in range(len(documents[0].get("repetition", {}).get("num_tokens", ()))):
                 parts = [one["repetition"] for one in documents]
                 key = REPETITION[place] if name == BARE else f"{REPETITION[place]}, {name}"

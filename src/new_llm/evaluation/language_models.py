@@ -152,7 +152,7 @@ class CachedModel(nn.Module):
             real = row, slice(length)
             if bool((is_scored := targets[real] >= 0).any()):
                 found = cache.score(hidden[real], input_ids[real], targets[real])
-                found[:, 0] = (-losses[real]).exp().cpu().numpy()
+                found.probabilities[:, 0] = (-losses[real]).exp().cpu().numpy()
                 mixed = -torch.from_numpy(mix(found, self.config.weights)).log()
                 losses[real] = torch.where(is_scored, mixed.to(losses), 0)
             if update_memory:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, Measure
-from new_llm.evaluation.caches import BARE, REPETITION
+from new_llm.evaluation.caches import BARE, REPETITION, TEXT_CACHES
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
     MIN_SEEDS,
@@ -260,8 +260,8 @@ def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLo
 def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: bool = False) -> dict[str, Compared]:
     """A variant against the reference, paired by seed and document, in nats per token; by name.
 
-    Both are read the same way, with the same cache around each; `BEYOND` is the column of the longest n-grams. Where
-    caches were measured, the bare model is also compared with the reference with each of them: "against + 2,000
+    Both are read the same way, with the same cache around each; `BEYOND` is the column of the last of `TEXT_CACHES`.
+    Where caches were measured, the bare model is also compared with the reference with each of them: "against + 2,000
     states". Names of a range of distance end with "from 1,024"; `is_short`: only the last range is taken.
     """
     own, others = list_losses(runs), list_losses(reference)
@@ -286,7 +286,7 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: boo
             add(name, ways[way], theirs[way], " by what is repeated" if is_part else "")
         if has_caches:
             caches = [way for way in shared if way.startswith("+ ")]
-            for way in [way for way in caches if way.endswith("grams")][-1:]:
+            for way in [way for way in caches if way.endswith(TEXT_CACHES)][-1:]:
                 add(f"{what}, {BEYOND}", ways[way], theirs[way], "")
             for way in caches:
                 add(f"{what}, against {way}", ways[BARE], theirs[way], " with a cache")

@@ -4,37 +4,48 @@ After the tokens x_1 … x_t, with h_i the head's input at token i, the componen
 
     states    p(w) ∝ Σ_{i = max(1, t − N)}^{t − 1} exp(θ sim(h_t, h_i)) [x_{i+1} = w]
     n-grams   p(w) = how often w followed the last n − 1 tokens in x_1 … x_t / how often anything did
+    match     p(w) = [x_{i+1} = w], where x_{i−L+1} … x_i is the longest end of the text that stands in it before, and
+              of equally long ones the latest
 
 and the cached model is their linear mixture with the model's own distribution,
 
     p(w) = Σ_k λ_k p_k(w) / Σ_k λ_k,    k over the components that know anything here.
 
-The weights λ depend on the longest context whose followers are known (0: none; 1: the empty one; 2: the last token; 3:
-the last two), so that a bigram can weigh more where there is no trigram.
+The weights λ depend on the length of the longest context whose followers are known: with a match L, else at most n − 1
+(`CONTEXT_LENGTHS`). So a bigram can weigh more where there is no trigram, and a match more the longer it is.
 
 Sources: Improving Neural Language Models with a Continuous Cache, arXiv:1612.04426, eq. 2 to 5 (states); Kuhn and De
 Mori, A Cache-Based Natural Language Model for Speech Recognition, IEEE PAMI 12(6), 1990 (n-grams of the text itself);
 Jelinek and Mercer, Interpolated Estimation of Markov Source Parameters from Sparse Data, 1980 (weights by context, set
-by EM on held-out text).
+by EM on held-out text); Cleary and Teahan, Unbounded Length Contexts for PPM, The Computer Journal 40(2/3), 1997, and
+Infini-gram, arXiv:2401.17377 (the longest match).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from new_llm.config.model import COMPONENTS, CacheConfig
+from new_llm.config.model import COMPONENTS, CONTEXT_LENGTHS, MAX_ORDER, CacheConfig
 
 Probabilities = NDArray[np.float64]
+MATCH = COMPONENTS.index("match")
+LONGEST_MATCH = 32
+"""Tokens by which a match is told from others: longer ones count as equally long."""
+KEY_LENGTH = 4
+"""Tokens by which earlier places are looked up; those that share them are compared one by one."""
 QUERY_ROWS, QUERY_ROWS_ON_GPU = 256, 4096
 """Positions that are compared with the states before them at once: a GPU is slow to start, a CPU has a small cache."""
 MIN_MODEL_WEIGHT = 1e-3
 """Least weight that tuning gives the model, so that no token is impossible."""
 EM_STEPS, EM_TOLERANCE = 50, 1e-4
 """EM ends after so many steps, or with the first that changes no weight by more than this."""
+PRIOR_TOKENS = 20
+"""Tokens that the weights of shorter contexts count for in the weights of long ones, of which a text has few."""
 
 
 # States
@@ -97,7 +108,20 @@ def score_states(
     return found.double().cpu().numpy()
 
 
-# n-grams
+class Scored(NamedTuple):
+    """What the components know of each of T tokens.
+
+    Attributes:
+        probabilities: the token's by each component, in the order of `COMPONENTS`, [T, 6]; NaN where one is off or
+            knows nothing.
+        lengths: tokens of the longest context whose followers are known, [T]; 0: the empty one, −1: none.
+    """
+
+    probabilities: Probabilities
+    lengths: NDArray[np.int64]
+
+
+# n-grams and matches
 
 
 def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
@@ -107,24 +131,45 @@ def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
     followed by something as often.
     """
     found = np.full((len(tokens), order), np.nan)
-    contexts = np.zeros(len(tokens), dtype=np.int64)  # of each token, those of one kind with one number
-    for length in range(min(order, len(tokens))):
-        known = contexts[length:]  # the first tokens have no context of this length
-        _, grams = np.unique(known * (tokens.max() + 1) + tokens[length:], return_inverse=True)
-        seen = _count_earlier(known)
-        found[length:, length] = np.divide(_count_earlier(grams), seen, out=np.full(len(seen), np.nan), where=seen > 0)
-        contexts = np.concatenate([np.zeros(length + 1, np.int64), grams[:-1]])
+    for length, known in enumerate(itertools.islice(_number_contexts(tokens), order)):
+        seen = _find_earlier(known)[0]
+        grams = _find_earlier(known * (tokens.max() + 1) + tokens[length:])[0]
+        found[length:, length] = np.divide(grams, seen, out=np.full(len(seen), np.nan), where=seen > 0)
     return found[1:]
 
 
-def _count_earlier(items: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many equal ones stand before each item."""
+def score_match(tokens: NDArray[np.int64]) -> tuple[Probabilities, NDArray[np.int64]]:
+    """What `TextCache.score` finds for a whole text's matches: probabilities and lengths, [T − 1] for T tokens."""
+    found, lengths = np.full(len(tokens), np.nan), np.zeros(len(tokens), np.int64)
+    for length, known in enumerate(itertools.islice(_number_contexts(tokens), LONGEST_MATCH + 1)):
+        latest = _find_earlier(known)[1]
+        places = np.flatnonzero(latest >= 0)
+        if length and not len(places):
+            break
+        if length:
+            found[length + places] = tokens[length + latest[places]] == tokens[length + places]
+            lengths[length + places] = length
+    return found[1:], lengths[1:]
+
+
+def _number_contexts(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """For 0, 1, 2, … tokens the contexts of this length, one before each token that has one, as numbers."""
+    contexts = np.zeros(len(tokens), dtype=np.int64)
+    for length in range(len(tokens)):
+        yield contexts
+        _, grams = np.unique(contexts * (tokens.max() + 1) + tokens[length:], return_inverse=True)
+        contexts = grams[:-1]
+
+
+def _find_earlier(items: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many equal ones stand before each item, and the place of the last of them; −1: there is none."""
     order = np.argsort(items, kind="stable")
     is_first = np.diff(items[order], prepend=-1) != 0
     places = np.arange(len(items))
-    counts = np.empty(len(items), np.int64)
+    counts, latest = np.empty(len(items), np.int64), np.empty(len(items), np.int64)
     counts[order] = places - np.maximum.accumulate(np.where(is_first, places, 0))
-    return counts
+    latest[order] = np.where(is_first, -1, np.roll(order, 1))
+    return counts, latest
 
 
 class FollowerCounts:
@@ -189,7 +234,57 @@ class FollowerCounts:
         return found
 
 
-# Both
+class MatchFinder:
+    """The longest end of a text that stands in it before."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        """The text."""
+        self.latest: dict[tuple[int, ...], int] = {}
+        """Where each run of 1 to `KEY_LENGTH` tokens ended last."""
+        self.before: list[list[int]] = []
+        """For each token, where the runs of 1, 2, … tokens that end in it had ended before; −1: nowhere."""
+
+    def read(self, token: int) -> None:
+        """Read the text's next token."""
+        self.tokens.append(token)
+        self.before.append([])
+        for run in self._list_runs():
+            self.before[-1].append(self.latest.get(run, -1))
+            self.latest[run] = len(self.tokens) - 1
+
+    def unread(self) -> None:
+        """Undo the last `read`."""
+        for run, place in zip(self._list_runs(), self.before.pop(), strict=True):
+            if place < 0:
+                del self.latest[run]
+            else:
+                self.latest[run] = place
+        del self.tokens[-1]
+
+    def find(self) -> tuple[int, int]:
+        """Its length L, 0 for none, and the token that followed it."""
+        here = len(self.tokens) - 1
+        length, found = next(
+            ((length, place) for length, place in reversed(list(enumerate(self.before[here], start=1))) if place >= 0),
+            (0, -1),
+        )
+        place = found if length == KEY_LENGTH else -1
+        while place >= 0 and length < LONGEST_MATCH:
+            shared = KEY_LENGTH
+            while shared < min(place + 1, LONGEST_MATCH) and self.tokens[place - shared] == self.tokens[here - shared]:
+                shared += 1
+            if shared > length:
+                length, found = shared, place
+            earlier = self.before[place]
+            place = earlier[-1] if len(earlier) == KEY_LENGTH else -1
+        return length, self.tokens[found + 1]
+
+    def _list_runs(self) -> list[tuple[int, ...]]:
+        return [tuple(self.tokens[-length:]) for length in range(1, 1 + min(KEY_LENGTH, len(self.tokens)))]
+
+
+# All
 
 
 class TextCache:
@@ -206,6 +301,7 @@ class TextCache:
         self.tokens: Tensor | None = None
         """Those tokens, [n]."""
         self.counts = FollowerCounts(config.ngram_order) if config.ngram_order else None
+        self.matches = MatchFinder() if config.longest_match else None
 
     @torch.no_grad()
     def add(self, states: Tensor, tokens: Tensor) -> None:
@@ -214,13 +310,12 @@ class TextCache:
         if num_states:
             states, tokens_here = self._join(states, tokens)
             self.states, self.tokens = states[-num_states:].clone(), tokens_here[-num_states:].clone()
-        if self.counts is not None:
-            for token in tokens.tolist():
-                self.counts.read(token)
+        for token in tokens.tolist():
+            self._read(token)
 
     @torch.no_grad()
-    def score(self, states: Tensor, tokens: Tensor, targets: Tensor) -> Probabilities:
-        """The components' probabilities of the token after each of the text's next tokens, which are not kept.
+    def score(self, states: Tensor, tokens: Tensor, targets: Tensor) -> Scored:
+        """What the components know of the token after each of the text's next tokens, which are not kept.
 
         Args:
             states: [T, D].
@@ -228,16 +323,22 @@ class TextCache:
             targets: [T].
 
         Returns:
-            [T, 5], in the order of `COMPONENTS`; NaN where one is off or knows nothing, and for the model.
+            Its probabilities are NaN for the model.
         """
-        found = np.full((len(tokens), len(COMPONENTS)), np.nan)
+        found, lengths = np.full((len(tokens), len(COMPONENTS)), np.nan), np.full(len(tokens), -1)
         if self.config.num_states:
             joined, read = self._join(states, tokens)
             found[:, 1:2] = score_states(joined, read, targets, self.config.num_states, [self.config.theta])
         for place in self._scan(tokens):
-            scores = self.counts.score(int(targets[place])) if self.counts else []
-            found[place, 2 : 2 + len(scores)] = scores
-        return found
+            if self.counts:
+                scores = self.counts.score(int(targets[place]))
+                found[place, 2 : 2 + len(scores)] = scores
+                lengths[place] = len(scores) - 1
+            if self.matches:
+                lengths[place], follower = self.matches.find()
+                if lengths[place]:
+                    found[place, MATCH] = follower == int(targets[place])
+        return Scored(found, lengths)
 
     @torch.no_grad()
     def mix(self, states: Tensor, tokens: Tensor, probabilities: Tensor) -> Tensor:
@@ -250,6 +351,7 @@ class TextCache:
         """
         skipped = len(tokens) - len(probabilities)
         parts: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in probabilities]
+        lengths = np.full(len(probabilities), -1)
         if self.config.num_states:
             joined, read = self._join(states, tokens)
             for place in range(len(joined) - len(probabilities), len(joined)):
@@ -258,29 +360,44 @@ class TextCache:
                     shares = (found[0].double() * self.config.theta).softmax(-1)
                     parts[place - len(joined)][1] = read[first + 1 : place + 1], shares
         for place in self._scan(tokens):
-            if self.counts and place >= skipped:
-                parts[place - skipped] |= dict(enumerate(self.counts.followers(), start=2))
+            row = place - skipped
+            if self.counts and row >= 0:
+                parts[row] |= dict(enumerate(followers := self.counts.followers(), start=2))
+                lengths[row] = len(followers) - 1
+            if self.matches and row >= 0:
+                lengths[row], follower = self.matches.find()
+                if lengths[row]:
+                    parts[row][MATCH] = torch.tensor([follower]), torch.ones(1, dtype=torch.float64)
         mixed = probabilities.clone()
-        for row, found in zip(mixed, parts, strict=True):
-            weights = self.config.weights[sum(component > 1 for component in found)]
+        for row, found, place in zip(mixed, parts, find_weight_rows(lengths), strict=True):
+            weights = self.config.weights[place]
             total = weights[0] + sum(weights[component] for component in found)
             row *= weights[0] / total
             for component, (followers, shares) in found.items():
                 row.index_add_(0, followers.to(row.device), shares.to(row) * (weights[component] / total))
         return mixed
 
+    def _read(self, token: int) -> None:
+        if self.counts:
+            self.counts.read(token)
+        if self.matches:
+            self.matches.read(token)
+
     def _scan(self, tokens: Tensor) -> Iterator[int]:
-        """Count the next tokens one by one, each before its place is yielded; the counts are as before in the end."""
-        if self.counts is None:
+        """Read the next tokens one by one, each before its place is yielded; in the end all is as it was."""
+        if not (self.counts or self.matches):
             return
         befores: list[tuple[int, ...]] = []
         ids = tokens.tolist()
         for place, token in enumerate(ids):
-            befores.append(self.counts.recent)
-            self.counts.read(token)
+            befores.append(self.counts.recent if self.counts else ())
+            self._read(token)
             yield place
         for token, recent in zip(reversed(ids), reversed(befores), strict=True):
-            self.counts.unread(token, recent)
+            if self.counts:
+                self.counts.unread(token, recent)
+            if self.matches:
+                self.matches.unread()
 
     def _join(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         states = prepare_states(states, self.config.similarity)
@@ -289,43 +406,51 @@ class TextCache:
         return torch.cat([self.states, states]), torch.cat([self.tokens, tokens])
 
 
-def mix(probabilities: Probabilities, weights: Sequence[Sequence[float]] | Probabilities) -> Probabilities:
+def find_weight_rows(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row of `CacheConfig.weights` for the longest known contexts, [T]."""
+    return np.searchsorted(CONTEXT_LENGTHS, lengths, side="right") - 1
+
+
+def mix(scored: Scored, weights: Sequence[Sequence[float]] | Probabilities) -> Probabilities:
     """The mixture's probability of each target, [T].
 
     Args:
-        probabilities: of `TextCache.score` with the model's in column 0, [T, 5]; NaN: left out.
-        weights: λ by the longest context that is known, [4, 5].
+        scored: of `TextCache.score`, with the model's probabilities in column 0.
+        weights: λ by the longest context that is known, [8, 6].
     """
-    is_known = ~np.isnan(probabilities)
-    chosen = np.asarray(weights)[is_known[:, 2:].sum(1)] * is_known
-    return (chosen * np.where(is_known, probabilities, 0)).sum(1) / chosen.sum(1)
+    is_known = ~np.isnan(scored.probabilities)
+    chosen = np.asarray(weights)[find_weight_rows(scored.lengths)] * is_known
+    return (chosen * np.where(is_known, scored.probabilities, 0)).sum(1) / chosen.sum(1)
 
 
-def tune_weights(probabilities: Probabilities, start: Sequence[Sequence[float]]) -> Probabilities:
-    """The weights that make held-out text most probable, by expectation maximisation, [4, 5].
+def tune_weights(scored: Scored, start: Sequence[Sequence[float]]) -> Probabilities:
+    """The weights that make held-out text most probable, by expectation maximisation, [8, 6].
 
-    λ_k ← mean over the tokens of λ_k p_k / Σ_j λ_j p_j, for each longest known context by itself. The likelihood is
-    concave in λ, so that the start does not matter.
+    λ_k ← mean over the tokens of λ_k p_k / Σ_j λ_j p_j, for each range of context lengths by itself; contexts that only
+    a match has are joined by `PRIOR_TOKENS` tokens, shared out by the weights of the range before. What is maximised is
+    concave in λ, so that EM's own start does not matter.
 
     Args:
-        probabilities: as for `mix`, [T, 5].
-        start: the weights of contexts that no token of the text has, [4, 5].
+        scored: as for `mix`.
+        start: the weights of contexts that no token of the text has, [8, 6].
     """
     tuned = np.array(start, dtype=np.float64)
-    depths = (~np.isnan(probabilities[:, 2:])).sum(1)
-    for depth in range(len(tuned)):
-        rows = np.nan_to_num(probabilities[depths == depth])
+    places = find_weight_rows(scored.lengths)
+    for place in range(len(tuned)):
+        rows = np.nan_to_num(scored.probabilities[places == place])
         if not len(rows):
             continue
         weights = np.full(len(COMPONENTS), 1 / len(COMPONENTS))
+        prior = tuned[place - 1] * (PRIOR_TOKENS if CONTEXT_LENGTHS[place] >= MAX_ORDER else 0)
         for _ in range(EM_STEPS):
             before = weights.copy()
-            weights *= (1 / np.maximum(rows @ weights, np.finfo(np.float64).tiny)) @ rows / len(rows)
+            weights *= (1 / np.maximum(rows @ weights, np.finfo(np.float64).tiny)) @ rows
+            weights = (weights + prior) / (len(rows) + prior.sum())
             weights[0] = max(weights[0], MIN_MODEL_WEIGHT)
             weights /= weights.sum()
             if np.abs(weights - before).max() < EM_TOLERANCE:
                 break
-        tuned[depth] = weights
+        tuned[place] = weights
     return tuned
 
 
@@ -333,12 +458,12 @@ def describe_cache(config: CacheConfig, hidden_size: int, vocab_size: int, eleme
     """How much a text's cache stores.
 
     Returns:
-        `state_numbers` N (D + 1) and their `state_bytes`; `bytes_per_token` of the text itself, which n-grams are
-        looked up in: 2 for a vocabulary of at most 65,536. The tables that find them faster can be made from it.
+        `state_numbers` N (D + 1) and their `state_bytes`; `bytes_per_token` of the text itself, which n-grams and
+        matches are looked up in: 2 for a vocabulary of at most 65,536. Tables that find them faster can be made of it.
     """
     id_bytes = 2 if vocab_size <= 1 << 16 else 4
     return {
         "state_numbers": config.num_states * (hidden_size + 1),
         "state_bytes": config.num_states * (hidden_size * element_bytes + id_bytes),
-        "bytes_per_token": id_bytes if config.ngram_order else 0,
+        "bytes_per_token": id_bytes if config.ngram_order or config.longest_match else 0,
     }

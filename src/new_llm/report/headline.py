@@ -127,7 +127,7 @@ def _describe_memory(series: Sequence[Series]) -> str:
         strongest = min(names, key=lambda name: sum(float(way[name].total_nll.sum()) for way in ways))
         effect = compare(caches[0], caches[1], ("caches", "bare"), ("caches", strongest))
         if effect is not None and strongest != "bare":
-            stored = "states and n-grams" if strongest == "+ all" else strongest.removeprefix("+ ")
+            stored = "states and of the text" if strongest == "+ all" else strongest.removeprefix("+ ")
             text += f" Against {baseline.name} with a cache of {stored}, which needs no training, "
             text += f"it is {_say_difference(effect)}."
     return text
