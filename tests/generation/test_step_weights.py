@@ -107,13 +107,7 @@ def read(model: TransformerLM) -> Tensor:
         return read_by_steps(model, text_ids(1, 9))
 
 
-def take_weight(linear: nn.Linear) -> None:
-    linear.weight = nn.Parameter(linear.weight.detach() * 0.5)
-
-
 CHANGES: dict[str, Callable[[Any, Any], Any]] = {
-    "weight in place": lambda attention, mlp: mlp.dense_h_to_4h.weight.data.mul_(-1),
-    "another weight": lambda attention, mlp: take_weight(attention.query_key_value),
     "another module": lambda attention, mlp: setattr(mlp, "dense_4h_to_h", nn.Sequential(mlp.dense_4h_to_h, nn.Tanh())),
     "a hook": lambda attention, mlp: attention.dense.register_forward_hook(lambda module, inputs, out: out * 3),
     "no bias": lambda attention, mlp: setattr(attention.dense, "bias", None),
@@ -121,16 +115,15 @@ CHANGES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_changes_in_the_model_is_seen(change):
+def test_a_layer_that_is_changed_keeps_its_step_and_weights_are_read_in_place(change, calls):
     model = build_model(STACKS["pythia"], dtype=torch.float32)
-    before, weights = read(model), make_weights(model)
+    change(model.layers[0].attention, model.layers[0].mlp)
+    weights = make_weights(model)
+    model.layers[1].mlp.dense_h_to_4h.weight.data.mul_(-1)
     with weights.in_use():
-        torch.testing.assert_close(read(model), before, atol=1e-5, rtol=1e-5)
-        change(model.layers[0].attention, model.layers[0].mlp)
         found = read(model)
-    expected = read(model)
-    assert (expected - before).abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 9  # of the other layer
+    torch.testing.assert_close(found, read(model), atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_and_gradients_run_the_layers_own_step(calls):

@@ -15,7 +15,7 @@ from torch import nn
 from model_cases import STACKS, build_model, text_ids
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.ops.kernels import SWITCH, check_tensor, native
-from new_llm.models.ops.kernels.native import Matrix, PythiaStep
+from new_llm.models.ops.kernels.native import PythiaStep
 from new_llm.models.ops.local_attention import causal_attention
 
 needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
@@ -56,37 +56,28 @@ def test_the_default_dtype_has_no_say(default):
 
 
 def make_step(**changed: Any) -> PythiaStep:
-    kernels = native.load_kernels()
-    assert kernels is not None
-    shapes = {"qkv": (48, 16), "dense": (16, 16), "up": (24, 16), "down": (16, 24)}
-    matrices = {name: Matrix(torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
+    shapes = {"qkv": (16, 48), "dense": (16, 16), "up": (16, 24), "down": (24, 16)}
     given: dict[str, Any] = {
-        "norms": [nn.LayerNorm(16).requires_grad_(False) for _ in range(2)],
-        "matrices": [changed.pop(name, matrix) for name, matrix in matrices.items()],
+        "norms": [nn.LayerNorm(16) for _ in range(2)],
+        "linears": [changed.pop(name, nn.Linear(*shape)) for name, shape in shapes.items()],
         "num_heads": 2,
         "rotary_dim": 4,
     }
-    return PythiaStep(kernels, **{**given, **changed})
+    return PythiaStep(**{**given, **changed})
 
 
 BAD_STEPS: dict[str, dict[str, Any]] = {
     "3 heads": {"num_heads": 3},
     "10 rotary": {"rotary_dim": 10},
-    r"dense_h_to_4h\.weight: \[24, 15\]": {"up": Matrix(torch.randn(24, 15), None)},
-    r"query_key_value\.weight: \[47, 16\]": {"qkv": Matrix(torch.randn(47, 16), None)},
-    "not contiguous": {"down": Matrix(torch.randn(24, 16).t(), None)},
-    "float64": {"dense": Matrix(torch.randn(16, 16).double(), None)},
-    r"dense\.bias: \[4\]": {"dense": Matrix(torch.randn(16, 16), torch.randn(4))},
+    r"dense_h_to_4h\.weight: \[24, 15\]": {"up": nn.Linear(15, 24)},
+    "dense.weight.*float64": {"dense": nn.Linear(16, 16).double()},
     r"norm\.weight: \[8\]": {"norms": [nn.LayerNorm(16), nn.LayerNorm(8)]},
 }
 BAD_CALLS: dict[str, dict[str, Any]] = {
     "hidden.*bfloat16": {"hidden": torch.zeros(2, 1, 16).bfloat16()},
-    "on meta": {"hidden": torch.zeros(2, 1, 16, device="meta")},
     r"keys: \[2, 2, 5, 4\]": {"keys": torch.zeros(2, 2, 5, 4)},
-    r"values: \[2, 2, 4, 8\]": {"values": torch.zeros(2, 2, 4, 8)},
     r"positions \[0, 4\]": {"positions": torch.tensor([[0], [4]])},
     r"positions \[0, -1\]": {"positions": torch.tensor([[0], [-1]])},
-    "int32": {"positions": torch.tensor([[0], [3]]).int()},
     "longest of 6": {"longest": 6},
     "valid": {"valid": torch.ones(3, 1, dtype=torch.bool)},
     "sines.*float64": {"angles": (torch.zeros(2, 4), torch.zeros(2, 4).double())},
@@ -132,7 +123,7 @@ def test_other_calls_check_too():
         "gradients": lambda: native.causal_softmax_backward(
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),
-        r"matrix\.weight": lambda: native.linear_rows(kernels, torch.zeros(1, 7), Matrix(torch.zeros(5, 8), None)),
+        r"linear\.weight": lambda: native.linear_rows(torch.zeros(1, 7), nn.Linear(8, 5)),
     }.items():
         with pytest.raises(ValueError, match=words):
             call()

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.models.layers import InfiniLayer, PythiaLayer, Step
-from new_llm.models.layers.base import MLP, Block
+from new_llm.models.layers import MLP, Block, InfiniLayer, PythiaLayer, Step
 from new_llm.models.layers.compressive import EPSILON
 from new_llm.models.layers.infini import InfiniAttention
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention, compute_rotary_angles
@@ -25,9 +24,9 @@ from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import (
     MAX_ROWS,
     MAX_STEP_ROWS,
-    Matrix,
     PythiaStep,
     can_run_compiled,
+    is_plain_call,
     linear_rows,
 )
 from new_llm.models.state import MemoryState
@@ -37,9 +36,12 @@ MAX_PACKED_ROWS = 8
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 NORMS = ("input_layernorm", "post_attention_layernorm")
-PARTS = {"": PythiaLayer, "attention": SoftmaxAttention, "mlp": MLP}
-PARTS |= dict.fromkeys(LINEARS, nn.Linear) | dict.fromkeys(NORMS, nn.LayerNorm)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+PARTS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    **dict.fromkeys(LINEARS, nn.Linear),
+    **dict.fromkeys(NORMS, nn.LayerNorm),
+}
+ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {PythiaLayer: SoftmaxAttention, InfiniLayer: InfiniAttention}
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -51,17 +53,16 @@ TRITON_HEAD_SIZES = (16, 32, 64, 128)
 class DecodingWeights:
     """A model's weights for one generation of `num_rows` rows; with many rows the usual product is faster.
 
-    `packs` lets oneDNN, where there are no kernels, copy the weights, which takes as long as some steps.
+    The model's modules and hooks are taken as they are now. `packs` lets oneDNN, where there are no kernels, copy the
+    weights, which takes as long as some steps.
     """
 
     def __init__(self, model: nn.Module, *, num_rows: int, packs: bool) -> None:
         linears = [part for part in model.modules() if type(part) is nn.Linear and "forward" not in vars(part)]
-        layers = [part for part in model.modules() if type(part) is PythiaLayer and "step" not in vars(part)]
         forwards = [(linear, choose_forward(linear, num_rows, packs)) for linear in linears]
         self.replaced: list[tuple[nn.Module, str, Any]] = [
             *((linear, "forward", forward) for linear, forward in forwards if forward is not None),
-            *((layer, "step", FusedPythiaStep(layer)) for layer in layers if native.find_kernels(*layer.parameters())),
-            *((layer, "step", TritonStep(cast(Block, layer))) for layer in model.modules() if TritonStep.takes(layer)),
+            *((layer, "step", step(cast(Block, layer))) for layer in model.modules() if (step := choose_step(layer))),
         ]
 
     @contextmanager
@@ -78,7 +79,7 @@ class DecodingWeights:
 
 def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
     """The fastest product of few rows with a layer's weight; None: the usual one."""
-    if num_rows <= MAX_ROWS.get(linear.weight.dtype, 0) and native.find_kernels(linear.weight) is not None:
+    if num_rows <= MAX_ROWS.get(linear.weight.dtype, 0) and native.find_kernels(*linear.parameters()) is not None:
         forward = make_native_forward(linear)
     elif packs and can_pack(linear.weight):
         forward = pack_linear(linear)
@@ -92,13 +93,9 @@ def make_native_forward(linear: nn.Linear) -> Forward:
     """A forward that uses the compiled kernel for few rows and the usual product otherwise."""
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = linear.weight, linear.bias
-        tensors = (x, weight) if bias is None else (x, weight, bias)
-        if can_run_compiled(x, weight.dtype):
-            kernels = native.find_kernels(*tensors)
-            if kernels is not None and all(tensor.dtype == x.dtype for tensor in tensors):
-                return linear_rows(kernels, x, Matrix(weight, bias))
-        return F.linear(x, weight, bias)
+        if x.dtype == linear.weight.dtype and can_run_compiled(x):
+            return linear_rows(x, linear)
+        return F.linear(x, linear.weight, linear.bias)
 
     return forward
 
@@ -112,29 +109,42 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A forward with the layer's weight packed.
-
-    With gradients, under autocast, with more rows, or once the weight has changed, the usual product runs.
-    """
-    weight, bias = linear.weight, linear.bias
-    version, place = weight._version, weight.data_ptr()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+def pack_linear(linear: nn.Linear) -> Forward:
+    """A forward with the layer's weight packed; with gradients, under autocast and with more rows the usual product."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(x: Tensor) -> Tensor:
-        has_changed = linear.weight._version != version or linear.weight.data_ptr() != place
-        if (
-            has_changed
-            or x.dtype != packed.dtype
-            or x.numel() > MAX_PACKED_ROWS * x.shape[-1]
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return F.linear(x, linear.weight, linear.bias)
-        return multiply(x, packed, bias, "none", [], "")
+        if x.dtype == packed.dtype and is_plain_call(x, MAX_PACKED_ROWS):
+            return multiply(x, packed, linear.bias, "none", [], "")
+        return F.linear(x, linear.weight, linear.bias)
 
     return forward
+
+
+def choose_step(layer: nn.Module) -> type["FusedPythiaStep | TritonStep"] | None:
+    """What computes a layer's step faster than the layer itself; None: nothing does.
+
+    It must be a Pythia or Infini layer of plain parts, without hooks, whose weights have one dtype.
+    """
+    if type(layer) not in ATTENTIONS or "step" in vars(layer):
+        return None
+    kinds = {**PARTS, "attention": ATTENTIONS[type(layer)]}
+    parts = {name: layer.get_submodule(name) for name in kinds}
+    given = [parameter for part in (*LINEARS, *NORMS) for parameter in parts[part]._parameters.values()]
+    weights, attention = [tensor for tensor in given if tensor is not None], cast(Any, parts["attention"])
+    if (
+        any(type(part) is not kinds[name] for name, part in parts.items())
+        or any(part._forward_hooks or part._forward_pre_hooks for part in (layer, *parts.values()))
+        or len(weights) < len(given)
+        or len({tensor.dtype for tensor in weights}) > 1
+        or not all(tensor.is_contiguous() for tensor in weights)
+    ):
+        return None
+    is_pythia, fits_triton = type(layer) is PythiaLayer, attention.head_size in TRITON_HEAD_SIZES
+    if kernels.uses_triton(weights[0], kernels.TRITON_DTYPES) and fits_triton and (is_pythia or attention.is_plain):
+        return TritonStep
+    return FusedPythiaStep if is_pythia and native.find_kernels(*weights) is not None else None
 
 
 class TritonStep:
@@ -147,25 +157,6 @@ class TritonStep:
     def __init__(self, layer: Block) -> None:
         self.layer = layer
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], Tensor]] = {}
-
-    @staticmethod
-    def takes(layer: nn.Module) -> bool:
-        """Whether the kernels compute this layer."""
-        if type(layer) not in (PythiaLayer, InfiniLayer) or "step" in vars(layer):
-            return False
-        parts = {name: layer.get_submodule(name) for name in PARTS if name}
-        attention: Any = parts["attention"]
-        kinds = {**PARTS, "attention": SoftmaxAttention if type(layer) is PythiaLayer else InfiniAttention}
-        given = [parameter for part in (*LINEARS, *NORMS) for parameter in parts[part]._parameters.values()]
-        like = next(layer.parameters())
-        return (
-            kernels.uses_triton(like, kernels.TRITON_DTYPES)
-            and all(type(part) is kinds[name] for name, part in parts.items())
-            and all(tensor is not None and tensor.dtype == like.dtype and tensor.is_contiguous() for tensor in given)
-            and attention.head_size in TRITON_HEAD_SIZES
-            and not any(vars(part)[hooks] for part in (layer, *parts.values()) for hooks in HOOKS)
-            and (type(layer) is PythiaLayer or attention.is_plain)
-        )
 
     def __call__(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
         """As `Layer.step`."""
@@ -211,79 +202,29 @@ class FusedPythiaStep:
     """Replaces `layer.step`: one token of few rows runs compiled, everything else by the layer itself.
 
     Sums are float32 throughout, also where the layer's own step rounds to 16 bits in between. Weights are read in
-    place, so changes to them are seen.
+    place, so what changes in them is seen.
     """
 
-    def __init__(self, layer: PythiaLayer) -> None:
-        self.layer = layer
-        self.parts = {name: layer.get_submodule(name) for name in PARTS}
-        self.call: PythiaStep | None = None
-        self.seen: list[tuple[dict[str, Any], str, Any, int]] = []
+    def __init__(self, layer: Block) -> None:
+        self.layer, self.attention = layer, cast(SoftmaxAttention, layer.attention)
+        norms, linears = ([cast(Any, layer.get_submodule(name)) for name in names] for names in (NORMS, LINEARS))
+        self.call = PythiaStep(norms, linears, self.attention.num_heads, self.attention.rotary_dim)
 
     def __call__(
         self, hidden: Tensor, opened: KeyValueCache | None, memory: None, step: Step
     ) -> tuple[Tensor, KeyValueCache]:
         """As `Layer.step`."""
-        call = self._prepare(hidden)
-        if call is None:
-            return PythiaLayer.step(self.layer, hidden, opened, memory, step)
-        attention = self.layer.attention
-        assert isinstance(attention, SoftmaxAttention)
-        cache = attention.grow_cache(opened, hidden, step)
-        settings = (attention.rotary_dim, attention.rotary_emb_base)
+        is_short = hidden.shape[1] == 1 and len(hidden) <= MAX_STEP_ROWS and hidden.is_contiguous()
+        if not is_short or hidden.dtype != self.call.dtype or not can_run_compiled(hidden):
+            return Block.step(self.layer, hidden, opened, memory, step)
+        cache = self.attention.grow_cache(opened, hidden, step)
+        settings = (self.attention.rotary_dim, self.attention.rotary_emb_base)
         if ("fused", settings) not in step.shared:
             angles = compute_rotary_angles(step.positions[:, 0], *settings, torch.float32)
             step.shared["fused", settings] = tuple(part.contiguous() for part in angles)
         valid = None if step.valid is None else step.valid.contiguous()
         angles = step.shared["fused", settings]
-        return call.run(hidden, cache.keys, cache.values, step.positions, valid, angles, step.longest), cache
-
-    def _prepare(self, hidden: Tensor) -> PythiaStep | None:
-        """The compiled call for these tokens; None: it can't take them."""
-        if hidden.shape[1] != 1 or len(hidden) > MAX_STEP_ROWS or not hidden.is_contiguous() or self._has_hooks():
-            return None
-        is_same = self.seen and all(
-            owner.get(name) is found and (not place or found.data_ptr() == place)
-            for owner, name, found, place in self.seen
-        )
-        if not is_same:
-            self.call = self._describe()
-        if self.call is None or hidden.dtype != self.dtype or not can_run_compiled(hidden, self.weight_dtype):
-            return None
-        return self.call
-
-    def _describe(self) -> PythiaStep | None:
-        """The layer's weights in the kernel's form, if the layer is plain and they fit."""
-        self.parts = {name: self.layer.get_submodule(name) for name in PARTS}
-        parameters = [entry for part in (*LINEARS, *NORMS) for entry in self._watch(part, "_parameters")]
-        self.seen = [
-            *parameters,
-            *(entry for part in ("", "attention", "mlp") for entry in self._watch(part, "_modules")),
-        ]
-        if any(type(self.parts[name]) is not kind for name, kind in PARTS.items()):
-            return None
-        given = [tensor for _, _, tensor, _ in parameters if tensor is not None]
-        kernels = native.find_kernels(*given)
-        if kernels is None or len(given) < len(parameters) or len({tensor.dtype for tensor in given}) > 1:
-            return None
-        linears: list[Any] = [self.parts[name] for name in LINEARS]
-        matrices = [Matrix(linear.weight, linear.bias) for linear in linears]
-        if len({matrix.weight.dtype for matrix in matrices}) > 1:
-            return None
-        self.dtype, self.weight_dtype = given[0].dtype, matrices[0].weight.dtype
-        norms: list[Any] = [self.parts[name] for name in NORMS]
-        attention: Any = self.parts["attention"]
-        return PythiaStep(kernels, norms, matrices, attention.num_heads, attention.rotary_dim)
-
-    def _watch(self, part: str, kind: str) -> list[tuple[dict[str, Any], str, Any, int]]:
-        """Each parameter or module of a part: its owning dictionary, name, itself, and a tensor's address."""
-        owner = vars(self.parts[part])[kind]
-        return [
-            (owner, key, found, found.data_ptr() if isinstance(found, Tensor) else 0) for key, found in owner.items()
-        ]
-
-    def _has_hooks(self) -> bool:
-        return any(vars(part)[hooks] for part in self.parts.values() for hooks in HOOKS)
+        return self.call.run(hidden, cache.keys, cache.values, step.positions, valid, angles, step.longest), cache
 
 
 # CUDA graphs

@@ -145,17 +145,13 @@ def _widen(logits: Tensor) -> Tensor:
 
 REPLACEMENT = "\ufffd"
 """What a decoder returns for bytes that do not form a character, or not yet."""
-MOST_REPLACEMENTS = 3
-CONTEXT_TOKENS = 8
-"""Earlier tokens that are decoded again with new ones, since a token's text depends on those before it."""
-CLEANUP_TOKENS = 3
-"""Later tokens that can change a text which is cleaned up (WordPiece): "is n", "'", "t" become "isn't"."""
 
 
 class TextDecoder:
     """Decode one row token by token; the pieces joined are the text of all tokens.
 
-    Bytes that do not form a character yet are held back until they do, or no longer can. Tokens that are bytes
+    A piece is what the tokens since the last one add to that one's text, since a token's text depends on those before
+    it. Bytes that do not form a character are held back until a character follows. Tokens that are bytes
     (SentencePiece's byte fallback) are held back until another token follows: one wrong byte makes replacements of all
     the bytes in a row. Special tokens have no text. `context` are the tokens before the text, such as a prompt's:
     tokenizers that mark a word's beginning (as SentencePiece) leave out the space before a text's first word, but not
@@ -166,63 +162,29 @@ class TextDecoder:
         self.tokenizer = tokenizer
         self.special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
         self.bytes = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-        self.num_unsure = CLEANUP_TOKENS if getattr(tokenizer.decoder, "cleanup", False) else 0
-        self.ids = self._shorten([token for token in context if token not in self.special])
-        self.shown = tokenizer.decode(self.ids)  # the part of the window's text that is the context or was returned
+        self.show([token for token in context if token not in self.special])
+
+    def show(self, ids: list[int]) -> None:
+        """Begin again behind some tokens, whose text has been returned."""
+        self.ids, self.num_shown, self.shown = ids, len(ids), self.tokenizer.decode(ids)
 
     def push(self, token: int) -> str:
         """Add a token and return the text that it completes, possibly none."""
         if token in self.special:
             return ""
         self.ids.append(token)
-        if token in self.bytes:
+        text = "" if token in self.bytes else self.tokenizer.decode(self.ids)
+        if len(text) <= len(self.shown) or text.endswith(REPLACEMENT):
             return ""
-        text = self.tokenizer.decode(self.ids)
-        whole = count_whole(text)
-        if self.num_unsure:
-            whole = min(whole, count_common(text, self.tokenizer.decode(self.ids[: -self.num_unsure])))
-        piece = self._show(text, whole)
-        if len(self.ids) > 2 * CONTEXT_TOKENS:
-            num_held = max(0, len(text) - len(self.shown))
-            self.ids = self._shorten(self.ids)
-            text = self.tokenizer.decode(self.ids)
-            self.shown = text[: max(0, len(text) - num_held)]
+        piece = text[len(self.shown) :]
+        self.show(self.ids[self.num_shown :])
         return piece
 
     def finish(self) -> str:
         """Return what was held back, an incomplete character."""
-        text = self.tokenizer.decode(self.ids)
-        piece = self._show(text, len(text))
-        self.ids, self.shown = [], ""
+        piece = self.tokenizer.decode(self.ids)[len(self.shown) :]
+        self.show([])
         return piece
-
-    def _show(self, text: str, end: int) -> str:
-        begin = count_common(text, self.shown)
-        if begin < end:
-            self.shown = text[:end]
-        return text[begin:end]
-
-    def _shorten(self, ids: list[int]) -> list[int]:
-        """The last of some tokens, from where a character begins."""
-        for length in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MOST_REPLACEMENTS + 1):
-            if not self.tokenizer.decode(ids[-length:]).startswith(REPLACEMENT):
-                return ids[-length:]
-        return ids[-CONTEXT_TOKENS:]
-
-
-def count_whole(text: str) -> int:
-    """Number of leading characters that later bytes can't change: all but the replacements at the end.
-
-    A decoder shows an incomplete character as one replacement, or as one for each of its up to three bytes.
-    """
-    end = text[-MOST_REPLACEMENTS:]
-    return len(text) - (len(end) - len(end.rstrip(REPLACEMENT)))
-
-
-def count_common(one: str, other: str) -> int:
-    """Number of leading characters that two texts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class StoppingText:

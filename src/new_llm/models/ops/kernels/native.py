@@ -23,7 +23,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,19 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _get_function(kernels: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
-    if dtype not in SUFFIXES:
+def _call(kernels: ctypes.CDLL, name: str, dtype: torch.dtype | None, *arguments: Any) -> None:
+    """Call a function, that of a dtype where there are several, with addresses in the place of tensors.
+
+    Its last argument, everywhere, is the number of threads.
+    """
+    if dtype is not None and dtype not in SUFFIXES:
         raise ValueError(f"{name}: no kernel for {dtype}; there are some for {', '.join(map(str, SUFFIXES))}")
-    return getattr(kernels, f"{name}_{SUFFIXES[dtype]}")
+    function = getattr(kernels, name if dtype is None else f"{name}_{SUFFIXES[dtype]}")
+    function(*(_point(x) if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
+
+
+def _point(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -141,17 +149,8 @@ def score_rows(
     if weights is not None:
         weights = weights.to(torch.float32).contiguous()
         check_tensor("weights", weights, (num_rows,), torch.float32)
-    losses = _empty(num_rows)
-    _get_function(kernels, "score_rows", logits.dtype)(
-        logits.data_ptr(),
-        num_rows,
-        num_words,
-        targets.data_ptr(),
-        None if weights is None else weights.data_ptr(),
-        losses.data_ptr(),
-        int(write_gradients),
-        torch.get_num_threads(),
-    )
+    losses, sizes = _empty(num_rows), (num_rows, num_words)
+    _call(kernels, "score_rows", logits.dtype, logits, *sizes, targets, weights, losses, int(write_gradients))
     return losses
 
 
@@ -162,9 +161,7 @@ def causal_softmax(kernels: ctypes.CDLL, scores: Tensor, logsumexp: Tensor, *, f
     `logsumexp`, [n, rows] float32, takes that of the scaled scores.
     """
     _check_scores(scores, logsumexp, first)
-    kernels.causal_softmax(
-        scores.data_ptr(), logsumexp.data_ptr(), *scores.shape, first, scale, torch.get_num_threads()
-    )
+    _call(kernels, "causal_softmax", None, scores, logsumexp, *scores.shape, first, scale)
 
 
 def causal_softmax_backward(
@@ -173,15 +170,7 @@ def causal_softmax_backward(
     """Probabilities in place of scores, and the scores' gradients in place of the probabilities'; see above."""
     _check_scores(scores, logsumexp, first)
     check_tensor("gradients", gradients, scores.shape, torch.bfloat16)
-    kernels.causal_softmax_backward(
-        scores.data_ptr(),
-        gradients.data_ptr(),
-        logsumexp.data_ptr(),
-        *scores.shape,
-        first,
-        scale,
-        torch.get_num_threads(),
-    )
+    _call(kernels, "causal_softmax_backward", None, scores, gradients, logsumexp, *scores.shape, first, scale)
 
 
 def _check_scores(scores: Tensor, logsumexp: Tensor, first: int) -> None:
@@ -203,10 +192,8 @@ def scale_rows(
     if lengths is not None:
         check_tensor("lengths", lengths, x.shape[:-1], torch.float32)
     y, norms = _empty(*x.shape, dtype=dtype), _empty(*x.shape[:-1])
-    _get_function(kernels, f"scale_rows_{SUFFIXES[x.dtype]}", dtype)(
-        x.data_ptr(), _point(lengths), y.data_ptr(), norms.data_ptr(), norms.numel(), x.shape[-1], least,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    name, sizes = f"scale_rows_{SUFFIXES[x.dtype]}", (norms.numel(), x.shape[-1])
+    _call(kernels, name, dtype, x, lengths, y, norms, *sizes, least)
     return y, norms
 
 
@@ -219,10 +206,8 @@ def scale_rows_backward(
     for name, t in (("norms", norms), ("lengths", norms if lengths is None else lengths)):
         check_tensor(name, t, x.shape[:-1], torch.float32)
     for_x, for_lengths = _empty(*x.shape, dtype=x.dtype), None if lengths is None else torch.empty_like(lengths)
-    _get_function(kernels, f"scale_rows_backward_{SUFFIXES[x.dtype]}", upstream.dtype)(
-        x.data_ptr(), _point(lengths), norms.data_ptr(), upstream.data_ptr(), for_x.data_ptr(), _point(for_lengths),
-        norms.numel(), x.shape[-1], torch.get_num_threads(),
-    )  # fmt: skip
+    name, sizes = f"scale_rows_backward_{SUFFIXES[x.dtype]}", (norms.numel(), x.shape[-1])
+    _call(kernels, name, upstream.dtype, x, lengths, norms, upstream, for_x, for_lengths, *sizes)
     return for_x, for_lengths
 
 
@@ -230,10 +215,7 @@ def solve_chunks(kernels: ctypes.CDLL, products: Tensor, strengths: Tensor | Non
     """(I + tril(diag(β) S, −1))⁻¹ diag(β) in `dtype`, from S [..., C, C] and β [..., C] float32 (None: 1)."""
     size = _check_chunks(products, strengths)
     solved = _empty(*products.shape, dtype=dtype)
-    _get_function(kernels, "solve_chunks", dtype)(
-        products.data_ptr(), _point(strengths), solved.data_ptr(), products.shape[:-2].numel(), size,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _call(kernels, "solve_chunks", dtype, products, strengths, solved, products.shape[:-2].numel(), size)
     return solved
 
 
@@ -254,10 +236,9 @@ def solve_chunks_backward(
     for name, t, expected in (("Q", below, products.shape), ("W'", for_writes, shape), ("W", writes, shape)):
         check_tensor(name, t, expected, below.dtype)
     symmetric, for_strengths = _empty(*products.shape, dtype=below.dtype), _empty(*strengths.shape)
-    _get_function(kernels, "solve_chunks_backward", below.dtype)(
-        *(t.data_ptr() for t in (below, products, strengths, for_writes, writes, symmetric, for_strengths)),
-        products.shape[:-2].numel(), size, writes.shape[-2], torch.get_num_threads(),
-    )  # fmt: skip
+    tensors = (below, products, strengths, for_writes, writes, symmetric, for_strengths)
+    sizes = (products.shape[:-2].numel(), size, writes.shape[-2])
+    _call(kernels, "solve_chunks_backward", below.dtype, *tensors, *sizes)
     return symmetric, for_strengths
 
 
@@ -275,12 +256,9 @@ def move_memories(
     """
     for name, t in (("P", narrow if product is None else product), ("narrow", narrow)):
         check_tensor(name, t, memory.shape, narrow.dtype)
-    batch, heads, size = _check_memories(memory, rest, retained)
+    sizes = _check_memories(memory, rest, retained)
     wide = None if product is None or narrow.dtype == memory.dtype else torch.empty_like(memory)
-    _get_function(kernels, "move_memories", narrow.dtype)(
-        memory.data_ptr(), rest.data_ptr(), _point(retained), _point(product), _point(wide), narrow.data_ptr(),
-        batch, heads, size, torch.get_num_threads(),
-    )  # fmt: skip
+    _call(kernels, "move_memories", narrow.dtype, memory, rest, retained, product, wide, narrow, *sizes)
     return wide
 
 
@@ -316,12 +294,9 @@ def retreat_memories(
         raise ValueError("w and its gradient: one is given without the other")
     if for_retained is not None:
         check_tensor("for_retained", for_retained, g.shape[:2], torch.float32)
-    batch, heads, size = _check_memories(g, rest, retained)
-    _get_function(kernels, "retreat_memories", narrow.dtype)(
-        g.data_ptr(), _point(product), _point(added), memory.data_ptr(), rest.data_ptr(), _point(retained),
-        _point(for_retained), for_rest.data_ptr(), _point(None if narrow is g else narrow),
-        batch, heads, size, torch.get_num_threads(),
-    )  # fmt: skip
+    sizes, rounded = _check_memories(g, rest, retained), None if narrow is g else narrow
+    tensors = (g, product, added, memory, rest, retained, for_retained, for_rest, rounded)
+    _call(kernels, "retreat_memories", narrow.dtype, *tensors, *sizes)
 
 
 def _check_memories(memory: Tensor, rest: Tensor, retained: Tensor | None) -> tuple[int, int, int]:
@@ -343,40 +318,18 @@ def _check_chunks(products: Tensor, strengths: Tensor | None) -> int:
     return size
 
 
-def _point(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
 # Decoding: products with few rows, and a Pythia layer's step
 
 
-def can_run_compiled(x: Tensor, weight_dtype: torch.dtype) -> bool:
-    """Whether activations [..., D] are few rows of a plain call on a CPU: without gradients and autocast."""
-    if x.device.type != "cpu" or x.numel() > MAX_ROWS.get(weight_dtype, 0) * x.shape[-1] or torch.is_grad_enabled():
-        return False
-    return not torch.is_autocast_enabled("cpu")
+def is_plain_call(x: Tensor, num_rows: int) -> bool:
+    """Whether activations [..., D] are at most so many rows on a CPU, without gradients and autocast."""
+    is_free = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    return is_free and x.device.type == "cpu" and x.numel() <= num_rows * x.shape[-1]
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A linear layer's numbers in the activations' dtype, contiguous and on the CPU: [outputs, inputs] and [outputs]
-    or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def check(self, name: str, dtype: torch.dtype, inputs: int, outputs: int | None = None) -> None:
-        """Make sure that a kernel for activations of this dtype and width may read it."""
-        outputs = self.weight.shape[0] if outputs is None else outputs
-        check_tensor(f"{name}.weight", self.weight, (outputs, inputs), dtype)
-        if self.bias is not None:
-            check_tensor(f"{name}.bias", self.bias, (outputs,), dtype)
-
-    def describe(self) -> "_Linear":
-        """What C reads."""
-        pointers = (None if part is None else part.data_ptr() for part in (self.weight, self.bias))
-        return _Linear(*pointers, self.weight.shape[1], self.weight.shape[0])
+def can_run_compiled(x: Tensor) -> bool:
+    """Whether the kernels multiply activations [..., D] with weights of their dtype faster than torch."""
+    return is_plain_call(x, MAX_ROWS.get(x.dtype, 0))
 
 
 class _Linear(ctypes.Structure):
@@ -405,19 +358,22 @@ class _Step(ctypes.Structure):
     ]
 
 
-def linear_rows(kernels: ctypes.CDLL, x: Tensor, matrix: Matrix) -> Tensor:
+def _describe_linear(name: str, linear: nn.Linear, dtype: torch.dtype, inputs: int, outputs: int) -> _Linear:
+    """What C reads of a linear layer, if its numbers are such as a kernel for this dtype and these widths may read."""
+    check_tensor(f"{name}.weight", linear.weight, (outputs, inputs), dtype)
+    if linear.bias is not None:
+        check_tensor(f"{name}.bias", linear.bias, (outputs,), dtype)
+    return _Linear(_point(linear.weight), _point(linear.bias), inputs, outputs)
+
+
+def linear_rows(x: Tensor, linear: nn.Linear) -> Tensor:
     """x Wᵀ + b, summed in float32; x is [..., inputs] in bfloat16 or float32."""
-    rows = x.to(torch.float32).contiguous()
+    kernels, rows = load_kernels(), x.to(torch.float32).contiguous()
+    assert kernels is not None
+    out = _empty(*x.shape[:-1], len(linear.weight), dtype=x.dtype)
+    described = _describe_linear("linear", linear, x.dtype, x.shape[-1], len(linear.weight))
     check_tensor("x", rows, x.shape, torch.float32)
-    matrix.check("matrix", x.dtype, x.shape[-1])
-    out = _empty(*x.shape[:-1], matrix.weight.shape[0], dtype=x.dtype)
-    _get_function(kernels, "linear_rows", x.dtype)(
-        ctypes.byref(matrix.describe()),
-        rows.data_ptr(),
-        rows.numel() // rows.shape[-1],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _call(kernels, "linear_rows", x.dtype, ctypes.byref(described), rows, rows.numel() // rows.shape[-1], out)
     return out
 
 
@@ -425,31 +381,23 @@ class PythiaStep:
     """A Pythia layer's numbers as the kernel takes them; numbers that do not fit one another are a ValueError."""
 
     def __init__(
-        self,
-        kernels: ctypes.CDLL,
-        norms: Sequence[nn.LayerNorm],
-        matrices: Sequence[Matrix],
-        num_heads: int,
-        rotary_dim: int,
+        self, norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear], num_heads: int, rotary_dim: int
     ) -> None:
-        width, inner, dtype = norms[0].weight.numel(), len(matrices[2].weight), norms[0].weight.dtype
+        width, inner, self.dtype = norms[0].weight.numel(), len(linears[2].weight), norms[0].weight.dtype
         if width % num_heads or rotary_dim % 2 or not 0 <= rotary_dim <= width // num_heads:
             raise ValueError(f"{num_heads} heads with {rotary_dim} rotary dimensions do not fit a width of {width}")
         for norm in norms:
-            check_tensor("norm.weight", norm.weight, (width,), dtype)
-            check_tensor("norm.bias", norm.bias, (width,), dtype)
+            check_tensor("norm.weight", norm.weight, (width,), self.dtype)
+            check_tensor("norm.bias", norm.bias, (width,), self.dtype)
         shapes = ((width, 3 * width), (width, width), (width, inner), (inner, width))
-        for name, matrix, (inputs, outputs) in zip(
-            ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), matrices, shapes, strict=True
-        ):
-            matrix.check(name, dtype, inputs, outputs)
-        described = [_Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps) for norm in norms]
-        self._layer = _Layer(*described, *(matrix.describe() for matrix in matrices), num_heads, rotary_dim)
-        self._kept = [*norms, *matrices]  # what the pointers point to
-        self._run = _get_function(kernels, "step_pythia", dtype)
-        self._count_scratch = kernels.count_step_scratch
-        self._dtype, self._rotary_dim = dtype, rotary_dim
-        self._sizes = (width, num_heads, inner)
+        names = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+        described = (
+            *(_Norm(_point(norm.weight), _point(norm.bias), norm.eps) for norm in norms),
+            *(_describe_linear(*part, self.dtype, *shape) for *part, shape in zip(names, linears, shapes, strict=True)),
+        )
+        self._layer = _Layer(*described, num_heads, rotary_dim)
+        self._kept = [tensor.detach() for part in (*norms, *linears) for tensor in part.parameters()]
+        self._kernels, self._rotary_dim, self._sizes = load_kernels(), rotary_dim, (width, num_heads, inner)
 
     def run(
         self,
@@ -477,9 +425,9 @@ class PythiaStep:
         """
         width, num_heads, _ = self._sizes
         num_rows, num_slots = hidden.shape[0], keys.shape[2]
-        check_tensor("hidden", hidden, (num_rows, 1, width), self._dtype)
+        check_tensor("hidden", hidden, (num_rows, 1, width), self.dtype)
         for name, cached in (("keys", keys), ("values", values)):
-            check_tensor(name, cached, (num_rows, num_heads, num_slots, width // num_heads), self._dtype)
+            check_tensor(name, cached, (num_rows, num_heads, num_slots, width // num_heads), self.dtype)
         check_tensor("positions", positions, (num_rows, 1), torch.int64)
         if valid is not None:
             check_tensor("valid", valid, (num_rows, 1), torch.bool)
@@ -492,26 +440,13 @@ class PythiaStep:
                 f"{num_rows} rows at positions {places}, the longest of {longest} tokens, do not fit "
                 f"{MAX_STEP_ROWS} rows with {num_slots} slots"
             )
-        threads = torch.get_num_threads()
-        out = _empty(*hidden.shape, dtype=self._dtype)
-        scratch = _empty(self._count_scratch(*self._sizes, num_rows, longest, threads))
-        cosines, sines = angles
-        step = _Step(
-            hidden.data_ptr(),
-            out.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            positions.data_ptr(),
-            None if valid is None else valid.data_ptr(),
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            scratch.data_ptr(),
-            num_rows,
-            num_slots,
-            longest,
-            threads,
-        )
-        self._run(ctypes.byref(self._layer), ctypes.byref(step))
+        kernels, threads = self._kernels, torch.get_num_threads()
+        assert kernels is not None
+        out = _empty(*hidden.shape, dtype=self.dtype)
+        scratch = _empty(kernels.count_step_scratch(*self._sizes, num_rows, longest, threads))
+        tensors = (hidden, out, keys, values, positions, valid, *angles, scratch)
+        step = _Step(*map(_point, tensors), num_rows, num_slots, longest, threads)
+        getattr(kernels, f"step_pythia_{SUFFIXES[self.dtype]}")(ctypes.byref(self._layer), ctypes.byref(step))
         return out
 
 
