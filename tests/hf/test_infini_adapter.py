@@ -153,12 +153,8 @@ def test_the_memory_begins_with_the_projections_of_its_base(heads, ids):
     [
         ({"layers": (3,)}, "the base has layers 0 to 2"),
         ({"layers": (0, 0)}, "names a layer twice"),
-        ({"layers": ()}, "layers"),
         ({"num_memory_heads": 5}, "does not divide"),
-        ({"num_memory_banks": 0}, "num_memory_banks"),
-        ({"initial_alpha": float("nan")}, "initial_alpha"),
         ({"num_memory": 3}, "num_memory"),
-        ({"init": "zeros"}, "init"),
     ],
 )
 def test_bad_options_are_named(options, said, tmp_path):
@@ -279,22 +275,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"tensors": {"layers.0.alpha": torch.tensor(float("nan"))}}, "NaN or infinite"),
     "shape": ({"tensors": {"layers.0.attention.gate": torch.zeros(3)}}, "has shape"),
     "missing": ({"tensors": {"layers.2.alpha": None}}, "missing or unknown tensors"),
-    "unknown": ({"tensors": {"embed_in.weight": torch.zeros(128, 32)}}, "missing or unknown tensors"),
     "integers": (
         {"tensors": {"layers.0.attention.gate": torch.zeros(1, dtype=torch.int64)}},
         "not a tensor of floats",
     ),
     "format": ({"metadata": {"format": "new-llm-memory"}}, "not an adapter file"),
     "version": ({"metadata": {"format_version": "99"}}, "format version 99, this program reads 1"),
-    "length": ({"metadata": {"segment_length": "-4"}}, "segment_length"),
     "no JSON": ({"metadata": {"layers": "["}}, "broken metadata"),
     "nested": ({"metadata": {"layers": "[" * 100_000}}, "broken metadata"),
-    "unknown key": ({"metadata": {"colour": "red"}}, "colour"),
     "endless banks": ({"options": {"num_memory_banks": 10**12}}, "num_memory_banks"),
     "odd heads": ({"options": {"num_memory_heads": 7}}, "does not fit this base"),
     "a word for a truth": ({"options": {"use_delta_rule": "yes"}}, "use_delta_rule"),
     "a far layer": ({"metadata": {"layers": '{"7": {}}'}}, "has layers 0 to 2"),
-    "a negative layer": ({"metadata": {"layers": '{"-1": {}}'}}, "layers"),
 }
 
 

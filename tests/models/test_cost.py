@@ -91,15 +91,10 @@ TINY = {
 OUT_OF_RANGE = "less than or equal to|at most"
 SIZES = {
     "wide": ({"hidden_size": 10**9}, OUT_OF_RANGE),
-    "wide, as many heads": ({"hidden_size": 10**9, "num_attention_heads": 10**9}, OUT_OF_RANGE),
     "wide but in range": ({"hidden_size": 1 << 24}, "too large"),
-    "a wide MLP": ({"intermediate_size": 1 << 24, "hidden_size": 1 << 14}, "too large"),
-    "deep": ({"num_hidden_layers": 2000}, OUT_OF_RANGE),
     "deep and wide": ({"num_hidden_layers": 64, "hidden_size": 1 << 14}, "too large"),
     "a vocabulary": ({"vocab_size": 10**30}, OUT_OF_RANGE),
     "a vocabulary in range": ({"vocab_size": 1 << 24, "hidden_size": 1 << 14}, "too large"),
-    "positions": ({"max_position_embeddings": 10**12}, OUT_OF_RANGE),
-    "memories": ({"num_memory_banks": 10**9}, OUT_OF_RANGE),
     "memories in range": ({"num_memory_banks": 1 << 24, "hidden_size": 1 << 8}, "too large"),
 }
 

@@ -40,18 +40,15 @@ TABLE: dict[str, list[str]] = {  # DESIGN's: an option and the models that take 
     "alibi_scale": ["infini"],
     "num_memory_heads": ["infini", "multi_memory", "hierarchical", "token_memory"],
 }
-BAD_VALUES: dict[str, list[Any]] = {
-    "selection_temperature": [0.0, -1.0, float("nan")],
-    "num_memories": [0, -1, 1.5],
-    "num_memory_banks": [0, -1, 1.5],
-    "segments_per_bank": [0, -2],
-    "alibi_scale": [-0.5, float("nan")],
-    "num_memory_heads": [0, -1],
-    "memory_key_size": [0, -1, 1.5],
-    "retention_init": [0.0, 1.0, -0.5, float("nan")],
-    "query_key_init_scale": [0.0, -1.0, float("nan")],
-    "skip_interval": [-1, 1.5],
-    "earlier_pass_weight": [-0.1, 1.5],
+BAD_VALUES: dict[str, Any] = {
+    "selection_temperature": float("nan"),
+    "num_memories": 1.5,
+    "num_memory_banks": 0,
+    "alibi_scale": -0.5,
+    "memory_key_size": -1,
+    "retention_init": 1.0,
+    "skip_interval": -1,
+    "earlier_pass_weight": 1.5,
 }
 
 
@@ -63,12 +60,11 @@ def test_each_model_takes_its_options_in_range_and_no_others(model_type):
     for option in {o for kind in MODEL_KINDS.values() for o in kind.defaults} - taken | {"num_memorys"}:
         refuse(lambda o=option: create_model(model_type, CONFIG, **{o: 1}), option, "segment_length", *taken)
     for option in taken & BAD_VALUES.keys():
-        for value in BAD_VALUES[option]:
-            options = {option: value, **({"use_alibi": True} if option == "alibi_scale" else {})}
-            refuse(lambda options=options: create_model(model_type, CONFIG, **options), option, str(value))
+        options = {option: BAD_VALUES[option]}
+        refuse(lambda options=options: create_model(model_type, CONFIG, **options), option, str(BAD_VALUES[option]))
 
 
-@pytest.mark.parametrize("length", [0, -1, 65, 6.5])
+@pytest.mark.parametrize("length", [0, 65, 6.5])
 def test_segment_length_out_of_range(length):
     refuse(lambda: create_model("infini", CONFIG, segment_length=length), "segment_length", str(length), "1 to", "64")
 
@@ -110,20 +106,6 @@ def test_other_places_are_refused_by_name(places):
 # Shapes and rules
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"hidden_size": 30}, ("hidden_size", "30", "num_attention_heads", "4")),
-        ({"hidden_size": 0}, ("hidden_size", "greater than 0")),
-        ({"rotary_pct": 1.5}, ("rotary_pct", "1.5")),
-        ({"num_hidden_layers": 0}, ("num_hidden_layers",)),
-        ({"hidden": 32}, ("hidden",)),
-    ],
-)
-def test_shapes_out_of_range(values, words):
-    refuse(lambda: PythiaConfig(**{"num_attention_heads": 4, **values}), *words)
-
-
 UNIT: dict[str, Any] = {"key_features": "unit"}
 NO_LAYER: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "signed keys": (lambda: InfiniLayer(16, 2, 24, **UNIT), ("unit keys are signed",)),
@@ -140,10 +122,12 @@ NO_LAYER: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: HierarchicalLayer(16, 2, 24, hierarchy="fenwick", use_normalizer=False, key_features="softmax"),
         ("not router top1 or hierarchy fenwick",),
     ),
+    "a width that heads do not divide": (
+        lambda: PythiaConfig(hidden_size=30, num_attention_heads=4),
+        ("hidden_size", "30", "num_attention_heads", "4"),
+    ),
     "no heads": (lambda: PythiaLayer(32, 0, 48), ("heads", "0", "32")),
-    "three heads": (lambda: PythiaLayer(32, 3, 48), ("heads", "3", "32")),
     "three memory heads": (lambda: InfiniLayer(32, 4, 48, num_memory_heads=3), ("num_memory_heads", "3")),
-    "no memory heads": (lambda: HierarchicalLayer(32, 4, 48, num_memory_heads=0), ("num_memory_heads", "0")),
     "odd rotation": (lambda: PythiaLayer(32, 4, 48, rotary_pct=0.4), ("rotary_pct", "0.4", "even")),
     "no layers": (lambda: TransformerLM([]), ("layers", "at least one")),
     "two widths": (lambda: TransformerLM([PythiaLayer(32, 4, 48), InfiniLayer(16, 2, 24)]), ("16", "32")),
@@ -166,7 +150,6 @@ def test_what_makes_no_layer_and_no_model(build, words):
 BAD_IDS: dict[str, tuple[torch.Tensor, tuple[str, ...]]] = {
     "one dimension": (IDS[0], ("input_ids", "(6,)", "[batch, tokens]")),
     "no tokens": (IDS[:, :0], ("input_ids", "(2, 0)", "at least one token")),
-    "no rows": (IDS[:0], ("input_ids", "(0, 6)")),
     "just too large": (torch.tensor([[VOCAB_SIZE]]), (f"{VOCAB_SIZE}", f"0 to {VOCAB_SIZE - 1}")),
     "negative": (IDS - 100, ("input_ids", "-68", "0 to")),
     "floats": (IDS.float(), ("input_ids", "float32", "integers")),

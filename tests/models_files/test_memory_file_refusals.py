@@ -96,45 +96,28 @@ def nest_header(raw: bytes) -> bytes:
     return join(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"")
 
 
-def double_key(raw: bytes) -> bytes:
-    header, payload = split(raw)
-    text = json.dumps(header)
-    return join(b'{"layers.0.memories":[],' + text[1:].encode(), payload)
-
-
 BROKEN = {
-    "empty": (lambda raw: b"", "truncated"),
-    "truncated header": (lambda raw: raw[:100], "truncated"),
     "truncated payload": (lambda raw: raw[:-1], "truncated"),
     "longer": (lambda raw: raw + b"\0", "truncated, or not a safetensors file"),
     "flipped": (flip_last_byte, "corrupted"),
     "text": (lambda raw: b"To be, or not to be, that is the question", "not a safetensors file"),
     "header nested": (nest_header, "not a safetensors file"),
-    "key twice": (double_key, "not a safetensors file"),
     "no metadata": (lambda raw: join({}, b""), "not a memory file"),
     "other format": (change_metadata(format="pt"), "not a memory file"),
     "format version": (change_metadata(format_version="1"), "format version 1, this program reads 2"),
     "other digest": (change_metadata(sha256="0" * 64), "corrupted"),
-    "no number": (change_metadata(segment_length="many"), "segment_length"),
-    "negative number": (change_metadata(segment_length="-1"), "segment_length"),
-    "huge number": (change_metadata(segment_length="9" * 10_000), "segment_length"),
     "missing key": (change_metadata(created=None), "created"),
     "unknown key": (change_metadata(colour="red"), "unknown key 'colour'"),
     "long text": (change_metadata(created="x" * 100_000), "created"),
-    "fingerprint": (change_metadata(weights_fingerprint="abc"), "weights_fingerprint"),
     "rows": (change_metadata(rows="2"), r"has shape \[\], not 2 rows|not 2 rows"),
-    "zero rows": (change_metadata(rows="0"), "rows"),
     "layers no JSON": (change_metadata(layers="[{"), "JSON"),
-    "no layers": (change_metadata(layers="[]"), "layers"),
     "layers nested": (change_metadata(layers="[" * 100_000), "JSON"),
     "state version": (change_layer(version=2), "layer 0: state version 2, this program reads 3"),
     "layer elsewhere": (change_layer(layer=1), "unknown tensor layers.0."),
     "endless layers": (change_layer(layer=2**80), "layer"),
-    "a list of settings": (change_layer(num_memories=[1]), "num_memories"),
     "an infinite setting": (change_layer(alibi_scale=1e999), "alibi_scale"),
     "a setting that is a tensor": (change_layer(memories=1), "unknown tensor layers.0.memories"),
     "NaN": (change_tensors(memories=with_value(float("nan"))), "NaN or infinite"),
-    "infinite": (change_tensors(memory_norms=with_value(float("inf"))), "NaN or infinite"),
     "negative count": (change_tensors(segment_counter=with_value(-1)), "impossible"),
     "overflowing count": (change_tensors(token_counts=with_value(2**62)), "impossible"),
     "no tensors": (
@@ -145,7 +128,6 @@ BROKEN = {
         ),
         "no tensors of layers.0",
     ),
-    "tensor of a far layer": (change_tensors(**{"0.memories": lambda _: torch.zeros(2)}), "unknown tensor layers.0.0."),
     "tensor's dtype": (change_tensors(memories=lambda t: t.to(torch.float8_e5m2)), "has shape .* of F8_E5M2, which"),
     "endless empty tensor": (change_tensors(memory_norms=lambda _: torch.zeros(2**40, 0)), "has shape .* no memory"),
 }

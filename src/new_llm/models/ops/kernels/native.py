@@ -393,7 +393,10 @@ class PythiaStep:
         names = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
         described = (
             *(_Norm(_point(norm.weight), _point(norm.bias), norm.eps) for norm in norms),
-            *(_describe_linear(*part, self.dtype, *shape) for *part, shape in zip(names, linears, shapes, strict=True)),
+            *(
+                _describe_linear(name, linear, self.dtype, *shape)
+                for name, linear, shape in zip(names, linears, shapes, strict=True)
+            ),
         )
         self._layer = _Layer(*described, num_heads, rotary_dim)
         self._kept = [tensor.detach() for part in (*norms, *linears) for tensor in part.parameters()]
