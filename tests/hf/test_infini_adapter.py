@@ -13,7 +13,7 @@ from torch import Tensor
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import TrainConfig, UserError
-from new_llm.evaluation.doctor.memory_checks import check_gates
+from new_llm.evaluation.doctor.model_checks import check_gates
 from new_llm.models import export_pythia, save_model
 from new_llm.models.hf.infini_adapter import (
     add_parallel_infini,

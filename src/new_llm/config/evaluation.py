@@ -276,13 +276,9 @@ class DoctorConfig:
 
     checks: Annotated[tuple[str, ...], UNIQUE] = ()
     """Run only these checks; none given: all."""
-    num_segments: Annotated[int, Field(ge=2)] = 3
-    """Segments of a probe."""
     segment_tokens: Annotated[int, Field(ge=4)] = 32
     """Tokens in a segment of a probe. The model's segments are shortened to it while it is probed, so that memory is
     carried on within few tokens; one probe of causality keeps the model's own length."""
-    num_rows: Annotated[int, Field(ge=2)] = 3
-    """Rows of a probe."""
     max_tokens: Annotated[int, Field(ge=64)] = 8192
     """Tokens of text to measure losses on, at most."""
     fill_segments: Annotated[int, Field(ge=2)] = 64

@@ -38,6 +38,19 @@ class HuggingFaceLM(nn.Module):
             raise ValueError("segment_length: the model's configuration states no max_position_embeddings")
         self.segment_length = int(length)
 
+    rows_can_share = True
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, update_memory: bool = False
+    ) -> Tensor:
+        """Logits, [B, T, Z]. There is no memory."""
+        return torch.cat([logits for _, logits in self._read(input_ids, attention_mask)], dim=1)
+
     def token_losses(
         self,
         input_ids: Tensor,
@@ -46,7 +59,7 @@ class HuggingFaceLM(nn.Module):
         *,
         update_memory: bool = False,
     ) -> Tensor:
-        """Loss in nats of the token after each position, [B, T]; 0 where there is no target. There is no memory."""
+        """Loss in nats of the token after each position, [B, T]; 0 where there is no target."""
         targets = align_labels(labels, input_ids.shape[1])
         losses = [
             compute_token_losses(logits.flatten(0, 1), targets[:, piece].flatten()).view_as(targets[:, piece])
@@ -102,6 +115,9 @@ class HuggingFaceLM(nn.Module):
         yield
 
     def reset_rows(self, rows: Tensor) -> None:
+        """Nothing to empty."""
+
+    def reset_memory(self, batch_size: int | None = None) -> None:
         """Nothing to empty."""
 
 

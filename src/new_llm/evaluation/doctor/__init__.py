@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from new_llm.config import UserError
-from new_llm.evaluation.doctor import data_checks, forward_checks, memory_checks  # noqa: F401 - they register the checks
+from new_llm.evaluation.doctor import data_checks, model_checks  # noqa: F401 - they register the checks
 from new_llm.evaluation.doctor.registry import CHECKS, LEVELS, Check, Examination, Finding, skip
 from new_llm.evaluation.measure import Column, Measure, Subject
 from new_llm.formats import format_count

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,14 +16,14 @@ from new_llm.config.evaluation import DoctorConfig
 from new_llm.evaluation.measure import Subject, TrainingData
 from new_llm.evaluation.scoring import find_device
 from new_llm.models import TransformerLM
+from new_llm.testing import find_tolerance
 
 Level = Literal["ok", "warning", "fault", "skipped"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "fault", "skipped")
 PROBE_SEED = 0
 """Seeds every probe, so that randomness inside the model can't look like another fault."""
-TOLERANCE, ROUNDING_TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-3, 5e-2
-"""Allowed difference of what must be equal, as a share of the largest logit: of equal shapes; of others, and so another
-order of summation; of 16-bit weights."""
+NUM_ROWS, NUM_SEGMENTS = 3, 4
+"""Of a probe; `new_llm.testing` needs three rows and several segments."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,12 @@ class Check:
 
     Attributes:
         name: its name, for `--checks` and the report.
-        fault: the fault it looks for: the first line of its docstring.
         run: measures and judges.
         after: checks whose fault would make this one fail too, so that it is skipped.
         needs_data: whether it is skipped where the training data are unknown.
     """
 
     name: str
-    fault: str
     run: "CheckFunction"
     after: tuple[str, ...]
     needs_data: bool
@@ -74,9 +72,7 @@ CHECKS: dict[str, Check] = {}
 def register_check(
     name: str, *, after: tuple[str, ...] = (), needs_data: bool = False
 ) -> Callable[[CheckFunction], CheckFunction]:
-    """Decorator that adds a check function; the first line of its docstring says which fault it looks for.
-
-    `Check` says what the arguments mean.
+    """Decorator that adds a check function; `Check` says what the arguments mean.
 
     Raises:
         ValueError: a check in `after` is not registered yet, so it would run too late.
@@ -86,8 +82,7 @@ def register_check(
         raise ValueError(f"check {name}: {', '.join(late)} must be registered before it")
 
     def register(run: CheckFunction) -> CheckFunction:
-        looks_for = (inspect.getdoc(run) or "").partition("\n")[0].rstrip(".")
-        CHECKS[name] = Check(name, looks_for, run, after, needs_data)
+        CHECKS[name] = Check(name, run, after, needs_data)
         return run
 
     return register
@@ -108,14 +103,11 @@ class Examination:
     def __post_init__(self) -> None:
         num_tokens = self.subject.split.num_tokens
         if num_tokens < self._needed:
-            raise UserError(
-                f"doctor: the text has {num_tokens} tokens; at least {self._needed} are needed "
-                "(num_rows · num_segments · segment_tokens + 1)"
-            )
+            raise UserError(f"doctor: the text has {num_tokens} tokens; at least {self._needed} are needed")
 
     @property
     def _needed(self) -> int:
-        return self.config.num_rows * self.config.num_segments * self.config.segment_tokens + 1
+        return NUM_ROWS * NUM_SEGMENTS * self.config.segment_tokens
 
     @property
     def model(self) -> Any:
@@ -154,22 +146,14 @@ class Examination:
         """Whether the model has memory layers."""
         return self.own_model is not None and bool(self.own_model.memory_layers)
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        if self.own_model is not None:
-            return self.own_model.vocab_size
-        return int(self.model.model.get_input_embeddings().weight.shape[0])
-
-    def take_rows(self, num_rows: int, num_tokens: int, start: int = 0) -> Tensor:
+    def take_rows(self, num_rows: int, num_tokens: int) -> Tensor:
         """Real text as [num_rows, num_tokens], different in each row; a short text is repeated."""
-        places = (start + torch.arange(num_rows * num_tokens, device=self.device)) % len(self.tokens)
+        places = torch.arange(num_rows * num_tokens, device=self.device) % len(self.tokens)
         return self.tokens[places].view(num_rows, num_tokens)
 
-    def take_segments(self, num_rows: int | None = None, start: int = 0) -> Tensor:
-        """A probe of `num_segments` short segments, [num_rows, T]; one segment of a model that can't read more."""
-        rows, width = num_rows or self.config.num_rows, self.config.segment_tokens * self.config.num_segments
-        return self.take_rows(rows, width if self.own_model else min(width, self.model.segment_length), start)
+    def take_segments(self) -> Tensor:
+        """The beginning of the text as NUM_ROWS rows of NUM_SEGMENTS short segments, the last one cut short."""
+        return self.take_rows(NUM_ROWS, NUM_SEGMENTS * self.config.segment_tokens - 2)
 
     @contextlib.contextmanager
     def probing(self, *, segment_tokens: int | None = None, training: bool = False) -> Iterator[None]:
@@ -187,41 +171,33 @@ class Examination:
             for module, mode in modes:
                 module.training = mode
 
-    def compute_logits(self, input_ids: Tensor, *, seed: int = PROBE_SEED, **options: Any) -> Tensor:
-        """Logits [B, T, Z] in float32 or wider, read with the memory that is held."""
+    def read(self, input_ids: Tensor, *, seed: int = PROBE_SEED) -> Tensor:
+        """Logits [B, T, Z] in float32 or wider, read from an empty memory."""
         torch.manual_seed(seed)
-        if self.own_model is not None:
-            logits = self.model(input_ids, **options)
-        else:
-            logits = self.model.model(input_ids=input_ids, use_cache=False).logits
+        with self.model.fresh_memory(len(input_ids)):
+            logits = self.model(input_ids)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def count_rows(self, input_ids: Tensor) -> int | None:
-        """The rows of a memory that a batch of ids can write: None, one for all, where they can share it."""
-        return None if self.own_model is None or self.own_model.rows_can_share else len(input_ids)
+    def try_out(self, *checks: Callable[[Any, Tensor], None], ids: Tensor | None = None) -> str:
+        """What the first conformance check of `new_llm.testing` to fail says; empty: none does.
 
-    def read_fresh(self, input_ids: Tensor, *, fill: Tensor | None = None, per_row: bool = False) -> Tensor:
-        """Logits from an empty memory, or from one that has read `fill` [B, T'] first; one memory per row or shared."""
-        with self.model.fresh_memory(len(input_ids) if per_row else self.count_rows(input_ids)):
-            if fill is not None and self.has_memory:
-                torch.manual_seed(PROBE_SEED)
-                self.model(fill, update_memory=True)
-            return self.compute_logits(input_ids)
+        They read `take_segments()` in short segments, or `ids` [B, T] in those of the model.
+        """
+        with self.probing(segment_tokens=self.config.segment_tokens if ids is None else None):
+            try:
+                for check in checks:
+                    check(self.model, self.take_segments() if ids is None else ids)
+            except AssertionError as error:
+                return str(error)
+        return ""
 
     def allowed(self, logits: Tensor, *, is_rounded: bool = False) -> float:
-        """The difference from these logits that counts as rounding.
-
-        Args:
-            is_rounded: the compared shapes differ, and with them the order of summation.
-        """
-        is_half = next(iter(self.model.parameters())).dtype.itemsize < 4
-        share = HALF_TOLERANCE if is_half else ROUNDING_TOLERANCE if is_rounded else TOLERANCE
-        return share * max(1.0, float(logits.abs().max()))
+        """The difference from these logits that counts as rounding; `is_rounded` as in `find_tolerance`."""
+        dtype = next(iter(self.model.parameters())).dtype
+        return find_tolerance(dtype, is_rounded=is_rounded) * max(1.0, float(logits.abs().max()))
 
 
 def find_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors; 0 if they are empty, infinite if either holds NaN or infinity."""
-    if not a.numel():
-        return 0.0
+    """The largest difference of two tensors; infinite if either holds NaN or infinity."""
     value = float((a.double() - b.double()).abs().max())
-    return value if np.isfinite(value) else float("inf")
+    return value if math.isfinite(value) else math.inf
