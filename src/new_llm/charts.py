@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import ascii_lowercase
 from typing import Any
 
 # The report replaces these colours by its own variables, one set for each theme. After Okabe and Ito, darkened for
@@ -32,7 +31,6 @@ BAR_STEP, CELL_STEP = 24, 30
 MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
 MAX_TOOLTIPS = 24
 MAX_LABELLED_CELLS, MAX_LABELLED_COLUMNS = 150, 12
-MAX_LETTERED = 12  # varieties of a point chart
 MAX_LABEL, LETTER_WIDTH = 220, 8.6
 
 Row = dict[str, Any]
@@ -202,7 +200,6 @@ def point_chart(
     y: str,
     series: str,
     owner: str | None = None,
-    after: str | None = None,
     low: str | None = None,
     high: str | None = None,
     x_title: str = "",
@@ -212,16 +209,11 @@ def point_chart(
 ) -> Chart:
     """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
-    A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour and number, with
-    a letter that the caption explains (of many: none), joined by a thin line to it, or to the row that `after` names. A
-    logarithmic x-axis has base 10; rows that have no place on it are left out.
+    A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour, joined to it by
+    a thin line, whose name and interval its tooltip tells. A logarithmic x-axis has base 10; rows that have no place on
+    it are left out.
     """
     owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
-    parts = [_name(row, series).removeprefix(_name(row, owner)).strip() for row in rows if _name(row, owner)]
-    varieties, is_crowded = list(dict.fromkeys(parts)), len(parts) > MAX_LETTERED
-    if parts and not is_crowded:
-        letters = (f"{letter}: {one}" for letter, one in zip(ascii_lowercase, varieties, strict=False))
-        caption = f"{caption} {', '.join(letters)}."
     drawn: list[Row] = []
     known: dict[str, Row] = {}
     for row in rows:
@@ -232,10 +224,8 @@ def point_chart(
         number = str(owners.index(owned or named) + 1)
         point = {"x": across, "y": up, "number": number, "size": 70, **_find_ends(row, low, high, is_log=False)}
         if owned:
-            letter = ascii_lowercase[varieties.index(named.removeprefix(owned).strip()) % len(ascii_lowercase)]
-            point |= {"number": "" if is_crowded else number + letter, "size": 25}
-            base = known.get(_name(row, after)) or known.get(owned)
-            point |= {"from_x": base["x"], "from_y": base["y"]} if base else {}
+            point |= {"number": "", "size": 25}
+            point |= {"from_x": known[owned]["x"], "from_y": known[owned]["y"]} if owned in known else {}
         known[named] = point
         point["series"] = f"{number} {owned or named}"
         drawn.append(point | {"tip": f"{named}: {_say_value(point, '')} at {_say(across)} {x_title}"})
@@ -248,13 +238,12 @@ def point_chart(
     layers: list[Row] = []
     if any("from_x" in point for point in drawn):
         ends = {"x": horizontal | {"field": "from_x"}, "x2": {"field": "x"}, "y": height | {"field": "from_y"}}
-        mark = {"type": "rule", "strokeWidth": 1, "opacity": 0.25 if is_crowded else 0.5, "aria": False}
+        mark = {"type": "rule", "strokeWidth": 1, "opacity": 0.4, "aria": False}
         joined = {"transform": [{"filter": "isValid(datum.from_x)"}], "mark": mark}
         layers.append(joined | {"encoding": ends | {"y2": {"field": "y"}}})
     if any("low" in point for point in drawn):
         ends = {"y": height | {"field": "low"}, "y2": {"field": "high"}}
-        # Of many varieties the intervals are in their tooltips.
-        shown: Row = {"transform": [{"filter": "datum.size > 25"}]} if is_crowded else {}
+        shown = {"transform": [{"filter": "datum.size > 25"}]}
         layers.append(shown | {"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
     # Hollow marks show where they cover one another, and that of the last shape, a stroke, is seen at all.
     marks = {"type": "point", "filled": False, "strokeWidth": 2, "opacity": 1}
@@ -288,7 +277,6 @@ def bar_chart(
     low: str | None = None,
     high: str | None = None,
     y_title: str = "",
-    y_log: bool = False,
     y_format: str = "",
     reference: float | None = None,
     is_dotted: bool = False,
@@ -296,17 +284,15 @@ def bar_chart(
 ) -> Chart:
     """Bars with their values beside them, or dots with intervals; lying, so that long names can be read.
 
-    `x` are labels, one place each; without `series` each place has a colour of its own. `is_dotted`, as on a
-    logarithmic
-    axis, draws dots, whose axis need not begin at zero.
+    `x` are labels, one place each; without `series` each place has a colour of its own. `is_dotted` draws dots, whose
+    axis need not begin at zero.
     """
-    is_dotted = is_dotted or y_log
     found = []
     for row in rows:
-        value = _number(row.get(y), is_log=y_log)
+        value = _number(row.get(y))
         if value is not None:
             place = {"label": _name(row, x), "series": _name(row, series or x)}
-            found.append(place | {"y": value, **_find_ends(row, low, high, is_log=y_log)})
+            found.append(place | {"y": value, **_find_ends(row, low, high, is_log=False)})
     drawn = _average(found, ("label", "series"))
     for bar in drawn:
         bar["text"] = _format(bar["y"], y_format)
@@ -319,8 +305,8 @@ def bar_chart(
         "field": "y",
         "type": "quantitative",
         "title": y_title or None,
-        "scale": _scale(y_log, zero=not is_dotted) | {"padding": 24},
-        "axis": _label_axis([bar["y"] for bar in drawn], y_format, base=10 if y_log else None),
+        "scale": _scale(False, zero=not is_dotted) | {"padding": 24},
+        "axis": _label_axis([bar["y"] for bar in drawn], y_format),
     }
     encoding: Row = {
         "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}}
@@ -526,11 +512,8 @@ def _say_value(point: Row, format_spec: str) -> str:
 
 
 def _format(value: float, format_spec: str) -> str:
-    """A number as d3 would write it; Python reads the same language but for "s", thousands, millions and billions."""
-    if format_spec.endswith("s"):
-        power = min(4, max(0, int(math.log10(abs(value)) // 3))) if abs(value) >= 1 else 0
-        return f"{value / 1000**power:.3g}{('', 'k', 'M', 'G', 'T')[power]}"
-    return format(value, format_spec) if format_spec and "~" not in format_spec else _say(value)
+    """A number as d3 would write it, whose language Python reads too."""
+    return format(value, format_spec) if format_spec else _say(value)
 
 
 def _say(value: float) -> str:

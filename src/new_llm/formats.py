@@ -26,6 +26,11 @@ def format_count(value: float | None) -> str:
     return _format_special(value) or f"{value:,.0f}"
 
 
+def format_plural(count: int, thing: str) -> str:
+    """So many things: 1 document, 2 documents."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def format_short(value: float | None) -> str:
     """A count in thousands, millions or billions: 70.4M."""
     return _format_special(value) or _scale(value or 0.0, 1000.0, ("", "k", "M", "B", "T"), "")

@@ -64,20 +64,15 @@ def check(result, losses, protocol):
 
 @pytest.mark.parametrize(("context", "stride"), [(16, 4), (16, 15), (7, 3), (200, 50), (2, 1)])
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_sliding_window_equals_a_naive_loop(context, stride, batch_size):
+def test_sliding_window_and_independent_equal_naive_loops(context, stride, batch_size):
     model = BigramModel()
     result = evaluate_sliding_window(model, SPLIT, context=context, stride=stride, batch_size=batch_size)
     check(result, naive_sliding(model, DOCUMENTS, context, stride), "sliding")
     assert (result.context, result.stride) == (context, stride)
-    assert result.num_tokens == NUM_SCORED
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_independent_equals_a_naive_loop(batch_size):
-    model = BigramModel()
+    model = BigramModel(segment_length=context)
     result = evaluate_independent(model, SPLIT, batch_size=batch_size)
     check(result, naive_independent(model, DOCUMENTS), "independent")
-    assert (result.context, result.stride, result.num_tokens) == (8, 8, NUM_SCORED)
+    assert (result.context, result.stride, result.num_tokens) == (context, context, NUM_SCORED)
 
 
 @settings(deadline=None, max_examples=25)
@@ -286,10 +281,3 @@ def test_rolling_scores_every_token(batch_size):
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
     assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / SPLIT.num_bytes.sum(), rel=1e-9)
     assert (result.protocol, result.context, result.prefix_token) == ("rolling", 24, PREFIX)
-
-
-def test_rolling_cuts_whole_documents_and_needs_a_token():
-    result = evaluate_rolling(BigramModel(), SPLIT, context=24, prefix_token=PREFIX, batch_size=2, max_tokens=45)
-    assert result.num_tokens == 37 + 1 + 2
-    with pytest.raises(UserError, match="nothing to score"):
-        evaluate_rolling(BigramModel(), make_split([[]]), context=24, prefix_token=PREFIX, batch_size=2)

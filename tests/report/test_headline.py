@@ -78,7 +78,7 @@ def test_several_seeds_are_paired_by_seed_and_document():
     for results in seeds:
         share_documents(results, [3.0], [2.9])
     said = compare(*seeds)
-    assert "Only 1 document was measured, too few for an interval of the difference. Seeds: 3" in said
+    assert "3 seeds and 1 document: too few for an interval." in said
     assert "[" not in said
 
 

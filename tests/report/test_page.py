@@ -21,7 +21,6 @@ CHARTS = {
     "memory-usage-infini",
     "validation",
     "training-loss",
-    "cost-tokens-s",
     "gates",
     "gates-training",
 }
@@ -101,7 +100,6 @@ def test_hostile_text_is_shown_and_not_obeyed(results, tmp_path):
     results["models"][1]["gates"] = {hostile: [0.5]}
     results["models"][1]["options"] = {hostile: hostile}
     results["models"][0]["evaluation"]["sliding"]["verdict"] = dict.fromkeys(("level", "range", "text"), hostile)
-    results["models"][0]["memory_info"]["per_layer"][0]["kind"] = hostile
     results["data"][hostile] = {"source": hostile, "notes": [hostile]}
     results["config"][hostile] = hostile
     results["environment"]["processor"] = hostile

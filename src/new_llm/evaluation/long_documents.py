@@ -44,7 +44,7 @@ from new_llm.evaluation.statistics import (
     compare_models,
     estimate_perplexity,
 )
-from new_llm.formats import WAYS, format_count, format_percent, format_size, name_range
+from new_llm.formats import WAYS, format_count, format_percent, format_plural, format_size, name_range
 
 CARRIED, RESET, FOREIGN = "carried", "reset", "foreign"
 
@@ -452,8 +452,7 @@ class LongDocuments(Measure):
             if way in overall["differences"]
         ]
         value = overall["perplexity"][CARRIED]["value"]
-        number = result["num_documents"]
-        opening = f"perplexity of {number} long document{'s' if number > 1 else ''}"
+        opening = f"perplexity of {format_plural(result['num_documents'], 'long document')}"
         if not parts:
             return f"{opening} {value:,.2f}"
         return f"{opening} with the memory carried {value:,.2f}: {', '.join(parts)}"

@@ -63,12 +63,10 @@ def find_half_share(values: NDArray[np.float64]) -> float | None:
 def list_candidates(logits: Tensor, tokenizer: Tokenizer, previous: Sequence[int], number: int) -> list[Any]:
     """The likeliest tokens after each position: [[text, probability], …]."""
     top = logits.float().softmax(-1).topk(min(number, logits.shape[-1]), dim=-1)
+    found = zip(previous, top.indices.tolist(), _round(top.values), strict=True)
     return [
-        [
-            [continue_text(tokenizer, [last], [token]), round(share, DIGITS)]
-            for token, share in zip(ids, shares, strict=True)
-        ]
-        for last, ids, shares in zip(previous, top.indices.tolist(), top.values.tolist(), strict=True)
+        [[continue_text(tokenizer, [last], [token]), share] for token, share in zip(ids, shares, strict=True)]
+        for last, ids, shares in found
     ]
 
 
@@ -114,10 +112,14 @@ def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[in
             details[segment] = {
                 "carried": list_candidates(carried, subject.tokenizer, previous, num_candidates),
                 "emptied": list_candidates(emptied, subject.tokenizer, previous, num_candidates),
-                "gate": torch.cat([*gates.values()], -1).mean(-1).tolist() if gates else None,
-                "selection": torch.stack(shares, 1).tolist() if shares else None,
+                "gate": _round(torch.cat([*gates.values()], -1).mean(-1)) if gates else None,
+                "selection": _round(torch.stack(shares, 1)) if shares else None,
             }
     return details
+
+
+def _round(values: Tensor) -> list[Any]:
+    return np.round(values.cpu().double().numpy(), DIGITS).tolist()
 
 
 def continue_document(subject: Subject, document: NDArray[Any]) -> dict[str, Any] | None:
@@ -255,10 +257,8 @@ def describe_passage(
                 "emptied": float(losses["emptied"][place]),
                 "with_memory": details["carried"][place - begin],
                 "without": details["emptied"][place - begin],
-                "gate": None if details["gate"] is None else round(details["gate"][place - begin], DIGITS),
-                "selection": None
-                if details["selection"] is None
-                else [[round(share, DIGITS) for share in shares] for shares in details["selection"][place - begin]],
+                "gate": details["gate"] and details["gate"][place - begin],
+                "selection": details["selection"] and details["selection"][place - begin],
             }
         )
     return {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import numpy as np
 
@@ -37,8 +37,7 @@ from new_llm.evaluation.statistics import DocumentLosses, LossSums, find_cluster
 from new_llm.formats import format_count
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a perplexity in some range most likely means, and what to do about it: advice, never a stop.
 
     `level` is abnormal, suspicious, normal, training or undertrained.
@@ -49,38 +48,21 @@ class Verdict:
     text: str
 
 
-# A perplexity below the number gets the verdict beside it.
+OVER_1000 = math.nextafter(1000.0, math.inf)
 _VERDICTS = (
+    (5.0, "abnormal", "< 5", "the model sees what it is to predict, by a leak or a mask bug: run new-llm eval doctor"),
+    (30.0, "suspicious", "5–30", "overfit, or trained on this text: compare both losses, and run new-llm eval doctor"),
+    (100.0, "normal", "30–100", "normal for small data: for less, train on more text"),
+    (500.0, "normal", "100–500", "normal for a model trained from scratch: for less, train longer"),
+    (OVER_1000, "training", "500–1000", "still training: train more epochs, or with a higher learning rate"),
     (
-        5.0,
-        Verdict(
-            "abnormal",
-            "< 5",
-            "the model sees the tokens it is to predict: run new-llm eval doctor, and look for a leak or a mask bug",
-        ),
-    ),
-    (
-        30.0,
-        Verdict(
-            "suspicious",
-            "5–30",
-            "overfit, or the text was in training: compare training and validation loss, and check the splits with "
-            "new-llm eval doctor",
-        ),
-    ),
-    (100.0, Verdict("normal", "30–100", "normal for small data: for less, train on more text")),
-    (500.0, Verdict("normal", "100–500", "normal for a model trained from scratch: for less, train longer")),
-    (
-        math.nextafter(1000.0, math.inf),
-        Verdict("training", "500–1000", "still training: train more epochs, or with a higher learning rate"),
+        math.inf,
+        "undertrained",
+        "> 1000",
+        "undertrained: train longer; if its training loss is low, run new-llm eval doctor",
     ),
 )
-_UNDERTRAINED = Verdict(
-    "undertrained",
-    "> 1000",
-    "undertrained: train more epochs, on more text or with a higher learning rate; if the training loss is far lower, "
-    "check weights and labels with new-llm eval doctor",
-)
+"""A perplexity below the number gets the verdict behind it."""
 _NOT_FINITE = Verdict("abnormal", "not finite", "training diverged: lower the learning rate, or train in fp32")
 
 
@@ -89,9 +71,7 @@ def diagnose_perplexity(perplexity: float) -> Verdict:
 
     A bound belongs to the range above it (30 is "30–100"), except 1000, which is "500–1000".
     """
-    if not math.isfinite(perplexity):
-        return _NOT_FINITE
-    return next((verdict for bound, verdict in _VERDICTS if perplexity < bound), _UNDERTRAINED)
+    return next((Verdict(*verdict) for bound, *verdict in _VERDICTS if perplexity < bound), _NOT_FINITE)
 
 
 @dataclass(frozen=True)
@@ -278,7 +258,7 @@ class Perplexity(Measure):
         """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same split."""
         result = self.evaluate(subject, subject.reading)
         return result.to_dict() | {
-            "verdict": dataclasses.asdict(diagnose_perplexity(result.perplexity)),
+            "verdict": diagnose_perplexity(result.perplexity)._asdict(),
             "unigram_perplexity": unigram_perplexity(subject.split),
         }
 

@@ -401,19 +401,12 @@ def encode_text(tokenizer: Any, text: str) -> np.ndarray:
 
 
 def _check_size(pairs: Sequence[ReversalPair], max_sentences: int) -> None:
-    needed = dict.fromkeys((pair.relation for pair in pairs), 0)
-    for direction in ("forward", "backward"):
-        parts = [(pair.relation, f"{direction}_{part}", pair) for pair in pairs for part in ("prompt", "answer")]
-        texts = {(relation, name, getattr(pair, name)) for relation, name, pair in parts}
-        counts = Counter((relation, name) for relation, name, _ in texts)
-        for relation in needed:
-            needed[relation] += counts[relation, f"{direction}_prompt"] * counts[relation, f"{direction}_answer"]
-    if sum(needed.values()) > max_sentences:
+    needed = {relation: 2 * count**2 for relation, count in Counter(pair.relation for pair in pairs).items()}
+    if (total := sum(needed.values())) > max_sentences:
         largest = max(needed, key=lambda name: needed[name])
         raise UserError(
-            f"reversal: {sum(needed.values()):,} prompts with answers, {needed[largest]:,} of them of the relation "
-            f"{largest[:40]!r}; at most {max_sentences:,} are scored: draw fewer by --pairs-per-relation, or raise "
-            "--max-sentences"
+            f"reversal: {total:,} prompts with answers, {needed[largest]:,} of them of the relation {largest[:40]!r}; "
+            f"at most {max_sentences:,} are scored: draw fewer by --pairs-per-relation, or raise --max-sentences"
         )
 
 
@@ -427,13 +420,11 @@ def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> lis
     for relation, prompt, answer in parts:
         right.setdefault((relation, prompt), set()).add(answer)
         answers.setdefault(relation, {})[answer] = None
-    return [
-        (
-            prompt,
-            [prompt + answer, *(prompt + other for other in answers[relation] if other not in right[relation, prompt])],
-        )
-        for relation, prompt, answer in parts
-    ]
+    found: list[tuple[str, list[str]]] = []
+    for relation, prompt, answer in parts:
+        wrong = [other for other in answers[relation] if other not in right[relation, prompt]]
+        found.append((prompt, [prompt + other for other in (answer, *wrong)]))
+    return found
 
 
 def _score_texts(

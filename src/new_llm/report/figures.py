@@ -11,7 +11,7 @@ from typing import Any
 import vl_convert
 
 from new_llm import charts
-from new_llm.charts import PALETTE, SHAPES, Chart, bar_chart, heat_chart, line_chart
+from new_llm.charts import PALETTE, SHAPES, Chart, heat_chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.files import read_address_limit, write_atomically, write_text_atomically
 from new_llm.config.terminal import hide_home
@@ -241,7 +241,7 @@ def draw_curves(
 
 
 def draw_training(series: Sequence[Series]) -> list[Chart]:
-    """Validation, training loss, and costs."""
+    """Validation and training loss."""
 
     def between(key: str, least: float, most: float) -> Callable[[Line], float | None]:
         def find(line: Line) -> float | None:
@@ -271,30 +271,7 @@ def draw_training(series: Sequence[Series]) -> list[Chart]:
             y_title="loss, nats per token",
             is_smooth=True,
         ),
-        *draw_costs(series),
     ]
-
-
-COSTS = (
-    ("tokens/s", "training tokens/s", ("training", "tokens_per_second")),
-    ("time", "seconds of training", ("training", "seconds")),
-    ("CPU time", "processor seconds of training", ("training", "cpu_seconds")),
-    ("peak memory", "bytes, the most while training", ("training", "peak_memory_bytes")),
-    ("parameters", "parameters", ("num_parameters", "total")),
-    ("memory", "bytes of memory carried from segment to segment, per row", ("memory_info", "total_bytes")),
-    ("state", "numbers that a stream keeps to read on, per row", ("cost", "state_numbers")),
-    ("FLOPs", "FLOPs per token, forward", ("cost", "flops_per_token")),
-)
-
-
-def draw_costs(series: Sequence[Series]) -> Iterator[Chart]:
-    """Speed, time, memory and size, a view each."""
-    caption = "What each model costs on the machine named below."
-    for view, y_title, keys in COSTS:
-        rows = [{"model": one.name, view: value} for one in series for value in one.collect(*keys) if value >= 0]
-        if any(row[view] for row in rows):
-            name = f"cost-{view}"
-            yield bar_chart(name, "Cost", caption, rows, x="model", y=view, y_title=y_title, y_format=".3~s", view=view)
 
 
 def draw_memory(series: Sequence[Series]) -> list[Chart]:

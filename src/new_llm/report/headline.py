@@ -7,8 +7,9 @@ from typing import Any
 
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
-from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, MIN_DOCUMENTS, Comparison
-from new_llm.formats import format_count, format_number, format_size
+from new_llm.evaluation.scoring import exp_or_inf
+from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, Comparison
+from new_llm.formats import format_count, format_number, format_plural, format_size
 from new_llm.report.results import (
     BROKEN,
     Member,
@@ -25,7 +26,6 @@ from new_llm.report.results import (
 )
 
 SAME_SHARE = 0.0005
-MAX_VALUE = 1e12  # beyond it a model broke, and seeds can't be compared
 TOKENIZERS = "they were measured with different tokenizers"
 # Where it stands what models were measured on, and what to say where it differs.
 SOURCE = (("data", "source_fingerprint"), "they were measured on different texts")
@@ -104,9 +104,7 @@ def _describe_memory(series: Sequence[Series]) -> str:
     effects = {way: compare(own, own, ("long", "carried"), ("long", way)) for way in ("reset", "foreign")}
     if effects["reset"] is None:
         return ""
-    num_documents = effects["reset"].num_documents
-    documents = "document" if num_documents == 1 else "documents"
-    text = f"On {num_documents} long held-out {documents}, {best.name}'s memory "
+    text = f"On {format_plural(effects['reset'].num_documents, 'long held-out document')}, {best.name}'s memory "
     text += f"{_say_effect(effects['reset'])} against an empty one"
     if (foreign := effects["foreign"]) is not None:
         is_alike = (foreign.nats < 0) == (effects["reset"].nats < 0)
@@ -242,36 +240,27 @@ def pair_members(one: Series, other: Series) -> list[tuple[Member, Member]]:
 
 def describe_difference(best: Score, second: Score, place: Place) -> str:
     """The difference of two models, paired by seed and document."""
-    pairs, name = pair_members(best.series, second.series), second.series.name
-    single = [score.series.name for score in (best, second) if len(score.values) == 1]
-    if len(single) == 1 and len(pairs) < 2:
-        return f"{single[0]} was trained with one seed, so the spread between seeds can't be told from the difference."
-    if len(single) < 2 and not pairs:
-        return f"{best.series.name} and {name} share no seeds, so their difference has no paired interval."
-    if max(*best.values.values(), *second.values.values()) > MAX_VALUE:
-        return "A figure is too large to compare seeds."
-    unmeasured = " Each model was trained with one seed, so the spread between seeds is unmeasured."
-    unmeasured = unmeasured if len(single) == 2 else ""
+    single = min(len(score.values) for score in (best, second)) == 1
+    unmeasured = " With one seed per model, the spread between seeds is unmeasured." if single else ""
     found = compare(_list_at(best.series, place), _list_at(second.series, place), (place[0], ""))
     if found is None:
-        return unmeasured.strip() or "The difference has no interval: the documents are not known, or differ by seed."
-    if found.low is None and found.num_documents < MIN_DOCUMENTS:
-        were = "document was" if found.num_documents == 1 else "documents were"
-        few = f"Only {found.num_documents} {were} measured, too few for an interval of the difference."
-        return f"{few}{unmeasured or f' Seeds: {found.num_seeds}, all on the same documents.'}"
-    said = f"The difference from {name} is {math.expm1(found.nats):+.1%}"
-    if found.low is None or found.high is None:
-        return f"{said}; of {found.num_seeds} seeds it has no interval."
-    many, by = f"{found.num_documents} documents", "document"
+        return f"The difference has no interval: no seed and documents are shared.{unmeasured}"
+    value, low, high = found.relative
+    said, many = (
+        f"The difference from {second.series.name} is {value:+.1%}",
+        format_plural(found.num_documents, "document"),
+    )
+    by = "document"
     if found.num_seeds > 1:
         many, by = f"{found.num_seeds} seeds and {many}", "seed and document"
-    said += f" [{math.expm1(found.low):+.1%}, {math.expm1(found.high):+.1%}] (95% interval over {many}, paired by {by})"
-    return f"{said}: {_judge(found)}.{unmeasured}"
+    if low is None or high is None:
+        return f"{said}; {many}: too few for an interval.{unmeasured}"
+    return f"{said} [{low:+.1%}, {high:+.1%}] (95% interval over {many}, paired by {by}): {_judge(found)}.{unmeasured}"
 
 
 def _judge(found: Comparison) -> str:
     if not found.is_clear:
-        seen = math.expm1(found.smallest_visible or 0)
+        seen = exp_or_inf(found.smallest_visible or 0) - 1
         return f"chance could explain it, so read it as a tie (a difference of {seen:.1%} would have been seen)"
     if 1 < found.num_seeds < MIN_CLAIM_SEEDS:
         return f"more than chance explains, but an indication only: a claim needs {MIN_CLAIM_SEEDS} seeds"

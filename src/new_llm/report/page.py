@@ -33,7 +33,6 @@ from new_llm.report.results import (
     describe,
     draw_measure,
     get_entries,
-    get_gates,
     get_number,
     get_text,
     get_value,
@@ -147,7 +146,6 @@ def render_page(
         sections=list_sections(series, charts, with_figures=with_figures),
         training=list_training(series),
         compute_note=COMPUTE_NOTE,
-        layers=list_layers(series),
         differences=list_differences(series),
         evaluations=[(run.name, one, describe(one)) for run in runs for one in run.evaluations],
         origins=[describe_origin(run) for run in runs],
@@ -196,7 +194,6 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]], *,
     """The page's parts that have something to show."""
     places = {one.name: one.index for one in series}
     sections: list[Section] = []
-    taken: set[str] = {"summary", "layers", "differences", "evaluations", "reproduce", "theme"}
     for number, ((measure, text), drawn) in enumerate(charts.items()):
         if measure in MEASURES:
             title = make_line(MEASURES[measure].title)
@@ -209,28 +206,28 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]], *,
             for member in one.members
             if (found := member.list_measured().get((measure, text))) and (sentence := describe(found))
         ]
-        shown = list_shown(drawn, places, taken, with_figures=with_figures)
+        shown = list_shown(drawn, places, with_figures=with_figures)
         found = list_texts(list_results(series, (measure, text)), (measure, text))
         texts = [
             (view, [one for one in found if one.view == view]) for view in dict.fromkeys(one.view for one in found)
         ]
         if shown or sentences or texts:
-            sections.append(Section(f"section-{number}", title, shown, sentences, texts))
+            sections.append(Section(f"section_{number}", title, shown, sentences, texts))
     order = {"Training": 1, "Memory": 2}
     return sorted(sections, key=lambda section: order.get(section.title, 0))
 
 
-def list_shown(charts: Sequence[Chart], places: dict[str, int], taken: set[str], *, with_figures: bool) -> list[Figure]:
+def list_shown(charts: Sequence[Chart], places: dict[str, int], *, with_figures: bool) -> list[Figure]:
     """The figures of some charts, those of one title together; what can't be drawn is left out.
 
-    `places` are the models' places; the figures' names are added to `taken`, the page's ids so far.
+    `places` are the models' places.
     """
     groups = groupby(charts, lambda chart: chart.title)
-    figures = [_make_figure(list(same), places, taken, with_figures=with_figures) for _, same in groups]
+    figures = [_make_figure(list(same), places, with_figures=with_figures) for _, same in groups]
     return [figure for figure in figures if figure.views]
 
 
-def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str], *, with_figures: bool) -> Figure:
+def _make_figure(charts: Sequence[Chart], places: dict[str, int], *, with_figures: bool) -> Figure:
     views = []
     for chart in charts:
         try:  # a user's own specification perhaps
@@ -246,11 +243,7 @@ def _make_figure(charts: Sequence[Chart], places: dict[str, int], taken: set[str
         key = [(make_line(name), *_draw_mark(place)) for name, place in figures.place_series(chart, places).items()]
         views.append(View(label, svg, other, chart.is_log, csv, chart.name, files, key))
     first = charts[0]
-    name, number = first.name, 2
-    while name in taken or name.startswith("section-"):
-        name, number = f"{first.name}-{number}" if number > 2 else f"figure-{first.name}", number + 1
-    taken.add(name)
-    return Figure(name, make_line(first.title), make_line(first.caption), views)
+    return Figure(first.name, make_line(first.title), make_line(first.caption), views)
 
 
 # Marks of the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.
@@ -305,37 +298,6 @@ def list_training(series: Sequence[Series]) -> list[dict[str, Any]]:
                 row |= {"loss": losses[-1] if losses else None, "name": one.name, "stopped": stopped}
                 rows.append(row | {"seed": get_text({"seed": member.seed}, "seed")})
     return rows
-
-
-def list_layers(series: Sequence[Series]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Parameters, state and gates of each model's parts."""
-    models = []
-    for one in series:
-        entry = one.members[0].entry
-        parameters = get_value(entry, "num_parameters")
-        memories = {get_number(item, "layer"): item for item in get_entries(entry, "memory_info", "per_layer")}
-        gates = get_gates(entry)
-        counts = get_value(parameters, "per_layer")
-        counts = counts if isinstance(counts, list) else []
-        parts = [
-            {
-                "name": f"layer {index}",
-                "kind": get_text(memories.get(index), "kind"),
-                "parameters": get_number({"n": count}, "n"),
-                "bytes": get_number(memories.get(index), "bytes"),
-                "gates": ", ".join(f"{gate:.2f}" for gate in gates.get(f"layers.{index}", [])),
-            }
-            for index, count in enumerate(counts)
-        ]
-        for key in ("embedding", "lm_head", "total"):
-            size = get_number(entry, "memory_info", "total_bytes") if key == "total" else None
-            if (count := get_number(parameters, key)) is not None:
-                parts.append(
-                    {"name": key.replace("lm_", ""), "kind": "", "parameters": count, "bytes": size, "gates": ""}
-                )
-        if parts:
-            models.append((one.name, parts))
-    return models
 
 
 def flatten_facts(entry: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from new_llm.charts import Chart, ComparedText, ShadedText
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
@@ -257,12 +259,9 @@ def compute_mean(values: Sequence[float]) -> float:
 
 
 def compute_spread(values: Sequence[float]) -> float:
-    """The standard deviation of at least two finite numbers; infinite where a float can't hold it."""
-    mean = compute_mean(values)
-    most = max(abs(value - mean) for value in values)
-    if most in (0.0, math.inf):
-        return most
-    return most * math.sqrt(math.fsum(((value - mean) / most) ** 2 for value in values) / (len(values) - 1))
+    """The standard deviation of at least two finite numbers; not finite where a float can't hold it."""
+    with np.errstate(all="ignore"):
+        return float(np.std(values, ddof=1))
 
 
 def is_seed(value: Any) -> bool:

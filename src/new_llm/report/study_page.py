@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from new_llm.charts import Chart, bar_chart, line_chart, point_chart
+from new_llm.charts import Chart, line_chart, point_chart
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, ModelResult
@@ -41,16 +41,15 @@ def write_study_page(
 
 
 def render_study(summary: Mapping[str, Any], charts: Sequence[Chart], *, with_figures: bool) -> str:
-    """The page's text. Charts of a table's columns are left out: the tables are there."""
+    """The page's text."""
     places = {name: place for place, name in enumerate(summary["variants"])}
-    shown = [chart for chart in charts if chart.title not in summary["tables"]]
     return fill_template(
         STUDY_PAGE,
         with_figures=with_figures,
         title=make_line(summary["name"]),
         question=make_line(summary["question"]),
         num_seeds=summary["num_seeds"],
-        figures=list_shown(shown, places, set(), with_figures=with_figures),
+        figures=list_shown(charts, places, with_figures=with_figures),
         tables=[(make_line(title), *list_cells(summary, title)) for title in summary["tables"]],
     )
 
@@ -60,14 +59,14 @@ ENDS = ("mean", "low", "high")
 
 def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -> list[Chart]:
     """All charts of a study's summary and finished runs; what is gained at which cost comes first."""
-    return [*draw_against_cost(summary), *draw_checkpoints(summary), *draw_figures(summary), *draw_measures(found)]
+    return [*draw_against_cost(summary), *draw_checkpoints(summary), *draw_measures(found)]
 
 
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
     """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
 
-    Caches that were measured around a model stand beside it, each with the bytes that it stores, those of states as a
-    curve: they are what a memory has to beat. Other caches are shown for the reference and baselines alone.
+    Caches that were measured around a model stand beside it, each with the bytes that it stores: they are what a memory
+    has to beat. Caches of n-grams are shown for the reference and baselines alone.
     """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (
@@ -76,10 +75,9 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
         "without are left out); processor seconds are those of training, without evaluation."
     )
     with_caches = (
-        " Small points are a model with an untrained cache around it, those of more and more states joined by a line: "
-        "what the cache is worth on long documents, taken from the model's own figure (of one seed, with its interval "
-        "over documents). A cache adds what it stores to state and memory, N states and the tokens after them, and "
-        "for n-grams the tokens of the longest document."
+        " Small points are a model with an untrained cache around it: what the cache is worth on long documents, taken "
+        "from the model's own figure (of one seed, with its interval over documents). A cache adds what it stores to "
+        "state and memory, N states and the tokens after them, and for n-grams the tokens of the longest document."
     )
     charts, with_points = [], {summary["reference"], *summary["baselines"]}
     for cost in (STATE, MEMORY, CPU_SECONDS):
@@ -90,16 +88,13 @@ def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
                 if not figure or not place:
                     continue
                 rows.append({"variant": name, cost: place["mean"], **{end: figure[end] for end in ENDS}})
-                after = name
                 for cache, found in entry["caches"].items() if metric.endswith(STREAMING_BITS) else ():
-                    is_states = cache.endswith("states")
-                    if not is_states and name not in with_points:
+                    if not cache.endswith("states") and name not in with_points:
                         continue
                     spent = place["mean"] + (found["bytes"] if cost != CPU_SECONDS else 0)
                     rows.append({"variant": f"{name} {cache}", cost: spent, **{end: found[end] for end in ENDS}})
-                    rows[-1] |= {"around": name, "after": after if is_states else name}
-                    after = rows[-1]["variant"] if is_states else after
-            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around", "after": "after"}
+                    rows[-1]["around"] = name
+            axes: dict[str, Any] = {"x": cost, "y": "mean", "series": "variant", "owner": "around"}
             axes |= {"low": "low", "high": "high", "x_title": cost, "y_title": metric, "x_log": cost != CPU_SECONDS}
             said = caption + with_caches if any("around" in row for row in rows) else caption
             charts.append(
@@ -125,22 +120,6 @@ def draw_checkpoints(summary: Mapping[str, Any]) -> list[Chart]:
     axes |= {"x_title": "training tokens", "y_title": "nats per token", "reference": 0.0}
     title = "Differences along the training"
     return [line_chart(f"along-{key}", title, caption, some, **axes, view=key) for key, some in rows.items()]
-
-
-def draw_figures(summary: Mapping[str, Any]) -> list[Chart]:
-    """Each column of the study's tables: a dot per variant with its interval."""
-    charts = []
-    for table, metrics in summary["tables"].items():
-        for metric in metrics:
-            rows = [
-                {"variant": name, **{end: figure[end] for end in ("mean", "low", "high", "num_seeds")}}
-                for name, entry in summary["variants"].items()
-                if (figure := entry["figures"].get(metric)) is not None
-            ]
-            caption = "The mean over seeds and its 95% interval (Student's t; of one seed, over documents)."
-            axes = {"x": "variant", "y": "mean", "low": "low", "high": "high", "y_title": metric}
-            charts.append(bar_chart(f"figure-{metric}", table, caption, rows, **axes, is_dotted=True, view=metric))
-    return charts
 
 
 def draw_measures(found: Mapping[str, Sequence[Run]]) -> list[Chart]:

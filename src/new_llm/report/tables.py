@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from textwrap import wrap
 from typing import Any, Literal, Self
 
-from rich.console import Console, ConsoleOptions
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
-from new_llm.config.terminal import PLAIN, make_line
+from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
 from new_llm.formats import (
     MISSING,
@@ -178,22 +180,18 @@ def _mark_best(cells: list[Cell], better: Literal["lower", "higher"]) -> list[Ce
 
 
 class SummaryTable:
-    """What rich prints of a run: its summary in tables as wide as the console, and what they say.
-
-    Where the console's encoding has no other characters, all is ASCII.
-    """
+    """What rich prints of a run: its summary in tables as wide as the console, and what they say."""
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.run = make_run(results)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        write = str if options.encoding.startswith("utf") else to_ascii
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         series = group_series([self.run])
-        yield Text(write(self.run.name), style="bold")
-        yield from _print_lines(summarize(series), options)
         outcome = describe_outcome(series)
-        yield Text(write(f"\n{outcome.text}"))
-        yield Text(write(" ".join(outcome.caveats)))
+        yield Text(self.run.name, style="bold")
+        yield from make_tables(summarize(series), options.max_width)
+        yield Text(f"\n{outcome.text}")
+        yield Text(" ".join(outcome.caveats))
 
 
 class ColumnTable:
@@ -213,15 +211,8 @@ class ColumnTable:
         names = [make_line(name) for name, _ in rows]
         self.summary = Summary(headings, [(name, 0, row) for name, row in zip(names, cells, strict=True)])
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        return _print_lines(self.summary, options)
-
-
-def _print_lines(summary: Summary, options: ConsoleOptions) -> Iterator[Text]:
-    """The lines of a table, in ASCII where the console's encoding has no other characters."""
-    for line in render_lines(summary, options.max_width, str if options.encoding.startswith("utf") else to_ascii):
-        line.no_wrap, line.overflow = True, "ignore"
-        yield line
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Padding]:
+        return make_tables(self.summary, options.max_width)
 
 
 def _make_interval_cell(column: Column | None) -> Cell:
@@ -235,88 +226,50 @@ def _make_interval_cell(column: Column | None) -> Cell:
     return Cell(f"{cell.text} [{low}, {high}]", cell.hint, cell.value)
 
 
-def render_lines(summary: Summary, width: int, write: Callable[[str], str] = str) -> Iterator[Text]:
-    """The summary as lines of at most so many characters, but for words and figures that are longer.
+def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
+    """The summary as tables of at most so many characters, but for words and figures that are longer.
 
     No word is cut: headings and names break between words, and columns for which there is no room go into further
     tables below the first, those of one group together where they fit a table.
     """
-    names = [write(name) for name, _, _ in summary.rows]
-    name_width = min(max(map(len, names), default=0), max(_longest_word(names), width // 3))
+    names = [name for name, _, _ in summary.rows]
+    name_width = min(max(map(len, names), default=0), max(_longest_word(*names), width // 3))
+    widths = [
+        max(_longest_word(heading.group, heading.title), *(len(cells[place].text) for *_, cells in summary.rows))
+        for place, heading in enumerate(summary.headings)
+    ]
 
     def fits(columns: Sequence[int]) -> bool:
-        return name_width + sum(GAP + one for one in _lay_out(summary, columns, write)) <= width
+        return name_width + sum(GAP + widths[place] for place in columns) <= width
 
     block: list[int] = []
-    for _, group in _list_spans(summary, range(len(summary.headings))):
-        for parts in [group] if fits(group) else [[column] for column in group]:
-            if block and not fits([*block, *parts]):
-                yield from _render_block(summary, block, name_width, write)
+    for _, found in groupby(range(len(widths)), lambda place: summary.headings[place].group):
+        group = list(found)
+        for columns in [group] if fits(group) else [[place] for place in group]:
+            if block and not fits([*block, *columns]):
+                yield _make_table(summary, block, name_width, widths)
                 block = []
-            block += parts
+            block += columns
     if block:
-        yield from _render_block(summary, block, name_width, write)
+        yield _make_table(summary, block, name_width, widths)
 
 
-def _lay_out(summary: Summary, columns: Sequence[int], write: Callable[[str], str]) -> list[int]:
-    """The widths of columns that stand side by side."""
-    widths = [
-        max(
-            [_longest_word([write(summary.headings[i].title)])]
-            + [len(write(cells[i].text)) for *_, cells in summary.rows]
-        )
-        for i in columns
-    ]
-    for group, places in _list_spans(summary, columns):
-        missing = _longest_word([write(group)]) - _measure_span(widths, places)
-        widths[places[0]] += max(0, missing)
-    return widths
-
-
-def _list_spans(summary: Summary, columns: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Groups of neighbouring columns, each with its columns' places in the list."""
-    groups = groupby(range(len(columns)), lambda place: summary.headings[columns[place]].group)
-    return [(group, list(places)) for group, places in groups]
-
-
-def _measure_span(widths: Sequence[int], places: Sequence[int]) -> int:
-    return sum(widths[place] for place in places) + GAP * (len(places) - 1)
-
-
-def _render_block(
-    summary: Summary, columns: Sequence[int], name_width: int, write: Callable[[str], str]
-) -> Iterator[Text]:
-    widths, gap = _lay_out(summary, columns, write), " " * GAP
-    spans = _list_spans(summary, columns)
-    groups = [(write(group), _measure_span(widths, places)) for group, places in spans]
-    titles = [(write(summary.headings[i].title), width) for i, width in zip(columns, widths, strict=True)]
-    yield Text("")
-    for line in _stack(groups) if any(group for group, _ in groups) else ():
-        yield Text((" " * name_width + gap + gap.join(f"{part:<{width}}" for part, (_, width) in line)).rstrip())
-    for line in _stack(titles):
-        yield Text((" " * name_width + gap + gap.join(f"{part:>{width}}" for part, (_, width) in line)).rstrip())
-    yield Text(write("─") * (name_width + sum(GAP + width for width in widths)))
+def _make_table(summary: Summary, columns: Sequence[int], name_width: int, widths: Sequence[int]) -> Padding:
+    """Some of the columns side by side; a group's heading stands above its first column."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+    table.width = name_width + sum(GAP + widths[place] for place in columns)  # wider than the console if it must
+    table.add_column(width=name_width)
+    group = ""
+    for place in columns:
+        heading = summary.headings[place]
+        title = heading.title if heading.group in ("", group) else f"{heading.group}\n{heading.title}"
+        group = heading.group
+        table.add_column(Text(title), width=widths[place], justify="right")
     for name, _, cells in summary.rows:
-        first, *rest = wrap(write(name), name_width, break_long_words=False) or [""]
-        row = Text(f"{first:<{name_width}}")
-        for i, width in zip(columns, widths, strict=True):
-            row.append(gap + f"{write(cells[i].text):>{width}}", style="bold" if cells[i].is_best else "")
-        yield row
-        yield from map(Text, rest)
+        shown = [Text(cells[place].text, style="bold" if cells[place].is_best else "") for place in columns]
+        table.add_row(Text(name), *shown)
+    return Padding(table, (1, 0, 0, 0), expand=False)
 
 
-def _stack(parts: Sequence[tuple[str, int]]) -> list[list[tuple[str, tuple[str, int]]]]:
-    """Texts of given widths side by side in as many lines as they need, the last lines of all at the bottom."""
-    wrapped = [wrap(text, width, break_long_words=False) for text, width in parts]
-    height = max(map(len, wrapped), default=0)
-    padded = [[""] * (height - len(lines)) + lines for lines in wrapped]
-    return [[(lines[i], part) for lines, part in zip(padded, parts, strict=True)] for i in range(height)]
-
-
-def to_ascii(text: str) -> str:
-    """The text in ASCII: our own signs as what they mean, any other character as a question mark."""
-    return text.translate(PLAIN).encode("ascii", "replace").decode()
-
-
-def _longest_word(texts: Sequence[str]) -> int:
+def _longest_word(*texts: str) -> int:
     return max((len(word) for text in texts for word in text.split()), default=0)

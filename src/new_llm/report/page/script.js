@@ -11,7 +11,7 @@
   };
 
   // Themes: the system's until the reader chooses.
-  const theme = document.getElementById("theme");
+  const theme = document.getElementById("the_theme");
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (document.documentElement.dataset.theme || (prefersDark.matches ? "dark" : "light")) === "dark";
   const nameTheme = () => { theme.textContent = isDark() ? "Light theme" : "Dark theme"; };
