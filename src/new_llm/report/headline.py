@@ -9,7 +9,7 @@ from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column
 from new_llm.evaluation.scoring import exp_or_inf
 from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, Comparison
-from new_llm.formats import format_count, format_number, format_plural, format_size
+from new_llm.formats import format_count, format_plural, format_size
 from new_llm.report.results import (
     BROKEN,
     Member,
@@ -23,6 +23,7 @@ from new_llm.report.results import (
     get_value,
     list_columns,
     list_places,
+    write_value,
 )
 
 SAME_SHARE = 0.0005
@@ -269,10 +270,7 @@ def _judge(found: Comparison) -> str:
 
 def say(score: Score) -> str:
     """The figure in a sentence."""
-    try:
-        return make_line(score.column.format(score.mean))
-    except (ValueError, OverflowError):
-        return format_number(score.mean)
+    return write_value(score.column, score.mean)
 
 
 def say_share(best: Score, other: Score) -> str:

@@ -20,7 +20,7 @@ from new_llm.config.loading import flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
 from new_llm.evaluation import MEASURES, Column, ModelResult
 from new_llm.evaluation.statistics import Comparison, compare_models
-from new_llm.formats import MISSING
+from new_llm.formats import MISSING, format_number
 
 SCHEMA_VERSION = 1
 VALIDATION = "validation documents"
@@ -371,6 +371,14 @@ def list_columns(measured: Measured) -> list[Column]:
         return MEASURES[measured.measure].columns(measured.result)
     except BROKEN:
         return []
+
+
+def write_value(column: Column, value: float) -> str:
+    """A number as its column writes it; what no format can write, plainly."""
+    try:
+        return make_line(column.format(value)) if math.isfinite(value) else format_number(value)
+    except BROKEN:
+        return format_number(value)
 
 
 def describe(measured: Measured) -> str:

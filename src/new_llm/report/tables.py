@@ -26,6 +26,8 @@ from new_llm.formats import (
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import (
     VALIDATION,
+    Member,
+    Place,
     Series,
     as_number,
     compute_mean,
@@ -35,6 +37,7 @@ from new_llm.report.results import (
     list_columns,
     list_places,
     make_run,
+    write_value,
 )
 
 GAP = 2  # blanks between columns of the console's tables
@@ -83,16 +86,37 @@ FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ..
 )
 
 
+def list_facts(member: Member) -> list[Column]:
+    """What is known of one trained model beside what was measured; its exact number is the hint."""
+    values = [(group, title, get_number(member.entry, *keys), write) for group, title, keys, write in FACTS]
+    return [
+        Column(title, title, value, write, group=group, hint=format_count(value))
+        for group, title, value, write in values
+        if value is not None
+    ]
+
+
+def list_measured_columns(member: Member, place: Place) -> list[Column]:
+    """A measure's columns of one trained model, each with the heading that it stands under."""
+    measured = member.list_measured().get(place)
+    suffix = "" if place[1] == VALIDATION else f": {place[1]}"
+    columns: list[Column] = []
+    for column in list_columns(measured) if measured else ():
+        group = make_line(column.group or MEASURES[place[0]].title)
+        columns.append(replace(column, group=group[:1].upper() + group[1:] + suffix))
+    return columns
+
+
 def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     """What is known of the models: their size, what was measured of them, what their training cost.
 
     The best of a column is marked if the models were measured on the same text.
     """
-    columns: list[tuple[Heading, list[Cell]]] = []
-    facts = [_collect_fact(series, *fact) for fact in FACTS]
-    columns += [found for found in facts if found[0].group == "Model"]
-    for measure, text in list_places(series):
-        columns += _collect_measure(series, measure, text, mark_best=mark_best)
+    facts = _collect([[list_facts(member) for member in one.members] for one in series], mark_best=False)
+    columns = [found for found in facts if found[0].group == "Model"]
+    for place in list_places(series):
+        listed = [[list_measured_columns(member, place) for member in one.members] for one in series]
+        columns += _collect(listed, mark_best=mark_best)
     columns += [found for found in facts if found[0].group != "Model"]
     groups = list(dict.fromkeys(heading.group for heading, _ in columns))
     columns.sort(key=lambda one: groups.index(one[0].group))  # those of one group side by side
@@ -101,74 +125,42 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     return Summary([heading for heading, _ in known], rows)
 
 
-def _collect_fact(
-    series: Sequence[Series], group: str, title: str, keys: tuple[str, ...], write: Callable[[float | None], str]
-) -> tuple[Heading, list[Cell]]:
-    cells = []
-    for one in series:
-        values = [value for member in one.members if (value := get_number(member.entry, *keys)) is not None]
-        cells.append(_make_cell(values, write, format_count(values[0]) if len(values) == 1 else ""))
-    return Heading(group, title), cells
-
-
-def _collect_measure(
-    series: Sequence[Series], measure: str, text: str, *, mark_best: bool
-) -> Iterator[tuple[Heading, list[Cell]]]:
-    """The columns of one measure on one text, in the order in which results show them."""
-    found: list[dict[str, list[Column]]] = []
-    for one in series:
+def _collect(listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool) -> list[tuple[Heading, list[Cell]]]:
+    """Each column's cells, a model each, of the columns that its members have."""
+    models: list[dict[str, list[Column]]] = []
+    for members in listed:
         by_key: dict[str, list[Column]] = {}
-        for member in one.members:
-            measured = member.list_measured().get((measure, text))
-            for column in list_columns(measured) if measured else ():
-                by_key.setdefault(column.key, []).append(column)
-        found.append(by_key)
-    for key in dict.fromkeys(key for by_key in found for key in by_key):
-        first = next(by_key[key][0] for by_key in found if key in by_key)
-        cells = [_make_measured_cell(by_key.get(key, [])) for by_key in found]
+        for column in (column for columns in members for column in columns):
+            by_key.setdefault(column.key, []).append(column)
+        models.append(by_key)
+    found: list[tuple[Heading, list[Cell]]] = []
+    for key in dict.fromkeys(key for by_key in models for key in by_key):
+        first = next(by_key[key][0] for by_key in models if key in by_key)
+        cells = [_make_cell(by_key.get(key, [])) for by_key in models]
         if mark_best and first.better:
             cells = _mark_best(cells, first.better)
-        group = make_line(first.group or MEASURES[measure].title)
-        group = group[:1].upper() + group[1:]
-        yield Heading(group if text == VALIDATION else f"{group}: {text}", make_line(first.title)), cells
+        found.append((Heading(first.group, make_line(first.title)), cells))
+    return found
 
 
-def _make_measured_cell(columns: Sequence[Column]) -> Cell:
+def _make_cell(columns: Sequence[Column]) -> Cell:
     """One model's figure: of several seeds their mean with its standard deviation."""
     if not columns:
         return Cell(MISSING)
+    first, hint = columns[0], make_line(columns[0].hint)
     values = [number for column in columns if (number := as_number(column.value)) is not None]
-    first = columns[0]
+    finite = [value for value in values if math.isfinite(value)]
     if not values:
-        return Cell(MISSING if first.value is None else make_line(first.value), make_line(first.hint))
-    hint = make_line(first.hint)
+        return Cell(MISSING if first.value is None else make_line(first.value), hint)
+    if len(values) > 1 and finite:
+        mean, each = compute_mean(finite), ", ".join(write_value(first, value) for value in values)
+        spread = f"; standard deviation {format_number(compute_spread(finite), 3)}" if len(finite) > 1 else ""
+        return Cell(write_value(first, mean), f"{len(values)} seeds: {each}{spread}", mean)
     low, high, error = (as_number(end) for end in (first.low, first.high, first.error))
     if low is not None and high is not None:
         hint = f"{hint} interval {format_number(low)} to {format_number(high)}".strip()
-    cell = _make_cell(values, lambda value: make_line(first.format(value or 0.0)), hint)
-    if len(columns) == 1 and error is not None:
-        return Cell(format_with_error(values[0], error), hint, cell.value)
-    return cell
-
-
-def _make_cell(values: list[float], write: Callable[[float | None], str], hint: str) -> Cell:
-    if not values:
-        return Cell(MISSING)
-    finite = [value for value in values if math.isfinite(value)]
-    if len(values) == 1 or not finite:
-        return Cell(_write(values[0], write), hint, finite[0] if finite else None)
-    mean = compute_mean(finite)
-    each = ", ".join(_write(value, write) for value in values)
-    spread = f"; standard deviation {format_number(compute_spread(finite), 3)}" if len(finite) > 1 else ""
-    return Cell(_write(mean, write), f"{len(values)} seeds: {each}{spread}", mean)
-
-
-def _write(value: float, write: Callable[[float | None], str]) -> str:
-    """The formatted number; what no format can write as it is."""
-    try:
-        return write(value) if math.isfinite(value) else format_number(value)
-    except (ValueError, OverflowError):
-        return format_number(value)
+    text = write_value(first, values[0]) if error is None else format_with_error(values[0], error)
+    return Cell(text, hint, finite[0] if finite else None)
 
 
 def _mark_best(cells: list[Cell], better: Literal["lower", "higher"]) -> list[Cell]:
@@ -219,11 +211,10 @@ def _make_interval_cell(column: Column | None) -> Cell:
     """A figure with its interval."""
     if column is None:
         return Cell(MISSING)
-    cell, low, high = _make_measured_cell([column]), as_number(column.low), as_number(column.high)
+    cell, low, high = _make_cell([column]), as_number(column.low), as_number(column.high)
     if cell.value is None or low is None or high is None:
         return cell
-    low, high = (_make_measured_cell([replace(column, value=end, error=None)]).text for end in (low, high))
-    return Cell(f"{cell.text} [{low}, {high}]", cell.hint, cell.value)
+    return Cell(f"{cell.text} [{write_value(column, low)}, {write_value(column, high)}]", cell.hint, cell.value)
 
 
 def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
