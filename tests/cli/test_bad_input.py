@@ -60,7 +60,7 @@ CASES = [
     (f"{REVERSAL} --pairs {{other}}/bad.jsonl", "bad.jsonl: line 1: no field 'forward_prompt'"),
     (f"{REVERSAL} --max-sentences 10", "at most 10 are scored"),
     (f"eval doctor {EVAL} --checks nothing", "checks: 'nothing' is unknown; known are record"),
-    (f"eval doctor {EVAL} --segment-tokens 100000", "at least 900001 are needed"),
+    (f"eval doctor {EVAL} --segment-tokens 100000", "at least 900000 are needed"),
     ("inspect --run {run} --model pythia --text {run}/0.txt", "what the memory knew does not apply"),
     ("inspect --run {run} --model infini --text {run}/0.text", "no such file"),
     (f"{GENERATE} --temperature 0", "temperature"),

@@ -22,7 +22,7 @@ Level = Literal["ok", "warning", "fault", "skipped"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "fault", "skipped")
 PROBE_SEED = 0
 """Seeds every probe, so that randomness inside the model can't look like another fault."""
-NUM_ROWS, NUM_SEGMENTS = 3, 4
+NUM_ROWS, NUM_SEGMENTS = 3, 3
 """Of a probe; `new_llm.testing` needs three rows and several segments."""
 
 
