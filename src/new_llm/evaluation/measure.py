@@ -256,7 +256,7 @@ def register_measure(kind: type[MeasureKind]) -> type[MeasureKind]:
     if (known.__module__, known.__qualname__) != (
         kind.__module__,
         kind.__qualname__,
-    ):  # a reloaded module's are the same
+    ):  # those of a reloaded module match
         raise ValueError(f"measure {kind.name!r} is registered by {known.__module__} already")
     MEASURES[kind.name] = kind()
     return kind

@@ -37,20 +37,20 @@ def watch_token_gates(model: TransformerLM) -> Iterator[dict[int, Tensor]]:
 
 def find_token_gates(model: TransformerLM) -> dict[int, Any]:
     """By layer, the attentions that compute their gates for each token."""
-    attentions = ((index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items())
-    return {index: one for index, one in attentions if getattr(one, "token_gate", None) is not None}
+    return {i: one for i, one in list_attentions(model) if getattr(one, "token_gate", None) is not None}
+
+
+def list_attentions(model: TransformerLM) -> list[tuple[int, Any]]:
+    """(index, attention) of each memory layer; None: it has none."""
+    return [(index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items()]
 
 
 @contextlib.contextmanager
 def watch_selections(model: TransformerLM) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
     """Inside the block the dict takes, by layer, each call's selection among memories; see `watch_selection`."""
-    attentions = ((index, getattr(layer, "attention", None)) for index, layer in model.memory_layers.items())
+    selecting = {index: one for index, one in list_attentions(model) if isinstance(one, SelectingAttention)}
     with contextlib.ExitStack() as stack:
-        yield {
-            index: stack.enter_context(watch_selection(attention))
-            for index, attention in attentions
-            if isinstance(attention, SelectingAttention)
-        }
+        yield {index: stack.enter_context(watch_selection(attention)) for index, attention in selecting.items()}
 
 
 @register_measure

@@ -113,12 +113,7 @@ def plan_rolling_windows(length: int, context: int) -> list[Window]:
 
     Windows score `context` tokens each and span one more, the token before them. The last window reaches back so that
     it spans as many, too, and scores only what is left. `length` counts the prefix token that the document begins with.
-
-    Raises:
-        ValueError: the context is not positive.
     """
-    if context < 1:
-        raise ValueError(f"context: {context} is not positive")
     ends = [*range(context + 1, length, context), length] if length > 1 else []
     return [Window(max(0, end - context - 1), end, max(1, begin)) for begin, end in pairwise([0, *ends])]
 

@@ -5,7 +5,6 @@ Checks never change the model; its mode, segment length and held memory are rest
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,19 +15,7 @@ from new_llm.evaluation.doctor.registry import CHECKS, LEVELS, Check, Examinatio
 from new_llm.evaluation.measure import Column, Measure, Subject
 from new_llm.formats import format_count
 
-__all__ = ["CHECKS", "Check", "Doctor", "Finding", "choose_checks"]
-
-
-def choose_checks(names: Sequence[str]) -> list[Check]:
-    """The checks of these names in their own order; all of them if no name is given.
-
-    Raises:
-        UserError: a name is unknown.
-    """
-    for name in names:
-        if name not in CHECKS:
-            raise UserError(f"checks: {name!r} is unknown; known are {', '.join(CHECKS)}")
-    return [check for check in CHECKS.values() if not names or check.name in names]
+__all__ = ["CHECKS", "Check", "Doctor", "Finding"]
 
 
 class Doctor(Measure):
@@ -46,8 +33,11 @@ class Doctor(Measure):
         Raises:
             UserError: a check's name is unknown, or the text is too short.
         """
-        checks = choose_checks(subject.settings.doctor.checks)
-        exam = Examination(subject)
+        chosen, exam = subject.settings.doctor.checks, Examination(subject)
+        for name in chosen:
+            if name not in CHECKS:
+                raise UserError(f"checks: {name!r} is unknown; known are {', '.join(CHECKS)}")
+        checks = [check for check in CHECKS.values() if not chosen or check.name in chosen]
         findings: dict[str, Finding] = {}
         for number, check in enumerate(checks, start=1):
             causes = [name for name in check.after if name in findings and findings[name].level == "fault"]

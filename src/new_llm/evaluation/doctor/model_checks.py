@@ -25,6 +25,7 @@ from new_llm.evaluation.doctor.registry import (
     skip,
     warn,
 )
+from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.memory_usage import find_token_gates, watch_token_gates
 from new_llm.evaluation.perplexity import evaluate_sliding_window, evaluate_streaming
 from new_llm.evaluation.reversal import evaluate_reversal_curse
@@ -243,7 +244,7 @@ def check_evaluation(exam: Examination) -> Finding:
     for training in (False, True):
         with exam.probing(segment_tokens=exam.config.segment_tokens, training=training):
             list(model.modules())[-1].training = not training  # one frozen part, which must stay as it is
-            if own and exam.has_memory:
+            if own and has_memory(own):
                 own.reset_memory(None if own.rows_can_share else len(ids))
                 own(ids, update_memory=True)
             held = copy.deepcopy(own.get_memory_state()) if own else {}
@@ -267,7 +268,7 @@ def check_evaluation(exam: Examination) -> Finding:
             f"the mode was changed by {', '.join(left_mode)}: evaluation during training changes the training",
             "restore each module's mode after evaluation",
         )
-    kept = "memory and mode" if exam.has_memory else "the mode"
+    kept = "memory and mode" if has_memory(model) else "the mode"
     return ok(f"{len(actions)} ways of reading left {kept} as they were")
 
 

@@ -141,11 +141,6 @@ class Examination:
         """The model if it is a `TransformerLM`; None for a Hugging Face model."""
         return self.model if isinstance(self.model, TransformerLM) else None
 
-    @property
-    def has_memory(self) -> bool:
-        """Whether the model has memory layers."""
-        return self.own_model is not None and bool(self.own_model.memory_layers)
-
     def take_rows(self, num_rows: int, num_tokens: int) -> Tensor:
         """Real text as [num_rows, num_tokens], different in each row; a short text is repeated."""
         places = torch.arange(num_rows * num_tokens, device=self.device) % len(self.tokens)
