@@ -13,8 +13,8 @@ from new_llm.models.ops import (
     local_linear_attention_naive,
     read_memories,
     read_memories_naive,
-    select_memories,
-    select_memories_naive,
+    weigh_memories,
+    weigh_memories_naive,
     write_memory,
     write_memory_naive,
 )
@@ -85,10 +85,9 @@ def test_read_equals_its_naive_form(weighted, num_memories, dtype):
 def test_selection_equals_its_naive_form(dtype, standardize):
     _, norms, num_tokens = draw_memories(dtype)
     q, _, _ = draw_segment(dtype=dtype)
-    expected = select_memories_naive(q, norms, num_tokens, standardize=standardize)
-    assert_near(select_memories(q, norms, num_tokens, standardize=standardize), expected, TOLERANCES[dtype])
-    empty = select_memories(q, norms * 0, num_tokens * 0, standardize=standardize)
-    assert_near(empty, select_memories_naive(q, norms * 0, num_tokens * 0), TOLERANCES[dtype])
+    products, options = q @ norms.permute(0, 2, 3, 1), {"width": WIDTH, "standardize": standardize}
+    for given in ((products, num_tokens), (0 * products, 0 * num_tokens)):
+        assert_near(weigh_memories(*given, **options), weigh_memories_naive(*given, **options), TOLERANCES[dtype])
 
 
 @by_decay
@@ -146,12 +145,11 @@ def test_gradient_of_read():
 
 def test_gradient_of_selection():
     _, norms, num_tokens = draw_memories()
-    q, _, _ = draw_segment()
-    check_gradients(lambda q, z: select_memories(q, z, num_tokens), q, norms)
+    products = draw_segment()[0] @ norms.permute(0, 2, 3, 1)
+    check_gradients(lambda p: weigh_memories(p, num_tokens, width=WIDTH), products)
     temperature = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    check_gradients(
-        lambda q, z, t: select_memories(q, z, num_tokens, temperature=t, standardize=True), q, norms, temperature
-    )
+    options = {"width": WIDTH, "standardize": True}
+    check_gradients(lambda p, t: weigh_memories(p, num_tokens, temperature=t, **options), products, temperature)
 
 
 @by_decay
@@ -176,7 +174,7 @@ def test_read_in_16_bits_survives_a_huge_memory(dtype, size):
     """After 10 million tokens z and M are far beyond float16's 65,504; what is read is not."""
     memories, norms, num_tokens = draw_memories(torch.float32)
     q = draw_segment(dtype=torch.float32)[0]
-    weights = select_memories(q, norms, num_tokens)
+    weights = weigh_memories(q @ norms.permute(0, 2, 3, 1), num_tokens, width=WIDTH).movedim(-1, 1)
     expected = read_memories(q, memories, norms, epsilon=EPSILON, weights=weights)
     actual = read_memories(q.to(dtype), memories * size, norms * size, epsilon=EPSILON, weights=weights)
     assert actual.dtype == dtype

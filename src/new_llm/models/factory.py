@@ -28,26 +28,20 @@ class PlacementOptions:
 
 
 @dataclass(frozen=True)
-class Built:
-    """The layers of a model, and further options of `TransformerLM`."""
-
-    layers: list[Layer]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ModelKind:
     """A model type.
 
     Attributes:
         options: the dataclasses of its options.
         build: makes its layers from the shape and all options.
+        is_selective: whether the options are those of a model of several passes, not of its layers.
         reads_segments: whether an experiment cuts its samples into segments or lets it read them whole.
         is_matched: whether `match_parameters` changes its width; not where it is to be larger.
     """
 
     options: tuple[type, ...]
-    build: Callable[[PythiaConfig, dict[str, Any]], Built]
+    build: Callable[[PythiaConfig, dict[str, Any]], list[Layer]]
+    is_selective: bool = False
     reads_segments: bool = False
     is_matched: bool = True
 
@@ -57,47 +51,37 @@ class ModelKind:
         return {key: value for kind in self.options for key, value in dataclasses.asdict(kind()).items()}
 
 
-def _build_pythia(shape: PythiaConfig, options: dict[str, Any]) -> Built:
-    return Built([build_layer(PythiaLayer, shape) for _ in range(shape.num_hidden_layers)])
+def _build_pythia(shape: PythiaConfig, options: dict[str, Any]) -> list[Layer]:
+    return [build_layer(PythiaLayer, shape) for _ in range(shape.num_hidden_layers)]
 
 
-def _build_selective(shape: PythiaConfig, options: dict[str, Any]) -> Built:
-    return Built(_build_pythia(shape, {}).layers, options)
-
-
-def _build_deep(shape: PythiaConfig, options: dict[str, Any]) -> Built:
+def _build_deep(shape: PythiaConfig, options: dict[str, Any]) -> list[Layer]:
     num_layers = shape.num_hidden_layers * (1 + options["skip_interval"])
     return _build_pythia(dataclasses.replace(shape, num_hidden_layers=num_layers), {})
 
 
-def _build_rmt(shape: PythiaConfig, options: dict[str, Any]) -> Built:
-    return Built([build_layer(RecurrentMemoryStack, shape, num_layers=shape.num_hidden_layers, **options)])
+def _build_rmt(shape: PythiaConfig, options: dict[str, Any]) -> list[Layer]:
+    return [build_layer(RecurrentMemoryStack, shape, num_layers=shape.num_hidden_layers, **options)]
 
 
 def _describe_layer_model(layer_type: type[Layer]) -> ModelKind:
-    """A stack of Pythia layers in which some are replaced by this layer, or which it follows before the head."""
+    """A stack of Pythia layers in which some or all are replaced by this layer, or which it follows before the head."""
+    is_placed = not (layer_type.fills_model or layer_type.stands_before_head)
 
-    def build_among(shape: PythiaConfig, options: dict[str, Any]) -> Built:
-        places = find_places(options.pop("memory_layers"), shape.num_hidden_layers)
-        return Built(
-            [
-                build_layer(layer_type, shape, **options) if index in places else build_layer(PythiaLayer, shape)
-                for index in range(shape.num_hidden_layers)
-            ]
-        )
+    def build(shape: PythiaConfig, options: dict[str, Any]) -> list[Layer]:
+        if layer_type.stands_before_head:
+            return [*_build_pythia(shape, {}), build_layer(layer_type, shape, **options)]
+        places = set(range(shape.num_hidden_layers))
+        if is_placed:
+            options = dict(options)
+            places = find_places(options.pop("memory_layers"), shape.num_hidden_layers)
+        return [
+            build_layer(layer_type, shape, **options) if index in places else build_layer(PythiaLayer, shape)
+            for index in range(shape.num_hidden_layers)
+        ]
 
-    def build_all(shape: PythiaConfig, options: dict[str, Any]) -> Built:
-        return Built([build_layer(layer_type, shape, **options) for _ in range(shape.num_hidden_layers)])
-
-    def build_before_head(shape: PythiaConfig, options: dict[str, Any]) -> Built:
-        return Built([*_build_pythia(shape, {}).layers, build_layer(layer_type, shape, **options)])
-
-    reads_segments = layer_type.has_memory
-    if layer_type.fills_model:
-        return ModelKind((layer_type.options_type,), build_all, reads_segments)
-    if layer_type.stands_before_head:
-        return ModelKind((layer_type.options_type,), build_before_head, reads_segments)
-    return ModelKind((PlacementOptions, layer_type.options_type), build_among, reads_segments)
+    options = (PlacementOptions, layer_type.options_type) if is_placed else (layer_type.options_type,)
+    return ModelKind(options, build, reads_segments=layer_type.has_memory)
 
 
 def find_places(given: tuple[int, ...], num_layers: int) -> set[int]:
@@ -123,7 +107,7 @@ MODEL_KINDS: dict[str, ModelKind] = {
         if layer_type.is_model_type and layer_type is not PythiaLayer
     },
     "rmt": ModelKind((RecurrentMemoryOptions,), _build_rmt, reads_segments=True),
-    "selective": ModelKind((SelectiveOptions,), _build_selective),
+    "selective": ModelKind((SelectiveOptions,), _build_pythia, is_selective=True),
     "deep_pythia": ModelKind((DepthOptions,), _build_deep, is_matched=False),
 }
 """The built-in model types by name. A user's own layer is one too: `my_module:MyLayer`."""
@@ -297,18 +281,17 @@ def create_model(
             f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
             f"({shape.max_position_embeddings})"
         )
-    build = find_model_kind(model_type).build
+    kind = find_model_kind(model_type)
     if torch.get_default_device().type == "cpu":  # elsewhere too much is refused at once
         with torch.device("meta"):
-            check_fits(build(shape, dict(resolved)).layers, shape.vocab_size)
-    built = build(shape, resolved)
-    model_class: Callable[..., TransformerLM] = SelectiveOutputLM if built.options else TransformerLM
+            check_fits(kind.build(shape, resolved), shape.vocab_size)
+    model_class: Callable[..., TransformerLM] = SelectiveOutputLM if kind.is_selective else TransformerLM
     return model_class(
-        built.layers,
+        kind.build(shape, resolved),
         vocab_size=shape.vocab_size,
         segment_length=length,
         layer_norm_eps=shape.layer_norm_eps,
         initializer_range=shape.initializer_range,
         tie_word_embeddings=shape.tie_word_embeddings,
-        **built.options,
+        **(resolved if kind.is_selective else {}),
     )

@@ -254,7 +254,12 @@ def read_memory_file(path: Path) -> MemoryFile:
     """
     where = str(path)
     header, num_bytes = read_header(path), path.stat().st_size
-    record = parse_record(_check_format(header.metadata, where), where)
+    metadata = {key: value for key, value in header.metadata.items() if key != DIGEST}
+    if metadata.pop("format", None) != FORMAT:
+        raise UserError(f"{where}: a safetensors file, but not a memory file (its format is not {FORMAT!r})")
+    if (version := metadata.pop("format_version", None)) != str(FORMAT_VERSION):
+        raise UserError(shorten(f"{where}: format version {version}, this program reads {FORMAT_VERSION}"))
+    record = parse_record(metadata, where)
     for name, shape in header.shapes.items():
         # Beside a size of 0 the others may be anything, and would cost time though they hold no bytes.
         is_possible = len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= num_bytes
@@ -301,16 +306,6 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
     )
     write_memory_file(out, merged)
     return merged
-
-
-def _check_format(metadata: dict[str, str], where: str) -> dict[str, str]:
-    """The record's metadata, of a memory file of this version."""
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{where}: a safetensors file, but not a memory file (its format is not {FORMAT!r})")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        found = metadata.get("format_version")
-        raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
-    return {key: value for key, value in metadata.items() if key not in ("format", "format_version", DIGEST)}
 
 
 def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor], where: str) -> State:

@@ -129,29 +129,26 @@ class MemoryState(LayerMemory):
         """Without `retained`, which is relative to the memory before the call."""
         return replace(self, retained=None)
 
-    def add_changes(self, start: Any, rows: Any) -> "MemoryState":
-        """As `LayerMemory.add_changes`; what was held decays as in the row with the most writes.
+    def age(self, num_segments: Tensor, left: Tensor) -> Self:
+        """This memory after as many segments [R] of which nothing is written, with a share [R, N, H] left of it."""
+        memories, norms = left[..., None, None] * self.memories, left[..., None] * self.norms
+        return replace(self, memories=memories, norms=norms, num_segments=num_segments, retained=None)
+
+    def add_changes(self, start: Any, rows: Any) -> Self:
+        """As `LayerMemory.add_changes`; what was held ages as in the row that has read most.
 
         `num_segments` counts time, not rows: rows of one call advance together, so that memories written in turn stay
         in turn.
         """
-        left = rows.share_left
-        new_memories = rows.memories - left[..., None, None] * start.memories
-        new_norms = rows.norms - left[..., None] * start.norms
-        new_tokens, new_segments = rows.num_tokens - start.num_tokens, rows.num_segments - start.num_segments
-        newly_seen = rows.segments_seen - start.segments_seen
+        left, newly_read = rows.share_left, rows.num_segments - start.num_segments
+        before = start.age(rows.num_segments, left)
+        names = ("memories", "norms", "num_tokens", "segments_seen")
+        added = {name: getattr(rows, name) - getattr(before, name) for name in names}
         if self.rows != rows.rows:
-            left = left.amin(0, keepdim=True)
-            new_memories, new_norms = new_memories.sum(0, keepdim=True), new_norms.sum(0, keepdim=True)
-            new_tokens, new_segments = new_tokens.sum(0, keepdim=True), new_segments.amax(0, keepdim=True)
-            newly_seen = newly_seen.sum(0, keepdim=True)
-        return MemoryState(
-            memories=left[..., None, None] * self.memories + new_memories,
-            norms=left[..., None] * self.norms + new_norms,
-            num_tokens=self.num_tokens + new_tokens,
-            num_segments=self.num_segments + new_segments,
-            segments_seen=self.segments_seen + newly_seen,
-        )
+            added = {name: change.sum(0, keepdim=True) for name, change in added.items()}
+            left, newly_read = left.amin(0, keepdim=True), newly_read.amax(0, keepdim=True)
+        held = self.age(self.num_segments + newly_read, left)
+        return replace(held, **{name: getattr(held, name) + change for name, change in added.items()})
 
 
 def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:

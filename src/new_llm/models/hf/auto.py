@@ -16,24 +16,13 @@ from new_llm.models.hf.folder import find_token_ids, stage_folder, wrap_tokenize
 from new_llm.models.inputs import IGNORE_INDEX, compute_token_losses
 from new_llm.models.layers import Attention
 from new_llm.models.layers.base import initialize_weights
-from new_llm.models.model_file import FORMAT_VERSION, build_model, describe_model
+from new_llm.models.model_file import FORMAT_VERSION, ModelStructure, build_model, describe_model
 from new_llm.models.state import map_tensors
 from new_llm.models.stream import MemoryStream
 from new_llm.models.transformer import TransformerLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-STRUCTURE_FIELDS = (
-    "format_version",
-    "vocab_size",
-    "segment_length",
-    "layer_norm_eps",
-    "initializer_range",
-    "tie_word_embeddings",
-    "selective",
-    "layers",
-)
 
 
 class NewLLMConfig(PretrainedConfig):
@@ -88,7 +77,7 @@ class NewLLMConfig(PretrainedConfig):
     @property
     def structure(self) -> dict[str, Any]:
         """What `model_file.build_model` makes the model from."""
-        return {name: getattr(self, name) for name in STRUCTURE_FIELDS}
+        return {name: getattr(self, name) for name in ModelStructure.__dataclass_fields__}
 
     @property
     def num_hidden_layers(self) -> int:

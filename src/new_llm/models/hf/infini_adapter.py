@@ -22,7 +22,7 @@ sha256            of all of this and the tensors
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -129,7 +129,7 @@ def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = Fa
         base_fingerprint=fingerprint_tensors(base),
         with_base=with_base,
         segment_length=model.segment_length,
-        layers={index: describe_settings(layer) for index, layer in layers.items()},
+        layers={index: ParallelInfiniOptions(**choose_options(layer.settings)) for index, layer in layers.items()},
     )
     write_adapter_file(Path(path), AdapterFile(record, model.state_dict() if with_base else adapter))
 
@@ -154,16 +154,11 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     The model, changed in place and returned, takes the segment length that the adapter was trained with, and its held
     memory is emptied. `force` takes another base of the same shape than the adapter was trained on.
     """
-    _attach(model, read_adapter_file(Path(path)), str(path), force)
-    return model
-
-
-def _attach(model: TransformerLM, content: "AdapterFile", where: str, force: bool) -> None:
-    record = content.record
-    base = split_weights(model)[0]
+    content, where = read_adapter_file(Path(path)), str(path)
+    record, base = content.record, split_weights(model)[0]
     present = find_adapters(model)
     settings = {index: dataclasses.asdict(options) for index, options in record.layers.items()}
-    if present and {i: dataclasses.asdict(describe_settings(layer)) for i, layer in present.items()} != settings:
+    if present and {index: choose_options(layer.settings) for index, layer in present.items()} != settings:
         raise UserError(f"{where}: the model has another parallel adapter, at layers {sorted(present)}")
     try:
         with torch.device("meta"):  # shapes alone: what the file asks for need not fit in memory
@@ -189,6 +184,7 @@ def _attach(model: TransformerLM, content: "AdapterFile", where: str, force: boo
     model.load_state_dict(content.tensors, strict=False)
     model.segment_length = record.segment_length
     model.reset_memory()
+    return model
 
 
 def _name_in_adapted(name: str, adapted: Iterable[int]) -> str:
@@ -212,9 +208,13 @@ def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...
 # Memories beside layers
 
 
-LAYER_OPTIONS = tuple(ParallelInfiniOptions.__dataclass_fields__)
 BASE = ".base_layer."
 """What stands in the name of a base layer's weight, where the base has a dot."""
+
+
+def choose_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a layer's memory among other settings."""
+    return {name: settings[name] for name in ParallelInfiniOptions.__dataclass_fields__}
 
 
 def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_name: str | None = None) -> TransformerLM:
@@ -228,7 +228,7 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
     """
     if present := find_adapters(model):
         raise UserError(f"the model has a parallel adapter already, at layers {sorted(present)}")
-    options = {name: getattr(config, name) for name in LAYER_OPTIONS}
+    options = choose_options(vars(config))
     made = {index: make_adapted_layer(model, index, options, base_name) for index in sorted(config.layers)}
     for layer in made.values():
         initialize_weights(layer.attention, PythiaConfig.initializer_range)
@@ -314,11 +314,6 @@ def replace_layers(model: TransformerLM, layers: dict[int, ParallelInfiniLayer])
     model.reset_memory()
 
 
-def describe_settings(layer: ParallelInfiniLayer) -> ParallelInfiniOptions:
-    """The settings of a layer's memory."""
-    return ParallelInfiniOptions(**{name: layer.settings[name] for name in LAYER_OPTIONS})
-
-
 # The file
 
 
@@ -379,7 +374,12 @@ def read_adapter_file(path: Path) -> AdapterFile:
     """Read and validate an adapter file; needs no model. A broken one, or of another version, is a `UserError`."""
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
-    metadata, tensors = _read_pt(path) if path.suffix == ".pt" else (read_header(path).metadata, read_safetensors(path))
+    metadata: Any = None
+    tensors: Any = None
+    if path.suffix == ".safetensors":
+        metadata, tensors = read_header(path).metadata, read_safetensors(path)
+    elif isinstance(content := read_torch_file(path), dict):
+        metadata, tensors = content.get("metadata"), content.get("tensors")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(f"{where}: not an adapter file (its format is not {FORMAT!r})")
     if not all(isinstance(value, str) for value in (*metadata, *metadata.values())):
@@ -387,27 +387,15 @@ def read_adapter_file(path: Path) -> AdapterFile:
     if metadata.get("format_version") != str(FORMAT_VERSION):
         found = metadata.get("format_version")
         raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
-    _check_tensors(tensors, where)
-    record = _parse_record(metadata, where)
-    check_digest(metadata, tensors, where)
-    return AdapterFile(record, tensors)
-
-
-def _read_pt(path: Path) -> tuple[Any, Any]:
-    """What `write_adapter_file` gave to torch.save; nothing but tensors, strings and dictionaries is made of it."""
-    content = read_torch_file(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not an adapter file (it holds no dictionary)")
-    return content.get("metadata"), content.get("tensors")
-
-
-def _check_tensors(tensors: Any, where: str) -> None:
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: broken adapter file: it holds no tensors")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise UserError(shorten(f"{where}: broken adapter file: {name!r} is not a tensor of floats"))
     check_finite(tensors, where)
+    record = _parse_record(metadata, where)
+    check_digest(metadata, tensors, where)
+    return AdapterFile(record, tensors)
 
 
 def _parse_record(metadata: dict[str, str], where: str) -> AdapterRecord:

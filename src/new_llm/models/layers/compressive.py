@@ -3,7 +3,6 @@
 Legend: B rows, n segments, S tokens of a segment, H memory heads, K = V = D / H, N memories or banks.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -183,10 +182,6 @@ class Schedule:
     num_tokens: Tensor
     num_segments: Tensor
 
-    def count_writes(self) -> Tensor:
-        """Writes to each memory, [B, N]."""
-        return self.chosen.sum(1)
-
     def spread_decay(self, decay: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The decay w of each head at each write, 1 where nothing is written; `decay` is [H], or [B, w, 1, H].
 
@@ -256,19 +251,12 @@ class CompressiveAttention(MemoryAttention):
         self.num_memory_heads = num_memory_heads
         self.num_memories = num_memories
         self.segments_per_memory = segments_per_memory
-        self.use_delta_rule = options.use_delta_rule
-        self.use_key_shift = options.use_key_shift
-        self.normalize_keys = options.normalize_keys
-        self.key_features = options.key_features
-        self.use_normalizer = options.use_normalizer
+        self.options = options
+        self.use_delta_rule, self.use_normalizer = options.use_delta_rule, options.use_normalizer
         self.epsilon = EPSILON if options.use_normalizer else None
-        self.local_attention = options.local_attention
         self.shares_features = options.local_attention == "linear" and options.key_features == "elu"
         self.softmax: RotarySoftmax | None = None
         self.read_loss_weight = options.read_loss_weight
-        self.query_key_init_scale = options.query_key_init_scale
-        self.query_key_init_bias = options.query_key_init_bias
-        self.match_query_key_init = options.match_query_key_init
         self.decay = None if decay is None else tuple(decay)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
@@ -287,7 +275,7 @@ class CompressiveAttention(MemoryAttention):
 
     def set_positions(self, rotary_pct: float, rotary_emb_base: float) -> None:
         """Give softmax attention inside the segment its rotary positions."""
-        if self.local_attention == "softmax":
+        if self.options.local_attention == "softmax":
             self.softmax = RotarySoftmax(self.num_memory_heads, self.head_size, rotary_pct, rotary_emb_base)
 
     # What subclasses define
@@ -297,11 +285,6 @@ class CompressiveAttention(MemoryAttention):
     takes_token_rules: ClassVar[bool] = True
     """Whether β, α and reads without z are possible."""
 
-    @abstractmethod
-    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
-        """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
-
-    @abstractmethod
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
         """Each memory's weight for each token of n segments, broadcastable to [B, n, H, S, N]; None: 1.
 
@@ -309,19 +292,29 @@ class CompressiveAttention(MemoryAttention):
             products: q·z of each memory, [B, n, H, S, N], float32 or wider.
             num_tokens: tokens that each memory has seen, [B, n, N].
         """
+        return None
 
     def combine(self, reads: ScannedReads) -> Tensor:
         """A_mem of n segments, [B, n, H, S, V], from the weighted reads and, with `reads_sum`, the reads of the sum."""
         return reads.reads
+
+    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
+        """A_mem of one segment: features of the queries [B, H, S, K] to [B, H, S, V]."""
+        weights = None
+        if self.num_memories > 1:
+            products = multiply_norms(q, memory.norms.transpose(1, 2)).unsqueeze(1)  # [B, 1, H, S, N]
+            weights = self.weigh(products, memory.num_tokens.unsqueeze(1))
+            weights = None if weights is None else weights.expand_as(products)[:, 0].movedim(-1, 1)
+        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
 
     @torch.no_grad()
     def initialize_features(self) -> None:
         """Scale W_q and W_k, set their biases, and copy W_q to W_k, as the options ask."""
         shape = (self.num_memory_heads, 3, self.head_size)
         weight = self.query_key_value.weight.unflatten(0, shape)
-        weight[:, :2] *= self.query_key_init_scale
-        self.query_key_value.bias.view(shape)[:, :2] = self.query_key_init_bias
-        if self.match_query_key_init:
+        weight[:, :2] *= self.options.query_key_init_scale
+        self.query_key_value.bias.view(shape)[:, :2] = self.options.query_key_init_bias
+        if self.options.match_query_key_init:
             weight[:, 1] = weight[:, 0]
         if self.convolution is not None:
             self.convolution.draw()
@@ -334,7 +327,7 @@ class CompressiveAttention(MemoryAttention):
     def is_plain(self) -> bool:
         """Whether there is one memory, and every option but `use_delta_rule` and the decay is at its default."""
         extras = (self.convolution, self.token_gate, self.softmax)
-        is_usual = self.shares_features and self.use_normalizer and not self.normalize_keys and not self.use_key_shift
+        is_usual = self.shares_features and not self.options.normalize_keys and not self.options.use_key_shift
         return self.num_memories == 1 and is_usual and not self.has_token_rule and extras == (None, None, None)
 
     @property
@@ -362,7 +355,7 @@ class CompressiveAttention(MemoryAttention):
         with torch.autocast(hidden.device.type, enabled=False):
             raw_q, raw_k, v = self._split(inputs)
             q, k = self._map_features(raw_q, raw_k)
-            if self.use_key_shift:
+            if self.options.use_key_shift:
                 k = shift_keys(k)
             if self.softmax is not None:
                 local = self.softmax.attend(*(t.flatten(0, 1) for t in (raw_q, raw_k, v))).view_as(v)
@@ -394,8 +387,8 @@ class CompressiveAttention(MemoryAttention):
 
     def _map_features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features, and those of k divided by their sum over K with `normalize_keys`; for q that would cancel out."""
-        q, k = map_features(q, self.key_features), map_features(k, self.key_features)
-        if self.normalize_keys:
+        q, k = map_features(q, self.options.key_features), map_features(k, self.options.key_features)
+        if self.options.normalize_keys:
             k = k / k.sum(-1, keepdim=True)
         return q, k
 
@@ -501,7 +494,7 @@ class CompressiveAttention(MemoryAttention):
                 num_tokens=schedule.num_tokens[:, -1],
                 num_segments=schedule.num_segments,
                 segments_seen=before.segments_seen + schedule.num_segments - before.num_segments,
-                retained=self.decay_retained(before, schedule.count_writes(), norm_decay),
+                retained=self.decay_retained(before, schedule.chosen.sum(1), norm_decay),
             )
         return self.combine(reads), memory
 
@@ -565,7 +558,7 @@ class CompressiveAttention(MemoryAttention):
         with torch.autocast(hidden.device.type, enabled=False):
             raw_q, raw_k, v = self._split(inputs)
             q, k = self._map_features(raw_q, raw_k)
-            if self.use_key_shift:
+            if self.options.use_key_shift:
                 last_key = torch.zeros_like(k[:, :, 0]) if opened is None else opened.last_key
                 changes["last_key"] = pick_last_key(k, last_key, step.valid)
                 k = shift_keys(k, last_key)

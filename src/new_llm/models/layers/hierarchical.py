@@ -93,8 +93,8 @@ class TreeMemory(MemoryState):
     is 0. The last memory also takes what would belong to larger ones.
     """
 
-    def advance(self, num_segments: Tensor) -> "TreeMemory":
-        """The same blocks joined as they are after as many segments [R], without what the new segments write."""
+    def age(self, num_segments: Tensor, left: Tensor | None = None) -> "TreeMemory":
+        """As `MemoryState.age`, without decay: the same blocks, joined as they are after as many segments."""
         num_levels = self.norms.shape[1]
         levels = torch.arange(num_levels, device=self.norms.device)
         first = self.num_segments.unsqueeze(1) >> (levels + 1) << (levels + 1)  # a segment of the block of each level
@@ -107,18 +107,6 @@ class TreeMemory(MemoryState):
             num_tokens=(moves * self.num_tokens.unsqueeze(-1)).sum(1),
             num_segments=num_segments,
         )
-
-    def add_changes(self, start: Any, rows: Any) -> "TreeMemory":
-        """As `LayerMemory.add_changes`; what was held is joined as in the row that has read most."""
-        before = start.advance(rows.num_segments)
-        names = ("memories", "norms", "num_tokens", "segments_seen")
-        added = {name: getattr(rows, name) - getattr(before, name) for name in names}
-        newly_read = rows.num_segments - start.num_segments
-        if self.rows != rows.rows:
-            added = {name: change.sum(0, keepdim=True) for name, change in added.items()}
-            newly_read = newly_read.amax(0, keepdim=True)
-        held = self.advance(self.num_segments + newly_read)
-        return replace(held, **{name: getattr(held, name) + change for name, change in added.items()})
 
 
 def find_level(segment: Tensor, num_segments: Tensor, num_levels: int) -> Tensor:
@@ -165,10 +153,6 @@ class FenwickAttention(SelectingAttention):
         self._watch(weights * is_filled[:, None, None], is_filled.sum(-1)[:, None, None])
         return read_memories(q, memory.memories, memory.norms, epsilon=EPSILON, weights=weights.movedim(-1, 1))
 
-    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """Not used: `read` weighs the levels."""
-        raise NotImplementedError
-
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments, rule: Any = None
     ) -> tuple[Tensor, MemoryState | None]:
@@ -208,7 +192,7 @@ class FenwickAttention(SelectingAttention):
         """The blocks joined as `added` [B] (0 or 1) more segments have them, and the level of the last segment."""
         assert isinstance(memory, TreeMemory)
         level = find_level(memory.num_segments, memory.num_segments + 1, self.num_memories)
-        return memory.advance(memory.num_segments + added), level
+        return memory.age(memory.num_segments + added), level
 
 
 @register_layer("hierarchical", options=HierarchicalOptions)

@@ -18,7 +18,6 @@ from new_llm.models.layers.base import Segments, Step, check_divides, register_l
 from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions, OpenSegment
 from new_llm.models.layers.memory_layer import MemoryLayer
 from new_llm.models.layers.pythia import KeyValueCache, PythiaLayer
-from new_llm.models.ops import read_memories
 from new_llm.models.state import MemoryState
 
 
@@ -59,15 +58,8 @@ class InfiniAttention(CompressiveAttention):
         """β and the bank weights."""
         return [self.gate] if self.bank_weights is None else [self.gate, self.bank_weights]
 
-    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
-        """[B, H, S, K] to [B, H, S, V]; all banks are mixed, empty ones add 0."""
-        weights = None
-        if self.bank_weights is not None:
-            weights = self.bank_weights.to(memory.norms.dtype).softmax(-1).t()[None, :, :, None]
-        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
-
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """The bank weights, [H, 1, N]: the same for every token."""
+        """The bank weights, [H, 1, N]: the same for every token; all banks are mixed, empty ones add 0."""
         return None if self.bank_weights is None else self.bank_weights.to(products.dtype).softmax(-1).unsqueeze(1)
 
 

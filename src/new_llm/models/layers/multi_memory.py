@@ -15,7 +15,7 @@ from new_llm.config.model import Size
 from new_llm.config.sections import section, short
 from new_llm.models.layers.base import Layer, Segments, Step, register_layer
 from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
-from new_llm.models.ops import read_memories, select_memories, weigh_memories
+from new_llm.models.ops import weigh_memories
 from new_llm.models.state import MemoryState
 
 
@@ -98,20 +98,12 @@ class MultiMemoryAttention(SelectingAttention):
         """β, and log τ where it is learned."""
         return super().gate_parameters() + ([] if self.log_temperature is None else [self.log_temperature])
 
-    @property
-    def _selection(self) -> dict[str, Any]:
-        if self.log_temperature is None:
-            return {"temperature": self.selection_temperature}
-        return {"temperature": self.log_temperature.exp(), "standardize": True}
-
-    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
-        """[B, H, S, K] to [B, H, S, V]."""
-        weights = select_memories(q, memory.norms, memory.num_tokens, **self._selection)
-        return read_memories(q, memory.memories, memory.norms, epsilon=self.epsilon, weights=weights)
-
     def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
         """The selection of each token, [B, n, H, S, N]."""
-        weights = weigh_memories(products, num_tokens, width=self.head_size, **self._selection)
+        options: dict[str, Any] = {"temperature": self.selection_temperature}
+        if self.log_temperature is not None:
+            options = {"temperature": self.log_temperature.exp(), "standardize": True}
+        weights = weigh_memories(products, num_tokens, width=self.head_size, **options)
         self._watch(weights, (num_tokens > 0).sum(-1)[..., None, None])
         return weights
 
@@ -212,14 +204,6 @@ class RoutedAttention(SelectingAttention):
         found = [loss for loss in (self.balance_loss, super()._compute_loss(from_memory, segments)) if loss is not None]
         self.balance_loss = None
         return torch.stack(found).sum() if found else None
-
-    def read(self, q: Tensor, memory: MemoryState) -> Tensor:
-        """Not used: a stream runs the open segment again."""
-        raise NotImplementedError
-
-    def weigh(self, products: Tensor, num_tokens: Tensor) -> Tensor | None:
-        """None: each of the heads has one memory."""
-        return None
 
 
 @register_layer("multi_memory", options=MultiMemoryOptions)

@@ -132,8 +132,8 @@ def local_linear_attention(
 ) -> Tensor:
     """The equation of `local_linear_attention_naive`.
 
-    Quadratic and masked within chunks of `chunk_length` tokens; from chunk to chunk runs a state of constant size, so
-    that nothing of size [S, K, V] is ever held.
+    Quadratic and masked within chunks of `chunk_length` tokens, each of which begins with the sums over the chunks
+    before it, so that nothing of size [S, K, V] is ever held.
 
     Args:
         q: features of the queries, [..., S, K].
@@ -146,32 +146,20 @@ def local_linear_attention(
     Returns:
         [..., S, V] in v's dtype.
     """
-    num_tokens = q.shape[-2]
-    uses_kernels = kernels.uses_triton(v)
     if v.is_cuda:
-        chunk_length = choose_chunk(num_tokens, q.shape[-1], v.shape[-1])
-    if (v.is_cuda or uses_kernels) and num_tokens > chunk_length:
-        return _attend_in_batched_chunks(q, k, v, epsilon, chunk_length, initial_sums)
-    if uses_kernels:
+        chunk_length = choose_chunk(q.shape[-2], q.shape[-1], v.shape[-1])
+    if q.shape[-2] > chunk_length:
+        return _attend_in_chunks(q, k, v, epsilon, chunk_length, initial_sums)
+    if kernels.uses_triton(v):
         return _attend_by_kernels(q, k, v, epsilon, initial_sums)
-    outputs: list[Tensor] = []
-    sums = initial_sums
-    for begin in range(0, num_tokens, chunk_length):
-        part = slice(begin, begin + chunk_length)
-        q_part, k_part, v_part = q[..., part, :], k[..., part, :], v[..., part, :]
-        scores = (q_part @ k_part.transpose(-1, -2)).tril()
-        numerator = scores @ v_part
-        denominator = scores.sum(-1, keepdim=True, dtype=_wide(scores))
-        if sums is not None:
-            wide_q = q_part.to(sums[0].dtype)
-            numerator = numerator + wide_q @ sums[0]
-            denominator = denominator + wide_q @ sums[1].unsqueeze(-1)
-        outputs.append((numerator / denominator.clamp_min(epsilon)).to(v.dtype))
-        if begin + chunk_length < num_tokens:
-            wide_k, wide_v = k_part.to(_wide(k)), v_part.to(_wide(v))
-            new = (wide_k.transpose(-1, -2) @ wide_v, wide_k.sum(-2))
-            sums = new if sums is None else (sums[0] + new[0], sums[1] + new[1])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+    scores = (q @ k.transpose(-1, -2)).tril()
+    numerator = scores @ v
+    denominator = scores.sum(-1, keepdim=True, dtype=_wide(scores))
+    if initial_sums is not None:
+        wide_q = q.to(initial_sums[0].dtype)
+        numerator = numerator + wide_q @ initial_sums[0]
+        denominator = denominator + wide_q @ initial_sums[1].unsqueeze(-1)
+    return (numerator / denominator.clamp_min(epsilon)).to(v.dtype)
 
 
 def choose_chunk(num_tokens: int, width: int, value_width: int) -> int:
@@ -185,7 +173,7 @@ def choose_chunk(num_tokens: int, width: int, value_width: int) -> int:
     return num_tokens if is_less_work else chunk
 
 
-def _attend_in_batched_chunks(
+def _attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, epsilon: float, chunk_length: int, sums: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """All chunks at once, each with the sums over the chunks before it."""

@@ -5,6 +5,7 @@ features σ(·). M is `memories` [B, N, H, K, V] and z is `norms` [B, N, H, K], 
 q, k and v. The recurrence of all segments of a call is `memory_scan`; `write_memory` is one of its steps.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -78,30 +79,6 @@ def read_memories_naive(
     return result
 
 
-def select_memories(
-    q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float | Tensor = 1.0, standardize: bool = False
-) -> Tensor:
-    """w = softmax over the non-empty memories of s_n / τ, s_n = q·(z_n / c_n) / √K; c_n the tokens that n has seen.
-
-    With `standardize` s_n is first standardised over the non-empty memories: (s_n − mean) / deviation.
-
-    Each token's weights depend on that token and on the past alone: nothing is averaged over time.
-
-    Args:
-        q: features of the queries, [B, H, S, K].
-        norms: z, [B, N, H, K].
-        num_tokens: c, [B, N]; 0 means an empty memory.
-        temperature: τ, one or [H].
-        standardize: make the scores of each token comparable; a difference of any size can then decide.
-
-    Returns:
-        [B, N, H, S] in z's dtype; where all memories are empty the weights are equal (and what they weigh is 0).
-    """
-    products = torch.einsum("bhsk,bnhk->bhsn", q.to(norms.dtype), norms)
-    options: dict[str, Any] = {"temperature": temperature, "standardize": standardize}
-    return weigh_memories(products, num_tokens, width=q.shape[-1], **options).movedim(-1, 1)
-
-
 def weigh_memories(
     products: Tensor,
     num_tokens: Tensor,
@@ -110,17 +87,21 @@ def weigh_memories(
     temperature: float | Tensor = 1.0,
     standardize: bool = False,
 ) -> Tensor:
-    """The weights of `select_memories`, from the products q·z that a read needs anyway.
+    """w = softmax over the non-empty memories of s_n / τ, s_n = q·(z_n / c_n) / √K; c_n the tokens that n has seen.
+
+    With `standardize` s_n is first standardised over the non-empty memories: (s_n − mean) / deviation.
+
+    Each token's weights depend on that token and on the past alone: nothing is averaged over time.
 
     Args:
-        products: q·z_n, [..., H, S, N].
-        num_tokens: c, [..., N].
+        products: q·z_n, which a read needs anyway, [..., H, S, N].
+        num_tokens: c, [..., N]; 0 means an empty memory.
         width: K.
         temperature: τ, one or [H].
-        standardize: as in `select_memories`.
+        standardize: make the scores of each token comparable; a difference of any size can then decide.
 
     Returns:
-        [..., H, S, N].
+        [..., H, S, N]; where all memories are empty the weights are equal (and what they weigh is 0).
     """
     counts = num_tokens[..., None, None, :]
     if isinstance(temperature, Tensor):
@@ -163,23 +144,17 @@ class _WideProduct(torch.autograd.Function):
         return (upstream @ norms).to(q.dtype), upstream.transpose(-1, -2) @ q.to(norms.dtype)
 
 
-def select_memories_naive(
-    q: Tensor, norms: Tensor, num_tokens: Tensor, *, temperature: float = 1.0, standardize: bool = False
+def weigh_memories_naive(
+    products: Tensor, num_tokens: Tensor, *, width: int, temperature: float = 1.0, standardize: bool = False
 ) -> Tensor:
-    """The equation of `select_memories`, token by token."""
-    rows, heads, length, width = q.shape
-    weights = torch.zeros(rows, norms.shape[1], heads, length, dtype=norms.dtype)
-    for b in range(rows):
-        filled = [n for n in range(norms.shape[1]) if num_tokens[b, n] > 0] or list(range(norms.shape[1]))
-        for h in range(heads):
-            for t in range(length):
-                scores = torch.stack(
-                    [q[b, h, t] @ norms[b, n, h] / max(float(num_tokens[b, n]), 1.0) / width**0.5 for n in filled]
-                )
-                if standardize:
-                    scores = (scores - scores.mean()) / (scores.var(correction=0) + LEAST_DEVIATION**2).sqrt()
-                for n, weight in zip(filled, torch.softmax(scores / temperature, 0), strict=True):
-                    weights[b, n, h, t] = weight
+    """The equation of `weigh_memories`, token by token: [B, H, S, N]."""
+    weights = torch.zeros_like(products)
+    for b, h, t in itertools.product(*map(range, products.shape[:3])):
+        filled = [n for n in range(products.shape[3]) if num_tokens[b, n] > 0] or list(range(products.shape[3]))
+        scores = torch.stack([products[b, h, t, n] / max(float(num_tokens[b, n]), 1.0) / width**0.5 for n in filled])
+        if standardize:
+            scores = (scores - scores.mean()) / (scores.var(correction=0) + LEAST_DEVIATION**2).sqrt()
+        weights[b, h, t, filled] = torch.softmax(scores / temperature, 0)
     return weights
 
 

@@ -586,24 +586,13 @@ def _differentiate_by(
     if sums is None:
         sums = reads.new_zeros(0) if sum_scales is None else torch.zeros_like(reads)
     end = q.new_zeros(end_shape, dtype=end_dtype) if for_end is None else for_end
-    for_q, for_k, for_v, for_memories, for_c, for_t, for_e, for_d, for_written = backward(
+    for_q, for_k, for_v, for_memories, for_c, *others = backward(
         reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys,
         checkpoints, ctx.num_writes,
     )  # fmt: skip
-    return (
-        for_q,
-        for_k,
-        for_v,
-        None if memories is None else for_memories,
-        for_c,
-        None,
-        None if sum_scales is None else for_t,
-        None if delta_scales is None else for_e,
-        None if decay is None else for_d,
-        None if written_keys is None else for_written,
-        None,
-        None,
-    )
+    given = zip(others, (sum_scales, delta_scales, decay, written_keys), strict=True)
+    found = [None if t is None else gradient for gradient, t in given]
+    return for_q, for_k, for_v, None if memories is None else for_memories, for_c, None, *found, None, None
 
 
 # under torch.compile backward, too, must be one operation: traced, it would launch kernels on tensors without memory
