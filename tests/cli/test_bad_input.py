@@ -59,6 +59,7 @@ CASES = [
     (f"{REVERSAL} --pairs none.csv", "none.csv: no such file"),
     (f"{REVERSAL} --pairs {{other}}/bad.jsonl", "bad.jsonl: line 1: no field 'forward_prompt'"),
     (f"{REVERSAL} --max-sentences 10", "at most 10 are scored"),
+    (f"{REVERSAL} --data.source sotu", "a text is read only where --places names memory or context"),
     (f"eval doctor {EVAL} --checks nothing", "checks: 'nothing' is unknown; known are record"),
     (f"eval doctor {EVAL} --segment-tokens 100000", "at least 900000 are needed"),
     ("inspect --run {run} --model pythia --text {run}/0.txt", "what the memory knew does not apply"),

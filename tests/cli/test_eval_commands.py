@@ -305,6 +305,16 @@ def test_pairs_of_a_file(known_run, tmp_path, capsys):
     assert changed["text"]["pairs_fingerprint"] != record["text"]["pairs_fingerprint"]
 
 
+def test_facts_told_in_a_text(tmp_path):
+    run = make_run(tmp_path / "told", write_speeches(tmp_path / "text"), segment_length=160)
+    small = ["--fresh-texts", 5, "--facts-per-text", 2, "--pairs-per-relation", 2, "--cache.tuning-tokens", 2000]
+    record = measure_reversal(run, "--places", "memory", "--longest-match", *small)
+    assert record["text"]["num_documents"] > 0
+    hits = record["result"]["places"]["memory"]["forward"]
+    assert sum(hits["num_questions"]) == 10
+    assert sum(hits["exact"]) > 0
+
+
 # `new-llm eval doctor`: findings, exit code and record of a run's model, with the data that it was trained on
 
 
@@ -318,13 +328,13 @@ def write_speeches(folder: Path) -> Path:
     return folder
 
 
-def make_run(folder: Path, source: Path) -> Path:
+def make_run(folder: Path, source: Path, segment_length: int = 32) -> Path:
     """A run's folder as an experiment leaves it, but for the training."""
     data = {"source": str(source), "tokenizer_vocab_size": 384, "seq_length": 64, "segments_per_sample": 2}
     data["max_reversal_share"] = 1.0
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)
     prepared = prepare_data(config.data)
-    save_model(make_model("infini", prepared.vocab_size, segment_length=32), folder / "infini" / "best")
+    save_model(make_model("infini", prepared.vocab_size, segment_length=segment_length), folder / "infini" / "best")
     prepared.tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.yaml").write_text(config.to_yaml())
     write_json(folder / "data.json", prepared.info)

@@ -57,6 +57,11 @@ class Evaluation(Command):
         values["measures"] = self.names
         return EvalConfig(**values)
 
+    @property
+    def text(self) -> TextConfig | None:
+        """The text that is read; None: none."""
+        return self.data
+
     def execute(self) -> int:
         """Measure, write and print; 130 where the measurement was interrupted and the result is partial."""
         from new_llm.cli.evaluate import evaluate
@@ -147,15 +152,23 @@ class Reversal(Evaluation):
     the other answers of its relation, each direction, with bootstrap intervals. The pairs are the project's own, or
     those of --pairs: a .csv or .jsonl file with the fields relation, forward_prompt, forward_answer, backward_prompt,
     backward_answer; or relation, subject, object, forward_template, backward_template, such as "The capital of
-    {subject} is {object}."
+    {subject} is {object}." With --places memory or context also facts that a text has just told: the validation
+    documents of the run, or --data.source.
     """
 
-    without_hub: ClassVar[str] = "name a folder by --run"
     measures: ClassVar = ("reversal",)
     section: ClassVar = "reversal"
-    data: Suppress[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    # It asks for its own sentences.
     options: Annotated[ReversalConfig, arg(name="")] = dataclasses.field(default_factory=ReversalConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text is None and self.data != TextConfig():
+            raise UserError("data: a text is read only where --places names memory or context")
+
+    @property
+    def text(self) -> TextConfig | None:
+        """Facts are told in a text; the pairs are sentences of their own."""
+        return self.data if {"memory", "context"} & set(self.options.places) else None
 
 
 @dataclasses.dataclass(kw_only=True)
