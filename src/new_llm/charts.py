@@ -89,35 +89,20 @@ class ShadedToken:
 
 @dataclass(frozen=True)
 class ShadedText:
-    """A passage whose tokens are shaded by a value.
+    """A passage whose tokens are shaded by a value, or several ways in which a text goes on.
 
     Attributes:
         title: what it is.
         before: the text ahead of it, unshaded.
         tokens: of the passage, in order.
+        versions: (label, text) of each way to go on.
         view: texts are grouped by it, e.g. a model's name.
     """
 
     title: str
     before: str
-    tokens: list[ShadedToken]
-    view: str = ""
-
-
-@dataclass(frozen=True)
-class ComparedText:
-    """A text and several ways in which it goes on.
-
-    Attributes:
-        title: what it is.
-        before: the text ahead of what is compared.
-        versions: (label, text) of each.
-        view: texts are grouped by it, e.g. a model's name.
-    """
-
-    title: str
-    before: str
-    versions: list[tuple[str, str]]
+    tokens: Sequence[ShadedToken] = ()
+    versions: Sequence[tuple[str, str]] = ()
     view: str = ""
 
 

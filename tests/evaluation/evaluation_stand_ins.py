@@ -1,7 +1,6 @@
 """A model whose losses are known in closed form, readings of it that share no code with evaluation, and tiny models."""
 
 import contextlib
-import copy
 import re
 
 import numpy as np
@@ -98,16 +97,3 @@ def make_tiny_model(
 ) -> TransformerLM:
     """Two layers of width 32, with weights far enough apart for memories to matter."""
     return make_model(kind, vocab_size, segment_length=segment_length, spread=spread, **options).eval()
-
-
-def copy_state(model: TransformerLM) -> dict:
-    return copy.deepcopy(model.get_memory_state())
-
-
-def assert_same_state(found: dict, expected: dict) -> None:
-    """Two memory states are equal bit for bit."""
-    assert found.keys() == expected.keys()
-    for index, entry in expected.items():
-        for name, value in entry.items():
-            other = found[index][name]
-            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value

@@ -2,8 +2,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from evaluation_stand_ins import assert_same_state, copy_state, make_tiny_model
+from evaluation_stand_ins import make_tiny_model
 
+from model_cases import assert_states_equal
 from new_llm.config import EvalConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
@@ -44,9 +45,9 @@ def test_held_memory_is_bit_for_bit_unchanged_and_unread(kind, rows):
     model.reset_memory(rows)
     tokens = torch.from_numpy(SPLIT.tokens[:128].astype("int64"))
     model(tokens.view(2, 64), update_memory=True)
-    before = copy_state(model)
+    before = model.get_memory_state()
     assert measure() == empty
-    assert_same_state(model.get_memory_state(), before)
+    assert_states_equal(model.get_memory_state(), before)
 
 
 def learn(model, ids, labels):

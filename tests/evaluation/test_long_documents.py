@@ -6,14 +6,13 @@ import pytest
 import torch
 from evaluation_stand_ins import (
     BigramModel,
-    assert_same_state,
-    copy_state,
     make_documents,
     make_split,
     make_tiny_model,
     read_naively,
 )
 
+from model_cases import assert_states_equal
 from new_llm.config import UserError
 from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig
 from new_llm.data.reversal_pairs import get_reversal_pairs
@@ -208,7 +207,7 @@ def test_real_models_equal_the_protocols(kind, options):
     model = make_tiny_model(kind, padded_vocab_size(TOKENIZER), 16, **options)
     model.reset_memory(2)
     model(torch.from_numpy(REAL.tokens[:128].astype("int64")).view(2, 64), update_memory=True)
-    before = copy_state(model)
+    before = model.get_memory_state()
     result = measure(model, REAL, min_tokens=40, batch_size=2)
     long = tokenize_documents([TEXTS[entry["index"]] for entry in result["documents"]], TOKENIZER)
     assert long.num_documents == 5
@@ -222,4 +221,4 @@ def test_real_models_equal_the_protocols(kind, options):
     else:  # there is one way to read
         assert list(perplexity) == ["carried"]
         assert perplexity["carried"] == pytest.approx(independent.perplexity, rel=1e-6)
-    assert_same_state(model.get_memory_state(), before)
+    assert_states_equal(model.get_memory_state(), before)

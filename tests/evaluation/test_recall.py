@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import assert_same_state, copy_state, make_tiny_model
+from evaluation_stand_ins import make_tiny_model
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from model_cases import assert_states_equal
 from new_llm.config import DataConfig, EvalConfig, UserError
 from new_llm.config.evaluation import RecallConfig, ReversalConfig
 from new_llm.data.sources import load_documents
@@ -204,9 +205,9 @@ def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind):
     model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT)
     model.reset_memory(3)
     model(torch.from_numpy(SPLIT.tokens[:288].astype("int64")).view(3, 96), update_memory=True)
-    before = copy_state(model)
+    before = model.get_memory_state()
     result = measure(model, lengths=(1, 3), depths=(0.5,), trials=4, batch_size=3)
-    assert_same_state(model.get_memory_state(), before)
+    assert_states_equal(model.get_memory_state(), before)
     maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=10, seed=0)
     for cell in result["cells"]:
         for trial, answer in enumerate(cell["carried"]["answers"]):

@@ -246,4 +246,4 @@ def test_intervals_are_those_of_a_naive_stratified_bootstrap():
             expected = np.quantile(values, [0.05, 0.95])
             spread = max(np.ptp(values), 1e-9)
             assert np.abs(np.array(scores.intervals[name]) - expected).max() <= 0.08 * spread, (group, name)
-            assert scores.intervals[name].low <= getattr(scores, name) <= scores.intervals[name].high
+            assert scores.intervals[name][0] <= getattr(scores, name) <= scores.intervals[name][1]

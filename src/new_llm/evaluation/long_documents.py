@@ -245,11 +245,6 @@ def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
     return f"{said} ({confidence:.0%} interval over documents)"
 
 
-def name_way(way: str) -> str:
-    """What a way or a baseline is called for readers."""
-    return WAYS.get(way, way)
-
-
 @register_measure
 class LongDocuments(Measure):
     """Long documents with the memory carried, emptied, and another document's."""
@@ -388,10 +383,10 @@ class LongDocuments(Measure):
                 Column("num_tokens", "tokens", entry["num_tokens"], format_count),
             ]
             for way, found in entry["perplexity"].items():
-                columns.append(Column(way, name_way(way), found["value"], group="perplexity"))
+                columns.append(Column(way, WAYS.get(way, way), found["value"], group="perplexity"))
             for way, found in entry["differences"].items():
                 relative: dict[str, Any] = {"format": format_percent, "group": "carried against", **found["relative"]}
-                columns.append(Column(f"vs_{way}", name_way(way), **relative))
+                columns.append(Column(f"vs_{way}", WAYS.get(way, way), **relative))
             rows.append((name, columns))
         return [Table("by distance from the document's start, in tokens", rows)]
 
@@ -417,7 +412,7 @@ class LongDocuments(Measure):
         charts = [line_chart("distance", title, caption, rows, **columns, **titles, series="model", view="all models")]
         for name in dict.fromkeys(one.name for one in results if len(one.result["overall"]["perplexity"]) > 1):
             rows = [
-                {"distance": distance, "way": name_way(way), **found}
+                {"distance": distance, "way": WAYS.get(way, way), **found}
                 for model, distance, entry in entries
                 if model == name
                 for way, found in entry["perplexity"].items()

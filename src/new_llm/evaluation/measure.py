@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from new_llm.charts import Chart, ComparedText, ShadedText
+from new_llm.charts import Chart, ShadedText
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.errors import OtherProcessError
 from new_llm.config.loading import is_user_name, load_by_name
@@ -212,7 +212,7 @@ class Measure(ABC):
         """The charts that compare the models."""
         return []
 
-    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText | ComparedText]:
+    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
         """Passages to show, with each token shaded or with several continuations."""
         return []
 

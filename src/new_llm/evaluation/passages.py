@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from new_llm.charts import ComparedText, ShadedText, ShadedToken
+from new_llm.charts import ShadedText, ShadedToken
 from new_llm.config.evaluation import PassagesConfig
 from new_llm.config.model import GenerationConfig
 from new_llm.evaluation.long_documents import PairScores, score_pairs
@@ -219,9 +219,9 @@ class Passages(Measure):
             ],
         }
 
-    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText | ComparedText]:
+    def texts(self, results: Sequence[ModelResult]) -> list[ShadedText]:
         """Each passage as a shaded text, then the continuations."""
-        found: list[ShadedText | ComparedText] = []
+        found: list[ShadedText] = []
         for name, result in results:
             found += [shade(name, passage) for passage in result["passages"]]
             found += [compare(name, one) for one in result.get("continuations", ())]
@@ -303,8 +303,9 @@ def say_selection(shares: Sequence[float]) -> str:
     return ", ".join(f"{place}: {share:.0%}" for place, share in ranked if share > 0)
 
 
-def compare(model: str, found: dict[str, Any]) -> ComparedText:
+def compare(model: str, found: dict[str, Any]) -> ShadedText:
     """A continuation for the page."""
     title = f"continued: document {found['document']}, from segment {found['segment'] + 1}"
     names = {"carried": "with the memory", "emptied": "with it emptied", "true": "the document itself"}
-    return ComparedText(title, found["prompt"], [(label, found[way]) for way, label in names.items()], view=model)
+    versions = [(label, found[way]) for way, label in names.items()]
+    return ShadedText(title, found["prompt"], versions=versions, view=model)

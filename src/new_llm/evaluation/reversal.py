@@ -35,7 +35,7 @@ from new_llm.evaluation.scoring import (
     group_by_length,
     score_rows,
 )
-from new_llm.evaluation.statistics import DocumentLosses, Interval, draw_resamples, find_interval
+from new_llm.evaluation.statistics import DocumentLosses, draw_resamples, find_interval
 from new_llm.formats import format_count, format_number, format_percent
 from new_llm.processes import ALONE, Processes
 
@@ -89,11 +89,7 @@ class ReversalScores:
     forward_mean_rank: float
     backward_mean_rank: float
     chance_mean_rank: float
-    intervals: dict[str, Interval]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return to_plain(vars(self) | {"intervals": {name: list(ends) for name, ends in self.intervals.items()}})
+    intervals: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -109,10 +105,8 @@ class ReversalResult(ReversalScores):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return super().to_dict() | {
-            "per_relation": [{"relation": name} | scores.to_dict() for name, scores in self.per_relation.items()],
-            "by_kind": {kind: scores.to_dict() for kind, scores in self.by_kind.items()},
-        }
+        plain = to_plain(self)
+        return plain | {"per_relation": [{"relation": name} | one for name, one in plain["per_relation"].items()]}
 
 
 class ReversalTable:
@@ -148,7 +142,7 @@ class ReversalTable:
             **{name: float(value[0]) for name, value in figures.items()},
             chance_accuracy=float(np.mean(1 / candidates)),
             chance_mean_rank=float(np.mean((candidates + 1) / 2)),
-            intervals={name: find_interval(values, self.confidence) for name, values in resampled.items()},
+            intervals={name: list(find_interval(values, self.confidence)) for name, values in resampled.items()},
         )
 
     def _compute(self, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

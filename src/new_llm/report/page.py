@@ -6,17 +6,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from new_llm import formats
-from new_llm.charts import Chart, ComparedText, ShadedText
+from new_llm.charts import Chart, ShadedText
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
@@ -32,8 +30,6 @@ from new_llm.report.results import (
     Series,
     describe,
     draw_measure,
-    get_entries,
-    get_number,
     get_text,
     get_value,
     group_series,
@@ -48,7 +44,6 @@ from new_llm.report.tables import summarize
 
 PAGE_FOLDER = "page"
 FIGURES_FOLDER = "figures"
-TEMPLATES = ("base.html", "parts.html", "page.html", "study.html", "style.css", "script.js")
 FULL_SHADE = 2.0
 """Nats from which a token's shade grows no stronger."""
 # How a word of a table is shown: a verdict's levels.
@@ -92,7 +87,7 @@ class Section:
     figures: list[Figure]
     sentences: list[tuple[str, str]]
     """(model, what was found)."""
-    texts: list[tuple[str, list[ShadedText | ComparedText]]]
+    texts: list[tuple[str, list[ShadedText]]]
     """(model, its passages)."""
 
 
@@ -144,7 +139,6 @@ def render_page(
         summary=summary,
         badges=BADGES,
         sections=list_sections(series, charts, with_figures=with_figures),
-        training=list_training(series),
         compute_note=COMPUTE_NOTE,
         differences=list_differences(series),
         evaluations=[(run.name, one, describe(one)) for run in runs for one in run.evaluations],
@@ -155,8 +149,7 @@ def render_page(
 
 def fill_template(name: str, **values: Any) -> str:
     """A page's text, to be sent to others: one of the templates with its values, the style and the script."""
-    files, environment = load_templates()
-    script, style = Markup(files["script.js"]), Markup(files["style.css"])
+    environment, script, style = load_templates()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template(name).render(**values, script=script, style=style, digest=digest)
     # JSON may hold lone surrogates, which UTF-8 can't.
@@ -164,24 +157,15 @@ def fill_template(name: str, **values: Any) -> str:
 
 
 @functools.cache
-def load_templates() -> tuple[dict[str, str], Environment]:
-    """The files of the pages, and what renders them: compiled once, since a run writes its page after each model."""
-    files = {
-        name: resources.files("new_llm.report").joinpath(PAGE_FOLDER, name).read_text("utf8") for name in TEMPLATES
-    }
+def load_templates() -> tuple[Environment, Markup, Markup]:
+    """What renders the pages, their script and their style: read once, since a run writes its page after each model."""
+    loader = PackageLoader("new_llm.report", PAGE_FOLDER)
     environment = Environment(
-        loader=DictLoader(files), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "number": formats.format_number,
-        "count": formats.format_count,
-        "bytes": formats.format_bytes,
-        "seconds": formats.format_seconds,
-        "text": make_line,
-        "printable": make_printable,
-        "shade": shade,
-    }
-    return files, environment
+    environment.filters |= {"text": make_line, "printable": make_printable, "shade": shade}
+    script, style = (Markup(loader.get_source(environment, name)[0]) for name in ("script.js", "style.css"))
+    return environment, script, style
 
 
 def shade(value: float) -> str:
@@ -281,23 +265,6 @@ def list_facts(runs: Sequence[Run]) -> list[str]:
         f"seed{'s' if ',' in seeds else ''} {seeds}" if seeds else "",
     ]
     return [fact for fact in facts if fact]
-
-
-def list_training(series: Sequence[Series]) -> list[dict[str, Any]]:
-    """How each training went, a row per model and seed."""
-    keys = ("epochs", "best_epoch", "steps", "tokens", "seconds", "cpu_seconds", "tokens_per_second")
-    keys += ("peak_memory_bytes",)
-    rows = []
-    for one in series:
-        for member in one.members:
-            training = get_value(member.entry, "training")
-            if isinstance(training, dict):
-                losses = [get_number(line, "loss") for line in get_entries(training, "steps_log")]
-                stopped = {"True": "early", "False": "at the end"}.get(str(training.get("stopped_early")), "")
-                row = {key: get_number(training, key) for key in keys}
-                row |= {"loss": losses[-1] if losses else None, "name": one.name, "stopped": stopped}
-                rows.append(row | {"seed": get_text({"seed": member.seed}, "seed")})
-    return rows
 
 
 def flatten_facts(entry: Any, prefix: str = "") -> list[tuple[str, str]]:

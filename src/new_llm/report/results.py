@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from new_llm.charts import Chart, ComparedText, ShadedText
+from new_llm.charts import Chart, ShadedText
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file, read_mapping
@@ -402,7 +402,7 @@ def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
     return draw(results) or draw([result for result in results if draw([result])])
 
 
-def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText | ComparedText]:
+def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText]:
     """The measure's passages."""
     try:
         return MEASURES[place[0]].texts(results)

@@ -79,6 +79,8 @@ FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ..
     ("Model", "memory", ("memory_info", "total_bytes"), format_bytes),
     ("Model", "state, numbers", ("cost", "state_numbers"), format_short),
     ("Model", "FLOPs/ token", ("cost", "flops_per_token"), format_short),
+    ("Training", "tokens", ("training", "tokens"), format_short),
+    ("Training", "best epoch", ("training", "best_epoch"), format_count),
     ("Training", "tokens/s", ("training", "tokens_per_second"), format_count),
     ("Training", "time", ("training", "seconds"), format_seconds),
     ("Training", "CPU time", ("training", "cpu_seconds"), format_seconds),
