@@ -241,19 +241,15 @@ def pair_members(one: Series, other: Series) -> list[tuple[Member, Member]]:
 
 def describe_difference(best: Score, second: Score, place: Place) -> str:
     """The difference of two models, paired by seed and document."""
-    single = min(len(score.values) for score in (best, second)) == 1
-    unmeasured = " With one seed per model, the spread between seeds is unmeasured." if single else ""
     found = compare(_list_at(best.series, place), _list_at(second.series, place), (place[0], ""))
     if found is None:
-        return f"The difference has no interval: no seed and documents are shared.{unmeasured}"
+        return "The difference has no interval: the models share no seed, or were measured on other documents."
     value, low, high = found.relative
-    said, many = (
-        f"The difference from {second.series.name} is {value:+.1%}",
-        format_plural(found.num_documents, "document"),
-    )
-    by = "document"
+    said = f"The difference from {second.series.name} is {value:+.1%}"
+    many, by = format_plural(found.num_documents, "document"), "document"
     if found.num_seeds > 1:
         many, by = f"{found.num_seeds} seeds and {many}", "seed and document"
+    unmeasured = " It is of one seed, so the spread between seeds is unmeasured." if found.num_seeds == 1 else ""
     if low is None or high is None:
         return f"{said}; {many}: too few for an interval.{unmeasured}"
     return f"{said} [{low:+.1%}, {high:+.1%}] (95% interval over {many}, paired by {by}): {_judge(found)}.{unmeasured}"
