@@ -324,7 +324,6 @@ def heat_chart(
     y: str,
     value: str,
     x_title: str = "",
-    y_title: str = "",
     value_title: str = "",
     value_format: str = "",
     low: float | None = None,
@@ -348,7 +347,7 @@ def heat_chart(
         # The shade is the opacity of one colour, so that a theme can replace it.
         cell |= {"shade": 0.06 + 0.94 * share, "ink": HEAT_INK if share > 0.5 else INK}
         cell["text"] = _format(cell["y"], value_format)
-        cell["tip"] = f"{y_title} {cell['column']}, {x_title} {cell['x']}: {value_title} {cell['text']}".strip()
+        cell["tip"] = f"{cell['column']}, {x_title} {cell['x']}: {value_title} {cell['text']}"
     axis = {"type": "ordinal", "sort": None, "scale": {"paddingInner": 0.06}}
     encoding = {
         "x": axis
@@ -357,7 +356,7 @@ def heat_chart(
             "title": x_title or None,
             "axis": {"labelAngle": 0, "labelOverlap": "greedy"} | {"labelSeparation": 6},
         },
-        "y": axis | {"field": "column", "title": y_title or None, "axis": _make_room([c["column"] for c in drawn])},
+        "y": axis | {"field": "column", "title": None, "axis": _make_room([c["column"] for c in drawn])},
         **_TIP,
     }
     shade = {"fillOpacity": {"field": "shade", "type": "quantitative", "scale": None}, "color": {"value": HEAT}}
