@@ -61,10 +61,10 @@ def make_model(layer: Layer) -> TransformerLM:
 
 
 def find_tolerance(dtype: torch.dtype, *, is_rounded: bool = True) -> float:
-    """The largest difference of two ways to compute the same, as a share of the largest value.
+    """How far apart two ways to compute the same may be, as a share of the largest value, or of 1 if that is larger.
 
     Args:
-        dtype: of the weights; what training rounds in lower precision may differ more.
+        dtype: of the model's weights.
         is_rounded: whether shapes differ, and with them the order of summation.
     """
     if dtype == torch.float64:
@@ -85,7 +85,7 @@ def check_causality(model: TransformerLM, ids: Tensor, places: Iterable[int] | N
         changed[:, place:] = (changed[:, place:] + 1) % model.vocab_size
         found = model(changed)
         _assert_near(
-            found[:, :place], expected[:, :place], f"logits before token {place}, which changed", is_rounded=False
+            model, found[:, :place], expected[:, :place], f"logits before changed token {place}", is_rounded=False
         )
         assert not torch.allclose(found[:, place], expected[:, place]), f"token {place} does not change its logits"
 
@@ -97,7 +97,7 @@ def check_rows(model: TransformerLM, ids: Tensor) -> None:
     whole = model(ids, update_memory=True)
     for row in range(len(ids)):
         model.reset_memory(shared)
-        _assert_near(model(ids[row : row + 1])[0], whole[row], f"logits of row {row} alone and in a batch")
+        _assert_near(model, model(ids[row : row + 1])[0], whole[row], f"logits of row {row} alone and in a batch")
 
 
 def check_padding(model: TransformerLM, ids: Tensor) -> None:
@@ -112,9 +112,9 @@ def check_padding(model: TransformerLM, ids: Tensor) -> None:
     for row in range(len(ids)):
         model.reset_memory(1)
         alone = model(ids[row][mask[row]].unsqueeze(0), update_memory=True)
-        _assert_near(padded[row][mask[row]], alone[0], "logits of a padded row")
+        _assert_near(model, padded[row][mask[row]], alone[0], "logits of a padded row")
         for index, key, value in _list_tensors(model.get_memory_state()):
-            _assert_near(states[index][key][row : row + 1], value, f"{key} of a padded row")
+            _assert_near(model, states[index][key][row : row + 1], value, f"{key} of a padded row")
     model.reset_memory()
 
 
@@ -125,9 +125,9 @@ def check_cuts(model: TransformerLM, ids: Tensor) -> None:
     states = model.get_memory_state()
     model.reset_memory(len(ids))
     pieces = [model(piece, update_memory=True) for piece in ids.split(model.segment_length, dim=1)]
-    _assert_near(torch.cat(pieces, dim=1), expected, "logits of single segments with their memory carried")
+    _assert_near(model, torch.cat(pieces, dim=1), expected, "logits of single segments with their memory carried")
     for index, key, value in _list_tensors(model.get_memory_state()):
-        _assert_near(value, states[index][key], f"{key} of single segments")
+        _assert_near(model, value, states[index][key], f"{key} of single segments")
     model.reset_memory()
 
 
@@ -144,16 +144,16 @@ def check_streams(model: TransformerLM, ids: Tensor) -> None:
         stream = model.open_stream(len(ids))
         pieces = [stream.feed(piece) for piece in ids.split(length, dim=1)]
         stream.close(update_memory=True)
-        _assert_near(torch.cat(pieces, dim=1), expected, f"logits of a stream of {length} tokens at a time")
+        _assert_near(model, torch.cat(pieces, dim=1), expected, f"logits of a stream of {length} tokens at a time")
         for index, key, value in _list_tensors(model.get_memory_state()):
-            _assert_near(value, states[index][key], f"{key} after a stream of {length} tokens at a time")
+            _assert_near(model, value, states[index][key], f"{key} after a stream of {length} tokens at a time")
     model.set_memory_state(held)
     stream = model.open_stream(len(ids))
     first = torch.ones_like(ids[:, :3])
     first[1, 1:] = 0
     stream.feed(ids[:, :3], first)
     later = stream.feed(ids[1:2, 1:4].expand(len(ids), -1))
-    _assert_near(later[1], expected[1, 1:4], "logits of a stream whose rows have different positions")
+    _assert_near(model, later[1], expected[1, 1:4], "logits of a stream whose rows have different positions")
     model.reset_memory()
 
 
@@ -235,7 +235,8 @@ def _list_tensors(state: dict[int, dict[str, Any]]) -> list[tuple[int, str, Tens
     return [(i, key, value) for i, entry in state.items() for key, value in entry.items() if isinstance(value, Tensor)]
 
 
-def _assert_near(found: Tensor, expected: Tensor, what: str, *, is_rounded: bool = True) -> None:
+def _assert_near(model: TransformerLM, found: Tensor, expected: Tensor, what: str, *, is_rounded: bool = True) -> None:
     if found.numel():
         difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1)
-        assert difference <= find_tolerance(expected.dtype, is_rounded=is_rounded), f"{what}: {difference:.2g} apart"
+        allowed = find_tolerance(next(model.parameters()).dtype, is_rounded=is_rounded)
+        assert difference <= allowed, f"{what}: {difference:.2g} apart"

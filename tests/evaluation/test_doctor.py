@@ -178,8 +178,8 @@ overflow = written(memories=lambda m: m.memories * 1e30)
 miscount = written(num_tokens=lambda m: m.num_tokens + 1)
 
 FAULTS = [
-    (look_one_ahead, "infini", "default", "causality", "logits before token"),
-    (look_into_later_segments, "infini", "tuned", "causality", "logits before token"),
+    (look_one_ahead, "infini", "default", "causality", "logits before changed token"),
+    (look_into_later_segments, "infini", "tuned", "causality", "logits before changed token"),
     (mix_rows, "infini", "default", "rows", "alone and in a batch"),
     (mix_memories, "infini", "tuned", "rows", "of a padded row"),
     (shift_labels_twice, "infini", "default", "labels", "from those of the next token"),
