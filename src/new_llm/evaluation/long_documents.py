@@ -383,10 +383,10 @@ class LongDocuments(Measure):
                 Column("num_tokens", "tokens", entry["num_tokens"], format_count),
             ]
             for way, found in entry["perplexity"].items():
-                columns.append(Column(way, WAYS.get(way, way), found["value"], group="perplexity"))
+                columns.append(Column(way, str(WAYS.get(way, way)), found["value"], group="perplexity"))
             for way, found in entry["differences"].items():
                 relative: dict[str, Any] = {"format": format_percent, "group": "carried against", **found["relative"]}
-                columns.append(Column(f"vs_{way}", WAYS.get(way, way), **relative))
+                columns.append(Column(f"vs_{way}", str(WAYS.get(way, way)), **relative))
             rows.append((name, columns))
         return [Table("by distance from the document's start, in tokens", rows)]
 
