@@ -38,7 +38,7 @@ def make_model(model_type: str, rng: random.Random) -> dict[str, Any]:
         "model_type": model_type,
         "options": OPTIONS.get(model_type, SEVERAL),
         "context_tokens": 256 if model_type == "pythia" else 64,
-        "num_parameters": {"total": parameters, "lm_head": 2_097_152, "transformer": parameters - 2 * 2_097_152},
+        "num_parameters": {"total": parameters},
         "memory_info": {"total_bytes": memory_bytes},
         "cost": {"state_numbers": 91_904, "flops_per_token": 8_440_000.0},
         "training": {

@@ -156,7 +156,7 @@ def adapt_svg(svg: str, label: str) -> str:
 # Charts of training
 
 
-FLOPS_PER_WEIGHT = 6  # multiplications and additions of one weight for one token, forward and backward
+TRAINING_FLOPS = 3  # a training step's, by those of its forward pass; the backward pass takes about twice as many
 MAX_POINTS = 160  # of a curve; more can't be seen
 SMOOTHING_SHARE = 0.08  # the training loss is averaged over about this share of its points
 MAX_LOSS, MAX_PERPLEXITY = 1e3, 1e9  # beyond these a model broke, and would flatten the others' curves
@@ -165,32 +165,17 @@ Line = dict[str, Any]
 AXES = (
     ("tokens", "training tokens"),
     ("seconds", "seconds of training"),
-    ("compute", "FLOPs of compute, 6 N per token"),
+    ("compute", "FLOPs of training, 3 forward passes"),
 )
-COMPUTE_NOTE = (
-    "Compute is counted as 6 N per token, N the weights that multiply it (all but the input embedding; the layers of a "
-    "selective model once per pass). Attention and memory reads are not counted."
-)
-
-
-def count_weights(entry: Line) -> float | None:
-    """N of 6 · N · tokens: the weights that a token is multiplied with; None where the parts are not known.
-
-    Source: Kaplan et al., arXiv:2001.08361, section 2.1; the head, which they leave out, is counted.
-    """
-    layers, head = (get_finite(entry, "num_parameters", key) for key in ("transformer", "lm_head"))
-    if layers is None or head is None:
-        return None
-    return (1 + int(get_finite(entry, "options", "skip_interval") or 0)) * layers + head
 
 
 def read_curve(entry: Line, log: str, find: Callable[[Line], float | None]) -> list[tuple[Line, float]]:
     """A log's lines with a drawable value, as many as can be seen, each with where it stands on every axis."""
-    weights = count_weights(entry)
+    flops = get_finite(entry, "cost", "flops_per_token")
     found = []
     for line in get_entries(entry, "training", log):
         value, tokens, seconds = find(line), get_finite(line, "tokens"), get_finite(line, "seconds")
-        compute = FLOPS_PER_WEIGHT * weights * tokens if weights is not None and tokens is not None else None
+        compute = TRAINING_FLOPS * flops * tokens if flops is not None and tokens is not None else None
         if value is not None:
             found.append(({"tokens": tokens, "seconds": seconds, "compute": compute}, value))
     step = -(-len(found) // MAX_POINTS) or 1

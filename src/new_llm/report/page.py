@@ -20,7 +20,7 @@ from new_llm.config.terminal import hide_home, make_line, make_printable, print_
 from new_llm.evaluation import MEASURES
 from new_llm.formats import format_number
 from new_llm.report import figures
-from new_llm.report.figures import COMPUTE_NOTE, draw_memory, draw_training
+from new_llm.report.figures import draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import (
     BROKEN,
@@ -139,7 +139,6 @@ def render_page(
         summary=summary,
         badges=BADGES,
         sections=list_sections(series, charts, with_figures=with_figures),
-        compute_note=COMPUTE_NOTE,
         differences=list_differences(series),
         evaluations=[(run.name, one, describe(one)) for run in runs for one in run.evaluations],
         origins=[describe_origin(run) for run in runs],
