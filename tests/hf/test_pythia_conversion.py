@@ -92,7 +92,6 @@ REFUSED = {
     "new rope scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters of type 'yarn'"),
     "no width": ({"hidden_size": None}, "hidden_size missing"),
     "odd rotary": ({"rotary_pct": 0.4}, "rotates 3 dimensions"),
-    "no share": ({"rotary_pct": 0}, "rotary_pct: input should be greater than 0"),
     "heads that do not divide": ({"num_attention_heads": 5}, "32 is not a multiple of num_attention_heads"),
 }
 

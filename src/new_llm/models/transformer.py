@@ -1,6 +1,5 @@
 """The language model: an embedding, any list of layers, a head, and the memory it holds."""
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -268,7 +267,17 @@ class TransformerLM(HeldMemory):
             is_last = number + 1 == num_passes
             written = list(memories)
             reading = segments if is_last else Segments(segments.valid, write_last=False, tokens=segments.tokens)
-            run = functools.partial(self._run_layer, memories=memories, segments=reading, written=written)
+
+            def run(
+                index: int, layer: Layer, entering: Tensor, written: Any = written, reading: Any = reading
+            ) -> Tensor:
+                if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                    entering, written[index] = checkpoint(layer, entering, memories[index], reading, **options)
+                else:
+                    entering, written[index] = layer(entering, memories[index], reading)
+                return entering
+
             hidden = self.run_layers(self.begin_pass(hidden, embedded) if number else hidden, run)
             passes.append(self.finish_pass(hidden))
         return passes, written
@@ -283,24 +292,6 @@ class TransformerLM(HeldMemory):
         first = self.first_before_head
         for index, layer in enumerate(self.layer_list):
             hidden = run(index, layer, self.final_layer_norm(hidden) if index == first else hidden)
-        return hidden
-
-    def _run_layer(
-        self,
-        index: int,
-        layer: Layer,
-        hidden: Tensor,
-        *,
-        memories: LayerMemories,
-        segments: Segments,
-        written: LayerMemories,
-    ) -> Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            hidden, written[index] = checkpoint(
-                layer, hidden, memories[index], segments, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            hidden, written[index] = layer(hidden, memories[index], segments)
         return hidden
 
     @property

@@ -534,5 +534,5 @@ def initialize_weights(model: nn.Module, initializer_range: float) -> None:
         if isinstance(module, nn.LayerNorm):
             nn.init.zeros_(module.bias)
     for module in model.modules():
-        if isinstance(module, Attention):
-            module.initialize_features()
+        if hasattr(module, "initialize_features"):
+            cast(Any, module).initialize_features()

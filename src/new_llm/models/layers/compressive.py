@@ -316,10 +316,6 @@ class CompressiveAttention(MemoryAttention):
         self.query_key_value.bias.view(shape)[:, :2] = self.options.query_key_init_bias
         if self.options.match_query_key_init:
             weight[:, 1] = weight[:, 0]
-        if self.convolution is not None:
-            self.convolution.draw()
-        if self.token_decay is not None:
-            self.token_decay.draw()
         if self.token_gate is not None:
             nn.init.zeros_(self.token_gate.weight)
 

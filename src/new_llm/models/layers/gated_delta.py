@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
-from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
+from new_llm.models.layers.base import Attention, RotaryBlock, Segments, Step, check_divides, register_layer
 from new_llm.models.layers.memory_layer import ShortConvolution, TokenDecay
 from new_llm.models.ops import gated_delta_rule, map_features
 from new_llm.models.state import LayerMemory, MemoryFacts
@@ -78,13 +77,6 @@ class GatedDeltaAttention(Attention):
         self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if options.use_output_gate else None
         self.norm = nn.RMSNorm(self.head_size, eps=1e-5)
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def initialize_features(self) -> None:
-        """Draw the convolution and the decay."""
-        if self.convolution is not None:
-            self.convolution.draw()
-        if self.token_decay is not None:
-            self.token_decay.draw()
 
     def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
         """As `Layer.empty_memory`."""
@@ -163,42 +155,20 @@ class GatedDeltaAttention(Attention):
 
 
 @register_layer("gated_delta", options=GatedDeltaOptions)
-class GatedDeltaLayer(Block):
+class GatedDeltaLayer(RotaryBlock):
     """x + GatedDelta(LN₁ x) + MLP(LN₂ x): Gated DeltaNet's mixer (arXiv:2412.06464) in GPT-NeoX's frame.
 
-    Its memory is written and read at every token, across the borders of segments.
-
-    Args:
-        hidden_size: D.
-        num_heads: heads of the model's softmax layers, and of the memory where `num_memory_heads` is None.
-        intermediate_size: width of the MLP.
-        layer_norm_eps: ε of the LayerNorms.
-        options: fields of `GatedDeltaOptions`.
-
-    Raises:
-        ValueError: heads that do not divide the hidden size, or an option out of range.
+    Its memory is written and read at every token, across the borders of segments. Arguments are those of `RotaryBlock`;
+    there are no positions, and `num_heads` is the memory's where `num_memory_heads` is None.
     """
 
     has_memory = True
     can_step_in_place = True
     attention: GatedDeltaAttention
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        *,
-        layer_norm_eps: float = PythiaConfig.layer_norm_eps,
-        **options: Any,
-    ) -> None:
-        chosen = GatedDeltaOptions(**options)
-        super().__init__(
-            GatedDeltaAttention(hidden_size, chosen.num_memory_heads or num_heads, chosen),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
+    def make_attention(self, options: Any, hidden_size: int, num_heads: int, *_: Any) -> GatedDeltaAttention:
+        """The mixer with the options' parts."""
+        return GatedDeltaAttention(hidden_size, options.num_memory_heads or num_heads, options)
 
     def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
         """As `Layer.empty_memory`."""

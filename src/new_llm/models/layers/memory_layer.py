@@ -158,7 +158,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, size))
 
     @torch.no_grad()
-    def draw(self) -> None:
+    def initialize_features(self) -> None:
         """Draw the weights, uniform in ±1/√size."""
         nn.init.uniform_(self.weight, -1, 1).div_(math.sqrt(self.size))
 
@@ -197,7 +197,7 @@ class TokenDecay(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_heads))
 
     @torch.no_grad()
-    def draw(self) -> None:
+    def initialize_features(self) -> None:
         """Draw A and b so that heads fade at different rates: exp(A) in 1 … 16, softplus(b) in 0.001 … 0.1."""
         nn.init.uniform_(self.rate, 1, 16).log_()
         steps = nn.init.uniform_(self.bias, math.log(0.001), math.log(0.1)).exp()
