@@ -12,7 +12,7 @@ from model_cases import text_ids
 from new_llm.cli.main import main
 from new_llm.config import PythiaConfig
 from new_llm.data.tokenizer import padded_vocab_size
-from new_llm.experiments.export import export_run
+from new_llm.experiments.subject import export_run
 from new_llm.models import create_model, load_model, save_model
 from new_llm.models.hf import load_pythia
 from new_llm.models.model_file import describe_model

@@ -37,7 +37,7 @@ class Export(Command):
         """Export the model."""
         from transformers.utils.logging import disable_progress_bar
 
-        from new_llm.experiments.export import export_run
+        from new_llm.experiments.subject import export_run
 
         disable_progress_bar()
         export_run(self.run, self.model, self.out, layout=self.format)

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "memory": ("memory:Memory", "fill, show, merge and compare memory files"),
     "report": ("runs:Report", "rewrite a run's report, or compare several runs"),
     "runs": ("runs:Runs", "list the runs of a folder, or show one"),
-    "study": ("study:Study", "train and compare the variants of a study, with several seeds"),
+    "study": ("training:Study", "train and compare the variants of a study, with several seeds"),
     "train-adapter": ("experiment:TrainAdapter", "train a memory adapter on an existing Pythia"),
 }
 

@@ -1,6 +1,7 @@
 """Any trained model, for `new-llm eval` and studies: one of a run, a saved one, or a Hugging Face checkpoint.
 
-GPT-NeoX checkpoints become models of this project; other kinds are read through a wrapper.
+GPT-NeoX checkpoints become models of this project; other kinds are read through a wrapper. `export_run` is the way
+back: a run's model as a folder for Hugging Face's tools, with a model card of what the run measured.
 """
 
 import re
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -16,23 +17,28 @@ from tokenizers import Tokenizer
 import new_llm.models.hf  # registers this project's models with the Auto classes
 from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import SubjectConfig
-from new_llm.config.files import read_mapping
+from new_llm.config.files import read_mapping, write_text_atomically
+from new_llm.config.terminal import hide_home, make_line
 from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
+from new_llm.evaluation import MEASURES
 from new_llm.evaluation.language_models import HuggingFaceLM
 from new_llm.evaluation.scoring import LanguageModel
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import (
     CONFIG_FILE,
+    DATA_FILE,
     ENVIRONMENT_FILE,
+    MODEL_RESULT_FILE,
     find_model_folder,
     load_run_model,
     read_begun,
     read_json,
 )
 from new_llm.models import TransformerLM
-from new_llm.models.hf.gpt_neox import load_pythia
+from new_llm.models.hf import export_auto, export_pythia, load_pythia
 from new_llm.models.hf.infini_adapter import attach_adapter, read_base_name
+from new_llm.models.model_file import STRUCTURE_FILE
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.devices import choose_device, choose_precision, make_autocast
 
@@ -217,3 +223,92 @@ def _make(
     model.to(device).eval()
     autocast = make_autocast(precision, device)
     return LoadedModel(label, model, tokenizer, device, precision, autocast, facts, folder, run_config)
+
+
+# Export
+
+
+CARD_FILE = "README.md"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {title}
+
+A causal language model in the shape of Pythia, trained with New-LLM. A base model: it continues a text, and answers
+nothing.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{registration}
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+ids = tokenizer("The Congress", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```
+
+{facts}
+"""
+REGISTRATION = "import new_llm.models.hf  # registers the model type; no code comes from the model's folder\n"
+
+
+def export_run(
+    run: str | Path, model: str | None, directory: str | Path, *, layout: Literal["auto", "gpt_neox"] = "auto"
+) -> None:
+    """Write a run's model with its best weights, its tokenizer and a model card; an exported model there is replaced.
+
+    `layout` is auto, for every kind of model, or gpt_neox, for plain Pythia models.
+    """
+    run, directory = Path(run), Path(directory).expanduser()
+    source = find_model_folder(run, model)
+    if (directory / STRUCTURE_FILE).is_file():
+        raise UserError(f"{directory}: a model of this project is stored here; choose another folder to export to")
+    loaded, tokenizer = load_run_model(run, model)
+    export = export_pythia if layout == "gpt_neox" else export_auto
+    export(loaded, directory, tokenizer)
+    write_text_atomically(directory / CARD_FILE, write_card(loaded, source, layout, directory.resolve().name))
+
+
+def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> str:
+    """The model card, in Markdown with the hub's metadata: how to load the model, what it is, and its run's figures."""
+    kinds = [layer.kind for layer in model.layer_list]
+    facts = {
+        "layers": ", ".join(kinds),
+        "parameters": f"{model.num_parameters()['total']:,}",
+        "segment": f"{model.segment_length:,} tokens",
+        "weights": str(model.embed_in.weight.dtype).removeprefix("torch."),
+        "memory": f"{model.memory_info()['total_bytes']:,} bytes" if model.memory_layers else None,
+        **_read_figures(source),
+    }
+    shown = {
+        name: hide_home(make_line(value)).replace("|", "\\|") for name, value in facts.items() if value is not None
+    }
+    rows = [f"| {name} | {value} |" for name, value in shown.items()]
+    return CARD.format(
+        tags=", ".join(["new-llm", *dict.fromkeys(kinds)]),
+        title=title,
+        registration=REGISTRATION if layout == "auto" else "",
+        facts="\n".join(["| | |", "| --- | --- |", *rows]),
+    )
+
+
+def _read_figures(source: Path) -> dict[str, Any]:
+    """What the run of a model's folder recorded; empty where there is no run."""
+    result = read_json(source.parent / MODEL_RESULT_FILE)
+    if result is None:
+        return {}
+    data, run = (read_json(source.parent.parent / name) or {} for name in (DATA_FILE, ENVIRONMENT_FILE))
+    training = result.get("training", {})
+    return {
+        "trained on": data.get("source"),
+        "tokenizer": data.get("tokenizer", {}).get("name"),
+        "tokens read": f"{training['tokens']:,}" if training else None,
+        "command": f"`{run['command']}`" if "command" in run else None,
+        "code revision": run.get("code", {}).get("git_revision"),
+    } | {
+        MEASURES[name].title: f"{found['perplexity']:,.4g}"
+        for name, found in result.get("evaluation", {}).items()
+        if name in MEASURES and found and found.get("perplexity") is not None
+    }
