@@ -103,14 +103,6 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def gather_on_main(self, value: Value) -> list[Value]:
-        """Everyone's value, in the order of ranks, on the main process; on the others nothing."""
-        if self.count == 1:
-            return [value]
-        values: list[Any] = [None] * self.count if self.is_main else []
-        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.group)
-        return values
-
     def share(self, value: Value) -> Value:
         """The main process's value."""
         if self.count == 1:

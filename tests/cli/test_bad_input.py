@@ -57,7 +57,7 @@ CASES = [
     (f"{LONG} --baselines {{run}}:pythia {{run}}:pythia", "is named twice"),
     (f"eval recall {EVAL} --lengths 2 2", "names a value twice"),
     (f"{REVERSAL} --pairs none.csv", "none.csv: no such file"),
-    (f"{REVERSAL} --pairs {{other}}/bad.jsonl", "bad.jsonl: line 1: no field 'forward_prompt'"),
+    (f"{REVERSAL} --pairs {{other}}/bad.jsonl", "bad.jsonl: line 1: forward_prompt is missing"),
     (f"{REVERSAL} --max-sentences 10", "at most 10 are scored"),
     (f"{REVERSAL} --data.source sotu", "a text is read only where --places names memory or context"),
     (f"eval doctor {EVAL} --checks nothing", "checks: 'nothing' is unknown; known are record"),

@@ -63,11 +63,9 @@ plans = st.fixed_dictionaries(
 @settings(max_examples=40, deadline=None)
 def test_every_sample_is_used_exactly_once(order, arguments):
     split = make_split(arguments.pop("lengths"))
-    batches = read_plan(plan := plan_batches(split, order=order, **arguments))
+    batches = read_plan(plan_batches(split, order=order, **arguments))
     used = [sample for rows in batches for sample in rows if sample is not None]
     assert sorted(used) == sorted(expected_samples(split, arguments["seq_length"]))
-    assert plan.num_samples == len(used)
-    assert plan.num_tokens == sum(map(len, used))
     assert count_samples(np.diff(split.offsets), arguments["seq_length"]).sum() == len(used)
 
 

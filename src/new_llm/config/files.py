@@ -282,14 +282,15 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """`{"num_bytes": ..., "sha256": ...}` of every file below a folder, by relative name, but for a manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
     return {
-        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in files
     }
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path, digest: Any = "sha256") -> str:
+    """The content of a file as a hash in hexadecimal; `digest` as for `hashlib.file_digest`."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, digest).hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
@@ -318,7 +319,7 @@ def _find_fault(path: Path, num_bytes: Any, sha256: Any) -> str | None:
             return "is no file"
         if found.st_size != num_bytes:  # without reading it
             return f"has {found.st_size:,} bytes instead of {num_bytes:,}"
-        return None if _hash_file(path) == sha256 else "has changed since it was written (sha256)"
+        return None if hash_file(path) == sha256 else "has changed since it was written (sha256)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

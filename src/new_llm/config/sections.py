@@ -89,18 +89,21 @@ def describe_validation_error(error: ValidationError, where: str) -> UserError:
         path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
         name = ".".join(path) or "the configuration"
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            faults.append(f"unknown key {_preview(name)}")
+            faults.append(f"unknown key {preview(name)}")
+        elif fault["type"] == "missing":
+            faults.append(f"{name} is missing")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             own_words = fault["type"] == "value_error"  # raised by a section, which names the field itself
             faults.append(
-                message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {_preview(fault['input'])})"
+                message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {preview(fault['input'])})"
             )
     if (more := error.error_count() - MAX_FAULTS) > 0:
         faults.append(f"and {more} more")
     return UserError(f"{where}: " + "; ".join(fault[:MAX_FAULT_CHARACTERS] for fault in faults))
 
 
-def _preview(value: Any) -> str:
+def preview(value: Any) -> str:
+    """A value as errors quote it."""
     text = repr(value)
     return text if len(text) <= MAX_INPUT_CHARACTERS else text[: MAX_INPUT_CHARACTERS - 1] + "…"

@@ -1,6 +1,5 @@
 """Batches: which samples per row reads, in what order, and where its memory must be emptied."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -36,25 +35,9 @@ class Batch:
     """[B, T + 1] float32: the weight in the loss of each label; None: all weigh 1."""
 
 
-class BatchSequence(ABC):
-    """Batches that are built when they are asked for by their index, also from the end."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def build(self, index: int) -> Batch:
-        """The batch at an index from 0."""
-
-    def __getitem__(self, index: int) -> Batch:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"batch {index} of {len(self)}")
-        return self.build(index % len(self))
-
-
 @dataclass(frozen=True, eq=False)
-class BatchPlan(BatchSequence):
-    """One epoch's batches, each built from the memory-mapped tokens when it is asked for."""
+class BatchPlan:
+    """One epoch's batches, each built from the memory-mapped tokens when it is asked for by its index."""
 
     split: TokenSplit
     seq_length: int
@@ -79,16 +62,6 @@ class BatchPlan(BatchSequence):
     answer_weight: float = 1.0
     """The weight in the loss of tokens that a planted fact lets one know."""
 
-    @property
-    def num_samples(self) -> int:
-        """Samples in the epoch."""
-        return len(self.starts)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens in the epoch."""
-        return int(self.lengths.sum())
-
     def take_rows(self, rows: slice) -> "BatchPlan":
         """The same batches with some of their rows: what one of several processes reads."""
         return replace(self, rows=self.rows[:, rows], resets=self.resets[:, rows])
@@ -96,8 +69,7 @@ class BatchPlan(BatchSequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def build(self, index: int) -> Batch:
-        """Read the batch's tokens, and plant facts into them where that is asked for."""
+    def __getitem__(self, index: int) -> Batch:
         samples, resets = self.rows[index], self.resets[index]
         if not self.keep_empty_rows:
             kept = samples >= 0
@@ -167,14 +139,8 @@ def plan_batches(
         answer_weight: the weight in the loss of tokens that a planted fact lets one know.
 
     Raises:
-        ValueError: an argument is out of range, or the split holds no sample.
+        ValueError: the split holds no sample.
     """
-    if seq_length < 2 or batch_size < 1 or (num_samples is not None and num_samples < 1):
-        raise ValueError(f"seq_length {seq_length} (>= 2), batch_size {batch_size}, num_samples {num_samples} (>= 1)")
-    if order not in ("stream", "shuffled"):
-        raise ValueError(f"order {order!r} is neither stream nor shuffled")
-    if planter is not None and order != "shuffled":
-        raise ValueError("planter: facts are planted into shuffled samples alone")
     rng = np.random.default_rng([seed, epoch])
     documents, counts = _choose_samples(split, seq_length, seed, num_samples)
     shuffled = rng.permutation(len(documents))
@@ -281,8 +247,10 @@ def list_shapes(data: DataConfig, batch_size: int) -> tuple[BatchShape, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedPlan(BatchSequence):
+class JoinedPlan:
     """One epoch's batches from several plans: of which plan each is, and its number there.
+
+    With `data.mixed_samples` a step is two of them, samples of all segments and single segments from many documents.
 
     Each plan reads its part in an order of its own, so that in an epoch some text is read twice and some not at all.
     Samples of other lengths end in other tails, so that a plan may have a few batches fewer than it is asked for: its
@@ -294,18 +262,9 @@ class JoinedPlan(BatchSequence):
     def __len__(self) -> int:
         return len(self.turns)
 
-    def build(self, index: int) -> Batch:
-        """The batch whose turn it is."""
+    def __getitem__(self, index: int) -> Batch:
         plan, number = self.turns[index]
         return plan[number % len(plan)]
-
-
-def plan_mixed(whole: BatchPlan, single: BatchPlan, num_steps: int) -> JoinedPlan:
-    """Steps of two batches each: samples of all segments, then single segments from many documents.
-
-    Together a step's batches have as many tokens as one of whole samples.
-    """
-    return JoinedPlan(tuple((plan, step) for step in range(num_steps) for plan in (whole, single)))
 
 
 def plan_curriculum(

@@ -31,9 +31,11 @@ from new_llm.config.files import write_atomically, write_text_atomically
 from new_llm.config.terminal import open_console, print_text
 from new_llm.data.sources import Source
 from new_llm.data.tokenizer import (
+    BATCH_DOCUMENTS,
     TOKENIZER_FILE,
     SpecialTokens,
     count_special_tokens,
+    cut_batches,
     encode_documents,
     padded_vocab_size,
     read_tokenizer_file,
@@ -41,8 +43,6 @@ from new_llm.data.tokenizer import (
     train_tokenizer,
 )
 
-BATCH_CHARACTERS = 1 << 22  # of text in one batch of an Arrow file
-BATCH_DOCUMENTS = 1000
 LEAST_READ_CHARACTERS = 1 << 24
 LEAST_PART_CHARACTERS = 1536
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -79,7 +79,10 @@ class Builder:
     """Where the validation documents come from; None: they are a share of the source's."""
 
     def build(self, work: Path, folder: Path) -> dict[str, Any]:
-        """Write the tokenizer and both splits into the folder; the value is what the cache is to note."""
+        """Write the tokenizer and both splits into the empty folder of the cache; returns what the cache is to note.
+
+        `work` is a folder for unfinished work, perhaps with some from an interrupted build.
+        """
         texts, notes = self._read_texts(work)
         train, validation = np.arange(len(texts)), np.arange(0)
         held = texts
@@ -240,19 +243,6 @@ def write_texts(path: Path, texts: Iterable[str]) -> None:
     ):
         for batch in cut_batches(texts):
             writer.write_batch(pa.record_batch([batch, [len(text) for text in batch]], schema=schema))
-
-
-def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of about BATCH_CHARACTERS, at most BATCH_DOCUMENTS."""
-    batch, size = list[str](), 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def open_arrow(path: Path) -> Any:

@@ -61,11 +61,6 @@ META_FILE = "meta.json"
 INDEX_COLUMNS = ("offsets", "num_bytes", "num_words")
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """The folder of the token caches: config.cache_dir, $NEW_LLM_CACHE or ~/.cache/new-llm."""
-    return (config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")).expanduser()
-
-
 def cache_key(parts: dict[str, Any]) -> str:
     """A short hash of everything that decides a cache's content."""
     text = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True)
@@ -110,17 +105,13 @@ class TokenCache:
         )
 
 
-Build = Callable[[Path, Path], dict[str, Any]]
-"""Given a folder for unfinished work, perhaps with some from an interrupted build, and the empty folder of the cache:
-writes the tokenizer and the splits, and returns what `meta` is to hold."""
-
-
-def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
+def load_or_build(key: str, builder: Builder) -> TokenCache:
     """Load the cache with this key, or build it where it is absent or damaged.
 
     A second process that wants the same cache waits, says so in a line, and uses what the first has built.
     """
-    folder, work = root / key, root / f".{key}.work"
+    root = builder.config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")
+    folder, work = (root := root.expanduser()) / key, root / f".{key}.work"
     if (cache := _load(folder)) is not None:
         return cache
     try:
@@ -136,7 +127,7 @@ def load_or_build(root: Path, key: str, build: Build) -> TokenCache:
             work.mkdir(exist_ok=True)
             try:
                 with write_folder_atomically(folder) as temporary:
-                    meta = build(work, temporary)
+                    meta = builder.build(work, temporary)
                     (temporary / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
                     write_manifest(temporary)
             except UserError:
@@ -212,7 +203,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         | ({"validation": validation_source.fingerprint} if validation_source else {})
     )
     builder = Builder(config, source, sentences, found and found[1], validation_source or None)
-    cache = load_or_build(cache_folder(config), key, builder.build)
+    cache = load_or_build(key, builder)
     train, validation = cache.load_split("train"), cache.load_split("validation")
     _check_size(source, train, validation, config.seq_length)
     notes = [*source.notes, *(validation_source.notes if validation_source else ()), *cache.meta["notes"]]
@@ -253,16 +244,12 @@ def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     `before` is `PreparedData.info` as the run recorded it, `after` the same of the data that are there now.
     """
 
-    def fingerprints(info: dict[str, Any]) -> dict[str, Any]:
-        tokenizer = info.get("tokenizer", {}).get("fingerprint")
-        return {
-            "source": info.get("source_fingerprint"),
-            "tokenizer": tokenizer,
-            "split": info.get("split_fingerprint"),
-        }
-
-    now = fingerprints(after)
-    return [name for name, value in fingerprints(before).items() if value != now[name]]
+    prints = {
+        "source": lambda info: info.get("source_fingerprint"),
+        "tokenizer": lambda info: info.get("tokenizer", {}).get("fingerprint"),
+        "split": lambda info: info.get("split_fingerprint"),
+    }
+    return [name for name, take in prints.items() if take(before) != take(after)]
 
 
 def choose_taught(config: DataConfig) -> list[ReversalPair]:

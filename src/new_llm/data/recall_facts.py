@@ -345,11 +345,6 @@ class SamplePlanter:
         self._borders = SentenceBorders(tokenizer)
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
-    @classmethod
-    def from_config(cls, tokenizer: Tokenizer, config: DataConfig, seed: int) -> "SamplePlanter | None":
-        """One, or None where no facts are asked for."""
-        return cls(tokenizer, config, seed) if config.planted_facts else None
-
     def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> PlantedSample:
         """One sample, [N], with its facts.
 

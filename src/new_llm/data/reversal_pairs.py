@@ -22,21 +22,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from new_llm.config import UserError
-from new_llm.config.files import read_text_file
+from new_llm.config.files import load_json, read_text_file
+from new_llm.config.sections import preview, section
+from new_llm.config.terminal import make_printable
 
 FACTS_FILE = "reversal_pairs.json"
-SENTENCE_FIELDS = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
-TEMPLATE_FIELDS = ("relation", "subject", "object", "forward_template", "backward_template")
-OPTIONAL_FIELDS = ("kind", "subject", "object")
-ALLOWED = f"{', '.join(SENTENCE_FIELDS)}; or {', '.join(TEMPLATE_FIELDS)}; with either, kind"
-KINDS = ("real", "invented")
+ALLOWED = (
+    "relation, forward_prompt, forward_answer, backward_prompt, backward_answer; or relation, subject, object, "
+    "forward_template, backward_template; with either, kind"
+)
 MAX_FILE_BYTES = 1 << 26
-MAX_FIELD_CHARACTERS = 2000
 PAIRS_STREAM = 3  # keeps these random numbers apart from those of the splits
 
 
@@ -140,76 +142,83 @@ def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> l
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # strict: what follows a closing quote is no part of the field
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    first = 1
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: not valid CSV: {error}") from None
-        if row is None:
-            return
-        number, first = first, reader.line_num + 1  # a quoted field may hold line ends
-        if not any(cell.strip() for cell in row):
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            _check_fields(header, f"{path}: line {number}")
-        elif len(row) != len(header):
-            raise UserError(f"{path}: line {number}: {len(row)} cells, but the first line names {len(header)}")
-        else:
-            yield number, {name: cell for name, cell in zip(header, row, strict=True) if cell or name != "kind"}
+    try:
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: not valid CSV: {error}") from None
+    names = [name.strip() for name in rows[0][1]] if rows else []
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: line 1: names a field twice: {', '.join(names)}")
+    for number, row in rows[1:]:
+        if len(row) != len(names):
+            raise UserError(f"{path}: line {number}: {len(row)} cells, but the first line names {len(names)}")
+        yield number, {name: cell for name, cell in zip(names, row, strict=True) if cell or name != "kind"}
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        try:
-            found = json.loads(line, object_pairs_hook=list)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not a JSON object: {_preview(line)}") from None
-        if not isinstance(found, list) or not all(isinstance(item, tuple) for item in found):
-            raise UserError(f"{where}: not a JSON object: {_preview(line)}")
-        _check_fields([str(name) for name, _ in found], where)
-        yield number, dict(found)
+        if line.strip():
+            try:
+                found = load_json(line)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number}: not valid JSON: {error}") from None
+            if not isinstance(found, dict):
+                raise UserError(f"{path}: line {number}: not a JSON object: {preview(found)}")
+            yield number, found
 
 
-def _check_fields(names: list[str], where: str) -> None:
-    """Refuse unknown, repeated and missing names."""
-    needed = TEMPLATE_FIELDS if any(name.endswith("_template") for name in names) else SENTENCE_FIELDS
-    for name in names:
-        if name not in (*SENTENCE_FIELDS, *TEMPLATE_FIELDS, *OPTIONAL_FIELDS):
-            raise UserError(f"{where}: unknown field {_preview(name)}; allowed are {ALLOWED}")
-        if names.count(name) > 1:
-            raise UserError(f"{where}: duplicate field {name!r}")
-    for name in needed:
-        if name not in names:
-            raise UserError(f"{where}: no field {name!r}; a pair's fields are {ALLOWED}")
-    for name in names:
-        if name not in (*needed, *OPTIONAL_FIELDS):
-            raise UserError(f"{where}: {name!r} beside templates; a pair's fields are {ALLOWED}")
+def _check_text(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "is empty")
+    if make_printable(text) != text:
+        raise PydanticCustomError("control", "holds a control character")
+    return text
+
+
+Text = Annotated[str, Field(max_length=2000), AfterValidator(_check_text)]
+
+
+@section
+class _Facts:
+    relation: Text
+    kind: Literal["real", "invented"] | None = None
+    subject: Text | None = None
+    object: Text | None = None
+
+
+@section
+class _Sentences(_Facts):
+    forward_prompt: Text
+    forward_answer: Text
+    backward_prompt: Text
+    backward_answer: Text
+
+
+@section
+class _Templates(_Facts):
+    subject: Text  # pyright: ignore[reportIncompatibleVariableOverride]
+    object: Text  # pyright: ignore[reportIncompatibleVariableOverride]
+    forward_template: Text
+    backward_template: Text
 
 
 def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
-    for name, value in row.items():
-        _check_text(name, value, where)
-    kind = row.get("kind", "unstated")
-    if kind not in KINDS and "kind" in row:
-        raise UserError(f"{where}: kind: {_preview(kind)} is neither {' nor '.join(KINDS)}")
-    if "forward_template" in row:
-        forward = _fill(row, "forward", "subject", "object", where)
-        backward = _fill(row, "backward", "object", "subject", where)
+    has_templates = any(name.endswith("_template") for name in row)
+    try:
+        facts = (_Templates if has_templates else _Sentences)(**row)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).partition(': ')[2]}; a pair's fields are {ALLOWED}") from None
+    if isinstance(facts, _Templates):
+        forward = _fill(facts.forward_template, {"subject": facts.subject, "object": facts.object}, where)
+        backward = _fill(facts.backward_template, {"object": facts.object, "subject": facts.subject}, where)
     else:
-        forward, backward = (
-            _join(row[f"{direction}_prompt"], row[f"{direction}_answer"]) for direction in ("forward", "backward")
-        )
+        forward = _join(facts.forward_prompt, facts.forward_answer)
+        backward = _join(facts.backward_prompt, facts.backward_answer)
     return ReversalPair(
-        relation=row["relation"].strip(),
-        subject=row.get("subject", backward[1].rstrip(".")).strip(),
-        object=row.get("object", forward[1].rstrip(".")).strip(),
-        kind=cast(Literal["real", "invented", "unstated"], kind),
+        relation=facts.relation.strip(),
+        subject=(facts.subject or backward[1].rstrip(".")).strip(),
+        object=(facts.object or forward[1].rstrip(".")).strip(),
+        kind=facts.kind or "unstated",
         forward="".join(forward),
         backward="".join(backward),
         forward_prompt=forward[0],
@@ -219,18 +228,6 @@ def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
     )
 
 
-def _check_text(name: str, value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name}: {_preview(value)} is not a string")
-    if not value.strip():
-        raise UserError(f"{where}: {name}: is empty; text is needed")
-    if len(value) > MAX_FIELD_CHARACTERS:
-        raise UserError(f"{where}: {name}: {len(value):,} characters; at most {MAX_FIELD_CHARACTERS:,} are allowed")
-    control = re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value)
-    if control:
-        raise UserError(f"{where}: {name}: holds the control character or lone surrogate {control[0]!r}")
-
-
 def _join(prompt: str, answer: str) -> tuple[str, str]:
     """Prompt and answer with the white space between them put before the answer; one space where there is none."""
     stripped, rest = prompt.rstrip(), answer.lstrip()
@@ -238,23 +235,15 @@ def _join(prompt: str, answer: str) -> tuple[str, str]:
     return stripped, (space or " ") + rest.rstrip()
 
 
-def _fill(row: dict[str, Any], direction: str, first: str, last: str, where: str) -> tuple[str, str]:
-    """Prompt and answer of a template."""
-    name = f"{direction}_template"
-    template = row[name]
+def _fill(template: str, names: dict[str, str], where: str) -> tuple[str, str]:
+    """Prompt and answer of a template, which has the names in this order."""
     pieces = re.split(r"\{(\w*)\}", template)
-    if pieces[1::2] != [first, last] or any(brace in "".join(pieces[0::2]) for brace in "{}"):
-        raise UserError(
-            f"{where}: {name}: {_preview(template)} must name {{{first}}} once and then {{{last}}} once, and no more"
-        )
-    before, _, between, _, after = pieces
-    prompt = before + row[first].strip() + between
+    if pieces[1::2] != list(names) or any(brace in "".join(pieces[0::2]) for brace in "{}"):
+        wanted = " once and then ".join(f"{{{name}}}" for name in names)
+        raise UserError(f"{where}: the template {preview(template)} must name {wanted} once, and no more")
+    before, first, between, last, after = pieces
+    prompt = before + names[first].strip() + between
     stripped = prompt.rstrip()
     if not stripped:
-        raise UserError(f"{where}: {name}: nothing stands before the answer")
-    return stripped, prompt[len(stripped) :] + row[last].strip() + after.rstrip()
-
-
-def _preview(value: Any) -> str:
-    text = repr(value.strip() if isinstance(value, str) else value)
-    return text if len(text) <= 50 else text[:49] + "…"
+        raise UserError(f"{where}: the template {preview(template)} has nothing before the answer")
+    return stripped, prompt[len(stripped) :] + names[last].strip() + after.rstrip()

@@ -20,7 +20,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+import xxhash
+
 from new_llm.config import DataConfig, UserError
+from new_llm.config.files import hash_file
 from new_llm.config.loading import is_user_name, load_by_name
 from new_llm.data.hub import read_hub_dataset
 from new_llm.data.local_files import (
@@ -35,7 +38,6 @@ from new_llm.data.local_files import (
 )
 
 WIKITEXT_CONFIGURATION = "wikitext-2-raw-v1"
-HASH_BYTES = 1 << 20  # of a file at once
 
 Read = Callable[..., Iterable[str | Document]]
 """Given the configuration, yields texts or (name, text). It may take any of these keyword arguments: `split` ("train",
@@ -255,7 +257,8 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
     ignored = list[Path]()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [file for file in found if find_reader(file) and not _is_hidden(file.relative_to(path))]
+        hidden = {file for file in found if any(part.startswith(".") for part in file.relative_to(path).parts)}
+        files = [file for file in found if find_reader(file) and file not in hidden]
         ignored = sorted(set(found) - set(files))
         if not files:
             raise UserError(f"{path}: no readable file in this folder; known extensions are {known}")
@@ -285,7 +288,8 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
                 )
 
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
-    contents = [f"{name}:{_hash_file(file)}" for name, file in zip(names, files, strict=True)]
+    # Fast enough to read gigabytes at every start.
+    contents = [f"{name}:{hash_file(file, xxhash.xxh3_128)}" for name, file in zip(names, files, strict=True)]
     is_plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in files)
     return Source(
         str(path),
@@ -295,10 +299,6 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         max_characters=sum(file.stat().st_size for file in files) if is_plain else None,
         notes=_describe_ignored(path, ignored),
     )
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _describe_ignored(folder: Path, ignored: Sequence[Path]) -> tuple[str, ...]:
@@ -311,14 +311,3 @@ def _describe_ignored(folder: Path, ignored: Sequence[Path]) -> tuple[str, ...]:
 
 def _hash(parts: list[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _hash_file(file: Path) -> str:
-    """The content of a file in 32 characters; fast enough to read gigabytes at every start."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while piece := opened.read(HASH_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

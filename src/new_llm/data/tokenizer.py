@@ -138,7 +138,7 @@ def padded_vocab_size(tokenizer: Tokenizer) -> int:
 # Tokenised documents
 
 
-CHUNK_CHARACTERS = 1 << 22  # of text tokenised at once: bounds memory, whatever the source's size
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 22, 1000  # held at once: bounds memory, whatever the source's size
 
 SpecialTokens = Literal["text", "control"]
 """What a special token that a document spells is encoded as: like any other text, or as the token itself."""
@@ -193,31 +193,34 @@ class TokenizedDocument(NamedTuple):
     num_words: int
 
 
+def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about BATCH_CHARACTERS, at most BATCH_DOCUMENTS."""
+    batch, size = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def encode_documents(
     texts: Iterable[str], tokenizer: Tokenizer, special_tokens: SpecialTokens = "text"
 ) -> Iterator[TokenizedDocument]:
-    """Tokenise documents a bounded chunk at a time, whole, without adding special tokens."""
-    chunk, size = list[str](), 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_CHARACTERS:
-            yield from _encode_chunk(chunk, tokenizer, special_tokens)
-            chunk, size = [], 0
-    yield from _encode_chunk(chunk, tokenizer, special_tokens)
-
-
-def _encode_chunk(chunk: list[str], tokenizer: Tokenizer, special_tokens: SpecialTokens) -> Iterator[TokenizedDocument]:
+    """Tokenise documents batch by batch, whole, without adding special tokens."""
     before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = special_tokens == "text"
-    try:
-        # The fast form leaves out character offsets, which nothing here reads.
-        encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
-    finally:
-        tokenizer.encode_special_tokens = before
-    for text, encoding in zip(chunk, encodings, strict=True):
-        ids = np.array(encoding.ids, dtype=np.uint32)
-        yield TokenizedDocument(ids, len(text.encode("utf-8")), count_words(text))
+    for batch in cut_batches(texts):
+        tokenizer.encode_special_tokens = special_tokens == "text"
+        try:
+            # The fast form leaves out character offsets, which nothing here reads.
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        finally:
+            tokenizer.encode_special_tokens = before
+        for text, encoding in zip(batch, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.uint32)
+            yield TokenizedDocument(ids, len(text.encode("utf-8")), count_words(text))
 
 
 def tokenize_documents(texts: Iterable[str], tokenizer: Tokenizer) -> TokenSplit:

@@ -367,7 +367,7 @@ class Run(ABC, Generic[Config]):
             seed=config.seed,
             loss_fn=self.loss_fn,
             processes=processes,
-            planter=SamplePlanter.from_config(data.tokenizer, config.data, config.seed),
+            planter=SamplePlanter(data.tokenizer, config.data, config.seed) if config.data.planted_facts else None,
             settings=config.to_dict(),
         )
         try:

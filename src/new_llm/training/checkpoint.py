@@ -306,13 +306,13 @@ def share_weights(weights: dict[str, Tensor], model: nn.Module, processes: Proce
 
 
 def gather_memory(model: TransformerLM, processes: Processes) -> tuple[dict[int, dict[str, Any]], int | None]:
-    """The model's memory with the rows of all processes in order, on the main process, and how many (None: shared).
+    """The model's memory with the rows of all processes in order, and how many these are (None: shared).
 
     All processes call this.
     """
     rows = model.memory_rows
     own = model.get_memory_state()
-    states = processes.gather_on_main(own) if rows else [own]
+    states = processes.gather(own) if rows else [own]
     if len(states) > 1:
         own = {
             index: {

@@ -11,7 +11,7 @@ process read. To find the tokens that caused it, call the model of the checkpoin
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,36 +36,20 @@ class TrainingError(RuntimeError):
     """Training can't continue; the message says at which step and batch, and what to try."""
 
 
-@dataclass(frozen=True)
-class StepPlace:
-    """An optimizer step: its number and epoch (from 1), the epoch's batches before it, its predicted tokens."""
+@dataclass
+class Step:
+    """An optimizer step: its number and epoch (from 1), the epoch's batches before it, its predicted tokens, and the
+    batches that this process read, on the host; then, once read, the mean loss of its tokens (nats), and its gradients'
+    norm before clipping.
+    """
 
     step: int
     epoch: int
     batch: int
     num_tokens: int
-
-
-@dataclass(frozen=True)
-class StepNumbers(StepPlace):
-    """What was read of a step: the mean loss of its tokens (nats), and its gradients' norm before clipping."""
-
-    loss: float
-    grad_norm: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and norm are."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-@dataclass(frozen=True)
-class _PendingStep:
-    """A step whose numbers, [2] float64 on the device, have not been read."""
-
-    place: StepPlace
-    numbers: Tensor
     batches: list[Batch]
+    loss: float = math.nan
+    grad_norm: float = math.nan
 
 
 class StepMonitor:
@@ -87,7 +71,7 @@ class StepMonitor:
         *,
         device: torch.device,
         processes: Processes,
-        describe_place: Callable[[StepPlace], str],
+        describe_place: Callable[[Step], str],
         write: Callable[[str, int, dict[str, Any]], None],
         note: Callable[[str], None],
     ) -> None:
@@ -102,25 +86,24 @@ class StepMonitor:
         self.every_steps = 1 if device.type == "cpu" else config.log_every_steps
         self.skips_faults = config.on_nonfinite == "skip"
         self.has_failed = torch.zeros((), dtype=torch.bool, device=device)
-        self._pending: list[_PendingStep] = []
+        self._pending: list[tuple[Step, Tensor]] = []
 
-    def add(self, place: StepPlace, losses: list[Tensor], norm: Tensor, batches: list[Batch]) -> bool:
+    def add(self, step: Step, losses: list[Tensor], norm: Tensor) -> bool:
         """Keep a step's numbers, before its update; returns whether it is time to read them.
 
         Args:
             losses: this process's shares of the mean loss, one per batch.
             norm: of the step's gradients, before clipping.
-            batches: what it read, on the host.
         """
         loss = self.processes.sum_on_device(torch.stack(losses).double().sum())
         numbers = torch.stack([loss, norm.detach().double()])
-        self._pending.append(_PendingStep(place, numbers, batches))
+        self._pending.append((step, numbers))
         has_failed = ~numbers.isfinite().all()
         self.has_failed = has_failed if self.skips_faults else self.has_failed | has_failed
         self.optimizer.found_inf = self.has_failed.float()  # pyright: ignore[reportAttributeAccessIssue]
         return len(self._pending) >= self.every_steps
 
-    def read(self, state: TrainerState) -> tuple[list[StepNumbers], int]:
+    def read(self, state: TrainerState) -> tuple[list[Step], int]:
         """The good steps since the last call, oldest first, and the number of tokens of the skipped ones.
 
         This synchronises with the device and updates the counters of skipped steps and recent losses.
@@ -129,22 +112,22 @@ class StepMonitor:
             TrainingError: a number is not finite, and steps are not skipped, or too many have been.
         """
         pending, self._pending = self._pending, []
-        values = torch.stack([step.numbers for step in pending]).tolist() if pending else []
-        good, num_skipped = list[StepNumbers](), 0
-        for step, (loss, norm) in zip(pending, values, strict=True):
-            numbers = StepNumbers(**asdict(step.place), loss=loss, grad_norm=norm)
-            if numbers.is_finite:
+        values = torch.stack([numbers for _, numbers in pending]).tolist() if pending else []
+        good, num_skipped = list[Step](), 0
+        for (step, _), numbers in zip(pending, values, strict=True):
+            step.loss, step.grad_norm = numbers
+            if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
                 state.skips_in_a_row = 0
-                self._look_for_spike(numbers, state)
-                good.append(numbers)
+                self._look_for_spike(step, state)
+                good.append(step)
             else:
-                self._take_fault(numbers, step.batches, state)
-                num_skipped += numbers.num_tokens
+                self._take_fault(step, state)
+                num_skipped += step.num_tokens
         return good, num_skipped
 
-    def _take_fault(self, step: StepNumbers, batches: list[Batch], state: TrainerState) -> None:
+    def _take_fault(self, step: Step, state: TrainerState) -> None:
         what, value = ("gradient norm", step.grad_norm) if math.isfinite(step.loss) else ("loss", step.loss)
-        saved = self._save_batches(step, batches, state)
+        saved = self._save_batches(step, state)
         line = f"{what} is {value} at step {step.step} ({self.describe_place(step)}){saved}"
         values = {"epoch": step.epoch, "tokens": state.num_tokens, "what": what, "skipped": self.skips_faults}
         self.write("fault", step.step, values)
@@ -162,17 +145,17 @@ class StepMonitor:
             )
         self.note(f"{line}: the step is skipped")
 
-    def _save_batches(self, step: StepNumbers, batches: list[Batch], state: TrainerState) -> str:
+    def _save_batches(self, step: Step, state: TrainerState) -> str:
         """Save what the processes read, for the first faults of a training; returns where, for messages."""
         if state.saved_faults >= self.config.max_saved_faults:
             return ""
-        gathered = self.processes.gather_on_main(batches)
+        gathered = self.processes.gather(step.batches)
         state.saved_faults += 1
         path = self.folder / FAULTS_FOLDER / f"step-{step.step:09d}.safetensors"
         self.processes.run_on_main(lambda: write_batches(path, gathered))
         return f", saved in {path}"
 
-    def _look_for_spike(self, step: StepNumbers, state: TrainerState) -> None:
+    def _look_for_spike(self, step: Step, state: TrainerState) -> None:
         """Warn when a loss rises far above the recent ones, and again only after it has come back."""
         window = self.config.spike_window
         if not window:

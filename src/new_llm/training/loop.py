@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from new_llm.config import DataConfig, TrainConfig
 from new_llm.data.batches import (
@@ -20,7 +21,6 @@ from new_llm.data.batches import (
     count_singles,
     plan_batches,
     plan_curriculum,
-    plan_mixed,
     shape_batches,
 )
 from new_llm.data.recall_facts import SamplePlanter
@@ -39,13 +39,13 @@ from new_llm.training.devices import (
     read_peak_memory,
     reset_peak_memory,
 )
-from new_llm.training.guards import StepMonitor, StepPlace
+from new_llm.training.guards import Step, StepMonitor
 from new_llm.training.log import MetricsWriter, SilentMetrics, TrainingProgress, open_trackers
 from new_llm.training.preparation import (
     LossFunction,
     ShardedModel,
     gather_model,
-    make_scheduler,
+    make_schedule,
     map_tensors,
     prefetch_batches,
     prepare_training,
@@ -133,7 +133,8 @@ class Trainer:
         self.device = self.accelerator.device
         self.state = TrainerState()
         read_progress = self._share_spent if config.stop_at == "cpu_seconds" else None
-        self.scheduler = make_scheduler(self.optimizer.optimizer, config, self.steps_per_epoch, read_progress)
+        schedule = make_schedule(config, self.steps_per_epoch, read_progress)
+        self.scheduler = LambdaLR(self.optimizer.optimizer, schedule)
         self.metrics: MetricsWriter | SilentMetrics = SilentMetrics()
         self.monitor = StepMonitor(
             self.optimizer.optimizer,
@@ -205,8 +206,8 @@ class Trainer:
         plan = functools.partial(self._plan_samples, epoch)
         if data.mixed_samples:
             singles = count_singles(data, self.config.batch_size)
-            whole = plan(data.segments_per_sample, self.config.batch_size - singles)
-            return plan_mixed(whole, plan(1, singles), self.num_batches)
+            plans = plan(data.segments_per_sample, self.config.batch_size - singles), plan(1, singles)
+            return JoinedPlan(tuple((part, step) for step in range(self.num_batches) for part in plans))
         if not data.segment_curriculum:
             return plan(data.segments_per_sample)
         return plan_curriculum(data.segment_curriculum, epoch, self.config.num_epochs, self.num_batches, plan)
@@ -266,8 +267,8 @@ class Trainer:
             losses.append(loss.detach())
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         assert norm is not None
-        place = StepPlace(state.step + 1, state.epoch + 1, state.batch, num_tokens)
-        is_read = self.monitor.add(place, losses, gather_tensor(norm), batches)
+        step = Step(state.step + 1, state.epoch + 1, state.batch, num_tokens, batches)
+        is_read = self.monitor.add(step, losses, gather_tensor(norm))
         if is_read:
             self._read_numbers()
         if before is not None:

@@ -19,12 +19,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._triton import has_triton
 
 from new_llm.config import TrainConfig, UserError
 from new_llm.config.allocator import keep_freed_memory
-from new_llm.data.batches import Batch, BatchSequence
+from new_llm.data.batches import Batch, BatchPlan, JoinedPlan
 from new_llm.models import TransformerLM
 from new_llm.models.layers import Layer
 from new_llm.models.model_file import build_model, describe_model
@@ -312,21 +311,13 @@ def make_schedule(
     return share
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    steps_per_epoch: int,
-    read_progress: Callable[[], float] | None = None,
-) -> LambdaLR:
-    """The schedule applied to every group; arguments as in `make_schedule`."""
-    return LambdaLR(optimizer, make_schedule(config, steps_per_epoch, read_progress))
-
-
 # Batches
 
 
 @contextmanager
-def prefetch_batches(plan: BatchSequence, first: int, num_ahead: int, *, pin: bool) -> Iterator[Iterator[Batch]]:
+def prefetch_batches(
+    plan: BatchPlan | JoinedPlan, first: int, num_ahead: int, *, pin: bool
+) -> Iterator[Iterator[Batch]]:
     """Inside the block: an iterator over the plan's batches from `first` on; a thread makes `num_ahead` of them ahead.
 
     With `pin` their tensors are in page-locked memory, from which a GPU copies while it computes.
