@@ -11,7 +11,6 @@ import gc
 import os
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -119,37 +118,9 @@ class Processes:
         dist.all_reduce(total, group=self.group)
         return total.numpy()
 
-    @contextmanager
-    def agree_to_stop(self, is_asked: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-        """Inside the block: a function that turns True for all processes at the same call, once one is asked to stop.
-
-        A call sends this process's answer and receives those of the call before, so that nobody waits.
-        """
-        if self.count == 1:
-            yield is_asked
-            return
-        asked: deque[tuple[Tensor, Any]] = deque()
-
-        def receive() -> bool:
-            answer, work = asked.popleft()
-            work.wait()
-            return bool(answer)
-
-        def stops() -> bool:
-            answer = torch.tensor([is_asked()], dtype=torch.int32)
-            asked.append((answer, dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.group, async_op=True)))
-            return len(asked) > 1 and receive()
-
-        try:
-            yield stops
-        except Exception:  # the others may never answer
-            raise
-        except BaseException:
-            if asked:
-                receive()
-            raise
-        if asked:
-            receive()
+    def any(self, value: bool) -> bool:
+        """Whether it is so on any process."""
+        return bool(self.sum(np.array([value], dtype=np.int64))[0])
 
     def sum_on_device(self, tensor: Tensor) -> Tensor:
         """The sum over processes of a small tensor, in place; on a GPU without synchronising."""

@@ -58,37 +58,11 @@ def talk(processes: Processes) -> None:
         raise UserError(f"process {rank} too")
     assert isinstance(caught.value, UserError) == (rank == 0)
 
-    # One wishes to stop at call 3; all stop at the next one.
-    calls = 0
-    with processes.agree_to_stop(lambda: rank == count - 1 and calls >= 3) as stops:
-        while not stops():
-            calls += 1
-            assert calls < 10
-    assert calls == 4
-    assert processes.gather("still here") == ["still here"] * 3
+    assert [processes.any(rank == wished) for wished in (0, count - 1, count)] == [True, True, False]
 
 
 def test_processes_agree():
     run_processes(3, talk)
-
-
-def fail_alone(processes: Processes, folder: Path) -> None:
-    """Process 1 fails while process 0 waits for it in a collective of the gradients' kind."""
-    try:
-        with processes.guard():
-            if processes.rank == 1:
-                raise UserError("process 1 can't go on")
-            processes.sum_on_device(torch.ones(1))
-    except Exception as error:
-        (folder / f"{processes.rank}").write_text(f"{type(error).__name__} {getattr(error, 'is_user_error', '')}")
-        os._exit(0)  # as a command that ends, without leave of the others
-
-
-@pytest.mark.slow
-def test_a_process_that_fails_alone_ends_the_others_without_a_word(tmp_path):
-    run_processes(2, fail_alone, tmp_path)
-    assert (tmp_path / "1").read_text() == "UserError "
-    assert (tmp_path / "0").read_text() == "OtherProcessError True"
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,6 @@ def test_commands_of_one_process_refuse_several(capsys, monkeypatch):
     monkeypatch.setattr("new_llm.cli.main.QUIET_SECONDS", 0.0)
     assert main(["runs"]) == 2
     assert capsys.readouterr().err == ""
-
-
-def test_a_launcher_s_number_must_be_one():
+    monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="not a number of processes"):
-        check_command("experiment", {"WORLD_SIZE": "two"})
+        check_command("experiment")

@@ -125,7 +125,7 @@ def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str,
         folder = root / saved_by.format(way=way)
         trainer = make_trainer(folder, processes=processes, sharding=way, **ROWS)
         if not (folder / "checkpoints").exists():
-            stop_at(trainer, 4 if processes.count == 1 else 3, rank=processes.count - 1)
+            stop_at(trainer, 4, rank=processes.count - 1)
             with pytest.raises(TrainingInterrupted, match="step 4"):
                 trainer.run()
         else:

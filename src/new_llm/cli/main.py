@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -47,7 +47,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough 
 # torch's threads spin while they wait for one another. On a machine that does anything else beside, the spinning takes
 # the time of the thread that is waited for: one busy neighbour on two cores then costs a factor of five, and sleeping
 # threads cost nothing that could be measured. It is read when torch is imported, and a setting of the user's own wins.
-THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+WAIT_POLICY = "PASSIVE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given[0] not in COMMANDS:
         return complain(f"unknown command {given[0]!r}; allowed are {', '.join(COMMANDS)}")
-    for name, value in THREADS_SLEEP.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
     keep_freed_memory()
     command: Any = None
     try:
@@ -189,14 +188,14 @@ QUIET_SECONDS = 1.0
 """What the process that says what is wrong is given for it."""
 
 
-def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this process is the one that prints; None: this process's environment, as it is now."""
-    return (os.environ if environment is None else environment).get("RANK") in (None, "", "0")
+def is_main_process() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK") in (None, "", "0")
 
 
-def check_command(command: str, environment: Mapping[str, str] | None = None) -> None:
+def check_command(command: str) -> None:
     """Refuse several processes for a command that would do the same in each of them."""
-    count = (os.environ if environment is None else environment).get("WORLD_SIZE") or "1"
+    count = os.environ.get("WORLD_SIZE") or "1"
     if not count.isdigit():
         raise UserError(f"WORLD_SIZE: {count!r} is not a number of processes")
     if int(count) > 1 and command not in TOGETHER:

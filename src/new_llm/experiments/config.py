@@ -1,6 +1,5 @@
 """The configurations of an experiment (which models, of which shape, on which data), of adapters and of studies."""
 
-import copy
 import dataclasses
 import functools
 import re
@@ -454,10 +453,8 @@ def is_taken(name: str, model_types: Iterable[str]) -> bool:
 
 def merge_settings(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `change`, mappings merged key by key."""
-    merged = copy.deepcopy(base)
+    merged = dict(base)
     for key, value in change.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = merge_settings(merged[key], value)
-        else:
-            merged[key] = copy.deepcopy(value)
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge_settings(base[key], value) if both else value
     return merged

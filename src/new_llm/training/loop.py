@@ -162,16 +162,12 @@ class Trainer:
         if resume:
             self._resume()
         reset_peak_memory(self.device)
-        with (
-            self._open_metrics(),
-            catch_stop_signals(repeats_end=self.processes.count == 1) as is_asked,
-            self.processes.agree_to_stop(is_asked) as stop,
-        ):
+        with self._open_metrics(), catch_stop_signals(repeats_end=self.processes.count == 1) as is_asked:
             while not self._is_done():
-                self._train_epoch(stop)
+                self._train_epoch(is_asked)
                 self._end_epoch(is_asked)
         # A signal may have come after the last step checked; check again now that signals are no longer caught.
-        if any(self.processes.gather(is_asked())):
+        if self.processes.any(is_asked()):
             raise self._interrupted()
         state = self.state
         return TrainingResult(
@@ -232,7 +228,7 @@ class Trainer:
 
     # Epochs and steps
 
-    def _train_epoch(self, stop: Callable[[], bool]) -> None:
+    def _train_epoch(self, is_asked: StopSignals) -> None:
         state, config = self.state, self.config
         plan = self.plan_epoch(state.epoch)
         self.model.train()
@@ -251,7 +247,7 @@ class Trainer:
                 is_last = state.batch == len(plan) or (config.stop_at == "cpu_seconds" and self._is_done())
                 if any(before < share <= self._share_spent() for share in self.checkpoints):
                     self._measure()  # before a checkpoint is written, which then holds its line
-                self._after_step(stop, is_last=is_last)
+                self._after_step(is_asked, is_last=is_last)
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over some batches: the mean loss of all their tokens, whichever process reads them."""
@@ -323,12 +319,12 @@ class Trainer:
         self.model.restore_memory(now)
         return kept
 
-    def _after_step(self, stop: Callable[[], bool], *, is_last: bool) -> None:
+    def _after_step(self, is_asked: StopSignals, *, is_last: bool) -> None:
         """Read numbers, log and save when due."""
         state, config = self.state, self.config
         logs = state.step % config.log_every_steps == 0
+        stops = self.processes.any(is_asked())
         # An epoch's last step is followed by validation, which writes its own checkpoint.
-        stops = stop()
         saves = stops or (state.step % config.checkpoint_every_steps == 0 and not is_last)
         if logs or saves or is_last:
             self._read_numbers()

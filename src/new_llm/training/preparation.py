@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -228,22 +227,19 @@ class ShardedModel:
             yield
         token = torch.zeros(1, 1, dtype=torch.int64, device=next(self.parameters()).device)
         with self.model.fresh_memory():
-            while self._any_reads(False):
+            while self.processes.any(False):  # which says that the others still read
                 self._read(token, F.pad(token, (0, 1)))
         cast("FSDPModule", self.batch_loss).reshard()  # the root, which stays gathered between calls
 
     def token_losses(self, input_ids: Tensor, labels: Tensor, *args: Any, **options: Any) -> Tensor:
         """Loss in nats of the token after each position, [B, T]."""
-        self._any_reads(True)
+        self.processes.any(True)
         return self._read(input_ids, labels, *args, **options)
 
     def _read(self, *args: Any, **options: Any) -> Tensor:
         # What is gathered here serves the next step's gradients, too, for which inference tensors are no good.
         with torch.inference_mode(False), torch.no_grad():
             return self.batch_loss.token_losses(*args, **options)
-
-    def _any_reads(self, reads: bool) -> bool:
-        return bool(self.processes.sum(np.array([reads], dtype=np.int64))[0])
 
 
 # The optimizer
