@@ -6,15 +6,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from new_llm import __version__
 from new_llm.config.allocator import keep_freed_memory
 from new_llm.config.errors import HubError, OtherProcessError, UserError
 from new_llm.config.files import describe_os_error
-from new_llm.config.terminal import make_line, prepare_terminal
+from new_llm.config.terminal import handle_signals, make_line, prepare_terminal
 
 # Module and class of each command. Modules are imported only when their command is asked for, so that help never waits
 # for torch.
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Any = None
     try:
         check_command(given[0])
-        with interrupt_on_sigterm():
+        # These end what runs as Ctrl-C does: temporary files go, what is done is kept.
+        with handle_signals((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
             command = load_command(given[0])
             return command.read(given[1:], f"new-llm {given[0]}").execute()
     except SystemExit:
@@ -146,22 +147,6 @@ def complain(message: str) -> int:
     with suppress(OSError):  # the disk that is full may be the one that this goes to
         print(f"new-llm: {make_line(message)}", file=sys.stderr)
     return BAD_INPUT
-
-
-@contextmanager
-def interrupt_on_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGUSR1 end what runs as Ctrl-C does: temporary files go, what is done is kept."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    try:
-        before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe_commands() -> str:

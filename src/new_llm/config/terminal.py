@@ -1,4 +1,4 @@
-"""Printing to a terminal: whatever it can encode, and nothing from a file that it would obey.
+"""Printing to a terminal: whatever it can encode, and nothing from a file that it would obey; and answering signals.
 
 Names, metadata and texts come from files of others. Escape sequences in them could rewrite the screen, and rich would
 read square brackets as its own markup, so whatever is printed passes `print_text`, `make_line` or `open_console`.
@@ -9,8 +9,10 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,3 +83,17 @@ def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
         raise error
     part = error.object[error.start : error.end].translate(PLAIN)
     return "".join(c if c.isascii() else ascii(c)[1:-1] if "\ud800" <= c <= "\udfff" else "?" for c in part), error.end
+
+
+@contextmanager
+def handle_signals(numbers: Iterable[int], handler: Callable[..., object]) -> Iterator[None]:
+    """Inside the block a handler answers these signals; not so outside the main thread, where none arrive."""
+    try:
+        before = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:
+        before = {}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from new_llm.config.errors import HubError
-
-MAX_REASON_CHARACTERS = 200  # of a library's message inside our one line
+from new_llm.config.files import shorten
 
 
 def hub_endpoint() -> str:
@@ -54,9 +53,7 @@ def _address_answers(address: str, timeout_seconds: float) -> bool:
 
 def describe_failure(error: BaseException) -> str:
     """A library's error in one short line."""
-    text = " ".join(str(error).split())
-    short = text if len(text) <= MAX_REASON_CHARACTERS else text[: MAX_REASON_CHARACTERS - 1] + "…"
-    return f"{type(error).__name__}: {short}" if short else type(error).__name__
+    return shorten(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 @contextlib.contextmanager

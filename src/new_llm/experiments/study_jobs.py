@@ -290,25 +290,20 @@ TAIL_BYTES = 1 << 16
 MAX_LINES, NAME_COLUMNS, BAR_COLUMNS = 20, 22, 8
 
 
+@dataclass(eq=False)
 class StudyProgress:
-    """Shows how far a study is, while its block runs.
+    """Shows how far a study is, while its block runs."""
 
-    Args:
-        folder: the study's folder.
-        running: the runs that are under way, as it changes.
-        num_cells: all runs.
-        num_left: those that were not complete before.
-        console: where to show it.
-    """
+    folder: Path
+    running: Mapping[Cell, Any]
+    """The runs that are under way, as it changes."""
+    num_cells: int
+    num_left: int
+    """The runs that were not complete before."""
+    console: Console
 
-    def __init__(
-        self, folder: Path, running: Mapping[Cell, Any], num_cells: int, num_left: int, console: Console
-    ) -> None:
-        self.folder = folder
-        self.running = running
-        self.num_cells = num_cells
-        self.num_done = num_cells - num_left
-        self.console = console
+    def __post_init__(self) -> None:
+        self.num_done = self.num_cells - self.num_left
         self.begun: dict[Cell, float] = {}
         """When each run began."""
         self.seconds: list[float] = []

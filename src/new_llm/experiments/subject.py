@@ -71,19 +71,14 @@ class LoadedModel:
 def load_any_model(config: SubjectConfig) -> LoadedModel:
     """Load the configured model with its tokenizer."""
     device = choose_device(config.device)
-    name = _name_model(config)
+    if (name := config.run) is None:
+        if config.parallel_adapter is None:
+            raise UserError("--run: a model is needed: a run folder, a saved model, or a Hugging Face folder or name")
+        name = read_base_name(config.parallel_adapter)
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         return _load_run(config, path, device)
     return _load_hugging_face(config, name, device)
-
-
-def _name_model(config: SubjectConfig) -> str:
-    if config.run is not None:
-        return config.run
-    if config.parallel_adapter is None:
-        raise UserError("--run: a model is needed: a run folder, a saved model, or a Hugging Face folder or name")
-    return read_base_name(config.parallel_adapter)
 
 
 def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> LoadedModel:
@@ -94,7 +89,8 @@ def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> Loaded
             )
     model_folder = find_model_folder(path, config.model)
     model, tokenizer = load_run_model(path, config.model)
-    model = _adapt(model, config)
+    if config.parallel_adapter is not None:
+        model = attach_adapter(model, config.parallel_adapter)
     run = _find_run(model_folder)
     run_config = read_begun(run, ExperimentConfig) if run else None
     environment = (read_json(run / ENVIRONMENT_FILE) if run else None) or {}
@@ -123,10 +119,10 @@ def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -
     if config.parallel_adapter is not None and config.segment_length is not None:
         raise UserError("--segment-length: an adapter has its own; leave it out with --parallel-adapter")
     model, tokenizer, kind = load_hugging_face(name, config.revision, config.segment_length)
-    if isinstance(model, TransformerLM):
-        model = _adapt(model, config)
-    elif config.parallel_adapter is not None:
-        raise UserError(f"--parallel-adapter: {name} is not a GPT-NeoX model; adapters fit only those")
+    if config.parallel_adapter is not None:
+        if not isinstance(model, TransformerLM):
+            raise UserError(f"--parallel-adapter: {name} is not a GPT-NeoX model; adapters fit only those")
+        model = attach_adapter(model, config.parallel_adapter)
     dtype = next(iter(model.parameters())).dtype
     precision = {torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
     if config.precision != "auto" and config.precision != precision:
@@ -193,12 +189,6 @@ def _read_model_type(name: str, revision: str | None) -> str:
     if not isinstance(kind, str):
         raise UserError(f"{path}: names no model_type")
     return kind
-
-
-def _adapt(model: TransformerLM, config: SubjectConfig) -> TransformerLM:
-    if config.parallel_adapter is None:
-        return model
-    return attach_adapter(model, config.parallel_adapter)
 
 
 def _make(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from new_llm.config import UserError
+from new_llm.config.terminal import handle_signals
 
 CUBLAS_WORKSPACE = ":4096:8"
 """A workspace per stream, without which cuBLAS is not deterministic (NVIDIA's cuBLAS documentation, 2.1.4)."""
@@ -150,7 +151,7 @@ def read_peak_memory(device: torch.device) -> int:
 # Stop signals
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 """Ctrl-C, what systems send before they kill, and what some clusters send some time before that."""
 
 
@@ -210,13 +211,5 @@ def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
     Not so under a launcher, which forwards to every process what the terminal has already sent it.
     """
     stop = StopSignals(repeats_end=repeats_end)
-    try:
-        before = {number: signal.signal(number, stop.note) for number in STOP_SIGNALS}
-    except ValueError:  # not in the main thread, where signals do not arrive anyway
+    with handle_signals(STOP_SIGNALS, stop.note):
         yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,7 +11,7 @@ process read. To find the tokens that caused it, call the model of the checkpoin
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,40 +52,35 @@ class Step:
     grad_norm: float = math.nan
 
 
+@dataclass(eq=False)
 class StepMonitor:
     """Keeps the steps' numbers on the device until they are read, then judges them.
 
-    Losses are summed over the processes; the gradients' norm already is. `describe_place` says where a step is in the
-    data, `write` takes a line of metrics and `note` one for the console.
+    Losses are summed over the processes; the gradients' norm already is.
 
     Attributes:
         every_steps: how often numbers are read; 1: before each update.
         has_failed: whether the last step's update is a no-op, on the device.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        config: TrainConfig,
-        folder: Path,
-        *,
-        device: torch.device,
-        processes: Processes,
-        describe_place: Callable[[Step], str],
-        write: Callable[[str, int, dict[str, Any]], None],
-        note: Callable[[str], None],
-    ) -> None:
-        self.optimizer = optimizer
-        self.config = config
-        self.folder = folder
-        self.processes = processes
-        self.describe_place = describe_place
-        self.write = write
-        self.note = note
+    optimizer: Optimizer
+    config: TrainConfig
+    folder: Path
+    _: KW_ONLY
+    device: torch.device
+    processes: Processes
+    describe_place: Callable[[Step], str]
+    """Says where a step is in the data."""
+    write: Callable[[str, int, dict[str, Any]], None]
+    """Takes a line of metrics."""
+    note: Callable[[str], None]
+    """Takes a line for the console."""
+
+    def __post_init__(self) -> None:
         # On a CPU reading a number costs nothing; on a GPU it makes the host wait.
-        self.every_steps = 1 if device.type == "cpu" else config.log_every_steps
-        self.skips_faults = config.on_nonfinite == "skip"
-        self.has_failed = torch.zeros((), dtype=torch.bool, device=device)
+        self.every_steps = 1 if self.device.type == "cpu" else self.config.log_every_steps
+        self.skips_faults = self.config.on_nonfinite == "skip"
+        self.has_failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self._pending: list[tuple[Step, Tensor]] = []
 
     def add(self, step: Step, losses: list[Tensor], norm: Tensor) -> bool:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,69 +67,51 @@ class TrainingResult:
     stopped_early: bool
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains one model on one split.
-
-    Args:
-        data: how they are cut into samples, and the order of samples.
-        folder: the model's folder in the run.
-        validate: measures the validation loss (nats per token) of the model as it is.
-        measure: what else is measured of it on the way, plain values for an event "checkpoint" in `metrics.jsonl`.
-        checkpoints: the shares of the training after which it is.
-        loss_fn: a batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`).
-        processes: those that train the model together; each reads its rows of every batch.
-        planter: plants facts to recall in the samples.
-        settings: the run's configuration, which trackers record.
 
     Raises:
         UserError: the processes do not divide the batch, or the weights can't be sharded.
     """
 
-    def __init__(
-        self,
-        model: TransformerLM,
-        split: TokenSplit,
-        data: DataConfig,
-        config: TrainConfig,
-        folder: Path,
-        *,
-        validate: Callable[[TransformerLM | ShardedModel], float],
-        measure: Callable[[TransformerLM], dict[str, Any]] | None = None,
-        checkpoints: Sequence[float] = (),
-        device: torch.device,
-        progress: TrainingProgress,
-        seed: int = 0,
-        loss_fn: LossFunction | None = None,
-        processes: Processes = ALONE,
-        planter: SamplePlanter | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.model = model
-        self.split = split
-        self.data = data
-        self.config = config
-        self.folder = folder
-        self.validate = validate
-        self.measure = measure
-        self.checkpoints = checkpoints
-        self.progress = progress
-        self.seed = seed
-        self.processes = processes
-        self.planter = planter
-        self.settings = settings or {}
+    model: TransformerLM
+    split: TokenSplit
+    data: DataConfig
+    """How the split is cut into samples, and the order of samples."""
+    config: TrainConfig
+    folder: Path
+    """The model's folder in the run."""
+    _: KW_ONLY
+    validate: Callable[[TransformerLM | ShardedModel], float]
+    """Measures the validation loss (nats per token) of the model as it is."""
+    measure: Callable[[TransformerLM], dict[str, Any]] | None = None
+    """What else is measured of it on the way, plain values for an event "checkpoint" in `metrics.jsonl`."""
+    checkpoints: Sequence[float] = ()
+    """The shares of the training after which it is."""
+    device: torch.device
+    progress: TrainingProgress
+    seed: int = 0
+    loss_fn: LossFunction | None = None
+    """A batch's loss, summed over its predicted tokens; None: the model's own (`model.total_loss`)."""
+    processes: Processes = ALONE
+    """Those that train the model together; each reads its rows of every batch."""
+    planter: SamplePlanter | None = None
+    """Plants facts to recall in the samples."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The run's configuration, which trackers record."""
+
+    def __post_init__(self) -> None:
+        data, config = self.data, self.config
         self.carries_memory = data.order == "stream"
         self.num_batches = len(self._plan_samples(0, data.segments_per_sample))
         self.steps_per_epoch = math.ceil(self.num_batches / config.gradient_accumulation_steps)
         self.batches_per_step = config.gradient_accumulation_steps * (2 if data.mixed_samples else 1)
-        precision = choose_precision(config.precision, device)
-        prepared = prepare_training(model, loss_fn or self._compute_loss, config, device, precision, processes)
-        self.accelerator, self.batch_loss, self.optimizer = (
-            prepared.accelerator,
-            prepared.batch_loss,
-            prepared.optimizer,
-        )
-        self.structure = prepared.structure
-        self.read_model = ShardedModel(prepared, model, processes) if prepared.structure else model
+        precision = choose_precision(config.precision, self.device)
+        loss_fn = self.loss_fn or self._compute_loss
+        prepared = prepare_training(self.model, loss_fn, config, self.device, precision, self.processes)
+        self.accelerator, self.batch_loss, self.optimizer, self.structure = prepared
+        self.read_model = ShardedModel(prepared, self.model, self.processes) if prepared.structure else self.model
         self.device = self.accelerator.device
         self.state = TrainerState()
         read_progress = self._share_spent if config.stop_at == "cpu_seconds" else None
@@ -139,12 +121,12 @@ class Trainer:
         self.monitor = StepMonitor(
             self.optimizer.optimizer,
             config,
-            folder,
+            self.folder,
             device=self.device,
-            processes=processes,
-            describe_place=lambda at: f"epoch {at.epoch}, batch {at.batch} of {self.num_batches}, seed {seed}",
+            processes=self.processes,
+            describe_place=lambda at: f"epoch {at.epoch}, batch {at.batch} of {self.num_batches}, seed {self.seed}",
             write=lambda *line: self.metrics.write(*line),
-            note=lambda line: progress.note(line),
+            note=lambda line: self.progress.note(line),
         )
         self.step_loss = self.grad_norm = math.nan
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,7 @@ class BatchLoss(nn.Module):
         return self.model.token_losses(*args, **options)
 
 
-@dataclass
-class PreparedTraining:
+class PreparedTraining(NamedTuple):
     """What a step calls. `batch_loss` is wrapped for several processes; `structure` is a sharded model's, else None."""
 
     accelerator: Accelerator
