@@ -107,15 +107,6 @@ def test_the_selective_experiment_compares_both_baselines(flags):
     assert config.model.skip_interval == (2 if "2" in flags else None)
 
 
-def test_the_script_runs_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script := str(ROOT / "scripts" / "experiment.py"), "--models", "nope"])
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
-    assert ended.value.code == 2
-    assert "nope" in capsys.readouterr().err
-
-
 # `new-llm train-adapter` as a user types it
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -166,14 +165,6 @@ HOLD = (
     "import sys; from pathlib import Path; from new_llm.config.files import hold_lock\n"
     "with hold_lock(Path(sys.argv[1]), 'runs/a'):\n    print('held', flush=True); sys.stdin.read()"
 )
-COUNT = (
-    "import sys, time; from pathlib import Path; from new_llm.config import files as locks\n"
-    "folder = Path(sys.argv[1])\n"
-    "for _ in range(int(sys.argv[2])):\n"
-    "    with locks.hold_lock(folder / 'lock', 'x', on_wait=lambda line: None):\n"
-    "        number = int((folder / 'number').read_text()); time.sleep(0.0005)\n"
-    "        (folder / 'number').write_text(str(number + 1))"
-)
 
 
 @pytest.fixture
@@ -195,9 +186,8 @@ def test_the_second_is_refused_with_who_holds_it(tmp_path, holder):
     assert (tmp_path / "lock").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_holder_leaves_no_lock(tmp_path, holder, number):
-    os.kill(holder.pid, number)
+def test_a_killed_holder_leaves_no_lock(tmp_path, holder):
+    holder.kill()
     holder.wait()
     with hold_lock(tmp_path / "lock", "runs/a"):
         assert describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
@@ -212,14 +202,6 @@ def test_who_waits_is_told_once_and_goes_on_when_the_holder_ends(tmp_path, holde
     assert len(lines) == 1
     assert lines[0].startswith(f"waiting for another process (PID {holder.pid} on ")
     assert lines[0].endswith("is using the token cache")
-
-
-def test_no_two_processes_are_ever_inside_at_once(tmp_path):
-    (tmp_path / "number").write_text("0")
-    counters = [start(COUNT, tmp_path, 20) for _ in range(3)]
-    for counter in counters:
-        assert counter.communicate()[1] == ""
-    assert (tmp_path / "number").read_text() == "60"
 
 
 def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):

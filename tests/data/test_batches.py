@@ -224,19 +224,3 @@ def test_shapes_of_a_training():
     assert list_shapes(mixed, 8) == ((16, 6, 100), (2, 16, 800))
     with pytest.raises(UserError, match="mixed_samples: a batch of 1 sample"):
         list_shapes(mixed, 1)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"segment_curriculum": (3,)}, ["segment_curriculum", "3", "segments_per_sample"]),
-        ({"segment_curriculum": (2, 8), "order": "stream"}, ["segment_curriculum", "order", "stream"]),
-        ({"mixed_samples": 0.5, "order": "stream"}, ["mixed_samples", "order: shuffled"]),
-        ({"mixed_samples": 0.5, "segment_curriculum": (1, 8)}, ["mixed_samples", "segment_curriculum"]),
-    ],
-)
-def test_a_curriculum_that_cannot_be_is_refused(options, words):
-    with pytest.raises(UserError) as error:
-        DataConfig(**{**SHUFFLED, **options})
-    for word in words:
-        assert word in str(error.value)

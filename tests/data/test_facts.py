@@ -9,7 +9,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from new_llm.config import DataConfig, UserError
+from new_llm.config import DataConfig
 from new_llm.config.evaluation import MAX_CANDIDATES
 from new_llm.data.batches import plan_batches
 from new_llm.data.recall_facts import (
@@ -220,15 +220,6 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents(split, tokenizer):
     halves = [plan.take_rows(slice(0, 2)), plan.take_rows(slice(2, 3))]
     whole = plan[0]
     assert (whole.input_ids == np.concatenate([half[0].input_ids for half in halves])).all()
-
-
-def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match="planted_distance"):
-        DataConfig(planted_distance=(100, 10))
-    with pytest.raises(UserError, match="planted_facts"):
-        DataConfig(planted_facts=-1)
-    with pytest.raises(UserError, match=r"planted_facts.*shuffled.*order is stream"):
-        DataConfig(planted_facts=1, order="stream")
 
 
 # recall facts

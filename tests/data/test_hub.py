@@ -2,9 +2,9 @@ import json
 import os
 import socket
 import subprocess
-import sys
 
 import pytest
+from corpora import prepare_command
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data.dataset import prepare_data
@@ -31,26 +31,6 @@ def empty_hub_cache(monkeypatch, tmp_path):
         "TRANSFORMERS_OFFLINE",
     ):
         monkeypatch.delenv(name, raising=False)
-
-
-def run_prepare(options: dict, environment: dict) -> str:
-    """Prepare data in a process of its own, as a command does; what it printed."""
-    script = (
-        "import sys\nfrom new_llm.config import DataConfig, UserError\n"
-        "from new_llm.data.dataset import prepare_data\n"
-        f"try:\n    info = prepare_data(DataConfig(**{options!r})).info\n"
-        "except UserError as error:\n    print('UserError', error)\n"
-        "else:\n    print(info['tokenizer']['name'], info['train']['num_documents'], info['notes'])\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_a_hub_that_accepts_and_never_answers(monkeypatch):
@@ -84,11 +64,12 @@ def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches):
     train_tokenizer(speeches, 300).save(str(model / "snapshots" / ("0" * 40) / "tokenizer.json"))
 
     for source in ("pile", "wikitext-2"):
-        output = run_prepare(
-            {"source": source, "seq_length": 32, "reversal_pairs": False, "num_samples": None},
-            {"HF_ENDPOINT": closed_port, "NEW_LLM_CACHE": str(tmp_path / "cache")},
-        )
-        assert output.splitlines()[0] == "EleutherAI/pythia-70m 11 []", output
+        options = {"seq_length": 32, "reversal_pairs": False, "num_samples": None, "cache_dir": tmp_path / "cache"}
+        environment = os.environ | {"HF_ENDPOINT": closed_port}
+        command = prepare_command(source=source, **options)
+        info = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+        assert (info["tokenizer"]["name"], info["train"]["num_documents"]) == ("EleutherAI/pythia-70m", 11)
+        assert info["notes"] == []
 
 
 def test_records_of_the_hub_need_the_text_field(tmp_path, speeches, monkeypatch):

@@ -3,13 +3,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from new_llm.config import DataConfig, UserError
+from new_llm.data import get_tokenizer
 from new_llm.data.tokenizer import (
     END_OF_TEXT,
     count_words,
     encode_documents,
     find_tokenizer,
     fingerprint_tokenizer,
-    get_tokenizer,
     padded_vocab_size,
     tokenize_documents,
     train_tokenizer,
@@ -63,14 +63,10 @@ def test_a_tokenizer_file_cuts_and_pads_nothing(tokenizer, tmp_path, speeches):
         name, loaded = find_tokenizer(DataConfig(tokenizer=str(place)), is_hub_source=False) or pytest.fail("none")
         assert name == str(place)
         assert loaded.encode(speeches[0]).ids == tokenizer.encode(speeches[0]).ids
-
-
-def test_get_tokenizer_is_public_and_takes_a_name_or_a_file(tokenizer, tmp_path, monkeypatch):
-    from new_llm.data import get_tokenizer
-
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for place in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
         assert fingerprint_tokenizer(get_tokenizer(place)) == fingerprint_tokenizer(tokenizer)
+
+
+def test_a_tokenizer_that_is_nowhere_gets_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match="'nobody/nothing' is not a file, is not cached here, and the hub"):

