@@ -141,18 +141,6 @@ def test_a_configuration_s_name_may_be_any(name, tmp_path):
     assert config.name
 
 
-def test_dashes_and_underscores_are_alike(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "other runs" / "a"
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text("models: [infini]\nname: a\n")
-    for flags in (["--runs_dir", "other runs"], ["--runs-dir", "other runs"], ["--runs_dir=other runs"]):
-        config = Experiment.read(["--name", "a", "--resume", *flags], "new-llm experiment").settings
-        assert (config.models, config.runs_dir) == (("infini",), Path("other runs"))
-    assert Experiment.read(["--data.seq_length", "64"], "x").settings.data.seq_length == 64
-    assert main(["runs", "--runs_dir", "other runs"]) == 0
-
-
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_advice_names_flags_that_the_command_has(name, capsys):
     import re

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CELLS = [Cell("reference", 0), Cell("no-delta", 0)]
 
 
 def run(pool, cells=CELLS):
-    with pool:
+    with closing(pool):
         for cell in cells:
             pool.start(cell)
         return [cell for _ in cells if pool.running for cell in pool.wait()]

@@ -278,15 +278,6 @@ def _read_umask() -> int:
 MANIFEST_FILE = "manifest.json"
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """`{"num_bytes": ..., "sha256": ...}` of every file below a folder, by relative name, but for a manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
-    return {
-        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in files
-    }
-
-
 def hash_file(path: Path, digest: Any = "sha256") -> str:
     """The content of a file as a hash in hexadecimal; `digest` as for `hashlib.file_digest`."""
     with path.open("rb") as file:
@@ -294,9 +285,13 @@ def hash_file(path: Path, digest: Any = "sha256") -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json` over the files that a folder holds by now; the last file to be written into it."""
-    text = json.dumps({"files": describe_files(folder)}, indent=1)
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    """Write `manifest.json`, the last file of a folder: size and sha256 of each that it holds by now."""
+    files = {
+        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST_FILE
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
 def check_manifest(folder: Path) -> list[str]:

@@ -110,8 +110,8 @@ def load_or_build(key: str, builder: Builder) -> TokenCache:
 
     A second process that wants the same cache waits, says so in a line, and uses what the first has built.
     """
-    root = builder.config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")
-    folder, work = (root := root.expanduser()) / key, root / f".{key}.work"
+    root = (builder.config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")).expanduser()
+    folder, work = root / key, root / f".{key}.work"
     if (cache := _load(folder)) is not None:
         return cache
     try:

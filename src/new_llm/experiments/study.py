@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -86,7 +87,8 @@ def run_study(
     waiting = [cell for cell in cells if cell not in trained or find_missing(study, cell)]
     started = dict[Cell, bool]()
     """Whether a cell that was started could be measured as well."""
-    with pool, StudyProgress(study.folder, pool.running, len(cells), len(waiting), console) as progress:
+    shown = StudyProgress(study.folder, pool.running, len(cells), len(waiting), console)
+    with closing(pool), shown as progress:
         while True:
             for cell in list(waiting):
                 can_measure = trained.issuperset(list_baselines(study, cell))
@@ -119,7 +121,7 @@ def open_pool(study: StudyConfig, work: Callable[[Cell], None], jobs: int | None
     """What runs a study's cells; see `run_study`."""
     if study.cluster.executor is not None:
         return OnCluster(work, study.folder, jobs, study.cluster)
-    return InTurn(work, study.folder) if jobs in (None, 1) else InProcesses(work, study.folder, jobs)
+    return InTurn(work, study.folder, 1) if jobs in (None, 1) else InProcesses(work, study.folder, jobs)
 
 
 def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:

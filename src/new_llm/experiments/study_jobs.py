@@ -60,7 +60,7 @@ Work = Callable[[Cell], None]
 
 
 class Pool(ABC):
-    """Runs of a study, `size` at once. At the end of its block what still runs is stopped; trainings are resumable.
+    """Runs of a study, `size` at once. `close` it at the end: what still runs is stopped; trainings are resumable.
 
     Args:
         work: what is done for each cell.
@@ -75,12 +75,6 @@ class Pool(ABC):
         self.running: dict[Cell, Any] = {}
         self.failures: list[str] = []
         """A line for each run that failed without ending the others."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     @property
     def has_room(self) -> bool:
@@ -100,7 +94,7 @@ class Pool(ABC):
             TrainingInterrupted: one was asked to stop.
         """
 
-    def stop(self) -> None:  # noqa: B027 (what runs in turn has ended)
+    def close(self) -> None:  # noqa: B027 (what runs in turn has ended)
         """Stop what still runs."""
 
     def find_log(self, cell: Cell) -> Path:
@@ -139,9 +133,6 @@ def do_alone(work: Work, cell: Cell, log: Path) -> None:
 
 class InTurn(Pool):
     """One run after the other, in this process."""
-
-    def __init__(self, work: Work, folder: Path) -> None:
-        super().__init__(work, folder, 1)
 
     def start(self, cell: Cell) -> None:
         """Do all of it."""
@@ -185,7 +176,7 @@ class InProcesses(Pool):
             self.failures += [failure] if process.exitcode else []
         return [cell for cell, process in ended.items() if not process.exitcode]
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask the processes to stop, and wait until they have written their checkpoints."""
         for process in self.running.values():
             process.terminate()
@@ -236,7 +227,7 @@ class OnCluster(Pool):
         self.failures += [self.describe_failure(cell, "its job ended without a word") for cell in failed]
         return [cell for cell in ended if cell not in failed]
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Cancel the jobs."""
         for job in self.running.values():
             job.cancel(check=False)

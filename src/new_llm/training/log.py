@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +169,20 @@ REFRESH_SECONDS = 0.5
 """Between two readings of the process's memory."""
 
 
+@dataclass(eq=False)
 class TrainingProgress:
     """The progress of one model's training: a live view on a terminal.
 
     A file or pipe gets one line per epoch and, in long epochs, one every `line_seconds`.
     """
 
-    def __init__(
-        self, name: str, console: Console, *, device: torch.device | None = None, line_seconds: float = 60.0
-    ) -> None:
-        self.name = name
-        self.console = console
-        self.device = device or torch.device("cpu")
-        self.line_seconds = line_seconds
+    name: str
+    console: Console
+    _: KW_ONLY
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    line_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None
