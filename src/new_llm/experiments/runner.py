@@ -6,7 +6,6 @@ adapter (`experiments/adapter.py`) is another kind.
 
 import dataclasses
 import datetime
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
 from new_llm.data.dataset import PreparedData, find_changes, prepare_data
 from new_llm.data.recall_facts import SamplePlanter
-from new_llm.data.tokenizer import fingerprint_tokenizer
+from new_llm.data.tokenizer import TOKENIZER_FILE, fingerprint_tokenizer
 from new_llm.evaluation import (
     LanguageModel,
     Subject,
@@ -73,7 +72,6 @@ from new_llm.training.devices import (
 from new_llm.training.log import TrainingProgress, check_trackers, read_metrics
 from new_llm.training.preparation import LossFunction
 
-TOKENIZER_FILE = "tokenizer.json"
 ReportWriter = Callable[[dict[str, Any], Path], None]
 """Writes a run's results so far to a path: `new_llm.report.write_report`."""
 Config = TypeVar("Config", bound=TrainingSettings)
@@ -461,6 +459,7 @@ class ExperimentRun(Run[ExperimentConfig]):
 
     def check(self) -> None:
         """Reject options that no model takes and shapes that can't be built."""
+        self._origins: dict[str, dict[str, Tensor]] = {}
         self.config.model.check_taken(self.config.models)
         for name in self.config.models:
             try:
@@ -479,10 +478,10 @@ class ExperimentRun(Run[ExperimentConfig]):
         begun = (read_json(self.folder / DATA_FILE) if self.resume else None) or {}
         own = self.folder / TOKENIZER_FILE
         if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
-            data = prepare_data(self.config.data)
+            self.data = prepare_data(self.config.data)
             for name in self.config.models if not self.resume else ():
-                self._origins[name] = self._read_origin(name, data)
-            return data
+                self._find_origin(name)  # rejects one that does not fit
+            return self.data
         data = prepare_data(dataclasses.replace(self.config.data, tokenizer=str(own)))
         data.info["tokenizer"]["name"] = begun["tokenizer"]["name"]
         return data
@@ -499,31 +498,21 @@ class ExperimentRun(Run[ExperimentConfig]):
             model.load_state_dict(weights)
         self._origins.pop(name, None)
 
-    @functools.cached_property
-    def _origins(self) -> dict[str, dict[str, Tensor] | None]:
-        """What has been read of `init_from` and is still needed, by model."""
-        return {}
-
     def _find_origin(self, name: str) -> dict[str, Tensor] | None:
-        if name not in self._origins:
-            self._origins[name] = self._read_origin(name, self.data)
-        return self._origins[name]
-
-    def _read_origin(self, name: str, data: PreparedData) -> dict[str, Tensor] | None:
-        """The weights that a model begins from; None: fresh ones."""
-        if self.config.init_from is None:
-            return None
+        """The weights that a model begins from, kept until it has begun; None: fresh ones."""
+        if self.config.init_from is None or name in self._origins:
+            return self._origins.get(name)
         run, model_name = split_spec(self.config.init_from)
         own = Path(run) / name_model_folder(name) / BEST_FOLDER
         other, tokenizer = load_run_model(Path(run), model_name or (name if own.is_dir() else None))
-        if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(data.tokenizer):
+        if fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(self.data.tokenizer):
             raise UserError(
                 f"init_from: {self.config.init_from}: has another tokenizer than this run; take it by --data.tokenizer "
                 "and its tokenizer.json"
             )
         with torch.device("meta"):
-            built = build_model(self.config, name, data.vocab_size)
-        weights = other.state_dict()
+            built = build_model(self.config, name, self.data.vocab_size)
+        weights = self._origins[name] = other.state_dict()
         here, there = ({key: tuple(one.shape) for key, one in s.items()} for s in (built.state_dict(), weights))
         if odd := sorted(key for key in {*here, *there} if here.get(key) != there.get(key)):
             raise UserError(
