@@ -179,27 +179,25 @@ Text = Annotated[str, Field(max_length=2000), AfterValidator(_check_text)]
 
 
 @section
-class _Facts:
+class _Sentences:
     relation: Text
-    kind: Literal["real", "invented"] | None = None
-    subject: Text | None = None
-    object: Text | None = None
-
-
-@section
-class _Sentences(_Facts):
     forward_prompt: Text
     forward_answer: Text
     backward_prompt: Text
     backward_answer: Text
+    subject: Text | None = None
+    object: Text | None = None
+    kind: Literal["real", "invented"] | None = None
 
 
 @section
-class _Templates(_Facts):
-    subject: Text  # pyright: ignore[reportIncompatibleVariableOverride]
-    object: Text  # pyright: ignore[reportIncompatibleVariableOverride]
+class _Templates:
+    relation: Text
+    subject: Text
+    object: Text
     forward_template: Text
     backward_template: Text
+    kind: Literal["real", "invented"] | None = None
 
 
 def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
