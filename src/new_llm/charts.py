@@ -16,6 +16,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,7 @@ def line_chart(
         step = 1 if len(own) <= MAX_MARKED else math.ceil(len(own) / MAX_TOOLTIPS)
         for place, point in enumerate(own):
             point["mark"] = (len(own) - 1 - place) % step == 0
-    is_long = any(sum(point["series"] == one for point in drawn) > MAX_MARKED for one in names)
+    is_long = max(Counter(point["series"] for point in drawn).values(), default=0) > MAX_MARKED
     across: Row = {"field": "x", "title": x_title or None, "scale": _scale(x_log, base=2)}
     across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}} if is_ordinal else {"type": "quantitative"}
     if not is_ordinal:

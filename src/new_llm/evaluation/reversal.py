@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -373,21 +373,6 @@ def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction:
     )
 
 
-def load_pairs(settings: ReversalConfig, taught: Collection[str] = ()) -> list[ReversalPair]:
-    """The configured pairs: those of a file or the project's own, all or so many of each relation.
-
-    Those whose forward sentence is among `taught` are left out: their backward sentence was trained on, too.
-
-    Raises:
-        UserError: the file can't be read.
-    """
-    pairs = get_reversal_pairs() if settings.pairs is None else read_reversal_pairs(settings.pairs)
-    pairs = [pair for pair in pairs if pair.forward not in taught]
-    if settings.pairs_per_relation is not None:
-        pairs = draw_pairs(pairs, settings.pairs_per_relation, settings.seed)
-    return pairs
-
-
 def encode_text(tokenizer: Any, text: str) -> np.ndarray:
     """The ids of a text without special tokens, from a tokenizer of `tokenizers` or `transformers`."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -509,10 +494,19 @@ class ReversalCurse(Measure):
     title = "the reversal curse"
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """See `ReversalResult.to_dict`."""
-        settings = subject.settings.reversal
+        """What `ReversalResult.to_dict` holds, `text` (which pairs they are) and `places` (the `Hits` of each).
+
+        Pairs whose forward sentence was taught are left out: their backward sentence was trained on, too.
+
+        Raises:
+            UserError: the file of pairs can't be read, and what `evaluate_reversal_curse` refuses.
+        """
+        settings, own = subject.settings.reversal, get_reversal_pairs()
         taught = set(subject.facts.get("reversal_taught", ()))
-        pairs = load_pairs(settings, taught)
+        pairs = own if settings.pairs is None else read_reversal_pairs(settings.pairs)
+        pairs = [pair for pair in pairs if pair.forward not in taught]
+        if settings.pairs_per_relation is not None:
+            pairs = draw_pairs(pairs, settings.pairs_per_relation, settings.seed)
         found = evaluate_reversal_curse(
             subject.model,
             subject.tokenizer,
@@ -524,7 +518,7 @@ class ReversalCurse(Measure):
             **{name: value for name, value in vars(settings).items() if not name.startswith("pairs")},
         )
         places = ask_places(subject, pairs, found) if settings.places else {}
-        known = {pair.forward for pair in get_reversal_pairs()}
+        known = {pair.forward for pair in own}
         text = {
             "source": "the project's own pairs" if settings.pairs is None else str(settings.pairs),
             "pairs_fingerprint": hashlib.sha256(

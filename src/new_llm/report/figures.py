@@ -116,11 +116,6 @@ def place_series(chart: Chart, places: Mapping[str, int]) -> dict[str, int]:
     return {name: places.get(name, PALETTE.index(own) if own in PALETTE else 0) for name, own in named}
 
 
-def choose_mark(place: int) -> tuple[str, str]:
-    """The colour, as a variable of the page, and the shape of the series at a place."""
-    return f"var(--series-{place % len(PALETTE)})", SHAPES[place % len(SHAPES)]
-
-
 def _adapt_encodings(part: Any, places: Sequence[int]) -> None:
     """Take the legends out, and let the models' places choose colours and shapes."""
     for channel, options in (("color", PALETTE), ("shape", SHAPES)):

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from new_llm.charts import Chart, ShadedText
+from new_llm.charts import PALETTE, Chart, ShadedText
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
@@ -242,8 +242,8 @@ _MARKS = (
 
 
 def _draw_mark(place: int) -> tuple[str, Markup]:
-    color, _ = figures.choose_mark(place)
-    path = _MARKS[place % len(_MARKS)]
+    """The colour, as a variable of the page, and the mark of the series at a place."""
+    color, path = f"var(--series-{place % len(PALETTE)})", _MARKS[place % len(_MARKS)]
     return color, Markup(f'<svg viewBox="0 0 10 10" aria-hidden="true"><path d="{path}" fill="currentColor"/></svg>')
 
 

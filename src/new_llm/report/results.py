@@ -75,17 +75,6 @@ class Run:
         """The models that have an entry in the results."""
         return get_entries(self.results, "models")
 
-    def find_measured(self, entry: dict[str, Any]) -> list[Measured]:
-        """What was measured of a model: by the run itself, then later; partial measurements are left out."""
-        model = name_model(entry)
-        own = entry.get("evaluation")
-        found = [
-            Measured(name, model, VALIDATION, result)
-            for name, result in (own.items() if isinstance(own, dict) else ())
-            if isinstance(result, dict)
-        ]
-        return found + [one for one in self.evaluations if one.model == model and one.is_complete]
-
 
 def name_model(entry: dict[str, Any]) -> str:
     """A model's name in its run."""
@@ -234,8 +223,15 @@ class Member:
         return get_value(self.run.results, "config", "seed")
 
     def list_measured(self) -> dict[tuple[str, str], Measured]:
-        """What was measured of it, by measure and text; the newest of each."""
-        return {(one.measure, one.text): one for one in self.run.find_measured(self.entry)}
+        """What was measured of it, by measure and text; the newest of each, and no partial measurement."""
+        own, model = self.entry.get("evaluation"), name_model(self.entry)
+        found = [
+            Measured(name, model, VALIDATION, result)
+            for name, result in (own.items() if isinstance(own, dict) else ())
+            if isinstance(result, dict)
+        ]
+        found += [one for one in self.run.evaluations if one.model == model and one.is_complete]
+        return {(one.measure, one.text): one for one in found}
 
 
 @dataclass(frozen=True)
@@ -246,11 +242,6 @@ class Series:
     name: str
     settings: dict[str, Any]
     members: tuple[Member, ...]
-
-    def collect(self, *keys: str) -> list[float]:
-        """The finite numbers at the keys of the members' entries."""
-        found = [get_finite(member.entry, *keys) for member in self.members]
-        return [value for value in found if value is not None]
 
 
 def compute_mean(values: Sequence[float]) -> float:
@@ -264,11 +255,6 @@ def compute_spread(values: Sequence[float]) -> float:
         return float(np.std(values, ddof=1))
 
 
-def is_seed(value: Any) -> bool:
-    """Whether a value can tell one training from another."""
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
 def group_series(runs: Sequence[Run]) -> list[Series]:
     """The models of all runs, those that differ by their seed alone together, in the order they are met."""
     groups: list[tuple[str, dict[str, Any], list[Member]]] = []
@@ -276,8 +262,8 @@ def group_series(runs: Sequence[Run]) -> list[Series]:
         for entry in run.entries:
             name, settings, member = name_model(entry), describe_settings(run, entry), Member(run, entry)
             for other, known, members in groups:
-                is_same = name == other and settings == known
-                if is_same and is_seed(member.seed) and member.seed not in [one.seed for one in members]:
+                is_other_seed = member.seed is not None and member.seed not in [one.seed for one in members]
+                if is_other_seed and name == other and settings == known:
                     members.append(member)
                     break
             else:
