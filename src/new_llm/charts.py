@@ -32,6 +32,7 @@ BAR_STEP, CELL_STEP = 24, 30
 MAX_MARKED = 40  # points of a series that get a mark each; of more, some have only a tooltip
 MAX_TOOLTIPS = 24
 MAX_LABELLED_CELLS, MAX_LABELLED_COLUMNS = 150, 12
+MAX_VARIETIES = 12  # of a point chart that are named beside their points
 MAX_LABEL, LETTER_WIDTH = 220, 8.6
 
 Row = dict[str, Any]
@@ -196,9 +197,10 @@ def point_chart(
     """A numbered point for each row, and an upright line where the row has the ends of an interval; a key of the names.
 
     A row whose `owner` is another row's name shows a variety of it: a smaller point of the same colour, joined to it by
-    a thin line, whose name and interval its tooltip tells. A logarithmic x-axis has base 10; rows that have no place on
-    it are left out.
+    a thin line, with what its own name adds (where there are many: in the tooltip alone). A logarithmic x-axis has base
+    10; rows that have no place on it are left out.
     """
+    is_crowded = sum(bool(_name(row, owner)) for row in rows) > MAX_VARIETIES
     owners = list(dict.fromkeys(_name(row, owner) or _name(row, series) for row in rows))
     drawn: list[Row] = []
     known: dict[str, Row] = {}
@@ -210,7 +212,7 @@ def point_chart(
         number = str(owners.index(owned or named) + 1)
         point = {"x": across, "y": up, "number": number, "size": 70, **_find_ends(row, low, high, is_log=False)}
         if owned:
-            point |= {"number": "", "size": 25}
+            point |= {"number": "" if is_crowded else named.removeprefix(owned).strip(" +"), "size": 25}
             point |= {"from_x": known[owned]["x"], "from_y": known[owned]["y"]} if owned in known else {}
         known[named] = point
         point["series"] = f"{number} {owned or named}"

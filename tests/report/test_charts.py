@@ -73,4 +73,4 @@ def test_a_variety_stands_beside_its_owner():
     drawn = [(point["series"], point.get("from_x"), point.get("from_y")) for point in read_values(chart)]
     assert drawn == [("1 a", None, None), ("1 a", 1, 5), ("2 b", None, None)]  # b has no place on the axis
     assert place_series(chart, {}) == {"1 a": 0, "2 b": 1}
-    assert [point["number"] for point in read_values(chart)] == ["1", "", ""]
+    assert [point["number"] for point in read_values(chart)] == ["1", "9", "9"]
