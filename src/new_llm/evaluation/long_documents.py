@@ -56,11 +56,6 @@ class Piece(NamedTuple):
     begin: int
     row: Row
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether any of its tokens is."""
-        return self.row.first_scored < len(self.row.tokens)
-
 
 @dataclass
 class Pair:
@@ -113,8 +108,7 @@ def score_pairs(scorer: Scorer, segments_per_call: int) -> PairScores:
         rows = [piece.row for piece in pieces]
         width = min(scorer.model.segment_length, max(len(row.tokens) for row in rows))  # a document's last token too
         losses = score_rows(scorer.model, rows, scorer.device, width=width, update_memory=update_memory)
-        read = zip(pieces, losses, strict=True)
-        return join_rows((piece.document, piece.begin + 1, row) for piece, row in read if piece.is_scored)
+        return join_rows((piece.document, piece.begin + 1, row) for piece, row in zip(pieces, losses, strict=True))
 
     with contextlib.closing(_cut_pairs(scorer, pairs, width)) as calls:
         for pieces in calls:
@@ -163,10 +157,8 @@ def _cut_pairs(scorer: Scorer, pairs: list[Pair], width: int) -> Generator[list[
         pieces: list[Piece] = []
         for place, member in enumerate(pair.members):
             tokens = scorer.documents[member][pair.begin : pair.begin + length + 1]
-            if len(tokens):
-                pieces.append(Piece(member, pair.begin, Row(tokens, 1 if place < pair.num_scored else len(tokens))))
-            else:
-                pieces.append(NOTHING)
+            row = Row(tokens, 1 if place < pair.num_scored else len(tokens))
+            pieces.append(Piece(member, pair.begin, row) if len(tokens) else NOTHING)
         return pieces + [NOTHING] * (width - len(pieces))
 
     with evaluation_mode(scorer.model, scorer.autocast), scorer.model.fresh_memory(batch_size=len(opened) * width):
