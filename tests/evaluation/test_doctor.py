@@ -23,7 +23,8 @@ from doctor_subjects import (
 )
 
 from new_llm.config import EvalConfig
-from new_llm.evaluation import HuggingFaceLM, Subject
+from new_llm.config.model import CacheConfig
+from new_llm.evaluation import CachedModel, HuggingFaceLM, Subject
 from new_llm.evaluation.doctor import CHECKS, Doctor
 from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
@@ -236,6 +237,12 @@ def test_a_hugging_face_model():
     assert {check for check, level in levels.items() if level == "warning"} == {"modes", "shift", "skill"}
     assert {levels[check] for check in ("labels", "causality", "rows", "evaluation")} == {"ok"}
     assert levels["record"] == levels["batches"] == "skipped"
+
+
+def test_a_cached_model_is_examined_without_its_cache():
+    config = dataclasses.replace(CONFIG, checks=("weights", "calls"))
+    report = examine(CachedModel(make_trained(), CacheConfig(num_states=4)), config=config)
+    assert list_levels(report, "ok") == {"weights", "calls"}
 
 
 def test_the_page_lists_every_check():

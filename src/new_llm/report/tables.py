@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any, Literal, Self
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -226,9 +227,9 @@ def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
     tables below the first, those of one group together where they fit a table.
     """
     names = [name for name, _, _ in summary.rows]
-    name_width = min(max(map(len, names), default=0), max(_longest_word(*names), width // 3))
+    name_width = min(max(map(cell_len, names), default=0), max(_longest_word(*names), width // 3))
     widths = [
-        max(_longest_word(heading.group, heading.title), *(len(cells[place].text) for *_, cells in summary.rows))
+        max(_longest_word(heading.group, heading.title), *(cell_len(cells[place].text) for *_, cells in summary.rows))
         for place, heading in enumerate(summary.headings)
     ]
 
@@ -265,4 +266,4 @@ def _make_table(summary: Summary, columns: Sequence[int], name_width: int, width
 
 
 def _longest_word(*texts: str) -> int:
-    return max((len(word) for text in texts for word in text.split()), default=0)
+    return max((cell_len(word) for text in texts for word in text.split()), default=0)

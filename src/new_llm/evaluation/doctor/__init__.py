@@ -12,6 +12,7 @@ import torch
 from new_llm.config import UserError
 from new_llm.evaluation.doctor import data_checks, model_checks  # noqa: F401 - they register the checks
 from new_llm.evaluation.doctor.registry import CHECKS, LEVELS, Check, Examination, Finding, skip
+from new_llm.evaluation.language_models import CachedModel
 from new_llm.evaluation.measure import Column, Measure, Subject
 from new_llm.formats import format_count
 
@@ -33,6 +34,8 @@ class Doctor(Measure):
         Raises:
             UserError: a check's name is unknown, or the text is too short.
         """
+        if isinstance(subject.model, CachedModel):  # the model is examined without its cache
+            subject = dataclasses.replace(subject, model=subject.model.model)
         chosen, exam = subject.settings.doctor.checks, Examination(subject)
         for name in chosen:
             if name not in CHECKS:
