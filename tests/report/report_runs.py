@@ -183,22 +183,6 @@ def make_long(model: str, worth: float = -0.05, **changes: Any) -> dict[str, Any
     return make_record("long", model, result | {"confidence": 0.95, "is_complete": True}, **changes)
 
 
-def make_recall(model: str, **changes: Any) -> dict[str, Any]:
-    """What `new-llm eval recall` writes, likewise."""
-
-    def figures(share: float) -> dict[str, Any]:
-        return {"exact": estimate(share), "first": estimate(share), "mean_rank": estimate(10 - 9 * share)}
-
-    cells = [
-        {"task": task, "length": length, "depth": depth, "carried": figures(depth / length), "reset": figures(0.1)}
-        for task in ("passkey", "facts")
-        for length in (1, 4)
-        for depth in (0.0, 0.5, 1.0)
-    ]
-    result = {"cells": cells, "num_candidates": 10, "chance_first": 0.1, "chance_rank": 5.5, "num_trials": 48}
-    return make_record("recall", model, result, **changes)
-
-
 def write_run(folder: Path, results: dict[str, Any], *records: dict[str, Any]) -> Path:
     """A run folder with what the report reads of it."""
     (folder / "evaluations").mkdir(parents=True)
