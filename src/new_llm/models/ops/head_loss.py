@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from new_llm.models.inputs import IGNORE_INDEX
+from new_llm.models.inputs import IGNORE_INDEX, compute_token_losses
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
 
@@ -42,13 +42,10 @@ def linear_cross_entropy_naive(
     targets: Tensor,
     *,
     label_weights: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
     reduction: Literal["none", "sum"] = "none",
 ) -> Tensor:
     """`linear_cross_entropy` from the equation, with all logits at once."""
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    losses = compute_token_losses(F.linear(hidden, weight), targets)
     if label_weights is not None:
         losses = losses * label_weights
     return losses.sum() if reduction == "sum" else losses
@@ -60,7 +57,6 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     label_weights: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
     reduction: Literal["none", "sum"] = "none",
     chunk_rows: int | None = None,
 ) -> Tensor:
@@ -73,9 +69,8 @@ def linear_cross_entropy(
     Args:
         hidden: h, [N, D].
         weight: W, [Z, D].
-        targets: [N], integers; `ignore_index` asks for no prediction.
+        targets: [N], integers; -100 asks for no prediction, and its row has loss and gradient 0.
         label_weights: w, [N], which takes no gradient; None: 1.
-        ignore_index: the target whose row has loss and gradient 0.
         reduction: `none` or `sum`.
         chunk_rows: rows of logits held at once; None: `CHUNK_ROWS`, or on a GPU as many as `limit_bytes` allows.
 
@@ -83,10 +78,14 @@ def linear_cross_entropy(
         [N] or one number, in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, or (on a CPU, where it costs no synchronisation) a target outside the
-            vocabulary.
+        ValueError: on a CPU, where it costs no synchronisation: a target outside the vocabulary.
     """
-    targets = _check(hidden, weight, targets, label_weights, ignore_index, reduction, chunk_rows)
+    is_ignored = targets == IGNORE_INDEX
+    if targets.device.type == "cpu":
+        wrong = ~is_ignored & ((targets < 0) | (targets >= len(weight)))
+        if bool(wrong.any()):
+            raise ValueError(f"targets: {int(targets[wrong][0])} is no row of the weight; 0 to {len(weight) - 1} are")
+    targets = targets.to(torch.int64).masked_fill(is_ignored, -1)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -260,30 +259,3 @@ def _cut(num_rows: int, chunk_rows: int) -> list[slice]:
 
 def _widen(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    label_weights: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    chunk_rows: int | None,
-) -> Tensor:
-    """Targets, with -1 in the place of `ignore_index`."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: [N, D] and [Z, D] are needed")
-    for name, tensor in (("targets", targets), ("label_weights", label_weights)):
-        if tensor is not None and tensor.shape != hidden.shape[:1]:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one per row")
-    if reduction not in ("none", "sum"):
-        raise ValueError(f"reduction: {reduction!r} is neither 'none' nor 'sum'")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: {chunk_rows} is not positive")
-    is_ignored = targets == ignore_index
-    if targets.device.type == "cpu":
-        wrong = ~is_ignored & ((targets < 0) | (targets >= len(weight)))
-        if bool(wrong.any()):
-            raise ValueError(f"targets: {int(targets[wrong][0])} is no row of the weight; 0 to {len(weight) - 1} are")
-    return targets.to(torch.int64).masked_fill(is_ignored, -1)

@@ -181,9 +181,9 @@ def _attend_in_chunks(
     num_chunks = -(-num_tokens // chunk_length)
     missing = num_chunks * chunk_length - num_tokens
     q, k, v = (F.pad(t, (0, 0, 0, missing)).unflatten(-2, (num_chunks, chunk_length)) for t in (q, k, v))
-    steps = sum_outer_products(k, v, _wide(k)), k.sum(-2, dtype=_wide(k))
-    totals = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
-    earlier = tuple(t.narrow(axis, 0, num_chunks) for t in totals)
+    first_k, first_v = (t.narrow(axis, 0, num_chunks - 1) for t in (k, v))  # all but the last, which no other reads
+    steps = sum_outer_products(first_k, first_v, _wide(k)), first_k.sum(-2, dtype=_wide(k))
+    earlier = tuple(sum_prefixes(F.pad(t, (0, 0) * (t.dim() - axis - 1) + (1, 0)), axis) for t in steps)
     if sums is not None:
         earlier = tuple(t + first.unsqueeze(axis) for t, first in zip(earlier, sums, strict=True))
     mixed = local_linear_attention(
