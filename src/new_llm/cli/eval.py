@@ -58,7 +58,7 @@ class Evaluation(Command):
         return EvalConfig(**values)
 
     @property
-    def text(self) -> TextConfig | None:
+    def evaluated_text(self) -> TextConfig | None:
         """The text that is read; None: none."""
         return self.data
 
@@ -162,11 +162,11 @@ class Reversal(Evaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.text is None and self.data != TextConfig():
+        if self.evaluated_text is None and self.data != TextConfig():
             raise UserError("data: a text is read only where --places names memory or context")
 
     @property
-    def text(self) -> TextConfig | None:
+    def evaluated_text(self) -> TextConfig | None:
         """Facts are told in a text; the pairs are sentences of their own."""
         return self.data if {"memory", "context"} & set(self.options.places) else None
 

@@ -36,9 +36,9 @@ def evaluate(command: Evaluation) -> int:
     """
     register_measure(Doctor)  # here, because experiments do without its modules
     settings, measures = command.settings, find_measures(command.names)
-    loaded = add_cache(load_any_model(command.subject), command.subject.cache, command.text)
-    subject, text = prepare_subject(loaded, settings, command.subject, command.text)
-    flags = plain_settings(*([] if command.text is None else [command.text]), command.options)
+    loaded = add_cache(load_any_model(command.subject), command.subject.cache, command.evaluated_text)
+    subject, text = prepare_subject(loaded, settings, command.subject, command.evaluated_text)
+    flags = plain_settings(*([] if command.evaluated_text is None else [command.evaluated_text]), command.options)
     refused: list[str] = []
     for measure in measures:
         out = command.out
