@@ -20,8 +20,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-import xxhash
-
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import hash_file
 from new_llm.config.loading import is_user_name, load_by_name
@@ -288,7 +286,8 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
                 )
 
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
-    # Fast enough to read gigabytes at every start.
+    import xxhash  # fast enough to read gigabytes at every start; models are built without it
+
     contents = [f"{name}:{hash_file(file, xxhash.xxh3_128)}" for name, file in zip(names, files, strict=True)]
     is_plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in files)
     return Source(
