@@ -36,9 +36,10 @@ def evaluate(command: Evaluation) -> int:
     """
     register_measure(Doctor)  # here, because experiments do without its modules
     settings, measures = command.settings, find_measures(command.names)
-    loaded = add_cache(load_any_model(command.subject), command.subject.cache, command.evaluated_text)
-    subject, text = prepare_subject(loaded, settings, command.subject, command.evaluated_text)
-    flags = plain_settings(*([] if command.evaluated_text is None else [command.evaluated_text]), command.options)
+    text_config = command.evaluated_text
+    loaded = add_cache(load_any_model(command.subject), command.subject.cache, text_config)
+    subject, text = prepare_subject(loaded, settings, command.subject, text_config)
+    flags = plain_settings(*([] if text_config is None else [text_config]), command.options)
     refused: list[str] = []
     for measure in measures:
         out = command.out

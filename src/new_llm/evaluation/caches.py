@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from new_llm.charts import Chart, bar_chart
 from new_llm.config.evaluation import CacheMeasureConfig
-from new_llm.config.model import COMPONENTS, MAX_ORDER, CacheConfig
+from new_llm.config.model import COMPONENTS, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import Autocast, Scores, evaluation_mode, find_device, join_rows, plan_segments
 from new_llm.evaluation.statistics import DocumentLosses, LossSums, compare_models, estimate_perplexity
@@ -51,16 +51,16 @@ class Parts(NamedTuple):
     Attributes:
         losses: the model's own, [T].
         states: by the states, for each N and each θ, [T, N, Θ].
-        ngrams: by unigrams, bigrams and trigrams of the text, [T, 3].
-        matches: by the longest match, [T].
+        ngrams: by unigrams and longer n-grams of the text, [T, n].
+        matches: by the longest match, [T]; None: not asked for.
         lengths: tokens of the longest match, [T].
     """
 
     losses: NDArray[np.float64]
     states: Probabilities
     ngrams: Probabilities
-    matches: Probabilities
-    lengths: NDArray[np.int64]
+    matches: Probabilities | None
+    lengths: NDArray[np.int64] | None
 
     def select(self, config: CacheConfig, sizes: Sequence[int], theta: int) -> Scored:
         """What a cache knows, by the place of its θ."""
@@ -72,6 +72,8 @@ class Parts(NamedTuple):
             found[:, 2 : 2 + config.ngram_order] = self.ngrams[:, : config.ngram_order]
             lengths = (~np.isnan(found[:, 2:])).sum(1) - 1
         if config.longest_match:
+            assert self.matches is not None
+            assert self.lengths is not None
             found[:, MATCH], lengths = self.matches, self.lengths
         return Scored(found, lengths)
 
@@ -105,10 +107,12 @@ def read_parts(
             losses.append(model.score_passes([hidden[-1]], targets)[0].double().cpu())
         states = prepare_states(torch.cat(hidden, dim=1)[0], settings.similarity)
         by_states = [score_states(states, ids[:-1], ids[1:], size, settings.thetas) for size in settings.sizes]
-    by_ngrams = score_ngrams(tokens.astype(np.int64), MAX_ORDER)
+    read = tokens.astype(np.int64)
+    matches = score_match(read) if settings.longest_match else (None, None)
     shape = (len(tokens) - 1, len(by_states), len(settings.thetas))
     stacked = np.stack(by_states, axis=1) if by_states else np.empty(shape)
-    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams, *score_match(tokens.astype(np.int64)))
+    by_ngrams = score_ngrams(read, max(settings.ngram_orders, default=0))
+    return Parts(torch.cat(losses).numpy(), stacked, by_ngrams, *matches)
 
 
 def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConfig) -> Tuned:
@@ -154,6 +158,8 @@ def tune_cache(
         settings or CacheMeasureConfig(),
         similarity=config.similarity,
         sizes=(config.num_states,) if config.num_states else (),
+        ngram_orders=(config.ngram_order,) if config.ngram_order else (),
+        longest_match=config.longest_match,
     )
     parts = [read_parts(model, tokens, chosen, device=device, autocast=autocast) for tokens in documents]
     tuned = tune(parts, chosen, config)
@@ -215,7 +221,7 @@ class Caches(Measure):
         sums: dict[str, LossSums] = {}
         by_repetition: dict[str, LossSums] = {}
         order = max(settings.ngram_orders, default=0)
-        longest = [(found.ngrams[:, :order] > 0).sum(1) for found in parts]
+        longest = [(found.ngrams > 0).sum(1) for found in parts]
         for name, config in settings.list_caches().items():
             if name == BARE:
                 tuned, losses = [], [found.losses for found in parts]

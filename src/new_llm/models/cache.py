@@ -141,14 +141,13 @@ def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
 def score_match(tokens: NDArray[np.int64]) -> tuple[Probabilities, NDArray[np.int64]]:
     """What `TextCache.score` finds for a whole text's matches: probabilities and lengths, [T − 1] for T tokens."""
     found, lengths = np.full(len(tokens), np.nan), np.zeros(len(tokens), np.int64)
-    for length, known in enumerate(itertools.islice(_number_contexts(tokens), LONGEST_MATCH + 1)):
+    for length, known in itertools.islice(enumerate(_number_contexts(tokens)), 1, LONGEST_MATCH + 1):
         latest = _find_earlier(known)[1]
         places = np.flatnonzero(latest >= 0)
-        if length and not len(places):
+        if not len(places):
             break
-        if length:
-            found[length + places] = tokens[length + latest[places]] == tokens[length + places]
-            lengths[length + places] = length
+        found[length + places] = tokens[length + latest[places]] == tokens[length + places]
+        lengths[length + places] = length
     return found[1:], lengths[1:]
 
 
