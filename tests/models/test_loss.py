@@ -165,10 +165,18 @@ def test_rows_without_a_target_have_no_part():
     assert float(loss) > 0
 
 
-def test_a_target_outside_the_vocabulary_is_refused():
-    hidden, weight, targets, _ = make()
-    with pytest.raises(ValueError, match="targets: 301 is no row of the weight; 0 to 300 are"):
-        linear_cross_entropy(hidden, weight, targets.masked_fill(targets == -100, WORDS))
+def test_what_does_not_fit_is_refused():
+    hidden, weight, targets, weights = make()
+    for arguments, options, words in (
+        ((hidden[:, :3], weight, targets), {}, "N, D"),
+        ((hidden, weight, targets[:5]), {}, "targets"),
+        ((hidden, weight, targets), {"label_weights": weights[:2]}, "label_weights"),
+        ((hidden, weight, targets), {"reduction": "mean"}, "reduction"),
+        ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows"),
+        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), {}, "targets: 301 is no row of the weight"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_cross_entropy(*arguments, **options)
 
 
 @pytest.mark.parametrize("with_hook", [False, True])
