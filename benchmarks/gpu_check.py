@@ -68,6 +68,7 @@ class Scale:
     many_groups: int = 70_000
     key_sizes: tuple[int, ...] = (64, 128, 256, 512)
     memory_tokens: int = 16_384
+    memory_sizes: tuple[tuple[int, int], ...] = ((8, 64), (4, 128), (2, 256), (1, 512))
     head_rows: int = 8192
     head_sizes: tuple[str, ...] = ("70m", "410m")
     sizes: tuple[str, ...] = ("70m", "410m", "160m")
@@ -89,6 +90,7 @@ REHEARSAL = Scale(
     many_groups=300,
     key_sizes=(16,),
     memory_tokens=128,
+    memory_sizes=((2, 16),),
     head_rows=64,
     head_sizes=("quick",),
     sizes=("quick",),
@@ -418,7 +420,7 @@ def measure_memory_ops(scale: Scale) -> Iterator[Row]:
     has_fla = importlib.util.find_spec("fla") is not None
     yield {"what": "flash-linear-attention", "value": "installed" if has_fla else "not installed: ours alone"}
     tokens, dtype = scale.memory_tokens, torch.bfloat16
-    for heads, width in ((8, 64), (4, 128), (2, 256), (1, 512)) if scale.device == "cuda" else ((2, 16),):
+    for heads, width in scale.memory_sizes:
         q, k = (
             F.normalize(torch.randn(1, tokens, heads, width, device=scale.device), dim=-1).to(dtype).requires_grad_()
             for _ in range(2)
@@ -515,7 +517,7 @@ def compute_loss_plainly(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 def measure_training(scale: Scale) -> Iterator[Row]:
     """Tokens a second of training steps: forward, backward, AdamW, in bf16 autocast."""
-    for size, (name, job) in product(scale.sizes, list_training(scale).items()):
+    for (name, job), size in product(list_training(scale).items(), scale.sizes):
         job = replace(job, size=size, options=make_all_infini(size) if job.model == "infini" else {})
         row: Row = {"shape": size, "model": name, "rows × tokens": f"{job.rows} × {job.tokens}"}
         device, step = torch.device(scale.device), None
@@ -603,16 +605,25 @@ def record_trace(scale: Scale, folder: Path) -> Iterator[Row]:
     size, device = scale.sizes[0], torch.device(scale.device)
     common = {"size": size, "device": scale.device, "is_random": True}
     training = Job("training", rows=scale.rows, tokens=scale.tokens, precision="bf16", **common)
-    decoding = Job("decoding", tokens=scale.prompt, **common)
-    model = create_model("pythia", decoding.shape).to(device)
-    generate = make_generate(decoding, model, load_batch(decoding, device))
-    infini = replace(training, model="infini", segment=scale.segment, options=make_all_infini(size))
-    for name, call in (
-        ("training, Pythia", make_step(training, device)),
-        ("training, all Infini", make_step(infini, device)),
-        ("decoding, Pythia", lambda: generate(scale.new_tokens // 4)),
-    ):
-        call()
+    jobs = {
+        f"training, Pythia {size}, compiled": replace(training, size=size, is_compiled=True) for size in scale.sizes[:2]
+    }
+    jobs["training, Pythia"] = training
+    jobs["training, all Infini"] = replace(
+        training, model="infini", segment=scale.segment, options=make_all_infini(size)
+    )
+
+    def make_decoding_of_some() -> Callable[[], object]:
+        job = Job("decoding", tokens=scale.prompt, **common)
+        generate = make_generate(job, create_model("pythia", job.shape).to(device), load_batch(job, device))
+        return lambda: generate(scale.new_tokens // 4)
+
+    makers = {name: lambda job=job: make_step(job, device, backend=scale.backend) for name, job in jobs.items()}
+    makers["decoding, Pythia"] = make_decoding_of_some
+    for name, make in makers.items():
+        call = make()
+        for _ in range(3):
+            call()
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         wait()
@@ -627,7 +638,7 @@ def record_trace(scale: Scale, folder: Path) -> Iterator[Row]:
         entries = sorted(profile.key_averages(), key=lambda entry: -getattr(entry, key))
         busy = sum(getattr(entry, key) for entry in entries) / 1e6
         yield {"what": name, "name": path.name, "ms": round(seconds * 1e3, 2), "share": f"busy {busy / seconds:.0%}"}
-        for entry in entries[:8]:
+        for entry in entries[:12]:
             spent = getattr(entry, key) / 1e6
             yield {"what": name, "name": entry.key[:80], "ms": round(spent * 1e3, 3), "share": f"{spent / busy:.1%}"}
 
