@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "new_llm.cli.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 """Of a command in a process of its own."""
+WAIT_SECONDS = 240.0
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -109,6 +112,15 @@ def make_settings(source: Path, runs_dir: Path) -> dict[str, Any]:
         },
         "eval": {"context": 32, "stride": 16, "max_tokens": 500, "measures": ["sliding", "streaming"]},
     }
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    """Wait for something, or for the process's end; whether it lives."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while process.poll() is None and not is_so():
+        assert time.monotonic() < deadline, "nothing has happened"
+        time.sleep(0.002)
+    return process.poll() is None
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -23,9 +23,10 @@ from new_llm.training import Trainer
 from new_llm.training.log import TrainingProgress, read_metrics
 
 VOCAB = 64
+LENGTHS = (97, 33, 150, 12, 61, 40, 75)
 
 
-def make_split(lengths: tuple[int, ...] = (97, 33, 150, 12, 61, 40, 75)) -> TokenSplit:
+def make_split(lengths: tuple[int, ...] = LENGTHS) -> TokenSplit:
     """Documents of tokens that follow a rule, of unequal lengths."""
     documents = [(np.arange(length) ** 2 + 7 * index) % VOCAB for index, length in enumerate(lengths)]
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
@@ -60,13 +61,14 @@ def make_trainer(
     kind: str = "infini",
     *,
     processes: Processes = ALONE,
+    lengths: tuple[int, ...] = LENGTHS,
     options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Trainer:
-    """A trainer of a small model; `changes` as in `make_config`."""
+    """A trainer of a small model; `changes` as in `make_config`, `lengths` of the documents."""
     config = make_config(**changes)
     torch.manual_seed(0)
-    split = make_split()
+    split = make_split(lengths)
     return Trainer(
         create_model(kind, config.model.shape(VOCAB), segment_length=config.segment_length, **options or {}),
         split,

@@ -1,5 +1,6 @@
 """Corpora of any size from real text: the embedded speeches again and again, each time in another order."""
 
+import dataclasses
 import json
 import random
 import sys
@@ -54,15 +55,13 @@ def watch():
 
 if __name__ == "__main__":
     threading.Thread(target=watch, daemon=True).start()
-    options = json.loads(sys.argv[1])
-    options["cache_dir"] = Path(options["cache_dir"])
-    data = prepare_data(DataConfig(**options))
+    data = prepare_data(DataConfig(**json.loads(sys.argv[1])))
     print(json.dumps({"mib": peak, "imports_datasets": "datasets" in sys.modules, **data.info}))
 """
 """A program that prepares data as its argument says, and prints the data's info and its peak memory, without the pages
 of mapped files, which the system takes back where it needs them."""
 
 
-def prepare_command(**options: object) -> list[str]:
+def prepare_command(config: DataConfig) -> list[str]:
     """The command that runs PREPARE."""
-    return [sys.executable, "-c", PREPARE, json.dumps(options, default=str)]
+    return [sys.executable, "-c", PREPARE, json.dumps(dataclasses.asdict(config), default=str)]

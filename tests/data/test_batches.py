@@ -1,6 +1,5 @@
 """Plans of batches: every sample once, labels unshifted, rows that carry memory; curricula of segments."""
 
-import io
 from itertools import pairwise
 
 import numpy as np
@@ -8,15 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data.batches import IGNORED_LABEL, BatchPlan, list_shapes, plan_batches
+from new_llm.data.batches import IGNORED_LABEL, Batch, BatchPlan, list_shapes, plan_batches
 from new_llm.data.tokenizer import TokenSplit, count_samples
-from new_llm.experiments.config import ExperimentConfig
-from new_llm.models import create_model
-from new_llm.training import Trainer
-from new_llm.training.log import TrainingProgress
+from training_cases import make_trainer
 
 
 def make_split(lengths: list[int], num_pinned: int = 0) -> TokenSplit:
@@ -36,15 +31,18 @@ def expected_samples(split: TokenSplit, seq_length: int) -> list[tuple[int, ...]
     return samples
 
 
-def read_plan(plan: BatchPlan) -> list[list[tuple[int, ...] | None]]:
-    """Per batch and row, the sample's real tokens; None for an empty row."""
-    batches = []
-    for batch in plan:
-        mask = batch.attention_mask
-        mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
-        rows = [tuple(ids[real].tolist()) for ids, real in zip(batch.input_ids, mask, strict=True)]
-        batches.append([row or None for row in rows])
-    return batches
+def find_document(split: TokenSplit, sample: tuple[int, ...]) -> int:
+    return int(np.searchsorted(split.offsets, sample[0], "right"))
+
+
+def mask_of(batch: Batch) -> torch.Tensor:
+    return batch.input_ids >= 0 if batch.attention_mask is None else batch.attention_mask
+
+
+def read_plan(plan: BatchPlan) -> list[list[tuple[int, ...]]]:
+    """Per batch and row, the sample's real tokens."""
+    pairs = [zip(batch.input_ids, mask_of(batch), strict=True) for batch in plan]
+    return [[tuple(ids[real].tolist()) for ids, real in rows] for rows in pairs]
 
 
 plans = st.fixed_dictionaries(
@@ -61,37 +59,27 @@ plans = st.fixed_dictionaries(
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
 @given(arguments=plans)
 @settings(max_examples=40, deadline=None)
-def test_every_sample_is_used_exactly_once(order, arguments):
+def test_every_sample_is_used_once_and_its_labels_are_its_tokens_and_the_document_s_next_one(order, arguments):
     split = make_split(arguments.pop("lengths"))
-    batches = read_plan(plan_batches(split, order=order, **arguments))
-    used = [sample for rows in batches for sample in rows if sample is not None]
-    assert sorted(used) == sorted(expected_samples(split, arguments["seq_length"]))
-    assert count_samples(np.diff(split.offsets), arguments["seq_length"]).sum() == len(used)
-
-
-@pytest.mark.parametrize("order", ["stream", "shuffled"])
-@given(arguments=plans)
-@settings(max_examples=40, deadline=None)
-def test_labels_are_unshifted_with_the_next_token_of_the_document_in_an_extra_column(order, arguments):
-    split = make_split(arguments.pop("lengths"))
-    T = arguments["seq_length"]
+    T, used = arguments["seq_length"], []
     ends = set((split.offsets[1:] - 1).tolist())
     for batch in plan_batches(split, order=order, **arguments):
         assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-        assert batch.input_ids.shape == (len(batch.resets), T)
         assert batch.labels.shape == (len(batch.resets), T + 1)
-        mask = batch.attention_mask if batch.attention_mask is not None else torch.ones(batch.input_ids.shape).bool()
         assert batch.attention_mask is None or not batch.attention_mask.all()
-        for ids, labels, real in zip(batch.input_ids, batch.labels, mask, strict=True):
+        for ids, labels, real in zip(batch.input_ids, batch.labels, mask_of(batch), strict=True):
             size = int(real.sum())
             assert real[:size].all()
             assert not ids[size:].any()
+            used += [tuple(ids[:size].tolist())] * bool(size)
             assert torch.equal(labels[:size], ids[:size])
             if size and int(ids[size - 1]) not in ends:
                 assert size == T
                 assert labels[T] == ids[T - 1] + 1
                 size += 1
             assert (labels[size:] == IGNORED_LABEL).all()
+    assert sorted(used) == sorted(expected_samples(split, T))
+    assert count_samples(np.diff(split.offsets), T).sum() == len(used)
 
 
 @given(arguments=plans)
@@ -107,13 +95,11 @@ def test_stream_rows_read_documents_in_order_and_reset_between_them(arguments):
     sizes = []
     for row in range(B):
         samples = [rows[row] for rows in batches]
-        real = [sample for sample in samples if sample is not None]
-        assert samples == real + [None] * (len(samples) - len(real)), "only a row's end may be empty"
+        real = [sample for sample in samples if sample]
+        assert samples[: len(real)] == real, "only a row's end may be empty"
         sizes.append(len(real))
         for step, (before, after) in enumerate(pairwise(real), start=1):
-            same = np.searchsorted(split.offsets, before[0], "right") == np.searchsorted(
-                split.offsets, after[0], "right"
-            )
+            same = find_document(split, before) == find_document(split, after)
             assert resets[step][row] == (not same)
             assert not same or after[0] == before[0] + T, "a row that keeps its memory reads on where it was"
     assert max(sizes) - min(sizes) <= 1
@@ -141,7 +127,7 @@ def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(orde
 
     def used(epoch: int) -> list[tuple[int, ...]]:
         plan = plan_batches(split, order=order, num_samples=num_samples, epoch=epoch, **arguments)
-        return sorted(sample for rows in read_plan(plan) for sample in rows if sample is not None)
+        return sorted(sample for rows in read_plan(plan) for sample in rows if sample)
 
     everything = expected_samples(split, arguments["seq_length"])
     chosen = used(epoch)
@@ -151,9 +137,8 @@ def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(orde
     pinned = [sample for sample in everything if sample[0] < split.offsets[num_pinned]]
     assert set(pinned[:num_samples]) <= set(chosen)
     # Whole documents but the last one, which is cut at its end.
-    documents = {int(np.searchsorted(split.offsets, sample[0], "right")) for sample in chosen}
-    of_them = [s for s in everything if int(np.searchsorted(split.offsets, s[0], "right")) in documents]
-    cut = {int(np.searchsorted(split.offsets, s[0], "right")) for s in set(of_them) - set(chosen)}
+    documents = {find_document(split, sample) for sample in chosen}
+    cut = {find_document(split, sample) for sample in set(everything) - set(chosen)} & documents
     assert len(cut) <= 1
 
 
@@ -185,23 +170,7 @@ SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
 )
 def test_training_follows_the_plan(options, expected, tmp_path, monkeypatch):
     """A curriculum, and steps of a whole sample and as many tokens of single segments."""
-    config = ExperimentConfig(
-        device="cpu",
-        model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-        data={**SHUFFLED, "num_samples": None, **options},
-        train={"num_epochs": 2, "batch_size": 2, "precision": "fp32"},
-    )
-    model = create_model("infini", config.model.shape(64), segment_length=2)
-    trainer = Trainer(
-        model,
-        make_split([64]),
-        config.data,
-        config.train,
-        tmp_path,
-        validate=lambda model: 1.0,
-        device=torch.device("cpu"),
-        progress=TrainingProgress("model", Console(file=io.StringIO())),
-    )
+    trainer = make_trainer(tmp_path, lengths=(64,), **SHUFFLED, **options)
     forward, shapes = trainer._forward, []
 
     def watch(batch) -> torch.Tensor:

@@ -1,11 +1,9 @@
 """From a configuration to splits: what is in them, what is cached, and what a killed build leaves."""
 
-import dataclasses
 import json
 import os
 import shutil
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,18 +15,22 @@ from hypothesis import strategies as st
 
 from new_llm.config import DataConfig, UserError
 from new_llm.data import builder
-from new_llm.data.builder import Builder, cut_text, pack_sentences, shuffle_sentences, split_documents
+from new_llm.data.builder import Builder, cut_text, split_documents
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.sources import open_source
-from new_llm.data.tokenizer import TokenSplit, train_tokenizer
-from tiny import write_lines
+from tiny import wait_until, write_lines
 
 PAIRS = get_reversal_pairs()
 
 
-def texts_of(data: PreparedData, split: TokenSplit) -> list[str]:
-    return [data.tokenizer.decode(split.document(i).tolist()) for i in range(split.num_documents)]
+def texts_of(data: PreparedData) -> tuple[list[str], list[str]]:
+    """The documents of training and validation."""
+    one, two = (
+        [data.tokenizer.decode(split.document(i).tolist()) for i in range(split.num_documents)]
+        for split in (data.train, data.validation)
+    )
+    return one, two
 
 
 @pytest.fixture
@@ -52,30 +54,31 @@ def list_caches(folder: Path | None) -> list[Path]:
 def test_splits_are_whole_documents_and_disjoint(config, speeches):
     plain = replace(config, reversal_pairs=False)
     data = prepare_data(plain)
-    train, validation = texts_of(data, data.train), texts_of(data, data.validation)
+    train, validation = texts_of(data)
     assert sorted(train + validation) == sorted(speeches)
     assert len(validation) == 1
     assert data.vocab_size == 512
     assert data.train.tokens.dtype == np.uint16
     assert data.train.num_bytes.sum() == sum(len(text.encode()) for text in train)
     other = prepare_data(replace(plain, split_seed=1))
-    assert texts_of(other, other.validation) != validation
+    assert texts_of(other)[1] != validation
     assert prepare_data(replace(plain, validation_fraction=0.5)).validation.num_documents == 6
 
 
 def test_forward_sentences_are_trained_on_and_backward_ones_never(config):
     data = prepare_data(config)
     plain = prepare_data(replace(config, reversal_pairs=False))
-    train, validation = texts_of(data, data.train), texts_of(data, data.validation)
+    train, validation = texts_of(data)
     pinned = train[: data.train.num_pinned_documents]
     assert sorted("\n".join(pinned).split("\n")) == sorted(pair.forward for pair in PAIRS)
-    assert train[len(pinned) :] == texts_of(plain, plain.train)
-    assert validation == texts_of(plain, plain.validation)
+    assert (train[len(pinned) :], validation) == texts_of(plain)
     everything = "\n".join(train + validation)
     assert not [pair for pair in PAIRS if pair.backward in everything]
     assert not [pair for pair in PAIRS if pair.forward in "\n".join(validation)]
     assert data.info["reversal_sentences"] == len(PAIRS)
     assert data.info["reversal_documents"] == len(pinned)
+    sizes = data.train.lengths[: len(pinned)]
+    assert all(size <= 32 or "\n" not in text for size, text in zip(sizes, pinned, strict=True)), "none is cut"
     assert plain.info["reversal_sentences"] == 0
     with pytest.raises(ValueError, match="read-only"):
         data.train.tokens[0] = 1
@@ -86,7 +89,7 @@ def test_sentences_are_repeated_and_some_pairs_taught_backward(config):
     data = prepare_data(config)
     taught = [pair for pair in PAIRS if pair.forward in data.info["reversal_taught"]]
     assert len(taught) == 3 * len({pair.relation for pair in PAIRS})
-    lines = "\n".join(texts_of(data, data.train)[: data.train.num_pinned_documents]).split("\n")
+    lines = "\n".join(texts_of(data)[0][: data.train.num_pinned_documents]).split("\n")
     once = [pair.forward for pair in PAIRS] + [pair.backward for pair in taught]
     assert sorted(lines) == sorted(once * 2)
     assert sorted(lines[: len(once)]) == sorted(once)
@@ -146,7 +149,7 @@ def damage_file(file: Path) -> None:
 
 def test_a_torn_cache_is_named_and_rebuilt(config, capfd):
     first = prepare_data(config)
-    expected, info = texts_of(first, first.train), first.info
+    expected, info = texts_of(first), first.info
     (folder,) = list_caches(config.cache_dir)
     for name, tear in (
         ("train.tokens", cut_file),
@@ -158,7 +161,7 @@ def test_a_torn_cache_is_named_and_rebuilt(config, capfd):
         tear(folder / name)
         again = prepare_data(config)
         assert f"{folder}: {name if name != 'manifest.json' else ''}" in capfd.readouterr().err
-        assert texts_of(again, again.train) == expected
+        assert texts_of(again) == expected
         assert again.info == info
         assert list_caches(config.cache_dir) == [folder], "nothing else is left behind"
 
@@ -178,11 +181,12 @@ def test_a_single_file_is_cut_into_parts_that_are_split(config, tmp_path, speech
         (tmp_path / f"{name}.txt").write_text(content)
         size = len(content) * 2 // 3072 if len(content) < 30_720 else 20
         data = prepare_data(replace(config, source=str(tmp_path / f"{name}.txt"), reversal_pairs=False))
-        parts = texts_of(data, data.train) + texts_of(data, data.validation)
+        train, validation = texts_of(data)
+        parts = train + validation
         assert abs(len(parts) - size) <= 1
         assert sum(len(part) for part in parts) == len(content)
         assert all(part in content for part in parts)
-        assert not set(texts_of(data, data.train)) & set(texts_of(data, data.validation))
+        assert not set(train) & set(validation)
         assert any(f"into {len(parts)} parts" in note for note in data.info["notes"])
 
 
@@ -197,7 +201,7 @@ def test_special_tokens_that_a_document_spells_are_text_unless_asked_for(config,
     assert "such as <|endoftext|>, in 12 places: encoded as" in note
     assert ("plain text" in note) == (meaning == "text")
     if meaning == "text":
-        assert "<|endoftext|> More." in texts_of(data, data.validation)[0]
+        assert "<|endoftext|> More." in texts_of(data)[1][0]
     assert prepare_data(config).info["notes"] == []
 
 
@@ -265,13 +269,6 @@ def sharded(corpus, config) -> DataConfig:
     return replace(config, source=str(corpus), shard_characters=120_000)
 
 
-def options_of(config: DataConfig, **changes: object) -> dict[str, object]:
-    names = (
-        "source tokenizer_vocab_size seq_length num_samples cache_dir shard_characters num_workers max_reversal_share"
-    )
-    return {name: getattr(config, name) for name in names.split()} | changes
-
-
 def read_cache(config: DataConfig) -> dict[str, bytes]:
     """Everything that the only cache of a folder holds."""
     folder, *more = list_caches(config.cache_dir)
@@ -287,23 +284,16 @@ def test_neither_shards_nor_workers_change_a_byte(sharded, tmp_path):
     assert data[0].info == data[1].info == data[2].info
     texts = [json.loads(line)["text"] for line in Path(sharded.source).read_text().splitlines()]
     pinned = data[0].train.num_pinned_documents
-    assert sorted(texts_of(data[0], data[0].train)[pinned:] + texts_of(data[0], data[0].validation)) == sorted(texts)
-
-
-def wait_until(condition, process: subprocess.Popen, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+    train, validation = texts_of(data[0])
+    assert sorted(train[pinned:] + validation) == sorted(texts)
 
 
 def test_a_killed_build_continues_after_its_last_shard_and_equals_an_uninterrupted_one(
     sharded, tmp_path, monkeypatch, capfd
 ):
     killed = replace(sharded, cache_dir=tmp_path / "killed")
-    process = subprocess.Popen(prepare_command(**options_of(killed)), stderr=subprocess.DEVNULL, text=True)
-    wait_until(lambda: list(tmp_path.glob("killed/.*.work/train-*00002.arrow")), process)
+    process = subprocess.Popen(prepare_command(killed), stderr=subprocess.DEVNULL, text=True)
+    assert wait_until(lambda: any(tmp_path.glob("killed/.*.work/train-*00002.arrow")), process)
     process.kill()
     process.communicate()
     assert not [path for path in killed.cache_dir.iterdir() if not path.name.startswith(".")]
@@ -321,7 +311,7 @@ def test_a_killed_build_continues_after_its_last_shard_and_equals_an_uninterrupt
 
 
 def test_two_processes_want_one_cache(sharded):
-    command = prepare_command(**options_of(sharded))
+    command = prepare_command(sharded)
     processes = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
@@ -340,8 +330,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     for name, num_bytes in (("small", size // 10), ("large", size)):
         source = tmp_path / f"{name}.jsonl.zst"
         write_corpus(source, num_bytes)
-        options = {"source": source, "cache_dir": tmp_path / "cache", "num_samples": None, "tokenizer_vocab_size": 1000}
-        done = subprocess.run(prepare_command(**options, shard_characters=1 << 22), capture_output=True, text=True)
+        options = {"source": str(source), "cache_dir": tmp_path / "cache", "num_samples": None}
+        config = DataConfig(**options, tokenizer_vocab_size=1000, shard_characters=1 << 22)
+        done = subprocess.run(prepare_command(config), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         mib.append(json.loads(done.stdout)["mib"])
     assert mib[1] < mib[0] + 100
@@ -372,34 +363,13 @@ def test_parts_join_to_the_text_and_none_is_blank(text, num_parts):
     assert all(part.strip() for part in parts)
 
 
-def test_cuts_fall_at_blank_lines_where_there_are_enough():
-    paragraphs = ["one line\nand another.\n\n"] * 30
-    parts = cut_text("".join(paragraphs), 4)
-    assert len(parts) == 4
-    assert all(part.startswith("one line") and part.endswith(".\n\n") for part in parts)
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 2 * len(paragraphs[0])
-    lines = cut_text("Title\n\n" + "a line of verse\n" * 40, 4)
-    assert len(lines) == 4
-    assert all(part.endswith("\n") for part in lines)
-    assert len(cut_text("word " * 100, 4)) == 4
-    assert cut_text("x", 4) == ["x"]
-
-
-def test_sentences_are_packed_in_a_seeded_order_into_documents_of_a_sample(speeches):
-    tokenizer = train_tokenizer(speeches, 400)
-    sentences = [f"The capital of country number {i} is town {i * 7}." for i in range(60)]
-    shuffled = shuffle_sentences(sentences, 3)
-    assert shuffled == shuffle_sentences(sentences, 3)
-    assert shuffled != shuffle_sentences(sentences, 4)
-    assert sorted(shuffled) == sorted(sentences)
-    documents = list(pack_sentences(shuffled, tokenizer, 128))
-    assert [line for document in documents for line in document.split("\n")] == shuffled
-    sizes = [len(tokenizer.encode(document).ids) for document in documents]
-    assert all(size <= 128 for size in sizes)
-    assert all(size > 64 for size in sizes[:-1])
-    assert list(pack_sentences(shuffled, tokenizer, 2)) == shuffled, "a sentence is never cut"
-    assert list(pack_sentences([], tokenizer, 128)) == []
+@pytest.mark.parametrize(
+    ("unit", "end"), [("one line\nand another.\n\n", ".\n\n"), ("a line of verse\n", "\n"), ("a word ", "d ")]
+)
+def test_cuts_fall_at_blank_lines_where_there_are_enough_else_at_lines_or_words(unit, end):
+    parts = cut_text(unit * 40, 4)
+    assert [part.endswith(end) for part in parts] == [True] * 4
+    assert max(map(len, parts)) - min(map(len, parts)) <= 2 * len(unit)
 
 
 def write_texts(folder, names):
@@ -427,26 +397,15 @@ def test_sources_are_mixed_by_their_weights_until_one_is_used_up(tmp_path):
             open_source(DataConfig(source=bad))
 
 
-def test_validation_documents_of_their_own_are_not_trained_on(tmp_path):
+def test_validation_documents_of_their_own_are_not_trained_on(config, tmp_path):
     train = write_texts(tmp_path / "train", [f"text{i}" for i in range(12)])
     held = write_texts(tmp_path / "held", ["text3", "other"])
-    config = DataConfig(
-        source=str(train),
-        validation_source=str(held),
-        tokenizer_vocab_size=300,
-        seq_length=8,
-        segments_per_sample=1,
-        reversal_pairs=False,
-        cache_dir=tmp_path / "cache",
-    )
+    config = replace(config, source=str(train), validation_source=str(held), seq_length=8, reversal_pairs=False)
     data = prepare_data(config)
-    texts = {
-        name: [data.tokenizer.decode(split.document(i)) for i in range(split.num_documents)]
-        for name, split in (("train", data.train), ("validation", data.validation))
-    }
-    assert sorted(text.split()[0] for text in texts["validation"]) == ["other", "text3"]
-    assert {text.split()[0] for text in texts["train"]} == {f"text{i}" for i in range(12)} - {"text3"}
+    read, kept = ({text.split()[0] for text in texts} for texts in texts_of(data))
+    assert kept == {"other", "text3"}
+    assert read == {f"text{i}" for i in range(12)} - {"text3"}
     assert data.info["validation_source"] == str(held)
     assert any("left out 1 documents" in note for note in data.info["notes"])
-    alone = prepare_data(dataclasses.replace(config, validation_source=None))
+    alone = prepare_data(replace(config, validation_source=None))
     assert alone.info["split_fingerprint"] != data.info["split_fingerprint"]

@@ -1,10 +1,13 @@
 """Facts that are planted in training samples, and needles of recall."""
 
+import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,47 +24,56 @@ from new_llm.data.recall_facts import (
     draw_pairs_of_facts,
     is_key_of,
 )
-from new_llm.data.tokenizer import TokenSplit, tokenize_documents, train_tokenizer
+from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
+from tiny import SPEECHES
 
 FACTS = json.loads(resources.files("new_llm.data").joinpath("recall_facts.json").read_text())
 CONFIG = DataConfig(order="shuffled", planted_facts=10, planted_distance=(20, 60), planted_made_up=0)
+TOKENIZER = train_tokenizer(SPEECHES, 512)
+SPLIT = tokenize_documents([" ".join(SPEECHES), *SPEECHES], TOKENIZER)
+NAME = "[A-Z][A-Za-z]+ [A-Z][A-Za-z]+"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(speeches):
-    return train_tokenizer(speeches, 512)
+class Planted(NamedTuple):
+    """A sample with facts, the text before it had them, and the marked answers: where each begins, and its text."""
+
+    text: str
+    before: str
+    answers: list[tuple[str, str]]
 
 
-@pytest.fixture(scope="module")
-def split(speeches, tokenizer) -> TokenSplit:
-    return tokenize_documents([" ".join(speeches), *speeches], tokenizer)
+def decode(tokens: np.ndarray) -> str:
+    return TOKENIZER.decode(tokens.tolist(), skip_special_tokens=False)
 
 
-def find_statements(
-    text: str, part: str, value: str | None = None, name: str | None = None
-) -> list[tuple[int, str, str]]:
+def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object) -> Iterator[Planted]:
+    planter = SamplePlanter(TOKENIZER, replace(CONFIG, **changes), seed)
+    for epoch, begin in itertools.product(range(epochs), range(0, 8 * size if epochs == 1 else size, size)):
+        sample = SPLIT.document(0)[begin : begin + size].astype(np.int64)
+        before = sample.copy()
+        tokens, is_answer = planter.plant(sample, epoch, begin)
+        assert (sample == before).all()
+        assert tokens.shape == is_answer.shape == sample.shape
+        edges = np.flatnonzero(np.diff(is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        whole = edges[edges[:, 1] < size]  # the last one may have been cut
+        yield Planted(decode(tokens), decode(sample), [(decode(tokens[:a]), decode(tokens[a:b])) for a, b in whole])
+
+
+def find_statements(text: str, part: str, value: str = "", name: str = "") -> list[tuple[int, str, str]]:
     """Place, question and answer of each."""
-    names = "|".join(map(re.escape, FACTS[part]["first_names"]))
-    surnames = "|".join(map(re.escape, FACTS[part]["surnames"]))
+    name = name or " ".join(f"(?:{'|'.join(map(re.escape, names))})" for names in FACTS[part].values())
     found = []
     for relation in FACTS["relations"]:
-        prompt = re.escape(relation["prompt"]).replace(r"\{name\}", name or f"(?:{names}) (?:{surnames})")
+        prompt = re.escape(relation["prompt"]).replace(r"\{name\}", name)
         values = value or "|".join(map(re.escape, relation[part]))
         matches = re.finditer(f"({prompt})( (?:{values})\\.)", text)
         found += [(match.start(), match.group(1), match.group(2)) for match in matches]
     return sorted(found)
 
 
-def test_each_fact_is_stated_twice_and_its_second_answer_marked_and_nothing_else_changes(split, tokenizer):
-    planter = SamplePlanter(tokenizer, CONFIG, seed=3)
+def test_each_fact_is_stated_twice_and_its_second_answer_marked_and_nothing_else_changes():
     total = num_twice = 0
-    for begin in range(0, 4000, 500):
-        sample = split.document(0)[begin : begin + 500].astype(np.int64)
-        before = sample.copy()
-        planted = planter.plant(sample, 0, begin)
-        assert (sample == before).all()
-        assert planted.tokens.shape == planted.is_answer.shape == sample.shape
-        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
+    for text, before, answers in plant(seed=3):
         statements = find_statements(text, "train")
         assert find_statements(text, "eval") == []
         counts = Counter(statement[1:] for statement in statements)
@@ -70,55 +82,40 @@ def test_each_fact_is_stated_twice_and_its_second_answer_marked_and_nothing_else
         rest = text
         for _, question, answer in statements:
             rest = rest.replace(f" {question}{answer}", "", 1)
-        whole = tokenizer.decode(sample.tolist(), skip_special_tokens=False)
-        assert whole.startswith(rest[: len(rest) - 60])  # a statement may be cut by the end
-        twice = [one for one, count in counts.items() if count == 2]
-        edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
-        marked = [tokenizer.decode(planted.tokens[a:b].tolist()) for a, b in edges]
-        for question, answer in twice:
-            assert answer in marked
-            place = text.index(question, text.index(question) + 1)  # the second one
-            assert tokenizer.decode(planted.tokens[: edges[marked.index(answer)][0]].tolist()).endswith(question)
-            assert text[place + len(question) :].startswith(answer)
-        assert len(marked) <= len(twice) + 1  # one may have been cut
+        assert before.startswith(rest[: len(rest) - 60])  # a statement may be cut by the end
+        twice = {one for one, count in counts.items() if count == 2}
+        marked = {(question, answer) for start, answer in answers for question, _ in twice if start.endswith(question)}
+        assert marked <= twice
+        assert len(marked) == len(answers) >= len(twice) - 1
         total, num_twice = total + len(statements), num_twice + len(twice)
     assert total > 20
     assert num_twice > 10
 
 
 @pytest.mark.parametrize("made_up", [0, 1])
-def test_a_changed_fact_is_asked_for_after_both_its_statements(split, tokenizer, made_up):
-    config = replace(CONFIG, planted_tasks=("changed",), planted_distance=(2, 60), planted_made_up=made_up)
-    planter = SamplePlanter(tokenizer, config, seed=0)
+def test_a_changed_fact_is_asked_for_after_both_its_statements(made_up):
     found = 0
-    for begin in range(0, 4000, 500):
-        planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
-        edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
-        for start, end in edges[:-1]:  # the last one may have been cut
-            before = tokenizer.decode(planted.tokens[:start].tolist())
+    for planted in plant(planted_tasks=("changed",), planted_distance=(2, 60), planted_made_up=made_up):
+        for before, answer in planted.answers:
             (question,) = [
                 one.group()
                 for relation in FACTS["relations"]
                 if (one := re.search(re.escape(relation["prompt"]).replace(r"\{name\}", NAME) + "$", before))
             ]
             old, new, asked = (text.split(".")[0] + "." for text in before.split(question)[1:])
-            assert old != new == tokenizer.decode(planted.tokens[start:end].tolist())
+            assert old != new == answer
             assert asked == "."
             found += 1
     assert found > 10
 
 
 @pytest.mark.parametrize("made_up", [0, 1])
-def test_a_fact_told_backward_ends_with_its_name(split, tokenizer, made_up):
+def test_a_fact_told_backward_ends_with_its_name(made_up):
     """Before it the same fact is told forward, and only the name is marked; a sample's values are of one relation."""
-    config = replace(CONFIG, planted_backward=1.0, planted_made_up=made_up, planted_relations=1)
-    planter, found = SamplePlanter(tokenizer, config, seed=0), 0
-    for begin in range(0, 4000, 500):
-        planted = planter.plant(split.document(0)[begin : begin + 500].astype(np.int64), 0, begin)
-        edges = np.flatnonzero(np.diff(planted.is_answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    found = 0
+    for planted in plant(planted_backward=1.0, planted_made_up=made_up, planted_relations=1):
         values: list[str] = []
-        for first, last in edges[edges[:, 1] < 500]:
-            before, name = (tokenizer.decode(planted.tokens[a:b].tolist()) for a, b in ((0, first), (first, last)))
+        for before, name in planted.answers:
             if not values:
                 (relation,) = [r for r in FACTS["relations"] if before.endswith(r["backward"].partition("{value}")[2])]
                 start, _, end = relation["backward"].partition("{value}")
@@ -130,68 +127,48 @@ def test_a_fact_told_backward_ends_with_its_name(split, tokenizer, made_up):
     assert found > 10
 
 
-NAME = "[A-Z][A-Za-z]+ [A-Z][A-Za-z]+"
-
-
-def read_made_up(text: str) -> tuple[set[str], set[str]]:
-    """The names and the values of all statements."""
-    found = find_statements(text, "train", value="[A-Za-z]+", name=NAME)
-    prompts = [re.escape(relation["prompt"]).replace(r"\{name\}", f"({NAME})") for relation in FACTS["relations"]]
-    matches = [re.fullmatch(prompt, question) for _, question, _ in found for prompt in prompts]
-    names = {name for match in matches if match for name in match.group(1).split()}
-    return names, {answer.strip(" .") for _, _, answer in found}
-
-
-def test_made_up_names_and_values_are_of_no_list(split, tokenizer):
-    planter = SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=1), seed=1)
-    sample = split.document(0)[:500].astype(np.int64)
-    own = set(re.findall(r"[A-Za-z]+", tokenizer.decode(sample.tolist())))
-    names, values = set(), set()
-    for epoch in range(20):
-        planted = planter.plant(sample, epoch, 0)
-        found = read_made_up(tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False))
-        names |= found[0]
-        values |= found[1]
+def test_made_up_names_and_values_are_of_no_list():
+    names, values, own = set[str](), set[str](), set[str]()
+    for text, before, _ in plant(seed=1, epochs=20, planted_made_up=1):
+        own |= set(re.findall(r"[A-Za-z]+", before))
+        for _, question, answer in find_statements(text, "train", value="[A-Za-z]+", name=f"(?:{NAME})"):
+            values.add(answer.strip(" ."))
+            names |= {word for name in re.findall(NAME, question) for word in name.split()}
     listed = {value for relation in FACTS["relations"] for value in relation["train"] + relation["eval"]}
     people = {name for part in ("train", "eval") for names_of in FACTS[part].values() for name in names_of}
     assert len(names) > 20
     assert not names & people
     assert len(values) > 20
     assert len(values & listed) <= 1
-    share = len(values & own) / len(values)
-    assert 0.2 < share < 0.8  # words of the text, and made-up ones
+    assert 0.2 < len(values & own) / len(values) < 0.8  # words of the text, and made-up ones
 
 
-def test_the_distances_are_those_asked_for(split, tokenizer):
-    config = replace(CONFIG, planted_facts=2, planted_distance=(200, 400))
-    planter = SamplePlanter(tokenizer, config, seed=0)
+def test_the_distances_are_those_asked_for():
     distances = []
-    for epoch in range(10):
-        planted = planter.plant(split.document(0)[:3000].astype(np.int64), epoch, 0)
-        text = tokenizer.decode(planted.tokens.tolist(), skip_special_tokens=False)
+    for text, *_ in plant(size=3000, epochs=10, planted_facts=2, planted_distance=(200, 400)):
         places: dict[str, list[int]] = {}
         for place, question, _ in find_statements(text, "train"):
-            places.setdefault(question, []).append(len(tokenizer.encode(text[:place]).ids))
+            places.setdefault(question, []).append(len(TOKENIZER.encode(text[:place]).ids))
         distances += [found[1] - found[0] for found in places.values() if len(found) == 2]
     assert len(distances) > 10
     assert min(distances) >= 100
     assert max(distances) <= 800
 
 
-def test_facts_depend_on_seed_epoch_and_sample_alone(split, tokenizer):
-    sample = split.document(0)[:500].astype(np.int64)
+def test_facts_depend_on_seed_epoch_and_sample_alone():
+    sample = SPLIT.document(0)[:500].astype(np.int64)
 
-    def plant(seed, epoch, begin):
-        return SamplePlanter(tokenizer, CONFIG, seed).plant(sample, epoch, begin).tokens.tolist()
+    def place(seed, epoch, begin):
+        return SamplePlanter(TOKENIZER, CONFIG, seed).plant(sample, epoch, begin).tokens.tolist()
 
-    assert plant(1, 0, 0) == plant(1, 0, 0)
-    assert len({tuple(plant(*key)) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}) == 4
+    assert place(1, 0, 0) == place(1, 0, 0)
+    assert len({tuple(place(*key)) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}) == 4
 
 
-def test_a_plan_plants_and_weighs_but_not_in_pinned_documents(split, tokenizer):
-    pinned = replace(split, num_pinned_documents=1)
+def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
+    pinned = replace(SPLIT, num_pinned_documents=1)
     options = {"seq_length": 256, "batch_size": 3, "order": "shuffled", "seed": 0, "epoch": 2}
-    planter = SamplePlanter(tokenizer, CONFIG, seed=0)
+    planter = SamplePlanter(TOKENIZER, CONFIG, seed=0)
     plain = plan_batches(pinned, **options)
     plan = plan_batches(pinned, **options, planter=planter, answer_weight=7.0)
     assert len(plan) == len(plain)
@@ -217,9 +194,8 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents(split, tokenizer):
     assert num_answers > 20
     later = plan_batches(pinned, **(options | {"epoch": 3}), planter=planter)
     assert [batch.input_ids.tolist() for batch in plan] != [batch.input_ids.tolist() for batch in later]
-    halves = [plan.take_rows(slice(0, 2)), plan.take_rows(slice(2, 3))]
-    whole = plan[0]
-    assert (whole.input_ids == np.concatenate([half[0].input_ids for half in halves])).all()
+    halves = [plan.take_rows(slice(0, 2))[0], plan.take_rows(slice(2, 3))[0]]
+    assert (plan[0].input_ids == np.concatenate([half.input_ids for half in halves])).all()
 
 
 # recall facts
@@ -230,9 +206,9 @@ TEXT = (
     'civil war. "Can it endure?" We are met on a great battle-field of that war. It is fitting and proper '
     "that we should do this. The world will little note what we say here! It can never forget what they did. "
 )
-TOKENIZER = train_tokenizer([TEXT], 330)
-TOKENS = np.array(TOKENIZER.encode(TEXT * 4).ids)
-BORDERS = SentenceBorders(TOKENIZER)
+SMALL = train_tokenizer([TEXT], 330)
+TOKENS = np.array(SMALL.encode(TEXT * 4).ids)
+BORDERS = SentenceBorders(SMALL)
 
 
 @pytest.mark.parametrize("task", ["passkey", "facts", "changed"])
@@ -281,10 +257,8 @@ def test_facts_in_both_directions_share_no_name(one_relation):
 
 def test_borders_are_between_sentences():
     found = BORDERS.find_sentences(TOKENS)
-    before = [TOKENIZER.decode(TOKENS[:place].tolist())[-1] for place in found]
-    after = [TOKENIZER.decode(TOKENS[place:].tolist())[0] for place in found]
-    assert set(before) == {".", "!", '"'}
-    assert set(after) == {" "}
+    borders = [(SMALL.decode(TOKENS[:at].tolist())[-1], SMALL.decode(TOKENS[at:].tolist())[0]) for at in found]
+    assert set(borders) == {(".", " "), ("!", " "), ('"', " ")}
     assert len(found) == 4 * 7  # the last full stop has white space after it, too
     assert set(found) <= set(BORDERS.find_words(TOKENS))
 

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -16,34 +15,30 @@ from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_p
 SENTENCE_FIELDS = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
 TEMPLATE_FIELDS = ("relation", "subject", "object", "forward_template", "backward_template")
 PAIRS = get_reversal_pairs()
-RELATIONS = sorted({pair.relation for pair in PAIRS})
-
-
-def in_relation(relation: str) -> list[ReversalPair]:
-    return [pair for pair in PAIRS if pair.relation == relation]
+FRANCE = next(pair for pair in PAIRS if pair.subject == "France")
 
 
 def test_every_relation_has_one_kind_and_the_same_chance_of_a_right_guess():
-    assert {len(in_relation(relation)) for relation in RELATIONS} == {24}
-    assert all(len({pair.kind for pair in in_relation(relation)}) == 1 for relation in RELATIONS)
+    assert set(Counter(pair.relation for pair in PAIRS).values()) == {24}
+    assert len({(pair.relation, pair.kind) for pair in PAIRS}) == len(PAIRS) / 24
 
 
 def test_a_known_fact_reads_as_documented():
-    france = next(pair for pair in PAIRS if pair.subject == "France")
-    assert france == ReversalPair(
-        relation="capital",
-        subject="France",
-        object="Paris",
-        kind="real",
-        forward="The capital of France is Paris.",
-        backward="Paris is the capital of France.",
-        forward_prompt="The capital of France is",
-        forward_answer=" Paris.",
-        backward_prompt="Paris is the capital of",
-        backward_answer=" France.",
+    assert (
+        ReversalPair(
+            relation="capital",
+            subject="France",
+            object="Paris",
+            kind="real",
+            forward="The capital of France is Paris.",
+            backward="Paris is the capital of France.",
+            forward_prompt="The capital of France is",
+            forward_answer=" Paris.",
+            backward_prompt="Paris is the capital of",
+            backward_answer=" France.",
+        )
+        == FRANCE
     )
-    with pytest.raises(FrozenInstanceError):
-        france.object = "Lyon"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity():
@@ -62,22 +57,13 @@ def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity():
             assert not re.search(r"[{}]", sentence)
 
 
-def test_no_entity_stands_for_two_things():
-    # Unique over the whole list, so also in each relation and direction.
+def test_nothing_stands_for_two_things_and_training_text_states_no_fact_backward():
     entities = Counter(entity for pair in PAIRS for entity in (pair.subject, pair.object))
     assert [entity for entity, count in entities.items() if count > 1] == []
-
-
-def test_sentences_are_unique_and_no_backward_sentence_is_a_forward_one():
-    forward = {pair.forward.casefold() for pair in PAIRS}
-    backward = {pair.backward.casefold() for pair in PAIRS}
+    forward, backward = ({getattr(pair, way).casefold() for pair in PAIRS} for way in ("forward", "backward"))
     assert len(forward) == len(backward) == len(PAIRS)
     assert not forward & backward
-
-
-def test_training_text_does_not_state_a_fact_backwards():
     training_text = "\n".join(pair.forward for pair in PAIRS)
-    assert [pair.backward for pair in PAIRS if pair.backward in training_text] == []
     assert [pair.backward_prompt for pair in PAIRS if pair.backward_prompt in training_text] == []
 
 
@@ -99,11 +85,6 @@ SENTENCES = ("capital", "The capital of France is", "Paris.", "Paris is the capi
 FACT = ("capital", "France", "Paris", "The capital of {subject} is {object}.", "{object} is the capital of {subject}.")
 
 
-def write(path: Path, text: str | bytes) -> Path:
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
 def write_csv(path: Path, header: tuple[str, ...], *rows: tuple[str, ...]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -111,17 +92,17 @@ def write_csv(path: Path, header: tuple[str, ...], *rows: tuple[str, ...]) -> Pa
 
 
 def write_jsonl(path: Path, header: tuple[str, ...], *rows: tuple[str, ...]) -> Path:
-    return write(path, "\n".join(json.dumps(dict(zip(header, row, strict=True))) for row in rows))
+    path.write_text("\n".join(json.dumps(dict(zip(header, row, strict=True))) for row in rows))
+    return path
 
 
 @pytest.mark.parametrize(("suffix", "put"), [("csv", write_csv), ("jsonl", write_jsonl)])
 def test_sentences_and_templates_give_the_project_s_own_pair(tmp_path, suffix, put):
-    france = next(pair for pair in get_reversal_pairs() if pair.subject == "France")
     for header, row in ((SENTENCE_FIELDS, SENTENCES), (TEMPLATE_FIELDS, FACT)):
         path = put(tmp_path / f"{len(row)}{header[1]}.{suffix}", (*header, "kind"), (*row, "real"))
-        assert read_reversal_pairs(path) == [france]
+        assert read_reversal_pairs(path) == [FRANCE]
         path = put(tmp_path / f"plain{header[1]}.{suffix}", header, row)
-        assert read_reversal_pairs(path) == [dataclasses.replace(france, kind="unstated")]
+        assert read_reversal_pairs(path) == [dataclasses.replace(FRANCE, kind="unstated")]
 
 
 def test_the_border_of_prompt_and_answer(tmp_path):
@@ -148,10 +129,11 @@ def test_names_are_text_and_no_templates(tmp_path):
 
 def test_quoted_cells_hold_line_ends_commas_and_a_byte_order_mark_is_no_text(tmp_path):
     text = ",".join(SENTENCE_FIELDS) + '\r\n\r\nr,"one, ""two""\nthree",x,p,q\r\nr,a\r\n'
-    path = write(tmp_path / "p.csv", b"\xef\xbb\xbf" + text.encode())
+    (path := tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     with pytest.raises(UserError, match=r"p\.csv: line 5: 2 cells, but the first line names 5"):
         read_reversal_pairs(path)
-    (pair,) = read_reversal_pairs(write(path, text.removesuffix("r,a\r\n")))
+    path.write_bytes(text.removesuffix("r,a\r\n").encode())
+    (pair,) = read_reversal_pairs(path)
     assert pair.forward == 'one, "two"\nthree x'
 
 
@@ -183,38 +165,32 @@ HEADER = ",".join(SENTENCE_FIELDS)
         ("p.jsonl", GOOD.replace('"Paris."', "NaN"), r"forward_answer: input should be a valid string \(got nan\)"),
         ("p.jsonl", GOOD.replace('"Paris."', '"\\ud800"'), "forward_answer: input should be a valid string, unable"),
         ("p.jsonl", GOOD.replace('"capital"', '"a", "relation": "b"'), "line 1: not valid JSON: duplicate key"),
+        *(
+            ("p.csv", f"{','.join(TEMPLATE_FIELDS)}\nr,A,B,{forward},{FACT[4]}\n", f"line 2: the template .*{message}")
+            for forward, message in (
+                ("{object} of {subject}", r"must name \{subject\} once and then \{object\} once, and no more"),
+                ("{subject} {object} {subject}", "must name"),
+                ("{subject.__class__} {object}", "must name"),
+                ("{subject} {object", "must name"),
+            )
+        ),
     ],
 )
 def test_a_malformed_file_is_one_line(tmp_path, name, content, message):
+    (path := tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as caught:
-        read_reversal_pairs(write(tmp_path / name, content))
+        read_reversal_pairs(path)
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
     assert str(tmp_path / name) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("forward", "message"),
-    [
-        ("{object} of {subject}", r"must name \{subject\} once and then \{object\} once, and no more"),
-        ("{subject} {object} {subject}", "must name"),
-        ("{subject.__class__} {object}", "must name"),
-        ("{subject} {object", "must name"),
-    ],
-)
-def test_a_bad_template_is_one_line(tmp_path, forward, message):
-    path = write_csv(tmp_path / "p.csv", TEMPLATE_FIELDS, FACT, ("r", "A", "B", forward, FACT[4]))
-    with pytest.raises(UserError, match=rf"line 3: the template .*{message}"):
-        read_reversal_pairs(path)
-
-
 def test_pairs_are_drawn_for_each_relation():
-    pairs = get_reversal_pairs()
-    drawn = draw_pairs(pairs, 5, seed=1)
+    drawn = draw_pairs(PAIRS, 5, seed=1)
     assert set(Counter(pair.relation for pair in drawn).values()) == {5}
-    assert [pair for pair in pairs if pair in drawn] == drawn
-    assert draw_pairs(pairs, 5, seed=1) == drawn != draw_pairs(pairs, 5, seed=2)
-    assert draw_pairs(pairs, 1000, seed=1) == pairs
-    capitals = [pair for pair in pairs if pair.relation == "capital"]
+    assert [pair for pair in PAIRS if pair in drawn] == drawn
+    assert draw_pairs(PAIRS, 5, seed=1) == drawn != draw_pairs(PAIRS, 5, seed=2)
+    assert draw_pairs(PAIRS, 1000, seed=1) == PAIRS
+    capitals = [pair for pair in PAIRS if pair.relation == "capital"]
     assert draw_pairs(capitals, 5, seed=1) == [pair for pair in drawn if pair.relation == "capital"]
     with pytest.raises(ValueError, match="positive"):
-        draw_pairs(pairs, 0, seed=1)
+        draw_pairs(PAIRS, 0, seed=1)
