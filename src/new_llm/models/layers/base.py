@@ -148,7 +148,7 @@ class OpenInputs:
 
 
 class Layer(nn.Module, ABC):
-    """The interface of a layer; `Block` is a base with norms and an MLP. Register a kind with `register_layer`.
+    """The interface of a layer; `Block` is a base around an attention. Register a kind with `register_layer`.
 
     A layer with memory sets `has_memory` and defines `empty_memory`; its memory is a frozen dataclass of tensors
     derived from `LayerMemory`.
@@ -298,25 +298,84 @@ class Layer(nn.Module, ABC):
 
 
 class Attention(nn.Module, ABC):
-    """The part of a block that mixes tokens. Subclasses implement both paths with the same result."""
+    """The part of a layer that mixes tokens; `forward` and `step` have the same result."""
 
     auxiliary_loss: Tensor | None = None
     """As `Layer.auxiliary_loss`."""
+    has_step: ClassVar[bool] = True
+    """Whether there are `step` and `end_segments`; without them the layer runs open segments again."""
 
     @abstractmethod
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
         """Whole segments, [B, n, S, D], in one pass; see `Layer.forward`."""
 
-    @abstractmethod
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """More tokens, [B, T, D], of open segments; see `Layer.step`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Close the segments of rows `ended`; see `Layer.end_segments`."""
+        raise NotImplementedError
+
+    def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
+        """As `Layer.empty_memory`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define empty_memory")
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """As `Layer.gate_parameters`."""
+        return []
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """As `Layer.undecayed_parameters`."""
+        return []
 
     def initialize_features(self) -> None:
         """Adjust freshly drawn weights, or draw those that are not of linear layers or norms."""
+
+
+class AttentionLayer(Layer):
+    """x + Attention(x); subclasses change what the attention reads and what is added."""
+
+    attention: Any
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the attention reads."""
+        return hidden
+
+    def add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The layer's output from its input and the attention's output."""
+        return hidden + mixed
+
+    def forward(
+        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        """As `Layer.forward`."""
+        mixed, memory = self.attention(self.enter(hidden), memory, segments or Segments())
+        return self.add(hidden, mixed), memory
+
+    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
+        """As `Layer.step`."""
+        if not self.attention.has_step:
+            return super().step(hidden, opened, memory, step)
+        mixed, opened = self.attention.step(self.enter(hidden), opened, memory, step)
+        return self.add(hidden, mixed), opened
+
+    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
+        """As `Layer.end_segments`."""
+        closer = self.attention if self.attention.has_step else super()
+        return closer.end_segments(opened, memory, ended)
+
+    def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
+        """As `Layer.empty_memory`."""
+        return self.attention.empty_memory(rows, like)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """Those of the attention."""
+        return self.attention.gate_parameters()
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Those of the attention."""
+        return self.attention.undecayed_parameters()
 
 
 class MLP(nn.Module):
@@ -332,48 +391,8 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden)))
 
 
-class Block(Layer):
+class Block(AttentionLayer):
     """x + Attention(LN1 x) + MLP(LN2 x): GPT-NeoX's parallel residual around any attention.
-
-    Args:
-        attention: the part that mixes tokens.
-        hidden_size: D.
-        intermediate_size: width of the MLP.
-        layer_norm_eps: ε of both LayerNorms.
-    """
-
-    def __init__(
-        self, attention: Attention, *, hidden_size: int, intermediate_size: int, layer_norm_eps: float
-    ) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.attention = attention
-        self.mlp = MLP(hidden_size, intermediate_size)
-
-    def forward(
-        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
-    ) -> tuple[Tensor, LayerMemory | None]:
-        """As `Layer.forward`."""
-        mixed, memory = self.attention(self.input_layernorm(hidden), memory, segments or Segments())
-        return self._add(hidden, mixed), memory
-
-    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """As `Layer.step`."""
-        mixed, opened = self.attention.step(self.input_layernorm(hidden), opened, memory, step)
-        return self._add(hidden, mixed), opened
-
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """As `Layer.end_segments`."""
-        return self.attention.end_segments(opened, memory, ended)
-
-    def _add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden
-
-
-class RotaryBlock(Block):
-    """A block that is made from a Pythia layer's shape, around an attention that may have rotary positions.
 
     Args:
         hidden_size: D.
@@ -381,7 +400,7 @@ class RotaryBlock(Block):
         intermediate_size: width of the MLP.
         rotary_pct: share of each head that is rotated.
         rotary_emb_base: base of the rotary wavelengths.
-        layer_norm_eps: ε of the LayerNorms.
+        layer_norm_eps: ε of both LayerNorms.
         options: fields of the kind's options.
 
     Raises:
@@ -400,24 +419,28 @@ class RotaryBlock(Block):
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         **options: Any,
     ) -> None:
-        chosen = self.options_type(**options)
-        super().__init__(
-            self.make_attention(chosen, hidden_size, num_heads, rotary_pct, rotary_emb_base),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            layer_norm_eps=layer_norm_eps,
-        )
+        super().__init__()
+        self.hidden_size = hidden_size
         self.num_heads = num_heads
-        self.take_options(chosen)
+        self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        chosen = self.options_type(**options)
+        self.attention = self.make_attention(chosen, hidden_size, num_heads, rotary_pct, rotary_emb_base)
+        self.mlp = MLP(hidden_size, intermediate_size)
 
     @abstractmethod
     def make_attention(
         self, options: Any, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float, /
     ) -> Attention:
-        """The attention of a layer with these options; the layer itself is not made yet."""
+        """The attention of a layer with these options."""
 
-    def take_options(self, options: Any) -> None:
-        """Set what else the options decide."""
+    def enter(self, hidden: Tensor) -> Tensor:
+        """LN1 x."""
+        return self.input_layernorm(hidden)
+
+    def add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """Attention(LN1 x) + MLP(LN2 x) + x."""
+        return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden
 
 
 def check_divides(what: str, number: int, hidden_size: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from new_llm.config import UserError
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
-from new_llm.models.layers.base import RotaryBlock, Segments, Step, check_divides
+from new_llm.models.layers.base import Block, Segments, Step, check_divides
 from new_llm.models.layers.memory_layer import (
     MemoryAttention,
     MemoryLayer,
@@ -181,6 +181,17 @@ class Schedule:
     chosen: Tensor
     num_tokens: Tensor
     num_segments: Tensor
+
+    def finish(self, before: MemoryState, memories: Tensor, norms: Tensor, every: Tensor | None) -> MemoryState:
+        """The memory after all writes, with these M and z and the decay of `spread_decay`."""
+        return MemoryState(
+            memories=memories,
+            norms=norms,
+            num_tokens=self.num_tokens[:, -1],
+            num_segments=self.num_segments,
+            segments_seen=before.segments_seen + self.num_segments - before.num_segments,
+            retained=before.retained if every is None else before.share_left * every.detach().prod(1),
+        )
 
     def spread_decay(self, decay: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The decay w of each head at each write, 1 where nothing is written; `decay` is [H], or [B, w, 1, H].
@@ -484,14 +495,7 @@ class CompressiveAttention(MemoryAttention):
             written_keys=written_keys,
         )
         if num_writes:
-            memory = MemoryState(
-                memories=reads.memories,
-                norms=norms[:, -1],
-                num_tokens=schedule.num_tokens[:, -1],
-                num_segments=schedule.num_segments,
-                segments_seen=before.segments_seen + schedule.num_segments - before.num_segments,
-                retained=self.decay_retained(before, schedule.chosen.sum(1), norm_decay),
-            )
+            memory = schedule.finish(before, reads.memories, norms[:, -1], norm_decay)
         return self.combine(reads), memory
 
     def _decay_like(self, like: Tensor) -> Tensor | None:
@@ -507,32 +511,18 @@ class CompressiveAttention(MemoryAttention):
         index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
         return memory.memories[rows, index], memory.norms[rows, index]
 
-    def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
-        """Put back the written memory of rows that read any token (`count` [B] > 0), and count their segment."""
-        has_tokens = count > 0
-        num_segments = memory.num_segments + has_tokens
-        chosen = self._choose(memory, has_tokens)
-        return MemoryState(
-            memories=torch.where(chosen[..., None, None, None], written.unsqueeze(1), memory.memories),
-            norms=torch.where(chosen[..., None, None], norm.unsqueeze(1), memory.norms),
-            num_tokens=memory.num_tokens + chosen * count.unsqueeze(1),
-            num_segments=num_segments,
-            segments_seen=memory.segments_seen + has_tokens,
-            retained=self.decay_retained(memory, chosen.long()),
-        )
-
-    def _choose(self, memory: MemoryState, has_tokens: Tensor) -> Tensor:
-        """The memory to which a segment of each row is written, as a mask [B, N]; none where a row has no tokens."""
-        index = find_written_memory(memory.num_segments, self.segments_per_memory, self.num_memories)
-        slots = torch.arange(self.num_memories, device=index.device)
-        return (slots == index.unsqueeze(1)) & has_tokens.unsqueeze(1)
-
-    def decay_retained(self, memory: MemoryState, num_writes: Tensor, every: Tensor | None = None) -> Tensor | None:
-        """`memory.retained` after `num_writes` [B, N] more writes to each memory, or those of `every` [B, w, N, H]."""
-        if every is not None and self.token_decay is not None:
-            return memory.share_left * every.detach().prod(1)
-        decay = self._decay_like(memory.norms)
-        return memory.retained if decay is None else memory.share_left * decay ** num_writes.unsqueeze(-1)
+    def _add_write(
+        self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor, fade: Tensor | None
+    ) -> MemoryState:
+        """The memory after a segment of `count` [B] tokens, with the share `fade` left of it, [H] or [B, 1, 1, H]."""
+        schedule = plan_writes(memory, count.unsqueeze(1), self.segments_per_memory)
+        _, every = schedule.spread_decay(fade)
+        memories, norms, chosen = memory.memories, memory.norms, schedule.chosen[:, 0]
+        if every is not None:
+            memories, norms = memories * every[:, 0, ..., None, None], norms * every[:, 0, ..., None]
+        memories = torch.where(chosen[..., None, None, None], memories + written.unsqueeze(1), memories)
+        norms = torch.where(chosen[..., None, None], norms + norm.unsqueeze(1), norms)
+        return schedule.finish(memory, memories, norms, every)
 
     # The core over tokens that continue open segments
 
@@ -673,28 +663,19 @@ class CompressiveAttention(MemoryAttention):
             return opened, memory
         if memory is None:
             memory = self.empty_memory(ended.shape[0], opened.writes)
-        count = opened.num_tokens * ended
-        current, norm = self._current(memory)
-        decay, every = self._decay_like(norm), None
+        fade = self._decay_like(memory.norms)
         if opened.log_fade is not None:
-            fade = opened.log_fade.exp()  # [B, H]
-            decay = fade if decay is None else fade * decay
-            chosen = self._choose(memory, count > 0).unsqueeze(-1)
-            every = torch.where(chosen, decay.unsqueeze(1), torch.ones_like(decay).unsqueeze(1))
-        if decay is not None:
-            current, norm = current * decay[..., None, None], norm * decay[..., None]
+            left = opened.log_fade.exp()[:, None, None]
+            fade = left if fade is None else left * fade
         added = opened.keys if opened.norms is None else opened.norms
-        left = memory.share_left
-        memory = self._replace(memory, current + opened.writes, norm + added, count)
-        if every is not None:
-            memory = replace(memory, retained=left * every)
+        memory = self._add_write(memory, opened.writes, added, opened.num_tokens * ended, fade)
         return opened.emptied().select_rows(ended, opened), memory
 
 
-class CompressiveLayer(MemoryLayer, RotaryBlock):
+class CompressiveLayer(MemoryLayer, Block):
     """A block whose attention is compressive; subclasses name their attention.
 
-    Arguments are those of `RotaryBlock`; `num_heads` is also the memory's where `num_memory_heads` is None, and
+    Arguments are those of `Block`; `num_heads` is also the memory's where `num_memory_heads` is None, and
     positions are only for softmax attention inside the segment.
     """
 
@@ -707,6 +688,7 @@ class CompressiveLayer(MemoryLayer, RotaryBlock):
         make: Any = self.choose_attention(options)
         attention = make(hidden_size, options.num_memory_heads or num_heads, options)
         attention.set_positions(rotary_pct, rotary_emb_base)
+        self.can_step_in_place = attention.has_step
         return attention
 
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:

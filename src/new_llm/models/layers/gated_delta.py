@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section
-from new_llm.models.layers.base import Attention, RotaryBlock, Segments, Step, check_divides, register_layer
+from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
 from new_llm.models.layers.memory_layer import ShortConvolution, TokenDecay
 from new_llm.models.ops import gated_delta_rule, map_features
 from new_llm.models.state import LayerMemory, MemoryFacts
@@ -155,24 +155,19 @@ class GatedDeltaAttention(Attention):
 
 
 @register_layer("gated_delta", options=GatedDeltaOptions)
-class GatedDeltaLayer(RotaryBlock):
+class GatedDeltaLayer(Block):
     """x + GatedDelta(LN₁ x) + MLP(LN₂ x): Gated DeltaNet's mixer (arXiv:2412.06464) in GPT-NeoX's frame.
 
-    Its memory is written and read at every token, across the borders of segments. Arguments are those of `RotaryBlock`;
+    Its memory is written and read at every token, across the borders of segments. Arguments are those of `Block`;
     there are no positions, and `num_heads` is the memory's where `num_memory_heads` is None.
     """
 
     has_memory = True
     can_step_in_place = True
-    attention: GatedDeltaAttention
 
     def make_attention(self, options: Any, hidden_size: int, num_heads: int, *_: Any) -> GatedDeltaAttention:
         """The mixer with the options' parts."""
         return GatedDeltaAttention(hidden_size, options.num_memory_heads or num_heads, options)
-
-    def empty_memory(self, rows: int, like: Tensor) -> GatedDeltaMemory:
-        """As `Layer.empty_memory`."""
-        return self.attention.empty_memory(rows, like)
 
     @property
     def memory_facts(self) -> MemoryFacts:

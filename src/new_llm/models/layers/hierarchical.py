@@ -35,6 +35,8 @@ class HierarchicalOptions(SelectionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.router == "top1":
+            raise UserError("router: top1 is for multi_memory; allowed are relevance and standardized")
         if self.hierarchy == "fenwick" and self.router != "relevance":
             raise UserError(f"router: {self.router} is for hierarchy sum; fenwick has learned weights for each level")
 
@@ -176,7 +178,14 @@ class FenwickAttention(SelectingAttention):
         rows = torch.arange(memory.rows, device=level.device)
         return joined.memories[rows, level], joined.norms[rows, level]
 
+    def _add_write(
+        self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor, fade: Tensor | None
+    ) -> MemoryState:
+        held, norms = self._current(memory)
+        return self._replace(memory, held + written, norms + norm, count)
+
     def _replace(self, memory: MemoryState, written: Tensor, norm: Tensor, count: Tensor) -> MemoryState:
+        """The memory with the written block in its level, and its segment counted."""
         has_tokens = count > 0
         joined, level = self._join(memory, has_tokens)
         chosen = F.one_hot(level, self.num_memories).bool() & has_tokens.unsqueeze(1)  # [B, N]

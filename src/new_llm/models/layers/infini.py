@@ -69,12 +69,11 @@ class InfiniLayer(CompressiveLayer):
 
     M ← w M + Σ σ(k)ᵀ(v − r) at each segment's end, A_mem = σ(q) M / max(σ(q) z, ε) before it.
 
-    Arguments are those of `RotaryBlock`; the memory has one head by default.
+    Arguments are those of `Block`; the memory has one head by default.
     """
 
     index_key: ClassVar[str] = "current_bank"
     attention_type: ClassVar[type[CompressiveAttention]] = InfiniAttention
-    can_step_in_place = True
 
 
 def compute_alibi_slopes(num_heads: int) -> list[float]:
@@ -187,7 +186,7 @@ class ParallelInfiniLayer(MemoryLayer):
         segments = segments or Segments()
         base, _ = self.base_layer(hidden, None, segments)
         recalled, memory = self.attention(self.input_layernorm(hidden), memory, segments)
-        return self._add(base, recalled), memory
+        return self.add(base, recalled), memory
 
     def step(
         self, hidden: Tensor, opened: OpenBranches | None, memory: MemoryState | None, step: Step
@@ -196,7 +195,7 @@ class ParallelInfiniLayer(MemoryLayer):
         opened = opened or OpenBranches(None, None)
         base, cache = self.base_layer.step(hidden, opened.base, None, step)
         recalled, sums = self.attention.step(self.input_layernorm(hidden), opened.infini, memory, step)
-        return self._add(base, recalled), OpenBranches(cache, sums)
+        return self.add(base, recalled), OpenBranches(cache, sums)
 
     def end_segments(
         self, opened: OpenBranches | None, memory: MemoryState | None, ended: Tensor
@@ -208,7 +207,8 @@ class ParallelInfiniLayer(MemoryLayer):
         cache, _ = self.base_layer.end_segments(opened.base, None, ended)
         return OpenBranches(cache, sums), memory
 
-    def _add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+    def add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """Base(x) + α · Infini(LN x)."""
         return hidden + self.alpha.to(mixed.dtype) * mixed
 
     def gate_parameters(self) -> list[nn.Parameter]:

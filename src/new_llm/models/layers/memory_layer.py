@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.models.layers.base import Attention, Layer
+from new_llm.models.layers.base import Attention, AttentionLayer
 from new_llm.models.state import MemoryFacts, MemoryState
 from new_llm.processes import gather_tensor
 
@@ -34,7 +34,7 @@ class MemoryAttention(Attention):
     read_loss_weight: float = 0.0
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
-        """Empty memories for `rows` rows, on the device of `like` and in its dtype, float32 at least."""
+        """As `Layer.empty_memory`."""
         shape = (rows, self.num_memories, self.num_memory_heads, self.head_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
         counts = torch.zeros(rows, dtype=torch.int64, device=like.device)
@@ -52,15 +52,11 @@ class MemoryAttention(Attention):
         return self.decay is not None
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """Parameters trained at the gates' learning rate, without weight decay."""
+        """β."""
         return [self.gate]
 
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Matrices trained at the model's learning rate, but without weight decay."""
-        return []
 
-
-class MemoryLayer(Layer):
+class MemoryLayer(AttentionLayer):
     """A layer whose memory belongs to one `MemoryAttention`, its `attention`."""
 
     has_memory = True
@@ -74,10 +70,6 @@ class MemoryLayer(Layer):
     def reads_tokens(self) -> bool:
         """Before the head always; elsewhere in training, where what memory returns has a loss of its own."""
         return self.stands_before_head or (self.training and self.attention.read_loss_weight > 0)
-
-    def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
-        """As `Layer.empty_memory`."""
-        return self.attention.empty_memory(rows, like)
 
     @property
     def memory_facts(self) -> MemoryFacts:
@@ -100,14 +92,6 @@ class MemoryLayer(Layer):
             },
             index_key=self.index_key,
         )
-
-    def gate_parameters(self) -> list[nn.Parameter]:
-        """Those of the attention."""
-        return self.attention.gate_parameters()
-
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Those of the attention."""
-        return self.attention.undecayed_parameters()
 
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""

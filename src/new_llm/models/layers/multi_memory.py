@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from new_llm.config.model import Size
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import Layer, Segments, Step, register_layer
+from new_llm.models.layers.base import Segments, register_layer
 from new_llm.models.layers.compressive import CompressiveAttention, CompressiveLayer, MemoryOptions
 from new_llm.models.ops import weigh_memories
 from new_llm.models.state import MemoryState
@@ -27,7 +27,7 @@ class SelectionOptions(MemoryOptions):
     """Independent memories, written in turn; with router top1 beside one more that all tokens share."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
     """τ, which divides the scores: near 0 a token reads one memory, far above 1 all memories equally."""
-    router: Annotated[Literal["relevance", "standardized"], short("--router")] = "relevance"
+    router: Annotated[Literal["relevance", "standardized", "top1"], short("--router")] = "relevance"
     """How memories are selected. relevance: by each token's attention to their z. standardized: the same scores,
     standardised over the memories, with a temperature learned per head. top1 (multi_memory alone): a learned router
     sends each token to one memory, and another one takes all tokens."""
@@ -37,10 +37,6 @@ class SelectionOptions(MemoryOptions):
 class MultiMemoryOptions(SelectionOptions):
     """The options of a multi-memory layer."""
 
-    router: Annotated[Literal["relevance", "standardized", "top1"], short("--router")] = "relevance"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """How memories are selected. relevance: by each token's attention to their z. standardized: the same scores,
-    standardised over the memories, with a temperature learned per head. top1 (multi_memory alone): a learned router
-    sends each token to one memory, and another one takes all tokens."""
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     """With top1: weight of the auxiliary loss by which all memories get their share of the tokens."""
 
@@ -122,6 +118,7 @@ class RoutedAttention(SelectingAttention):
     """
 
     takes_token_rules: ClassVar[bool] = False
+    has_step: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, num_memory_heads: int, options: Any) -> None:
         super().__init__(
@@ -213,7 +210,7 @@ class MultiMemoryLayer(CompressiveLayer):
     They are written in turn, one segment each; with `router: top1` token by token, where the router sends them. Each
     token's weights depend only on the past.
 
-    Arguments are those of `RotaryBlock`; the memory has `num_heads` heads by default.
+    Arguments are those of `Block`; the memory has `num_heads` heads by default.
     """
 
     index_key: ClassVar[str] = "current_memory_idx"
@@ -222,20 +219,3 @@ class MultiMemoryLayer(CompressiveLayer):
     def choose_attention(self, options: Any) -> type[CompressiveAttention]:
         """As `CompressiveLayer.choose_attention`."""
         return RoutedAttention if options.router == "top1" else self.attention_type
-
-    @property
-    def can_step_in_place(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As `Layer.can_step_in_place`; not with top1."""
-        return not isinstance(self.attention, RoutedAttention)
-
-    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """As `Layer.step`; top1 has no faster way than to run the open segment again."""
-        if isinstance(self.attention, RoutedAttention):
-            return Layer.step(self, hidden, opened, memory, step)
-        return super().step(hidden, opened, memory, step)
-
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """As `Layer.end_segments`."""
-        if isinstance(self.attention, RoutedAttention):
-            return Layer.end_segments(self, opened, memory, ended)
-        return super().end_segments(opened, memory, ended)

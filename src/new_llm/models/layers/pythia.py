@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.models.layers.base import Attention, RotaryBlock, Segments, Step, check_divides, register_layer
+from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
 from new_llm.models.ops.local_attention import causal_attention
 from new_llm.models.state import LayerMemory
 
@@ -174,7 +174,7 @@ class SoftmaxAttention(RotarySoftmax, Attention):
 
 
 @register_layer("pythia")
-class PythiaLayer(RotaryBlock):
+class PythiaLayer(Block):
     """One GPT-NeoX layer, exactly: with the same weights it equals Hugging Face's `GPTNeoXLayer`."""
 
     can_step_in_place = True

@@ -300,19 +300,3 @@ class TokenMemoryLayer(MemoryLayer):
         super().__init__()
         self.hidden_size = hidden_size
         self.attention = TokenMemoryAttention(hidden_size, TokenMemoryOptions(**options))
-
-    def forward(
-        self, hidden: Tensor, memory: MemoryState | None = None, segments: Segments | None = None
-    ) -> tuple[Tensor, MemoryState | None]:
-        """Whole segments; see `Layer.forward`. `segments.tokens` is needed."""
-        recalled, memory = self.attention(hidden, memory, segments or Segments())
-        return hidden + recalled, memory
-
-    def step(self, hidden: Tensor, opened: Any, memory: MemoryState | None, step: Step) -> tuple[Tensor, Any]:
-        """More tokens; see `Layer.step`."""
-        recalled, opened = self.attention.step(hidden, opened, memory, step)
-        return hidden + recalled, opened
-
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, MemoryState | None]:
-        """See `Layer.end_segments`."""
-        return self.attention.end_segments(opened, memory, ended)

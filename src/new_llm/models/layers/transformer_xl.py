@@ -10,7 +10,7 @@ from torch import Tensor
 
 from new_llm.config.model import MAX_SIZE
 from new_llm.config.sections import section, short
-from new_llm.models.layers.base import RotaryBlock, Segments, Step, register_layer
+from new_llm.models.layers.base import Block, Segments, Step, register_layer
 from new_llm.models.layers.pythia import KeyValueCache, SoftmaxAttention
 from new_llm.models.state import LayerMemory
 
@@ -168,11 +168,11 @@ class TransformerXLAttention(SoftmaxAttention):
 
 
 @register_layer("transformer_xl", options=TransformerXLOptions)
-class TransformerXLLayer(RotaryBlock):
+class TransformerXLLayer(Block):
     """A Pythia layer that also attends to the C tokens before the segment, across any number of borders.
 
     Its models are made of such layers alone, as in the paper: through L layers a token sees L · C tokens back.
-    Arguments are those of `RotaryBlock`.
+    Arguments are those of `Block`.
     """
 
     has_memory = True
@@ -181,17 +181,8 @@ class TransformerXLLayer(RotaryBlock):
 
     def make_attention(self, options: Any, *sizes: Any) -> SoftmaxAttention:
         """Softmax over the memory and the segment; without memory that of a Pythia layer."""
+        self.has_memory, self.passes_gradients = options.memory_tokens > 0, not options.detach_memory
         attention = SoftmaxAttention(*sizes)  # always made: it draws from the generator, and a seed keeps its weights
         if not options.memory_tokens:
             return attention
         return TransformerXLAttention(options.memory_tokens, *sizes, detach_memory=options.detach_memory)
-
-    def take_options(self, options: Any) -> None:
-        """Whether there is a memory, and whether gradients flow through it."""
-        self.has_memory = options.memory_tokens > 0
-        self.passes_gradients = not options.detach_memory
-
-    def empty_memory(self, rows: int, like: Tensor) -> KeyValueMemory:
-        """As `Layer.empty_memory`."""
-        assert isinstance(self.attention, TransformerXLAttention)
-        return self.attention.empty_memory(rows, like)
