@@ -120,7 +120,8 @@ def test_a_source_is_one_function(folder):
     [
         (["--models", "my_layers:Absent"], "no module named my_layers"),
         (["--models", "json:dumps"], "json:dumps"),
-        (["--eval.measures", "json:dumps"], "json:dumps"),
+        (["--eval.measures", "json:dumps"], "not a subclass"),
+        (["--eval.measures", "slidng"], "unknown measure 'slidng'; known are "),
         (["--data.source", "my_sources:absent"], "no module named my_sources"),
     ],
 )

@@ -1,5 +1,6 @@
 """What all tests share that is tiny: one shape, one text, folders of models and of an experiment, and bad input."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -121,6 +122,17 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> boo
         assert time.monotonic() < deadline, "nothing has happened"
         time.sleep(0.002)
     return process.poll() is None
+
+
+def change(config: Any, **changes: Any) -> Any:
+    """A configuration with other values, those of fields of its own or of some section."""
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            sections = (key for key in ("model", "data", "train", "eval", "adapter") if hasattr(config, key))
+            section = next(key for key in sections if hasattr(getattr(config, key), name))
+            name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{name: value})
+    return config
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

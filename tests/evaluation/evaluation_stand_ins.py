@@ -1,4 +1,4 @@
-"""A model whose losses are known in closed form, readings of it that share no code with evaluation, and tiny models."""
+"""A model whose losses are known in closed form, readings of it that share no code with evaluation, and real ones."""
 
 import contextlib
 import re
@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from new_llm import TransformerLM
-from new_llm.data.tokenizer import TokenSplit
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.models.inputs import IGNORE_INDEX, align_labels
 from tiny import make_model
 
 VOCAB_SIZE = 11
+SENTENCES = [pair.forward for pair in get_reversal_pairs()]
+TEXTS = [" ".join(SENTENCES[begin : begin + count]) for begin, count in ((0, 9), (9, 30), (40, 14), (60, 2), (70, 15))]
+TOKENIZER = train_tokenizer(TEXTS, 400)
+REAL = tokenize_documents(TEXTS, TOKENIZER)
+"""Documents of sentences, the shortest of them of less than 40 tokens."""
 
 
 def make_split(documents: list[list[int]], texts: list[str] | None = None) -> TokenSplit:
@@ -97,3 +103,8 @@ def make_tiny_model(
 ) -> TransformerLM:
     """Two layers of width 32, with weights far enough apart for memories to matter."""
     return make_model(kind, vocab_size, segment_length=segment_length, spread=spread, **options).eval()
+
+
+def make_reader(kind: str, segment_length: int = 16, **options) -> TransformerLM:
+    """A tiny model that reads the real text."""
+    return make_tiny_model(kind, padded_vocab_size(TOKENIZER), segment_length, **options)

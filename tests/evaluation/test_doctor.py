@@ -210,15 +210,12 @@ def test_a_planted_fault_is_found(plant, kind, recipe, check, words, monkeypatch
     check_only(examine(model, config=config), "warning" if check == "gates" else "fault", check, words)
 
 
-def test_a_fault_spares_the_checks_that_rest_on_it():
+def test_a_fault_spares_the_checks_that_rest_on_it_and_shifted_labels_are_one():
     model = make_trained()
     look_one_ahead(model, None)
     report = examine(model)
     assert list_levels(report, "skipped") == {"rows", "calls", "generation"}
     assert "causality found a fault first" in report["calls"].found
-
-
-def test_a_model_trained_with_doubly_shifted_labels():
     report = examine(make_trained(shift=2))
     check_only(report, "fault", "shift", "labels were shifted twice")
     assert report["skill"].level == "skipped"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_evaluation_of_real_models import SPLIT, TOKENIZER, make_model
+from evaluation_stand_ins import REAL, TOKENIZER, make_reader
 
 from new_llm.config import EvalConfig
 from new_llm.config.evaluation import LongDocumentsConfig, PassagesConfig
@@ -17,7 +17,7 @@ SETTINGS = EvalConfig(
 
 @pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical", "token_memory"])
 def test_values_are_those_of_long_documents(kind):
-    subject = Subject(make_model(kind), TOKENIZER, SPLIT, SETTINGS)
+    subject = Subject(make_reader(kind), TOKENIZER, REAL, SETTINGS)
     alone = MEASURES["passages"].run(subject)
     long, found = (MEASURES[name].run(subject) for name in ("long", "passages"))
     assert long is not None
@@ -41,12 +41,12 @@ def test_values_are_those_of_long_documents(kind):
 
 
 def test_continuations_differ_by_the_memory_alone():
-    subject = Subject(make_model("token_memory"), TOKENIZER, SPLIT, SETTINGS)
+    subject = Subject(make_reader("token_memory"), TOKENIZER, REAL, SETTINGS)
     found = MEASURES["passages"].run(subject)
     assert found is not None
     length = subject.model.segment_length
     for one in found["continuations"]:
-        document = SPLIT.document(one["document"])[:150]
+        document = REAL.document(one["document"])[:150]
         begin = one["segment"] * length
         whole = TOKENIZER.decode(document[begin:].tolist(), skip_special_tokens=False)
         assert whole.startswith(one["prompt"] + one["true"])
@@ -56,12 +56,12 @@ def test_continuations_differ_by_the_memory_alone():
 
 
 def test_texts_are_the_documents_and_candidates_are_the_models():
-    subject = Subject(make_model("infini"), TOKENIZER, SPLIT, SETTINGS)
+    subject = Subject(make_reader("infini"), TOKENIZER, REAL, SETTINGS)
     found = MEASURES["passages"].run(subject)
     assert found is not None
     texts = MEASURES["passages"].texts([ModelResult("infini", found)])
     for passage, shaded in zip(found["passages"], texts, strict=False):
-        ids = SPLIT.document(passage["document"]).tolist()
+        ids = REAL.document(passage["document"]).tolist()
         whole = TOKENIZER.decode(ids, skip_special_tokens=False)
         assert passage["before"][-20:] + "".join(token.text for token in shaded.tokens) in whole
         for token in passage["tokens"]:
@@ -81,7 +81,7 @@ def test_a_character_of_several_tokens_is_the_last_ones():
 
 
 def test_a_model_without_memory_has_no_passages():
-    assert MEASURES["passages"].run(Subject(make_model("pythia"), TOKENIZER, SPLIT, SETTINGS)) is None
+    assert MEASURES["passages"].run(Subject(make_reader("pythia"), TOKENIZER, REAL, SETTINGS)) is None
 
 
 def test_passages_are_ranked_and_the_first_segment_is_never_one():

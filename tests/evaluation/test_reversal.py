@@ -27,20 +27,11 @@ def encode(text):
     return TOKENIZER.encode(text).ids
 
 
-def make_pair(relation, subject, object_, kind="real", verb=" likes"):
-    forward_prompt, backward_prompt = f"{subject}{verb}", f"{object_} is liked by"
-    return ReversalPair(
-        relation=relation,
-        subject=subject,
-        object=object_,
-        kind=kind,
-        forward=f"{forward_prompt} {object_}.",
-        backward=f"{backward_prompt} {subject}.",
-        forward_prompt=forward_prompt,
-        forward_answer=f" {object_}.",
-        backward_prompt=backward_prompt,
-        backward_answer=f" {subject}.",
-    )
+def make_pair(subject, object_):
+    forward, backward = f"{subject} likes", f"{object_} is liked by"
+    answers = f" {object_}.", f" {subject}."
+    sentences = forward + answers[0], backward + answers[1]
+    return ReversalPair("likes", subject, object_, "real", *sentences, forward, answers[0], backward, answers[1])
 
 
 class KnownTexts(nn.Module):
@@ -74,48 +65,67 @@ class KnownTexts(nn.Module):
         self.held = "untouched"
 
 
-def total_loss(model, ids):
-    return sum(model.token_loss(tuple(ids[:end]), ids[end]) for end in range(1, len(ids)))
+def total_loss(model, ids, begin=1):
+    return sum(model.token_loss(tuple(ids[:end]), ids[end]) for end in range(begin, len(ids)))
+
+
+def read_pairs(model, pairs, direction):
+    """Each pair's loss and tokens, those of the answer alone, and the answer's rank in its relation: [5, pairs]."""
+    rows = []
+    for pair in pairs:
+        prompt, answer = getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer")
+        ids, begin = encode(prompt + answer), len(encode(prompt))
+        assert ids[:begin] == encode(prompt)
+        others = {getattr(other, f"{direction}_answer") for other in pairs if other.relation == pair.relation}
+        right, rivals = total_loss(model, ids), [total_loss(model, encode(prompt + one)) for one in others - {answer}]
+        # summed in another order, ties differ in the last digits
+        rank = 1 + sum((rival < right - 1e-9) + 0.5 * (abs(rival - right) <= 1e-9) for rival in rivals)
+        rows.append((right, len(ids) - 1, total_loss(model, ids, begin), len(ids) - begin, rank))
+    return np.array(rows).T
 
 
 def naive_figures(model, pairs, direction):
-    """Perplexity and first-place accuracy of whole sentences, with no thought for where the answer begins."""
-    total = count = first = 0
-    for pair in pairs:
-        prompt, answer = getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer")
-        ids = encode(prompt + answer)
-        total, count = total + total_loss(model, ids), count + len(ids) - 1
-        others = {getattr(other, f"{direction}_answer") for other in pairs if other.relation == pair.relation}
-        rivals = [total_loss(model, encode(prompt + other)) for other in others - {answer}]
-        first += total_loss(model, ids) < min(rivals)
-    return math.exp(total / count), first / len(pairs)
+    total, count, answer, answer_count, ranks = read_pairs(model, pairs, direction)
+    figures = {
+        "perplexity": math.exp(total.sum() / count.sum()),
+        "answer_perplexity": math.exp(answer.sum() / answer_count.sum()),
+        "accuracy": (ranks == 1).mean(),
+        "mean_rank": ranks.mean(),
+    }
+    return {f"{direction}_{name}": value for name, value in figures.items()}
 
 
 @pytest.mark.parametrize("batch_size", [3, 128])
 def test_a_model_that_knows_the_forward_sentences_has_the_curse(batch_size):
     model = KnownTexts([pair.forward for pair in PAIRS])
     result = evaluate_reversal_curse(model, TOKENIZER, PAIRS, "cpu", batch_size=batch_size)
-    forward, backward = (naive_figures(model, PAIRS, way) for way in ("forward", "backward"))
-    assert (result.forward_perplexity, result.forward_accuracy) == pytest.approx(forward, rel=1e-6)
-    assert (result.backward_perplexity, result.backward_accuracy) == pytest.approx(backward, rel=1e-6)
     assert result.forward_perplexity == pytest.approx(math.exp(0.1), rel=1e-6)
     assert result.forward_accuracy == 1
     assert result.backward_accuracy <= 1 / 3
-    assert result.ratio == pytest.approx(result.forward_perplexity / result.backward_perplexity)
-    assert result.gap == pytest.approx(result.backward_perplexity - result.forward_perplexity)
     assert result.ratio < 0.2
     assert model.held == "untouched"
-    sizes = {name: scores.num_pairs for name, scores in result.per_relation.items()}
-    assert sizes["capital"] == sizes["novel"] == 8
-    assert sum(sizes.values()) == result.num_pairs == len(PAIRS)
-    chance = np.mean([1 / sizes[pair.relation] for pair in PAIRS])
-    assert result.chance_accuracy == pytest.approx(chance)
-    for name, scores in result.per_relation.items():
-        group = [pair for pair in PAIRS if pair.relation == name]
-        figures = naive_figures(model, group, "backward")
-        assert (scores.backward_perplexity, scores.backward_accuracy) == pytest.approx(figures, rel=1e-6)
+    assert result.per_relation["capital"].num_pairs == result.per_relation["novel"].num_pairs == 8
     assert result.by_kind["invented"].num_pairs == 7
     assert result.by_kind["real"].num_pairs == len(PAIRS) - 7
+
+
+def test_figures_are_those_of_loops_over_pairs_and_relations():
+    model = KnownTexts([pair.forward for pair in PAIRS[::2]])
+    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS)
+    sizes = {name: scores.num_pairs for name, scores in result.per_relation.items()}
+    assert sum(sizes.values()) == result.num_pairs == len(PAIRS)
+    assert result.chance_accuracy == pytest.approx(np.mean([1 / sizes[pair.relation] for pair in PAIRS]))
+    assert result.chance_mean_rank == pytest.approx(np.mean([(sizes[pair.relation] + 1) / 2 for pair in PAIRS]))
+    for name, scores in ({"": result} | result.per_relation).items():
+        group = [pair for pair in PAIRS if name in ("", pair.relation)]
+        for direction in ("forward", "backward"):
+            expected = naive_figures(model, group, direction)
+            assert {key: getattr(scores, key) for key in expected} == pytest.approx(expected, rel=1e-6)
+        assert scores.ratio == pytest.approx(scores.forward_perplexity / scores.backward_perplexity)
+        assert scores.gap == pytest.approx(scores.backward_perplexity - scores.forward_perplexity)
+        assert scores.answer_ratio == pytest.approx(
+            scores.forward_answer_perplexity / scores.backward_answer_perplexity
+        )
 
 
 def test_a_transformers_tokenizer_gives_the_same():
@@ -145,9 +155,9 @@ def test_a_token_across_the_border_of_prompt_and_answer_is_counted_whole():
 
 def test_equal_answers_count_once_and_another_right_answer_does_not_compete():
     pairs = [
-        make_pair("likes", "Ann", "tea"),
-        make_pair("likes", "Bob", "tea"),  # the same answer forward; two right answers to one prompt backward
-        make_pair("likes", "Eve", "milk"),
+        make_pair("Ann", "tea"),
+        make_pair("Bob", "tea"),  # the same answer forward; two right answers to one prompt backward
+        make_pair("Eve", "milk"),
     ]
     model = KnownTexts([text for pair in pairs for text in (pair.forward, pair.backward)])
     result = evaluate_reversal_curse(model, TOKENIZER, pairs)
@@ -164,52 +174,9 @@ def test_bad_pairs_are_refused_in_one_line():
         evaluate_reversal_curse(model, TOKENIZER, [empty])
 
 
-# Ranks, answers and intervals
-
-
-def naive_ranks(model, pairs, direction):
-    """1 + likelier answers of the relation + half of the equally likely ones, each distinct answer once."""
-    ranks = []
-    for pair in pairs:
-        prompt, answer = getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer")
-        others = {getattr(other, f"{direction}_answer") for other in pairs if other.relation == pair.relation}
-        right = total_loss(model, encode(prompt + answer))
-        rivals = [total_loss(model, encode(prompt + other)) for other in others - {answer}]
-        # summed in another order, ties differ in the last digits
-        ranks.append(1 + sum((r < right - 1e-9) + 0.5 * (abs(r - right) <= 1e-9) for r in rivals))
-    return ranks
-
-
-def naive_answer_perplexity(model, pairs, direction):
-    total = count = 0
-    for pair in pairs:
-        ids, prompt = encode(getattr(pair, direction)), encode(getattr(pair, f"{direction}_prompt"))
-        assert ids[: len(prompt)] == prompt
-        total += sum(model.token_loss(tuple(ids[:end]), ids[end]) for end in range(len(prompt), len(ids)))
-        count += len(ids) - len(prompt)
-    return math.exp(total / count)
-
-
-def test_mean_ranks_and_answer_perplexities():
-    model = KnownTexts([pair.forward for pair in PAIRS[::2]])
-    result = evaluate_reversal_curse(model, TOKENIZER, PAIRS)
-    for direction in ("forward", "backward"):
-        ranks = naive_ranks(model, PAIRS, direction)
-        assert getattr(result, f"{direction}_mean_rank") == pytest.approx(np.mean(ranks))
-        found = getattr(result, f"{direction}_answer_perplexity")
-        assert found == pytest.approx(naive_answer_perplexity(model, PAIRS, direction), rel=1e-6)
-        group = [pair for pair in PAIRS if pair.relation == "novel"]
-        ranks = naive_ranks(model, group, direction)
-        assert getattr(result.per_relation["novel"], f"{direction}_mean_rank") == pytest.approx(np.mean(ranks))
-    assert 1 < result.forward_mean_rank < result.chance_mean_rank
-    sizes = [result.per_relation[pair.relation].num_pairs for pair in PAIRS]
-    assert result.chance_mean_rank == pytest.approx(np.mean([(size + 1) / 2 for size in sizes]))
-    assert result.answer_ratio == pytest.approx(result.forward_answer_perplexity / result.backward_answer_perplexity)
-
-
 def test_a_model_without_preference_has_the_mean_rank_of_a_guess_and_one_without_numbers_the_last():
     model = KnownTexts([])
-    pairs = [make_pair("likes", name, thing) for name, thing in (("Ann", "X"), ("Bob", "Y"), ("Eve", "Z"))]
+    pairs = [make_pair(name, thing) for name, thing in (("Ann", "X"), ("Bob", "Y"), ("Eve", "Z"))]
     for loss, rank in ((0.0, 2), (math.nan, 3)):
         model.token_loss = lambda prefix, token, loss=loss: loss
         result = evaluate_reversal_curse(model, TOKENIZER, pairs)
@@ -217,14 +184,11 @@ def test_a_model_without_preference_has_the_mean_rank_of_a_guess_and_one_without
 
 
 def test_intervals_are_those_of_a_naive_stratified_bootstrap():
-    """Each pair's figures put together by hand; resamples drawn pair by pair within each relation."""
-
+    """Resamples drawn pair by pair within each relation."""
     model = KnownTexts([pair.forward for pair in PAIRS[::3]] + [PAIRS[1].backward])
     result = evaluate_reversal_curse(model, TOKENIZER, PAIRS, num_resamples=3000, confidence=0.9, seed=1)
     assert [result.bootstrap[key] for key in ("num_resamples", "confidence", "seed")] == [3000, 0.9, 1]
-    losses = {way: [total_loss(model, encode(getattr(p, way))) for p in PAIRS] for way in ("forward", "backward")}
-    counts = {way: [len(encode(getattr(p, way))) - 1 for p in PAIRS] for way in ("forward", "backward")}
-    ranks = naive_ranks(model, PAIRS, "forward")
+    readings = {way: read_pairs(model, PAIRS, way) for way in ("forward", "backward")}
     rng = np.random.default_rng(0)
     for group, scores in ({"all": result} | result.per_relation | result.by_kind).items():
         members: dict[str, list[int]] = {}
@@ -235,15 +199,13 @@ def test_intervals_are_those_of_a_naive_stratified_bootstrap():
         for _ in range(3000):
             chosen = np.concatenate([rng.choice(indices, len(indices)) for indices in members.values()])
             forward, backward = (
-                math.exp(np.array(losses[way])[chosen].sum() / np.array(counts[way])[chosen].sum())
-                for way in ("forward", "backward")
+                math.exp(total[chosen].sum() / count[chosen].sum()) for total, count, *_ in readings.values()
             )
-            drawn["gap"].append(backward - forward)
-            drawn["ratio"].append(forward / backward)
-            drawn["forward_mean_rank"].append(np.array(ranks)[chosen].mean())
-            drawn["forward_accuracy"].append((np.array(ranks)[chosen] == 1).mean())
+            ranks = readings["forward"][4][chosen]
+            figures = (backward - forward, forward / backward, ranks.mean(), (ranks == 1).mean())
+            for values, figure in zip(drawn.values(), figures, strict=True):
+                values.append(figure)
         for name, values in drawn.items():
-            expected = np.quantile(values, [0.05, 0.95])
-            spread = max(np.ptp(values), 1e-9)
+            expected, spread = np.quantile(values, [0.05, 0.95]), max(np.ptp(values), 1e-9)
             assert np.abs(np.array(scores.intervals[name]) - expected).max() <= 0.08 * spread, (group, name)
             assert scores.intervals[name][0] <= getattr(scores, name) <= scores.intervals[name][1]

@@ -10,7 +10,6 @@ from new_llm.evaluation.scoring import choose_rows, plan_windows
 from new_llm.evaluation.statistics import (
     DocumentLosses,
     compare_models,
-    find_clustered_error,
     find_interval,
     find_share_interval,
     find_t_interval,
@@ -34,9 +33,6 @@ def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile)
     half = quantile * values.std(ddof=1) / np.sqrt(len(values))
     assert (high - low) / 2 == pytest.approx(half, rel=4e-4)
     assert (high + low) / 2 == pytest.approx(values.mean())
-
-
-def test_one_seed_and_two_have_no_interval():
     assert find_t_interval([3.0], 0.95) == find_t_interval([3.0, 4.0], 0.95) == (None, None)
 
 
@@ -45,17 +41,6 @@ def test_wilson_interval():
     assert find_share_interval(0, 20, 0.95) == pytest.approx((0, 0.1611), abs=1e-4)
     low, high = find_share_interval(20, 20, 0.95)
     assert (low, high) == pytest.approx((0.8389, 1), abs=1e-4)
-
-
-def test_tokens_of_one_document_are_not_independent():
-    """Losses that are the same within each document: the error is that of the documents, not of the tokens."""
-    rng = np.random.default_rng(0)
-    counts = np.full(40, 100)
-    means = rng.normal(5.0, 1.0, size=40)
-    error = find_clustered_error(means * counts, counts)
-    assert error == pytest.approx(means.std(ddof=1) / np.sqrt(40))
-    assert error > 9 * means.std() / np.sqrt(40 * 100)  # what independent tokens would give
-    assert find_clustered_error((means * counts)[:4], counts[:4]) is None
 
 
 def make_losses(

@@ -1,10 +1,9 @@
 """An experiment from its configuration to its run folder."""
 
-import dataclasses
 import io
+import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from new_llm.training import Trainer
 from new_llm.training.checkpoint import list_checkpoints, remove_checkpoints
 from new_llm.training.log import read_metrics
 from new_llm.training.preparation import make_schedule
+from tiny import change
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
@@ -54,10 +54,6 @@ def test_experiments_of_several_models_match_their_parameters_unless_a_width_is_
     assert counts[1] == pytest.approx(counts[0], rel=0.01)
 
 
-def renamed(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentConfig:
-    return dataclasses.replace(config, name=name, **changes)
-
-
 def test_a_run_folder_holds_all_that_the_design_names(trained_run):
     folder = Path(trained_run["folder"])
     models = {"infini", "pythia"}
@@ -68,13 +64,8 @@ def test_a_run_folder_holds_all_that_the_design_names(trained_run):
     assert {entry["model_type"] for entry in stored["models"]} == models
     for entry in stored["models"]:
         model_folder = folder / entry["model_type"]
-        assert {path.name for path in model_folder.iterdir()} == {
-            "metrics.jsonl",
-            "tensorboard",
-            "best",
-            "checkpoints",
-            "result.json",
-        }
+        parts = {"metrics.jsonl", "tensorboard", "best", "checkpoints", "result.json"}
+        assert {path.name for path in model_folder.iterdir()} == parts
         assert len(list_checkpoints(model_folder)) == 1  # from which the run can be lengthened
         steps = entry["training"]["steps_log"]
         assert steps[-1]["loss"] < steps[0]["loss"]
@@ -86,9 +77,7 @@ def test_a_run_folder_holds_all_that_the_design_names(trained_run):
 
 
 def test_every_model_trains_as_an_experiment(tiny):
-    train = dataclasses.replace(tiny.train, num_epochs=1)
-    data = dataclasses.replace(tiny.data, num_samples=8)
-    results = run(dataclasses.replace(tiny, train=train, data=data), list(ModelType))
+    results = run(change(tiny, num_epochs=1, num_samples=8), list(ModelType))
     assert [entry["model_type"] for entry in results["models"]] == list(ModelType)
     by_name = {entry["model_type"]: entry["context_tokens"] for entry in results["models"]}
     assert (by_name["pythia"], by_name["pythia_segments"]) == (32, 16)
@@ -96,15 +85,14 @@ def test_every_model_trains_as_an_experiment(tiny):
 
 def test_one_seed_gives_one_curve_and_another_seed_another(tiny, trained_run):
     """Bit for bit; a Pythia trained beside another has the curve of one trained alone that is measured on the way."""
-    settings = dataclasses.replace(tiny.eval, checkpoints=(0.3, 0.6))
-    again = run(dataclasses.replace(renamed(tiny, "again"), eval=settings), ["pythia"])
+    again = run(change(tiny, name="again", checkpoints=(0.3, 0.6)), ["pythia"])
     lines = [line for line in read_metrics(Path(again["folder"]) / "pythia") if line["event"] == "checkpoint"]
     losses = [line["evaluation"]["streaming"]["loss"] for line in lines]
     assert losses[0] > losses[1] > again["models"][0]["evaluation"]["sliding"]["loss"]
     assert curve(again) == curve(trained_run, 1)
     one, two = (model["evaluation"]["sliding"]["loss"] for model in (again["models"][0], trained_run["models"][1]))
     assert one == two
-    other = run(renamed(tiny, "other", seed=1), ["pythia"])
+    other = run(change(tiny, name="other", seed=1), ["pythia"])
     assert curve(other) != curve(again)
     # The seed is the models' alone: their tokens and their split are the same.
     assert again["data"]["tokenizer"] == other["data"]["tokenizer"]
@@ -120,60 +108,38 @@ def test_deterministic_training_asks_torch_for_it(tiny, monkeypatch):
         step(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", watch)
-    train = dataclasses.replace(tiny.train, deterministic=True, num_epochs=1)
-    run(dataclasses.replace(tiny, train=train), ["infini"])
-    assert asked
-    assert all(asked)
+    run(change(tiny, deterministic=True, num_epochs=1), ["infini"])
+    assert set(asked) == {True}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_accumulated_batches_weigh_every_token_the_same(tiny):
     """Two rows at a time, summed over two batches, step like four rows at once (shuffled: the same samples)."""
-    data = dataclasses.replace(tiny.data, order="shuffled")
-    train = dataclasses.replace(tiny.train, num_epochs=1, log_every_steps=1)
-    at_once = renamed(tiny, "at-once", data=data, train=train)
-    halves = renamed(
-        tiny,
-        "halves",
-        data=data,
-        train=dataclasses.replace(train, batch_size=2, gradient_accumulation_steps=2),
-    )
-    expected, found = curve(run(at_once, ["pythia"])), curve(run(halves, ["pythia"]))
-    assert len(expected) == len(found)
-    for one, two in zip(expected, found, strict=True):
+    at_once = change(tiny, order="shuffled", num_epochs=1, log_every_steps=1)
+    halves = change(at_once, name="halves", batch_size=2, gradient_accumulation_steps=2)
+    for one, two in zip(curve(run(at_once, ["pythia"])), curve(run(halves, ["pythia"])), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
 
 
-def fail_after(
-    is_now: Callable[[Any], bool], config: ExperimentConfig, models: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that ends in an error after a training step, or the result of a model, for which `is_now` holds."""
-    methods = {(kind, name): getattr(kind, name) for kind, name in ((Trainer, "_train_step"), (Run, "_write_result"))}
-    with monkeypatch.context() as patch:
-        for (kind, name), method in methods.items():
+def fail_after(kind: type, name: str, number: int, config: ExperimentConfig, models: list[str]) -> None:
+    """A run that ends in an error after the call of that number of a method."""
+    method, calls = getattr(kind, name), itertools.count(1)
 
-            def fail(self: Any, *given: Any, method: Any = method) -> None:
-                method(self, *given)
-                if is_now(self):
-                    raise OSError("the machine is gone")
+    def fail(*given: Any) -> None:
+        method(*given)
+        if next(calls) == number:
+            raise OSError("the machine is gone")
 
-            patch.setattr(kind, name, fail)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, fail)
         with pytest.raises(OSError, match="gone"):
             run(config, models)
 
 
-def at_step(number: int) -> Callable[[Any], bool]:
-    return lambda place: isinstance(place, Trainer) and place.state.step == number
-
-
-def at_a_result(place: Any) -> bool:
-    return isinstance(place, Run)
-
-
-def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(tiny, trained_run, monkeypatch):
-    fail_after(at_step(17), renamed(tiny, "broken"), ["infini", "pythia"], monkeypatch)  # in the second epoch
-    models = renamed(tiny, "broken", models=(ModelType.INFINI, ModelType.PYTHIA))
-    resumed = run_experiment(None, models, resume=True, console=Console(file=io.StringIO()))
+def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(tiny, trained_run):
+    broken = change(tiny, name="broken")
+    fail_after(Trainer, "_train_step", 17, broken, ["infini", "pythia"])  # in the second epoch
+    resumed = run(broken, ["infini", "pythia"], resume=True)
     assert curve(resumed) == curve(trained_run)
     assert curve(resumed, 1) == curve(trained_run, 1)
     one, two = (load_model(Path(r["folder"]) / "infini" / "best") for r in (trained_run, resumed))
@@ -185,9 +151,9 @@ def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(trained
     with pytest.raises(UserError, match="--resume"):
         run_experiment(None, config)
     with pytest.raises(UserError, match="seed 0 → 1"):
-        run_experiment(None, dataclasses.replace(config, seed=1), resume=True)
+        run_experiment(None, change(config, seed=1), resume=True)
     with pytest.raises(UserError, match="no run here"):
-        run_experiment(None, renamed(config, "absent"), resume=True)
+        run_experiment(None, change(config, name="absent"), resume=True)
     assert run_experiment(None, config, resume=True)["created"] == trained_run["created"]
 
 
@@ -195,7 +161,7 @@ def test_a_finished_run_is_lengthened(tiny, trained_run):
     """It goes on counting, at the learning rates of the new length; what was measured before is set aside."""
     shutil.copytree(trained_run["folder"], folder := tiny.runs_dir / "whole")
     (folder / "evaluations").mkdir()
-    longer = renamed(tiny, "whole", models=("infini", "pythia"), train=dataclasses.replace(tiny.train, num_epochs=3))
+    longer = change(tiny, name="whole", models=("infini", "pythia"), num_epochs=3)
     results = run_experiment(None, longer, resume=True, console=Console(quiet=True))
     (entry,) = results["lengthened"]
     assert entry["changes"] == ["train.num_epochs 2 → 3"]
@@ -210,11 +176,10 @@ def test_a_finished_run_is_lengthened(tiny, trained_run):
             assert line["learning_rate"] == pytest.approx(longer.train.learning_rate * schedule(line["step"]))
     assert run_experiment(None, longer, resume=True, console=Console(quiet=True))["lengthened"] == [entry]
     with pytest.raises(UserError, match=r"train.num_epochs 3 → 2: a run can't be shortened"):
-        run_experiment(None, dataclasses.replace(longer, train=tiny.train), resume=True)
+        run_experiment(None, change(longer, num_epochs=2), resume=True)
     remove_checkpoints(folder / "pythia")
-    longer = dataclasses.replace(longer, train=dataclasses.replace(tiny.train, num_epochs=4))
     with pytest.raises(UserError, match="pythia: no checkpoint is left to continue from"):
-        run_experiment(None, longer, resume=True)
+        run_experiment(None, change(longer, num_epochs=4), resume=True)
     assert load_results(folder / "results.json")["status"] == "complete"
 
 
@@ -223,8 +188,7 @@ def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch
     monkeypatch.setattr("new_llm.experiments.runner.load_run_model", lambda *a: loaded.append(a) or load_run_model(*a))
 
     def begin(name: str, spec: str, **changes: Any) -> dict[str, Any]:
-        train = dataclasses.replace(tiny.train, num_epochs=1)
-        return run(renamed(tiny, name, init_from=spec, train=train, **changes), ["infini"])
+        return run(change(tiny, name=name, init_from=spec, num_epochs=1, **changes), ["infini"])
 
     results = begin("next", trained_run["folder"])
     assert len(loaded) == 1
@@ -232,12 +196,10 @@ def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch
     assert found["training"]["steps_log"][0]["loss"] < before["training"]["epochs_log"][0]["validation_loss"]
     best = load_model(Path(trained_run["folder"]) / "infini" / "best")
     assert results["init_from"] == {"infini": fingerprint_weights(best)}
-    narrow = dataclasses.replace(tiny.model, intermediate_size=32)
-    other = dataclasses.replace(tiny.data, tokenizer_vocab_size=380)
     for spec, changes, message in (
         (f"{trained_run['folder']}:pythia", {}, "do not fit infini: "),
-        (trained_run["folder"], {"model": narrow}, "do not fit infini: layers.0.mlp"),
-        (trained_run["folder"], {"data": other}, "has another tokenizer than this run"),
+        (trained_run["folder"], {"intermediate_size": 32}, "do not fit infini: layers.0.mlp"),
+        (trained_run["folder"], {"tokenizer_vocab_size": 380}, "has another tokenizer than this run"),
         (str(tiny.runs_dir / "absent"), {}, "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -248,37 +210,31 @@ def test_a_run_begins_from_the_weights_of_another(tiny, trained_run, monkeypatch
 def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(tiny, monkeypatch):
     losses = iter([5.0, 4.0, 4.5, 4.4, 1.0])
     monkeypatch.setattr(Run, "measure_validation_loss", lambda *arguments: next(losses))
-    train = dataclasses.replace(tiny.train, num_epochs=5, patience=2)
-    before = run(renamed(tiny, "patient", train=train), ["pythia"])["models"]
+    patient = change(tiny, num_epochs=5, patience=2)
+    before = run(patient, ["pythia"])["models"]
     training = before[0]["training"]
     assert (training["epochs"], training["best_epoch"], training["stopped_early"]) == (4, 2, True)
     monkeypatch.setattr("new_llm.experiments.runner.measure", None)  # more epochs are nothing to measure again for
-    longer = renamed(tiny, "patient", train=dataclasses.replace(train, num_epochs=8))
-    assert run(longer, ["pythia"], resume=True)["models"] == before
+    assert run(change(patient, num_epochs=8), ["pythia"], resume=True)["models"] == before
 
 
-def test_a_run_does_not_continue_on_other_text(tiny, addresses, tmp_path, monkeypatch):
-    source = tmp_path / "own"
-    source.mkdir()
-    for path in addresses.iterdir():
-        (source / path.name).write_text(path.read_text())
-    tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, source=str(source)))
-    fail_after(at_a_result, tiny, ["pythia", "infini"], monkeypatch)
+def test_a_run_does_not_continue_on_other_text(tiny, addresses, tmp_path):
+    source = shutil.copytree(addresses, tmp_path / "own")
+    tiny = change(tiny, source=str(source))
+    fail_after(Run, "_write_result", 1, tiny, ["pythia", "infini"])
     for path in source.iterdir():
         path.write_text(path.read_text().replace("the", "those"))
-    with pytest.raises(UserError, match="source and tokenizer and split changed since") as error:
+    with pytest.raises(UserError, match="source and tokenizer and split changed since"):
         run(tiny, ["pythia", "infini"], resume=True)
-    assert "\n" not in str(error.value)
-    for path in source.iterdir():
-        path.write_text((addresses / path.name).read_text())
+    shutil.copytree(addresses, source, dirs_exist_ok=True)
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
 
 
-def test_a_run_continues_with_its_own_copy_of_a_tokenizer(tiny, tmp_path, monkeypatch):
+def test_a_run_continues_with_its_own_copy_of_a_tokenizer(tiny, tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     prepare_data(tiny.data).tokenizer.save(str(tokenizer))
-    tiny = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, tokenizer=str(tokenizer)))
-    fail_after(at_a_result, tiny, ["pythia", "infini"], monkeypatch)
+    tiny = change(tiny, tokenizer=str(tokenizer))
+    fail_after(Run, "_write_result", 1, tiny, ["pythia", "infini"])
     begun = (tiny.runs_dir / "tiny" / "data.json").read_text()
     tokenizer.unlink()
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2
@@ -300,13 +256,8 @@ def test_a_deleted_run_folder_is_one_line(tiny, monkeypatch):
 
 
 def test_a_loss_of_ones_own_trains(tiny, trained_run):
-    train = dataclasses.replace(tiny.train, num_epochs=1)
-    doubled = run(
-        dataclasses.replace(tiny, train=train),
-        ["pythia"],
-        loss_fn=lambda model, batch: 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask),
-    )
-    first, twice = (
-        results["models"][n]["training"]["steps_log"][0]["loss"] for n, results in ((1, trained_run), (0, doubled))
-    )
-    assert twice == pytest.approx(2 * first, rel=0.1)
+    def double(model: Any, batch: Any) -> Any:
+        return 2 * model.total_loss(batch.input_ids, batch.labels, batch.attention_mask)
+
+    doubled = run(change(tiny, num_epochs=1), ["pythia"], loss_fn=double)
+    assert curve(doubled)[0][1] == pytest.approx(2 * curve(trained_run, 1)[0][1], rel=0.1)
