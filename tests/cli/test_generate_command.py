@@ -35,13 +35,17 @@ def expect(untrained_run: Path, prompt: str = PROMPT, memory: Path | None = None
     return prompt + statistics.texts[0] + "\n"
 
 
-def test_text_goes_to_stdout_and_statistics_to_stderr(untrained_run, capsys):
+def test_text_goes_to_stdout_and_statistics_to_stderr_and_stop_ends_the_text(untrained_run, capsys):
     assert call(untrained_run, "--max-new-tokens", 40) == 0
     captured = capsys.readouterr()
-    assert captured.out == expect(untrained_run, max_new_tokens=40)
+    text = expect(untrained_run, max_new_tokens=40)
+    assert captured.out == text
     found = re.fullmatch(STATISTICS, captured.err)
     assert found is not None
     assert int(found[1]) == 40
+    stop = text[len(PROMPT) :][4:7]
+    assert call(untrained_run, "--max-new-tokens", 40, "--stop", stop) == 0
+    assert capsys.readouterr().out == PROMPT + text[len(PROMPT) :].split(stop)[0] + "\n"
 
 
 def test_streamed_text_is_the_text(untrained_run, capsys):
@@ -60,13 +64,6 @@ def test_several_prompts_are_continued_as_each_would_be_alone(untrained_run, cap
     assert call(untrained_run, "--max-new-tokens", 25, prompts=prompts) == 0
     texts = [expect(untrained_run, prompt, max_new_tokens=25) for prompt in prompts]
     assert capsys.readouterr().out == f"--- 1 ---\n{texts[0]}--- 2 ---\n{texts[1]}"
-
-
-def test_stop_ends_the_text(untrained_run, capsys):
-    text = expect(untrained_run, max_new_tokens=40)
-    stop = text[len(PROMPT) :][4:7]
-    assert call(untrained_run, "--max-new-tokens", 40, "--stop", stop) == 0
-    assert capsys.readouterr().out == PROMPT + text[len(PROMPT) :].split(stop)[0] + "\n"
 
 
 def test_memory_is_read_and_stays_as_it_was(untrained_run, capsys):
@@ -97,28 +94,13 @@ def test_comparison_shows_both_continuations(untrained_run, capsys):
     assert {(line["num_tokens"], line["statistics"]["num_tokens"]) for line in lines} == {(50, 50)}
     assert call(untrained_run, "--compare-memory", memory) == 0
     shown = capsys.readouterr().out
-    parts = re.split(r"--- (?:prompt|with infini\.safetensors|with an empty memory) ---\n", shown)
-    assert len(parts) == 4
-    continuations = [text.removeprefix(PROMPT) for text in texts]
-    assert ["".join(part.split()) for part in parts[2:]] == [
-        "".join(make_printable(text).split()) for text in continuations
-    ]
+    _, prompt, *parts = re.split(r"--- (?:prompt|with infini\.safetensors|with an empty memory) ---\n", shown)
+    assert ["".join((prompt + part).split()) for part in parts] == ["".join(make_printable(t).split()) for t in texts]
 
 
 def test_memory_is_saved_when_asked(untrained_run, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert (
-        call(
-            untrained_run,
-            "--memory",
-            untrained_run / "infini.safetensors",
-            "--save-memory",
-            out,
-            "--max-new-tokens",
-            30,
-        )
-        == 0
-    )
-    tokenizer = read_tokenizer_file(untrained_run / "tokenizer.json")
-    before, after = read_memory_file(untrained_run / "infini.safetensors"), read_memory_file(out)
+    memory, tokenizer = untrained_run / "infini.safetensors", read_tokenizer_file(untrained_run / "tokenizer.json")
+    assert call(untrained_run, "--memory", memory, "--save-memory", out, "--max-new-tokens", 30) == 0
+    before, after = read_memory_file(memory), read_memory_file(out)
     assert after.tokens_seen == before.tokens_seen + len(tokenizer.encode(PROMPT).ids) + 30

@@ -1,10 +1,8 @@
 """`new-llm memory`: fill, show, merge and compare."""
 
-import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from new_llm.cli.main import main
 from new_llm.data.tokenizer import read_tokenizer_file
 from new_llm.models import load_memory_file
 from new_llm.models.memory_file import read_memory_file
-from tiny import COMMAND, ENVIRONMENT, load_best, refuse
+from tiny import COMMAND, ENVIRONMENT, load_best, refuse, wait_until
 
 
 def call(*arguments: object) -> int:
@@ -83,10 +81,6 @@ def test_show_merge_compare(untrained_run, tmp_path, capsys, monkeypatch):
     assert [row[:4] for row in memories] == [["layer", "0:", "fine_memories", str(number)] for number in range(4)]
     assert all(float(row[-2]) < 1e-6 for row in rows)
     assert all(float(row[-1]) == 1 for row in memories)
-    assert call("compare", *paths) == 0
-    shown = capsys.readouterr().out
-    assert "different weights" not in shown
-
     assert call("show", tmp_path / "sum.safetensors") == 0
     shown = capsys.readouterr().out
     tokens = read_memory_file(tmp_path / "sum.safetensors").tokens_seen
@@ -95,6 +89,14 @@ def test_show_merge_compare(untrained_run, tmp_path, capsys, monkeypatch):
     assert re.search(r"layer 0: fine_memories 3 +2 × 16 × 16 +\S+\n", shown)
 
 
+def is_open(pid: int, file: Path) -> bool:
+    try:
+        return any(link.readlink() == file for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:  # closed meanwhile
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_fill_leaves_the_old_file(untrained_run, tmp_path, sent):
     out, text = tmp_path / "m.safetensors", tmp_path / "long.txt"
@@ -102,14 +104,8 @@ def test_an_interrupted_fill_leaves_the_old_file(untrained_run, tmp_path, sent):
     before = out.read_bytes()
     text.write_text((untrained_run / "0.txt").read_text() * 2000)
     arguments = ["fill", "--run", untrained_run / "hierarchical", "--text", text, "--out", out]
-    process = subprocess.Popen(
-        [*COMMAND, "memory", *map(str, arguments)],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    )
-    wait_until_it_reads(process.pid, text)
+    process = subprocess.Popen([*COMMAND, "memory", *map(str, arguments)], env=ENVIRONMENT, stderr=-1, text=True)
+    assert wait_until(lambda: is_open(process.pid, text), process)
     process.send_signal(sent)
     _, errors = process.communicate()
     if sent == signal.SIGINT:
@@ -118,19 +114,3 @@ def test_an_interrupted_fill_leaves_the_old_file(untrained_run, tmp_path, sent):
         assert "Traceback" not in errors
     assert out.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == sorted([out, text])
-
-
-def wait_until_it_reads(pid: int, text: Path) -> None:
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("needs /proc")
-    until = time.monotonic() + 60
-    while str(text) not in list_open_files(pid):
-        assert time.monotonic() < until, "it does not read"
-        time.sleep(0.05)
-
-
-def list_open_files(pid: int) -> list[str]:
-    try:
-        return [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:  # closed meanwhile
-        return []
