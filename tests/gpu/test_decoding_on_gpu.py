@@ -5,6 +5,7 @@ tests are missing; elsewhere all are skipped.
 """
 
 import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -58,8 +59,11 @@ def test_captured_tokens_are_those_of_single_steps(
     assert torch.equal(captured, again)
     if dtype == torch.float32:
         assert torch.equal(captured, expected)
-    else:
-        assert (captured == expected)[:, :48].float().mean() > 0.9  # rounding may choose later ones
+    elif not draws:  # rounding may choose another token, but in float32 none is much better
+        with torch.no_grad():
+            chances = copy.deepcopy(model).float()(captured[:, :-1].cuda())[:, 39:].softmax(-1)
+        chosen = chances.gather(-1, captured[:, 40:, None].cuda())
+        assert (chosen > 0.7 * chances.amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("is_fused", [False, True])

@@ -1,6 +1,7 @@
 """The Pythia layer: GPT-NeoX's softmax attention with partial rotary positions, inside the segment."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,6 +32,26 @@ def compute_rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype
     angles = positions.to(torch.float32).unsqueeze(-1) * (1.0 / base**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@torch.library.custom_op("new_llm::rotary_table", mutates_args=())
+def make_rotary_table(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """cos and sin of the positions from 0 on, [2, length, rotary_dim].
+
+    An operation of its own, or a compiled layer would compute both again for every number that it rotates.
+    """
+    return _keep_rotary_table(length, rotary_dim, base, dtype, device).clone()
+
+
+@lru_cache(maxsize=16)
+def _keep_rotary_table(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.stack(compute_rotary_angles(torch.arange(length, device=device), rotary_dim, base, dtype))
+
+
+@make_rotary_table.register_fake
+def _(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(2, length, rotary_dim, dtype=dtype, device=device)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,8 +112,11 @@ class RotarySoftmax:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Whole segments, [B, heads, S, K] each, before rotation."""
-        positions, shared = torch.arange(q.shape[2], device=q.device), {}
-        return causal_attention(self.rotate(q, positions, shared), self.rotate(k, positions, shared), v)
+        if self.rotary_dim:
+            settings = (q.shape[2], self.rotary_dim, float(self.rotary_emb_base), q.dtype, q.device)
+            cos, sin = make_rotary_table(*settings).unbind()
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return causal_attention(q, k, v)
 
     def attend_step(
         self, q: Tensor, k: Tensor, v: Tensor, opened: KeyValueCache | None, step: Step
