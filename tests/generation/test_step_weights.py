@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from model_cases import MIXED_STACKS, STACKS, build_model, text_ids
 from new_llm.models import TransformerLM
-from new_llm.models.decoding import DecodingWeights
+from new_llm.models.decoding import MAX_PACKED_ROWS, DecodingWeights, can_pack, pack_linear
 from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import MAX_STEP_ROWS, PythiaStep
-
-pytestmark = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every compiled step."""
+    if not native.has_kernels():
+        pytest.skip("no C compiler here")
     seen: list[int] = []
     run = PythiaStep.run
     monkeypatch.setattr(
@@ -107,17 +107,24 @@ def read(model: TransformerLM) -> Tensor:
         return read_by_steps(model, text_ids(1, 9))
 
 
-CHANGES: dict[str, Callable[[Any, Any], Any]] = {
-    "another module": lambda attention, mlp: setattr(mlp, "dense_4h_to_h", nn.Sequential(mlp.dense_4h_to_h, nn.Tanh())),
-    "a hook": lambda attention, mlp: attention.dense.register_forward_hook(lambda module, inputs, out: out * 3),
-    "no bias": lambda attention, mlp: setattr(attention.dense, "bias", None),
+class Doubling(PythiaLayer):
+    def step(self, *arguments: Any) -> Any:
+        hidden, opened = super().step(*arguments)
+        return hidden * 2, opened
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "another module": lambda layer: setattr(layer.mlp, "dense_4h_to_h", nn.Sequential(layer.mlp.dense_4h_to_h)),
+    "a hook": lambda layer: layer.attention.dense.register_forward_hook(lambda module, inputs, out: out * 3),
+    "no bias": lambda layer: setattr(layer.attention.dense, "bias", None),
+    "another class": lambda layer: setattr(layer, "__class__", Doubling),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_layer_that_is_changed_keeps_its_step_and_weights_are_read_in_place(change, calls):
     model = build_model(STACKS["pythia"], dtype=torch.float32)
-    change(model.layers[0].attention, model.layers[0].mlp)
+    change(model.layers[0])
     weights = make_weights(model)
     model.layers[1].mlp.dense_h_to_4h.weight.data.mul_(-1)
     with weights.in_use():
@@ -137,14 +144,15 @@ def test_autocast_and_gradients_run_the_layers_own_step(calls):
     assert model.embed_out.weight.grad is not None
 
 
-def test_another_kind_of_layer_keeps_its_step():
-    class Doubling(PythiaLayer):
-        def step(self, *arguments):
-            hidden, opened = super().step(*arguments)
-            return hidden * 2, opened
-
-    torch.manual_seed(0)
-    model = TransformerLM([Doubling(16, 2, 24)], 128, 16)
-    expected = read(model)
-    with make_weights(model).in_use():
-        torch.testing.assert_close(read(model), expected)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_packed_products_are_the_usual_ones_and_gradients_go_the_usual_way(dtype, tolerance):
+    assert not can_pack(torch.zeros(1, dtype=torch.float64))
+    if not can_pack(torch.zeros(1, dtype=dtype)):
+        pytest.skip("no oneDNN here for this dtype")
+    for shape, bias in (((1, 48), True), ((3, 2, 48), False), ((MAX_PACKED_ROWS + 1, 48), True)):
+        linear = nn.Linear(48, 80, bias=bias).to(dtype)
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(pack_linear(linear)(x), linear(x), atol=tolerance, rtol=tolerance)
+        pack_linear(linear)(x).sum().backward()
+        assert linear.weight.grad is not None
