@@ -120,7 +120,13 @@ def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(addresses: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The results of a finished experiment with infini and pythia, whose folder tests read and leave as it is."""
+    """The results of a finished experiment of infini and pythia, whose folder tests read and leave as it is."""
     settings = tiny.make_settings(addresses, tmp_path_factory.mktemp("trained"))
+    settings["eval"] |= {
+        "measures": ["sliding", "streaming", "positions", "reversal", "memory_usage", "long"],
+        "long_documents": {"min_tokens": 64, "edges": [0, 64, 128]},
+        "reversal": {"pairs_per_relation": 2, "num_resamples": 20},
+        "memory_usage_segments": 4,
+    }
     config = ExperimentConfig(name="whole", models=("infini", "pythia"), **settings)
     return run_experiment(exp_config=config, console=Console(file=io.StringIO()), write_report=write_report)

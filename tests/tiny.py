@@ -1,13 +1,15 @@
 """What all tests share that is tiny: one shape, one text, folders of models and of an experiment, and bad input."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,22 @@ def change(config: Any, **changes: Any) -> Any:
             name, value = section, dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{name: value})
     return config
+
+
+@contextlib.contextmanager
+def fail_after(kind: type, name: str, number: int) -> Iterator[None]:
+    """The block, which ends in an error after the call of that number of a method."""
+    method, calls = getattr(kind, name), itertools.count(1)
+
+    def fail(*given: Any) -> None:
+        method(*given)
+        if next(calls) == number:
+            raise OSError("the machine is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, fail)
+        with pytest.raises(OSError, match="gone"):
+            yield
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -17,35 +17,23 @@ from tokenizers import Tokenizer
 from new_llm.config import UserError
 from new_llm.data.dataset import prepare_data
 from new_llm.evaluation import evaluate_independent
-from new_llm.experiments.adapter import (
-    AdapterRun,
-    choose_long_documents,
-    find_base,
-    train_adapter,
-)
+from new_llm.experiments.adapter import AdapterRun, choose_long_documents, find_base, train_adapter
 from new_llm.experiments.config import AdapterTrainingConfig
 from new_llm.experiments.run_folder import list_runs
 from new_llm.models import TransformerLM, load_model
 from new_llm.models.hf import export_pythia
 from new_llm.models.hf.infini_adapter import attach_adapter, load_adapted_model, split_weights
 from new_llm.report import write_report
-from new_llm.training import Trainer, TrainingError
+from new_llm.training import Trainer
 from new_llm.training.log import read_metrics
-from tiny import make_settings
+from tiny import change, fail_after, make_settings
 
 
-@pytest.fixture
-def base_run(trained_run: dict[str, Any]) -> Path:
-    """The run of a Pythia that has seen a little text."""
-    return Path(trained_run["folder"])
-
-
-def make_adapter(base: Path, source: Path, folder: Path) -> AdapterTrainingConfig:
+def make_adapter(base: str, source: Path, folder: Path) -> AdapterTrainingConfig:
     settings = make_settings(source, folder / "runs")
-    train = settings["train"] | {"batch_size": 2, "learning_rate": 1e-2, "patience": 0}
     return AdapterTrainingConfig(
         name="adapter",
-        base=str(base),
+        base=base,
         num_docs=2,
         min_doc_tokens=100,
         device="cpu",
@@ -54,14 +42,14 @@ def make_adapter(base: Path, source: Path, folder: Path) -> AdapterTrainingConfi
         wikitext=None,
         data={"source": str(source), "seq_length": 32, "segments_per_sample": 2, "min_documents": 2}
         | {"validation_fraction": 0.25},
-        train=train,
+        train=settings["train"] | {"batch_size": 2, "learning_rate": 1e-2, "patience": 0},
         eval={"max_tokens": 500, "batch_size": 4, "measures": ["sliding", "streaming"]},
     )
 
 
 @pytest.fixture
-def tiny_adapter(base_run: Path, addresses: Path, tmp_path: Path) -> AdapterTrainingConfig:
-    return make_adapter(base_run, addresses, tmp_path)
+def tiny_adapter(trained_run: dict[str, Any], addresses: Path, tmp_path: Path) -> AdapterTrainingConfig:
+    return make_adapter(trained_run["folder"], addresses, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +57,24 @@ def finished(
     trained_run: dict[str, Any], addresses: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[AdapterTrainingConfig, dict[str, Any]]:
     """A training that was never interrupted, and its results."""
-    config = make_adapter(Path(trained_run["folder"]), addresses, tmp_path_factory.mktemp("adapter"))
+    config = make_adapter(trained_run["folder"], addresses, tmp_path_factory.mktemp("adapter"))
     return config, run(config, write_report=write_report)
+
+
+@pytest.fixture
+def base(trained_run: dict[str, Any]) -> TransformerLM:
+    """A Pythia that has seen a little text."""
+    return load_model(Path(trained_run["folder"]) / "pythia" / "best")
 
 
 def run(config: AdapterTrainingConfig, **options: Any) -> dict[str, Any]:
     return train_adapter(config, console=Console(file=io.StringIO()), **options)
 
 
-def load_base_of(run_folder: Path) -> TransformerLM:
-    return load_model(run_folder / "pythia" / "best")
-
-
-def test_a_base_in_16_bits_is_widened_for_training(tiny_adapter, base_run, tmp_path):
-    base = load_base_of(base_run).half()
-    export_pythia(base, tmp_path / "published", Tokenizer.from_file(str(base_run / "tokenizer.json")))
-    train = dataclasses.replace(tiny_adapter.train, num_epochs=1)
-    results = run(dataclasses.replace(tiny_adapter, base=str(tmp_path / "published"), train=train))
+def test_a_base_in_16_bits_is_widened_for_training(tiny_adapter, base, trained_run, tmp_path):
+    tokenizer = Tokenizer.from_file(f"{trained_run['folder']}/tokenizer.json")
+    export_pythia(base.half(), tmp_path / "published", tokenizer)
+    results = run(change(tiny_adapter, base=str(tmp_path / "published"), num_epochs=1))
     trained = load_model(Path(results["folder"]) / "parallel_infini" / "best")
     assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
     assert torch.equal(split_weights(trained)[0]["embed_in.weight"], base.embed_in.weight.float())
@@ -94,10 +83,9 @@ def test_a_base_in_16_bits_is_widened_for_training(tiny_adapter, base_run, tmp_p
     assert load_adapted_model(tiny_adapter.out).get_alpha() == pytest.approx(results["alpha"], rel=1e-2)
 
 
-def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(finished, base_run):
+def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(finished, base):
     config, results = finished
     folder = Path(results["folder"])
-    base = load_base_of(base_run)
     last = load_model(folder / "parallel_infini" / "best")
     kept, adapter = split_weights(last)
     assert kept.keys() == base.state_dict().keys()
@@ -112,13 +100,8 @@ def test_training_changes_the_adapter_and_no_weight_of_a_frozen_base(finished, b
         assert torch.equal(saved.state_dict()[name], value)
     assert load_adapted_model(config.out).get_alpha() == results["alpha"]
     assert json.loads((folder / "results.json").read_text())["status"] == "complete"
-    assert {path.name for path in folder.iterdir()} >= {
-        "adapter.yaml",
-        "report.html",
-        "environment.json",
-        "data.json",
-        "tokenizer.json",
-    }
+    files = {"adapter.yaml", "report.html", "environment.json", "data.json", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} >= files
     base_result, adapted = results["models"]
     assert adapted["context_tokens"] == base_result["context_tokens"] == 16
     assert adapted["evaluation"]["sliding"]["perplexity"] != base_result["evaluation"]["sliding"]["perplexity"]
@@ -138,53 +121,40 @@ def curve(results: dict[str, Any]) -> list[Any]:
     ]
 
 
-def test_an_interrupted_training_goes_on_to_the_same_end(finished, tiny_adapter, monkeypatch):
+def test_an_interrupted_training_goes_on_to_the_same_end(finished, tiny_adapter):
     whole = finished[1]
-    again = dataclasses.replace(tiny_adapter, name="again")
-    step = Trainer._train_step
-
-    def fail_once(self: Trainer, batches: Any) -> None:
-        if self.state.step == 7:
-            raise TrainingError("stopped by the test")
-        step(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", fail_once)
-        with pytest.raises(TrainingError, match="stopped by the test"):
-            run(again)
+    again = change(tiny_adapter, name="again")
+    with fail_after(Trainer, "_train_step", 7):
+        run(again)
     resumed = run(again, resume=True)
     assert curve(resumed) == curve(whole)
     assert resumed["evaluation"]["held_out"]["documents"] == whole["evaluation"]["held_out"]["documents"]
-    done = run(again, resume=True)  # a finished run is not trained again
-    assert done["created"] == resumed["created"]
+    assert run(again, resume=True)["created"] == resumed["created"]  # a finished run is not trained again
     with pytest.raises(UserError, match=r"different now: train\.learning_rate"):
-        run(
-            dataclasses.replace(again, train=dataclasses.replace(again.train, learning_rate=0.5)),
-            resume=True,
-        )
+        run(change(again, learning_rate=0.5), resume=True)
 
 
-def test_bad_input_leaves_no_run_behind(tiny_adapter, tmp_path):
-    def refuse(**changes: Any) -> str:
-        with pytest.raises(UserError) as refused:
-            run(dataclasses.replace(tiny_adapter, **changes))
-        assert "\n" not in str(refused.value)
-        return str(refused.value)
-
-    assert "the base has layers 0 to 1" in refuse(adapter={"layers": (9,)})
-    assert "no training document has 9,999 tokens" in refuse(min_doc_tokens=9999)
-    assert "no saved model here" in refuse(base=str(tmp_path))
-    assert "no such file or folder" in refuse(wikitext=str(tmp_path / "absent.raw"))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (9,)}, "the base has layers 0 to 1"),
+        ({"min_doc_tokens": 9999}, "no training document has 9,999 tokens"),
+        ({"base": "{}"}, "no saved model here"),
+        ({"wikitext": "{}/absent.raw"}, "no such file or folder"),
+        ({"out": "{}/folder.pt"}, "is a folder"),
+        ({"out": "{}/adapter.bin"}, "out: .*must end with"),
+    ],
+)
+def test_bad_input_leaves_no_run_behind(tiny_adapter, tmp_path, changes, message):
     (tmp_path / "folder.pt").mkdir()
-    assert "is a folder" in refuse(out=tmp_path / "folder.pt")
+    changes = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        run(change(tiny_adapter, **changes | ({"out": Path(changes["out"])} if "out" in changes else {})))
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(UserError, match=r"out: .*must end with"):
-        dataclasses.replace(tiny_adapter, out=tmp_path / "adapter.bin")
 
 
 def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_adapter):
-    tokenizer = find_base(tiny_adapter)[1]
-    data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=tokenizer))
+    data = prepare_data(dataclasses.replace(tiny_adapter.data, tokenizer=find_base(tiny_adapter)[1]))
     lengths = np.diff(data.train.offsets)
     middle = int(np.sort(lengths)[len(lengths) // 2])
 
@@ -212,7 +182,7 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
 
     def prepare(source: str) -> tuple[AdapterRun, list[str]]:
-        run = AdapterRun(dataclasses.replace(tiny_adapter, wikitext=source), console=Console(quiet=True))
+        run = AdapterRun(change(tiny_adapter, wikitext=source), console=Console(quiet=True))
         run.data = run.prepare()
         return run, run.data.info["notes"]
 
@@ -232,15 +202,9 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
     )
 
 
-def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter, base_run):
-    config = dataclasses.replace(
-        tiny_adapter,
-        adapter=dataclasses.replace(tiny_adapter.adapter, freeze_base_model=False),
-        train=dataclasses.replace(tiny_adapter.train, num_epochs=1),
-    )
-    results = run(config)
-    best = load_model(Path(results["folder"]) / "parallel_infini" / "best")
-    base = load_base_of(base_run)
+def test_an_unfrozen_base_trains_and_goes_into_the_file(tiny_adapter, base):
+    config = change(tiny_adapter, freeze_base_model=False, num_epochs=1)
+    best = load_model(Path(run(config)["folder"]) / "parallel_infini" / "best")
     assert not torch.equal(best.embed_in.weight, base.embed_in.weight)
     loaded = load_adapted_model(config.out)
     for name, value in best.state_dict().items():

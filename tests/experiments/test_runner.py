@@ -1,7 +1,6 @@
 """An experiment from its configuration to its run folder."""
 
 import io
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ from new_llm.training import Trainer
 from new_llm.training.checkpoint import list_checkpoints, remove_checkpoints
 from new_llm.training.log import read_metrics
 from new_llm.training.preparation import make_schedule
-from tiny import change
+from tiny import change, fail_after
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
@@ -121,24 +120,10 @@ def test_accumulated_batches_weigh_every_token_the_same(tiny):
         assert one == pytest.approx(two, rel=1e-3)
 
 
-def fail_after(kind: type, name: str, number: int, config: ExperimentConfig, models: list[str]) -> None:
-    """A run that ends in an error after the call of that number of a method."""
-    method, calls = getattr(kind, name), itertools.count(1)
-
-    def fail(*given: Any) -> None:
-        method(*given)
-        if next(calls) == number:
-            raise OSError("the machine is gone")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, name, fail)
-        with pytest.raises(OSError, match="gone"):
-            run(config, models)
-
-
 def test_a_run_that_fails_in_the_middle_resumes_to_the_same_curve(tiny, trained_run):
     broken = change(tiny, name="broken")
-    fail_after(Trainer, "_train_step", 17, broken, ["infini", "pythia"])  # in the second epoch
+    with fail_after(Trainer, "_train_step", 17):  # in the second epoch
+        run(broken, ["infini", "pythia"])
     resumed = run(broken, ["infini", "pythia"], resume=True)
     assert curve(resumed) == curve(trained_run)
     assert curve(resumed, 1) == curve(trained_run, 1)
@@ -161,7 +146,8 @@ def test_a_finished_run_is_lengthened(tiny, trained_run):
     """It goes on counting, at the learning rates of the new length; what was measured before is set aside."""
     shutil.copytree(trained_run["folder"], folder := tiny.runs_dir / "whole")
     (folder / "evaluations").mkdir()
-    longer = change(tiny, name="whole", models=("infini", "pythia"), num_epochs=3)
+    config = settings_from_dict(trained_run["config"], ExperimentConfig, "test")
+    longer = change(config, runs_dir=tiny.runs_dir, num_epochs=3)
     results = run_experiment(None, longer, resume=True, console=Console(quiet=True))
     (entry,) = results["lengthened"]
     assert entry["changes"] == ["train.num_epochs 2 → 3"]
@@ -221,7 +207,8 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_weights(tiny, 
 def test_a_run_does_not_continue_on_other_text(tiny, addresses, tmp_path):
     source = shutil.copytree(addresses, tmp_path / "own")
     tiny = change(tiny, source=str(source))
-    fail_after(Run, "_write_result", 1, tiny, ["pythia", "infini"])
+    with fail_after(Run, "_write_result", 1):
+        run(tiny, ["pythia", "infini"])
     for path in source.iterdir():
         path.write_text(path.read_text().replace("the", "those"))
     with pytest.raises(UserError, match="source and tokenizer and split changed since"):
@@ -234,7 +221,8 @@ def test_a_run_continues_with_its_own_copy_of_a_tokenizer(tiny, tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     prepare_data(tiny.data).tokenizer.save(str(tokenizer))
     tiny = change(tiny, tokenizer=str(tokenizer))
-    fail_after(Run, "_write_result", 1, tiny, ["pythia", "infini"])
+    with fail_after(Run, "_write_result", 1):
+        run(tiny, ["pythia", "infini"])
     begun = (tiny.runs_dir / "tiny" / "data.json").read_text()
     tokenizer.unlink()
     assert len(run(tiny, ["pythia", "infini"], resume=True)["models"]) == 2

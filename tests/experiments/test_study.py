@@ -7,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.loading import read_settings
-from new_llm.experiments import evaluation as evaluation_module
 from new_llm.experiments import study as study_module
 from new_llm.experiments.config import StudyConfig
+from new_llm.experiments.run_folder import write_json
 from new_llm.experiments.study_jobs import Pool
 from new_llm.experiments.study_table import describe_study, render_markdown
 from new_llm.report.study_page import write_study_page
@@ -29,6 +28,10 @@ from new_llm.report.study_page import write_study_page
 STUDIES = Path(__file__).parents[2] / "studies"
 BITS = "validation-perplexity-streaming-bits-byte"
 VS_RESET = "Long documents: validation: vs. reset"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def test_a_study_from_one_command(addresses, tmp_path, capsys):
@@ -39,66 +42,51 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
     path = write_study(tmp_path / "study.yaml", addresses, recall=recall, texts=[str(two)])
     assert main(["study", str(path)]) == 0
     folder = tmp_path / "runs" / "tiny-study"
-    summary = json.loads((folder / "study.json").read_text())
+    summary, table = read(folder / "study.json"), (folder / "table.md").read_text()
     assert list(summary["variants"]) == ["reference", "no-delta", "pythia", "whole"]
-    assert summary["code"]["version"]
     assert [code["version"] for code in summary["variants"]["no-delta"]["code"]] == [summary["code"]["version"]]
-    reference, other = (summary["variants"][name]["figures"] for name in ("reference", "no-delta"))
-    for figures in (reference, other):
+    figures = {name: entry["figures"] for name, entry in summary["variants"].items()}
+    for name in ("reference", "no-delta"):
         for metric in ("Validation perplexity: streaming", VS_RESET, "Long documents: validation: vs. whole"):
-            assert set(figures[metric]["by_seed"]) == {"0", "1"}
-            low, mean, high = (figures[metric][key] for key in ("low", "mean", "high"))
-            assert (low, high) == (None, None) or low < mean < high  # of fewer than five documents there is none
+            found = figures[name][metric]
+            assert set(found["by_seed"]) == {"0", "1"}
+            assert found["low"] is found["high"] is None or found["low"] < found["mean"] < found["high"]
     # A difference from the reference is that of the same seed.
     metric = "Validation perplexity: sliding"
-    first, second = (figures[metric]["by_seed"] for figures in (reference, other))
-    expected = sum(second[seed] - first[seed] for seed in "01") / 2
-    assert other[metric]["difference_from_reference"]["mean"] == pytest.approx(expected)
-    assert reference[metric]["difference_from_reference"] is None
-    # Models are compared in nats, paired by seed and document; of two seeds there is no interval.
+    reference, other, pythia = (figures[name][metric]["by_seed"] for name in ("reference", "no-delta", "pythia"))
+    expected = sum(other[seed] - reference[seed] for seed in "01") / 2
+    assert figures["no-delta"][metric]["difference_from_reference"]["mean"] == pytest.approx(expected)
+    assert figures["reference"][metric]["difference_from_reference"] is None
+    # Models are compared in nats, paired by seed and document, also with a baseline; of two seeds there is no interval.
     compared = summary["variants"]["no-delta"]["comparisons"]
-    nats = [math.log(second[seed] / first[seed]) for seed in "01"]
-    assert (compared["sliding"]["nats"], compared["sliding"]["low"]) == (pytest.approx(sum(nats) / 2), None)
+    nats = sum(math.log(other[seed] / reference[seed]) for seed in "01") / 2
+    assert (compared["sliding"]["nats"], compared["sliding"]["low"]) == (pytest.approx(nats), None)
     assert compared["caches-two, beyond repetition"] == compared["caches-two, + longest match"]
-    assert f"| {100 * math.expm1(sum(nats) / 2):+.1f} % |" in (folder / "table.md").read_text()
-    third = summary["variants"]["pythia"]["figures"][metric]["by_seed"]  # a baseline is compared with, too
-    nats = [math.log(second[seed] / third[seed]) for seed in "01"]
-    assert other["Against pythia: sliding"]["mean"] == pytest.approx(sum(nats) / 2)
-    assert "Against pythia: sliding" not in summary["variants"]["pythia"]["figures"]
-    # Carried against reset is what the records of the runs say.
-    record = json.loads((folder / "measured" / "no-delta-s1-long-validation.json").read_text())
+    assert f"| {100 * math.expm1(nats):+.1f} % |" in table
+    nats = sum(math.log(other[seed] / pythia[seed]) for seed in "01") / 2
+    assert figures["no-delta"]["Against pythia: sliding"]["mean"] == pytest.approx(nats)
+    assert "Against pythia: sliding" not in figures["pythia"]
+    # What was measured afterwards is what its records say, averaged over seeds.
+    record = read(folder / "measured" / "no-delta-s1-long-validation.json")
     relative = record["result"]["overall"]["differences"]["reset"]["relative"]["value"]
-    assert other[VS_RESET]["by_seed"]["1"] == pytest.approx(relative)
+    assert figures["no-delta"][VS_RESET]["by_seed"]["1"] == pytest.approx(relative)
     assert record["subject"]["seed"] == 1
-    assert VS_RESET not in summary["variants"]["pythia"]["figures"]
-    table = (folder / "table.md").read_text()
+    assert VS_RESET not in figures["pythia"]
+    records = [read(folder / "measured" / f"reference-s{seed}-recall.json")["result"]["cells"] for seed in (0, 1)]
+    shares = [sum(cell["carried"]["exact"]["value"] for cell in cells) / len(cells) for cells in records]
+    (metric,) = (name for name in figures["reference"] if name.startswith("Recall, exact: "))
+    assert figures["reference"][metric]["mean"] == pytest.approx(sum(shares) / 2)
+    titles = ["Validation perplexity.", "Reversal curse.", "Long documents: validation.", "Gates and cost."]
+    titles += ["Long documents: two.", "With caches: two.", "With caches, each: two."]
+    assert set(titles) <= set(table.splitlines())
     assert "| no-delta | 2 |" in table
-    titles = ["Validation perplexity.", "Reversal curse.", "Long documents: validation."]
-    titles += ["Gates and cost.", "Long documents: two.", "With caches: two.", "With caches, each: two."]
-    assert {line for line in table.splitlines() if line in titles} == set(titles)
-    # The reversal curse is what the runs say, recall what the records say, averaged over seeds.
-    runs = [json.loads((folder / f"pythia-s{seed}" / "results.json").read_text()) for seed in (0, 1)]
-    ratios = [one["models"][0]["evaluation"]["reversal"]["ratio"] for one in runs]
-    assert summary["variants"]["pythia"]["figures"]["Reversal curse: ratio"]["mean"] == pytest.approx(sum(ratios) / 2)
-    records = [json.loads((folder / "measured" / f"reference-s{seed}-recall.json").read_text()) for seed in (0, 1)]
-    shares = [
-        sum(cell["carried"]["exact"]["value"] for cell in record["result"]["cells"]) / len(record["result"]["cells"])
-        for record in records
-    ]
-    figures = summary["variants"]["reference"]["figures"]
-    (metric,) = (name for name in figures if name.startswith("Recall, exact: "))
-    assert figures[metric]["mean"] == pytest.approx(sum(shares) / 2)
     drawn = {file.name for file in (folder / "figures").glob("*.svg")}
     assert drawn >= {"reversal.svg", "recall-facts.svg"}
-    for ending in ("csv", "png"):
-        assert {file.stem for file in (folder / "figures").glob(f"*.{ending}")} == {Path(name).stem for name in drawn}
     rows = {(row["variant"], row["figure"]): row for row in csv.DictReader((folder / "figures.csv").open())}
     row = rows["no-delta", "Validation perplexity: sliding"]
-    assert [float(row[f"seed_{seed}"]) for seed in "01"] == list(second.values())
+    assert [float(row[f"seed_{seed}"]) for seed in "01"] == list(other.values())
     assert float(row["difference_mean"]) == pytest.approx(expected)
-    captured = capsys.readouterr()
-    assert "results:" in captured.out
-    assert "minutes on two cores" in captured.err
+    assert "minutes on two cores" in capsys.readouterr().err
 
     # Again: nothing is trained or measured anew.
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.json") if file.name != "study.json"}
@@ -177,49 +165,19 @@ def test_bad_studies_are_one_line(addresses, tmp_path, capsys, changes, message)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.fixture
-def loaded(monkeypatch) -> list[str]:
-    """The runs that models were loaded of; the models are stand-ins with segments of 32, and are not measured."""
-    found: list[str] = []
+def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path):
+    def find_missing(**changes: Any) -> set[str]:
+        study = read_settings(write_study(tmp_path / "study.yaml", addresses, **changes), StudyConfig)
+        missing = study_module.find_missing(study, cell := study_module.Cell("no-delta", 0))
+        for what, one in missing.items():
+            (path := study_module.measured_path(study, cell, what)).parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"settings": one.settings, "result": {}})
+        return set(missing)
 
-    def load(config):
-        found.append(Path(config.run).name)
-        facts = {"tokenizer_fingerprint": "other" if "odd" in config.run else "one"}
-        return SimpleNamespace(
-            label="infini",
-            model=SimpleNamespace(segment_length=32),
-            facts=facts,
-            device="cpu",
-            autocast=None,
-            tokenizer=None,
-        )
-
-    for module in (study_module, evaluation_module):
-        monkeypatch.setattr(module, "load_any_model", load)
-    monkeypatch.setattr(study_module, "prepare_subject", lambda *given: (SimpleNamespace(baselines=given[-1]), {}))
-    monkeypatch.setattr(study_module, "measure", lambda subject, names: {names[0]: {}})
-    monkeypatch.setattr(study_module, "describe_evaluation", lambda *given: {"settings": given[3], "result": given[4]})
-    return found
-
-
-def test_what_was_measured_otherwise_is_measured_again(addresses, tmp_path, loaded):
-    def measure(**changes):
-        path = write_study(tmp_path / "study.yaml", addresses, **changes)
-        study = read_settings(path, StudyConfig)
-        cell = study_module.Cell("no-delta", 0)
-        study_module.measure_cell(study, cell, Console(stderr=True))
-        return json.loads(study_module.measured_path(study, cell, "long-validation").read_text())["settings"]
-
-    assert measure()["baselines"] == ["pythia"]
-    changed = read_settings(
-        write_study(tmp_path / "study.yaml", addresses, baselines=["pythia", "reference"]), StudyConfig
-    )
-    assert "long-validation" not in study_module.read_measured(changed, study_module.Cell("no-delta", 0))
-    assert measure(baselines=["pythia", "reference"])["baselines"] == ["pythia", "reference"]
-    assert measure(long_documents={"min_tokens": 65})["min_tokens"] == 65
-    assert len(loaded) == 3 + 4 + 3
-    measure(long_documents={"min_tokens": 65})
-    assert len(loaded) == 10
+    assert find_missing() == {"long-validation", "caches-validation"}
+    assert find_missing() == set()
+    assert find_missing(baselines=["pythia", "reference"]) == {"long-validation"}
+    assert find_missing(long_documents={"min_tokens": 65}) == {"long-validation", "caches-validation"}
 
 
 def make_run(seed: int, starts: list[int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import SHAPES, make_long, make_results, write_run
+from report_runs import MODELS, make_record, write_run
 
 from new_llm.report import read_runs, write_page
 
@@ -29,13 +29,11 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def page_file(with_long: dict[str, Any], tmp_path: Path) -> Path:
     """The report of a run of all models, one without the reversal curse, with long documents."""
-    folder = tmp_path_factory.mktemp("runs") / "four"
-    results = make_results(*SHAPES)
-    results["models"][2]["evaluation"]["reversal"] = None
-    write_run(folder, results, make_long("infini"), make_long("multi_memory"))
+    with_long["models"][2]["evaluation"]["reversal"] = None
+    folder = write_run(tmp_path / "four", with_long, *(make_record(with_long, name) for name in MODELS[1:3]))
     write_page(read_runs([folder]), folder / "report.html")
     return folder / "report.html"
 
@@ -78,10 +76,10 @@ def read_column(page: Any, column: int) -> list[str]:
     )
 
 
-def test_tables_sort_by_every_column_with_mouse_and_keys(open_page):
+def test_tables_sort_by_every_column_with_mouse_and_keys(open_page, with_long):
     page = open_page()
     heads = page.locator("table.summary tr.heads th button")
-    assert read_column(page, 0) == list(SHAPES)
+    assert read_column(page, 0) == list(MODELS)
     for column in range(heads.count()):
         heads.nth(column).click()
         values = page.eval_on_selector_all(
@@ -99,9 +97,11 @@ def test_tables_sort_by_every_column_with_mouse_and_keys(open_page):
     sliding = heads.filter(has_text="sliding")
     sliding.focus()
     page.keyboard.press("Enter")
-    assert read_column(page, 0)[-1] == "pythia"
+    perplexities = {entry["model_type"]: entry["evaluation"]["sliding"]["perplexity"] for entry in with_long["models"]}
+    ranked = sorted(MODELS, key=lambda name: perplexities[name])
+    assert read_column(page, 0) == ranked
     page.keyboard.press("Enter")
-    assert read_column(page, 0)[0] == "pythia"
+    assert read_column(page, 0) == ranked[::-1]
 
 
 def test_figures_answer_the_mouse(open_page):
@@ -177,4 +177,4 @@ def test_without_a_script_everything_is_there(open_page):
     assert hidden.count() > 10
     assert all(hidden.nth(i).is_visible() for i in range(hidden.count()))
     assert page.locator("button:visible").count() == 0
-    assert page.locator("table.summary tbody tr").count() == len(SHAPES)
+    assert page.locator("table.summary tbody tr").count() == len(MODELS)

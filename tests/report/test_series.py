@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from page import read_page
-from report_runs import make_long, make_results, write_run
+from report_runs import make_record, pick, write_run
 
 from new_llm.config import UserError
 from new_llm.report import load_results, read_runs
@@ -17,14 +17,14 @@ def names(*runs: dict[str, Any]) -> list[str]:
     return [one.name for one in group_series([make_run(results) for results in runs])]
 
 
-def test_models_that_differ_otherwise_are_named_by_what_differs():
-    base = make_results("pythia", "infini")
+def test_models_that_differ_otherwise_are_named_by_what_differs(results):
+    base = results
     other = copy.deepcopy(base)
     other["name"] = "other"
     other["models"][1]["options"]["gate_init"] = 1.5
     # Pythia has no gate: it is the same model trained again, told apart by its run.
     assert names(base, other) == [
-        "pythia, quick-2026-01-31-140502",
+        "pythia, whole",
         "infini, gate_init 0",
         "pythia, other",
         "infini, gate_init 1.5",
@@ -33,16 +33,17 @@ def test_models_that_differ_otherwise_are_named_by_what_differs():
     assert names(base, other)[3] == "infini, other"
 
 
-def test_differences_leave_out_what_a_model_does_not_take():
-    rows = dict(list_differences(group_series([make_run(make_results("pythia", "infini", "multi_memory"))])))
+def test_differences_leave_out_what_a_model_does_not_take(four_models):
+    three = pick(four_models, "pythia", "infini", "multi_memory")
+    rows = dict(list_differences(group_series([make_run(three)])))
     assert rows["model.num_memories"] == ["—", "—", "4"]
-    assert rows["model.num_memory_heads"] == ["—", "1", "4"]
+    assert rows["model.num_memory_heads"] == ["—", "1", "—"]
     assert "train.learning_rate" not in rows
     assert "model.hidden_size" not in rows
 
 
-def test_runs_are_read_with_their_evaluations(tmp_path):
-    folder = write_run(tmp_path / "a", make_results("pythia", "infini"), make_long("infini"))
+def test_runs_are_read_with_their_evaluations(with_long, tmp_path):
+    folder = write_run(tmp_path / "a", with_long, make_record(with_long, "infini"))
     (folder / "evaluations" / "broken.json").write_text("{")
     (folder / "evaluations" / "future.json").write_text('{"record_version": 9, "kind": "long", "result": {}}')
     (run,) = read_runs([folder])
