@@ -142,20 +142,6 @@ def rows_of(ids: torch.Tensor, lengths: list[int] | None = None) -> list[dict[st
     return rows
 
 
-def test_trainer_learns_a_text(tmp_path):
-    model = NewLLMForCausalLM.from_model(make_model())
-    data = rows_of(text_ids(4, 24))
-    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=data, eval_dataset=data)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    after = trainer.evaluate()["eval_loss"]
-    assert before > 5
-    assert after < 1.5
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(loaded.model.embed_in.weight, model.model.embed_in.weight)
-
-
 def test_accumulated_batches_weigh_every_token_alike(tmp_path):
     """Two batches of unequal lengths make the step that one batch of both makes."""
     ids = text_ids(4, 24)

@@ -56,6 +56,11 @@ def test_greedy_begins_from_the_held_memory_and_leaves_it():
     assert torch.equal(filled, hf.model.generate(ids, max_new_tokens=12)[0])
     assert not torch.equal(filled, empty)
     assert_states_equal(hf.model.get_memory_state(), before)
+    hf(ids, update_memory=True)
+    written = hf.model.get_memory_state()
+    hf.model.set_memory_state(before)
+    hf.model(ids, update_memory=True)
+    assert_states_equal(written, hf.model.get_memory_state())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -147,11 +152,3 @@ def test_what_a_memory_can_not_do_is_refused():
         hf(ids, output_attentions=True)
     with torch.no_grad(), pytest.raises(ValueError, match="leave past_key_values out"):
         hf(ids, past_key_values=StreamCache(hf.model, 1), update_memory=True)
-
-
-def test_a_call_may_write_the_memory():
-    one, other = (build_model(MIXED_STACKS["mixed"]).eval() for _ in range(2))
-    ids = text_ids(2, 18)
-    NewLLMForCausalLM.from_model(one)(ids, update_memory=True)
-    other(ids, update_memory=True)
-    assert_states_equal(one.get_memory_state(), other.get_memory_state())

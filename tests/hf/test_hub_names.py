@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -26,39 +25,29 @@ class Hub(BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
 
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
     def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, *, with_body: bool) -> None:
-        path = self.path.split("?")[0]
-        resolve = f"/{NAME}/resolve/"
-        body, status, headers = b"", 404, {}
-        if path == "/":
-            status = 200
-        elif path.startswith(f"/api/models/{NAME}/tree/"):
-            tree = [
-                {"type": "file", "path": name, "size": len(text), "oid": COMMIT} for name, text in self.files.items()
-            ]
-            body, status = json.dumps(tree).encode(), 200
+        path, headers = self.path.split("?")[0], {}
+        tree = [{"type": "file", "path": name, "size": len(text), "oid": COMMIT} for name, text in self.files.items()]
+        siblings = [{"rfilename": name} for name in self.files]
+        body: bytes | None = {"/": b""}.get(path)
+        if path.startswith(f"/api/models/{NAME}/tree/"):
+            body = json.dumps(tree).encode()
         elif path.startswith(f"/api/models/{NAME}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            body, status = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode(), 200
-        elif path.startswith(resolve) and path.removeprefix(resolve).split("/", 1)[1] in self.files:
-            revision, name = path.removeprefix(resolve).split("/", 1)
-            body, status = self.files[name], 200
+            body = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode()
+        elif path.startswith(f"/{NAME}/resolve/"):
+            body = self.files.get(path.split("/")[-1])
+        if body is not None and "/resolve/" in path:
             headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            if with_body:
-                self.asked.append(f"{revision}/{name}")
-        self.send_response(status)
-        for key, value in headers.items():
+            if self.command == "GET":
+                self.asked.append(path.split("/")[-1])
+        self.send_response(404 if body is None else 200)
+        for key, value in {**headers, "Content-Length": str(len(body or b""))}.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if with_body:
-            self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -102,7 +91,7 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
         server.files |= {"pytorch_model.bin": b"not wanted"}
     model = load_pythia(NAME, revision="step3000")
     assert torch.equal(model.embed_in.weight, weights["gpt_neox.embed_in.weight"])
-    assert {name.split("/", 1)[1] for name in server.asked} == wanted
+    assert set(server.asked) == wanted
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.files.clear()
     again = load_pythia(NAME, revision="step3000")
@@ -117,20 +106,13 @@ def test_a_repository_that_is_not_there(server):
     assert "\n" not in str(refused.value)
 
 
-def test_out_of_reach_is_one_line_at_once(cache, monkeypatch):
+def test_names_without_a_hub_are_refused_in_one_line(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    begin = time.monotonic()
-    with pytest.raises(UserError) as refused:
-        load_pythia("EleutherAI/pythia-70m")
-    assert time.monotonic() - begin < 3
-    message = str(refused.value)
-    assert "\n" not in message
-    for part in ("EleutherAI/pythia-70m", "out of reach", "save_pretrained", "export_pythia", "--format gpt_neox"):
-        assert part in message
-
-
-def test_a_name_that_no_hub_has(cache, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, message in (("no such name", "neither a directory nor a hub name"), ("./none", "no such directory")):
-        with pytest.raises(UserError, match=message):
+    for name, words in (
+        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m .* out of reach: .*save_pretrained.*--format gpt_neox"),
+        ("no such name", "neither a directory nor a hub name"),
+        ("./none", "no such directory"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
             load_pythia(name)
+        assert "\n" not in str(refused.value)

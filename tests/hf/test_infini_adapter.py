@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from new_llm import TransformerLM, create_model
 from new_llm.config import TrainConfig, UserError
+from new_llm.evaluation.doctor.model_checks import check_gates
 from new_llm.models import export_pythia, save_model
 from new_llm.models.hf.infini_adapter import (
     add_parallel_infini,
@@ -91,6 +93,8 @@ def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary():
     several = make_adapted(initial_alpha=-0.5, layers=(2, 0))
     assert several.get_alpha() == several.alpha_values() == {0: -0.5, 2: -0.5}
     assert set(several.gate_values()) == {"layers.0", "layers.2"}
+    torch.nn.init.zeros_(several.layers[2].get_parameter("alpha"))
+    assert "α of layer 2 is 0" in check_gates(SimpleNamespace(own_model=several)).found  # by the doctor
     with pytest.raises(ValueError, match="no parallel adapter"):
         make_base().get_alpha()
 

@@ -48,8 +48,5 @@ def test_no_token_sees_a_later_one():
     before = causal_attention(q, k, v)
     k[:, :, 11:], v[:, :, 11:] = 100, -50
     assert torch.equal(causal_attention(q, k, v)[:, :, :11], before[:, :, :11])
-
-
-def test_other_precisions_are_torch_s_own():
-    q, k, v = torch.randn(3, 2, 4, 300, 16).unbind(0)
+    q, k, v = (t.float() for t in (q, k, v))  # other precisions are torch's own
     assert torch.equal(causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True))

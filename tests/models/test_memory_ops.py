@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model_cases import DTYPES, TOLERANCES, assert_near
 from new_llm.models.ops import (
     feature_map,
-    gated_delta_rule,
     local_linear_attention,
     local_linear_attention_naive,
     read_memories,
@@ -206,22 +204,3 @@ def test_the_wide_product_of_bfloat16_has_the_gradients_of_its_equation():
     for mine, right in zip(actual, expected, strict=True):
         assert mine.dtype == torch.bfloat16
         torch.testing.assert_close(mine.double(), right, rtol=8e-3, atol=1e-2)
-
-
-# What is known to go wrong in the present write rule, and what mends it
-
-
-def test_with_z_in_the_divisor_a_pair_that_is_written_twice_reads_half():
-    """The second write finds that nothing is missing and adds nothing to M, but z has grown; and so on for ever."""
-    k, v = draw_features(1, 1, 1, 8), draw(1, 1, 1, 8, seed=1)
-    memory, norm = torch.zeros(1, 1, 8, 8).double(), torch.zeros(1, 1, 8).double()
-    for share in (1, 0.5, 0.5, 0.5):
-        memory, norm = write_memory(k, v, memory, norm, use_delta_rule=True, epsilon=EPSILON)
-        assert_near(read_memories(k, memory.unsqueeze(1), norm.unsqueeze(1), epsilon=EPSILON), share * v, 1e-9)
-
-
-def test_without_z_and_with_unit_keys_it_reads_what_was_written():
-    k, v = F.normalize(draw(1, 1, 1, 8), dim=-1).expand(1, 1, 4, 8), draw(1, 1, 1, 8, seed=1).expand(1, 1, 4, 8)
-    ones = torch.ones(1, 1, 4).double()
-    reads, _ = gated_delta_rule(k, k, v, ones, 0 * ones, torch.zeros(1, 1, 8, 8).double())
-    assert_near(reads, v, 1e-12)

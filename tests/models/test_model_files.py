@@ -1,6 +1,5 @@
 """`model.save` and `load_model`: the same model, bit for bit, or one clear line."""
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,8 @@ from new_llm.models import TransformerLM, load_model, save_model
 from new_llm.models.layers import PythiaLayer
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), itertools.product(MIXED_STACKS, (torch.float32, torch.float64, torch.bfloat16))
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MIXED_STACKS)
 def test_a_loaded_model_is_the_same_bit_for_bit(name, dtype, tmp_path):
     model = build_model(STACKS[name], dtype=dtype, segment_length=6)
     save_model(model, tmp_path / "model")
@@ -64,22 +62,18 @@ def edit(layer: dict[str, Any] | None = None, **changes: Any) -> Callable[[Path]
 
     def change(folder: Path) -> None:
         structure = json.loads((folder / "model.json").read_text()) | changes
-        if layer is not None:
-            structure["layers"][0] |= layer
+        structure["layers"][0] |= layer or {}
         (folder / "model.json").write_text(json.dumps(structure))
 
     return change
 
 
-def edit_weights(make: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], Any]:
+def edit_weights(keep: Callable[[str, Tensor], Tensor | None]) -> Callable[[Path], Any]:
     def change(folder: Path) -> None:
-        save_file(make(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+        kept = {name: keep(name, t) for name, t in load_file(folder / "model.safetensors").items()}
+        save_file({name: t for name, t in kept.items() if t is not None}, folder / "model.safetensors")
 
     return change
-
-
-def store_as(dtype: torch.dtype) -> Callable[[Path], Any]:
-    return edit_weights(lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
 
 
 def end_with(end: bytes, cut: int) -> Callable[[Path], Any]:
@@ -91,37 +85,28 @@ def end_with(end: bytes, cut: int) -> Callable[[Path], Any]:
 
 
 GATE = "layers.0.attention.gate"
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no structure": (lambda folder: (folder / "model.json").unlink(), "model.json is missing"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "not JSON": (lambda folder: (folder / "model.json").write_text("{"), "not valid JSON"),
-    "version": (edit(format_version=9), "format_version: input should be 1"),
-    "layer kind": (edit(layers=[{"kind": "mamba"}]), "unknown layer kind 'mamba'.*hierarchical"),
-    "arguments": (edit({"width": 3}), "unknown key 'width'"),
-    "vocabulary": (edit(vocab_size=64), "vocab_size is 64, embed_in.weight"),
-    "a float for a number": (edit(vocab_size=8.5), "vocab_size: input should be a valid integer"),
-    "a layer's epsilon": (edit({"layer_norm_eps": -1.0}), "layer_norm_eps: input should be greater than 0"),
-    "an option's yes": (
-        edit({"use_delta_rule": "no"}),
-        "use_delta_rule: input should be a valid bool",
-    ),
-    "unknown key": (edit(colour="red"), "unknown key 'colour'"),
-    "integers": (store_as(torch.int32), "has dtype I32; weights are floats"),
-    "missing weight": (
-        edit_weights(lambda t: {k: v for k, v in t.items() if k != GATE}),
-        r"do not fit.*layers\.0\.attention\.gate",
-    ),
-    "changed": (end_with(b"\x01", 1), "corrupted"),
-    "truncated": (end_with(b"", 100), "truncated"),
-    "pickle": (
-        lambda folder: torch.save({}, folder / "model.safetensors"),
-        "not a safetensors file",
-    ),
+BROKEN: dict[str, Callable[[Path], Any]] = {
+    "model.json is missing": lambda folder: (folder / "model.json").unlink(),
+    "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "not valid JSON": lambda folder: (folder / "model.json").write_text("{"),
+    "format_version: input should be 1": edit(format_version=9),
+    "unknown layer kind 'mamba'.*hierarchical": edit(layers=[{"kind": "mamba"}]),
+    "unknown key 'width'": edit({"width": 3}),
+    "vocab_size is 64, embed_in.weight": edit(vocab_size=64),
+    "vocab_size: input should be a valid integer": edit(vocab_size=8.5),
+    "layer_norm_eps: input should be greater than 0": edit({"layer_norm_eps": -1.0}),
+    "use_delta_rule: input should be a valid bool": edit({"use_delta_rule": "no"}),
+    "unknown key 'colour'": edit(colour="red"),
+    "has dtype I32; weights are floats": edit_weights(lambda name, t: t.to(torch.int32)),
+    r"do not fit.*layers\.0\.attention\.gate": edit_weights(lambda name, t: None if name == GATE else t),
+    "corrupted": end_with(b"\x01", 1),
+    "truncated": end_with(b"", 100),
+    "not a safetensors file but a pickle": lambda folder: torch.save({}, folder / "model.safetensors"),
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_folder_is_refused_with_one_line(spoil, message, tmp_path):
+@pytest.mark.parametrize(("message", "spoil"), BROKEN.items(), ids=BROKEN)
+def test_a_broken_folder_is_refused_with_one_line(message, spoil, tmp_path):
     save_model(get_model("mixed"), tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as error:

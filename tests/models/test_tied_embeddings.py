@@ -37,6 +37,8 @@ def test_the_head_is_the_embedding_through_training(kind, ids):
     assert model.embed_out.weight is model.embed_in.weight
     assert (model.embed_in.weight != before).any()
     torch.testing.assert_close(model(ids), model.compute_hidden(ids) @ model.embed_in.weight.t())
+    with pytest.raises(UserError, match=r"fsdp: tied embeddings.*ddp"):
+        shard_weights(model, model, torch.device("cpu"), "fp32", ALONE)
 
 
 @pytest.mark.parametrize("kind", ["pythia", "selective", "token_memory"])
@@ -57,9 +59,3 @@ def test_saved_copied_or_loaded_it_stays_tied_until_it_is_untied(kind, ids, tmp_
     assert model.embed_out.weight is not model.embed_in.weight
     assert "embed_out.weight" in model.state_dict()
     assert torch.equal(model(ids), logits)
-
-
-def test_shared_out_weights_refuse_them():
-    model = make()
-    with pytest.raises(UserError, match=r"fsdp: tied embeddings.*ddp"):
-        shard_weights(model, model, torch.device("cpu"), "fp32", ALONE)
