@@ -1,12 +1,13 @@
 """A real experiment that is killed, or whose disk fills up: started as a user starts it, compared by its end."""
 
+import glob
 import json
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,63 +17,41 @@ import pytest
 import torch
 import yaml
 
-from disk_faults import stop_everywhere
 from new_llm.config.files import check_manifest
 from new_llm.experiments.run_folder import LOCK_FILE
 from new_llm.models import load_model
-from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, find_checkpoint, list_checkpoints, write_checkpoint_folder
+from new_llm.training.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from new_llm.training.log import METRICS_FILE, read_metrics
-from tiny import COMMAND, ENVIRONMENT, make_settings
+from tiny import COMMAND, ENVIRONMENT, WAIT_SECONDS, make_settings, wait_until
 
 MODELS = ("infini", "multi_memory")
-POLL_SECONDS = 0.002
-TIMEOUT_SECONDS = 240.0
-CLOCK = {
-    "seconds",
-    "cpu_seconds",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "created",
-    "command",
-    "name",
-    "runs_dir",
-    "code",
-}
+CLOCK = {"seconds", "cpu_seconds", "tokens_per_second", "peak_memory_bytes", "created", "command", "name", "runs_dir",
+         "code"}  # fmt: skip
 """What may differ between two runs of one experiment."""
 NUM_EPOCHS = 3
 MEASURES = ["sliding", "streaming", "positions", "memory_usage"]
 
 
-def write_settings(path: Path) -> Path:
-    """The configuration of a run of some seconds, which saves a checkpoint every five steps."""
-    settings = make_settings(Path("sotu"), path.parent)
-    settings["models"] = list(MODELS)
-    settings["data"] |= {"num_samples": 200, "seq_length": 64, "segments_per_sample": 4, "order": "stream"}
-    settings["train"] |= {"num_epochs": NUM_EPOCHS, "patience": 0, "log_every_steps": 1, "checkpoint_every_steps": 5}
-    settings["eval"] = {"context": 64, "stride": 32, "max_tokens": 1500, "measures": MEASURES}
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
-
-
 @dataclass
 class FaultRun:
-    """One run that is started again and again."""
+    """One run of some seconds that is started again and again, and saves a checkpoint every five steps."""
 
-    runs_dir: Path
-    name: str
-    settings_folder: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.runs_dir / self.name
+    folder: Path
 
     def start(self) -> subprocess.Popen[str]:
         """A process that begins the run, or goes on with it."""
-        arguments = ["--name", self.name, "--runs-dir", str(self.runs_dir)]
+        arguments = ["--name", self.folder.name, "--runs-dir", str(self.folder.parent)]
         if (self.folder / "config.yaml").exists():
             arguments.append("--resume")
         else:
-            arguments += ["--config", str(write_settings(Path(self.settings_folder, "settings.yaml")))]
+            path = self.folder.parent.parent / "settings.yaml"
+            settings = make_settings(Path("sotu"), path.parent) | {"models": list(MODELS)}
+            settings["data"] |= {"num_samples": 200, "seq_length": 64, "segments_per_sample": 4, "order": "stream"}
+            settings["train"] |= {"num_epochs": NUM_EPOCHS, "patience": 0, "log_every_steps": 1}
+            settings["train"]["checkpoint_every_steps"] = 5
+            settings["eval"] = {"context": 64, "stride": 32, "max_tokens": 1500, "measures": MEASURES}
+            path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+            arguments += ["--config", str(path)]
         return subprocess.Popen(
             [*COMMAND, "experiment", *arguments],
             env=ENVIRONMENT,
@@ -84,65 +63,40 @@ class FaultRun:
     def finish(self) -> None:
         """Let it run to its end."""
         process = self.start()
-        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
+        _, err = process.communicate(timeout=WAIT_SECONDS)
         assert process.returncode == 0, err
 
     def count_lines(self) -> int:
-        return sum(read_bytes(self.folder / model / METRICS_FILE).count(b"\n") for model in MODELS)
+        return sum(len(read_metrics(self.folder / model)) for model in MODELS)
 
     def is_writing_checkpoint(self) -> bool:
-        return any(name.startswith(".step-") for name in self.list_checkpoint_names())
+        return self._has_checkpoint(".step-*")
 
     def is_measuring(self) -> bool:
         """Whether a model has been trained and is not done."""
-        last = f"-epoch-{NUM_EPOCHS:04d}"
-        return any(name.startswith("step-") and name.endswith(last) for name in self.list_checkpoint_names())
+        return self._has_checkpoint(f"step-*-epoch-{NUM_EPOCHS:04d}")
 
-    def list_checkpoint_names(self) -> list[str]:
-        names: list[str] = []
-        for model in MODELS:
-            with suppress(FileNotFoundError):
-                names += os.listdir(self.folder / model / CHECKPOINTS_FOLDER)
-        return names
+    def _has_checkpoint(self, pattern: str) -> bool:
+        return bool(glob.glob(str(self.folder / "*" / CHECKPOINTS_FOLDER / pattern)))
 
     def find_faults(self) -> list[str]:
         """What is wrong with its checkpoints, whatever has happened to the process."""
-        found = list_checkpoints_of(self.folder)
+        found = [path for model in MODELS for path in list_checkpoints(self.folder / model)]
         return [f"{path}: {fault}" for path in found for fault in check_manifest(path)]
-
-
-def list_checkpoints_of(folder: Path) -> list[Path]:
-    return [path for model in MODELS for path in list_checkpoints(folder / model)]
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-
-
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Wait for something, or for the process's end; whether it lives."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while process.poll() is None and not is_so():
-        assert time.monotonic() < deadline, "nothing has happened"
-        time.sleep(POLL_SECONDS)
-    return process.poll() is None
 
 
 def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice: random.Random) -> None:
     """Wait for the instant of a fault: at the start, in training, in the writing of a checkpoint, in measurement."""
+    before = run.count_lines()
     if aim == "start":
         # On a machine that starts fast it is at the first step: the run must not come to its end.
-        before, latest = run.count_lines(), time.monotonic() + dice.uniform(0.05, 4.0)
+        latest = time.monotonic() + dice.uniform(0.05, 4.0)
         wait_until(lambda: time.monotonic() >= latest or run.count_lines() != before, process)
     elif aim == "training":
         # A resumed process first rewrites the file, so its length is counted from when it grows.
-        steps, before = dice.randint(1, 12), run.count_lines()
+        steps = dice.randint(1, 12)
         wait_until(lambda: run.count_lines() < before or run.count_lines() >= before + steps, process)
-        if run.count_lines() < before:
-            wait_until(lambda: run.count_lines() >= before, process)
+        wait_until(lambda: run.count_lines() >= before, process)
         time.sleep(dice.uniform(0, 0.05))
     elif aim == "checkpoint":
         for _ in range(dice.randint(1, 3)):
@@ -159,20 +113,15 @@ def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice
 def kill_often(
     run: FaultRun, aims: list[str], signals: list[signal.Signals], dice: random.Random
 ) -> Iterator[tuple[str, signal.Signals, int, str]]:
-    """Start the run and end it by a signal, once for every aim; gives aim, signal, exit code and stderr.
-
-    Raises:
-        AssertionError: the process has ended before its instant.
-    """
+    """Start the run and end it by a signal, once for every aim; gives aim, signal, exit code and stderr."""
     for number, aim in enumerate(aims):
-        process = run.start()
+        process, sent = run.start(), signals[number % len(signals)]
         choose_instant(run, process, aim, dice)
-        if process.poll() is not None:
-            _, err = process.communicate()
-            raise AssertionError(f"it ended before fault {number} ({aim}) with {process.returncode}: {err[-2000:]}")
-        process.send_signal(signals[number % len(signals)])
-        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
-        yield aim, signals[number % len(signals)], process.returncode, err
+        has_ended = process.poll() is not None
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=WAIT_SECONDS)
+        assert not has_ended, f"it ended before fault {number} ({aim}) with {process.returncode}: {err[-2000:]}"
+        yield aim, sent, process.returncode, err
 
 
 def drop_clock(value: Any) -> Any:
@@ -188,8 +137,7 @@ def assert_same_end(found: FaultRun, expected: FaultRun) -> None:
         one, two = (run.folder / model for run in (found, expected))
         lines, whole = (drop_clock(read_metrics(folder)) for folder in (one, two))
         assert lines == whole
-        assert len(whole) == 3 * (200 // 4 + 1)
-        assert read_bytes(one / METRICS_FILE).count(b"\n") == len(lines)
+        assert (one / METRICS_FILE).read_bytes().count(b"\n") == len(whole) == 3 * (200 // 4 + 1)
         weights, others = (load_model(folder / "best").state_dict() for folder in (one, two))
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -198,7 +146,7 @@ def assert_same_end(found: FaultRun, expected: FaultRun) -> None:
     assert results["status"] == "complete"
     assert drop_clock(results) == drop_clock(others)
     assert [path.name for path in found.folder.rglob(".*")] == [LOCK_FILE]
-    assert [path.name for path in found.runs_dir.glob(f".{found.name}*")] == []
+    assert not list(found.folder.parent.glob(f".{found.folder.name}*"))
 
 
 # The run that nothing happens to, and the dice
@@ -217,15 +165,14 @@ def dice() -> random.Random:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
     """A run that is never interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = FaultRun(folder / "runs", "whole", folder)
+    run = FaultRun(tmp_path_factory.mktemp("whole") / "runs" / "whole")
     run.finish()
     return run
 
 
 @pytest.fixture
 def killed(tmp_path: Path) -> FaultRun:
-    return FaultRun(tmp_path / "runs", "killed", tmp_path)
+    return FaultRun(tmp_path / "runs" / "killed")
 
 
 # A run that is killed again and again ends as one that never was
@@ -276,7 +223,6 @@ def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(wh
 # A disk that fills up under a run, again and again: one line, a whole last checkpoint, and the same end
 
 
-SIZE = "24m"
 NUM_FILLS = 6
 
 
@@ -285,9 +231,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A small tmpfs, where this process may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     try:
@@ -299,59 +244,29 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(place: Path, spare_bytes: int) -> Path:
     """Take the disk's space but for a few bytes."""
     ballast = place / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"\0" * 65536)
-        except OSError:
-            pass
-        size = file.tell()
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 65536)
+    size = ballast.stat().st_size
     os.truncate(ballast, max(0, size - spare_bytes))
     return ballast
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole, small_disk, dice):
-    run = FaultRun(small_disk, "full", small_disk.parent)
+    run = FaultRun(small_disk / "runs" / "full")
     for number in range(NUM_FILLS):
         process = run.start()
         choose_instant(run, process, "training" if number % 2 else "checkpoint", dice)
         ballast = fill(small_disk, dice.choice([0, 4096, 50_000, 200_000]))
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=WAIT_SECONDS)
         assert process.returncode == 2, (number, process.returncode, err)
-        said = [line for line in err.splitlines() if line.startswith("new-llm: ")]
-        assert len(said) == 1, err
-        assert f"{small_disk}/" in said[0]
-        assert "No space left on device: free some space; a run then continues by --resume" in said[0]
+        (said,) = [line for line in err.splitlines() if line.startswith("new-llm: ")]
+        assert f"{small_disk}/" in said
+        assert "No space left on device: free some space; a run then continues by --resume" in said
         assert "Traceback" not in err, err
-        assert err.strip().splitlines()[-1] == said[0], err
+        assert err.strip().splitlines()[-1] == said, err
         assert run.find_faults() == []
         ballast.unlink()
     run.finish()
     assert_same_end(run, whole)
-
-
-# Every single operation on the disk while a checkpoint is written: it fails, or the process dies before it
-
-
-def write(folder: Path, step: int) -> None:
-    with write_checkpoint_folder(folder, step, 0, keep=2) as temporary:
-        (temporary / "weights").write_bytes(step.to_bytes(64, "big"))
-        (temporary / "state").write_text(str(step))
-
-
-@pytest.mark.parametrize("dies", [False, True])
-def test_there_is_always_a_whole_checkpoint_and_training_goes_on_from_it(tmp_path, monkeypatch, dies):
-    steps = [1, 2]
-    for step in steps:
-        write(tmp_path, step)
-    for number in stop_everywhere(lambda: write(tmp_path, steps[-1] + 1), monkeypatch, dies=dies):
-        step = steps[-1]
-        found = find_checkpoint(tmp_path, pytest.fail)
-        assert found is not None
-        assert int((found / "state").read_text()) in (step, step + 1), number
-        assert all(path.name.startswith("step-") for path in found.parent.iterdir()), number
-        write(tmp_path, step + 1)
-        assert len(list_checkpoints(tmp_path)) == 2
-        steps.append(step + 1)
-    assert number > 20
