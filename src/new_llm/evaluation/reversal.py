@@ -28,12 +28,13 @@ from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
     Progress,
-    Row,
+    Reading,
+    Scorer,
+    Window,
     count_shared,
     evaluation_mode,
     find_device,
-    group_by_length,
-    score_rows,
+    join_scores,
 )
 from new_llm.evaluation.statistics import DocumentLosses, draw_resamples, find_interval
 from new_llm.formats import format_count, format_number, format_percent
@@ -200,7 +201,7 @@ def evaluate_reversal_curse(
         tokenizer: of `tokenizers` or `transformers`.
         device: where the model lies; None: where its weights are.
         autocast: makes the context in which the model computes.
-        on_progress: called with the sentences scored so far and in all.
+        on_progress: called with the tokens scored so far and in all.
         processes: those that share the work; every one of them gets the whole result.
         options: fields of `ReversalConfig`: batch_size, max_sentences, num_resamples, confidence, seed.
 
@@ -214,8 +215,19 @@ def evaluate_reversal_curse(
     tasks = {direction: _list_candidates(pairs, direction) for direction in DIRECTIONS}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
     encoded = {text: encode_text(tokenizer, text) for text in texts}
-    where = find_device(model, device)
-    losses = _score_texts(model, encoded, where, settings.batch_size, autocast, on_progress, processes)
+    reading = Reading(
+        batch_size=settings.batch_size,
+        device=device,
+        autocast=autocast,
+        on_progress=on_progress,
+        processes=processes,
+    )
+    scorer = Scorer(model, list(encoded.values()), reading)
+    own = scorer.score_windows(lambda length: [Window(0, length, 1)] if length > 1 else [])
+    scores = join_scores(batch for found in processes.gather(own) for batch in found)
+    counts = np.bincount(scores.documents, minlength=len(encoded))
+    in_order = scores.losses[np.argsort(scores.documents, kind="stable")]
+    losses = dict(zip(encoded, np.split(in_order, np.cumsum(counts)[:-1]), strict=True))
     readings = {
         direction: [_read(encoded, losses, encode_text(tokenizer, prompt), texts) for prompt, texts in found]
         for direction, found in tasks.items()
@@ -252,34 +264,23 @@ NOTHING = np.zeros(0, np.int64)
 SENTENCE_REACH = 1024  # tokens in which the end of a sentence is looked for
 
 
-class Hits(NamedTuple):
-    """What the questions of one direction showed; the questions of one text, or of one relation, belong together.
+def count_hits(groups: Sequence[str], first: Sequence[bool], exact: Sequence[bool]) -> dict[str, list[float]]:
+    """What the questions of one direction showed, by the text or relation that they belong to, whose answers compete.
 
-    Attributes:
-        num_questions: of each text.
-        first: how many right answers were more probable than the others.
-        exact: how many greedy decoding gave token by token.
-        chance: how many a guess would have put first.
+    `num_questions`; how many right answers were more probable than the others (`first`), and how many greedy decoding
+    gave token by token (`exact`); and how many a guess would have put first (`chance`).
     """
+    names = list(dict.fromkeys(groups))
 
-    num_questions: list[int]
-    first: list[int]
-    exact: list[int]
-    chance: list[float]
+    def add(hits: Sequence[float]) -> list[float]:
+        return [sum(hit for group, hit in zip(groups, hits, strict=True) if group == name) for name in names]
 
-    @classmethod
-    def collect(cls, groups: Sequence[str], first: Sequence[bool], exact: Sequence[bool]) -> "Hits":
-        """From each question's group, whose answers compete."""
-        names = list(dict.fromkeys(groups))
-
-        def add(found: Sequence[bool]) -> list[int]:
-            return [sum(hit for group, hit in zip(groups, found, strict=True) if group == name) for name in names]
-
-        return cls(add([True] * len(groups)), add(first), add(exact), [1.0] * len(names))
+    counted = {"num_questions": add([1] * len(groups)), "first": add(first), "exact": add(exact)}
+    return counted | {"chance": [1.0] * len(names)}
 
 
 def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: ReversalResult) -> dict[str, Any]:
-    """By place and direction the `Hits`: of the pairs, which the weights may know, and of fresh facts.
+    """By place and direction the hits (`count_hits`): of the pairs, which the weights may know, and of fresh facts.
 
     A model without memory has no figures for it.
 
@@ -288,7 +289,7 @@ def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: Reversal
     """
     model, settings = subject.model, subject.settings.reversal
     device, relations, size = find_device(model, subject.device), [pair.relation for pair in pairs], settings.batch_size
-    found: dict[str, dict[str, Hits]] = {}
+    found: dict[str, dict[str, Any]] = {}
     with evaluation_mode(model, subject.autocast):
         for direction in DIRECTIONS if "weights" in settings.places else ():
             texts = [_pose(subject.tokenizer, [pair], 0, direction) for pair in pairs]
@@ -297,13 +298,13 @@ def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: Reversal
                     one for i in range(0, len(texts), size) for one in find_exact(model, texts[i : i + size], device)
                 ]
             first = [rank == 1 for rank in result.ranks[direction]]
-            found.setdefault("weights", {})[direction] = Hits.collect(relations, first, exact)
+            found.setdefault("weights", {})[direction] = count_hits(relations, first, exact)
         if {"memory", "context"} & set(settings.places):
             found |= _ask_fresh_texts(subject, device)
-        return to_plain(found)
+        return found
 
 
-def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[str, Hits]]:
+def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[str, Any]]:
     """Facts that only the text tells. They end its first segment; the question begins the next, or ends the same one.
 
     All facts of a text are asked for. Before them stands text of the subject's documents, whole sentences at its end.
@@ -340,7 +341,7 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
         read["memory"] = [{"context": fill(facts, size)} for facts in told]
     if asks_here:
         read["context"] = [{"opening": fill(facts, room)} for facts in told]
-    found: dict[str, dict[str, Hits]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for place, parts in read.items():
         with model.fresh_memory(batch_size=len(groups)):
             for way, asked in questions.items():
@@ -351,7 +352,7 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
                         read_context(model, texts, 0, size, device)
                     answers += score_answers(model, texts, device)
                 names = [group[0].relation for group in groups] * num_facts
-                hits = Hits.collect(names, [one.is_first for one in answers], [one.is_exact for one in answers])
+                hits = count_hits(names, [one.is_first for one in answers], [one.is_exact for one in answers])
                 found.setdefault(place, {})[way] = hits
     return {place: found[place] for place in PLACES if place in found}
 
@@ -406,33 +407,6 @@ def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> lis
     return found
 
 
-def _score_texts(
-    model: LanguageModel,
-    encoded: dict[str, np.ndarray],
-    device: torch.device,
-    batch_size: int,
-    autocast: Autocast,
-    on_progress: Progress | None,
-    processes: Processes,
-) -> dict[str, np.ndarray]:
-    """The losses of each text's tokens but the first, float64."""
-    texts = [text for text, tokens in encoded.items() if len(tokens) > 1]
-    rows = [Row(encoded[text]) for text in texts]
-    own: dict[str, np.ndarray] = {}
-    num_scored = 0
-    with evaluation_mode(model, autocast), model.fresh_memory():
-        for batch in group_by_length(rows, batch_size)[processes.rank :: processes.count]:
-            for index, found in zip(batch, score_rows(model, [rows[i] for i in batch], device), strict=True):
-                own[texts[index]] = found
-            num_scored += len(batch)
-            if on_progress:
-                on_progress(num_scored, len(rows))
-    losses = {text: np.zeros(0) for text in encoded}
-    for scored in processes.gather(own):
-        losses |= scored
-    return losses
-
-
 def _read(
     encoded: dict[str, np.ndarray], losses: dict[str, np.ndarray], prompt: np.ndarray, candidates: list[str]
 ) -> PairLosses:
@@ -453,29 +427,13 @@ def _read(
     )
 
 
-COLUMNS = {
-    "forward_perplexity": "forward",
-    "backward_perplexity": "backward",
-    "ratio": "ratio",
-    "gap": "gap",
-    "forward_accuracy": "forward first",
-    "backward_accuracy": "backward first",
-}
 TABLES = {
-    "perplexity of the sentences": ("forward_perplexity", "backward_perplexity", "ratio", "gap"),
-    "perplexity of the answers, given the prompt": (
-        "forward_answer_perplexity",
-        "backward_answer_perplexity",
-        "answer_ratio",
-    ),
-    "right answer first among the answers of its relation": (
-        "forward_accuracy",
-        "backward_accuracy",
-        "chance_accuracy",
-    ),
-    "mean rank of the right answer": ("forward_mean_rank", "backward_mean_rank", "chance_mean_rank"),
+    "perplexity of the sentences": ("{}_perplexity", "ratio", "gap"),
+    "perplexity of the answers, given the prompt": ("{}_answer_perplexity", "answer_ratio"),
+    "right answer first among the answers of its relation": ("{}_accuracy", "chance_accuracy"),
+    "mean rank of the right answer": ("{}_mean_rank", "chance_mean_rank"),
 }
-"""The figures of each table, a row for all pairs, each kind and each relation."""
+"""The figures of each table, the first one in both directions; a row for all pairs, each kind and each relation."""
 
 
 def make_column(scores: dict[str, Any], key: str, title: str, group: str = "") -> Column:
@@ -494,7 +452,7 @@ class ReversalCurse(Measure):
     title = "the reversal curse"
 
     def run(self, subject: Subject) -> dict[str, Any]:
-        """What `ReversalResult.to_dict` holds, `text` (which pairs they are) and `places` (the `Hits` of each).
+        """What `ReversalResult.to_dict` holds, `text` (which pairs they are) and `places` (the hits of each).
 
         Pairs whose forward sentence was taught are left out: their backward sentence was trained on, too.
 
@@ -534,7 +492,9 @@ class ReversalCurse(Measure):
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Both directions, their ratio (1 is best) and gap (0 is best), and how often the right answer is first."""
-        return [make_column(result, key, title, "Reversal curse") for key, title in COLUMNS.items()]
+        titles = {f"{way}_perplexity": way for way in DIRECTIONS} | {"ratio": "ratio", "gap": "gap"}
+        titles |= {f"{way}_accuracy": f"{way} first" for way in DIRECTIONS}
+        return [make_column(result, key, title, "Reversal curse") for key, title in titles.items()]
 
     def contrasts(self, result: dict[str, Any]) -> dict[str, tuple[DocumentLosses, DocumentLosses]]:
         """Shares of right answers: in weights those ranked first against a guess, elsewhere exact ones against those
@@ -569,28 +529,19 @@ class ReversalCurse(Measure):
         if len(result["per_relation"]) > 1:
             groups |= {entry["relation"].replace("_", " "): entry for entry in result["per_relation"]}
         tables: list[Table] = []
-        for title, keys in TABLES.items():
-            titles = {key: key.partition("_")[0].replace("answer", "ratio") for key in keys}
-            rows = [
-                (
-                    name,
-                    [Column("num_pairs", "pairs", scores["num_pairs"], format_count)]
-                    + [make_column(scores, key, titles[key]) for key in keys],
-                )
-                for name, scores in groups.items()
-            ]
+        for title, (first, *others) in TABLES.items():
+            keys = [*map(first.format, DIRECTIONS), *others]
+            rows = []
+            for name, scores in groups.items():
+                columns = [make_column(scores, key, key.partition("_")[0].replace("answer", "ratio")) for key in keys]
+                rows.append((name, [Column("num_pairs", "pairs", scores["num_pairs"], format_count), *columns]))
             tables.append(Table(title, rows))
         for key, title in (("first", "right answer first"), ("exact", "exact answers")):
-            rows = [
-                (
-                    PLACES[place],
-                    [
-                        Column(way, way, sum(hits[key]) / sum(hits["num_questions"]), format_percent, "higher")
-                        for way, hits in ways.items()
-                    ],
-                )
-                for place, ways in result.get("places", {}).items()
-            ]
+            rows = []
+            for place, ways in result.get("places", {}).items():
+                shares = {way: sum(hits[key]) / sum(hits["num_questions"]) for way, hits in ways.items()}
+                columns = [Column(way, way, share, format_percent, "higher") for way, share in shares.items()]
+                rows.append((PLACES[place], columns))
             if rows:
                 tables.append(Table(f"by place of the knowledge, {title}", rows, is_for_studies=True))
         return tables
@@ -611,36 +562,24 @@ class ReversalCurse(Measure):
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """How often the right answer is first, forward and backward."""
-        rows = [
-            {
-                "model": one.name,
-                "direction": direction,
-                "share": one.result[f"{direction}_accuracy"],
-                "low": one.result["intervals"][f"{direction}_accuracy"][0],
-                "high": one.result["intervals"][f"{direction}_accuracy"][1],
-            }
-            for one in results
-            for direction in ("forward", "backward")
-        ]
+        rows: list[dict[str, Any]] = []
+        for name, result in results:
+            for key, way in ((f"{way}_accuracy", way) for way in DIRECTIONS):
+                low, high = result["intervals"][key]
+                rows.append({"model": name, "direction": way, "share": result[key], "low": low, "high": high})
         caption = "Share of the pairs whose right answer ranks first among the answers of its relation."
         axes: dict[str, Any] = {"x": "model", "y": "share", "series": "direction", "low": "low", "high": "high"}
         charts = [bar_chart("reversal", "The reversal curse", caption, rows, **axes, y_format=".0%")]
         caption = "Share of the right answers that rank first. A guess is right as often as with the memory emptied."
         for way in DIRECTIONS:
-            rows = [
-                {
-                    "model": one.name,
-                    "place": PLACES[place],
-                    "share": sum(ways[way]["first"]) / sum(ways[way]["num_questions"]),
-                }
-                for one in results
-                for place, ways in one.result.get("places", {}).items()
-            ]
+            rows = []
+            for name, result in results:
+                for place, ways in result.get("places", {}).items():
+                    share = sum(ways[way]["first"]) / sum(ways[way]["num_questions"])
+                    rows.append({"model": name, "place": PLACES[place], "share": share})
             if rows:
-                axes = {"x": "model", "y": "share", "series": "place", "y_format": ".0%"}
-                charts.append(
-                    bar_chart(f"reversal-{way}", "Knowledge in three places", caption, rows, **axes, view=way)
-                )
+                axes = {"x": "model", "y": "share", "series": "place", "y_format": ".0%", "view": way}
+                charts.append(bar_chart(f"reversal-{way}", "Knowledge in three places", caption, rows, **axes))
         return charts
 
     def describe(self, result: dict[str, Any]) -> str:

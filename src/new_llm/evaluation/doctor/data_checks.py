@@ -178,14 +178,14 @@ def _quote(exam: Examination, tokens: NDArray[np.integer]) -> str:
 
 def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tuple[int, int]]:
     """(training document, validation document) pairs with the same tokens."""
-
-    def read(split: TokenSplit, index: int) -> bytes:
-        return split.document(index).astype("<u4").tobytes()
-
     known: defaultdict[bytes, list[int]] = defaultdict(list)
     for index in np.flatnonzero(validation.lengths).tolist():
-        known[read(validation, index)].append(index)
-    return [(index, other) for index in range(train.num_documents) for other in known.get(read(train, index), ())]
+        known[_read_bytes(validation, index)].append(index)
+    return [(i, other) for i in range(train.num_documents) for other in known.get(_read_bytes(train, i), ())]
+
+
+def _read_bytes(split: TokenSplit, index: int) -> bytes:
+    return split.document(index).astype("<u4").tobytes()
 
 
 def find_shared_spans(
@@ -201,25 +201,16 @@ def find_shared_spans(
     return places, is_known[inverse]
 
 
-def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) -> dict[int, int]:
-    """For each sequence of tokens that occurs in a document: its index and the first such document.
-
-    Windows as long as the shortest sequence are hashed; the rest is compared token by token.
-    """
-    shortest = min((len(sequence) for sequence in sequences if len(sequence)), default=0)
-    beginnings: defaultdict[int, list[int]] = defaultdict(list)
+def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) -> set[int]:
+    """The indices of the sequences of tokens that occur inside a document."""
+    by_hash: defaultdict[int, dict[int, list[int]]] = defaultdict(dict)
     for index, sequence in enumerate(sequences):
-        if len(sequence):
-            beginnings[int(hash_tokens(sequence[:shortest], shortest)[0])].append(index)
-    found: dict[int, int] = {}
-    keys = np.array(sorted(beginnings), np.uint64)
-    for places, hashes in match_windows(split, shortest, keys):
-        for place, document, value in zip(places, find_documents(split, places), hashes, strict=True):
-            for index in beginnings[int(value)]:
-                end = place + len(sequences[index])
-                is_inside = index not in found and end <= split.offsets[document + 1]
-                if is_inside and np.array_equal(split.tokens[place:end], sequences[index]):
-                    found[index] = int(document)
+        for value in hash_tokens(sequence, len(sequence)) if len(sequence) else ():
+            by_hash[len(sequence)].setdefault(int(value), []).append(index)
+    found = set[int]()
+    for length, known in by_hash.items():
+        for _, hashes in match_windows(split, length, np.array(sorted(known), np.uint64)):
+            found |= {index for value in set(hashes.tolist()) for index in known[value]}
     return found
 
 
@@ -234,10 +225,10 @@ def match_windows(split: TokenSplit, length: int, keys: NDArray[np.uint64]) -> W
         yield places[known], hashes[known]
 
 
-def hash_windows(split: TokenSplit, length: int, block: int = BLOCK_TOKENS) -> Windows:
+def hash_windows(split: TokenSplit, length: int) -> Windows:
     """All windows of `length` tokens inside documents, a block at a time."""
-    for begin in range(0, max(0, split.num_tokens - length + 1), block):
-        hashes = hash_tokens(np.asarray(split.tokens[begin : begin + block + length - 1]), length)
+    for begin in range(0, max(0, split.num_tokens - length + 1), BLOCK_TOKENS):
+        hashes = hash_tokens(np.asarray(split.tokens[begin : begin + BLOCK_TOKENS + length - 1]), length)
         places = np.arange(begin, begin + len(hashes), dtype=np.int64)
         is_inside = places + length <= split.offsets[find_documents(split, places) + 1]
         yield places[is_inside], hashes[is_inside]
