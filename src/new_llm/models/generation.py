@@ -23,8 +23,6 @@ LOOK_EVERY = {"cpu": 1, "cuda": 16}
 made after its end are thrown away. Where text or tokens are shown, or memory is kept, each token is looked at."""
 STEPS_IN_PLACE = {"cuda"}
 """Devices where a token is read and the next one chosen by one call that changes tensors in place."""
-OnToken = Callable[[list[int | None]], None]
-"""Called with each step's tokens, one per row; None for a row that has ended."""
 OnText = Callable[[int, str], None]
 """Called with a row and its new text."""
 
@@ -66,7 +64,6 @@ def generate(
     *,
     config: GenerationConfig | None = None,
     tokenizer: Tokenizer | None = None,
-    on_token: OnToken | None = None,
     on_text: OnText | None = None,
     update_memory: bool = False,
     use_selective: bool = True,
@@ -82,7 +79,6 @@ def generate(
         attention_mask: [B, T], 1 or True at real tokens.
         config: the settings; None: the defaults, which are greedy.
         tokenizer: needed for stop strings and `on_text`; adds the texts to the statistics.
-        on_token: called after each step.
         on_text: called with text as it is made, whole characters only.
         update_memory: keep what was read, prompts and all new tokens, as `model(ids, update_memory=True)` does.
         use_selective: False: a single pass per token, also for a model with several.
@@ -102,13 +98,11 @@ def generate(
     run = GenerationRun(
         model, input_ids, attention_mask, config, tokenizer, update_memory=update_memory, use_selective=use_selective
     )
-    for _ in run.run(tracks_tokens=on_token is not None):
-        if on_token is not None:
-            on_token(run.step_tokens)
+    for _ in run.run():
         for row, piece in enumerate(run.pieces):
             if piece and on_text is not None:
                 on_text(row, piece)
-    return run.collect_ids(), run.describe()
+    return run.collect()
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -123,12 +117,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: list[str]) -> tuple[Tensor, Te
 
 
 class GenerationRun:
-    """One generation, step by step, which `generate` runs.
-
-    Attributes:
-        step_tokens: the last step's tokens, one per row; None for a row that had ended, or if tokens are not tracked.
-        pieces: the text that the last step completed, one per row; empty without a tokenizer.
-    """
+    """What one call of `generate` keeps from token to token."""
 
     def __init__(
         self,
@@ -157,26 +146,24 @@ class GenerationRun:
             real = [ids if self.mask is None else ids[self.mask[row]] for row, ids in enumerate(self.input_ids)]
             self.texts = [StoppingText(tokenizer, config.stop_strings, ids.tolist()) for ids in real]
         self.parts: list[list[str]] = [[] for _ in range(rows)]
-        self.pieces = [""] * rows
-        self.step_tokens: list[int | None] = [None] * rows
+        self.pieces = [""] * rows  # of text that the last step completed
         self.num_new = [0] * rows
         self.is_done = torch.zeros(rows, dtype=torch.bool)  # on the host, where the stream plans its pieces
         self.new_ids = torch.full((rows, config.max_new_tokens), config.pad_token_id, device=device)
-        self.prompt_seconds = self.seconds = 0.0
         self.stream = model.open_stream(rows, use_selective=use_selective)
         self.caches = [TextCache(config.cache) for _ in range(rows)] if config.cache.is_on else None
 
-    def run(self, *, tracks_tokens: bool = False) -> Iterator[None]:
+    def run(self) -> Iterator[None]:
         """Read the prompts, then make one token per row between two yields; updates the memory at the end if asked."""
         begin = time.perf_counter()
         self.step: CapturedCall | None = None
-        tracks = tracks_tokens or self.texts is not None or bool(self.config.eos_token_id)
-        needs_each = tracks_tokens or self.texts is not None or self.caches is not None or self.update_memory
+        self.tracks = self.texts is not None or bool(self.config.eos_token_id)
+        needs_each = self.texts is not None or self.caches is not None or self.update_memory
         self.look_every = 1 if needs_each else LOOK_EVERY.get(self.input_ids.device.type, 1)
         self.num_looked = 0
         packs = self.config.max_new_tokens >= PACK_FROM
-        self.weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
-        with torch.no_grad(), self.weights.in_use():
+        weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
+        with torch.no_grad(), weights.in_use():
             logits = self._read_prompts()
         steps_in_place = packs and self._can_step_in_place()
         unread = ~self.is_done
@@ -184,19 +171,21 @@ class GenerationRun:
         for number in range(self.config.max_new_tokens):
             # Between two yields the caller runs: untimed, with its own gradient mode, and with the model unpatched.
             begin = time.perf_counter()
-            with torch.no_grad(), self.weights.in_use():
+            with torch.no_grad(), weights.in_use():
                 making = ~self.is_done
                 if number and steps_in_place and (not self.update_memory or bool(unread.all())):
                     tokens = self._make_token(number)
                 else:
                     logits = self._read(unread) if number else logits
                     tokens = self.sampler.choose(logits)
-                self._keep(tokens, number, making, tracks)
+                self._keep(tokens, number, making)
                 # A row's last token needs to be read only for the memory.
                 unread = making if self.update_memory else ~self.is_done
                 is_last = number + 1 == self.config.max_new_tokens or bool(self.is_done.all())
                 if is_last:
-                    self._end(unread)
+                    if self.update_memory:
+                        self.stream.feed_hidden(self.last_tokens, unread.unsqueeze(1))
+                    self.stream.close(update_memory=self.update_memory)
                 if is_last and self.input_ids.device.type == "cuda":
                     torch.cuda.synchronize()  # count the work that is still running
             self.seconds += time.perf_counter() - begin
@@ -204,13 +193,9 @@ class GenerationRun:
             if is_last:
                 return
 
-    def collect_ids(self) -> Tensor:
-        """The prompts and the new tokens; see `generate`."""
-        return torch.cat((self.input_ids, self.new_ids[:, : max(self.num_new)]), dim=1)
-
-    def describe(self) -> GenerationStatistics:
-        """The statistics so far."""
-        return GenerationStatistics(
+    def collect(self) -> tuple[Tensor, GenerationStatistics]:
+        """What `generate` returns."""
+        return torch.cat((self.input_ids, self.new_ids[:, : max(self.num_new)]), dim=1), GenerationStatistics(
             num_tokens=sum(self.num_new),
             seconds=self.seconds,
             passes=self.stream.num_passes,
@@ -289,7 +274,7 @@ class GenerationRun:
                 cache.add(*read)
         return logits
 
-    def _keep(self, tokens: Tensor, number: int, rows: Tensor, tracks: bool) -> None:
+    def _keep(self, tokens: Tensor, number: int, rows: Tensor) -> None:
         """Record the tokens that rows [B] bool made, and mark the rows that they end."""
         if not bool(rows.all()):
             is_over = (~rows).to(tokens.device, non_blocking=True)
@@ -301,12 +286,11 @@ class GenerationRun:
         begin, self.num_looked = self.num_looked, number + 1
         if tokens.device.type != "cpu":  # there `choose` has looked
             self.sampler.check()
-        if not tracks:
+        if not self.tracks:
             self.num_new = [number + 1] * len(tokens)
             return
         found = tokens.unsqueeze(1) if self.look_every == 1 else self.new_ids[:, begin : number + 1]
         for row, (ids, is_made) in enumerate(zip(found.tolist(), rows.tolist(), strict=True)):
-            self.step_tokens[row] = ids[-1] if is_made else None
             self.pieces[row] = ""
             for token in ids if is_made else ():
                 self.num_new[row] += 1
@@ -329,11 +313,6 @@ class GenerationRun:
             self.is_done[row] = is_end or text.is_stopped
         self.pieces[row] = piece
         self.parts[row].append(piece)
-
-    def _end(self, unread: Tensor) -> None:
-        if self.update_memory:
-            self.stream.feed_hidden(self.last_tokens, unread.unsqueeze(1))
-        self.stream.close(update_memory=self.update_memory)
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
