@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 import tiny
-from model_cases import assert_states_equal, assert_states_near, text_ids
+from model_cases import assert_states_equal, text_ids
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
 from new_llm.models import load_memory_file, save_memory_file
@@ -76,23 +76,6 @@ def save_part(model, ids, path):
     model.reset_memory()
     model(ids, update_memory=True)
     save_memory_file(model, path)
-
-
-def test_merge_is_one_call_that_reads_all(tmp_path):
-    model = make_model(use_delta_rule=False, num_memory_banks=2, segments_per_bank=1)
-    ids = text_ids(3, 43)
-    paths = [tmp_path / f"{row}.safetensors" for row in range(3)]
-    for row, path in enumerate(paths):
-        save_part(model, ids[row : row + 1], path)
-    merged = merge_memory_files(paths, paths[0])
-    model.reset_memory()
-    model(ids, update_memory=True)
-    expected = model.get_memory_state()
-    assert_states_near(merged.state, expected, 1e-6)
-    load_memory_file(model, paths[0])
-    assert_states_near(model.get_memory_state(), expected, 1e-6)
-    assert merged.tokens_seen == 3 * 43
-    assert int(merged.state[0]["segments_seen"]) == 3 * 6
 
 
 def test_merge_refuses_what_does_not_add(tmp_path):

@@ -88,24 +88,9 @@ def test_layers_above_the_last_memory_run_only_in_several_passes(kind, layers, n
     assert_states_near(model.get_memory_state(), expected, 1e-5)
 
 
-def test_files_that_add_are_rows_of_one_call(texts, tokenizer):
-    model = make_model("hierarchical", use_delta_rule=False)
-    assert memory_adds(model)
-    result = fill_memory(model, tokenizer, texts, config=SMALL)
-    filled = model.get_memory_state()
-
-    rows = [encode(tokenizer, path)[0] for path in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    model.reset_memory()
-    with torch.no_grad():
-        model(ids, mask, update_memory=True)
-    assert_states_near(filled, model.get_memory_state(), 1e-6)
-    assert result.num_tokens == sum(map(len, rows))
-
-
 def test_files_that_do_not_add_are_read_in_order(texts, tokenizer):
     model = make_model("infini")
+    assert memory_adds(make_model("hierarchical", use_delta_rule=False))
     assert not memory_adds(model)
     assert not memory_adds(make_model(use_delta_rule=False, use_alibi=True))
     with torch.no_grad():
