@@ -8,17 +8,11 @@ import pytest
 import yaml
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.config.loading import load_by_name, read_settings, settings_from_dict
+from new_llm.config.loading import find_committed, load_by_name, read_settings, settings_from_dict
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import ModelType
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-
-
-def write(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def test_the_flat_keywords_of_python_land_in_their_sections():
@@ -34,7 +28,7 @@ def test_every_published_configuration_loads_and_survives_its_yaml_form(path):
 
 
 def test_the_reference_file_is_the_programs_default():
-    reference = read_settings(next(path for path in CONFIGS if path.stem == "pythia-70m-pile"), ExperimentConfig)
+    reference = read_settings(find_committed(Path("pythia-70m-pile"), "configs"), ExperimentConfig)
     default = ExperimentConfig(models=reference.models)
     assert reference.model.shape(1) == dataclasses.replace(default.model.shape(1), vocab_size=50304)
     assert dataclasses.replace(reference, model=default.model) == default
@@ -64,11 +58,14 @@ def test_the_reference_file_is_the_programs_default():
         ("data: [1, 2]", "data"),
         ("[1, 2]", "mapping"),
         ("a: b: c", "YAML"),
+        ("models: !!python/object/apply:os.system ['touch ran']", "could not determine a constructor"),
+        ("a: &a [x]\nb: [*a, *a]\n", "aliases are not allowed"),
     ],
 )
 def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
+    (path := tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        read_settings(write(tmp_path, text), ExperimentConfig)
+        read_settings(path, ExperimentConfig)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 

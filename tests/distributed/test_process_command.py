@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,15 @@ import yaml
 from new_llm.cli.main import check_command, main
 from new_llm.config import UserError
 from new_llm.experiments.run_folder import read_json
-from tiny import COMMAND, ENVIRONMENT, make_settings
+from tiny import ENVIRONMENT, make_settings, wait_until
 from training_cases import read_curve
 
 SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def start(folder: Path, *flags: str, launcher: tuple[str, ...] | list[str] = ()) -> subprocess.Popen[str]:
+def start(folder: Path, *flags: str, launcher: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, "-m", "new_llm.cli.main", "experiment", "--runs-dir", str(folder), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=ENVIRONMENT | environment)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
@@ -46,9 +46,7 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path, flags, 
     assert finish(start(tmp_path, "--name", "whole", *flags))[0] == 0
     process = start(tmp_path, "--name", "both", *flags, "--train.sharding", sharding, launcher=SEVERAL)
     metrics = tmp_path / "both" / "infini" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
-        assert process.poll() is None
-        time.sleep(0.02)
+    assert wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert out == ""
@@ -71,23 +69,12 @@ def test_sigterm_to_the_launcher_saves_and_one_process_goes_on(tmp_path, flags, 
 def test_bad_input_is_one_line_of_one_process(tmp_path, flags, bad, message):
     # Without torchrun's own words: each process as `srun` would start it.
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    command = [*COMMAND, "experiment", "--runs-dir", str(tmp_path / "runs")]
-    processes = [
-        subprocess.Popen(
-            [*command, "--name", "bad", *flags, *bad],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT | environment | {"RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    given = ["--name", "bad", *flags, *bad]
+    processes = [start(tmp_path / "runs", *given, **environment, RANK=str(rank)) for rank in range(2)]
     ended = [finish(process) for process in processes]
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert [out for _, out, _ in ended] == ["", ""]
-    lines = [line for _, _, said in ended for line in said]
-    assert len(lines) == 1, lines
-    assert message in lines[0]
+    assert [(code, out) for code, out, _ in ended] == [(2, "")] * 2
+    (line,) = [line for _, _, said in ended for line in said]
+    assert message in line
     assert not (tmp_path / "runs").exists()
 
 

@@ -16,6 +16,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 import new_llm.processes
 from new_llm.config import EvalConfig, TrainConfig, UserError
+from new_llm.config.loading import flatten_settings
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.evaluation import (
     Positions,
@@ -42,20 +43,20 @@ TOLERANCE = 1e-4
 ROWS = {"batch_size": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
 
 
-def train(processes: Processes, folder: Path, kind: str, options: dict[str, Any], changes: dict[str, Any]) -> None:
-    make_trainer(folder, kind, processes=processes, options=options, **ROWS | changes).run()
+Cases = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+"""By name the kind of a model, its options, and what its configuration has else."""
 
 
-def train_all(processes: Processes, root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
+def train_all(processes: Processes, root: Path, cases: Cases, ways: tuple[str, ...] = WAYS) -> None:
     for name, (kind, options, changes) in cases.items():
-        for way in WAYS:
-            train(processes, root / way / name, kind, options, {**changes, "sharding": way})
+        for way in ways:
+            folder = root / (way if processes.count > 1 else "one") / name
+            make_trainer(folder, kind, processes=processes, options=options, **ROWS | changes, sharding=way).run()
 
 
-def compare_all(root: Path, cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]], count: int = 2) -> None:
+def compare_all(root: Path, cases: Cases, count: int = 2) -> None:
     """Train every case in one process and in `count`, both ways, and compare curves and best weights."""
-    for name, (kind, options, changes) in cases.items():
-        train(ALONE, root / "one" / name, kind, options, changes)
+    train_all(ALONE, root, cases, WAYS[:1])
     run_processes(count, train_all, root, cases)
     for name in cases:
         expected = read_curve(root / "one" / name)
@@ -85,20 +86,12 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_every_model_gives_the_curve_of_one_process(tmp_path, count):
+def test_every_model_and_every_way_to_run_a_step_give_the_curve_of_one_process(tmp_path, count):
+    """Also layers run twice, layers called once a pass and segment with memory between, a last batch of few rows."""
     compare_all(
         tmp_path,
-        {f"{kind}-{order}": (kind, {}, {"order": order}) for kind in KINDS for order in ("stream", "shuffled")},
-        count,
-    )
-
-
-@pytest.mark.slow
-def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path):
-    """Layers run twice, layers called once a pass and segment with memory between, a last batch of few rows."""
-    compare_all(
-        tmp_path,
-        {
+        {f"{kind}-{order}": (kind, {}, {"order": order}) for kind in KINDS for order in ("stream", "shuffled")}
+        | {
             "checkpointing": ("infini", {}, {"gradient_checkpointing": True}),
             "no accumulation": ("infini", {}, {"gradient_accumulation_steps": 1}),
             "all batches in one step": ("multi_memory", {}, {"gradient_accumulation_steps": 100, "num_epochs": 12}),
@@ -106,17 +99,8 @@ def test_every_way_to_run_a_step_gives_the_curve_of_one_process(tmp_path):
             "long samples": ("infini", {}, {"seq_length": 64, "segments_per_sample": 8, "num_epochs": 6}),
             "shifted keys": ("multi_memory", {"use_key_shift": True}, {}),
         },
+        count,
     )
-
-
-def test_a_model_without_memory_goes_on_in_the_middle_of_a_stream(tmp_path):
-    make_trainer(tmp_path / "whole", "pythia").run()
-    trainer = make_trainer(tmp_path / "stopped", "pythia")
-    stop_at(trainer, 2)
-    with pytest.raises(TrainingInterrupted, match="step 2"):
-        trainer.run()
-    make_trainer(tmp_path / "stopped", "pythia").run(resume=True)
-    assert read_curve(tmp_path / "stopped") == read_curve(tmp_path / "whole")
 
 
 def resume_all(processes: Processes, root: Path, saved_by: str, ways: tuple[str, ...]) -> None:
@@ -156,9 +140,6 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path
 # Windows, documents and sentences shared among processes: the numbers of one process
 
 
-TIMING = {"seconds", "tokens_per_second"}
-
-
 def measure_all(processes: Processes) -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("infini", make_config().model.shape(VOCAB), segment_length=8).eval()
@@ -167,43 +148,35 @@ def measure_all(processes: Processes) -> dict[str, Any]:
     words = sorted({word for pair in pairs for text in (pair.forward, pair.backward) for word in text.split()})
     tokenizer = Tokenizer(WordLevel({word: index % VOCAB for index, word in enumerate(["?", *words])}, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
-    results = {
-        "sliding": evaluate_sliding_window(model, split, context=16, stride=4, **shared),
-        "rolling": evaluate_rolling(model, split, context=16, prefix_token=0, **shared),
-        "independent": evaluate_independent(model, split, max_tokens=300, **shared),
-        "streaming": evaluate_streaming(model, split, **shared),
-        # One document: all processes but one have nothing to read.
-        "one document": evaluate_streaming(model, split, max_tokens=100, **shared),
-        "one window": evaluate_sliding_window(model, split, context=64, stride=64, max_tokens=50, **shared),
-    }
-    found: dict[str, Any] = {name: result.to_dict() for name, result in results.items()}
     settings = EvalConfig(position_edges=(0, 2, 8), batch_size=3)
-    ranges = Positions().run(Subject(model, tokenizer, split, settings, seq_length=16, processes=processes))["ranges"]
-    found["positions"] = {str(entry["start"]): entry for entry in ranges}
-    found["reversal"] = evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=20, **shared).to_dict()
-    return found
+    subject = Subject(model, tokenizer, split, settings, seq_length=16, processes=processes)
+    return {
+        "sliding": evaluate_sliding_window(model, split, context=16, stride=4, **shared).to_dict(),
+        "rolling": evaluate_rolling(model, split, context=16, prefix_token=0, **shared).to_dict(),
+        "independent": evaluate_independent(model, split, max_tokens=300, **shared).to_dict(),
+        "streaming": evaluate_streaming(model, split, **shared).to_dict(),
+        # One document: all processes but one have nothing to read.
+        "one document": evaluate_streaming(model, split, max_tokens=100, **shared).to_dict(),
+        "one window": evaluate_sliding_window(model, split, context=64, stride=64, max_tokens=50, **shared).to_dict(),
+        "positions": {str(entry["start"]): entry for entry in Positions().run(subject)["ranges"]},
+        "reversal": evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=20, **shared).to_dict(),
+    }
 
 
 def write_measured(processes: Processes, folder: Path) -> None:
     (folder / f"{processes.rank}.json").write_text(json.dumps(measure_all(processes)))
 
 
-def check_equal(expected: Any, found: Any, where: str) -> None:
-    if isinstance(expected, dict):
-        assert expected.keys() == found.keys(), where
-        for key in expected.keys() - TIMING:
-            check_equal(expected[key], found[key], f"{where} {key}")
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), where
-    else:
-        assert found == expected, where
-
-
 def test_every_process_has_the_numbers_of_one(tmp_path):
-    expected = json.loads(json.dumps(measure_all(ALONE)))
+    expected = flatten_settings(json.loads(json.dumps(measure_all(ALONE))))
     run_processes(3, write_measured, tmp_path)
     for rank in range(3):
-        check_equal(expected, json.loads((tmp_path / f"{rank}.json").read_text()), f"process {rank}:")
+        found = flatten_settings(json.loads((tmp_path / f"{rank}.json").read_text()))
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            if not name.endswith(("seconds", "tokens_per_second")):
+                near = pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
+                assert found[name] == near, (rank, name)
 
 
 # Sharded weights: laid out on meta, gathered in bf16. And what DDP, the devices and a failing process need

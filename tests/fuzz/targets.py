@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load, save
 
-from new_llm.config import DataConfig, EvalConfig, PythiaConfig, TrainConfig
+from new_llm.config import DataConfig, PythiaConfig
 from new_llm.config.evaluation import FillConfig
 from new_llm.data import dataset
 from new_llm.data.local_files import read_file
 from new_llm.data.tokenizer import read_tokenizer_file, train_tokenizer
-from new_llm.experiments import run_experiment, runner
-from new_llm.experiments.config import ExperimentConfig, ModelConfig
+from new_llm.experiments import run_experiment
+from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.memory_filling import read_documents
 from new_llm.experiments.run_folder import list_runs
 from new_llm.experiments.subject import load_hugging_face
@@ -30,7 +30,7 @@ from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini,
 from new_llm.models.memory_file import read_memory_file
 from new_llm.report import read_runs, write_page
 from new_llm.training.checkpoint import describe_fault, find_checkpoint, read_checkpoint
-from tiny import SPEECHES, write_lines
+from tiny import SPEECHES, make_settings, write_lines
 
 Read = Callable[[Path], Any]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -101,16 +101,8 @@ def _make_tokens(folder: Path) -> dict[str, Target]:
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_lines(folder / "lines.jsonl", TEXTS)
-    config = DataConfig(
-        source=str(folder / "lines.jsonl"),
-        tokenizer=str(folder / "tokenizer.json"),
-        seq_length=16,
-        num_samples=None,
-        reversal_pairs=False,
-        cache_dir=folder / "cache",
-        shard_characters=2000,
-    )
-    dataset.prepare_data(config)
+    settings = make_settings(folder / "lines.jsonl", folder)["data"]
+    dataset.prepare_data(DataConfig(**settings, tokenizer=str(folder / "tokenizer.json"), cache_dir=folder / "cache"))
     (key,) = (path.name for path in (folder / "cache").iterdir() if path.is_dir())
     raw = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
 
@@ -173,8 +165,11 @@ def _make_memories(folder: Path) -> dict[str, Target]:
             read_adapter_file(path)
 
     targets = {}
-    for name, read in (("memory", read_memory), ("adapter", read_adapter), ("adapter, as .pt", read_adapter)):
-        file = {"memory": "memory.safetensors", "adapter": "adapter.safetensors"}.get(name, "adapter.pt")
+    for name, file, read in (
+        ("memory", "memory.safetensors", read_memory),
+        ("adapter", "adapter.safetensors", read_adapter),
+        ("adapter, as .pt", "adapter.pt", read_adapter),
+    ):
         if read is read_adapter:
             save_adapter(adapted, folder / file)
         raw = {file: (folder / file).read_bytes()}
@@ -186,25 +181,9 @@ def _make_memories(folder: Path) -> dict[str, Target]:
 
 def _make_runs(folder: Path) -> dict[str, Target]:
     write_lines(folder / "lines.jsonl", TEXTS)
-    config = ExperimentConfig(
-        name="run",
-        models=("infini",),
-        runs_dir=folder / "runs",
-        model=ModelConfig(**SHAPE),
-        data=DataConfig(
-            source=str(folder / "lines.jsonl"),
-            tokenizer_vocab_size=300,
-            seq_length=16,
-            segments_per_sample=2,
-            num_samples=8,
-            reversal_pairs=False,
-            cache_dir=folder / "cache",
-        ),
-        train=TrainConfig(num_epochs=1, batch_size=4, keep_checkpoints=1),
-        eval=EvalConfig(context=16, stride=8, max_tokens=100, measures=("sliding", "streaming")),
-    )
-    with mock.patch.object(runner, "remove_checkpoints"):
-        run_experiment(["infini"], config)
+    settings = make_settings(folder / "lines.jsonl", folder / "runs") | {"model": SHAPE}
+    settings["train"] |= {"num_epochs": 1, "keep_checkpoints": 1}
+    run_experiment(exp_config=ExperimentConfig(name="run", models=("infini",), **settings))
     whole = take_folder(folder / "runs")
     start = "run/infini/"
     checkpoint = {name.removeprefix(start): raw for name, raw in whole.items() if "/checkpoints/" in name}
@@ -214,17 +193,10 @@ def _make_runs(folder: Path) -> dict[str, Target]:
         for name, raw in whole.items()
         if name.endswith((".json", ".jsonl", ".yaml")) and "/best/" not in name and "/checkpoints/" not in name
     }
-    small["run/evaluations/one.json"] = json.dumps(
-        {
-            "record_version": 1,
-            "kind": "long",
-            "status": "complete",
-            "created": "2026-01-01T00:00:00+00:00",
-            "subject": {"model": "infini"},
-            "text": {"source": "text"},
-            "result": {"ranges": [{"start": 0, "end": 16, "losses": 1.5, "perplexity": 4.5}]},
-        }
-    ).encode()
+    record = {"record_version": 1, "kind": "long", "status": "complete", "created": "2026-01-01T00:00:00+00:00"}
+    record |= {"subject": {"model": "infini"}, "text": {"source": "text"}}
+    record["result"] = {"ranges": [{"start": 0, "end": 16, "losses": 1.5, "perplexity": 4.5}]}
+    small["run/evaluations/one.json"] = json.dumps(record).encode()
 
     def read_report(folder: Path) -> None:
         write_page(read_runs([folder / "run"]), folder / "page" / "report.html", with_figures=False)

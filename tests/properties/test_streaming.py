@@ -58,13 +58,19 @@ def test_masked_stream_equals_masked_call(name, segment_length, mask, shared, dt
     assert torch.equal(stream.num_tokens, mask.sum(1))
 
 
-def test_a_closed_stream_and_other_rows_are_refused():
+def test_a_closed_stream_and_rows_that_do_not_fit_are_refused():
     model = get_model("mixed")
     with pytest.raises(ValueError, match="batch_size: 0"):
         model.open_stream(0)
     stream = model.open_stream(2)
     with pytest.raises(ValueError, match="3 rows of tokens for a stream of 2"):
         stream.feed(text_ids(3, 2))
+    with pytest.raises(ValueError, match="shape"):
+        stream.reset_rows(torch.tensor([True]))
+    stream.feed(text_ids(2, 7))
+    stream.reset_rows(torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="shared memory"):  # of rows that began at other times
+        stream.close(update_memory=True)
     stream.close()
     with pytest.raises(ValueError, match="closed"):
         stream.feed(text_ids(2, 1))
@@ -113,13 +119,3 @@ def test_a_reset_row_of_a_stream_starts_again_and_the_other_continues(name):
     assert_near(found[0], alone[0], 1e-9)
     for value, expected in zip(list_tensors(kept), list_tensors(fresh), strict=True):
         assert_near(value[0], expected[0], 1e-9)
-
-
-def test_a_stream_with_reset_rows_is_not_added_to_a_shared_memory():
-    stream = get_model("mixed").open_stream(2)
-    stream.feed(text_ids(2, 7))
-    with pytest.raises(ValueError, match="shape"):
-        stream.reset_rows(torch.tensor([True]))
-    stream.reset_rows(torch.tensor([True, False]))
-    with pytest.raises(ValueError, match="shared memory"):
-        stream.close(update_memory=True)
