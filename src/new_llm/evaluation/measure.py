@@ -298,6 +298,17 @@ def load_own_measures(names: Iterable[str]) -> list[str]:
     return lines
 
 
+def ask_measure(name: str, method: str, given: Any, default: Any) -> Any:
+    """What a method of a measure says of results; the default where it can't read them.
+
+    Results are anyone's JSON, and a measure of a user's own may have bugs: neither may cost a finished run its report.
+    """
+    try:
+        return getattr(MEASURES[name], method)(given)
+    except Exception:
+        return default
+
+
 def measure(
     subject: Subject,
     names: Iterable[str] | None = None,

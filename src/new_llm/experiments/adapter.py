@@ -101,10 +101,6 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         seed_generators(self.config.seed)  # loading the base may have drawn numbers
         return add_parallel_infini(base, self.config.adapter, base_name=str(self.source))
 
-    def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
-        """How many tokens it reads at once."""
-        return {"context_tokens": model.segment_length}
-
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write the adapter's file, and measure base and adapter on the long texts."""
         best = load_model(self.model_folder(ADAPTED) / BEST_FOLDER)

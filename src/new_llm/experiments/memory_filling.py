@@ -12,7 +12,6 @@ tokenizers that put a prefix in front of a text agree there, too. Only a run wit
 `max_run_characters` is cut elsewhere.
 """
 
-import codecs
 import copy
 import io
 import tempfile
@@ -249,31 +248,19 @@ def find_cut(text: str) -> int:
     return 0
 
 
-def _read_plain(path: Path, block_bytes: int, on_bytes: OnBytes) -> Iterator[str]:
+def _read_plain(path: Path, block_size: int, on_bytes: OnBytes) -> Iterator[str]:
     """UTF-8 text in blocks, without a byte order mark, with \\n for every line end."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines = io.IncrementalNewlineDecoder(decoder, translate=True)  # a \r is held back: its \n may come next
-    offset, has_begun, is_visible = 0, False, False
-    with path.open("rb") as file:
-        while True:
-            raw = file.read(block_bytes)
-            if (at := raw.find(b"\0")) >= 0:
-                raise UserError(f"{path}: binary (a NUL at byte {offset + at}); UTF-8 text is expected")
-            pending = len(decoder.getstate()[0])
-            try:
-                text = lines.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                at = offset - pending + error.start
-                byte = error.object[error.start]
-                raise UserError(f"{path}: not UTF-8 text: 0x{byte:02x} at byte {at}") from None
-            if text and not has_begun:
-                text, has_begun = text.removeprefix("\ufeff"), True
-            if text:
+    is_visible, num_read = False, 0
+    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
+        try:
+            while text := file.read(block_size):
+                if "\0" in text:
+                    raise UserError(f"{path}: binary (it holds a NUL); UTF-8 text is expected")
                 is_visible = is_visible or not text.isspace()
                 yield text
-            if not raw:
-                break
-            offset += len(raw)
-            on_bytes(len(raw))
+                on_bytes(raw.tell() - num_read)
+                num_read = raw.tell()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text: it holds 0x{error.object[error.start]:02x}") from None
     if not is_visible:
         raise UserError(f"{path}: holds no text, only white space")

@@ -249,34 +249,26 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; a run folder or a folder with {STRUCTURE_FILE} is expected")
-    for folder in (run, run / BEST_FOLDER):
-        if (folder / STRUCTURE_FILE).is_file():
-            if model is not None:
-                raise UserError(f"{run}: holds a single model; leave out the model's name ({model!r})")
-            if needs_memory and not has_memory(folder):
-                raise UserError(f"{run}: this model has no memory layer")
-            return folder
-    found = sorted(run.glob(f"*/{BEST_FOLDER}/{STRUCTURE_FILE}"))
-    folders = {path.parent.parent.name: path.parent for path in found}
+    own = next((folder for folder in (run, run / BEST_FOLDER) if (folder / STRUCTURE_FILE).is_file()), None)
+    if own is not None and model is not None:
+        raise UserError(f"{run}: holds a single model; leave out the model's name ({model!r})")
+    inside = sorted(run.glob(f"*/{BEST_FOLDER}/{STRUCTURE_FILE}"))
+    folders = {path.parent.parent.name: path.parent for path in inside} if own is None else {run.name: own}
     if not folders:
         raise UserError(
             f"{run}: no saved model here: no {STRUCTURE_FILE} and no <model>/{BEST_FOLDER}/{STRUCTURE_FILE}"
         )
-    names = ", ".join(folders)
     if model is not None:
-        folder = folders.get(model) or folders.get(name_model_folder(model))
-        if folder is None:
-            raise UserError(f"{run}: no model {model!r} here; it has {names}")
-        if needs_memory and not has_memory(folder):
-            raise UserError(f"{run}: the model {model} has no memory layer")
-        return folder
-    if needs_memory:
-        folders = {name: folder for name, folder in folders.items() if has_memory(folder)}
-        if not folders:
-            raise UserError(f"{run}: none of its models has a memory layer ({names})")
-    if len(folders) > 1:
-        raise UserError(f"{run}: several models; choose one by --model: {', '.join(folders)}")
-    return next(iter(folders.values()))
+        names = [name for name in (model, name_model_folder(model)) if name in folders]
+        if not names:
+            raise UserError(f"{run}: no model {model!r} here; it has {', '.join(folders)}")
+        folders = {names[0]: folders[names[0]]}
+    found = {name: folder for name, folder in folders.items() if not needs_memory or has_memory(folder)}
+    if not found:
+        raise UserError(f"{run}: no memory layer in {', '.join(folders)}")
+    if len(found) > 1:
+        raise UserError(f"{run}: several models; choose one by --model: {', '.join(found)}")
+    return next(iter(found.values()))
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:

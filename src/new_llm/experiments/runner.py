@@ -146,9 +146,9 @@ class Run(ABC, Generic[Config]):
     def build(self, name: str) -> TransformerLM:
         """A model with fresh weights; torch's generators have just been seeded."""
 
-    @abstractmethod
-    def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
-        """Facts about a model for its result, beside its figures."""
+    def list_options(self, name: str) -> dict[str, Any]:
+        """The options that a model was made with, for its result."""
+        return {}
 
     def initialize(self, name: str, model: TransformerLM) -> None:
         """Give a model the weights that its training begins from, where these are not fresh."""
@@ -404,11 +404,8 @@ class Run(ABC, Generic[Config]):
     def _read_result(self, folder: Path) -> dict[str, Any] | None:
         done = read_json(folder / MODEL_RESULT_FILE)
         if done is not None:
-            self._remove_checkpoints(folder)  # a killed process may have left them
+            remove_checkpoints(folder, keep=int(self.config.train.keep_last_checkpoint))  # a killed process left them
         return done
-
-    def _remove_checkpoints(self, folder: Path) -> None:
-        remove_checkpoints(folder, keep=int(self.config.train.keep_last_checkpoint))
 
     def _load_best(self, name: str, folder: Path) -> TransformerLM:
         """The best weights; the main process reads them for all."""
@@ -430,7 +427,8 @@ class Run(ABC, Generic[Config]):
         folder = self.model_folder(name)
         result: dict[str, Any] = {
             "model_type": name,
-            **self.describe_model(name, model),
+            "options": self.list_options(name),
+            "context_tokens": model.segment_length,
             "num_parameters": model.num_parameters(),
             "memory_info": model.memory_info(),
             "cost": {
@@ -450,7 +448,7 @@ class Run(ABC, Generic[Config]):
                 "epochs_log": [line for line in lines if line["event"] == "epoch"],
             }
         write_json(folder / MODEL_RESULT_FILE, result)
-        self._remove_checkpoints(folder)
+        remove_checkpoints(folder, keep=int(self.config.train.keep_last_checkpoint))
         return result
 
 
@@ -529,9 +527,9 @@ class ExperimentRun(Run[ExperimentConfig]):
         """A model of the type, of the experiment's shape."""
         return build_model(self.config, name, self.data.vocab_size)
 
-    def describe_model(self, name: str, model: TransformerLM) -> dict[str, Any]:
-        """Its options, and how many tokens it reads at once."""
-        return {"options": self.config.model.options_of(name), "context_tokens": self.config.context_tokens(name)}
+    def list_options(self, name: str) -> dict[str, Any]:
+        """Those of the model type."""
+        return self.config.model.options_of(name)
 
 
 def build_model(config: ExperimentConfig, name: str, vocab_size: int) -> TransformerLM:

@@ -9,11 +9,10 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from new_llm.config.terminal import make_line
-from new_llm.evaluation import MEASURES, Column, Measure
+from new_llm.evaluation import MEASURES, Column, ask_measure
 from new_llm.evaluation.caches import BARE, REPETITION, TEXT_CACHES
 from new_llm.evaluation.statistics import (
     MIN_DOCUMENTS,
@@ -52,11 +51,11 @@ def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             yield what, record["kind"], record["result"]
 
 
-def list_columns(measure: Measure, result: dict[str, Any]) -> Iterator[tuple[str, str, Column]]:
-    """(table, heading, column) of all of a result's figures by which a study compares."""
-    for column in measure.columns(result):
-        yield column.group or measure.title, column.title, column
-    for table in measure.tables(result):
+def list_columns(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, Column]]:
+    """(table, heading, column) of all of a result's figures by which a study compares; none of an unknown measure."""
+    for column in ask_measure(name, "columns", result, []):
+        yield column.group or MEASURES[name].title, column.title, column
+    for table in ask_measure(name, "tables", result, []):
         for row, columns in table.rows if table.is_for_studies else ():
             for column in columns:
                 yield table.title, f"{row}, {column.title}", column
@@ -80,12 +79,10 @@ def list_figures(run: Run) -> dict[str, Figure]:
     """Each figure of a training by its name."""
     figures: dict[str, Figure] = {}
     for what, name, result in list_results(run):
-        measure = MEASURES.get(name)
         text = f": {what.removeprefix(f'{name}-')}" if what != name else ""
-        with suppress(Exception):  # a bug of a user's own measure costs its own figures, not a finished study's table
-            for title, head, column in list_columns(measure, dict(result)) if measure else ():
-                if isinstance(column.value, int | float):
-                    figures[f"{title}{text}: {head}"] = Figure(title + text, column, count_documents(result))
+        for title, head, column in list_columns(name, dict(result)):
+            if isinstance(column.value, int | float):
+                figures[f"{title}{text}: {head}"] = Figure(title + text, column, count_documents(result))
     gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
     training = run["model"]["training"]
     model, cost = run["model"], run["model"].get("cost") or {}
@@ -251,9 +248,8 @@ def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLo
     found: dict[str, dict[str, dict[int, DocumentLosses]]] = {}
     for run in runs:
         for what, name, result in list_results(run):
-            with suppress(Exception):  # as in `list_figures`
-                for way, losses in MEASURES[name].losses(dict(result)).items():
-                    found.setdefault(what, {}).setdefault(way, {})[run["seed"]] = losses
+            for way, losses in ask_measure(name, "losses", dict(result), {}).items():
+                found.setdefault(what, {}).setdefault(way, {})[run["seed"]] = losses
     return found
 
 
@@ -298,9 +294,8 @@ def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
     found: dict[str, dict[int, tuple[DocumentLosses, DocumentLosses]]] = {}
     for run in runs:
         for _, name, result in list_results(run):
-            with suppress(Exception):  # as in `list_figures`
-                for key, pair in MEASURES[name].contrasts(dict(result)).items():
-                    found.setdefault(key, {})[run["seed"]] = pair
+            for key, pair in ask_measure(name, "contrasts", dict(result), {}).items():
+                found.setdefault(key, {})[run["seed"]] = pair
     compared: dict[str, Comparison | None] = {}
     for key, by_seed in found.items():
         one, other = ({seed: pair[side] for seed, pair in by_seed.items()} for side in (0, 1))

@@ -11,7 +11,6 @@ from new_llm.evaluation.scoring import exp_or_inf
 from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, Comparison
 from new_llm.formats import format_count, format_plural, format_size
 from new_llm.report.results import (
-    BROKEN,
     Member,
     Place,
     Series,
@@ -66,10 +65,12 @@ class Score:
 
 def describe_outcome(series: Sequence[Series]) -> Headline:
     """Say whether memory helps where long documents tell it, which model is best, and how far to trust it."""
-    answer, ranking = describe_memory(series), describe_ranking(series)
-    if not answer:
-        return ranking
-    return Headline(answer, [ranking.text, *ranking.caveats], ranking.is_comparable)
+    ranking = describe_ranking(series)
+    try:
+        answer = describe_memory(series)
+    except Exception:  # of results in an unknown form
+        answer = ""
+    return Headline(answer, [ranking.text, *ranking.caveats], ranking.is_comparable) if answer else ranking
 
 
 def describe_memory(series: Sequence[Series]) -> str:
@@ -77,13 +78,6 @@ def describe_memory(series: Sequence[Series]) -> str:
 
     Empty where no model with memory has been measured on long documents.
     """
-    try:
-        return _describe_memory(series)
-    except BROKEN:
-        return ""
-
-
-def _describe_memory(series: Sequence[Series]) -> str:
     found = {one.name: _list_results(one, series, "long") for one in series}
     measured = [one for one in series if found[one.name]]
 

@@ -23,7 +23,6 @@ from new_llm.report import figures
 from new_llm.report.figures import draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import (
-    BROKEN,
     VALIDATION,
     Place,
     Run,
@@ -216,7 +215,7 @@ def _make_figure(charts: Sequence[Chart], places: dict[str, int], *, with_figure
         try:  # a user's own specification perhaps
             svg = Markup(figures.draw_for_page(chart, chart.spec, places))
             other = Markup(figures.draw_for_page(chart, chart.other, places)) if chart.other else None
-        except BROKEN:
+        except Exception:
             continue
         table = base64.b64encode(figures.write_table(chart).encode()).decode()
         label = make_line(chart.view or chart.title)

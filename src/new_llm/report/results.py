@@ -18,8 +18,8 @@ from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file, read_mapping
 from new_llm.config.loading import flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
-from new_llm.evaluation import MEASURES, Column, ModelResult
-from new_llm.evaluation.statistics import Comparison, compare_models
+from new_llm.evaluation import MEASURES, Column, ModelResult, ask_measure
+from new_llm.evaluation.statistics import Comparison, DocumentLosses, compare_models
 from new_llm.formats import MISSING, format_number
 
 SCHEMA_VERSION = 1
@@ -329,9 +329,6 @@ Place = tuple[str, str]
 
 CONFIDENCE = 0.95
 
-# Results are anyone's JSON, and a measure of a user's own may have bugs: neither may cost a finished run its report.
-BROKEN = (Exception,)
-
 
 def list_places(series: Sequence[Series]) -> list[Place]:
     """What was measured of at least one model: the run's own text first, then in the order of the fullest results."""
@@ -353,47 +350,32 @@ def list_results(series: Sequence[Series], place: Place) -> list[ModelResult]:
 
 def list_columns(measured: Measured) -> list[Column]:
     """The measure's columns of one result; none where it can't read it."""
-    try:
-        return MEASURES[measured.measure].columns(measured.result)
-    except BROKEN:
-        return []
+    return ask_measure(measured.measure, "columns", measured.result, [])
 
 
 def write_value(column: Column, value: float) -> str:
     """A number as its column writes it; what no format can write, plainly."""
     try:
         return make_line(column.format(value)) if math.isfinite(value) else format_number(value)
-    except BROKEN:
+    except Exception:  # a format of a user's own
         return format_number(value)
 
 
 def describe(measured: Measured) -> str:
     """The result in a sentence; empty where there is none."""
-    try:
-        return make_line(MEASURES[measured.measure].describe(measured.result))
-    except BROKEN:
-        return ""
+    return make_line(ask_measure(measured.measure, "describe", measured.result, ""))
 
 
 def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
     """The measure's charts, without the results that it can't draw."""
-    measure = MEASURES[place[0]]
-
-    def draw(some: Sequence[ModelResult]) -> list[Chart]:
-        try:
-            return measure.charts(some) if some else []
-        except BROKEN:
-            return []
-
-    return draw(results) or draw([result for result in results if draw([result])])
+    drawn = ask_measure(place[0], "charts", results, [])
+    readable = [result for result in results if not drawn and ask_measure(place[0], "charts", [result], [])]
+    return drawn or ask_measure(place[0], "charts", readable, [])
 
 
 def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText]:
     """The measure's passages."""
-    try:
-        return MEASURES[place[0]].texts(results)
-    except BROKEN:
-        return []
+    return ask_measure(place[0], "texts", results, [])
 
 
 def compare(
@@ -407,15 +389,12 @@ def compare(
         of: the measure, and the way of reading it by which the one model is compared.
         against: those of the other one; None: the same.
     """
-    try:
-        (measure, way), (other_measure, other_way) = of, against or of
-        return compare_models(
-            {seed: MEASURES[measure].losses(result)[way] for seed, result in one.items()},
-            {seed: MEASURES[other_measure].losses(result)[other_way] for seed, result in other.items()},
-            CONFIDENCE,
-        )
-    except BROKEN:
-        return None
+
+    def read(results: Mapping[Any, Any], measure: str, way: str) -> dict[Any, DocumentLosses]:
+        found = {seed: ask_measure(measure, "losses", result, {}).get(way) for seed, result in results.items()}
+        return {seed: losses for seed, losses in found.items() if losses is not None}
+
+    return compare_models(read(one, *of), read(other, *(against or of)), CONFIDENCE)
 
 
 def list_unknown(series: Sequence[Series]) -> list[str]:
