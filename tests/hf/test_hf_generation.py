@@ -102,20 +102,6 @@ def test_a_cache_is_read_on_copied_and_selected():
         assert copied.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_read_in_chunks_is_continued_alike(side, num_beams):
-    hf = wrap("mixed")
-    ids, mask = padded(side)
-    found = [
-        hf.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=9, num_beams=num_beams, prefill_chunk_size=size, **GREEDY
-        )
-        for size in (None, 1, 4, 99)
-    ]
-    assert all(torch.equal(one, found[0]) for one in found)
-
-
 def test_a_row_whose_next_columns_are_all_padding_goes_on_from_its_last_token():
     hf = wrap("mixed")
     ids, mask = padded("right", 12)

@@ -241,7 +241,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "has shape": {"tensors": {"layers.0.attention.gate": torch.zeros(3)}},
     "missing or unknown tensors": {"tensors": {"layers.2.alpha": None}},
     "not a tensor of floats": {"tensors": {"layers.0.attention.gate": torch.zeros(1, dtype=torch.int64)}},
-    "not an adapter file": {"metadata": {"format": "new-llm-memory"}},
+    "not a parallel adapter file": {"metadata": {"format": "new-llm-memory"}},
     "format version 99, this program reads 1": {"metadata": {"format_version": "99"}},
     "broken metadata": {"metadata": {"layers": "[" * 100_000}},
     "num_memory_banks": {"options": {"num_memory_banks": 10**12}},

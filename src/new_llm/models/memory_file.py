@@ -16,9 +16,6 @@ sha256               of all of this and the tensors
 ```
 """
 
-import dataclasses
-import datetime
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.files import shorten
-from new_llm.config.sections import describe_validation_error, section
+from new_llm.config.sections import section
 from new_llm.models.held_memory import HeldMemory
 from new_llm.models.state import (
     MAX_COUNT,
@@ -41,9 +38,11 @@ from new_llm.models.state import (
     merge_memory_states,
 )
 from new_llm.models.tensor_files import (
-    DIGEST,
     DTYPE_NAMES,
     fingerprint_weights,
+    format_record,
+    now,
+    parse_record,
     read_header,
     read_safetensors,
     write_safetensors,
@@ -130,43 +129,12 @@ def make_record(state: State, *, weights_fingerprint: str, segment_length: int) 
         layers.append(LayerRecord(layer=index, kind=kind, version=version, additive=additive, settings=settings))
     return MemoryRecord(
         program_version=__version__,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=now(),
         weights_fingerprint=weights_fingerprint,
         segment_length=segment_length,
         rows=rows,
         layers=tuple(layers),
     )
-
-
-def format_record(record: MemoryRecord) -> dict[str, str]:
-    """The record as metadata."""
-    values = dataclasses.asdict(record)
-    layers = json.dumps(values.pop("layers"), separators=(",", ":"), allow_nan=False)
-    values["rows"] = SHARED if record.rows is None else record.rows
-    return {name: str(value) for name, value in values.items()} | {"layers": layers}
-
-
-_RECORD = TypeAdapter(MemoryRecord)
-_LAYERS = TypeAdapter(tuple[LayerRecord, ...])
-
-
-def parse_record(metadata: dict[str, str], where: str) -> MemoryRecord:
-    """Read what `format_record` wrote; nothing in it is trusted.
-
-    Raises:
-        UserError: a key is missing, unknown or of the wrong form, or a version is unknown here.
-    """
-    values: dict[str, Any] = dict(metadata)
-    try:
-        values["layers"] = _LAYERS.validate_json(values.get("layers", ""), strict=True)
-        if values.get("rows") == SHARED:
-            values["rows"] = None
-        return _RECORD.validate_python(values)
-    except ValidationError as error:
-        message = str(describe_validation_error(error, where))
-    except UserError as error:
-        message = f"{where}: {error}"
-    raise UserError(shorten(message))
 
 
 # Files
@@ -242,7 +210,9 @@ def write_memory_file(path: Path, content: MemoryFile) -> None:
         for key, value in entry.items()
         if isinstance(value, Tensor)
     }
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)} | format_record(content.record)
+    metadata = format_record(content.record, FORMAT, FORMAT_VERSION)
+    if content.record.rows is None:
+        metadata["rows"] = SHARED
     write_safetensors(path, tensors, metadata)
 
 
@@ -254,12 +224,9 @@ def read_memory_file(path: Path) -> MemoryFile:
     """
     where = str(path)
     header, num_bytes = read_header(path), path.stat().st_size
-    metadata = {key: value for key, value in header.metadata.items() if key != DIGEST}
-    if metadata.pop("format", None) != FORMAT:
-        raise UserError(f"{where}: a safetensors file, but not a memory file (its format is not {FORMAT!r})")
-    if (version := metadata.pop("format_version", None)) != str(FORMAT_VERSION):
-        raise UserError(shorten(f"{where}: format version {version}, this program reads {FORMAT_VERSION}"))
-    record = parse_record(metadata, where)
+    is_shared = header.metadata.get("rows") == SHARED
+    metadata = header.metadata | ({"rows": "null"} if is_shared else {})
+    record = parse_record(metadata, MemoryRecord, FORMAT, FORMAT_VERSION, where)
     for name, shape in header.shapes.items():
         # Beside a size of 0 the others may be anything, and would cost time though they hold no bytes.
         is_possible = len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= num_bytes

@@ -6,21 +6,24 @@ plain values and tensors no larger than their own bytes, and no code of it is ru
 carries one digest, `sha256` over its metadata and tensors, which every reader checks. Equal content gives equal bytes.
 """
 
+import datetime
 import hashlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from new_llm.config import UserError
 from new_llm.config.files import check_regular_file, shorten, write_atomically
+from new_llm.config.sections import describe_validation_error
 
 MAX_ARCHIVE_ENTRIES = 1 << 16
 """Of a file of `torch.save`: one a tensor, and a few."""
@@ -42,6 +45,7 @@ WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 DIGEST = "sha256"
 PICKLE_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How files begin that torch.save or pickle wrote."""
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,46 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(len(beginning).to_bytes(8, "little") + beginning)
         for name in names:
             file.write(_list_bytes(plain[name]))
+
+
+# Records: what the metadata of a file say, as a dataclass
+
+
+def format_record(record: Any, file_format: str, version: int) -> dict[str, str]:
+    """A record as string metadata: text as it is, everything else as JSON."""
+    values = TypeAdapter(type(record)).dump_python(record, mode="json")
+    plain = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return {"format": file_format, "format_version": str(version), **plain}
+
+
+def parse_record(metadata: Any, record_type: type[Record], file_format: str, version: int, where: str) -> Record:
+    """The inverse of `format_record`; nothing of the metadata is trusted.
+
+    Raises:
+        UserError: another format or version, or a key that is missing, unknown or of the wrong form.
+    """
+    values: dict[str, Any] = dict(metadata) if isinstance(metadata, dict) else {}
+    if values.pop("format", None) != file_format:
+        kind = file_format.removeprefix("new-llm-").replace("-", " ")
+        raise UserError(f"{where}: not a {kind} file (its format is not {file_format!r})")
+    if (found := values.pop("format_version", None)) != str(version):
+        raise UserError(shorten(f"{where}: format version {found}, this program reads {version}"))
+    values.pop(DIGEST, None)
+    try:
+        for name, hint in get_type_hints(record_type).items():
+            if name in values and hint is not str and (values[name] == "null" or hint != str | None):
+                values[name] = json.loads(values[name])
+        return TypeAdapter(record_type).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        message = str(describe_validation_error(error, where))
+    except (ValueError, TypeError, RecursionError) as error:
+        message = f"{where}: broken metadata: {error}"
+    raise UserError(shorten(message))
+
+
+def now() -> str:
+    """The time for a record, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 # Digests

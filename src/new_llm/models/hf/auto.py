@@ -273,23 +273,6 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes the cache
 
-    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
-    ) -> Any:
-        """`forward` makes the cache, except where the prompt is read in chunks: then it must be there before the first.
-
-        `others` are, in every version, something of assisted generation, the number of prompts, and lengths.
-        """
-        parent: Any = super()
-        prepared = parent._prepare_cache_for_generation(generation_config, model_kwargs, *others)
-        if (
-            getattr(generation_config, "prefill_chunk_size", None) is not None
-            and generation_config.use_cache is not False
-        ):
-            rows = others[1] * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs.setdefault("past_key_values", StreamCache(self.model, rows))
-        return prepared
-
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.model.embed_in

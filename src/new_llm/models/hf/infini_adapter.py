@@ -20,21 +20,19 @@ sha256            of all of this and the tensors
 """
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from new_llm import __version__
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import shorten, write_atomically
 from new_llm.config.model import Size, check_adapter_suffix
-from new_llm.config.sections import describe_validation_error, section
+from new_llm.config.sections import section
 from new_llm.models.hf.gpt_neox import load_pythia, split_heads_anew
 from new_llm.models.layers import Layer, ParallelInfiniLayer, PythiaLayer
 from new_llm.models.layers.base import initialize_weights
@@ -45,7 +43,10 @@ from new_llm.models.tensor_files import (
     check_digest,
     check_finite,
     fingerprint_tensors,
+    format_record,
     hash_content,
+    now,
+    parse_record,
     read_header,
     read_safetensors,
     read_torch_file,
@@ -319,8 +320,6 @@ def replace_layers(model: TransformerLM, layers: dict[int, ParallelInfiniLayer])
 
 FORMAT = "new-llm-parallel-adapter"
 FORMAT_VERSION = 1
-OWN_KEYS = ("format", "format_version", DIGEST)
-"""Metadata that are not the record's."""
 ShortText = Annotated[str, Field(max_length=1000)]
 
 
@@ -351,16 +350,10 @@ class AdapterFile(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-_RECORD = TypeAdapter(AdapterRecord)
-
-
 def write_adapter_file(path: Path, content: AdapterFile) -> None:
     """Write an adapter file atomically, in the format that its ending says; `created` is filled in."""
     check_adapter_suffix(path, "the adapter's file")
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    values = _RECORD.dump_python(dataclasses.replace(content.record, created=created), mode="json")
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
-    metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    metadata = format_record(dataclasses.replace(content.record, created=now()), FORMAT, FORMAT_VERSION)
     if path.suffix == ".safetensors":
         write_safetensors(path, content.tensors, metadata)
         return
@@ -380,33 +373,12 @@ def read_adapter_file(path: Path) -> AdapterFile:
         metadata, tensors = read_header(path).metadata, read_safetensors(path)
     elif isinstance(content := read_torch_file(path), dict):
         metadata, tensors = content.get("metadata"), content.get("tensors")
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise UserError(f"{where}: not an adapter file (its format is not {FORMAT!r})")
-    if not all(isinstance(value, str) for value in (*metadata, *metadata.values())):
-        raise UserError(f"{where}: broken adapter file: its metadata are not all strings")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        found = metadata.get("format_version")
-        raise UserError(shorten(f"{where}: format version {found}, this program reads {FORMAT_VERSION}"))
+    record = parse_record(metadata, AdapterRecord, FORMAT, FORMAT_VERSION, where)
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: broken adapter file: it holds no tensors")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise UserError(shorten(f"{where}: broken adapter file: {name!r} is not a tensor of floats"))
     check_finite(tensors, where)
-    record = _parse_record(metadata, where)
     check_digest(metadata, tensors, where)
     return AdapterFile(record, tensors)
-
-
-def _parse_record(metadata: dict[str, str], where: str) -> AdapterRecord:
-    values: dict[str, Any] = {key: value for key, value in metadata.items() if key not in OWN_KEYS}
-    try:
-        for key in ("base_name", "with_base", "segment_length", "layers"):
-            if values.get(key) and (key != "base_name" or values[key] == "null"):
-                values[key] = json.loads(values[key])
-        return _RECORD.validate_json(json.dumps(values, allow_nan=False), strict=True)
-    except ValidationError as error:
-        message = str(describe_validation_error(error, where))
-    except (ValueError, RecursionError) as error:
-        message = f"{where}: broken metadata: {error}"
-    raise UserError(shorten(message))
