@@ -1,7 +1,6 @@
 """Cached models: read by every measure, against loops that use transformers alone."""
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from new_llm.evaluation import (
     evaluate_streaming,
 )
 from new_llm.evaluation.scoring import Scorer, join_scores
+from new_llm.models.cache import TextCache
 from new_llm.models.hf.gpt_neox import load_pythia
 
 SEGMENT, VOCAB_SIZE = 8, 11
@@ -46,60 +46,24 @@ def folder(tmp_path_factory):
     return path
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(a @ b / a.norm() / b.norm())
-
-
-def score_with_transformers_alone(path, tokens: list[int], config: CacheConfig) -> list[float]:
+def score_with_transformers_alone(path, tokens: list[int]) -> list[float]:
     """The loss of each token but the first; segments are read alone, the cache sees the whole document."""
-    model = GPTNeoXForCausalLM.from_pretrained(path).double().eval()
-    states, shares = [], []
-    with torch.no_grad():
-        for begin in range(0, len(tokens) - 1, SEGMENT):
-            piece = torch.tensor([tokens[begin : min(begin + SEGMENT, len(tokens) - 1)]])
-            found = model(piece, output_hidden_states=True)
-            states += list(found.hidden_states[-1][0])
-            shares += list(found.logits[0].softmax(-1))
+    model, cache = GPTNeoXForCausalLM.from_pretrained(path).double().eval(), TextCache(CONFIG)
     losses = []
-    for now, following in enumerate(tokens[1:]):
-        parts = {0: float(shares[now][following])}
-        past = range(max(0, now - config.num_states), now)
-        if past:
-            near = {i: math.exp(config.theta * cosine(states[now], states[i])) for i in past}
-            parts[1] = sum(near[i] for i in past if tokens[i + 1] == following) / sum(near.values())
-        for order in (1, 2, 3):
-            grams = [tuple(tokens[i : i + order]) for i in range(now + 2 - order)]
-            context = tuple(tokens[now + 2 - order : now + 1])
-            known = Counter(gram[-1] for gram in grams if gram[:-1] == context)
-            if known:
-                parts[1 + order] = known[following] / known.total()
-        place = sum(part > 1 for part in parts)
-        longest = max(
-            (
-                n
-                for n in range(1, now + 1)
-                for i in range(n - 1, now)
-                if tokens[i - n + 1 : i + 1] == tokens[now - n + 1 : now + 1]
-            ),
-            default=0,
-        )
-        if longest:
-            latest = max(
-                i
-                for i in range(longest - 1, now)
-                if tokens[i - longest + 1 : i + 1] == tokens[now - longest + 1 : now + 1]
-            )
-            parts[5] = float(tokens[latest + 1] == following)
-            place = 3 + (longest > 2) + (longest > 4) + (longest > 8) if longest > 1 else place
-        chosen = config.weights[place]
-        total = sum(chosen[part] for part in parts)
-        losses.append(-math.log(sum(chosen[part] * share for part, share in parts.items()) / total))
+    for begin in range(0, len(tokens) - 1, SEGMENT):
+        piece = torch.tensor(tokens[begin : min(begin + SEGMENT, len(tokens) - 1)])
+        with torch.no_grad():
+            found = model(piece[None], output_hidden_states=True)
+        states = found.hidden_states[-1][0]
+        mixed = cache.mix(states, piece, found.logits[0].softmax(-1))
+        losses += [-math.log(shares[token]) for shares, token in zip(mixed, tokens[begin + 1 :], strict=False)]
+        cache.add(states, piece)
     return losses
 
 
 @pytest.fixture(scope="module")
 def expected_losses(folder):
-    return [score_with_transformers_alone(folder, tokens, CONFIG) for tokens in DOCUMENTS]
+    return [score_with_transformers_alone(folder, tokens) for tokens in DOCUMENTS]
 
 
 @pytest.mark.parametrize("wrap", [load_pythia, lambda path: HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(path))])

@@ -88,8 +88,10 @@ def test_three_ways_equal_naive_loops(batch_size, segment_length):
 
 def check_figures(figures, columns, documents):
     """A range's figures from the documents' sums."""
-    counts = {way: np.array([[d["num_tokens"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
-    totals = {way: np.array([[d["total_nll"][way][c] for c in columns] for d in documents]).sum(1) for way in WAYS}
+    counts, totals = (
+        {way: np.array([[one[key][way][column] for column in columns] for one in documents]).sum(1) for way in WAYS}
+        for key in ("num_tokens", "total_nll")
+    )
     losses = {way: totals[way].sum() / counts[way].sum() for way in WAYS}
     assert figures["num_tokens"] == counts["carried"].sum()
     assert figures["num_documents"] == (counts["carried"] > 0).sum()
@@ -114,9 +116,8 @@ def test_figures_and_paired_intervals():
     check_figures(result["overall"], range(len(EDGES)), result["documents"])
     counted = sum(found["num_tokens"] for found in result["ranges"])
     assert counted == result["num_tokens"] == sum(LENGTHS[i] - 1 for i in LONG)
-    paired, single = result["overall"]["differences"]["reset"]["nats"], result["overall"]["perplexity"]["carried"]
-    assert paired["low"] < paired["value"] < paired["high"]
-    assert single["low"] < single["value"] < single["high"]
+    for found in (result["overall"]["differences"]["reset"]["nats"], result["overall"]["perplexity"]["carried"]):
+        assert found["low"] < found["value"] < found["high"]
 
 
 def test_documents_are_chosen_and_cut():
@@ -136,27 +137,19 @@ def test_one_document_has_no_foreign_memory_and_no_interval():
     estimate = result["overall"]["differences"]["reset"]["nats"]
     assert (estimate["low"], estimate["high"]) == (None, None)
     assert estimate["value"] > 0.1
-    values = json.loads(json.dumps(result, allow_nan=False))
-    assert (values["is_complete"], values["range_starts"]) == (True, list(EDGES))
-    assert values["overall"]["differences"]["reset"]["nats"].keys() == {"value", "low", "high"}
+    json.dumps(result, allow_nan=False)
 
 
 @pytest.mark.parametrize("num_batches", [1, 8])
 def test_a_stopped_measurement_is_labelled_and_still_paired(num_batches):
-    asked = []
-
-    def should_stop():
-        asked.append(True)
-        return len(asked) == num_batches
-
     others = [Baseline("plain", BigramModel(seed=1))]
-    result = measure(BigramModel(), hooks={"baselines": others, "should_stop": should_stop})
+    answers = iter([*[False] * (num_batches - 1), True])
+    result = measure(BigramModel(), hooks={"baselines": others, "should_stop": answers.__next__})
     assert not result["is_complete"]
     assert 0 < result["num_tokens"] < result["num_planned"]
     assert result["overall"]["perplexity"].keys() == result["overall"]["differences"].keys() | {"carried"} == set(WAYS)
     for entry in result["documents"]:
         assert entry["num_tokens"]["carried"] == entry["num_tokens"]["reset"] == entry["num_tokens"]["foreign"]
-    assert len(asked) == num_batches
 
 
 def test_baselines_score_the_same_tokens():

@@ -40,37 +40,28 @@ def test_values_are_those_of_long_documents(kind):
         assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in token["selection"] or ())
 
 
-def test_continuations_differ_by_the_memory_alone():
+def test_texts_are_the_documents_candidates_the_models_and_continuations_differ_by_the_memory_alone():
     subject = Subject(make_reader("token_memory"), TOKENIZER, REAL, SETTINGS)
     found = MEASURES["passages"].run(subject)
     assert found is not None
-    length = subject.model.segment_length
-    for one in found["continuations"]:
-        document = REAL.document(one["document"])[:150]
-        begin = one["segment"] * length
-        whole = TOKENIZER.decode(document[begin:].tolist(), skip_special_tokens=False)
-        assert whole.startswith(one["prompt"] + one["true"])
-    texts = MEASURES["passages"].texts([ModelResult("m", found)])[-len(found["continuations"]) :]
-    assert [text.versions[2][1] for text in texts] == [one["true"] for one in found["continuations"]]
-    assert any(one["carried"] != one["emptied"] for one in found["continuations"])
-
-
-def test_texts_are_the_documents_and_candidates_are_the_models():
-    subject = Subject(make_reader("infini"), TOKENIZER, REAL, SETTINGS)
-    found = MEASURES["passages"].run(subject)
-    assert found is not None
-    texts = MEASURES["passages"].texts([ModelResult("infini", found)])
+    texts = MEASURES["passages"].texts([ModelResult("model", found)])
     for passage, shaded in zip(found["passages"], texts, strict=False):
-        ids = REAL.document(passage["document"]).tolist()
-        whole = TOKENIZER.decode(ids, skip_special_tokens=False)
+        whole = TOKENIZER.decode(REAL.document(passage["document"]).tolist(), skip_special_tokens=False)
         assert passage["before"][-20:] + "".join(token.text for token in shaded.tokens) in whole
         for token in passage["tokens"]:
-            assert [share for _, share in token["with_memory"]] == sorted(
-                (share for _, share in token["with_memory"]), reverse=True
-            )
+            shares = [share for _, share in token["with_memory"]]
+            assert shares == sorted(shares, reverse=True)
             right = [share for text, share in token["with_memory"] if text == token["text"]]
             assert all(share == pytest.approx(np.exp(-token["carried"]), abs=1e-3) for share in right)
+    for one, text in zip(found["continuations"], texts[len(found["passages"]) :], strict=True):
+        document = REAL.document(one["document"])[:150]
+        begin = one["segment"] * subject.model.segment_length
+        whole = TOKENIZER.decode(document[begin:].tolist(), skip_special_tokens=False)
+        assert whole.startswith(one["prompt"] + one["true"])
+        assert text.versions[2][1] == one["true"]
+    assert any(one["carried"] != one["emptied"] for one in found["continuations"])
     assert "nats per token" in MEASURES["passages"].describe(found)
+    assert MEASURES["passages"].run(Subject(make_reader("pythia"), TOKENIZER, REAL, SETTINGS)) is None
 
 
 def test_a_character_of_several_tokens_is_the_last_ones():
@@ -78,10 +69,6 @@ def test_a_character_of_several_tokens_is_the_last_ones():
     texts = [continue_text(TOKENIZER, ids[max(0, at - 16) : at], ids[at : at + 1]) for at in range(len(ids))]
     assert "".join(texts) == TOKENIZER.decode(ids)
     assert not any("\ufffd" in text for text in texts)
-
-
-def test_a_model_without_memory_has_no_passages():
-    assert MEASURES["passages"].run(Subject(make_reader("pythia"), TOKENIZER, REAL, SETTINGS)) is None
 
 
 def test_passages_are_ranked_and_the_first_segment_is_never_one():

@@ -142,14 +142,6 @@ def test_the_newest_statement_of_a_changed_fact_is_right(knows_newest):
     assert ("changed facts: old value given" in titles, "facts: old value given" in titles) == (True, False)
 
 
-def test_a_cell_does_not_depend_on_the_others():
-    whole = {(cell["task"], cell["length"], cell["depth"]): cell for cell in measure(Copier(num_segments=1))["cells"]}
-    (alone,) = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,))["cells"]
-    assert alone == whole["facts", 4, 0.5]
-    other = measure(Copier(num_segments=1), tasks=("facts",), lengths=(4,), depths=(0.5,), seed=1)["cells"][0]
-    assert other["mean_depth"] != alone["mean_depth"]
-
-
 def test_texts_hold_the_sentence_once_in_real_text():
     maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=4, seed=0)
     everything = TOKENIZER.decode(SPLIT.tokens.tolist()) * 2
@@ -237,18 +229,12 @@ def test_models_without_memory_are_their_own_control():
         assert len(result["cells"]) == 18
 
 
-def test_equals_share_the_mean_of_their_places_and_none_is_first():
+@pytest.mark.parametrize(("loss", "rank"), [(0.0, 5.5), (math.nan, 10.0)])
+def test_equals_share_the_mean_of_their_places_and_nan_comes_last(loss, rank):
     model = Copier()
-    model.token_losses = lambda input_ids, labels, mask=None, **options: torch.zeros(input_ids.shape)
+    model.token_losses = lambda input_ids, labels, mask=None, **options: torch.full(input_ids.shape, loss)
     (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
-    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 5.5, "is_first": False, "is_old": False}]
-
-
-def test_a_model_that_gives_nan_comes_last():
-    model = make_tiny_model("infini", VOCAB_SIZE, SEGMENT)
-    nn.init.constant_(model.embed_out.weight, math.nan)
-    (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
-    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": 10.0, "is_first": False, "is_old": False}]
+    assert cell["carried"]["answers"] == [{"is_exact": False, "rank": rank, "is_first": False, "is_old": False}]
 
 
 def test_figures_of_known_answers():

@@ -153,61 +153,34 @@ def describe_study(
     too, beside those with the study's baselines; `checkpoints`, beside the variants, are those of
     `describe_checkpoints`.
     """
-    by_variant = {name: {run["seed"]: list_figures(run) for run in runs} for name, runs in found.items()}
-    reference = by_variant.get(study.reference_variant, {})
-    tables: dict[str, list[str]] = {}
+    tables: dict[str, dict[str, None]] = {}
     variants: dict[str, Any] = {}
     for name, runs in found.items():
-        by_seed = by_variant[name]
-        figures: dict[str, Any] = {}
-        for metric in dict.fromkeys(metric for listed in by_seed.values() for metric in listed):
-            shown = [listed[metric] for listed in by_seed.values() if metric in listed]
-            known = {seed: listed[metric].column for seed, listed in by_seed.items() if metric in listed}
-            table, column, _ = shown[0]
-            has_interval = all(one.num_documents is None or one.num_documents >= MIN_DOCUMENTS for one in shown)
-            if metric not in tables.setdefault(table, []):
-                tables[table].append(metric)
-            differences = [
-                value - base
-                for seed, column in known.items()
-                if name != study.reference_variant and metric in reference.get(seed, {})
-                if isinstance(value := column.value, float | int)
-                and isinstance(base := reference[seed][metric].column.value, float | int)
+        reference = found.get(study.reference_variant, ()) if name != study.reference_variant else ()
+        contrasts, compared = contrast_runs(runs), compare_runs(runs, reference)
+        shown = list(describe_figures(runs, reference))
+        shown += [(CONTRASTS, key, _show_comparison(one, is_share=True)) for key, one in contrasts.items()]
+        for other in dict.fromkeys((study.reference_variant, *study.baselines)):
+            others = found.get(other, ()) if other != name else ()
+            against = compared if other == study.reference_variant else compare_runs(runs, others)
+            shown += [
+                (f"Against {other}{one.table}", key, _show_comparison(one.comparison))
+                for key, one in against.items()
+                if one.has_column
             ]
-            summary = _summarize([column.value for column in known.values()], is_shown=has_interval)
-            if len(known) == 1:
-                summary |= {"low": column.low, "high": column.high}
-            figures[metric] = {
-                "by_seed": {str(seed): column.value for seed, column in known.items()},
-                **summary,
-                "text": _render(column, summary),
-                "difference_from_reference": (_summarize(differences, is_shown=has_interval) if differences else None),
-            }
+        for table, head, _ in shown:
+            tables.setdefault(table, {})[f"{table}: {head}"] = None
         variants[name] = {
             "changes": study.variants[name],
             "seeds": [run["seed"] for run in runs],
             "code": find_codes(runs),
             "num_parameters": runs[0]["model"]["num_parameters"]["total"],
             "training_tokens": runs[0]["model"]["training"]["tokens"],
-            "figures": figures,
+            "figures": {f"{table}: {head}": figure for table, head, figure in shown},
             "caches": _summarize_caches(runs),
-            "comparisons": {},
+            "comparisons": {key: one._asdict() for key, one in contrasts.items()}
+            | {key: one.comparison._asdict() for key, one in compared.items()},
         }
-        for key, contrast in contrast_runs(runs).items():
-            variants[name]["comparisons"][key] = contrast._asdict()
-            figures[f"{CONTRASTS}: {key}"] = _show_comparison(contrast, is_share=True)
-            if (metric := f"{CONTRASTS}: {key}") not in tables.setdefault(CONTRASTS, []):
-                tables[CONTRASTS].append(metric)
-        for other in dict.fromkeys((study.reference_variant, *study.baselines)):
-            compared = compare_runs(runs, found.get(other, ())) if other != name else {}
-            if other == study.reference_variant:
-                variants[name]["comparisons"] |= {key: one.comparison._asdict() for key, one in compared.items()}
-            for key, one in compared.items():
-                if one.has_column:
-                    metric = f"Against {other}{one.table}: {key}"
-                    figures[metric] = _show_comparison(one.comparison)
-                    if metric not in tables.setdefault(metric.removesuffix(f": {key}"), []):
-                        tables[metric.removesuffix(f": {key}")].append(metric)
     cost = {COST: tables.pop(COST)} if COST in tables else {}
     return {
         "name": study.name,
@@ -215,10 +188,39 @@ def describe_study(
         "reference": study.reference_variant,
         "baselines": [*study.baselines, *study.window_baselines],
         "num_seeds": len(study.seeds),
-        "tables": tables | cost,
+        "tables": {table: list(metrics) for table, metrics in (tables | cost).items()},
         "variants": variants,
         "checkpoints": describe_checkpoints(checkpoints or {}, study.reference_variant),
     }
+
+
+def describe_figures(runs: Sequence[Run], reference: Sequence[Run]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(table, heading, figure) of a variant's figures over its seeds; `reference` is empty for the reference itself."""
+    by_seed, theirs = ({run["seed"]: list_figures(run) for run in some} for some in (runs, reference))
+    for metric in dict.fromkeys(metric for figures in by_seed.values() for metric in figures):
+        known = {seed: figures[metric] for seed, figures in by_seed.items() if metric in figures}
+        values = {seed: figure.column.value for seed, figure in known.items()}
+        has_interval = all(one.num_documents is None or one.num_documents >= MIN_DOCUMENTS for one in known.values())
+        differences = [
+            value - base
+            for seed, value in values.items()
+            if isinstance(value, float | int) and metric in theirs.get(seed, {})
+            if isinstance(base := theirs[seed][metric].column.value, float | int)
+        ]
+        table, column, _ = next(iter(known.values()))
+        summary = _summarize(list(values.values()), is_shown=has_interval)
+        if len(known) == 1:
+            summary |= {"low": column.low, "high": column.high}
+        yield (
+            table,
+            metric.removeprefix(f"{table}: "),
+            {
+                "by_seed": {str(seed): value for seed, value in values.items()},
+                **summary,
+                "text": _render(column, summary),
+                "difference_from_reference": (_summarize(differences, is_shown=has_interval) if differences else None),
+            },
+        )
 
 
 def _summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ from new_llm.charts import PALETTE, Chart, ShadedText
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
-from new_llm.formats import format_number
 from new_llm.report import figures
 from new_llm.report.figures import draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
@@ -265,28 +264,13 @@ def list_facts(runs: Sequence[Run]) -> list[str]:
     return [fact for fact in facts if fact]
 
 
-def flatten_facts(entry: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """(name, value) of a mapping's leaves; the names of nested ones are joined."""
-    leaves: list[tuple[str, str]] = []
-    for key, value in entry.items() if isinstance(entry, dict) else ():
-        name = f"{prefix}{make_line(key).replace('_', ' ')}"
-        if isinstance(value, dict):
-            leaves += flatten_facts(value, f"{name}, ")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            leaves.append((name, f"{value:,}"))
-        elif isinstance(value, float):
-            leaves.append((name, format_number(value) if math.isfinite(value) else str(value)))
-        elif isinstance(value, list):
-            leaves.append((name, ", ".join(map(make_line, value))))
-        elif value is not None and value != "":
-            leaves.append((name, make_line(value)))
-    return leaves
-
-
 def describe_origin(run: Run) -> dict[str, Any]:
     """What it takes to make the run again."""
     results = run.results
-    config, data = results.get("config"), get_value(results, "data")
+    data = get_value(results, "data")
+    known = {key: value for key, value in data.items() if key != "notes"} if isinstance(data, dict) else data
+    records = {"Data and its fingerprints": known, "Environment": get_value(results, "environment")}
+    records |= {"Configuration": get_value(results, "config")}
     notes = [get_value(results, "notes"), get_value(data, "notes"), list(run.notes)]
     version, revision = (get_text(results, "code", key) for key in ("version", "git_revision"))
     code = ", ".join(filter(None, (version and f"new-llm {version}", revision and f"commit {revision[:12]}")))
@@ -295,8 +279,10 @@ def describe_origin(run: Run) -> dict[str, Any]:
         "name": run.name,
         "command": get_text(results, "command"),
         "code": f"{code}, with changes that were not committed" if is_dirty else code,
-        "data": [leaf for leaf in flatten_facts(data) if leaf[0] != "notes"],
-        "environment": flatten_facts(get_value(results, "environment")),
         "notes": [make_line(note) for group in notes if isinstance(group, list) for note in group],
-        "config": make_printable(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)) if config else "",
+        "records": {
+            title: make_printable(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+            for title, record in records.items()
+            if record
+        },
     }

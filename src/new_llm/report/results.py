@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,6 @@ def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
 
 # Settings that make no other model.
 INCIDENTAL = {"name", "models", "seed", "device", "runs_dir", "out", "data.cache_dir", "model.recipe"}
-MAX_NAMED = 2  # settings that a name holds; more are in the table of differences
 
 
 @dataclass(frozen=True)
@@ -282,22 +282,13 @@ def describe_settings(run: Run, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_groups(groups: Sequence[tuple[str, dict[str, Any], list[Member]]]) -> list[str]:
-    """A name of its own for each group: its type; where that is not enough, what is special about it."""
+    """A name of its own for each group: its type, the run's name where types are equal, and a number if need be."""
     names: list[str] = []
-    num_runs = len({id(member.run) for _, _, members in groups for member in members})
-    for model_type, settings, members in groups:
-        same = [other for other_type, other, _ in groups if other_type == model_type]
-        changed = [key for key in settings if any(other.get(key) != settings[key] for other in same)]
-        name = model_type
-        if len(same) > 1 and 0 < len(changed) <= MAX_NAMED:
-            said = [f"{key.rsplit('.', 1)[-1]} {say_setting(settings[key])}" for key in changed]
-            name = f"{model_type}, {', '.join(map(make_line, said))}"
-        elif len(same) > 1 and num_runs > 1:
-            name = f"{model_type}, {members[0].run.name}"
-        number = 1
-        while (name if number == 1 else f"{name} ({number})") in names:
-            number += 1
-        names.append(name if number == 1 else f"{name} ({number})")
+    types = [model_type for model_type, *_ in groups]
+    for model_type, _, members in groups:
+        base = f"{model_type}, {members[0].run.name}" if types.count(model_type) > 1 else model_type
+        numbered = (base if number == 1 else f"{base} ({number})" for number in count(1))
+        names.append(next(name for name in numbered if name not in names))
     return names
 
 
