@@ -1,19 +1,19 @@
-"""Every built-in layer keeps the contract, and so does one that defines `forward` alone; broken ones are found."""
+"""Every built-in layer keeps the contract; broken ones are found."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, assert_states_equal, get_model
 from new_llm import TransformerLM
 from new_llm.models import save_memory_file, save_model
-from new_llm.models.layers import Layer, Segments, register_layer
+from new_llm.models.layers import InfiniLayer, Segments, register_layer
+from new_llm.models.layers.infini import InfiniOptions
 from new_llm.models.state import LayerMemory
 from new_llm.testing import check_layer, check_model, draw_ids
 
@@ -54,7 +54,7 @@ torch.save((model.get_memory_state(), model(torch.load(f"{folder}/ids.pt"))), f"
 
 def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path):
     """Every built-in memory in one model, and one of a layer of the user's own, go by one memory file."""
-    layers = [MeanLayer(16), *(case.build() for case in CASES.values())]
+    layers = [make_own(), *(case.build() for case in CASES.values())]
     layers.sort(key=lambda layer: layer.stands_before_head)
     model = TransformerLM(layers, 64, 5, initializer_range=0.1).double()
     model.reset_memory(3)
@@ -75,83 +75,41 @@ def test_mixed_models(name):
     check_model(get_model(name))
 
 
-@dataclasses.dataclass(frozen=True)
-class MeanMemory(LayerMemory):
-    total: Tensor
-    count: Tensor
-
-
-@dataclasses.dataclass
-class MeanOptions:
-    strength: float = 1.0
-
-
-@register_layer("mean_of_segments", options=MeanOptions)
-class MeanLayer(Layer):
-    """Adds the mean of the earlier segments and a causal mean of its own: it defines `forward` alone."""
-
-    has_memory: ClassVar[bool] = True
-
-    def __init__(self, hidden_size: int, *, strength: float = 1.0) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.strength = strength
-        self.dense = nn.Linear(hidden_size, hidden_size)
-
-    def empty_memory(self, rows: int, like: Tensor) -> MeanMemory:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(rows, self.hidden_size, dtype=dtype, device=like.device)
-        return MeanMemory(zeros, zeros[:, :1])
+@register_layer("own", options=InfiniOptions)
+class OwnLayer(InfiniLayer):
+    """A layer of a user's own, with a loss of its own."""
 
     def forward(
-        self, hidden: Tensor, memory: MeanMemory | None = None, segments: Segments | None = None
-    ) -> tuple[Tensor, LayerMemory]:
-        segments = segments or Segments()
-        memory = memory or self.empty_memory(len(hidden), hidden)
-        num_segments, length = hidden.shape[1:3]
-        valid = torch.ones(hidden.shape[:3], dtype=torch.bool) if segments.valid is None else segments.valid
-        real = hidden * valid.unsqueeze(-1)
-        places = torch.arange(1, length + 1, dtype=hidden.dtype).unsqueeze(-1)
-        outputs = []
-        for index in range(num_segments):
-            recalled = (memory.total / memory.count.clamp_min(1)).to(hidden.dtype).unsqueeze(1)
-            outputs.append(hidden[:, index] + self.strength * self.dense(real[:, index].cumsum(1) / places + recalled))
-            if index + 1 < num_segments or segments.write_last:
-                memory = MeanMemory(
-                    memory.total + real[:, index].sum(1, dtype=memory.total.dtype),
-                    memory.count + valid[:, index].sum(1, keepdim=True),
-                )
-        if self.training:
-            self.auxiliary_loss = self.dense.weight.square().mean()
-        return torch.stack(outputs, dim=1), memory
+        self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        self.auxiliary_loss = self.mlp.dense_4h_to_h.weight.square().mean() if self.training else None
+        return super().forward(hidden, memory, segments)
 
 
-def test_a_layer_that_defines_forward_alone():
-    check_layer(lambda: MeanLayer(16))
+def make_own(layer_type: type[OwnLayer] = OwnLayer) -> OwnLayer:
+    return layer_type(16, 2, 24)
 
 
 def test_auxiliary_losses_reach_training_and_no_evaluation():
-    model, ids = TransformerLM([MeanLayer(16)], 64, 4), torch.arange(10).view(1, 10)
-    extra = model.layers[0].dense.weight.square().mean()
+    model, ids = TransformerLM([make_own()], 64, 4), torch.arange(10).view(1, 10)
+    extra = model.layers[0].mlp.dense_4h_to_h.weight.square().mean()
     trained, statistics = model.train().compute_loss(ids, ids)
     measured, _ = model.eval().compute_loss(ids, ids)
     torch.testing.assert_close(trained, measured + extra)
-    assert statistics.total_nll == pytest.approx(9 * float(measured), rel=1e-6)
+    assert statistics.total_nll == pytest.approx(9 * measured.item(), rel=1e-6)
     torch.testing.assert_close(model.train().total_loss(ids, ids), 9 * (measured + extra))
 
 
 @pytest.mark.parametrize("fault", ["future", "rows", "padding", "write"])
 def test_broken_layers_are_found(fault):
-    class Broken(MeanLayer):
+    class Broken(OwnLayer):
         def forward(self, hidden, memory=None, segments=None):
-            out, written = super().forward(
-                hidden, memory, Segments(None, segments.write_last) if fault == "padding" else segments
-            )
-            if fault == "future":
-                out = out + hidden.mean(2, keepdim=True)
-            if fault == "rows":
-                out = out + hidden.mean(0, keepdim=True)
+            if fault == "padding":
+                segments = Segments(None, segments.write_last)
+            out, written = super().forward(hidden, memory, segments)
+            if fault in ("future", "rows"):
+                out = out + hidden.mean(2 if fault == "future" else 0, keepdim=True)
             return out, (written.emptied() if fault == "write" else written)
 
     with pytest.raises(AssertionError):
-        check_layer(lambda: Broken(16))
+        check_layer(lambda: make_own(Broken))

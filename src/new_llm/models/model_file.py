@@ -109,13 +109,8 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
             _check_layers(plan, planned, header)
         check_fits(planned, plan.vocab_size)
         layers = [_build_layer(entry) for entry in plan.layers]
-        options: dict[str, Any] = {
-            "vocab_size": plan.vocab_size,
-            "segment_length": plan.segment_length,
-            "layer_norm_eps": plan.layer_norm_eps,
-            "initializer_range": plan.initializer_range,
-            "tie_word_embeddings": plan.tie_word_embeddings,
-        }
+        names = ("vocab_size", "segment_length", "layer_norm_eps", "initializer_range", "tie_word_embeddings")
+        options: dict[str, Any] = {name: getattr(plan, name) for name in names}
         if plan.selective is not None:
             return SelectiveOutputLM(layers, **dataclasses.asdict(cast(Any, plan.selective)), **options)
         return TransformerLM(layers, **options)

@@ -493,20 +493,6 @@ class TransformerLM(HeldMemory):
         """Continue each row's text: `model.generate(input_ids, max_new_tokens=50)`; see `generation.generate`."""
         return generate(self, input_ids, attention_mask, **options)
 
-    # Training in less memory
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """In training keep only each layer's input and run the layer again in backward.
-
-        Args:
-            gradient_checkpointing_kwargs: accepted for Hugging Face's trainer; checkpoints are never re-entrant here.
-        """
-        self.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.gradient_checkpointing = False
-
     # Facts
 
     @property

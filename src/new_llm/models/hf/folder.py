@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import make_temporary_folder, read_mapping, shorten, write_atomically
@@ -196,8 +196,3 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if type(tokenizer) is PreTrainedTokenizerFast:
         settings["tokenizer_class"] = TOKENIZER_CLASS
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_generation_config(token_ids: dict[str, int | None], folder: Path) -> None:
-    """Write `generation_config.json`: greedy, with the special tokens."""
-    GenerationConfig(**token_ids).save_pretrained(str(folder))

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import shorten
@@ -30,7 +31,6 @@ from new_llm.models.hf.folder import (
     read_weights,
     stage_folder,
     wrap_tokenizer,
-    write_generation_config,
     write_tokenizer,
 )
 from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, build_layer
@@ -163,11 +163,6 @@ def import_names(weights: dict[str, Tensor], expected: dict[str, torch.Size], wh
     return named
 
 
-def export_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names that every version of `transformers` writes to disk."""
-    return {name if name == HEAD else PREFIX + name: tensor.detach().cpu() for name, tensor in weights.items()}
-
-
 # Models in and out
 
 
@@ -251,8 +246,9 @@ def export_pythia(
     wrapped = None if tokenizer is None else wrap_tokenizer(tokenizer, config.max_position_embeddings, model.vocab_size)
     token_ids = find_token_ids(wrapped)
     with stage_folder(directory) as folder:
-        save_torch_state_dict(export_names(model.state_dict()), folder, metadata={"format": "pt"})
-        write_generation_config(token_ids, folder)
+        weights = {name if name == HEAD else PREFIX + name: t.cpu() for name, t in model.state_dict().items()}
+        save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+        GenerationConfig(**token_ids).save_pretrained(str(folder))
         if wrapped is not None:
             write_tokenizer(wrapped, folder)
         values = write_config(config, model.embed_in.weight.dtype, token_ids)

@@ -173,7 +173,12 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     }
     if record.with_base:
         shapes |= {_name_in_adapted(name, settings): tuple(value.shape) for name, value in base.items()}
-    _check_shapes(content.tensors, shapes, where)
+    for name in sorted({*content.tensors, *shapes}):
+        if name not in shapes or name not in content.tensors:
+            raise UserError(shorten(f"{where}: does not fit this base: missing or unknown tensors: {name}"))
+        if (found := tuple(content.tensors[name].shape)) != shapes[name]:
+            fault = f"{name} has shape {list(found)}, not {list(shapes[name])}"
+            raise UserError(shorten(f"{where}: does not fit this base: {fault}"))
     if not record.with_base and not force and record.base_fingerprint != (own := fingerprint_tensors(base)):
         raise UserError(
             f"{where}: trained on another base ({record.base_name}, fingerprint {record.base_fingerprint[:12]}…) than "
@@ -194,16 +199,6 @@ def _name_in_adapted(name: str, adapted: Iterable[int]) -> str:
         if name.startswith(prefix := f"layers.{index}."):
             return f"layers.{index}{BASE}{name.removeprefix(prefix)}"
     return name
-
-
-def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    if set(tensors) != set(expected):
-        odd = sorted(set(tensors) ^ set(expected))
-        raise UserError(shorten(f"{where}: does not fit this base: missing or unknown tensors: {', '.join(odd)}"))
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            found = list(tensors[name].shape)
-            raise UserError(shorten(f"{where}: does not fit this base: {name} has shape {found}, not {list(shape)}"))
 
 
 # Memories beside layers
@@ -240,7 +235,9 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
             nn.init.zeros_(layer.attention.dense.bias)
     replace_layers(model, made)
     if config.freeze_base_model:
-        freeze_base(model)
+        model.requires_grad_(False)
+        for layer in made.values():
+            layer.requires_grad_(True).base_layer.requires_grad_(False)
     return model
 
 
@@ -255,14 +252,6 @@ def copy_base_attention(layer: ParallelInfiniLayer) -> None:
         if name.startswith(("input_layernorm.", "attention.")):
             fused = "query_key_value" in name
             layer.get_parameter(name).copy_(split_heads_anew(value, *heads) if fused else value)
-
-
-def freeze_base(model: TransformerLM) -> None:
-    """Let the adapter's weights alone take gradients."""
-    model.requires_grad_(False)
-    for layer in find_adapters(model).values():
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(not name.startswith(BASE[1:]))
 
 
 def find_adapters(model: TransformerLM) -> dict[int, ParallelInfiniLayer]:

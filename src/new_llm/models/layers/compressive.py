@@ -433,21 +433,10 @@ class CompressiveAttention(MemoryAttention):
         segments: Segments,
         rule: TokenRule | None = None,
     ) -> tuple[Tensor, MemoryState | None]:
-        """Read and write all segments of a call.
+        """A_mem [B, n, H, S, V] of features q and k and values v, [B, n, H, S, K] each, and the memory after the call.
 
-        Neither the schedule nor z depends on values, so both are computed for all segments at once; only M is left to
-        `scan_memories`.
-
-        Args:
-            q: features of the queries, [B, n, H, S, K].
-            k: features of the keys, likewise, zero at masked tokens.
-            v: values, [B, n, H, S, V].
-            memory: the memory before the call; None: empty.
-            segments: which tokens are real, and whether the last segment is written.
-            rule: β and α of each token; None: 1 and 1, with reads divided by z.
-
-        Returns:
-            A_mem [B, n, H, S, V], and the memory after the last write.
+        Masked keys are zero. Neither the schedule nor z depends on values, so both are computed for all segments at
+        once; only M is left to `scan_memories`.
         """
         batch, num_segments, _, length, _ = q.shape
         num_writes = num_segments - (not segments.write_last)

@@ -96,12 +96,7 @@ class TransformerXLAttention(SoftmaxAttention):
         return self.dense(mixed), self._keep(past_keys, past_values, before, counts)
 
     def _cut(self, stream: Tensor, own: Tensor, num_segments: int) -> Tensor:
-        """Each segment's C tokens of before and its own, [B n, heads, C + S, K].
-
-        Args:
-            stream: the memory's and the call's tokens, [B, heads, C + n S, K].
-            own: the call's, with gradients, [B, heads, n S, K].
-        """
+        """Each segment's C tokens of before and its own, [B n, heads, C + S, K]; gradients flow into `own` alone."""
         own = own.unflatten(2, (num_segments, -1))
         past = stream.unfold(2, self.memory_tokens, own.shape[3])[:, :, :num_segments].transpose(-1, -2)
         return torch.cat((past.transpose(1, 2), own.transpose(1, 2)), dim=3).flatten(0, 1)
