@@ -2,15 +2,12 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from new_llm.cli.eval import Evaluation
 from new_llm.config.errors import UserError
-from new_llm.config.terminal import open_console, print_text
+from new_llm.config.terminal import open_console, print_text, show_progress
 from new_llm.evaluation import Measure, ModelResult, Subject, find_measures, register_measure
 from new_llm.evaluation.doctor import Doctor
 from new_llm.experiments.evaluation import (
@@ -85,8 +82,9 @@ def evaluate(command: Evaluation) -> int:
 def run_measure(measure: Measure, subject: Subject) -> dict[str, Any] | None:
     """The measure's result, with progress on stderr; Ctrl-C ends it with what it has found so far, where it can."""
     stopping = catch_stop_signals() if measure.can_stop else nullcontext()
-    with stopping as should_stop, show_progress(measure.title) as on_progress:
-        hooks = {"on_progress": on_progress} | ({"should_stop": should_stop} if should_stop else {})
+    with stopping as should_stop, show_progress(measure.title) as update:
+        hooks: dict[str, Any] = {"on_progress": lambda done, total: update(completed=done, total=total)}
+        hooks |= {"should_stop": should_stop} if should_stop else {}
         return measure.run(dataclasses.replace(subject, **hooks))
 
 
@@ -104,13 +102,3 @@ def show(measure: Measure, record: dict[str, Any], label: str) -> None:
     source = record["text"] and f"text: {record['text']['source']}"
     for line in filter(None, (measure.describe(result), *measure.notes(result), cache, source)):
         console.print(line)
-
-
-@contextmanager
-def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr where that is a terminal; gives a function of (done, in all)."""
-    console = open_console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -11,11 +11,10 @@ from tyro.conf import Positional, arg
 from new_llm.cli.command import Command, CommandGroup
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import FillConfig
-from new_llm.config.terminal import open_console, print_text
+from new_llm.config.terminal import open_console, print_text, show_progress
 
 # The commands themselves import what imports torch, after help and bad flags have been answered.
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch import Tensor
 
     from new_llm.models.memory_file import MemoryFile
@@ -50,10 +49,9 @@ class Fill(Command):
         size = sum(path.stat().st_size for path in self.text)
         if not console.is_terminal:  # in a terminal the bar says it
             console.print(f"reading {_count(len(self.text), 'file')}, {size:,} bytes")
-        progress = _make_progress()
-        with progress:
-            # Of formats that are packed or hold more than text, the bytes of text are not known beforehand.
-            task = progress.add_task("reading", total=size if all(map(is_plain, self.text)) else None)
+        # Of formats that are packed or hold more than text, the bytes of text are not known beforehand.
+        total = size if all(map(is_plain, self.text)) else None
+        with show_progress("reading", total=total, in_bytes=True) as update:
             result = fill_memory_from_run(
                 self.run,
                 self.text,
@@ -61,7 +59,7 @@ class Fill(Command):
                 model_name=self.model,
                 device=self.device,
                 config=self.reading,
-                on_bytes=lambda num_bytes: progress.advance(task, num_bytes),
+                on_bytes=lambda num_bytes: update(advance=num_bytes),
                 on_note=lambda note: console.print(f"note: {note}", soft_wrap=True),
             )
         print_text(
@@ -157,14 +155,6 @@ class Memory(CommandGroup):
     """Fill a memory with texts, and show, merge and compare memory files."""
 
     commands: ClassVar = {"fill": Fill, "show": Show, "merge": Merge, "compare": Compare}
-
-
-def _make_progress() -> "Progress":
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = open_console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:

@@ -20,7 +20,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +88,16 @@ def load_json(text: str) -> Any:
         ValueError: it is not JSON, it is nested too deeply, or an object has a key twice, of which another reader
             might see the other value.
     """
+
+    def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(values := dict(pairs)) < len(pairs):
+            raise ValueError("duplicate key")
+        return values
+
     try:
-        return json.loads(text, object_pairs_hook=_refuse_duplicates)
+        return json.loads(text, object_pairs_hook=make)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("duplicate key")
-    return values
 
 
 def read_address_limit() -> int | None:
@@ -214,31 +213,18 @@ def make_temporary_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
-    with name_refusals(path), _make_locked_folder(path) as folder:
+    with name_refusals(path), ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ENDING, dir=path.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            with suppress(FileNotFoundError):  # taken for a leftover by another process before it was locked
+                mark = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, mark)
+                with suppress(OSError):  # a disk without locks, where nobody takes it for a leftover
+                    try_lock(mark)
+                if folder.exists():
+                    break
         yield folder
-
-
-@contextmanager
-def _make_locked_folder(path: Path) -> Iterator[Path]:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ENDING, dir=path.parent))
-        try:
-            mark = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # taken for a leftover by another process before it was locked, as below
-        except OSError:
-            folder.rmdir()
-            raise
-        with suppress(OSError):  # a disk without locks, where nobody takes it for a leftover
-            try_lock(mark)
-        if folder.exists():
-            break
-        os.close(mark)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(mark)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
@@ -300,10 +286,10 @@ def check_manifest(folder: Path) -> list[str]:
         return [f"{MANIFEST_FILE} is missing"]
     try:
         files = read_json_file(folder / MANIFEST_FILE)["files"].items()
-        faults = [(name, _find_fault(folder / name, entry["num_bytes"], entry["sha256"])) for name, entry in files]
+        faults = ((name, _find_fault(folder / name, entry["num_bytes"], entry["sha256"])) for name, entry in files)
+        return [f"{name} {fault}" for name, fault in faults if fault is not None]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST_FILE} can't be read"]
-    return [f"{name} {fault}" for name, fault in faults if fault is not None]
 
 
 def _find_fault(path: Path, num_bytes: Any, sha256: Any) -> str | None:

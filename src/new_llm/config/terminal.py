@@ -5,6 +5,7 @@ read square brackets as its own markup, so whatever is printed passes `print_tex
 """
 
 import codecs
+import functools
 import io
 import os
 import re
@@ -75,6 +76,29 @@ def open_console(*, stderr: bool = False, **options: Any) -> "Console":
                 yield segment if control else Segment(make_printable(text), style)
 
     return PrintableConsole(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
+
+
+@contextmanager
+def show_progress(
+    what: str, unit: str = "", total: float | None = None, *, in_bytes: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; gives rich's `update` of it, which takes `advance`, or `completed` and `total`.
+
+    Where stderr is no terminal, what has a unit is reported in one line at its end.
+    """
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = open_console(stderr=True)
+    count = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), count, TextColumn(unit))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=not unit
+    ) as bars:
+        task = bars.add_task(what, total=total)
+        yield functools.partial(bars.update, task)
+    if unit and not console.is_terminal:
+        done = bars.tasks[0]
+        print_text(f"{what}: {done.completed:,.0f} {unit} in {done.elapsed:.1f} s", stderr=True)
 
 
 def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:

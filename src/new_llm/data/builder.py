@@ -13,9 +13,7 @@ import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +21,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import write_atomically, write_text_atomically
-from new_llm.config.terminal import open_console, print_text
+from new_llm.config.terminal import show_progress
 from new_llm.data.sources import Source
 from new_llm.data.tokenizer import (
     BATCH_DOCUMENTS,
@@ -48,8 +45,6 @@ LEAST_PART_CHARACTERS = 1536
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 HELD_FILE = "validation.arrow"  # the texts of a validation source
 DIGEST_BYTES = 16  # of a text, by which repeated ones are known
-
-_maps_in_processes = False
 
 
 def limit_characters(config: DataConfig, source: Source) -> int | None:
@@ -96,10 +91,10 @@ class Builder:
         sentences = encode_documents([f"{sentence}\n" for sentence in self.sentences], tokenizer)
         room, num_special = sum(len(sentence.ids) for sentence in sentences), 0
         dtype = token_dtype(padded_vocab_size(tokenizer))
-        with show_progress("tokenising", "documents", len(train) + len(validation)) as advance:
+        with show_progress("tokenising", "documents", len(train) + len(validation)) as update:
             for name, documents, rows in (("train", texts, train), ("validation", held, validation)):
                 shards = self._tokenise(documents, rows, tokenizer, dtype, work / name)
-                num_special += write_split(folder, name, shards, dtype, room if name == "train" else 0, advance)
+                num_special += write_split(folder, name, shards, dtype, room if name == "train" else 0, update)
         if num_special:
             meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
             notes.append(
@@ -140,7 +135,7 @@ class Builder:
     ) -> Iterator[str]:
         """The documents of a source, `limit` characters and a few at most, but for those whose digests are `seen`."""
         repeated, num_characters, num_before = 0, 0, len(seen)
-        with show_progress(f"reading {source.name}", "characters", limit) as advance:
+        with show_progress(f"reading {source.name}", "characters", limit) as update:
             for number, (_, text) in enumerate(source.read()):
                 if number == max_documents:
                     break
@@ -151,7 +146,7 @@ class Builder:
                 seen.add(digest)
                 yield text
                 num_characters += len(text)
-                advance(len(text))
+                update(advance=len(text))
                 num_read = len(seen) - num_before
                 if limit is not None and num_characters >= limit and num_read >= self.config.min_documents:
                     notes.append(
@@ -187,9 +182,9 @@ class Builder:
                     yield "\n".join(dict.fromkeys(self.sentences))
                 for row in texts:
                     yield row["text"]
-                    advance(1)
+                    update(advance=1)
 
-            with show_progress("training the tokenizer", "documents", len(texts)) as advance:
+            with show_progress("training the tokenizer", "documents", len(texts)) as update:
                 tokenizer = train_tokenizer(sentences_and_texts(), wanted)
             with write_atomically(file) as temporary:
                 tokenizer.save(str(temporary))
@@ -210,10 +205,13 @@ class Builder:
         sizes = read_sizes(texts)[rows]
         shards = (np.cumsum(sizes) - sizes) // config.shard_characters
         encode = functools.partial(encode_table, tokenizer=tokenizer, special_tokens=config.special_tokens, dtype=dtype)
+        if config.num_workers > 1:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads, which do not survive a fork
+            os.register_at_fork(after_in_child=_end_with_parent)
         for shard in np.unique(shards).tolist():
             chosen = rows[shards == shard]
             name = f"{prefix.name}-{config.shard_characters}-{shard:05d}"  # another cut gives other files
-            with _workers(config.num_workers):
+            try:
                 mapped = (
                     texts.select(chosen)
                     .with_format("arrow")
@@ -228,6 +226,13 @@ class Builder:
                         new_fingerprint=name,
                     )
                 )
+            except RuntimeError as error:
+                if "subprocess" not in str(error):
+                    raise
+                raise UserError(
+                    f"data.num_workers: one of {config.num_workers} tokenising processes was killed, as happens where "
+                    f"memory runs out; fewer workers need less"
+                ) from None
             yield mapped.data
 
 
@@ -276,7 +281,7 @@ def encode_table(table: Any, tokenizer: Tokenizer, special_tokens: SpecialTokens
     )
 
 
-def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[Any], room: int, advance: Any) -> int:
+def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[Any], room: int, update: Any) -> int:
     """Write one split's files from tables of `encode_table`; how often its texts spell special tokens."""
     lengths, columns = list[Any](), {"num_bytes": list[Any](), "num_words": list[Any](), "num_special": list[Any]()}
     with (folder / f"{name}.tokens").open("wb") as file:
@@ -287,7 +292,7 @@ def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[
                 lengths.append(ids.value_lengths().to_numpy())
             for column, parts in columns.items():
                 parts.append(table.column(column).to_numpy())
-            advance(table.num_rows)
+            update(advance=table.num_rows)
     index = {column: np.concatenate(parts).astype("<i8") for column, parts in columns.items()}
     num_special = int(index.pop("num_special").sum())
     index["offsets"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype="<i8")])
@@ -296,40 +301,10 @@ def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[
     return num_special
 
 
-@contextmanager
-def _workers(num_workers: int) -> Iterator[None]:
-    """Around a map in several processes: they are the threads, and one that is killed is one clear line."""
-    if num_workers == 1:
-        yield
-        return
-    global _maps_in_processes
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive the fork
-    _maps_in_processes = True
-    try:
-        yield
-    except RuntimeError as error:
-        if "subprocess" not in str(error):
-            raise
-        raise UserError(
-            f"data.num_workers: one of {num_workers} tokenising processes was killed, as happens where memory runs "
-            f"out; fewer workers need less"
-        ) from None
-    finally:
-        _maps_in_processes = False
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
 def _end_with_parent() -> None:
-    """In a process forked for a map: let the kernel end it with its parent, which can't do so where it was killed."""
-    if _maps_in_processes and sys.platform == "linux":
+    """In a forked process: let the kernel end it with its parent, which can't do so where it was killed."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-os.register_at_fork(after_in_child=_end_with_parent)
 
 
 # Splitting
@@ -399,33 +374,3 @@ def pack_sentences(sentences: list[str], tokenizer: Tokenizer, seq_length: int) 
         size += len(encoding.ids)
     if packed:
         yield "\n".join(packed)
-
-
-# Progress
-
-
-@contextmanager
-def show_progress(description: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Report a step on stderr; the value is a function to call with the units done since the last call."""
-    console = open_console(stderr=True)
-    done = 0
-    began = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        task = bars.add_task(description, total=total)
-
-        def advance(units: int) -> None:
-            nonlocal done
-            done += units
-            bars.advance(task, units)
-
-        yield advance
-    if not console.is_terminal:
-        seconds = time.perf_counter() - began
-        print_text(f"{description}: {done:,} {unit} in {seconds:.1f} s", stderr=True)
