@@ -121,7 +121,6 @@ def line_chart(
     high: str | None = None,
     x_title: str = "",
     y_title: str = "",
-    x_log: bool = False,
     y_log: bool = False,
     y_format: str = "",
     reference: float | None = None,
@@ -129,13 +128,13 @@ def line_chart(
 ) -> Chart:
     """A line for each series, with a band where rows have the ends of an interval.
 
-    `x` may hold numbers or texts, in the order of the rows; a logarithmic x-axis has base 2.
+    `x` may hold numbers or texts, in the order of the rows.
     """
     is_ordinal = any(isinstance(row.get(x), str) for row in rows)
     found = []
     for row in rows:
         height = _number(row.get(y), is_log=y_log)
-        place = str(row.get(x)) if is_ordinal else _number(row.get(x), is_log=x_log)
+        place = str(row.get(x)) if is_ordinal else _number(row.get(x))
         if height is not None and place is not None:
             ends = _find_ends(row, low, high, is_log=y_log)
             found.append({"x": place, "y": height, "series": _name(row, series), **ends})
@@ -151,17 +150,18 @@ def line_chart(
         for place, point in enumerate(own):
             point["mark"] = (len(own) - 1 - place) % step == 0
     is_long = max(Counter(point["series"] for point in drawn).values(), default=0) > MAX_MARKED
-    across: Row = {"field": "x", "title": x_title or None, "scale": _scale(x_log, base=2)}
-    across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}} if is_ordinal else {"type": "quantitative"}
-    if not is_ordinal:
-        across["axis"] = _label_axis([point["x"] for point in drawn], base=2 if x_log else None)
+    across: Row = {"field": "x", "title": x_title or None, "scale": _scale(False)}
+    if is_ordinal:
+        across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}}
+    else:
+        across |= {"type": "quantitative", "axis": _label_axis([point["x"] for point in drawn])}
     marks = {"type": "point", "filled": True, "size": 50, "opacity": 0 if is_long else 1}
     shape = _encode_series(names, SHAPES, is_shown=series is not None)
     encoding = {"x": across, "color": _encode_series(names, PALETTE, is_shown=series is not None), **_TIP}
 
     def draw(is_log: bool) -> Row:
         up: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(is_log)}
-        up["axis"] = _label_axis([point["y"] for point in drawn], y_format, base=10 if is_log else None)
+        up["axis"] = _label_axis([point["y"] for point in drawn], y_format, is_log=is_log)
         layers: list[Row] = []
         if any("low" in point for point in drawn):
             ends = {"y": up | {"field": "low"}, "y2": {"field": "high"}}
@@ -220,7 +220,7 @@ def point_chart(
     places = {point["series"]: int(point["series"].split()[0]) - 1 for point in drawn}
     horizontal: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
     horizontal |= {"scale": _scale(x_log) | {"padding": 30}}
-    horizontal |= {"axis": _label_axis([point["x"] for point in drawn], "~s", base=10 if x_log else None)}
+    horizontal |= {"axis": _label_axis([point["x"] for point in drawn], "~s", is_log=x_log)}
     height: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(False)}
     height |= {"axis": _label_axis([point["y"] for point in drawn])}
     layers: list[Row] = []
@@ -441,16 +441,18 @@ _BARE: dict[str, Row] = {
 }
 
 
-def _label_axis(values: list[float], format_spec: str = "", *, base: int | None = None) -> Row:
-    """About five ticks; on a long logarithmic axis at powers of its base, or at 1, 2 and 5 times those of ten."""
-    default = ",~r" if base is not None else "~s" if max(map(abs, values), default=0) >= 10_000 else ",~g"
+def _label_axis(values: list[float], format_spec: str = "", *, is_log: bool = False) -> Row:
+    """About five ticks; on a long logarithmic axis at powers of ten, or at 1, 2 and 5 times those."""
+    default = ",~r" if is_log else "~s" if max(map(abs, values), default=0) >= 10_000 else ",~g"
     labels = f"format(datum.value, '{format_spec or default}')"
-    if base is None or not values or (base == 10 and max(values) < 5 * min(values)):
+    if not is_log or not values or max(values) < 5 * min(values):
         return {"tickCount": 5, "labelExpr": labels}
-    first, last = (math.floor(math.log(end, base)) for end in (min(values), max(values)))
-    steps = (1, 2, 5) if base == 10 and last - first < 3 else (1,)
+    first, last = (math.floor(math.log10(end)) for end in (min(values), max(values)))
     powers = range(first, last + 2, 1 + (last - first) // 6)
-    return {"values": [step * float(base) ** power for power in powers for step in steps], "labelExpr": labels}
+    return {
+        "values": [step * 10.0**power for power in powers for step in ((1, 2, 5) if last - first < 3 else (1,))],
+        "labelExpr": labels,
+    }
 
 
 def _make_room(labels: Sequence[str]) -> Row:
@@ -458,8 +460,8 @@ def _make_room(labels: Sequence[str]) -> Row:
     return {"minExtent": min(MAX_LABEL, LETTER_WIDTH * max(map(len, labels), default=0))}
 
 
-def _scale(is_log: bool, *, base: int = 10, zero: bool = False) -> Row:
-    return {"type": "log", "base": base, "nice": False} if is_log else {"zero": zero}
+def _scale(is_log: bool, *, zero: bool = False) -> Row:
+    return {"type": "log", "base": 10, "nice": False} if is_log else {"zero": zero}
 
 
 def _name(row: Row, key: str | None) -> str:

@@ -124,22 +124,21 @@ class AdapterRun(Run[AdapterTrainingConfig]):
     def _measure_texts(self, adapted: TransformerLM) -> dict[str, Any]:
         """By text, the adapted model with its memory carried, reset and foreign, and the base, on the same tokens."""
         settings = self.config.eval
+        long = dataclasses.replace(settings.long_documents, min_tokens=2, batch_size=settings.batch_size)
         base = load_configured_base(self.config, self.source).to(self.device).eval()
         adapted = adapted.to(self.device).eval()
         measured: dict[str, Any] = {}
         with self.console.status("") as status:
             for name, split in self.texts.items():
                 status.update(f"measuring {name}")
+                if settings.max_tokens is not None:  # the first documents that have so many, but at least two
+                    number = int((split.offsets[1:] <= settings.max_tokens).sum())
+                    long = dataclasses.replace(long, max_documents=max(number, 2))
                 subject = Subject(
                     adapted,
                     self.data.tokenizer,
-                    limit_documents(split, settings.max_tokens),
-                    dataclasses.replace(
-                        settings,
-                        long_documents=dataclasses.replace(
-                            settings.long_documents, min_tokens=2, batch_size=settings.batch_size
-                        ),
-                    ),
+                    split,
+                    dataclasses.replace(settings, long_documents=long),
                     autocast=self.autocast,
                     baselines=[Baseline(BASE, base, autocast=self.autocast)],
                 )
@@ -247,11 +246,3 @@ def select_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: i
         num_bytes=split.num_bytes[chosen],
         num_words=split.num_words[chosen],
     )
-
-
-def limit_documents(split: TokenSplit, max_tokens: int | None) -> TokenSplit:
-    """The first documents with at most `max_tokens` tokens together, but at least two; None: all."""
-    if max_tokens is None:
-        return split
-    number = int((split.offsets[1:] <= max_tokens).sum())
-    return select_documents(split, np.arange(min(max(number, 2), split.num_documents)))
