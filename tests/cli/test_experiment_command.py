@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from new_llm.cli.experiment import Experiment, ExperimentSelective, TrainAdapter
+from new_llm.cli.experiment import ExperimentSelective, TrainAdapter
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
@@ -74,23 +74,6 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, add
         assert read_curve(name) != read_curve("whole")
         assert main(["experiment", "--name", name, "--resume"]) == 0
         assert read_curve(name) == read_curve("whole")
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--models pythia infini multi_memory hierarchical",
-        "--models infini --samples 10000 --epochs 50 --lr 5e-5",
-        "--models infini --alibi",
-        "--models hierarchical --num-memories 8",
-    ],
-)
-def test_the_documented_flags_are_read(flags):
-    config = Experiment.read(flags.split(), "new-llm experiment").settings
-    assert [str(kind) for kind in config.models] == [word for word in flags.split() if word.isidentifier()]
-    assert config.train.learning_rate == (5e-5 if "--lr" in flags else 1e-4)
-    assert config.model.use_alibi is (True if "--alibi" in flags else None)
-    assert config.model.num_memories == (8 if "--num-memories" in flags else None)
 
 
 @pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])

@@ -155,16 +155,6 @@ def test_the_distances_are_those_asked_for():
     assert max(distances) <= 800
 
 
-def test_facts_depend_on_seed_epoch_and_sample_alone():
-    sample = SPLIT.document(0)[:500].astype(np.int64)
-
-    def place(seed, epoch, begin):
-        return SamplePlanter(TOKENIZER, CONFIG, seed).plant(sample, epoch, begin).tokens.tolist()
-
-    assert place(1, 0, 0) == place(1, 0, 0)
-    assert len({tuple(place(*key)) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}) == 4
-
-
 def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
     pinned = replace(SPLIT, num_pinned_documents=1)
     options = {"seq_length": 256, "batch_size": 3, "order": "shuffled", "seed": 0, "epoch": 2}
@@ -172,7 +162,6 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
     plain = plan_batches(pinned, **options)
     plan = plan_batches(pinned, **options, planter=planter, answer_weight=7.0)
     assert len(plan) == len(plain)
-    num_answers = 0
     for index, (before, after) in enumerate(zip(plain, plan, strict=True)):
         assert before.label_weights is None
         assert before.num_targets == after.num_targets
@@ -190,10 +179,7 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
                 wanted = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin)).is_answer
                 if (before.labels[row] != -100).all():
                     assert ((weights[row] == 7).numpy() == wanted).all()
-        num_answers += int((weights == 7).sum())
-    assert num_answers > 20
-    later = plan_batches(pinned, **(options | {"epoch": 3}), planter=planter)
-    assert [batch.input_ids.tolist() for batch in plan] != [batch.input_ids.tolist() for batch in later]
+    assert sum(int((batch.label_weights == 7).sum()) for batch in plan) > 20
     halves = [plan.take_rows(slice(0, 2))[0], plan.take_rows(slice(2, 3))[0]]
     assert (plan[0].input_ids == np.concatenate([half.input_ids for half in halves])).all()
 
@@ -253,14 +239,6 @@ def test_facts_in_both_directions_share_no_name(one_relation):
         for pair in text:
             assert pair.forward == pair.forward_prompt + f" {pair.object}."
             assert pair.backward == pair.backward_prompt + f" {pair.subject}."
-
-
-def test_borders_are_between_sentences():
-    found = BORDERS.find_sentences(TOKENS)
-    borders = [(SMALL.decode(TOKENS[:at].tolist())[-1], SMALL.decode(TOKENS[at:].tolist())[0]) for at in found]
-    assert set(borders) == {(".", " "), ("!", " "), ('"', " ")}
-    assert len(found) == 4 * 7  # the last full stop has white space after it, too
-    assert set(found) <= set(BORDERS.find_words(TOKENS))
 
 
 @pytest.mark.parametrize("segment_length", [40, 64])

@@ -67,16 +67,12 @@ def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches):
         assert info["notes"] == []
 
 
-def test_records_of_the_hub_need_the_text_field(tmp_path, speeches, monkeypatch):
+def test_records_are_streamed(tmp_path, speeches, monkeypatch):
     monkeypatch.setattr("new_llm.data.hub.hub_answers", lambda path, seconds: True)
     records = [json.dumps({"text": text, "meta": {"pile_set_name": "Pile-CC"}}) for text in speeches]
-    folder = tmp_path / "pile"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text("\n".join(records))
-    streamed = load_documents(DataConfig(pile_name=str(folder), max_documents=5))
+    (tmp_path / "train.jsonl").write_text("\n".join(records))
+    streamed = load_documents(DataConfig(pile_name=str(tmp_path), max_documents=5))
     assert [text for _, text in streamed] == speeches[:5]
-    with pytest.raises(UserError, match=r"record 1: no field 'body' \(found: text, meta\)"):
-        next(load_documents(DataConfig(pile_name=str(folder), text_field="body")))
-    (folder / "train.jsonl").write_text("no json")
+    (tmp_path / "train.jsonl").write_text("no json")
     with pytest.raises(UserError, match="could not be loaded"):
-        list(load_documents(DataConfig(pile_name=str(folder))))
+        list(load_documents(DataConfig(pile_name=str(tmp_path))))

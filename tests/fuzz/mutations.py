@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**53, 2**63 - 1, 2**64 - 1)
-WORDS = (b"NaN", b"-Infinity", b"-1", b"1e999", b"null", b"true", b"[]", b"{}", b'""', b"9" * 400,
-         b"../../etc/passwd", b"/dev/zero", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800",
-         b"\r\n", b"A" * 5000, b"[" * 3000, b'{"a":' * 2000, b"\t", b"{{7*7}}", b"<script>", b"\x1b[2J")  # fmt: skip
+WORDS = (b"NaN", b"-Infinity", b"1e999", b"null", b"9" * 400, b"../../etc/passwd", b"/dev/zero", b"\x00", b"\xff\xfe",
+         b"\xed\xa0\x80", b"\\ud800", b"\r\n", b"A" * 5000, b"[" * 3000, b'{"a":' * 2000, b"\x1b[2J")  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**9, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), "",
     "x", "../../x", "\x00", "\ud800", "9" * 50, "a" * 3000, [], {}, [[]], [None] * 50, {"a": 1}, {"": {}},
