@@ -5,13 +5,9 @@ import json
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-# Abraham Lincoln's address at Gettysburg, 1863; in the public domain.
-TEXT = (
-    "Four score and seven years ago our fathers brought forth, on this continent, a new nation, "
-    "conceived in Liberty, and dedicated to the proposition that all men are created equal. Now we are "
-    "engaged in a great civil war, testing whether that nation, or any nation so conceived and so "
-    "dedicated, can long endure. We are met on a great battle-field of that war. It isn't over. Grüße, 世界! ☕"
-)
+import model_cases
+
+TEXT = model_cases.TEXT[:358] + "It isn't over. Grüße, 世界! ☕"
 SENTENCE_PIECE = ["<unk>", "<s>", "</s>", "<pad>"]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 FAMILIES = ("byte-level", "gpt-neox", "metaspace", "llama", "gemma", "wordpiece", "bert")

@@ -85,9 +85,6 @@ def test_a_folder_without_some_weights_is_refused(tmp_path):
 def test_the_whole_folder_serves_a_pipeline(tmp_path, tokenizer):
     model = make_model("multi_memory").eval()
     export_auto(model, tmp_path, tokenizer)
-    assert {path.name for path in tmp_path.iterdir()} >= {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
     wrapped = AutoTokenizer.from_pretrained(tmp_path)
     assert (wrapped.eos_token, wrapped.pad_token_id, wrapped.padding_side) == ("<|endoftext|>", 0, "left")
     prompts = ["The Congress", "Fellow-citizens of the Senate and of the House of Representatives"]
@@ -200,15 +197,11 @@ def test_lora_trains_the_linear_layers_alone(tmp_path):
     ids = text_ids(2, 13)
     expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     model.save_pretrained(tmp_path / "lora")
-    fresh = NewLLMForCausalLM.from_model(make_model())
-    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
-    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(NewLLMForCausalLM.from_model(make_model()), tmp_path / "lora")
     assert torch.equal(loaded.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
-    merged = loaded.merge_and_unload()
-    assert merged.model.layers[0].mlp.dense_h_to_4h.weight.shape == (48, 32)
-    assert not torch.equal(merged.model.layers[0].mlp.dense_h_to_4h.weight,
-                           before["model.layers.0.mlp.dense_h_to_4h.weight"])  # fmt: skip
-    assert torch.equal(merged.model.embed_in.weight, before["model.embed_in.weight"])
+    merged = loaded.merge_and_unload().state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(merged[name], value)}
+    assert changed == {name for name in before if name.removesuffix(".weight").endswith(tuple(targets))}
 
 
 @pytest.mark.parametrize("tied", [True, False])

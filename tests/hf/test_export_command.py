@@ -57,10 +57,8 @@ def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
         assert torch.equal(loaded(ids, use_cache=False).logits, best(ids))
     assert AutoTokenizer.from_pretrained(out).eos_token_id == 0
     card = (out / "README.md").read_text()
-    header = card.split("---")[1]
-    assert "library_name: transformers" in header
-    assert "infini" in header
     for line in (
+        "library_name: transformers",
         "import new_llm.models.hf",
         "| tokens read | 482,619 |",
         "| trained on | sotu |",
@@ -81,9 +79,7 @@ def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
     again = load_pythia(out)
     best = load_model(run_folder / "pythia" / "best")
     assert all(torch.equal(value, best.state_dict()[name]) for name, value in again.state_dict().items())
-    card = (out / "README.md").read_text()
-    assert "import new_llm" not in card
-    assert "perplexity" not in card  # this model of the run was not measured
+    assert "perplexity" not in (out / "README.md").read_text()  # this model of the run was not measured
 
 
 @pytest.mark.parametrize(

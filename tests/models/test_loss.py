@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_cases import HIDDEN_SIZE, LayerCase, assert_near, build_model, get_model, text_ids
-from new_llm.models import TransformerLM, create_model
+from new_llm.models import create_model
 from new_llm.models.inputs import LossStatistics, align_labels
-from new_llm.models.layers import PythiaLayer
 from new_llm.models.ops import head_loss as module
 from new_llm.models.ops.head_loss import linear_cross_entropy, linear_cross_entropy_naive
 from new_llm.models.ops.kernels import native
@@ -54,15 +53,9 @@ def test_masked_and_ignored_tokens_are_no_targets():
     assert statistics.total_nll == pytest.approx(float(losses.sum().detach()))
     assert float(loss.detach()) == pytest.approx(statistics.total_nll / 12)
     assert statistics.perplexity == pytest.approx(math.exp(statistics.total_nll / 12), rel=1e-5)
-
-
-def test_a_call_without_targets_has_no_mean_loss():
-    model = get_model("mixed")
-    ids = text_ids(1, 3)
-    for labels in (torch.full_like(ids, -100), ids):
-        mask = torch.tensor([[1, 0, 1]])
+    for nothing, tokens in ((torch.full_like(ids, -100), mask), (ids, torch.arange(9).expand(2, 9) % 2)):
         with pytest.raises(ValueError, match="no token is predicted"):
-            model.compute_loss(ids, labels, mask)
+            model.compute_loss(ids, nothing, tokens)
     assert math.isnan(LossStatistics(num_tokens=0, total_nll=0.0).perplexity)
 
 
@@ -128,30 +121,23 @@ def test_under_autocast_products_are_bfloat16_and_all_else_is_float32(reduction)
 
 
 @pytest.mark.usefixtures("kernels")
-def test_logits_beyond_every_exponent_and_faults_are_not_hidden():
+def test_logits_beyond_every_exponent_faults_and_rows_without_a_target():
     hidden, weight, targets, _ = make()
-    expected = run(linear_cross_entropy_naive, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
-    found = run(linear_cross_entropy, 1e4 * hidden, weight, torch.tensor(1.0), targets, reduction="sum")
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-2)
-    hidden[1, 3] = float("nan")
-    losses = linear_cross_entropy(hidden, weight, targets)
-    assert losses.isnan().tolist() == [row == 1 for row in range(ROWS)]
-
-
-@pytest.mark.usefixtures("kernels")
-def test_rows_without_a_target_have_no_part():
-    hidden, weight, targets, _ = make()
+    one, options = torch.tensor(1.0), {"reduction": "sum"}
+    expected = run(linear_cross_entropy_naive, 1e4 * hidden, weight, one, targets, **options)
+    found = run(linear_cross_entropy, 1e4 * hidden, weight, one, targets, **options)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-2)
+    faulty = hidden.clone()
+    faulty[1, 3] = float("nan")
+    assert linear_cross_entropy(faulty, weight, targets).isnan().tolist() == [row == 1 for row in range(ROWS)]
     hidden[targets == -100] = float("inf")
-    loss, for_hidden, for_weight = run(
-        linear_cross_entropy, hidden, weight, torch.tensor(1.0), targets, reduction="sum"
-    )
+    loss, for_hidden, for_weight = run(linear_cross_entropy, hidden, weight, one, targets, **options)
+    assert float(loss) > 0
     assert bool(for_weight.isfinite().all())
     assert not for_hidden[targets == -100].any()
-    empty = torch.full_like(targets, -100)
-    for part in run(linear_cross_entropy, hidden, weight, torch.tensor(1.0), empty, reduction="sum"):
+    for part in run(linear_cross_entropy, hidden, weight, one, torch.full_like(targets, -100), **options):
         assert not part.any()
-    assert float(loss) > 0
 
 
 def test_what_does_not_fit_is_refused():
@@ -168,40 +154,29 @@ def test_what_does_not_fit_is_refused():
             linear_cross_entropy(*arguments, **options)
 
 
-@pytest.mark.parametrize("with_hook", [False, True])
-def test_a_model_s_total_loss_is_the_sum_of_its_token_losses(with_hook):
+@pytest.mark.parametrize(("kind", "with_hook"), [("pythia", False), ("pythia", True), ("selective", False)])
+def test_a_model_s_total_loss_is_the_weighted_sum_of_its_token_losses(kind, with_hook):
     """A head with a hook is called as a module, and nothing else changes."""
-    torch.manual_seed(0)
-    model = TransformerLM([PythiaLayer(32, 2, 64)], vocab_size=97, segment_length=8).double()
-    ids = torch.randint(0, 97, (2, 21))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, 15:] = False
-    calls = []
-    if with_hook:
-        model.embed_out.register_forward_hook(lambda *arguments: calls.append(1))
-    weights = list(model.parameters())
-    total = model.total_loss(ids, ids, mask)
-    expected = model.token_losses(ids, ids, mask).sum()
-    torch.testing.assert_close(total, expected)
-    for one, two in zip(torch.autograd.grad(total, weights), torch.autograd.grad(expected, weights), strict=True):
-        torch.testing.assert_close(one, two)
-    assert bool(calls) == with_hook
-    assert model.token_losses(ids, ids, mask).shape == ids.shape
-
-
-@pytest.mark.parametrize("kind", ["pythia", "selective"])
-def test_label_weights_multiply_each_label_s_loss(kind):
     torch.manual_seed(0)
     options = {"earlier_pass_weight": 0.5} if kind == "selective" else {}
     shape = make_shape(vocab_size=40, hidden_size=16, intermediate_size=32)
-    model = create_model(kind, shape, segment_length=8, **options).train()
-    labels = torch.randint(40, (2, 17))
-    weights = torch.rand(2, 17) * 5
-    total = model.total_loss(labels[:, :-1], labels, label_weights=weights)
-    expected = (model.token_losses(labels[:, :-1], labels) * weights[:, 1:]).sum()
+    model = create_model(kind, shape, segment_length=8, **options).double().train()
+    calls = []
+    if with_hook:
+        model.embed_out.register_forward_hook(lambda *arguments: calls.append(1))
+    labels, weights = torch.randint(40, (2, 22)), 5 * torch.rand(2, 22).double()
+    ids = labels[:, :-1]
+    mask = torch.arange(21) < torch.tensor([[21], [15]])
+    total = model.total_loss(ids, labels, mask, label_weights=weights)
+    expected = (model.token_losses(ids, labels, mask) * weights[:, 1:]).sum()
     torch.testing.assert_close(total, expected)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (total, expected)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+    assert bool(calls) == with_hook
     with pytest.raises(ValueError, match="label_weights"):
-        model.total_loss(labels[:, :-1], labels, label_weights=weights[:, :-1])
+        model.total_loss(ids, labels, label_weights=weights[:, :-1])
 
 
 # What joins the loss in training alone: what memory returns must predict by itself, and a router use all memories

@@ -1,5 +1,7 @@
 """Each op against its naive form, its derivatives, and its behaviour in 16 bits."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,10 +99,9 @@ def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
     for n in range(MEMORIES):
         before = memories[:, n].clone(), norms[:, n].clone()
-        actual = write_memory(
-            k, v, memories[:, n], norms[:, n], use_delta_rule=use_delta_rule, epsilon=EPSILON, decay=w
-        )
-        expected = write_memory_naive(k, v, *before, use_delta_rule=use_delta_rule, epsilon=EPSILON, decay=w)
+        options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
+        actual = write_memory(k, v, memories[:, n], norms[:, n], **options)
+        expected = write_memory_naive(k, v, *before, **options)
         for new, naive in zip(actual, expected, strict=True):
             assert_near(new, naive, TOLERANCES[dtype] * 10)  # sums of tens
         assert torch.equal(memories[:, n], before[0])
@@ -120,30 +121,19 @@ def check_gradients(function, *inputs: Tensor) -> None:
     assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in inputs))
 
 
-@pytest.mark.parametrize("chunk_length", [2, 64])
-def test_gradient_of_local_attention(chunk_length):
+def test_gradients_of_attention_reads_and_selection():
     q, k, v = draw_segment()
     sums = draw(ROWS, HEADS, WIDTH, VALUE_WIDTH, seed=7), draw_features(ROWS, HEADS, WIDTH, seed=8)
-
-    def attend(q, k, v, products, keys):
-        return local_linear_attention(
-            q, k, v, epsilon=EPSILON, chunk_length=chunk_length, initial_sums=(products, keys)
+    for chunk_length in (2, 64):
+        options: dict[str, Any] = {"epsilon": EPSILON, "chunk_length": chunk_length}
+        check_gradients(
+            lambda q, k, v, *sums, o=options: local_linear_attention(q, k, v, initial_sums=sums, **o), q, k, v, *sums
         )
-
-    check_gradients(attend, q, k, v, *sums)
-
-
-def test_gradient_of_read():
-    memories, norms, _ = draw_memories()
+    memories, norms, num_tokens = draw_memories()
+    products = q @ norms.permute(0, 2, 3, 1)
     norms = norms + 0.1  # an empty memory's divisor is clamped, where finite differences see a corner
-    q, _, _ = draw_segment()
     weights = draw(ROWS, MEMORIES, HEADS, LENGTH, seed=6)
     check_gradients(lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights)
-
-
-def test_gradient_of_selection():
-    _, norms, num_tokens = draw_memories()
-    products = draw_segment()[0] @ norms.permute(0, 2, 3, 1)
     check_gradients(lambda p: weigh_memories(p, num_tokens, width=WIDTH), products)
     temperature = torch.tensor([0.5, 2.0], dtype=torch.float64)
     options = {"width": WIDTH, "standardize": True}
@@ -155,12 +145,9 @@ def test_gradient_of_selection():
 def test_gradient_of_write(use_delta_rule, decay):
     memories, norms, _ = draw_memories()
     _, k, v = draw_segment()
-    w = None if decay is None else torch.tensor(decay, dtype=torch.float64)
-
-    def write(k, v, memory, norm):
-        return write_memory(k, v, memory, norm, use_delta_rule=use_delta_rule, epsilon=EPSILON, decay=w)
-
-    check_gradients(write, k, v, memories[:, 0], norms[:, 0])
+    options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON}
+    options["decay"] = None if decay is None else torch.tensor(decay, dtype=torch.float64)
+    check_gradients(lambda *inputs: write_memory(*inputs, **options), k, v, memories[:, 0], norms[:, 0])
 
 
 # 16 bits

@@ -30,18 +30,14 @@ def test_scanned_sums_equal_their_naive_form(number, has_decay):
     assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
 
 
-def test_decay_to_nothing_is_no_division():
+def test_decay_to_nothing_is_no_division_and_gradients():
     """A scan by dividing through products of the decay would be 0 / 0 here."""
     initial, changes = draw(1, 2, seed=1), draw(1, 400, 2, seed=2)
     decay = torch.full((1, 400, 1), 1e-3, dtype=torch.float64)
     decay[:, 200] = 0
     assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
-
-
-def test_gradient_of_scanned_sums():
-    initial, changes = draw(2, 3, seed=1).requires_grad_(), draw(2, 5, 3, seed=2).requires_grad_()
-    decay = draw(2, 5, 1, seed=3).sigmoid()
-    assert torch.autograd.gradcheck(lambda first, rest: scan_sums(first, rest, decay), (initial, changes))
+    parts = initial.requires_grad_(), changes[:, 197:203].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda first, rest: scan_sums(first, rest, decay[:, 197:203]), parts)
 
 
 # Memories over segments
@@ -119,27 +115,6 @@ def test_scan_equals_its_naive_form(monkeypatch, shape, group):
         for one, two in zip(mine, other, strict=True):
             scale = max(1.0, float(two.abs().max())) if two.numel() else 1.0
             assert_near(one, two, 10 * TOLERANCES[dtype] * scale)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("has_delta", [True, False])
-def test_16_bits_stay_near(dtype, has_delta):
-    call = draw_call(6, 2, 6, has_delta=has_delta, has_decay=True, has_sum=True)
-    narrow = {
-        name: t.detach().to(dtype if name in ("q", "k", "v", "written_keys") else torch.float32).requires_grad_()
-        for name, t in call.tensors.items()
-    }
-    rough = Call(narrow, call.slots, call.num_writes)
-    actual, expected = rough.run(scan_memories), call.run(scan_memories_naive)
-    assert [t.dtype for t in actual] == [dtype, dtype, torch.float32]
-    grads = [
-        torch.autograd.grad(
-            [t.double().sum() for t in out], list(c.tensors.values()), allow_unused=True, materialize_grads=True
-        )
-        for out, c in ((actual, rough), (expected, call))
-    ]
-    for mine, other in zip([*actual, *grads[0]], [*expected, *grads[1]], strict=True):
-        assert (mine.double() - other).norm() <= 0.02 * other.norm()
 
 
 # What backward keeps
