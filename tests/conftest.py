@@ -36,34 +36,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Models as small as the tests' only lose by threads, in the commands that tests start too."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+def make_tests_fast(tmp_path_factory: pytest.TempPathFactory):
+    """Small models run in one thread, no test waits until its bytes are on the disk, and tokens have their own cache.
 
-
-@pytest.fixture(scope="session", autouse=True)
-def trust_the_disk():
-    """No test takes the machine's power away, so that nothing waits until its bytes are on the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def token_cache(tmp_path_factory: pytest.TempPathFactory):
-    """A token cache of the test session's own."""
-    folder = tmp_path_factory.mktemp("token-cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEW_LLM_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def draw_few():
-    """Drawing is the longest part of a tiny experiment: of charts that differ in their data alone one is drawn."""
+    Drawing is the longest part of a tiny experiment: of charts that differ in their data alone one is drawn.
+    """
     draw, drawn = vl_convert.vegalite_to_svg, {}
 
     def drop_data(part: Any) -> Any:
@@ -77,7 +54,11 @@ def draw_few():
             drawn[key] = draw(spec, **options)
         return drawn[key]
 
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # in the commands that tests start, too
+        patch.setenv("NEW_LLM_CACHE", str(tmp_path_factory.mktemp("token-cache")))
+        patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(vl_convert, "vegalite_to_svg", draw_or_find)
         patch.setattr(vl_convert, "svg_to_png", functools.cache(vl_convert.svg_to_png))
         yield

@@ -76,27 +76,23 @@ def test_a_skipped_step_changes_nothing_but_the_place(tmp_path, every_steps, acc
     number = begins[0] // accumulation + 1  # a step in which a row goes on to its next document
     assert number > 1
     met = spoil(trainer, {number})
-    seen = {}
-    step = trainer._train_step
+    step, states = trainer._train_step, []
 
     def watch(batches: list[Batch]) -> None:
-        if trainer.state.step == number - 1:
-            seen["resets"] = torch.stack([batch.resets for batch in batches]).any(0)
-            seen["memory"] = trainer.model.get_memory_state()
+        if trainer.state.step in (number - 1, number):
+            states.append((trainer.model.get_memory_state(), list_weights(trainer.model)))
         step(batches)
-        if trainer.state.step == number:
-            seen["after"] = trainer.model.get_memory_state()
-            seen["weights"] = list_weights(trainer.model)
 
     trainer._train_step = watch
     result = trainer.run()
-    assert equal(seen["weights"], met["weights"][0])
-    assert seen["resets"].any()
-    for layer, entry in seen["memory"].items():
-        expected = entry["memories"].clone()
-        expected[seen["resets"]] = 0
-        assert torch.equal(seen["after"][layer]["memories"], expected)
-    assert expected.abs().sum() > 0
+    (memory, _), (memory_after, weights_after) = states
+    assert equal(weights_after, met["weights"][0])
+    resets = torch.stack([batch.resets for batch in met["batches"]]).any(0)
+    assert resets.any()
+    for layer, entry in memory.items():
+        entry["memories"][resets] = 0
+        assert entry["memories"].abs().sum() > 0
+        assert torch.equal(memory_after[layer]["memories"], entry["memories"])
     assert all(bool(weight.isfinite().all()) for weight in list_weights(trainer.model))
     assert trainer.state.skipped_steps == 1
     (line,) = lines

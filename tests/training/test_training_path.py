@@ -5,11 +5,11 @@ import io
 import itertools
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
 from rich.console import Console
 
 from new_llm.config import TrainConfig
@@ -117,51 +117,29 @@ def test_gates_have_their_own_rate_and_no_decay(tmp_path):
 # Metrics to other trackers, and the live view
 
 
-class Recorder(GeneralTracker):
-    """A tracker that keeps what it is told."""
-
-    name = "recorder"
-    requires_logging_directory = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[int, dict]] = []
-
-    @property
-    def tracker(self):
-        return self
-
-    def store_init_configuration(self, values):
-        self.config = values
-
-    def log(self, values, step=None, **kwargs):
-        self.lines.append((step, values))
-
-    def finish(self):
-        self.lines.append((-1, {}))
-
-
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
-    found: list[Recorder] = []
+    tracker, begun, told = Mock(), [], []
 
-    def accelerate(*, log_with, **options):
-        found.extend(Recorder() for _ in log_with)
-        return Accelerator(log_with=found[-1:], **options)
+    def begin(self: Accelerator, project: str, **options: object) -> None:
+        begun.append(options)
+        self.trackers = [tracker]
 
-    monkeypatch.setattr("new_llm.training.preparation.Accelerator", accelerate)
+    monkeypatch.setattr(Accelerator, "init_trackers", begin)
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: told.append((step, values)))
     trainer = make_trainer(tmp_path, trackers=("mlflow",))
     trainer.settings = {"train": {"learning_rate": 1e-4}}
     trainer.run()
-    (recorder,) = found
-    assert recorder.config == {"train.learning_rate": 1e-4}
-    lines = read_metrics(tmp_path)
-    assert [step for step, _ in recorder.lines] == [*(line["step"] for line in lines), -1]
-    for (_, values), line in zip(recorder.lines, lines, strict=False):
+    names = {"mlflow": {"run_name": f"{tmp_path.parent.name}/{tmp_path.name}"}}
+    assert begun == [{"config": {"train.learning_rate": 1e-4}, "init_kwargs": names}]
+    for (step, values), line in zip(told, read_metrics(tmp_path), strict=True):
+        assert step == line["step"]
         if line["event"] == "train":
             assert values["train/loss"] == line["loss"]
             assert values["gates/layers.0.0"] == line["gates"]["layers.0"][0]
         else:
             assert values["epoch/validation_loss"] == line["validation_loss"]
+    tracker.finish.assert_called_once()
 
 
 def test_a_missing_tracker_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
