@@ -224,7 +224,6 @@ def load_baselines(
             named by their runs.
     """
     specs = [(spec, False) for spec in options.baselines] + [(spec, True) for spec in options.window_baselines]
-    shorts = [_shorten(spec) for spec, _ in specs]
     baselines: dict[str, Baseline] = {}
     for place, (spec, has_windows) in enumerate(specs):
         flag = "--window-baselines" if has_windows else "--baselines"
@@ -233,6 +232,8 @@ def load_baselines(
             SubjectConfig(run=run, model=model_name, device=config.device, precision=config.precision)
         )
         where = names[place] if names else f"{flag} {spec}"
+        if (spec, has_windows) in specs[:place] or where in baselines:
+            raise UserError(f"{where}: is named twice")
         if other.facts["tokenizer_fingerprint"] != loaded.facts["tokenizer_fingerprint"]:
             raise UserError(f"{where}: its tokenizer is not that of {loaded.label}: tokens can't be compared")
         model: Any = other.model
@@ -243,21 +244,12 @@ def load_baselines(
         elif not names and not has_memory(model):
             model.segment_length = min(model.segment_length, loaded.model.segment_length)
         other = add_cache(other, config.cache, text_config)
-        kind = "windows" if has_windows else "segments"
-        is_known = sum(shorts[i] == shorts[place] for i in range(len(specs)) if specs[i][1] == has_windows) > 1
-        name = f"{spec if is_known else shorts[place]}, {kind} of {model.segment_length:,}"
-        name = names[place] if names else name
-        if name in baselines:
-            raise UserError(f"{where}: is named twice")
+        form = f"{{}}, {'windows' if has_windows else 'segments'} of {model.segment_length:,}"
+        short = Path(run).name + (f":{model_name}" if model_name else "")
+        name = names[place] if names else form.format(spec if form.format(short) in baselines else short)
         facts = other.facts | {"segment_length": model.segment_length}
         baselines[name] = Baseline(name, other.model, stride, other.device, other.autocast, facts)
     return list(baselines.values())
-
-
-def _shorten(spec: str) -> str:
-    """The last part of the run's path, with the model."""
-    run, model = split_spec(spec)
-    return Path(run).name + (f":{model}" if model else "")
 
 
 # Records

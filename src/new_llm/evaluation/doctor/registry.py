@@ -5,14 +5,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from new_llm.config import UserError
-from new_llm.config.evaluation import DoctorConfig
 from new_llm.evaluation.measure import Subject, TrainingData
 from new_llm.evaluation.scoring import find_device
 from new_llm.models import TransformerLM
@@ -88,58 +87,29 @@ def register_check(
     return register
 
 
-@dataclass(frozen=True)
 class Examination:
     """A model under examination: a `TransformerLM` or `HuggingFaceLM`, with the text that its subject brings.
 
-    Losses are measured in the subject's autocast; structural probes run without it.
+    Losses are measured in the subject's autocast; structural probes run without it. `own_model` is the model if it is
+    a `TransformerLM`, `data` what it was trained on, for checks that need it, and `tokens` the beginning of the text in
+    one row, for probes.
 
     Raises:
         UserError: the text is too short for the probes.
     """
 
-    subject: Subject
-
-    def __post_init__(self) -> None:
-        num_tokens = self.subject.split.num_tokens
-        if num_tokens < self._needed:
-            raise UserError(f"doctor: the text has {num_tokens} tokens; at least {self._needed} are needed")
-
-    @property
-    def _needed(self) -> int:
-        return NUM_ROWS * NUM_SEGMENTS * self.config.segment_tokens
-
-    @property
-    def model(self) -> Any:
-        """The model, on its device."""
-        return self.subject.model
-
-    @property
-    def config(self) -> DoctorConfig:
-        """The doctor's settings."""
-        return self.subject.settings.doctor
-
-    @property
-    def data(self) -> TrainingData:
-        """What the model was trained on; for checks that need it."""
-        assert self.subject.training is not None
-        return self.subject.training
-
-    @functools.cached_property
-    def device(self) -> torch.device:
-        """The model's device."""
-        return find_device(self.model, None)
-
-    @functools.cached_property
-    def tokens(self) -> Tensor:
-        """The beginning of the text in one row, for probes."""
-        tokens = self.subject.split.tokens[: max(self._needed, self.config.max_tokens)]
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
-
-    @property
-    def own_model(self) -> TransformerLM | None:
-        """The model if it is a `TransformerLM`; None for a Hugging Face model."""
-        return self.model if isinstance(self.model, TransformerLM) else None
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.model: Any = subject.model
+        self.own_model = subject.model if isinstance(subject.model, TransformerLM) else None
+        self.config = subject.settings.doctor
+        self.data = cast(TrainingData, subject.training)
+        self.device = find_device(subject.model, None)
+        num_needed = NUM_ROWS * NUM_SEGMENTS * self.config.segment_tokens
+        if subject.split.num_tokens < num_needed:
+            raise UserError(f"doctor: the text has {subject.split.num_tokens} tokens; at least {num_needed} are needed")
+        tokens = subject.split.tokens[: max(num_needed, self.config.max_tokens)]
+        self.tokens = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
     def take_rows(self, num_rows: int, num_tokens: int) -> Tensor:
         """Real text as [num_rows, num_tokens], different in each row; a short text is repeated."""
