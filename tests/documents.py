@@ -64,19 +64,8 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(arguments) <= set(targets), f"the Makefile has no {arguments}"
-    elif program == "accelerate":
-        from accelerate.commands.launch import launch_command_parser
-
-        launch = launch_command_parser().parse_args(arguments[1:])
-        assert arguments[0] == "launch"
-        assert launch.module
-        parse_command(["python", "-m", launch.training_script, *launch.training_script_args], monkeypatch)
     elif program in ("python", "python3"):
-        if arguments[0] == "-m":
-            assert arguments[1] == "new_llm.cli.main", f"{arguments[1]} is no module with a command"
-            parse_command(["new-llm", *arguments[2:]], monkeypatch)
-        else:
-            parse_script(ROOT / arguments[0], arguments[1:], monkeypatch)
+        parse_script(ROOT / arguments[0], arguments[1:], monkeypatch)
     else:
         assert program == "new-llm", f"{program}: unknown; a program of others belongs in OTHER_PROGRAMS"
         parse_own(arguments, monkeypatch)

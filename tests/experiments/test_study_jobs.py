@@ -51,20 +51,20 @@ def test_a_cell_that_fails_ends_all_and_is_named(tmp_path, work, error, message)
     assert "\n" not in str(raised.value)
 
 
-def test_a_process_that_crashes_leaves_the_others(tmp_path):
-    pool = InProcesses(partial(crash_one, tmp_path), tmp_path, 2)
-    assert run(pool) == CELLS[:1]
-    (line,) = pool.failures
-    assert line.startswith("no-delta-s0: RuntimeError: the GPU is gone; more is in ")
-
-
-def test_a_job_that_fails_leaves_the_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("work", "make", "message"),
+    [
+        (crash_one, partial(InProcesses, size=2), "RuntimeError: the GPU is gone"),
+        (fail_one, partial(OnCluster, size=None, settings=ClusterConfig(executor="local")), "the text is gone"),
+    ],
+)
+def test_what_fails_leaves_the_others(tmp_path, monkeypatch, work, make, message):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for this folder's modules
-    pool = OnCluster(partial(fail_one, tmp_path), tmp_path, None, ClusterConfig(executor="local"))
+    pool = make(partial(work, tmp_path), tmp_path)
     assert run(pool) == CELLS[:1]
     assert (tmp_path / LOGS_FOLDER / "reference-s0.log").read_text() == "here is reference-s0\n"
     (line,) = pool.failures
-    assert line.startswith("no-delta-s0: the text is gone; more is in ")
+    assert line.startswith(f"no-delta-s0: {message}; more is in ")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ def make_record(results: dict[str, Any], model: str) -> dict[str, Any]:
     }
 
 
+def set_at(entry: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Put a value at the end of a path of keys and places."""
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+
+
 def write_run(folder: Path, results: dict[str, Any], *records: dict[str, Any]) -> Path:
     """A run folder with what the report reads of it."""
     (folder / "evaluations").mkdir(parents=True)

@@ -3,7 +3,7 @@ import re
 from typing import Any
 
 import pytest
-from report_runs import make_seed, pick
+from report_runs import make_seed, pick, set_at
 
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import group_series, make_run
@@ -93,10 +93,7 @@ def test_several_seeds_are_paired_by_seed_and_document(results):
 )
 def test_models_of_different_measurements_are_not_ranked(results, path, value, words):
     one, two = pick(results, "pythia"), pick(results, "infini")
-    entry: Any = two
-    for key in path[:-1]:
-        entry = entry[key]
-    entry[path[-1]] = value
+    set_at(two, path, value)
     said = compare(one, two)
     assert said.startswith("These models can't be ranked by sliding-window perplexity: ")
     assert words in said

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from page import Page, read_page
+from report_runs import set_at
 
 from new_llm.charts import line_chart
 from new_llm.config import UserError
@@ -131,30 +132,26 @@ def test_an_interrupted_run_shows_what_it_has(results):
     assert "gates-training" in page.ids()
 
 
-MISSING = {
-    "no training": [("models", 0, "training"), ("models", 1, "gates")],
-    "no facts about the run": [("data",), ("environment",), ("code",), ("config",), ("command",)],
-    "no measures": [("models", 0, "evaluation"), ("models", 0, "num_parameters")],
-    "no sizes": [("models", 0, "memory_info"), ("models", 0, "evaluation", "sliding", "perplexity")],
-    "no memory use": [("models", 1, "evaluation", "memory_usage", "layers", 0, "norms")],
-    "parts of measures": [
-        ("models", 0, "evaluation", "sliding", "documents"),
-        ("models", 0, "training", "steps_log"),
-        ("models", 0, "evaluation", "positions"),
-        ("models", 0, "evaluation", "reversal", "intervals"),
+PYTHIA, INFINI = ("models", 0), ("models", 1)
+MEASURED = (*PYTHIA, "evaluation")
+
+
+@pytest.mark.parametrize("value", [None, "text"])
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [(*PYTHIA, "training"), (*INFINI, "gates")],
+        [("data",), ("environment",), ("code",), ("config",), ("command",)],
+        [MEASURED, (*PYTHIA, "num_parameters")],
+        [(*PYTHIA, "memory_info"), (*MEASURED, "sliding", "perplexity")],
+        [(*INFINI, "evaluation", "memory_usage", "layers", 0, "norms"), (*MEASURED, "sliding", "documents")],
+        [(*PYTHIA, "training", "steps_log"), (*MEASURED, "positions"), (*MEASURED, "reversal", "intervals")],
     ],
-}
-
-
-@pytest.mark.parametrize("value", [None, "text"], ids=["null", "text"])
-@pytest.mark.parametrize("paths", MISSING.values(), ids=MISSING.keys())
+)
 @pytest.mark.filterwarnings("error")
 def test_missing_or_broken_parts_leave_the_rest(results, paths, value):
     for path in paths:
-        entry: Any = results
-        for key in path[:-1]:
-            entry = entry[key]
-        entry[path[-1]] = value
+        set_at(results, path, value)
     said = show(results).read()
     assert "infini" in said
     assert "76.00" in said
@@ -195,15 +192,13 @@ def test_passages_are_shaded_and_their_text_is_text(results):
         ],
     }
     page = show(results)
-    assert "helped by 1.5 nats: document 3, segment 5" in page.source
-    assert 'style="--share:0.75">&lt;script&gt;<span class="tip"' in page.source
-    assert "+1.50 nats" in page.source
-    assert "…&lt;i&gt;" in page.source
-    assert "half of what it helped falls on 5.0% of them" in page.source
-    assert "<b>memories read</b> 2: 75%, 1: 25%" in page.source
-    assert "continued: document 2, from segment 10" in page.source
-    assert "…&lt;u&gt;</p>" in page.source
-    assert "<dt>with the memory</dt><dd>&lt;s&gt;</dd>" in page.source
+    for words in (
+        *("helped by 1.5 nats: document 3, segment 5", "+1.50 nats", "half of what it helped falls on 5.0% of them"),
+        'style="--share:0.75">&lt;script&gt;<span class="tip"',
+        *("…&lt;i&gt;", "…&lt;u&gt;</p>", "<b>memories read</b> 2: 75%, 1: 25%"),
+        *("continued: document 2, from segment 10", "<dt>with the memory</dt><dd>&lt;s&gt;</dd>"),
+    ):
+        assert words in page.source
 
 
 def test_no_home_folder_is_shared(four_models, tmp_path):
