@@ -148,26 +148,20 @@ class Processes:
     @contextmanager
     def agree(self) -> Iterator[None]:
         """At the block's end all processes continue, or none: an error of one is an OtherProcessError of all others."""
+        error = None
         try:
             yield
         except OtherProcessError:
             raise  # all know it already
-        except Exception as error:
-            self._agree_on(error)
-            raise
-        self._agree_on(None)
-
-    def _agree_on(self, error: Exception | None) -> None:
-        if self.count == 1:
-            return
-        found = self.gather(None if error is None else (isinstance(error, USER_ERRORS), str(error)))
-        failed = [rank for rank, entry in enumerate(found) if entry is not None]
-        if not failed:
-            return
-        # Only the first process that failed reports it; the others end silently.
-        if error is None or failed[0] != self.rank:
-            is_user_error, text = found[failed[0]] or (False, "")
-            raise OtherProcessError(f"process {failed[0]}: {text}", is_user_error=is_user_error) from error
+        except Exception as caught:
+            error = caught
+        found = self.gather(error and (isinstance(error, USER_ERRORS), str(error)))
+        first = next((rank for rank, entry in enumerate(found) if entry), self.rank)
+        if first != self.rank:  # only the first process that failed reports it; the others end silently
+            is_user_error, text = found[first] or (False, "")
+            raise OtherProcessError(f"process {first}: {text}", is_user_error=is_user_error) from error
+        if error is not None:
+            raise error
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from new_llm.cli.main import main
 from new_llm.data.tokenizer import read_tokenizer_file
@@ -24,7 +23,7 @@ def fill(run: Path, out: Path, *options: object, model: str = "hierarchical") ->
     return call("fill", "--run", run, "--model", model, "--text", *texts, "--out", out, *options)
 
 
-def test_filling_from_files_equals_rows_of_one_call(untrained_run, tmp_path, capsys):
+def test_a_memory_is_filled_from_files(untrained_run, tmp_path, capsys):
     out = tmp_path / "new" / "m.safetensors"
     assert fill(untrained_run, out) == 0
     captured = capsys.readouterr()
@@ -35,22 +34,10 @@ def test_filling_from_files_equals_rows_of_one_call(untrained_run, tmp_path, cap
     assert captured.err == "reading 2 files, 10,000 bytes\n"
     assert (found[1], int(found[4].replace(",", ""))) == (str(out), out.stat().st_size)
     assert list(out.parent.iterdir()) == [out]
-
-    model = load_best(untrained_run, "hierarchical")
     tokenizer = read_tokenizer_file(untrained_run / "tokenizer.json")
-    rows = [torch.tensor(tokenizer.encode((untrained_run / f"{n}.txt").read_text()).ids) for n in (0, 1)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    model(ids, mask, update_memory=True)
-    expected = model.get_memory_state()[0]
-    content = read_memory_file(out)
-    for key, value in content.state[0].items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            assert (value - expected[key]).norm() <= 1e-6 * expected[key].norm()
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(value, expected[key])
-    assert content.tokens_seen == sum(map(len, rows)) == int(found[2].replace(",", ""))
-    load_memory_file(model, out)
+    num_tokens = sum(len(tokenizer.encode((untrained_run / f"{n}.txt").read_text()).ids) for n in (0, 1))
+    assert read_memory_file(out).tokens_seen == num_tokens == int(found[2].replace(",", ""))
+    load_memory_file(load_best(untrained_run, "hierarchical"), out)
 
 
 def test_a_cache_of_keys_is_filled_in_order_and_can_not_be_merged(untrained_run, tmp_path, capsys):

@@ -36,6 +36,7 @@ from new_llm.config.files import (
     write_folder_atomically,
     write_manifest,
 )
+from new_llm.config.loading import flatten_settings
 from new_llm.config.terminal import print_text
 from new_llm.data.builder import Builder, limit_characters, pack_sentences, shuffle_sentences
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs
@@ -59,12 +60,6 @@ from new_llm.data.tokenizer import (
 FORMAT_VERSION = 3  # of the folder's files and of how documents become tokens; another version is another key
 META_FILE = "meta.json"
 INDEX_COLUMNS = ("offsets", "num_bytes", "num_words")
-
-
-def cache_key(parts: dict[str, Any]) -> str:
-    """A short hash of everything that decides a cache's content."""
-    text = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -105,11 +100,13 @@ class TokenCache:
         )
 
 
-def load_or_build(key: str, builder: Builder) -> TokenCache:
-    """Load the cache with this key, or build it where it is absent or damaged.
+def load_or_build(parts: dict[str, Any], builder: Builder) -> TokenCache:
+    """Load the cache whose content these parts decide, or build it where it is absent or damaged.
 
     A second process that wants the same cache waits, says so in a line, and uses what the first has built.
     """
+    text = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
     root = (builder.config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")).expanduser()
     folder, work = root / key, root / f".{key}.work"
     if (cache := _load(folder)) is not None:
@@ -190,20 +187,18 @@ def prepare_data(config: DataConfig) -> PreparedData:
     validation_source = held and open_source(replace(config, source=held), split="validation")
     sentences = list_sentences(config)
     found = find_tokenizer(config, is_hub_source=source.is_hub)
-    key = cache_key(
-        {
-            "source": source.fingerprint,
-            "tokenizer": fingerprint_tokenizer(found[1]) if found else {"bpe": config.tokenizer_vocab_size},
-            "special_tokens": config.special_tokens,
-            "on_bad_row": config.on_bad_row,
-            "split": [config.split_seed, config.validation_fraction],
-            "limits": [config.max_documents, limit_characters(config, source), config.min_documents],
-            "sentences": [sentences, config.max_reversal_share],
-        }
-        | ({"validation": validation_source.fingerprint} if validation_source else {})
-    )
-    builder = Builder(config, source, sentences, found and found[1], validation_source or None)
-    cache = load_or_build(key, builder)
+    parts = {
+        "source": source.fingerprint,
+        "tokenizer": fingerprint_tokenizer(found[1]) if found else {"bpe": config.tokenizer_vocab_size},
+        "special_tokens": config.special_tokens,
+        "on_bad_row": config.on_bad_row,
+        "split": [config.split_seed, config.validation_fraction],
+        "limits": [config.max_documents, limit_characters(config, source), config.min_documents],
+        "sentences": [sentences, config.max_reversal_share],
+    }
+    if validation_source:
+        parts["validation"] = validation_source.fingerprint
+    cache = load_or_build(parts, Builder(config, source, sentences, found and found[1], validation_source or None))
     train, validation = cache.load_split("train"), cache.load_split("validation")
     _check_size(source, train, validation, config.seq_length)
     notes = [*source.notes, *(validation_source.notes if validation_source else ()), *cache.meta["notes"]]
@@ -243,13 +238,9 @@ def find_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
     `before` is `PreparedData.info` as the run recorded it, `after` the same of the data that are there now.
     """
-
-    prints = {
-        "source": lambda info: info.get("source_fingerprint"),
-        "tokenizer": lambda info: info.get("tokenizer", {}).get("fingerprint"),
-        "split": lambda info: info.get("split_fingerprint"),
-    }
-    return [name for name, take in prints.items() if take(before) != take(after)]
+    one, two = (flatten_settings(info) for info in (before, after))
+    prints = {"source": "source_fingerprint", "tokenizer": "tokenizer.fingerprint", "split": "split_fingerprint"}
+    return [name for name, key in prints.items() if one.get(key) != two.get(key)]
 
 
 def choose_taught(config: DataConfig) -> list[ReversalPair]:

@@ -91,20 +91,6 @@ class MetricsWriter:
             self._thread_hook(error)
 
 
-class SilentMetrics:
-    """Stands for the metrics on every process but the main one, which alone writes them."""
-
-    num_lines = 0
-
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Does nothing."""
-
-    def sync(self) -> None:
-        """Does nothing."""
-
-    close = sync
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` up to the first broken one: a killed process may leave half a line."""
     path = folder / METRICS_FILE

@@ -40,7 +40,7 @@ from new_llm.training.devices import (
     reset_peak_memory,
 )
 from new_llm.training.guards import Step, StepMonitor
-from new_llm.training.log import MetricsWriter, SilentMetrics, TrainingProgress, open_trackers
+from new_llm.training.log import MetricsWriter, TrainingProgress, open_trackers
 from new_llm.training.preparation import (
     LossFunction,
     ShardedModel,
@@ -117,7 +117,7 @@ class Trainer:
         read_progress = self._share_spent if config.stop_at == "cpu_seconds" else None
         schedule = make_schedule(config, self.steps_per_epoch, read_progress)
         self.scheduler = LambdaLR(self.optimizer.optimizer, schedule)
-        self.metrics: MetricsWriter | SilentMetrics = SilentMetrics()
+        self.metrics: MetricsWriter | None = None  # on other processes than the main one
         self.monitor = StepMonitor(
             self.optimizer.optimizer,
             config,
@@ -125,7 +125,7 @@ class Trainer:
             device=self.device,
             processes=self.processes,
             describe_place=lambda at: f"epoch {at.epoch}, batch {at.batch} of {self.num_batches}, seed {self.seed}",
-            write=lambda *line: self.metrics.write(*line),
+            write=self._write,
             note=lambda line: self.progress.note(line),
         )
         self.step_loss = self.grad_norm = math.nan
@@ -336,7 +336,7 @@ class Trainer:
         state = self.state
         values = {"share": self._share_spent(), "tokens": state.num_tokens, "seconds": state.seconds}
         found = self.measure(gather_model(self.model, self.structure))
-        self.metrics.write("checkpoint", state.step, values | {"cpu_seconds": state.cpu_seconds, "evaluation": found})
+        self._write("checkpoint", state.step, values | {"cpu_seconds": state.cpu_seconds, "evaluation": found})
 
     def _end_epoch(self, signals: StopSignals) -> None:
         """Validate, write a checkpoint, and keep the best weights."""
@@ -368,7 +368,7 @@ class Trainer:
             "cpu_seconds": state.cpu_seconds,
             "is_best": best is not None,
         }
-        self.metrics.write("epoch", state.step, values)
+        self._write("epoch", state.step, values)
         self._save()
         if best is not None:  # after the checkpoint, which holds the same weights: see restore_best
             self.processes.run_on_main(lambda: save_model(best, self.folder / BEST_FOLDER))
@@ -389,7 +389,13 @@ class Trainer:
             try:
                 yield
             finally:
-                self.metrics.close()
+                if self.metrics is not None:
+                    self.metrics.close()
+
+    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """A line of metrics."""
+        if self.metrics is not None:
+            self.metrics.write(event, step, values)
 
     def _log_steps(self) -> None:
         """One line of metrics on the steps since the last such line."""
@@ -408,13 +414,14 @@ class Trainer:
         }
         if alphas := self.model.alpha_values():
             values["alpha"] = alphas
-        self.metrics.write("train", state.step, values)
+        self._write("train", state.step, values)
         state.window_loss, state.window_tokens, state.window_seconds = 0.0, 0, 0.0
 
     def _save(self) -> None:
         """Write a checkpoint, and first the metrics of the steps that it holds."""
-        self.metrics.sync()
-        self.state.metrics_lines = self.metrics.num_lines
+        if self.metrics is not None:
+            self.metrics.sync()
+            self.state.metrics_lines = self.metrics.num_lines
         parts = self.model, self.optimizer.optimizer, self.scheduler, self.state
         save_checkpoint(self.folder, *parts, keep=self.config.keep_checkpoints, processes=self.processes)
 
