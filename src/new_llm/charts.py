@@ -397,7 +397,6 @@ _CONFIG: Row = {
         "labelColor": INK,
         "labelFontSize": 12,
         "labelLimit": 240,
-        "columns": 4,
         "offset": 26,
         "symbolOpacity": 1,
     },
@@ -425,7 +424,8 @@ def _encode_series(
     """A colour or shape for each series, chosen by its place; None: in the order of the names."""
     chosen = [options[place % len(options)] for place in (range(len(names)) if places is None else places)]
     scale = {"domain": list(names), "range": chosen}
-    return {"field": "series", "type": "nominal", "scale": scale, "legend": {} if is_shown else None}
+    columns = max(1, min(4, int(WIDTH / (40 + LETTER_WIDTH * max(map(len, names), default=0)))))
+    return {"field": "series", "type": "nominal", "scale": scale, "legend": {"columns": columns} if is_shown else None}
 
 
 def _draw_reference(axis: str, value: float) -> Row:
