@@ -1,6 +1,5 @@
-"""The gated delta rule and its layer against their equations, token by token, and against flash-linear-attention."""
+"""The gated delta rule in chunks against the rule token by token, and flash-linear-attention's kernel."""
 
-import math
 import sys
 import types
 from typing import Any
@@ -10,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_cases import HIDDEN_SIZE, NUM_HEADS, assert_near, randomize
-from new_llm.models.layers import GatedDeltaLayer, Segments
+from model_cases import assert_near
 from new_llm.models.ops import gated_delta, gated_delta_rule, gated_delta_rule_naive
 
 
@@ -82,64 +80,3 @@ def test_the_kernel_is_called_with_the_layout_that_it_documents(monkeypatch: pyt
     parts = [t.detach() for t in draw_rule(6)]
     for found, expected in zip(gated_delta._run_fla(*parts), gated_delta_rule_naive(*parts), strict=True):
         assert_near(found, expected, 1e-12)
-
-
-def mix(layer: GatedDeltaLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the mixer makes of one row [T, D], and M [H, K, V] after it, from the equations alone."""
-    w = {name: value.double() for name, value in layer.attention.state_dict().items()}
-    heads, options = layer.attention.num_heads, layer.settings
-    size = HIDDEN_SIZE // heads
-    inputs = x @ w["query_key_value.weight"].T
-    if reach := options["convolution_size"]:  # the last tap is that of the token itself
-        padded = F.pad(inputs, (0, 0, reach - 1, 0))
-        inputs = torch.stack([(w["convolution.weight"].T * padded[t : t + reach]).sum(0) for t in range(len(x))])
-    M, out = torch.zeros(heads, size, size).double(), []
-    for token, mixed in zip(x, inputs, strict=True):
-        q, k, v = mixed.view(3, heads, size)
-        q, k = (features(part, options["key_features"]) for part in (q, k))
-        beta = (w["strength.weight"] @ token).sigmoid()[:, None, None]
-        if options["use_token_decay"]:
-            step = F.softplus(w["token_decay.linear.weight"] @ token + w["token_decay.bias"])
-            M = (-w["token_decay.rate"].exp() * step).exp()[:, None, None] * M
-        M = M + beta * k.unsqueeze(-1) * (F.silu(v) - torch.einsum("hk,hkv->hv", k, M)).unsqueeze(-2)
-        read = torch.einsum("hk,hkv->hv", q, M) / math.sqrt(size)
-        read = read / (read.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w["norm.weight"]
-        if options["use_output_gate"]:
-            read = read * F.silu(w["output_gate.weight"] @ token).view(heads, size)
-        out.append(w["dense.weight"] @ read.flatten())
-    return torch.stack(out), M
-
-
-def features(x: Tensor, kind: str) -> Tensor:
-    if kind == "unit":
-        return F.normalize(F.silu(x), dim=-1)
-    positive = x.exp() if kind == "softmax" else F.elu(x) + 1
-    return positive / positive.sum(-1, keepdim=True)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_memory_heads": 4, "convolution_size": 2, "use_output_gate": False},
-        {"key_features": "elu", "use_token_decay": False},
-        {"key_features": "softmax", "convolution_size": 0},
-    ],
-)
-def test_the_layer_equals_its_equations(options: dict[str, Any]) -> None:
-    """Four segments of 5 tokens in one call, then an odd piece of 3; the last row ends in the third segment."""
-    layer = GatedDeltaLayer(HIDDEN_SIZE, NUM_HEADS, 8, **options).double()
-    randomize(layer)
-    x = torch.randn(3, 23, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
-    valid = torch.arange(20).expand(3, 20) < torch.tensor([[20], [20], [12]])
-    with torch.no_grad():
-        whole, memory = layer.attention(x[:, :20].unflatten(1, (4, 5)), None, Segments(valid.unflatten(1, (4, 5))))
-        last, memory = layer.attention(x[:, None, 20:], memory, Segments())
-    found = torch.cat((whole.flatten(1, 2), last[:, 0]), 1)
-    for row, real in enumerate((23, 23, 12)):
-        text = x[row] if real == 23 else torch.cat((x[row, :12], x[row, 20:]))
-        expected, end = mix(layer, text)
-        assert_near(found[row, :real], expected[:real], 1e-10)
-        assert_near(found[row, 20:], expected[-3:], 1e-10)
-        assert_near(memory.memories[row, 0], end, 1e-10)
-    assert memory.num_tokens.tolist() == [23, 23, 15]

@@ -1,74 +1,67 @@
-"""Whole layers and models of them against the naive float64 reference, for every option combination."""
+"""Layers with memory against the naive float64 reference, for every option combination."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from memory_reference import ALIBI_SLOPES, ReferenceLayer, ReferenceMemory
-from model_cases import (
-    DTYPES,
-    HIDDEN_SIZE,
-    MEMORY_CASES,
-    NUM_HEADS,
-    TOLERANCES,
-    LayerCase,
-    assert_near,
-    randomize,
-)
-from new_llm.models.layers import InfiniLayer, Layer, compressive
-from new_llm.models.state import MemoryState
+from memory_reference import ALIBI_SLOPES, REFERENCES
+from model_cases import DTYPES, HIDDEN_SIZE, MEMORY_CASES, TOLERANCES, LayerCase, assert_near, randomize, text_ids
+from new_llm.models.layers import InfiniLayer, ReadTokens, Segments, compressive
 
-ROWS = 2
-by_case = pytest.mark.parametrize("case", MEMORY_CASES.values(), ids=MEMORY_CASES)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def make_reference(layer: Layer, case: LayerCase) -> ReferenceLayer:
-    return ReferenceLayer(layer, case.kind, HIDDEN_SIZE, NUM_HEADS, case.options)
+CASES = {
+    **MEMORY_CASES,
+    **{f"transformer_xl-{n}": LayerCase("transformer_xl", {"memory_tokens": n, "rotary_pct": 0.5}) for n in (2, 3, 7)},
+    **{f"rmt-{n}": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": n}) for n in (1, 3)},
+    "token_memory": LayerCase("token_memory", {"num_memory_heads": 3, "memory_key_size": 4}),
+    "token_memory-sum": LayerCase("token_memory", {"use_delta_rule": False}),
+    "gated_delta": LayerCase("gated_delta"),
+    "gated_delta-heads": LayerCase(
+        "gated_delta", {"num_memory_heads": 4, "convolution_size": 2, "use_output_gate": False}
+    ),
+    "gated_delta-elu": LayerCase("gated_delta", {"key_features": "elu", "use_token_decay": False}),
+    "gated_delta-softmax": LayerCase("gated_delta", {"key_features": "softmax", "convolution_size": 0}),
+}
 
 
 def draw_hidden(*shape: int) -> Tensor:
     return torch.randn(*shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
 
 
-def assert_memories_near(state: MemoryState | None, references: list[ReferenceMemory], tolerance: float) -> None:
-    assert state is not None
-    for row, reference in enumerate(references):
-        for actual, expected in ((state.memories[row], reference.M), (state.norms[row], reference.z)):
-            assert_near(actual.double(), expected, tolerance * max(1.0, float(expected.abs().max())))
-        assert torch.equal(state.num_tokens[row], reference.tokens)
-        assert int(state.num_segments[row]) == reference.segments
-
-
-@by_case
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_layer_equals_its_equations(case):
     """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
     layer = case.build().double()
     randomize(layer)
-    x, length, tail = draw_hidden(ROWS, 7 * 3 + 2), 3, 2
-    reference = make_reference(layer, case)
+    x, ids, head = draw_hidden(2, 23), text_ids(2, 23), draw_hidden(128)
+    outputs, memory = [], None
     with torch.no_grad():
-        whole, memory = layer(x[:, :-tail].unflatten(1, (-1, length)))
-        last, memory = layer(x[:, None, -tail:], memory)
-    actual = torch.cat((whole.flatten(1, 2), last[:, 0]), dim=1)
-    rows = [reference.read_row(x[row], reference.empty_memory(), length) for row in range(ROWS)]
-    expected = torch.stack([output for output, _ in rows])
-    assert_near(actual, expected, 1e-10)
-    assert_memories_near(memory, [memory for _, memory in rows], 1e-10)
+        for part, length in ((slice(0, 21), 3), (slice(21, 23), 2)):
+            tokens = ReadTokens(ids[:, part].unflatten(1, (-1, length)), head)
+            out, memory = layer(x[:, part].unflatten(1, (-1, length)), memory, Segments(tokens=tokens))
+            outputs.append(out.flatten(1, 2))
+        actual = torch.cat(outputs, dim=1)
+        for row in range(2):
+            expected, end = REFERENCES[case.kind](layer).read_row(x[row], head[ids[row]], 3)
+            assert_near(actual[row], expected, 1e-10)
+            for name, value in end.items():
+                found: Any = getattr(memory, name)[row]
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    assert_near(found, value, 1e-10 * max(1.0, float(value.abs().max())))
+                else:
+                    assert bool((found == value).all()), name
 
 
-@by_dtype
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_long_segment_runs_in_chunks(dtype, monkeypatch):
     """Beyond the length up to which local attention is one masked product."""
     monkeypatch.setattr(compressive, "CHUNK_LENGTH", 4)
-    case = LayerCase("infini", {"num_memory_heads": 2})
-    layer = case.build()
+    layer = LayerCase("infini", {"num_memory_heads": 2}).build()
     randomize(layer)
     x = draw_hidden(1, 11)
-    reference = make_reference(layer, case)
-    expected, _ = reference.read_row(x[0], reference.empty_memory(), 11)
+    expected, _ = REFERENCES["infini"](layer).read_row(x[0], x[0], 11)
     with torch.no_grad():
         actual, _ = layer.to(dtype)(x[:, None].to(dtype))
     assert_near(actual[0, 0], expected.to(dtype), TOLERANCES[dtype])
