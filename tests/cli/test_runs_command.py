@@ -80,14 +80,9 @@ def test_a_broken_run_is_one_line(runs, capsys):
 
 def write_run(folder: Path, perplexity: float, seed: int = 0, model: str = "infini") -> Path:
     """The least of a run that a report can compare."""
-    sliding = {
-        "perplexity": perplexity,
-        "standard_error": None,
-        "word_perplexity": None,
-        "bits_per_byte": None,
-        "unigram_perplexity": 600.0,
-        "verdict": {"level": "normal", "text": "normal"},
-    }
+    nothing = dict.fromkeys(("standard_error", "word_perplexity", "bits_per_byte"))
+    verdict = {"level": "normal", "text": "normal"}
+    sliding = nothing | {"perplexity": perplexity, "unigram_perplexity": 600.0, "verdict": verdict}
     entry: dict[str, Any] = {"model_type": model, "evaluation": {"sliding": sliding}}
     results = {"schema_version": 1, "name": folder.name, "status": "complete", "config": {"seed": seed}}
     folder.mkdir(parents=True)
@@ -100,14 +95,9 @@ def test_a_run_s_report_is_written_again_with_evaluations_made_since(tmp_path, c
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     first = (run / "report.html").read_text()
-    record = {
-        "record_version": 1,
-        "kind": "perplexity",
-        "created": "2026-02-01T09:00:00+00:00",
-        "subject": {"model": "infini"},
-        "text": {"source": "a/book.txt"},
-        "result": {"perplexity": 123.456, "protocol": "streaming", "verdict": {"text": "normal"}},
-    }
+    record = {"record_version": 1, "kind": "perplexity", "created": "2026-02-01T09:00:00+00:00"}
+    record |= {"subject": {"model": "infini"}, "text": {"source": "a/book.txt"}}
+    record["result"] = {"perplexity": 123.456, "protocol": "streaming", "verdict": {"text": "normal"}}
     (run / "evaluations").mkdir()
     (run / "evaluations" / "perplexity-1.json").write_text(json.dumps(record))
     assert main(["report", str(run / "results.json")]) == 0

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -27,7 +26,7 @@ from new_llm.models import TransformerLM
 from new_llm.models.layers import Layer
 from new_llm.models.model_file import build_model, describe_model
 from new_llm.models.ops.kernels import native
-from new_llm.processes import Processes, gather_tensor
+from new_llm.processes import Processes
 from new_llm.training.checkpoint import share_weights
 
 if TYPE_CHECKING:
@@ -174,16 +173,13 @@ def gather_model(model: TransformerLM, structure: dict[str, Any] | None, *, on_h
     """
     if structure is None:
         return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
+
     with torch.device("meta"):
         whole = build_model(structure, "the model in training")
-    weights: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        gathered = gather_tensor(tensor.detach())
-        if not on_host:
-            weights[name] = gathered
-        elif dist.get_rank() == 0:
-            weights[name] = gathered.cpu()
-    whole.load_state_dict(weights, assign=True, strict=not on_host or bool(weights))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=on_host)
+    weights = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    whole.load_state_dict(weights, assign=True, strict=bool(weights))
     return whole.train(model.training)
 
 
