@@ -49,14 +49,11 @@ def test_text_goes_to_stdout_and_statistics_to_stderr_and_stop_ends_the_text(unt
 
 
 def test_streamed_text_is_the_text(untrained_run, capsys):
-    options = ("--max-new-tokens", 60, "--do-sample", "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--seed", 3)
-    assert call(untrained_run, *options, "--stream") == 0
-    streamed = capsys.readouterr().out
-    assert call(untrained_run, *options) == 0
-    assert capsys.readouterr().out == streamed
-    assert streamed == expect(
-        untrained_run, max_new_tokens=60, do_sample=True, temperature=0.9, top_k=50, top_p=0.95, seed=3
-    )
+    options = {"max_new_tokens": 60, "temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 3}
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    for stream in ([], ["--stream"]):
+        assert call(untrained_run, "--do-sample", *flags, *stream) == 0
+        assert capsys.readouterr().out == expect(untrained_run, do_sample=True, **options)
 
 
 def test_several_prompts_are_continued_as_each_would_be_alone(untrained_run, capsys):

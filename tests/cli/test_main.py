@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -64,13 +63,8 @@ def test_every_failure_is_a_line_and_an_exit_code(error, code, words, monkeypatc
 
 
 def test_little_address_space_is_one_line(tmp_path):
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
-
-    command = [*COMMAND, "generate", "--run", "x", "--prompt", "x"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=limit
-    )
+    command = ["prlimit", f"--as={400 << 20}", *COMMAND, "generate", "--run", "x", "--prompt", "x"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "new-llm: out of memory" in done.stderr
     assert "Traceback" not in done.stderr

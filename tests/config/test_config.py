@@ -78,14 +78,11 @@ def test_bad_values_from_python_are_one_line_too(bad):
     assert "\n" not in str(caught.value)
 
 
-def test_the_segment_is_the_samples_share_unless_it_is_set():
+def test_segment_and_vocabulary_are_those_of_the_data_unless_they_are_set():
     assert ExperimentConfig(seq_length=256, segments_per_sample=4).segment_length == 64
     assert ExperimentConfig(seq_length=256, segment_length=32).segment_length == 32
     with pytest.raises(UserError, match="max_position_embeddings"):
         ExperimentConfig(seq_length=4096, segments_per_sample=1)
-
-
-def test_the_models_shape_takes_the_tokenizers_size_unless_it_is_set():
     config = ExperimentConfig()
     assert config.model.shape(4096) == PythiaConfig(vocab_size=4096)
     assert ExperimentConfig(vocab_size=50304).model.shape(4096).vocab_size == 50304

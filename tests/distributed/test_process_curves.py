@@ -236,9 +236,8 @@ def test_sharded_weights_are_never_whole_on_a_device_and_are_gathered_in_bf16():
 @pytest.mark.parametrize("kind", [*sorted(USES_ALL), "hierarchical", "rmt"])
 def test_ddp_looks_for_unused_parameters_only_where_there_are_some(kind):
     model = create_model(kind, SHAPE, segment_length=8)
-    assert has_unused_parameters(model, lambda model, batch: model.total_loss(batch.input_ids, batch.labels)) == (
-        kind not in USES_ALL
-    )
+    has_some = has_unused_parameters(model, lambda model, batch: model.total_loss(batch.input_ids, batch.labels))
+    assert has_some == (kind not in USES_ALL)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -274,7 +273,6 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, visible, uuids, index)
     if index is None:
         with pytest.raises(UserError, match="number 2 on its machine, where it sees 1 GPUs, and would share one"):
             processes.place(torch.device("cuda"))
-        return
-    assert processes.place(torch.device("cuda")) == torch.device("cuda", index)
-    assert os.environ["LOCAL_RANK"] == str(index)
-    assert processes.place(torch.device("cpu")) == torch.device("cpu")
+    else:
+        assert processes.place(torch.device("cuda")) == torch.device("cuda", index)
+        assert os.environ["LOCAL_RANK"] == str(index)
