@@ -180,18 +180,13 @@ def test_wikitext_is_measured_where_there_is_a_file_and_noted_where_the_hub_is_o
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-
-    def prepare(source: str) -> tuple[AdapterRun, list[str]]:
-        run = AdapterRun(change(tiny_adapter, wikitext=source), console=Console(quiet=True))
-        run.data = run.prepare()
-        return run, run.data.info["notes"]
-
-    offline, notes = prepare("wikitext-2")
+    offline = AdapterRun(change(tiny_adapter, wikitext="wikitext-2"), console=Console(quiet=True))
+    assert "WikiText-2 is not measured" in offline.prepare().info["notes"][-1]
     assert list(offline.texts) == ["held_out"]
-    assert "WikiText-2 is not measured" in notes[-1]
     (tmp_path / "wiki.txt").write_text("The Senate sat. " * 20)
-    found, notes = prepare(str(tmp_path / "wiki.txt"))
-    assert "WikiText-2" not in " ".join(notes)
+    found = AdapterRun(change(tiny_adapter, wikitext=str(tmp_path / "wiki.txt")), console=Console(quiet=True))
+    found.data = found.prepare()
+    assert "WikiText-2" not in " ".join(found.data.info["notes"])
     found.device, found.autocast = torch.device("cpu"), nullcontext
     measured = found._measure_texts(found.build("base"))
     perplexity = measured["wikitext"]["overall"]["perplexity"]

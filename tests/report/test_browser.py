@@ -18,15 +18,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
 ]
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def open_page(page_file: Path, tmp_path: Path) -> Iterator[Any]:
                 tmp_path / f"profile-{len(contexts)}",
                 executable_path=CHROMIUM,
                 headless=True,
-                args=FLAGS,
+                args=FLAGS.split(),
                 viewport={"width": width, "height": 900},
                 **options,
             )
