@@ -9,10 +9,8 @@ Before the row reads its next segment, its partner's segment of the same number 
 so the partner's tokens meet this document's memory, and no memory has to be moved from row to row.
 """
 
-import contextlib
 import time
-from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +33,7 @@ from new_llm.evaluation.scoring import (
     join_rows,
     join_scores,
     plan_windows,
+    read_side_by_side,
     score_rows,
 )
 from new_llm.evaluation.statistics import (
@@ -57,19 +56,16 @@ class Piece(NamedTuple):
     row: Row
 
 
-@dataclass
-class Pair:
+class Pair(NamedTuple):
     """Two documents, or one, that are read side by side, a row of the batch each.
 
     Attributes:
         members: their indices.
         num_scored: of them, the first so many are scored; another one is only read.
-        begin: index of the token that they have come to.
     """
 
     members: tuple[int, ...]
     num_scored: int
-    begin: int = 0
 
 
 @dataclass
@@ -110,8 +106,13 @@ def score_pairs(scorer: Scorer, segments_per_call: int) -> PairScores:
         losses = score_rows(scorer.model, rows, scorer.device, width=width, update_memory=update_memory)
         return join_rows((piece.document, piece.begin + 1, row) for piece, row in zip(pieces, losses, strict=True))
 
-    with contextlib.closing(_cut_pairs(scorer, pairs, width)) as calls:
-        for pieces in calls:
+    num_rows = min(max(1, scorer.batch_size // width), len(pairs))
+    texts = (list(_cut_pair(scorer, pair, width)) for pair in pairs)
+    memory = scorer.model.fresh_memory(batch_size=num_rows * width)
+    with evaluation_mode(scorer.model, scorer.autocast), memory:
+        for begins, batch in read_side_by_side(texts, num_rows):
+            scorer.model.reset_rows(torch.tensor(begins, device=scorer.device).repeat_interleave(width))
+            pieces = [piece for call in batch for piece in call or [NOTHING] * width]
             if width == 2:
                 swapped = [piece for a, b in zip(pieces[::2], pieces[1::2], strict=True) for piece in (b, a)]
                 found.foreign.append(score(swapped))
@@ -138,43 +139,19 @@ def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> lis
     return alone.score_windows(partial(plan_windows, context=length, stride=length))
 
 
-def _cut_pairs(scorer: Scorer, pairs: list[Pair], width: int) -> Generator[list[Piece]]:
-    """Advance as many pairs as fit a batch by a segment at a time, with a memory for each row, empty at first.
-
-    A pair whose scored documents have ended is replaced by the next unread one. A row that has nothing to read leaves
-    its memory as it is.
+def _cut_pair(scorer: Scorer, pair: Pair, width: int) -> Iterator[list[Piece]]:
+    """A segment of each member at a time, until the scored ones have ended; one that has nothing to read is empty, and
+    leaves its memory as it is.
     """
-    unread = deque(pairs)
-    opened: list[Pair | None] = [None] * min(max(1, scorer.batch_size // width), len(unread))
     length = scorer.model.segment_length
-
-    def has_ended(pair: Pair) -> bool:
-        return all(pair.begin + 1 >= len(scorer.documents[member]) for member in pair.members[: pair.num_scored])
-
-    def cut(pair: Pair | None) -> list[Piece]:
-        if pair is None:
-            return [NOTHING] * width
+    longest = max(len(scorer.documents[member]) for member in pair.members[: pair.num_scored])
+    for begin in range(0, longest - 1, length):
         pieces: list[Piece] = []
         for place, member in enumerate(pair.members):
-            tokens = scorer.documents[member][pair.begin : pair.begin + length + 1]
+            tokens = scorer.documents[member][begin : begin + length + 1]
             row = Row(tokens, 1 if place < pair.num_scored else len(tokens))
-            pieces.append(Piece(member, pair.begin, row) if len(tokens) else NOTHING)
-        return pieces + [NOTHING] * (width - len(pieces))
-
-    with evaluation_mode(scorer.model, scorer.autocast), scorer.model.fresh_memory(batch_size=len(opened) * width):
-        while True:
-            begins = [pair is None or has_ended(pair) for pair in opened]
-            opened = [
-                (unread.popleft() if unread else None) if begin else pair
-                for begin, pair in zip(begins, opened, strict=True)
-            ]
-            if not any(opened):
-                return
-            scorer.model.reset_rows(torch.tensor(begins, device=scorer.device).repeat_interleave(width))
-            yield [piece for pair in opened for piece in cut(pair)]
-            for pair in opened:
-                if pair is not None:
-                    pair.begin += length
+            pieces.append(Piece(member, begin, row) if len(tokens) else NOTHING)
+        yield pieces + [NOTHING] * (width - len(pieces))
 
 
 NOTHING = Piece(-1, 0, Row(np.zeros(0, np.int64), 0))

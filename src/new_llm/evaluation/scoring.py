@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, Required, TypedDict
+from typing import Any, NamedTuple, Protocol, Required, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the tokens scored so far and the tokens to score in all."""
+
+
+Item = TypeVar("Item")
 
 
 class LanguageModel(Protocol):
@@ -230,22 +233,14 @@ class Scorer:
         """
         # Longest first, so that few rows idle at the end.
         by_length = sorted(range(len(self.documents)), key=lambda index: -len(self.documents[index]))
-        unread = deque(by_length[self.processes.rank :: self.processes.count])
+        own = by_length[self.processes.rank :: self.processes.count]
         per_call = segments_per_call * self.model.segment_length
-        num_rows = choose_rows([len(self.documents[index]) for index in unread], per_call, self.batch_size, self.device)
-        opened: list[deque[tuple[int, Window]]] = [deque() for _ in range(num_rows)]
+        num_rows = choose_rows([len(self.documents[index]) for index in own], per_call, self.batch_size, self.device)
+        pieces = ([(index, one) for one in plan_segments(len(self.documents[index]), per_call)] for index in own)
         found: list[Scores] = []
-        with evaluation_mode(self.model, self.autocast), self.model.fresh_memory(batch_size=len(opened) or None):
-            while not self.is_stopped:
-                begins = [False] * len(opened)
-                for row, pieces in enumerate(opened):
-                    if not pieces and unread:
-                        begins[row], index = True, unread.popleft()
-                        pieces.extend((index, window) for window in plan_segments(len(self.documents[index]), per_call))
-                batch = [pieces.popleft() if pieces else None for pieces in opened]
+        with evaluation_mode(self.model, self.autocast), self.model.fresh_memory(batch_size=num_rows or None):
+            for begins, batch in read_side_by_side(pieces, num_rows):
                 read = [cut_row(self.documents[piece[0]], piece[1]) for piece in batch if piece is not None]
-                if not read:
-                    break
                 # A row without a document repeats another's tokens, unscored, so that it costs no mask.
                 longest = max((row.tokens for row in read), key=len)
                 rest = iter(read)
@@ -254,7 +249,8 @@ class Scorer:
                 losses = score_rows(self.model, rows, self.device, update_memory=True)
                 scored = zip(batch, losses, strict=True)
                 found.append(join_rows((p[0], p[1].first_scored, row) for p, row in scored if p is not None))
-                self.note(found[-1])
+                if self.note(found[-1]):
+                    break
         return found
 
     def note(self, scores: Scores) -> bool:
@@ -360,6 +356,24 @@ def choose_rows(lengths: Sequence[int], per_call: int, most: int, device: torch.
         return max(busy)
 
     return min(counts, key=lambda num_rows: (num_rows + 2) * count_calls(num_rows), default=0)
+
+
+def read_side_by_side(texts: Iterable[Sequence[Item]], num_rows: int) -> Iterator[tuple[list[bool], list[Item | None]]]:
+    """Each row of a batch takes up the next unread text, a sequence of pieces, when it has come to the end of one.
+
+    Yields, while there is a piece, which rows begin a text, and the next piece of each; None: nothing is left for it.
+    """
+    unread = iter(texts)
+    rows: list[deque[Item]] = [deque() for _ in range(num_rows)]
+    while True:
+        begins = [False] * num_rows
+        for place, row in enumerate(rows):
+            if not row and (text := next(unread, None)) is not None:
+                begins[place] = True
+                row.extend(text)
+        if not any(rows):
+            return
+        yield begins, [row.popleft() if row else None for row in rows]
 
 
 def cut_row(tokens: np.ndarray, window: Window) -> Row:

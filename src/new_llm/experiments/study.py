@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -38,14 +38,8 @@ FIGURES_FILE = "figures.csv"
 MEASURED_FOLDER = "measured"
 
 
-class StudyWriter(Protocol):
-    """Writes the page of a study's summary and its runs: `new_llm.report.study_page.write_study_page`."""
-
-    def __call__(
-        self, summary: dict[str, Any], found: dict[str, list[dict[str, Any]]], folder: Path, *, with_figures: bool
-    ) -> None:
-        """Write it into a folder, and with the charts' own files if asked."""
-        ...
+StudyWriter = Callable[..., None]
+"""Writes the page of a study's summary and its runs into a folder: `new_llm.report.study_page.write_study_page`."""
 
 
 def run_study(
