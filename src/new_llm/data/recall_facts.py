@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
-from new_llm.data.reversal_pairs import ReversalPair
+from new_llm.data.reversal_pairs import ReversalPair, make_pair
 
 RecallTask = Literal["passkey", "facts", "changed"]
 """passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
@@ -117,22 +117,11 @@ def draw_pairs_of_facts(
         values = [generator.choice(relations[kind][part], num_facts, replace=False).tolist() for kind in kinds]
         for number in range(num_facts):
             kind = number % len(kinds)
-            name, relation, value = next(chosen), relations[kinds[kind]], values[kind][number]
-            forward, backward = relation["prompt"].format(name=name), relation["backward"].format(value=value)
-            pairs.append(
-                ReversalPair(
-                    relation=f"text {text}",
-                    subject=name,
-                    object=value,
-                    kind="invented",
-                    forward=f" {forward} {value}.",
-                    backward=f" {backward} {name}.",
-                    forward_prompt=f" {forward}",
-                    forward_answer=f" {value}.",
-                    backward_prompt=f" {backward}",
-                    backward_answer=f" {name}.",
-                )
-            )
+            relation = relations[kinds[kind]]
+            row = {"relation": f"text {text}", "subject": next(chosen), "object": values[kind][number]}
+            row["forward_template"] = f" {relation['prompt'].format(name='{subject}')} {{object}}."
+            row["backward_template"] = f" {relation['backward'].format(value='{object}')} {{subject}}."
+            pairs.append(make_pair(row | {"kind": "invented"}, FACTS_FILE))
     return pairs
 
 

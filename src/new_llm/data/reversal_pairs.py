@@ -86,7 +86,7 @@ def get_reversal_pairs() -> list[ReversalPair]:
     """
     text = resources.files("new_llm.data").joinpath(FACTS_FILE).read_text(encoding="utf-8")
     return [
-        _make_pair(
+        make_pair(
             {
                 "relation": relation["relation"],
                 "kind": relation["kind"],
@@ -111,7 +111,7 @@ def read_reversal_pairs(path: Path) -> list[ReversalPair]:
     lines: dict[tuple[str, str, str], int] = {}
     text = read_text_file(path, MAX_FILE_BYTES).removeprefix("\ufeff")
     for number, row in rows(path, text):
-        pair = _make_pair(row, f"{path}: line {number}")
+        pair = make_pair(row, f"{path}: line {number}")
         identity = (pair.relation, pair.forward, pair.backward)
         if identity in lines:
             raise UserError(f"{path}: line {number}: repeats the pair of line {lines[identity]}")
@@ -200,7 +200,8 @@ class _Templates:
     kind: Literal["real", "invented"] | None = None
 
 
-def _make_pair(row: dict[str, Any], where: str) -> ReversalPair:
+def make_pair(row: dict[str, Any], where: str) -> ReversalPair:
+    """The pair of a row, by sentences or by templates; what is wrong with it is a `UserError` that says where it is."""
     has_templates = any(name.endswith("_template") for name in row)
     try:
         facts = (_Templates if has_templates else _Sentences)(**row)

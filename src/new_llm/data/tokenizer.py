@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,10 +34,8 @@ def find_tokenizer(config: DataConfig, *, is_hub_source: bool) -> tuple[str, Tok
     if config.tokenizer != "auto":
         return config.tokenizer, get_tokenizer(config.tokenizer, config.hub_timeout_seconds)
     if is_hub_source:
-        try:
+        with suppress(UserError):
             return config.hub_tokenizer, get_tokenizer(config.hub_tokenizer, config.hub_timeout_seconds)
-        except UserError:
-            return None
     return None
 
 

@@ -83,8 +83,8 @@ class Trainer:
     folder: Path
     """The model's folder in the run."""
     _: KW_ONLY
-    validate: Callable[[TransformerLM | ShardedModel], float]
-    """Measures the validation loss (nats per token) of the model as it is."""
+    validate: Callable[[Any], float]
+    """Measures the validation loss (nats per token) of the model as it is, a `ShardedModel` where it is sharded."""
     measure: Callable[[TransformerLM], dict[str, Any]] | None = None
     """What else is measured of it on the way, plain values for an event "checkpoint" in `metrics.jsonl`."""
     checkpoints: Sequence[float] = ()

@@ -184,7 +184,7 @@ def gather_model(model: TransformerLM, structure: dict[str, Any] | None, *, on_h
 
 
 class ShardedModel:
-    """A sharded model as a measure reads it (`LanguageModel`): its weights stay divided among the processes.
+    """A sharded model as a measure reads it (`LanguageModel`): as the model is, but its weights stay divided.
 
     Each call gathers the weights layer by layer, which all processes must do together. So a process that has come to
     the end of its documents, where it leaves `fresh_memory`, reads one token again and again until all others have.
@@ -198,22 +198,8 @@ class ShardedModel:
         self.batch_loss = cast(BatchLoss, prepared.accelerator.unwrap_model(prepared.batch_loss))
         register_fsdp_forward_method(self.batch_loss, "token_losses")
 
-    @property
-    def segment_length(self) -> int:
-        """Tokens in a segment."""
-        return self.model.segment_length
-
-    def modules(self) -> Iterator[nn.Module]:
-        """The model and all its parts."""
-        return self.model.modules()
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's weights, of which this process holds a share."""
-        return self.model.parameters()
-
-    def reset_rows(self, rows: Tensor) -> None:
-        """Empty the memory of the rows that are True, [B] bool."""
-        self.model.reset_rows(rows)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     @contextmanager
     def fresh_memory(self, batch_size: int | None = None) -> Iterator[None]:
