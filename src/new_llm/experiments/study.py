@@ -81,6 +81,7 @@ def run_study(
     waiting = [cell for cell in cells if cell not in trained or find_missing(study, cell)]
     started = dict[Cell, bool]()
     """Whether a cell that was started could be measured as well."""
+    has_news = False
     shown = StudyProgress(study.folder, pool.running, len(cells), len(waiting), console)
     with closing(pool), shown as progress:
         while True:
@@ -93,18 +94,19 @@ def run_study(
                     pool.start(cell)
             if not pool.running:
                 break
+            if has_news:  # once the next runs are on their way
+                try:
+                    summarize_study(study, write_page, is_done=False)
+                except Exception as error:  # the runs do not depend on a table
+                    console.print(f"a summary failed: {error!r}", markup=False, highlight=False)
+            has_news = False
             for cell in pool.wait():
                 trained.add(cell)
                 if not started[cell] and find_missing(study, cell):
                     waiting.append(cell)  # to be measured against its baselines
                     continue
                 progress.end(cell)
-                if not (waiting or pool.running):
-                    continue
-                try:
-                    summarize_study(study, write_page, is_done=False)
-                except Exception as error:  # the other runs do not depend on a table
-                    console.print(f"the summary after {cell.name} failed: {error!r}", markup=False, highlight=False)
+                has_news = True
     summary = summarize_study(study, write_page)
     if pool.failures:
         raise UserError("; ".join(pool.failures))

@@ -135,14 +135,16 @@ class InTurn(Pool):
     """One run after the other, in this process."""
 
     def start(self, cell: Cell) -> None:
-        """Do all of it."""
+        """Wait for `wait`."""
         self.running[cell] = None
-        with write_log(self.find_log(cell)):
-            self.work(cell)
 
     def wait(self) -> list[Cell]:
-        """The cell that was started: it has ended."""
-        return [self.running.popitem()[0]]
+        """Do all of it."""
+        ((cell, _),) = self.running.items()
+        with write_log(self.find_log(cell)):
+            self.work(cell)
+        del self.running[cell]
+        return [cell]
 
 
 class InProcesses(Pool):
