@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from new_llm.config.loading import settings_from_dict
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
-from new_llm.experiments.run_folder import load_run_model
+from new_llm.experiments.run_folder import create_run, hold_run, load_run_model
 from new_llm.experiments.runner import Run, build_model
 from new_llm.models import ModelType, load_model
 from new_llm.models.tensor_files import fingerprint_weights
@@ -24,7 +25,12 @@ from new_llm.training import Trainer
 from new_llm.training.checkpoint import list_checkpoints, remove_checkpoints
 from new_llm.training.log import read_metrics
 from new_llm.training.preparation import make_schedule
-from tiny import change, fail_after
+from tiny import change, fail_after, make_settings
+
+
+@pytest.fixture
+def tiny(addresses: Path, tmp_path: Path) -> ExperimentConfig:
+    return ExperimentConfig(name="tiny", **make_settings(addresses, tmp_path / "runs"))
 
 
 def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str, Any]:
@@ -249,3 +255,32 @@ def test_a_loss_of_ones_own_trains(tiny, trained_run):
 
     doubled = run(change(tiny, num_epochs=1), ["pythia"], loss_fn=double)
     assert curve(doubled)[0][1] == pytest.approx(2 * curve(trained_run, 1)[0][1], rel=0.1)
+
+
+# One process in a run folder
+
+
+def test_a_link_to_a_run_is_the_same_run(tiny, tmp_path):
+    with hold_run(tiny, resume=False) as (_, folder):
+        create_run(tiny, folder)
+    (tmp_path / "folder-link").symlink_to(folder.parent)
+    (folder.parent / "run-link").symlink_to(folder)
+    with hold_run(tiny, resume=True):
+        for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
+            linked = change(tiny, **changes)
+            with pytest.raises(UserError, match=rf"\(PID {os.getpid()} on "), hold_run(linked, resume=True):
+                pytest.fail("it is held twice")
+
+
+def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(tiny):
+    with hold_run(tiny, resume=False) as (_, folder):
+        create_run(tiny, folder)
+    left = [folder / ".results.json.abc.tmp", folder / "infini" / "best" / ".model.safetensors.abc.tmp"]
+    for place in left:
+        place.mkdir(parents=True)
+        (place / "half").touch()
+    kept = folder / "infini" / "metrics.jsonl"
+    kept.touch()
+    with hold_run(tiny, resume=True):
+        assert not any(place.exists() for place in left)
+    assert kept.exists()

@@ -5,8 +5,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from page import Page, read_page
-from report_runs import set_at
+from report_runs import Page, read_page, set_at
 
 from new_llm.charts import line_chart
 from new_llm.config import UserError

@@ -5,8 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from page import read_page
-from report_runs import make_record, pick, write_run
+from report_runs import make_record, pick, read_page, write_run
 
 from new_llm.config import UserError
 from new_llm.report import load_results, read_runs
