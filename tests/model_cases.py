@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +166,31 @@ def text_ids(rows: int, length: int, start: int = 0) -> Tensor:
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_same(
+    fast: Callable[..., Any],
+    naive: Callable[..., Any],
+    inputs: list[Tensor],
+    tolerance: float,
+    exact: list[Tensor] | None = None,
+) -> None:
+    """Results and all gradients of two functions are near; `exact` are wider inputs of the naive one."""
+    sides = []
+    for function, given in ((fast, inputs), (naive, exact or inputs)):
+        leaves = [t.detach().clone().requires_grad_() for t in given]
+        outputs = function(*leaves)
+        outputs = [t for t in ([outputs] if isinstance(outputs, Tensor) else outputs) if t is not None]
+        upstream = [draw(*t.shape, seed=20 + place, dtype=t.dtype) for place, t in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+        sides.append([t.detach() for t in (*outputs, *gradients)])
+    for one, other in zip(*sides, strict=True):
+        assert exact or one.dtype == other.dtype
+        assert float((one.double() - other.double()).norm()) <= tolerance * max(1.0, float(other.double().norm()))
 
 
 def assert_states_near(actual: dict[int, Any], expected: dict[int, Any], tolerance: float) -> None:

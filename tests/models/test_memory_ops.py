@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import DTYPES, TOLERANCES, assert_near
+from model_cases import DTYPES, TOLERANCES, assert_near, draw
 from new_llm.models.ops import (
     feature_map,
     local_linear_attention,
@@ -25,10 +25,6 @@ ROWS, MEMORIES, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 4, 6
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_rule = pytest.mark.parametrize("use_delta_rule", [True, False])
 by_decay = pytest.mark.parametrize("decay", [None, [0.5, 0.9]])
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def draw_features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,22 +1,18 @@
 """The scan over segments against its naive form: outputs, gradients, groups, and what it keeps for backward."""
 
+import functools
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from model_cases import TOLERANCES, assert_near
+from model_cases import TOLERANCES, assert_near, assert_same, draw
 from new_llm.models.layers import InfiniLayer, Segments
 from new_llm.models.ops import scan_memories, scan_memories_naive, scan_sums, scan_sums_naive
 from new_llm.models.ops.memory_scan import choose_group
 
 ROWS, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 2, 3, 4, 5
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 # Sums over segments
@@ -43,23 +39,8 @@ def test_decay_to_nothing_is_no_division_and_gradients():
 # Memories over segments
 
 
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one call of `scan_memories`."""
-
-    tensors: dict[str, Tensor]
-    slots: Tensor
-    num_writes: int
-
-    def run(self, function) -> list[Tensor]:
-        out = function(**{"memories": None, **self.tensors}, slots=self.slots, num_writes=self.num_writes)
-        return [t for t in out if t is not None]
-
-
-def draw_call(
-    segments: int, memories: int, writes: int, *, dtype: torch.dtype = torch.float64, **options: bool
-) -> Call:
-    """Options are those of `OPTIONS`; what is left out is not there."""
+def draw_call(segments: int, memories: int, writes: int, **options: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors and slots. Options are those of `OPTIONS`; what is left out is not there."""
     tokens, written = (ROWS, segments, HEADS, LENGTH), (ROWS, writes, HEADS, LENGTH)
     tensors = {
         "q": draw(*tokens, WIDTH, seed=1),
@@ -67,18 +48,16 @@ def draw_call(
         "v": draw(*tokens, VALUE_WIDTH, seed=3),
         "read_scales": draw(*tokens, memories, seed=4),
     }
-    if not options.get("is_empty"):
+    if not options["is_empty"]:
         tensors["memories"] = draw(ROWS, memories, HEADS, WIDTH, VALUE_WIDTH, seed=5)
-    if options.get("has_delta"):
+    if options["has_delta"]:
         tensors["delta_scales"] = draw(*written, seed=6) / 9
-    if options.get("has_sum"):
+    if options["has_sum"]:
         tensors |= {"sum_scales": draw(*tokens, seed=7), "written_keys": draw(*written, WIDTH, seed=9)}
-    if options.get("has_decay"):
+    if options["has_decay"]:
         tensors["decay"] = draw(ROWS, writes, HEADS, seed=8).sigmoid()
     slots = torch.arange(writes) % memories + torch.zeros(ROWS, 1, dtype=torch.int64)
-    if options.get("rows_differ"):
-        slots = (slots + torch.arange(ROWS).unsqueeze(1)) % memories
-    return Call({name: t.to(dtype).requires_grad_() for name, t in tensors.items()}, slots, writes)
+    return tensors, (slots + options["rows_differ"] * torch.arange(ROWS).unsqueeze(1)) % memories
 
 
 SHAPES = {
@@ -103,18 +82,14 @@ def test_scan_equals_its_naive_form(monkeypatch, shape, group):
     for options, dtype in zip(OPTIONS, itertools.cycle((torch.float64, torch.float64, torch.float32)), strict=False):
         if options["is_empty"] and shape[-1] == 0:
             continue  # nothing in, nothing written: a constant
-        call = draw_call(*shape, **options, dtype=dtype)
-        actual, expected = call.run(scan_memories), call.run(scan_memories_naive)
-        inputs = list(call.tensors.values())
-        upstream = [draw(*t.shape, seed=20 + i).to(t) for i, t in enumerate(actual)]
-        tolerance = TOLERANCES[dtype] * max(1.0, *(float(t.detach().abs().max()) for t in expected))
-        for mine, other in zip(actual, expected, strict=True):
-            assert_near(mine, other, tolerance)
-        mine = torch.autograd.grad(actual, inputs, upstream, allow_unused=True, materialize_grads=True)
-        other = torch.autograd.grad(expected, inputs, upstream, allow_unused=True, materialize_grads=True)
-        for one, two in zip(mine, other, strict=True):
-            scale = max(1.0, float(two.abs().max())) if two.numel() else 1.0
-            assert_near(one, two, 10 * TOLERANCES[dtype] * scale)
+        tensors, slots = draw_call(*shape, **options)
+
+        def run(function, *given, names=tuple(tensors), slots=slots):
+            named = dict(zip(names, given, strict=True))
+            return function(**{"memories": None, **named}, slots=slots, num_writes=shape[-1])
+
+        fast, naive = (functools.partial(run, function) for function in (scan_memories, scan_memories_naive))
+        assert_same(fast, naive, [t.to(dtype) for t in tensors.values()], 10 * TOLERANCES[dtype])
 
 
 # What backward keeps

@@ -169,6 +169,30 @@ def test_shared_memory_takes_the_sum_of_the_rows_changes(name):
         assert torch.equal(together[index]["segment_counter"], alone[0][index]["segment_counter"])
 
 
+@pytest.mark.parametrize(("name", "index"), [("tokens", 1), ("infini-alibi", 0)])
+def test_rows_add_what_they_changed_to_a_shared_memory_that_decays(name, index):
+    model, ids = get_model(name, segment_length=4), text_ids(3, 10)
+    with torch.no_grad():
+        model(text_ids(1, 9, start=50), update_memory=True)
+        before = model.get_memory_state()
+        model(ids, update_memory=True)
+        together = model.get_memory_state()[index]
+        attention = model.layers[index].attention
+        shares = (
+            torch.tensor(attention.decay, dtype=torch.float64)
+            if name == "infini-alibi"
+            else torch.sigmoid(attention.retention)
+        )
+        left = before[index]["memories"] * shares[:, None, None] ** 3  # after each row's three writes
+        changes = []
+        for row in range(3):
+            model.set_memory_state(before)
+            model(ids[row : row + 1], update_memory=True)
+            changes.append(model.get_memory_state()[index]["memories"] - left)
+    assert_near(together["memories"], left + sum(changes), 1e-10)
+    assert int(together["token_counts"].sum()) == 9 + 3 * 10
+
+
 @pytest.mark.parametrize("name", MIXED_STACKS)
 def test_reset_rows_empties_those_rows_alone(name):
     model, ids = get_model(name), text_ids(3, 7)

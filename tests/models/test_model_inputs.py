@@ -114,6 +114,7 @@ NO_LAYER: dict[str, Callable[[], Any]] = {
     "layers: at least one": lambda: TransformerLM([]),
     "hidden sizes [16, 32] differ": lambda: TransformerLM([PythiaLayer(32, 4, 48), InfiniLayer(16, 2, 24)]),
     "token_memory stands before the head": lambda: TransformerLM([TokenMemoryLayer(32), PythiaLayer(32, 4, 48)]),
+    "rows of its tokens: it runs inside a TransformerLM": lambda: TokenMemoryLayer(6)(torch.zeros(1, 1, 4, 6)),
     "vocab_size: 0": lambda: TransformerLM([PythiaLayer(32, 4, 48)], vocab_size=0),
     "segment_length: -3": lambda: TransformerLM([PythiaLayer(32, 4, 48)], segment_length=-3),
 }
