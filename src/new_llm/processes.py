@@ -37,11 +37,8 @@ USER_ERRORS = (UserError, OSError)
 STORE_TIMEOUT = datetime.timedelta(seconds=10)
 WATCH_SECONDS, GRACE_SECONDS = 1.0, 5.0
 """How often a process looks whether another has failed, and how long it may then take to end by itself."""
-LAUNCHER_OPTIONS = {
-    "ACCELERATE_USE_FSDP": "--use_fsdp",
-    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
-    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
-}
+LAUNCHER_OPTIONS = ("use_fsdp", "use_deepspeed", "use_megatron_lm")
+"""Of `accelerate launch`, which would wrap the model in a way of its own."""
 
 
 @dataclass(frozen=True)
@@ -263,9 +260,9 @@ def start_processes() -> Processes:
             f"WORLD_SIZE is {count}, but {', '.join(missing or ['MASTER_PORT'])} is not set: start by "
             "torchrun --standalone or accelerate launch"
         )
-    for name, option in LAUNCHER_OPTIONS.items():
-        if os.environ.get(name, "").lower() == "true":
-            raise UserError(f"accelerate launch {option}: choose by train.sharding (ddp or fsdp) instead")
+    for option in LAUNCHER_OPTIONS:
+        if os.environ.get(f"ACCELERATE_{option.upper()}", "").lower() == "true":
+            raise UserError(f"accelerate launch --{option}: choose by train.sharding (ddp or fsdp) instead")
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     store = None
     if not dist.is_initialized():

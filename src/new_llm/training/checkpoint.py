@@ -124,11 +124,9 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
     with write_folder_atomically(path) as temporary:
         yield temporary
         write_manifest(temporary)
-    others = [other for other in list_checkpoints(folder) if other != path]
     # Newer ones were damaged: training has continued from an older one.
-    newer = [other for other in others if _read_place(other) > (step, epoch)]
-    older = others[len(newer) :]
-    for outdated in (*newer, *older[keep - 1 :]):
+    kept = [found for found in list_checkpoints(folder) if _read_place(found) <= (step, epoch)][:keep]
+    for outdated in set(list_checkpoints(folder)) - set(kept):
         remove_folder_atomically(outdated)
 
 
