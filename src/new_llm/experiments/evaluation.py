@@ -36,7 +36,6 @@ from new_llm.data.tokenizer import TokenSplit, fingerprint_tokenizer, tokenize_d
 from new_llm.evaluation import Baseline, CachedModel, Subject, TrainingData, tune_cache
 from new_llm.evaluation.caches import describe_size
 from new_llm.evaluation.language_models import has_memory
-from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import (
     DATA_FILE,
     describe_code,
@@ -118,22 +117,11 @@ def load_evaluation_text(loaded: LoadedModel, config: TextConfig) -> EvaluationT
 
 def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingData:
     """What the model's run trained on, and where that differs from what the run recorded."""
-    config: ExperimentConfig | None = loaded.config
-    if config is None:
-        raise ValueError(f"{loaded.label} belongs to no run")
-    recorded = (read_json(loaded.folder / DATA_FILE) if loaded.folder else None) or {}
-    facts: dict[str, Any] = {}
-    differences: list[str] = []
-    now = {name: prepared.info[name] for name in ("source_fingerprint", "split_fingerprint")}
-    then = {name: recorded.get(name) for name in now}
-    now["tokenizer_fingerprint"] = prepared.info["tokenizer"]["fingerprint"]
-    then["tokenizer_fingerprint"] = fingerprint_tokenizer(loaded.tokenizer)
-    for name, value in now.items():
-        if then[name] == value:
-            facts[name] = value
-        else:
-            what = name.replace("_", " ")
-            differences.append(f"the {what} was {str(then[name])[:12]}, and is {str(value)[:12]}")
+    config, recorded = loaded.config, (read_json(loaded.folder / DATA_FILE) if loaded.folder else None) or {}
+    assert config is not None  # a model of a run
+    known = {name: (recorded.get(name), prepared.info[name]) for name in ("source_fingerprint", "split_fingerprint")}
+    own = fingerprint_tokenizer(loaded.tokenizer), prepared.info["tokenizer"]["fingerprint"]
+    known |= {"tokenizer_fingerprint": own}
     # Of a small text only the first of the shuffled sentences join the training split.
     trained = set(list_sentences(config.data)[: prepared.info["reversal_sentences"]])
     return TrainingData(
@@ -143,8 +131,12 @@ def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingDa
         order=config.data.order,
         seed=config.seed,
         pairs=tuple(p for p in get_reversal_pairs() if p.forward in trained and p.backward not in trained),
-        differences=tuple(differences),
-        facts=facts,
+        differences=tuple(
+            f"the {name.replace('_', ' ')} was {str(then)[:12]}, and is {str(now)[:12]}"
+            for name, (then, now) in known.items()
+            if then != now
+        ),
+        facts={name: now for name, (then, now) in known.items() if then == now},
     )
 
 

@@ -202,15 +202,20 @@ def find_shared_spans(
 
 
 def find_sequences(split: TokenSplit, sequences: Sequence[NDArray[np.int64]]) -> set[int]:
-    """The indices of the sequences of tokens that occur inside a document."""
-    by_hash: defaultdict[int, dict[int, list[int]]] = defaultdict(dict)
+    """The indices of the sequences of tokens that occur inside a document.
+
+    Windows as long as the shortest sequence are hashed; the rest is compared token by token.
+    """
+    shortest = min((len(sequence) for sequence in sequences if len(sequence)), default=0)
+    beginnings: defaultdict[int, list[int]] = defaultdict(list)
     for index, sequence in enumerate(sequences):
-        for value in hash_tokens(sequence, len(sequence)) if len(sequence) else ():
-            by_hash[len(sequence)].setdefault(int(value), []).append(index)
+        if len(sequence):
+            beginnings[int(hash_tokens(sequence[:shortest], shortest)[0])].append(index)
     found = set[int]()
-    for length, known in by_hash.items():
-        for _, hashes in match_windows(split, length, np.array(sorted(known), np.uint64)):
-            found |= {index for value in set(hashes.tolist()) for index in known[value]}
+    for places, hashes in match_windows(split, shortest, np.array(sorted(beginnings), np.uint64)):
+        for place, document, value in zip(places, find_documents(split, places), hashes, strict=True):
+            rest = split.tokens[place : split.offsets[document + 1]]
+            found |= {i for i in beginnings[int(value)] if np.array_equal(rest[: len(sequences[i])], sequences[i])}
     return found
 
 
