@@ -1,10 +1,14 @@
 """Attention in bfloat16 on a CPU against torch's own in float64."""
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model_cases import assert_same, draw
 from new_llm.models.ops import local_attention as module
 from new_llm.models.ops.kernels import native
 from new_llm.models.ops.local_attention import causal_attention
@@ -19,26 +23,18 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_SCORES", 2 * 8 * 2 * 20)
 
 
-def run(function, mixed: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of queries, keys and values that lie side by side, as a layer's do, and the gradient."""
-    mixed = mixed.detach().requires_grad_()
-    q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
-    result = function(q, k, v)
-    (gradient,) = torch.autograd.grad(result, mixed, upstream.to(result.dtype))
-    return result.detach(), gradient
-
-
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 20])
 def test_results_and_gradients_are_near_torch_s(length):
-    torch.manual_seed(length)
-    mixed = torch.randn(3, length, 2, 3 * 16).bfloat16()
-    upstream = torch.randn(3, 2, length, 16).bfloat16()
-    expected = run(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), mixed.double(), upstream)
-    found = run(causal_attention, mixed, upstream)
-    for one, two in zip(found, expected, strict=True):
-        assert one.dtype == torch.bfloat16
-        assert float((one.double() - two).norm() / two.norm()) < 0.01
+    """Queries, keys and values lie side by side, as a layer's do."""
+
+    def attend(function: Callable[..., Tensor], mixed: Tensor) -> Tensor:
+        return function(*mixed.transpose(1, 2).chunk(3, dim=-1))
+
+    torchs = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    fast, exact = (functools.partial(attend, function) for function in (causal_attention, torchs))
+    mixed = draw(3, length, 2, 3 * 16, seed=length, dtype=torch.bfloat16)
+    assert_same(fast, exact, [mixed], 0.01, exact=[mixed.double()])
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -20,6 +20,7 @@ from new_llm.models.layers.multi_memory import (
     MultiMemoryLayer,
     SelectingAttention,
     SelectionOptions,
+    score_features,
 )
 from new_llm.models.ops import ScannedReads, multiply_norms, read_memories, write_memory
 from new_llm.models.state import MemoryState
@@ -144,10 +145,7 @@ class FenwickAttention(SelectingAttention):
 
     def read(self, q: Tensor, memory: MemoryState) -> Tensor:
         """[B, H, S, K] to [B, H, S, V]."""
-        dtype = memory.norms.dtype
-        joined = q.transpose(1, 2).flatten(-2).to(dtype)
-        layer = self.level_weights
-        scores = F.linear(F.layer_norm(joined, joined.shape[-1:]), layer.weight.to(dtype), layer.bias.to(dtype))
+        scores = score_features(self.level_weights, q, memory.norms.dtype)
         levels = scores.unflatten(-1, (self.num_memory_heads, -1)).softmax(-1).transpose(1, 2)  # [B, H, S, N]
         products = multiply_norms(q, memory.norms.transpose(1, 2))
         weights = levels * products.clamp_min(EPSILON) / (levels * products).sum(-1, keepdim=True).clamp_min(EPSILON)

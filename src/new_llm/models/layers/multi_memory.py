@@ -52,6 +52,13 @@ class SelectingAttention(CompressiveAttention):
             self.watched.append((weights.detach(), num_filled))
 
 
+def score_features(layer: nn.Linear, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """W LN(features of all heads) + b in `dtype`, [..., H, S, K] to [..., S, N]; LN is a LayerNorm without weights."""
+    joined = features.transpose(-2, -3).flatten(-2).to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(F.layer_norm(joined, joined.shape[-1:]), layer.weight.to(dtype), bias)
+
+
 def measure_entropy(weights: Tensor, num_filled: Tensor) -> Tensor:
     """The entropy of each token's selection, as a share of the greatest possible: 0 reads one memory, 1 all alike.
 
@@ -130,8 +137,7 @@ class RoutedAttention(SelectingAttention):
 
     def route(self, features: Tensor, dtype: torch.dtype) -> Tensor:
         """The router's scores of n segments' features [B, n, H, S, K], in `dtype`, [B, n, S, N]."""
-        joined = features.transpose(-2, -3).flatten(-2).to(dtype)
-        return F.linear(F.layer_norm(joined, joined.shape[-1:]), self.router.weight.to(dtype))
+        return score_features(self.router, features, dtype)
 
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, memory: MemoryState | None, segments: Segments, rule: Any = None
