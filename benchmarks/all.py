@@ -28,6 +28,7 @@ PROGRAMS = {  # arguments of a quick run, in which figures mean nothing
     "long_context": ["--tokens=512", "--layers=1", "--repeats=1", "--marks", "256", "--piece=256", "--rounds=1"],
     "memory_fill": ["--quick"],
     "processes": ["--quick"],
+    "study_costs": ["--only", "pythia_single", "gated_delta-4", "--rounds=1"],
 }
 
 

