@@ -18,7 +18,7 @@ from new_llm.config.evaluation import RecallConfig, ReversalConfig
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import HuggingFaceLM, Recall, Subject
-from new_llm.evaluation.recall import Answer, TextMaker, summarize_answers
+from new_llm.evaluation.recall import TextMaker
 from new_llm.evaluation.reversal import ReversalCurse
 from new_llm.models.inputs import align_labels, compute_token_losses
 from tiny import SHAPE
@@ -235,15 +235,6 @@ def test_equals_share_the_mean_of_their_places_and_nan_comes_last(loss, rank):
     model.token_losses = lambda input_ids, labels, mask=None, **options: torch.full(input_ids.shape, loss)
     (cell,) = measure(model, lengths=(2,), depths=(0.5,), trials=1, tasks=("facts",))["cells"]
     assert cell["carried"]["answers"] == [{"is_exact": False, "rank": rank, "is_first": False, "is_old": False}]
-
-
-def test_figures_of_known_answers():
-    answers = [Answer(True, 1.0, True), Answer(False, 3.0, False), Answer(False, 1.0, True), Answer(False, 5.0, False)]
-    figures = summarize_answers(answers, RecallConfig(num_resamples=4000))
-    assert (figures["exact"].value, figures["first"].value, figures["mean_rank"].value) == (0.25, 0.5, 2.5)
-    means = np.random.default_rng(1).choice([1, 3, 1, 5], size=(20000, 4)).mean(1)
-    assert figures["mean_rank"][1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.26)
-    assert summarize_answers(answers[:1], RecallConfig(num_resamples=10))["mean_rank"] == (1.0, None, None)
 
 
 # The same facts backward

@@ -1,7 +1,6 @@
 """Runs as the report reads them: files, versions, series of seeds, evaluations made since."""
 
 import copy
-import json
 from typing import Any
 
 import pytest
@@ -47,12 +46,6 @@ def test_runs_are_read_with_their_evaluations(with_long, tmp_path):
 
 
 # results
-
-
-def test_results_are_read_from_the_file_or_its_folder(results, tmp_path):
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps(results), encoding="utf-8")
-    assert load_results(file) == load_results(tmp_path) == results
 
 
 @pytest.mark.parametrize(

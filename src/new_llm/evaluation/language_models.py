@@ -68,7 +68,6 @@ class HuggingFaceLM(nn.Module):
         return torch.cat(losses, dim=1)
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Each segment's place and logits."""
         for begin in range(0, input_ids.shape[1], self.segment_length):
             piece = slice(begin, begin + self.segment_length)
             mask = None if attention_mask is None else attention_mask[:, piece]

@@ -22,7 +22,7 @@ from new_llm.config.loading import is_user_name, load_by_name
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit
-from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, Reading, never
+from new_llm.evaluation.scoring import Autocast, LanguageModel, Progress, Reading
 from new_llm.evaluation.statistics import DocumentLosses
 from new_llm.formats import format_number
 from new_llm.processes import ALONE, Processes
@@ -102,7 +102,7 @@ class Subject:
     autocast: Autocast = contextlib.nullcontext
     processes: Processes = ALONE
     on_progress: Progress | None = None
-    should_stop: Callable[[], bool] = never
+    should_stop: Callable[[], bool] = lambda: False
     baselines: Sequence[Baseline] = ()
     training: TrainingData | None = None
     facts: dict[str, Any] = field(default_factory=dict)

@@ -129,11 +129,6 @@ def plan_segments(length: int, piece_tokens: int) -> list[Window]:
     return plan_windows(length, context=piece_tokens, stride=piece_tokens)
 
 
-def never() -> bool:
-    """The answer to `should_stop` of a measurement that runs to its end."""
-    return False
-
-
 class Reading(TypedDict, total=False):
     """How documents are read, in every measure of perplexity.
 
@@ -201,7 +196,7 @@ class Scorer:
         self.device = find_device(model, reading.get("device"))
         self.autocast = reading.get("autocast", contextlib.nullcontext)
         self.on_progress = reading.get("on_progress")
-        self.should_stop = reading.get("should_stop", never)
+        self.should_stop = reading.get("should_stop", lambda: False)
         self.processes = reading.get("processes", ALONE)
         self.num_planned = sum(len(tokens) - 1 for tokens in documents)
         self.num_scored = 0

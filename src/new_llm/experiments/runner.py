@@ -307,7 +307,6 @@ class Run(ABC, Generic[Config]):
         }
 
     def _write(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Write the results so far and their report."""
         write_json(self.folder / RESULTS_FILE, results)
         if self.write_report is not None:
             self.write_report(results, self.folder / REPORT_FILE)
@@ -323,7 +322,6 @@ class Run(ABC, Generic[Config]):
         return self.build(name)
 
     def _run_model(self, name: str) -> dict[str, Any]:
-        """Train and measure one model, or read its result if a resumed run has it."""
         folder = self.model_folder(name)
         done = self.processes.run_on_main(lambda: self._read_result(folder))
         if done is not None:
@@ -408,7 +406,6 @@ class Run(ABC, Generic[Config]):
         return done
 
     def _load_best(self, name: str, folder: Path) -> TransformerLM:
-        """The best weights; the main process reads them for all."""
         with self.processes.agree():
             model = load_model(folder) if self.processes.is_main else self.create(name)
         if self.processes.count > 1:

@@ -384,7 +384,6 @@ def _summarize(values: Sequence[Any], *, is_shown: bool) -> dict[str, Any]:
 
 
 def _render(column: Column, summary: Mapping[str, Any]) -> str:
-    """A cell: the mean, and its interval where there is one."""
 
     def write(value: float | None) -> str:
         if value is None or not math.isfinite(value):

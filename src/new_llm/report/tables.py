@@ -211,7 +211,6 @@ class ColumnTable:
 
 
 def _make_interval_cell(column: Column | None) -> Cell:
-    """A figure with its interval."""
     if column is None:
         return Cell(MISSING)
     cell, low, high = _make_cell([column]), as_number(column.low), as_number(column.high)

@@ -168,7 +168,6 @@ def _find_sentences(exam: Examination, split: TokenSplit, sentences: Sequence[st
 
 
 def _quote(exam: Examination, tokens: NDArray[np.integer]) -> str:
-    """The beginning of some tokens' text, quoted."""
     text = " ".join(exam.subject.tokenizer.decode(tokens[:EXAMPLE_CHARACTERS].tolist()).split())
     return repr(text if len(text) <= EXAMPLE_CHARACTERS else f"{text[: EXAMPLE_CHARACTERS - 1]}…")
 

@@ -273,7 +273,6 @@ def check_evaluation(exam: Examination) -> Finding:
 
 
 def _is_same_state(a: Any, b: Any) -> bool:
-    """Whether two memory states are equal bit for bit."""
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(_is_same_state(a[key], b[key]) for key in a)
     if isinstance(a, Tensor):
