@@ -20,7 +20,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,18 +213,26 @@ def make_temporary_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
-    with name_refusals(path), ExitStack() as stack:
+    with name_refusals(path):
         while True:
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=ENDING, dir=path.parent))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            with suppress(FileNotFoundError):  # taken for a leftover by another process before it was locked
+            try:
                 mark = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, mark)
-                with suppress(OSError):  # a disk without locks, where nobody takes it for a leftover
-                    try_lock(mark)
-                if folder.exists():
-                    break
-        yield folder
+            except FileNotFoundError:
+                continue  # taken for a leftover by another process before it was locked, as below
+            except OSError:
+                folder.rmdir()
+                raise
+            with suppress(OSError):  # a disk without locks, where nobody takes it for a leftover
+                try_lock(mark)
+            if folder.exists():
+                break
+            os.close(mark)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(mark)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
