@@ -52,19 +52,19 @@ class FaultRun:
             settings["eval"] = {"context": 64, "stride": 32, "max_tokens": 1500, "measures": MEASURES}
             path.write_text(yaml.safe_dump(settings), encoding="utf-8")
             arguments += ["--config", str(path)]
-        return subprocess.Popen(
-            [*COMMAND, "experiment", *arguments],
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with self.said.open("w") as said:
+            command = [*COMMAND, "experiment", *arguments]
+            return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=said, text=True)
+
+    @property
+    def said(self) -> Path:
+        """What the process writes to its stderr."""
+        return self.folder.parent.parent / "said.txt"
 
     def finish(self) -> None:
         """Let it run to its end."""
         process = self.start()
-        _, err = process.communicate(timeout=WAIT_SECONDS)
-        assert process.returncode == 0, err
+        assert process.wait(WAIT_SECONDS) == 0, self.said.read_text()
 
     def count_lines(self) -> int:
         return sum(len(read_metrics(self.folder / model)) for model in MODELS)
@@ -104,10 +104,8 @@ def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice
             wait_until(run.is_writing_checkpoint, process)
         time.sleep(dice.choice([0, dice.uniform(0, 0.02)]))
     elif aim == "measurement":
-        # A resumed process measures once it has started.
-        least = 1.0 if run.is_measuring() else 0.0
-        wait_until(run.is_measuring, process)
-        time.sleep(least + dice.uniform(0, 0.15))  # it takes a quarter of a second at least
+        wait_until(lambda: run.is_measuring() and "run folder" in run.said.read_text(), process)
+        time.sleep(dice.uniform(0, 0.15))  # it takes a quarter of a second at least
 
 
 def kill_often(
@@ -119,7 +117,8 @@ def kill_often(
         choose_instant(run, process, aim, dice)
         has_ended = process.poll() is not None
         process.send_signal(sent)
-        _, err = process.communicate(timeout=WAIT_SECONDS)
+        process.wait(WAIT_SECONDS)
+        err = run.said.read_text()
         assert not has_ended, f"it ended before fault {number} ({aim}) with {process.returncode}: {err[-2000:]}"
         yield aim, sent, process.returncode, err
 
@@ -259,7 +258,8 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole
         process = run.start()
         choose_instant(run, process, "training" if number % 2 else "checkpoint", dice)
         ballast = fill(small_disk, dice.choice([0, 4096, 50_000, 200_000]))
-        _, err = process.communicate(timeout=WAIT_SECONDS)
+        process.wait(WAIT_SECONDS)
+        err = run.said.read_text()
         assert process.returncode == 2, (number, process.returncode, err)
         (said,) = [line for line in err.splitlines() if line.startswith("new-llm: ")]
         assert f"{small_disk}/" in said
