@@ -1,5 +1,7 @@
 """torch.compile takes each model with a memory, its Triton kernels included, as one graph, forwards and back."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from new_llm import create_model
 from new_llm.models.ops import kernels
-from tiny import make_shape
+from tiny import ENVIRONMENT, make_shape
 
 CONFIG = make_shape(vocab_size=32, hidden_size=16, num_hidden_layers=1, intermediate_size=16, max_position_embeddings=8)
 
@@ -50,3 +52,17 @@ def test_a_model_with_kernels_is_one_graph(kind, monkeypatch):
     logits.sum().backward()
     assert logits.shape == (1, 20, 32)
     assert all(p.grad is not None for layer in model.layers for p in layer.parameters() if p.requires_grad)
+
+
+def test_rotary_tables_are_the_same_compiled_and_only_then_import_the_compiler():
+    """In another process, as this one has imported it."""
+    program = (
+        "import sys, torch\n"
+        "from new_llm import create_model\n"
+        "model, ids = create_model('pythia', size='14m'), torch.arange(9)[None]\n"
+        "before = model(ids)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "for layer in model.layers: layer.compile(fullgraph=True, backend='aot_eager')\n"
+        "assert torch.equal(model(ids), before)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)

@@ -38,7 +38,8 @@ def compute_rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype
 def make_rotary_table(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """cos and sin of the positions from 0 on, [2, length, rotary_dim].
 
-    An operation of its own, or a compiled layer would compute both again for every number that it rotates.
+    An operation of its own for `torch.compile`: a compiled layer would compute both again for every number that it
+    rotates. Elsewhere it would import all of torch's compiler.
     """
     return _keep_rotary_table(length, rotary_dim, base, dtype, device).clone()
 
@@ -113,8 +114,11 @@ class RotarySoftmax:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Whole segments, [B, heads, S, K] each, before rotation."""
         if self.rotary_dim:
-            settings = (q.shape[2], self.rotary_dim, float(self.rotary_emb_base), q.dtype, q.device)
-            cos, sin = make_rotary_table(*settings).unbind()
+            settings = self.rotary_dim, float(self.rotary_emb_base), q.dtype
+            if torch.compiler.is_compiling():
+                cos, sin = make_rotary_table(q.shape[2], *settings, q.device).unbind()
+            else:
+                cos, sin = compute_rotary_angles(torch.arange(q.shape[2], device=q.device), *settings)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return causal_attention(q, k, v)
 
