@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from jobs import Job, make_training
 from rich.console import Console
 from turns import serve, tabulate, take_turns
 
@@ -21,8 +22,6 @@ from new_llm.config.loading import read_settings
 from new_llm.data.dataset import prepare_data
 from new_llm.experiments.config import ExperimentConfig, StudyConfig
 from new_llm.experiments.runner import build_model
-from new_llm.training.devices import choose_precision, make_autocast
-from new_llm.training.preparation import make_optimizer
 
 NOVELS = Path(__file__).parent.parent / "studies" / "novels.yaml"
 
@@ -34,18 +33,8 @@ def serve_steps(config: ExperimentConfig) -> None:
     rows, length = config.train.batch_size, data.seq_length + 1
     tokens = torch.from_numpy(text.train.tokens[: rows * length].astype("int64")).view(rows, length)
     model = build_model(config, config.models[0], data.tokenizer_vocab_size)
-    optimizer = make_optimizer(model, config.train)
-    autocast = make_autocast(choose_precision(config.train.precision, device), device)
-
-    def step() -> None:
-        with autocast():
-            loss = model.total_loss(tokens[:, :-1].contiguous(), tokens) / tokens[:, 1:].numel()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     keep_freed_memory()
-    serve(step, device)
+    serve(make_training(Job("training", precision=config.train.precision), model, tokens, device), device)
 
 
 def main() -> None:

@@ -125,9 +125,11 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
         yield temporary
         write_manifest(temporary)
     # Newer ones were damaged: training has continued from an older one.
-    kept = [found for found in list_checkpoints(folder) if _read_place(found) <= (step, epoch)][:keep]
-    for outdated in set(list_checkpoints(folder)) - set(kept):
-        remove_folder_atomically(outdated)
+    found = list_checkpoints(folder)
+    kept = [other for other in found if _read_place(other) <= (step, epoch)][:keep]
+    for other in found:
+        if other not in kept:
+            remove_folder_atomically(other)
 
 
 def find_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:

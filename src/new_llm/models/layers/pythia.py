@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
 from new_llm.models.ops.local_attention import causal_attention
@@ -34,7 +34,7 @@ def compute_rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@torch.library.custom_op("new_llm::rotary_table", mutates_args=())
+@library.custom_op("new_llm::rotary_table", mutates_args=())
 def make_rotary_table(length: int, rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """cos and sin of the positions from 0 on, [2, length, rotary_dim].
 
