@@ -102,7 +102,7 @@ def test_tensors_that_do_not_fit_are_refused():
         "gradients": lambda: native.causal_softmax_backward(
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),
-        r"linear\.weight": lambda: native.linear_rows(torch.zeros(1, 7), nn.Linear(8, 5)),
+        r"x: \[1, 7\]": lambda: native.LinearRows(nn.Linear(8, 5))(torch.zeros(1, 7)),
         "on cpu": lambda: check_tensor("state", torch.zeros(2), (2,), torch.float32, torch.device("cuda", 0)),
     }.items():
         with pytest.raises(ValueError, match=words):

@@ -153,7 +153,7 @@ def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[s
     for ids in gather_calls(tokenizer, pieces, num_tokens):
         stream.feed_hidden(ids.to(stream.device))
     stream.close(update_memory=True)
-    return int(stream.num_tokens)
+    return sum(stream.num_tokens)
 
 
 def gather_calls(tokenizer: Tokenizer, pieces: Iterable[str], num_tokens: int) -> Iterator[torch.Tensor]:

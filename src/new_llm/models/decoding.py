@@ -24,10 +24,10 @@ from new_llm.models.ops.kernels import native
 from new_llm.models.ops.kernels.native import (
     MAX_ROWS,
     MAX_STEP_ROWS,
+    LinearRows,
     PythiaStep,
     can_run_compiled,
     is_plain_call,
-    linear_rows,
 )
 from new_llm.models.state import MemoryState
 
@@ -91,10 +91,11 @@ def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | N
 
 def make_native_forward(linear: nn.Linear) -> Forward:
     """A forward that uses the compiled kernel for few rows and the usual product otherwise."""
+    multiply = LinearRows(linear)
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype == linear.weight.dtype and can_run_compiled(x):
-            return linear_rows(x, linear)
+        if x.dtype == multiply.dtype and can_run_compiled(x):
+            return multiply(x)
         return F.linear(x, linear.weight, linear.bias)
 
     return forward

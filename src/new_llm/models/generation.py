@@ -148,7 +148,7 @@ class GenerationRun:
         self.parts: list[list[str]] = [[] for _ in range(rows)]
         self.pieces = [""] * rows  # of text that the last step completed
         self.num_new = [0] * rows
-        self.is_done = torch.zeros(rows, dtype=torch.bool)  # on the host, where the stream plans its pieces
+        self.is_done = [False] * rows
         self.new_ids = torch.full((rows, config.max_new_tokens), config.pad_token_id, device=device)
         self.stream = model.open_stream(rows, use_selective=use_selective)
         self.caches = [TextCache(config.cache) for _ in range(rows)] if config.cache.is_on else None
@@ -166,25 +166,25 @@ class GenerationRun:
         with torch.no_grad(), weights.in_use():
             logits = self._read_prompts()
         steps_in_place = packs and self._can_step_in_place()
-        unread = ~self.is_done
+        unread = making = [True] * len(self.is_done)
         self.prompt_seconds = self.seconds = time.perf_counter() - begin
         for number in range(self.config.max_new_tokens):
             # Between two yields the caller runs: untimed, with its own gradient mode, and with the model unpatched.
             begin = time.perf_counter()
             with torch.no_grad(), weights.in_use():
-                making = ~self.is_done
-                if number and steps_in_place and (not self.update_memory or bool(unread.all())):
+                if number and steps_in_place and (not self.update_memory or all(unread)):
                     tokens = self._make_token(number)
                 else:
                     logits = self._read(unread) if number else logits
                     tokens = self.sampler.choose(logits)
                 self._keep(tokens, number, making)
                 # A row's last token needs to be read only for the memory.
-                unread = making if self.update_memory else ~self.is_done
-                is_last = number + 1 == self.config.max_new_tokens or bool(self.is_done.all())
+                left = [not is_done for is_done in self.is_done]
+                unread, making = making if self.update_memory else left, left
+                is_last = number + 1 == self.config.max_new_tokens or all(self.is_done)
                 if is_last:
                     if self.update_memory:
-                        self.stream.feed_hidden(self.last_tokens, unread.unsqueeze(1))
+                        self.stream.feed_hidden(self.last_tokens, torch.tensor(unread).unsqueeze(1))
                     self.stream.close(update_memory=self.update_memory)
                 if is_last and self.input_ids.device.type == "cuda":
                     torch.cuda.synchronize()  # count the work that is still running
@@ -202,7 +202,7 @@ class GenerationRun:
             num_prompt_tokens=self.input_ids.numel() if self.mask is None else int(self.mask.sum()),
             prompt_seconds=self.prompt_seconds,
             row_tokens=tuple(self.num_new),
-            finish_reasons=tuple("stop" if done else "length" for done in self.is_done.tolist()),
+            finish_reasons=tuple("stop" if done else "length" for done in self.is_done),
             texts=None if self.texts is None else tuple("".join(parts) for parts in self.parts),
         )
 
@@ -232,11 +232,11 @@ class GenerationRun:
             is_here = (last >= begin) & (last < begin + piece_length)
             ends = torch.where(is_here.unsqueeze(1), found, ends)
         assert ends is not None  # a prompt has a token
-        return self._mix(ends, ids.gather(1, last.unsqueeze(1)), torch.ones_like(last, dtype=torch.bool))
+        return self._mix(ends, ids.gather(1, last.unsqueeze(1)), [True] * len(ids))
 
-    def _read(self, rows: Tensor) -> Tensor:
-        """Feed the last tokens of rows [B] bool and return the logits of all rows, [B, Z]."""
-        mask = None if bool(rows.all()) else rows.unsqueeze(1)  # on the host, where the stream plans
+    def _read(self, rows: list[bool]) -> Tensor:
+        """Feed the last tokens of the rows that are True and return the logits of all rows, [B, Z]."""
+        mask = None if all(rows) else torch.tensor(rows).unsqueeze(1)  # on the host, where the stream plans
         return self._mix(self.stream.feed_hidden(self.last_tokens, mask)[:, 0], self.last_tokens, rows)
 
     def _can_step_in_place(self) -> bool:
@@ -264,8 +264,8 @@ class GenerationRun:
         hidden = self.stream.read_token(self.tokens)
         self.tokens[:, 0] = self.sampler.pick(self.model.embed_out(hidden[:, 0]))
 
-    def _mix(self, hidden: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Logits [B, Z] after tokens [B, 1] whose states are [B, D]; rows [B] bool read on through their caches."""
+    def _mix(self, hidden: Tensor, tokens: Tensor, rows: list[bool]) -> Tensor:
+        """Logits [B, Z] after tokens [B, 1] whose states are [B, D]; the rows that are True are read on by caches."""
         logits = self.model.embed_out(hidden)
         for row, cache in enumerate(self.caches or ()):
             if rows[row]:
@@ -274,10 +274,10 @@ class GenerationRun:
                 cache.add(*read)
         return logits
 
-    def _keep(self, tokens: Tensor, number: int, rows: Tensor) -> None:
-        """Record the tokens that rows [B] bool made, and mark the rows that they end."""
-        if not bool(rows.all()):
-            is_over = (~rows).to(tokens.device, non_blocking=True)
+    def _keep(self, tokens: Tensor, number: int, rows: list[bool]) -> None:
+        """Record the tokens that the rows that are True made, and mark the rows that they end."""
+        if not all(rows):
+            is_over = torch.tensor(rows).logical_not().to(tokens.device, non_blocking=True)
             tokens = tokens.masked_fill(is_over, self.config.pad_token_id)
         self.last_tokens = tokens.unsqueeze(1)
         self.new_ids[:, number] = tokens
@@ -287,10 +287,10 @@ class GenerationRun:
         if tokens.device.type != "cpu":  # there `choose` has looked
             self.sampler.check()
         if not self.tracks:
-            self.num_new = [number + 1] * len(tokens)
+            self.num_new = [number + 1] * len(rows)
             return
         found = tokens.unsqueeze(1) if self.look_every == 1 else self.new_ids[:, begin : number + 1]
-        for row, (ids, is_made) in enumerate(zip(found.tolist(), rows.tolist(), strict=True)):
+        for row, (ids, is_made) in enumerate(zip(found.tolist(), rows, strict=True)):
             self.pieces[row] = ""
             for token in ids if is_made else ():
                 self.num_new[row] += 1

@@ -25,9 +25,9 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
             "[batch, tokens] integers with at least one token are needed"
         )
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = input_ids.aminmax()
+        low, high = map(int, input_ids.aminmax())
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids: ids from {int(low)} to {int(high)}; the model knows 0 to {vocab_size - 1}")
+            raise ValueError(f"input_ids: ids from {low} to {high}; the model knows 0 to {vocab_size - 1}")
 
 
 def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int) -> None:

@@ -40,8 +40,8 @@ class MemoryStream:
         self.num_passes: int = model.count_passes(use_selective)
         self.opened: list[list[Any]] = [[None] * len(model.layers) for _ in range(self.num_passes)]
         self._head_weight: Tensor | None = None  # computed once per stream: calling a wrapped head is slow
-        self.offsets = torch.zeros(batch_size, dtype=torch.int64)  # planned on the host, like the pieces below
-        self.num_tokens = torch.zeros(batch_size, dtype=torch.int64)
+        self.offsets = [0] * batch_size  # of each row in its segment; on the host, where the pieces below are planned
+        self.num_tokens = [0] * batch_size
         self._places: Tensor | None = None  # the offsets on the device, [B], while `read_token` counts there too
         self._capacity = 0
         self._is_closed = False
@@ -62,32 +62,35 @@ class MemoryStream:
             raise ValueError(f"{input_ids.shape[0]} rows of tokens for a stream of {self.batch_size}")
         packing = plan_packing(attention_mask, input_ids)
         if packing is None:
-            lengths = torch.full((self.batch_size,), input_ids.shape[1])
-            return self._feed_packed(input_ids, lengths)
+            return self._feed_packed(input_ids, [input_ids.shape[1]] * self.batch_size)
         assert attention_mask is not None
-        lengths = attention_mask.to(torch.bool).sum(1).cpu()  # of a mask on the host, without waiting for the device
+        lengths = attention_mask.to(torch.bool).sum(1).tolist()  # of a mask on the host, without waiting for the device
         return packing.unpack(self._feed_packed(packing.pack(input_ids), lengths))
 
-    def _feed_packed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def _feed_packed(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
         """Feed rows up to their segment's end, repeatedly; whole segments take the parallel path."""
         segment_length = self.model.segment_length
         hidden: Tensor | None = None
-        fed = torch.zeros_like(lengths)
-        while bool((fed < lengths).any()):
-            left = lengths - fed
-            whole = int(left[0]) // segment_length * segment_length
-            if whole and not self.offsets.any() and bool((left == left[0]).all()) and bool((fed == fed[0]).all()):
-                begin = int(fed[0])
+        fed = [0] * self.batch_size
+        while fed != lengths:
+            left = list(map(operator.sub, lengths, fed))
+            taken = [min(rest, segment_length - at) for rest, at in zip(left, self.offsets, strict=True)]
+            is_level = len({*zip(self.offsets, fed, taken, strict=True)}) == 1
+            begin, whole = fed[0], left[0] // segment_length * segment_length
+            if whole and is_level and not self.offsets[0] and len({*left}) == 1:
+                taken = [whole] * self.batch_size
                 piece = self._run_whole(input_ids[:, begin : begin + whole])
-                taken = torch.full_like(fed, whole)
             else:
-                taken = torch.minimum(left, segment_length - self.offsets)
-                piece = self._run_open(input_ids, fed, taken)
-            if hidden is None:
-                hidden = piece.new_zeros(*input_ids.shape, piece.shape[-1])
-            self._put(hidden, piece, fed, taken)
-            fed = fed + taken
-        self.num_tokens = self.num_tokens + lengths
+                piece = self._run_open(input_ids, fed, taken, is_level=is_level)
+            if is_level and piece.shape[1] == input_ids.shape[1]:
+                hidden = piece
+            else:
+                hidden = piece.new_zeros(*input_ids.shape, piece.shape[-1]) if hidden is None else hidden
+                rows = [slice(None)] if is_level else range(self.batch_size)
+                for row, start, count in zip(rows, fed, taken, strict=False):
+                    hidden[row, start : start + count] = piece[row, :count]
+            fed = list(map(operator.add, fed, taken))
+        self.num_tokens = list(map(operator.add, self.num_tokens, lengths))
         if hidden is None:  # every token was masked
             hidden = torch.zeros_like(self.model.embed_in(input_ids))
         return hidden
@@ -102,9 +105,9 @@ class MemoryStream:
     @torch.no_grad()
     def begin_steps(self, num_tokens: int) -> None:
         """Prepare for `num_tokens` calls of `read_token`: all that they change has its place from now on."""
-        longest = -(-(int(self.offsets.max()) + num_tokens) // CACHE_STEP) * CACHE_STEP
+        longest = -(-(max(self.offsets) + num_tokens) // CACHE_STEP) * CACHE_STEP
         self._capacity = min(longest, self.model.segment_length)
-        self._places = self.offsets.to(self.device, non_blocking=True, copy=True)
+        self._places = torch.tensor(self.offsets).to(self.device, non_blocking=True)
         for index, layer in enumerate(self.model.layer_list):
             memory = self.memories[index]
             if layer.has_memory and memory is None:
@@ -141,12 +144,11 @@ class MemoryStream:
         Returns:
             Whether all tensors have kept their places.
         """
-        self.offsets, self.num_tokens = self.offsets + 1, self.num_tokens + 1
-        ended = self.offsets == self.model.segment_length
-        if not bool(ended.any()):
+        self.offsets, self.num_tokens = ([count + 1 for count in counts] for counts in (self.offsets, self.num_tokens))
+        if max(self.offsets) < self.model.segment_length:
             return True
         before = list_tensors((self.opened, self.memories))
-        self._end_segments(ended)
+        self._end_full_segments()
         after = list_tensors((self.opened, self.memories))
         return len(before) == len(after) and all(map(operator.is_, before, after))
 
@@ -162,7 +164,7 @@ class MemoryStream:
                 opened[index], _ = layer.end_segments(opened[index], memory, chosen)
             if memory is not None:
                 self.memories[index] = memory.emptied().select_rows(chosen, memory)
-        self.offsets = torch.where(rows.cpu().to(torch.bool), 0, self.offsets)
+        self.offsets = [0 if is_reset else at for is_reset, at in zip(rows.tolist(), self.offsets, strict=True)]
         self._places, self._is_reset = None, True
 
     def close(self, *, update_memory: bool = False) -> None:
@@ -185,7 +187,7 @@ class MemoryStream:
             )
         self._is_closed = True
         if update_memory:
-            self._end_segments(self.offsets > 0)
+            self._end_segments([at > 0 for at in self.offsets])
             self.model._hold(self.memories, self._start)
 
     def _run_whole(self, input_ids: Tensor) -> Tensor:
@@ -194,30 +196,32 @@ class MemoryStream:
         )
         return passes[-1]
 
-    def _run_open(self, input_ids: Tensor, fed: Tensor, taken: Tensor) -> Tensor:
+    def _run_open(self, input_ids: Tensor, fed: list[int], taken: list[int], *, is_level: bool) -> Tensor:
+        """Feed `taken` tokens of each row, those after `fed`; rows are level where all stand at one place."""
         self._places = None
-        longest, begin, start = int(taken.max()), int(fed[0]), int(self.offsets[0])
-        is_level = self._is_level(taken)
-        if is_level and bool((fed == begin).all()):  # as when text is generated: nothing to send to a device
-            tokens = input_ids[:, begin : begin + longest]
-            offsets, counts = torch.full((self.batch_size,), start, device=self.device), None
+        longest, valid = max(taken), None
+        columns = torch.arange(longest, device=self.device)
+        if is_level:  # as when text is generated: nothing to send to a device
+            tokens = input_ids[:, fed[0] : fed[0] + longest]
+            offsets = torch.full((self.batch_size,), self.offsets[0], device=self.device)
         else:
-            columns = (fed.unsqueeze(1) + torch.arange(longest)).clamp(max=input_ids.shape[1] - 1)
-            plan = torch.cat((columns, self.offsets.unsqueeze(1), taken.unsqueeze(1)), dim=1)
-            plan = plan.to(self.device, non_blocking=True)
-            tokens, offsets, counts = input_ids.gather(1, plan[:, :longest]), plan[:, -2].contiguous(), plan[:, -1]
+            plan = torch.tensor([self.offsets, taken, fed]).to(self.device, non_blocking=True)
+            offsets, counts, begun = plan.unbind()
+            tokens = input_ids.gather(1, (begun.unsqueeze(1) + columns).clamp(max=input_ids.shape[1] - 1))
+            valid = None if min(taken) == longest else mark_valid(counts, longest)
+        ends = list(map(operator.add, self.offsets, taken))
         step = Step(
             offsets=offsets,
-            positions=offsets.unsqueeze(1) + torch.arange(longest, device=self.device),
-            valid=None if counts is None or bool((taken == longest).all()) else mark_valid(counts, longest),
-            longest=int((self.offsets + taken).max()),
+            positions=offsets.unsqueeze(1) + columns,
+            valid=valid,
+            longest=max(ends),
             segment_length=self.model.segment_length,
-            start=start if is_level else None,
+            start=self.offsets[0] if is_level else None,
             tokens=self._describe_tokens(tokens),
         )
         hidden = self._run_step(tokens, step)
-        self.offsets = self.offsets + taken
-        self._end_segments(self.offsets == self.model.segment_length)
+        self.offsets = ends
+        self._end_full_segments()
         return hidden
 
     def _run_step(self, tokens: Tensor, step: Step) -> Tensor:
@@ -239,31 +243,21 @@ class MemoryStream:
         self._head_weight = weight
         return ReadTokens(input_ids, weight)
 
-    def _is_level(self, taken: Tensor) -> bool:
-        """Whether all rows are at the same position and take the same number of tokens."""
-        return bool(((taken == taken[0]) & (self.offsets == self.offsets[0])).all())
+    def _end_full_segments(self) -> None:
+        self._end_segments([at == self.model.segment_length for at in self.offsets])
 
-    def _end_segments(self, ended: Tensor) -> None:
-        if not bool(ended.any()):
+    def _end_segments(self, ended: list[bool]) -> None:
+        if not any(ended):
             return
-        rows = ended.to(self.device, non_blocking=True)
+        rows = torch.tensor(ended).to(self.device, non_blocking=True)
         before = [list(opened) for opened in self.opened], list(self.memories)
         for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
             for opened in self.opened:  # every pass starts a new segment; the last pass's write is the memory
                 opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
-        self.offsets = torch.where(ended, 0, self.offsets)
+        self.offsets = [0 if is_over else at for is_over, at in zip(ended, self.offsets, strict=True)]
         if self._places is not None:
             self.opened, self.memories = keep_places(before, (self.opened, self.memories))
             self._places.masked_fill_(rows, 0)
-
-    def _put(self, hidden: Tensor, piece: Tensor, fed: Tensor, taken: Tensor) -> None:
-        if bool((taken == taken[0]).all()) and bool((fed == fed[0]).all()):
-            begin = int(fed[0])
-            hidden[:, begin : begin + piece.shape[1]] = piece
-            return
-        for row in range(self.batch_size):
-            begin, count = int(fed[row]), int(taken[row])
-            hidden[row, begin : begin + count] = piece[row, :count]
 
 
 def describe_rows(rows: int | None) -> str:

@@ -366,15 +366,23 @@ def _describe_linear(name: str, linear: nn.Linear, dtype: torch.dtype, inputs: i
     return _Linear(_point(linear.weight), _point(linear.bias), inputs, outputs)
 
 
-def linear_rows(x: Tensor, linear: nn.Linear) -> Tensor:
-    """x Wᵀ + b, summed in float32; x is [..., inputs] in bfloat16 or float32."""
-    kernels, rows = load_kernels(), x.to(torch.float32).contiguous()
-    assert kernels is not None
-    out = _empty(*x.shape[:-1], len(linear.weight), dtype=x.dtype)
-    described = _describe_linear("linear", linear, x.dtype, x.shape[-1], len(linear.weight))
-    check_tensor("x", rows, x.shape, torch.float32)
-    _call(kernels, "linear_rows", x.dtype, ctypes.byref(described), rows, rows.numel() // rows.shape[-1], out)
-    return out
+class LinearRows:
+    """x Wᵀ + b of a linear layer in bfloat16 or float32, summed in float32, for few rows x [..., inputs]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        kernels, self.dtype, (self.outputs, self.inputs) = load_kernels(), linear.weight.dtype, linear.weight.shape
+        assert kernels is not None
+        self._linear = ctypes.byref(_describe_linear("linear", linear, self.dtype, self.inputs, self.outputs))
+        self._kept = [parameter.detach() for parameter in linear.parameters()]
+        self._multiply = getattr(kernels, f"linear_rows_{SUFFIXES[self.dtype]}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs], in the layer's dtype."""
+        leading = x.shape[:-1]
+        rows, out = x.to(torch.float32).contiguous(), _empty(*leading, self.outputs, dtype=self.dtype)
+        check_tensor("x", rows, (*leading, self.inputs), torch.float32)
+        self._multiply(self._linear, rows.data_ptr(), leading.numel(), out.data_ptr(), torch.get_num_threads())
+        return out
 
 
 class PythiaStep:
