@@ -1,6 +1,8 @@
 """The studies that the project commits: every variant of each is a valid experiment, and all train equally long,
 except for those whose name says that they are short."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from new_llm.config.loading import read_settings
 from new_llm.experiments.config import StudyConfig
 
-STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -25,3 +28,12 @@ def test_a_committed_study_can_run(path):
         if not reads_all and config.data.reversal_pairs == first.reversal_pairs:  # else it trains on another text
             asked = first.num_samples * first.seq_length
             assert tokens < asked if name.endswith("-short") else tokens == asked
+
+
+def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():
+    ways = ("gated_delta-4-three/caches/+ all", "pythia/caches/+ all")
+    command = [sys.executable, ROOT / "studies" / "compare.py", ROOT / "docs/experiments/novels/losses.json", *ways]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    said, _, seeds = found.rpartition(" ")
+    assert said in (ROOT / "docs/experiments/novels.md").read_text(encoding="utf-8")
+    assert seeds == "(3)"

@@ -1,0 +1,82 @@
+"""Any two models of a study, paired by seed and document: the differences that the pages of docs/experiments tell.
+
+    python studies/compare.py docs/experiments/novels/losses.json gated_delta-4-three/caches/bare pythia/caches/bare
+
+prints the difference in perplexity, in percent, with its interval of 95 % and, where this holds 0, the smallest one
+that would have been seen; of one or two seeds each one's, over documents alone; and the number of seeds. The file is
+made from the folders of a study's runs by
+
+    python studies/compare.py docs/experiments/novels/losses.json --collect runs/novels
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from new_llm.evaluation import MEASURES
+from new_llm.evaluation.statistics import MIN_SEEDS, Comparison, DocumentLosses, compare_models
+
+FAR = 16_384  # tokens from a document's beginning, whose losses are kept by themselves, too
+
+
+def collect(folders: list[Path]) -> dict[str, dict[str, dict[str, list[list[float]]]]]:
+    """Tokens and total loss of each document, by variant, seed and what was measured."""
+    found: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
+    for file in sorted(path for folder in folders for path in folder.glob("*-s*/results.json")):
+        results = json.loads(file.read_text(encoding="utf-8"))
+        variant, _, seed = file.parent.name.rpartition("-s")
+        if results.get("status") != "complete" or seed in found.get(variant, {}):
+            continue
+        ways = found.setdefault(variant, {}).setdefault(seed, {})
+        for kind in ("long", "caches"):
+            measured = results["models"][0]["evaluation"].get(kind)
+            for way, losses in MEASURES[kind].losses(measured).items() if measured else ():
+                parts = {f"{kind}/{way}": losses.select(None)}
+                if FAR in losses.range_starts and way in ("bare", "+ all"):
+                    parts[f"{kind}/{way} from {FAR:,}"] = losses.select(losses.range_starts.index(FAR))
+                for name, part in parts.items():
+                    ways[name] = [part.num_tokens[:, 0].tolist(), part.total_nll[:, 0].round(2).tolist()]
+    return found
+
+
+def read(losses: dict[str, dict[str, dict[str, list[list[float]]]]], name: str) -> dict[str, DocumentLosses]:
+    """The losses of a model by seed: `variant/measure/way`."""
+    variant, _, way = name.partition("/")
+    return {seed: DocumentLosses.read(*ways[way]) for seed, ways in losses[variant].items() if way in ways}
+
+
+def describe(found: Comparison) -> str:
+    """The difference in percent, its interval, and if it holds 0 what would have been seen."""
+    relative = found.relative
+    text = f"{100 * relative.value:+.1f} %"
+    if relative.low is not None and relative.high is not None:
+        text += f" [{100 * relative.low:+.1f}, {100 * relative.high:+.1f}]"
+        if not found.is_clear and found.smallest_visible is not None:
+            text += f", {100 * math.expm1(found.smallest_visible):.1f} % visible"
+    return text
+
+
+def compare(one: dict[str, DocumentLosses], other: dict[str, DocumentLosses]) -> str:
+    """The difference over all common seeds; of fewer than three, each seed's."""
+    seeds = [seed for seed in one if seed in other]
+    groups = [seeds] if len(seeds) >= MIN_SEEDS else [[seed] for seed in seeds]
+    compared = (compare_models({seed: one[seed] for seed in group}, other) for group in groups)
+    texts = [describe(found) if found else "other tokens" for found in compared]
+    return f"{' · '.join(texts) or 'no common seed'} ({len(seeds)})".replace("-", "−")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the losses")
+    parser.add_argument("models", nargs="*", help="two of VARIANT/MEASURE/WAY; none: all are listed")
+    parser.add_argument("--collect", nargs="+", type=Path, metavar="RUNS", help="folders of runs to make the file from")
+    given = parser.parse_args()
+    if given.collect:
+        given.file.write_text(json.dumps(collect(given.collect), separators=(",", ":")) + "\n", encoding="utf-8")
+    losses = json.loads(given.file.read_text(encoding="utf-8"))
+    if len(given.models) == 2:
+        print(compare(*(read(losses, name) for name in given.models)))
+    else:
+        for variant, seeds in losses.items():
+            print(f"{variant}: seeds {', '.join(seeds)}: {', '.join(sorted(set().union(*seeds.values())))}")
