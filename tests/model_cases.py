@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from new_llm.models import TransformerLM
+from new_llm.models import SelectiveOutputLM, TransformerLM
 from new_llm.models.layers import LAYER_KINDS, Layer
 
 VOCAB_SIZE = 128
@@ -141,6 +141,14 @@ def build_model(
     model = TransformerLM([case.build() for case in layers], VOCAB_SIZE, segment_length)
     randomize(model, seed)
     return model.to(dtype)
+
+
+def build_selective(stack: str, skip_interval: int, segment_length: int = 5, **options: Any) -> SelectiveOutputLM:
+    """The layers of `STACKS` run several times, as `build_model` makes them."""
+    layers = [case.build() for case in STACKS[stack]]
+    model = SelectiveOutputLM(layers, VOCAB_SIZE, segment_length, skip_interval=skip_interval, **options)
+    randomize(model)
+    return model.double().eval()
 
 
 @functools.cache

@@ -8,17 +8,15 @@ from torch import Tensor
 
 from model_cases import (
     MIXED_STACKS,
-    VOCAB_SIZE,
     assert_states_equal,
     assert_states_near,
-    build_model,
+    build_selective,
     get_model,
     text_ids,
 )
 from new_llm import TransformerLM
 from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel
-from new_llm.models import SelectiveOutputLM
 from new_llm.models.generation import LOOK_EVERY
 
 NAMES = ["pythia", *MIXED_STACKS]
@@ -31,13 +29,6 @@ def recompute(model: TransformerLM, ids: Tensor, num_tokens: int) -> Tensor:
         for _ in range(num_tokens):
             ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
     return ids
-
-
-def make_selective(skip_interval: int, dtype: torch.dtype = torch.float64) -> SelectiveOutputLM:
-    plain = build_model(MIXED_STACKS["mixed"], dtype=dtype)
-    torch.manual_seed(0)
-    model = SelectiveOutputLM(plain.layer_list, VOCAB_SIZE, 5, skip_interval=skip_interval, initializer_range=0.3)
-    return model.to(dtype)
 
 
 @pytest.mark.parametrize("prompt_length", [1, 13])
@@ -78,7 +69,7 @@ def test_a_cached_row_continues_as_the_cached_model_says_token_by_token(side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["mixed", "infini-tokens", "selective"])
 def test_each_row_of_unequal_prompts_goes_on_as_it_would_alone(name, side):
-    model = make_selective(1) if name == "selective" else get_model(name)
+    model = build_selective("mixed", 1) if name == "selective" else get_model(name)
     lengths = (3, 11, 5)
     whole = text_ids(3, 11)
     mask = torch.arange(11) < torch.tensor(lengths).unsqueeze(1)

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_cases import MIXED_STACKS, VOCAB_SIZE, assert_states_equal, build_model, get_model, randomize, text_ids
-from new_llm.models import SelectiveOutputLM
+from model_cases import MIXED_STACKS, assert_states_equal, build_selective, get_model, text_ids
 from new_llm.models.hf import NewLLMForCausalLM, StreamCache
 
 STACKS = ("pythia", *MIXED_STACKS, "selective")
@@ -15,12 +14,8 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
 
 def wrap(name: str, dtype: torch.dtype = torch.float64) -> NewLLMForCausalLM:
-    if name != "selective":
-        return NewLLMForCausalLM.from_model(get_model(name, dtype=dtype)).eval()
-    layers = build_model(MIXED_STACKS["mixed"]).layer_list
-    model = SelectiveOutputLM(layers, VOCAB_SIZE, 5, skip_interval=2)
-    randomize(model)
-    return NewLLMForCausalLM.from_model(model.to(dtype)).eval()
+    model = build_selective("mixed", 2).to(dtype) if name == "selective" else get_model(name, dtype=dtype)
+    return NewLLMForCausalLM.from_model(model).eval()
 
 
 def padded(side: str, length: int = 13) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import MEMORY_CASES, MIXED_STACKS, LayerCase, assert_states_equal, get_model
+from model_cases import (
+    MEMORY_CASES,
+    MIXED_STACKS,
+    STACKS,
+    LayerCase,
+    assert_states_equal,
+    build_model,
+    get_model,
+    text_ids,
+)
 from new_llm import TransformerLM
 from new_llm.models import save_memory_file, save_model
 from new_llm.models.layers import InfiniLayer, Segments, register_layer
@@ -70,9 +79,34 @@ def test_another_process_continues_a_saved_memory_bit_for_bit(tmp_path):
     assert torch.equal(logits, model(ids))
 
 
-@pytest.mark.parametrize("name", MIXED_STACKS)
+@pytest.mark.parametrize("name", [*MIXED_STACKS, "pythia"])
 def test_mixed_models(name):
     check_model(get_model(name))
+
+
+def run(model: TransformerLM, ids: Tensor) -> Tensor:
+    """Logits of two calls, the second with the memory of the first."""
+    model.reset_memory(len(ids))
+    with torch.no_grad():
+        return torch.cat([model(ids, update_memory=True), model(ids)], dim=1).float()
+
+
+@pytest.mark.parametrize("name", [*MIXED_STACKS, "pythia"])
+def test_autocast_keeps_memory_in_float32(name):
+    """Training in bf16 is autocast over float32 weights."""
+    model = build_model(STACKS[name], dtype=torch.float32)
+    ids = text_ids(2, 33)
+    expected = run(model, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(model, ids)
+        model.reset_memory()
+        loss, _ = model.compute_loss(ids, ids, update_memory=True)
+    loss.backward()
+    assert float((actual - expected).norm() / expected.norm()) < 0.05
+    for entry in model.get_memory_state().values():
+        tensors = [t for t in entry.values() if isinstance(t, Tensor) and t.is_floating_point()]
+        assert all(t.dtype == torch.float32 and bool(t.any()) for t in tensors)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 @register_layer("own", options=InfiniOptions)
@@ -113,3 +147,45 @@ def test_broken_layers_are_found(fault):
 
     with pytest.raises(AssertionError):
         check_layer(lambda: make_own(Broken))
+
+
+# Transformer-XL: Pythia without memory, and with memory for the whole text
+
+
+def build_xl(segment_length: int, **options: Any) -> TransformerLM:
+    kind = "transformer_xl" if options else "pythia"
+    layer = LayerCase(kind, {"rotary_pct": 0.5, **options})
+    return build_model([layer, layer], segment_length=segment_length, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_memory_it_is_pythia_bit_for_bit(dtype):
+    ids, found = text_ids(2, 19), []
+    for model in (build_xl(5).to(dtype), build_xl(5, memory_tokens=0).to(dtype)):
+        loss, _ = model.compute_loss(ids, ids, update_memory=True)
+        loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append((model(ids), loss, gradients))
+        assert not model.memory_layers
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("detach_memory", [True, False])
+def test_with_the_whole_text_it_is_pythia_that_reads_it_whole(detach_memory):
+    ids, gradients = text_ids(2, 37), []
+    model, whole = build_xl(5, memory_tokens=40, detach_memory=detach_memory), build_xl(64)
+    torch.testing.assert_close(model(ids), whole(ids), atol=1e-4, rtol=1e-4)
+    for one in (model, whole):
+        one.compute_loss(ids, ids)[0].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in one.parameters()]))
+    assert torch.allclose(*gradients, atol=1e-4) is not detach_memory
+
+
+def test_rows_do_not_share_a_cache():
+    """One row may write into the shared memory; the sum of several rows' keys would be no one's."""
+    model, ids = build_xl(5, memory_tokens=7), text_ids(2, 19)
+    model(ids[:1], update_memory=True)
+    before = model.get_memory_state()
+    with pytest.raises(ValueError, match=r"call reset_memory\(batch_size\) first"):
+        model(ids, update_memory=True)
+    assert_states_equal(model.get_memory_state(), before)

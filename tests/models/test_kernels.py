@@ -1,27 +1,50 @@
 """The compiled kernels: what they are given, and which file is loaded."""
 
+import functools
+import importlib.util
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from model_cases import STACKS, build_model, text_ids
+from model_cases import STACKS, assert_same, build_model, draw, text_ids
+from new_llm.models.ops import local_attention
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.ops.kernels import SWITCH, check_tensor, native
 from new_llm.models.ops.kernels.native import PythiaStep
 from new_llm.models.ops.local_attention import causal_attention
+from tiny import ENVIRONMENT, ROOT
 
 needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
 
 
-# What C is given
+# What C is given, and what its attention gives
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 20])
+def test_causal_attention_in_bfloat16_is_near_torch_s_in_float64(length, monkeypatch):
+    """With its gradients, in small blocks; queries, keys and values lie side by side, as a layer's do."""
+    for name, value in (("MIN_SCORES", 0), ("BLOCK_QUERIES", 8), ("BLOCK_SCORES", 2 * 8 * 2 * 20)):
+        monkeypatch.setattr(local_attention, name, value)
+
+    def attend(function: Callable[..., Tensor], mixed: Tensor) -> Tensor:
+        return function(*mixed.transpose(1, 2).chunk(3, dim=-1))
+
+    torchs = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    fast, exact = (functools.partial(attend, function) for function in (causal_attention, torchs))
+    mixed = draw(3, length, 2, 3 * 16, seed=length, dtype=torch.bfloat16)
+    assert_same(fast, exact, [mixed], 0.01, exact=[mixed.double()])
 
 
 @needs_compiler
@@ -34,7 +57,7 @@ def test_the_default_dtype_has_no_say(default):
     targets = torch.randint(1024, (1024,))
     q, k, v = torch.randn(3, 1, 4, 300, 16).bfloat16().requires_grad_().unbind(0)
 
-    def run() -> list[torch.Tensor]:
+    def run() -> list[Tensor]:
         attended = causal_attention(q, k, v)
         attended.float().sum().backward(retain_graph=True)
         return [
@@ -231,8 +254,9 @@ def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path):
     if not Path(library).is_absolute():
         pytest.skip("this compiler has no address sanitizer")
     here = Path(__file__).parent
-    files = [str(here / f"test_{name}.py") for name in ("loss", "causal_attention")]
-    files += [str(here.parent / "generation/test_step_weights.py"), f"{__file__}::test_the_default_dtype_has_no_say"]
+    files = [str(here / "test_loss.py"), str(here.parent / "generation/test_step_weights.py")]
+    mine = ("test_the_default_dtype_has_no_say", "test_causal_attention_in_bfloat16_is_near_torch_s_in_float64")
+    files += [f"{__file__}::{name}" for name in mine]
     environment = {
         **os.environ,
         "LD_PRELOAD": library,
@@ -248,3 +272,40 @@ def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "skipped" not in done.stdout
+
+
+# The Triton kernels compiled for an H100, which needs no GPU: `pip install triton`, then `pytest` with this file
+
+TOKEN_KERNELS = {"project_kernel", "attend_kernel", "recall_kernel", "merge_kernel"}
+WITHOUT_GROUPS = {"loss_kernel", "plain_kernel", "inverse_kernel"} | TOKEN_KERNELS
+"""Kernels whose tiles are not multiplied by warp groups, or have too few rows for them."""
+SHARED_BYTES = 227 * 1024
+"""Shared memory that one program may have on an H100."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_bfloat16_up_to_512_wide_spills_nothing_sets_what_it_reads_and_multiplies_by_warp_groups():
+    """In a process of its own, since other tests choose Triton's interpreter before they import it."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_figures.py"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    launches = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {launch["kernel"] for launch in launches} == {
+        "delta_kernel",
+        "plain_kernel",
+        "inverse_kernel",
+        "attention_kernel",
+        "loss_kernel",
+    } | TOKEN_KERNELS
+    assert {launch["case"].split(",")[0] for launch in launches} >= {f"K={width}" for width in (64, 128, 256, 512)}
+    for launch in launches:
+        assert launch["spilled_bytes"] == 0, launch
+        assert not launch["unset"], launch  # a register of whatever was there before: addresses anywhere
+        assert launch["shared_bytes"] <= SHARED_BYTES, launch
+        assert launch["wgmma"] or launch["kernel"] in WITHOUT_GROUPS, launch
+        # one thread stores what another has loaded or will load, since their tiles are divided differently
+        if launch["case"].startswith("2 memories"):
+            assert launch["barriers"] >= (4 if "backward" in launch["case"] else 2), launch
+        assert len(launch["grid"]) == 1, launch  # the other axes hold no more than 65,535
+    assert max(launch["grid"][0] for launch in launches) >= 70_000

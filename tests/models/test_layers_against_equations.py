@@ -13,7 +13,12 @@ from new_llm.models.layers import InfiniLayer, ReadTokens, Segments, compressive
 
 CASES = {
     **MEMORY_CASES,
-    **{f"transformer_xl-{n}": LayerCase("transformer_xl", {"memory_tokens": n, "rotary_pct": 0.5}) for n in (2, 3, 7)},
+    **{
+        f"transformer_xl-{n}": LayerCase(
+            "transformer_xl", {"memory_tokens": n, "rotary_pct": 0.5, "detach_memory": False}
+        )
+        for n in (2, 3, 7)
+    },
     **{f"rmt-{n}": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": n}) for n in (1, 3)},
     "token_memory": LayerCase("token_memory", {"num_memory_heads": 3, "memory_key_size": 4}),
     "token_memory-sum": LayerCase("token_memory", {"use_delta_rule": False}),
@@ -31,27 +36,35 @@ def draw_hidden(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_layer_equals_its_equations(case):
+def test_layer_and_its_gradients_equal_the_equations(case):
     """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
     layer = case.build().double()
     randomize(layer)
     x, ids, head = draw_hidden(2, 23), text_ids(2, 23), draw_hidden(128)
     outputs, memory = [], None
-    with torch.no_grad():
-        for part, length in ((slice(0, 21), 3), (slice(21, 23), 2)):
-            tokens = ReadTokens(ids[:, part].unflatten(1, (-1, length)), head)
-            out, memory = layer(x[:, part].unflatten(1, (-1, length)), memory, Segments(tokens=tokens))
-            outputs.append(out.flatten(1, 2))
-        actual = torch.cat(outputs, dim=1)
+    for part, length in ((slice(0, 21), 3), (slice(21, 23), 2)):
+        tokens = ReadTokens(ids[:, part].unflatten(1, (-1, length)), head)
+        out, memory = layer(x[:, part].unflatten(1, (-1, length)), memory, Segments(tokens=tokens))
+        outputs.append(out.flatten(1, 2))
+    actual = torch.cat(outputs, dim=1)
+    weights = dict(layer.named_parameters())
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():  # the equations write in place
         for row in range(2):
-            expected, end = REFERENCES[case.kind](layer).read_row(x[row], head[ids[row]], 3)
+            reference = REFERENCES[case.kind](layer)
+            reference.weights = {name.removeprefix("attention."): weight for name, weight in weights.items()}
+            expected, end = reference.read_row(x[row], head[ids[row]], 3)
             assert_near(actual[row], expected, 1e-10)
             for name, value in end.items():
-                found: Any = getattr(memory, name)[row]
+                found: Any = getattr(memory, name)[row].detach()
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    assert_near(found, value, 1e-10 * max(1.0, float(value.abs().max())))
+                    assert_near(found, value.detach(), 1e-10 * max(1.0, float(found.abs().max())))
                 else:
                     assert bool((found == value).all()), name
+        found, wanted = (
+            torch.autograd.grad(one.square().sum(), list(weights.values())) for one in (actual[1], expected)
+        )
+    for one, other in zip(found, wanted, strict=True):  # also by what earlier segments wrote
+        assert_near(one, other, 1e-9 * max(1.0, float(other.abs().max())))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

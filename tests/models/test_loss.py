@@ -1,5 +1,6 @@
 """Losses: which token each position predicts, the fused head against its naive form, what joins in training alone."""
 
+import functools
 import math
 from typing import Any
 
@@ -105,6 +106,10 @@ def test_results_and_gradients_are_the_naive_form_s(dtype, tolerance, reduction,
     found = run(linear_cross_entropy, hidden, weight, upstream, targets, chunk_rows=chunk_rows, **options)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:  # and those of finite differences
+        score = functools.partial(linear_cross_entropy, targets=targets[:6], chunk_rows=chunk_rows, reduction=reduction)
+        inputs = hidden[:6, :4].clone().requires_grad_(), weight[:, :4].clone().requires_grad_()
+        assert torch.autograd.gradcheck(score, inputs, fast_mode=True)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -1,27 +1,35 @@
-"""Each op against its naive form, its derivatives, and its behaviour in 16 bits."""
+"""Each op of a memory against its naive form, in 16 bits, and over segments."""
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model_cases import DTYPES, TOLERANCES, assert_near, draw
+from model_cases import DTYPES, TOLERANCES, assert_near, assert_same, draw
+from new_llm.models.layers import InfiniLayer, Segments
 from new_llm.models.ops import (
     feature_map,
     local_linear_attention,
     local_linear_attention_naive,
     read_memories,
     read_memories_naive,
+    scan_memories,
+    scan_memories_naive,
+    scan_sums,
+    scan_sums_naive,
     weigh_memories,
     weigh_memories_naive,
     write_memory,
     write_memory_naive,
 )
 from new_llm.models.ops.memory import _WideSums
+from new_llm.models.ops.memory_scan import choose_group
 
 EPSILON = 1e-6
-ROWS, MEMORIES, HEADS, LENGTH, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 4, 6
+ROWS, MEMORIES, HEADS, LENGTH, SCANNED, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 3, 4, 6
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_rule = pytest.mark.parametrize("use_delta_rule", [True, False])
 by_decay = pytest.mark.parametrize("decay", [None, [0.5, 0.9]])
@@ -45,7 +53,7 @@ def draw_segment(length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tu
     return q, k, draw(ROWS, HEADS, length, VALUE_WIDTH, seed=5, dtype=dtype)
 
 
-# Fast forms equal naive forms
+# Fast forms and their gradients equal naive forms
 
 
 def test_feature_map_is_elu_plus_one():
@@ -59,9 +67,19 @@ def test_feature_map_is_elu_plus_one():
 @pytest.mark.parametrize("chunk_length", [1, 3, 64])
 @pytest.mark.parametrize("length", [1, 7, 11])
 def test_local_attention_equals_its_naive_form(length, chunk_length, dtype):
-    q, k, v = draw_segment(length, dtype)
-    actual = local_linear_attention(q, k, v, epsilon=EPSILON, chunk_length=chunk_length)
-    assert_near(actual, local_linear_attention_naive(q, k, v, epsilon=EPSILON), TOLERANCES[dtype])
+    """Whole, and gone on with from the sums of its first half."""
+    options, cut = {"epsilon": EPSILON, "chunk_length": chunk_length}, length // 2
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        sums = k[..., :cut, :].mT @ v[..., :cut, :], k[..., :cut, :].sum(-2)
+        parts = (t[..., cut:, :] for t in (q, k, v))
+        return local_linear_attention(q, k, v, **options), local_linear_attention(*parts, initial_sums=sums, **options)
+
+    def attend_naively(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = local_linear_attention_naive(q, k, v, epsilon=EPSILON)
+        return found, found[..., cut:, :]
+
+    assert_same(attend, attend_naively, list(draw_segment(length, dtype)), 10 * TOLERANCES[dtype])
 
 
 @by_dtype
@@ -69,11 +87,14 @@ def test_local_attention_equals_its_naive_form(length, chunk_length, dtype):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_read_equals_its_naive_form(weighted, num_memories, dtype):
     memories, norms, _ = (t[:, -num_memories:] for t in draw_memories(dtype))
-    q, _, _ = draw_segment(dtype=dtype)
-    weights = draw(ROWS, num_memories, HEADS, LENGTH, seed=6, dtype=dtype) if weighted else None
-    actual = read_memories(q, memories, norms, epsilon=EPSILON, weights=weights)
-    expected = read_memories_naive(q, memories, norms, epsilon=EPSILON, weights=weights)
-    assert_near(actual, expected, TOLERANCES[dtype])
+    inputs = [draw_segment(dtype=dtype)[0], memories, norms]
+    inputs += [draw(ROWS, num_memories, HEADS, LENGTH, seed=6, dtype=dtype)] * weighted
+
+    def run(read, q: Tensor, m: Tensor, z: Tensor, weights: Tensor | None = None) -> Tensor:
+        return read(q, m, z, epsilon=EPSILON, weights=weights)
+
+    fast, naive = (functools.partial(run, read) for read in (read_memories, read_memories_naive))
+    assert_same(fast, naive, inputs, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -81,9 +102,15 @@ def test_read_equals_its_naive_form(weighted, num_memories, dtype):
 def test_selection_equals_its_naive_form(dtype, standardize):
     _, norms, num_tokens = draw_memories(dtype)
     q, _, _ = draw_segment(dtype=dtype)
-    products, options = q @ norms.permute(0, 2, 3, 1), {"width": WIDTH, "standardize": standardize}
-    for given in ((products, num_tokens), (0 * products, 0 * num_tokens)):
-        assert_near(weigh_memories(*given, **options), weigh_memories_naive(*given, **options), TOLERANCES[dtype])
+    products, temperature = q @ norms.permute(0, 2, 3, 1), torch.tensor([0.5, 2.0], dtype=dtype)
+
+    def run(weigh, products: Tensor, temperature: Tensor, counts: Tensor = num_tokens) -> Tensor:
+        return weigh(products, counts, width=WIDTH, standardize=standardize, temperature=temperature)
+
+    fast, naive = (functools.partial(run, weigh) for weigh in (weigh_memories, weigh_memories_naive))
+    assert_same(fast, naive, [products, temperature], 10 * TOLERANCES[dtype])
+    empty = 0 * products, temperature, 0 * num_tokens
+    assert_near(fast(*empty), naive(*empty), TOLERANCES[dtype])
 
 
 @by_decay
@@ -93,57 +120,20 @@ def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
     memories, norms, _ = draw_memories(dtype)
     _, k, v = draw_segment(dtype=dtype)
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
+    options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
+    fast, naive = (functools.partial(write, **options) for write in (write_memory, write_memory_naive))
     for n in range(MEMORIES):
-        before = memories[:, n].clone(), norms[:, n].clone()
-        options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
-        actual = write_memory(k, v, memories[:, n], norms[:, n], **options)
-        expected = write_memory_naive(k, v, *before, **options)
-        for new, naive in zip(actual, expected, strict=True):
-            assert_near(new, naive, TOLERANCES[dtype] * 10)  # sums of tens
-        assert torch.equal(memories[:, n], before[0])
-        assert torch.equal(norms[:, n], before[1])
+        given = [k, v, memories[:, n], norms[:, n]]
+        before = [t.clone() for t in given]
+        assert_same(fast, naive, given, TOLERANCES[dtype])
+        fast(*given)
+        assert all(map(torch.equal, given, before))
 
 
 def test_read_of_another_width_is_refused():
     memories, norms, _ = draw_memories()
     with pytest.raises(ValueError, match=r"width 3 .* width 4"):
         read_memories(draw_features(ROWS, HEADS, LENGTH, 3), memories, norms, epsilon=EPSILON)
-
-
-# Derivatives, in float64
-
-
-def check_gradients(function, *inputs: Tensor) -> None:
-    assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in inputs))
-
-
-def test_gradients_of_attention_reads_and_selection():
-    q, k, v = draw_segment()
-    sums = draw(ROWS, HEADS, WIDTH, VALUE_WIDTH, seed=7), draw_features(ROWS, HEADS, WIDTH, seed=8)
-    for chunk_length in (2, 64):
-        options: dict[str, Any] = {"epsilon": EPSILON, "chunk_length": chunk_length}
-        check_gradients(
-            lambda q, k, v, *sums, o=options: local_linear_attention(q, k, v, initial_sums=sums, **o), q, k, v, *sums
-        )
-    memories, norms, num_tokens = draw_memories()
-    products = q @ norms.permute(0, 2, 3, 1)
-    norms = norms + 0.1  # an empty memory's divisor is clamped, where finite differences see a corner
-    weights = draw(ROWS, MEMORIES, HEADS, LENGTH, seed=6)
-    check_gradients(lambda q, m, z, w: read_memories(q, m, z, epsilon=EPSILON, weights=w), q, memories, norms, weights)
-    check_gradients(lambda p: weigh_memories(p, num_tokens, width=WIDTH), products)
-    temperature = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    options = {"width": WIDTH, "standardize": True}
-    check_gradients(lambda p, t: weigh_memories(p, num_tokens, temperature=t, **options), products, temperature)
-
-
-@by_decay
-@by_rule
-def test_gradient_of_write(use_delta_rule, decay):
-    memories, norms, _ = draw_memories()
-    _, k, v = draw_segment()
-    options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON}
-    options["decay"] = None if decay is None else torch.tensor(decay, dtype=torch.float64)
-    check_gradients(lambda *inputs: write_memory(*inputs, **options), k, v, memories[:, 0], norms[:, 0])
 
 
 # 16 bits
@@ -187,3 +177,116 @@ def test_the_wide_product_of_bfloat16_has_the_gradients_of_its_equation():
     for mine, right in zip(actual, expected, strict=True):
         assert mine.dtype == torch.bfloat16
         torch.testing.assert_close(mine.double(), right, rtol=8e-3, atol=1e-2)
+
+
+# Sums over segments
+
+
+@pytest.mark.parametrize("number", [1, 2, 13])
+@pytest.mark.parametrize("has_decay", [True, False])
+def test_scanned_sums_equal_their_naive_form(number, has_decay):
+    initial, changes = draw(2, 3, 4, seed=1), draw(2, number, 3, 4, seed=2)
+    decay = draw(2, number, 3, 1, seed=3).sigmoid() if has_decay else None
+    assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
+
+
+def test_decay_to_nothing_is_no_division_and_gradients():
+    """A scan by dividing through products of the decay would be 0 / 0 here."""
+    initial, changes = draw(1, 2, seed=1), draw(1, 400, 2, seed=2)
+    decay = torch.full((1, 400, 1), 1e-3, dtype=torch.float64)
+    decay[:, 200] = 0
+    assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
+    parts = initial.requires_grad_(), changes[:, 197:203].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda first, rest: scan_sums(first, rest, decay[:, 197:203]), parts)
+
+
+# Memories over segments
+
+
+def draw_call(segments: int, memories: int, writes: int, **options: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors and slots. Options are those of `OPTIONS`; what is left out is not there."""
+    tokens, written = (ROWS, segments, HEADS, SCANNED), (ROWS, writes, HEADS, SCANNED)
+    tensors = {
+        "q": draw(*tokens, WIDTH, seed=1),
+        "k": draw(*tokens, WIDTH, seed=2),
+        "v": draw(*tokens, VALUE_WIDTH, seed=3),
+        "read_scales": draw(*tokens, memories, seed=4),
+    }
+    if not options["is_empty"]:
+        tensors["memories"] = draw(ROWS, memories, HEADS, WIDTH, VALUE_WIDTH, seed=5)
+    if options["has_delta"]:
+        tensors["delta_scales"] = draw(*written, seed=6) / 9
+    if options["has_sum"]:
+        tensors |= {"sum_scales": draw(*tokens, seed=7), "written_keys": draw(*written, WIDTH, seed=9)}
+    if options["has_decay"]:
+        tensors["decay"] = draw(ROWS, writes, HEADS, seed=8).sigmoid()
+    slots = torch.arange(writes) % memories + torch.zeros(ROWS, 1, dtype=torch.int64)
+    return tensors, (slots + options["rows_differ"] * torch.arange(ROWS).unsqueeze(1)) % memories
+
+
+SHAPES = {
+    "1 of 1, unwritten": (1, 1, 0),
+    "1 of 1": (1, 1, 1),
+    "7 of 1": (7, 1, 7),
+    "7 of 1, last unwritten": (7, 1, 6),
+    "6 of 3": (6, 3, 6),
+    "5 of 2, last unwritten": (5, 2, 4),
+}
+OPTIONS = [
+    dict(zip(("has_delta", "has_decay", "has_sum", "is_empty", "rows_differ"), values, strict=True))
+    for values in itertools.product((True, False), repeat=5)
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("group", [1, 2, 99])
+def test_scan_equals_its_naive_form(monkeypatch, shape, group):
+    """Outputs and gradients, all options together, in float64, float32 and, against float64, in bfloat16."""
+    monkeypatch.setattr("new_llm.models.ops.memory_scan.choose_group", lambda *_: group)
+    dtypes = itertools.cycle((torch.float64, torch.float32, torch.float64, torch.bfloat16, torch.float64))
+    for options, dtype in zip(OPTIONS, dtypes, strict=False):
+        if options["is_empty"] and shape[-1] == 0:
+            continue  # nothing in, nothing written: a constant
+        tensors, slots = draw_call(*shape, **options)
+
+        def run(function, *given, names=tuple(tensors), slots=slots):
+            named = dict(zip(names, given, strict=True))
+            return function(**{"memories": None, **named}, slots=slots, num_writes=shape[-1])
+
+        fast, naive = (functools.partial(run, function) for function in (scan_memories, scan_memories_naive))
+        is_narrow, wide = dtype == torch.bfloat16, torch.promote_types(dtype, torch.float32)
+        inputs = [t.to(dtype if name in ("q", "k", "v", "written_keys") else wide) for name, t in tensors.items()]
+        exact = [t.double() for t in inputs] if is_narrow else None
+        assert_same(fast, naive, inputs, 0.02 if is_narrow else 10 * TOLERANCES[dtype], exact=exact)
+
+
+# What backward keeps
+
+
+def count_kept_bytes(num_segments: int, width: int) -> int:
+    """Bytes that autograd keeps of one layer's scan over segments of 2 tokens, beyond its inputs' own size."""
+    sizes: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    layer = InfiniLayer(width, 1, width)
+    hidden = torch.randn(1, num_segments, 2, width)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(hidden, None, Segments(write_last=False))
+    return sum(sizes.values())
+
+
+def test_states_are_kept_once_a_group():
+    """16 and 64 segments keep 3 and 7 states between groups, not 16 and 64."""
+    width = 512
+    state = width * width * 4
+    # in n, linear parts (activations) cancel out of a − 4 b; states would add nothing linear but √n
+    few, many = count_kept_bytes(16, width), count_kept_bytes(64, width)
+    assert many - few < 8 * state + (64 - 16) * 2 * width * 4 * 40
+    q = torch.empty(1, 64, 1, 1, 2**14, device="meta")
+    assert choose_group(q, 1, 2**14) == 8
+    assert choose_group(q[:, :1], 1, 2**14) == 1
+    assert choose_group(q[..., :2], 4, 32) >= 64

@@ -6,44 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import VOCAB_SIZE, randomize, text_ids
-from new_llm.models import SelectiveOutputLM, TransformerLM, create_model
-from new_llm.models.layers import (
-    HierarchicalLayer,
-    InfiniLayer,
-    MultiMemoryLayer,
-    PythiaLayer,
-    ReadTokens,
-    Segments,
-    TokenMemoryLayer,
-)
+from model_cases import VOCAB_SIZE, build_selective, text_ids
+from new_llm.models import TransformerLM, create_model
+from new_llm.models.layers import ReadTokens, Segments
 from new_llm.testing import check_model
 from tiny import make_shape
 
 CONFIG = make_shape(vocab_size=VOCAB_SIZE, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
 SEGMENT = 7
-STACKS = {
-    "pythia": lambda: [PythiaLayer(32, 4, 48), PythiaLayer(32, 4, 48)],
-    "infini": lambda: [
-        InfiniLayer(32, 4, 48, num_memory_banks=2, segments_per_bank=1, use_alibi=True),
-        PythiaLayer(32, 4, 48),
-    ],
-    "mixed": lambda: [
-        MultiMemoryLayer(32, 4, 48, num_memories=2),
-        HierarchicalLayer(32, 4, 48, num_memories=2, use_delta_rule=False),
-        PythiaLayer(32, 4, 48),
-    ],
-    "tokens": lambda: [PythiaLayer(32, 4, 48), TokenMemoryLayer(32, num_memory_heads=2)],
-}
-by_stack = pytest.mark.parametrize("stack", STACKS)
-
-
-def make(stack: str, skip_interval: int, **options: Any) -> SelectiveOutputLM:
-    model = SelectiveOutputLM(
-        STACKS[stack](), VOCAB_SIZE, segment_length=SEGMENT, skip_interval=skip_interval, **options
-    )
-    randomize(model)
-    return model.double().eval()
+by_stack = pytest.mark.parametrize("stack", ["pythia", "infini-rule-banks", "mixed", "infini-tokens"])
 
 
 def make_plain(model_type: str, **options: Any) -> TransformerLM:
@@ -55,7 +26,7 @@ def make_plain(model_type: str, **options: Any) -> TransformerLM:
 @pytest.mark.parametrize(("skip_interval", "add_embedding"), [(1, False), (2, False), (2, True)])
 def test_passes_are_the_layers_again_segment_by_segment(stack, skip_interval, add_embedding):
     """Against a loop over segments and passes that is written out here; the last pass alone writes."""
-    model, ids = make(stack, skip_interval, add_embedding=add_embedding), text_ids(2, 3 * SEGMENT)
+    model, ids = build_selective(stack, skip_interval, SEGMENT, add_embedding=add_embedding), text_ids(2, 3 * SEGMENT)
     memories: list[Any] = [None] * len(model.layers)
     expected: list[Tensor] = []
     for begin in range(0, ids.shape[1], SEGMENT):
@@ -81,7 +52,7 @@ def test_passes_are_the_layers_again_segment_by_segment(stack, skip_interval, ad
 @by_stack
 @pytest.mark.parametrize(("skip_interval", "add_embedding"), [(1, True), (2, False)])
 def test_every_pass_keeps_the_contract(stack, skip_interval, add_embedding):
-    check_model(make(stack, skip_interval, add_embedding=add_embedding))
+    check_model(build_selective(stack, skip_interval, SEGMENT, add_embedding=add_embedding))
 
 
 def test_the_published_form_begins_with_what_the_pass_before_ended_with():
@@ -95,7 +66,7 @@ def test_the_published_form_begins_with_what_the_pass_before_ended_with():
 
 @pytest.mark.parametrize(("stack", "weight"), [("mixed", 0.5), ("tokens", 1.0)])
 def test_training_weighs_the_loss_after_every_pass(stack, weight):
-    model, ids = make(stack, 2, earlier_pass_weight=weight), text_ids(2, 18)
+    model, ids = build_selective(stack, 2, SEGMENT, earlier_pass_weight=weight), text_ids(2, 18)
     targets = model.find_targets(ids, ids)
     losses = [model.score_passes([hidden], targets) for hidden in model.compute_passes(ids)]
     assert torch.equal(losses[-1], model.token_losses(ids, ids))

@@ -1,5 +1,6 @@
 """The code blocks of the specification's section 1, as they stand there, on small shapes and a short text."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,14 +11,9 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.models import SelectiveOutputLM, save_model
 from new_llm.models.factory import MODEL_KINDS, RECIPES
 from new_llm.models.layers import InfiniLayer
+from tiny import make_shape
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
+SMALL = make_shape(num_attention_heads=4, initializer_range=0.2)
 
 
 def test_models_by_name():
@@ -41,8 +37,8 @@ def test_models_by_name():
 @pytest.mark.parametrize("use_selective", [True, False])
 def test_selective_models_with_and_without_their_extra_passes(use_selective):
     torch.manual_seed(0)
-    model = create_model("selective", PythiaConfig(**SMALL, initializer_range=0.2), skip_interval=2, segment_length=8)
-    plain = create_model("pythia", PythiaConfig(**SMALL, initializer_range=0.2), segment_length=8)
+    model = create_model("selective", SMALL, skip_interval=2, segment_length=8)
+    plain = create_model("pythia", SMALL, segment_length=8)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("pass_projection")})
     ids = torch.arange(12).view(1, 12)
     loss, statistics = model.compute_loss(ids, ids, use_selective=use_selective)
@@ -54,12 +50,12 @@ def test_selective_models_with_and_without_their_extra_passes(use_selective):
 
 def test_one_set_of_defaults_and_named_recipes():
     torch.manual_seed(0)
-    by_name = create_model("infini", PythiaConfig(**SMALL))
-    by_layer = InfiniLayer(32, 4, 48)
+    by_name = create_model("infini", SMALL)
+    by_layer = InfiniLayer(32, 4, 64)
     assert by_name.layers[0].settings == by_layer.settings
     for kind, options in RECIPES["tuned"].items():
         assert set(options) <= set(MODEL_KINDS[kind].defaults)
-        tuned = create_model(kind, PythiaConfig(**SMALL), recipe="tuned")
+        tuned = create_model(kind, SMALL, recipe="tuned")
         assert list(tuned.memory_layers) == [2 if kind == "token_memory" else 1]
 
 
@@ -76,10 +72,10 @@ HEADS: dict[str, Any] = {
 def test_whatever_the_head_is_a_token_memory_reads_its_rows(kind, tied, tmp_path):
     """The hidden states are those of a plain head with the rows that the changed one has."""
     torch.manual_seed(0)
-    shape = PythiaConfig(**SMALL, initializer_range=0.2, tie_word_embeddings=tied)
+    shape = dataclasses.replace(SMALL, tie_word_embeddings=tied)
     model = create_model("token_memory", shape, segment_length=4).eval()
     model.embed_out = HEADS[kind](model.embed_out)
-    plain = create_model("token_memory", PythiaConfig(**SMALL), segment_length=4).eval()
+    plain = create_model("token_memory", SMALL, segment_length=4).eval()
     ids = torch.arange(13).view(1, 13)
     with torch.no_grad():
         rows = model.embed_out(torch.eye(32)).t()

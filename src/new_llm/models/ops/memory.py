@@ -74,7 +74,7 @@ def read_memories_naive(
         for h in range(heads):
             for t in range(q.shape[2]):
                 for n in range(num_memories):
-                    divisor = max(float(q[b, h, t] @ norms[b, n, h]), epsilon)
+                    divisor = (q[b, h, t] @ norms[b, n, h]).clamp_min(epsilon)
                     result[b, h, t] += weights[b, n, h, t] * (q[b, h, t] @ memories[b, n, h]) / divisor
     return result
 
@@ -145,16 +145,16 @@ class _WideProduct(torch.autograd.Function):
 
 
 def weigh_memories_naive(
-    products: Tensor, num_tokens: Tensor, *, width: int, temperature: float = 1.0, standardize: bool = False
+    products: Tensor, num_tokens: Tensor, *, width: int, temperature: float | Tensor = 1.0, standardize: bool = False
 ) -> Tensor:
     """The equation of `weigh_memories`, token by token: [B, H, S, N]."""
-    weights = torch.zeros_like(products)
+    weights, temperature = torch.zeros_like(products), torch.as_tensor(temperature).expand(products.shape[1])
     for b, h, t in itertools.product(*map(range, products.shape[:3])):
         filled = [n for n in range(products.shape[3]) if num_tokens[b, n] > 0] or list(range(products.shape[3]))
         scores = torch.stack([products[b, h, t, n] / max(float(num_tokens[b, n]), 1.0) / width**0.5 for n in filled])
         if standardize:
             scores = (scores - scores.mean()) / (scores.var(correction=0) + LEAST_DEVIATION**2).sqrt()
-        weights[b, h, t, filled] = torch.softmax(scores / temperature, 0)
+        weights[b, h, t, filled] = torch.softmax(scores / temperature[h], 0)
     return weights
 
 
@@ -245,7 +245,7 @@ def write_memory_naive(
             for t in range(length):
                 key, value = k[b, h, t], v[b, h, t]
                 if use_delta_rule:
-                    value = value - key @ memory[b, h] / max(float(key @ norm[b, h]), epsilon)
+                    value = value - key @ memory[b, h] / (key @ norm[b, h]).clamp_min(epsilon)
                 new_memory[b, h] += torch.outer(key, value)
                 new_norm[b, h] += key
     return new_memory, new_norm
