@@ -153,7 +153,7 @@ def test_modes_and_held_memory_come_back_and_progress_is_told(evaluate):
         entered.append(True)
         return torch.autocast("cpu", enabled=False)
 
-    evaluate(model, SPLIT, batch_size=3, device="cpu", autocast=autocast, on_progress=lambda *x: told.append(x))
+    evaluate(model, SPLIT, batch_size=3, autocast=autocast, on_progress=lambda *x: told.append(x))
     assert model.training
     assert not model.extra.training
     assert model.held.tolist() == [5]

@@ -143,12 +143,12 @@ def test_the_newest_statement_of_a_changed_fact_is_right(knows_newest):
 
 
 def test_texts_hold_the_sentence_once_in_real_text():
-    maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=4, seed=0)
+    maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, RecallConfig(num_candidates=4))
     everything = TOKENIZER.decode(SPLIT.tokens.tolist()) * 2
     for length, depth, trial in itertools.product((1, 2, 7), (0, 0.4, 1), (0, 1)):
         text = maker.make("passkey", length, depth, trial)
-        read = TOKENIZER.decode([*text.context, *text.opening])
-        right = [TOKENIZER.decode(tokens.tolist()) for tokens in text.candidates]
+        read = TOKENIZER.decode([*text.context, *text.question.opening])
+        right = [TOKENIZER.decode(tokens.tolist()) for tokens in text.question.candidates]
         assert read.count("The pass key is") == 1
         sentence = f"{right[0]} Remember it."
         before, after = read.split(sentence)
@@ -159,11 +159,11 @@ def test_texts_hold_the_sentence_once_in_real_text():
         assert not any(candidate.split()[-1] in read for candidate in right[1:])
         if length == 1:
             assert len(text.context) == 0
-            longest = max(map(len, text.candidates))
-            assert len(text.opening) + longest - 1 == SEGMENT
+            longest = max(map(len, text.question.candidates))
+            assert len(text.question.opening) + longest - 1 == SEGMENT
         else:
             assert len(text.context) == (length - 1) * SEGMENT
-            assert len(text.opening) == 0
+            assert len(text.question.opening) == 0
             first = len(TOKENIZER.encode(before).ids) // SEGMENT
             assert text.distance == length - 1 - first
         assert abs(text.depth - depth) * (length - 1) <= 0.6 or length == 1
@@ -200,20 +200,22 @@ def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind):
     before = model.get_memory_state()
     result = measure(model, lengths=(1, 3), depths=(0.5,), trials=4, batch_size=3)
     assert_states_equal(model.get_memory_state(), before)
-    maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, part="eval", num_candidates=10, seed=0)
+    maker = TextMaker(SPLIT, TOKENIZER, SEGMENT, RecallConfig(num_candidates=10))
     for cell in result["cells"]:
         for trial, answer in enumerate(cell["carried"]["answers"]):
             text = maker.make(cell["task"], cell["length"], cell["depth"], trial)
             totals = []
-            for tokens in text.candidates:
-                ids = torch.from_numpy(np.concatenate([text.context, text.opening, tokens]))[None]
+            for tokens in text.question.candidates:
+                ids = torch.from_numpy(np.concatenate([text.context, text.question.opening, tokens]))[None]
                 with model.fresh_memory(), torch.no_grad():
                     losses = -model(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-                totals.append(float(losses[len(ids[0]) - 1 - (len(tokens) - text.differ_begin) :].sum()))
+                totals.append(float(losses[len(ids[0]) - 1 - (len(tokens) - text.question.differ_begin) :].sum()))
             assert answer["rank"] == 1 + sum(total < totals[0] for total in totals[1:])
             assert answer["is_first"] == (answer["rank"] == 1)
-            prompt = np.concatenate([text.context, text.opening, text.candidates[0][: text.answer_begin]])
-            wanted = text.candidates[0][text.answer_begin :].tolist()
+            prompt = np.concatenate(
+                [text.context, text.question.opening, text.question.candidates[0][: text.question.answer_begin]]
+            )
+            wanted = text.question.candidates[0][text.question.answer_begin :].tolist()
             with model.fresh_memory(), torch.no_grad():
                 ids, _ = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=len(wanted), do_sample=False)
             assert answer["is_exact"] == (ids[0, len(prompt) :].tolist() == wanted)

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
 from new_llm.data.reversal_pairs import ReversalPair, make_pair
+from new_llm.data.tokenizer import encode_text
 
 RecallTask = Literal["passkey", "facts", "changed"]
 """passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
@@ -210,12 +211,7 @@ def decode_entries(tokenizer: Tokenizer) -> list[str]:
 
 def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:
     """The tokens of a sentence, with the space before it that divides it from the sentence before."""
-    return encode_piece(tokenizer, f" {sentence}")
-
-
-def encode_piece(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
-    """The tokens of a text as it stands."""
-    return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    return encode_text(tokenizer, f" {sentence}")
 
 
 def choose_place(
@@ -263,7 +259,7 @@ class WordPieces:
         self._is_next = np.array([bool(_CONTINUES_WORD.fullmatch(text)) for text in self._texts])
         self._first = np.flatnonzero(self._is_first & [text != " " for text in self._texts])
         self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
-        self.full_stop = encode_piece(tokenizer, ".")
+        self.full_stop = encode_text(tokenizer, ".")
         if not len(self._first) or not len(self._next):
             raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
 
@@ -397,10 +393,10 @@ class SamplePlanter:
             encoded = [encode_sentence(self._tokenizer, one) for one in statements]
         if not (needle.backward and config.planted_backward):
             return {needle.prompt}, encoded, encoded[-1], len(question)
-        stop = encode_piece(self._tokenizer, ".")
+        stop = encode_text(self._tokenizer, ".")
         before, after = needle.backward.split(" {value}")
         value = encoded[-1][len(question) : -len(stop)]
-        prompt = [encode_sentence(self._tokenizer, before), value, encode_piece(self._tokenizer, after)]
+        prompt = [encode_sentence(self._tokenizer, before), value, encode_text(self._tokenizer, after)]
         questions = {needle.prompt, needle.backward.format(value=self._tokenizer.decode(value.tolist()).strip())}
         if generator.random() >= config.planted_backward:
             return questions, encoded, encoded[-1], len(question)

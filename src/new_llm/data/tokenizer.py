@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +203,12 @@ def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def encode_text(tokenizer: Any, text: str) -> NDArray[np.int64]:
+    """The ids of a text without special tokens, from a tokenizer of `tokenizers` or `transformers`."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
 
 
 def encode_documents(

@@ -91,12 +91,10 @@ def read_parts(
     tokens: NDArray[Any],
     settings: CacheMeasureConfig,
     *,
-    device: torch.device | str | None = None,
     autocast: Autocast = contextlib.nullcontext,
 ) -> Parts:
     """Read a document as a stream, from an empty memory; what its tokens were expected to be."""
-    place = find_device(model, device)
-    ids = torch.from_numpy(tokens.astype(np.int64)).to(place)
+    ids = torch.from_numpy(tokens.astype(np.int64)).to(find_device(model))
     hidden: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     with evaluation_mode(model, autocast), model.fresh_memory(batch_size=1):
@@ -150,7 +148,6 @@ def tune_cache(
     config: CacheConfig,
     settings: CacheMeasureConfig | None = None,
     *,
-    device: torch.device | str | None = None,
     autocast: Autocast = contextlib.nullcontext,
 ) -> CacheConfig:
     """A cache with θ and weights that make some documents most probable; they must not be the ones to be measured."""
@@ -161,7 +158,7 @@ def tune_cache(
         ngram_orders=(config.ngram_order,) if config.ngram_order else (),
         longest_match=config.longest_match,
     )
-    parts = [read_parts(model, tokens, chosen, device=device, autocast=autocast) for tokens in documents]
+    parts = [read_parts(model, tokens, chosen, autocast=autocast) for tokens in documents]
     tuned = tune(parts, chosen, config)
     weights: Any = tuple(map(tuple, tuned.weights))
     return dataclasses.replace(config, theta=tuned.theta, weights=weights)
@@ -206,7 +203,7 @@ class Caches(Measure):
             if len(indices) < 2:
                 return None
             document = split.document(int(index))[: length + 1]
-            parts.append(read_parts(model, document, settings, device=subject.device, autocast=subject.autocast))
+            parts.append(read_parts(model, document, settings, autocast=subject.autocast))
             if subject.on_progress:
                 subject.on_progress(int(lengths[: len(parts)].sum()), int(lengths.sum()))
             if subject.should_stop():

@@ -103,7 +103,7 @@ def score_pairs(scorer: Scorer, segments_per_call: int) -> PairScores:
     def score(pieces: Sequence[Piece], *, update_memory: bool = False) -> Scores:
         rows = [piece.row for piece in pieces]
         width = min(scorer.model.segment_length, max(len(row.tokens) for row in rows))  # a document's last token too
-        losses = score_rows(scorer.model, rows, scorer.device, width=width, update_memory=update_memory)
+        losses = score_rows(scorer.model, rows, width=width, update_memory=update_memory)
         return join_rows((piece.document, piece.begin + 1, row) for piece, row in zip(pieces, losses, strict=True))
 
     num_rows = min(max(1, scorer.batch_size // width), len(pairs))
@@ -133,7 +133,7 @@ def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> lis
     for document in np.unique(carried.documents):
         read[document] = scorer.documents[document][: carried.positions[carried.documents == document].max() + 1]
     batch_size = scorer.batch_size * segments_per_call
-    reading: Reading = {"batch_size": batch_size, "device": scorer.device, "autocast": scorer.autocast}
+    reading: Reading = {"batch_size": batch_size, "autocast": scorer.autocast}
     alone = Scorer(scorer.model, read, reading)
     length = scorer.model.segment_length
     return alone.score_windows(partial(plan_windows, context=length, stride=length))
@@ -255,7 +255,7 @@ class LongDocuments(Measure):
                 if subject.on_progress:
                     subject.on_progress(num_done + done, num_planned * (1 + len(baselines)))
 
-            own: Any = {"device": source.device, "autocast": source.autocast, "on_progress": note}
+            own: Any = {"autocast": source.autocast, "on_progress": note}
             own |= {"batch_size": settings.batch_size, "should_stop": subject.should_stop}
             return Scorer(source.model, documents, own)
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-import torch
 from tokenizers import Tokenizer
 
 from new_llm.charts import Chart, ShadedText
@@ -37,7 +36,6 @@ class Baseline:
         model: one with the same tokenizer.
         stride: None: documents are read in consecutive segments, its memory, if it has one, carried; else in windows
             as long as its segment, so many tokens from one to the next, each from an empty memory.
-        device: where it lies; None: where its weights are.
         autocast: makes the context in which it computes.
         facts: plain values that say which model it is, for the result.
     """
@@ -45,7 +43,6 @@ class Baseline:
     name: str
     model: LanguageModel
     stride: int | None = None
-    device: torch.device | str | None = None
     autocast: Autocast = contextlib.nullcontext
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -81,7 +78,6 @@ class Subject:
         settings: the eval section of the configuration.
         seq_length: tokens of a training sample; the position measure cuts documents into samples of this length.
         seed: of random choices, e.g. of bootstrap resamples.
-        device: where the model lies; None: where its weights are.
         autocast: makes the context in which the model computes.
         processes: those that share the work; every one of them calls the measure and gets the whole result.
         on_progress: called with what is done so far and what there is to do in all.
@@ -98,7 +94,6 @@ class Subject:
     settings: EvalConfig = field(default_factory=EvalConfig)
     seq_length: int = 256
     seed: int = 0
-    device: torch.device | str | None = None
     autocast: Autocast = contextlib.nullcontext
     processes: Processes = ALONE
     on_progress: Progress | None = None
@@ -114,7 +109,6 @@ class Subject:
         return {
             "batch_size": self.settings.batch_size,
             "max_tokens": self.settings.max_tokens,
-            "device": self.device,
             "autocast": self.autocast,
             "on_progress": self.on_progress,
             "should_stop": self.should_stop,

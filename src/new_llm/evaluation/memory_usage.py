@@ -10,7 +10,7 @@ from torch import Tensor
 
 from new_llm.charts import Chart, heat_chart
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, register_measure
-from new_llm.evaluation.scoring import Row, evaluation_mode, find_device, score_rows
+from new_llm.evaluation.scoring import Row, evaluation_mode, score_rows
 from new_llm.models import TransformerLM
 from new_llm.models.layers.multi_memory import SelectingAttention, measure_entropy, watch_selection
 
@@ -91,14 +91,13 @@ class MemoryUsage(Measure):
         if count == 0:
             return None
         norms: dict[int, list[list[list[float]]]] = {index: [] for index in keys}
-        device = find_device(model, subject.device)
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluation_mode(model, subject.autocast))
             stack.enter_context(model.fresh_memory())
             selections = stack.enter_context(watch_selections(model))
             for segment in range(count):
                 row = Row(tokens[segment * length : (segment + 1) * length + 1])
-                score_rows(model, [row], device, update_memory=True)
+                score_rows(model, [row], update_memory=True)
                 state = model.get_memory_state()
                 for index, key in keys.items():
                     found = state[index][key].float().flatten(2).norm(dim=-1).tolist()  # of [M, H, K, V]

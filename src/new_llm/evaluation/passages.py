@@ -93,13 +93,12 @@ def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[in
     model: Any = subject.model
     length, wanted = model.segment_length, set(segments)
     num_candidates = subject.settings.passages.num_candidates
-    device = find_device(model, subject.device)
     details: dict[int, dict[str, Any]] = {}
     with evaluation_mode(model, subject.autocast), model.fresh_memory(batch_size=1):
         read = 0
         for segment in sorted(wanted):
             begin, end = segment * length, (segment + 1) * length
-            ids = torch.from_numpy(document[read:end].astype(np.int64)).to(device).unsqueeze(0)
+            ids = torch.from_numpy(document[read:end].astype(np.int64)).to(find_device(model)).unsqueeze(0)
             if begin > read:
                 model.compute_hidden(ids[:, : begin - read], update_memory=True)
             ids, read = ids[:, begin - read :], end
@@ -136,7 +135,7 @@ def continue_document(subject: Subject, document: NDArray[Any]) -> dict[str, Any
     end = begin + max(1, length // 2)
     if begin == 0 or end >= len(document):
         return None
-    ids = torch.from_numpy(document[:end].astype(np.int64)).to(find_device(model, subject.device)).unsqueeze(0)
+    ids = torch.from_numpy(document[:end].astype(np.int64)).to(find_device(model)).unsqueeze(0)
     texts: dict[str, str] = {}
     with evaluation_mode(model, subject.autocast):
         for way in ("carried", "emptied"):

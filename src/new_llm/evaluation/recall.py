@@ -11,9 +11,9 @@ newest is the right answer. A memory that only adds holds both.
 """
 
 import functools
+import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -26,7 +26,6 @@ from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import RecallConfig
 from new_llm.data.recall_facts import (
-    RecallPart,
     RecallTask,
     SentenceBorders,
     choose_place,
@@ -34,7 +33,7 @@ from new_llm.data.recall_facts import (
     encode_sentence,
     plant_sentence,
 )
-from new_llm.data.tokenizer import TokenSplit
+from new_llm.data.tokenizer import TokenSplit, encode_text
 from new_llm.evaluation.language_models import HuggingFaceLM, has_memory
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import (
@@ -67,44 +66,65 @@ FIRST_SENTENCE_REACH = 1024  # tokens in which a sentence's end is looked for be
 Tokens = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class RecallText:
+NOTHING: Tokens = np.zeros(0, np.int64)
+
+
+class Question(NamedTuple):
+    """A question, and what stands before it in its segment.
+
+    Attributes:
+        candidates: the question with each answer, tokenised as one text; the right one first.
+        answer_begin: index in the right candidate of the first token that is not the question's.
+        differ_begin: index of the first token in which the candidates differ.
+        opening: the text before it.
+        has_old: whether the second answer is the value that a changed fact had before.
+    """
+
+    candidates: tuple[Tokens, ...]
+    answer_begin: int
+    differ_begin: int
+    opening: Tokens = NOTHING
+    has_old: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read to score any of the answers: all but the last one."""
+        return max(map(len, self.candidates)) - 1
+
+    def read(self, candidate: int, first_scored: int) -> Row:
+        """The row that reads it with one of its answers, scored from a token of the candidate on."""
+        return Row(np.concatenate([self.opening, self.candidates[candidate]]), len(self.opening) + first_scored)
+
+
+def pose_question(tokenizer: Any, prompt: str, answers: Iterable[str], *, has_old: bool = False) -> Question:
+    """The question of a prompt, which stands before each of the answers; the right one is the first."""
+    candidates = tuple(encode_text(tokenizer, prompt + answer) for answer in answers)
+    answer_begin = max(1, count_shared([encode_text(tokenizer, prompt), candidates[0]]))
+    return Question(candidates, answer_begin, max(1, count_shared(candidates)), has_old=has_old)
+
+
+class RecallText(NamedTuple):
     """One text with its question.
 
     Attributes:
         context: what is read into the memory: whole segments, [(length − 1) · S], the sentence among them.
-        opening: what stands in the question's segment before it: empty, or the whole text where the length is 1.
-        candidates: the question with each answer, tokenised as one text; the right one first.
-        answer_begin: index in the right candidate of the first token that is not the question's.
-        differ_begin: index of the first token in which the candidates differ.
+        question: whose opening is empty, or the whole text where the length is 1.
         depth: tokens of the text before the sentence, as a share of all that is not the sentence.
         distance: segments from the sentence's end to the question; 0: they share one.
-        is_changed: whether the sentence replaces one at the text's beginning, whose value is the second candidate.
     """
 
     context: Tokens
-    opening: Tokens
-    candidates: tuple[Tokens, ...]
-    answer_begin: int
-    differ_begin: int
+    question: Question
     depth: float
     distance: int
-    is_changed: bool
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedNeedle:
-    """A needle as tokens: the sentence, the one that it replaces (or none, [0]), and the question with each answer."""
+class EncodedNeedle(NamedTuple):
+    """A needle as tokens: the sentence, the one that it replaces (or none, [0]), and its question."""
 
     statement: Tokens
     replaced: Tokens
-    candidates: tuple[Tokens, ...]
-    answer_begin: int
-
-    @property
-    def question_tokens(self) -> int:
-        """Tokens that are read to score any of the answers: all but the last one."""
-        return max(len(tokens) for tokens in self.candidates) - 1
+    question: Question
 
 
 class TextMaker:
@@ -118,32 +138,24 @@ class TextMaker:
         UserError: the documents hold no token.
     """
 
-    def __init__(
-        self,
-        split: TokenSplit,
-        tokenizer: Tokenizer,
-        segment_length: int,
-        *,
-        part: RecallPart,
-        num_candidates: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, split: TokenSplit, tokenizer: Tokenizer, segment_length: int, settings: RecallConfig) -> None:
         if not split.num_tokens:
             raise UserError("recall: the documents hold no token to hide a sentence in")
         self.split = split
         self.tokenizer = tokenizer
         self.segment_length = segment_length
+        self.settings = settings
         self.borders = SentenceBorders(tokenizer)
-        self._draw = functools.cache(functools.partial(self._draw_needle, part, num_candidates, seed))
-        self._begin = functools.cache(functools.partial(self._find_begin, seed))
+        self._draw = functools.cache(self._draw_needle)
+        self._begin = functools.cache(self._find_begin)
 
     def count_room(self, task: RecallTask, length: int, trial: int) -> int:
         """Tokens of the documents in a text; below 0: it can't hold the sentence and the question."""
         needle = self._draw(task, trial)
-        if needle.question_tokens > self.segment_length or (len(needle.replaced) and length < 3):
+        if needle.question.num_tokens > self.segment_length or (len(needle.replaced) and length < 3):
             return -1
         if length == 1:
-            return self.segment_length - len(needle.statement) - needle.question_tokens
+            return self.segment_length - len(needle.statement) - needle.question.num_tokens
         return (length - 1) * self.segment_length - len(needle.statement) - len(needle.replaced)
 
     def make(self, task: RecallTask, length: int, depth: float, trial: int) -> RecallText:
@@ -156,41 +168,27 @@ class TextMaker:
         needle = self._draw(task, trial)
         begin = self._begin(trial)
         filler = np.take(self.split.tokens, np.arange(begin, begin + room), mode="wrap")
-        if is_changed := len(needle.replaced) > 0:  # in a segment of its own, before that of the sentence
+        if len(needle.replaced):  # in a segment of its own, before that of the sentence
             filler = np.concatenate([needle.replaced, filler])
             depth = max(depth, 1.5 * self.segment_length / len(filler))
         place = choose_place(filler, len(needle.statement), depth, self.segment_length, self.borders)
         text = plant_sentence(filler, needle.statement, place)
         last_segment = (place + len(needle.statement) - 1) // self.segment_length
-        nothing = text[:0]
-        return RecallText(
-            context=nothing if length == 1 else text,
-            opening=text if length == 1 else nothing,
-            candidates=needle.candidates,
-            answer_begin=needle.answer_begin,
-            differ_begin=max(1, count_shared(needle.candidates)),
-            depth=place / len(filler) if len(filler) else 0.0,
-            distance=length - 1 - last_segment,
-            is_changed=is_changed,
-        )
+        context, opening = (NOTHING, text) if length == 1 else (text, NOTHING)
+        depth = place / len(filler) if len(filler) else 0.0
+        return RecallText(context, needle.question._replace(opening=opening), depth, length - 1 - last_segment)
 
-    def _draw_needle(
-        self, part: RecallPart, num_candidates: int, seed: int, task: RecallTask, trial: int
-    ) -> EncodedNeedle:
-        generator = np.random.default_rng([seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
-        needle = draw_needle(task, part, num_candidates, generator)
-        candidates = tuple(encode_sentence(self.tokenizer, needle.prompt + answer) for answer in needle.candidates)
-        prompt = encode_sentence(self.tokenizer, needle.prompt)
-        return EncodedNeedle(
-            statement=encode_sentence(self.tokenizer, needle.statement),
-            replaced=encode_sentence(self.tokenizer, needle.replaced) if needle.replaced else prompt[:0],
-            candidates=candidates,
-            answer_begin=max(1, count_shared([prompt, candidates[0]])),
-        )
+    def _draw_needle(self, task: RecallTask, trial: int) -> EncodedNeedle:
+        generator = np.random.default_rng([self.settings.seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
+        needle = draw_needle(task, self.settings.part, self.settings.num_candidates, generator)
+        statement, replaced = (encode_sentence(self.tokenizer, one) for one in (needle.statement, needle.replaced))
+        has_old = bool(needle.replaced)
+        question = pose_question(self.tokenizer, f" {needle.prompt}", needle.candidates, has_old=has_old)
+        return EncodedNeedle(statement, replaced if has_old else NOTHING, question)
 
-    def _find_begin(self, seed: int, trial: int) -> int:
+    def _find_begin(self, trial: int) -> int:
         """The first sentence after a place drawn at random."""
-        generator = np.random.default_rng([seed, FILLER_STREAM, trial])
+        generator = np.random.default_rng([self.settings.seed, FILLER_STREAM, trial])
         begin = int(generator.integers(self.split.num_tokens))
         ahead = np.take(self.split.tokens, np.arange(begin, begin + FIRST_SENTENCE_REACH), mode="wrap")
         found = self.borders.find_sentences(ahead)
@@ -231,7 +229,7 @@ class Outcome(NamedTuple):
     reset: Answer
 
 
-def plan_texts(maker: TextMaker, settings: RecallConfig) -> tuple[list[Plan], list[str]]:
+def plan_texts(maker: TextMaker) -> tuple[list[Plan], list[str]]:
     """The texts, short ones first, and notes on lengths that a sentence and its question don't fit in.
 
     Of one length trial comes after trial, so that a measurement that is stopped has about as many for every depth.
@@ -241,7 +239,7 @@ def plan_texts(maker: TextMaker, settings: RecallConfig) -> tuple[list[Plan], li
     """
     plans: list[Plan] = []
     notes: list[str] = []
-    trials = range(settings.trials)
+    settings, trials = maker.settings, range(maker.settings.trials)
     for length in sorted(settings.lengths):
         fitting: list[RecallTask] = []
         for task in settings.tasks:
@@ -269,8 +267,7 @@ def cut_batches(plans: Sequence[Plan], batch_size: int) -> list[list[Plan]]:
 def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[Plan, Outcome]:
     """Read every text and ask for its sentence; where the measurement is stopped, the texts asked by then."""
     model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
-    device, reads = find_device(model, subject.device), has_memory(model)
-    num_planned = sum(plan.length for plan in plans) * size
+    reads, num_planned = has_memory(model), sum(plan.length for plan in plans) * size
     outcomes: dict[Plan, Outcome] = {}
     num_read, is_stopped = 0, False
 
@@ -289,13 +286,14 @@ def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[P
             for begin in range(0, num_context, step):
                 end = min(begin + step, num_context)
                 if reads:
-                    read_context(model, texts, begin, end, device)
+                    read_context(model, [text.context[begin:end] for text in texts])
                 if note(len(texts) * (end - begin)):
                     return []
-            carried = reset = score_answers(model, texts, device)
+            questions = [text.question for text in texts]
+            carried = reset = score_answers(model, questions)
             if reads and num_context:
                 with model.fresh_memory():
-                    reset = score_answers(model, texts, device)
+                    reset = score_answers(model, questions)
         note(len(texts) * size)
         return [Outcome(t.depth, t.distance, a, b) for t, a, b in zip(texts, carried, reset, strict=True)]
 
@@ -308,51 +306,47 @@ def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[P
     return outcomes
 
 
-def read_context(model: LanguageModel, texts: Sequence[RecallText], begin: int, end: int, device: torch.device) -> None:
-    """Write a piece of every text's context into the row's memory; its losses are not asked for."""
-    pieces = np.stack([text.context[begin:end] for text in texts])
-    input_ids = torch.from_numpy(pieces).to(device)
+def read_context(model: LanguageModel, contexts: Sequence[Tokens]) -> None:
+    """Write texts of one length into the memory, one per row; their losses are not asked for."""
+    input_ids = torch.from_numpy(np.stack(contexts)).to(find_device(model))
     model.token_losses(input_ids, torch.full_like(input_ids, IGNORE_INDEX), update_memory=True)
 
 
-def score_answers(model: LanguageModel, texts: Sequence[RecallText], device: torch.device) -> list[Answer]:
-    """Ask the question of every text, one per row, with the memory in place; nothing is written.
+def score_answers(model: LanguageModel, questions: Sequence[Question]) -> list[Answer]:
+    """Ask questions, one per row, with the memory in place; nothing is written.
 
     Candidates are ranked by their total negative log-likelihood from the first token in which they differ, as in
     `evaluate_reversal_curse`.
     """
-    totals = np.zeros((len(texts), len(texts[0].candidates)))
+    totals = np.zeros((len(questions), len(questions[0].candidates)))
     for number in range(totals.shape[1]):
-        rows = [
-            Row(np.concatenate([text.opening, text.candidates[number]]), len(text.opening) + text.differ_begin)
-            for text in texts
-        ]
-        totals[:, number] = [losses.sum() for losses in score_rows(model, rows, device)]
-    right, others = totals[:, :1], totals[:, 1:]
-    ahead, equal = (others < right).sum(1), (others == right).sum(1)
-    # NaN is neither ahead nor behind: a model that gives it knows nothing, and comes last.
-    ahead = ahead + (np.isnan(others) | np.isnan(right)).sum(1)
-    exact = find_exact(model, texts, device)
-    old = find_exact(model, texts, device, 1) if any(text.is_changed for text in texts) else exact
+        rows = [question.read(number, question.differ_begin) for question in questions]
+        totals[:, number] = [losses.sum() for losses in score_rows(model, rows)]
+    exact = find_exact(model, questions)
+    old = find_exact(model, questions, 1) if any(question.has_old for question in questions) else exact
     return [
-        Answer(is_exact, float(1 + a + e / 2), bool(a + e == 0), text.is_changed and is_old)
-        for text, is_exact, is_old, a, e in zip(texts, exact, old, ahead, equal, strict=True)
+        Answer(is_exact, rank, rank == 1, question.has_old and is_old)
+        for question, is_exact, is_old, rank in zip(questions, exact, old, rank_first(totals).tolist(), strict=True)
     ]
 
 
-def find_exact(
-    model: LanguageModel, texts: Sequence[RecallText], device: torch.device, candidate: int = 0
-) -> list[bool]:
+def rank_first(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rank of the first of some losses, [..., C], among all: 1 is the least, equal ones count half.
+
+    A loss of NaN comes last: a model that gives it knows nothing.
+    """
+    right, others = totals[..., :1], totals[..., 1:]
+    return 1 + (~(right < others)).sum(-1) - (right == others).sum(-1) / 2
+
+
+def find_exact(model: LanguageModel, questions: Sequence[Question], candidate: int = 0) -> list[bool]:
     """Whether greedy decoding gives each right answer, or another of the candidates.
 
     Read is the question with the answer, and each of the answer's tokens must be the most probable one where it
     stands. That is the same: greedy decoding has read these tokens for as long as it has found them.
     """
-    rows = [
-        Row(np.concatenate([text.opening, text.candidates[candidate]]), len(text.opening) + text.answer_begin)
-        for text in texts
-    ]
-    input_ids, labels, mask = pad_rows(rows, device)
+    rows = [question.read(candidate, question.answer_begin) for question in questions]
+    input_ids, labels, mask = pad_rows(rows, find_device(model))
     targets = align_labels(labels, input_ids.shape[1])
     wanted = targets != IGNORE_INDEX
     is_right = torch.ones_like(wanted)
@@ -438,37 +432,26 @@ class Recall(Measure):
         """
         began = time.perf_counter()
         model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
-        maker = TextMaker(
-            subject.split,
-            subject.tokenizer,
-            size,
-            part=settings.part,
-            num_candidates=settings.num_candidates,
-            seed=settings.seed,
-        )
-        plans, notes = plan_texts(maker, settings)
+        maker = TextMaker(subject.split, subject.tokenizer, size, settings)
+        plans, notes = plan_texts(maker)
         longest, num_tokens = max(plan.length for plan in plans) * size, subject.split.num_tokens
         if longest > num_tokens:
             notes.append(f"the documents have {num_tokens:,} tokens: a text of {longest:,} repeats them")
         outcomes = ask_all(subject, maker, plans)
         cells: list[dict[str, Any]] = []
-        for task in settings.tasks:
-            for length in settings.lengths:
-                for depth in settings.depths:
-                    keys = [Plan(task, length, depth, trial) for trial in range(settings.trials)]
-                    if found := [outcomes[key] for key in keys if key in outcomes]:
-                        cells.append(
-                            {
-                                "task": task,
-                                "length": length,
-                                "depth": depth,
-                                "num_trials": len(found),
-                                "mean_depth": float(np.mean([outcome.depth for outcome in found])),
-                                "mean_distance": float(np.mean([outcome.distance for outcome in found])),
-                                "carried": summarize_answers([outcome.carried for outcome in found], settings),
-                                "reset": summarize_answers([outcome.reset for outcome in found], settings),
-                            }
-                        )
+        for place in itertools.product(settings.tasks, settings.lengths, settings.depths):
+            found = [outcomes[key] for trial in range(settings.trials) if (key := Plan(*place, trial)) in outcomes]
+            if found:
+                cells.append(
+                    dict(zip(("task", "length", "depth"), place, strict=True))
+                    | {
+                        "num_trials": len(found),
+                        "mean_depth": float(np.mean([outcome.depth for outcome in found])),
+                        "mean_distance": float(np.mean([outcome.distance for outcome in found])),
+                        "carried": summarize_answers([outcome.carried for outcome in found], settings),
+                        "reset": summarize_answers([outcome.reset for outcome in found], settings),
+                    }
+                )
         return {
             "cells": to_plain(cells),
             "num_candidates": settings.num_candidates,

@@ -9,8 +9,8 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,19 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import ReversalConfig
 from new_llm.data.recall_facts import SentenceBorders, draw_pairs_of_facts
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
+from new_llm.data.tokenizer import encode_text
 from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
-from new_llm.evaluation.recall import Answer, RecallText, find_exact, read_context, score_answers
+from new_llm.evaluation.recall import (
+    NOTHING,
+    Answer,
+    Question,
+    find_exact,
+    pose_question,
+    rank_first,
+    read_context,
+    score_answers,
+)
 from new_llm.evaluation.scoring import (
     Autocast,
     LanguageModel,
@@ -33,7 +43,6 @@ from new_llm.evaluation.scoring import (
     Window,
     count_shared,
     evaluation_mode,
-    find_device,
     join_scores,
 )
 from new_llm.evaluation.statistics import DocumentLosses, draw_resamples, find_interval
@@ -199,7 +208,7 @@ def evaluate_reversal_curse(
     Args:
         model: evaluated in evaluation mode from an empty memory; its held memory is neither read nor changed.
         tokenizer: of `tokenizers` or `transformers`.
-        device: where the model lies; None: where its weights are.
+        device: where to measure, to which the model is moved; None: where its weights are.
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
         processes: those that share the work; every one of them gets the whole result.
@@ -209,6 +218,8 @@ def evaluate_reversal_curse(
         UserError: no pairs, more sentences than allowed, no sentence of two tokens, or an option out of range.
     """
     settings, pairs = ReversalConfig(**options), list(pairs)
+    if device is not None:
+        cast(Any, model).to(device)
     if not pairs:
         raise UserError("reversal: no pairs were given")
     _check_size(pairs, settings.max_sentences)
@@ -217,7 +228,6 @@ def evaluate_reversal_curse(
     encoded = {text: encode_text(tokenizer, text) for text in texts}
     reading = Reading(
         batch_size=settings.batch_size,
-        device=device,
         autocast=autocast,
         on_progress=on_progress,
         processes=processes,
@@ -260,7 +270,6 @@ def evaluate_reversal_curse(
 
 PLACES = {"weights": "weights", "memory": "memory", "context": "context", "nothing": "nothing read"}
 """What readers know them by; nothing read is the control of memory and context."""
-NOTHING = np.zeros(0, np.int64)
 SENTENCE_REACH = 1024  # tokens in which the end of a sentence is looked for
 
 
@@ -288,23 +297,21 @@ def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: Reversal
         UserError: there is no text, or a segment has no room for the facts and a question.
     """
     model, settings = subject.model, subject.settings.reversal
-    device, relations, size = find_device(model, subject.device), [pair.relation for pair in pairs], settings.batch_size
+    relations, size = [pair.relation for pair in pairs], settings.batch_size
     found: dict[str, dict[str, Any]] = {}
     with evaluation_mode(model, subject.autocast):
         for direction in DIRECTIONS if "weights" in settings.places else ():
-            texts = [_pose(subject.tokenizer, [pair], 0, direction) for pair in pairs]
+            asked = [_pose(subject.tokenizer, [pair], 0, direction) for pair in pairs]
             with model.fresh_memory():
-                exact = [
-                    one for i in range(0, len(texts), size) for one in find_exact(model, texts[i : i + size], device)
-                ]
+                exact = [one for i in range(0, len(asked), size) for one in find_exact(model, asked[i : i + size])]
             first = [rank == 1 for rank in result.ranks[direction]]
             found.setdefault("weights", {})[direction] = count_hits(relations, first, exact)
         if {"memory", "context"} & set(settings.places):
-            found |= _ask_fresh_texts(subject, device)
+            found |= _ask_fresh_texts(subject)
         return found
 
 
-def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[str, Any]]:
+def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
     """Facts that only the text tells. They end its first segment; the question begins the next, or ends the same one.
 
     All facts of a text are asked for. Before them stands text of the subject's documents, whole sentences at its end.
@@ -317,9 +324,9 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
     groups = [pairs[begin : begin + num_facts] for begin in range(0, len(pairs), num_facts)]
     told = [np.concatenate([encode_text(tokenizer, pair.forward) for pair in group]) for group in groups]
     questions = {way: [[_pose(tokenizer, g, i, way) for g in groups] for i in range(num_facts)] for way in DIRECTIONS}
-    posed = [text for found in questions.values() for texts in found for text in texts]
     asks_here = "context" in settings.places  # then the question stands in the facts' segment
-    room = size - asks_here * max(len(tokens) for text in posed for tokens in text.candidates)
+    longest = max(one.num_tokens + 1 for asked in questions.values() for some in asked for one in some)
+    room = size - asks_here * longest
     if room < (longest := max(map(len, told))):
         raise UserError(
             f"reversal.places: {num_facts} facts and a question take {longest + size - room} tokens, a segment "
@@ -336,48 +343,33 @@ def _ask_fresh_texts(subject: Subject, device: torch.device) -> dict[str, dict[s
         end = next((int(place) for place in after if place >= before), before)
         return np.concatenate([text[end - before : end], facts]).astype(np.int64)
 
-    read: dict[str, list[dict[str, NDArray[np.int64]]]] = {"nothing": [{}] * len(told)}
+    read = {"nothing": [NOTHING] * len(told)}
     if "memory" in settings.places and has_memory(model):
-        read["memory"] = [{"context": fill(facts, size)} for facts in told]
+        read["memory"] = [fill(facts, size) for facts in told]
     if asks_here:
-        read["context"] = [{"opening": fill(facts, room)} for facts in told]
-    found: dict[str, dict[str, Any]] = {}
-    for place, parts in read.items():
+        read["context"] = [fill(facts, room) for facts in told]
+    names = [group[0].relation for group in groups] * num_facts
+    found: dict[str, dict[str, Any]] = {place: {} for place in PLACES if place in read}
+    for place, texts in read.items():
         with model.fresh_memory(batch_size=len(groups)):
+            if place == "memory":
+                read_context(model, texts)
             for way, asked in questions.items():
                 answers: list[Answer] = []
-                for texts in asked:
-                    texts = [replace(text, **part) for text, part in zip(texts, parts, strict=True)]
-                    if place == "memory" and not found.get(place) and not answers:
-                        read_context(model, texts, 0, size, device)
-                    answers += score_answers(model, texts, device)
-                names = [group[0].relation for group in groups] * num_facts
-                hits = count_hits(names, [one.is_first for one in answers], [one.is_exact for one in answers])
-                found.setdefault(place, {})[way] = hits
-    return {place: found[place] for place in PLACES if place in found}
+                for some in asked:
+                    if place == "context":
+                        some = [one._replace(opening=text) for one, text in zip(some, texts, strict=True)]
+                    answers += score_answers(model, some)
+                found[place][way] = count_hits(
+                    names, [one.is_first for one in answers], [one.is_exact for one in answers]
+                )
+    return found
 
 
-def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> RecallText:
+def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> Question:
     """The question for one of a group's facts, with the answers of all."""
-    prompt = getattr(group[number], f"{direction}_prompt")
     answers = [getattr(pair, f"{direction}_answer") for pair in (group[number], *group[:number], *group[number + 1 :])]
-    candidates = tuple(encode_text(tokenizer, prompt + answer) for answer in answers)
-    return RecallText(
-        context=NOTHING,
-        opening=NOTHING,
-        candidates=candidates,
-        answer_begin=max(1, count_shared([candidates[0], encode_text(tokenizer, prompt)])),
-        differ_begin=max(1, count_shared(candidates)),
-        depth=0.0,
-        distance=0,
-        is_changed=False,
-    )
-
-
-def encode_text(tokenizer: Any, text: str) -> np.ndarray:
-    """The ids of a text without special tokens, from a tokenizer of `tokenizers` or `transformers`."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
+    return pose_question(tokenizer, getattr(group[number], f"{direction}_prompt"), answers)
 
 
 def _check_size(pairs: Sequence[ReversalPair], max_sentences: int) -> None:
@@ -414,15 +406,13 @@ def _read(
     sentence, losses_of_right = encoded[candidates[0]], losses[candidates[0]]
     shared = max(1, count_shared([encoded[text] for text in candidates]))
     totals = np.array([losses[text][shared - 1 :].sum() for text in candidates])  # losses begin with the second token
-    right, wrong = totals[0], totals[1:]
     answer = losses_of_right[max(1, count_shared([sentence, prompt])) - 1 :]
     return PairLosses(
         total_nll=float(losses_of_right.sum()),
         num_tokens=len(losses_of_right),
         answer_nll=float(answer.sum()),
         num_answer_tokens=len(answer),
-        # What is not worse counts as better, so that a loss of NaN ranks last.
-        rank=1 + float(np.sum(~(right < wrong))) - float(np.sum(right == wrong)) / 2,
+        rank=float(rank_first(totals)),
         num_candidates=len(candidates),
     )
 
@@ -469,7 +459,6 @@ class ReversalCurse(Measure):
             subject.model,
             subject.tokenizer,
             pairs,
-            subject.device,
             autocast=subject.autocast,
             on_progress=subject.on_progress,
             processes=subject.processes,

@@ -136,7 +136,6 @@ class Reading(TypedDict, total=False):
         batch_size: windows or documents read at once; it does not change the result.
         max_tokens: score whole documents, in order, while their scored tokens are at most so many; but at
             least one document, which alone is cut short if it is longer. None: all.
-        device: where the model lies; None: where its weights are.
         autocast: makes the context in which the model computes.
         on_progress: called with the tokens scored so far and in all.
         should_stop: asked after each batch; once it says True, the result is of what has been scored by then.
@@ -145,7 +144,6 @@ class Reading(TypedDict, total=False):
 
     batch_size: Required[int]
     max_tokens: int | None
-    device: torch.device | str | None
     autocast: Autocast
     on_progress: Progress | None
     should_stop: Callable[[], bool]
@@ -193,7 +191,7 @@ class Scorer:
         self.model = model
         self.documents = documents
         self.batch_size = reading["batch_size"]
-        self.device = find_device(model, reading.get("device"))
+        self.device = find_device(model)
         self.autocast = reading.get("autocast", contextlib.nullcontext)
         self.on_progress = reading.get("on_progress")
         self.should_stop = reading.get("should_stop", lambda: False)
@@ -212,7 +210,7 @@ class Scorer:
         found: list[Scores] = []
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory():
             for batch in group_by_length(rows, self.batch_size)[self.processes.rank :: self.processes.count]:
-                losses = score_rows(self.model, [rows[i] for i in batch], self.device)
+                losses = score_rows(self.model, [rows[i] for i in batch])
                 places = [(windows[i][0], windows[i][1].first_scored) for i in batch]
                 found.append(join_rows((*place, row) for place, row in zip(places, losses, strict=True)))
                 if self.note(found[-1]):
@@ -241,7 +239,7 @@ class Scorer:
                 rest = iter(read)
                 rows = [Row(longest, len(longest)) if piece is None else next(rest) for piece in batch]
                 self.model.reset_rows(torch.tensor(begins, device=self.device))
-                losses = score_rows(self.model, rows, self.device, update_memory=True)
+                losses = score_rows(self.model, rows, update_memory=True)
                 scored = zip(batch, losses, strict=True)
                 found.append(join_rows((p[0], p[1].first_scored, row) for p, row in scored if p is not None))
                 if self.note(found[-1]):
@@ -305,10 +303,8 @@ def select_documents(split: TokenSplit, max_tokens: int | None, prefix: int | No
     )
 
 
-def find_device(model: LanguageModel, device: torch.device | str | None) -> torch.device:
-    """The device to put inputs on: the one given, else the one on which the model's weights lie."""
-    if device is not None:
-        return torch.device(device)
+def find_device(model: LanguageModel) -> torch.device:
+    """The device on which the model's weights lie, and where its inputs belong."""
     parameter = next(iter(model.parameters()), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
@@ -397,19 +393,14 @@ def pad_rows(
 
 
 def score_rows(
-    model: LanguageModel,
-    rows: Sequence[Row],
-    device: torch.device,
-    *,
-    width: int | None = None,
-    update_memory: bool = False,
+    model: LanguageModel, rows: Sequence[Row], *, width: int | None = None, update_memory: bool = False
 ) -> list[np.ndarray]:
     """For each row of a batch the losses of tokens[first_scored:] in nats, float64.
 
     The model is in evaluation mode, and the memory to read in place; with `update_memory` the held memory keeps what
     the rows write. `pad_rows` says what `width` is.
     """
-    input_ids, labels, mask = pad_rows(rows, device, width)
+    input_ids, labels, mask = pad_rows(rows, find_device(model), width)
     losses = model.token_losses(input_ids, labels, mask, update_memory=update_memory)
     found = losses.cpu().double().numpy()
     # The loss at position t is that of the token at t + 1.

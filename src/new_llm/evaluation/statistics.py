@@ -28,13 +28,6 @@ POWER = 0.8
 """How often the smallest visible effect would be told from none."""
 
 
-class Interval(NamedTuple):
-    """A confidence interval; both ends are NaN where there is no item to draw."""
-
-    low: float
-    high: float
-
-
 class Estimate(NamedTuple):
     """A figure and its interval, whose ends are None where there are too few items for one."""
 
@@ -153,18 +146,20 @@ def draw_resamples(num_items: int, num_resamples: int, seed: int) -> Array:
     return generator.multinomial(num_items, chances, size=num_resamples).astype(np.float64)
 
 
-def find_interval(statistics: Array, confidence: float) -> Interval:
+def find_interval(statistics: Array, confidence: float) -> tuple[float, float]:
     """The central share `confidence` of a statistic's resamples, [num_resamples]; NaN ones (empty groups) are left out.
+
+    Both ends are NaN where nothing is left.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (the percentile interval).
     """
     known = statistics[~np.isnan(statistics)]
     if not len(known):
-        return Interval(float("nan"), float("nan"))
+        return math.nan, math.nan
     tail = (1 - confidence) / 2
     # Of infinite statistics (a perplexity that overflows) an interpolated quantile would be NaN.
     low, high = np.quantile(known, [tail, 1 - tail], method="nearest")
-    return Interval(float(low), float(high))
+    return float(low), float(high)
 
 
 def find_clustered_error(total_nll: NDArray[Any], num_tokens: NDArray[Any]) -> float | None:
@@ -245,7 +240,7 @@ def compare_models(
     return found._replace(low=found.nats - half, high=found.nats + half, smallest_visible=visible)
 
 
-def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> Interval:
+def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> tuple[float, float]:
     """Wilson's interval of a share: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n).
 
     Unlike the bootstrap's it has a width where all trials end alike. Source: Wilson, JASA 22, 1927.
@@ -254,10 +249,10 @@ def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> In
     share, extra = num_hits / num_trials, z * z / num_trials
     middle = share + extra / 2
     half = z * math.sqrt(share * (1 - share) / num_trials + extra / (4 * num_trials))
-    return Interval(max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra)))
+    return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
 
 
-def find_t_interval(values: Sequence[float], confidence: float) -> Interval | tuple[None, None]:
+def find_t_interval(values: Sequence[float], confidence: float) -> tuple[float, float] | tuple[None, None]:
     """Student's t interval of a mean, for the few seeds of a study; None, None for fewer than MIN_SEEDS values.
 
     mean ± t · s / √n, with P(|T| ≤ t) = confidence for n − 1 degrees of freedom.
@@ -267,7 +262,7 @@ def find_t_interval(values: Sequence[float], confidence: float) -> Interval | tu
     mean = float(np.mean(values))
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = _find_t_quantile(confidence, len(values) - 1) * spread
-    return Interval(mean - half, mean + half)
+    return mean - half, mean + half
 
 
 def _find_t_quantile(confidence: float, freedom: int) -> float:

@@ -84,7 +84,6 @@ def prepare_subject(
         split=tokenize_documents([], loaded.tokenizer) if text is None else text.split,
         settings=settings,
         seq_length=loaded.config.data.seq_length if loaded.config else settings.context,
-        device=loaded.device,
         autocast=loaded.autocast,
         baselines=baselines or (),
         training=training,
@@ -163,7 +162,7 @@ def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextCo
     names = [one.name for one in dataclasses.fields(CacheConfig)]
     cache = CacheConfig(**{name: getattr(config, name) for name in names})
     if documents:
-        cache = tune_cache(loaded.model, documents, cache, device=loaded.device, autocast=loaded.autocast)
+        cache = tune_cache(loaded.model, documents, cache, autocast=loaded.autocast)
     model: Any = loaded.model
     vocab_size, hidden_size = model.embed_out.weight.shape
     facts = plain_settings(cache) | {
@@ -240,7 +239,7 @@ def load_baselines(
         short = Path(run).name + (f":{model_name}" if model_name else "")
         name = names[place] if names else form.format(spec if form.format(short) in baselines else short)
         facts = other.facts | {"segment_length": model.segment_length}
-        baselines[name] = Baseline(name, other.model, stride, other.device, other.autocast, facts)
+        baselines[name] = Baseline(name, other.model, stride, other.autocast, facts)
     return list(baselines.values())
 
 

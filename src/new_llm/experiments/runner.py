@@ -393,7 +393,6 @@ class Run(ABC, Generic[Config]):
             settings=self.config.eval,
             seq_length=self.config.data.seq_length,
             seed=self.config.seed,
-            device=self.device,
             autocast=self.autocast,
             processes=self.processes,
             facts=self.data.info,

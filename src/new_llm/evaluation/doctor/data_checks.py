@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from new_llm.data.batches import IGNORED_LABEL, Batch, plan_batches
-from new_llm.data.tokenizer import TokenSplit
+from new_llm.data.tokenizer import TokenSplit, encode_text
 from new_llm.evaluation.doctor.registry import Examination, Finding, fault, ok, register_check, skip, warn
 
 MAX_BATCHES = 64
@@ -163,7 +163,7 @@ def _find_sentences(exam: Examination, split: TokenSplit, sentences: Sequence[st
     """
     bare = [sentence.rstrip(".") for sentence in sentences]
     texts = [*bare, *(f" {sentence}" for sentence in bare)]
-    encoded = [np.array(exam.subject.tokenizer.encode(text, add_special_tokens=False).ids, np.int64) for text in texts]
+    encoded = [encode_text(exam.subject.tokenizer, text) for text in texts]
     return sorted({index % len(bare) for index in find_sequences(split, encoded)})
 
 

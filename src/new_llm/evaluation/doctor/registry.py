@@ -104,7 +104,7 @@ class Examination:
         self.own_model = subject.model if isinstance(subject.model, TransformerLM) else None
         self.config = subject.settings.doctor
         self.data = cast(TrainingData, subject.training)
-        self.device = find_device(subject.model, None)
+        self.device = find_device(subject.model)
         num_needed = NUM_ROWS * NUM_SEGMENTS * self.config.segment_tokens
         if subject.split.num_tokens < num_needed:
             raise UserError(f"doctor: the text has {subject.split.num_tokens} tokens; at least {num_needed} are needed")
