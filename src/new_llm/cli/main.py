@@ -1,5 +1,6 @@
 """The command `new-llm`: finds the sub-command, and turns every failure into one line and an exit code."""
 
+import gc
 import importlib
 import os
 import signal
@@ -71,8 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_command(given[0])
         # These end what runs as Ctrl-C does: temporary files go, what is done is kept.
         with handle_signals((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
-            command = load_command(given[0])
-            return command.read(given[1:], f"new-llm {given[0]}").execute()
+            gc.disable()  # imports make many objects and no garbage: looking for some took a sixth of the start
+            try:
+                command = load_command(given[0])
+                chosen = command.read(given[1:], f"new-llm {given[0]}")
+            finally:
+                gc.enable()
+            return chosen.execute()
     except SystemExit:
         raise
     # Not only Exception: libraries written in Rust raise a BaseException where their own code fails.
