@@ -17,8 +17,8 @@ GENERATE = "generate --run {run} --model infini --prompt x"
 EXPORT = "export --run {run} --out out"
 CASES = [
     ("experimint", "experiment"),
-    ("experiment --epoch 3", "unknown option --epoch 3; perhaps you meant --epochs (see new-llm exp"),
-    ("experiment --data.sorce=x", "perhaps you meant --data.source (see"),
+    ("experiment --epoch 3", "unknown option --epoch 3 (see new-llm exp"),
+    ("experiment --data.sorce=x", "unknown option --data.sorce=x (see"),
     ("experiment --data.source absent.txt", "absent.txt"),
     ("experiment --config absent.yaml", "absent.yaml"),
     ("experiment --config fast", "none of the project's own configs: pythia-70m-pile, quick"),

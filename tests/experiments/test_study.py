@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,15 +125,11 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, train
 def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatch):
     started: list[str] = []
 
-    class Together(Pool):
-        def start(self, cell):
-            started.append(cell.name)
-            self.running[cell] = None
+    def launch(work, cell, log):
+        started.append(cell.name)
+        return SimpleNamespace(exitcode=0)
 
-        def wait(self):
-            return [self.running.popitem()[0] for _ in dict(self.running)]
-
-    monkeypatch.setattr(study_module, "open_pool", lambda study, work, jobs: Together(work, study.folder, None))
+    monkeypatch.setattr(study_module, "open_pool", lambda work, folder, *_: Pool(work, folder, None, launch))
     study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
     study_module.run_study(study, console=(console := Console(file=io.StringIO(), width=80)))
     baselines, others = {"pythia-s0", "whole-s0"}, {"reference-s0", "no-delta-s0"}

@@ -15,7 +15,7 @@ from rich.console import Console
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.config.train import ClusterConfig
-from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, InProcesses, OnCluster, StudyProgress
+from new_llm.experiments.study_jobs import LOGS_FOLDER, Cell, StudyProgress, open_pool
 from new_llm.training import TrainingInterrupted
 
 CELLS = [Cell("reference", 0), Cell("no-delta", 0)]
@@ -30,7 +30,7 @@ def run(pool, cells=CELLS):
 
 def test_each_cell_has_a_process_and_a_log(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert set(run(InProcesses(partial(note_process, tmp_path), tmp_path, 2))) == set(CELLS)
+    assert set(run(open_pool(partial(note_process, tmp_path), tmp_path, 2, ClusterConfig()))) == set(CELLS)
     notes = [(tmp_path / cell.name).read_text().split() for cell in CELLS]
     assert len({process for process, _ in notes} | {str(os.getpid())}) == 3
     assert {int(threads) for _, threads in notes} == {max(1, (os.cpu_count() or 1) // 2)}
@@ -47,20 +47,17 @@ def test_each_cell_has_a_process_and_a_log(tmp_path, monkeypatch):
 )
 def test_a_cell_that_fails_ends_all_and_is_named(tmp_path, work, error, message):
     with pytest.raises(error, match=message) as raised:
-        run(InProcesses(partial(work, tmp_path), tmp_path, 2))
+        run(open_pool(partial(work, tmp_path), tmp_path, 2, ClusterConfig()))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("work", "make", "message"),
-    [
-        (crash_one, partial(InProcesses, size=2), "RuntimeError: the GPU is gone"),
-        (fail_one, partial(OnCluster, size=None, settings=ClusterConfig(executor="local")), "the text is gone"),
-    ],
+    ("work", "jobs", "executor", "message"),
+    [(crash_one, 2, None, "RuntimeError: the GPU is gone"), (fail_one, None, "local", "the text is gone")],
 )
-def test_what_fails_leaves_the_others(tmp_path, monkeypatch, work, make, message):
+def test_what_fails_leaves_the_others(tmp_path, monkeypatch, work, jobs, executor, message):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for this folder's modules
-    pool = make(partial(work, tmp_path), tmp_path)
+    pool = open_pool(partial(work, tmp_path), tmp_path, jobs, ClusterConfig(executor=executor))
     assert run(pool) == CELLS[:1]
     assert (tmp_path / LOGS_FOLDER / "reference-s0.log").read_text() == "here is reference-s0\n"
     (line,) = pool.failures

@@ -23,7 +23,7 @@ def find_summary(*runs: dict[str, Any], **options: Any) -> Summary:
 
 
 def find_column(summary: Summary, group: str, title: str) -> list[Any]:
-    place = [(heading.group, heading.title) for heading in summary.headings].index((group, title))
+    place = summary.headings.index((group, title))
     return [cells[place] for _, _, cells in summary.rows]
 
 

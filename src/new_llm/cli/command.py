@@ -5,12 +5,11 @@ Then `new-llm completion`, which lists all commands and flags for a shell.
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, Union
 
 import tyro
 from tyro import _errors as failures  # the one hook by which tyro hands over what it would have printed
@@ -82,7 +81,7 @@ def read_flags(
         SystemExit: help was asked for and has been printed.
     """
     options.setdefault("description", inspect.getdoc(kind))
-    with failures.on_parse_error(lambda event: _refuse(event, kind)):
+    with failures.on_parse_error(_refuse):
         return tyro.cli(
             kind,
             args=arguments,
@@ -107,29 +106,11 @@ def choose_command(kinds: Mapping[str, Any], default: str | None = None) -> Any:
     return Union[tuple(chosen)]  # noqa: UP007
 
 
-def list_flags(kind: Any, prefix: str = "--") -> Iterator[str]:
-    """The flags of a command, with those of the sections below it and of its sub-commands."""
-    for choice in get_args(kind) if get_origin(kind) is Union else (kind,):
-        hints = get_type_hints(choice.__origin__ if get_origin(choice) is Annotated else choice, include_extras=True)
-        for name, hint in hints.items():
-            marks = getattr(hint, "__metadata__", ())
-            inner = hint.__origin__ if get_origin(hint) is Annotated else hint
-            name = next((mark.name for mark in marks if getattr(mark, "name", None) is not None), name)
-            yield from (flag for mark in marks for flag in getattr(mark, "aliases", None) or ())
-            if dataclasses.is_dataclass(inner):
-                yield from list_flags(inner, f"{prefix}{name}." if name else prefix)
-            elif get_origin(inner) is not ClassVar:
-                yield prefix + name.replace("_", "-")
-
-
-def _refuse(event: failures.ParseErrorEvent, kind: Any) -> NoReturn:
+def _refuse(event: failures.ParseErrorEvent) -> NoReturn:
     """One line of what tyro would show in a box."""
     match event:
         case failures.UnrecognizedArgs():
             message = f"unknown option {' '.join(event.tokens)}"
-            unknown = next((token.partition("=")[0] for token in event.tokens if token.startswith("-")), "")
-            if alike := difflib.get_close_matches(unknown.replace("_", "-"), list_flags(kind), n=1):
-                message += f"; perhaps you meant {alike[0]}"
         case failures.InvalidChoice():
             allowed = ", ".join(event.choices)
             message = f"{event.argument.display_name()}: {event.value!r} is an invalid choice; allowed are {allowed}"

@@ -27,7 +27,7 @@ from new_llm.experiments.config import STUDY_FILE, StudyConfig, name_model_folde
 from new_llm.experiments.evaluation import describe_evaluation, load_baselines, plain_settings, prepare_subject
 from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_code, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
-from new_llm.experiments.study_jobs import Cell, InProcesses, InTurn, OnCluster, Pool, StudyProgress
+from new_llm.experiments.study_jobs import Cell, StudyProgress, open_pool
 from new_llm.experiments.study_table import describe_study, render_csv, render_markdown
 from new_llm.experiments.subject import load_any_model
 from new_llm.training.log import read_metrics
@@ -73,7 +73,7 @@ def run_study(
     cells = plan_cells(study, only)
     work = partial(run_cell, study, write_report=write_report)
     _claim_folder(study)
-    pool = open_pool(study, work, jobs)
+    pool = open_pool(work, study.folder, jobs, study.cluster)
     for variant in study.variants:  # what has been trained before can be read without its measures
         for line in load_own_measures(study.configure(variant, study.seeds[0]).eval.measures):
             console.print(line, markup=False, highlight=False)
@@ -111,13 +111,6 @@ def run_study(
     if pool.failures:
         raise UserError("; ".join(pool.failures))
     return summary
-
-
-def open_pool(study: StudyConfig, work: Callable[[Cell], None], jobs: int | None) -> Pool:
-    """What runs a study's cells; see `run_study`."""
-    if study.cluster.executor is not None:
-        return OnCluster(work, study.folder, jobs, study.cluster)
-    return InTurn(work, study.folder, 1) if jobs in (None, 1) else InProcesses(work, study.folder, jobs)
 
 
 def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:

@@ -11,13 +11,12 @@ import signal
 import sys
 import time
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -39,7 +38,7 @@ INTERRUPTED, BAD_INPUT = 130, 2
 """Exit codes of a run's process, those of the command."""
 TIMEOUT_MINUTES, MAX_TIMEOUTS = 1440, 10
 POLL_SECONDS = 0.2
-"""Between two looks at a cluster's jobs; submitit asks SLURM itself less often."""
+"""Between two looks at what runs; submitit asks SLURM itself less often."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,22 @@ class Cell:
 
 Work = Callable[[Cell], None]
 """Trains and measures one cell; a function of a module, or a partial of one, so that other processes find it."""
+Launch = Callable[[Work, Cell, Path], Any]
+"""Begins a cell's work, which prints to a log file. What it returns has a process's `exitcode` (None while it runs),
+`terminate` and `join`."""
 
 
-class Pool(ABC):
-    """Runs of a study, `size` at once. `close` it at the end: what still runs is stopped; trainings are resumable.
+class Pool:
+    """Runs of a study, `size` at once (None: any number). `close` it at the end: what still runs is stopped.
 
-    Args:
-        work: what is done for each cell.
-        folder: the study's folder.
-        size: runs at once; None: any number.
+    Bad input ends all; if a run fails in another way, the others go on. Trainings are resumable.
     """
 
-    def __init__(self, work: Work, folder: Path, size: int | None) -> None:
+    def __init__(self, work: Work, folder: Path, size: int | None, launch: Launch) -> None:
         self.work = work
         self.folder = folder
         self.size = size
+        self.launch = launch
         self.running: dict[Cell, Any] = {}
         self.failures: list[str] = []
         """A line for each run that failed without ending the others."""
@@ -81,11 +81,10 @@ class Pool(ABC):
         """Whether another run may begin."""
         return self.size is None or len(self.running) < self.size
 
-    @abstractmethod
     def start(self, cell: Cell) -> None:
         """Begin a cell."""
+        self.running[cell] = self.launch(self.work, cell, self.find_log(cell).absolute())
 
-    @abstractmethod
     def wait(self) -> list[Cell]:
         """Wait until some cell has ended; returns those that have, failed ones left out.
 
@@ -93,19 +92,45 @@ class Pool(ABC):
             UserError: one had bad input: its name, its last line, and its log.
             TrainingInterrupted: one was asked to stop.
         """
+        while not (ended := {cell: code for cell, run in self.running.items() if (code := run.exitcode) is not None}):
+            time.sleep(POLL_SECONDS)
+        for cell, code in ended.items():
+            del self.running[cell]
+            if code == INTERRUPTED:
+                raise TrainingInterrupted(f"{cell.name}: interrupted", self.folder / cell.name)
+            failure = self.describe_failure(cell, code)
+            if code == BAD_INPUT:  # the others would most likely end so, too
+                raise UserError(failure)
+            self.failures += [failure] if code else []
+        return [cell for cell, code in ended.items() if not code]
 
-    def close(self) -> None:  # noqa: B027 (what runs in turn has ended)
-        """Stop what still runs."""
+    def close(self) -> None:
+        """Ask what still runs to stop, and wait until it has written its checkpoints."""
+        for run in self.running.values():
+            run.terminate()
+        for run in self.running.values():
+            run.join()
 
     def find_log(self, cell: Cell) -> Path:
         """The log of a cell."""
         return self.folder / LOGS_FOLDER / f"{cell.name}.log"
 
-    def describe_failure(self, cell: Cell, otherwise: str) -> str:
+    def describe_failure(self, cell: Cell, code: int) -> str:
         """Why a cell failed: the last line of its log."""
         log = self.find_log(cell)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        return f"{cell.name}: {lines[-1].strip() if lines else otherwise}; more is in {log}"
+        return f"{cell.name}: {lines[-1].strip() if lines else f'its process ended with {code}'}; more is in {log}"
+
+
+def open_pool(work: Work, folder: Path, jobs: int | None, cluster: ClusterConfig) -> Pool:
+    """What runs a study's cells, `jobs` at once: by default one in this process, or all of them on a cluster."""
+    if cluster.executor is not None:
+        executor = make_executor(cluster, folder / JOBS_FOLDER)
+        cores = jobs if cluster.executor == "local" else None
+        return Pool(work, folder, jobs, lambda *arguments: ClusterJob(executor, cores, *arguments))
+    if jobs in (None, 1):
+        return Pool(work, folder, 1, InTurn)
+    return Pool(work, folder, jobs, lambda *arguments: start_process(jobs, *arguments))
 
 
 @contextmanager
@@ -131,59 +156,32 @@ def do_alone(work: Work, cell: Cell, log: Path) -> None:
             sys.exit(1)
 
 
-class InTurn(Pool):
-    """One run after the other, in this process."""
+class InTurn(NamedTuple):
+    """A run in this process, which does it when it is asked how it ended."""
 
-    def start(self, cell: Cell) -> None:
-        """Wait for `wait`."""
-        self.running[cell] = None
+    work: Work
+    cell: Cell
+    log: Path
 
-    def wait(self) -> list[Cell]:
+    @property
+    def exitcode(self) -> int:
         """Do all of it."""
-        ((cell, _),) = self.running.items()
-        with write_log(self.find_log(cell)):
-            self.work(cell)
-        del self.running[cell]
-        return [cell]
+        with write_log(self.log):
+            self.work(self.cell)
+        return 0
+
+    def terminate(self) -> None:
+        """Nothing is left to stop."""
+
+    join = terminate
 
 
-class InProcesses(Pool):
-    """Each run in a process of its own with its share of the cores.
-
-    Bad input ends all; if a run fails in another way, the others go on.
-    """
-
-    size: int
-
-    def start(self, cell: Cell) -> None:
-        """Start its process."""
-        arguments = self.work, cell, self.find_log(cell)
-        process = multiprocessing.get_context("spawn").Process(target=_catch_sigterm, args=arguments)
-        with share_cores(self.size):
-            process.start()
-        self.running[cell] = process
-
-    def wait(self) -> list[Cell]:
-        """See `Pool.wait`."""
-        ready = wait([process.sentinel for process in self.running.values()])
-        ended = {cell: process for cell, process in self.running.items() if process.sentinel in ready}
-        for cell, process in ended.items():
-            process.join()
-            del self.running[cell]
-            if process.exitcode == INTERRUPTED:
-                raise TrainingInterrupted(f"{cell.name}: interrupted", self.folder / cell.name)
-            failure = self.describe_failure(cell, f"its process ended with {process.exitcode}")
-            if process.exitcode == BAD_INPUT:  # the others would most likely end so, too
-                raise UserError(failure)
-            self.failures += [failure] if process.exitcode else []
-        return [cell for cell, process in ended.items() if not process.exitcode]
-
-    def close(self) -> None:
-        """Ask the processes to stop, and wait until they have written their checkpoints."""
-        for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            process.join()
+def start_process(jobs: int, work: Work, cell: Cell, log: Path) -> BaseProcess:
+    """A run in a process of its own with its share of the cores."""
+    process = multiprocessing.get_context("spawn").Process(target=_catch_sigterm, args=(work, cell, log))
+    with share_cores(jobs):
+        process.start()
+    return process
 
 
 def _catch_sigterm(work: Work, cell: Cell, log: Path) -> None:
@@ -204,35 +202,25 @@ def share_cores(jobs: int) -> Iterator[None]:
             del os.environ[name]
 
 
-class OnCluster(Pool):
-    """Each run a job that submitit submits. If one fails, the others go on."""
+class ClusterJob:
+    """A run that submitit submits as a job; `cores`: it takes the share of so many in this machine's."""
 
-    def __init__(self, work: Work, folder: Path, size: int | None, settings: ClusterConfig) -> None:
-        super().__init__(work, folder, size)
-        self.settings = settings
-        self.executor = make_executor(settings, folder / JOBS_FOLDER)
+    def __init__(self, executor: Any, cores: int | None, *arguments: Any) -> None:
+        with share_cores(cores) if cores else nullcontext():
+            self.job = executor.submit(Job(), *arguments)
 
-    def start(self, cell: Cell) -> None:
-        """Submit it."""
-        is_here = self.settings.executor == "local" and self.size
-        with share_cores(self.size or 1) if is_here else nullcontext():
-            self.running[cell] = self.executor.submit(Job(), self.work, cell, self.find_log(cell).absolute())
-
-    def wait(self) -> list[Cell]:
-        """See `Pool.wait`; a job that failed leaves its line in `failures`."""
-        while not (ended := {cell: job for cell, job in self.running.items() if job.done()}):
-            time.sleep(POLL_SECONDS)
-        for cell in ended:
-            del self.running[cell]
+    @property
+    def exitcode(self) -> int | None:
+        """0 or 1; None: it runs, or waits."""
         # A job writes its result only if it ended well. The file is not read: the run folder holds all there is.
-        failed = [cell for cell, job in ended.items() if not job.paths.result_pickle.exists()]
-        self.failures += [self.describe_failure(cell, "its job ended without a word") for cell in failed]
-        return [cell for cell in ended if cell not in failed]
+        return int(not self.job.paths.result_pickle.exists()) if self.job.done() else None
 
-    def close(self) -> None:
-        """Cancel the jobs."""
-        for job in self.running.values():
-            job.cancel(check=False)
+    def terminate(self) -> None:
+        """Cancel it."""
+        self.job.cancel(check=False)
+
+    def join(self) -> None:
+        """The cluster waits."""
 
 
 class Job:

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from new_llm.charts import PALETTE, Chart, ShadedText
+from new_llm.charts import PALETTE, Chart
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
 from new_llm.evaluation import MEASURES
@@ -46,47 +45,6 @@ FULL_SHADE = 2.0
 """Nats from which a token's shade grows no stronger."""
 # How a word of a table is shown: a verdict's levels.
 BADGES = {"abnormal": "bad", "suspicious": "warn", "normal": "good", "undertrained": "info", "training": "info"}
-
-
-@dataclass(frozen=True)
-class View:
-    """One chart of a figure, drawn."""
-
-    label: str
-    svg: Markup
-    other: Markup | None
-    """With the y-axis logarithmic in place of linear, or the other way round."""
-    is_log: bool
-    csv: str
-    """The address of its numbers, which holds them."""
-    name: str
-    files: list[tuple[str, str]]
-    """(kind, address) of its pictures beside the page."""
-    key: list[tuple[str, str, Markup]]
-    """(name, colour, mark) of each series."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Charts of one title, between which the page switches."""
-
-    name: str
-    title: str
-    caption: str
-    views: list[View]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A measure's part of the page, or the training's or the memory's."""
-
-    name: str
-    title: str
-    figures: list[Figure]
-    sentences: list[tuple[str, str]]
-    """(model, what was found)."""
-    texts: list[tuple[str, list[ShadedText]]]
-    """(model, its passages)."""
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
@@ -133,7 +91,7 @@ def render_page(
         unfinished=[(run.name, status) for run in runs if (status := get_text(run.results, "status")) != "complete"],
         outcome=outcome,
         keys=[(one.name, *_draw_mark(one.index)) for one in series],
-        groups=[(group, len(list(some))) for group, some in groupby(summary.headings, lambda heading: heading.group)],
+        groups=[(group, len(list(some))) for group, some in groupby(summary.headings, lambda heading: heading[0])],
         summary=summary,
         badges=BADGES,
         sections=list_sections(series, charts, with_figures=with_figures),
@@ -171,10 +129,15 @@ def shade(value: float) -> str:
     return f"--share:{share:.2f}"
 
 
-def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]], *, with_figures: bool) -> list[Section]:
-    """The page's parts that have something to show."""
+def list_sections(
+    series: Sequence[Series], charts: dict[Place, list[Chart]], *, with_figures: bool
+) -> list[dict[str, Any]]:
+    """The page's parts that have something to show: a measure's, the training's or the memory's.
+
+    Each has a `name`, a `title`, `figures`, `sentences` (model, what was found), and `texts` (model, its passages).
+    """
     places = {one.name: one.index for one in series}
-    sections: list[Section] = []
+    sections: list[dict[str, Any]] = []
     for number, ((measure, text), drawn) in enumerate(charts.items()):
         if measure in MEASURES:
             title = make_line(MEASURES[measure].title)
@@ -193,38 +156,47 @@ def list_sections(series: Sequence[Series], charts: dict[Place, list[Chart]], *,
             (view, [one for one in found if one.view == view]) for view in dict.fromkeys(one.view for one in found)
         ]
         if shown or sentences or texts:
-            sections.append(Section(f"section_{number}", title, shown, sentences, texts))
+            section = {"name": f"section_{number}", "title": title, "figures": shown}
+            sections.append(section | {"sentences": sentences, "texts": texts})
     order = {"Training": 1, "Memory": 2}
-    return sorted(sections, key=lambda section: order.get(section.title, 0))
+    return sorted(sections, key=lambda section: order.get(section["title"], 0))
 
 
-def list_shown(charts: Sequence[Chart], places: dict[str, int], *, with_figures: bool) -> list[Figure]:
-    """The figures of some charts, those of one title together; what can't be drawn is left out.
+def list_shown(charts: Sequence[Chart], places: dict[str, int], *, with_figures: bool) -> list[dict[str, Any]]:
+    """The figures of some charts: those of one title together, between which the page switches.
 
-    `places` are the models' places.
+    Each has a `name`, a `title`, a `caption`, and `views`: a chart's `label`, its `svg`, the `other` one, with the
+    y-axis logarithmic in place of linear or the other way round, the address of its numbers (`csv`), which holds them,
+    (kind, address) of its `files` beside the page, and (name, colour, mark) of each series as its `key`. What can't be
+    drawn is left out. `places` are the models' places.
     """
-    groups = groupby(charts, lambda chart: chart.title)
-    figures = [_make_figure(list(same), places, with_figures=with_figures) for _, same in groups]
-    return [figure for figure in figures if figure.views]
+    found = []
+    for _, same in groupby(charts, lambda chart: chart.title):
+        first, *others = same
+        views = [view for chart in (first, *others) if (view := _draw_view(chart, places, with_figures=with_figures))]
+        if views:
+            figure = {"name": first.name, "title": make_line(first.title), "caption": make_line(first.caption)}
+            found.append(figure | {"views": views})
+    return found
 
 
-def _make_figure(charts: Sequence[Chart], places: dict[str, int], *, with_figures: bool) -> Figure:
-    views = []
-    for chart in charts:
-        try:  # a user's own specification perhaps
-            svg = Markup(figures.draw_for_page(chart, chart.spec, places))
-            other = Markup(figures.draw_for_page(chart, chart.other, places)) if chart.other else None
-        except Exception:
-            continue
-        table = base64.b64encode(figures.write_table(chart).encode()).decode()
-        label = make_line(chart.view or chart.title)
-        csv, files = f"data:text/csv;charset=utf-8;base64,{table}", []
-        if with_figures:
-            files = [(kind, f"{FIGURES_FOLDER}/{chart.name}.{kind.lower()}") for kind in ("SVG", "PNG")]
-        key = [(make_line(name), *_draw_mark(place)) for name, place in figures.place_series(chart, places).items()]
-        views.append(View(label, svg, other, chart.is_log, csv, chart.name, files, key))
-    first = charts[0]
-    return Figure(first.name, make_line(first.title), make_line(first.caption), views)
+def _draw_view(chart: Chart, places: dict[str, int], *, with_figures: bool) -> dict[str, Any] | None:
+    try:  # a user's own specification perhaps
+        svg, other = (spec and Markup(figures.draw_for_page(chart, spec, places)) for spec in (chart.spec, chart.other))
+    except Exception:
+        return None
+    table = base64.b64encode(figures.write_table(chart).encode()).decode()
+    files = [(kind, f"{FIGURES_FOLDER}/{chart.name}.{kind.lower()}") for kind in ("SVG", "PNG")] if with_figures else []
+    return {
+        "label": make_line(chart.view or chart.title),
+        "svg": svg,
+        "other": other,
+        "is_log": chart.is_log,
+        "csv": f"data:text/csv;charset=utf-8;base64,{table}",
+        "name": chart.name,
+        "files": files,
+        "key": [(make_line(name), *_draw_mark(place)) for name, place in figures.place_series(chart, places).items()],
+    }
 
 
 # Marks of the keys, in a box of 10 by 10, in the order of `charts.SHAPES`.

@@ -57,12 +57,8 @@ class Cell:
     is_best: bool = False
 
 
-@dataclass(frozen=True)
-class Heading:
-    """What a column is called, under the heading that it shares with its neighbours."""
-
-    group: str
-    title: str
+Heading = tuple[str, str]
+"""The heading that a column shares with its neighbours, and its own."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +112,13 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     The best of a column is marked if the models were measured on the same text.
     """
     facts = _collect([[list_facts(member) for member in one.members] for one in series], mark_best=False)
-    columns = [found for found in facts if found[0].group == "Model"]
+    columns = [found for found in facts if found[0][0] == "Model"]
     for place in list_places(series):
         listed = [[list_measured_columns(member, place) for member in one.members] for one in series]
         columns += _collect(listed, mark_best=mark_best)
-    columns += [found for found in facts if found[0].group != "Model"]
-    groups = list(dict.fromkeys(heading.group for heading, _ in columns))
-    columns.sort(key=lambda one: groups.index(one[0].group))  # those of one group side by side
+    columns += [found for found in facts if found[0][0] != "Model"]
+    groups = list(dict.fromkeys(heading[0] for heading, _ in columns))
+    columns.sort(key=lambda one: groups.index(one[0][0]))  # those of one group side by side
     known = [(heading, cells) for heading, cells in columns if any(cell.text != MISSING for cell in cells)]
     rows = [(one.name, one.index, [cells[place] for _, cells in known]) for place, one in enumerate(series)]
     return Summary([heading for heading, _ in known], rows)
@@ -142,7 +138,7 @@ def _collect(listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool) -
         cells = [_make_cell(by_key.get(key, [])) for by_key in models]
         if mark_best and first.better:
             cells = _mark_best(cells, first.better)
-        found.append((Heading(first.group, make_line(first.title)), cells))
+        found.append(((first.group, make_line(first.title)), cells))
     return found
 
 
@@ -201,7 +197,7 @@ class ColumnTable:
         by_key = [{column.key: column for column in columns} for _, columns in rows]
         firsts = {column.key: column for columns in reversed(by_key) for column in columns.values()}
         keys = list(dict.fromkeys(key for columns in by_key for key in columns))
-        headings = [Heading(make_line(firsts[key].group), make_line(firsts[key].title)) for key in keys]
+        headings = [(make_line(firsts[key].group), make_line(firsts[key].title)) for key in keys]
         cells = [[_make_interval_cell(columns.get(key)) for key in keys] for columns in by_key]
         names = [make_line(name) for name, _ in rows]
         self.summary = Summary(headings, [(name, 0, row) for name, row in zip(names, cells, strict=True)])
@@ -228,7 +224,7 @@ def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
     names = [name for name, _, _ in summary.rows]
     name_width = min(max(map(cell_len, names), default=0), max(_longest_word(*names), width // 3))
     widths = [
-        max(_longest_word(heading.group, heading.title), *(cell_len(cells[place].text) for *_, cells in summary.rows))
+        max(_longest_word(*heading), *(cell_len(cells[place].text) for *_, cells in summary.rows))
         for place, heading in enumerate(summary.headings)
     ]
 
@@ -236,7 +232,7 @@ def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
         return name_width + sum(GAP + widths[place] for place in columns) <= width
 
     block: list[int] = []
-    for _, found in groupby(range(len(widths)), lambda place: summary.headings[place].group):
+    for _, found in groupby(range(len(widths)), lambda place: summary.headings[place][0]):
         group = list(found)
         for columns in [group] if fits(group) else [[place] for place in group]:
             if block and not fits([*block, *columns]):
@@ -252,12 +248,12 @@ def _make_table(summary: Summary, columns: Sequence[int], name_width: int, width
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     table.width = name_width + sum(GAP + widths[place] for place in columns)  # wider than the console if it must
     table.add_column(width=name_width)
-    group = ""
+    shared = ""
     for place in columns:
-        heading = summary.headings[place]
-        title = heading.title if heading.group in ("", group) else f"{heading.group}\n{heading.title}"
-        group = heading.group
-        table.add_column(Text(title), width=widths[place], justify="right")
+        group, title = summary.headings[place]
+        above = "" if group in ("", shared) else f"{group}\n"
+        shared = group
+        table.add_column(Text(above + title), width=widths[place], justify="right")
     for name, _, cells in summary.rows:
         shown = [Text(cells[place].text, style="bold" if cells[place].is_best else "") for place in columns]
         table.add_row(Text(name), *shown)
