@@ -39,7 +39,7 @@ class Evaluation(Command):
     out: Path | None = None
     """The JSON file to write; None: a file in the run's folder, under evaluations."""
     picture: Path | None = None
-    """The picture to draw where the measurement has charts, *.svg or *.png; None: beside the JSON file."""
+    """Where to write the charts, *.svg or *.png; None: beside the JSON file."""
 
     def __post_init__(self) -> None:
         if self.picture is not None and self.picture.suffix not in PICTURE_ENDINGS:
@@ -200,7 +200,7 @@ class Inspect(Evaluation):
     text: Path
     """The text: .txt, .jsonl or .parquet, also packed; a .txt file is one document."""
     max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
-    """Tokens of a document that are read at most; None: all."""
+    """Read only this many tokens of each document, from its start; None: all."""
     data: Suppress[TextConfig] = dataclasses.field(default_factory=TextConfig)
     options: Annotated[PassagesConfig, arg(name="")] = dataclasses.field(
         default_factory=lambda: PassagesConfig(num_helped=8, num_harmed=4)

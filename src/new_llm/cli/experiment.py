@@ -36,8 +36,8 @@ class Experiment(StudyFlags, TrainingCommand):
     )
     settings: Annotated[ExperimentConfig, arg(name="")] = dataclasses.field(default_factory=ExperimentConfig)
     seeds: tuple[int, ...] = ()
-    """Train each model once with each of these seeds, and compare their means with intervals over seeds: a study, which
-    to which --jobs and --cluster apply, and which `new-llm study` continues."""
+    """Train each model once with each of these seeds and compare their means with intervals over seeds: a study, to
+    which --jobs and --cluster apply, and which `new-llm study` continues."""
 
     def execute(self) -> int:
         """One run, or with seeds a study."""

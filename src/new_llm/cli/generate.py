@@ -46,19 +46,20 @@ class Generate(Command):
     prompt: UseAppendAction[tuple[str, ...]]
     """The text to continue; given several times, the texts are continued together."""
     prompt_file: Path | None = None
-    """A UTF-8 file with the text to continue, without its last line break; - is the standard input."""
+    """A UTF-8 file with the text to continue, without its last line break; - reads standard input."""
     model: str | None = None
     """Which model of the run; not needed where there is only one."""
     memory: Path | None = None
-    """A memory file to begin from; without it memory is empty."""
+    """A memory file to start from; without one the memory is empty."""
     compare_memory: Path | None = None
     """A memory file: continue the text greedily with this memory, and again with an empty one."""
     force: bool = False
-    """Take a memory that other weights have filled, too."""
+    """Accept a memory that was filled by other weights."""
     save_memory: Path | None = None
-    """Write the memory to this file in the end, *.safetensors: what it was, and what was read and written here."""
+    """Afterwards, write the memory to this file, *.safetensors: the memory it started from, plus what was read and
+    generated."""
     stream: bool = False
-    """Show one prompt's text as it is made."""
+    """Show the text as it is generated (one prompt only)."""
     json: bool = False
     """Print one JSON object per continuation: prompt, memory, text, num_tokens, finish_reason, statistics."""
     device: str = "auto"

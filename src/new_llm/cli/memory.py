@@ -103,7 +103,7 @@ class Merge(Command):
     out: Path
     """The memory file to write, *.safetensors; may be one of the files."""
     force: bool = False
-    """Add memories of different weights, too."""
+    """Accept memories that were filled by different weights."""
 
     def execute(self) -> int:
         """Merge and say what came out."""

@@ -173,9 +173,10 @@ class Report(Command):
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]
     """Run folders, or their results.json."""
     measures: tuple[str, ...] = ()
-    """Measures of your own that the runs used, as module:Class; no code is loaded because a run's files name it."""
+    """Measures of your own that the runs used, as module:Class. For safety, no code is loaded that only a run's files
+    name."""
     out: Path | None = None
-    """The .html file to write; None: report.html in the run's folder, or in this folder for several runs."""
+    """The .html file to write; None: report.html in the run's folder, or in the current folder for several runs."""
 
     def execute(self) -> int:
         """Write the page."""

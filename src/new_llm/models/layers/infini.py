@@ -26,9 +26,9 @@ class InfiniOptions(MemoryOptions):
     """The options of an Infini layer."""
 
     num_memory_heads: Size = 1  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Memory heads H, which divide the hidden size; a single head is as wide as the model."""
+    """Number of memory heads H, a divisor of the hidden size; a single head is as wide as the model."""
     num_memory_banks: Annotated[Size, short("--num-memory-banks")] = 1
-    """Banks of the memory, written in turn."""
+    """Number of banks of the memory, written in turn."""
     segments_per_bank: Annotated[Size, short("--segments-per-bank")] = 4
     """Segments written into one bank before the next."""
     use_alibi: Annotated[bool, short("--alibi")] = False
@@ -104,13 +104,13 @@ class AdapterConfig(ParallelInfiniOptions):
     """The adapter section: a memory beside some layers of a GPT-NeoX."""
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), short("--layers")] = (0,)
-    """The layers, by their index, that get a memory beside them."""
+    """Indices of the layers that get a memory branch."""
     init: Annotated[Literal["base", "random"], short("--init")] = "base"
-    """The memory's weights at the start: those of the attention that it stands beside, or drawn anew."""
+    """Initial weights of the branch: those of the attention beside it, or random ones."""
     zero_init_dense: Annotated[bool, short("--zero-init-dense")] = False
-    """Begin with an output projection of zeros: with any α the adapted model is the base at first."""
+    """Start with an output projection of zeros: with any α the adapted model then starts equal to the base."""
     freeze_base_model: Annotated[bool, short("--freeze")] = True
-    """Train the adapter's weights alone."""
+    """Train only the adapter's weights."""
 
     def __post_init__(self) -> None:
         if len(set(self.layers)) != len(self.layers):

@@ -24,13 +24,13 @@ class SelectionOptions(MemoryOptions):
     """The options of layers that select among several memories."""
 
     num_memories: Annotated[Size, short("--num-memories")] = 4
-    """Independent memories, written in turn; with router top1 beside one more that all tokens share."""
+    """Number of independent memories, written in turn; router top1 adds one that all tokens share."""
     selection_temperature: Annotated[float, Field(gt=0)] = 1.0
     """τ, which divides the scores: near 0 a token reads one memory, far above 1 all memories equally."""
     router: Annotated[Literal["relevance", "standardized", "top1"], short("--router")] = "relevance"
-    """How memories are selected. relevance: by each token's attention to their z. standardized: the same scores,
-    standardised over the memories, with a temperature learned per head. top1 (multi_memory alone): a learned router
-    sends each token to one memory, and another one takes all tokens."""
+    """How memories are selected. relevance: by each token's attention to their z. standardized: by the same scores,
+    standardised over the memories, with a temperature learned per head. top1 (multi_memory only): a learned router
+    sends each token to one memory, and another memory receives all tokens."""
 
 
 @section
@@ -38,7 +38,7 @@ class MultiMemoryOptions(SelectionOptions):
     """The options of a multi-memory layer."""
 
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
-    """With top1: weight of the auxiliary loss by which all memories get their share of the tokens."""
+    """With top1: weight of the auxiliary loss that spreads the tokens over all memories."""
 
 
 class SelectingAttention(CompressiveAttention):

@@ -24,7 +24,7 @@ class RecurrentMemoryOptions:
     """The options of a recurrent memory transformer."""
 
     num_memory_tokens: Annotated[Size, short("--num-memory-tokens")] = 16
-    """m: memory vectors before each segment, which it reads, and behind it, which it writes."""
+    """m: number of memory vectors before each segment, which it reads, and after it, which it writes."""
 
 
 @section

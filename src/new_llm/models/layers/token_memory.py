@@ -21,7 +21,7 @@ class TokenMemoryOptions:
     """The options of a token memory."""
 
     num_memory_heads: Size = 4
-    """Memory heads H, each [K, D]."""
+    """Number of memory heads H, each [K, D]."""
     memory_key_size: Annotated[int | None, Field(gt=0, le=MAX_SIZE)] = None
     """Width K of the keys; None: half of the hidden size."""
     read_gate_init: float = -1.0
@@ -29,9 +29,9 @@ class TokenMemoryOptions:
     read_scale_init: float = 30.0
     """Initial α, the factor of what is read."""
     query_key_init_scale: Annotated[float, Field(gt=0)] = 1.0
-    """W_q = W_k start this many times as large as other weights, so that they turn more slowly."""
+    """Initial scale of W_q = W_k relative to other weights; larger ones change direction more slowly."""
     retention_init: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Initial w: the share of the memory that a segment's write leaves."""
+    """Initial w: the share of the memory that is kept when a segment is written."""
     use_delta_rule: bool = True
     """Write only what the memory does not return yet (v − k M). False: write v."""
 

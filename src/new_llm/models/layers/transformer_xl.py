@@ -20,7 +20,7 @@ class TransformerXLOptions:
     """The options of a Transformer-XL layer."""
 
     memory_tokens: Annotated[int, Field(ge=0, le=MAX_SIZE), short("--memory-tokens")] = 64
-    """C: tokens before the segment whose keys and values are kept; with 0 the layer is Pythia's."""
+    """C: number of earlier tokens whose keys and values are kept; with 0 the layer is Pythia's."""
     detach_memory: bool = True
     """Stop gradients at the segment's border; False: they flow into the keys and values of earlier segments."""
 
