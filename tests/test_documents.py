@@ -1,23 +1,143 @@
 """What README and docs show is run as it stands there, or parsed by the command that it is for."""
 
+import argparse
 import functools
 import importlib
+import importlib.util
 import json
 import math
 import re
+import runpy
 import shlex
-from typing import Any
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import yaml
 
-from documents import PAGES, ROOT, find_blocks, find_commands, name_page, parse_command
 from new_llm import __version__
 from new_llm.cli.command import write_completion
 from new_llm.cli.main import COMMANDS
-from new_llm.config.loading import settings_from_dict
-from new_llm.experiments.config import ExperimentConfig
+from new_llm.config.loading import read_settings, settings_from_dict
+from new_llm.experiments.config import ExperimentConfig, StudyConfig
 from new_llm.formats import format_size
+from tiny import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHER_PROGRAMS = {"docker", "git", "pip", "pre-commit", "scp", "tensorboard"}
+"""Programs of others whose arguments are not parsed here."""
+
+
+def name_page(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def find_blocks(page: Path, language: str) -> list[str]:
+    """The page's fenced blocks of one language, whatever their indentation."""
+    pattern = re.compile(rf"^( *)```{language}\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in pattern.findall(text)]
+
+
+def find_commands(page: Path) -> list[str]:
+    """The command lines of a page: those of bash blocks, and indented ones."""
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(find_blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^    ((?:python3?|new-llm|make) .*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    commands = [part.split(" > ")[0].strip() for line in lines for part in line.split(" #")[0].split("&&")]
+    return [command for command in commands if command]
+
+
+class ParsedError(SystemExit):
+    """A command's arguments have been read; it was not run. An exit, which the command lets pass."""
+
+
+def stop_after(read: Callable[..., Any]) -> Callable[..., NoReturn]:
+    """What reads the arguments, and then ends the command."""
+
+    def read_and_stop(*args: Any, **options: Any) -> NoReturn:
+        raise ParsedError(read(*args, **options))
+
+    return read_and_stop
+
+
+def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a command read its arguments, by its own parser, and do nothing else.
+
+    Raises:
+        AssertionError: it does not exist, or does not know its arguments.
+    """
+    while words and re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]
+    program, arguments = words[0], words[1:]
+    if program in OTHER_PROGRAMS:
+        return
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(arguments) <= set(targets), f"the Makefile has no {arguments}"
+    elif program in ("python", "python3"):
+        parse_script(ROOT / arguments[0], arguments[1:], monkeypatch)
+    else:
+        assert program == "new-llm", f"{program}: unknown; a program of others belongs in OTHER_PROGRAMS"
+        parse_own(arguments, monkeypatch)
+
+
+def parse_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`new-llm`: every command reads its flags by its `read`; the harness of lm-eval reads its own."""
+    from new_llm.cli import main
+
+    if not arguments or arguments[0].startswith("-"):
+        assert set(arguments) <= {"--help", "--version", "--debug"}
+        return
+    assert arguments[0] in main.COMMANDS, f"new-llm has no {arguments[0]}"
+    if arguments[0] == "lm-eval":
+        pytest.importorskip("lm_eval")
+    catch_parsing(monkeypatch)
+    monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
+    try:
+        code = main.main(arguments)
+    except ParsedError:
+        return
+    except SystemExit as stopped:
+        code = stopped.code
+        if "--help" in arguments and not code:
+            return
+    raise AssertionError(f"new-llm {shlex.join(arguments)}: exit code {code}")
+
+
+def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python program of this repository: a launcher of a command, or one that reads its own flags."""
+    assert script.is_file(), f"{script} does not exist"
+    source = script.read_text(encoding="utf-8")
+    if launched := re.search(r'launch\("([\w-]+)"\)', source):
+        parse_own([launched[1], *arguments], monkeypatch)
+    elif "argparse" in source and arguments:
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        monkeypatch.syspath_prepend(str(script.parent))
+        catch_parsing(monkeypatch)
+        with pytest.raises(ParsedError):
+            runpy.run_path(str(script), run_name="__main__")
+    else:
+        compile(source, str(script), "exec")
+        assert not arguments, f"{script.name} takes no arguments"
+
+
+def catch_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read from a command line from now on ends the command."""
+    from new_llm.cli.command import Command, CommandGroup
+    from new_llm.cli.training import TrainingCommand
+
+    for kind in (Command, CommandGroup, TrainingCommand):
+        monkeypatch.setattr(kind, "read", classmethod(stop_after(kind.read.__func__)))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+
+
+# Pages
+
 
 LANGUAGES = {"", "bash", "python", "yaml", "text"}
 
@@ -193,3 +313,53 @@ def test_every_row_of_the_audit_names_a_test_and_modules_that_exist():
         assert re.search(r"`tests/[\w/]+\.py::test_\w+` \|$", row), row
         for module in re.findall(r"`([a-z_/]+\.py)`", row):
             assert (ROOT / "src" / "new_llm" / module).is_file(), module
+
+
+# The documentation builds without a warning, and its pages load nothing from the network
+
+
+@pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="needs the extra docs (make docs)")
+def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
+    for name in ("docs", "src", "mkdocs.yml"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "Warning" not in built.stdout + built.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 25
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:link|script|img|iframe)[^>]+(?:src|href)=\"?((?:https?:)?//[^\" >]+)", text)
+        assert not loaded, (page.name, loaded)
+
+
+# Committed studies: every variant is a valid experiment, and all train equally long, except those named short
+
+
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_committed_study_can_run(path):
+    study = read_settings(path, StudyConfig)
+    assert study.name == path.stem
+    assert study.question.endswith("?")
+    assert f"new-llm study studies/{path.name}" in path.read_text()
+    for name in study.variants:
+        config = study.configure(name, study.seeds[0])
+        reads_all = config.data.num_samples is None
+        tokens = 0 if reads_all else config.data.num_samples * config.data.seq_length
+        first = study.configure(next(iter(study.variants)), 0).data
+        if not reads_all and config.data.reversal_pairs == first.reversal_pairs:  # else it trains on another text
+            asked = first.num_samples * first.seq_length
+            assert tokens < asked if name.endswith("-short") else tokens == asked
+
+
+def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():
+    ways = ("gated_delta-4-three/caches/+ all", "pythia/caches/+ all")
+    command = [sys.executable, ROOT / "studies" / "compare.py", ROOT / "docs/experiments/novels/losses.json", *ways]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    said, _, seeds = found.rpartition(" ")
+    assert said in (ROOT / "docs/experiments/novels.md").read_text(encoding="utf-8")
+    assert seeds == "(3)"

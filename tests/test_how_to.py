@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from documents import ROOT, find_blocks
 from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.evaluation import MEASURES
 from new_llm.models import load_model
-from tiny import make_shape
+from test_documents import find_blocks
+from tiny import ROOT, make_shape
 
 TINY = """
 experiment --name mine --device cpu --data.source text --data.tokenizer-vocab-size 300 --samples 16 --seq-length 32

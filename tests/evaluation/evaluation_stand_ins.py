@@ -1,16 +1,13 @@
-"""A model whose losses are known in closed form, readings of it that share no code with evaluation, and real ones."""
+"""Tiny models, readings of them that share no code with evaluation, and documents to read."""
 
-import contextlib
 import re
 
 import numpy as np
 import torch
-from torch import nn
 
 from new_llm import TransformerLM
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
-from new_llm.models.inputs import IGNORE_INDEX, align_labels
 from tiny import make_model
 
 VOCAB_SIZE = 11
@@ -36,66 +33,11 @@ def make_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [rng.integers(VOCAB_SIZE, size=length).tolist() for length in lengths]
 
 
-class BigramModel(nn.Module):
-    """−ln p(next | token) from a table, raised by what the memory of the earlier segments holds.
-
-    The memory is a number that depends on every token read and on where the segments were cut.
-    """
-
-    def __init__(self, segment_length: int = 8, seed: int = 0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        logits = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator, dtype=torch.float64)
-        self.nll = nn.Parameter(-logits.log_softmax(-1))
-        self.segment_length = segment_length
-        self.held = torch.full((1,), 5)
-        self.per_row = False
-
-    def token_losses(self, input_ids, labels, attention_mask=None, *, update_memory=False):
-        assert not self.training
-        assert torch.is_inference_mode_enabled()
-        targets = align_labels(labels, input_ids.shape[1])
-        assert self.held.shape[0] == len(input_ids) if self.per_row else not update_memory
-        if attention_mask is not None:  # a masked token is neither read nor a target
-            masked = ~attention_mask | ~torch.nn.functional.pad(attention_mask[:, 1:], (0, 1), value=True)
-            assert (targets[masked] == IGNORE_INDEX).all()
-        losses = torch.zeros(targets.shape, dtype=torch.float64)
-        for row, ids in enumerate(input_ids.tolist()):
-            real = len(ids) if attention_mask is None else int(attention_mask[row].sum())
-            memory = int(self.held[row if self.per_row else 0])
-            for position in range(real):
-                target = int(targets[row, position])
-                if target != IGNORE_INDEX:
-                    losses[row, position] = self.nll[ids[position], target] + memory / 97
-                last = position == real - 1
-                if last or (position + 1) % self.segment_length == 0:
-                    begin = position // self.segment_length * self.segment_length
-                    memory = (31 * memory + sum(ids[begin : position + 1]) + 1) % 97
-            if update_memory:
-                self.held[row] = memory
-        return losses
-
-    @contextlib.contextmanager
-    def fresh_memory(self, batch_size=None):
-        held, per_row = self.held, self.per_row
-        self.held = torch.zeros(batch_size or 1, dtype=torch.int64)
-        self.per_row = batch_size is not None
-        yield self
-        self.held, self.per_row = held, per_row
-
-    def reset_rows(self, rows):
-        self.held[rows] = 0
-
-
-def read_naively(model: BigramModel, tokens: list[int]) -> list[float]:
-    """The loss of each token but the first, all read in one go from an empty memory."""
-    nll = model.nll.detach().numpy()
-    losses, memory = [], 0
-    for begin in range(0, len(tokens) - 1, model.segment_length):
-        for index in range(begin, min(begin + model.segment_length, len(tokens) - 1)):
-            losses.append(float(nll[tokens[index], tokens[index + 1]]) + memory / 97)
-        memory = (31 * memory + sum(tokens[begin : begin + model.segment_length]) + 1) % 97
-    return losses
+def read_naively(model: TransformerLM, tokens: list[int]) -> list[float]:
+    """The loss of each token but the first, all read in one call from an empty memory."""
+    ids = torch.tensor([tokens])
+    with model.fresh_memory(), torch.no_grad():
+        return model.token_losses(ids[:, :-1], ids)[0].tolist() if len(tokens) > 1 else []
 
 
 def make_tiny_model(
@@ -108,3 +50,10 @@ def make_tiny_model(
 def make_reader(kind: str, segment_length: int = 16, **options) -> TransformerLM:
     """A tiny model that reads the real text."""
     return make_tiny_model(kind, padded_vocab_size(TOKENIZER), segment_length, **options)
+
+
+def make_exact(segment_length: int = 8, kind: str = "infini", **options) -> TransformerLM:
+    """A tiny model in float64 of `VOCAB_SIZE` tokens, which holds a memory that no measurement may change."""
+    model = make_tiny_model(kind, VOCAB_SIZE, segment_length, spread=0.5, **options).double()
+    model(torch.arange(VOCAB_SIZE)[None], update_memory=True)
+    return model

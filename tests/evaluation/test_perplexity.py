@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import torch
 from evaluation_stand_ins import (
-    TOKENIZER,
     VOCAB_SIZE,
-    BigramModel,
     make_documents,
-    make_reader,
+    make_exact,
     make_split,
     read_naively,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_cases import assert_states_equal
 from new_llm.config import EvalConfig, UserError
-from new_llm.data.tokenizer import tokenize_documents
 from new_llm.evaluation import (
     Positions,
     Subject,
@@ -71,14 +69,14 @@ def check(result, losses, protocol):
     assert result.standard_error == pytest.approx(result.perplexity * error, rel=1e-6)
 
 
-@pytest.mark.parametrize(("context", "stride"), [(16, 4), (16, 15), (7, 3), (200, 50), (2, 1)])
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize(("context", "stride"), [(16, 4), (16, 15), (7, 3), (200, 50), (3, 2)])
+@pytest.mark.parametrize("batch_size", [2, 50])
 def test_sliding_window_and_independent_equal_naive_loops(context, stride, batch_size):
-    model = BigramModel()
+    model = make_exact()
     result = evaluate_sliding_window(model, SPLIT, context=context, stride=stride, batch_size=batch_size)
     check(result, naive_sliding(model, DOCUMENTS, context, stride), "sliding")
     assert (result.context, result.stride) == (context, stride)
-    model = BigramModel(segment_length=context)
+    model = make_exact(context)
     result = evaluate_independent(model, SPLIT, batch_size=batch_size)
     check(result, naive_independent(model, DOCUMENTS), "independent")
     assert (result.context, result.stride, result.num_tokens) == (context, context, NUM_SCORED)
@@ -92,7 +90,7 @@ def test_sliding_window_and_independent_equal_naive_loops(context, stride, batch
     st.integers(1, 4),
 )
 def test_streaming_equals_one_document_at_a_time(lengths, segment_length, batch_size, segments_per_call):
-    model = BigramModel(segment_length)
+    model = make_exact(segment_length)
     documents = make_documents(lengths, seed=sum(lengths))
     result = evaluate_streaming(
         model, make_split(documents), batch_size=batch_size, segments_per_call=segments_per_call
@@ -102,18 +100,9 @@ def test_streaming_equals_one_document_at_a_time(lengths, segment_length, batch_
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
 
 
-def test_perplexity_is_token_weighted_and_no_average_over_documents():
-    model = BigramModel()
-    model.nll.data.fill_(1.0)
-    model.nll.data[0, 0] = 0.1
-    documents = [[0] * 8, [1, 2] * 2]
-    result = evaluate_independent(model, make_split(documents), batch_size=2)
-    assert result.perplexity == pytest.approx(math.exp((7 * 0.1 + 3 * 1.0) / 10), rel=1e-9)
-
-
 def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
     texts = ["Über die Brücke", "  two\nwords ", "one"]
-    model = BigramModel()
+    model = make_exact()
     documents = make_documents([9, 5, 1])  # the last one has nothing to score and doesn't count
     result = evaluate_independent(model, make_split(documents, texts), batch_size=2)
     total = sum(naive_independent(model, documents))
@@ -132,31 +121,38 @@ PROTOCOLS = [
 @pytest.mark.parametrize("evaluate", PROTOCOLS)
 def test_max_tokens_keeps_whole_documents_but_cuts_an_only_one_whose_bytes_are_then_unknown(evaluate):
     def read(documents, **options):
-        return evaluate(BigramModel(), make_split(documents), batch_size=4, **options)
+        return evaluate(make_exact(), make_split(documents), batch_size=4, **options)
 
     whole, cut = read(DOCUMENTS[:3]), read(DOCUMENTS, max_tokens=36 + 1 + 62)
-    assert (cut.perplexity, cut.num_documents, cut.num_bytes) == (whole.perplexity, 2, whole.num_bytes)
+    assert (cut.num_documents, cut.num_bytes) == (2, whole.num_bytes)
+    assert cut.perplexity == pytest.approx(whole.perplexity, rel=1e-9)
     assert read(DOCUMENTS, max_tokens=NUM_SCORED).num_tokens == NUM_SCORED
     cut = read(DOCUMENTS, max_tokens=20)
     assert (cut.num_tokens, cut.num_documents) == (20, 1)
     assert cut.num_bytes is cut.num_words is cut.bits_per_byte is cut.word_perplexity is None
-    assert cut.perplexity == read([DOCUMENTS[0][:21]]).perplexity
+    assert cut.perplexity == pytest.approx(read([DOCUMENTS[0][:21]]).perplexity, rel=1e-9)
 
 
 @pytest.mark.parametrize("evaluate", PROTOCOLS)
 def test_modes_and_held_memory_come_back_and_progress_is_told(evaluate):
-    model = BigramModel().train()
-    model.extra = torch.nn.Dropout().eval()  # a part that is frozen in evaluation mode stays so
+    model = make_exact()
+    held = model.get_memory_state()
+    model.train().extra = torch.nn.Dropout().eval()  # a part that is frozen in evaluation mode stays so
     told, entered = [], []
+
+    def check_modes(*arguments):
+        assert not model.training
+        assert torch.is_inference_mode_enabled()
 
     def autocast():
         entered.append(True)
         return torch.autocast("cpu", enabled=False)
 
+    model.embed_in.register_forward_pre_hook(check_modes)
     evaluate(model, SPLIT, batch_size=3, autocast=autocast, on_progress=lambda *x: told.append(x))
     assert model.training
     assert not model.extra.training
-    assert model.held.tolist() == [5]
+    assert_states_equal(model.get_memory_state(), held)
     assert told[-1] == (NUM_SCORED, NUM_SCORED)
     assert told == sorted(told)
     assert entered == [True]
@@ -166,15 +162,15 @@ def test_modes_and_held_memory_come_back_and_progress_is_told(evaluate):
 def test_nothing_to_score_is_refused_and_a_diverged_model_reported(evaluate):
     for documents in ([], [[3]], [[], [1]]):
         with pytest.raises(UserError, match="nothing to score"):
-            evaluate(BigramModel(), make_split(documents), batch_size=2)
-    model = BigramModel()
-    for value in (math.nan, 1e6):
-        model.nll.data.fill_(value)
+            evaluate(make_exact(), make_split(documents), batch_size=2)
+    for value in (math.nan, 1e9):
+        model = make_exact()
+        model.embed_out.weight.data.mul_(value)
         assert not math.isfinite(evaluate(model, SPLIT, batch_size=2).perplexity)
 
 
 def test_positions_equal_a_naive_loop():
-    model = BigramModel()
+    model = make_exact()
     settings = EvalConfig(position_edges=(0, 4, 16, 32), batch_size=4, max_tokens=None)
     found = Positions().run(Subject(model, None, SPLIT, settings, seq_length=20))["ranges"]
     by_position = {}
@@ -217,7 +213,7 @@ def test_verdicts(perplexity, level, range_):
 
 @pytest.mark.parametrize("evaluate", [*PROTOCOLS, partial(evaluate_rolling, context=8, prefix_token=4)])
 def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
-    evaluate = partial(evaluate, BigramModel(), SPLIT)
+    evaluate = partial(evaluate, make_exact(), SPLIT)
     whole = evaluate(batch_size=2)
     assert whole.is_complete
     assert whole.to_dict()["is_complete"]
@@ -226,50 +222,6 @@ def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
     assert not stopped.is_complete
     assert stopped.num_bytes is stopped.num_words is stopped.bits_per_byte is stopped.word_perplexity is None
     assert math.isfinite(stopped.perplexity)
-
-
-# A real model
-
-
-def learn(model, ids, labels):
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss, _ = model.compute_loss(ids, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-class DoublyShifted:
-    """A model that is handed labels shifted once before the model itself shifts them."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def token_losses(self, input_ids, labels, attention_mask=None, *, update_memory=False):
-        shifted = torch.cat([labels[:, 1:], labels[:, :1]], dim=1)
-        return self.model.token_losses(input_ids, shifted, attention_mask, update_memory=update_memory)
-
-
-@pytest.mark.parametrize("kind", ["pythia", "infini"])
-def test_a_model_that_has_learned_a_sentence_scores_near_one(kind):
-    model = make_reader(kind, segment_length=64)
-    split = tokenize_documents(["The novel Moby-Dick was written by Herman Melville in the year 1851."], TOKENIZER)
-    ids = torch.from_numpy(split.tokens.astype("int64"))[None]
-    evaluate_streaming(model, split, batch_size=1)  # what it leaves behind must not hinder training
-    learn(model, ids, ids)
-    for result in (
-        evaluate_sliding_window(model, split, context=64, stride=16, batch_size=4),
-        evaluate_streaming(model, split, batch_size=4),
-        evaluate_independent(model, split, batch_size=4),
-    ):
-        assert result.num_tokens == ids.shape[1] - 1
-        assert 1 <= result.perplexity < 1.05
-    wrong = evaluate_sliding_window(DoublyShifted(model), split, context=64, stride=16, batch_size=4)
-    assert wrong.perplexity > 1000
 
 
 # The rolling protocol
@@ -303,7 +255,7 @@ def test_rolling_windows_are_the_harness_s(length, context):
 
 
 def test_rolling_scores_every_token():
-    model = BigramModel()
+    model = make_exact()
     losses = []
     for document in DOCUMENTS:
         for read, scored in list_harness_windows(document, PREFIX, 24):

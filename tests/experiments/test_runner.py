@@ -14,18 +14,19 @@ from rich.console import Console
 from new_llm.config import UserError
 from new_llm.config.loading import settings_from_dict
 from new_llm.data.dataset import prepare_data
+from new_llm.data.tokenizer import train_tokenizer
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.experiments.run_folder import create_run, hold_run, load_run_model
 from new_llm.experiments.runner import Run, build_model
-from new_llm.models import ModelType, load_model
+from new_llm.models import ModelType, load_model, save_model
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.report.results import load_results
 from new_llm.training import Trainer
 from new_llm.training.checkpoint import list_checkpoints, remove_checkpoints
 from new_llm.training.log import read_metrics
 from new_llm.training.preparation import make_schedule
-from tiny import change, fail_after, make_settings
+from tiny import SPEECHES, change, fail_after, make_model, make_settings
 
 
 @pytest.fixture
@@ -284,3 +285,33 @@ def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(tiny):
     with hold_run(tiny, resume=True):
         assert not any(place.exists() for place in left)
     assert kept.exists()
+
+
+# A run's model and tokenizer are found, or one line says what to ask for
+
+
+@pytest.fixture
+def saved_run(tmp_path, tokenizer):
+    save_model(make_model(), tmp_path / "run" / "infini" / "best")
+    tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
+    return tmp_path / "run"
+
+
+def test_the_tokenizer_is_beside_the_model_or_above(saved_run, tokenizer, tmp_path):
+    for place in (saved_run / "infini", saved_run / "infini" / "best"):
+        model, found = load_run_model(place)
+        assert found.to_str() == tokenizer.to_str()
+        assert model.segment_length == 16
+    save_model(make_model(), tmp_path / "a" / "b" / "c")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"no tokenizer.json here or in the 2 folders above"):
+        load_run_model(tmp_path / "a" / "b" / "c")
+
+
+def test_a_tokenizer_that_does_not_fit(saved_run):
+    train_tokenizer(SPEECHES, 600).save(str(saved_run / "infini" / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"has ids up to 599; the model in .* knows up to 383"):
+        load_run_model(saved_run, "infini")
+    (saved_run / "infini" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not a valid tokenizer"):
+        load_run_model(saved_run, "infini")

@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model_cases import STACKS, assert_near, assert_states_near, build_model, get_model, text_ids
+from new_llm.config import PythiaConfig
 from new_llm.config.model import GenerationConfig
-from new_llm.models import create_model
+from new_llm.models import create_model, generation
 from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.sampling import TokenSampler
+from new_llm.models.state import list_tensors
 from tiny import make_shape
 
 SHAPE = make_shape()
@@ -120,3 +123,88 @@ def test_what_waits_is_seen():
         for ask in (lambda: bool(there.any()), lambda: there[there > 0], lambda: there.nonzero()):
             with pytest.raises((RuntimeError, NotImplementedError)):
                 ask()
+
+
+# Steps that a CUDA graph can hold, here without one: the same results, at the same places, asking nothing
+
+
+CAPTURABLE = [name for name in STACKS if "top1" not in name]
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_hidden_states_and_memory_equal_those_of_the_stream(name: str) -> None:
+    """After a prompt of other lengths in each row, over the ends of segments, from a memory that is held."""
+    model = get_model(name)
+    with torch.no_grad():
+        model(text_ids(1, 8, start=60), update_memory=model.rows_can_share)
+    ids = text_ids(2, 20)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    states = []
+    for in_place in (False, True):
+        held = model.keep_memory()
+        stream = model.open_stream(2)
+        stream.feed(ids[:, :7], mask)
+        if in_place:
+            assert stream.can_step_in_place
+            stream.begin_steps(13)
+        found = []
+        for t in range(7, 20):
+            token = ids[:, t : t + 1]
+            found.append(stream.read_token(token) if in_place else stream.feed_hidden(token))
+            if in_place:
+                stream.count_token()
+        before = model.get_memory_state()
+        if model.rows_can_share:
+            stream.close(update_memory=True)
+        states.append((torch.cat(found, 1), before, model.get_memory_state(), stream.num_tokens))
+        model.restore_memory(held)
+    (expected, held_then, memory, count), (found, held_now, memory_now, count_now) = states
+    assert_near(found, expected, 1e-10)
+    assert_states_near(held_now, held_then, 0)  # steps in place leave what the model holds alone
+    assert_states_near(memory_now, memory, 1e-9)
+    assert count_now == count
+
+
+@pytest.mark.parametrize("kind", ["pythia", "infini", "hierarchical", "transformer_xl", "gated_delta", "token_memory"])
+def test_every_step_asks_nothing_and_finds_its_tensors_where_they_were(kind: str) -> None:
+    with torch.device("meta"):
+        model = create_model(kind, SHAPE, segment_length=8)
+    stream = model.open_stream(2)
+    ids = torch.zeros(2, 1, dtype=torch.int64, device="meta")
+    with watch() as found:
+        stream.feed_hidden(ids.expand(2, 11))
+        stream.begin_steps(20)
+        stream.read_token(ids)
+        stream.count_token()
+        places = [id(t) for t in list_tensors((stream.opened, stream.memories))]
+        for _ in range(12):
+            stream.read_token(ids)
+            assert [id(t) for t in list_tensors((stream.opened, stream.memories))] == places
+            assert stream.count_token()
+    assert not found
+
+
+@pytest.mark.parametrize("name", ["pythia", "mixed", "infini-tokens", "infini-alibi"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize("update_memory", [False, True])
+def test_generation_is_the_same(name: str, options: dict, update_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_model(name)
+    prompt, mask = text_ids(2, 9), torch.arange(9) >= torch.tensor([[0], [3]])
+    options = {"max_new_tokens": 20, "update_memory": update_memory} | options
+    free, _ = model.generate(prompt, mask, **options)
+    found = []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(generation, "STEPS_IN_PLACE", devices)
+        monkeypatch.setitem(generation.LOOK_EVERY, "cpu", 5 if devices else 1)
+        model.reset_memory()
+        ids, statistics = model.generate(prompt, mask, eos_token_id=int(free[0, 13]), **options)
+        found.append((ids, statistics.row_tokens, model.get_memory_state()))
+    assert torch.equal(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+    assert_states_near(found[1][2], found[0][2], 1e-9)
+
+
+def test_a_layer_that_runs_its_segment_again_does_not_step_in_place() -> None:
+    for name in ("multi_memory-top1", "pythia"):
+        assert build_model(STACKS[name]).open_stream(1).can_step_in_place == (name == "pythia")
+    assert not create_model("rmt", PythiaConfig(**vars(SHAPE))).open_stream(1).can_step_in_place
