@@ -53,7 +53,7 @@ format: dev
 
 # The GPU check, small, on the CPU.
 rehearse: dev
-	$(BIN)/python -m pytest -m slow tests/benchmarks/test_gpu_check.py
+	$(BIN)/python -m pytest -m slow tests/benchmarks/test_benchmark_programs.py -k rehearsal
 
 # Hours; `make bench BENCH="--only generation"` or `BENCH=--quick` for less. Writes docs/benchmarks/measured.md.
 bench: $(VENV)/.bench

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from model_cases import VOCAB_SIZE, get_model, text_ids
-from new_llm import create_model
 from new_llm.config import PythiaConfig, UserError
 from new_llm.experiments.config import ModelConfig
 from new_llm.models import ModelType, SelectiveOutputLM, TransformerLM, create_model, save_model
