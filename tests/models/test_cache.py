@@ -13,6 +13,7 @@ from new_llm.models import cache
 from new_llm.models.cache import Scored, TextCache, describe_cache, mix, score_match, score_ngrams, tune_weights
 
 VOCAB_SIZE, NUM_TOKENS, HIDDEN_SIZE = 7, 61, 5
+FEW_BITS = (7, 8, 9)  # so that a short text's matches reach every range
 
 
 def make_text(seed: int = 0):
@@ -42,14 +43,15 @@ def mix_naively(config: CacheConfig, states: torch.Tensor, tokens: list[int], mo
         if len(tokens) >= order - 1 and ends:
             counts = Counter(tokens[i] for i in ends)
             distributions[1 + order] = [counts[w] / len(ends) for w in range(VOCAB_SIZE)]
-    length = sum(component > 1 for component in distributions) - 1
+    length, bits = sum(component > 1 for component in distributions) - 1, 0.0
     if config.longest_match:
         shared = [next((n for n in range(32) if n > i or tokens[i - n] != tokens[now - n]), 32) for i in range(now)]
         length = max(shared, default=0)
+        bits = sum(math.log2((i + 1) / (tokens[:i].count(tokens[i]) + 1)) for i in range(now + 1 - length, now + 1))
         if length:
             latest = max(i for i in range(now) if shared[i] == length)
             distributions[5] = [float(w == tokens[latest + 1]) for w in range(VOCAB_SIZE)]
-    weights = config.weights[max(row for row, begin in enumerate((-1, 0, 1, 2, 3, 5, 9, 17)) if begin <= length)]
+    weights = config.weights[1 + min(length, 3) + (sum(bits >= least for least in FEW_BITS) if length >= 3 else 0)]
     total = sum(weights[component] for component in distributions)
     return [
         sum(weights[component] * found[w] for component, found in distributions.items()) / total
@@ -73,6 +75,7 @@ def test_every_distribution_equals_the_equations_however_the_text_is_cut(
     monkeypatch, cuts, num_states, ngram_order, longest_match, similarity
 ):
     monkeypatch.setattr(cache, "QUERY_ROWS", 8)
+    monkeypatch.setattr(cache, "MATCH_BITS", FEW_BITS)
     config = CacheConfig(
         num_states=num_states, ngram_order=ngram_order, longest_match=longest_match, similarity=similarity, theta=1.5
     )
@@ -103,11 +106,10 @@ def test_the_components_of_a_whole_text_are_those_of_its_stream(text):
     tokens = torch.tensor(text)
     states = torch.zeros(len(tokens) - 1, HIDDEN_SIZE)
     streamed = TextCache(CacheConfig(ngram_order=3, longest_match=True)).score(states, tokens[:-1], tokens[1:])
-    matches, lengths = score_match(tokens.numpy())
+    matches, contexts = score_match(tokens.numpy())
     found = np.column_stack([score_ngrams(tokens.numpy(), 3), matches])
     np.testing.assert_array_equal(found, streamed.probabilities[:, 2:])
-    np.testing.assert_array_equal(lengths, streamed.lengths)
-    assert lengths.max() <= 32
+    np.testing.assert_array_equal(contexts, streamed.contexts)
 
 
 def test_reading_ahead_leaves_no_trace():
@@ -139,10 +141,10 @@ def test_tuned_weights_are_the_best_on_a_grid():
             assert np.log(mix(scored, [[a, b, 1 - a - b, 0, 0, 0]] * 8)).mean() <= best + 1e-4
 
 
-def test_a_long_match_that_a_text_has_once_weighs_as_shorter_ones_do():
+def test_a_match_of_much_information_that_a_text_has_once_weighs_as_those_of_less():
     probabilities = np.full((301, 6), 0.5)
     probabilities[:, 5] = np.arange(301) % 3 > 0
-    scored = Scored(probabilities, np.array([*[9] * 300, 17]))
+    scored = Scored(probabilities, np.array([*[6] * 300, 7]))
     tuned = tune_weights(scored, CacheConfig().weights)
     assert tuned[6, 5] == pytest.approx(1 / 3, abs=0.1)  # 2/3 of the matches are right, where all others have one half
     np.testing.assert_allclose(tuned[7], tuned[6], atol=0.05)

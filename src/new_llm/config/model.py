@@ -81,9 +81,10 @@ def check_adapter_suffix(path: Path, what: str) -> None:
 
 COMPONENTS = ("model", "states", "unigrams", "bigrams", "trigrams", "match")
 """What a cached model mixes."""
-CONTEXT_LENGTHS = (-1, 0, 1, 2, 3, 5, 9, 17)
-"""Where the ranges of context lengths begin that have weights of their own; −1: nothing has been read."""
 MAX_ORDER = 3
+MATCH_BITS = (28, 42, 64)
+"""Where the ranges of a long match's information begin that have weights of their own."""
+NUM_CONTEXTS = 2 + MAX_ORDER + len(MATCH_BITS)
 
 Weight = Annotated[float, Field(ge=0)]
 Weights = Annotated[tuple[Weight, ...], Field(min_length=len(COMPONENTS), max_length=len(COMPONENTS))]
@@ -103,19 +104,20 @@ class CacheConfig:
     """How two states are compared: by the angle between them, or by their inner product."""
     theta: Annotated[float, Field(gt=0)] = 12.0
     """θ: how much more a similar state counts; its best value depends on the similarity."""
-    weights: Annotated[tuple[Weights, ...], Field(min_length=len(CONTEXT_LENGTHS), max_length=len(CONTEXT_LENGTHS))] = (
+    weights: Annotated[tuple[Weights, ...], Field(min_length=NUM_CONTEXTS, max_length=NUM_CONTEXTS)] = (
         (0.65, 0.35, 0.0, 0.0, 0.0, 0.0),
         (0.90, 0.07, 0.03, 0.0, 0.0, 0.0),
         (0.60, 0.22, 0.02, 0.16, 0.0, 0.02),
         (0.38, 0.27, 0.02, 0.08, 0.25, 0.03),
-        (0.65, 0.17, 0.0, 0.0, 0.09, 0.09),
-        (0.42, 0.23, 0.0, 0.0, 0.12, 0.23),
-        (0.33, 0.10, 0.0, 0.0, 0.13, 0.44),
-        (0.12, 0.02, 0.0, 0.0, 0.26, 0.60),
+        (0.39, 0.29, 0.01, 0.02, 0.23, 0.06),
+        (0.34, 0.23, 0.02, 0.01, 0.24, 0.16),
+        (0.28, 0.17, 0.01, 0.02, 0.24, 0.28),
+        (0.16, 0.10, 0.01, 0.01, 0.18, 0.54),
     )
-    """Weights of model, states, unigrams, bigrams, trigrams and match where the longest context that the text has seen
-    before: none, as nothing has been read; 0 tokens; 1; 2; 3 to 4; 5 to 8; 9 to 16; more. What is off or knows nothing
-    is left out, and the others' weights are scaled to sum to 1. The defaults are near what EM gives on articles."""
+    """Weights of model, states, unigrams, bigrams, trigrams and match by the longest context that the text has seen
+    before: none, as nothing has been read; 0 tokens; 1; 2; 3 or more with less than 28 bits of information; 42; 64;
+    with more. What is off or knows nothing is left out, and the others' weights are scaled to sum to 1. The defaults
+    are near what EM gives on articles."""
 
     def __post_init__(self) -> None:
         if any(row[0] <= 0 for row in self.weights):

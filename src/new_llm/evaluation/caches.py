@@ -53,29 +53,29 @@ class Parts(NamedTuple):
         states: by the states, for each N and each θ, [T, N, Θ].
         ngrams: by unigrams and longer n-grams of the text, [T, n].
         matches: by the longest match, [T]; None: not asked for.
-        lengths: tokens of the longest match, [T].
+        contexts: of `rank_context` for the longest match, [T].
     """
 
     losses: NDArray[np.float64]
     states: Probabilities
     ngrams: Probabilities
     matches: Probabilities | None
-    lengths: NDArray[np.int64] | None
+    contexts: NDArray[np.int64] | None
 
     def select(self, config: CacheConfig, sizes: Sequence[int], theta: int) -> Scored:
         """What a cache knows, by the place of its θ."""
-        found, lengths = np.full((len(self.losses), len(COMPONENTS)), np.nan), np.full(len(self.losses), -1)
+        found, contexts = np.full((len(self.losses), len(COMPONENTS)), np.nan), np.zeros(len(self.losses), np.int64)
         found[:, 0] = np.exp(-self.losses)
         if config.num_states:
             found[:, 1] = self.states[:, sizes.index(config.num_states), theta]
         if config.ngram_order:
             found[:, 2 : 2 + config.ngram_order] = self.ngrams[:, : config.ngram_order]
-            lengths = (~np.isnan(found[:, 2:])).sum(1) - 1
+            contexts = (~np.isnan(found[:, 2:])).sum(1)
         if config.longest_match:
             assert self.matches is not None
-            assert self.lengths is not None
-            found[:, MATCH], lengths = self.matches, self.lengths
-        return Scored(found, lengths)
+            assert self.contexts is not None
+            found[:, MATCH], contexts = self.matches, self.contexts
+        return Scored(found, contexts)
 
 
 class Tuned(NamedTuple):
@@ -125,7 +125,7 @@ def tune(parts: Sequence[Parts], settings: CacheMeasureConfig, config: CacheConf
         scored = Scored(*(np.concatenate(rows)[::stride] for rows in zip(*selected, strict=True)))
         weights = tune_weights(scored, config.weights)
         likelihood = float(np.log(mix(scored, weights)).sum())
-        found.append((likelihood, Tuned(theta, weights.tolist(), len(scored.lengths))))
+        found.append((likelihood, Tuned(theta, weights.tolist(), len(scored.contexts))))
     return max(found)[1]
 
 

@@ -11,8 +11,10 @@ and the cached model is their linear mixture with the model's own distribution,
 
     p(w) = Σ_k λ_k p_k(w) / Σ_k λ_k,    k over the components that know anything here.
 
-The weights λ depend on the length of the longest context whose followers are known: with a match L, else at most n − 1
-(`CONTEXT_LENGTHS`). So a bigram can weigh more where there is no trigram, and a match more the longer it is.
+The weights λ depend on the longest context whose followers are known: at most n − 1 tokens, or with a match L. So a
+bigram can weigh more where there is no trigram. Contexts of three tokens and more are told apart by their information,
+the sum over their tokens of log2((i + 1) / (c + 1)), where the text had i tokens before, c of them equal: a match
+weighs more the rarer what it repeats, as the digits of a number are (`MATCH_BITS`).
 
 Sources: Improving Neural Language Models with a Continuous Cache, arXiv:1612.04426, eq. 2 to 5 (states); Kuhn and De
 Mori, A Cache-Based Natural Language Model for Speech Recognition, IEEE PAMI 12(6), 1990 (n-grams of the text itself);
@@ -23,14 +25,14 @@ Infini-gram, arXiv:2401.17377 (the longest match).
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from new_llm.config.model import COMPONENTS, CONTEXT_LENGTHS, MAX_ORDER, CacheConfig
+from new_llm.config.model import COMPONENTS, MATCH_BITS, MAX_ORDER, CacheConfig
 
 Probabilities = NDArray[np.float64]
 MATCH = COMPONENTS.index("match")
@@ -114,11 +116,17 @@ class Scored(NamedTuple):
     Attributes:
         probabilities: the token's by each component, in the order of `COMPONENTS`, [T, 6]; NaN where one is off or
             knows nothing.
-        lengths: tokens of the longest context whose followers are known, [T]; 0: the empty one, −1: none.
+        contexts: of `rank_context` for the longest context whose followers are known, [T].
     """
 
     probabilities: Probabilities
-    lengths: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+
+
+def rank_context(lengths: Any, bits: Any = 0.0) -> Any:
+    """The row of `CacheConfig.weights` for a context of so many tokens and so much information; −1 tokens: there is
+    none. Numbers or arrays."""
+    return np.where(lengths < MAX_ORDER, lengths, MAX_ORDER + np.searchsorted(MATCH_BITS, bits, side="right")) + 1
 
 
 # n-grams and matches
@@ -139,8 +147,10 @@ def score_ngrams(tokens: NDArray[np.int64], order: int) -> Probabilities:
 
 
 def score_match(tokens: NDArray[np.int64]) -> tuple[Probabilities, NDArray[np.int64]]:
-    """What `TextCache.score` finds for a whole text's matches: probabilities and lengths, [T − 1] for T tokens."""
+    """What `TextCache.score` finds for a whole text's matches: probabilities and contexts, [T − 1] for T tokens."""
     found, lengths = np.full(len(tokens), np.nan), np.zeros(len(tokens), np.int64)
+    counts, _ = _find_earlier(tokens)
+    bits = np.concatenate([np.zeros(1), np.log2((np.arange(len(tokens)) + 1) / (counts + 1)).cumsum()])
     for length, known in itertools.islice(enumerate(_number_contexts(tokens)), 1, LONGEST_MATCH + 1):
         latest = _find_earlier(known)[1]
         places = np.flatnonzero(latest >= 0)
@@ -148,7 +158,8 @@ def score_match(tokens: NDArray[np.int64]) -> tuple[Probabilities, NDArray[np.in
             break
         found[length + places] = tokens[length + latest[places]] == tokens[length + places]
         lengths[length + places] = length
-    return found[1:], lengths[1:]
+    places = np.arange(len(tokens))
+    return found[1:], rank_context(lengths, bits[places] - bits[places - lengths])[1:]
 
 
 def _number_contexts(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -243,10 +254,17 @@ class MatchFinder:
         """Where each run of 1 to `KEY_LENGTH` tokens ended last."""
         self.before: list[list[int]] = []
         """For each token, where the runs of 1, 2, … tokens that end in it had ended before; −1: nowhere."""
+        self.counts: dict[int, int] = {}
+        """How often each token stands in the text."""
+        self.bits = [0.0]
+        """The information of the text's first 0, 1, … tokens."""
 
     def read(self, token: int) -> None:
         """Read the text's next token."""
+        count = self.counts.get(token, 0) + 1
+        self.counts[token] = count
         self.tokens.append(token)
+        self.bits.append(self.bits[-1] + float(np.log2(len(self.tokens) / count)))
         self.before.append([])
         for run in self._list_runs():
             self.before[-1].append(self.latest.get(run, -1))
@@ -259,10 +277,14 @@ class MatchFinder:
                 del self.latest[run]
             else:
                 self.latest[run] = place
-        del self.tokens[-1]
+        token = self.tokens.pop()
+        self.counts[token] -= 1
+        if not self.counts[token]:
+            del self.counts[token]
+        del self.bits[-1]
 
     def find(self) -> tuple[int, int]:
-        """Its length L, 0 for none, and the token that followed it."""
+        """Its context, of `rank_context`, and the token that followed it; −1: there is none."""
         here = len(self.tokens) - 1
         length, found = next(
             ((length, place) for length, place in reversed(list(enumerate(self.before[here], start=1))) if place >= 0),
@@ -277,7 +299,8 @@ class MatchFinder:
                 length, found = shared, place
             earlier = self.before[place]
             place = earlier[-1] if len(earlier) == KEY_LENGTH else -1
-        return length, self.tokens[found + 1]
+        context = int(rank_context(length, self.bits[-1] - self.bits[-1 - length]))
+        return context, self.tokens[found + 1] if length else -1
 
     def _list_runs(self) -> list[tuple[int, ...]]:
         return [tuple(self.tokens[-length:]) for length in range(1, 1 + min(KEY_LENGTH, len(self.tokens)))]
@@ -324,7 +347,7 @@ class TextCache:
         Returns:
             Its probabilities are NaN for the model.
         """
-        found, lengths = np.full((len(tokens), len(COMPONENTS)), np.nan), np.full(len(tokens), -1)
+        found, contexts = np.full((len(tokens), len(COMPONENTS)), np.nan), np.zeros(len(tokens), np.int64)
         if self.config.num_states:
             joined, read = self._join(states, tokens)
             found[:, 1:2] = score_states(joined, read, targets, self.config.num_states, [self.config.theta])
@@ -332,12 +355,12 @@ class TextCache:
             if self.counts:
                 scores = self.counts.score(int(targets[place]))
                 found[place, 2 : 2 + len(scores)] = scores
-                lengths[place] = len(scores) - 1
+                contexts[place] = len(scores)
             if self.matches:
-                lengths[place], follower = self.matches.find()
-                if lengths[place]:
+                contexts[place], follower = self.matches.find()
+                if follower >= 0:
                     found[place, MATCH] = follower == int(targets[place])
-        return Scored(found, lengths)
+        return Scored(found, contexts)
 
     @torch.no_grad()
     def mix(self, states: Tensor, tokens: Tensor, probabilities: Tensor) -> Tensor:
@@ -350,7 +373,7 @@ class TextCache:
         """
         skipped = len(tokens) - len(probabilities)
         parts: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in probabilities]
-        lengths = np.full(len(probabilities), -1)
+        contexts = [0] * len(probabilities)
         if self.config.num_states:
             joined, read = self._join(states, tokens)
             for place in range(len(joined) - len(probabilities), len(joined)):
@@ -362,13 +385,13 @@ class TextCache:
             row = place - skipped
             if self.counts and row >= 0:
                 parts[row] |= dict(enumerate(followers := self.counts.followers(), start=2))
-                lengths[row] = len(followers) - 1
+                contexts[row] = len(followers)
             if self.matches and row >= 0:
-                lengths[row], follower = self.matches.find()
-                if lengths[row]:
+                contexts[row], follower = self.matches.find()
+                if follower >= 0:
                     parts[row][MATCH] = torch.tensor([follower]), torch.ones(1, dtype=torch.float64)
         mixed = probabilities.clone()
-        for row, found, place in zip(mixed, parts, find_weight_rows(lengths), strict=True):
+        for row, found, place in zip(mixed, parts, contexts, strict=True):
             weights = self.config.weights[place]
             total = weights[0] + sum(weights[component] for component in found)
             row *= weights[0] / total
@@ -405,11 +428,6 @@ class TextCache:
         return torch.cat([self.states, states]), torch.cat([self.tokens, tokens])
 
 
-def find_weight_rows(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The row of `CacheConfig.weights` for the longest known contexts, [T]."""
-    return np.searchsorted(CONTEXT_LENGTHS, lengths, side="right") - 1
-
-
 def mix(scored: Scored, weights: Sequence[Sequence[float]] | Probabilities) -> Probabilities:
     """The mixture's probability of each target, [T].
 
@@ -418,14 +436,14 @@ def mix(scored: Scored, weights: Sequence[Sequence[float]] | Probabilities) -> P
         weights: λ by the longest context that is known, [8, 6].
     """
     is_known = ~np.isnan(scored.probabilities)
-    chosen = np.asarray(weights)[find_weight_rows(scored.lengths)] * is_known
+    chosen = np.asarray(weights)[scored.contexts] * is_known
     return (chosen * np.where(is_known, scored.probabilities, 0)).sum(1) / chosen.sum(1)
 
 
 def tune_weights(scored: Scored, start: Sequence[Sequence[float]]) -> Probabilities:
     """The weights that make held-out text most probable, by expectation maximisation, [8, 6].
 
-    λ_k ← mean over the tokens of λ_k p_k / Σ_j λ_j p_j, for each range of context lengths by itself; contexts that only
+    λ_k ← mean over the tokens of λ_k p_k / Σ_j λ_j p_j, for each kind of context by itself; contexts that only
     a match has are joined by `PRIOR_TOKENS` tokens, shared out by the weights of the range before. What is maximised is
     concave in λ, so that EM's own start does not matter.
 
@@ -434,13 +452,12 @@ def tune_weights(scored: Scored, start: Sequence[Sequence[float]]) -> Probabilit
         start: the weights of contexts that no token of the text has, [8, 6].
     """
     tuned = np.array(start, dtype=np.float64)
-    places = find_weight_rows(scored.lengths)
     for place in range(len(tuned)):
-        rows = np.nan_to_num(scored.probabilities[places == place])
+        rows = np.nan_to_num(scored.probabilities[scored.contexts == place])
         if not len(rows):
             continue
         weights = np.full(len(COMPONENTS), 1 / len(COMPONENTS))
-        prior = tuned[place - 1] * (PRIOR_TOKENS if CONTEXT_LENGTHS[place] >= MAX_ORDER else 0)
+        prior = tuned[place - 1] * (PRIOR_TOKENS if place > MAX_ORDER else 0)
         for _ in range(EM_STEPS):
             before = weights.copy()
             weights *= (1 / np.maximum(rows @ weights, np.finfo(np.float64).tiny)) @ rows
