@@ -90,14 +90,14 @@ class Perplexity(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluateWikitext(Perplexity):
-    """Perplexity on WikiText-2's test text: sliding windows over the whole text, as published figures are.
+    """Perplexity on WikiText-2's test text in sliding windows over the whole text, as in published results.
 
     Examples:
       new-llm evaluate-wikitext --run EleutherAI/pythia-70m
       new-llm evaluate-wikitext --run runs/quick --model infini --data.source wiki.test.raw
       new-llm evaluate-wikitext --parallel-adapter parallel_adapter.pt
 
-    The text comes from the hub or its cache here; --data.source names a local wiki.test.raw in its place.
+    The text comes from the hub or its local cache; --data.source can name a local wiki.test.raw instead.
     """
 
     without_hub: ClassVar[str] = "name a local wiki.test.raw by --data.source, and a folder by --run"
@@ -117,11 +117,11 @@ class Positions(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class LongDocuments(Evaluation):
-    """Perplexity of long documents by distance from their start, three ways on the same weights.
+    """Perplexity of long documents by distance from their start, with three kinds of memory on the same weights.
 
-    The memory is carried along the document; it is reset at every segment; it is that of another document. The
-    differences, with intervals over documents that pair them, say whether memory helps. The text is --data.source,
-    or the validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
+    The memory is carried through the document, reset before every segment, or that of another document. The paired
+    differences, with intervals over documents, show whether memory helps. The text is --data.source, or the
+    validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
     """
 
     measures: ClassVar = ("long",)
@@ -133,10 +133,9 @@ class LongDocuments(Evaluation):
 class Recall(Evaluation):
     """Recall of pass keys and of facts about invented persons, hidden in real text and asked for at its end.
 
-    Greedy exact match, and the rank of the right answer among candidates, by the text's length in segments and by the
-    depth of the hidden sentence; beside it the same question asked of an empty memory. The text is that of
-    --data.source, or of the validation documents of the run. Ctrl-C ends the measurement with the result so far,
-    labelled as partial.
+    Reports greedy exact match and the rank of the right answer among candidates, by the text's length in segments and
+    the depth of the hidden sentence, and the same with an empty memory. The text is that of --data.source, or of the
+    validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
     """
 
     measures: ClassVar = ("recall",)
@@ -148,12 +147,12 @@ class Recall(Evaluation):
 class Reversal(Evaluation):
     """The reversal curse: a model that learned "A is B" need not know "B is A".
 
-    Perplexity of the sentences and of the answers alone, first-place accuracy and mean rank of the right answer among
-    the other answers of its relation, each direction, with bootstrap intervals. The pairs are the project's own, or
-    those of --pairs: a .csv or .jsonl file with the fields relation, forward_prompt, forward_answer, backward_prompt,
+    Reports, for each direction and with bootstrap intervals, the perplexity of sentences and of answers, and the
+    accuracy and mean rank of the right answer among the answers of its relation. The pairs are built in, or read from
+    --pairs: a .csv or .jsonl file with the fields relation, forward_prompt, forward_answer, backward_prompt,
     backward_answer; or relation, subject, object, forward_template, backward_template, such as "The capital of
-    {subject} is {object}." With --places memory or context also facts that a text has just told: the validation
-    documents of the run, or --data.source.
+    {subject} is {object}." With --places memory or context, the model is also asked for facts that were just stated
+    in a text: the validation documents of the run, or --data.source.
     """
 
     measures: ClassVar = ("reversal",)
@@ -173,7 +172,7 @@ class Reversal(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class Doctor(Evaluation):
-    """Look for what makes readings of a model wrong: shifted labels, leaks, written memory, overlapping splits.
+    """Look for faults that make measurements wrong: shifted labels, leaks, written memory, overlapping splits.
 
     The text is the validation documents of the run, or --data.source. Exit code 1: a fault was found.
     """
@@ -185,11 +184,11 @@ class Doctor(Evaluation):
 
 @dataclasses.dataclass(kw_only=True)
 class Inspect(Evaluation):
-    """A page of a text of your own, each token shaded by what the memory was worth to it.
+    """Write a page of your own text in which each token is shaded by what the memory was worth to it.
 
-    A token's worth is its loss with the memory emptied minus its loss with the memory carried. The passages that the
-    memory helped and harmed most come first, with the likeliest tokens both ways, the gates, and which of several
-    memories was read; then documents are continued with the memory and without.
+    A token's worth is its loss with the memory emptied minus its loss with the memory carried. The page shows first the
+    passages that the memory helped and harmed most, with the likeliest tokens with and without it, the gates, and which
+    of several memories was read; then continuations of documents with the memory and without.
 
     Examples:
       new-llm inspect --run runs/quick --model token_memory --text my_text.txt

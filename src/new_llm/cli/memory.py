@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Fill(Command):
     """Read texts into an empty memory of a run's model, and write it to a file.
 
-    Where memories of different texts add (no delta rule, no decay) each file is read from an empty memory and the
+    If memories can be added (no delta rule, no decay), each file is read from an empty memory and the
     memories are summed. Otherwise the files are read one after another, in the order given.
     """
 

@@ -161,13 +161,13 @@ def list_files(found: "RunStatus") -> list[str]:
 
 @dataclasses.dataclass(kw_only=True)
 class Report(Command):
-    """Write the report of a run again, with the evaluations made since, or compare several runs.
+    """Rewrite the report of a run, including evaluations made since, or compare several runs.
 
     Examples:
       new-llm report runs/quick
       new-llm report runs/quick-seed-0 runs/quick-seed-1 runs/quick-seed-2 --out seeds.html
 
-    Models of the same type and settings that differ by their seed alone are shown as one, by their mean and a band.
+    Models that differ only in their seed are shown as one, with their mean and a band.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]")]

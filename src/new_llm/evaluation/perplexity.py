@@ -132,7 +132,7 @@ def evaluate_sliding_window(
 
     Args:
         model: read in evaluation mode; its held memory is neither read nor changed.
-        stride: tokens from one window to the next, at most the context.
+        stride: distance between windows in tokens, at most the context.
         reading: batch_size and what else `Reading` names.
 
     Raises:
@@ -157,7 +157,7 @@ def evaluate_rolling(
 
 
 def evaluate_independent(model: LanguageModel, split: TokenSplit, **reading: Unpack[Reading]) -> PerplexityResult:
-    """Perplexity of the model's segments, each read alone: what streaming is to be compared with.
+    """Perplexity of the model's segments, each read alone: the baseline for `evaluate_streaming`.
 
     The same tokens in the same segments as `evaluate_streaming`, without the memory.
     """
@@ -179,7 +179,7 @@ def evaluate_streaming(
 def unigram_perplexity(split: TokenSplit) -> float:
     """exp(H(p)), H(p) = −Σ p ln p, p the share of each token among all tokens of the split.
 
-    The floor of skill: the best that a predictor without context could do, were it told the split's own
+    The best that a predictor without context could reach if it knew the split's own
     frequencies.
 
     Raises:

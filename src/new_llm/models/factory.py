@@ -263,7 +263,7 @@ def create_model(
             many layers as that selective model runs; or a layer of your own, `my_module:MyLayer`.
         config: the shape; None: that of `size`.
         size: the name of a shape, 14m to 410m; None: 70m.
-        recipe: the name of options that a study found, see `RECIPES`; None: the defaults.
+        recipe: the name of a set of options, see `RECIPES`; None: the defaults.
         segment_length: tokens in a segment; None: max_position_embeddings.
         options: fields of the model type's option dataclasses; see `resolve_options`.
 

@@ -159,7 +159,7 @@ class MemoryFile:
 
 
 def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint: str | None = None) -> None:
-    """Write the memory that a model holds; the file is whole, or what was there before.
+    """Write the memory that a model holds; an interrupted write leaves the old file.
 
     Args:
         weights_fingerprint: of the model, where many files are written; None: computed.
@@ -179,11 +179,11 @@ def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint
 
 
 def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False) -> None:
-    """Hold the memory of a file. All of it is held, or after an error none.
+    """Load a memory file into a model. After an error the model's memory is unchanged.
 
     Args:
-        model: of the layers and the weights that filled the memory.
-        force: take a memory that other weights have filled, if its shapes fit.
+        model: has the layers and the weights that filled the memory.
+        force: accept a memory that other weights have filled, if its shapes fit.
 
     Raises:
         UserError: the file is broken or no memory file, or other layers or (unless forced) weights filled it.

@@ -160,7 +160,7 @@ def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHead
 
 
 def save_model(model: TransformerLM, folder: str | Path) -> None:
-    """Write a model's weights and structure; each file is whole or not there.
+    """Write a model's weights and structure; each file is written completely or not at all.
 
     Raises:
         UserError: head or embedding are wrapped, or weights are quantized, which a model file can't hold.

@@ -71,7 +71,7 @@ class TransformerLM(HeldMemory):
     generation run the same passes.
 
     Args:
-        layers: the layers, all with the same hidden size; their weights are drawn again.
+        layers: the layers, all with the same hidden size; their weights are initialised anew.
         vocab_size: rows Z of the embedding and the head.
         segment_length: tokens S in a segment.
         skip_interval: extra passes through the layers before a token is predicted.
@@ -155,8 +155,8 @@ class TransformerLM(HeldMemory):
         Args:
             input_ids: [B, T] token ids; T may be any number of segments.
             attention_mask: [B, T], 1 or True at real tokens; the others are neither read nor written and take no
-                position in a segment. Their logits are meaningless. On a GPU it costs least on the host, where asking
-                what it holds waits for nothing.
+                position in a segment. Their logits are meaningless. For a model on a GPU, pass a CPU tensor: reading it
+                then needs no synchronisation.
             update_memory: keep what the call wrote; otherwise the held memory stays bit for bit as it was.
 
         Returns:

@@ -218,7 +218,7 @@ UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
 class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `TransformerLM` in `transformers`' clothes, with fresh weights unless one is given to wrap.
+    """A `TransformerLM` as a `transformers` model, with fresh weights unless one is given to wrap.
 
     `model` is the `TransformerLM` itself, with its memory: `load_memory_file(hf.model, path)` before `hf.generate(...)`
     begins every row from that memory. Memory is no weight: `save_pretrained` leaves it out.
@@ -388,8 +388,8 @@ def export_auto(
     The folder loads wherever `new_llm.models.hf` has been imported. The held memory is not part of it.
 
     Args:
-        directory: where to write; weights that stand there are replaced.
-        tokenizer: written beside the model, with its special tokens; None: none, and token 0 ends a text.
+        directory: where to write; weights already there are replaced.
+        tokenizer: saved with the model, with its special tokens; None: none is saved, and token 0 ends a text.
 
     Raises:
         ValueError: a layer of a class that is not registered.

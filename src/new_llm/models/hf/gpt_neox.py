@@ -235,8 +235,8 @@ def export_pythia(
     `max_position_embeddings` is the segment's length: beyond it the two would differ, since GPT-NeoX has no segments.
 
     Args:
-        directory: where to write; weights that stand there are replaced.
-        tokenizer: written beside the model, with its special tokens; None: none, and token 0 ends a text.
+        directory: where to write; weights already there are replaced.
+        tokenizer: saved with the model, with its special tokens; None: none is saved, and token 0 ends a text.
 
     Raises:
         UserError: a model that GPT-NeoX can't express, or a folder that can't be written.

@@ -156,7 +156,7 @@ class GatedDeltaAttention(Attention):
 
 @register_layer("gated_delta", options=GatedDeltaOptions)
 class GatedDeltaLayer(Block):
-    """x + GatedDelta(LN₁ x) + MLP(LN₂ x): Gated DeltaNet's mixer (arXiv:2412.06464) in GPT-NeoX's frame.
+    """x + GatedDelta(LN₁ x) + MLP(LN₂ x): Gated DeltaNet's mixer (arXiv:2412.06464) in a GPT-NeoX block.
 
     Its memory is written and read at every token, across the borders of segments. Arguments are those of `Block`;
     there are no positions, and `num_heads` is the memory's where `num_memory_heads` is None.
