@@ -95,8 +95,8 @@ def test_a_run_s_report_is_written_again_with_evaluations_made_since(tmp_path, c
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     first = (run / "report.html").read_text()
-    record = {"record_version": 1, "kind": "perplexity", "created": "2026-02-01T09:00:00+00:00"}
-    record |= {"subject": {"model": "infini"}, "text": {"source": "a/book.txt"}}
+    record = {"record_version": 1, "kind": "perplexity", "created": "2026-02-01T09:00:00+00:00", "command": ""}
+    record |= {"status": "complete", "subject": {"model": "infini"}, "text": {"source": "a/book.txt"}}
     record["result"] = {"perplexity": 123.456, "protocol": "streaming", "verdict": {"text": "normal"}}
     (run / "evaluations").mkdir()
     (run / "evaluations" / "perplexity-1.json").write_text(json.dumps(record))

@@ -28,7 +28,7 @@ from new_llm.models import create_model, load_memory_file, load_model, save_memo
 from new_llm.models.hf import NewLLMForCausalLM, export_pythia, load_pythia
 from new_llm.models.hf.infini_adapter import create_pythia_with_parallel_infini, read_adapter_file, save_adapter
 from new_llm.models.memory_file import read_memory_file
-from new_llm.report import read_runs, write_page
+from new_llm.report import read_runs, refuse_other_forms, write_page
 from new_llm.training.checkpoint import describe_fault, find_checkpoint, read_checkpoint
 from tiny import SPEECHES, make_settings, write_lines
 
@@ -199,7 +199,8 @@ def _make_runs(folder: Path) -> dict[str, Target]:
     small["run/evaluations/one.json"] = json.dumps(record).encode()
 
     def read_report(folder: Path) -> None:
-        write_page(read_runs([folder / "run"]), folder / "page" / "report.html", with_figures=False)
+        with refuse_other_forms([folder / "run"]):
+            write_page(read_runs([folder / "run"]), folder / "page" / "report.html", with_figures=False)
 
     def read_newest(folder: Path) -> None:
         if (found := find_checkpoint(folder, lambda line: None)) is not None:

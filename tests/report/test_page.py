@@ -2,6 +2,7 @@ import base64
 import hashlib
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from new_llm.config import UserError
 from new_llm.config.terminal import hide_home
 from new_llm.formats import format_number, format_with_error
 from new_llm.report.figures import write_chart
-from new_llm.report.results import make_run
+from new_llm.report.results import make_run, refuse_other_forms
 
 CHARTS = {
     "perplexity-sliding",
@@ -135,7 +136,6 @@ PYTHIA, INFINI = ("models", 0), ("models", 1)
 MEASURED = (*PYTHIA, "evaluation")
 
 
-@pytest.mark.parametrize("value", [None, "text"])
 @pytest.mark.parametrize(
     "paths",
     [
@@ -148,15 +148,22 @@ MEASURED = (*PYTHIA, "evaluation")
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_missing_or_broken_parts_leave_the_rest(results, paths, value):
+def test_missing_parts_leave_the_rest(results, paths):
     for path in paths:
-        set_at(results, path, value)
+        set_at(results, path, None)
     said = show(results).read()
     assert "infini" in said
     assert "76.00" in said
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e308, -1.0, 10**400], ids=["nan", "huge", "minus", "whole"])
+@pytest.mark.parametrize("path", [("models",), (*PYTHIA, "training"), MEASURED, ("data",)])
+def test_a_part_of_another_form_is_one_line(results, path):
+    set_at(results, path, "text")
+    with pytest.raises(UserError, match="a: unexpected content in its files: "), refuse_other_forms([Path("a")]):
+        show(results)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e308, -1.0], ids=["nan", "huge", "minus"])
 @pytest.mark.filterwarnings("error")
 def test_numbers_that_no_axis_can_hold(results, value):
     def spoil(entry: Any) -> Any:

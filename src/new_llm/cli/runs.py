@@ -184,16 +184,17 @@ class Report(Command):
             raise UserError("report: name at least one run folder (see new-llm report --help)")
         from new_llm.evaluation import find_measures, register_measure
         from new_llm.evaluation.doctor import Doctor
-        from new_llm.report import read_runs, write_page
+        from new_llm.report import read_runs, refuse_other_forms, write_page
 
         register_measure(Doctor)  # so that its records are known
         find_measures(self.measures)
-        found = read_runs(self.runs)
         first = self.runs[0] if self.runs[0].is_dir() else self.runs[0].parent
         out = self.out or (first if len(self.runs) == 1 else Path()) / "report.html"
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder; the name of an .html file is expected")
-        write_page(found, out)
+        with refuse_other_forms(self.runs):
+            found = read_runs(self.runs)
+            write_page(found, out)
         for note in dict.fromkeys(note for run in found for note in run.notes):
             print_text(f"note: {note}", stderr=True)
         print_text(f"report: {out}")

@@ -2,7 +2,7 @@
 
 from new_llm.report.figures import write_chart, write_charts
 from new_llm.report.page import write_page, write_report
-from new_llm.report.results import load_results, make_run, read_runs
+from new_llm.report.results import load_results, make_run, read_runs, refuse_other_forms
 from new_llm.report.tables import ColumnTable, SummaryTable
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "load_results",
     "make_run",
     "read_runs",
+    "refuse_other_forms",
     "write_chart",
     "write_charts",
     "write_page",

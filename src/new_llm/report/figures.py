@@ -16,7 +16,7 @@ from new_llm.config import UserError
 from new_llm.config.files import read_address_limit, write_atomically, write_text_atomically
 from new_llm.config.terminal import hide_home
 from new_llm.formats import format_bytes
-from new_llm.report.results import Series, compute_mean, get_entries, get_finite, get_gates, get_value, list_numbers
+from new_llm.report.results import Series, compute_mean, get_gates, get_value
 
 PNG_SCALE = 2.0
 ENGINE_BYTES = 80 * 10**9
@@ -166,10 +166,10 @@ AXES = (
 
 def read_curve(entry: Line, log: str, find: Callable[[Line], float | None]) -> list[tuple[Line, float]]:
     """A log's lines with a drawable value, as many as can be seen, each with where it stands on every axis."""
-    flops = get_finite(entry, "cost", "flops_per_token")
+    flops = get_value(entry, "cost", "flops_per_token")
     found = []
-    for line in get_entries(entry, "training", log):
-        value, tokens, seconds = find(line), get_finite(line, "tokens"), get_finite(line, "seconds")
+    for line in get_value(entry, "training", log) or ():
+        value, tokens, seconds = find(line), line.get("tokens"), line.get("seconds")
         compute = TRAINING_FLOPS * flops * tokens if flops is not None and tokens is not None else None
         if value is not None:
             found.append(({"tokens": tokens, "seconds": seconds, "compute": compute}, value))
@@ -225,7 +225,7 @@ def draw_training(series: Sequence[Series]) -> list[Chart]:
 
     def between(key: str, least: float, most: float) -> Callable[[Line], float | None]:
         def find(line: Line) -> float | None:
-            value = get_finite(line, key)
+            value = line.get(key)
             return value if value is not None and least <= value <= most else None
 
         return find
@@ -288,7 +288,7 @@ def draw_memory(series: Sequence[Series]) -> list[Chart]:
         "Strength of the adapter along the training",
         "α times the memory's output is added to the base model's layer; 0 leaves the base model as it was.",
         log="steps_log",
-        find=lambda line: _mean(list_numbers(list((get_value(line, "alpha") or {}).values()))),
+        find=lambda line: _mean(alpha for alpha in line.get("alpha", {}).values() if alpha is not None),
         y_title="mean α",
     )
     return charts

@@ -14,11 +14,9 @@ from new_llm.report.results import (
     Member,
     Place,
     Series,
-    as_number,
     compare,
     compute_mean,
     describe,
-    get_number,
     get_value,
     list_columns,
     list_places,
@@ -87,10 +85,10 @@ def describe_memory(series: Sequence[Series]) -> str:
         )
 
     def has_memory(one: Series) -> bool:
-        return bool(get_number(one.members[0].entry, "memory_info", "total_bytes"))
+        return bool(get_value(one.members[0].entry, "memory_info", "total_bytes"))
 
     def get_context(one: Series) -> float | None:
-        return get_number(one.members[0].entry, "context_tokens")
+        return one.members[0].entry.get("context_tokens")
 
     best = min((one for one in measured if has_memory(one)), key=get_mean, default=None)
     if best is None:
@@ -199,9 +197,8 @@ def find_scores(series: Sequence[Series]) -> tuple[Place | None, list[Score]]:
             for index, member in enumerate(one.members):
                 measured = member.list_measured().get(place)
                 column = next((c for c in list_columns(measured) if c.better), None) if measured else None
-                value = as_number(column.value) if column else None
-                if value is not None and math.isfinite(value):
-                    values[index], shown = value, shown or column
+                if column and isinstance(column.value, int | float) and math.isfinite(column.value):
+                    values[index], shown = column.value, shown or column
             if shown is not None:
                 scores.append(Score(one, shown, values))
         if scores:

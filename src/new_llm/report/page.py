@@ -27,7 +27,6 @@ from new_llm.report.results import (
     Series,
     describe,
     draw_measure,
-    get_text,
     get_value,
     group_series,
     list_differences,
@@ -88,7 +87,9 @@ def render_page(
         with_figures=with_figures,
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
         facts=list_facts(runs),
-        unfinished=[(run.name, status) for run in runs if (status := get_text(run.results, "status")) != "complete"],
+        unfinished=[
+            (run.name, make_line(status)) for run in runs if (status := run.results.get("status", "")) != "complete"
+        ],
         outcome=outcome,
         keys=[(one.name, *_draw_mark(one.index)) for one in series],
         groups=[(group, len(list(some))) for group, some in groupby(summary.headings, lambda heading: heading[0])],
@@ -224,7 +225,7 @@ def list_facts(runs: Sequence[Run]) -> list[str]:
         found = [get_value(run.results, *keys) for run in runs]
         return ", ".join(dict.fromkeys(make_line(value) for value in found if value is not None and value != ""))
 
-    created = get_text(runs[0].results, "created") if len(runs) == 1 else ""
+    created = collect("created") if len(runs) == 1 else ""
     seeds = collect("config", "seed")
     facts = [
         created[:16].replace("T", " "),
@@ -239,19 +240,18 @@ def list_facts(runs: Sequence[Run]) -> list[str]:
 def describe_origin(run: Run) -> dict[str, Any]:
     """What it takes to make the run again."""
     results = run.results
-    data = get_value(results, "data")
-    known = {key: value for key, value in data.items() if key != "notes"} if isinstance(data, dict) else data
-    records = {"Data and its fingerprints": known, "Environment": get_value(results, "environment")}
-    records |= {"Configuration": get_value(results, "config")}
-    notes = [get_value(results, "notes"), get_value(data, "notes"), list(run.notes)]
-    version, revision = (get_text(results, "code", key) for key in ("version", "git_revision"))
+    data = results.get("data") or {}
+    known = {key: value for key, value in data.items() if key != "notes"}
+    records = {"Data and its fingerprints": known, "Environment": results.get("environment")}
+    records |= {"Configuration": results.get("config")}
+    version, revision = (get_value(results, "code", key) for key in ("version", "git_revision"))
     code = ", ".join(filter(None, (version and f"new-llm {version}", revision and f"commit {revision[:12]}")))
     is_dirty = bool(code and get_value(results, "code", "git_dirty"))
     return {
         "name": run.name,
-        "command": get_text(results, "command"),
-        "code": f"{code}, with changes that were not committed" if is_dirty else code,
-        "notes": [make_line(note) for group in notes if isinstance(group, list) for note in group],
+        "command": make_line(results.get("command") or ""),
+        "code": make_line(f"{code}, with changes that were not committed" if is_dirty else code),
+        "notes": [make_line(note) for note in (*results.get("notes", ()), *data.get("notes", ()), *run.notes)],
         "records": {
             title: make_printable(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
             for title, record in records.items()

@@ -1,12 +1,14 @@
-"""Reading runs: results.json, and the evaluations made of their models since. Any value may be missing or wrong.
+"""Reading runs: results.json, and the evaluations made of their models since. Any part may be missing; one of another
+form ends the reading (`refuse_other_forms`).
 
 Then the models of a report: those of which runs are one (trained with several seeds), and what measures say of them.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file, read_mapping
 from new_llm.config.loading import flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
+from new_llm.data.hub import describe_failure
 from new_llm.evaluation import MEASURES, Column, ModelResult, ask_measure
 from new_llm.evaluation.statistics import Comparison, DocumentLosses, compare_models
 from new_llm.formats import MISSING, format_number
@@ -74,7 +77,7 @@ class Run:
     @property
     def entries(self) -> list[dict[str, Any]]:
         """The models that have an entry in the results."""
-        return get_entries(self.results, "models")
+        return self.results.get("models") or []
 
 
 def name_model(entry: dict[str, Any]) -> str:
@@ -93,20 +96,30 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
     """Results, with the evaluations that lie in the run's folder."""
-    # One form, however the results were made: lists for tuples, text for what JSON has no form for.
-    results = json.loads(json.dumps(results, default=str))
+    # One form, however the results were made: lists for tuples, text for what JSON has no form for, null for NaN.
+    results = json.loads(json.dumps(results, default=str), parse_constant=lambda _: None)
     evaluations, notes = read_evaluations(folder / EVALUATIONS_FOLDER) if folder else ([], [])
-    names = get_value(results, "config", "eval", "measures")
-    for name in names if isinstance(names, list) else ():
-        if isinstance(name, str) and is_user_name(name) and not is_loaded(name):
+    for name in get_value(results, "config", "eval", "measures") or ():
+        if is_user_name(name) and not is_loaded(name):
             notes.append(
                 f"Figures of {make_line(name)} are left out: code that a file names is not loaded; --measures is."
             )
-    for entry in get_entries(results, "models"):
-        refused = get_value(entry, "not_measured")
-        for measure, line in refused.items() if isinstance(refused, dict) else ():
-            notes.append(make_line(f"{name_model(entry)}: {measure} was not measured: {line}"))
-    return Run(results, tuple(evaluations), tuple(notes))
+    run = Run(results, tuple(evaluations), tuple(notes))
+    refused = [(entry, item) for entry in run.entries for item in (entry.get("not_measured") or {}).items()]
+    said = (make_line(f"{name_model(entry)}: {name} was not measured: {line}") for entry, (name, line) in refused)
+    return replace(run, notes=(*notes, *said))
+
+
+@contextmanager
+def refuse_other_forms(runs: Sequence[Path]) -> Iterator[None]:
+    """Around the report of files from elsewhere: what is not of a result's form is a `UserError` of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        names = ", ".join(map(str, runs))
+        raise UserError(f"{names}: unexpected content in its files: {describe_failure(error)}") from error
 
 
 def is_loaded(name: str) -> bool:
@@ -124,83 +137,41 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
         except (OSError, UserError):
             notes.append(f"The evaluation {make_line(file.name)} could not be read and is left out.")
             continue
-        if get_number(record, "record_version") == RECORD_VERSION and isinstance(record.get("result"), dict):
+        try:
             found.append(read_record(record))
-        else:
+        except (LookupError, TypeError, ValueError):
             notes.append(f"The evaluation {make_line(file.name)} has an unknown form and is left out.")
     return sorted(found, key=lambda one: one.created), notes
 
 
 def read_record(record: dict[str, Any]) -> Measured:
-    """One evaluation's record."""
+    """One evaluation's record; a ValueError says that it is of another version."""
+    if record["record_version"] != RECORD_VERSION:
+        raise ValueError(record["record_version"])
     source = get_value(record, "text", "source")
     return Measured(
-        measure=get_text(record, "result", "protocol") or get_text(record, "kind"),  # one kind has several protocols
-        model=get_text(record, "subject", "model"),
-        text=make_line(Path(str(source)).name if source is not None else VALIDATION),
+        measure=make_line(record["result"].get("protocol") or record["kind"]),  # one kind has several protocols
+        model=make_line(record["subject"].get("model") or ""),
+        text=VALIDATION if source is None else make_line(Path(source).name),
         result=record["result"],
-        is_complete=record.get("status") != "partial",
-        created=get_text(record, "created"),
-        command=get_text(record, "command"),
+        is_complete=record["status"] != "partial",
+        created=record["created"],
+        command=make_line(record["command"]),
     )
 
 
 def get_value(entry: Any, *keys: str) -> Any:
     """Follow keys through nested mappings; None where one is missing."""
     for key in keys:
-        if not isinstance(entry, dict):
-            return None
-        entry = entry.get(key)
+        entry = None if entry is None else entry.get(key)
     return entry
 
 
-def get_text(entry: Any, *keys: str) -> str:
-    """The value at the keys as one printable line; empty where there is none."""
-    value = get_value(entry, *keys)
-    return "" if value is None else make_line(value)
-
-
-def get_number(entry: Any, *keys: str) -> float | None:
-    """The number at the keys, NaN and infinities included; None where there is none."""
-    return as_number(get_value(entry, *keys))
-
-
-def get_finite(entry: Any, *keys: str) -> float | None:
-    """The finite number at the keys; None where there is none."""
-    value = get_number(entry, *keys)
-    return value if value is not None and math.isfinite(value) else None
-
-
-def as_number(value: Any) -> float | None:
-    """A value that is a number as a float; None: it isn't."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # JSON's whole numbers have no end
-        return math.inf if value > 0 else -math.inf
-
-
-def get_entries(entry: Any, *keys: str) -> list[dict[str, Any]]:
-    """The mappings in the list at the keys; empty where there is none."""
-    value = get_value(entry, *keys)
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def list_numbers(value: Any) -> list[float]:
-    """The finite numbers in a number or in nested lists of them."""
-    if isinstance(value, list):
-        return [number for item in value for number in list_numbers(item)]
-    number = as_number(value)
-    return [number] if number is not None and math.isfinite(number) else []
-
-
 def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
-    """The gates, from 0 to 1, of each layer's heads, from a model's entry or a line of its steps log."""
-    gates = entry.get("gates")
-    layers = gates.items() if isinstance(gates, dict) else ()
-    found = {make_line(layer): [gate for gate in list_numbers(values) if 0 <= gate <= 1] for layer, values in layers}
-    return {layer: values for layer, values in found.items() if values}
+    """The gates of each layer's heads, from a model's entry or a line of its steps log; without those that are null."""
+    layers = (entry.get("gates") or {}).items()
+    found = {make_line(layer): [gate for gate in gates if gate is not None] for layer, gates in layers}
+    return {layer: gates for layer, gates in found.items() if gates}
 
 
 # The models of a report
@@ -224,12 +195,8 @@ class Member:
 
     def list_measured(self) -> dict[tuple[str, str], Measured]:
         """What was measured of it, by measure and text; the newest of each, and no partial measurement."""
-        own, model = self.entry.get("evaluation"), name_model(self.entry)
-        found = [
-            Measured(name, model, VALIDATION, result)
-            for name, result in (own.items() if isinstance(own, dict) else ())
-            if isinstance(result, dict)
-        ]
+        own, model = self.entry.get("evaluation") or {}, name_model(self.entry)
+        found = [Measured(name, model, VALIDATION, result) for name, result in own.items() if result]
         found += [one for one in self.run.evaluations if one.model == model and one.is_complete]
         return {(one.measure, one.text): one for one in found}
 

@@ -30,10 +30,9 @@ from new_llm.report.results import (
     Member,
     Place,
     Series,
-    as_number,
     compute_mean,
     compute_spread,
-    get_number,
+    get_value,
     group_series,
     list_columns,
     list_places,
@@ -87,7 +86,7 @@ FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ..
 
 def list_facts(member: Member) -> list[Column]:
     """What is known of one trained model beside what was measured; its exact number is the hint."""
-    values = [(group, title, get_number(member.entry, *keys), write) for group, title, keys, write in FACTS]
+    values = [(group, title, get_value(member.entry, *keys), write) for group, title, keys, write in FACTS]
     return [
         Column(title, title, value, write, group=group, hint=format_count(value))
         for group, title, value, write in values
@@ -147,7 +146,7 @@ def _make_cell(columns: Sequence[Column]) -> Cell:
     if not columns:
         return Cell(MISSING)
     first, hint = columns[0], make_line(columns[0].hint)
-    values = [number for column in columns if (number := as_number(column.value)) is not None]
+    values = [column.value for column in columns if isinstance(column.value, int | float)]
     finite = [value for value in values if math.isfinite(value)]
     if not values:
         return Cell(MISSING if first.value is None else make_line(first.value), hint)
@@ -155,10 +154,9 @@ def _make_cell(columns: Sequence[Column]) -> Cell:
         mean, each = compute_mean(finite), ", ".join(write_value(first, value) for value in values)
         spread = f"; standard deviation {format_number(compute_spread(finite), 3)}" if len(finite) > 1 else ""
         return Cell(write_value(first, mean), f"{len(values)} seeds: {each}{spread}", mean)
-    low, high, error = (as_number(end) for end in (first.low, first.high, first.error))
-    if low is not None and high is not None:
-        hint = f"{hint} interval {format_number(low)} to {format_number(high)}".strip()
-    text = write_value(first, values[0]) if error is None else format_with_error(values[0], error)
+    if first.low is not None and first.high is not None:
+        hint = f"{hint} interval {format_number(first.low)} to {format_number(first.high)}".strip()
+    text = write_value(first, values[0]) if first.error is None else format_with_error(values[0], first.error)
     return Cell(text, hint, finite[0] if finite else None)
 
 
@@ -209,10 +207,11 @@ class ColumnTable:
 def _make_interval_cell(column: Column | None) -> Cell:
     if column is None:
         return Cell(MISSING)
-    cell, low, high = _make_cell([column]), as_number(column.low), as_number(column.high)
-    if cell.value is None or low is None or high is None:
+    cell = _make_cell([column])
+    if cell.value is None or column.low is None or column.high is None:
         return cell
-    return Cell(f"{cell.text} [{write_value(column, low)}, {write_value(column, high)}]", cell.hint, cell.value)
+    ends = f"[{write_value(column, column.low)}, {write_value(column, column.high)}]"
+    return Cell(f"{cell.text} {ends}", cell.hint, cell.value)
 
 
 def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
