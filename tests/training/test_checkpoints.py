@@ -87,17 +87,6 @@ def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones
     assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    last = write(tmp_path, 3)
-    half = tmp_path / CHECKPOINTS_FOLDER / f".{name_checkpoint(6, 0)}.x1.tmp" / name_checkpoint(6, 0)
-    half.mkdir(parents=True)
-    (half / "weights").write_bytes(b"half")
-    foreign = tmp_path / CHECKPOINTS_FOLDER / "notes"
-    foreign.mkdir()
-    assert find_checkpoint(tmp_path, pytest.fail) == last
-    assert set((tmp_path / CHECKPOINTS_FOLDER).iterdir()) == {last, foreign}
-
-
 def test_all_random_generators_go_on_where_they_were(tmp_path):
     def draw() -> tuple[float, ...]:
         numbers = [random.random(), random.gauss(), np.random.standard_normal(), torch.rand(()).item()]
