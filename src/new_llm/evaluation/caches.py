@@ -324,14 +324,13 @@ class Caches(Measure):
 
 
 def _describe_cache(found: dict[str, Any], group: str) -> list[Column]:
+    """A cache's columns: its own ones in a group, or those that all rows of a table share."""
     hint = describe_size(found["size"])
     shared: dict[str, Any] = {"better": "lower", "group": group}
-    columns = [
-        Column(found["name"], found["name"] if group else "perplexity", **found["perplexity"], hint=hint, **shared)
-    ]
+    name = found["name"] if group else "perplexity"
+    columns = [Column(name, name, **found["perplexity"], hint=hint, **shared)]
     if found["name"] != BARE:
-        key = f"vs_bare_{found['name']}"
-        columns.append(Column(key, "vs. bare", **found["relative"], format=format_percent, **shared))
+        columns.append(Column("vs_bare", "vs. bare", **found["relative"], format=format_percent, **shared))
     return columns
 
 
