@@ -91,13 +91,13 @@ class ShadedToken:
 
 @dataclass(frozen=True)
 class ShadedText:
-    """A passage whose tokens are shaded by a value, or several ways in which a text goes on.
+    """A passage whose tokens are shaded by a value, or several continuations of a text.
 
     Attributes:
         title: what it is.
         before: the text ahead of it, unshaded.
         tokens: of the passage, in order.
-        versions: (label, text) of each way to go on.
+        versions: (label, text) of each continuation.
         view: texts are grouped by it, e.g. a model's name.
     """
 

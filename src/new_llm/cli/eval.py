@@ -166,7 +166,7 @@ class Reversal(Evaluation):
 
     @property
     def evaluated_text(self) -> TextConfig | None:
-        """Facts are told in a text; the pairs are sentences of their own."""
+        """Fresh facts are stated in a text; the pairs are separate sentences."""
         return self.data if {"memory", "context"} & set(self.options.places) else None
 
 

@@ -95,7 +95,7 @@ class TrainingCommand(Command):
         results = run_training(self.train, describe_resumption)
         if isinstance(results, int):
             return results
-        # Measures that nobody has named may find nothing to measure in a text; a note says so.
+        # Measures that were not asked for may find nothing to measure in a text; then there is only a note.
         is_named = list(results["config"]["eval"]["measures"]) != list(EvalConfig().measures)
         refused = [found for model in results["models"] if is_named and (found := model.get("not_measured"))]
         if is_main_process():
@@ -214,7 +214,7 @@ TEMPLATE = "template"
 
 @dataclasses.dataclass(kw_only=True)
 class NewStudy(Command):
-    """Write a study with a comment for each field. It runs as it stands: `new-llm study FILE`."""
+    """Write a study with a comment for each field. It runs unchanged: `new-llm study FILE`."""
 
     file: Positional[Path]
     """The YAML file to write; the study gets its name."""

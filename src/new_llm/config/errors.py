@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the same training has failed and says why: this one ends without a word.
+    """Another process of the same training has failed and reports why; this one ends silently.
 
     `is_user_error` tells a `UserError` of the other's, or what its system could not do (`OSError`), from a bug.
     """

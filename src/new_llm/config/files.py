@@ -181,7 +181,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 def write_folder_atomically(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`; at the block's end its files are flushed and it takes `path`'s place.
 
-    A folder that stands there is moved aside first and removed last. A machine that dies between the two moves leaves
+    An existing folder is moved aside first and removed last. A machine that dies between the two moves leaves
     none: what must not be lost is not to be replaced, but written under a name of its own.
     """
     with make_temporary_folder(path) as folder:
@@ -329,7 +329,7 @@ def hold_lock(path: Path, what: str, *, on_wait: Callable[[str], None] | None = 
         path: the lock's own file, which stays; its content says who holds it. Resolve links before, so that two names
             of one thing give one lock.
         what: what it guards, for messages: "runs/base".
-        on_wait: told in one line, once, whom this process waits for; None: it does not wait.
+        on_wait: called once with one line that says whom this process waits for; None: it does not wait.
     """
     lock = FileLock(path, thread_local=False)
     try:

@@ -24,7 +24,7 @@ from new_llm.config.train import DataConfig, TrainConfig
 
 
 def flatten_settings(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.batch_size": 4, …} of nested mappings; nothing of what is none."""
+    """{"train.batch_size": 4, …} of nested mappings; empty for anything else."""
     flat: dict[str, Any] = {}
     for key, value in values.items() if isinstance(values, Mapping) else ():
         flat |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -105,7 +105,7 @@ def settings_from_dict(values: dict[str, Any], kind: type[Settings], where: str)
 
 
 MAX_YAML_BYTES = 1 << 18
-"""Hundreds of times what a configuration has; the parser reads about as much in a second."""
+"""Hundreds of times the size of a configuration; the parser reads about this much per second."""
 FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 """What the parser's makers of numbers, dates and sets raise of text that is none."""
 

@@ -221,7 +221,7 @@ class BatchShape(NamedTuple):
 
 
 def shape_batches(data: DataConfig, batch_size: int, segments: int) -> BatchShape:
-    """Samples of so many segments, at the tokens a batch and an epoch of whole samples have."""
+    """Samples of this many segments, with as many tokens per batch and epoch as whole samples have."""
     share = data.segments_per_sample // segments
     num_samples = None if data.num_samples is None else data.num_samples * share
     return BatchShape(data.seq_length // share, batch_size * share, num_samples)
@@ -272,7 +272,7 @@ def plan_curriculum(
 ) -> JoinedPlan:
     """Plan one epoch of a training whose batches are divided evenly over the stages (segments of a sample, in order).
 
-    `plan` makes the epoch's batches of samples of so many segments, as many tokens a batch for each.
+    `plan` makes the epoch's batches of samples with this many segments, with equal tokens per batch for each number.
     """
     total, first = num_epochs * num_batches, epoch * num_batches
     last = len(stages) - 1  # for epochs beyond num_epochs, where training ends by the clock

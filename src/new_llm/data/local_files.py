@@ -130,7 +130,7 @@ def split_articles(lines: Iterable[str]) -> Iterator[Document]:
     some rows of broken tables would count. WikiText-2 gives 600, 60 and 60 articles, as its authors state.
     """
     title, article = "", list[str]()
-    before, line = "", None  # one line behind, because a heading is told by the line after it
+    before, line = "", None  # one line behind, because the next line shows whether a line is a heading
     for after in chain(lines, [""]):
         if line is not None:
             heading = line.strip()

@@ -3,7 +3,7 @@
 Names, values and keys of the parts "train" and "eval" are disjoint, so that a model may be trained to recall the ones
 and measured on the others. The pass key task is that of Landmark Attention, arXiv:2305.16300.
 
-A planted sample holds a sentence somewhere, and the same sentence again some way on, or the same fact told backward.
+A planted sample holds a sentence, and further on the same sentence again, or the same fact stated backward.
 What the second one ends with can be known from the first alone, so that predicting it trains the memory. A changed fact
 is stated with one value, then with another, then asked for: the newest statement is right.
 """
@@ -35,7 +35,7 @@ RecallPart = Literal["train", "eval"]
 FACTS_FILE = "recall_facts.json"
 KEY_RANGE = (10_000, 100_000)
 NUM_RELATIONS = 8  # of the file
-EVAL_KEYS = 5  # one key of so many is for evaluation
+EVAL_KEYS = 5  # one key in this many is for evaluation
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def list_words(part: RecallPart) -> frozenset[str]:
 
 
 def is_key_of(key: int, part: RecallPart) -> bool:
-    """Whether a pass key belongs to this part: by a hash, so that nothing in the number itself says so."""
+    """Whether a pass key belongs to this part: by a hash, so that the number itself does not show it."""
     digest = hashlib.sha256(f"pass key {key}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") % EVAL_KEYS == 0) == (part == "eval")
 
@@ -167,7 +167,7 @@ def _read_facts(part: RecallPart) -> tuple[dict[str, list[str]], list[dict[str, 
 # Planting
 
 
-TOKENS_PER_RATE = 1000  # planted_facts is a number for so many tokens
+TOKENS_PER_RATE = 1000  # planted_facts is a number per this many tokens
 NAMES = 2  # a made-up person has a first name and a surname
 TEXT_WORDS = 0.5  # share of the values from no list that are words of the sample's own text
 PAIRS_STREAM = 2**32 - 3  # keeps the choice of pairs apart from that

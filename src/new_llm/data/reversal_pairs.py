@@ -11,7 +11,7 @@ A file is .csv, with names in its first line, or .jsonl. A row states a fact in 
   {object} once; the forward one names the object last, the backward one the subject. What stands before the last name
   is the prompt, the rest the answer.
 
-`kind` (real or invented) may stand beside either.
+Either form may have a `kind` (real or invented).
 """
 
 import csv

@@ -152,7 +152,7 @@ WEIGHTED = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*")
 
 
 def parse_mix(name: str) -> dict[str, float]:
-    """The weights of a mix, `sotu*0.7+my_text.txt*0.3`, by their sources; empty: it is none."""
+    """The weights of a mix, `sotu*0.7+my_text.txt*0.3`, by their sources; empty: it is not a mix."""
     found = [WEIGHTED.fullmatch(part) for part in name.split("+")]
     weights = [(part[1], float(part[2])) for part in found if part]
     if len(weights) < len(found):

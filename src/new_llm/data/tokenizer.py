@@ -174,7 +174,7 @@ class TokenSplit:
         return np.diff(self.offsets)
 
     def find_long(self, min_tokens: int) -> NDArray[np.int64]:
-        """The documents of so many tokens or more, by their index."""
+        """The documents of at least this many tokens, by their index."""
         return np.flatnonzero(self.lengths >= min_tokens)
 
     def document(self, index: int) -> NDArray[np.unsignedinteger]:

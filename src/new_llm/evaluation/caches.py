@@ -79,7 +79,7 @@ class Parts(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Settings of a mixture that so many tokens of other text gave."""
+    """Settings of a mixture, tuned on this many tokens of other text."""
 
     theta: float
     weights: list[list[float]]

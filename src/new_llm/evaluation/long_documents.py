@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 
     Attributes:
         members: their indices.
-        num_scored: of them, the first so many are scored; another one is only read.
+        num_scored: this many of them are scored, from the first; another one is only read.
     """
 
     members: tuple[int, ...]

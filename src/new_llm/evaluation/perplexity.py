@@ -203,7 +203,7 @@ def _evaluate(
     stride: int | None = None,
     prefix_token: int | None = None,
 ) -> PerplexityResult:
-    """Score in the planned windows, or in streams of so many segments per call."""
+    """Score in the planned windows, or in streams with this many segments per call."""
     began = time.perf_counter()
     chosen = select_documents(split, reading.get("max_tokens"), prefix_token)
     scorer = Scorer(model, chosen.tokens, reading)

@@ -203,7 +203,7 @@ class Scorer:
     def score_windows(self, plan: Callable[[int], list[Window]]) -> list[Scores]:
         """Score the documents in windows, each read from an empty memory; a batch's scores each.
 
-        `plan` gives the windows of a document of so many tokens.
+        `plan` gives the windows of a document of this many tokens.
         """
         windows = [(index, window) for index, tokens in enumerate(self.documents) for window in plan(len(tokens))]
         rows = [cut_row(self.documents[index], window) for index, window in windows]

@@ -25,7 +25,7 @@ MIN_SEEDS = 3
 MIN_CLAIM_SEEDS = 5
 """Seeds from which a difference may be claimed; from fewer it is an indication."""
 POWER = 0.8
-"""How often the smallest visible effect would be told from none."""
+"""How often the smallest visible effect would be detected."""
 
 
 class Estimate(NamedTuple):
@@ -70,7 +70,7 @@ class Comparison(NamedTuple):
         nats: the mean over seeds.
         low: lower end of its interval; None: too few seeds or documents for one.
         high: upper end.
-        smallest_visible: the smallest difference, either way, that would be told from none in POWER of all repetitions.
+        smallest_visible: the smallest difference, either way, that would be detected in POWER of all repetitions.
         num_seeds: seeds that both were trained with.
         num_documents: documents that have a token.
         by_seed: the difference of each seed.

@@ -131,7 +131,7 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         with self.console.status("") as status:
             for name, split in self.texts.items():
                 status.update(f"measuring {name}")
-                if settings.max_tokens is not None:  # the first documents that have so many, but at least two
+                if settings.max_tokens is not None:  # the first documents with this many in all, but at least two
                     number = int((split.offsets[1:] <= settings.max_tokens).sum())
                     long = dataclasses.replace(long, max_documents=max(number, 2))
                 subject = Subject(

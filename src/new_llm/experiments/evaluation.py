@@ -182,7 +182,7 @@ def describe_added_cache(facts: dict[str, Any]) -> str:
 
 
 def take_last_documents(split: TokenSplit, num_tokens: int) -> list[NDArray[Any]]:
-    """The last documents of two tokens or more, so many tokens of them in all; the first taken in is cut short."""
+    """The last documents of at least two tokens, with this many tokens in total; the first of them is cut short."""
     found: list[NDArray[Any]] = []
     for index in reversed(range(split.num_documents)):
         left = num_tokens - sum(map(len, found))

@@ -231,7 +231,7 @@ class Run(ABC, Generic[Config]):
         return longer
 
     def _list_unfinished(self) -> list[Path]:
-        """The folders of the models that a longer training goes on with: not of those that patience has stopped."""
+        """The folders of the models that a longer training continues: not of those that patience has stopped."""
         begun = read_begun(self.folder, type(self.config))
         folders = [self.model_folder(name) for name in self.list_models() if self.trains(name)]
         if begun.train.patience != self.config.train.patience:

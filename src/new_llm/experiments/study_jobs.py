@@ -64,7 +64,7 @@ Launch = Callable[[Work, Cell, Path], Any]
 class Pool:
     """Runs of a study, `size` at once (None: any number). `close` it at the end: what still runs is stopped.
 
-    Bad input ends all; if a run fails in another way, the others go on. Trainings are resumable.
+    Bad input ends all; if a run fails in another way, the others continue. Trainings are resumable.
     """
 
     def __init__(self, work: Work, folder: Path, size: int | None, launch: Launch) -> None:
@@ -203,7 +203,7 @@ def share_cores(jobs: int) -> Iterator[None]:
 
 
 class ClusterJob:
-    """A run that submitit submits as a job; `cores`: it takes the share of so many in this machine's."""
+    """A run that submitit submits as a job; `cores`: it takes this many cores' share of the machine."""
 
     def __init__(self, executor: Any, cores: int | None, *arguments: Any) -> None:
         with share_cores(cores) if cores else nullcontext():

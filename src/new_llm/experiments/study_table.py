@@ -34,7 +34,7 @@ PARAMETERS, CPU_SECONDS = "parameters", "processor seconds"
 MEMORY, STATE = "memory, bytes per row", "state, bytes per row"
 """Titles of columns of cost, which figures stand against; a number is float32."""
 BEYOND = "beyond repetition"
-"""What a memory is worth where both models also look up the text itself, two bytes a token, by its longest n-grams."""
+"""What a memory is worth if both models also look up the text itself, two bytes per token, by its longest n-grams."""
 CONTRASTS = "Right answers, in points"
 """The table of what models are compared with themselves by."""
 BITS_PER_BYTE = "bits/byte"
@@ -308,7 +308,7 @@ def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
 def _show_comparison(found: Comparison, *, is_share: bool = False) -> dict[str, Any]:
     """A comparison as a figure, and beside a null what would have been seen.
 
-    In nats, told in percent of the perplexity; or a difference of shares, told in percentage points.
+    In nats, reported in percent of the perplexity; or a difference of shares, in percentage points.
     """
     unit, convert = ("points", float) if is_share else ("%", math.expm1)
     text = f"{100 * convert(found.nats):+.1f} {unit}"

@@ -45,7 +45,7 @@ QUERY_ROWS, QUERY_ROWS_ON_GPU = 256, 4096
 MIN_MODEL_WEIGHT = 1e-3
 """Least weight that tuning gives the model, so that no token is impossible."""
 EM_STEPS, EM_TOLERANCE = 50, 1e-4
-"""EM ends after so many steps, or with the first that changes no weight by more than this."""
+"""EM ends after this many steps, or with the first that changes no weight by more than this."""
 PRIOR_TOKENS = 20
 """Tokens that the weights of shorter contexts count for in the weights of long ones, of which a text has few."""
 
@@ -172,7 +172,7 @@ def _number_contexts(tokens: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 
 
 def _find_earlier(items: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many equal ones stand before each item, and the place of the last of them; −1: there is none."""
+    """How many equal items precede each item, and the index of the last of them; −1: there is none."""
     order = np.argsort(items, kind="stable")
     is_first = np.diff(items[order], prepend=-1) != 0
     places = np.arange(len(items))
@@ -219,7 +219,7 @@ class FollowerCounts:
                 del self.counts[context], self.totals[context]
 
     def contexts(self) -> Iterable[tuple[int, ...]]:
-        """The last 0, 1, … order − 1 tokens, as far as there are so many."""
+        """The last 0, 1, … order − 1 tokens, as far as there are that many."""
         return (self.recent[len(self.recent) - n :] for n in range(len(self.recent) + 1))
 
     def score(self, target: int) -> list[float]:

@@ -11,7 +11,7 @@ from new_llm.models.layers import Layer, ReadTokens, Step
 from new_llm.models.state import keep_places, list_tensors, map_tensors
 
 CACHE_STEP = 64
-"""A cache for steps in place has room for a multiple of so many tokens."""
+"""The capacity of a cache for steps in place is a multiple of this many tokens."""
 
 
 class MemoryStream:

@@ -73,7 +73,7 @@ def read_header(path: Path) -> TensorHeader:
     """The header of a safetensors file; nothing else of the file is read.
 
     Raises:
-        UserError: there is none, it is no safetensors file, it is truncated, or its header disagrees with its length.
+        UserError: the file is missing, truncated or not a safetensors file, or its header disagrees with its length.
     """
     check_regular_file(path)
     beginning = b""

@@ -125,7 +125,7 @@ def load_templates() -> tuple[Environment, Markup, Markup]:
 
 
 def shade(value: float) -> str:
-    """The style of a token that is worth so many nats: the stronger its colour, the more; full at 2 nats."""
+    """The style of a token that is worth this many nats: its colour gets stronger up to 2 nats."""
     share = min(abs(value) / FULL_SHADE, 1) if math.isfinite(value) else 0
     return f"--share:{share:.2f}"
 

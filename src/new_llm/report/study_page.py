@@ -65,8 +65,8 @@ def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:
     """Bits per byte against what they cost, a point a variant with its interval: state, memory, processor seconds.
 
-    Caches that were measured around a model stand beside it, each with the bytes that it stores: they are what a memory
-    has to beat. Caches of n-grams are shown for the reference and baselines alone.
+    Caches that were measured around a model are shown next to it, each with the bytes that it stores: a memory has to
+    beat them. Caches of n-grams are shown for the reference and baselines alone.
     """
     metrics = [metric for some in summary["tables"].values() for metric in some if metric.endswith(BITS_PER_BYTE)]
     caption = (

@@ -215,7 +215,7 @@ def _make_interval_cell(column: Column | None) -> Cell:
 
 
 def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
-    """The summary as tables of at most so many characters, but for words and figures that are longer.
+    """The summary as tables of at most this many characters, except for words and figures that are longer.
 
     No word is cut: headings and names break between words, and columns for which there is no room go into further
     tables below the first, those of one group together where they fit a table.

@@ -109,7 +109,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a line by name: `train/loss`, `gates/layers.0.1` for a head, `alpha/layers.0`."""
+    """The finite numbers of a line by name: `train/loss`, `gates/layers.0.1` per head, `alpha/layers.0`."""
     numbers: dict[str, float] = {
         f"{event}/{name}": value
         for name, value in values.items()

@@ -63,7 +63,7 @@ def check_batches(exam: Examination) -> Finding:
 
 
 def _count_misaligned(batch: Batch) -> int:
-    """Labels that are not the token at their place, or stand where there is none."""
+    """Labels that differ from the token at their position, or are where there is no token."""
     ids, labels = batch.input_ids, batch.labels
     mask = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask
     behind = torch.nn.functional.pad(~mask, (0, 1), value=False)  # the place right after the tokens may have a label

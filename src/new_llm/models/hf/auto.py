@@ -139,7 +139,7 @@ class StreamCache(Cache):
         return self.num_columns > 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from what row `beam_idx[i]` has read."""
+        """Row i continues from what row `beam_idx[i]` has read."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -149,7 +149,7 @@ class StreamCache(Cache):
             self.last_hidden = pick_rows(self.last_hidden, indices, {})
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times, one after another."""
+        """Replace each row by this many copies, next to one another."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def reset(self) -> None:
@@ -319,8 +319,8 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what a call before returned. Without gradients.
             labels: the tokens themselves, not shifted, [B, T]; see `align_labels`.
             use_cache: return a cache; None: as configured. None is made with labels, or where gradients are recorded.
-            logits_to_keep: logits of so many last columns, or of the columns of these indices; 0: of all. With labels
-                all are returned.
+            logits_to_keep: logits of this many last columns, or of the columns with these indices; 0: all. With
+                labels all are returned.
             num_items_in_batch: what the summed loss is divided by, as `Trainer` gives it over accumulated batches;
                 None: the number of predicted tokens.
             return_dict: False: a tuple.

@@ -243,7 +243,7 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
 
 @torch.no_grad()
 def copy_base_attention(layer: ParallelInfiniLayer) -> None:
-    """Begin the memory with the LayerNorm and the projections of the softmax attention that it stands beside.
+    """Start the memory from the LayerNorm and the projections of the softmax attention beside it.
 
     Its queries and keys are then made to find one another, and the output projection reads such values.
     """

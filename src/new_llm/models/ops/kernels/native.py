@@ -322,7 +322,7 @@ def _check_chunks(products: Tensor, strengths: Tensor | None) -> int:
 
 
 def is_plain_call(x: Tensor, num_rows: int) -> bool:
-    """Whether activations [..., D] are at most so many rows on a CPU, without gradients and autocast."""
+    """Whether activations [..., D] are at most this many rows on a CPU, without gradients and autocast."""
     is_free = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     return is_free and x.device.type == "cpu" and x.numel() <= num_rows * x.shape[-1]
 
