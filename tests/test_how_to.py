@@ -77,7 +77,7 @@ def test_a_gated_layer_that_defines_forward_alone(capsys):
     assert "kept" in capsys.readouterr().err
 
 
-def test_a_measure_stands_in_results_console_and_report(capsys):
+def test_a_measure_stands_in_results_console_and_report_where_the_user_names_it(capsys):
     write_module("my_measures", "own-measure.md", 40)
     # A measure that refuses costs neither the run nor the other measures, but the exit code says so.
     flags = ["--models", "pythia", "--eval.measures", "sliding", "long", "my_measures:Surprise"]
@@ -104,6 +104,7 @@ def test_a_measure_stands_in_results_console_and_report(capsys):
     assert sentence in capsys.readouterr().out
     assert sentence not in write_report()
     assert "note: Figures of my_measures:Surprise are left out" in capsys.readouterr().err
+    assert "my_measures" not in sys.modules  # what a run's files name is not imported
 
 
 def test_a_source_is_one_function(folder):

@@ -9,17 +9,18 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from new_llm.cli.main import main
 from new_llm.config import DataConfig, PythiaConfig
 from new_llm.data.sources import load_documents
-from new_llm.data.tokenizer import padded_vocab_size, train_tokenizer
+from new_llm.data.tokenizer import TokenSplit, count_words, padded_vocab_size, train_tokenizer
 from new_llm.models import TransformerLM, create_model, load_model, save_memory_file, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,18 @@ def make_run(run: Path) -> Path:
         (run / f"{number}.txt").write_text(text, encoding="utf-8")
     write_lines(run / "speeches.jsonl", (speech[:1500] for speech in SPEECHES))
     return run
+
+
+def make_split(documents: Sequence[Sequence[int]], texts: Sequence[str] = (), num_pinned: int = 0) -> TokenSplit:
+    """Documents of tokens; they count bytes and words of these texts, or a word and 5 bytes a token."""
+    texts = texts or ["word " * len(document) for document in documents]
+    return TokenSplit(
+        tokens=np.array([token for document in documents for token in document], dtype=np.uint16),
+        offsets=np.cumsum([0, *map(len, documents)]).astype(np.int64),
+        num_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
+        num_words=np.array([count_words(text) for text in texts], dtype=np.int64),
+        num_pinned_documents=num_pinned,
+    )
 
 
 def load_best(run: Path, kind: str) -> TransformerLM:

@@ -1,6 +1,5 @@
 """Small trainings, in one process or in several on this machine."""
 
-import dataclasses
 import io
 import os
 import signal
@@ -14,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
+import tiny
 from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation import evaluate_streaming
 from new_llm.experiments.config import ExperimentConfig
@@ -28,15 +28,7 @@ LENGTHS = (97, 33, 150, 12, 61, 40, 75)
 
 def make_split(lengths: tuple[int, ...] = LENGTHS) -> TokenSplit:
     """Documents of tokens that follow a rule, of unequal lengths."""
-    documents = [(np.arange(length) ** 2 + 7 * index) % VOCAB for index, length in enumerate(lengths)]
-    offsets = np.cumsum([0, *lengths]).astype(np.int64)
-    return TokenSplit(
-        tokens=np.concatenate(documents).astype(np.uint16),
-        offsets=offsets,
-        num_bytes=np.diff(offsets),
-        num_words=np.diff(offsets),
-        num_pinned_documents=0,
-    )
+    return tiny.make_split([(np.arange(length) ** 2 + 7 * index) % VOCAB for index, length in enumerate(lengths)])
 
 
 def make_config(**changes: Any) -> ExperimentConfig:
@@ -48,12 +40,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
         data={"seq_length": 16, "segments_per_sample": 2, "num_samples": None, "order": "stream"},
         train={"num_epochs": 2, "patience": 0, "batch_size": 2, "log_every_steps": 1, "precision": "fp32"},
     )
-    for name, value in changes.items():
-        section = next(key for key in ("train", "data", "model") if hasattr(getattr(config, key), name))
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
-        )
-    return config
+    return tiny.change(config, **changes)
 
 
 def make_trainer(

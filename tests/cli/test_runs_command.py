@@ -117,27 +117,3 @@ def test_runs_are_compared(tmp_path, monkeypatch):
     assert "Figures are means over 2 seeds per model." in text
     assert main(["report", *map(str, runs)]) == 0
     assert (tmp_path / "report.html").read_text() == text
-
-
-def test_measures_of_one_s_own_are_named_by_the_user_alone(tmp_path, capsys, monkeypatch):
-    run = write_run(tmp_path / "runs" / "a", 80.0)
-    results = json.loads((run / "results.json").read_text())
-    results["config"]["eval"] = {"measures": ["sliding", "stranger:Mine"]}
-    results["models"][0]["evaluation"]["mine"] = {"value": 3.25}
-    (run / "results.json").write_text(json.dumps(results))
-    (tmp_path / "stranger.py").write_text(
-        "from new_llm.evaluation import Measure\n"
-        "open('ran', 'w').close()\n"
-        "class Mine(Measure):\n"
-        "    name, title = 'mine', 'my measure'\n"
-        "    def run(self, subject): return None\n"
-        "    def describe(self, result): return f'found {result[\"value\"]}'\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert main(["report", str(run)]) == 0
-    assert not Path("ran").exists()
-    assert "Figures of stranger:Mine are left out" in capsys.readouterr().err
-    assert main(["report", str(run), "--measures", "stranger:Mine"]) == 0
-    assert Path("ran").exists()
-    assert "Figures of" not in capsys.readouterr().err
-    assert "found 3.25" in (run / "report.html").read_text()

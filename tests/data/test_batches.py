@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from new_llm.config import DataConfig, UserError
 from new_llm.data.batches import IGNORED_LABEL, Batch, BatchPlan, list_shapes, plan_batches
 from new_llm.data.tokenizer import TokenSplit, count_samples
@@ -16,9 +17,7 @@ from training_cases import make_trainer
 
 def make_split(lengths: list[int], num_pinned: int = 0) -> TokenSplit:
     """Documents whose token at position p of the split is p itself: a token tells where it is from."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    sizes = np.array(lengths, dtype=np.int64)
-    return TokenSplit(np.arange(offsets[-1], dtype=np.uint32), offsets, sizes, sizes, num_pinned)
+    return tiny.make_split(np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]), num_pinned=num_pinned)
 
 
 def expected_samples(split: TokenSplit, seq_length: int) -> list[tuple[int, ...]]:

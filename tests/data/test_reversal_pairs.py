@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from new_llm.config import UserError
-from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs, read_reversal_pairs
+from new_llm.data.reversal_pairs import draw_pairs, get_reversal_pairs, read_reversal_pairs
 
 SENTENCE_FIELDS = ("relation", "forward_prompt", "forward_answer", "backward_prompt", "backward_answer")
 TEMPLATE_FIELDS = ("relation", "subject", "object", "forward_template", "backward_template")
@@ -21,24 +21,6 @@ FRANCE = next(pair for pair in PAIRS if pair.subject == "France")
 def test_every_relation_has_one_kind_and_the_same_chance_of_a_right_guess():
     assert set(Counter(pair.relation for pair in PAIRS).values()) == {24}
     assert len({(pair.relation, pair.kind) for pair in PAIRS}) == len(PAIRS) / 24
-
-
-def test_a_known_fact_reads_as_documented():
-    assert (
-        ReversalPair(
-            relation="capital",
-            subject="France",
-            object="Paris",
-            kind="real",
-            forward="The capital of France is Paris.",
-            backward="Paris is the capital of France.",
-            forward_prompt="The capital of France is",
-            forward_answer=" Paris.",
-            backward_prompt="Paris is the capital of",
-            backward_answer=" France.",
-        )
-        == FRANCE
-    )
 
 
 def test_sentences_are_prompt_and_answer_and_end_with_the_other_entity():

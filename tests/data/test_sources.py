@@ -13,7 +13,6 @@ import pytest
 import zstandard
 
 from new_llm.config import DataConfig, UserError
-from new_llm.data.dataset import prepare_data
 from new_llm.data.sources import load_documents, open_source
 
 
@@ -198,26 +197,10 @@ def test_a_small_file_that_unpacks_without_end_is_rejected(tmp_path, name, monke
 # What a data source of one's own may and may not give; the how-to's is run by tests/test_how_to.py
 
 
-MODULE = """
-def read_numbers(config):
-    return (f"{number} comes before {number + 1}. " * 40 for number in range(30))
-
-def read_badly(config):
-    yield from ["a", None]
-"""
-
-
-def test_documents_may_be_texts_alone_and_nothing_else(tmp_path, monkeypatch):
-    (tmp_path / "numbers_of_mine.py").write_text(MODULE)
+@pytest.mark.parametrize(
+    ("name", "said"), [("read", "document 2 is a NoneType, not a string"), ("missing", "no missing")]
+)
+def test_documents_may_be_texts_and_nothing_else(tmp_path, monkeypatch, name, said):
+    (tmp_path / "source_of_mine.py").write_text("def read(config):\n    yield from ['a', None]")
     monkeypatch.syspath_prepend(tmp_path)
-
-    def make_config(function: str) -> DataConfig:
-        sizes = {"tokenizer_vocab_size": 300, "seq_length": 16, "num_samples": None, "reversal_pairs": False}
-        return DataConfig(source=f"numbers_of_mine:{function}", cache_dir=tmp_path / "cache", **sizes)
-
-    names = [name for name, _ in load_documents(make_config("read_numbers"))]
-    assert names[:2] == ["numbers_of_mine:read_numbers:1", "numbers_of_mine:read_numbers:2"]
-    assert prepare_data(make_config("read_numbers")).info["validation"]["num_documents"] == 3
-    for function, message in (("read_badly", "document 2 is a NoneType, not a string"), ("missing", "no missing")):
-        with pytest.raises(UserError, match=message):
-            prepare_data(make_config(function))
+    assert said in read_error("source_of_mine", f"source_of_mine:{name}")

@@ -1,13 +1,11 @@
 """Tiny models, readings of them that share no code with evaluation, and documents to read."""
 
-import re
-
 import numpy as np
 import torch
 
 from new_llm import TransformerLM
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
+from new_llm.data.tokenizer import padded_vocab_size, tokenize_documents, train_tokenizer
 from tiny import make_model
 
 VOCAB_SIZE = 11
@@ -16,16 +14,6 @@ TEXTS = [" ".join(SENTENCES[begin : begin + count]) for begin, count in ((0, 9),
 TOKENIZER = train_tokenizer(TEXTS, 400)
 REAL = tokenize_documents(TEXTS, TOKENIZER)
 """Documents of sentences, the shortest of them of less than 40 tokens."""
-
-
-def make_split(documents: list[list[int]], texts: list[str] | None = None) -> TokenSplit:
-    texts = texts or ["word " * len(document) for document in documents]
-    return TokenSplit(
-        tokens=np.array([token for document in documents for token in document], dtype=np.uint16),
-        offsets=np.cumsum([0, *map(len, documents)]).astype(np.int64),
-        num_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
-        num_words=np.array([len(re.split(r"\s+", text)) for text in texts], dtype=np.int64),
-    )
 
 
 def make_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import make_documents, make_split, make_tiny_model
+from evaluation_stand_ins import make_documents, make_tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from new_llm.config import EvalConfig
@@ -22,6 +22,7 @@ from new_llm.evaluation import (
 from new_llm.evaluation.scoring import Scorer, join_scores
 from new_llm.models.cache import TextCache
 from new_llm.models.hf.gpt_neox import load_pythia
+from tiny import make_split
 
 SEGMENT, VOCAB_SIZE = 8, 11
 SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

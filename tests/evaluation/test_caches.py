@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_split, make_tiny_model
+from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_tiny_model
 
 from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig
 from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel, Caches, Subject, evaluate_streaming, tune_cache
+from tiny import make_split
 
 LONG = LongDocumentsConfig(min_tokens=30, edges=(0, 20))
 SETTINGS = CacheMeasureConfig(sizes=(3, 20), ngram_orders=(1, 3), thetas=(1.0, 8.0), segments_per_call=2)

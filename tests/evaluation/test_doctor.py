@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_stand_ins import make_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +31,7 @@ from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
 from new_llm.models.factory import RECIPES
 from new_llm.models.inputs import align_labels
-from tiny import make_shape
+from tiny import make_shape, make_split
 
 SEGMENT = 16
 CONFIG = DoctorConfig(segment_tokens=8, max_tokens=2048, fill_segments=16)

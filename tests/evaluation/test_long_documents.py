@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import make_documents, make_exact, make_split, read_naively
+from evaluation_stand_ins import make_documents, make_exact, read_naively
 
 from model_cases import assert_states_equal
 from new_llm.config import UserError
@@ -19,6 +19,7 @@ from new_llm.evaluation import (
     evaluate_streaming,
 )
 from new_llm.evaluation.statistics import MIN_DOCUMENTS
+from tiny import make_split
 
 LENGTHS = [70, 3, 130, 65, 41, 17, 64, 16]
 DOCUMENTS = make_documents(LENGTHS)

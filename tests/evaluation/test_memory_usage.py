@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import REAL, TOKENIZER, VOCAB_SIZE, make_documents, make_reader, make_split, make_tiny_model
+from evaluation_stand_ins import REAL, TOKENIZER, VOCAB_SIZE, make_documents, make_reader, make_tiny_model
 
 from new_llm.config import EvalConfig
 from new_llm.config.evaluation import LongDocumentsConfig, PassagesConfig
 from new_llm.evaluation import MEASURES, MemoryUsage, ModelResult, Subject
 from new_llm.evaluation.passages import continue_text, find_half_share, find_passages
+from tiny import make_split
 
 LENGTH = 8
 SPLIT = make_split(make_documents([5, 80]))

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_exact, make_split, read_naively
+from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_exact, read_naively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from new_llm.evaluation import (
 )
 from new_llm.evaluation.scoring import choose_rows, plan_rolling_windows, plan_windows
 from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_share_interval, find_t_interval
+from tiny import make_split
 
 DOCUMENTS = make_documents([37, 1, 2, 64, 65, 130, 3, 16, 17])
 SPLIT = make_split(DOCUMENTS)

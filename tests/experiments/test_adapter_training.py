@@ -161,16 +161,14 @@ def test_long_documents_are_chosen_by_the_seed_and_the_same_for_every_run(tiny_a
     def choose(seed: int, num_docs: int = 3, max_tokens: int | None = None) -> Any:
         return choose_long_documents(data, num_docs=num_docs, min_tokens=middle, max_tokens=max_tokens, seed=seed)
 
-    chosen = choose(0)
+    chosen, short, whole = choose(0), choose(0, max_tokens=40), choose(0, num_docs=999)
     assert chosen.train.num_documents == 3
     assert np.diff(chosen.train.offsets).min() >= middle
     assert choose(0).info["train"] == chosen.info["train"]
     assert len({choose(seed).info["train"]["tokens_fingerprint"] for seed in range(6)}) > 1
-    short = choose(0, max_tokens=40)
     assert np.diff(short.train.offsets).tolist() == [40, 40, 40]
     assert short.train.document(1).tolist() == chosen.train.document(1)[:40].tolist()
     assert np.diff(short.validation.offsets).max() == 40
-    whole = choose(0, num_docs=999)
     assert whole.train.num_documents == int((lengths >= middle).sum())
     assert any("999 long documents were asked for" in note for note in whole.info["notes"])
 

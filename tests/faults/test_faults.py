@@ -177,10 +177,6 @@ def killed(tmp_path: Path) -> FaultRun:
 # A run that is killed again and again ends as one that never was
 
 
-KILLS = ["start"] * 3 + ["checkpoint"] * 9 + ["training"] * 10
-STOPS = ["start", "checkpoint", "training", "checkpoint", "training", "training"]
-
-
 def order_aims(aims: list[str], dice: random.Random) -> list[str]:
     """In random order, and three more: while the first model is measured, while the second is, and at once again."""
     mixed = dice.sample(aims, len(aims))
@@ -190,7 +186,7 @@ def order_aims(aims: list[str], dice: random.Random) -> list[str]:
 
 @pytest.mark.slow
 def test_25_sigkills_at_random_instants_change_nothing(whole, killed, dice, capsys):
-    aims = order_aims(KILLS, dice)
+    aims = order_aims(["start"] * 3 + ["checkpoint"] * 9 + ["training"] * 10, dice)
     num_torn = 0
     for number, (aim, _, code, err) in enumerate(kill_often(killed, aims, [signal.SIGKILL], dice)):
         assert code == -signal.SIGKILL, err
@@ -205,7 +201,7 @@ def test_25_sigkills_at_random_instants_change_nothing(whole, killed, dice, caps
 
 @pytest.mark.slow
 def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(whole, killed, dice):
-    aims = order_aims(STOPS, dice)
+    aims = order_aims(["start"] + ["checkpoint"] * 2 + ["training"] * 3, dice)
     for aim, sent, code, err in kill_often(killed, aims, [signal.SIGTERM, signal.SIGINT], dice):
         # In a process's first instants Python has not begun the program yet, and nothing is said.
         assert code == 130 or (not err.strip() and code == -sent) or aim == "start", (aim, code, err)

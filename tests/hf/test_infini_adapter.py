@@ -1,16 +1,15 @@
 """The parallel adapter: equal to its base with α = 0, its memory, and its file, of which nothing is believed."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from disk_faults import edit_tensors
 from new_llm import TransformerLM, create_model
 from new_llm.config import TrainConfig, UserError
 from new_llm.evaluation.doctor.model_checks import check_gates
@@ -24,7 +23,7 @@ from new_llm.models.hf.infini_adapter import (
     split_weights,
 )
 from new_llm.models.layers.infini import AdapterConfig
-from new_llm.models.tensor_files import fingerprint_weights, hash_content
+from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.preparation import group_parameters
 from tiny import make_shape
 
@@ -202,51 +201,27 @@ def test_an_adapter_of_other_weights_needs_force(tmp_path):
     assert attach_adapter(stranger, tmp_path / "a.pt", force=True).get_alpha() == {0: 0.5, 2: 0.5}
 
 
-def rewrite(path: Path, *, digest: bool = True, **changes: Any) -> None:
-    """Other metadata, options of layer 0, or tensors; None leaves a tensor out. The digest is made right again."""
-    if path.suffix == ".pt":
-        content = torch.load(path, weights_only=True)
-        metadata, tensors = content["metadata"], content["tensors"]
-    else:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata())
-        tensors = load_file(path)
-    metadata |= changes.get("metadata", {})
-    if options := changes.get("options"):
-        layers = json.loads(metadata["layers"])
-        layers["0"] |= options
-        metadata["layers"] = json.dumps(layers)
-    tensors = {name: t for name, t in (tensors | changes.get("tensors", {})).items() if t is not None}
-    if digest:
-        del metadata["sha256"]
-        metadata["sha256"] = hash_content(metadata, tensors)
-    if path.suffix == ".pt":
-        torch.save({"metadata": metadata, "tensors": tensors}, path)
-    else:
-        save_file(tensors, path, metadata=metadata)
-
-
-BROKEN: dict[str, dict[str, Any]] = {
-    "NaN or infinite": {"tensors": {"layers.0.alpha": torch.tensor(float("nan"))}},
-    "has shape": {"tensors": {"layers.0.attention.gate": torch.zeros(3)}},
-    "missing or unknown tensors": {"tensors": {"layers.2.alpha": None}},
-    "not a tensor of floats": {"tensors": {"layers.0.attention.gate": torch.zeros(1, dtype=torch.int64)}},
-    "not a parallel adapter file": {"metadata": {"format": "new-llm-memory"}},
-    "format version 99, this program reads 1": {"metadata": {"format_version": "99"}},
-    "broken metadata": {"metadata": {"layers": "[" * 100_000}},
-    "num_memory_banks": {"options": {"num_memory_banks": 10**12}},
-    "does not fit this base": {"options": {"num_memory_heads": 7}},
-    "use_delta_rule": {"options": {"use_delta_rule": "yes"}},
-    "has layers 0 to 2": {"metadata": {"layers": '{"7": {}}'}},
-    "corrupted": {"tensors": {"layers.0.alpha": torch.tensor(0.75)}, "digest": False},
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "NaN or infinite": edit_tensors(tensors={"0.alpha": float("nan")}),
+    "has shape": edit_tensors(tensors={"0.attention.gate": torch.zeros(3)}),
+    "missing or unknown tensors": edit_tensors(tensors={"2.alpha": None}),
+    "not a tensor of floats": edit_tensors(tensors={"0.attention.gate": torch.zeros(1, dtype=torch.int64)}),
+    "not a parallel adapter file": edit_tensors(format="new-llm-memory"),
+    "format version 99, this program reads 1": edit_tensors(format_version="99"),
+    "broken metadata": edit_tensors(layers="[" * 100_000),
+    "num_memory_banks": edit_tensors({"num_memory_banks": 10**12}),
+    "does not fit this base": edit_tensors({"num_memory_heads": 7}),
+    "use_delta_rule": edit_tensors({"use_delta_rule": "yes"}),
+    "has layers 0 to 2": edit_tensors(layers='{"7": {}}'),
+    "corrupted": edit_tensors(tensors={"0.alpha": 0.75}, digest=False),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("said", "changes"), BROKEN.items(), ids=BROKEN)
-def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, said, changes):
+@pytest.mark.parametrize(("said", "change"), BROKEN.items(), ids=BROKEN)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, said, change):
     save_adapter(make_two(), tmp_path / name)
-    rewrite(tmp_path / name, **changes)
+    change(tmp_path / name)
     model = make_base()
     before = fingerprint_weights(model)
     with pytest.raises(UserError, match=said) as refused:

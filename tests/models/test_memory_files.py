@@ -2,7 +2,7 @@
 
 import functools
 import json
-import struct
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load, save
 from tokenizers import Tokenizer
 
 import tiny
+from disk_faults import alter, edit_tensors
 from model_cases import assert_states_equal, assert_states_near, text_ids
 from new_llm import TransformerLM, __version__
 from new_llm.config import UserError
@@ -29,7 +29,7 @@ from new_llm.experiments.memory_filling import (
 from new_llm.models import SelectiveOutputLM, load_memory_file, save_memory_file
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
 from new_llm.models.memory_file import merge_memory_files, pair_tensors, read_memory_file
-from new_llm.models.tensor_files import fingerprint_weights, hash_content
+from new_llm.models.tensor_files import fingerprint_weights
 from tiny import SPEECHES
 
 make_model = functools.partial(tiny.make_model, segment_length=8)
@@ -143,63 +143,41 @@ def test_tensors_are_compared_one_by_one(tmp_path):
 # A file that is not what it should be is refused in one line: nothing is executed, nothing is changed
 
 
-def edit(layer: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, **metadata: Any) -> Any:
-    """Another record of the layer, other tensors (or their first number), other metadata; None: left out.
-
-    The digest fits, unless another is given.
-    """
-
-    def change(raw: bytes) -> bytes:
-        (length,) = struct.unpack("<Q", raw[:8])
-        facts, content = json.loads(raw[8 : 8 + length])["__metadata__"], load(raw)
-        if layer is not None:
-            (record,) = json.loads(facts["layers"])
-            for key, value in layer.items():  # what the record does not have are settings
-                (record if key in record else record["settings"])[key] = value
-            facts["layers"] = json.dumps([record])
-        for key, value in (tensors or {}).items():
-            if isinstance(value, int | float):
-                content[f"layers.0.{key}"].view(-1)[0] = value
-            else:
-                content[f"layers.0.{key}"] = value
-        content = {name: t for name, t in content.items() if t is not None}
-        facts = {key: value for key, value in (facts | metadata).items() if value is not None}
-        if "sha256" not in metadata:
-            facts["sha256"] = hash_content(facts, content)
-        return save(content, metadata=facts)
-
-    return change
-
-
 NAMES = ("memories", "memory_norms", "token_counts", "segment_counter", "segments_seen", "current_bank")
 BROKEN: dict[str, tuple[Any, str]] = {
-    "truncated payload": (lambda raw: raw[:-1], "truncated"),
-    "flipped": (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "corrupted"),
-    "text": (lambda raw: b"To be, or not to be, that is the question", "not a safetensors file"),
-    "other format": (edit(format="pt"), "not a memory file"),
-    "format version": (edit(format_version="1"), "format version 1, this program reads 2"),
-    "other digest": (edit(sha256="0" * 64), "corrupted"),
-    "missing key": (edit(created=None), "created"),
-    "unknown key": (edit(colour="red"), "unknown key 'colour'"),
-    "long text": (edit(created="x" * 100_000), "created"),
-    "rows": (edit(rows="2"), r"has shape \[\], not 2 rows|not 2 rows"),
-    "layers nested": (edit(layers="[" * 100_000), "JSON"),
-    "state version": (edit({"version": 2}), "layer 0: state version 2, this program reads 3"),
-    "layer elsewhere": (edit({"layer": 1}), "unknown tensor layers.0."),
-    "endless layers": (edit({"layer": 2**80}), "layer"),
-    "an infinite setting": (edit({"alibi_scale": 1e999}), "alibi_scale"),
-    "a setting that is a tensor": (edit({"memories": 1}), "unknown tensor layers.0.memories"),
-    "NaN": (edit(tensors={"memories": float("nan")}), "NaN or infinite"),
-    "negative count": (edit(tensors={"segment_counter": -1}), "impossible"),
-    "no tensors": (edit(tensors=dict.fromkeys(NAMES)), "no tensors of layers.0"),
-    "tensor's dtype": (edit(tensors={"memories": torch.zeros(1).to(torch.float8_e5m2)}), "of F8_E5M2, which no memory"),
-    "endless empty tensor": (edit(tensors={"memory_norms": torch.zeros(2**40, 0)}), "has shape .* no memory"),
+    "truncated payload": (alter(lambda raw: raw[:-1]), "truncated"),
+    "flipped": (alter(lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "corrupted"),
+    "text": (alter(lambda raw: b"To be, or not to be, that is the question"), "not a safetensors file"),
+    "other format": (edit_tensors(format="pt"), "not a memory file"),
+    "format version": (edit_tensors(format_version="1"), "format version 1, this program reads 2"),
+    "other digest": (edit_tensors(sha256="0" * 64), "corrupted"),
+    "missing key": (edit_tensors(created=None), "created"),
+    "unknown key": (edit_tensors(colour="red"), "unknown key 'colour'"),
+    "long text": (edit_tensors(created="x" * 100_000), "created"),
+    "rows": (edit_tensors(rows="2"), r"has shape \[\], not 2 rows|not 2 rows"),
+    "layers nested": (edit_tensors(layers="[" * 100_000), "JSON"),
+    "state version": (edit_tensors({"version": 2}), "layer 0: state version 2, this program reads 3"),
+    "layer elsewhere": (edit_tensors({"layer": 1}), "unknown tensor layers.0."),
+    "endless layers": (edit_tensors({"layer": 2**80}), "layer"),
+    "an infinite setting": (edit_tensors({"alibi_scale": 1e999}), "alibi_scale"),
+    "a setting that is a tensor": (edit_tensors({"memories": 1}), "unknown tensor layers.0.memories"),
+    "NaN": (edit_tensors(tensors={"0.memories": float("nan")}), "NaN or infinite"),
+    "negative count": (edit_tensors(tensors={"0.segment_counter": -1}), "impossible"),
+    "no tensors": (edit_tensors(tensors={f"0.{name}": None for name in NAMES}), "no tensors of layers.0"),
+    "tensor's dtype": (
+        edit_tensors(tensors={"0.memories": torch.zeros(1).to(torch.float8_e5m2)}),
+        "of F8_E5M2, which no memory",
+    ),
+    "endless empty tensor": (edit_tensors(tensors={"0.memory_norms": torch.zeros(2**40, 0)}), "has shape .* no memory"),
 }
 UNFIT: dict[str, tuple[Any, str]] = {  # by the check of `set_memory_state`, whose refusals test_memory_state.py has
-    "tensor missing": (edit(tensors={"memory_norms": None}), r"keys \['memory_norms'\] do not match this model"),
-    "additive": (edit({"additive": True}), "additive True"),
+    "tensor missing": (
+        edit_tensors(tensors={"0.memory_norms": None}),
+        r"keys \['memory_norms'\] do not match this model",
+    ),
+    "additive": (edit_tensors({"additive": True}), "additive True"),
     "too large": (
-        edit(tensors={"memories": torch.full((1, 1, 32, 32), 1e300, dtype=torch.float64)}),
+        edit_tensors(tensors={"0.memories": torch.full((1, 1, 32, 32), 1e300, dtype=torch.float64)}),
         "NaN or infinite",
     ),
 }
@@ -233,7 +211,8 @@ def assert_refused(model, path, message):
 def test_broken_files(name, filled, valid):
     change, message = (BROKEN | UNFIT)[name]
     path = valid.with_name("broken.safetensors")
-    path.write_bytes(change(valid.read_bytes()))
+    shutil.copy(valid, path)
+    change(path)
     assert_refused(filled, path, message)
     if name not in UNFIT:
         with pytest.raises(UserError, match=message):
