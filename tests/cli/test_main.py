@@ -223,7 +223,6 @@ CASES = [
     ("eval ppl --run {run} --model infini --revision main", "--revision: is for Hugging Face models"),
     ("eval ppl --run {run} --context 8 --stride 9", "stride: 9 is over eval.context (8)"),
     ("eval ppl --run {run} --position-edges 4 2", "position_edges: [4, 2] must start with 0"),
-    ("eval ppl --run {run} --picture a.gif", "must end with .svg or .png"),
     (f"{LONG} --min-tokens 100000", "no document has 100,000 tokens; the longest of 4 has"),
     (f"{LONG} --edges 5 10", "must start with 0 and increase"),
     (f"{LONG} --max-tokens-per-document 10", "is under min_tokens"),

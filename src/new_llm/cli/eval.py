@@ -21,8 +21,6 @@ from new_llm.config.evaluation import (
     TextConfig,
 )
 
-PICTURE_ENDINGS = (".svg", ".png")
-
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluation(Command):
@@ -37,13 +35,7 @@ class Evaluation(Command):
     data: TextConfig = dataclasses.field(default_factory=TextConfig)
     options: Any
     out: Path | None = None
-    """The JSON file to write; None: a file in the run's folder, under evaluations."""
-    picture: Path | None = None
-    """Where to write the charts, *.svg or *.png; None: beside the JSON file."""
-
-    def __post_init__(self) -> None:
-        if self.picture is not None and self.picture.suffix not in PICTURE_ENDINGS:
-            raise UserError(f"--picture: {self.picture} must end with {' or '.join(PICTURE_ENDINGS)}")
+    """The JSON file to write, with its charts beside it; None: a file in the run's folder, under evaluations."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,7 +152,6 @@ class Reversal(Evaluation):
     options: Annotated[ReversalConfig, arg(name="")] = dataclasses.field(default_factory=ReversalConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.evaluated_text is None and self.data != TextConfig():
             raise UserError("data: a text is read only where --places names memory or context")
 
@@ -206,7 +197,6 @@ class Inspect(Evaluation):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.data = TextConfig(source=str(self.text), whole_files=True)
 
     @property

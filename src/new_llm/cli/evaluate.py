@@ -54,8 +54,7 @@ def evaluate(command: Evaluation) -> int:
         path = write_evaluation(record, loaded, out)
         show(measure, record, loaded.label)
         for place, chart in enumerate(measure.charts([ModelResult(loaded.label, record["result"])])):
-            first = command.picture or path.with_suffix(".svg")
-            picture = first if place == 0 else first.with_name(f"{first.stem}-{chart.name}{first.suffix}")
+            picture = path.with_name(f"{path.stem}-{chart.name}.svg") if place else path.with_suffix(".svg")
             write_chart(chart, picture)
             print_text(f"picture: {picture}")
         if measure.texts([ModelResult(loaded.label, record["result"])]):

@@ -150,9 +150,10 @@ def list_files(found: "RunStatus") -> list[str]:
     checkpoints = found.folder.glob("*/checkpoints/*")
     lines += sorted(str(path) for path in checkpoints if not path.name.startswith("."))
     if found.status != "complete":
-        place = "" if found.folder.parent == Path("runs") else f" --runs-dir {found.folder.parent}"
+        from new_llm.experiments.run_folder import describe_resumption
+
         command = "experiment" if (found.folder / "config.yaml").is_file() else "train-adapter"
-        lines.append(f"continue with: new-llm {command}{place} --name {found.folder.name} --resume")
+        lines.append(f"continue with: {describe_resumption(found.folder, command)}")
     return lines
 
 

@@ -87,12 +87,9 @@ class TrainingCommand(Command):
             The exit code: 130 where training was interrupted, 1 where it can't continue, 2 where a measure that was
             asked for by name has refused.
         """
+        from new_llm.experiments.run_folder import describe_resumption
 
-        def describe_resumption(run_folder: Path) -> str:
-            place = "" if run_folder.parent == Path("runs") else f" --runs-dir {run_folder.parent}"
-            return f"new-llm {self.command}{place} --name {run_folder.name} --resume"
-
-        results = run_training(self.train, describe_resumption)
+        results = run_training(self.train, lambda folder: describe_resumption(folder, self.command))
         if isinstance(results, int):
             return results
         # Measures that were not asked for may find nothing to measure in a text; then there is only a note.

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig
 from new_llm.data.reversal_pairs import ReversalPair, make_pair
-from new_llm.data.tokenizer import encode_text
+from new_llm.data.tokenizer import count_ids, encode_text
 
 RecallTask = Literal["passkey", "facts", "changed"]
 """passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
@@ -205,8 +205,7 @@ class SentenceBorders:
 
 def decode_entries(tokenizer: Tokenizer) -> list[str]:
     """The text of every entry of a tokenizer, by its token."""
-    size = max(tokenizer.get_vocab().values()) + 1
-    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(size)]
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(count_ids(tokenizer))]
 
 
 def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:

@@ -128,10 +128,20 @@ def fingerprint_tokenizer(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
+def count_ids(tokenizer: Tokenizer) -> int:
+    """One above a tokenizer's largest id."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def padded_vocab_size(tokenizer: Tokenizer) -> int:
-    """Rows of an embedding for this tokenizer: one above its largest id, rounded up to a multiple of 128."""
-    size = max(tokenizer.get_vocab().values()) + 1
-    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    """Rows of an embedding for this tokenizer: `count_ids`, rounded up to a multiple of 128."""
+    return -(-count_ids(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
+    """Reject a tokenizer with ids that a model does not know; `what` names both, with {} for its largest id."""
+    if (count := count_ids(tokenizer)) > vocab_size:
+        raise UserError(f"{what.format(count - 1)} knows up to {vocab_size - 1}")
 
 
 # Tokenised documents

@@ -251,12 +251,12 @@ class Perplexity(Measure):
     can_stop = True
 
     @abstractmethod
-    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
+    def evaluate(self, subject: Subject) -> PerplexityResult:
         """The perplexity of the subject's documents."""
 
     def run(self, subject: Subject) -> dict[str, Any]:
         """The fields of `PerplexityResult`, the verdict, and the unigram's perplexity on the same split."""
-        result = self.evaluate(subject, subject.reading)
+        result = self.evaluate(subject)
         return result.to_dict() | {
             "verdict": diagnose_perplexity(result.perplexity)._asdict(),
             "unigram_perplexity": unigram_perplexity(subject.split),
@@ -300,10 +300,10 @@ class SlidingPerplexity(Perplexity):
     name = "sliding"
     title = "sliding-window perplexity"
 
-    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
+    def evaluate(self, subject: Subject) -> PerplexityResult:
         """See `evaluate_sliding_window`."""
         context, stride = subject.settings.context, subject.settings.stride
-        return evaluate_sliding_window(subject.model, subject.split, context=context, stride=stride, **reading)
+        return evaluate_sliding_window(subject.model, subject.split, context=context, stride=stride, **subject.reading)
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Also the figures that do not depend on the tokenizer, the unigram's share, and the verdict."""
@@ -325,10 +325,10 @@ class StreamingPerplexity(Perplexity):
     name = "streaming"
     title = "streaming perplexity"
 
-    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
+    def evaluate(self, subject: Subject) -> PerplexityResult:
         """See `evaluate_streaming`."""
         per_call = subject.settings.segments_per_call
-        return evaluate_streaming(subject.model, subject.split, segments_per_call=per_call, **reading)
+        return evaluate_streaming(subject.model, subject.split, segments_per_call=per_call, **subject.reading)
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Also bits per byte, by which models with other tokenizers can be compared."""
@@ -343,9 +343,9 @@ class IndependentPerplexity(Perplexity):
     name = "independent"
     title = "perplexity of single segments"
 
-    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
+    def evaluate(self, subject: Subject) -> PerplexityResult:
         """See `evaluate_independent`."""
-        return evaluate_independent(subject.model, subject.split, **reading)
+        return evaluate_independent(subject.model, subject.split, **subject.reading)
 
 
 @register_measure
@@ -355,13 +355,13 @@ class RollingPerplexity(Perplexity):
     name = "rolling"
     title = "rolling perplexity"
 
-    def evaluate(self, subject: Subject, reading: Reading) -> PerplexityResult:
+    def evaluate(self, subject: Subject) -> PerplexityResult:
         """See `evaluate_rolling`."""
         begin = find_special_tokens(subject.tokenizer).get("bos_token")
         if begin is None:
             raise UserError("rolling perplexity: the tokenizer has no <|endoftext|> or <s> to begin a document with")
         prefix, context = subject.tokenizer.get_vocab()[begin], subject.settings.context
-        return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **reading)
+        return evaluate_rolling(subject.model, subject.split, context=context, prefix_token=prefix, **subject.reading)
 
 
 @register_measure

@@ -312,15 +312,21 @@ def find_device(model: LanguageModel) -> torch.device:
 @contextlib.contextmanager
 def evaluation_mode(model: LanguageModel, autocast: Autocast = contextlib.nullcontext) -> Iterator[None]:
     """No dropout and no gradients inside; afterwards each part of the model trains or not as before."""
+    with set_mode(model, training=False), torch.inference_mode(), autocast():
+        yield
+
+
+@contextlib.contextmanager
+def set_mode(model: LanguageModel, *, training: bool) -> Iterator[None]:
+    """Inside, all parts of the model train or none; afterwards each as before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = False
-        with torch.inference_mode(), autocast():
-            yield
-    finally:
-        for module, training in modes:
             module.training = training
+        yield
+    finally:
+        for module, before in modes:
+            module.training = before
 
 
 class Row(NamedTuple):

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
-from new_llm.data.tokenizer import TokenSplit
+from new_llm.data.tokenizer import TokenSplit, check_vocabulary
 from new_llm.evaluation import Baseline, Subject, measure
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig
 from new_llm.experiments.run_folder import find_model_folder, find_tokenizer_file
@@ -66,7 +65,11 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         self.source, tokenizer_name = find_base(self.config)
         base = load_configured_base(self.config, self.source)
         data = prepare_documents(self.config, tokenizer_name)
-        check_vocabulary(base, data.tokenizer, self.config.base)
+        check_vocabulary(
+            data.tokenizer,
+            base.vocab_size,
+            f"--base {self.config.base}: the tokenizer has ids up to {{}}; the base",
+        )
         add_parallel_infini(base, self.config.adapter, base_name=str(self.source))  # rejects layers that the base lacks
         self.texts = {"held_out": data.validation}
         try:
@@ -179,13 +182,6 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
             f"--base {source}: {error}; a segment is data.seq_length ({config.data.seq_length}) / "
             f"data.segments_per_sample ({config.data.segments_per_sample})"
         ) from None
-
-
-def check_vocabulary(model: TransformerLM, tokenizer: Tokenizer, name: str) -> None:
-    """Reject a tokenizer with ids that the base does not know."""
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= model.vocab_size:
-        raise UserError(f"--base {name}: the tokenizer has ids up to {largest}, the base knows {model.vocab_size}")
 
 
 # The documents

@@ -1,14 +1,12 @@
 """Measuring a loaded model: the text it reads, the models beside it, and the JSON record of what was found."""
 
 import dataclasses
-import datetime
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 
 from new_llm.config import UserError
@@ -38,9 +36,7 @@ from new_llm.evaluation.caches import describe_size
 from new_llm.evaluation.language_models import has_memory
 from new_llm.experiments.run_folder import (
     DATA_FILE,
-    describe_code,
-    describe_command,
-    describe_environment,
+    describe_making,
     read_json,
     split_spec,
     write_json,
@@ -265,10 +261,7 @@ def describe_evaluation(
         "record_version": RECORD_VERSION,
         "kind": kind,
         "status": "complete" if found.get("is_complete", True) else "partial",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": describe_command(),
-        "code": describe_code(),
-        "environment": describe_environment(str(loaded.device), loaded.precision, torch.get_num_threads()),
+        **describe_making(loaded.device, loaded.precision),
         "subject": loaded.facts,
         "text": text or found.get("text"),
         "settings": settings,

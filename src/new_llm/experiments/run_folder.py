@@ -38,11 +38,12 @@ from new_llm.config.evaluation import EVALUATIONS_FOLDER
 from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, write_text_atomically
 from new_llm.config.loading import RunSettings, Settings, TrainingSettings, flatten_settings, read_settings
 from new_llm.data.hub import describe_failure
-from new_llm.data.tokenizer import TOKENIZER_FILE, read_tokenizer_file
+from new_llm.data.tokenizer import TOKENIZER_FILE, check_vocabulary, read_tokenizer_file
 from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig, name_model_folder
 from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
+from new_llm.models.tensor_files import now
 from new_llm.processes import ALONE, Processes
 from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints
 from new_llm.training.log import read_metrics
@@ -162,7 +163,13 @@ def list_differences(first: RunSettings, second: RunSettings, but: Collection[st
 # What a result depends on
 
 
-def describe_environment(device: str, precision: str, num_threads: int) -> dict[str, Any]:
+def describe_making(device: torch.device, precision: str) -> dict[str, Any]:
+    """When, how, by which code and where a result is made."""
+    made = {"created": now(), "command": describe_command(), "code": describe_code()}
+    return made | {"environment": describe_environment(str(device), precision)}
+
+
+def describe_environment(device: str, precision: str) -> dict[str, Any]:
     """The machine and the versions that a result depends on."""
     return {
         "python": platform.python_version(),
@@ -173,7 +180,7 @@ def describe_environment(device: str, precision: str, num_threads: int) -> dict[
         "processor": torch.cuda.get_device_name() if device.startswith("cuda") else read_processor_name(),
         "device": device,
         "precision": precision,
-        "num_threads": num_threads,
+        "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),
     }
 
@@ -236,6 +243,12 @@ def _strict(value: Any) -> Any:
     return value
 
 
+def describe_resumption(folder: Path, command: str) -> str:
+    """The command line that continues a run."""
+    place = "" if folder.parent == Path("runs") else f" --runs-dir {folder.parent}"
+    return f"new-llm {command}{place} --name {folder.name} --resume"
+
+
 # Finding a model and its tokenizer
 
 
@@ -295,11 +308,7 @@ def load_run_model(
     tokenizer_path = find_tokenizer_file(folder)
     tokenizer = read_tokenizer_file(tokenizer_path)
     loaded = load_model(folder).eval()
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= loaded.vocab_size:
-        raise UserError(
-            f"{tokenizer_path}: has ids up to {largest}; the model in {folder} knows up to {loaded.vocab_size - 1}"
-        )
+    check_vocabulary(tokenizer, loaded.vocab_size, f"{tokenizer_path}: has ids up to {{}}; the model in {folder}")
     return loaded, tokenizer
 
 

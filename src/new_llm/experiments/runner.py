@@ -5,7 +5,6 @@ adapter (`experiments/adapter.py`) is another kind.
 """
 
 import dataclasses
-import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -44,7 +43,7 @@ from new_llm.experiments.run_folder import (
     create_run,
     describe_code,
     describe_command,
-    describe_environment,
+    describe_making,
     hold_run,
     list_lengths,
     load_run_model,
@@ -57,10 +56,16 @@ from new_llm.models import TransformerLM, create_model
 from new_llm.models.cost import check_fits, count_flops, count_memory, count_state
 from new_llm.models.factory import match_parameters
 from new_llm.models.model_file import load_model
-from new_llm.models.tensor_files import fingerprint_tensors
+from new_llm.models.tensor_files import fingerprint_tensors, now
 from new_llm.processes import start_processes
 from new_llm.training import Trainer, TrainingResult
-from new_llm.training.checkpoint import BEST_FOLDER, list_checkpoints, remove_checkpoints, share_weights
+from new_llm.training.checkpoint import (
+    BEST_FOLDER,
+    find_misfit,
+    list_checkpoints,
+    remove_checkpoints,
+    share_weights,
+)
 from new_llm.training.devices import (
     choose_device,
     choose_precision,
@@ -248,8 +253,7 @@ class Run(ABC, Generic[Config]):
             return
         self.console.print(f"trained longer: {'; '.join(changes)}", highlight=False, markup=False)
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {}
-        entry = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "changes": list(changes)}
-        entry |= {"command": describe_command(), "code": describe_code()}
+        entry = {"date": now(), "changes": list(changes), "command": describe_command(), "code": describe_code()}
         write_json(self.folder / ENVIRONMENT_FILE, facts | {"lengthened": [*facts.get("lengthened", []), entry]})
         unfinished = self._list_unfinished()
         later = self.folder / EVALUATIONS_FOLDER  # of the weights that were the best until now
@@ -284,14 +288,10 @@ class Run(ABC, Generic[Config]):
 
     def _describe(self) -> dict[str, Any]:
         """Write the facts of the run and begin its results with them. A resumed run keeps its first facts."""
-        facts = read_json(self.folder / ENVIRONMENT_FILE) or {
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": describe_command(),
-            "code": describe_code(),
-            "init_from": self.origins,
-            "environment": describe_environment(str(self.device), self.precision, torch.get_num_threads())
-            | {"num_processes": self.processes.count, "sharding": self.config.train.sharding},
-        }
+        facts = read_json(self.folder / ENVIRONMENT_FILE)
+        if facts is None:
+            facts = describe_making(self.device, self.precision) | {"init_from": self.origins}
+            facts["environment"] |= {"num_processes": self.processes.count, "sharding": self.config.train.sharding}
         write_json(self.folder / ENVIRONMENT_FILE, facts)
         write_json(self.folder / DATA_FILE, self.data.info)
         write_text_atomically(self.folder / TOKENIZER_FILE, self.data.tokenizer.to_str(pretty=True))
@@ -507,12 +507,8 @@ class ExperimentRun(Run[ExperimentConfig]):
         with torch.device("meta"):
             built = build_model(self.config, name, self.data.vocab_size)
         weights = self._origins[name] = other.state_dict()
-        here, there = ({key: tuple(one.shape) for key, one in s.items()} for s in (built.state_dict(), weights))
-        if odd := sorted(key for key in {*here, *there} if here.get(key) != there.get(key)):
-            raise UserError(
-                f"init_from: {self.config.init_from}: its weights do not fit {name}: {odd[0]} is {there.get(odd[0])}, "
-                f"here {here.get(odd[0])}"
-            )
+        if misfit := find_misfit(built, weights):
+            raise UserError(f"init_from: {self.config.init_from}: its weights do not fit {name}: {misfit}")
         return weights
 
     def list_models(self) -> Sequence[str]:

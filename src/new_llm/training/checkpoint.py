@@ -265,14 +265,19 @@ def describe_fault(path: Path) -> Iterator[None]:
 
 def _check_model(found: Checkpoint, model: TransformerLM, optimizer: Optimizer) -> None:
     """Reject the checkpoint of another model or optimizer by a ValueError that names what differs."""
-    here, there = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.state_dict(), found.weights))
-    if here != there:
-        odd = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
-        raise ValueError(f"it belongs to another model: {odd[0]} is {there.get(odd[0])}, here {here.get(odd[0])}")
+    if misfit := find_misfit(model, found.weights):
+        raise ValueError(f"it belongs to another model: {misfit}")
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {group["name"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
     if {group["name"]: set(group["params"]) for group in found.values["optimizer"]["param_groups"]} != groups:
         raise ValueError("its optimizer's groups hold other weights")
+
+
+def find_misfit(model: nn.Module, weights: dict[str, Tensor]) -> str | None:
+    """The first name that a model and some weights do not share with the same shape, in words; None: they fit."""
+    here, there = ({name: tuple(one.shape) for name, one in s.items()} for s in (model.state_dict(), weights))
+    odd = min((name for name in {*here, *there} if here.get(name) != there.get(name)), default=None)
+    return odd and f"{odd} is {there.get(odd)}, here {here.get(odd)}"
 
 
 def restore_weights(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from new_llm import testing
 from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.tokenizer import count_ids
 from new_llm.evaluation.doctor.registry import (
     NUM_ROWS,
     PROBE_SEED,
@@ -65,7 +66,7 @@ def check_weights(exam: Examination) -> Finding:
     """Weights that are NaN or infinite, or a tokenizer with more tokens than the model has embeddings."""
     broken = [name for name, value in exam.model.named_parameters() if not bool(torch.isfinite(value).all())]
     count = sum(value.numel() for value in exam.model.parameters())
-    largest = max(exam.subject.tokenizer.get_vocab().values(), default=0)
+    largest = count_ids(exam.subject.tokenizer) - 1
     rows = exam.model.vocab_size
     if broken:
         return fault(
@@ -239,8 +240,6 @@ def check_evaluation(exam: Examination) -> Finding:
             "compute_loss": lambda: own.compute_loss(ids, ids),
             "generate": lambda: own.generate(ids, max_new_tokens=2),
         }
-    wrote: dict[str, None] = {}
-    left_mode: dict[str, None] = {}
     for training in (False, True):
         with exam.probing(segment_tokens=exam.config.segment_tokens, training=training):
             list(model.modules())[-1].training = not training  # one frozen part, which must stay as it is
@@ -252,22 +251,15 @@ def check_evaluation(exam: Examination) -> Finding:
             for name, act in actions.items():
                 act()
                 if own and not _is_same_state(own.get_memory_state(), held):
-                    wrote[name] = None
-                    own.set_memory_state(held)
+                    return fault(
+                        f"the held memory was changed by {name}: each reading depends on what was read before it",
+                        "write memory only where update_memory=True asks for it",
+                    )
                 if [module.training for module in model.modules()] != modes:
-                    left_mode[name] = None
-                    for module, mode in zip(model.modules(), modes, strict=True):
-                        module.training = mode
-    if wrote:
-        return fault(
-            f"the held memory was changed by {', '.join(wrote)}: each reading depends on what was read before it",
-            "write memory only where update_memory=True asks for it",
-        )
-    if left_mode:
-        return fault(
-            f"the mode was changed by {', '.join(left_mode)}: evaluation during training changes the training",
-            "restore each module's mode after evaluation",
-        )
+                    return fault(
+                        f"the mode was changed by {name}: evaluation during training changes the training",
+                        "restore each module's mode after evaluation",
+                    )
     kept = "memory and mode" if has_memory(model) else "the mode"
     return ok(f"{len(actions)} ways of reading left {kept} as they were")
 

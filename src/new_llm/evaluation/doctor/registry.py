@@ -13,7 +13,7 @@ from torch import Tensor
 
 from new_llm.config import UserError
 from new_llm.evaluation.measure import Subject, TrainingData
-from new_llm.evaluation.scoring import find_device
+from new_llm.evaluation.scoring import find_device, set_mode
 from new_llm.models import TransformerLM
 from new_llm.testing import find_tolerance
 
@@ -123,18 +123,13 @@ class Examination:
     @contextlib.contextmanager
     def probing(self, *, segment_tokens: int | None = None, training: bool = False) -> Iterator[None]:
         """Inside: no gradients, the given mode and segment length; afterwards mode, length and memory as before."""
-        model = self.model
-        modes = [(module, module.training) for module in model.modules()]
-        length = model.segment_length
+        model, length = self.model, self.model.segment_length
         try:
-            model.train(training)
             model.segment_length = min(segment_tokens or length, length)
-            with torch.no_grad(), model.fresh_memory():
+            with set_mode(model, training=training), torch.no_grad(), model.fresh_memory():
                 yield
         finally:
             model.segment_length = length
-            for module, mode in modes:
-                module.training = mode
 
     def read(self, input_ids: Tensor, *, seed: int = PROBE_SEED) -> Tensor:
         """Logits [B, T, Z] in float32 or wider, read from an empty memory."""
