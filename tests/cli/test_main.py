@@ -139,12 +139,6 @@ def test_advice_names_flags_that_there_are():
     assert set(re.findall(r"--[\w.-]+", advice)) <= set(re.findall(r"--[\w.-]+", write_completion("bash")))
 
 
-def test_committed_configurations_go_by_name(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # outside the checkout
-    settings = Experiment.read(["--config", "quick"], "new-llm experiment").settings
-    assert (settings.model.recipe, settings.name[:6]) == ("tuned", "quick-")
-
-
 @pytest.mark.slow
 def test_a_wheel_holds_all_that_commands_need(tmp_path):
     shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", ".venv", "runs", "site"))

@@ -2,70 +2,54 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from new_llm.cli.main import main
-from new_llm.experiments.config import ExperimentConfig
 from tiny import refuse
 
 
-def make_run(folder: Path, *, begun: str, is_done: bool) -> None:
-    folder.mkdir(parents=True)
-    config = ExperimentConfig(name=folder.name, models=("pythia", "infini"), runs_dir=str(folder.parent), num_epochs=4)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "environment.json").write_text(json.dumps({"created": begun}))
-    lines = [
-        {"event": "train", "step": 1, "tokens": 4000, "loss": 7.0, "gates": {"layers.0": [0.4, 0.7]}},
-        {"event": "epoch", "step": 2, "tokens": 8000, "validation_perplexity": 90.5},
-        {"event": "epoch", "step": 4, "tokens": 16000, "validation_perplexity": 95.0},
-    ]
-    for name in ("pythia", "infini") if is_done else ("pythia",):
-        (folder / name / "checkpoints" / "step-000000004-epoch-0002").mkdir(parents=True)
-        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if is_done:
-            result = {"evaluation": {"sliding": {"perplexity": 81.25}}, "gates": {"layers.0": [0.3, 0.9]}}
-            (folder / name / "result.json").write_text(json.dumps(result))
-    if is_done:
-        (folder / "results.json").write_text(json.dumps({"status": "complete"}))
-        (folder / "report.html").write_text("")
-        (folder / "evaluations").mkdir()
-        (folder / "evaluations" / "recall-infini-1.json").write_text("{}")
-
-
 @pytest.fixture
-def runs(tmp_path) -> Path:
+def runs(trained_run, tmp_path) -> Path:
+    """A finished run, one whose second model is being trained, a broken one, and no run."""
     folder = tmp_path / "runs"
-    make_run(folder / "second", begun="2026-02-02T10:00:00+00:00", is_done=True)
-    make_run(folder / "study" / "first", begun="2026-02-01T10:00:00+00:00", is_done=False)
-    (folder / "broken").mkdir()
-    (folder / "broken" / "config.yaml").write_text("model: [")
-    (folder / "no-run").mkdir()
+    shutil.copytree(trained_run["folder"], folder / "second")
+    unwritten = shutil.ignore_patterns("result.json", "results.json", "report.html", "infini")
+    shutil.copytree(trained_run["folder"], folder / "study" / "first", ignore=unwritten)
+    (folder / "study" / "first" / "environment.json").write_text('{"created": "2026-02-01T10:00:00+00:00"}')
+    for path in ("second/evaluations/recall-infini-1.json", "broken/config.yaml", "no-run/notes"):
+        (folder / path).parent.mkdir()
+        (folder / path).write_text("model: [" if "broken" in path else "{}")
     return folder
 
 
-def test_the_table_and_one_run(runs, capsys, monkeypatch):
+def test_the_table_and_one_run(runs, trained_run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no path is too long for its line
+    infini, pythia = trained_run["models"]
+    best = min(line["validation_perplexity"] for line in pythia["training"]["epochs_log"])
+    sliding = [entry["evaluation"]["sliding"]["perplexity"] for entry in (infini, pythia)]
     assert main(["runs", "--runs-dir", str(runs)]) == 0
     out = capsys.readouterr().out
-    for text in ("second", "complete", "81.25", "90.50", "16.0k", "unreadable: broken", "3 runs in"):
+    shown = [f"{value:.2f}" for value in (best, *sliding)]
+    for text in ("second", "complete", *shown, "unreadable: broken", "3 runs in"):
         assert text in out
-    assert "step 4" in out
+    assert f"step {pythia['training']['steps']}" in out
     assert main(["runs", "--format", "json", "--runs-dir", str(runs)]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row.get("name") for row in rows] == [None, *("pythia", "infini") * 2]
+    assert [row.get("name") for row in rows] == [None, *("infini", "pythia") * 2]
     assert [row["run_status"] for row in rows[:4:2]] == ["unreadable", "unfinished"]
-    assert (rows[1]["perplexity"], rows[2]["perplexity"], rows[4]["perplexity"]) == (90.5, None, 81.25)
-    assert rows[3]["checkpoints"] == ["step-000000004-epoch-0002"]
+    assert [row["perplexity"] for row in rows[1:]] == [None, best, *sliding]
+    assert rows[3]["checkpoints"][0].startswith("step-")
     assert main(["runs", "--format", "csv", "--runs-dir", str(runs)]) == 0
     table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
-    assert [row["perplexity"] for row in table] == ["", "90.5", "", "81.25", "81.25"]
-    assert (table[1]["greatest_gate"], table[0]["greatest_gate"]) == ("0.7", "")
+    assert [row["perplexity"] for row in table] == ["", "", *map(str, (best, *sliding))]
+    assert (table[3]["greatest_gate"], table[0]["greatest_gate"]) == (str(max(infini["gates"]["layers.0"])), "")
     assert main(["runs", "show", "second", "--runs-dir", str(runs)]) == 0
     out = capsys.readouterr().out
-    for text in ("second: complete", "train.num_epochs 30 → 4", "recall-infini-1.json", "report.html", "step-00"):
+    for text in ("second: complete", "train.num_epochs 30 → 2", "recall-infini-1.json", "report.html", "step-00"):
         assert text in out
     assert main(["runs", "show", str(runs / "study" / "first")]) == 0
     assert "--name first --resume" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from model_cases import TEXT
 from new_llm.config import DataConfig
 from new_llm.config.evaluation import MAX_CANDIDATES
 from new_llm.data.batches import plan_batches
@@ -187,11 +188,6 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
 # recall facts
 
 
-TEXT = (
-    "Four score and seven years ago our fathers brought forth a new nation. Now we are engaged in a great "
-    'civil war. "Can it endure?" We are met on a great battle-field of that war. It is fitting and proper '
-    "that we should do this. The world will little note what we say here! It can never forget what they did. "
-)
 SMALL = train_tokenizer([TEXT], 330)
 TOKENS = np.array(SMALL.encode(TEXT * 4).ids)
 BORDERS = SentenceBorders(SMALL)

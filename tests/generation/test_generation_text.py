@@ -150,43 +150,26 @@ def make_sampler(rows: int = 1, vocab_size: int = 6, prompt: Tensor | None = Non
     return TokenSampler(config, ids, torch.ones_like(ids, dtype=torch.bool), vocab_size)
 
 
-def count_draws(logits: Tensor, **options) -> Tensor:
-    """The share of each token in many draws from one row's logits."""
-    sampler = make_sampler(rows=DRAWS, vocab_size=len(logits), **options)
-    return sampler.choose(logits.expand(DRAWS, -1)).bincount(minlength=len(logits)) / DRAWS
-
-
-def assert_shares(found: Tensor, expected: Tensor) -> None:
-    """Within 5 standard errors; what must not be drawn is not drawn at all."""
-    bound = 5 * (expected * (1 - expected) / DRAWS).sqrt()
-    assert bool(((found - expected).abs() <= bound).all()), (found, expected)
-
-
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.6, -30.0])
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_follow_the_softmax_at_a_temperature(temperature):
-    assert_shares(count_draws(LOGITS, temperature=temperature), (LOGITS / temperature).softmax(-1))
-
-
-def test_top_k_draws_among_the_k_likeliest():
-    expected = torch.where(LOGITS >= 1.0, LOGITS, -torch.inf).softmax(-1)
-    assert_shares(count_draws(LOGITS, top_k=3), expected)
-    assert_shares(count_draws(LOGITS, top_k=100), LOGITS.softmax(-1))
+DRAWN: list[dict[str, float]] = [{"temperature": 0.5}, {}, {"temperature": 3.0}, {"top_k": 3}, {"top_k": 100}]
+DRAWN += [{"top_p": 0.05}, {"top_p": 0.45}, {"top_p": 0.9}]
 
 
 @pytest.mark.parametrize("first_candidates", [2, 1024])
-@pytest.mark.parametrize("top_p", [0.05, 0.45, 0.9])
-def test_top_p_draws_among_the_fewest_that_reach_it(top_p, first_candidates, monkeypatch):
+@pytest.mark.parametrize("options", DRAWN, ids=str)
+def test_draws_follow_the_softmax_of_the_likeliest(options, first_candidates, monkeypatch):
+    """At a temperature, among the k likeliest, among the fewest that reach p: within 5 standard errors."""
     monkeypatch.setattr(sampling, "FIRST_CANDIDATES", first_candidates)
-    probabilities = LOGITS.softmax(-1)
-    kept, total = torch.zeros_like(probabilities), 0.0
-    for token in probabilities.argsort(descending=True).tolist():
-        if total < top_p:
-            kept[token] = probabilities[token]
+    probabilities = (LOGITS / options.get("temperature", 1.0)).softmax(-1)
+    expected, total = torch.zeros_like(probabilities), 0.0
+    for token in probabilities.argsort(descending=True).tolist()[: options.get("top_k")]:
+        if total < options.get("top_p", 2.0):
+            expected[token] = probabilities[token]
         total += float(probabilities[token])
-    assert_shares(count_draws(LOGITS, top_p=top_p), kept / kept.sum())
+    expected /= expected.sum()
+    drawn = make_sampler(rows=DRAWS, vocab_size=len(LOGITS), **options).choose(LOGITS.expand(DRAWS, -1))
+    found = drawn.bincount(minlength=len(LOGITS)) / DRAWS
+    assert bool(((found - expected).abs() <= 5 * (expected * (1 - expected) / DRAWS).sqrt()).all()), (found, expected)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
