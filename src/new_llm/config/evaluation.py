@@ -24,7 +24,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 @section
 class TunedCacheConfig(CacheConfig):
-    """A cache around the model that is measured; its θ and weights are set by other documents than the measured ones.
+    """A cache around the measured model; its θ and weights are tuned on documents other than the measured ones.
 
     They are those of `tuning_source`; else the run's validation documents where --data.source names another text, or
     the end of its training documents. For a model that belongs to no run they stay as given.
@@ -224,7 +224,7 @@ class ReversalConfig(IntervalConfig):
 
 @section
 class CacheMeasureConfig:
-    """Which caches the measure `caches` puts around a model, and among which θ it chooses."""
+    """The caches that the measure `caches` adds to a model, and the values of θ that it tries."""
 
     sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], UNIQUE] = (254, 2000)
     """Numbers of states N, one cache each. 254 states of width 128 hold as many numbers as the token memory of a model

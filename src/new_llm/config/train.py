@@ -95,7 +95,7 @@ class TrainConfig:
 
 @section
 class ClusterConfig:
-    """The cluster section of a study: submitit submits each run as a job. What is not given is the cluster's to say."""
+    """The cluster section of a study: submitit submits each run as a job. The defaults are the cluster's own."""
 
     executor: Annotated[Literal["slurm", "local"] | None, short("--cluster")] = None
     """slurm; or local, which starts the same jobs on this machine as a test. None: no cluster."""

@@ -87,8 +87,8 @@ def _add_field(kind: type, name: str, annotation: Any, text: str) -> None:
 class ModelConfig:
     """The model section of an experiment: one shape and one set of options for all compared models.
 
-    None stands for the default of the shape, or of the option in each model type. An option goes to
-    the models that take it; one that none of the run's models takes is an error.
+    None means the default of the shape or of the model type. An option applies to the models that have it; an option
+    that no model of the run has is an error.
     """
 
     size: Annotated[Literal[tuple(SIZES)] | None, short("--size")] = None  # pyright: ignore[reportInvalidTypeForm]
@@ -238,7 +238,7 @@ ADAPTER_MODELS = ("base", ParallelInfiniLayer.kind)
 
 @section
 class AdapterDataConfig(DataConfig):
-    """The data section of an adapter's training: long samples, and as much gradient as they have segments."""
+    """The data section of an adapter's training: long samples, with gradients through all their segments."""
 
     num_samples: Annotated[int | None, Field(gt=0), short("--samples")] = 5000
     """Samples of training text to read from a long source; num_docs sets how many documents are trained on."""
@@ -327,9 +327,9 @@ VALIDATION = "validation"
 
 @section
 class StudyConfig(RunSettings):
-    """Train variants of one model, each with several seeds, and measure them on long documents and recall.
+    """Train variants, each with several seeds, and compare them on long documents and recall.
 
-    A variant is what it changes of `base`, in the form of an experiment's YAML: `{model: {use_delta_rule: false}}`.
+    A variant lists what it changes in `base`, as in an experiment's YAML: `{model: {use_delta_rule: false}}`.
     """
 
     name: Annotated[str, Field(pattern=VARIANT_NAME)]  # pyright: ignore[reportIncompatibleVariableOverride]
