@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from new_llm.models.factory import MODEL_KINDS
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.report import write_report
 
+DRAWS_ALL = "NEW_LLM_TESTS_DRAW_ALL"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -39,7 +41,8 @@ def shared_data() -> Path:
 def make_tests_fast(tmp_path_factory: pytest.TempPathFactory):
     """Small models run in one thread, no test waits until its bytes are on the disk, and tokens have their own cache.
 
-    Drawing is the longest part of a tiny experiment: of charts that differ in their data alone one is drawn.
+    Drawing is the longest part of a tiny experiment: of charts that differ in their data alone one is drawn; in tests
+    of the report all are.
     """
     draw, drawn = vl_convert.vegalite_to_svg, {}
 
@@ -49,7 +52,7 @@ def make_tests_fast(tmp_path_factory: pytest.TempPathFactory):
         return [drop_data(value) for value in part if isinstance(value, dict)] if isinstance(part, list) else str(part)
 
     def draw_or_find(spec: dict[str, Any], **options: Any) -> str:
-        key = json.dumps(drop_data(spec))
+        key = json.dumps(spec if DRAWS_ALL in os.environ else drop_data(spec))
         if key not in drawn:
             drawn[key] = draw(spec, **options)
         return drawn[key]
@@ -73,6 +76,18 @@ def own_kinds_are_forgotten():
     for registry, kinds in zip(registries, before, strict=True):
         registry.clear()
         registry.update(kinds)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty current directory, whose modules are found and afterwards forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith(("own_", "my_", "absent_")):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

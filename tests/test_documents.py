@@ -2,10 +2,10 @@
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import json
 import math
+import pkgutil
 import re
 import runpy
 import shlex
@@ -227,20 +227,6 @@ def test_links_between_pages_lead_somewhere(page):
             assert anchor in [re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings], anchor
 
 
-def find_object(path: str) -> object:
-    """What a dotted name stands for."""
-    parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            found: object = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[cut:]:
-            found = getattr(found, name)
-        return found
-    raise AssertionError(f"{path}: no such module")
-
-
 def test_every_equation_names_what_implements_it():
     rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8"), re.MULTILINE)[1:]
     assert len(rows) >= 12
@@ -248,7 +234,7 @@ def test_every_equation_names_what_implements_it():
         links = re.findall(r"\[`(\w+)`\]\(reference/\w+\.md#(new_llm\.[\w.]+)\)", row.split("|")[-2])
         assert links, row
         for name, path in links:
-            assert callable(find_object(path))
+            assert callable(pkgutil.resolve_name(path))
             assert path.endswith(f".{name}")
 
 
@@ -257,7 +243,7 @@ def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES  # of which every block is tested
     for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"#(new_llm\.[\w.]+)\)", text):
-        find_object(path)
+        pkgutil.resolve_name(path)
     for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert not test or f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
     for file in re.findall(r"`((?:examples|benchmarks|studies|scripts|configs)/[\w./-]+\.\w+)`", text):
@@ -294,7 +280,7 @@ def test_names_of_the_specification_lead_to_ours():
     names = re.findall(r"`(new_llm\.[\w.]+)`", (ROOT / "docs" / "specification-names.md").read_text(encoding="utf-8"))
     assert len(names) > 15
     for name in names:
-        find_object(name)
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", ["docs/life-of-a-batch.md", "docs/images/life-of-a-batch.svg"])

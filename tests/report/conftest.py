@@ -2,31 +2,16 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import vl_convert
 from report_runs import MODELS, make_seed
 
-DRAW = vl_convert.vegalite_to_svg
-DRAWN: dict[str, str] = {}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def draw_all() -> Iterator[None]:
-    """Here every chart is drawn, and those that many tests share once."""
-
-    def draw_or_find(spec: dict[str, Any], **options: Any) -> str:
-        key = json.dumps(spec)
-        if key not in DRAWN:
-            DRAWN[key] = DRAW(spec, **options)
-        return DRAWN[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vl_convert, "vegalite_to_svg", draw_or_find)
-        yield
+@pytest.fixture(autouse=True)
+def draw_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEW_LLM_TESTS_DRAW_ALL", "1")
 
 
 @pytest.fixture
