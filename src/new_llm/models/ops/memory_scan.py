@@ -37,7 +37,7 @@ class ScannedReads(NamedTuple):
     Attributes:
         reads: what each token reads of its segment's memories, [B, n, H, S, V] in v's dtype.
         sum_reads: what it reads of their sum, likewise; None where that was not wanted.
-        memories: X after the last write, [B, N, H, K, V]; without writes the given tensor.
+        memories: X after the last write, [B, N, H, K, V].
     """
 
     reads: Tensor
@@ -124,7 +124,7 @@ def scan_memories(
     Returns:
         The reads and the memories after the last write.
     """
-    if num_writes == 0 and memories is not None:
+    if num_writes == 0:
         return _read_unwritten(q, v, memories, read_scales, sum_scales)
     learns = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad
@@ -139,16 +139,18 @@ def scan_memories(
 
 
 def _read_unwritten(
-    q: Tensor, v: Tensor, memories: Tensor, read_scales: Tensor, sum_scales: Tensor | None
+    q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor, sum_scales: Tensor | None
 ) -> ScannedReads:
     """The reads where all segments find the same memories, which need no recurrence."""
+    if memories is None:
+        memories = _begin(q, v, None, read_scales).transpose(1, 2)
     dtype = find_product_dtype(q, memories.dtype)
     states = memories.transpose(1, 2).unsqueeze(1)
-    wide_q = q.to(memories.dtype)
-    reads = fold_scales(wide_q, read_scales, dtype) @ states.flatten(3, 4).to(dtype)
+    folded = (q.unsqueeze(-2) * read_scales.unsqueeze(-1)).to(dtype).flatten(-2)
+    reads = folded @ states.flatten(3, 4).to(dtype)
     sum_reads = None
     if sum_scales is not None:
-        sum_reads = ((wide_q * sum_scales.unsqueeze(-1)).to(dtype) @ states.sum(3).to(dtype)).to(v.dtype)
+        sum_reads = ((q * sum_scales.unsqueeze(-1)).to(dtype) @ states.sum(3).to(dtype)).to(v.dtype)
     return ScannedReads(reads.to(v.dtype), sum_reads, memories)
 
 
@@ -173,229 +175,205 @@ def suits_delta_kernel(k: Tensor) -> bool:
 # The chain of writes
 
 
-class Gradients(NamedTuple):
-    """What backward fills: the gradients of k, v, e, d and k', in their shapes; empty where there is no such tensor."""
-
-    k: Tensor
-    v: Tensor
-    e: Tensor
-    decay: Tensor
-    written_keys: Tensor
-
-
 def find_product_dtype(k: Tensor, wide: torch.dtype) -> torch.dtype:
     """The dtype of products with memories: k's, but in float16, whose range is too small for them, the memories'."""
     return wide if k.dtype == torch.float16 else k.dtype
 
 
 class Chain:
-    """The writes of one call: X_{i+1} = d_i X_i + k'_iᵀ (v_i − e_i k_i X_i) in the memory m_i; shapes as in
-    `scan_memories`.
+    """The writes of a group's first w segments: X_{i+1} = d_i X_i + k'_iᵀ (v_i − e_i k_i X_i) in the memory m_i.
+
+    Args:
+        part: the group's g segments.
+        k, delta_scales, decay, written_keys, slots, num_writes: the call's, as in `scan_memories`.
+        num_memories: N.
+        wide: X's dtype.
     """
 
     def __init__(
         self,
+        part: slice,
         k: Tensor,
         delta_scales: Tensor | None,
         decay: Tensor | None,
         written_keys: Tensor | None,
         slots: Tensor,
-        num_memories: int,
         num_writes: int,
+        num_memories: int,
         wide: torch.dtype,
     ) -> None:
-        self.k = k
-        self.written_keys = k if written_keys is None else written_keys
-        self.delta_scales = delta_scales
-        self.decay = decay
-        self.slots = slots
-        self.num_memories = num_memories
-        self.num_writes = num_writes
-        self.wide = wide
-        self.dtype = find_product_dtype(k, wide)
-        self.uses_triton = kernels.uses_triton(k) and (delta_scales is None or suits_delta_kernel(k))
+        self.written = slice(part.start, max(part.start, min(part.stop, num_writes)))
+        self.num_segments, self.num_writes = part.stop - part.start, self.written.stop - self.written.start
+        self.num_memories, self.wide, self.dtype = num_memories, wide, find_product_dtype(k, wide)
+        uses_triton = kernels.uses_triton(k) and (delta_scales is None or suits_delta_kernel(k))
+        self.uses_triton = uses_triton and self.num_writes > 0
+        self.k, self.given_keys = self._pick_keys(k), None if written_keys is None else self._pick_keys(written_keys)
+        self.written_keys = self.k if self.given_keys is None else self.given_keys
+        self.delta_scales = None if delta_scales is None else delta_scales[:, self.written].contiguous()
+        self.decay = None if decay is None else decay[:, self.written]
+        self.slots = slots[:, self.written]
         self.common_slots = self._find_common_slots()
+
+    def _pick_keys(self, k: Tensor) -> Tensor:
+        """The written segments' keys in the products' dtype; for kernels and products contiguous, once."""
+        k = k[:, self.written].to(self.dtype)
+        return k.contiguous() if self.uses_triton else k
 
     def _find_common_slots(self) -> list[int] | None:
         """m_i where it is the same in all rows and known without waiting for a device."""
         if self.num_memories == 1:
-            return [0] * self.slots.shape[1]
+            return [0] * self.num_writes
         if self.slots.device.type == "cpu" and bool((self.slots == self.slots[:1]).all()):
             return self.slots[0].tolist()
         return None
 
-    def begin(self, memories: Tensor | None, v: Tensor) -> Tensor:
-        """A state that may be changed in place, from [B, N, H, K, V] (None: empty)."""
-        batch, _, heads, _, width = self.k.shape
-        if memories is None:
-            return self.k.new_zeros(batch, heads, self.num_memories, width, v.shape[-1], dtype=self.wide)
-        return memories.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-    def advance(self, state: Tensor, v: Tensor, part: slice, *, is_known: bool = False) -> tuple[Tensor, Tensor]:
-        """Write the segments of a part, one after the other, into `state`: X at its first segment, afterwards behind
-        its last.
+    def advance(self, state: Tensor, v: Tensor, *, is_known: bool = False) -> tuple[Tensor, Tensor]:
+        """Write the segments, one after the other, into `state`: X at the first one, afterwards behind the last.
 
         With `is_known` v is the u that was written, so that no product waits for another.
 
         Returns:
-            X as each segment of the part finds it, [B, g, H, N, K, V] in the products' dtype, and u of the written
-            ones,
+            X as each segment finds it, [B, g, H, N, K, V] in the products' dtype, and u of the written ones,
             [B, w, H, S, V] in v's dtype.
         """
-        written = self._written(part)
-        k, u = self.written_keys[:, written], v[:, written]
-        states = state.new_empty(state.shape[0], part.stop - part.start, *state.shape[1:], dtype=self.dtype)
+        states = state.new_empty(state.shape[0], self.num_segments, *state.shape[1:], dtype=self.dtype)
         is_sequential = self.delta_scales is not None and not is_known
-        if self.uses_triton and k.shape[1]:
-            decay, slots = self._of(self.decay, written), self.slots[:, written]
-            if is_sequential:
-                u = kernels.load_triton().write_with_delta(state, states, *self._keys(written), u, decay, slots)
-            else:
-                kernels.load_triton().write_sums(state, states, sum_outer_products(k, u, self.wide), decay, slots)
-            states[:, k.shape[1] :] = state.unsqueeze(1)
-            return states, u
-        products = None if is_sequential else sum_outer_products(k, u, self.wide)
-        scaled = self._scale_keys(written) if is_sequential else k
-        updates: list[Tensor] = []
-        for j in range(states.shape[1]):
-            states[:, j] = state
-            if j >= k.shape[1]:
-                continue
-            current = self._take(state, part.start + j)
-            if products is None:
-                updates.append(u[:, j] - scaled[:, j] @ current.to(self.dtype))
-                product = sum_outer_products(k[:, j], updates[-1], self.wide)
-            else:
-                product = products[:, j]
-            if self.decay is not None:
-                current.mul_(self.decay[:, part.start + j, :, None, None])
-            self._put(state, current.add_(product), part.start + j)
-        return states, torch.stack(updates, 1) if updates else u
+        products = None if is_sequential else sum_outer_products(self.written_keys, v, self.wide)
+        if self.uses_triton and products is None:
+            keys = self.k, self.given_keys, self.delta_scales
+            v = kernels.load_triton().write_with_delta(state, states, *keys, v, self.decay, self.slots)
+        elif self.uses_triton:
+            kernels.load_triton().write_sums(state, states, products, self.decay, self.slots)
+        elif products is None:
+            v = self._write_with_delta(state, states, v)
+        else:
+            for j in range(self.num_writes):
+                states[:, j] = state
+                self._write(state, j, products[:, j])
+        if self.num_writes < self.num_segments:
+            states[:, self.num_writes :] = state.unsqueeze(1)
+        return states, v
 
-    def retreat(
-        self,
-        g: Tensor,
-        states: Tensor,
-        u: Tensor,
-        from_reads: Tensor | None,
-        part: slice,
-        into: "Gradients",
-    ) -> None:
+    def _write_with_delta(self, state: Tensor, states: Tensor, v: Tensor) -> Tensor:
+        """As `advance`, segment by segment."""
+        scaled, keys, updates = by_segment(self._scale_keys()), by_segment(self.written_keys), list(v.unbind(1))
+        for j, value in enumerate(updates):
+            states[:, j] = state
+            updates[j] = value - scaled[j] @ self._take(state, j).to(self.dtype)
+            self._write(state, j, sum_outer_products(keys[j], updates[j], self.wide))
+        return torch.stack(updates, 1) if updates else v
+
+    def _write(self, state: Tensor, j: int, product: Tensor) -> None:
+        """X ← d_j X + P in the memory that segment j is written to."""
+        current = self._take(state, j)
+        if self.decay is not None:
+            current.mul_(self.decay[:, j, :, None, None])
+        self._put(state, current.add_(product), j)
+
+    def retreat(self, g: Tensor, states: Tensor, u: Tensor, from_reads: Tensor) -> tuple[Tensor | None, ...]:
         """The way back: u'_i = k'_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ u'_i + what the reads of X_i give.
 
         Args:
-            g: G = ∂L/∂X behind the part; afterwards at its first segment.
+            g: G = ∂L/∂X behind the group; afterwards at its first segment.
             states: what `advance` returned.
-            u: what was written, of all segments.
-            from_reads: ∂L/∂X of the reads, of the part's last segments.
-            part: the segments.
-            into: takes the gradients of the writes.
+            u: what was written, likewise.
+            from_reads: ∂L/∂X of the reads of the group's last segments, [B, g or fewer, H, N, K, V].
+
+        Returns:
+            The gradients of k, v, e, d and k' of the written segments; None for what has none.
         """
-        written = self._written(part)
-        num_segments, num_writes = part.stop - part.start, written.stop - written.start
-        num_unread = num_segments - (0 if from_reads is None else from_reads.shape[1])
-        k, u = self.written_keys[:, written].to(self.dtype), u[:, written].to(self.dtype)
-        above = states.new_empty(g.shape[0], num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
-        if self.uses_triton and num_writes:
-            back = self._retreat_by_kernels(g, above, k, from_reads, written, num_unread)
-            self._differentiate_writes(u, back, above, states, written, into)
-            return
-        scaled = None if self.delta_scales is None else self._scale_keys(written)
-        backs: list[Tensor] = []  # u'
-        for j in reversed(range(num_segments)):
-            if j < num_writes:
-                current = self._take(g, part.start + j)
-                above[:, j] = current
-                if self.decay is not None:
-                    current.mul_(self.decay[:, part.start + j, :, None, None])
-                if scaled is not None:
-                    backs.append(k[:, j] @ above[:, j])
-                    current.sub_(scaled[:, j].transpose(-1, -2) @ backs[-1])
-                if self.decay is not None or scaled is not None:
-                    self._put(g, current, part.start + j)
-            if from_reads is not None and j >= num_unread:
-                g.add_(from_reads[:, j - num_unread])
-        if num_writes:
-            back = k @ above if scaled is None else torch.stack(backs[::-1], 1)
-            self._differentiate_writes(u, back, above, states, written, into)
+        num_writes, u = self.num_writes, u.to(self.dtype)
+        above = states.new_empty(len(g), num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
+        num_unread = self.num_segments - from_reads.shape[1]
+        for j in reversed(range(num_writes, self.num_segments)):
+            self._add_reads(g, from_reads, j)
+        added = from_reads[:, : num_writes - num_unread] if num_writes > num_unread else None
+        options: dict[str, Any] = {"added": added, "num_unread": num_unread}
+        if self.uses_triton and self.delta_scales is not None:
+            keys = self.k, self.given_keys, self.delta_scales
+            back = kernels.load_triton().write_with_delta(g, above, *keys, None, self.decay, self.slots, **options)
+        elif self.uses_triton:
+            kernels.load_triton().write_sums(g, above, None, self.decay, self.slots, **options)
+            back = self.written_keys @ above
+        else:
+            back = self._retreat_step_by_step(g, above, from_reads)
+        return self._differentiate(u, back, above, states)
 
-    def _retreat_by_kernels(
-        self,
-        g: Tensor,
-        above: Tensor,
-        k: Tensor,
-        from_reads: Tensor | None,
-        written: slice,
-        num_unread: int,
-    ) -> Tensor:
+    def _retreat_step_by_step(self, g: Tensor, above: Tensor, from_reads: Tensor) -> Tensor:
         """u' of the written segments; `g` and `above` as in `retreat`."""
-        num_writes = k.shape[1]
-        added = None
-        if from_reads is not None:
-            last = from_reads.shape[1] + num_unread - num_writes  # segments behind the last write
-            g.add_(from_reads[:, from_reads.shape[1] - last :].sum(1))
-            added = from_reads[:, : from_reads.shape[1] - last]
-            added = added if added.shape[1] else None
-        decay, slots = self._of(self.decay, written), self.slots[:, written]
-        options = {"added": added, "num_unread": num_unread}
+        keys, scaled = by_segment(self.written_keys), None
         if self.delta_scales is not None:
-            keys = self._keys(written)
-            return kernels.load_triton().write_with_delta(g, above, *keys, None, decay, slots, **options)
-        kernels.load_triton().write_sums(g, above, None, decay, slots, **options)
-        return k @ above
+            scaled = by_segment(self._scale_keys())
+        backs: list[Tensor] = []
+        for j in reversed(range(self.num_writes)):
+            current = self._take(g, j)
+            narrow = current.to(self.dtype)
+            above[:, j] = narrow
+            if scaled is not None:
+                backs.append(keys[j] @ narrow)
+            if self.decay is not None:
+                current.mul_(self.decay[:, j, :, None, None])
+            if scaled is not None:
+                current.sub_(scaled[j].transpose(-1, -2) @ backs[-1])
+            self._put(g, current, j)
+            self._add_reads(g, from_reads, j)
+        return torch.stack(backs[::-1], 1) if backs else self.written_keys @ above
 
-    def _differentiate_writes(
-        self, u: Tensor, back: Tensor, above: Tensor, states: Tensor, written: slice, into: "Gradients"
-    ) -> None:
+    def _add_reads(self, g: Tensor, from_reads: Tensor, j: int) -> None:
+        """G grows by what segment j's reads of X give."""
+        if (place := j - self.num_segments + from_reads.shape[1]) >= 0:
+            g.add_(from_reads[:, place])
+
+    def _differentiate(
+        self, u: Tensor, back: Tensor, above: Tensor, states: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What follows from u' (`back`) and G (`above`) of the written segments, for all of them at once."""
-        into.v[:, written] = back
-        into_k = u @ above.transpose(-1, -2)
-        if into.written_keys.numel():
-            into.written_keys[:, written], into_k = into_k, torch.zeros_like(into_k)
-        if self.delta_scales is not None:
-            from_states = (back @ self._pick(states, written).transpose(-1, -2)).to(self.wide)
-            into_k = into_k - from_states * self.delta_scales[:, written].unsqueeze(-1)
-            into.e[:, written] = -(from_states * self.k[:, written].to(self.dtype)).sum(-1)
-        into.k[:, written] = into_k
-        if into.decay.numel():
-            into.decay[:, written] = (above * self._pick(states, written)).sum((-1, -2))
+        for_written = u @ above.transpose(-1, -2)
+        for_k, for_given = (for_written, None) if self.given_keys is None else (None, for_written)
+        picked = None if self.delta_scales is None and self.decay is None else self._pick(states)
+        for_e = for_decay = None
+        if self.delta_scales is not None and picked is not None:
+            from_states = (back @ picked.transpose(-1, -2)).to(self.wide)
+            change = from_states * self.delta_scales.unsqueeze(-1)
+            for_k = change.neg_() if for_k is None else for_k - change
+            for_e = (from_states * self.k).sum(-1).neg_()
+        if self.decay is not None and picked is not None:
+            for_decay = (above * picked).sum((-1, -2))
+        return for_k, back, for_e, for_decay, for_given
 
-    def _written(self, part: slice) -> slice:
-        return slice(part.start, max(part.start, min(part.stop, self.num_writes)))
-
-    @staticmethod
-    def _of(t: Tensor | None, part: slice) -> Tensor | None:
-        return None if t is None else t[:, part]
-
-    def _keys(self, part: slice) -> tuple[Tensor, Tensor | None, Tensor]:
-        """k, k' (None where it is k) and e of some segments."""
+    def _scale_keys(self) -> Tensor:
+        """e k in the products' dtype."""
         assert self.delta_scales is not None
-        written_keys = None if self.written_keys is self.k else self.written_keys[:, part]
-        return self.k[:, part], written_keys, self.delta_scales[:, part]
+        return multiply(self.k, self.delta_scales.unsqueeze(-1), self.dtype)
 
-    def _scale_keys(self, part: slice) -> Tensor:
-        """e k of some segments, in the products' dtype."""
-        assert self.delta_scales is not None
-        return (self.k[:, part].to(self.wide) * self.delta_scales[:, part].unsqueeze(-1)).to(self.dtype)
-
-    def _take(self, state: Tensor, i: int) -> Tensor:
-        """The memory of `state` that segment i is written to, [B, H, K, V]: a view where all rows have the same."""
+    def _take(self, state: Tensor, j: int) -> Tensor:
+        """The memory of `state` that segment j is written to, [B, H, K, V]: a view where all rows have the same."""
         if self.common_slots is not None:
-            return state[:, :, self.common_slots[i]]
-        return state[torch.arange(state.shape[0], device=state.device), :, self.slots[:, i]]
+            return state[:, :, self.common_slots[j]]
+        return state[torch.arange(len(state), device=state.device), :, self.slots[:, j]]
 
-    def _put(self, state: Tensor, current: Tensor, i: int) -> None:
+    def _put(self, state: Tensor, current: Tensor, j: int) -> None:
         if self.common_slots is None:
-            state[torch.arange(state.shape[0], device=state.device), :, self.slots[:, i]] = current
+            state[torch.arange(len(state), device=state.device), :, self.slots[:, j]] = current
 
-    def _pick(self, states: Tensor, written: slice) -> Tensor:
+    def _pick(self, states: Tensor) -> Tensor:
         """The written memory's states, [B, w, H, K, V]."""
-        num_writes = written.stop - written.start
         if self.num_memories == 1:
-            return states[:, :num_writes, :, 0]
-        rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
-        steps = torch.arange(num_writes, device=states.device)
-        return states[rows, steps, :, self.slots[:, written]]
+            return states[:, : self.num_writes, :, 0]
+        rows = torch.arange(len(states), device=states.device).unsqueeze(1)
+        steps = torch.arange(self.num_writes, device=states.device)
+        return states[rows, steps, :, self.slots]
+
+
+def by_segment(t: Tensor) -> tuple[Tensor, ...]:
+    """The segments of [B, w, ...], each contiguous, as products need it."""
+    return t.transpose(0, 1).contiguous().unbind()
+
+
+def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, made in the wider dtype of both and rounded once to `dtype`; without a derivative."""
+    product = torch.empty(torch.broadcast_shapes(a.shape, b.shape), dtype=dtype, device=a.device)
+    return torch.mul(a, b, out=product)
 
 
 # Forward and backward of a call, group by group
@@ -416,40 +394,34 @@ def scan(
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Reads, reads of the sum, end, states at the groups' first segments but the first, u of all written segments."""
-    call = Chain(k, delta_scales, decay, written_keys, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
-    state = call.begin(memories, v)
-    reads = torch.empty_like(v, memory_format=torch.contiguous_format)
-    sum_reads = torch.empty_like(reads) if sum_scales is not None else v.new_empty(0)
+    call = k, delta_scales, decay, written_keys, slots, num_writes, read_scales.shape[-1], read_scales.dtype
+    state = _begin(q, v, memories, read_scales)
+    reads = sum_reads = None
     kept: list[Tensor] = []
     updates: list[Tensor] = []
-    group = choose_group(q, read_scales.shape[-1], v.shape[-1])
-    for part, unread in _cut(q.shape[1], group, is_empty=memories is None):
+    for part, reading in _cut(q, v, memories, read_scales):
         if part.start and learns:
             kept.append(state.clone())
-        states, written = call.advance(state, v, part)
+        chain = Chain(part, *call)
+        states, written = chain.advance(state, v[:, chain.written])
         if learns and delta_scales is not None:
             updates.append(written)
-        reads[:, unread] = 0
+        states = states[:, reading.start - part.start :]
+        reads = _place(reads, v, reading, fold(q, read_scales, reading, states.dtype) @ states.flatten(3, 4))
         if sum_scales is not None:
-            sum_reads[:, unread] = 0
-        part = slice(unread.stop, part.stop)
-        if part.start == part.stop:
-            continue
-        states = states[:, -(part.stop - part.start) :]
-        wide_q = q[:, part].to(state.dtype)
-        reads[:, part] = fold_scales(wide_q, read_scales[:, part], states.dtype) @ states.flatten(3, 4)
-        if sum_scales is not None:
-            scaled = (wide_q * sum_scales[:, part].unsqueeze(-1)).to(states.dtype)
-            sum_reads[:, part] = scaled @ states.sum(3)
+            scaled = multiply(q[:, reading], sum_scales[:, reading].unsqueeze(-1), states.dtype)
+            sum_reads = _place(sum_reads, v, reading, scaled @ states.sum(3))
+    nothing = v.new_empty(0)
     checkpoints = torch.stack(kept) if kept else state.new_empty(0)
-    end = state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return reads, sum_reads, end, checkpoints, torch.cat(updates, 1) if updates else v.new_empty(0)
+    u = torch.cat(updates, 1) if len(updates) > 1 else updates[0] if updates else nothing
+    assert reads is not None
+    return reads, nothing if sum_reads is None else sum_reads, state.transpose(1, 2).contiguous(), checkpoints, u
 
 
 def scan_backward(
     for_reads: Tensor,
-    for_sums: Tensor,
-    for_end: Tensor,
+    for_sums: Tensor | None,
+    for_end: Tensor | None,
     q: Tensor,
     k: Tensor,
     updates: Tensor,
@@ -464,56 +436,88 @@ def scan_backward(
     num_writes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, memories, c, t, e, d and k'; empty for what is None."""
-    call = Chain(k, delta_scales, decay, written_keys, slots, read_scales.shape[-1], num_writes, read_scales.dtype)
-    g = for_end.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # ∂L/∂X, [B, H, N, K, V]
-    for_q, for_c, for_t, *others = (
-        g.new_empty(0) if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format)
-        for t in (q, read_scales, sum_scales, k, for_reads, delta_scales, decay, written_keys)
+    call = k, delta_scales, decay, written_keys, slots, num_writes, read_scales.shape[-1], read_scales.dtype
+    g = _begin(q, for_reads, for_end, read_scales)  # ∂L/∂X, [B, H, N, K, V]
+    likes = q, read_scales, sum_scales, k, for_reads, delta_scales, decay, written_keys
+    gradients: list[Tensor | None] = [None] * len(likes)
+    for number, (part, reading) in reversed(list(enumerate(_cut(q, for_reads, memories, read_scales)))):
+        chain = Chain(part, *call)
+        state = checkpoints[number - 1].clone() if number else _begin(q, for_reads, memories, read_scales)
+        u = updates[:, chain.written]
+        states, _ = chain.advance(state, u, is_known=True)
+        found = states[:, reading.start - part.start :]
+        *from_reads, for_states = _differentiate_reads(for_reads, for_sums, q, read_scales, sum_scales, found, reading)
+        from_writes = chain.retreat(g, states, u, for_states)
+        pieces = [(reading, piece) for piece in from_reads] + [(part, piece) for piece in from_writes]
+        for i, (like, (place, piece)) in enumerate(zip(likes, pieces, strict=True)):
+            if like is not None and piece is not None:
+                gradients[i] = _place(gradients[i], like, place, piece)
+    for_q, for_c, for_t, for_k, *others = (
+        q.new_empty(0) if like is None else torch.zeros_like(like) if found is None else found
+        for like, found in zip(likes, gradients, strict=True)
     )
-    into = Gradients(*others)
-    group = choose_group(q, read_scales.shape[-1], for_reads.shape[-1])
-    parts = list(_cut(q.shape[1], group, is_empty=memories is None))
-    for number, (part, unread) in reversed(list(enumerate(parts))):
-        state = checkpoints[number - 1].clone() if number else call.begin(memories, for_reads)
-        states, _ = call.advance(state, updates, part, is_known=True)
-        reading = slice(unread.stop, part.stop)
-        from_reads = None
-        if reading.start < reading.stop:
-            found = states[:, -(reading.stop - reading.start) :]
-            dtype = found.dtype
-            upstream, wide_q = for_reads[:, reading].to(dtype), q[:, reading].to(g.dtype)
-            # ∂L/∂(c q) = A' Xᵀ
-            back = (upstream @ found.flatten(3, 4).transpose(-1, -2)).to(g.dtype).unflatten(-1, found.shape[3:5])
-            into_q = (back * read_scales[:, reading].unsqueeze(-1)).sum(-2)
-            for_c[:, reading] = (back * wide_q.unsqueeze(-2)).sum(-1)
-            folded = fold_scales(wide_q, read_scales[:, reading], dtype)
-            from_reads = (folded.transpose(-1, -2) @ upstream).unflatten(-2, found.shape[3:5])
-            if sum_scales is not None:
-                upstream, scales = for_sums[:, reading].to(dtype), sum_scales[:, reading].unsqueeze(-1)
-                back = (upstream @ found.sum(3).transpose(-1, -2)).to(g.dtype)
-                into_q = into_q + back * scales
-                for_t[:, reading] = (back * wide_q).sum(-1)
-                scaled = (wide_q * scales).to(dtype)
-                from_reads = from_reads + (scaled.transpose(-1, -2) @ upstream).unsqueeze(3)
-            for_q[:, reading] = into_q
-        call.retreat(g, states, updates, from_reads, part, into)
-    for_memories = (
-        g.new_empty(0) if memories is None else g.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    )
-    return for_q, into.k, into.v, for_memories, for_c, for_t, into.e, into.decay, into.written_keys
+    for_memories = g.new_empty(0) if memories is None else g.transpose(1, 2).contiguous()
+    return for_q, for_k, others[0], for_memories, for_c, for_t, *others[1:]  # pyright: ignore[reportReturnType]
 
 
-def fold_scales(wide_q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _differentiate_reads(
+    for_reads: Tensor,
+    for_sums: Tensor | None,
+    q: Tensor,
+    read_scales: Tensor,
+    sum_scales: Tensor | None,
+    states: Tensor,
+    part: slice,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of q, c, t and X from the reads of some segments; see `scan_memories_naive`."""
+    dtype, wide, mine = states.dtype, read_scales.dtype, q[:, part]
+    upstream, scales = for_reads[:, part].to(dtype), read_scales[:, part].unsqueeze(-1)
+    # ∂L/∂(c q) = A' Xᵀ
+    back = (upstream @ states.flatten(3, 4).transpose(-1, -2)).to(wide).unflatten(-1, states.shape[3:5])
+    for_q, for_c, for_t = back * scales, (back * mine.unsqueeze(-2)).sum(-1), None
+    for_q = for_q.sum(-2) if for_q.shape[-2] > 1 else for_q.squeeze(-2)
+    for_states = (fold(q, read_scales, part, dtype).transpose(-1, -2) @ upstream).unflatten(-2, states.shape[3:5])
+    if sum_scales is not None and for_sums is not None:
+        upstream, scales = for_sums[:, part].to(dtype), sum_scales[:, part].unsqueeze(-1)
+        back = (upstream @ states.sum(3).transpose(-1, -2)).to(wide)
+        for_q, for_t = for_q + back * scales, (back * mine).sum(-1)
+        for_states = for_states + (multiply(mine, scales, dtype).transpose(-1, -2) @ upstream).unsqueeze(3)
+    return for_q, for_c, for_t, for_states
+
+
+def fold(q: Tensor, scales: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
     """c q of all memories side by side, [B, g, H, S, N·K], so that one product reads and sums them all."""
-    return (wide_q.unsqueeze(-2) * scales.unsqueeze(-1)).to(dtype).flatten(-2)
+    return multiply(q[:, part].unsqueeze(-2), scales[:, part].unsqueeze(-1), dtype).flatten(-2)
 
 
-def _cut(num_segments: int, group: int, *, is_empty: bool) -> list[tuple[slice, slice]]:
-    """Groups of segments, and which of each read nothing: the first segment of a call from empty memory."""
-    parts = []
-    for begin in range(0, num_segments, group):
-        parts.append((slice(begin, min(begin + group, num_segments)), slice(begin, begin + (is_empty and begin == 0))))
-    return parts
+def _begin(q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor) -> Tensor:
+    """A state that may be changed in place, [B, H, N, K, V], from [B, N, H, K, V]; None: zeros."""
+    if memories is not None:
+        return memories.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    batch, _, heads, _, width = q.shape
+    return read_scales.new_zeros(batch, heads, read_scales.shape[-1], width, v.shape[-1])
+
+
+def _place(whole: Tensor | None, like: Tensor, part: slice, piece: Tensor) -> Tensor:
+    """A group's `piece` in its place in `whole`, a tensor like `like` that begins as zeros; it may be all of it."""
+    if piece.shape == like.shape:
+        return piece.to(like.dtype)
+    if whole is None:
+        whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    whole[:, part.start : part.start + piece.shape[1]] = piece
+    return whole
+
+
+def _cut(q: Tensor, v: Tensor, memories: Tensor | None, read_scales: Tensor) -> list[tuple[slice, slice]]:
+    """The segments of each group, and those of them that are read.
+
+    All but the call's first from empty memory, which finds zeros. On a GPU it is read, too: one segment more costs less
+    there than copies of what begins with the second.
+    """
+    group, num_segments = choose_group(q, read_scales.shape[-1], v.shape[-1]), q.shape[1]
+    parts = [slice(begin, min(begin + group, num_segments)) for begin in range(0, num_segments, group)]
+    first = int(memories is None and q.device.type == "cpu")
+    return [(part, slice(max(first, part.start), part.stop)) for part in parts]
 
 
 compiled_scan = library.custom_op("new_llm::scan_memories", scan, mutates_args=())
@@ -530,7 +534,7 @@ def _(q, k, v, memories, read_scales, slots, sum_scales, delta_scales, decay, wr
     end = v.new_empty((batch, num_memories, heads, width, value_width), dtype=wide)
     num_kept = -(-num_segments // choose_group(q, num_memories, value_width)) - 1 if learns else 0
     kept = (num_kept, batch, heads, num_memories, width, value_width) if num_kept else (0,)
-    keeps_updates = learns and delta_scales is not None and num_writes > 0
+    keeps_updates = learns and delta_scales is not None
     updates = (batch, num_writes, heads, length, value_width) if keeps_updates else (0,)
     return reads, sum_reads, end, v.new_empty(kept, dtype=wide), v.new_empty(updates)
 
@@ -553,7 +557,7 @@ def _(
     *_,
 ):
     def like(t: Tensor | None) -> Tensor:
-        return for_end.new_empty(0) if t is None else t.new_empty(t.shape)
+        return q.new_empty(0) if t is None else t.new_empty(t.shape)
 
     rest = (q, k, for_reads, memories, read_scales, sum_scales, delta_scales, decay, written_keys)
     return tuple(like(t) for t in rest)
@@ -566,7 +570,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         tensors[2] = updates
     ctx.save_for_backward(*tensors, checkpoints)
     ctx.num_writes = num_writes
-    ctx.like = output[0].shape, output[0].dtype, output[2].shape, output[2].dtype
+    ctx.like = output[0].shape, output[0].dtype
     ctx.set_materialize_grads(False)
 
 
@@ -580,15 +584,11 @@ def _differentiate_by(
 ) -> tuple[Tensor | None, ...]:
     *tensors, checkpoints = ctx.saved_tensors
     q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys = tensors
-    shape, dtype, end_shape, end_dtype = ctx.like
+    shape, dtype = ctx.like
     reads = q.new_zeros(shape, dtype=dtype) if for_reads is None else for_reads
-    sums = for_sums
-    if sums is None:
-        sums = reads.new_zeros(0) if sum_scales is None else torch.zeros_like(reads)
-    end = q.new_zeros(end_shape, dtype=end_dtype) if for_end is None else for_end
     for_q, for_k, for_v, for_memories, for_c, *others = backward(
-        reads, sums, end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay, written_keys,
-        checkpoints, ctx.num_writes,
+        reads, for_sums, for_end, q, k, updates, memories, read_scales, slots, sum_scales, delta_scales, decay,
+        written_keys, checkpoints, ctx.num_writes,
     )  # fmt: skip
     given = zip(others, (sum_scales, delta_scales, decay, written_keys), strict=True)
     found = [None if t is None else gradient for gradient, t in given]
