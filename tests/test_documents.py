@@ -21,7 +21,7 @@ import yaml
 
 from new_llm import __version__
 from new_llm.cli.command import write_completion
-from new_llm.cli.main import COMMANDS
+from new_llm.cli.main import COMMANDS, load_command
 from new_llm.config.loading import read_settings, settings_from_dict
 from new_llm.experiments.config import ExperimentConfig, StudyConfig
 from new_llm.formats import format_size
@@ -52,19 +52,6 @@ def find_commands(page: Path) -> list[str]:
     return [command for command in commands if command]
 
 
-class ParsedError(SystemExit):
-    """A command's arguments have been read; it was not run. An exit, which the command lets pass."""
-
-
-def stop_after(read: Callable[..., Any]) -> Callable[..., NoReturn]:
-    """What reads the arguments, and then ends the command."""
-
-    def read_and_stop(*args: Any, **options: Any) -> NoReturn:
-        raise ParsedError(read(*args, **options))
-
-    return read_and_stop
-
-
 def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a command read its arguments, by its own parser, and do nothing else.
 
@@ -88,25 +75,20 @@ def parse_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parse_own(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`new-llm`: every command reads its flags by its `read`; the harness of lm-eval reads its own."""
-    from new_llm.cli import main
-
-    if not arguments or arguments[0].startswith("-"):
-        assert set(arguments) <= {"--help", "--version", "--debug"}
+    name, *flags = [word for word in arguments if word != "--debug"] or ["--help"]
+    if name in ("--help", "--version"):
         return
-    assert arguments[0] in main.COMMANDS, f"new-llm has no {arguments[0]}"
-    if arguments[0] == "lm-eval":
+    assert name in COMMANDS, f"new-llm has no {name}"
+    if name == "lm-eval":
         pytest.importorskip("lm_eval")
-    catch_parsing(monkeypatch)
-    monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
     try:
-        code = main.main(arguments)
-    except ParsedError:
-        return
+        command = load_command(name).read(flags, f"new-llm {name}")
     except SystemExit as stopped:
-        code = stopped.code
-        if "--help" in arguments and not code:
-            return
-    raise AssertionError(f"new-llm {shlex.join(arguments)}: exit code {code}")
+        if "--help" not in flags or stopped.code:
+            raise
+    else:
+        if name == "lm-eval":
+            read_arguments(command.execute, monkeypatch)
 
 
 def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,22 +100,26 @@ def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyP
     elif "argparse" in source and arguments:
         monkeypatch.setattr(sys, "argv", [str(script), *arguments])
         monkeypatch.syspath_prepend(str(script.parent))
-        catch_parsing(monkeypatch)
-        with pytest.raises(ParsedError):
-            runpy.run_path(str(script), run_name="__main__")
+        read_arguments(lambda: runpy.run_path(str(script), run_name="__main__"), monkeypatch)
     else:
         compile(source, str(script), "exec")
         assert not arguments, f"{script.name} takes no arguments"
 
 
-def catch_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is read from a command line from now on ends the command."""
-    from new_llm.cli.command import Command, CommandGroup
-    from new_llm.cli.training import TrainingCommand
+class ParsedError(SystemExit):
+    """A program's arguments have been read; nothing else was run. An exit, which programs let pass."""
 
-    for kind in (Command, CommandGroup, TrainingCommand):
-        monkeypatch.setattr(kind, "read", classmethod(stop_after(kind.read.__func__)))
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+
+def read_arguments(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program read its arguments by argparse, and do nothing else."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*arguments: Any, **options: Any) -> NoReturn:
+        raise ParsedError(parse(*arguments, **options))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(ParsedError):
+        run()
 
 
 # Pages

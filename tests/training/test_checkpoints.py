@@ -25,7 +25,7 @@ from new_llm.training.checkpoint import (
     write_checkpoint_folder,
 )
 from new_llm.training.devices import read_random_states, seed_generators, set_random_states
-from training_cases import make_trainer, read_curve
+from training_cases import equal, list_weights, make_trainer, read_curve
 
 
 def write(folder: Path, step: int, epoch: int = 0, keep: int = 2) -> Path:
@@ -136,12 +136,8 @@ def train(folder: Path, losses: list[float], *, resume: bool = False, epochs: in
     return lines
 
 
-def read_best(folder: Path) -> dict[str, torch.Tensor]:
-    return load_model(folder / BEST_FOLDER).state_dict()
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one)
+def read_best(folder: Path) -> list[torch.Tensor]:
+    return list_weights(load_model(folder / BEST_FOLDER))
 
 
 def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatch):
@@ -161,7 +157,7 @@ def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatc
             train(tmp_path / "killed", [3.0, 2.0])
     (line,) = train(tmp_path / "killed", [4.0, 5.0], resume=True)
     assert line.startswith("the best weights (epoch 2) are written again from step-")
-    assert same(read_best(tmp_path / "whole"), read_best(tmp_path / "killed"))
+    assert equal(read_best(tmp_path / "whole"), read_best(tmp_path / "killed"))
     assert read_curve(tmp_path / "whole") == read_curve(tmp_path / "killed")
 
 
@@ -191,7 +187,7 @@ def test_damaged_best_weights_come_back_from_a_checkpoint(tmp_path, damage, word
             read_best(tmp_path)
     (line,) = train(tmp_path, [4.0], resume=True, epochs=3)
     assert words in line
-    assert same(read_best(tmp_path), expected)
+    assert equal(read_best(tmp_path), expected)
 
 
 def test_best_weights_that_no_checkpoint_has_are_said_to_be_lost(tmp_path):
