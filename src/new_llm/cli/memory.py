@@ -12,6 +12,7 @@ from new_llm.cli.command import Command, CommandGroup
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import FillConfig
 from new_llm.config.terminal import open_console, print_text, show_progress
+from new_llm.formats import format_plural
 
 # The commands themselves import what imports torch, after help and bad flags have been answered.
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Fill(Command):
         console = open_console(stderr=True)
         size = sum(path.stat().st_size for path in self.text)
         if not console.is_terminal:  # in a terminal the bar says it
-            console.print(f"reading {_count(len(self.text), 'file')}, {size:,} bytes")
+            console.print(f"reading {format_plural(len(self.text), 'file')}, {size:,} bytes")
         # Of formats that are packed or hold more than text, the bytes of text are not known beforehand.
         total = size if all(map(is_plain, self.text)) else None
         with show_progress("reading", total=total, in_bytes=True) as update:
@@ -63,9 +64,9 @@ class Fill(Command):
                 on_note=lambda note: console.print(f"note: {note}", soft_wrap=True),
             )
         print_text(
-            f"{self.out}: {_count(result.num_tokens, 'token')} in {_count(result.num_segments, 'segment')} "
-            f"of {_count(result.num_files, 'file')}, {result.tokens_per_second:,.0f} tokens/s, "
-            f"{self.out.stat().st_size:,} bytes"
+            f"{self.out}: {format_plural(result.num_tokens, 'token')} in "
+            f"{format_plural(result.num_segments, 'segment')} of {format_plural(result.num_files, 'file')}, "
+            f"{result.tokens_per_second:,.0f} tokens/s, {self.out.stat().st_size:,} bytes"
         )
         return 0
 
@@ -113,7 +114,8 @@ class Merge(Command):
         check_output(self.out)
         merged = merge_memory_files(self.files, self.out, force=self.force)
         print_text(
-            f"{self.out}: {_count_tokens(merged)}{_count(len(self.files), 'file')}, {self.out.stat().st_size:,} bytes"
+            f"{self.out}: {_count_tokens(merged)}{format_plural(len(self.files), 'file')}, "
+            f"{self.out.stat().st_size:,} bytes"
         )
         return 0
 
@@ -161,7 +163,7 @@ def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:
     record = content.record
     yield f"{path}: {path.stat().st_size:,} bytes, written {record.created} by new-llm {record.program_version}"
     whose = "all rows together" if record.rows is None else f"each of {record.rows} rows"
-    yield f"memory of {whose}: {_count_tokens(content)}segments of {_count(record.segment_length, 'token')}"
+    yield f"memory of {whose}: {_count_tokens(content)}segments of {format_plural(record.segment_length, 'token')}"
     yield f"weights: {record.weights_fingerprint}"
     for layer in record.layers:
         settings = ", ".join(f"{name} {value}" for name, value in layer.settings.items())
@@ -171,7 +173,7 @@ def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:
 
 def _count_tokens(content: "MemoryFile") -> str:
     """The tokens that a memory has seen, where its layers count them."""
-    return "" if content.tokens_seen is None else f"{_count(content.tokens_seen, 'token')} in "
+    return "" if content.tokens_seen is None else f"{format_plural(content.tokens_seen, 'token')} in "
 
 
 def _norm(tensor: "Tensor") -> str:
@@ -182,7 +184,3 @@ def _norm(tensor: "Tensor") -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4g}"
-
-
-def _count(number: int, one: str) -> str:
-    return f"{number:,} {one if number == 1 else one + 's'}"

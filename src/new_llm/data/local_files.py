@@ -82,9 +82,7 @@ def read_file(
 
     With `whole` the file's text is one document, also where its format has articles. `max_bytes` is that of a document.
     """
-    reader = find_reader(path)
-    if reader is None:
-        raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}, also with {', '.join(PACKED)}")
+    reader = choose_reader(path)
     if whole:
         if reader not in (_read_txt, _read_wikitext):
             raise UserError(f"{path}: holds records, which can't be read as one text; .txt, .raw and .tokens can")
@@ -106,6 +104,13 @@ def find_reader(path: Path) -> Reader | None:
     packed = path.suffix.lower() in PACKED
     extension = Path(path.stem if packed else path.name).suffix.lower()
     return None if packed and extension == ".parquet" else READERS.get(extension)
+
+
+def choose_reader(path: Path) -> Reader:
+    """The reader for a file's extension; an unknown one is a `UserError`."""
+    if (reader := find_reader(path)) is None:
+        raise UserError(f"{path}: unknown extension; known are {KNOWN}")
+    return reader
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -293,3 +298,5 @@ READERS: dict[str, Reader] = {
     ".tokens": _read_wikitext,
 }
 """Reader by extension."""
+KNOWN = f"{', '.join(READERS)}, also with {', '.join(PACKED)}"
+"""The extensions, for messages."""

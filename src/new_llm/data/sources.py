@@ -25,10 +25,11 @@ from new_llm.config.files import hash_file
 from new_llm.config.loading import is_user_name, load_by_name
 from new_llm.data.hub import read_hub_dataset
 from new_llm.data.local_files import (
+    KNOWN,
     PACKED,
-    READERS,
     BadRows,
     Document,
+    choose_reader,
     find_reader,
     read_file,
     split_articles,
@@ -251,7 +252,6 @@ def _read_records(
 
 
 def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
-    known = f"{', '.join(READERS)}, also with {', '.join(PACKED)}"
     ignored = list[Path]()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
@@ -259,16 +259,15 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         files = [file for file in found if find_reader(file) and file not in hidden]
         ignored = sorted(set(found) - set(files))
         if not files:
-            raise UserError(f"{path}: no readable file in this folder; known extensions are {known}")
+            raise UserError(f"{path}: no readable file in this folder; known extensions are {KNOWN}")
     elif path.is_file():
         files = [path]
-        if find_reader(path) is None:
-            raise UserError(f"{path}: unknown extension; known are {known}")
+        choose_reader(path)
     else:
         names = ", ".join(sorted(SOURCES))
         raise UserError(
             f"{path}: no such file or folder; data.source is {names}, hub:owner/name, my_module:function, or the path "
-            f"of a folder or of a file with extension {known}"
+            f"of a folder or of a file with extension {KNOWN}"
         )
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path}: empty: there is no text in it")

@@ -168,7 +168,7 @@ class Passages(Measure):
         model: Any = subject.model
         settings = subject.settings.passages
         chosen = choose_documents(subject, settings)
-        if not chosen or not any(getattr(layer, "has_memory", False) for layer in getattr(model, "layers", ())):
+        if not chosen or not getattr(model, "memory_layers", None):
             return None
         limit = subject.settings.long_documents.max_tokens_per_document
         documents = [subject.split.document(index)[:limit] for index in chosen]
@@ -246,24 +246,23 @@ def describe_passage(
     end = min(begin + length, len(document) - 1)
     ids = document[max(0, begin + 1 - length) : end + 1].tolist()
     first = len(ids) - (end - begin)
-    tokens = []
-    for place in range(begin, end):
-        at = first + place - begin
-        tokens.append(
-            {
-                "text": continue_text(tokenizer, ids[max(0, at - 16) : at], ids[at : at + 1]),
-                "carried": float(losses["carried"][place]),
-                "emptied": float(losses["emptied"][place]),
-                "with_memory": details["carried"][place - begin],
-                "without": details["emptied"][place - begin],
-                "gate": details["gate"] and details["gate"][place - begin],
-                "selection": details["selection"] and details["selection"][place - begin],
-            }
-        )
+    carried, emptied = (losses[way][begin:end] for way in ("carried", "emptied"))
+    tokens = [
+        {
+            "text": continue_text(tokenizer, ids[max(0, at - 16) : at], ids[at : at + 1]),
+            "carried": float(carried[place]),
+            "emptied": float(emptied[place]),
+            "with_memory": details["carried"][place],
+            "without": details["emptied"][place],
+            "gate": details["gate"] and details["gate"][place],
+            "selection": details["selection"] and details["selection"][place],
+        }
+        for place, at in enumerate(range(first, len(ids)))
+    ]
     return {
         "segment": segment,
         "before": tokenizer.decode(ids[:first], skip_special_tokens=False).rstrip(UNKNOWN)[-160:],
-        "value_nats": float((losses["emptied"] - losses["carried"])[begin:end].sum()),
+        "value_nats": float((emptied - carried).sum()),
         "tokens": tokens,
     }
 

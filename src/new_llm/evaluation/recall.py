@@ -46,7 +46,7 @@ from new_llm.evaluation.scoring import (
     score_rows,
 )
 from new_llm.evaluation.statistics import Estimate, draw_resamples, find_interval, find_share_interval
-from new_llm.formats import format_number, format_percent
+from new_llm.formats import format_number, format_percent, format_plural
 from new_llm.models import TransformerLM
 from new_llm.models.inputs import IGNORE_INDEX, align_labels
 
@@ -246,8 +246,8 @@ def plan_texts(maker: TextMaker) -> tuple[list[Plan], list[str]]:
             if all(maker.count_room(task, length, trial) >= 0 for trial in trials):
                 fitting.append(task)
             else:
-                segments = "1 segment" if length == 1 else f"{length} segments"
-                notes.append(f"{task}: {segments} of {maker.segment_length} tokens can't hold sentence and question")
+                segments = f"{format_plural(length, 'segment')} of {maker.segment_length} tokens"
+                notes.append(f"{task}: {segments} can't hold sentence and question")
         plans += [Plan(task, length, depth, trial) for trial in trials for task in fitting for depth in settings.depths]
     if not plans:
         raise UserError(f"recall: {'; '.join(notes)}")
@@ -502,9 +502,8 @@ class Recall(Measure):
                 ]
                 tables.append(Table(f"{TASKS[task]}: {title}", list(rows.items())))
                 for distance, value in average_by(cells, "mean_distance", "carried", key).items():
-                    segments = "1 segment" if distance == 1 else f"{distance} segments"
                     column = Column(key, title, value, write, better=better)
-                    by_distance.setdefault(segments, []).append(column)
+                    by_distance.setdefault(format_plural(distance, "segment"), []).append(column)
             tables.append(Table(f"{TASKS[task]} by distance", list(by_distance.items()), is_for_studies=True))
         return tables
 

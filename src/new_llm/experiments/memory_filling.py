@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from new_llm.config import UserError
 from new_llm.config.evaluation import FillConfig
 from new_llm.config.files import check_regular_file, describe_os_error
-from new_llm.data.local_files import READERS, find_reader, read_file
+from new_llm.data.local_files import choose_reader, read_file
 from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
 from new_llm.models.memory_file import save_memory_file
@@ -191,8 +191,7 @@ def check_text_files(paths: Iterable[Path]) -> None:
     """Reject, before any is read, files that can't hold text."""
     for path in paths:
         check_regular_file(path)
-        if find_reader(path) is None:
-            raise UserError(f"{path}: unknown extension; known are {', '.join(READERS)}")
+        choose_reader(path)
         if path.stat().st_size == 0:
             raise UserError(f"{path}: empty: there is no text in it")
 
