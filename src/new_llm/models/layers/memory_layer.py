@@ -1,15 +1,19 @@
-"""What layers with memory share: an associative memory's sizes and facts, key shift, short convolution and decay."""
+"""What layers with memory share: the memory's sizes and facts, where and how tokens are written, shifted keys, decay.
+
+Legend: B rows, S tokens of a segment, H memory heads, K key width, N memories or banks, w written segments of a call.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from new_llm.models.layers.base import Attention, AttentionLayer
-from new_llm.models.state import MemoryFacts, MemoryState
+from new_llm.models.state import MemoryFacts, MemoryState, find_written_memory
 from new_llm.processes import gather_tensor
 
 
@@ -96,6 +100,113 @@ class MemoryLayer(AttentionLayer):
     def gate_values(self) -> list[float]:
         """g = sigmoid(β) of each head."""
         return torch.sigmoid(gather_tensor(self.attention.gate.detach()).float()).tolist()
+
+
+# Which memory a segment is written to, and how each token is written
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The writes of a call whose first w segments are written. B rows, N memories.
+
+    Attributes:
+        slots: the memory that each segment is written to, [B, w] int64.
+        chosen: the same as a mask, [B, w, N]; all False for a segment without tokens.
+        num_tokens: tokens that each memory has seen before each segment and after the last, [B, w + 1, N].
+        num_segments: segments read after the last, [B].
+    """
+
+    slots: Tensor
+    chosen: Tensor
+    num_tokens: Tensor
+    num_segments: Tensor
+
+    def finish(self, before: MemoryState, memories: Tensor, norms: Tensor, every: Tensor | None) -> MemoryState:
+        """The memory after all writes, with these M and z and the decay of `spread_decay`."""
+        return MemoryState(
+            memories=memories,
+            norms=norms,
+            num_tokens=self.num_tokens[:, -1],
+            num_segments=self.num_segments,
+            segments_seen=before.segments_seen + self.num_segments - before.num_segments,
+            retained=before.retained if every is None else before.share_left * every.detach().prod(1),
+        )
+
+    def spread_decay(self, decay: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The decay w of each head at each write, 1 where nothing is written; `decay` is [H], or [B, w, 1, H].
+
+        Returns:
+            The decay of the written memory, [B, w, H], and of all memories, [B, w, N, H].
+        """
+        if decay is None:
+            return None, None
+        every = torch.where(self.chosen.unsqueeze(-1), decay, torch.ones_like(decay))
+        is_written = self.chosen.any(2, keepdim=True).unsqueeze(-1)
+        return torch.where(is_written, decay, torch.ones_like(decay)).squeeze(2), every
+
+
+def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -> Schedule:
+    """The schedule for segments of `counts` [B, w] tokens, given the memory before them."""
+    has_tokens = counts > 0
+    seen = has_tokens.cumsum(1)
+    num_memories = memory.norms.shape[1]
+    slots = find_written_memory(
+        memory.num_segments.unsqueeze(1) + seen - has_tokens.long(), segments_per_memory, num_memories
+    )
+    numbers = torch.arange(num_memories, device=slots.device)
+    chosen = (slots.unsqueeze(-1) == numbers) & has_tokens.unsqueeze(-1)
+    added = (chosen * counts.unsqueeze(-1)).cumsum(1)
+    before = memory.num_tokens.unsqueeze(1)
+    return Schedule(
+        slots=slots,
+        chosen=chosen,
+        num_tokens=torch.cat((before, before + added), dim=1),
+        num_segments=memory.num_segments + has_tokens.sum(1),
+    )
+
+
+def pick_norms(norms: Tensor, slots: Tensor) -> Tensor:
+    """z of the memory that each segment is written to: [B, w, N, H, K] to [B, w, H, K]."""
+    if norms.shape[2] == 1:
+        return norms[:, :, 0]
+    return norms.gather(2, slots[:, :, None, None, None].expand(-1, -1, 1, *norms.shape[3:])).squeeze(2)
+
+
+class TokenRule(NamedTuple):
+    """How strongly each token is written, and how much is left of what was there; both in the memory's precision.
+
+    Attributes:
+        beta: β, [..., H, S]; None: 1.
+        log_decay: log α, [..., H, S], 0 at masked tokens; None: 0.
+    """
+
+    beta: Tensor | None
+    log_decay: Tensor | None
+
+    def write_keys(self, k: Tensor, *, solves: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys k' such that a segment's write is M ← f M + k'ᵀ (v − e k M), in the rule's precision.
+
+        With g the sums of log α from the segment's start, a write of token t fades to ω_t = e^{g_S − g_t}, so that
+        k'_t = ω_t β_t k_t. With `solves` each token also reads what the segment's earlier ones wrote, unnormalised:
+        K'ᵀ = (ω K)ᵀ (I + A)⁻¹ diag(β), A_ij = β_i e^{g_i − g_j} (k_i · k_j) for j < i; see `ops.gated_delta`.
+
+        Args:
+            k: features of the keys, [..., H, S, K]; zero at masked tokens.
+            solves: the delta rule holds token by token.
+
+        Returns:
+            k', what is added to z for each token (ω β k), e^g [..., H, S], and f = e^{g_S} [..., H].
+        """
+        total = torch.zeros_like(k[..., 0]) if self.log_decay is None else self.log_decay.cumsum(-1)
+        left = (total[..., -1:] - total).exp().unsqueeze(-1) * k
+        beta = torch.ones_like(k[..., :1]) if self.beta is None else self.beta.unsqueeze(-1)
+        summed = written = beta * left
+        if solves:
+            later = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).triu(1)
+            ratios = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+            coefficients = (beta * ratios * (k @ k.transpose(-1, -2))).tril(-1).transpose(-1, -2)
+            written = beta * torch.linalg.solve_triangular(coefficients, left, upper=True, unitriangular=True)
+        return written, summed, total.exp(), total[..., -1].exp()
 
 
 def shift_keys(k: Tensor, first: Tensor | None = None) -> Tensor:
