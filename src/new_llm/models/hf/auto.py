@@ -193,8 +193,10 @@ def select_stream_rows(stream: MemoryStream, indices: Tensor) -> MemoryStream:
     selected = copy.copy(stream)
     seen: dict[int, Tensor] = {}
     selected.batch_size = len(indices)
-    for name in ("memories", "opened", "offsets", "num_tokens"):
+    for name in ("memories", "opened"):
         setattr(selected, name, pick_rows(getattr(stream, name), indices, seen))
+    for name in ("offsets", "num_tokens"):
+        setattr(selected, name, [getattr(stream, name)[row] for row in indices.tolist()])
     return selected
 
 
