@@ -13,17 +13,19 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from new_llm.evaluation import MEASURES
 from new_llm.evaluation.statistics import MIN_SEEDS, Comparison, DocumentLosses, compare_models
 
+Losses = dict[str, dict[str, dict[str, list[Any]]]]
 FAR = 16_384  # tokens from a document's beginning, whose losses are kept by themselves, too
 
 
-def collect(folders: list[Path]) -> dict[str, dict[str, dict[str, list[list[float]]]]]:
-    """Tokens and total loss of each document, by variant, seed and what was measured."""
-    found: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
-    for file in sorted(path for folder in folders for path in folder.glob("*-s*/results.json")):
+def collect(folders: list[Path]) -> Losses:
+    """Tokens and total loss of each document, by variant, seed and what was measured; a seed's first run counts."""
+    found: Losses = {}
+    for file in (path for folder in folders for path in sorted(folder.glob("*-s*/results.json"))):
         results = json.loads(file.read_text(encoding="utf-8"))
         variant, _, seed = file.parent.name.rpartition("-s")
         if results.get("status") != "complete" or seed in found.get(variant, {}):
@@ -40,7 +42,7 @@ def collect(folders: list[Path]) -> dict[str, dict[str, dict[str, list[list[floa
     return found
 
 
-def read(losses: dict[str, dict[str, dict[str, list[list[float]]]]], name: str) -> dict[str, DocumentLosses]:
+def read(losses: Losses, name: str) -> dict[str, DocumentLosses]:
     """The losses of a model by seed: `variant/measure/way`."""
     variant, _, way = name.partition("/")
     return {seed: DocumentLosses.read(*ways[way]) for seed, ways in losses[variant].items() if way in ways}
