@@ -175,10 +175,6 @@ def main(place: Path, what: str, seed: str = "0") -> None:
     print(json.dumps({"readers": len(targets), "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
-
-
 # Damage done to valid files: to their bytes, to the values of their JSON, to what a header says
 
 
@@ -259,3 +255,7 @@ def walk(value: Any) -> Iterator[tuple[Any, Any]]:
     for key, entry in list(entries):
         yield value, key
         yield from walk(entry)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from model_cases import DTYPES, TOLERANCES, assert_near, assert_same, draw
 from new_llm.models.layers import InfiniLayer, Segments
@@ -39,7 +40,7 @@ from new_llm.models.ops import (
     write_memory_naive,
 )
 from new_llm.models.ops.memory import _WideSums
-from new_llm.models.ops.memory_scan import choose_group
+from new_llm.models.ops.memory_scan import _compiled_backward, choose_group, compiled_scan
 
 EPSILON = 1e-6
 ROWS, MEMORIES, HEADS, LENGTH, SCANNED, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 3, 4, 6
@@ -271,6 +272,23 @@ def test_scan_equals_its_naive_form(monkeypatch, shape, group):
         inputs = [t.to(dtype if name in ("q", "k", "v", "written_keys") else wide) for name, t in tensors.items()]
         exact = [t.double() for t in inputs] if is_narrow else None
         assert_same(fast, naive, inputs, 0.02 if is_narrow else 10 * TOLERANCES[dtype], exact=exact)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES.values() if shape[-1]], ids=str)
+def test_torch_compile_is_told_what_the_scan_and_its_backward_return(shape):
+    """No result is another one or an argument, and each has the form that was promised."""
+    for options in OPTIONS:
+        tensors, slots = draw_call(*shape, **options)
+        given = {"memories": None} | {name: t.float() for name, t in tensors.items()}
+        rest = [given.get(name) for name in ("sum_scales", "delta_scales", "decay", "written_keys")]
+        q, k, v, memories, scales = (given[name] for name in ("q", "k", "v", "memories", "read_scales"))
+        for learns in (False, True):
+            arguments = (q, k, v, memories, scales, slots, *rest, shape[-1], learns)
+            opcheck(compiled_scan, arguments, test_utils=("test_schema", "test_faketensor"))
+        reads, sums, end, checkpoints, updates = compiled_scan(*arguments)
+        upstream = reads, sums if options["has_sum"] else None, end
+        kept = q, k, updates if options["has_delta"] else v, memories, scales, slots, *rest, checkpoints, shape[-1]
+        opcheck(_compiled_backward, (*upstream, *kept), test_utils=("test_schema", "test_faketensor"))
 
 
 # What backward keeps

@@ -411,11 +411,12 @@ def scan(
         if sum_scales is not None:
             scaled = multiply(q[:, reading], sum_scales[:, reading].unsqueeze(-1), states.dtype)
             sum_reads = _place(sum_reads, v, reading, scaled @ states.sum(3))
-    nothing = v.new_empty(0)
     checkpoints = torch.stack(kept) if kept else state.new_empty(0)
-    u = torch.cat(updates, 1) if len(updates) > 1 else updates[0] if updates else nothing
+    # an empty tensor of its own for each part that there is not: no two results of an operation may be the same tensor
+    u = torch.cat(updates, 1) if len(updates) > 1 else updates[0] if updates else v.new_empty(0)
+    sum_reads = v.new_empty(0) if sum_reads is None else sum_reads
     assert reads is not None
-    return reads, nothing if sum_reads is None else sum_reads, state.transpose(1, 2).contiguous(), checkpoints, u
+    return reads, sum_reads, state.transpose(1, 2).contiguous(), checkpoints, u
 
 
 def scan_backward(
