@@ -99,7 +99,7 @@ def test_charts_have_the_page_s_colours_and_tooltips(results):
 
 
 def test_hostile_text_is_shown_and_not_obeyed(results, tmp_path):
-    hostile = '<script>alert(1)</script> & "q" $x^{$ \x1b[31m\u202e {{ 7 * 7 }} --> 漢字'
+    hostile = '<script>alert(1)</script> & "q" $x^{$ \x1b[31m\u202e\0\uffff {{ 7 * 7 }} --> 漢字'
     results["name"] = results["command"] = results["status"] = hostile
     results["models"][1]["model_type"] = hostile
     results["models"][1]["gates"] = {hostile: [0.5]}
@@ -111,7 +111,7 @@ def test_hostile_text_is_shown_and_not_obeyed(results, tmp_path):
     page = read_page([make_run(results)], tmp_path)
     assert page.source.count("<script") == page.source.count("</script") == 1
     assert "<script>alert" not in page.source
-    assert not set(page.source) & {"\x1b", "\u202e"}
+    assert not set(page.source) & {"\x1b", "\u202e", "\0", "\uffff"}
     assert "{{ 7 * 7 }}" in page.read()
     assert " 49 " not in page.read()
     for file in (tmp_path / "figures").iterdir():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 UNPRINTABLE = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
     "\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"  # line separators and changes of direction
+    "\ufffe\uffff"  # what is no character; XML, too, may hold neither these nor most of the above
     "\ud800-\udfff]"  # what no encoding has, such as undecodable bytes of a file's name
 )
 HOME = re.compile(r"(?<![\w./-])(?:/(?:home|Users)/[\w.@-]+|/root)(?![\w.-])")

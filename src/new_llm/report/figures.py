@@ -14,7 +14,7 @@ from new_llm import charts
 from new_llm.charts import PALETTE, SHAPES, Chart, heat_chart, line_chart
 from new_llm.config import UserError
 from new_llm.config.files import read_address_limit, write_atomically, write_text_atomically
-from new_llm.config.terminal import hide_home
+from new_llm.config.terminal import hide_home, make_printable
 from new_llm.formats import format_bytes
 from new_llm.report.results import Series, compute_mean, get_gates, get_value
 
@@ -44,8 +44,20 @@ def find_obstacle() -> str | None:
 
 
 def draw(spec: dict[str, Any]) -> str:
-    """The SVG of a chart's specification; nothing is loaded, and no home folder is named."""
-    return hide_home(vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]))
+    """The SVG of a chart's specification; nothing is loaded, and no home folder is named.
+
+    What no XML may hold, in names from a file of others, is shown as on a terminal: else the engine ends the process.
+    """
+    return hide_home(vl_convert.vegalite_to_svg(_make_texts_printable(spec), allowed_base_urls=[]))
+
+
+def _make_texts_printable(value: Any) -> Any:
+    """All texts in nested dicts and lists, the keys too, by which a specification names its columns."""
+    if isinstance(value, dict):
+        return {make_printable(key): _make_texts_printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_make_texts_printable(one) for one in value]
+    return make_printable(value) if isinstance(value, str) else value
 
 
 def write_table(chart: Chart) -> str:
