@@ -11,12 +11,11 @@ made from the folders of a study's runs by
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from new_llm.evaluation import MEASURES
-from new_llm.evaluation.statistics import MIN_SEEDS, Comparison, DocumentLosses, compare_models
+from new_llm.evaluation.statistics import MIN_SEEDS, DocumentLosses, compare_models
 
 Losses = dict[str, dict[str, dict[str, list[Any]]]]
 FAR = 16_384  # tokens from a document's beginning, whose losses are kept by themselves, too
@@ -48,23 +47,12 @@ def read(losses: Losses, name: str) -> dict[str, DocumentLosses]:
     return {seed: DocumentLosses.read(*ways[way]) for seed, ways in losses[variant].items() if way in ways}
 
 
-def describe(found: Comparison) -> str:
-    """The difference in percent, its interval, and if it holds 0 what would have been seen."""
-    relative = found.relative
-    text = f"{100 * relative.value:+.1f} %"
-    if relative.low is not None and relative.high is not None:
-        text += f" [{100 * relative.low:+.1f}, {100 * relative.high:+.1f}]"
-        if not found.is_clear and found.smallest_visible is not None:
-            text += f", {100 * math.expm1(found.smallest_visible):.1f} % visible"
-    return text
-
-
 def compare(one: dict[str, DocumentLosses], other: dict[str, DocumentLosses]) -> str:
     """The difference over all common seeds; of fewer than three, each seed's."""
     seeds = [seed for seed in one if seed in other]
     groups = [seeds] if len(seeds) >= MIN_SEEDS else [[seed] for seed in seeds]
     compared = (compare_models({seed: one[seed] for seed in group}, other) for group in groups)
-    texts = [describe(found) if found else "other tokens" for found in compared]
+    texts = [found.describe() if found else "other tokens" for found in compared]
     return f"{' · '.join(texts) or 'no common seed'} ({len(seeds)})".replace("-", "−")
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from model_cases import DTYPES, TOLERANCES, assert_near, assert_same, draw
 from new_llm.models.layers import InfiniLayer, Segments
@@ -284,11 +283,11 @@ def test_torch_compile_is_told_what_the_scan_and_its_backward_return(shape):
         q, k, v, memories, scales = (given[name] for name in ("q", "k", "v", "memories", "read_scales"))
         for learns in (False, True):
             arguments = (q, k, v, memories, scales, slots, *rest, shape[-1], learns)
-            opcheck(compiled_scan, arguments, test_utils=("test_schema", "test_faketensor"))
+            library.opcheck(compiled_scan, arguments, test_utils=("test_schema", "test_faketensor"))
         reads, sums, end, checkpoints, updates = compiled_scan(*arguments)
         upstream = reads, sums if options["has_sum"] else None, end
         kept = q, k, updates if options["has_delta"] else v, memories, scales, slots, *rest, checkpoints, shape[-1]
-        opcheck(_compiled_backward, (*upstream, *kept), test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(_compiled_backward, (*upstream, *kept), test_utils=("test_schema", "test_faketensor"))
 
 
 # What backward keeps

@@ -101,6 +101,19 @@ class Comparison(NamedTuple):
         """Whether the interval leaves out 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
+    def describe(self, *, is_share: bool = False) -> str:
+        """The difference with its interval, and beside a null what would have been seen.
+
+        In nats, reported in percent of the perplexity; or a difference of shares, in percentage points.
+        """
+        unit, convert = ("points", float) if is_share else ("%", math.expm1)
+        text = f"{100 * convert(self.nats):+.1f} {unit}"
+        if self.low is not None and self.high is not None:
+            text += f" [{100 * convert(self.low):+.1f}, {100 * convert(self.high):+.1f}]"
+        if self.smallest_visible is not None and not self.is_clear:
+            text += f", {100 * convert(self.smallest_visible):.1f} {unit} visible"
+        return text
+
 
 class LossSums:
     """Total loss and scored tokens of each document in each range of positions.

@@ -306,23 +306,14 @@ def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
 
 
 def _show_comparison(found: Comparison, *, is_share: bool = False) -> dict[str, Any]:
-    """A comparison as a figure, and beside a null what would have been seen.
-
-    In nats, reported in percent of the perplexity; or a difference of shares, in percentage points.
-    """
-    unit, convert = ("points", float) if is_share else ("%", math.expm1)
-    text = f"{100 * convert(found.nats):+.1f} {unit}"
-    if found.low is not None and found.high is not None:
-        text += f" [{100 * convert(found.low):+.1f}, {100 * convert(found.high):+.1f}]"
-    if found.smallest_visible is not None and not found.is_clear:
-        text += f", {100 * convert(found.smallest_visible):.1f} {unit} visible"
+    """A comparison as a figure."""
     return {
         "by_seed": {str(seed): nats for seed, nats in found.by_seed.items()},
         "mean": found.nats,
         "low": found.low,
         "high": found.high,
         "num_seeds": found.num_seeds,
-        "text": text,
+        "text": found.describe(is_share=is_share),
         "difference_from_reference": None,
     }
 
