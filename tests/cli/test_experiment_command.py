@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from new_llm.cli.experiment import ExperimentSelective, TrainAdapter
+from new_llm.cli.experiment import Experiment, ExperimentSelective, TrainAdapter
 from new_llm.cli.main import main
 from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
@@ -58,6 +58,12 @@ def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, unt
         assert read_curve(name) == read_curve("whole")
         weights = [load_model(tmp_path / "runs" / one / "infini" / "best").state_dict() for one in ("whole", name)]
         assert all(map(torch.equal, *(one.values() for one in weights)))
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("none", None)])
+def test_words_of_a_flag_are_those_of_yaml_or_python(word, value):
+    flags = ["--models", "pythia", "--data.source", "sotu", "--train.compile", word]
+    assert Experiment.read(flags, "new-llm experiment").settings.train.compile is value
 
 
 @pytest.mark.parametrize("flags", ["--skip-interval 2", "--models baseline selective"])

@@ -195,6 +195,7 @@ CASES = [
     ("experiment --models", "models: "),
     ("experiment --models infinii", "infini"),
     ("experiment --device tpu", "--device: 'tpu' is an invalid choice; allowed are auto, cpu, cuda (see"),
+    ("experiment --train.compile yes", "--train.compile: 'yes' is an invalid choice; allowed are "),
     ("experiment --resume", "--name"),
     ("experiment --resume --name absent", "absent"),
     ("experiment --model.hidden-size 48 --model.num-attention-heads 4", "rotary_pct: 0.25 of heads 12 wide"),

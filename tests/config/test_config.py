@@ -69,6 +69,11 @@ def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
     assert "\n" not in str(caught.value)
 
 
+def test_a_list_of_refused_items_is_not_called_too_short():
+    with pytest.raises(UserError, match=r"or my_module:MyLayer$"):
+        ExperimentConfig(models=["gpt"])
+
+
 @pytest.mark.parametrize("bad", [{"num_samples": -1}, {"nonsense": 1}, {"models": ["pythia", "gpt"]}])
 def test_bad_values_from_python_are_one_line_too(bad):
     with pytest.raises(UserError) as caught:

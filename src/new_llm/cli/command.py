@@ -23,17 +23,19 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 @REGISTRY.primitive_rule
-def read_none(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
-    """`none` beside Python's `None`, where a flag may be left without a value."""
-    if found.type is not type(None):
+def read_words(found: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """`none`, `true` and `false` as YAML has them, beside Python's words, where a flag is followed by one of them."""
+    values = {type(None): {"none": None}, bool: {"true": True, "false": False}}.get(found.type)
+    if values is None:
         return None
+    words = {spelling: value for word, value in values.items() for spelling in (word, word.title())}
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="none",
-        instance_from_str=lambda words: None,
-        is_instance=lambda value: value is None,
-        str_from_instance=lambda _: ["none"],
-        choices=("none", "None"),
+        metavar="|".join(values),
+        instance_from_str=lambda given: words[given[0]],
+        is_instance=lambda value: value in values.values() and isinstance(value, found.type),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=tuple(words),
     )
 
 

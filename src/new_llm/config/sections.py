@@ -85,7 +85,10 @@ def _read_docs(module: str) -> dict[str, dict[str, str]]:
 def describe_validation_error(error: ValidationError, where: str) -> UserError:
     """One line for everything that a configuration got wrong, each fault by the field's name."""
     faults: list[str] = []
-    for fault in error.errors()[:MAX_FAULTS]:
+    # A list whose items were refused counts as too short, too.
+    refused = {fault["loc"][:-1] for fault in error.errors() if fault["loc"]}
+    found = [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["loc"] in refused)]
+    for fault in found[:MAX_FAULTS]:
         path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
         name = ".".join(path) or "the configuration"
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -98,7 +101,7 @@ def describe_validation_error(error: ValidationError, where: str) -> UserError:
             faults.append(
                 message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {preview(fault['input'])})"
             )
-    if (more := error.error_count() - MAX_FAULTS) > 0:
+    if (more := len(found) - MAX_FAULTS) > 0:
         faults.append(f"and {more} more")
     return UserError(f"{where}: " + "; ".join(fault[:MAX_FAULT_CHARACTERS] for fault in faults))
 
