@@ -49,8 +49,9 @@ class RunSettings:
 
 
 class TrainingSettings(RunSettings):
-    """What the configuration of any run that trains has beside: a seed, a device, and three sections."""
+    """What the configuration of any run that trains has beside: models, a seed, a device, and three sections."""
 
+    models: tuple[str, ...]
     seed: int
     device: Literal["auto", "cpu", "cuda"]
     data: DataConfig

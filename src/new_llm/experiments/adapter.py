@@ -6,7 +6,6 @@ the segment?
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from new_llm.config import DataConfig, UserError
+from new_llm.config import UserError
 from new_llm.config.evaluation import TextConfig
 from new_llm.data.dataset import PreparedData, count_text, prepare_data, read_evaluation_text
 from new_llm.data.hub import hub_answers
@@ -53,48 +52,36 @@ def train_adapter(
 class AdapterRun(Run[AdapterTrainingConfig]):
     """A run of a base and the base with an adapter, trained on streams of whole documents."""
 
+    untrained = (BASE,)
+
     def check(self) -> None:
         """Reject, before the work, a path where the adapter's file can't be written."""
         out = self.config.out
         if out.is_dir():
             raise UserError(f"--out: {out} is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
+        # All samples of the chosen documents; the data's own limit is on what is read of the source.
+        self.training_data = dataclasses.replace(self.config.data, num_samples=None)
 
     def prepare(self) -> PreparedData:
         """The source's long documents, in the base's tokens, and the further text to measure on."""
         self.source, tokenizer_name = find_base(self.config)
         base = load_configured_base(self.config, self.source)
         data = prepare_documents(self.config, tokenizer_name)
-        check_vocabulary(
-            data.tokenizer,
-            base.vocab_size,
-            f"--base {self.config.base}: the tokenizer has ids up to {{}}; the base",
-        )
+        fault = f"--base {self.config.base}: the tokenizer has ids up to {{}}; the base"
+        check_vocabulary(data.tokenizer, base.vocab_size, fault)
         add_parallel_infini(base, self.config.adapter, base_name=str(self.source))  # rejects layers that the base lacks
         self.texts = {"held_out": data.validation}
-        try:
-            if self.config.wikitext is not None:
-                text = TextConfig(source=self.config.wikitext)
-                self.texts["wikitext"] = read_evaluation_text(text, data.tokenizer).split
-        except UserError as error:
-            if self.config.wikitext != WIKITEXT_ON_HUB:
-                raise
-            note = f"WikiText-2 is not measured: {error} (--wikitext FILE names a local one)"
-            data.info["notes"].append(note)
+        if self.config.wikitext is not None:
+            try:
+                text = read_evaluation_text(TextConfig(source=self.config.wikitext), data.tokenizer)
+                self.texts["wikitext"] = text.split
+            except UserError as error:
+                if self.config.wikitext != WIKITEXT_ON_HUB:
+                    raise
+                note = f"WikiText-2 is not measured: {error} (--wikitext FILE names a local one)"
+                data.info["notes"].append(note)
         return data
-
-    @property
-    def training_data(self) -> DataConfig:
-        """All samples of the chosen documents; `num_samples` limits only what is read of the source."""
-        return dataclasses.replace(self.config.data, num_samples=None)
-
-    def list_models(self) -> Sequence[str]:
-        """The base and the adapted base."""
-        return ADAPTER_MODELS
-
-    def trains(self, name: str) -> bool:
-        """Only the adapted base is trained."""
-        return name == ADAPTED
 
     def build(self, name: str) -> TransformerLM:
         """The base, with or without the adapter."""
@@ -108,17 +95,13 @@ class AdapterRun(Run[AdapterTrainingConfig]):
         """Write the adapter's file, and measure base and adapter on the long texts."""
         best = load_model(self.model_folder(ADAPTED) / BEST_FOLDER)
         save_adapter(best, self.config.out, with_base=not self.config.adapter.freeze_base_model)
-        base_weights, adapter_weights = split_weights(best)
-        frozen = self.config.adapter.freeze_base_model
-        num_base, num_adapter = (
-            sum(tensor.numel() for tensor in part.values()) for part in (base_weights, adapter_weights)
-        )
+        num_base, num_adapter = (sum(tensor.numel() for tensor in part.values()) for part in split_weights(best))
         return results | {
             "kind": "parallel_adapter",
             "num_parameters": {
                 "base": num_base,
                 "adapter": num_adapter,
-                "trained": num_adapter if frozen else num_base + num_adapter,
+                "trained": num_adapter + (0 if self.config.adapter.freeze_base_model else num_base),
             },
             "alpha": best.get_alpha(),
             "evaluation": self._measure_texts(best),
@@ -154,18 +137,14 @@ class AdapterRun(Run[AdapterTrainingConfig]):
 
 def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
     """Where the base is (a hub name or a directory), and its tokenizer (a hub name or a file)."""
-    path = Path(config.base).expanduser()
-    if not path.is_dir():
-        return config.base, config.base
-    if (path / "config.json").is_file():
-        folder = path
-    elif (path / "pythia" / BEST_FOLDER).is_dir():
-        folder = path / "pythia" / BEST_FOLDER
-    else:
-        folder = find_model_folder(path)
-    if config.data.tokenizer != "auto":
-        return folder, config.data.tokenizer
-    return folder, str(find_tokenizer_file(folder))
+    folder, given = Path(config.base).expanduser(), config.data.tokenizer
+    if not folder.is_dir():
+        return config.base, config.base if given == "auto" else given
+    if (own := folder / "pythia" / BEST_FOLDER).is_dir():
+        folder = own
+    elif not (folder / "config.json").is_file():
+        folder = find_model_folder(folder)
+    return folder, str(find_tokenizer_file(folder)) if given == "auto" else given
 
 
 def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> TransformerLM:
@@ -189,8 +168,7 @@ def load_configured_base(config: AdapterTrainingConfig, source: str | Path) -> T
 
 def prepare_documents(config: AdapterTrainingConfig, tokenizer_name: str) -> PreparedData:
     """The source's long documents, split and tokenised as the base's tokenizer does; errors as of `prepare_data`."""
-    tokenizer = tokenizer_name if config.data.tokenizer == "auto" else config.data.tokenizer
-    data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer))
+    data = prepare_data(dataclasses.replace(config.data, tokenizer=tokenizer_name))
     return choose_long_documents(
         data,
         num_docs=config.num_docs,
@@ -235,10 +213,9 @@ def choose_long_documents(
 def select_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None = None) -> TokenSplit:
     """Some documents of a split, in the order given, cut to `max_tokens`; bytes and words still count whole texts."""
     documents = [split.document(int(index))[:max_tokens] for index in chosen]
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
     return TokenSplit(
         tokens=np.concatenate(documents),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        offsets=np.cumsum([0, *map(len, documents)], dtype=np.int64),
         num_bytes=split.num_bytes[chosen],
         num_words=split.num_words[chosen],
     )

@@ -273,6 +273,7 @@ class AdapterTrainingConfig(TrainingSettings):
     """Train a parallel memory adapter on long documents, and measure it against its base."""
 
     file_name: ClassVar[str] = "adapter.yaml"
+    models: ClassVar[tuple[str, ...]] = ADAPTER_MODELS  # pyright: ignore[reportIncompatibleVariableOverride]
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)] = None
     """The run's name and folder; None: the time."""
     base: str = "EleutherAI/pythia-70m"

@@ -115,7 +115,10 @@ def run_experiment(
 
 
 class Run(ABC, Generic[Config]):
-    """One run. Subclasses define which models there are, how they are made and on which data they are trained."""
+    """One run. Subclasses define how its models are made and on which data they are trained."""
+
+    untrained: Sequence[str] = ()
+    """Models that are only measured."""
 
     def __init__(
         self,
@@ -132,6 +135,10 @@ class Run(ABC, Generic[Config]):
         self.console = (console or open_console(stderr=True)) if self.processes.is_main else Console(quiet=True)
         self.write_report = write_report
         self.loss_fn = loss_fn
+        self.training_data: DataConfig = config.data
+        """How the training documents are cut into samples."""
+        self.origins: dict[str, dict[str, Tensor]] = {}
+        """Weights that were loaded for models whose training has not begun."""
 
     # What subclasses define
 
@@ -144,10 +151,6 @@ class Run(ABC, Generic[Config]):
         """The data of all models; `info["notes"]` are printed. Called by the main process first, then by the others."""
 
     @abstractmethod
-    def list_models(self) -> Sequence[str]:
-        """The models' names, in the order in which they are trained."""
-
-    @abstractmethod
     def build(self, name: str) -> TransformerLM:
         """A model with fresh weights; torch's generators have just been seeded."""
 
@@ -155,22 +158,9 @@ class Run(ABC, Generic[Config]):
         """The options that a model was made with, for its result."""
         return {}
 
-    def initialize(self, name: str, model: TransformerLM) -> None:
-        """Give a model the weights that its training begins from, where these are not fresh."""
-
-    @property
-    def origins(self) -> dict[str, Any]:
-        """Which weights models begin from, for the record, where these are not fresh."""
-        return {}
-
-    def trains(self, name: str) -> bool:
-        """Whether a model is trained before it is measured."""
-        return True
-
-    @property
-    def training_data(self) -> DataConfig:
-        """How the training documents are cut into samples."""
-        return self.config.data
+    def find_origin(self, name: str) -> dict[str, Tensor] | None:
+        """The weights that a model's training begins from; None: those of `build`."""
+        return None
 
     def finish(self, results: dict[str, Any]) -> dict[str, Any]:
         """Complete the results once all models are done; only the main process calls this."""
@@ -187,110 +177,103 @@ class Run(ABC, Generic[Config]):
             self.autocast = make_autocast(self.precision, self.device)
             check_trackers(train.trackers)
             self.processes.slice_rows(train.batch_size)
-            find_measures(
-                [*self.config.eval.measures, *self.config.eval.checkpoint_measures]
-            )  # rejects unknown ones before anything is trained
+            # Unknown measures are rejected before anything is trained.
+            find_measures([*self.config.eval.measures, *self.config.eval.checkpoint_measures])
             self.check()
             with hold_run(self.config, resume=self.resume, processes=self.processes) as (self.config, self.folder):
                 return self._execute() | {"folder": str(self.folder)}
 
     def _execute(self) -> dict[str, Any]:
-        done = self.processes.run_on_main(lambda: read_json(self.folder / RESULTS_FILE) if self.resume else None)
-        longer = self.processes.run_on_main(self._find_longer)
+        on_main = self.processes.run_on_main
+        done = on_main(lambda: read_json(self.folder / RESULTS_FILE) if self.resume else None)
+        longer = on_main(self._find_longer)
         if done is not None and done["status"] == "complete" and not longer:
             self.console.print(f"{self.folder} is done", highlight=False, markup=False)
-            return self.processes.run_on_main(lambda: self._write(done))
+            return on_main(lambda: self._write(done))
         self.data = self._share_data()
-        if self.resume:
-            self.processes.run_on_main(self._check_same_data)
-            self.processes.run_on_main(lambda: self._lengthen(longer))
-        else:  # only now, so that bad data leaves no folder behind
-            self.processes.run_on_main(lambda: create_run(self.config, self.folder))
+        if longer:
+            on_main(lambda: self._lengthen(*longer))
+        elif not self.resume:  # only now, so that bad data leaves no folder behind
+            on_main(lambda: create_run(self.config, self.folder))
         self.console.print(f"run folder {self.folder}", highlight=False, markup=False)
         for note in self.data.info.get("notes", []):
             self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-        results = self.processes.run_on_main(self._describe)
+        results = on_main(self._describe)
         try:
-            return self._run_models(results)
+            for name in self.config.models:
+                with interrupt_training(self.model_folder(name)):
+                    results["models"].append(self._run_model(name))
+                    on_main(lambda: self._write(results))
+            with interrupt_training(self.folder):
+                return on_main(lambda: self._write(self.finish(results | {"status": "complete"})))
         except OSError:
             if (self.folder / self.config.file_name).exists():
                 raise
             raise UserError(f"{self.folder}: deleted or renamed while the run used it; its results are lost") from None
 
-    def _run_models(self, results: dict[str, Any]) -> dict[str, Any]:
-        for name in self.list_models():
-            with interrupt_training(self.model_folder(name)):
-                results["models"].append(self._run_model(name))
-                self.processes.run_on_main(lambda: self._write(results))
-        with interrupt_training(self.folder):
-            return self.processes.run_on_main(lambda: self._write(self.finish(results | {"status": "complete"})))
-
-    def _find_longer(self) -> list[str]:
-        """The changes by which a resumed run trains longer than it has begun to."""
+    def _find_longer(self) -> tuple[list[str], list[Path]] | None:
+        """Where a resumed run trains longer than it has begun to: what changed, and the folders of the models that
+        continue. None: it does not.
+        """
         if not self.resume:
-            return []
-        longer = list_lengths(read_begun(self.folder, type(self.config)), self.config)
-        for folder in self._list_unfinished() if longer else ():
+            return None
+        begun = read_begun(self.folder, type(self.config))
+        if not (changes := list_lengths(begun, self.config)):
+            return None
+        folders = [self.model_folder(name) for name in self.config.models if name not in self.untrained]
+        if begun.train.patience == self.config.train.patience:  # a model that patience has stopped stays as it is
+            results = {folder: read_json(folder / MODEL_RESULT_FILE) or {} for folder in folders}
+            folders = [folder for folder in folders if not results[folder].get("training", {}).get("stopped_early")]
+        for folder in folders:
             if (folder / MODEL_RESULT_FILE).exists() and not list_checkpoints(folder):
                 raise UserError(f"{folder}: no checkpoint is left to continue from (train.keep_last_checkpoint)")
-        return longer
+        return changes, folders
 
-    def _list_unfinished(self) -> list[Path]:
-        """The folders of the models that a longer training continues: not of those that patience has stopped."""
-        begun = read_begun(self.folder, type(self.config))
-        folders = [self.model_folder(name) for name in self.list_models() if self.trains(name)]
-        if begun.train.patience != self.config.train.patience:
-            return folders
-        results = {folder: read_json(folder / MODEL_RESULT_FILE) or {} for folder in folders}
-        return [folder for folder in folders if not results[folder].get("training", {}).get("stopped_early")]
-
-    def _lengthen(self, changes: Sequence[str]) -> None:
-        """Forget what is known of models that are to be trained longer, and write the settings down.
+    def _lengthen(self, changes: Sequence[str], folders: Sequence[Path]) -> None:
+        """Forget the results of models that are to be trained longer, and write the settings down.
 
         They are written last: a run that is killed here still trains or measures whatever is missing.
         """
-        if not changes:
-            return
         self.console.print(f"trained longer: {'; '.join(changes)}", highlight=False, markup=False)
         facts = read_json(self.folder / ENVIRONMENT_FILE) or {}
         entry = {"date": now(), "changes": list(changes), "command": describe_command(), "code": describe_code()}
         write_json(self.folder / ENVIRONMENT_FILE, facts | {"lengthened": [*facts.get("lengthened", []), entry]})
-        unfinished = self._list_unfinished()
         later = self.folder / EVALUATIONS_FOLDER  # of the weights that were the best until now
-        if unfinished and later.exists():
+        if folders and later.exists():
             later.rename(later.with_name(f"{later.name}-{len(facts.get('lengthened', []))}"))
-        (self.folder / RESULTS_FILE).unlink(missing_ok=True)
-        for folder in unfinished:
-            (folder / MODEL_RESULT_FILE).unlink(missing_ok=True)
+        for path in (self.folder / RESULTS_FILE, *(folder / MODEL_RESULT_FILE for folder in folders)):
+            path.unlink(missing_ok=True)
         create_run(self.config, self.folder)
 
     def _share_data(self) -> PreparedData:
-        """The data: one process tokenises them, and the others read its cache, or on other machines the same texts."""
-        data = self.processes.run_main_first(self.prepare)
+        """The data: one process tokenises them, and the others read its cache, or on other machines the same texts.
+
+        A resumed run continues on the data that it began with.
+        """
+        data, source = self.processes.run_main_first(self.prepare), self.config.data.source
         with self.processes.agree():
             if self.processes.share(data.info["split_fingerprint"]) != data.info["split_fingerprint"]:
                 raise UserError(
-                    f"{self.config.data.source}: process {self.processes.rank} reads other data than process 0: their "
+                    f"{source}: process {self.processes.rank} reads other data than process 0: their "
                     "machines need the same source and tokenizer, or one token cache (data.cache_dir)"
                 )
+        with self.processes.agree():
+            # There is no file where the process was killed before it could write it.
+            begun = read_json(self.folder / DATA_FILE) if self.resume and self.processes.is_main else None
+            if begun and (changed := find_changes(begun, data.info)):
+                raise UserError(
+                    f"{self.folder}: a run continues on the data it began with; of {source} {' and '.join(changed)} "
+                    "changed since: put back what was there, or choose another --name"
+                )
         return data
-
-    def _check_same_data(self) -> None:
-        """Reject data other than those that the run began with, and name what has changed."""
-        begun = read_json(self.folder / DATA_FILE)
-        if begun is None:  # the process was killed before it could write it
-            return
-        if changed := find_changes(begun, self.data.info):
-            raise UserError(
-                f"{self.folder}: a run continues on the data it began with; of {self.config.data.source} "
-                f"{' and '.join(changed)} changed since: put back what was there, or choose another --name"
-            )
 
     def _describe(self) -> dict[str, Any]:
         """Write the facts of the run and begin its results with them. A resumed run keeps its first facts."""
         facts = read_json(self.folder / ENVIRONMENT_FILE)
         if facts is None:
-            facts = describe_making(self.device, self.precision) | {"init_from": self.origins}
+            origins = {name: self.find_origin(name) for name in self.config.models}
+            fingerprints = {name: fingerprint_tensors(weights) for name, weights in origins.items() if weights}
+            facts = describe_making(self.device, self.precision) | {"init_from": fingerprints}
             facts["environment"] |= {"num_processes": self.processes.count, "sharding": self.config.train.sharding}
         write_json(self.folder / ENVIRONMENT_FILE, facts)
         write_json(self.folder / DATA_FILE, self.data.info)
@@ -312,6 +295,8 @@ class Run(ABC, Generic[Config]):
             self.write_report(results, self.folder / REPORT_FILE)
         return results
 
+    # One model
+
     def model_folder(self, name: str) -> Path:
         """A model's folder in the run."""
         return self.folder / name_model_folder(name)
@@ -322,23 +307,28 @@ class Run(ABC, Generic[Config]):
         return self.build(name)
 
     def _run_model(self, name: str) -> dict[str, Any]:
-        folder = self.model_folder(name)
-        done = self.processes.run_on_main(lambda: self._read_result(folder))
-        if done is not None:
+        """Train and measure a model, unless it is done; its result, which marks it as done."""
+        folder, on_main = self.model_folder(name), self.processes.run_on_main
+        result = on_main(lambda: read_json(folder / MODEL_RESULT_FILE))
+        if result is not None:
             self.console.print(f"{name:<12} is done", highlight=False, markup=False)
-            return done
-        training = self._train(name, folder) if self.trains(name) else None
-        model = self._load_best(name, folder / BEST_FOLDER) if training else self.create(name).to(self.device).eval()
-        refused: dict[str, str] = {}
-        with self.console.status("") as status:
-            measured = measure(
-                self._make_subject(model),
-                say=lambda what: status.update(f"{name}: measuring {what}"),
-                refused=refused,
-            )
-        for what, why in refused.items():
-            self.console.print(f"note: {name}: {what} is not measured: {why}", markup=False, soft_wrap=True)
-        return self.processes.run_on_main(lambda: self._write_result(name, model, training, measured, refused))
+        else:
+            training = None if name in self.untrained else self._train(name, folder)
+            model = self._load_best(name) if training else self.create(name).to(self.device).eval()
+            refused: dict[str, str] = {}
+            with self.console.status("") as status:
+                measured = measure(
+                    self._make_subject(model),
+                    say=lambda what: status.update(f"{name}: measuring {what}"),
+                    refused=refused,
+                )
+            for what, why in refused.items():
+                self.console.print(f"note: {name}: {what} is not measured: {why}", markup=False, soft_wrap=True)
+            found = {"evaluation": measured, "not_measured": refused}
+            result = on_main(lambda: self._write_result(name, model, training, found))
+        keep = int(self.config.train.keep_last_checkpoint)
+        on_main(lambda: remove_checkpoints(folder, keep))  # a process that was killed here may have left them
+        return result
 
     def _train(self, name: str, folder: Path) -> TrainingResult:
         config, data, processes = self.config, self.data, self.processes
@@ -347,8 +337,9 @@ class Run(ABC, Generic[Config]):
         has_weights = processes.is_main or config.train.sharding != "fsdp"
         with nullcontext() if has_weights else torch.device("meta"):
             model = self.create(name)
-        if has_weights:
-            self.initialize(name, model)
+        if has_weights and not list_checkpoints(folder) and (weights := self.find_origin(name)):
+            model.load_state_dict(weights)
+        self.origins.pop(name, None)
         trainer = Trainer(
             model,
             data.train,
@@ -356,7 +347,7 @@ class Run(ABC, Generic[Config]):
             config.train,
             folder,
             validate=self.measure_validation_loss,
-            measure=self.measure_checkpoint,
+            measure=lambda model: measure(self._make_subject(model), config.eval.checkpoint_measures, refused={}),
             checkpoints=config.eval.checkpoints,
             device=self.device,
             progress=progress,
@@ -381,10 +372,6 @@ class Run(ABC, Generic[Config]):
         length = self.config.data.seq_length
         return evaluate_sliding_window(model, split, context=length, stride=length, **reading, **shared).loss
 
-    def measure_checkpoint(self, model: TransformerLM) -> dict[str, Any]:
-        """What `eval.checkpoint_measures` find of a model that is still being trained."""
-        return measure(self._make_subject(model), self.config.eval.checkpoint_measures, refused={})
-
     def _make_subject(self, model: TransformerLM) -> Subject:
         return Subject(
             model=model,
@@ -398,28 +385,17 @@ class Run(ABC, Generic[Config]):
             facts=self.data.info,
         )
 
-    def _read_result(self, folder: Path) -> dict[str, Any] | None:
-        done = read_json(folder / MODEL_RESULT_FILE)
-        if done is not None:
-            remove_checkpoints(folder, keep=int(self.config.train.keep_last_checkpoint))  # a killed process left them
-        return done
-
-    def _load_best(self, name: str, folder: Path) -> TransformerLM:
+    def _load_best(self, name: str) -> TransformerLM:
         with self.processes.agree():
-            model = load_model(folder) if self.processes.is_main else self.create(name)
+            is_main = self.processes.is_main
+            model = load_model(self.model_folder(name) / BEST_FOLDER) if is_main else self.create(name)
         if self.processes.count > 1:
-            share_weights(model.state_dict() if self.processes.is_main else {}, model, self.processes)
+            share_weights(model.state_dict() if is_main else {}, model, self.processes)
         return model.to(self.device).eval()
 
     def _write_result(
-        self,
-        name: str,
-        model: TransformerLM,
-        training: TrainingResult | None,
-        measured: dict[str, Any],
-        refused: dict[str, str],
+        self, name: str, model: TransformerLM, training: TrainingResult | None, found: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the model's result, which marks it as done, and remove its checkpoints."""
         folder = self.model_folder(name)
         result: dict[str, Any] = {
             "model_type": name,
@@ -433,8 +409,7 @@ class Run(ABC, Generic[Config]):
                 "flops_per_token": count_flops(model, self.config.data.seq_length),
             },
             "gates": model.gate_values(),
-            "evaluation": measured,
-            "not_measured": refused,
+            **found,
         }
         if training is not None:
             lines = read_metrics(folder)
@@ -444,7 +419,6 @@ class Run(ABC, Generic[Config]):
                 "epochs_log": [line for line in lines if line["event"] == "epoch"],
             }
         write_json(folder / MODEL_RESULT_FILE, result)
-        remove_checkpoints(folder, keep=int(self.config.train.keep_last_checkpoint))
         return result
 
 
@@ -453,7 +427,6 @@ class ExperimentRun(Run[ExperimentConfig]):
 
     def check(self) -> None:
         """Reject options that no model takes and shapes that can't be built."""
-        self._origins: dict[str, dict[str, Tensor]] = {}
         self.config.model.check_taken(self.config.models)
         for name in self.config.models:
             try:
@@ -474,28 +447,16 @@ class ExperimentRun(Run[ExperimentConfig]):
         if begun.get("tokenizer", {}).get("is_trained", True) or not own.is_file():
             self.data = prepare_data(self.config.data)
             for name in self.config.models if not self.resume else ():
-                self._find_origin(name)  # rejects one that does not fit
+                self.find_origin(name)  # rejects one that does not fit
             return self.data
         data = prepare_data(dataclasses.replace(self.config.data, tokenizer=str(own)))
         data.info["tokenizer"]["name"] = begun["tokenizer"]["name"]
         return data
 
-    @property
-    def origins(self) -> dict[str, Any]:
-        """Of `init_from`, the fingerprint of each model's weights."""
-        found = {name: self._find_origin(name) for name in self.config.models}
-        return {name: fingerprint_tensors(weights) for name, weights in found.items() if weights is not None}
-
-    def initialize(self, name: str, model: TransformerLM) -> None:
-        """The weights of `init_from`, where no checkpoint takes their place."""
-        if not list_checkpoints(self.model_folder(name)) and (weights := self._find_origin(name)):
-            model.load_state_dict(weights)
-        self._origins.pop(name, None)
-
-    def _find_origin(self, name: str) -> dict[str, Tensor] | None:
-        """The weights that a model begins from, kept until it has begun; None: fresh ones."""
-        if self.config.init_from is None or name in self._origins:
-            return self._origins.get(name)
+    def find_origin(self, name: str) -> dict[str, Tensor] | None:
+        """The weights of `init_from`, kept until the model's training has begun."""
+        if self.config.init_from is None or name in self.origins:
+            return self.origins.get(name)
         run, model_name = split_spec(self.config.init_from)
         own = Path(run) / name_model_folder(name) / BEST_FOLDER
         other, tokenizer = load_run_model(Path(run), model_name or (name if own.is_dir() else None))
@@ -506,14 +467,10 @@ class ExperimentRun(Run[ExperimentConfig]):
             )
         with torch.device("meta"):
             built = build_model(self.config, name, self.data.vocab_size)
-        weights = self._origins[name] = other.state_dict()
+        weights = self.origins[name] = other.state_dict()
         if misfit := find_misfit(built, weights):
             raise UserError(f"init_from: {self.config.init_from}: its weights do not fit {name}: {misfit}")
         return weights
-
-    def list_models(self) -> Sequence[str]:
-        """The experiment's model types."""
-        return self.config.models
 
     def build(self, name: str) -> TransformerLM:
         """A model of the type, of the experiment's shape."""
