@@ -106,7 +106,7 @@ def test_a_study_from_one_command(addresses, tmp_path, capsys):
 def trained(monkeypatch) -> list[str]:
     """The cells that were to be trained; nothing is trained or measured."""
     names: list[str] = []
-    monkeypatch.setattr(study_module, "train_cell", lambda study, cell, console, **given: names.append(cell.name))
+    monkeypatch.setattr(study_module, "run_experiment", lambda *, exp_config, **_: names.append(exp_config.name))
     monkeypatch.setattr(study_module, "measure_cell", lambda study, cell, console: None)
     return names
 

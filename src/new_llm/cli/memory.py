@@ -43,30 +43,42 @@ class Fill(Command):
 
     def execute(self) -> int:
         """Fill, with a progress bar in a terminal."""
-        from new_llm.experiments.memory_filling import check_text_files, fill_memory_from_run, is_plain
+        from new_llm.experiments.memory_filling import (
+            check_output,
+            check_text_files,
+            fill_memory,
+            is_plain,
+            memory_adds,
+        )
+        from new_llm.experiments.run_folder import load_run_model
+        from new_llm.models.memory_file import save_memory_file
+        from new_llm.training.devices import choose_device
 
         check_text_files(self.text)
         console = open_console(stderr=True)
         size = sum(path.stat().st_size for path in self.text)
         if not console.is_terminal:  # in a terminal the bar says it
             console.print(f"reading {format_plural(len(self.text), 'file')}, {size:,} bytes")
+        model, tokenizer = load_run_model(self.run, self.model, needs_memory=True)
+        check_output(self.out, self.text)
+        if len(self.text) > 1 and not memory_adds(model):
+            note = "memories of different texts do not add here: the files are read one after another, in this order"
+            console.print(f"note: {note}", soft_wrap=True)
         # Of formats that are packed or hold more than text, the bytes of text are not known beforehand.
         total = size if all(map(is_plain, self.text)) else None
         with show_progress("reading", total=total, in_bytes=True) as update:
-            result = fill_memory_from_run(
-                self.run,
+            result = fill_memory(
+                model.to(choose_device(self.device)),
+                tokenizer,
                 self.text,
-                self.out,
-                model_name=self.model,
-                device=self.device,
                 config=self.reading,
                 on_bytes=lambda num_bytes: update(advance=num_bytes),
-                on_note=lambda note: console.print(f"note: {note}", soft_wrap=True),
             )
+        save_memory_file(model, self.out)
         print_text(
             f"{self.out}: {format_plural(result.num_tokens, 'token')} in "
             f"{format_plural(result.num_segments, 'segment')} of {format_plural(result.num_files, 'file')}, "
-            f"{result.tokens_per_second:,.0f} tokens/s, {self.out.stat().st_size:,} bytes"
+            f"{result.num_tokens / max(result.seconds, 1e-9):,.0f} tokens/s, {self.out.stat().st_size:,} bytes"
         )
         return 0
 

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 import tyro
 from pydantic import AfterValidator, Field, model_serializer
@@ -22,9 +22,8 @@ from new_llm.models.layers.infini import AdapterConfig, ParallelInfiniLayer
 T = TypeVar("T")
 
 
-@dataclasses.dataclass
-class OptionField:
-    """A field of some option dataclasses: its type without its default, its text, and who takes it."""
+class OptionField(NamedTuple):
+    """A field of some option dataclasses: its type without its default, its text, and its default by who takes it."""
 
     annotation: Any
     text: str
@@ -54,32 +53,27 @@ def _collect_annotations(kind: type) -> dict[str, Any]:
 def add_given_fields(kind: type[T]) -> type[T]:
     """Class decorator: a field for each of the shape's and each option of a model type; None: it is not given."""
     docs = read_field_docs(PythiaConfig)
-    for name, annotation in _collect_annotations(PythiaConfig).items():
-        _add_field(kind, name, annotation, f"{docs[name]} Default: {getattr(PythiaConfig, name)}, or the size's.")
+    fields = {
+        name: (annotation, f"{docs[name]} Default: {getattr(PythiaConfig, name)}, or the size's.")
+        for name, annotation in _collect_annotations(PythiaConfig).items()
+    }
     for name, option in list_option_fields().items():
-        _add_field(kind, name, option.annotation, f"{option.text} {_describe_defaults(option.defaults)}")
+        takers: dict[str, list[str]] = {}  # by the default there, as in `(infini: 1; token_memory: 4)`
+        for taker, value in option.defaults.items():
+            takers.setdefault(str(list(value) if isinstance(value, tuple) else value), []).append(taker)
+        told = "; ".join(f"{', '.join(names)}: {value}" for value, names in takers.items())
+        fields.setdefault(name, (option.annotation, f"{option.text} ({told})"))
+    for name, (annotation, text) in fields.items():
+        if name in kind.__annotations__:
+            continue
+        base, *metadata = get_args(annotation) if hasattr(annotation, "__metadata__") else (annotation,)
+        aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
+        kept = [entry for entry in metadata if not hasattr(entry, "aliases") or not hasattr(entry, "metavar")]
+        help_text = tyro.conf.arg(aliases=aliases or None, help=" ".join(text.split()))
+        given = tyro.conf.DisallowNone[base | None]  # so that a bool is a flag
+        kind.__annotations__[name] = Annotated[(given, *kept, help_text)]
+        setattr(kind, name, None)
     return kind
-
-
-def _describe_defaults(defaults: dict[str, Any]) -> str:
-    """Which models take an option, and its default there: `(infini: 1; token_memory: 4)`."""
-    values: dict[str, list[str]] = {}
-    for name, value in defaults.items():
-        shown = list(value) if isinstance(value, tuple) else value
-        values.setdefault(str(shown), []).append(name)
-    return "(" + "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items()) + ")"
-
-
-def _add_field(kind: type, name: str, annotation: Any, text: str) -> None:
-    if name in kind.__annotations__:
-        return
-    base, *metadata = get_args(annotation) if hasattr(annotation, "__metadata__") else (annotation,)
-    aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
-    kept = [entry for entry in metadata if not hasattr(entry, "aliases") or not hasattr(entry, "metavar")]
-    help_text = tyro.conf.arg(aliases=aliases or None, help=" ".join(text.split()))
-    given = tyro.conf.DisallowNone[base | None]  # so that a bool is a flag
-    kind.__annotations__[name] = Annotated[(given, *kept, help_text)]
-    setattr(kind, name, None)
 
 
 @section
@@ -366,7 +360,7 @@ class StudyConfig(RunSettings):
     """Run the study's runs as cluster jobs."""
 
     def __post_init__(self) -> None:
-        for name in (*self.baselines, *self.window_baselines, *([self.reference] if self.reference else [])):
+        for name in (*self.all_baselines, self.reference_variant):
             if name not in self.variants:
                 raise UserError(f"study: {name!r} is not a variant; the variants are {', '.join(self.variants)}")
         if self.long_documents and (self.long_documents.baselines or self.long_documents.window_baselines):
@@ -376,16 +370,12 @@ class StudyConfig(RunSettings):
         for name in self.variants:
             config = self.configure(name, self.seeds[0])
             if name in self.window_baselines and self.long_documents:
-                self.choose_window_stride(name, config.context_tokens(config.models[0]))
+                window, where = config.context_tokens(config.models[0]), f"{self.name}: long_documents.window_stride"
+                self.long_documents.choose_window_stride(window, where, name)  # rejects one over the window
         names = [Path(source).stem for source in self.texts]
         for position, name in enumerate(names):
             if name == VALIDATION or name in names[:position]:
                 raise UserError(f"texts: {self.texts[position]}: another text is called {name!r}, too; rename the file")
-
-    def choose_window_stride(self, name: str, window: int) -> int:
-        """Tokens from one window of a baseline to the next, where long documents are measured; at most a window."""
-        assert self.long_documents is not None
-        return self.long_documents.choose_window_stride(window, f"{self.name}: long_documents.window_stride", name)
 
     @classmethod
     def from_experiment(cls, config: ExperimentConfig, seeds: tuple[int, ...]) -> Self:
@@ -417,6 +407,11 @@ class StudyConfig(RunSettings):
         return self.reference or next(iter(self.variants))
 
     @property
+    def all_baselines(self) -> tuple[str, ...]:
+        """Those that read segments, then those that read windows."""
+        return (*self.baselines, *self.window_baselines)
+
+    @property
     def long_texts(self) -> dict[str, str | None]:
         """The sources of long documents by their short names; None is the validation split."""
         return {VALIDATION: None} | {Path(source).stem: source for source in self.texts}
@@ -428,28 +423,23 @@ class StudyConfig(RunSettings):
         for key in ("name", "seed", "runs_dir"):
             if key in values:
                 raise UserError(f"{self.name}: variant {variant}: {key}: is set by the study")
-        own, models = change.get("model", {}), values.get("models", ())
+
+        def is_taken(option: str) -> bool:
+            return any(option in find_model_kind(name).defaults for name in values.get("models", ()))
+
+        own, given = change.get("model", {}), values.get("model", {})
         values["model"] = {
             name: value
-            for name, value in values.get("model", {}).items()
-            if name in own or is_taken(name, models)  # base speaks to the variants that take it
-        }
-        if "options" in values["model"] and "options" not in own:
-            taken = {option for name in models for option in find_model_kind(name).defaults}
-            options = values["model"]["options"].items()
-            values["model"]["options"] = {name: value for name, value in options if name in taken}
+            for name, value in given.items()
+            if name in own or name not in list_option_fields() or is_taken(name)
+        }  # base speaks to the variants that take an option
+        if "options" in given and "options" not in own:
+            values["model"]["options"] = {name: value for name, value in given["options"].items() if is_taken(name)}
         values |= {"name": f"{variant}-s{seed}", "seed": seed, "runs_dir": str(self.folder)}
         config = settings_from_dict(values, ExperimentConfig, f"{self.name}: variant {variant}")
         if len(config.models) != 1:
             raise UserError(f"{self.name}: variant {variant}: models: one is needed, {len(config.models)} are given")
         return config
-
-
-def is_taken(name: str, model_types: Iterable[str]) -> bool:
-    """Whether a field of the model section is the shape's, or an option of one of some model types."""
-    if name not in list_option_fields():
-        return True
-    return any(name in find_model_kind(model_type).defaults for model_type in model_types)
 
 
 def merge_settings(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -103,20 +103,18 @@ def load_evaluation_text(loaded: LoadedModel, config: TextConfig) -> EvaluationT
     if fingerprint_tokenizer(data.tokenizer) != fingerprint_tokenizer(loaded.tokenizer):
         source = loaded.config.data.source
         raise UserError(f"{source}: has changed since the run: it gives another tokenizer; name a text: --data.source")
-    info = {
-        "source": f"validation documents of {data.info['source']}",
-        "source_fingerprint": data.info["source_fingerprint"],
-    }
-    return EvaluationText(data.validation, info | count_text(data.validation))
+    info = {"source": f"validation documents of {data.info['source']}"}
+    info |= {"source_fingerprint": data.info["source_fingerprint"]} | count_text(data.validation)
+    return EvaluationText(data.validation, info)
 
 
 def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingData:
     """What the model's run trained on, and where that differs from what the run recorded."""
     config, recorded = loaded.config, (read_json(loaded.folder / DATA_FILE) if loaded.folder else None) or {}
     assert config is not None  # a model of a run
-    known = {name: (recorded.get(name), prepared.info[name]) for name in ("source_fingerprint", "split_fingerprint")}
-    own = fingerprint_tokenizer(loaded.tokenizer), prepared.info["tokenizer"]["fingerprint"]
-    known |= {"tokenizer_fingerprint": own}
+    then = {name: recorded.get(name) for name in ("source_fingerprint", "split_fingerprint")}
+    then["tokenizer_fingerprint"] = fingerprint_tokenizer(loaded.tokenizer)
+    now = prepared.info | {"tokenizer_fingerprint": prepared.info["tokenizer"]["fingerprint"]}
     # Of a small text only the first of the shuffled sentences join the training split.
     trained = set(list_sentences(config.data)[: prepared.info["reversal_sentences"]])
     return TrainingData(
@@ -127,11 +125,11 @@ def describe_training(loaded: LoadedModel, prepared: PreparedData) -> TrainingDa
         seed=config.seed,
         pairs=tuple(p for p in get_reversal_pairs() if p.forward in trained and p.backward not in trained),
         differences=tuple(
-            f"the {name.replace('_', ' ')} was {str(then)[:12]}, and is {str(now)[:12]}"
-            for name, (then, now) in known.items()
-            if then != now
+            f"the {name.replace('_', ' ')} was {str(before)[:12]}, and is {str(now[name])[:12]}"
+            for name, before in then.items()
+            if before != now[name]
         ),
-        facts={name: now for name, (then, now) in known.items() if then == now},
+        facts={name: before for name, before in then.items() if before == now[name]},
     )
 
 
@@ -155,8 +153,7 @@ def add_cache(loaded: LoadedModel, config: TunedCacheConfig, text_config: TextCo
         split = data.validation if is_other else data.train
         source = f"{'validation' if is_other else 'training'} documents of {data.info['source']}"
     documents = [] if split is None else take_last_documents(split, config.tuning_tokens)
-    names = [one.name for one in dataclasses.fields(CacheConfig)]
-    cache = CacheConfig(**{name: getattr(config, name) for name in names})
+    cache = CacheConfig(**{one.name: getattr(config, one.name) for one in dataclasses.fields(CacheConfig)})
     if documents:
         cache = tune_cache(loaded.model, documents, cache, autocast=loaded.autocast)
     model: Any = loaded.model

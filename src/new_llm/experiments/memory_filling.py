@@ -17,9 +17,8 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -28,10 +27,7 @@ from new_llm.config import UserError
 from new_llm.config.evaluation import FillConfig
 from new_llm.config.files import check_regular_file, describe_os_error
 from new_llm.data.local_files import choose_reader, read_file
-from new_llm.experiments.run_folder import load_run_model
 from new_llm.models import TransformerLM, merge_memory_states
-from new_llm.models.memory_file import save_memory_file
-from new_llm.training.devices import choose_device
 
 PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
 """These hold one text, read in blocks; the other formats hold documents, read one by one."""
@@ -39,52 +35,13 @@ PLAIN_EXTENSIONS = (".txt", ".raw", ".tokens")
 OnBytes = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class FillResult:
-    """What was read into a memory.
-
-    Attributes:
-        num_segments: segments they were cut into; the last one of each document may be short.
-    """
+class FillResult(NamedTuple):
+    """What was read into a memory, in how many segments; the last one of each document may be short."""
 
     num_files: int
     num_tokens: int
     num_segments: int
     seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of wall time."""
-        return self.num_tokens / self.seconds if self.seconds else 0.0
-
-
-def fill_memory_from_run(
-    run: Path,
-    paths: Sequence[Path],
-    out: Path,
-    *,
-    model_name: str | None = None,
-    device: str = "auto",
-    config: FillConfig | None = None,
-    on_bytes: OnBytes = lambda _: None,
-    on_note: Callable[[str], None] = lambda _: None,
-) -> FillResult:
-    """Fill an empty memory with a run's model and write it to a file.
-
-    Args:
-        run: a run folder or a model's folder; see `find_model_folder`.
-        model_name: which model of the run; None: its only one with memory.
-        on_bytes: called with the bytes read since the last call.
-        on_note: called with a line that the user should read.
-    """
-    check_text_files(paths)
-    model, tokenizer = load_run_model(run, model_name, needs_memory=True)
-    check_output(out, paths)
-    if len(paths) > 1 and not memory_adds(model):
-        on_note("memories of different texts do not add here: the files are read one after another, in this order")
-    result = fill_memory(model.to(choose_device(device)), tokenizer, paths, config=config, on_bytes=on_bytes)
-    save_memory_file(model, out)
-    return result
 
 
 def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
@@ -150,24 +107,18 @@ def read_document(model: TransformerLM, tokenizer: Tokenizer, pieces: Iterable[s
     stream = model.open_stream(1)
     # A call reads whole segments, in parallel.
     num_tokens = max(1, config.tokens_per_call // model.segment_length) * model.segment_length
-    for ids in gather_calls(tokenizer, pieces, num_tokens):
-        stream.feed_hidden(ids.to(stream.device))
-    stream.close(update_memory=True)
-    return sum(stream.num_tokens)
-
-
-def gather_calls(tokenizer: Tokenizer, pieces: Iterable[str], num_tokens: int) -> Iterator[torch.Tensor]:
-    """Tokenise a text piece by piece, into ids [1, num_tokens]; the last may be shorter."""
     held = torch.empty(0, dtype=torch.int64)
     for piece in pieces:
         # The fast form leaves out character offsets, which nothing here reads.
         encoding = tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
         held = torch.cat([held, torch.tensor(encoding.ids, dtype=torch.int64)])
         while len(held) >= num_tokens:
-            yield held[:num_tokens].unsqueeze(0)
+            stream.feed_hidden(held[:num_tokens].unsqueeze(0).to(stream.device))
             held = held[num_tokens:]
     if len(held):
-        yield held.unsqueeze(0)
+        stream.feed_hidden(held.unsqueeze(0).to(stream.device))
+    stream.close(update_memory=True)
+    return sum(stream.num_tokens)
 
 
 def take_memory_part(model: TransformerLM) -> TransformerLM:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, wr
 from new_llm.config.loading import RunSettings, Settings, TrainingSettings, flatten_settings, read_settings
 from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, check_vocabulary, read_tokenizer_file
-from new_llm.experiments.config import ADAPTER_MODELS, AdapterTrainingConfig, ExperimentConfig, name_model_folder
+from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig, name_model_folder
 from new_llm.models import TransformerLM
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
@@ -164,55 +165,42 @@ def list_differences(first: RunSettings, second: RunSettings, but: Collection[st
 
 
 def describe_making(device: torch.device, precision: str) -> dict[str, Any]:
-    """When, how, by which code and where a result is made."""
-    made = {"created": now(), "command": describe_command(), "code": describe_code()}
-    return made | {"environment": describe_environment(str(device), precision)}
-
-
-def describe_environment(device: str, precision: str) -> dict[str, Any]:
-    """The machine and the versions that a result depends on."""
+    """When, how, by which code, on which machine and with which versions a result is made."""
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = found[1].strip() if found else processor
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name() if device.startswith("cuda") else read_processor_name(),
-        "device": device,
-        "precision": precision,
-        "num_threads": torch.get_num_threads(),
-        "num_cpus": os.cpu_count(),
+        "created": now(),
+        "command": describe_command(),
+        "code": describe_code(),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "transformers": transformers.__version__,
+            "platform": platform.platform(),
+            "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor,
+            "device": str(device),
+            "precision": precision,
+            "num_threads": torch.get_num_threads(),
+            "num_cpus": os.cpu_count(),
+        },
     }
-
-
-def read_processor_name() -> str:
-    """The processor's name, where the system reports it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def describe_code() -> dict[str, Any]:
     """The program's version and, where it runs from a git checkout, its revision."""
     checkout = Path(__file__).resolve().parents[3]
     code: dict[str, Any] = {"version": __version__, "git_revision": None, "git_dirty": None}
-    if not (checkout / ".git").exists() or shutil.which("git") is None:
-        return code
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        code["git_revision"] = git("rev-parse", "HEAD")
-        code["git_dirty"] = bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (subprocess.SubprocessError, OSError):
-        pass
+    if (checkout / ".git").exists() and shutil.which("git"):
+        asked = {"git_revision": "rev-parse HEAD", "git_dirty": "status --porcelain --untracked-files=no"}
+        with suppress(subprocess.SubprocessError, OSError):
+            for key, words in asked.items():
+                command = ["git", "-C", str(checkout), *words.split()]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+                code[key] = done.stdout.strip()
+            code["git_dirty"] = bool(code["git_dirty"])
     return code
 
 
@@ -314,8 +302,7 @@ def load_run_model(
 
 def find_tokenizer_file(folder: Path) -> Path:
     """The tokenizer of the model in a folder: in it, or in one of the two folders above."""
-    places = [folder, *folder.resolve().parents][:TOKENIZER_LEVELS]
-    for place in places:
+    for place in [folder, *folder.resolve().parents][:TOKENIZER_LEVELS]:
         if (place / TOKENIZER_FILE).is_file():
             return place / TOKENIZER_FILE
     raise UserError(f"{folder}: no {TOKENIZER_FILE} here or in the {TOKENIZER_LEVELS - 1} folders above")
@@ -363,12 +350,8 @@ def list_runs(runs_dir: Path) -> list[RunStatus]:
     """The runs below a folder, those of studies included, the latest last; unreadable ones with their fault."""
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: no such folder; runs are made by `new-llm experiment`")
-    folders = [
-        path.parent
-        for kind in CONFIG_KINDS
-        for pattern in ("*", "*/*")
-        for path in runs_dir.glob(f"{pattern}/{kind.file_name}")
-    ]
+    patterns = [f"{place}/{kind.file_name}" for kind in CONFIG_KINDS for place in ("*", "*/*")]
+    folders = [path.parent for pattern in patterns for path in runs_dir.glob(pattern)]
     found = [describe_run(folder) for folder in folders]
     oldest = datetime.datetime.min.replace(tzinfo=datetime.UTC)
     return sorted(found, key=lambda run: (run.created or oldest, str(run.folder)))
@@ -382,8 +365,7 @@ def describe_run(folder: Path) -> RunStatus:
         config = read_begun(folder, kind)
         facts = read_json(folder / ENVIRONMENT_FILE) or {}
         results = read_json(folder / RESULTS_FILE) or {}
-        names = config.models if isinstance(config, ExperimentConfig) else ADAPTER_MODELS
-        models = tuple(_describe_model(folder / name_model_folder(name), name, config) for name in names)
+        models = tuple(_describe_model(folder / name_model_folder(name), name, config) for name in config.models)
         created = datetime.datetime.fromisoformat(facts["created"]) if facts.get("created") else None
         if created is not None and created.tzinfo is None:
             created = created.replace(tzinfo=datetime.UTC)
@@ -395,10 +377,9 @@ def describe_run(folder: Path) -> RunStatus:
             models=models,
             evaluations=evaluations,
         )
-    except UserError as error:
-        return RunStatus(folder, "unreadable", None, None, (), evaluations, str(error))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         fault = f"{folder}: unexpected content in its files: {describe_failure(error)}"
+        fault = str(error) if isinstance(error, UserError) else fault
         return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
 
 

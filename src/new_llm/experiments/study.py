@@ -77,7 +77,7 @@ def run_study(
     for variant in study.variants:  # what has been trained before can be read without its measures
         for line in load_own_measures(study.configure(variant, study.seeds[0]).eval.measures):
             console.print(line, markup=False, highlight=False)
-    trained = {cell for cell in cells if is_trained(study, cell)}
+    trained = {cell for cell in cells if read_results(study, cell)}
     waiting = [cell for cell in cells if cell not in trained or find_missing(study, cell)]
     started = dict[Cell, bool]()
     """Whether a cell that was started could be measured as well."""
@@ -119,36 +119,31 @@ def plan_cells(study: StudyConfig, only: Sequence[str] = ()) -> list[Cell]:
     for name in only:
         if name not in study.variants:
             raise UserError(f"--only: {name!r} is not a variant of {study.name}; it has {', '.join(study.variants)}")
-    wanted = dict.fromkeys([*study.baselines, *study.window_baselines, *(only or study.variants)])
+    wanted = dict.fromkeys([*study.all_baselines, *(only or study.variants)])
     return [Cell(variant, seed) for seed in study.seeds for variant in wanted]
 
 
 def list_baselines(study: StudyConfig, cell: Cell) -> list[Cell]:
     """What a model is measured against on long documents: those of its seed."""
-    names = [*study.baselines, *study.window_baselines]
+    names = study.all_baselines
     return [] if cell.variant in names else [Cell(name, cell.seed) for name in names]
 
 
 def run_cell(study: StudyConfig, cell: Cell, *, write_report: ReportWriter | None = None) -> None:
-    """Train what is not trained, and measure it if its baselines are."""
+    """Train a cell as an experiment, or continue it, if it is not trained; measure it if its baselines are trained."""
     console = open_console(width=120)
-    train_cell(study, cell, console, write_report=write_report)
-    if all(is_trained(study, other) for other in list_baselines(study, cell)):
+    if read_results(study, cell) is None:
+        config = study.configure(cell.variant, cell.seed)
+        begun = (study.folder / cell.name / config.file_name).exists()
+        run_experiment(exp_config=config, resume=begun, console=console, write_report=write_report)
+    if all(read_results(study, other) for other in list_baselines(study, cell)):
         measure_cell(study, cell, console)
 
 
-def train_cell(study: StudyConfig, cell: Cell, console: Console, *, write_report: ReportWriter | None = None) -> None:
-    """Train and measure one variant as an experiment, or continue it; does nothing if it is done."""
-    if is_trained(study, cell):
-        return
-    config = study.configure(cell.variant, cell.seed)
-    begun = (study.folder / cell.name / config.file_name).exists()
-    run_experiment(exp_config=config, resume=begun, console=console, write_report=write_report)
-
-
-def is_trained(study: StudyConfig, cell: Cell) -> bool:
-    """Whether a training is complete."""
-    return (read_json(study.folder / cell.name / RESULTS_FILE) or {}).get("status") == "complete"
+def read_results(study: StudyConfig, cell: Cell) -> dict[str, Any] | None:
+    """The results of a training; None: it is not complete."""
+    results = read_json(study.folder / cell.name / RESULTS_FILE)
+    return results if results and results.get("status") == "complete" else None
 
 
 # What is measured of trained models, beside what their runs have measured
@@ -164,16 +159,17 @@ class Measurement(NamedTuple):
 
 def list_measurements(study: StudyConfig, variant: str) -> dict[str, Measurement]:
     """What a study measures of a variant, by name."""
-    found: dict[str, Measurement] = {}
-    if study.long_documents is not None and variant not in (*study.baselines, *study.window_baselines):
+    sections: dict[str, dict[str, Any]] = {}
+    if study.long_documents is not None and variant not in study.all_baselines:
         others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
-        settings = plain_settings(study.long_documents) | others
-        found |= {f"long-{text}": Measurement("long", source, settings) for text, source in study.long_texts.items()}
+        sections["long"] = plain_settings(study.long_documents) | others
     if study.caches is not None:
-        settings = plain_settings(study.caches, study.long_documents or LongDocumentsConfig())
-        found |= {
-            f"caches-{text}": Measurement("caches", source, settings) for text, source in study.long_texts.items()
-        }
+        sections["caches"] = plain_settings(study.caches, study.long_documents or LongDocumentsConfig())
+    found = {
+        f"{kind}-{text}": Measurement(kind, source, settings)
+        for kind, settings in sections.items()
+        for text, source in study.long_texts.items()
+    }
     if study.recall is not None and variant not in study.window_baselines:
         found["recall"] = Measurement("recall", None, plain_settings(study.recall))
     return found
@@ -221,7 +217,7 @@ def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
     )
     others, windows = (tuple(map(find_run, names)) for names in (study.baselines, study.window_baselines))
     specs = dataclasses.replace(long, baselines=others, window_baselines=windows)
-    names = [*study.baselines, *study.window_baselines]
+    names = study.all_baselines
     load_others = cache(lambda: load_baselines(load(), SubjectConfig(device=device), specs, None, names))
     for what, one in find_missing(study, cell).items():
         console.print(f"{cell.name}: measuring {what}", highlight=False)
@@ -236,38 +232,25 @@ def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
 # The comparison
 
 
-def gather_runs(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
-    """By variant, all trainings that are done by now, with what was measured of them."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for cell in plan_cells(study):
-        results = read_json(study.folder / cell.name / RESULTS_FILE)
-        if not results or results.get("status") != "complete":
-            continue
-        found.setdefault(cell.variant, []).append(
-            {
-                "seed": cell.seed,
-                "model": results["models"][0],
-                "code": results["code"],
-                "measured": read_measured(study, cell),
-            }
-        )
-    return {name: found[name] for name in study.variants if name in found}
-
-
-def gather_checkpoints(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
-    """By variant and seed, what was measured along the training, of runs under way too; the end is the last."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def gather_runs(study: StudyConfig) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+    """By variant, all trainings that are done by now, with what was measured of them; and by variant and seed, what was
+    measured along the training, of runs under way too, which the end completes.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
+    logs: dict[str, list[dict[str, Any]]] = {name: [] for name in study.variants}
     for cell in plan_cells(study):
         name = name_model_folder(study.configure(cell.variant, cell.seed).models[0])
         log = [line for line in read_metrics(study.folder / cell.name / name) if line["event"] == "checkpoint"]
-        if not log:
-            continue
-        results = read_json(study.folder / cell.name / RESULTS_FILE) or {}
-        if results.get("status") == "complete":
-            model = results["models"][0]
-            log.append({"share": 1.0, "tokens": model["training"]["tokens"], "evaluation": model["evaluation"]})
-        found.setdefault(cell.variant, []).append({"seed": cell.seed, "log": log})
-    return {name: found[name] for name in study.variants if name in found}
+        if results := read_results(study, cell):
+            model, measured = results["models"][0], read_measured(study, cell)
+            run = {"seed": cell.seed, "model": model, "code": results["code"], "measured": measured}
+            runs[cell.variant].append(run)
+            end = {"share": 1.0, "tokens": model["training"]["tokens"], "evaluation": model["evaluation"]}
+            log += [end] if log else []
+        if log:
+            logs[cell.variant].append({"seed": cell.seed, "log": log})
+    done = {name: found for name, found in runs.items() if found}
+    return done, {name: found for name, found in logs.items() if found}
 
 
 def summarize_study(
@@ -275,8 +258,8 @@ def summarize_study(
 ) -> dict[str, Any]:
     """Compare all that is done by now, and write `study.json`, `table.md`, `figures.csv` and the page; the charts' own
     files wait until the study is done."""
-    found = gather_runs(study)
-    summary = describe_study(study, found, gather_checkpoints(study)) | {"code": describe_code()}
+    found, checkpoints = gather_runs(study)
+    summary = describe_study(study, found, checkpoints) | {"code": describe_code()}
     write_json(study.folder / SUMMARY_FILE, summary)
     write_text_atomically(study.folder / TABLE_FILE, render_markdown(summary))
     write_text_atomically(study.folder / FIGURES_FILE, render_csv(summary))

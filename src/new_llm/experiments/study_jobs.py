@@ -4,7 +4,6 @@ Whichever way, a run writes what it prints to a log file, and whatever it has do
 runs, one live view on a terminal and a line per run elsewhere, is read from their `metrics.jsonl`.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -29,7 +28,7 @@ from new_llm.config.terminal import make_line
 from new_llm.config.train import ClusterConfig
 from new_llm.formats import format_seconds
 from new_llm.training import TrainingInterrupted
-from new_llm.training.log import METRICS_FILE
+from new_llm.training.log import METRICS_FILE, read_metrics
 
 LOGS_FOLDER = "logs"
 JOBS_FOLDER = "jobs"
@@ -76,14 +75,14 @@ class Pool:
         self.failures: list[str] = []
         """A line for each run that failed without ending the others."""
 
+    def start(self, cell: Cell) -> None:
+        """Begin a cell."""
+        self.running[cell] = self.launch(self.work, cell, self.find_log(cell).absolute())
+
     @property
     def has_room(self) -> bool:
         """Whether another run may begin."""
         return self.size is None or len(self.running) < self.size
-
-    def start(self, cell: Cell) -> None:
-        """Begin a cell."""
-        self.running[cell] = self.launch(self.work, cell, self.find_log(cell).absolute())
 
     def wait(self) -> list[Cell]:
         """Wait until some cell has ended; returns those that have, failed ones left out.
@@ -98,10 +97,13 @@ class Pool:
             del self.running[cell]
             if code == INTERRUPTED:
                 raise TrainingInterrupted(f"{cell.name}: interrupted", self.folder / cell.name)
-            failure = self.describe_failure(cell, code)
+            if code:
+                log = self.find_log(cell)
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+                why = lines[-1].strip() if lines else f"its process ended with {code}"
+                self.failures.append(f"{cell.name}: {why}; more is in {log}")
             if code == BAD_INPUT:  # the others would most likely end so, too
-                raise UserError(failure)
-            self.failures += [failure] if code else []
+                raise UserError(self.failures[-1])
         return [cell for cell, code in ended.items() if not code]
 
     def close(self) -> None:
@@ -114,12 +116,6 @@ class Pool:
     def find_log(self, cell: Cell) -> Path:
         """The log of a cell."""
         return self.folder / LOGS_FOLDER / f"{cell.name}.log"
-
-    def describe_failure(self, cell: Cell, code: int) -> str:
-        """Why a cell failed: the last line of its log."""
-        log = self.find_log(cell)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        return f"{cell.name}: {lines[-1].strip() if lines else f'its process ended with {code}'}; more is in {log}"
 
 
 def open_pool(work: Work, folder: Path, jobs: int | None, cluster: ClusterConfig) -> Pool:
@@ -266,41 +262,39 @@ def make_executor(settings: ClusterConfig, folder: Path) -> Any:
 # Progress
 
 
-TAIL_BYTES = 1 << 16
-"""The end of a file of metrics, which holds its last lines."""
 MAX_LINES, NAME_COLUMNS, BAR_COLUMNS = 20, 22, 8
 
 
-@dataclass(eq=False)
 class StudyProgress:
-    """Shows how far a study is, while its block runs."""
+    """Shows how far a study is, while its block runs.
 
-    folder: Path
-    running: Mapping[Cell, Any]
-    """The runs that are under way, as it changes."""
-    num_cells: int
-    num_left: int
-    """The runs that were not complete before."""
-    console: Console
+    Args:
+        running: the runs that are under way, as it changes.
+        num_left: the runs that were not complete before.
+    """
 
-    def __post_init__(self) -> None:
-        self.num_done = self.num_cells - self.num_left
+    def __init__(
+        self, folder: Path, running: Mapping[Cell, Any], num_cells: int, num_left: int, console: Console
+    ) -> None:
+        self.folder = folder
+        self.running = running
+        self.num_cells = num_cells
+        self.num_done = num_cells - num_left
+        self.console = console
         self.begun: dict[Cell, float] = {}
         """When each run began."""
         self.seconds: list[float] = []
         """How long each took that has ended."""
-        self._live: Live | None = None
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.console.file = self.console.file  # stays the terminal while a run's own output goes to its log
-            self._live = Live(console=self.console, get_renderable=self.render, refresh_per_second=2, transient=True)
             self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._live.stop()
 
     def begin(self, cell: Cell) -> None:
         """A run begins, or what it has trained is now measured."""
@@ -328,31 +322,14 @@ class StudyProgress:
         for width in (BAR_COLUMNS, 4, None):
             table.add_column(no_wrap=True, width=width)
         for cell in list(self.running)[:MAX_LINES]:
-            last = read_last_line(self.folder / cell.name)
-            share = last.get("share", 1.0) if last else 0.0
-            table.add_row(cell.name, ProgressBar(1.0, share), f"{share:4.0%}", describe_line(last))
+            lines = [
+                line
+                for path in (self.folder / cell.name).glob(f"*/{METRICS_FILE}")
+                for line in read_metrics(path.parent)
+            ]
+            last = lines[-1] if lines else {"share": 0.0}
+            loss, share = last.get("loss", last.get("validation_loss")), last.get("share", 1.0)
+            said = f"epoch {last['epoch']}" if "epoch" in last else "waiting"
+            said += f", loss {loss:.3f}" if isinstance(loss, float) else ""
+            table.add_row(cell.name, ProgressBar(1.0, share), f"{share:4.0%}", said)
         return Group(table, f"runs done: {self.describe_rest()}")
-
-
-def read_last_line(run: Path) -> dict[str, Any] | None:
-    """The newest line of a run's metrics; None: there is none yet."""
-    for path in run.glob(f"*/{METRICS_FILE}"):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            for line in reversed(file.read().splitlines()):
-                try:
-                    found = json.loads(line)
-                except ValueError:  # half a line: it is being written, or was cut
-                    continue
-                if isinstance(found, dict):
-                    return found
-    return None
-
-
-def describe_line(line: dict[str, Any] | None) -> str:
-    """How far a training is, in a few words."""
-    if line is None:
-        return "waiting"
-    loss = line.get("loss", line.get("validation_loss"))
-    return f"epoch {line.get('epoch')}" + (f", loss {loss:.3f}" if isinstance(loss, float) else "")

@@ -186,7 +186,7 @@ def describe_study(
         "name": study.name,
         "question": study.question,
         "reference": study.reference_variant,
-        "baselines": [*study.baselines, *study.window_baselines],
+        "baselines": [*study.all_baselines],
         "num_seeds": len(study.seeds),
         "tables": {table: list(metrics) for table, metrics in (tables | cost).items()},
         "variants": variants,

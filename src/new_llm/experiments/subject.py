@@ -40,6 +40,7 @@ from new_llm.models.hf import export_auto, export_pythia, load_pythia
 from new_llm.models.hf.infini_adapter import attach_adapter, read_base_name
 from new_llm.models.model_file import STRUCTURE_FILE
 from new_llm.models.tensor_files import fingerprint_weights
+from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.devices import choose_device, choose_precision, make_autocast
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -76,62 +77,61 @@ def load_any_model(config: SubjectConfig) -> LoadedModel:
             raise UserError("--run: a model is needed: a run folder, a saved model, or a Hugging Face folder or name")
         name = read_base_name(config.parallel_adapter)
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        return _load_run(config, path, device)
-    return _load_hugging_face(config, name, device)
+    is_own = path.is_dir() and not (path / "config.json").is_file()
+    label, model, tokenizer, run, facts = _load_own(config, path) if is_own else _load_hugging_face(config, name)
+    if config.parallel_adapter is not None:
+        if not isinstance(model, TransformerLM):
+            raise UserError(f"--parallel-adapter: {name} is not a GPT-NeoX model; adapters fit only those")
+        model = attach_adapter(model, config.parallel_adapter)
+    precision = config.precision
+    if is_own:
+        environment = (read_json(run / ENVIRONMENT_FILE) if run else None) or {}
+        facts["trained_by"] = environment.get("code")
+        trained_in = environment.get("environment", {}).get("precision", "auto")
+        precision = choose_precision(trained_in if precision == "auto" else precision, device)
+    else:
+        dtype = next(iter(model.parameters())).dtype
+        stored = {torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
+        if precision not in ("auto", stored) and stored != "fp32":
+            raise UserError(f"--precision {precision}: the weights of {name} are {stored}; use auto")
+        precision = stored if precision == "auto" else precision
+    run_config = read_begun(run, ExperimentConfig) if run else None
+    facts |= {
+        "seed": run_config.seed if run_config else None,
+        "parallel_adapter": None if config.parallel_adapter is None else str(config.parallel_adapter),
+        "weights_fingerprint": fingerprint_weights(model),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "segment_length": model.segment_length,
+        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
+    }
+    model.to(device).eval()
+    autocast = make_autocast(precision, device)
+    return LoadedModel(label, model, tokenizer, device, precision, autocast, facts, run, run_config)
 
 
-def _load_run(config: SubjectConfig, path: Path, device: torch.device) -> LoadedModel:
+def _load_own(config: SubjectConfig, path: Path) -> tuple[str, TransformerLM, Tokenizer, Path | None, dict[str, Any]]:
+    """Label, model, tokenizer, the run it belongs to, and facts, of a folder of this project."""
     for name in ("revision", "segment_length"):
         if getattr(config, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')}: is for Hugging Face models; {path} is a folder of this project"
             )
-    model_folder = find_model_folder(path, config.model)
+    folder = find_model_folder(path, config.model)
     model, tokenizer = load_run_model(path, config.model)
-    if config.parallel_adapter is not None:
-        model = attach_adapter(model, config.parallel_adapter)
-    run = _find_run(model_folder)
-    run_config = read_begun(run, ExperimentConfig) if run else None
-    environment = (read_json(run / ENVIRONMENT_FILE) if run else None) or {}
-    trained_in = environment.get("environment", {}).get("precision", "auto")
-    precision = choose_precision(trained_in if config.precision == "auto" else config.precision, device)
-    name = model_folder.parent.name if model_folder.name == "best" else model_folder.name
-    facts = {
-        "kind": "run",
-        "path": str(path),
-        "model": name,
-        "seed": run_config.seed if run_config else None,
-        "trained_by": environment.get("code"),
-    }
-    return _make(name, model, tokenizer, device, precision, facts, config, folder=run, run_config=run_config)
+    run = next((place for place in folder.resolve().parents[:2] if (place / CONFIG_FILE).is_file()), None)
+    label = folder.parent.name if folder.name == BEST_FOLDER else folder.name
+    return label, model, tokenizer, run, {"kind": "run", "path": str(path), "model": label}
 
 
-def _find_run(model_folder: Path) -> Path | None:
-    """The run that `<run>/<model>/best` belongs to."""
-    places = model_folder.resolve().parents[:2]
-    return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
-
-
-def _load_hugging_face(config: SubjectConfig, name: str, device: torch.device) -> LoadedModel:
+def _load_hugging_face(config: SubjectConfig, name: str) -> tuple[str, Any, Tokenizer, None, dict[str, Any]]:
+    """The same of a Hugging Face folder or name, which belongs to no run."""
     if config.model is not None:
         raise UserError(f"--model: is for a run of several models; {name} is one model")
     if config.parallel_adapter is not None and config.segment_length is not None:
         raise UserError("--segment-length: an adapter has its own; leave it out with --parallel-adapter")
     model, tokenizer, kind = load_hugging_face(name, config.revision, config.segment_length)
-    if config.parallel_adapter is not None:
-        if not isinstance(model, TransformerLM):
-            raise UserError(f"--parallel-adapter: {name} is not a GPT-NeoX model; adapters fit only those")
-        model = attach_adapter(model, config.parallel_adapter)
-    dtype = next(iter(model.parameters())).dtype
-    precision = {torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
-    if config.precision != "auto" and config.precision != precision:
-        if precision != "fp32":
-            raise UserError(f"--precision {config.precision}: the weights of {name} are {precision}; use auto")
-        precision = config.precision
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).name) or "model"
-    facts = {"kind": kind, "path": name, "revision": config.revision, "seed": None}
-    return _make(label, model, tokenizer, device, precision, facts, config)
+    return label, model, tokenizer, None, {"kind": kind, "path": name, "revision": config.revision}
 
 
 def load_hugging_face(
@@ -191,30 +191,6 @@ def _read_model_type(name: str, revision: str | None) -> str:
     return kind
 
 
-def _make(
-    label: str,
-    model: Any,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    precision: str,
-    facts: dict[str, Any],
-    config: SubjectConfig,
-    *,
-    folder: Path | None = None,
-    run_config: ExperimentConfig | None = None,
-) -> LoadedModel:
-    facts = facts | {
-        "parallel_adapter": None if config.parallel_adapter is None else str(config.parallel_adapter),
-        "weights_fingerprint": fingerprint_weights(model),
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "segment_length": model.segment_length,
-        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
-    }
-    model.to(device).eval()
-    autocast = make_autocast(precision, device)
-    return LoadedModel(label, model, tokenizer, device, precision, autocast, facts, folder, run_config)
-
-
 # Export
 
 
@@ -270,8 +246,20 @@ def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> s
         "segment": f"{model.segment_length:,} tokens",
         "weights": str(model.embed_in.weight.dtype).removeprefix("torch."),
         "memory": f"{model.memory_info()['total_bytes']:,} bytes" if model.memory_layers else None,
-        **_read_figures(source),
     }
+    if (result := read_json(source.parent / MODEL_RESULT_FILE)) is not None:
+        data, run = (read_json(source.parent.parent / name) or {} for name in (DATA_FILE, ENVIRONMENT_FILE))
+        facts |= {
+            "trained on": data.get("source"),
+            "tokenizer": data.get("tokenizer", {}).get("name"),
+            "tokens read": f"{result['training']['tokens']:,}" if "training" in result else None,
+            "command": f"`{run['command']}`" if "command" in run else None,
+            "code revision": run.get("code", {}).get("git_revision"),
+        } | {
+            MEASURES[name].title: f"{found['perplexity']:,.4g}"
+            for name, found in result.get("evaluation", {}).items()
+            if name in MEASURES and found and found.get("perplexity") is not None
+        }
     shown = {
         name: hide_home(make_line(value)).replace("|", "\\|") for name, value in facts.items() if value is not None
     }
@@ -282,23 +270,3 @@ def write_card(model: TransformerLM, source: Path, layout: str, title: str) -> s
         registration=REGISTRATION if layout == "auto" else "",
         facts="\n".join(["| | |", "| --- | --- |", *rows]),
     )
-
-
-def _read_figures(source: Path) -> dict[str, Any]:
-    """What the run of a model's folder recorded; empty where there is no run."""
-    result = read_json(source.parent / MODEL_RESULT_FILE)
-    if result is None:
-        return {}
-    data, run = (read_json(source.parent.parent / name) or {} for name in (DATA_FILE, ENVIRONMENT_FILE))
-    training = result.get("training", {})
-    return {
-        "trained on": data.get("source"),
-        "tokenizer": data.get("tokenizer", {}).get("name"),
-        "tokens read": f"{training['tokens']:,}" if training else None,
-        "command": f"`{run['command']}`" if "command" in run else None,
-        "code revision": run.get("code", {}).get("git_revision"),
-    } | {
-        MEASURES[name].title: f"{found['perplexity']:,.4g}"
-        for name, found in result.get("evaluation", {}).items()
-        if name in MEASURES and found and found.get("perplexity") is not None
-    }
