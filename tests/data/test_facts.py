@@ -177,7 +177,7 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
                 assert (before.labels[row] == after.labels[row]).all()
                 assert (weights[row] == 1).all()
             else:
-                wanted = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin)).is_answer
+                _, wanted = planter.plant(pinned.tokens[begin : begin + 257].astype(np.int64), 2, int(begin))
                 if (before.labels[row] != -100).all():
                     assert ((weights[row] == 7).numpy() == wanted).all()
     assert sum(int((batch.label_weights == 7).sum()) for batch in plan) > 20
@@ -198,9 +198,8 @@ BORDERS = SentenceBorders(SMALL)
 def test_a_needle_is_a_question_with_its_answer(task, part):
     for trial in range(40):
         needle = draw_needle(task, part, 10, np.random.default_rng(trial))
-        assert needle.statement.startswith(needle.prompt + needle.answer)
+        assert needle.statement.startswith(needle.prompt + needle.candidates[0])
         assert needle.replaced == (needle.prompt + needle.candidates[1] if task == "changed" else "")
-        assert needle.candidates[0] == needle.answer
         assert len(set(needle.candidates)) == 10
         assert all(candidate[0] == " " and candidate[-1] == "." for candidate in needle.candidates)
         assert needle.prompt == needle.prompt.strip()

@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from new_llm.config import DataConfig, UserError
+from new_llm.data.local_files import BadRows
 from new_llm.data.sources import load_documents, open_source
 
 
@@ -111,10 +112,11 @@ def test_bad_rows_stop_or_are_skipped_and_counted(tmp_path):
     assert "a.jsonl: line 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[0]
     assert "a.parquet: row 2: the field 'text' holds null, not a string (data.on_bad_row: skip" in lines[1]
     for name, count, first in (("a.jsonl", 5, "line 2"), ("a.parquet", 1, "row 2")):
-        source = open_source(DataConfig(source=str(tmp_path / name), on_bad_row="skip"))
+        source = open_source(DataConfig(source=str(tmp_path / name)))
         for _ in range(2):  # reading again counts again
-            assert [text for _, text in source.read()] == ["good", "good, too"]
-            (note,) = source.bad_rows.describe()
+            bad_rows = BadRows(skip=True)
+            assert [text for _, text in source.read(bad_rows)] == ["good", "good, too"]
+            (note,) = bad_rows.describe()
             assert note.startswith(f"skipped {count} bad rows; the first: {tmp_path / name}: {first}: the field 'text'")
 
 

@@ -102,9 +102,8 @@ class BatchPlan:
         pinned_end = self.split.offsets[self.split.num_pinned_documents]
         for row, (begin, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
             if begin >= pinned_end:
-                planted = planter.plant(tokens[row, :count], self.epoch, begin)
-                tokens[row, :count] = planted.tokens
-                weights[row, :count][planted.is_answer] = self.answer_weight
+                tokens[row, :count], is_answer = planter.plant(tokens[row, :count], self.epoch, begin)
+                weights[row, :count][is_answer] = self.answer_weight
         return weights
 
 

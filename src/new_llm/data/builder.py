@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,22 @@ from tokenizers import Tokenizer
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import write_atomically, write_text_atomically
 from new_llm.config.terminal import show_progress
+from new_llm.data.local_files import BadRows
 from new_llm.data.sources import Source
 from new_llm.data.tokenizer import (
     BATCH_DOCUMENTS,
     TOKENIZER_FILE,
     SpecialTokens,
-    count_special_tokens,
     cut_batches,
-    encode_documents,
     padded_vocab_size,
     read_tokenizer_file,
-    token_dtype,
+    tokenize_documents,
     train_tokenizer,
 )
 
 LEAST_READ_CHARACTERS = 1 << 24
 LEAST_PART_CHARACTERS = 1536
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-HELD_FILE = "validation.arrow"  # the texts of a validation source
 DIGEST_BYTES = 16  # of a text, by which repeated ones are known
 
 
@@ -78,23 +76,15 @@ class Builder:
 
         `work` is a folder for unfinished work, perhaps with some from an interrupted build.
         """
-        texts, notes = self._read_texts(work)
-        train, validation = np.arange(len(texts)), np.arange(0)
-        held = texts
-        if self.validation is None:
-            train, validation = split_documents(len(texts), self.config.validation_fraction, self.config.split_seed)
-        else:
-            held = open_arrow(work / HELD_FILE)
-            validation = np.arange(len(held))
-        tokenizer = self._find_tokenizer(work, texts.select(train), notes)
+        train, validation, notes = self._read_splits(work)
+        tokenizer = self._find_tokenizer(work, train, notes)
         tokenizer.save(str(folder / TOKENIZER_FILE))
-        sentences = encode_documents([f"{sentence}\n" for sentence in self.sentences], tokenizer)
-        room, num_special = sum(len(sentence.ids) for sentence in sentences), 0
-        dtype = token_dtype(padded_vocab_size(tokenizer))
+        room, num_special = tokenize_documents([f"{one}\n" for one in self.sentences], tokenizer).num_tokens, 0
+        dtype = np.dtype("<u2" if padded_vocab_size(tokenizer) <= 1 << 16 else "<u4")
         with show_progress("tokenising", "documents", len(train) + len(validation)) as update:
-            for name, documents, rows in (("train", texts, train), ("validation", held, validation)):
-                shards = self._tokenise(documents, rows, tokenizer, dtype, work / name)
-                num_special += write_split(folder, name, shards, dtype, room if name == "train" else 0, update)
+            for name, texts, before in (("train", train, room), ("validation", validation, 0)):
+                shards = self._tokenise(texts, tokenizer, dtype, work / name)
+                num_special += write_split(folder, name, shards, dtype, before, update)
         if num_special:
             meaning = "plain text" if self.config.special_tokens == "text" else "control tokens"
             notes.append(
@@ -103,27 +93,36 @@ class Builder:
             )
         return {"dtype": dtype.str, "room": room, "notes": notes}
 
-    def _read_texts(self, work: Path) -> tuple[Any, list[str]]:
-        """The source's distinct documents, or the parts of a few long ones, as a data set; and notes about them."""
-        file, done = work / "texts.arrow", work / "texts.json"
+    def _read_splits(self, work: Path) -> tuple[Any, Any, list[str]]:
+        """The distinct documents of both splits, or parts of a few long ones, as data sets, and notes about them."""
+        file, held, done = (work / name for name in ("texts.arrow", "validation.arrow", "texts.json"))
         if not done.exists():
             notes, seen = list[str](), set[bytes]()
             if self.validation is not None:  # first, so that training is what is left without it
-                write_texts(work / HELD_FILE, self._read_distinct(self.validation, seen, notes))
+                write_texts(held, self._read_distinct(self.validation, seen, notes))
             limit = limit_characters(self.config, self.source)
             write_texts(file, self._read_distinct(self.source, seen, notes, limit, self.config.max_documents))
             texts = open_arrow(file)
             if self.validation is None and len(texts) < self.config.min_documents:
-                write_texts(file, self._cut_texts([row["text"] for row in texts], notes))
+                parts = cut_texts([row["text"] for row in texts], self.config.min_documents)
+                write_texts(file, parts)
+                if len(parts) > len(texts):
+                    notes.append(
+                        f"{self.source.name} holds few documents ({len(texts)}): cut, at blank lines where it has "
+                        f"enough, into {len(parts)} parts, which are split as documents"
+                    )
             write_text_atomically(done, json.dumps(notes))
         texts, notes = open_arrow(file), json.loads(done.read_text(encoding="utf-8"))
-        if self.validation is None and len(texts) < 2:
+        if self.validation is not None:
+            return texts, open_arrow(held), notes
+        if len(texts) < 2:
             raise UserError(
                 f"{self.source.name}: too short: it holds {len(texts)} document of {read_sizes(texts).sum()} "
                 f"characters that can't be cut in two; at least 2 documents are needed, one for training and one for "
                 f"validation"
             )
-        return texts, notes
+        rows = split_documents(len(texts), self.config.validation_fraction, self.config.split_seed)
+        return texts.select(rows[0]), texts.select(rows[1]), notes
 
     def _read_distinct(
         self,
@@ -135,10 +134,9 @@ class Builder:
     ) -> Iterator[str]:
         """The documents of a source, `limit` characters and a few at most, but for those whose digests are `seen`."""
         repeated, num_characters, num_before = 0, 0, len(seen)
+        bad_rows = BadRows(skip=self.config.on_bad_row == "skip")
         with show_progress(f"reading {source.name}", "characters", limit) as update:
-            for number, (_, text) in enumerate(source.read()):
-                if number == max_documents:
-                    break
+            for _, text in islice(source.read(bad_rows), max_documents):
                 digest = hashlib.sha256(text.encode("utf-8")).digest()[:DIGEST_BYTES]
                 if digest in seen:  # else the same text could be in both splits
                     repeated += 1
@@ -154,20 +152,9 @@ class Builder:
                         f"seq_length need"
                     )
                     break
-        notes += source.bad_rows.describe()
+        notes += bad_rows.describe()
         if repeated:
             notes.append(f"left out {repeated:,} documents that repeat another one exactly")
-
-    def _cut_texts(self, texts: list[str], notes: list[str]) -> list[str]:
-        part = max(sum(map(len, texts)) / (2 * self.config.min_documents), LEAST_PART_CHARACTERS)
-        least = 2 if len(texts) == 1 else 1
-        parts = [piece for text in texts for piece in cut_text(text, max(round(len(text) / part), least))]
-        if len(parts) > len(texts):
-            notes.append(
-                f"{self.source.name} holds few documents ({len(texts)}): cut, at blank lines where it has "
-                f"enough, into {len(parts)} parts, which are split as documents"
-            )
-        return parts
 
     def _find_tokenizer(self, work: Path, texts: Any, notes: list[str]) -> Tokenizer:
         if self.tokenizer is not None:
@@ -176,9 +163,11 @@ class Builder:
         if file.exists():
             tokenizer = read_tokenizer_file(file)
         else:
+            share, num_characters = self.config.max_reversal_share, sum(map(len, self.sentences))
+            has_room = num_characters <= share * (num_characters + int(read_sizes(texts).sum()))
 
             def sentences_and_texts() -> Iterator[str]:
-                if self.sentences and self._has_room_for_sentences(texts):
+                if self.sentences and has_room:  # else not all of them join these texts
                     yield "\n".join(dict.fromkeys(self.sentences))
                 for row in texts:
                     yield row["text"]
@@ -192,35 +181,28 @@ class Builder:
             notes.append(f"the training text is too short for {wanted:,} tokenizer entries: it gives {size:,}")
         return tokenizer
 
-    def _has_room_for_sentences(self, texts: Any) -> bool:
-        """Whether all reversal sentences may join these texts; else the tokenizer is not trained on them either."""
-        share, num_characters = self.config.max_reversal_share, sum(map(len, self.sentences))
-        return num_characters <= share * (num_characters + int(read_sizes(texts).sum()))
-
-    def _tokenise(
-        self, texts: Any, rows: NDArray[np.int64], tokenizer: Tokenizer, dtype: np.dtype[Any], prefix: Path
-    ) -> Iterator[Any]:
-        """The shards of some rows of the texts, as Arrow tables; those that are on the disk are read from there."""
+    def _tokenise(self, texts: Any, tokenizer: Tokenizer, dtype: np.dtype[Any], prefix: Path) -> Iterator[Any]:
+        """The shards of a split's texts, as Arrow tables; those that are on the disk are read from there."""
         config = self.config
-        sizes = read_sizes(texts)[rows]
+        sizes = read_sizes(texts)
         shards = (np.cumsum(sizes) - sizes) // config.shard_characters
         encode = functools.partial(encode_table, tokenizer=tokenizer, special_tokens=config.special_tokens, dtype=dtype)
         if config.num_workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads, which do not survive a fork
             os.register_at_fork(after_in_child=_end_with_parent)
         for shard in np.unique(shards).tolist():
-            chosen = rows[shards == shard]
+            rows = np.flatnonzero(shards == shard)
             name = f"{prefix.name}-{config.shard_characters}-{shard:05d}"  # another cut gives other files
             try:
                 mapped = (
-                    texts.select(chosen)
+                    texts.select(rows)
                     .with_format("arrow")
                     .map(
                         encode,
                         batched=True,
                         batch_size=BATCH_DOCUMENTS,
                         remove_columns=["text", "size"],
-                        num_proc=min(config.num_workers, len(chosen)) if config.num_workers > 1 else None,
+                        num_proc=min(config.num_workers, len(rows)) if config.num_workers > 1 else None,
                         cache_file_name=str(prefix.with_name(f"{name}.arrow")),
                         load_from_cache_file=True,
                         new_fingerprint=name,
@@ -264,19 +246,22 @@ def read_sizes(texts: Any) -> NDArray[np.int64]:
 
 
 def encode_table(table: Any, tokenizer: Tokenizer, special_tokens: SpecialTokens, dtype: np.dtype[Any]) -> Any:
-    """Tokenise the column `text` of an Arrow table: columns ids, num_bytes, num_words and num_special."""
+    """Tokenise the column `text` of an Arrow table: columns ids, num_bytes, num_words and num_special.
+
+    num_special is how often each text spells a special token of the tokenizer, e.g. <|endoftext|>.
+    """
     import pyarrow as pa
 
     texts = table.column("text").to_pylist()
-    documents = list(encode_documents(texts, tokenizer, special_tokens))
-    ids = np.concatenate([document.ids for document in documents]).astype(dtype)
-    offsets = np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int32)
+    split = tokenize_documents(texts, tokenizer, special_tokens)
+    special = [re.escape(token.content) for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    pattern = re.compile("|".join(special) or r"(?!)")  # without any, what matches nowhere
     return pa.table(
         {
-            "ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
-            "num_bytes": [document.num_bytes for document in documents],
-            "num_words": [document.num_words for document in documents],
-            "num_special": count_special_tokens(texts, tokenizer),
+            "ids": pa.ListArray.from_arrays(split.offsets.astype(np.int32), split.tokens.astype(dtype)),
+            "num_bytes": split.num_bytes,
+            "num_words": split.num_words,
+            "num_special": [len(pattern.findall(text)) for text in texts],
         }
     )
 
@@ -310,7 +295,7 @@ def _end_with_parent() -> None:
 # Splitting
 
 
-SPLIT_STREAM, SENTENCE_STREAM = 1, 2  # keep the random numbers of different choices apart
+SPLIT_STREAM = 1  # keeps these random numbers apart from those of other choices
 # Where a document may be cut, best first: after blank lines, after a line, after white space.
 CUTS = (re.compile(r"\n(?:[^\S\n]*\n)+"), re.compile(r"\n(?:[^\S\n]*\n)*"), re.compile(r"\s+"))
 
@@ -318,15 +303,17 @@ CUTS = (re.compile(r"\n(?:[^\S\n]*\n)+"), re.compile(r"\n(?:[^\S\n]*\n)*"), re.c
 def split_documents(
     num_documents: int, validation_fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide documents into training and validation by a seeded permutation; each gets at least one.
-
-    Returns their indices, both rising.
-    """
-    if num_documents < 2:
-        raise ValueError(f"{num_documents} document can't be split; at least 2 are needed")
+    """The rising indices of two documents or more, divided into training and validation; each gets at least one."""
     num_validation = min(max(1, round(num_documents * validation_fraction)), num_documents - 1)
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(num_documents)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def cut_texts(texts: list[str], min_documents: int) -> list[str]:
+    """Cut a few texts into about twice `min_documents` parts, as far as they are long enough; one alone, into two."""
+    part = max(sum(map(len, texts)) / (2 * min_documents), LEAST_PART_CHARACTERS)
+    least = 2 if len(texts) == 1 else 1
+    return [piece for text in texts for piece in cut_text(text, max(round(len(text) / part), least))]
 
 
 def cut_text(text: str, num_parts: int) -> list[str]:
@@ -354,23 +341,3 @@ def cut_text(text: str, num_parts: int) -> list[str]:
     nearest = np.where(wanted - places[before] < places[after] - wanted, places[before], places[after])
     edges = [0, *np.unique(nearest).tolist(), len(text)]
     return [text[start:end] for start, end in pairwise(edges)]
-
-
-def shuffle_sentences(sentences: list[str], seed: int) -> list[str]:
-    """The sentences in a seeded order, so that the relations mix."""
-    order = np.random.default_rng([seed, SENTENCE_STREAM]).permutation(len(sentences))
-    return [sentences[i] for i in order]
-
-
-def pack_sentences(sentences: list[str], tokenizer: Tokenizer, seq_length: int) -> Iterator[str]:
-    """Join sentences, a line each, into documents of at most seq_length tokens, unless one alone has more."""
-    packed, size = list[str](), 0
-    encodings = tokenizer.encode_batch_fast([sentence + "\n" for sentence in sentences], add_special_tokens=False)
-    for sentence, encoding in zip(sentences, encodings, strict=True):
-        if packed and size + len(encoding.ids) > seq_length:
-            yield "\n".join(packed)
-            packed, size = [], 0
-        packed.append(sentence)
-        size += len(encoding.ids)
-    if packed:
-        yield "\n".join(packed)

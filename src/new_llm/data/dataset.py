@@ -16,13 +16,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from new_llm.config import DataConfig, UserError
@@ -38,15 +39,13 @@ from new_llm.config.files import (
 )
 from new_llm.config.loading import flatten_settings
 from new_llm.config.terminal import print_text
-from new_llm.data.builder import Builder, limit_characters, pack_sentences, shuffle_sentences
+from new_llm.data.builder import Builder, limit_characters
 from new_llm.data.reversal_pairs import ReversalPair, draw_pairs, get_reversal_pairs
-from new_llm.data.sources import Source, open_source
+from new_llm.data.sources import hash_json, open_source
 from new_llm.data.tokenizer import (
     TOKENIZER_FILE,
-    TokenizedDocument,
     TokenSplit,
     count_samples,
-    encode_documents,
     find_tokenizer,
     fingerprint_tokenizer,
     padded_vocab_size,
@@ -59,7 +58,6 @@ from new_llm.data.tokenizer import (
 
 FORMAT_VERSION = 3  # of the folder's files and of how documents become tokens; another version is another key
 META_FILE = "meta.json"
-INDEX_COLUMNS = ("offsets", "num_bytes", "num_words")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class TokenCache:
     digests: dict[str, str]
     """sha256 of each file."""
 
-    def load_split(self, name: str, pinned: Sequence[TokenizedDocument] = ()) -> TokenSplit:
+    def load_split(self, name: str, pinned: TokenSplit | None = None) -> TokenSplit:
         """One split, memory-mapped, with `pinned` documents, `room` tokens at most, before the others.
 
         They are written into this process's own copy of the few pages before the first token, so that the array stays
@@ -83,20 +81,19 @@ class TokenCache:
         tokens = np.memmap(self.folder / f"{name}.tokens", dtype=dtype, mode="c" if pinned else "r")
         offsets, num_bytes, num_words = (
             np.asarray(np.load(self.folder / f"{name}.{column}.npy", mmap_mode="r", allow_pickle=False))
-            for column in INDEX_COLUMNS
+            for column in ("offsets", "num_bytes", "num_words")
         )
-        if not pinned:
+        if pinned is None:
             return TokenSplit(tokens[room:], offsets, num_bytes, num_words)
-        ids = np.concatenate([document.ids for document in pinned])
-        ends = np.cumsum([0, *(len(document.ids) for document in pinned)], dtype=np.int64)
-        tokens[room - len(ids) : room] = ids
+        begin = room - pinned.num_tokens
+        tokens[begin:room] = pinned.tokens
         tokens.flags.writeable = False
         return TokenSplit(
-            tokens[room - len(ids) :],
-            np.concatenate([ends[:-1], offsets + ends[-1]]),
-            np.concatenate([[document.num_bytes for document in pinned], num_bytes]),
-            np.concatenate([[document.num_words for document in pinned], num_words]),
-            num_pinned_documents=len(pinned),
+            tokens[begin:],
+            np.concatenate([pinned.offsets[:-1], offsets + pinned.num_tokens]),
+            np.concatenate([pinned.num_bytes, num_bytes]),
+            np.concatenate([pinned.num_words, num_words]),
+            num_pinned_documents=pinned.num_documents,
         )
 
 
@@ -105,8 +102,7 @@ def load_or_build(parts: dict[str, Any], builder: Builder) -> TokenCache:
 
     A second process that wants the same cache waits, says so in a line, and uses what the first has built.
     """
-    text = json.dumps({"format": FORMAT_VERSION, **parts}, sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = hash_json({"format": FORMAT_VERSION, **parts})[:32]
     root = (builder.config.cache_dir or Path(os.environ.get("NEW_LLM_CACHE") or "~/.cache/new-llm")).expanduser()
     folder, work = root / key, root / f".{key}.work"
     if (cache := _load(folder)) is not None:
@@ -159,6 +155,7 @@ def _load(folder: Path, say: Callable[[str], None] | None = None) -> TokenCache 
 # Splits for training, and text to measure on
 
 MIN_VALIDATION_TOKENS = 2  # a document's first token has no prediction
+SENTENCE_STREAM = 2  # keeps these random numbers apart from those of other choices
 LEAST_SENTENCES = 0.1  # share of the reversal sentences below which they are all left out
 
 
@@ -182,9 +179,9 @@ def prepare_data(config: DataConfig) -> PreparedData:
     A second call reads the cache. The sentences of the reversal pairs join the training split alone: they are its first
     documents, which are pinned.
     """
-    source = open_source(config)
-    held = config.validation_source
-    validation_source = held and open_source(replace(config, source=held), split="validation")
+    source, held = open_source(config), None
+    if config.validation_source:
+        held = open_source(replace(config, source=config.validation_source), split="validation")
     sentences = list_sentences(config)
     found = find_tokenizer(config, is_hub_source=source.is_hub)
     parts = {
@@ -196,25 +193,38 @@ def prepare_data(config: DataConfig) -> PreparedData:
         "limits": [config.max_documents, limit_characters(config, source), config.min_documents],
         "sentences": [sentences, config.max_reversal_share],
     }
-    if validation_source:
-        parts["validation"] = validation_source.fingerprint
-    cache = load_or_build(parts, Builder(config, source, sentences, found and found[1], validation_source or None))
+    if held:
+        parts["validation"] = held.fingerprint
+    cache = load_or_build(parts, Builder(config, source, sentences, found and found[1], held))
     train, validation = cache.load_split("train"), cache.load_split("validation")
-    _check_size(source, train, validation, config.seq_length)
-    notes = [*source.notes, *(validation_source.notes if validation_source else ()), *cache.meta["notes"]]
+    if (
+        train.num_tokens < config.seq_length
+        or not count_samples(train.lengths, config.seq_length).any()
+        or validation.lengths.max() < MIN_VALIDATION_TOKENS
+    ):
+        raise UserError(
+            f"{source.name}: too short: it gives {train.num_tokens:,} tokens for training and "
+            f"{validation.num_tokens:,} for validation; at least {config.seq_length:,} (one sample, data.seq_length) "
+            f"and {MIN_VALIDATION_TOKENS} are needed"
+        )
+    notes = [*source.notes, *(held.notes if held else ()), *cache.meta["notes"]]
     if source.is_hub and config.tokenizer == "auto" and not found:
         notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
-    kept = choose_sentences(sentences, cache.tokenizer, train.num_tokens, config, notes)
-    trained = set(kept)
-    pinned = list(encode_documents(pack_sentences(kept, cache.tokenizer, config.seq_length), cache.tokenizer))
-    if pinned:
+    sizes = tokenize_documents([f"{sentence}\n" for sentence in sentences], cache.tokenizer).lengths
+    kept = sentences[: count_kept(sizes, train.num_tokens, config, notes)]
+    pinned = tokenize_documents(pack_lines(kept, sizes, config.seq_length), cache.tokenizer)
+    if kept:
         train = cache.load_split("train", pinned)
-    if config.num_samples and (available := _count_all_samples(train, config.seq_length)) < config.num_samples:
+    counts = {
+        name: count_split(split) | {"num_samples": int(count_samples(split.lengths, config.seq_length).sum())}
+        for name, split in (("train", train), ("validation", validation))
+    }
+    if config.num_samples and (available := counts["train"]["num_samples"]) < config.num_samples:
         notes.append(f"{config.num_samples:,} training samples were asked for; the training split holds {available:,}")
     info = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,
-        "validation_source": validation_source.name if validation_source else None,
+        "validation_source": held.name if held else None,
         "tokenizer": {
             "name": found[0] if found else f"byte-level BPE trained on the training split of {source.name}",
             "fingerprint": fingerprint_tokenizer(cache.tokenizer),
@@ -222,12 +232,16 @@ def prepare_data(config: DataConfig) -> PreparedData:
             "is_trained": found is None,
         },
         "vocab_size": padded_vocab_size(cache.tokenizer),
-        "train": count_split(train) | {"num_samples": _count_all_samples(train, config.seq_length)},
-        "validation": count_split(validation) | {"num_samples": _count_all_samples(validation, config.seq_length)},
-        "split_fingerprint": _fingerprint_splits(cache, pinned),
+        **counts,
+        "split_fingerprint": hash_json(
+            [
+                [cache.digests[f"{split}.{file}"] for split in counts for file in ("tokens", "offsets.npy")],
+                [pinned.document(i).tolist() for i in range(pinned.num_documents)],
+            ]
+        ),
         "reversal_sentences": len(kept),
-        "reversal_documents": len(pinned),
-        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in trained],
+        "reversal_documents": pinned.num_documents,
+        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in kept],
         "notes": notes,
     }
     return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)
@@ -254,59 +268,45 @@ def list_sentences(config: DataConfig) -> list[str]:
     """The sentences of the reversal pairs that training is to hold, in its order, as often as it repeats them."""
     sentences = [pair.forward for pair in get_reversal_pairs()] if config.reversal_pairs else []
     sentences += [pair.backward for pair in choose_taught(config)]
-    repeats = range(config.reversal_repeats)
-    return [one for number in repeats for one in shuffle_sentences(sentences, config.split_seed + number)]
+    streams = ([config.split_seed + number, SENTENCE_STREAM] for number in range(config.reversal_repeats))
+    orders = (np.random.default_rng(stream).permutation(len(sentences)) for stream in streams)
+    return [sentences[place] for order in orders for place in order]
 
 
-def choose_sentences(
-    sentences: Sequence[str], tokenizer: Tokenizer, num_tokens: int, config: DataConfig, notes: list[str]
-) -> list[str]:
-    """As many reversal sentences as may join a training text, `max_reversal_share` of an epoch's tokens at most.
+def count_kept(sizes: NDArray[np.int64], num_tokens: int, config: DataConfig, notes: list[str]) -> int:
+    """How many of the reversal sentences, of these sizes in tokens, may join a training text of `num_tokens`.
 
-    Of a small text they would be a large part, and a model of it would learn to speak of capitals. Adds a note where
-    not all are taken.
+    Of a small text they would be a large part, and a model of it would learn to speak of capitals: they may be
+    `max_reversal_share` of an epoch's tokens. Adds a note where not all are taken.
     """
     share = config.max_reversal_share
-    if not sentences or share == 1:
-        return list(sentences)
-    encodings = tokenizer.encode_batch_fast([sentence + "\n" for sentence in sentences], add_special_tokens=False)
-    sizes = np.cumsum([len(encoding.ids) for encoding in encodings])
+    if not len(sizes) or share == 1:
+        return len(sizes)
     limit = share / (1 - share) * num_tokens
     if config.num_samples is not None:
         limit = min(limit, share * config.num_samples * config.seq_length)
-    num_kept = int(np.searchsorted(sizes, limit, side="right"))
+    num_kept = int(np.searchsorted(np.cumsum(sizes), limit, side="right"))
     limit_name = f"{share:.0%} of an epoch's training tokens (data.max_reversal_share)"
-    if num_kept < LEAST_SENTENCES * len(sentences):
+    if num_kept < LEAST_SENTENCES * len(sizes):
         notes.append(f"the training text is too small for reversal sentences: they would be more than {limit_name}")
-        return []
-    if num_kept < len(sentences):
+        return 0
+    if num_kept < len(sizes):
         notes.append(
-            f"{num_kept:,} of {len(sentences):,} reversal sentences join the training text, to stay within {limit_name}"
+            f"{num_kept:,} of {len(sizes):,} reversal sentences join the training text, to stay within {limit_name}"
         )
-    return list(sentences[:num_kept])
+    return num_kept
 
 
-def _check_size(source: Source, train: TokenSplit, validation: TokenSplit, seq_length: int) -> None:
-    if (
-        train.num_tokens < seq_length
-        or not _count_all_samples(train, seq_length)
-        or validation.lengths.max() < MIN_VALIDATION_TOKENS
-    ):
-        raise UserError(
-            f"{source.name}: too short: it gives {train.num_tokens:,} tokens for training and "
-            f"{validation.num_tokens:,} for validation; at least {seq_length:,} (one sample, data.seq_length) and "
-            f"{MIN_VALIDATION_TOKENS} are needed"
-        )
-
-
-def _fingerprint_splits(cache: TokenCache, pinned: Sequence[TokenizedDocument]) -> str:
-    names = [f"{split}.{file}" for split in ("train", "validation") for file in ("tokens", "offsets.npy")]
-    parts = [[cache.digests[name] for name in names], [document.ids.tolist() for document in pinned]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _count_all_samples(split: TokenSplit, seq_length: int) -> int:
-    return int(count_samples(split.lengths, seq_length).sum())
+def pack_lines(lines: Sequence[str], sizes: Iterable[int], max_tokens: int) -> list[str]:
+    """Join lines, of these sizes in tokens, into documents of at most `max_tokens`, unless one line alone has more."""
+    documents, left = list[list[str]](), 0
+    for line, size in zip(lines, sizes, strict=False):
+        if size > left:
+            documents.append([])
+            left = max_tokens
+        documents[-1].append(line)
+        left -= size
+    return ["\n".join(document) for document in documents]
 
 
 def count_split(split: TokenSplit) -> dict[str, int]:

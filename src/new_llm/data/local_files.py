@@ -10,10 +10,10 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from new_llm.config import UserError
 from new_llm.config.files import check_regular_file
@@ -34,23 +34,18 @@ class BadRows:
     """What to do with a record that holds no text: stop with one line that names it, or skip and count it."""
 
     def __init__(self, *, skip: bool = False) -> None:
-        self.count, self._skip, self._first = 0, skip, ""
+        self._skip, self._count, self._first = skip, 0, ""
 
     def report(self, message: str) -> None:
         """Take note of a bad record; a `UserError` if it is not to be skipped."""
         if not self._skip:
             raise UserError(f"{message} (data.on_bad_row: skip leaves such rows out)")
         self._first = self._first or message
-        self.count += 1
-
-    def take(self, others: Sequence["BadRows"]) -> None:
-        """Stand for the bad rows of several sources."""
-        self.count = sum(other.count for other in others)
-        self._first = next((other._first for other in others if other.count), "")
+        self._count += 1
 
     def describe(self) -> list[str]:
         """One line about what was skipped; none where nothing was."""
-        return [f"skipped {self.count:,} bad rows; the first: {self._first}"] if self.count else []
+        return [f"skipped {self._count:,} bad rows; the first: {self._first}"] if self._count else []
 
 
 class _Unpacked:
@@ -73,7 +68,6 @@ Reader = Callable[[Path, str, int, BadRows], Iterator[Document]]
 def read_file(
     path: Path,
     text_field: str = "text",
-    *,
     whole: bool = False,
     max_bytes: int = MAX_DOCUMENT_BYTES,
     bad_rows: BadRows | None = None,
@@ -113,19 +107,14 @@ def choose_reader(path: Path) -> Reader:
     return reader
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> Any:
     """The bytes of a file, unpacked where its extension says that it is packed."""
-    match path.suffix.lower():
-        case ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        case ".xz":
-            return cast(BinaryIO, lzma.open(path, "rb"))
-        case ".zst":
-            import pyarrow
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
 
-            return cast(BinaryIO, io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression="zstd"))))
-        case _:
-            return path.open("rb")
+        return io.BufferedReader(cast(Any, pyarrow.input_stream(str(path), compression="zstd")))
+    return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[Document]:

@@ -14,10 +14,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,11 +57,6 @@ class Needle:
     backward: str = ""
     """The question for the name, with `{value}` where the value stands; empty: there is none."""
 
-    @property
-    def answer(self) -> str:
-        """The right answer."""
-        return self.candidates[0]
-
 
 def draw_needle(
     task: RecallTask,
@@ -80,17 +75,21 @@ def draw_needle(
         ValueError: more candidates than a relation of this part has values, or fewer than one (of a changed fact, two).
     """
     if task == "passkey":
-        keys = _draw_keys(part, num_candidates, generator)
-        return _make("The pass key is", keys, " Remember it.")
+        keys = dict[int, None]()  # a dict keeps the order
+        while len(keys) < num_candidates:
+            key = int(generator.integers(*KEY_RANGE))
+            if is_key_of(key, part):
+                keys[key] = None
+        return _make_needle("The pass key is", map(str, keys), " Remember it.")
     names, relations = _read_facts(part)
     relation = relations[among[int(generator.integers(len(among)))]]
     values = relation[part]
     if not (least := 1 + (task == "changed")) <= num_candidates <= len(values):
         raise ValueError(f"{num_candidates} candidates: a relation has {len(values)} values, and {least} is the least")
     if name is None:
-        name = f"{_choose(names['first_names'], generator)} {_choose(names['surnames'], generator)}"
+        name = " ".join(several[generator.integers(len(several))] for several in names.values())
     chosen = [values[i] for i in generator.choice(len(values), num_candidates, replace=False)]
-    needle = _make(relation["prompt"].format(name=name), chosen)
+    needle = _make_needle(relation["prompt"].format(name=name), chosen)
     replaced = needle.prompt + needle.candidates[1] if task == "changed" else ""
     return replace(needle, replaced=replaced, name=name, backward=relation["backward"])
 
@@ -139,22 +138,9 @@ def is_key_of(key: int, part: RecallPart) -> bool:
     return (int.from_bytes(digest[:8], "big") % EVAL_KEYS == 0) == (part == "eval")
 
 
-def _make(prompt: str, answers: list[str], end: str = "") -> Needle:
+def _make_needle(prompt: str, answers: Iterable[str], end: str = "") -> Needle:
     candidates = tuple(f" {answer}." for answer in answers)
     return Needle(f"{prompt}{candidates[0]}{end}", prompt, candidates)
-
-
-def _draw_keys(part: RecallPart, count: int, generator: np.random.Generator) -> list[str]:
-    keys: dict[int, None] = {}  # a dict keeps the order
-    while len(keys) < count:
-        key = int(generator.integers(*KEY_RANGE))
-        if is_key_of(key, part):
-            keys[key] = None
-    return [str(key) for key in keys]
-
-
-def _choose(values: list[str], generator: np.random.Generator) -> str:
-    return values[generator.integers(len(values))]
 
 
 @functools.cache
@@ -208,11 +194,6 @@ def decode_entries(tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode([token], skip_special_tokens=False) for token in range(count_ids(tokenizer))]
 
 
-def encode_sentence(tokenizer: Tokenizer, sentence: str) -> NDArray[np.int64]:
-    """The tokens of a sentence, with the space before it that divides it from the sentence before."""
-    return encode_text(tokenizer, f" {sentence}")
-
-
 def choose_place(
     tokens: NDArray[np.integer], length: int, depth: float, segment_length: int, borders: SentenceBorders
 ) -> int:
@@ -222,27 +203,19 @@ def choose_place(
     keeps the sentence inside one segment (inside as few as its length allows); without one the nearest such border of
     words, without that the nearest such place. The text's first token begins a segment and a sentence.
     """
-    wanted = depth * len(tokens)
-    reach = segment_length / 2
+    wanted, reach = depth * len(tokens), segment_length / 2
     least = -(-length // segment_length)
-
-    def choose(places: NDArray[np.int64], limit: float) -> int | None:
+    for places, limit in (
+        (np.append(0, borders.find_sentences(tokens)), reach),
+        (np.append(0, borders.find_words(tokens)), reach),
+        (np.arange(len(tokens) + 1), np.inf),
+    ):
         away = np.abs(places - wanted)
         num_segments = (places + length - 1) // segment_length - places // segment_length + 1
-        places, away = places[fits := (num_segments == least) & (away <= limit)], away[fits]
-        return int(places[away.argmin()]) if len(places) else None
-
-    for found in (borders.find_sentences(tokens), borders.find_words(tokens)):
-        place = choose(np.concatenate([np.zeros(1, np.int64), found]), reach)
-        if place is not None:
-            return place
-    place = choose(np.arange(len(tokens) + 1), np.inf)
-    return round(wanted) if place is None else place
-
-
-def plant_sentence(tokens: NDArray[np.integer], sentence: NDArray[np.integer], place: int) -> NDArray[np.int64]:
-    """The text with the sentence before tokens[place]."""
-    return np.concatenate([tokens[:place], sentence, tokens[place:]]).astype(np.int64)
+        fits = (num_segments == least) & (away <= limit)
+        if fits.any():
+            return int(places[fits][away[fits].argmin()])
+    return round(wanted)
 
 
 class WordPieces:
@@ -258,7 +231,6 @@ class WordPieces:
         self._is_next = np.array([bool(_CONTINUES_WORD.fullmatch(text)) for text in self._texts])
         self._first = np.flatnonzero(self._is_first & [text != " " for text in self._texts])
         self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
-        self.full_stop = encode_text(tokenizer, ".")
         if not len(self._first) or not len(self._next):
             raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
 
@@ -297,22 +269,6 @@ class WordPieces:
         return None if self._texts[word[-1]] == " " else word.copy()
 
 
-class PlantedSample(NamedTuple):
-    """A sample with its facts: as many tokens as it had; what the facts displaced is missing at the end.
-
-    `is_answer` marks the tokens that can be known from an earlier statement: those after the last one's question.
-    """
-
-    tokens: NDArray[np.int64]
-    is_answer: NDArray[np.bool_]
-
-
-class _Statement(NamedTuple):
-    place: int
-    tokens: NDArray[np.int64]
-    answer_begin: int
-
-
 class SamplePlanter:
     """Puts `planted_facts` facts into every thousand tokens of a sample, each stated twice, a changed one three times.
 
@@ -325,57 +281,57 @@ class SamplePlanter:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        self._tokenizer, self._config, self._seed = tokenizer, config, seed
+        self._decode, self._encode = tokenizer.decode, functools.partial(encode_text, tokenizer)
+        self._config, self._seed = config, seed
         self._borders = SentenceBorders(tokenizer)
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
-    def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> PlantedSample:
-        """One sample, [N], with its facts.
+    def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """One sample, [N], with its facts, which displace as many tokens at its end; and which tokens they give away.
 
-        The epoch, where in its split the sample begins, and the seed decide all choices.
+        These are the tokens after a fact's last question, which can be known from an earlier statement. The epoch,
+        where in its split the sample begins, and the seed decide all choices.
         """
         config, length = self._config, len(tokens)
         generator = np.random.default_rng([self._seed, PLANT_STREAM, epoch, begin])
         is_answer = np.zeros(length, np.bool_)
-        places = self._borders.find_sentences(tokens) if length > 1 else np.zeros(0, np.int64)
-        if not len(places):
-            return PlantedSample(tokens, is_answer)
+        borders = self._borders.find_sentences(tokens) if length > 1 else np.zeros(0, np.int64)
+        if not len(borders):
+            return tokens, is_answer
         low, high = (math.log(distance) for distance in config.planted_distance)
         among: Sequence[int] = range(NUM_RELATIONS)
         if config.planted_relations < NUM_RELATIONS:
             among = generator.choice(NUM_RELATIONS, config.planted_relations, replace=False).tolist()
         asked = set[str]()
-        statements: list[_Statement] = []
+        places, planted, marks = list[NDArray[np.int64]](), list[NDArray[np.int64]](), list[NDArray[np.bool_]]()
         for _ in range(generator.poisson(config.planted_facts * length / TOKENS_PER_RATE)):
-            questions, told, asked_for, answer_begin = self._draw(tokens, among, generator)
+            questions, statements, answer_begin = self._draw(tokens, among, generator)
             wanted = [int(generator.integers(length))]
-            for _ in told:
+            for _ in statements[1:]:
                 wanted.append(wanted[-1] + round(math.exp(generator.uniform(low, high))))
             if wanted[-1] >= length or asked & questions:
                 continue
             asked |= questions
-            *earlier, last = (int(places[np.abs(places - place).argmin()]) for place in wanted)
-            statements += [_Statement(p, s, len(s)) for p, s in zip(earlier, told, strict=True)]
-            statements.append(_Statement(last, asked_for, answer_begin))
-        pieces: list[NDArray[np.int64]] = []
-        marks: list[NDArray[np.bool_]] = []
-        end = 0
-        for statement in sorted(statements, key=lambda one: one.place):  # of one place in their order
-            pieces += [tokens[end : statement.place], statement.tokens]
-            marks += [is_answer[end : statement.place], np.arange(len(statement.tokens)) >= statement.answer_begin]
-            end = statement.place
-        pieces.append(tokens[end:])
-        marks.append(is_answer[end:])
-        return PlantedSample(np.concatenate(pieces)[:length], np.concatenate(marks)[:length])
+            for at, statement in zip(wanted, statements, strict=True):
+                places.append(np.full(len(statement), borders[np.abs(borders - at).argmin()]))
+                planted.append(statement)
+                marks.append(np.zeros(len(statement), np.bool_))
+            marks[-1][answer_begin:] = True
+        if not planted:
+            return tokens, is_answer
+        before = np.concatenate(places)  # np.insert keeps the order of what goes to one place
+        return (
+            np.insert(tokens, before, np.concatenate(planted))[:length],
+            np.insert(is_answer, before, np.concatenate(marks))[:length],
+        )
 
     def _draw(
         self, text: NDArray[np.int64], among: Sequence[int], generator: np.random.Generator
-    ) -> tuple[set[str], list[NDArray[np.int64]], NDArray[np.int64], int]:
-        """A fact's questions, the tokens of its statements, the newest last, of the one that asks, and where its answer
-        begins.
+    ) -> tuple[set[str], list[NDArray[np.int64]], int]:
+        """A fact's questions, the tokens of its statements, and where in the last of them the answer begins.
 
-        What asks is the newest statement again, or the same fact told backward. Where facts may be told so, there is a
-        second question, for the name.
+        The last one asks: it is the newest statement again, or the same fact told backward. Where facts may be told so,
+        there is a second question, for the name.
         """
         config, pieces = self._config, self._pieces
         task = config.planted_tasks[generator.integers(len(config.planted_tasks))]
@@ -383,21 +339,19 @@ class SamplePlanter:
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
             name = pieces.draw_person(generator)
         needle = draw_needle(task, "train", 1 + (task == "changed"), generator, name=name, among=among)
-        question = encode_sentence(self._tokenizer, needle.prompt)
-        statements = [one for one in (needle.replaced, needle.statement) if one]
+        question, stop = self._encode(f" {needle.prompt}"), self._encode(".")
+        told = [one for one in (needle.replaced, needle.statement) if one]
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
-            words = [pieces.draw_word(text, generator) for _ in statements]
-            encoded = [np.concatenate([question, word, pieces.full_stop]) for word in words]
+            statements = [np.concatenate([question, pieces.draw_word(text, generator), stop]) for _ in told]
         else:
-            encoded = [encode_sentence(self._tokenizer, one) for one in statements]
-        if not (needle.backward and config.planted_backward):
-            return {needle.prompt}, encoded, encoded[-1], len(question)
-        stop = encode_text(self._tokenizer, ".")
-        before, after = needle.backward.split(" {value}")
-        value = encoded[-1][len(question) : -len(stop)]
-        prompt = [encode_sentence(self._tokenizer, before), value, encode_text(self._tokenizer, after)]
-        questions = {needle.prompt, needle.backward.format(value=self._tokenizer.decode(value.tolist()).strip())}
-        if generator.random() >= config.planted_backward:
-            return questions, encoded, encoded[-1], len(question)
-        name = encode_sentence(self._tokenizer, needle.name)
-        return questions, encoded, np.concatenate([*prompt, name, stop]), sum(map(len, prompt))
+            statements = [self._encode(f" {one}") for one in told]
+        newest, questions = statements[-1], {needle.prompt}
+        if needle.backward and config.planted_backward:
+            before, after = needle.backward.split(" {value}")
+            value = newest[len(question) : -len(stop)]
+            questions.add(needle.backward.format(value=self._decode(value.tolist()).strip()))
+            if generator.random() < config.planted_backward:
+                prompt = np.concatenate([self._encode(f" {before}"), value, self._encode(after)])
+                backward = np.concatenate([prompt, self._encode(f" {needle.name}"), stop])
+                return questions, [*statements, backward], len(prompt)
+        return questions, [*statements, newest], len(question)

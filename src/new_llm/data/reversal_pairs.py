@@ -62,43 +62,24 @@ class ReversalPair:
     """real: a fact that other text may state too; invented: about names made up for this list; unstated: of a file
     that doesn't tell."""
     forward: str
-    """The whole forward sentence."""
     backward: str
-    """The whole backward sentence."""
     forward_prompt: str
-    """The forward sentence up to the object."""
     forward_answer: str
-    """The object, with the space before it and the full stop."""
     backward_prompt: str
-    """The backward sentence up to the subject."""
     backward_answer: str
-    """The subject, with the space before it and the full stop."""
 
 
 def get_reversal_pairs() -> list[ReversalPair]:
-    """Read the project's own pairs: real facts in eight relations, and invented ones in two.
+    """Read the project's own pairs, relation after relation: real facts in eight relations, and invented ones in two.
 
     Within a relation the facts are one to one, so every answer is right for a single prompt in either
     direction. All relations have the same number of facts, hence the same chance of a right guess.
-
-    Returns:
-        The pairs in the file's order, relation after relation.
     """
     text = resources.files("new_llm.data").joinpath(FACTS_FILE).read_text(encoding="utf-8")
     return [
-        make_pair(
-            {
-                "relation": relation["relation"],
-                "kind": relation["kind"],
-                "subject": subject,
-                "object": object_,
-                "forward_template": relation["forward_prompt"] + " {object}.",
-                "backward_template": relation["backward_prompt"] + " {subject}.",
-            },
-            FACTS_FILE,
-        )
+        make_pair(relation | {"subject": subject, "object": object_}, FACTS_FILE)
         for relation in json.loads(text)["relations"]
-        for subject, object_ in relation["facts"]
+        for subject, object_ in relation.pop("facts")
     ]
 
 
@@ -127,8 +108,6 @@ def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> l
 
     Another relation's pairs change nothing of what is drawn of one.
     """
-    if per_relation < 1:
-        raise ValueError(f"per_relation: {per_relation} is not positive")
     members: dict[str, list[int]] = {}
     for index, pair in enumerate(pairs):
         members.setdefault(pair.relation, []).append(index)

@@ -16,9 +16,10 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import hash_file
@@ -50,8 +51,7 @@ class Source:
     name: str
     fingerprint: str
     """sha256 of the content; for a hub source, of its name."""
-    read_all: Callable[[], Iterable[str | Document]]
-    bad_rows: BadRows = field(default_factory=BadRows)
+    read_all: Callable[[BadRows], Iterable[str | Document]]
     is_hub: bool = False
     read_whole: bool = False
     """Small, and sorted by time: reading only its beginning would save little and skew it."""
@@ -60,10 +60,13 @@ class Source:
     notes: tuple[str, ...] = ()
     """Lines that a user should see: files of a folder that were ignored."""
 
-    def read(self) -> Iterator[Document]:
-        """All documents, (name, text), in the source's own order; those without a visible character are left out."""
-        found, self.bad_rows.count = False, 0
-        for number, document in enumerate(self.read_all(), start=1):
+    def read(self, bad_rows: BadRows | None = None) -> Iterator[Document]:
+        """All documents, (name, text), in the source's own order; those without a visible character are left out.
+
+        `bad_rows` is told of records without text; None: they are a `UserError`.
+        """
+        found = False
+        for number, document in enumerate(self.read_all(bad_rows or BadRows()), start=1):
             name, text = document if isinstance(document, tuple) else (f"{self.name}:{number}", document)
             if not isinstance(text, str):
                 raise UserError(f"{self.name}: document {number} is a {type(text).__name__}, not a string")
@@ -134,19 +137,20 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
         kind = next((kind for kind in SOURCES.values() if kind.read is function), SourceKind(function))
     if kind is None:
         return _open_local(Path(name).expanduser(), config, whole_files)
-    bad_rows = BadRows(skip=config.on_bad_row == "skip")
-    options = {"whole": whole_files, "split": split, "bad_rows": bad_rows}
     accepted = inspect.signature(kind.read).parameters
-    used = {key: value for key, value in options.items() if key in accepted}
-    read = functools.partial(kind.read, config, **used)
-    source = Source(name, "", read, bad_rows, kind.is_hub, kind.read_whole)
+    used = {key: value for key, value in (("whole", whole_files), ("split", split)) if key in accepted}
+
+    def read(bad_rows: BadRows) -> Iterable[str | Document]:
+        return kind.read(config, **used, **({"bad_rows": bad_rows} if "bad_rows" in accepted else {}))
+
+    source = Source(name, "", read, kind.is_hub, kind.read_whole)
     if kind.fingerprint is None:
         digest = hashlib.sha256()
-        for _, text in islice(source.read(), config.max_documents):
+        for _, text in islice(source.read(BadRows(skip=config.on_bad_row == "skip")), config.max_documents):
             digest.update(hashlib.sha256(text.encode()).digest())
         return replace(source, fingerprint=digest.hexdigest())
-    facts = [kind.fingerprint(config), *(f"{key} {used[key]}" for key in ("whole", "split") if key in used)]
-    return replace(source, fingerprint=_hash(facts))
+    facts = [kind.fingerprint(config), *(f"{key} {value}" for key, value in used.items())]
+    return replace(source, fingerprint=hash_json(facts))
 
 
 WEIGHTED = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*")
@@ -168,15 +172,12 @@ def mix_sources(name: str, sources: Sequence[Source], weights: Sequence[float]) 
 
     It ends with the first that is used up, so that the shares hold to the end.
     """
-    bad_rows = BadRows()
 
-    def read() -> Iterator[Document]:
-        readers, taken = [source.read() for source in sources], [0] * len(sources)
+    def read(bad_rows: BadRows) -> Iterator[Document]:
+        readers, taken = [source.read(bad_rows) for source in sources], [0] * len(sources)
         while True:
             place = min(range(len(sources)), key=lambda place: taken[place] / weights[place])
-            document = next(readers[place], None)
-            bad_rows.take([source.bad_rows for source in sources])
-            if document is None:
+            if (document := next(readers[place], None)) is None:
                 return
             taken[place] += len(document[1])
             yield document
@@ -184,9 +185,8 @@ def mix_sources(name: str, sources: Sequence[Source], weights: Sequence[float]) 
     sizes = [source.max_characters for source in sources]
     return Source(
         name,
-        _hash([f"{source.fingerprint} {weight}" for source, weight in zip(sources, weights, strict=True)]),
+        hash_json([f"{source.fingerprint} {weight}" for source, weight in zip(sources, weights, strict=True)]),
         read,
-        bad_rows,
         is_hub=any(source.is_hub for source in sources),
         read_whole=all(source.read_whole for source in sources),
         max_characters=None if None in sizes else sum(size or 0 for size in sizes),
@@ -252,16 +252,18 @@ def _read_records(
 
 
 def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
-    ignored = list[Path]()
+    files, notes = [path], ()
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
         hidden = {file for file in found if any(part.startswith(".") for part in file.relative_to(path).parts)}
         files = [file for file in found if find_reader(file) and file not in hidden]
-        ignored = sorted(set(found) - set(files))
         if not files:
             raise UserError(f"{path}: no readable file in this folder; known extensions are {KNOWN}")
+        if ignored := sorted(set(found) - set(files)):
+            shown = ", ".join(file.relative_to(path).as_posix() for file in ignored[:3])
+            more = f" and {len(ignored) - 3:,} more" if len(ignored) > 3 else ""
+            notes = (f"ignored {len(ignored):,} files of {path}, hidden or of other formats: {shown}{more}",)
     elif path.is_file():
-        files = [path]
         choose_reader(path)
     else:
         names = ", ".join(sorted(SOURCES))
@@ -271,18 +273,11 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
         )
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{path}: empty: there is no text in it")
-    bad_rows = BadRows(skip=config.on_bad_row == "skip")
 
-    def read_files() -> Iterator[Document]:
+    def read_files(bad_rows: BadRows) -> Iterator[Document]:
         for file in files:
             if file.stat().st_size or len(files) == 1:
-                yield from read_file(
-                    file,
-                    config.text_field,
-                    whole=whole_files,
-                    max_bytes=config.max_document_bytes,
-                    bad_rows=bad_rows,
-                )
+                yield from read_file(file, config.text_field, whole_files, config.max_document_bytes, bad_rows)
 
     names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
     import xxhash  # fast enough to read gigabytes at every start; models are built without it
@@ -291,21 +286,13 @@ def _open_local(path: Path, config: DataConfig, whole_files: bool) -> Source:
     is_plain = all(file.suffix.lower() not in (*PACKED, ".parquet") for file in files)
     return Source(
         str(path),
-        _hash([config.text_field, *contents]),
+        hash_json([config.text_field, *contents]),
         read_files,
-        bad_rows,
         max_characters=sum(file.stat().st_size for file in files) if is_plain else None,
-        notes=_describe_ignored(path, ignored),
+        notes=notes,
     )
 
 
-def _describe_ignored(folder: Path, ignored: Sequence[Path]) -> tuple[str, ...]:
-    if not ignored:
-        return ()
-    shown = ", ".join(file.relative_to(folder).as_posix() for file in ignored[:3])
-    more = f" and {len(ignored) - 3:,} more" if len(ignored) > 3 else ""
-    return (f"ignored {len(ignored):,} files of {folder}, hidden or of other formats: {shown}{more}",)
-
-
-def _hash(parts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def hash_json(values: Any) -> str:
+    """sha256 of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,34 +58,34 @@ def get_tokenizer(name_or_file: str | Path, hub_timeout_seconds: float = 5.0) ->
             f"{path}: no such tokenizer file; a tokenizer is a tokenizer.json, a folder that holds one, or a hub name"
         )
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        if hub_answers(f"{name}/resolve/main/{TOKENIZER_FILE}", hub_timeout_seconds):
-            return _as_plain(Tokenizer.from_pretrained(name))
-        cached = huggingface_hub.try_to_load_from_cache(name, TOKENIZER_FILE)
-    except Exception as error:  # tokenizers raises plain Exception
+        reachable = hub_answers(f"{name}/resolve/main/{TOKENIZER_FILE}", hub_timeout_seconds)
+        file = huggingface_hub.hf_hub_download(name, TOKENIZER_FILE, local_files_only=not reachable)
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"tokenizer {name!r} is not a file, is not cached here, and the hub at {hub_endpoint()} is out of reach; "
+            f"use a tokenizer.json, or data.tokenizer: auto, which trains one"
+        ) from None
+    except Exception as error:  # whatever the hub's transport raises
         raise UserError(f"tokenizer {name!r} could not be loaded: {describe_failure(error)}") from None
-    if isinstance(cached, str):
-        return read_tokenizer_file(Path(cached))
-    raise UserError(
-        f"tokenizer {name!r} is not a file, is not cached here, and the hub at {hub_endpoint()} is out of reach; "
-        f"use a tokenizer.json, or data.tokenizer: auto, which trains one"
-    )
+    return read_tokenizer_file(Path(file))
 
 
 def read_tokenizer_file(path: Path) -> Tokenizer:
-    """Read a tokenizer.json; one that can't be read or is not a tokenizer is a `UserError`."""
+    """Read a tokenizer.json, to tokenise documents whole even where it asks to cut or pad.
+
+    Raises:
+        UserError: it can't be read or is not a tokenizer.
+    """
     text = read_text_file(path, MAX_TOKENIZER_BYTES)
     try:
-        return _as_plain(Tokenizer.from_str(text))
+        tokenizer = Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, or no Exception where its Rust code panics
         raise UserError(f"{path}: not a valid tokenizer file: {describe_failure(error)}") from None
-
-
-def _as_plain(tokenizer: Tokenizer) -> Tokenizer:
-    # A file may ask to cut or pad; documents are tokenised whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -194,14 +194,6 @@ class TokenSplit:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-class TokenizedDocument(NamedTuple):
-    """One document's tokens, and the size of its raw text."""
-
-    ids: NDArray[np.uint32]
-    num_bytes: int
-    num_words: int
-
-
 def cut_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """The texts in lists of about BATCH_CHARACTERS, at most BATCH_DOCUMENTS."""
     batch, size = list[str](), 0
@@ -221,32 +213,27 @@ def encode_text(tokenizer: Any, text: str) -> NDArray[np.int64]:
     return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
 
 
-def encode_documents(
+def tokenize_documents(
     texts: Iterable[str], tokenizer: Tokenizer, special_tokens: SpecialTokens = "text"
-) -> Iterator[TokenizedDocument]:
-    """Tokenise documents batch by batch, whole, without adding special tokens."""
+) -> TokenSplit:
+    """Tokenise documents in memory, whole, without adding special tokens."""
+    ids, num_bytes, num_words = [np.zeros(0, np.uint32)], list[int](), list[int]()
     before = tokenizer.encode_special_tokens
-    for batch in cut_batches(texts):
-        tokenizer.encode_special_tokens = special_tokens == "text"
-        try:
+    tokenizer.encode_special_tokens = special_tokens == "text"
+    try:
+        for batch in cut_batches(texts):
             # The fast form leaves out character offsets, which nothing here reads.
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        finally:
-            tokenizer.encode_special_tokens = before
-        for text, encoding in zip(batch, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            yield TokenizedDocument(ids, len(text.encode("utf-8")), count_words(text))
-
-
-def tokenize_documents(texts: Iterable[str], tokenizer: Tokenizer) -> TokenSplit:
-    """Tokenise texts in memory, for evaluation on other text than the experiment's; nothing is cached."""
-    documents = list(encode_documents(texts, tokenizer))
-    ids = [document.ids for document in documents]
+            ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+            num_bytes += [len(text.encode("utf-8")) for text in batch]
+            num_words += [count_words(text) for text in batch]
+    finally:
+        tokenizer.encode_special_tokens = before
     return TokenSplit(
-        tokens=np.concatenate(ids) if ids else np.zeros(0, np.uint32),
-        offsets=np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64),
-        num_bytes=np.array([document.num_bytes for document in documents], dtype=np.int64),
-        num_words=np.array([document.num_words for document in documents], dtype=np.int64),
+        tokens=np.concatenate(ids),
+        offsets=np.cumsum([len(one) for one in ids], dtype=np.int64),
+        num_bytes=np.array(num_bytes, dtype=np.int64),
+        num_words=np.array(num_words, dtype=np.int64),
     )
 
 
@@ -261,15 +248,3 @@ def count_samples(lengths: NDArray[np.int64], seq_length: int) -> NDArray[np.int
 def count_words(text: str) -> int:
     """Words as lm-evaluation-harness counts them: pieces between white space, empty ones at the ends too."""
     return len(re.split(r"\s+", text))
-
-
-def count_special_tokens(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
-    """How often each text spells a special token of the tokenizer, e.g. <|endoftext|>."""
-    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")  # without any, what matches nowhere
-    return [len(pattern.findall(text)) for text in texts]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """The smallest little-endian type that holds every id below vocab_size."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")

@@ -30,8 +30,6 @@ from new_llm.data.recall_facts import (
     SentenceBorders,
     choose_place,
     draw_needle,
-    encode_sentence,
-    plant_sentence,
 )
 from new_llm.data.tokenizer import TokenSplit, encode_text
 from new_llm.evaluation.language_models import HuggingFaceLM, has_memory
@@ -172,7 +170,7 @@ class TextMaker:
             filler = np.concatenate([needle.replaced, filler])
             depth = max(depth, 1.5 * self.segment_length / len(filler))
         place = choose_place(filler, len(needle.statement), depth, self.segment_length, self.borders)
-        text = plant_sentence(filler, needle.statement, place)
+        text = np.concatenate([filler[:place], needle.statement, filler[place:]]).astype(np.int64)
         last_segment = (place + len(needle.statement) - 1) // self.segment_length
         context, opening = (NOTHING, text) if length == 1 else (text, NOTHING)
         depth = place / len(filler) if len(filler) else 0.0
@@ -181,7 +179,7 @@ class TextMaker:
     def _draw_needle(self, task: RecallTask, trial: int) -> EncodedNeedle:
         generator = np.random.default_rng([self.settings.seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
         needle = draw_needle(task, self.settings.part, self.settings.num_candidates, generator)
-        statement, replaced = (encode_sentence(self.tokenizer, one) for one in (needle.statement, needle.replaced))
+        statement, replaced = (encode_text(self.tokenizer, f" {one}") for one in (needle.statement, needle.replaced))
         has_old = bool(needle.replaced)
         question = pose_question(self.tokenizer, f" {needle.prompt}", needle.candidates, has_old=has_old)
         return EncodedNeedle(statement, replaced if has_old else NOTHING, question)
