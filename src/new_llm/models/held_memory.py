@@ -17,10 +17,9 @@ KeptMemory = tuple[LayerMemories, int | None]
 
 
 class HeldMemory(nn.Module):
-    """Holds, resets, saves, restores and describes a model's memory.
+    """The memory of a model, which all rows share or of which each has its own; see `reset_memory`.
 
-    All rows share one memory (after `reset_memory()`) or each has its own (after `reset_memory(batch_size=B)`). The
-    memory is neither a parameter nor a buffer: it is not in the state dict, and moves to the model's device when used.
+    It is neither a parameter nor a buffer: it is not in the state dict, and moves to the model's device when used.
     """
 
     layers: nn.ModuleList
@@ -49,8 +48,7 @@ class HeldMemory(nn.Module):
     @property
     def rows_can_share(self) -> bool:
         """Whether all rows of a batch can write one memory: not where a layer holds one text's last tokens."""
-        like = next(self.parameters())
-        return all(layer.empty_memory(1, like).can_add for layer in self.memory_layers.values())
+        return all(self._empty(index, 1).can_add for index in self.memory_layers)
 
     def reset_memory(self, batch_size: int | None = None) -> None:
         """Empty the memory; `batch_size` rows then have one each, or without it all rows share one."""
@@ -70,8 +68,8 @@ class HeldMemory(nn.Module):
             return
         device = next(self.parameters()).device
         chosen = rows.to(device, non_blocking=True)
-        here = [None if memory is None else memory.to(device) for memory in self._held]
-        self._held = [None if memory is None else memory.emptied().select_rows(chosen, memory) for memory in here]
+        here = [memory and memory.to(device) for memory in self._held]
+        self._held = [memory and memory.emptied().select_rows(chosen, memory) for memory in here]
 
     def keep_memory(self) -> KeptMemory:
         """The held memory, for `restore_memory`. Nothing is copied: a held memory is never changed in place."""
@@ -80,9 +78,8 @@ class HeldMemory(nn.Module):
     def restore_memory(self, kept: KeptMemory, if_true: Tensor | None = None) -> None:
         """Hold again what `keep_memory` returned.
 
-        `if_true` is one bool on the device, read without synchronising: restore only if it is True; the rows must be as
-        many as
-        now. None: always.
+        `if_true` is one bool on the device, read without synchronising: restore only if it is True, as many rows as are
+        held now. None: always.
         """
         before, rows = kept
         if if_true is None:
@@ -118,9 +115,9 @@ class HeldMemory(nn.Module):
 
         `torch.save` of it loads with `weights_only=True`. Tensors of a per-row memory have a row dimension in front.
         """
-        per_row = self._held_rows is not None
+        rows, per_row = self._held_rows or 1, self._held_rows is not None
         return {
-            index: state_to_dict(self._held_or_empty(index), layer.memory_facts, per_row=per_row)
+            index: state_to_dict(self._held[index] or self._empty(index, rows), layer.memory_facts, per_row=per_row)
             for index, layer in self.memory_layers.items()
         }
 
@@ -133,8 +130,8 @@ class HeldMemory(nn.Module):
         rows = self.check_memory_form(state)
         held: LayerMemories = [None] * len(self.layers)
         for index, layer in self.memory_layers.items():
-            empty = layer.empty_memory(1, next(layer.parameters()))
-            held[index] = state_from_dict(state[index], layer.memory_facts, empty, f"memory state, layer {index}")
+            where = f"memory state, layer {index}"
+            held[index] = state_from_dict(state[index], layer.memory_facts, self._empty(index, 1), where)
         self._held, self._held_rows = held, rows
 
     def check_memory_form(self, state: dict[int, dict[str, Any]]) -> int | None:
@@ -149,10 +146,10 @@ class HeldMemory(nn.Module):
         if not isinstance(state, dict) or set(state) != set(self.memory_layers):
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"memory state of layers {found}: this model has memory in {sorted(self.memory_layers)}")
-        rows: set[int | None] = set()
-        for index, layer in self.memory_layers.items():
-            empty = layer.empty_memory(1, next(layer.parameters()))
-            rows.add(check_form(state[index], layer.memory_facts, empty, f"memory state, layer {index}"))
+        rows = {
+            check_form(state[index], layer.memory_facts, self._empty(index, 1), f"memory state, layer {index}")
+            for index, layer in self.memory_layers.items()
+        }
         if len(rows) > 1:
             raise ValueError("memory state: its layers have different numbers of rows")
         return rows.pop() if rows else None
@@ -167,21 +164,17 @@ class HeldMemory(nn.Module):
                 "call reset_memory(batch_size) first"
             )
         for index, memory in enumerate(self._held):
-            if memory is not None:
-                self._held[index] = self._fit(memory, index, device)
-        rows: LayerMemories = [None if memory is None else memory.expand(batch_size) for memory in self._held]
-        return rows, list(self._held)
-
-    def _fit(self, memory: LayerMemory, index: int, device: torch.device) -> LayerMemory:
-        """The memory on the call's device, in the layer's precision, and usable with gradients."""
-        dtype = torch.promote_types(next(self.layers[index].parameters()).dtype, torch.float32)
-        tensors = memory.tensors().values()
-        if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
-            memory = memory.to(device, dtype)
-        # Tensors made under inference_mode can't be saved for backward; a copy made outside can.
-        if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in memory.tensors().values()):
-            memory = memory.clone()
-        return memory
+            if memory is None:
+                continue
+            dtype = torch.promote_types(next(self.layers[index].parameters()).dtype, torch.float32)
+            tensors = memory.tensors().values()
+            if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
+                memory = memory.to(device, dtype)
+            # Tensors made under inference_mode can't be saved for backward; a copy made outside can.
+            if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in memory.tensors().values()):
+                memory = memory.clone()
+            self._held[index] = memory
+        return [memory and memory.expand(batch_size) for memory in self._held], list(self._held)
 
     def _hold(self, rows: LayerMemories, start: LayerMemories) -> None:
         """Hold, detached, what `rows` wrote since `start`; a shared memory takes the sum over the rows."""
@@ -194,14 +187,10 @@ class HeldMemory(nn.Module):
             if now is begun and memory.rows == (self._held_rows or 1):
                 held[index] = memory.finish_call()
                 continue
-            layer = self.layer_list[index]
-            empty = layer.empty_memory(1, next(layer.parameters()))
-            now = empty.expand(self._held_rows or 1) if now is None else now
-            held[index] = now.add_changes(empty if begun is None else begun, memory)
+            empty = self._empty(index, 1)
+            held[index] = (now or empty.expand(self._held_rows or 1)).add_changes(begun or empty, memory)
         self._held = held
 
-    def _held_or_empty(self, index: int) -> LayerMemory:
-        held, layer = self._held[index], self.layer_list[index]
-        if held is not None:
-            return held
-        return layer.empty_memory(self._held_rows or 1, next(layer.parameters()))
+    def _empty(self, index: int, rows: int) -> LayerMemory:
+        layer = self.layer_list[index]
+        return layer.empty_memory(rows, next(layer.parameters()))

@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor
@@ -31,12 +31,7 @@ from new_llm.config import UserError
 from new_llm.config.files import shorten
 from new_llm.config.sections import section
 from new_llm.models.held_memory import HeldMemory
-from new_llm.models.state import (
-    MAX_COUNT,
-    STATE_VERSION,
-    check_values,
-    merge_memory_states,
-)
+from new_llm.models.state import MAX_COUNT, STATE_VERSION, check_values, merge_memory_states
 from new_llm.models.tensor_files import (
     DTYPE_NAMES,
     fingerprint_weights,
@@ -103,19 +98,6 @@ class MemoryRecord:
         if indices != sorted(set(indices)):
             raise UserError(f"layers {indices} are not in order, each once")
 
-    def begin_state(self) -> State:
-        """The state without its tensors."""
-        return {
-            layer.layer: {
-                "layer_kind": layer.kind,
-                "version": layer.version,
-                "additive": layer.additive,
-                "per_row": self.rows is not None,
-                **layer.settings,
-            }
-            for layer in self.layers
-        }
-
 
 def make_record(state: State, *, weights_fingerprint: str, segment_length: int) -> MemoryRecord:
     """Describe a state of `get_memory_state`."""
@@ -142,11 +124,7 @@ def make_record(state: State, *, weights_fingerprint: str, segment_length: int) 
 
 @dataclass(frozen=True)
 class MemoryFile:
-    """What a memory file holds.
-
-    Attributes:
-        state: its memory, as `get_memory_state` gives it and `set_memory_state` takes it.
-    """
+    """What a memory file holds: its record, and its memory as `get_memory_state` gives it."""
 
     record: MemoryRecord
     state: State
@@ -169,12 +147,8 @@ def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer: there is no memory to save")
-    state = model.get_memory_state()
-    record = make_record(
-        state,
-        weights_fingerprint=weights_fingerprint or fingerprint_weights(model),
-        segment_length=model.segment_length,
-    )
+    state, fingerprint = model.get_memory_state(), weights_fingerprint or fingerprint_weights(model)
+    record = make_record(state, weights_fingerprint=fingerprint, segment_length=model.segment_length)
     write_memory_file(Path(path), MemoryFile(record, state))
 
 
@@ -233,13 +207,11 @@ def read_memory_file(path: Path) -> MemoryFile:
         if header.dtypes[name] not in DTYPE_NAMES.values() or not is_possible:
             found = f"has shape {list(shape)} of {header.dtypes[name]}"
             raise UserError(shorten(f"{path}: {name} {found}, which no memory has"))
-    state = _fill_state(record, read_safetensors(path), where)
+    tensors = read_safetensors(path)
     try:
-        for index, entry in state.items():
-            check_values(entry, f"layer {index}")
+        return MemoryFile(record, _fill_state(record, tensors))
     except ValueError as error:
         raise UserError(shorten(f"{where}: {error}")) from None
-    return MemoryFile(record, state)
 
 
 def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False) -> MemoryFile:
@@ -275,34 +247,30 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
     return merged
 
 
-def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor], where: str) -> State:
-    """The state of a record and its tensors, each with the record's rows."""
-    state = record.begin_state()
+def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor]) -> State:
+    """The state of a record and its tensors, each with the record's rows; otherwise a ValueError."""
+    state: State = {
+        layer.layer: layer.settings
+        | {"layer_kind": layer.kind, "version": layer.version, "additive": layer.additive}
+        | {"per_row": record.rows is not None}
+        for layer in record.layers
+    }
     by_prefix = {f"layers.{index}": entry for index, entry in state.items()}
-    num_values = {prefix: len(entry) for prefix, entry in by_prefix.items()}
     for name, tensor in tensors.items():
         prefix, _, key = name.rpartition(".")
-        entry = by_prefix.get(prefix)
-        if entry is None or key in entry:
-            raise UserError(shorten(f"{where}: unknown tensor {name}"))
+        if prefix not in by_prefix or key in by_prefix[prefix]:
+            raise ValueError(f"unknown tensor {name}")
         if record.rows is not None and tensor.shape[:1] != (record.rows,):
-            raise UserError(shorten(f"{where}: {name} has shape {list(tensor.shape)}, not {record.rows} rows"))
-        entry[key] = tensor
-    if bare := [prefix for prefix, entry in by_prefix.items() if len(entry) == num_values[prefix]]:
-        raise UserError(shorten(f"{where}: no tensors of {', '.join(bare)}"))
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not {record.rows} rows")
+        by_prefix[prefix][key] = tensor
+    for index, entry in state.items():
+        if not any(isinstance(value, Tensor) for value in entry.values()):
+            raise ValueError(f"no tensors of layers.{index}")
+        check_values(entry, f"layer {index}")
     return state
 
 
 # Comparing
-
-
-class Distance(NamedTuple):
-    """Two tensors side by side: Frobenius norms, ‖A − B‖ / ‖A‖ (0 where both are zero), ⟨A, B⟩ / (‖A‖ ‖B‖)."""
-
-    norm_a: float
-    norm_b: float
-    relative: float
-    cosine: float
 
 
 def list_tensors(content: MemoryFile) -> dict[str, Tensor]:
@@ -336,10 +304,10 @@ def pair_tensors(a: MemoryFile, b: MemoryFile) -> dict[str, tuple[Tensor, Tensor
     return {place: (one[place], other[place]) for place in one}
 
 
-def measure_distance(a: Tensor, b: Tensor) -> Distance:
-    """The distance of two tensors of one shape, in float64."""
+def measure_distance(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
+    """‖A‖, ‖B‖, ‖A − B‖ / ‖A‖ (0 where both are zero) and the cosine ⟨A, B⟩ / (‖A‖ ‖B‖), in float64."""
     a, b = a.double(), b.double()
     norm_a, norm_b, apart = float(a.norm()), float(b.norm()), float((a - b).norm())
     relative = apart / norm_a if norm_a else (math.inf if apart else 0.0)
     cosine = float((a * b).sum()) / (norm_a * norm_b) if norm_a and norm_b else math.nan
-    return Distance(norm_a, norm_b, relative, cosine)
+    return norm_a, norm_b, relative, cosine

@@ -63,15 +63,8 @@ class ModelStructure:
     layers: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=MAX_LAYERS)]
 
 
-_STRUCTURE = TypeAdapter(ModelStructure)
-_SHAPE = TypeAdapter(LayerShape)
-_SHAPE_KEYS = tuple(LayerShape.__dataclass_fields__)
-
-
 def describe_model(model: TransformerLM) -> dict[str, Any]:
-    """The structure that `build_model` makes the model from: plain values. A layer that is not registered is a
-    ValueError.
-    """
+    """The plain values that `build_model` makes the model from. A layer that is not registered is a ValueError."""
     for index, layer in enumerate(model.layer_list):
         if LAYER_KINDS.get(layer.kind) is not type(layer):
             raise ValueError(
@@ -102,7 +95,7 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
             structure that these weights do not have.
     """
     try:
-        plan = _validate(_STRUCTURE, structure)
+        plan = _validate(ModelStructure, structure)
         with torch.device("meta"):
             planned = [_build_layer(entry) for entry in plan.layers]
         if header is not None:
@@ -121,21 +114,24 @@ def build_model(structure: Any, where: str, header: TensorHeader | None = None) 
     raise UserError(shorten(message))
 
 
-def _validate(adapter: TypeAdapter[Any], values: Any) -> Any:
-    """Values of JSON, of exactly the types that are asked for; NaN and infinity are refused."""
-    return adapter.validate_json(json.dumps(values), strict=True)
+def _validate(kind: type, values: dict[str, Any]) -> Any:
+    """Values of JSON as a dataclass, of exactly the types that it asks for; NaN and infinity are refused."""
+    return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
 
 
 def _build_layer(entry: dict[str, Any]) -> Layer:
-    _validate(_SHAPE, {key: value for key, value in entry.items() if key in _SHAPE_KEYS})
     settings = dict(entry)
-    kind = settings.pop("kind")
+    kind = settings.pop("kind", None)
+    _validate(LayerShape, {"kind": kind} | _pick_fields(LayerShape, settings))
     if kind not in LAYER_KINDS:
         raise ValueError(f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
     layer_type = LAYER_KINDS[kind]
-    names = {field.name for field in dataclasses.fields(layer_type.options_type)}
-    _validate(TypeAdapter(layer_type.options_type), {key: value for key, value in settings.items() if key in names})
+    _validate(layer_type.options_type, _pick_fields(layer_type.options_type, settings))
     return layer_type(**settings)
+
+
+def _pick_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
 
 
 def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHeader) -> None:
@@ -197,14 +193,11 @@ def find_model_fault(folder: Path, structure: dict[str, Any], fingerprint: str) 
 
 
 def read_structure(folder: Path) -> Any:
-    """What `model.json` in a folder holds, which `build_model` validates."""
-    _check_is_there(folder / STRUCTURE_FILE)
+    """What `model.json` in a folder holds, which `build_model` validates; a UserError where a file is missing."""
+    for name in (STRUCTURE_FILE, WEIGHTS_FILE):
+        if not (folder / name).exists():
+            raise UserError(f"{folder}: no saved model here ({name} is missing)")
     return read_json_file(folder / STRUCTURE_FILE)
-
-
-def _check_is_there(file: Path) -> None:
-    if not file.exists():
-        raise UserError(f"{file.parent}: no saved model here ({file.name} is missing)")
 
 
 def load_model(folder: str | Path) -> TransformerLM:
@@ -216,7 +209,6 @@ def load_model(folder: str | Path) -> TransformerLM:
     folder = Path(folder)
     where, weights = str(folder / STRUCTURE_FILE), str(folder / WEIGHTS_FILE)
     structure = read_structure(folder)
-    _check_is_there(folder / WEIGHTS_FILE)
     header = read_header(folder / WEIGHTS_FILE)
     header.check_weights(weights)
     model = build_model(structure, where, header)

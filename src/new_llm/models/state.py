@@ -13,7 +13,9 @@ from torch import Tensor
 STATE_VERSION = 3
 """Version of the layer dictionaries of `get_memory_state`."""
 MAX_COUNT = 2**53
-"""Integers in memories are counts; larger ones are nonsense."""
+"""More than any count in a memory."""
+INDEX_KEYS = ("current_bank", "current_memory_idx")
+"""Keys of the index of the memory that is written next."""
 WHY_NOT_ADDITIVE = (
     "memories of different texts can't be added: what it writes depends on what it holds, as with the delta rule, or "
     "fades, as with decay; use_delta_rule=False without use_alibi and use_token_decay makes memories that add"
@@ -47,25 +49,21 @@ class LayerMemory:
         """Bytes of its floating-point tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values() if t.is_floating_point())
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """A copy with a function applied to every tensor."""
-        return map_tensors(self, function)
-
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """A copy on another device, with floating-point tensors in another dtype."""
-        return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
+        return map_tensors(self, lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     def clone(self) -> Self:
         """A detached copy."""
-        return self.map(lambda t: t.detach().clone())
+        return map_tensors(self, lambda t: t.detach().clone())
 
     def detach(self) -> Self:
         """The same values without gradients."""
-        return self.map(lambda t: t.detach())
+        return map_tensors(self, Tensor.detach)
 
     def expand(self, rows: int) -> Self:
         """A shared memory expanded to one view per row."""
-        return self if self.rows == rows else self.map(lambda t: t.expand(rows, *t.shape[1:]))
+        return self if self.rows == rows else map_tensors(self, lambda t: t.expand(rows, *t.shape[1:]))
 
     def select_rows(self, chosen: Tensor, other: Self) -> Self:
         """This memory's rows where `chosen` [R] is True, the other's elsewhere."""
@@ -74,7 +72,7 @@ class LayerMemory:
 
     def emptied(self) -> Self:
         """An empty memory of the same shape."""
-        return self.map(torch.zeros_like)
+        return map_tensors(self, torch.zeros_like)
 
     def finish_call(self) -> Self:
         """The memory to hold after a call, without fields that only the call itself needs."""
@@ -125,7 +123,7 @@ class MemoryState(LayerMemory):
         """`retained` as a tensor, 1 where it is None, [R, N, H]."""
         return self.norms.new_ones(self.norms.shape[:3]) if self.retained is None else self.retained
 
-    def finish_call(self) -> "MemoryState":
+    def finish_call(self) -> Self:
         """Without `retained`, which is relative to the memory before the call."""
         return replace(self, retained=None)
 
@@ -142,13 +140,10 @@ class MemoryState(LayerMemory):
         """
         left, newly_read = rows.share_left, rows.num_segments - start.num_segments
         before = start.age(rows.num_segments, left)
-        names = ("memories", "norms", "num_tokens", "segments_seen")
-        added = {name: getattr(rows, name) - getattr(before, name) for name in names}
         if self.rows != rows.rows:
-            added = {name: change.sum(0, keepdim=True) for name, change in added.items()}
             left, newly_read = left.amin(0, keepdim=True), newly_read.amax(0, keepdim=True)
         held = self.age(self.num_segments + newly_read, left)
-        return replace(held, **{name: getattr(held, name) + change for name, change in added.items()})
+        return LayerMemory.add_changes(held, before, rows)
 
 
 def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -182,20 +177,12 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def list_tensors(value: Any) -> list[Tensor]:
     """The tensors of nested dataclasses, lists, tuples and mappings."""
     found: list[Tensor] = []
-
-    def note(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    map_tensors(value, note)
+    map_tensors(value, lambda t: found.append(t) or t)
     return found
 
 
 def keep_places(old: Any, new: Any) -> Any:
-    """The new state with its numbers in the old one's tensors, wherever that has one of the same shape and dtype.
-
-    What reads the old tensors, as a CUDA graph does, then finds the new state there.
-    """
+    """The new state with its numbers in the old one's tensors where shape and dtype agree, for CUDA graphs to find."""
     copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
 
     def keep(old: Any, new: Any) -> Any:
@@ -247,10 +234,6 @@ class MemoryFacts:
         return self.keys.get(name, name)
 
 
-INDEX_KEYS = ("current_bank", "current_memory_idx")
-"""The `index_key`s there are."""
-
-
 def state_to_dict(state: LayerMemory, facts: MemoryFacts, *, per_row: bool) -> dict[str, Any]:
     """Plain CPU tensors, numbers and strings; tensors of a shared memory have no row dimension.
 
@@ -269,23 +252,20 @@ def state_to_dict(state: LayerMemory, facts: MemoryFacts, *, per_row: bool) -> d
         "additive": facts.additive,
         **{facts.key(name): plain(tensor) for name, tensor in state.finish_call().tensors().items()},
     }
-    return entry | ({} if facts.index_key is None else {facts.index_key: _find_turn(entry)})
+    if facts.index_key is not None:
+        entry[facts.index_key] = _find_turn(entry)
+    return entry
 
 
 def _find_turn(entry: dict[str, Any]) -> Tensor:
     return find_written_memory(entry["segment_counter"], entry["segments_per_memory"], entry["num_memories"])
 
 
-def entry_is_per_row(entry: Any) -> bool:
-    """Whether the tensors of a layer's dictionary have a row dimension."""
-    return isinstance(entry, dict) and entry.get("per_row") is True
-
-
 def check_form(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -> int | None:
-    """Check a layer's dictionary but for its numbers, which may be on the meta device.
+    """Check a layer's dictionary, in which nothing is trusted, but for its numbers, which may be on the meta device.
 
     Args:
-        entry: from elsewhere; nothing in it is trusted.
+        entry: the dictionary.
         facts: the layer's.
         empty: the layer's empty memory of one row.
         where: for errors.
@@ -296,9 +276,9 @@ def check_form(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -
     Raises:
         ValueError: the version, layer kind, keys, shapes or settings differ.
     """
-    per_row = entry_is_per_row(entry)
-    tensors = [value for value in entry.values() if isinstance(value, Tensor)] if isinstance(entry, dict) else []
-    rows = min((t.shape[0] if t.dim() else 0 for t in tensors), default=1) if per_row else 1
+    per_row, rows = isinstance(entry, dict) and entry.get("per_row") is True, 1
+    if per_row:
+        rows = min((t.shape[0] if t.dim() else 0 for t in entry.values() if isinstance(t, Tensor)), default=1)
     if rows == 0:
         raise ValueError(f"{where}: its tensors have no rows")
     form = state_to_dict(empty.to(torch.device("meta")).expand(rows), facts, per_row=per_row)
@@ -365,22 +345,23 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
                 raise ValueError(f"{where} ({entry.get('layer_kind')}): {WHY_NOT_ADDITIVE}")
             check_same_layer(entry, states[0][index], where, "state 0")
             check_values(entry, where)
-    return {index: _merge_layer(index, [state[index] for state in states]) for index in states[0]}
-
-
-def _merge_layer(index: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    merged = dict(entries[0])
-    for key, value in entries[0].items():
-        if isinstance(value, Tensor):
-            merged[key] = torch.stack([entry[key] for entry in entries]).sum(0).to(value.dtype)
-    where = f"layer {index} of the sum"
-    for key in merged.keys() & INDEX_KEYS:  # segments count time, not texts: whose turn it is depends on them
-        try:
-            merged["segment_counter"] = torch.stack([entry["segment_counter"] for entry in entries]).amax(0)
-            merged[key] = _find_turn(merged)
-        except (KeyError, TypeError, RuntimeError):  # of a file that claims anything
-            raise ValueError(f"{where}: {key} does not belong to memories written in turn") from None
-    check_values(merged, where)
+    merged: dict[int, dict[str, Any]] = {}
+    for index, first in states[0].items():
+        where = f"layer {index} of the sum"
+        stacks = {
+            key: torch.stack([state[index][key] for state in states])
+            for key, value in first.items()
+            if isinstance(value, Tensor)
+        }
+        entry = first | {key: stack.sum(0).to(first[key].dtype) for key, stack in stacks.items()}
+        for key in entry.keys() & INDEX_KEYS:  # segments count time, not texts: whose turn it is depends on them
+            try:
+                entry["segment_counter"] = stacks["segment_counter"].amax(0)
+                entry[key] = _find_turn(entry)
+            except (KeyError, TypeError, RuntimeError):  # of a file that claims anything
+                raise ValueError(f"{where}: {key} does not belong to memories written in turn") from None
+        check_values(entry, where)
+        merged[index] = entry
     return merged
 
 
@@ -401,13 +382,13 @@ def check_same_layer(entry: Any, expected: dict[str, Any], where: str, whose: st
     if set(entry) != set(expected):
         odd = sorted(str(key) for key in set(entry) ^ set(expected))
         raise ValueError(f"{where}: keys {odd} do not match {whose}")
-    for key, value in expected.items():
+    for key, wanted in expected.items():
         found = entry[key]
-        if not isinstance(value, Tensor):
+        if not isinstance(wanted, Tensor):
             continue
         if not isinstance(found, Tensor):
             raise ValueError(f"{where}: {key} is not a tensor")
-        if value.is_floating_point() != found.is_floating_point():
-            raise ValueError(f"{where}: {key} has dtype {found.dtype}, {whose} {value.dtype}")
-        if value.shape != found.shape:
-            raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, {whose} {tuple(value.shape)}")
+        if wanted.is_floating_point() != found.is_floating_point():
+            raise ValueError(f"{where}: {key} has dtype {found.dtype}, {whose} {wanted.dtype}")
+        if wanted.shape != found.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(found.shape)}, {whose} {tuple(wanted.shape)}")

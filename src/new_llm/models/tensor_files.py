@@ -50,9 +50,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says of its tensors (`F32`, `BF16`, `I64`, …), in agreement with its length, and its
-    metadata.
-    """
+    """A safetensors file's metadata, and its tensors' shapes and dtypes (`F32`, …), in agreement with its length."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -76,31 +74,28 @@ def read_header(path: Path) -> TensorHeader:
         UserError: the file is missing, truncated or not a safetensors file, or its header disagrees with its length.
     """
     check_regular_file(path)
-    beginning = b""
+    is_pickle = False
     try:
         with path.open("rb") as file:
-            beginning = file.read(8)
+            is_pickle = file.read(8).startswith(PICKLE_SIGNATURES)
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             return TensorHeader(shapes, {name: part.get_dtype() for name, part in parts.items()}, file.metadata() or {})
     except (OSError, MemoryError) as error:  # a file is mapped, which a limit of the process may forbid
-        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+        fault = f"can't be read: {getattr(error, 'strerror', None) or error}"
     except SafetensorError as error:
-        if beginning.startswith(PICKLE_SIGNATURES):
-            raise UserError(
-                f"{path}: not a safetensors file but a pickle, as torch.save writes: read it with "
+        fault = f"truncated, or not a safetensors file: {error}"
+        if is_pickle:
+            fault = (
+                "not a safetensors file but a pickle, as torch.save writes: read it with "
                 "torch.load(path, weights_only=True) and set_memory_state"
-            ) from None
-        raise UserError(shorten(f"{path}: truncated, or not a safetensors file: {error}")) from None
+            )
+    raise UserError(shorten(f"{path}: {fault}"))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, with the digest they were written with if there is one.
-
-    Raises:
-        UserError: as `read_header`, or the content does not match the digest.
-    """
+    """The tensors of a safetensors file; a UserError as of `read_header`, or where they do not match its digest."""
     metadata = read_header(path).metadata
     try:
         tensors = load_file(path)
@@ -138,13 +133,15 @@ def read_torch_file(path: Path) -> Any:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if len(entries) > MAX_ARCHIVE_ENTRIES:
-                raise UserError(f"{path}: not a file of torch.save: it holds {len(entries):,} entries")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # these could be of any size
-                raise UserError(f"{path}: not a file of torch.save: it holds packed entries")
-            if sum(entry.file_size for entry in entries) > size:
-                raise UserError(f"{path}: not a file of torch.save: its entries are larger than the file")
+            entries, fault = archive.infolist(), None
+        if len(entries) > MAX_ARCHIVE_ENTRIES:
+            fault = f"it holds {len(entries):,} entries"
+        elif any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # these could be of any size
+            fault = "it holds packed entries"
+        elif sum(entry.file_size for entry in entries) > size:
+            fault = "its entries are larger than the file"
+        if fault:
+            raise UserError(f"{path}: not a file of torch.save: {fault}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, OSError):
         raise
@@ -245,27 +242,20 @@ def fingerprint_weights(model: nn.Module) -> str:
     return fingerprint_tensors(model.state_dict())
 
 
-def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """`fingerprint_weights` of the model that has these weights."""
-    digest = hashlib.sha256()
-    _hash_tensors(digest, tensors)
+def fingerprint_tensors(tensors: Mapping[str, Tensor], beginning: bytes = b"") -> str:
+    """`fingerprint_weights` of the model that has these weights; of `beginning` and them."""
+    digest = hashlib.sha256(beginning)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_list_bytes(tensor))
     return digest.hexdigest()
 
 
 def hash_content(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """The digest of a file: sha256 over its metadata, but for the digest itself, and its tensors."""
     rest = {name: value for name, value in metadata.items() if name != DIGEST}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    _hash_tensors(digest, tensors)
-    return digest.hexdigest()
-
-
-def _hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Add names, dtypes, shapes and bytes to a digest, in the order of the names."""
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_list_bytes(tensor))
+    return fingerprint_tensors(tensors, json.dumps(rest, sort_keys=True).encode())
 
 
 def _list_bytes(tensor: Tensor) -> Any:

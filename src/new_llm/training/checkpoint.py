@@ -32,7 +32,6 @@ from new_llm.config.files import (
 )
 from new_llm.models import TransformerLM
 from new_llm.models.model_file import find_model_fault, write_model_files
-from new_llm.models.state import entry_is_per_row
 from new_llm.models.tensor_files import (
     check_finite,
     fingerprint_tensors,
@@ -345,7 +344,7 @@ def restore_memory(
 
 
 def _has_rows(entry: dict[str, Any], key: str) -> bool:
-    return entry_is_per_row(entry) and isinstance(entry[key], Tensor)
+    return entry["per_row"] and isinstance(entry[key], Tensor)
 
 
 # The best weights
