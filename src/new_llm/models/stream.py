@@ -161,7 +161,8 @@ class MemoryStream:
         for index, layer in enumerate(self.model.layer_list):
             memory = self.memories[index]
             for opened in self.opened:
-                opened[index], _ = layer.end_segments(opened[index], memory, chosen)
+                if opened[index] is not None:
+                    opened[index], _ = layer.end_segments(opened[index], memory, chosen)
             if memory is not None:
                 self.memories[index] = memory.emptied().select_rows(chosen, memory)
         self.offsets = [0 if is_reset else at for is_reset, at in zip(rows.tolist(), self.offsets, strict=True)]
@@ -253,7 +254,8 @@ class MemoryStream:
         before = [list(opened) for opened in self.opened], list(self.memories)
         for index, (layer, memory) in enumerate(zip(self.model.layer_list, self.memories, strict=True)):
             for opened in self.opened:  # every pass starts a new segment; the last pass's write is the memory
-                opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
+                if opened[index] is not None:
+                    opened[index], self.memories[index] = layer.end_segments(opened[index], memory, rows)
         self.offsets = [0 if is_over else at for is_over, at in zip(ended, self.offsets, strict=True)]
         if self._places is not None:
             self.opened, self.memories = keep_places(before, (self.opened, self.memories))

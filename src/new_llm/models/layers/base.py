@@ -21,26 +21,17 @@ from torch import Tensor, nn
 
 from new_llm.config import PythiaConfig
 from new_llm.config.sections import section
-from new_llm.models.inputs import IGNORE_INDEX
+from new_llm.models.inputs import IGNORE_INDEX, mark_valid
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.state import LayerMemory, MemoryFacts, choose_rows
 
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """The tokens of a call and the head's weight, for layers that stand before the head.
-
-    Attributes:
-        input_ids: [B, n, S] or [B, T].
-        head_weight: one row for each token of the vocabulary, [Z, D].
-    """
+    """The tokens of a call, [B, n, S] or [B, T], and the head's weight, [Z, D], for layers that read them."""
 
     input_ids: Tensor
     head_weight: Tensor
-
-    def look_up_rows(self) -> Tensor:
-        """The head's row of each token, [..., D]."""
-        return F.embedding(self.input_ids, self.head_weight)
 
     def score(self, hidden: Tensor, is_scored: Tensor) -> Tensor:
         """The mean of −log softmax(W LN(h_t))[x_{t+1}]: how well some vectors alone predict the next token.
@@ -85,11 +76,10 @@ class Segments:
     def select(self, index: int, num_segments: int) -> "Segments":
         """One segment of the call."""
         only = slice(index, index + 1)
-        tokens = self.tokens
         return Segments(
             valid=None if self.valid is None else self.valid[:, only],
             write_last=self.write_last or index + 1 < num_segments,
-            tokens=None if tokens is None else replace(tokens, input_ids=tokens.input_ids[:, only]),
+            tokens=self.tokens and replace(self.tokens, input_ids=self.tokens.input_ids[:, only]),
         )
 
 
@@ -128,23 +118,18 @@ class OpenInputs:
 
     Attributes:
         hidden: [B, S, D], zero after a row's last token.
-        input_ids: [B, S], likewise; None where the layer does not use them.
         counts: tokens of each row, [B].
-        head_weight: [Z, D], beside input_ids.
+        tokens: ids [B, S], likewise, and the head; None where the layer does not read them.
     """
 
     hidden: Tensor
     counts: Tensor
-    input_ids: Tensor | None = None
-    head_weight: Tensor | None = None
+    tokens: ReadTokens | None = None
 
     def describe(self, longest: int, counts: Tensor, *, write_last: bool) -> Segments:
         """The open segments as segments of a call, with `counts` tokens in each row."""
-        valid = torch.arange(longest, device=counts.device) < counts.unsqueeze(1)
-        tokens = None
-        if self.input_ids is not None and self.head_weight is not None:
-            tokens = ReadTokens(self.input_ids[:, None, :longest], self.head_weight)
-        return Segments(valid.unsqueeze(1), write_last, tokens)
+        tokens = self.tokens and replace(self.tokens, input_ids=self.tokens.input_ids[:, None, :longest])
+        return Segments(mark_valid(counts, longest).unsqueeze(1), write_last, tokens)
 
 
 class Layer(nn.Module, ABC):
@@ -155,11 +140,13 @@ class Layer(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
-    """The layer's name in configurations, reports and files; set by `register_layer`."""
+    """The layer's name in configurations, reports and files."""
     options_type: ClassVar[type]
-    """The dataclass of its options; set by `register_layer`."""
+    """The dataclass of its options."""
     is_model_type: ClassVar[bool]
-    """Whether the name is a model type of `create_model`; set by `register_layer`."""
+    """Whether the name is a model type of `create_model`."""
+    settings: dict[str, Any]
+    """The constructor's arguments, from which a saved model is rebuilt; like the three above of `register_layer`."""
     has_memory: bool = False
     """Whether the layer carries a memory from segment to segment."""
     passes_gradients: bool = True
@@ -171,8 +158,6 @@ class Layer(nn.Module, ABC):
     nothing back from the device, so that a CUDA graph can replay it."""
     stands_before_head: ClassVar[bool] = False
     """Whether the layer stands between the final LayerNorm and the head; such layers come last."""
-    settings: dict[str, Any]
-    """The constructor's arguments, from which a saved model is rebuilt; set by `register_layer`."""
     hidden_size: int
     auxiliary_loss: Tensor | None = None
     """A scalar loss that `forward` may set in training; the model adds it to the loss of each token."""
@@ -247,44 +232,38 @@ class Layer(nn.Module, ABC):
         Returns:
             The new hidden states [B, T, D] and the new state of the open segments.
         """
-        opened = self._store(hidden, opened, step)
-        segments = opened.describe(step.longest, opened.counts, write_last=False)
-        whole, _ = self(opened.hidden[:, None, : step.longest], memory, segments)
-        places = step.positions.clamp(max=step.longest - 1).unsqueeze(-1).expand_as(hidden)
-        return whole[:, 0].gather(1, places), opened
-
-    def _store(self, hidden: Tensor, opened: OpenInputs | None, step: Step) -> OpenInputs:
-        rows, length = len(hidden), step.segment_length
-        if opened is None:
-            opened = OpenInputs(hidden.new_zeros(rows, length, hidden.shape[2]), torch.zeros_like(step.offsets))
         if step.valid is None:
             row, column = (torch.arange(size, device=hidden.device) for size in step.positions.shape)
             row = row.unsqueeze(1)
         else:
             row, column = step.valid.nonzero(as_tuple=True)
-        kept = opened.hidden.clone()
-        kept[row, step.positions[row, column]] = hidden[row, column]
-        opened = replace(opened, hidden=kept, counts=step.offsets + step.count_tokens())
-        if step.tokens is not None:
-            ids = step.tokens.input_ids
-            stored = ids.new_zeros(rows, length) if opened.input_ids is None else opened.input_ids.clone()
-            stored[row, step.positions[row, column]] = ids[row, column]
-            opened = replace(opened, input_ids=stored, head_weight=step.tokens.head_weight)
-        return opened
+
+        def store(before: Tensor | None, new: Tensor) -> Tensor:
+            kept = new.new_zeros(len(new), step.segment_length, *new.shape[2:]) if before is None else before.clone()
+            kept[row, step.positions[row, column]] = new[row, column]
+            return kept
+
+        tokens, before = step.tokens, opened and opened.tokens
+        if tokens is not None:
+            tokens = replace(tokens, input_ids=store(before and before.input_ids, tokens.input_ids))
+        kept = store(opened and opened.hidden, hidden)
+        opened = OpenInputs(kept, step.offsets + step.count_tokens(), tokens)
+        segments = opened.describe(step.longest, opened.counts, write_last=False)
+        whole, _ = self(opened.hidden[:, None, : step.longest], memory, segments)
+        places = step.positions.clamp(max=step.longest - 1).unsqueeze(-1).expand_as(hidden)
+        return whole[:, 0].gather(1, places), opened
 
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Write and clear the open segments of some rows.
 
         Args:
-            opened: what `step` returned.
+            opened: what `step` returned; not None.
             memory: each row's memory before the open segment.
             ended: rows whose segment ends here, [B] bool.
 
         Returns:
             The new state of the open segments, and the memory after the write.
         """
-        if opened is None:
-            return opened, memory
         counts = opened.counts * ended
         if self.has_memory:
             longest = max(1, int(counts.max()))
@@ -298,28 +277,20 @@ class Layer(nn.Module, ABC):
 
 
 class Attention(nn.Module, ABC):
-    """The part of a layer that mixes tokens; `forward` and `step` have the same result."""
+    """The part of a layer that mixes tokens.
+
+    With memory it also defines `empty_memory`, and for fast streams `step` and `end_segments`, as a `Layer` does. Its
+    `initialize_features`, if any, adjusts freshly drawn weights.
+    """
 
     auxiliary_loss: Tensor | None = None
     """As `Layer.auxiliary_loss`."""
-    has_step: ClassVar[bool] = True
+    has_step: ClassVar[bool] = False
     """Whether there are `step` and `end_segments`; without them the layer runs open segments again."""
 
     @abstractmethod
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
         """Whole segments, [B, n, S, D], in one pass; see `Layer.forward`."""
-
-    def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
-        """More tokens, [B, T, D], of open segments; see `Layer.step`."""
-        raise NotImplementedError
-
-    def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
-        """Close the segments of rows `ended`; see `Layer.end_segments`."""
-        raise NotImplementedError
-
-    def empty_memory(self, rows: int, like: Tensor) -> LayerMemory:
-        """As `Layer.empty_memory`."""
-        raise NotImplementedError(f"{type(self).__name__} does not define empty_memory")
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """As `Layer.gate_parameters`."""
@@ -328,9 +299,6 @@ class Attention(nn.Module, ABC):
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """As `Layer.undecayed_parameters`."""
         return []
-
-    def initialize_features(self) -> None:
-        """Adjust freshly drawn weights, or draw those that are not of linear layers or norms."""
 
 
 class AttentionLayer(Layer):
@@ -444,16 +412,13 @@ class Block(AttentionLayer):
 
 
 def check_divides(what: str, number: int, hidden_size: int) -> int:
-    """The width of a head.
-
-    Raises:
-        ValueError: the number of heads is not positive or does not divide the hidden size.
-    """
+    """The width of a head; a ValueError unless the number of heads is positive and divides the hidden size."""
     if number <= 0 or hidden_size % number:
         raise ValueError(f"{what}: {number} does not divide hidden_size {hidden_size}")
     return hidden_size // number
 
 
+VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 LayerType = TypeVar("LayerType", bound=type[Layer])
 LAYER_KINDS: dict[str, type[Layer]] = {}
 """The layer classes by the name they are registered with."""
@@ -485,32 +450,25 @@ def register_layer(
             raise ValueError(f"layer kind {name!r} is taken by {taken.__name__}")
         LAYER_KINDS[name] = layer_type  # a notebook's cell may define its layer again
         layer_type.kind, layer_type.options_type, layer_type.is_model_type = name, options, model_type
-        _record_settings(layer_type)
+        initialize: Any = layer_type.__init__
+        signature = inspect.signature(initialize)
+
+        @functools.wraps(initialize)
+        def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            initialize(self, *args, **kwargs)
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            _, *given = bound.arguments.items()
+            named = {key: value for key, value in given if signature.parameters[key].kind != VAR_KEYWORD}
+            settings = named | {key: value for key, value in bound.kwargs.items() if key not in named}
+            names = {field.name for field in dataclasses.fields(options)}
+            chosen = options(**{key: value for key, value in settings.items() if key in names})
+            self.settings = settings | dataclasses.asdict(chosen)
+
+        cast(Any, layer_type).__init__ = __init__
         return layer_type
 
     return register
-
-
-def _record_settings(layer_type: type[Layer]) -> None:
-    """Let each new layer keep its constructor's arguments, defaults included, as `settings`."""
-    initialize: Any = layer_type.__init__
-    signature = inspect.signature(initialize)
-
-    @functools.wraps(initialize)
-    def __init__(self: Layer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        initialize(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        settings: dict[str, Any] = {}
-        for parameter, value in list(bound.arguments.items())[1:]:
-            settings |= (
-                value if signature.parameters[parameter].kind == inspect.Parameter.VAR_KEYWORD else {parameter: value}
-            )
-        names = {field.name for field in dataclasses.fields(layer_type.options_type)}
-        given = {key: value for key, value in settings.items() if key in names}
-        self.settings = settings | dataclasses.asdict(cast(Any, layer_type.options_type(**given)))
-
-    cast(Any, layer_type).__init__ = __init__
 
 
 def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) -> Layer:

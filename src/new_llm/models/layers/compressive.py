@@ -23,7 +23,6 @@ from new_llm.models.layers.memory_layer import (
     TokenDecay,
     TokenRule,
     pick_last_key,
-    pick_norms,
     plan_writes,
     shift_keys,
 )
@@ -177,6 +176,7 @@ class CompressiveAttention(MemoryAttention):
         self.convolution = ShortConvolution(3 * hidden_size, size) if size else None
         self.strength = nn.Linear(hidden_size, heads) if options.use_token_strength else None
         self.token_decay = TokenDecay(hidden_size, heads) if options.use_token_decay else None
+        self.forgets = decay is not None or options.use_token_decay
         self.token_gate = nn.Linear(hidden_size, heads, bias=False) if options.use_token_gate else None
         self.has_token_rule = options.use_token_strength or options.use_token_decay or not options.use_normalizer
         if self.has_token_rule and not self.takes_token_rules:
@@ -238,17 +238,10 @@ class CompressiveAttention(MemoryAttention):
         is_usual = self.shares_features and not self.options.normalize_keys and not self.options.use_key_shift
         return self.num_memories == 1 and is_usual and not self.has_token_rule and extras == (None, None, None)
 
-    @property
-    def forgets(self) -> bool:
-        """Whether memories fade."""
-        return self.decay is not None or self.token_decay is not None
-
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """The weights of β, α and the gates of tokens."""
         parts = (self.strength, self.token_decay, self.token_gate)
         return [parameter for part in parts if part is not None for parameter in part.parameters()]
-
-    # The core over whole segments
 
     def forward(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
@@ -323,8 +316,6 @@ class CompressiveAttention(MemoryAttention):
             gate = self.compute_gates(hidden).to(local.dtype).transpose(-1, -2).unsqueeze(-1)
         return gate * from_memory + (1 - gate) * local
 
-    # Writing
-
     def _scan(
         self,
         q: Tensor,
@@ -369,7 +360,7 @@ class CompressiveAttention(MemoryAttention):
             sum_scales = sums.clamp_min(EPSILON).reciprocal() if self.use_normalizer else torch.ones_like(sums)
         delta_scales = growth if self.use_delta_rule else None
         if self.use_delta_rule and num_writes and self.use_normalizer:
-            written = pick_norms(norms[:, :num_writes], schedule.slots).unsqueeze(-2)
+            written = schedule.pick_norms(norms[:, :num_writes]).unsqueeze(-2)
             delta_scales = 1 / multiply_norms(k[:, :num_writes], written).squeeze(-1).clamp_min(EPSILON)
         reads = scan_memories(
             q,
@@ -414,7 +405,7 @@ class CompressiveAttention(MemoryAttention):
         norms = torch.where(chosen[..., None, None], norms + norm.unsqueeze(1), norms)
         return schedule.finish(memory, memories, norms, every)
 
-    # The core over tokens that continue open segments
+    # Streams
 
     def step(
         self, hidden: Tensor, opened: OpenSegment | None, memory: MemoryState | None, step: Step
@@ -487,25 +478,19 @@ class CompressiveAttention(MemoryAttention):
                 held = held * decay[:, None, None]
             written = v - held
         if opened is None:
-            opened = self._open_segment(
-                k.shape[0], v, is_one_sum=written is v and self.shares_features and rule is None
-            )
+            is_one_sum = written is v and self.shares_features and rule is None
+            opened = self._open_segment(k.shape[0], v, is_one_sum=is_one_sum)
         opened = replace(opened, num_tokens=opened.num_tokens + step.count_tokens())
         if self.softmax is None:
             add_outer_products(opened.products, local_k, v)
             opened = replace(opened, keys=opened.keys + local_k.sum(-2, dtype=opened.keys.dtype))
-        if rule is not None:
-            return self._sum_by_rule(k, v, held, opened, rule)
-        if opened.writes is not opened.products:
-            add_outer_products(opened.writes, k, written)
-        if opened.norms is not None:
-            opened = replace(opened, norms=opened.norms + k.sum(-2, dtype=opened.norms.dtype))
-        return opened
-
-    def _sum_by_rule(
-        self, k: Tensor, v: Tensor, held: Tensor | None, opened: OpenSegment, rule: TokenRule
-    ) -> OpenSegment:
-        """Let what the segment has written fade, and add tokens; `held` is what the memory from before it returns."""
+        if rule is None:
+            if opened.writes is not opened.products:
+                add_outer_products(opened.writes, k, written)
+            if opened.norms is not None:
+                opened = replace(opened, norms=opened.norms + k.sum(-2, dtype=opened.norms.dtype))
+            return opened
+        # What the segment has written fades, too.
         assert opened.norms is not None
         assert opened.log_fade is not None
         dtype = opened.writes.dtype
@@ -528,7 +513,7 @@ class CompressiveAttention(MemoryAttention):
         )
 
     def _open_segment(self, rows: int, like: Tensor, *, is_one_sum: bool) -> OpenSegment:
-        """An open segment without tokens; where r = 0, `products` and `writes` are one tensor."""
+        """An open segment without tokens; `is_one_sum` where `products` and `writes` are one tensor, as for r = 0."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         keys = torch.zeros(rows, self.num_memory_heads, self.head_size, dtype=dtype, device=like.device)
         writes = keys.new_zeros(*keys.shape, self.head_size)
@@ -546,11 +531,9 @@ class CompressiveAttention(MemoryAttention):
         )
 
     def end_segments(
-        self, opened: OpenSegment | None, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[OpenSegment | None, MemoryState | None]:
+        self, opened: OpenSegment, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[OpenSegment, MemoryState]:
         """Add the ended rows' sums to the memory whose turn it is, and clear them."""
-        if opened is None:
-            return opened, memory
         if memory is None:
             memory = self.empty_memory(ended.shape[0], opened.writes)
         fade = self._decay_like(memory.norms)

@@ -63,6 +63,8 @@ class GatedDeltaAttention(Attention):
         options: which parts there are.
     """
 
+    has_step: ClassVar[bool] = True
+
     def __init__(self, hidden_size: int, num_heads: int, options: GatedDeltaOptions) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -146,11 +148,9 @@ class GatedDeltaAttention(Attention):
         return self._read(hidden, begun, step.valid, step.count_tokens(), hidden.shape[1])
 
     def end_segments(
-        self, opened: GatedDeltaMemory | None, memory: GatedDeltaMemory | None, ended: Tensor
-    ) -> tuple[GatedDeltaMemory | None, GatedDeltaMemory | None]:
+        self, opened: GatedDeltaMemory, memory: GatedDeltaMemory | None, ended: Tensor
+    ) -> tuple[GatedDeltaMemory, GatedDeltaMemory]:
         """The ended rows' state is their memory, from which their next segment begins."""
-        if opened is None:
-            return opened, memory
         return opened, opened.select_rows(ended, opened.emptied() if memory is None else memory)
 
 

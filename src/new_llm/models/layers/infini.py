@@ -198,11 +198,9 @@ class ParallelInfiniLayer(MemoryLayer):
         return self.add(base, recalled), OpenBranches(cache, sums)
 
     def end_segments(
-        self, opened: OpenBranches | None, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[Any, MemoryState | None]:
+        self, opened: OpenBranches, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[OpenBranches, MemoryState]:
         """Write and clear the open segments of some rows; see `Layer.end_segments`."""
-        if opened is None:
-            return None, memory
         sums, memory = self.attention.end_segments(opened.infini, memory, ended)
         cache, _ = self.base_layer.end_segments(opened.base, None, ended)
         return OpenBranches(cache, sums), memory

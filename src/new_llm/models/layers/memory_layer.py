@@ -4,7 +4,6 @@ Legend: B rows, S tokens of a segment, H memory heads, K key width, N memories o
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -23,9 +22,11 @@ class MemoryAttention(Attention):
     Attributes:
         head_size: K.
         value_size: V.
-        decay: the fixed decay w of each head at each write; None: 1.
+        forgets: whether memories fade.
+        read_loss_weight: weight of a loss of what the memory returns; it reads tokens in training.
     """
 
+    has_step: ClassVar[bool] = True
     gate: nn.Parameter
     dense: nn.Linear
     num_memories: int
@@ -34,7 +35,7 @@ class MemoryAttention(Attention):
     value_size: int
     segments_per_memory: int
     use_delta_rule: bool
-    decay: Sequence[float] | None = None
+    forgets: bool = False
     read_loss_weight: float = 0.0
 
     def empty_memory(self, rows: int, like: Tensor) -> MemoryState:
@@ -49,11 +50,6 @@ class MemoryAttention(Attention):
             num_segments=counts,
             segments_seen=counts,
         )
-
-    @property
-    def forgets(self) -> bool:
-        """Whether memories fade."""
-        return self.decay is not None
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """β."""
@@ -121,6 +117,12 @@ class Schedule:
     num_tokens: Tensor
     num_segments: Tensor
 
+    def pick_norms(self, norms: Tensor) -> Tensor:
+        """z of the memory that each segment is written to: [B, w, N, H, K] to [B, w, H, K]."""
+        if norms.shape[2] == 1:
+            return norms[:, :, 0]
+        return norms.gather(2, self.slots[:, :, None, None, None].expand(-1, -1, 1, *norms.shape[3:])).squeeze(2)
+
     def finish(self, before: MemoryState, memories: Tensor, norms: Tensor, every: Tensor | None) -> MemoryState:
         """The memory after all writes, with these M and z and the decay of `spread_decay`."""
         return MemoryState(
@@ -163,13 +165,6 @@ def plan_writes(memory: MemoryState, counts: Tensor, segments_per_memory: int) -
         num_tokens=torch.cat((before, before + added), dim=1),
         num_segments=memory.num_segments + has_tokens.sum(1),
     )
-
-
-def pick_norms(norms: Tensor, slots: Tensor) -> Tensor:
-    """z of the memory that each segment is written to: [B, w, N, H, K] to [B, w, H, K]."""
-    if norms.shape[2] == 1:
-        return norms[:, :, 0]
-    return norms.gather(2, slots[:, :, None, None, None].expand(-1, -1, 1, *norms.shape[3:])).squeeze(2)
 
 
 class TokenRule(NamedTuple):

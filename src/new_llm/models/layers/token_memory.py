@@ -1,19 +1,27 @@
 """The token memory: for a context it returns the head's rows of the tokens that followed similar contexts."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from new_llm.config.model import MAX_SIZE, Size
 from new_llm.config.sections import section
 from new_llm.models.layers.base import ReadTokens, Segments, Step, register_layer
-from new_llm.models.layers.memory_layer import MemoryAttention, MemoryLayer, pick_last_key, shift_keys
+from new_llm.models.layers.memory_layer import (
+    MemoryAttention,
+    MemoryLayer,
+    Schedule,
+    pick_last_key,
+    plan_writes,
+    shift_keys,
+)
 from new_llm.models.ops import scale_to_length, scan_delta_rule, scan_sums, sum_reads, write_delta_rule
-from new_llm.models.state import LayerMemory, MemoryState, choose_rows
+from new_llm.models.state import LayerMemory, MemoryState
 
 
 @section
@@ -72,23 +80,21 @@ class TokenMemoryAttention(MemoryAttention):
 
     def __init__(self, hidden_size: int, options: TokenMemoryOptions) -> None:
         super().__init__()
-        num_memory_heads, retention_init = options.num_memory_heads, options.retention_init
+        heads, width = options.num_memory_heads, options.memory_key_size or max(hidden_size // 2, 1)
+        self.num_memory_heads, self.head_size, self.value_size = heads, width, hidden_size
         self.use_delta_rule = options.use_delta_rule
-        key_size = options.memory_key_size or max(hidden_size // 2, 1)
-        self.num_memory_heads = num_memory_heads
         self.query_key_init_scale = options.query_key_init_scale
-        self.head_size = key_size
-        self.value_size = hidden_size
-        self.query = nn.Linear(hidden_size, num_memory_heads * key_size)
-        self.key = nn.Linear(hidden_size, num_memory_heads * key_size)
+        self.query = nn.Linear(hidden_size, heads * width)
+        self.key = nn.Linear(hidden_size, heads * width)
         self.value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.strength = nn.Linear(hidden_size, num_memory_heads)
-        self.token_gate = nn.Linear(hidden_size, num_memory_heads, bias=False)
-        self.gate = nn.Parameter(torch.full((num_memory_heads,), options.read_gate_init))
+        self.strength = nn.Linear(hidden_size, heads)
+        self.token_gate = nn.Linear(hidden_size, heads, bias=False)
+        self.gate = nn.Parameter(torch.full((heads,), options.read_gate_init))
         self.dense = nn.Linear(hidden_size, hidden_size, bias=False)
         self.read_scale = nn.Parameter(torch.full((1,), float(options.read_scale_init)))
-        self.retention = nn.Parameter(torch.full((num_memory_heads,), math.log(retention_init / (1 - retention_init))))
-        self.initial_memory = nn.Parameter(torch.zeros(num_memory_heads, key_size, hidden_size))
+        retained = options.retention_init
+        self.retention = nn.Parameter(torch.full((heads,), math.log(retained / (1 - retained))))
+        self.initial_memory = nn.Parameter(torch.zeros(heads, width, hidden_size))
 
     @torch.no_grad()
     def initialize_features(self) -> None:
@@ -108,8 +114,6 @@ class TokenMemoryAttention(MemoryAttention):
         """M₀, the memory before any text."""
         return [self.initial_memory]
 
-    # The core over whole segments
-
     def forward(
         self, hidden: Tensor, memory: MemoryState | None, segments: Segments
     ) -> tuple[Tensor, MemoryState | None]:
@@ -124,20 +128,22 @@ class TokenMemoryAttention(MemoryAttention):
             if segments.valid is not None:
                 k = k * segments.valid[:, :num_writes, None, :, None]
             before = self.empty_memory(batch, beta) if memory is None else memory
-            decay = self._decay(counts > 0, before)
+            schedule, decay = self._plan(before, counts)
             rest = self.initial_memory.to(beta.dtype)
             scan = scan_delta_rule if self.use_delta_rule else scan_plain_rule
+            # a state holds M − M₀, so that an empty one is zero
             reads, change = scan(q, k, v, beta, before.memories[:, 0], rest, decay)
             if num_writes:
                 squares = k.to(beta.dtype).square().sum(-2)
                 norms = scan_sums(before.norms[:, 0], squares, decay.unsqueeze(-1))[:, -1]
-                memory = self._write(before, change, norms, counts, decay)
-        return self._mix(hidden, reads), memory
+                memory = schedule.finish(before, change.unsqueeze(1), norms.unsqueeze(1), decay.unsqueeze(2))
+        return self.dense(reads.to(hidden.dtype)), memory
 
-    def _decay(self, is_written: Tensor, memory: MemoryState) -> Tensor:
-        """w for each segment and head, [B, n, H]; 1 where the segment is empty."""
+    def _plan(self, memory: MemoryState, counts: Tensor) -> tuple[Schedule, Tensor]:
+        """The writes of segments of `counts` tokens [B, n], and w of each, [B, n, H]; 1 where the segment is empty."""
+        schedule = plan_writes(memory, counts, self.segments_per_memory)
         retained = torch.sigmoid(self.retention.to(memory.memories.dtype))
-        return torch.where(is_written.unsqueeze(-1), retained, torch.ones_like(retained))
+        return schedule, torch.where((counts > 0).unsqueeze(-1), retained, torch.ones_like(retained))
 
     def compute_gates(self, hidden: Tensor) -> Tensor:
         """g of each token and head, [..., S, H], float32 at least."""
@@ -149,39 +155,16 @@ class TokenMemoryAttention(MemoryAttention):
         """
         if tokens is None:
             raise ValueError("a token memory needs the head's rows of its tokens: it runs inside a TransformerLM")
-        token_rows = tokens.look_up_rows()
+        token_rows = F.embedding(tokens.input_ids, tokens.head_weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_memory_heads, -1))
-
+        by_head = (self.num_memory_heads, -1)
         beta = 2 * torch.sigmoid(self.strength(hidden).to(dtype))
         v = self.value(scale_to_length(token_rows, dtype=hidden.dtype))
         v = v.to(dtype) if v.dtype == torch.float16 else v
-        q = scale_to_length(split(self.query(hidden)), self.read_scale * self.compute_gates(hidden), v.dtype)
-        k = scale_to_length(split(self.key(hidden)), dtype=v.dtype)
+        q = self.query(hidden).unflatten(-1, by_head)
+        q = scale_to_length(q, self.read_scale * self.compute_gates(hidden), v.dtype)
+        k = scale_to_length(self.key(hidden).unflatten(-1, by_head), dtype=v.dtype)
         return q.transpose(-2, -3), k.transpose(-2, -3), v, beta.transpose(-1, -2)
-
-    def _mix(self, hidden: Tensor, reads: Tensor) -> Tensor:
-        """The layer's contribution [..., S, D] from α Σ_h g_h q_h M_h [..., S, V]."""
-        return self.dense(reads.to(hidden.dtype))
-
-    # Writing. A state holds M − M₀, so that an empty one is zero.
-
-    def _write(self, memory: MemoryState, change: Tensor, norms: Tensor, counts: Tensor, decay: Tensor) -> MemoryState:
-        """The memory after segments of `counts` tokens [B, w], with M − M₀ = `change` [B, H, K, V] and z = `norms`."""
-        new_segments = (counts > 0).sum(1)
-        return replace(
-            memory,
-            memories=change.unsqueeze(1),
-            norms=norms.unsqueeze(1),
-            num_tokens=memory.num_tokens + counts.sum(1, keepdim=True),
-            num_segments=memory.num_segments + new_segments,
-            segments_seen=memory.segments_seen + new_segments,
-            retained=memory.share_left * decay.detach().prod(1).unsqueeze(1),
-        )
-
-    # The core over tokens that continue open segments
 
     def step(
         self, hidden: Tensor, opened: OpenTokens | None, memory: MemoryState | None, step: Step
@@ -196,7 +179,9 @@ class TokenMemoryAttention(MemoryAttention):
             held = memory.memories[:, 0]
             reads = sum_reads(q.transpose(1, 2).flatten(2), rest + held)
             if opened is None:
-                opened = self._open(len(hidden), k)
+                keys = k.new_zeros(len(hidden), self.num_memory_heads, self.head_size)
+                change = keys.new_zeros(*keys.shape, self.value_size)
+                opened = OpenTokens(change, keys, torch.zeros_like(step.offsets), keys)
             k, last_key = shift_keys(k, opened.last_key), pick_last_key(k, opened.last_key, step.valid)
             if step.valid is not None:
                 k = k * step.valid[:, None, :, None]
@@ -211,28 +196,19 @@ class TokenMemoryAttention(MemoryAttention):
                 num_tokens=opened.num_tokens + step.count_tokens(),
                 last_key=last_key,
             )
-        return self._mix(hidden, reads), opened
-
-    def _open(self, rows: int, like: Tensor) -> OpenTokens:
-        keys = like.new_zeros(rows, self.num_memory_heads, self.head_size)
-        num_tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return OpenTokens(keys.new_zeros(*keys.shape, self.value_size), keys, num_tokens, keys)
+        return self.dense(reads.to(hidden.dtype)), opened
 
     def end_segments(
-        self, opened: OpenTokens | None, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[OpenTokens | None, MemoryState | None]:
+        self, opened: OpenTokens, memory: MemoryState | None, ended: Tensor
+    ) -> tuple[OpenTokens, MemoryState]:
         """Add the ended rows' changes to the memory, and clear them."""
-        if opened is None:
-            return opened, memory
         memory = self.empty_memory(len(ended), opened.change) if memory is None else memory
-        counts = (opened.num_tokens * ended).unsqueeze(1)
-        decay = self._decay(counts > 0, memory)
-        change = choose_rows(ended, opened.change, torch.zeros_like(opened.change))
-        norms = choose_rows(ended, opened.norms, torch.zeros_like(opened.norms))
-        change = decay[:, 0, :, None, None] * memory.memories[:, 0] + change
-        norms = decay[:, 0, :, None] * memory.norms[:, 0] + norms
-        memory = self._write(memory, change, norms, counts, decay)
-        return opened.emptied().select_rows(ended, opened), memory
+        schedule, decay = self._plan(memory, (opened.num_tokens * ended).unsqueeze(1))
+        empty = opened.emptied()
+        closed = opened.select_rows(ended, empty)
+        memories = decay.unsqueeze(-1).unsqueeze(-1) * memory.memories + closed.change.unsqueeze(1)
+        norms = decay.unsqueeze(-1) * memory.norms + closed.norms.unsqueeze(1)
+        return empty.select_rows(ended, opened), schedule.finish(memory, memories, norms, decay.unsqueeze(2))
 
 
 def scan_plain_rule(

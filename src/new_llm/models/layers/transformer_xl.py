@@ -148,11 +148,9 @@ class TransformerXLAttention(SoftmaxAttention):
         return self.dense(mixed), OpenKeys(cache, counts)
 
     def end_segments(
-        self, opened: OpenKeys | None, memory: KeyValueMemory | None, ended: Tensor
-    ) -> tuple[OpenKeys | None, KeyValueMemory | None]:
+        self, opened: OpenKeys, memory: KeyValueMemory | None, ended: Tensor
+    ) -> tuple[OpenKeys, KeyValueMemory]:
         """The ended rows' tokens join the memory; the next segment overwrites their slots before it reads them."""
-        if opened is None:
-            return opened, memory
         counts = opened.num_tokens * ended
         before = self.empty_memory(len(ended), opened.cache.keys) if memory is None else memory
         keys, values = (
