@@ -245,7 +245,7 @@ def test_the_published_form_begins_with_what_the_pass_before_ended_with():
     assert torch.equal(model.pass_projection.weight, torch.eye(32))
     hidden = model.embed_in(ids)
     assert torch.equal(model.begin_pass(hidden, hidden), 2 * hidden)
-    assert model.earlier_pass_weight == 1.0
+    assert model.selective.earlier_pass_weight == 1.0
 
 
 @pytest.mark.parametrize(("stack", "weight"), [("mixed", 0.5), ("tokens", 1.0)])

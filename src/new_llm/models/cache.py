@@ -191,12 +191,9 @@ class FollowerCounts:
 
     def __init__(self, order: int) -> None:
         self.order = order
-        self.counts: dict[tuple[int, ...], dict[int, int]] = {}
-        """Followers of each context."""
-        self.totals: dict[tuple[int, ...], int] = {}
-        """Their sum."""
-        self.recent: tuple[int, ...] = ()
-        """The last order − 1 tokens."""
+        self.counts: dict[tuple[int, ...], dict[int, int]] = {}  # followers of each context
+        self.totals: dict[tuple[int, ...], int] = {}  # their sum
+        self.recent: tuple[int, ...] = ()  # the last order − 1 tokens
 
     def read(self, token: int) -> None:
         """Count the text's next token."""
@@ -222,26 +219,10 @@ class FollowerCounts:
         """The last 0, 1, … order − 1 tokens, as far as there are that many."""
         return (self.recent[len(self.recent) - n :] for n in range(len(self.recent) + 1))
 
-    def score(self, target: int) -> list[float]:
-        """The target's probability by each order whose context has been seen."""
-        found: list[float] = []
-        for context in self.contexts():
-            total = self.totals.get(context)
-            if total is None:  # then no longer context has been seen either
-                break
-            found.append(self.counts[context].get(target, 0) / total)
-        return found
-
-    def followers(self) -> list[tuple[Tensor, Tensor]]:
-        """Tokens and their probabilities by each order whose context has been seen."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for context in self.contexts():
-            counts = self.counts.get(context)
-            if counts is None:
-                break
-            shares = torch.tensor(list(counts.values()), dtype=torch.float64) / self.totals[context]
-            found.append((torch.tensor(list(counts)), shares))
-        return found
+    def followers(self) -> list[tuple[dict[int, int], int]]:
+        """What followed each of the last contexts that has been seen, how often each, and all together."""
+        known = itertools.takewhile(self.totals.__contains__, self.contexts())  # no longer one than that has been seen
+        return [(self.counts[context], self.totals[context]) for context in known]
 
 
 class MatchFinder:
@@ -249,15 +230,11 @@ class MatchFinder:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        """The text."""
-        self.latest: dict[tuple[int, ...], int] = {}
-        """Where each run of 1 to `KEY_LENGTH` tokens ended last."""
+        self.counts: dict[int, int] = {}  # of each token
+        self.bits = [0.0]  # the information of the text's first 0, 1, … tokens
+        self.latest: dict[tuple[int, ...], int] = {}  # where each run of 1 to KEY_LENGTH tokens ended last
+        # for each token, where the runs of 1, 2, … tokens that end in it had ended before; −1: nowhere
         self.before: list[list[int]] = []
-        """For each token, where the runs of 1, 2, … tokens that end in it had ended before; −1: nowhere."""
-        self.counts: dict[int, int] = {}
-        """How often each token stands in the text."""
-        self.bits = [0.0]
-        """The information of the text's first 0, 1, … tokens."""
 
     def read(self, token: int) -> None:
         """Read the text's next token."""
@@ -318,10 +295,8 @@ class TextCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.states: Tensor | None = None
-        """The states of the last N tokens, [n, D]; the follower of the last one is not known yet."""
-        self.tokens: Tensor | None = None
-        """Those tokens, [n]."""
+        self.states: Tensor | None = None  # of the last N tokens, [n, D]; the follower of the last is not known yet
+        self.tokens: Tensor | None = None  # those tokens, [n]
         self.counts = FollowerCounts(config.ngram_order) if config.ngram_order else None
         self.matches = MatchFinder() if config.longest_match else None
 
@@ -353,7 +328,7 @@ class TextCache:
             found[:, 1:2] = score_states(joined, read, targets, self.config.num_states, [self.config.theta])
         for place in self._scan(tokens):
             if self.counts:
-                scores = self.counts.score(int(targets[place]))
+                scores = [one.get(int(targets[place]), 0) / total for one, total in self.counts.followers()]
                 found[place, 2 : 2 + len(scores)] = scores
                 contexts[place] = len(scores)
             if self.matches:
@@ -384,8 +359,10 @@ class TextCache:
         for place in self._scan(tokens):
             row = place - skipped
             if self.counts and row >= 0:
-                parts[row] |= dict(enumerate(followers := self.counts.followers(), start=2))
-                contexts[row] = len(followers)
+                for component, (one, total) in enumerate(self.counts.followers(), start=2):
+                    shares = torch.tensor(list(one.values()), dtype=torch.float64) / total
+                    parts[row][component] = torch.tensor(list(one)), shares
+                    contexts[row] = component - 1
             if self.matches and row >= 0:
                 contexts[row], follower = self.matches.find()
                 if follower >= 0:

@@ -36,11 +36,6 @@ MAX_PACKED_ROWS = 8
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 NORMS = ("input_layernorm", "post_attention_layernorm")
-PARTS: dict[str, type[nn.Module]] = {
-    "mlp": MLP,
-    **dict.fromkeys(LINEARS, nn.Linear),
-    **dict.fromkeys(NORMS, nn.LayerNorm),
-}
 ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {PythiaLayer: SoftmaxAttention, InfiniLayer: InfiniAttention}
 
 Forward = Callable[[Tensor], Tensor]
@@ -78,26 +73,32 @@ class DecodingWeights:
 
 
 def choose_forward(linear: nn.Linear, num_rows: int, packs: bool) -> Forward | None:
-    """The fastest product of few rows with a layer's weight; None: the usual one."""
-    if num_rows <= MAX_ROWS.get(linear.weight.dtype, 0) and native.find_kernels(*linear.parameters()) is not None:
-        forward = make_native_forward(linear)
+    """The fastest product of few rows with a layer's weight; None: the usual one.
+
+    It is compiled, or with `packs` oneDNN's; with gradients, under autocast and with more rows the usual one.
+    """
+    dtype = linear.weight.dtype
+    if num_rows <= MAX_ROWS.get(dtype, 0) and native.find_kernels(*linear.parameters()) is not None:
+        multiply, can_run = LinearRows(linear), can_run_compiled
     elif packs and can_pack(linear.weight):
-        forward = pack_linear(linear)
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        pointwise = torch.ops.mkldnn._linear_pointwise.default
+
+        def multiply(x: Tensor) -> Tensor:
+            return pointwise(x, packed, linear.bias, "none", [], "")
+
+        def can_run(x: Tensor) -> bool:
+            return is_plain_call(x, MAX_PACKED_ROWS)
+
     else:
         return None
-    cast(Any, forward).multiplies_weight = True  # see is_plain_linear
-    return forward
-
-
-def make_native_forward(linear: nn.Linear) -> Forward:
-    """A forward that uses the compiled kernel for few rows and the usual product otherwise."""
-    multiply = LinearRows(linear)
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype == multiply.dtype and can_run_compiled(x):
+        if x.dtype == dtype and can_run(x):
             return multiply(x)
         return F.linear(x, linear.weight, linear.bias)
 
+    cast(Any, forward).multiplies_weight = True  # see is_plain_linear
     return forward
 
 
@@ -110,19 +111,6 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack_linear(linear: nn.Linear) -> Forward:
-    """A forward with the layer's weight packed; with gradients, under autocast and with more rows the usual product."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-
-    def forward(x: Tensor) -> Tensor:
-        if x.dtype == packed.dtype and is_plain_call(x, MAX_PACKED_ROWS):
-            return multiply(x, packed, linear.bias, "none", [], "")
-        return F.linear(x, linear.weight, linear.bias)
-
-    return forward
-
-
 def choose_step(layer: nn.Module) -> type["FusedPythiaStep | TritonStep"] | None:
     """What computes a layer's step faster than the layer itself; None: nothing does.
 
@@ -130,7 +118,12 @@ def choose_step(layer: nn.Module) -> type["FusedPythiaStep | TritonStep"] | None
     """
     if type(layer) not in ATTENTIONS or "step" in vars(layer):
         return None
-    kinds = {**PARTS, "attention": ATTENTIONS[type(layer)]}
+    kinds = {
+        "attention": ATTENTIONS[type(layer)],
+        "mlp": MLP,
+        **dict.fromkeys(LINEARS, nn.Linear),
+        **dict.fromkeys(NORMS, nn.LayerNorm),
+    }
     parts = {name: layer.get_submodule(name) for name in kinds}
     given = [parameter for part in (*LINEARS, *NORMS) for parameter in parts[part]._parameters.values()]
     weights, attention = [tensor for tensor in given if tensor is not None], cast(Any, parts["attention"])

@@ -130,7 +130,13 @@ class GenerationRun:
         update_memory: bool,
         use_selective: bool = True,
     ) -> None:
-        check_prompt(input_ids, attention_mask, model.vocab_size)
+        if input_ids.numel() == 0:
+            raise ValueError(f"the prompt is empty: input_ids of shape {tuple(input_ids.shape)} have no token")
+        check_input_ids(input_ids.cpu(), model.vocab_size)
+        check_mask(attention_mask, input_ids)
+        if attention_mask is not None and not (is_real := attention_mask.to(torch.bool).any(1)).all():
+            row = int(is_real.logical_not().nonzero()[0])
+            raise ValueError(f"attention_mask: row {row} has no real token; its prompt is empty")
         for name, ids in (("pad_token_id", (config.pad_token_id,)), ("eos_token_id", config.eos_token_id)):
             if any(token >= model.vocab_size for token in ids):
                 raise ValueError(f"{name}: {max(ids)}; the model knows 0 to {model.vocab_size - 1}")
@@ -165,7 +171,14 @@ class GenerationRun:
         weights = DecodingWeights(self.model, num_rows=len(self.input_ids), packs=packs)
         with torch.no_grad(), weights.in_use():
             logits = self._read_prompts()
-        steps_in_place = packs and self._can_step_in_place()
+        # One call, which a CUDA graph replays, makes a token; hooks would not be called then.
+        steps_in_place = (
+            packs
+            and self.input_ids.device.type in STEPS_IN_PLACE
+            and self.caches is None
+            and self.stream.can_step_in_place
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.model.modules())
+        )
         unread = making = [True] * len(self.is_done)
         self.prompt_seconds = self.seconds = time.perf_counter() - begin
         for number in range(self.config.max_new_tokens):
@@ -239,30 +252,22 @@ class GenerationRun:
         mask = None if all(rows) else torch.tensor(rows).unsqueeze(1)  # on the host, where the stream plans
         return self._mix(self.stream.feed_hidden(self.last_tokens, mask)[:, 0], self.last_tokens, rows)
 
-    def _can_step_in_place(self) -> bool:
-        """Whether tokens are made by one call that a CUDA graph replays. Hooks would not be called then."""
-        return (
-            self.input_ids.device.type in STEPS_IN_PLACE
-            and self.caches is None
-            and self.stream.can_step_in_place
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self.model.modules())
-        )
-
     def _make_token(self, number: int) -> Tensor:
         """Read all rows' last tokens and choose the next ones, [B], on the device alone."""
+
+        def read_and_choose() -> None:
+            hidden = self.stream.read_token(self.tokens)
+            self.tokens[:, 0] = self.sampler.pick(self.model.embed_out(hidden[:, 0]))
+
         if self.step is None:
             self.tokens = self.last_tokens.clone()
             self.stream.begin_steps(self.config.max_new_tokens - number)
             self.step = CapturedCall(self.input_ids.device)
         self.sampler.draw()
-        self.step(self._read_and_choose)
+        self.step(read_and_choose)
         if not self.stream.count_token():
             self.step = CapturedCall(self.input_ids.device)
         return self.tokens[:, 0]
-
-    def _read_and_choose(self) -> None:
-        hidden = self.stream.read_token(self.tokens)
-        self.tokens[:, 0] = self.sampler.pick(self.model.embed_out(hidden[:, 0]))
 
     def _mix(self, hidden: Tensor, tokens: Tensor, rows: list[bool]) -> Tensor:
         """Logits [B, Z] after tokens [B, 1] whose states are [B, D]; the rows that are True are read on by caches."""
@@ -313,17 +318,3 @@ class GenerationRun:
             self.is_done[row] = is_end or text.is_stopped
         self.pieces[row] = piece
         self.parts[row].append(piece)
-
-
-def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Raise ValueError for a prompt without tokens, ids of a wrong shape or range, or a fully masked row."""
-    if input_ids.numel() == 0:
-        raise ValueError(
-            f"the prompt is empty (input_ids of shape {tuple(input_ids.shape)}): at least one token is needed"
-        )
-    check_input_ids(input_ids.cpu(), vocab_size)
-    check_mask(attention_mask, input_ids)
-    if attention_mask is not None:
-        empty = (~attention_mask.to(torch.bool).any(1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"attention_mask: row {empty[0]} has no real token; its prompt is empty")

@@ -78,8 +78,10 @@ class MemoryStream:
             is_level = len({*zip(self.offsets, fed, taken, strict=True)}) == 1
             begin, whole = fed[0], left[0] // segment_length * segment_length
             if whole and is_level and not self.offsets[0] and len({*left}) == 1:
-                taken = [whole] * self.batch_size
-                piece = self._run_whole(input_ids[:, begin : begin + whole])
+                taken, one = [whole] * self.batch_size, input_ids[:, begin : begin + whole]
+                (*_, piece), self.memories = self.model.run_segments(
+                    one, self.memories, write_last=True, num_passes=self.num_passes
+                )
             else:
                 piece = self._run_open(input_ids, fed, taken, is_level=is_level)
             if is_level and piece.shape[1] == input_ids.shape[1]:
@@ -148,7 +150,7 @@ class MemoryStream:
         if max(self.offsets) < self.model.segment_length:
             return True
         before = list_tensors((self.opened, self.memories))
-        self._end_full_segments()
+        self._end_segments(self.model.segment_length)
         after = list_tensors((self.opened, self.memories))
         return len(before) == len(after) and all(map(operator.is_, before, after))
 
@@ -182,20 +184,18 @@ class MemoryStream:
         if update_memory and self._is_reset and self._start_rows is None:
             raise ValueError("a stream whose rows were reset can't be added to a shared memory: use one memory per row")
         if update_memory and self.model.memory_rows != self._start_rows:
+            now, before = (
+                "one memory shared by all rows" if rows is None else f"a memory for each of {rows} rows"
+                for rows in (self.model.memory_rows, self._start_rows)
+            )
             raise ValueError(
-                f"the model holds {describe_rows(self.model.memory_rows)}, but {describe_rows(self._start_rows)} "
-                f"when this stream of {self.batch_size} rows began: it can't take what the stream read"
+                f"the model holds {now}, but {before} when this stream of {self.batch_size} rows began: "
+                "it can't take what the stream read"
             )
         self._is_closed = True
         if update_memory:
-            self._end_segments([at > 0 for at in self.offsets])
+            self._end_segments(1)
             self.model._hold(self.memories, self._start)
-
-    def _run_whole(self, input_ids: Tensor) -> Tensor:
-        passes, self.memories = self.model.run_segments(
-            input_ids, self.memories, write_last=True, num_passes=self.num_passes
-        )
-        return passes[-1]
 
     def _run_open(self, input_ids: Tensor, fed: list[int], taken: list[int], *, is_level: bool) -> Tensor:
         """Feed `taken` tokens of each row, those after `fed`; rows are level where all stand at one place."""
@@ -222,7 +222,7 @@ class MemoryStream:
         )
         hidden = self._run_step(tokens, step)
         self.offsets = ends
-        self._end_full_segments()
+        self._end_segments(self.model.segment_length)
         return hidden
 
     def _run_step(self, tokens: Tensor, step: Step) -> Tensor:
@@ -240,14 +240,13 @@ class MemoryStream:
     def _describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
         if self.model.first_before_head is None:
             return None
-        weight = self.model.read_head_weight() if self._head_weight is None else self._head_weight
-        self._head_weight = weight
-        return ReadTokens(input_ids, weight)
+        if self._head_weight is None:
+            self._head_weight = self.model.read_head_weight()
+        return ReadTokens(input_ids, self._head_weight)
 
-    def _end_full_segments(self) -> None:
-        self._end_segments([at == self.model.segment_length for at in self.offsets])
-
-    def _end_segments(self, ended: list[bool]) -> None:
+    def _end_segments(self, least: int) -> None:
+        """Write and clear the segments of at least so many tokens."""
+        ended = [at >= least for at in self.offsets]
         if not any(ended):
             return
         rows = torch.tensor(ended).to(self.device, non_blocking=True)
@@ -260,8 +259,3 @@ class MemoryStream:
         if self._places is not None:
             self.opened, self.memories = keep_places(before, (self.opened, self.memories))
             self._places.masked_fill_(rows, 0)
-
-
-def describe_rows(rows: int | None) -> str:
-    """How many memories a model holds, in words."""
-    return "one memory shared by all rows" if rows is None else f"a memory for each of {rows} rows"

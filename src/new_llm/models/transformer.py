@@ -74,13 +74,10 @@ class TransformerLM(HeldMemory):
         layers: the layers, all with the same hidden size; their weights are initialised anew.
         vocab_size: rows Z of the embedding and the head.
         segment_length: tokens S in a segment.
-        skip_interval: extra passes through the layers before a token is predicted.
-        earlier_pass_weight: γ; in training pass p of P weighs γ^(P − p) / Σ γ^(P − q). 0: only the last pass.
-        projection_init: W at first: normal or identity.
-        add_embedding: add embed(x) to the input of each further pass.
         layer_norm_eps: ε of the final LayerNorm.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: the head's weight is the embedding's.
+        selective: fields of `SelectiveOptions`; without `skip_interval` there is one pass.
 
     Raises:
         ValueError: no layers, layers of different sizes, a layer before the head that is not among the last, or a
@@ -96,21 +93,13 @@ class TransformerLM(HeldMemory):
         vocab_size: int = PythiaConfig.vocab_size,
         segment_length: int = PythiaConfig.max_position_embeddings,
         *,
-        skip_interval: int = 0,
-        earlier_pass_weight: float = 0.0,
-        projection_init: Literal["normal", "identity"] = "normal",
-        add_embedding: bool = False,
         layer_norm_eps: float = PythiaConfig.layer_norm_eps,
         initializer_range: float = PythiaConfig.initializer_range,
         tie_word_embeddings: bool = PythiaConfig.tie_word_embeddings,
+        **selective: Any,
     ) -> None:
         super().__init__()
-        self.selective = SelectiveOptions(
-            skip_interval=skip_interval,
-            earlier_pass_weight=earlier_pass_weight,
-            projection_init=projection_init,
-            add_embedding=add_embedding,
-        )
+        self.selective = SelectiveOptions(**({"skip_interval": 0} | selective))
         if not layers:
             raise ValueError("layers: at least one layer is needed")
         sizes = sorted({layer.hidden_size for layer in layers})
@@ -119,11 +108,8 @@ class TransformerLM(HeldMemory):
         for name, value in (("vocab_size", vocab_size), ("segment_length", segment_length)):
             if value < 1:
                 raise ValueError(f"{name}: {value} is not positive")
-        self.vocab_size = vocab_size
-        self.segment_length = segment_length
-        self.skip_interval = skip_interval
-        self.earlier_pass_weight = earlier_pass_weight
-        self.add_embedding = add_embedding
+        self.vocab_size, self.segment_length = vocab_size, segment_length
+        self.skip_interval = self.selective.skip_interval
         self.initializer_range = initializer_range
         self.embed_in = nn.Embedding(vocab_size, sizes[0])
         self.layers = nn.ModuleList(layers)
@@ -136,9 +122,9 @@ class TransformerLM(HeldMemory):
         if tie_word_embeddings:
             self.tie_embeddings()
         self.pass_projection = None
-        if skip_interval:  # drawn last, so that with the same seed all other weights equal the plain model's
+        if self.skip_interval:  # drawn last, so that with the same seed all other weights equal the plain model's
             self.pass_projection = nn.Linear(sizes[0], sizes[0])
-            if projection_init == "identity":
+            if self.selective.projection_init == "identity":
                 nn.init.eye_(self.pass_projection.weight)
             else:
                 nn.init.normal_(self.pass_projection.weight, std=initializer_range)
@@ -167,18 +153,9 @@ class TransformerLM(HeldMemory):
         """
         return self.embed_out(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory))
 
-    def compute_hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        update_memory: bool = False,
-        use_selective: bool = True,
-    ) -> Tensor:
+    def compute_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: bool) -> Tensor:
         """The hidden states before the head, [B, T, D]; arguments as in `compute_passes`."""
-        return self.compute_passes(input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective)[
-            -1
-        ]
+        return self.compute_passes(input_ids, attention_mask, **options)[-1]
 
     def compute_passes(
         self,
@@ -190,11 +167,7 @@ class TransformerLM(HeldMemory):
     ) -> list[Tensor]:
         """The hidden states before the head after each pass through the layers, [B, T, D] each.
 
-        Args:
-            input_ids: as in `forward`.
-            attention_mask: as in `forward`.
-            update_memory: as in `forward`.
-            use_selective: False: a single pass with the same weights.
+        Arguments are those of `forward`; with `use_selective` False there is a single pass with the same weights.
         """
         check_input_ids(input_ids, self.vocab_size)
         memories, start = self._begin_call(input_ids.shape[0], input_ids.device)
@@ -225,7 +198,7 @@ class TransformerLM(HeldMemory):
             num_passes: passes through the layers.
 
         Returns:
-            Hidden states after each pass and the final LayerNorm [B, T, D], and each layer's memory.
+            The head's input after each pass [B, T, D], and each layer's memory.
         """
         batch, num_tokens = input_ids.shape
         num_segments = -(-num_tokens // self.segment_length)
@@ -238,13 +211,11 @@ class TransformerLM(HeldMemory):
             valid = mark_valid(packing.lengths, num_segments * length)
         elif missing and write_last:
             valid = mark_valid(torch.full((batch,), num_tokens, device=input_ids.device), num_segments * length)
-        segments = Segments(
-            valid=None if valid is None else valid.view(batch, num_segments, length),
-            write_last=write_last,
-            tokens=self.describe_tokens(padded.view(batch, num_segments, length)),
-        )
-        hidden = hidden.view(batch, num_segments, length, -1)
-        passes, memories = self._run_passes(hidden, memories, segments, num_passes)
+        shape, tokens = (batch, num_segments, length), None
+        if any(layer.reads_tokens for layer in self.layer_list):
+            tokens = ReadTokens(padded.view(shape), self.read_head_weight())
+        segments = Segments(None if valid is None else valid.view(shape), write_last, tokens)
+        passes, memories = self._run_passes(hidden.view(*shape, -1), memories, segments, num_passes)
         return [hidden.flatten(1, 2)[:, :num_tokens].contiguous() for hidden in passes], memories
 
     def _run_passes(
@@ -300,11 +271,6 @@ class TransformerLM(HeldMemory):
         """The index of the first layer between the final LayerNorm and the head; None: there is none."""
         return next((index for index, layer in enumerate(self.layer_list) if layer.stands_before_head), None)
 
-    def describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
-        """The tokens and head weight that layers before the head read; None where there is no such layer."""
-        is_wanted = any(layer.reads_tokens for layer in self.layer_list)
-        return ReadTokens(input_ids, self.read_head_weight()) if is_wanted else None
-
     def read_head_weight(self) -> Tensor:
         """The head as a matrix [Z, D], also where it is wrapped by an adapter, quantised or hooked.
 
@@ -320,7 +286,7 @@ class TransformerLM(HeldMemory):
     def begin_pass(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """The input of the next pass, W h + b, from the output of the last layer and the embedding, [..., D] each."""
         entering = hidden if self.pass_projection is None else self.pass_projection(hidden)
-        return entering + embedded if self.add_embedding else entering
+        return entering + embedded if self.selective.add_embedding else entering
 
     def finish_pass(self, hidden: Tensor) -> Tensor:
         """The head's input, from the output of the last layer."""
@@ -337,9 +303,7 @@ class TransformerLM(HeldMemory):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
-        *,
-        update_memory: bool = False,
-        use_selective: bool = True,
+        **options: bool,
     ) -> Tensor:
         """The loss of the token that follows each position, [B, T] float32 nats; 0 where there is no target.
 
@@ -349,14 +313,10 @@ class TransformerLM(HeldMemory):
             input_ids: [B, T].
             labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
             attention_mask: [B, T]; masked tokens are not targets either.
-            update_memory: as in `forward`.
-            use_selective: False: one pass with the same weights.
+            options: `update_memory` and `use_selective`, as in `compute_passes`.
         """
         targets = self.find_targets(input_ids, labels, attention_mask)
-        passes = self.compute_passes(
-            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
-        )
-        return self.score_passes(passes, targets)
+        return self.score_passes(self.compute_passes(input_ids, attention_mask, **options), targets)
 
     def total_loss(
         self,
@@ -389,13 +349,7 @@ class TransformerLM(HeldMemory):
         return self.add_auxiliary_loss(self.score_passes(passes, targets, "sum", weights), targets)
 
     def compute_loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        update_memory: bool = False,
-        use_selective: bool = True,
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **options: bool
     ) -> tuple[Tensor, LossStatistics]:
         """The mean loss of all predicted tokens and its statistics; arguments as in `token_losses`.
 
@@ -408,13 +362,10 @@ class TransformerLM(HeldMemory):
         num_tokens = int((targets != IGNORE_INDEX).sum())
         if num_tokens == 0:
             raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
-        passes = self.compute_passes(
-            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
-        )
+        passes = self.compute_passes(input_ids, attention_mask, **options)
         total = self.score_passes(passes, targets, "sum")
-        return self.add_auxiliary_loss(total, targets) / num_tokens, LossStatistics(
-            num_tokens=num_tokens, total_nll=float(total.detach()), passes=len(passes)
-        )
+        statistics = LossStatistics(num_tokens, float(total.detach()), len(passes))
+        return self.add_auxiliary_loss(total, targets) / num_tokens, statistics
 
     def find_targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The token that each position predicts, [B, T]; -100 where there is none or either token is masked."""
@@ -445,9 +396,10 @@ class TransformerLM(HeldMemory):
             reduction: "sum" needs less memory and time.
             weights: factor of each position's loss, [B, T].
         """
-        if len(passes) == 1 or not self.training or not self.earlier_pass_weight:
+        gamma = self.selective.earlier_pass_weight
+        if len(passes) == 1 or not self.training or not gamma:
             return self._score(passes[-1], targets, reduction, weights)
-        shares = [self.earlier_pass_weight ** (len(passes) - 1 - number) for number in range(len(passes))]
+        shares = [gamma ** (len(passes) - 1 - number) for number in range(len(passes))]
         losses = [self._score(hidden, targets, reduction, weights) for hidden in passes]
         return torch.stack([share / sum(shares) * loss for share, loss in zip(shares, losses, strict=True)]).sum(0)
 
@@ -462,23 +414,18 @@ class TransformerLM(HeldMemory):
         return total + torch.stack(found).sum() * (targets != IGNORE_INDEX).sum()
 
     def _score(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        reduction: Literal["none", "sum"] = "none",
-        weights: Tensor | None = None,
+        self, hidden: Tensor, targets: Tensor, reduction: Literal["none", "sum"], weights: Tensor | None
     ) -> Tensor:
         """Weighted losses [B, T] of hidden states [B, T, D], or their sum."""
-        rows, wanted = hidden.flatten(0, 1), targets.flatten()
-        head = self.embed_out
+        rows, wanted, head = hidden.flatten(0, 1), targets.flatten(), self.embed_out
+        weights = None if weights is None else weights.flatten()
         # A wrapped, quantised or hooked head must be called, not multiplied by its weight.
         if is_plain_linear(head):
-            label_weights = None if weights is None else weights.flatten()
-            losses = linear_cross_entropy(rows, head.weight, wanted, label_weights=label_weights, reduction=reduction)
+            losses = linear_cross_entropy(rows, head.weight, wanted, label_weights=weights, reduction=reduction)
         else:
             pieces = zip(rows.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True)
             losses = torch.cat([compute_token_losses(head(piece), targets) for piece, targets in pieces])
-            losses = losses if weights is None else losses * weights.flatten()
+            losses = losses if weights is None else losses * weights
             losses = losses.sum() if reduction == "sum" else losses
         return losses if reduction == "sum" else losses.view_as(targets)
 
@@ -534,17 +481,14 @@ class TransformerLM(HeldMemory):
         """`total`, `embedding`, `lm_head` (0 where it is the embedding), `transformer` (layers and final LayerNorm) and
         `per_layer` (a list).
         """
-        per_layer = [count_parameters(layer) for layer in self.layers]
-        embedding = count_parameters(self.embed_in)
-        head = 0 if self.tie_word_embeddings else count_parameters(self.embed_out)
-        total = count_parameters(self)
-        return {
-            "total": total,
-            "embedding": embedding,
-            "lm_head": head,
-            "transformer": total - embedding - head,
-            "per_layer": per_layer,
-        }
+
+        def count(module: nn.Module) -> int:
+            return sum(parameter.numel() for parameter in module.parameters())
+
+        total, embedding = count(self), count(self.embed_in)
+        head = 0 if self.tie_word_embeddings else count(self.embed_out)
+        parts = {"total": total, "embedding": embedding, "lm_head": head, "transformer": total - embedding - head}
+        return parts | {"per_layer": [count(layer) for layer in self.layers]}
 
     def gate_values(self) -> dict[str, list[float]]:
         """The gates g of each memory layer's heads, by the layer's name in the state dict."""
@@ -566,11 +510,6 @@ class TransformerLM(HeldMemory):
         """α of each parallel adapter by its layer's index; empty where there is none."""
         alphas = {index: getattr(layer, "alpha", None) for index, layer in self.memory_layers.items()}
         return {index: float(a.detach()) for index, a in alphas.items() if isinstance(a, nn.Parameter) and a.dim() == 0}
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Numbers in a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class SelectiveOutputLM(TransformerLM):

@@ -370,7 +370,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The summed loss over `num_items`, or over the tokens that are predicted; NaN where there are none."""
         targets = self.model.find_targets(input_ids, labels.to(input_ids.device), attention_mask)
-        if self.model.training and self.model.earlier_pass_weight:
+        if self.model.training and self.model.selective.earlier_pass_weight:
             total = self.model.score_passes(passes, targets, "sum")  # of all passes, with their weights
         else:
             total = compute_token_losses(logits.flatten(0, 1), targets.flatten()).sum()
