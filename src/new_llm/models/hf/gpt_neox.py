@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import shorten
+from new_llm.models.factory import choose_segment_length
 from new_llm.models.hf.folder import (
     CONFIG_FILE,
     find_checkpoint,
@@ -61,6 +62,7 @@ MAX_NAMES = 5  # of weights in an error
 LayerChoice = str | Mapping[str, Any] | Layer
 """A kind ("infini"), a kind with options ({"kind": "infini", "num_memory_heads": 8}), or a layer."""
 FUSED = "attention.query_key_value."
+"""The projection to q, k and v, which holds them head by head."""
 
 
 def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
@@ -80,33 +82,21 @@ def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
             raise UserError(f"{where}: {key} is {values[key]!r}; Pythia layers have {allowed!r} and no other")
     if dropped := [key for key in DROPOUT_KEYS if values.get(key)]:
         warnings.warn(f"{where}: {', '.join(dropped)}: our layers have no dropout, in training too", stacklevel=3)
-    given = {key: values[key] for key in (*SHAPE_KEYS, *OTHER_KEYS) if values.get(key) is not None}
-    try:
-        return PythiaConfig(**given, **_parse_rotary(values))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _parse_rotary(values: dict[str, Any]) -> dict[str, Any]:
-    """`rotary_pct` and `rotary_emb_base`; where both layouts are there, the new one holds."""
-    for key in ("rope_parameters", "rope_scaling"):
+    for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or {}
         if not isinstance(rope, dict):
-            raise UserError(f"{key} is not a mapping")
+            raise UserError(f"{where}: {key} is not a mapping")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise UserError(f"{key} of type {kind!r}; Pythia layers have plain rotary positions ('default')")
-    rope = values.get("rope_parameters") or {}
-    names = {
-        "rotary_pct": (
-            rope.get("partial_rotary_factor"),
-            values.get("rotary_pct"),
-            values.get("partial_rotary_factor"),
-        ),
-        "rotary_emb_base": (rope.get("rope_theta"), values.get("rotary_emb_base"), values.get("rope_theta")),
-    }
-    given = {name: next((value for value in found if value is not None), None) for name, found in names.items()}
-    return {name: value for name, value in given.items() if value is not None}
+            raise UserError(f"{where}: {key} of type {kind!r}; Pythia layers have plain rotary positions ('default')")
+    given = {key: values[key] for key in (*SHAPE_KEYS, *OTHER_KEYS) if values.get(key) is not None}
+    for key, new_key in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
+        for found in (values.get(new_key), values.get(key), rope.get(new_key)):  # the newest layout holds
+            given |= {} if found is None else {key: found}
+    try:
+        return PythiaConfig(**given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def write_config(config: PythiaConfig, dtype: torch.dtype, token_ids: dict[str, int | None]) -> dict[str, Any]:
@@ -173,7 +163,7 @@ def load_pythia(
     segment_length: int | None = None,
     replace_layers: Mapping[int, LayerChoice] | None = None,
 ) -> TransformerLM:
-    """Make a model from a GPT-NeoX checkpoint, in the precision it is stored in: `load_pythia`.
+    """Make a model from a GPT-NeoX checkpoint, in the precision it is stored in.
 
     Args:
         name_or_directory: a directory that any version of `transformers`, or `export_pythia`, has written, or a hub
@@ -193,12 +183,7 @@ def load_pythia(
         config = parse_config(read_config(folder), str(folder / CONFIG_FILE))
     except UserError as error:
         raise UserError(shorten(str(error))) from None
-    length = config.max_position_embeddings if segment_length is None else segment_length
-    if not 1 <= length <= config.max_position_embeddings:
-        raise ValueError(
-            f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings "
-            f"({config.max_position_embeddings})"
-        )
+    length = choose_segment_length(config, segment_length)
     found = read_weights(folder)
     with torch.device("meta"):  # nothing is drawn that the checkpoint replaces
         try:
@@ -270,23 +255,19 @@ def describe_pythia(model: TransformerLM) -> PythiaConfig:
         raise UserError(f"GPT-NeoX has no layers like {', '.join(foreign)}: {other}")
     if skip_interval := getattr(model, "skip_interval", 0):
         raise UserError(f"GPT-NeoX runs its layers once, this model {1 + skip_interval} times: {other}")
-    settings = layers[0].settings
+    settings = dict(layers[0].settings)
     if any(layer.settings != settings for layer in layers):
         raise UserError(f"GPT-NeoX's layers are all alike, this model's differ: {other}")
     if settings["layer_norm_eps"] != model.final_layer_norm.eps:
         raise UserError(f"GPT-NeoX has one layer_norm_eps, this model's final LayerNorm another: {other}")
     return PythiaConfig(
         vocab_size=model.vocab_size,
-        hidden_size=settings["hidden_size"],
         num_hidden_layers=len(layers),
-        num_attention_heads=settings["num_heads"],
-        intermediate_size=settings["intermediate_size"],
+        num_attention_heads=settings.pop("num_heads"),
         max_position_embeddings=model.segment_length,
-        rotary_pct=settings["rotary_pct"],
-        rotary_emb_base=settings["rotary_emb_base"],
-        layer_norm_eps=settings["layer_norm_eps"],
         initializer_range=model.initializer_range,
         tie_word_embeddings=model.tie_word_embeddings,
+        **settings,
     )
 
 
@@ -304,11 +285,11 @@ def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(layers):
             raise ValueError(f"replace_layers: no layer {index!r}; the model has 0 to {len(layers) - 1}")
     chosen = {index: make_layer(choice, config, index) for index, choice in choices.items()}
-    check_order([chosen.get(index, layer) for index, layer in enumerate(layers)])
-    return [
-        take_over_weights(layer, chosen[index], config.initializer_range) if index in chosen else layer
-        for index, layer in enumerate(layers)
-    ]
+    swapped = [chosen.get(index, layer) for index, layer in enumerate(layers)]
+    check_order(swapped)
+    for index, layer in chosen.items():
+        take_over_weights(layers[index], layer, config.initializer_range)
+    return swapped
 
 
 def make_layer(choice: LayerChoice, config: PythiaConfig, index: int) -> Layer:
@@ -329,7 +310,7 @@ def make_layer(choice: LayerChoice, config: PythiaConfig, index: int) -> Layer:
 
 
 @torch.no_grad()
-def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: float) -> Layer:
+def take_over_weights(old: Layer, new: Layer, initializer_range: float) -> None:
     """Give a layer the weights of the one whose place it takes, wherever name and shape agree; the rest is drawn anew.
 
     Both LayerNorms, the MLP and the output projection keep their numbers. The fused projection holds q, k, v of a head
@@ -352,7 +333,6 @@ def take_over_weights(old: PythiaLayer | Layer, new: Layer, initializer_range: f
                 continue  # nothing is known of how the new layer splits it
             value = split_heads_anew(value, heads[0], heads[1])
         mine.copy_(value)
-    return new
 
 
 def count_heads(attention: nn.Module) -> int | None:

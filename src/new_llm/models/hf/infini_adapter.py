@@ -20,7 +20,7 @@ sha256            of all of this and the tensors
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -117,9 +117,8 @@ def load_base(name: str | Path, *, revision: str | None = None, segment_length: 
 def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = False) -> None:
     """Write the adapter's weights and settings, and what base they belong to; whole, or what was there before.
 
-    The file is .safetensors or .pt (plain tensors, as torch.save writes them). `with_base` writes the base's weights
-    too,
-    where they were trained.
+    The file is .safetensors or .pt (plain tensors, as torch.save writes them). `with_base` also writes the base's
+    weights, where they were trained.
     """
     layers = find_adapters(model)
     if not layers:
@@ -169,10 +168,12 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     shapes = {
         f"layers.{index}.{name}": tuple(value.shape)
         for index, layer in planned.items()
-        for name, value in layer.adapter_state().items()
+        for name, value in layer.state_dict().items()
+        if record.with_base or not name.startswith("base_layer.")
     }
     if record.with_base:
-        shapes |= {_name_in_adapted(name, settings): tuple(value.shape) for name, value in base.items()}
+        adapted = tuple(f"layers.{index}." for index in settings)
+        shapes |= {name: tuple(value.shape) for name, value in base.items() if not name.startswith(adapted)}
     for name in sorted({*content.tensors, *shapes}):
         if name not in shapes or name not in content.tensors:
             raise UserError(shorten(f"{where}: does not fit this base: missing or unknown tensors: {name}"))
@@ -191,14 +192,6 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     model.segment_length = record.segment_length
     model.reset_memory()
     return model
-
-
-def _name_in_adapted(name: str, adapted: Iterable[int]) -> str:
-    """The name that a base's weight has once the layers `adapted` have a memory beside them."""
-    for index in adapted:
-        if name.startswith(prefix := f"layers.{index}."):
-            return f"layers.{index}{BASE}{name.removeprefix(prefix)}"
-    return name
 
 
 # Memories beside layers
@@ -228,8 +221,12 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
     made = {index: make_adapted_layer(model, index, options, base_name) for index in sorted(config.layers)}
     for layer in made.values():
         initialize_weights(layer.attention, PythiaConfig.initializer_range)
-        if config.init == "base":
-            copy_base_attention(layer)
+        if config.init == "base":  # its queries and keys find one another, and the output projection reads such values
+            heads = (layer.base_layer.num_heads, layer.attention.num_memory_heads)
+            for name, value in layer.base_layer.state_dict().items():
+                if name.startswith(("input_layernorm.", "attention.")):
+                    value = split_heads_anew(value, *heads) if "query_key_value" in name else value
+                    layer.get_parameter(name).data.copy_(value)
         if config.zero_init_dense:
             nn.init.zeros_(layer.attention.dense.weight)
             nn.init.zeros_(layer.attention.dense.bias)
@@ -241,19 +238,6 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
     return model
 
 
-@torch.no_grad()
-def copy_base_attention(layer: ParallelInfiniLayer) -> None:
-    """Start the memory from the LayerNorm and the projections of the softmax attention beside it.
-
-    Its queries and keys are then made to find one another, and the output projection reads such values.
-    """
-    heads = (layer.base_layer.num_heads, layer.attention.num_memory_heads)
-    for name, value in layer.base_layer.state_dict().items():
-        if name.startswith(("input_layernorm.", "attention.")):
-            fused = "query_key_value" in name
-            layer.get_parameter(name).copy_(split_heads_anew(value, *heads) if fused else value)
-
-
 def find_adapters(model: TransformerLM) -> dict[int, ParallelInfiniLayer]:
     """The adapted layers by their index."""
     return {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, ParallelInfiniLayer)}
@@ -262,14 +246,9 @@ def find_adapters(model: TransformerLM) -> dict[int, ParallelInfiniLayer]:
 def split_weights(model: TransformerLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The base's weights under the names they have in the base, and the adapter's."""
     prefixes = tuple(f"layers.{index}." for index in find_adapters(model))
-    base: dict[str, Tensor] = {}
-    adapter: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name.startswith(prefixes) and BASE not in name:
-            adapter[name] = value
-        else:
-            base[name.replace(BASE, ".")] = value
-    return base, adapter
+    weights = model.state_dict()
+    adapter = {name: value for name, value in weights.items() if name.startswith(prefixes) and BASE not in name}
+    return {name.replace(BASE, "."): weights[name] for name in weights if name not in adapter}, adapter
 
 
 def make_adapted_layer(
@@ -356,12 +335,11 @@ def read_adapter_file(path: Path) -> AdapterFile:
     """Read and validate an adapter file; needs no model. A broken one, or of another version, is a `UserError`."""
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
-    metadata: Any = None
-    tensors: Any = None
     if path.suffix == ".safetensors":
-        metadata, tensors = read_header(path).metadata, read_safetensors(path)
-    elif isinstance(content := read_torch_file(path), dict):
-        metadata, tensors = content.get("metadata"), content.get("tensors")
+        content: Any = {"metadata": read_header(path).metadata, "tensors": read_safetensors(path)}
+    else:
+        content = read_torch_file(path)
+    metadata, tensors = map(content.get, ("metadata", "tensors")) if isinstance(content, dict) else (None, None)
     record = parse_record(metadata, AdapterRecord, FORMAT, FORMAT_VERSION, where)
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: broken adapter file: it holds no tensors")

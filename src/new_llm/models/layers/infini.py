@@ -212,7 +212,3 @@ class ParallelInfiniLayer(MemoryLayer):
     def gate_parameters(self) -> list[nn.Parameter]:
         """β, the bank weights and α."""
         return [*super().gate_parameters(), self.alpha]
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """The layer's own weights by name: all but the base layer's."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("base_layer.")}

@@ -16,6 +16,7 @@ Legend: B rows, T tokens, H heads, K and V widths of keys and values, n chunks o
 
 import re
 from ctypes import CDLL
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -346,11 +347,7 @@ def _differentiate_chain(retreat: Any, ctx: Any, for_states: Tensor | None, for_
     return *retreat(for_states, for_kept, left, right, decay, states, errors, ctx.num_written), None
 
 
-def _differentiate_compiled(ctx: Any, *upstreams: Tensor | None) -> tuple:
-    return _differentiate_chain(_compiled_retreat, ctx, *upstreams)
-
-
-compiled_chain.register_autograd(_differentiate_compiled, setup_context=_keep_chain)
+compiled_chain.register_autograd(partial(_differentiate_chain, _compiled_retreat), setup_context=_keep_chain)
 
 
 class _Chain(torch.autograd.Function):
@@ -358,8 +355,4 @@ class _Chain(torch.autograd.Function):
 
     forward = staticmethod(_advance)
     setup_context = staticmethod(_keep_chain)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _differentiate_chain(_retreat, ctx, *upstreams)
+    backward = staticmethod(once_differentiable(partial(_differentiate_chain, _retreat)))  # pyright: ignore[reportAssignmentType]

@@ -10,7 +10,7 @@ sum of the head's gradient over chunks are float32.
 """
 
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,18 +78,14 @@ def linear_cross_entropy(
         [N] or one number, in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, another reduction, or (on a CPU, where it costs no synchronisation) a target
-            outside the vocabulary.
+        ValueError: shapes that do not fit, or (on a CPU, where it costs no synchronisation) a target outside the
+            vocabulary.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: [N, D] and [Z, D] are needed")
     for name, tensor in (("targets", targets), ("label_weights", label_weights)):
         if tensor is not None and tensor.shape != hidden.shape[:1]:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one per row")
-    if reduction not in ("none", "sum"):
-        raise ValueError(f"reduction: {reduction!r} is neither 'none' nor 'sum'")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: {chunk_rows} is not positive")
     is_ignored = targets == IGNORE_INDEX
     if targets.device.type == "cpu":
         wrong = ~is_ignored & ((targets < 0) | (targets >= len(weight)))
@@ -112,7 +108,7 @@ def linear_cross_entropy(
         label_weights = label_weights.detach()
     if chunk_rows is None:
         chunk_rows = max(CHUNK_ROWS, kernels.limit_bytes(hidden, 0) // (len(weight) * dtype.itemsize))
-    settings = _Settings(dtype, chunk_rows)
+    settings = dtype, chunk_rows
     with torch.autocast(hidden.device.type, enabled=False):
         if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
             losses = _score(hidden, weight, targets, label_weights, settings)
@@ -150,11 +146,7 @@ def score_logits(logits: Tensor, targets: Tensor, weights: Tensor | None, *, wri
     return losses
 
 
-class _Settings(NamedTuple):
-    """The dtype of the products, and the rows of a chunk."""
-
-    dtype: torch.dtype
-    chunk_rows: int
+_Settings = tuple[torch.dtype, int]  # the dtype of the products, and the rows of a chunk
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -188,7 +180,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _RowLosses(torch.autograd.Function):
-    """ℓ a row: backward makes each chunk's logits once more, with w times the gradient from above as the weights."""
+    """ℓ of each row: backward makes the logits once more, with w times the gradient from above as the weights."""
 
     @staticmethod
     def forward(

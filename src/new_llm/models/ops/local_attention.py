@@ -361,12 +361,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, logsumexp: Tensor, upstream: Tensor) -> t
     return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _attend_backward(*ctx.saved_tensors, upstream)
-
-
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend.register_autograd(
+    lambda ctx, upstream, _: _attend_backward(*ctx.saved_tensors, upstream),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
+)

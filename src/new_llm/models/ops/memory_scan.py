@@ -207,25 +207,20 @@ class Chain:
         self.num_memories, self.wide, self.dtype = num_memories, wide, find_product_dtype(k, wide)
         uses_triton = kernels.uses_triton(k) and (delta_scales is None or suits_delta_kernel(k))
         self.uses_triton = uses_triton and self.num_writes > 0
-        self.k, self.given_keys = self._pick_keys(k), None if written_keys is None else self._pick_keys(written_keys)
-        self.written_keys = self.k if self.given_keys is None else self.given_keys
+        # the written segments' keys in the products' dtype; for kernels and products contiguous, once
+        picked = [None if t is None else t[:, self.written].to(self.dtype) for t in (k, written_keys)]
+        own, self.given_keys = (t.contiguous() if t is not None and self.uses_triton else t for t in picked)
+        assert own is not None
+        self.k, self.written_keys = own, own if self.given_keys is None else self.given_keys
         self.delta_scales = None if delta_scales is None else delta_scales[:, self.written].contiguous()
         self.decay = None if decay is None else decay[:, self.written]
         self.slots = slots[:, self.written]
-        self.common_slots = self._find_common_slots()
-
-    def _pick_keys(self, k: Tensor) -> Tensor:
-        """The written segments' keys in the products' dtype; for kernels and products contiguous, once."""
-        k = k[:, self.written].to(self.dtype)
-        return k.contiguous() if self.uses_triton else k
-
-    def _find_common_slots(self) -> list[int] | None:
-        """m_i where it is the same in all rows and known without waiting for a device."""
-        if self.num_memories == 1:
-            return [0] * self.num_writes
-        if self.slots.device.type == "cpu" and bool((self.slots == self.slots[:1]).all()):
-            return self.slots[0].tolist()
-        return None
+        # m_i where it is the same in all rows and known without waiting for a device
+        self.common_slots: list[int] | None = None
+        if num_memories == 1:
+            self.common_slots = [0] * self.num_writes
+        elif slots.device.type == "cpu" and bool((self.slots == self.slots[:1]).all()):
+            self.common_slots = self.slots[0].tolist()
 
     def advance(self, state: Tensor, v: Tensor, *, is_known: bool = False) -> tuple[Tensor, Tensor]:
         """Write the segments, one after the other, into `state`: X at the first one, afterwards behind the last.
@@ -244,31 +239,26 @@ class Chain:
             v = kernels.load_triton().write_with_delta(state, states, *keys, v, self.decay, self.slots)
         elif self.uses_triton:
             kernels.load_triton().write_sums(state, states, products, self.decay, self.slots)
-        elif products is None:
-            v = self._write_with_delta(state, states, v)
         else:
+            scaled = keys = ()
+            if products is None:
+                scaled, keys = by_segment(self._scale_keys()), by_segment(self.written_keys)
+            updates = list(v.unbind(1))
             for j in range(self.num_writes):
                 states[:, j] = state
-                self._write(state, j, products[:, j])
+                current = self._take(state, j)
+                if products is None:
+                    updates[j] = updates[j] - scaled[j] @ current.to(self.dtype)
+                    product = sum_outer_products(keys[j], updates[j], self.wide)
+                else:
+                    product = products[:, j]
+                if self.decay is not None:
+                    current.mul_(self.decay[:, j, :, None, None])
+                self._put(state, current.add_(product), j)
+            v = torch.stack(updates, 1) if products is None and updates else v
         if self.num_writes < self.num_segments:
             states[:, self.num_writes :] = state.unsqueeze(1)
         return states, v
-
-    def _write_with_delta(self, state: Tensor, states: Tensor, v: Tensor) -> Tensor:
-        """As `advance`, segment by segment."""
-        scaled, keys, updates = by_segment(self._scale_keys()), by_segment(self.written_keys), list(v.unbind(1))
-        for j, value in enumerate(updates):
-            states[:, j] = state
-            updates[j] = value - scaled[j] @ self._take(state, j).to(self.dtype)
-            self._write(state, j, sum_outer_products(keys[j], updates[j], self.wide))
-        return torch.stack(updates, 1) if updates else v
-
-    def _write(self, state: Tensor, j: int, product: Tensor) -> None:
-        """X ← d_j X + P in the memory that segment j is written to."""
-        current = self._take(state, j)
-        if self.decay is not None:
-            current.mul_(self.decay[:, j, :, None, None])
-        self._put(state, current.add_(product), j)
 
     def retreat(self, g: Tensor, states: Tensor, u: Tensor, from_reads: Tensor) -> tuple[Tensor | None, ...]:
         """The way back: u'_i = k'_i G_{i+1}, G_i = d_i G_{i+1} − (e_i k_i)ᵀ u'_i + what the reads of X_i give.

@@ -475,7 +475,12 @@ def load_library() -> ctypes.CDLL:
     for place in _list_places():
         try:
             folder = make_private_folder(place)
-            path = find_library(folder, key) or _keep_library(folder, key, compiler, openmp)
+            path = find_library(folder, key)
+            if path is None:
+                with tempfile.TemporaryDirectory(dir=folder) as name:
+                    built = _compile(Path(name), compiler, openmp)
+                    built.chmod(PRIVATE)
+                    path = built.replace(folder / f"{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so")
             return ctypes.CDLL(str(path))
         except OSError as error:
             _log.debug("no kernels are kept in %s: %s", place, error)
@@ -509,29 +514,13 @@ def make_private_folder(path: Path) -> Path:
 def find_library(folder: Path, key: str) -> Path | None:
     """A kept library of this key whose bytes are those that were written; what fails the check is removed."""
     for path in sorted(folder.glob(f"{key}-*.so")):
-        if _is_intact(path):
-            return path
+        with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            facts = os.fstat(file.fileno())
+            is_own = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & OTHERS_WRITE
+            if is_own and path.stem.endswith(f"-{hashlib.sha256(file.read()).hexdigest()}"):
+                return path
         path.unlink(missing_ok=True)
     return None
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        is_own = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & OTHERS_WRITE
-        return is_own and path.stem.endswith(f"-{hashlib.sha256(file.read()).hexdigest()}")
-
-
-def _keep_library(folder: Path, key: str, compiler: list[str], openmp: Path | None) -> Path:
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        built = _compile(Path(name), compiler, openmp)
-        built.chmod(PRIVATE)
-        path = folder / f"{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so"
-        return built.replace(path)
 
 
 def _compile(folder: Path, compiler: list[str], openmp: Path | None) -> Path:
@@ -551,10 +540,17 @@ def _describe_build() -> tuple[str, list[str], Path | None]:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if os.name != "posix" or not compiler or shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler {' '.join(compiler)!r}")
-    openmp = _find_openmp()
-    version = _run([*compiler, "--version"])
-    sources = (path.read_text() for path in _list_sources())
-    facts = [version, *compiler, *FLAGS, str(openmp), _describe_processor(), *sources]
+    version, processor = _run([*compiler, "--version"]), f"{platform.machine()} {platform.processor()}"
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        processor = "\n".join(line for line in lines if line.startswith(CPU_FACTS))
+    paths: set[Path] = set()
+    with suppress(OSError):
+        fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+        paths = {Path(line[5]) for line in fields if len(line) == 6}
+    # the one that torch has loaded; a second one would bring threads of its own
+    openmp = min((path for path in paths if path.name.startswith(OPENMP_NAMES)), default=None)
+    facts = [version, *compiler, *FLAGS, str(openmp), processor, *(path.read_text() for path in _list_sources())]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32], compiler, openmp
 
 
@@ -574,22 +570,3 @@ def _run(command: list[str]) -> str:
     return subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS, stdin=subprocess.DEVNULL
     ).stdout
-
-
-def _find_openmp() -> Path | None:
-    """The OpenMP library that torch has loaded; a second one would bring threads of its own."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    paths = {Path(line.split(maxsplit=5)[5]) for line in lines if len(line.split(maxsplit=5)) == 6}
-    found = sorted(path for path in paths if path.name.startswith(OPENMP_NAMES))
-    return found[0] if found else None
-
-
-def _describe_processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(line for line in lines if line.startswith(CPU_FACTS))
