@@ -143,7 +143,7 @@ class MemoryState(LayerMemory):
         if self.rows != rows.rows:
             left, newly_read = left.amin(0, keepdim=True), newly_read.amax(0, keepdim=True)
         held = self.age(self.num_segments + newly_read, left)
-        return LayerMemory.add_changes(held, before, rows)
+        return super(MemoryState, held).add_changes(before, rows)
 
 
 def choose_rows(chosen: Tensor, yes: Tensor, no: Tensor) -> Tensor:

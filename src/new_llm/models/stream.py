@@ -79,9 +79,10 @@ class MemoryStream:
             begin, whole = fed[0], left[0] // segment_length * segment_length
             if whole and is_level and not self.offsets[0] and len({*left}) == 1:
                 taken, one = [whole] * self.batch_size, input_ids[:, begin : begin + whole]
-                (*_, piece), self.memories = self.model.run_segments(
+                passes, self.memories = self.model.run_segments(
                     one, self.memories, write_last=True, num_passes=self.num_passes
                 )
+                piece: Tensor = passes[-1]
             else:
                 piece = self._run_open(input_ids, fed, taken, is_level=is_level)
             if is_level and piece.shape[1] == input_ids.shape[1]:
@@ -240,9 +241,9 @@ class MemoryStream:
     def _describe_tokens(self, input_ids: Tensor) -> ReadTokens | None:
         if self.model.first_before_head is None:
             return None
-        if self._head_weight is None:
-            self._head_weight = self.model.read_head_weight()
-        return ReadTokens(input_ids, self._head_weight)
+        weight = self.model.read_head_weight() if self._head_weight is None else self._head_weight
+        self._head_weight = weight
+        return ReadTokens(input_ids, weight)
 
     def _end_segments(self, least: int) -> None:
         """Write and clear the segments of at least so many tokens."""

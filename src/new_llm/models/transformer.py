@@ -99,7 +99,8 @@ class TransformerLM(HeldMemory):
         **selective: Any,
     ) -> None:
         super().__init__()
-        self.selective = SelectiveOptions(**({"skip_interval": 0} | selective))
+        chosen: dict[str, Any] = {"skip_interval": 0} | selective
+        self.selective = SelectiveOptions(**chosen)
         if not layers:
             raise ValueError("layers: at least one layer is needed")
         sizes = sorted({layer.hidden_size for layer in layers})

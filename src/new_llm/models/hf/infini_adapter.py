@@ -339,7 +339,8 @@ def read_adapter_file(path: Path) -> AdapterFile:
         content: Any = {"metadata": read_header(path).metadata, "tensors": read_safetensors(path)}
     else:
         content = read_torch_file(path)
-    metadata, tensors = map(content.get, ("metadata", "tensors")) if isinstance(content, dict) else (None, None)
+    content = content if isinstance(content, dict) else {}
+    metadata, tensors = content.get("metadata"), content.get("tensors")
     record = parse_record(metadata, AdapterRecord, FORMAT, FORMAT_VERSION, where)
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: broken adapter file: it holds no tensors")

@@ -287,6 +287,8 @@ class Attention(nn.Module, ABC):
     """As `Layer.auxiliary_loss`."""
     has_step: ClassVar[bool] = False
     """Whether there are `step` and `end_segments`; without them the layer runs open segments again."""
+    step: Any
+    end_segments: Any
 
     @abstractmethod
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:

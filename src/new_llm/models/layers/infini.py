@@ -199,7 +199,7 @@ class ParallelInfiniLayer(MemoryLayer):
 
     def end_segments(
         self, opened: OpenBranches, memory: MemoryState | None, ended: Tensor
-    ) -> tuple[OpenBranches, MemoryState]:
+    ) -> tuple[OpenBranches, MemoryState | None]:
         """Write and clear the open segments of some rows; see `Layer.end_segments`."""
         sums, memory = self.attention.end_segments(opened.infini, memory, ended)
         cache, _ = self.base_layer.end_segments(opened.base, None, ended)
