@@ -17,10 +17,10 @@ from new_llm.models import TransformerLM, load_model
 from new_llm.training import checkpoint, loop
 from new_llm.training.checkpoint import (
     BEST_FOLDER,
+    CHECKPOINT_NAME,
     CHECKPOINTS_FOLDER,
     find_checkpoint,
     list_checkpoints,
-    name_checkpoint,
     remove_checkpoints,
     write_checkpoint_folder,
 )
@@ -32,7 +32,7 @@ def write(folder: Path, step: int, epoch: int = 0, keep: int = 2) -> Path:
     with write_checkpoint_folder(folder, step, epoch, keep=keep) as temporary:
         (temporary / "weights").write_bytes(step.to_bytes(64, "big"))
         (temporary / "state.json").write_text("{}")
-    return folder / CHECKPOINTS_FOLDER / name_checkpoint(step, epoch)
+    return folder / CHECKPOINTS_FOLDER / CHECKPOINT_NAME.format(step, epoch)
 
 
 def names(folder: Path) -> list[str]:
@@ -82,7 +82,7 @@ def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones
     before, last = write(tmp_path, 3), write(tmp_path, 6)
     flip(last)
     assert write(tmp_path, 4) in list_checkpoints(tmp_path)
-    assert names(tmp_path) == [name_checkpoint(4, 0), before.name]
+    assert names(tmp_path) == [CHECKPOINT_NAME.format(4, 0), before.name]
     flip(write(tmp_path, 6))
     assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 

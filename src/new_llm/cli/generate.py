@@ -108,8 +108,11 @@ class Generate(Command):
         if memory is not None:
             load_memory_file(model, memory, force=self.force)
         config = self.generation
-        if unused := find_unused(config):
-            print(f"note: {', '.join(unused)}: without effect unless --do-sample is given", file=sys.stderr)
+        drawn = () if config.do_sample else ("temperature", "top_k", "top_p", "seed")
+        unused = [name for name in drawn if getattr(config, name) != getattr(GenerationConfig, name)]
+        if unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            print(f"note: {flags}: without effect unless --do-sample is given", file=sys.stderr)
         end = find_special_tokens(tokenizer).get("eos_token")
         if end is not None and not config.eos_token_id:
             config = dataclasses.replace(config, eos_token_id=tokenizer.get_vocab()[end])
@@ -124,15 +127,14 @@ class Generate(Command):
             raise UserError(str(error)) from None
         if self.save_memory is not None:
             save_memory_file(model, self.save_memory)
-        if self.json:
-            for begun_from, statistics in found:
-                self.print_json(begun_from, statistics)
-        elif self.compare_memory is not None:
-            self.print_comparison(*(statistics.texts or () for _, statistics in found))
-        elif not self.stream:
-            self.print_texts(found[0][1].texts or ())
+        self.show(found)
         for _, statistics in found:
-            describe(statistics)
+            passes = "1 pass" if statistics.passes == 1 else f"{statistics.passes} passes"
+            print(
+                f"{statistics.num_tokens:,} new tokens after {statistics.num_prompt_tokens:,} of the prompt in "
+                f"{statistics.seconds:.2f} s, {statistics.tokens_per_second:,.0f} tokens/s, {passes} per token",
+                file=sys.stderr,
+            )
         return 0
 
     def make_texts(
@@ -161,27 +163,26 @@ class Generate(Command):
             print()
         return statistics
 
-    def print_texts(self, texts: "Sequence[str]") -> None:
-        """Each prompt with what follows it."""
-        for number, (prompt, text) in enumerate(zip(self.prompt, texts, strict=True)):
-            if len(self.prompt) > 1:
-                print(f"--- {number + 1} ---")
-            print(for_stdout(prompt + text))
-
-    def print_comparison(self, with_memory: "Sequence[str]", without: "Sequence[str]") -> None:
-        """Each prompt, and below it what follows with the memory and what follows with an empty one."""
-        assert self.compare_memory is not None
-        for prompt, *texts in zip(self.prompt, with_memory, without, strict=True):
-            parts = {"prompt": prompt, f"with {self.compare_memory.name}": texts[0], "with an empty memory": texts[1]}
-            for heading, text in parts.items():
-                print_text(f"--- {heading} ---\n{text}")
+    def show(self, found: "Sequence[tuple[Path | None, GenerationStatistics]]") -> None:
+        """Print each prompt with what follows it; in a comparison, from the memory file and then from an empty one."""
+        if self.json:
+            for memory, statistics in found:
+                self.print_json(memory, statistics)
+        elif self.compare_memory is not None:
+            for prompt, *texts in zip(self.prompt, *(statistics.texts or () for _, statistics in found), strict=True):
+                headings = ("prompt", f"with {self.compare_memory.name}", "with an empty memory")
+                for heading, text in zip(headings, (prompt, *texts), strict=True):
+                    print_text(f"--- {heading} ---\n{text}")
+        elif not self.stream:
+            for number, (prompt, text) in enumerate(zip(self.prompt, found[0][1].texts or (), strict=True)):
+                if len(self.prompt) > 1:
+                    print(f"--- {number + 1} ---")
+                print(for_stdout(prompt + text))
 
     def print_json(self, memory: Path | None, statistics: "GenerationStatistics") -> None:
         """A line for each prompt; the statistics are those of all prompts together."""
-        whole = {
-            name: getattr(statistics, name)
-            for name in ("num_tokens", "num_prompt_tokens", "seconds", "prompt_seconds", "tokens_per_second", "passes")
-        }
+        names = ("num_tokens", "num_prompt_tokens", "seconds", "prompt_seconds", "tokens_per_second", "passes")
+        whole = {name: getattr(statistics, name) for name in names}
         for prompt, text, num_tokens, reason in zip(
             self.prompt, statistics.texts or (), statistics.row_tokens, statistics.finish_reasons, strict=True
         ):
@@ -211,19 +212,3 @@ def read_prompt(path: Path) -> str:
 def for_stdout(text: str) -> str:
     """A text for a terminal, which would obey escape sequences; a file gets it as it is."""
     return make_printable(text) if sys.stdout.isatty() else text
-
-
-def find_unused(config: GenerationConfig) -> list[str]:
-    """The flags of a draw that were given to a greedy generation."""
-    names = () if config.do_sample else ("temperature", "top_k", "top_p", "seed")
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) != getattr(GenerationConfig, name)]
-
-
-def describe(statistics: "GenerationStatistics") -> None:
-    """One line of statistics, on stderr."""
-    passes = "1 pass" if statistics.passes == 1 else f"{statistics.passes} passes"
-    print(
-        f"{statistics.num_tokens:,} new tokens after {statistics.num_prompt_tokens:,} of the prompt in "
-        f"{statistics.seconds:.2f} s, {statistics.tokens_per_second:,.0f} tokens/s, {passes} per token",
-        file=sys.stderr,
-    )

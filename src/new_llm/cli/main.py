@@ -39,6 +39,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-adapter": ("experiment:TrainAdapter", "train a memory adapter on an existing Pythia"),
 }
 
+HELP = """usage: new-llm COMMAND [OPTIONS]
+
+A laboratory for language models with compressive memory.
+
+commands:
+{commands}
+
+new-llm COMMAND --help shows a command's options; --debug shows the traceback of an error; --version."""
+
 BUG, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes. What the machine refuses, such as a full disk, counts as bad input: the user can mend it."""
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "can't start new thread",
@@ -58,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [argument for argument in given if argument != "--debug"]
     prepare_terminal()
     if not given or given[0] in ("-h", "--help"):
-        print(describe_commands())
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+        print(HELP.format(commands="\n".join(lines)))
         return 0
     if given[0] == "--version":
         print(__version__)
@@ -111,7 +122,9 @@ def explain(error: BaseException, without_hub: str = "") -> int:
             complain("interrupted")
         return INTERRUPTED
     code, message = describe_error(error, without_hub)
-    if not tells_errors():
+    processes = sys.modules.get("new_llm.processes")
+    # Before the processes have met all find the same, and the main one says it; later each says what only it found.
+    if not (is_main_process() or (processes is not None and processes.have_met())):
         return end_quietly(code)
     complain(message)
     if code == BUG:
@@ -142,10 +155,11 @@ def describe_error(error: BaseException, without_hub: str) -> tuple[int, str]:
 def find_place(error: BaseException) -> str:
     """File and line of this package where an error came from, without the path that leads to the package."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if f"{os.sep}new_llm{os.sep}" in frame.filename]
-    if not own:
-        return "outside this package"
-    return f"new_llm/{own[-1].filename.rpartition(f'{os.sep}new_llm{os.sep}')[2]}, line {own[-1].lineno}"
+    for frame in reversed(frames):
+        _, package, place = frame.filename.rpartition(f"{os.sep}new_llm{os.sep}")
+        if package:
+            return f"new_llm/{place}, line {frame.lineno}"
+    return "outside this package"
 
 
 def complain(message: str) -> int:
@@ -153,24 +167,6 @@ def complain(message: str) -> int:
     with suppress(OSError):  # the disk that is full may be the one that this goes to
         print(f"new-llm: {make_line(message)}", file=sys.stderr)
     return BAD_INPUT
-
-
-def describe_commands() -> str:
-    """The help of the command itself."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: new-llm COMMAND [OPTIONS]",
-            "",
-            "A laboratory for language models with compressive memory.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "new-llm COMMAND --help shows a command's options; --debug shows the traceback of an error; --version.",
-        ]
-    )
 
 
 TOGETHER = ("experiment", "experiment-selective", "train-adapter")
@@ -197,12 +193,6 @@ def end_quietly(exit_code: int) -> int:
     """Leave it to another process to say what is wrong: a launcher ends all as soon as the first one has ended."""
     time.sleep(QUIET_SECONDS)
     return exit_code
-
-
-def tells_errors() -> bool:
-    """Whether this process says what is wrong: before processes have met all find the same, and one of them says it."""
-    processes = sys.modules.get("new_llm.processes")
-    return is_main_process() or (processes is not None and processes.have_met())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -96,11 +95,27 @@ class Show(Command):
         from new_llm.report import ColumnTable
 
         content = read_memory_file(self.file)
-        console = open_console()
-        for line in _list_facts(self.file, content):
+        console, record = open_console(), content.record
+        whose = "all rows together" if record.rows is None else f"each of {record.rows} rows"
+        lines = [
+            f"{self.file}: {self.file.stat().st_size:,} bytes, written {record.created} by new-llm "
+            f"{record.program_version}",
+            f"memory of {whose}: {_count_tokens(content)}segments of {format_plural(record.segment_length, 'token')}",
+            f"weights: {record.weights_fingerprint}",
+        ]
+        for layer in record.layers:
+            settings = ", ".join(f"{name} {value}" for name, value in layer.settings.items())
+            merging = "can be merged" if layer.additive else "can't be merged"
+            lines.append(f"layer {layer.layer}: {layer.kind}, {merging}{settings and ': '}{settings}")
+        for line in lines:
             console.print(line, soft_wrap=True)
+
+        def measure(tensor: "Tensor") -> str:
+            is_count = tensor.numel() == 1 and not tensor.is_floating_point()
+            return f"{int(tensor):,}" if is_count else _number(float(tensor.double().norm()))
+
         rows = [
-            (place, {"shape": " × ".join(map(str, tensor.shape)), "norm": _norm(tensor)})
+            (place, {"shape": " × ".join(map(str, tensor.shape)), "norm": measure(tensor)})
             for place, tensor in list_tensors(content).items()
         ]
         console.print(ColumnTable.of_words(rows))
@@ -154,10 +169,8 @@ class Compare(Command):
         one, two = (content.record for content in contents)
         console = open_console()
         titles: list[str] = ["‖A‖", "‖B‖", "‖A−B‖/‖A‖", "cosine"]
-        rows = [
-            (place, dict(zip(titles, map(_number, measure_distance(*pair)), strict=True)))
-            for place, pair in pairs.items()
-        ]
+        figures = {place: map(_number, measure_distance(*pair)) for place, pair in pairs.items()}
+        rows = [(place, dict(zip(titles, found, strict=True))) for place, found in figures.items()]
         console.print(ColumnTable.of_words(rows))
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
@@ -171,27 +184,9 @@ class Memory(CommandGroup):
     commands: ClassVar = {"fill": Fill, "show": Show, "merge": Merge, "compare": Compare}
 
 
-def _list_facts(path: Path, content: "MemoryFile") -> Iterator[str]:
-    record = content.record
-    yield f"{path}: {path.stat().st_size:,} bytes, written {record.created} by new-llm {record.program_version}"
-    whose = "all rows together" if record.rows is None else f"each of {record.rows} rows"
-    yield f"memory of {whose}: {_count_tokens(content)}segments of {format_plural(record.segment_length, 'token')}"
-    yield f"weights: {record.weights_fingerprint}"
-    for layer in record.layers:
-        settings = ", ".join(f"{name} {value}" for name, value in layer.settings.items())
-        merging = "can be merged" if layer.additive else "can't be merged"
-        yield f"layer {layer.layer}: {layer.kind}, {merging}{settings and ': '}{settings}"
-
-
 def _count_tokens(content: "MemoryFile") -> str:
     """The tokens that a memory has seen, where its layers count them."""
     return "" if content.tokens_seen is None else f"{format_plural(content.tokens_seen, 'token')} in "
-
-
-def _norm(tensor: "Tensor") -> str:
-    """A tensor's norm; of one count, the count."""
-    is_count = tensor.numel() == 1 and not tensor.is_floating_point()
-    return f"{int(tensor):,}" if is_count else _number(float(tensor.double().norm()))
 
 
 def _number(value: float) -> str:

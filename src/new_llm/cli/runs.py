@@ -66,12 +66,12 @@ class ShowRun(Command):
 
     def execute(self) -> int:
         """Print it."""
-        from new_llm.experiments.run_folder import CONFIG_KINDS, describe_run, list_differences
+        from new_llm.experiments.config import ExperimentConfig
+        from new_llm.experiments.run_folder import CONFIG_KINDS, describe_resumption, describe_run, list_differences
         from new_llm.report import ColumnTable
 
         places = (Path(self.run), self.runs_dir / self.run)
-        files = [kind.file_name for kind in CONFIG_KINDS]
-        folder = next((path for path in places if any((path / file).is_file() for file in files)), None)
+        folder = next((path for path in places for kind in CONFIG_KINDS if (path / kind.file_name).is_file()), None)
         if folder is None:
             raise UserError(f"{self.run}: no run of this name, here or in {self.runs_dir}; `new-llm runs` lists them")
         found = describe_run(folder)
@@ -81,11 +81,16 @@ class ShowRun(Command):
         console.print(f"{folder}: {found.status}")
         rows = [(model.name, describe_model(model) | {"state": model.status}) for model in found.models]
         console.print(ColumnTable.of_words(rows))
+        paths = [folder / "report.html", folder / "results.json", *sorted(folder.glob("*/checkpoints/*"))]
+        files = [str(path) for path in paths if path.exists() and not path.name.startswith(".")]
+        if found.status != "complete":
+            command = "experiment" if isinstance(found.config, ExperimentConfig) else "train-adapter"
+            files.append(f"continue with: {describe_resumption(folder, command)}")
         differences = list_differences(type(found.config)(), found.config)
         sections = {
             "settings other than the defaults": differences,
             "measured since": found.evaluations,
-            "files": list_files(found),
+            "files": files,
         }
         for title, lines in sections.items():
             if lines:
@@ -142,19 +147,6 @@ def describe_model(model: "ModelStatus") -> dict[str, str]:
         "gates": "–" if model.gates is None else f"{model.gates[0]:.2f}–{model.gates[1]:.2f}",
         "checkpoint": f"step {int(newest[1]):,}" if newest else "–",
     }
-
-
-def list_files(found: "RunStatus") -> list[str]:
-    """The report, the results, the checkpoints, and how to resume."""
-    lines = [str(path) for name in ("report.html", "results.json") if (path := found.folder / name).exists()]
-    checkpoints = found.folder.glob("*/checkpoints/*")
-    lines += sorted(str(path) for path in checkpoints if not path.name.startswith("."))
-    if found.status != "complete":
-        from new_llm.experiments.run_folder import describe_resumption
-
-        command = "experiment" if (found.folder / "config.yaml").is_file() else "train-adapter"
-        lines.append(f"continue with: {describe_resumption(found.folder, command)}")
-    return lines
 
 
 # Reports

@@ -147,17 +147,14 @@ class StudyFlags:
         if isinstance(summary, int):
             return summary
         console = open_console()
-        console.print(render_introduction(summary), highlight=False, markup=False)
-        tables = list(make_tables(summary))
+        console.print(render_introduction(summary))
+        tables = [(make_line(title), rows) for title, rows in make_tables(summary)]
         main = {tables[0][0], COST, *(f"Against {name}" for name in (summary["reference"], *summary["baselines"]))}
         for title, rows in tables:
             if title in main:
-                console.print(
-                    "", f"{make_line(title)}.", ColumnTable.of_words(rows), sep="\n", highlight=False, markup=False
-                )
-        others = [make_line(title) for title, _ in tables if title not in main]
-        if others:
-            console.print(f"\nalso in the page and the table: {'; '.join(others)}", highlight=False, markup=False)
+                console.print("", f"{title}.", ColumnTable.of_words(rows), sep="\n")
+        if others := [title for title, _ in tables if title not in main]:
+            console.print(f"\nalso in the page and the table: {'; '.join(others)}")
         files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
         print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))
         return 0

@@ -43,7 +43,8 @@ from new_llm.training.devices import read_random_states, set_random_states
 
 BEST_FOLDER = "best"
 CHECKPOINTS_FOLDER = "checkpoints"
-CHECKPOINT_NAME = re.compile(r"step-(\d+)-epoch-(\d+)")
+CHECKPOINT_NAME = "step-{:09d}-epoch-{:04d}"
+"""By steps done and epochs finished: after an epoch's last step there may be one before and one after validation."""
 WEIGHTS_FILE = "model.safetensors"
 VALUES_FILE = "trainer.pt"
 STATE_FILE = "state.json"
@@ -97,18 +98,16 @@ class Checkpoint(NamedTuple):
 # Folders: one per checkpoint, complete or absent
 
 
-def name_checkpoint(step: int, epoch: int) -> str:
-    """A checkpoint's folder, by steps done and epochs finished, whose names sort by time.
-
-    After an epoch's last step there may be a checkpoint before and one after validation.
-    """
-    return f"step-{step:09d}-epoch-{epoch:04d}"
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a model's folder, damaged ones included, the newest first."""
-    found = [path for path in (folder / CHECKPOINTS_FOLDER).glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted(found, key=_read_place, reverse=True)
+    found = {path: _read_place(path) for path in (folder / CHECKPOINTS_FOLDER).glob("step-*")}
+    return sorted((path for path, place in found.items() if place), key=lambda path: found[path], reverse=True)
+
+
+def _read_place(path: Path) -> tuple[int, ...]:
+    """Step and epoch of a checkpoint; empty for another file."""
+    found = re.fullmatch(r"step-(\d+)-epoch-(\d+)", path.name)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 @contextmanager
@@ -119,7 +118,7 @@ def write_checkpoint_folder(folder: Path, step: int, epoch: int, *, keep: int) -
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: deleted or renamed while the model trained")
-    path = folder / CHECKPOINTS_FOLDER / name_checkpoint(step, epoch)
+    path = folder / CHECKPOINTS_FOLDER / CHECKPOINT_NAME.format(step, epoch)
     with write_folder_atomically(path) as temporary:
         yield temporary
         write_manifest(temporary)
@@ -156,12 +155,6 @@ def remove_checkpoints(folder: Path, keep: int = 0) -> None:
         remove_folder_atomically(path)
     if not keep:
         remove_folder_atomically(folder / CHECKPOINTS_FOLDER)
-
-
-def _read_place(path: Path) -> tuple[int, int]:
-    found = CHECKPOINT_NAME.fullmatch(path.name)
-    assert found is not None
-    return int(found[1]), int(found[2])
 
 
 # Saving and loading
@@ -226,7 +219,13 @@ def load_checkpoint(
         if last is not None:
             with describe_fault(last):
                 found = read_checkpoint(last)
-                _check_model(found, model, optimizer)
+                if misfit := find_misfit(model, found.weights):
+                    raise ValueError(f"it belongs to another model: {misfit}")
+                names = {parameter: name for name, parameter in model.named_parameters()}
+                groups = {group["name"]: {names[one] for one in group["params"]} for group in optimizer.param_groups}
+                stored = found.values["optimizer"]["param_groups"]
+                if {group["name"]: set(group["params"]) for group in stored} != groups:
+                    raise ValueError("its optimizer's groups hold other weights")
     state = processes.share(found and found.state)
     if state is not None:
         with processes.agree(), describe_fault(last or folder):
@@ -260,16 +259,6 @@ def describe_fault(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise whatever a broken file provokes in them
         raise UserError(f"{path}: the checkpoint can't be read: {error}") from None
-
-
-def _check_model(found: Checkpoint, model: TransformerLM, optimizer: Optimizer) -> None:
-    """Reject the checkpoint of another model or optimizer by a ValueError that names what differs."""
-    if misfit := find_misfit(model, found.weights):
-        raise ValueError(f"it belongs to another model: {misfit}")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = {group["name"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
-    if {group["name"]: set(group["params"]) for group in found.values["optimizer"]["param_groups"]} != groups:
-        raise ValueError("its optimizer's groups hold other weights")
 
 
 def find_misfit(model: nn.Module, weights: dict[str, Tensor]) -> str | None:

@@ -122,7 +122,13 @@ class StepMonitor:
 
     def _take_fault(self, step: Step, state: TrainerState) -> None:
         what, value = ("gradient norm", step.grad_norm) if math.isfinite(step.loss) else ("loss", step.loss)
-        saved = self._save_batches(step, state)
+        saved = ""
+        if state.saved_faults < self.config.max_saved_faults:
+            state.saved_faults += 1
+            path = self.folder / FAULTS_FOLDER / f"step-{step.step:09d}.safetensors"
+            gathered = self.processes.gather(step.batches)
+            self.processes.run_on_main(lambda: write_batches(path, gathered))
+            saved = f", saved in {path}"
         line = f"{what} is {value} at step {step.step} ({self.describe_place(step)}){saved}"
         values = {"epoch": step.epoch, "tokens": state.num_tokens, "what": what, "skipped": self.skips_faults}
         self.write("fault", step.step, values)
@@ -140,16 +146,6 @@ class StepMonitor:
             )
         self.note(f"{line}: the step is skipped")
 
-    def _save_batches(self, step: Step, state: TrainerState) -> str:
-        """Save what the processes read, for the first faults of a training; returns where, for messages."""
-        if state.saved_faults >= self.config.max_saved_faults:
-            return ""
-        gathered = self.processes.gather(step.batches)
-        state.saved_faults += 1
-        path = self.folder / FAULTS_FOLDER / f"step-{step.step:09d}.safetensors"
-        self.processes.run_on_main(lambda: write_batches(path, gathered))
-        return f", saved in {path}"
-
     def _look_for_spike(self, step: Step, state: TrainerState) -> None:
         """Warn when a loss rises far above the recent ones, and again only after it has come back."""
         window = self.config.spike_window
@@ -160,15 +156,14 @@ class StepMonitor:
             middle = median(recent)
             deviation = MAD_TO_DEVIATION * median(abs(loss - middle) for loss in recent)
             deviations = (step.loss - middle) / max(deviation, self.config.spike_min_deviation)
-            is_spike = deviations > self.config.spike_threshold
-            if is_spike and not state.in_spike:
+            was_spike, state.in_spike = state.in_spike, deviations > self.config.spike_threshold
+            if state.in_spike and not was_spike:
                 values = {"epoch": step.epoch, "tokens": state.num_tokens, "loss": step.loss, "median": middle}
                 self.write("spike", step.step, values | {"deviations": deviations})
                 self.note(
                     f"the loss spikes: {step.loss:.3f} at step {step.step} ({self.describe_place(step)}), "
                     f"{deviations:.1f} robust deviations above the median {middle:.3f} of the last {window} steps"
                 )
-            state.in_spike = is_spike
         state.recent_losses = [*recent, step.loss][-window:]
 
 

@@ -57,8 +57,16 @@ class MetricsWriter:
             self._board = SummaryWriter(folder / BOARD_FOLDER, purge_step=step + 1 if step else None)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Add one line {"event", "step", ...}; numbers go to TensorBoard and the trackers too."""
-        numbers = name_numbers(event, values)
+        """Add one line {"event", "step", ...}.
+
+        TensorBoard and the trackers get its finite numbers, too: `train/loss`, `gates/layers.0.1` (of a head),
+        `alpha/layers.0`.
+        """
+        shown: dict[str, Any] = {f"{event}/{name}": value for name, value in values.items()}
+        for name, gates in values.get("gates", {}).items():
+            shown |= {f"gates/{name}.{head}": gate for head, gate in enumerate(gates)}
+        shown |= {f"alpha/layers.{layer}": alpha for layer, alpha in values.get("alpha", {}).items()}
+        numbers = {name: n for name, n in shown.items() if isinstance(n, int | float) and math.isfinite(n)}
         with name_refusals(self.path):
             self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
             self._file.flush()
@@ -101,23 +109,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 try:
                     line = json.loads(text)
                 except (ValueError, RecursionError):
-                    break
+                    line = None
                 if not isinstance(line, dict):
                     break
                 lines.append(line)
     return lines
-
-
-def name_numbers(event: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a line by name: `train/loss`, `gates/layers.0.1` per head, `alpha/layers.0`."""
-    numbers: dict[str, float] = {
-        f"{event}/{name}": value
-        for name, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
-    for name, gates in values.get("gates", {}).items():
-        numbers |= {f"gates/{name}.{head}": gate for head, gate in enumerate(gates)}
-    return numbers | {f"alpha/layers.{layer}": alpha for layer, alpha in values.get("alpha", {}).items()}
 
 
 # Trackers: Weights & Biases, MLflow or trackio, through Accelerate

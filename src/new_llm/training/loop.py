@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from new_llm.data.tokenizer import TokenSplit
 from new_llm.models import TransformerLM
 from new_llm.models.held_memory import KeptMemory
 from new_llm.models.model_file import describe_model, save_model
+from new_llm.models.state import map_tensors
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.processes import ALONE, Processes, gather_tensor
 from new_llm.training.checkpoint import BEST_FOLDER, TrainerState, load_checkpoint, restore_best, save_checkpoint
@@ -46,7 +47,6 @@ from new_llm.training.preparation import (
     ShardedModel,
     gather_model,
     make_schedule,
-    map_tensors,
     prefetch_batches,
     prepare_training,
 )
@@ -239,7 +239,9 @@ class Trainer:
         before = self._keep_memory(batches) if self.monitor.skips_faults and self.carries_memory else None
         losses: list[Tensor] = []
         for number, batch in enumerate(batches):
-            with self._synchronise(is_last=number + 1 == len(batches)):
+            # Unreduced gradients of sharded weights would need the memory of whole ones, so each batch's are reduced.
+            reduces = number + 1 == len(batches) or self.structure is not None
+            with nullcontext() if reduces else self.accelerator.no_sync(self.batch_loss):
                 loss = self._forward(batch) / max(num_tokens, 1)
                 self.accelerator.backward(loss * self.processes.count)  # gradients are averaged over processes
             losses.append(loss.detach())
@@ -252,7 +254,11 @@ class Trainer:
         if before is not None:
             self.model.restore_memory(before, self.monitor.has_failed)
         self.optimizer.step()
-        state.cpu_seconds += self._sum_processes(time.process_time() - cpu_begin)
+        cpu_seconds = time.process_time() - cpu_begin
+        if self.config.stop_at == "cpu_seconds":  # which all processes must agree on
+            state.cpu_seconds += sum(self.processes.gather(cpu_seconds))
+        else:
+            state.cpu_seconds += cpu_seconds * self.processes.count
         self.scheduler.step()
         self.optimizer.zero_grad()
         state.step += 1
@@ -264,20 +270,14 @@ class Trainer:
         state.window_seconds += seconds
         self.progress.step(state.step, self.step_loss if is_read else None, num_tokens, seconds)
 
-    def _sum_processes(self, cpu_seconds: float) -> float:
-        """The processor seconds of all processes' part of a step; asked of the others only where it ends training."""
-        if self.processes.count == 1 or self.config.stop_at != "cpu_seconds":
-            return cpu_seconds * self.processes.count
-        return sum(self.processes.gather(cpu_seconds))
-
     def _forward(self, batch: Batch) -> Tensor:
         if self.carries_memory:
             self.model.reset_rows(batch.resets)
         else:
             self.model.reset_memory()
         sent = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-        # The mask stays on the host, which asks what it holds: asking a GPU would be to wait for it.
-        return self.batch_loss(replace(sent, attention_mask=batch.attention_mask))
+        # What the host asks for stays there: asking a GPU would be to wait for it.
+        return self.batch_loss(replace(sent, attention_mask=batch.attention_mask, resets=batch.resets))
 
     def _compute_loss(self, model: TransformerLM, batch: Batch) -> Tensor:
         """The model's own loss, the default `loss_fn`."""
@@ -289,10 +289,6 @@ class Trainer:
             update_memory=self.carries_memory,
         )
 
-    def _synchronise(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        # Unreduced gradients of sharded weights would need the memory of whole ones, so each batch's are reduced.
-        return nullcontext() if is_last or self.structure is not None else self.accelerator.no_sync(self.batch_loss)
-
     def _keep_memory(self, batches: list[Batch]) -> KeptMemory:
         """The memory to continue with if the step is skipped: the current one, but empty where a document begins."""
         now = self.model.keep_memory()
@@ -302,7 +298,7 @@ class Trainer:
         return kept
 
     def _after_step(self, is_asked: StopSignals, *, is_last: bool) -> None:
-        """Read numbers, log and save when due."""
+        """Read numbers, log and save when due; stop if that was asked for."""
         state, config = self.state, self.config
         logs = state.step % config.log_every_steps == 0
         stops = self.processes.any(is_asked())
@@ -379,13 +375,11 @@ class Trainer:
     @contextmanager
     def _open_metrics(self) -> Iterator[None]:
         """Inside the block the main process writes metrics."""
-        run = f"{self.folder.parent.name}/{self.folder.name}"
+        run, state = f"{self.folder.parent.name}/{self.folder.name}", self.state
         with open_trackers(self.accelerator, self.config.trackers, run, self.settings):
             with self.processes.agree():
                 if self.processes.is_main:
-                    self.metrics = MetricsWriter(
-                        self.folder, self.state.metrics_lines, self.state.step, self.accelerator
-                    )
+                    self.metrics = MetricsWriter(self.folder, state.metrics_lines, state.step, self.accelerator)
             try:
                 yield
             finally:
@@ -393,7 +387,6 @@ class Trainer:
                     self.metrics.close()
 
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """A line of metrics."""
         if self.metrics is not None:
             self.metrics.write(event, step, values)
 

@@ -1,10 +1,11 @@
 """What a training step calls: the wrapped model (alone, DDP or FSDP2), the optimizer, and batches made ahead."""
 
+import itertools
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -26,6 +27,7 @@ from new_llm.models import TransformerLM
 from new_llm.models.layers import Layer
 from new_llm.models.model_file import build_model, describe_model
 from new_llm.models.ops.kernels import native
+from new_llm.models.state import map_tensors
 from new_llm.processes import Processes
 from new_llm.training.checkpoint import share_weights
 
@@ -235,20 +237,15 @@ def group_parameters(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
     undecayed = {id(parameter) for layer in layers for parameter in layer.undecayed_parameters()}
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "undecayed": [], "gates": []}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in gates:
-            groups["gates"].append(parameter)
-        elif parameter.dim() < 2 or id(parameter) in undecayed:
-            groups["undecayed"].append(parameter)
-        else:
-            groups["decayed"].append(parameter)
-    rates = {"gates": config.gate_learning_rate}
+        if parameter.requires_grad:
+            is_undecayed = parameter.dim() < 2 or id(parameter) in undecayed
+            name = "gates" if id(parameter) in gates else "undecayed" if is_undecayed else "decayed"
+            groups[name].append(parameter)
     return [
         {
             "params": parameters,
             "name": name,
-            "lr": rates.get(name, config.learning_rate),
+            "lr": config.gate_learning_rate if name == "gates" else config.learning_rate,
             "weight_decay": config.weight_decay if name == "decayed" else 0.0,
         }
         for name, parameters in groups.items()
@@ -282,8 +279,7 @@ def make_schedule(
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         done = read_progress() if read_progress else (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        progress = min(1.0, done)
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return share
 
@@ -301,35 +297,22 @@ def prefetch_batches(
     """
 
     def make(number: int) -> Batch:
-        batch = plan[number]
-        return map_tensors(batch, Tensor.pin_memory) if pin else batch
+        return map_tensors(plan[number], Tensor.pin_memory) if pin else plan[number]
 
     numbers = iter(range(first, len(plan)))
     if num_ahead == 0:
         yield map(make, numbers)
         return
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-    ahead: deque[Future[Batch]] = deque()
+    ahead = deque(executor.submit(make, number) for number in itertools.islice(numbers, num_ahead))
 
     def take() -> Iterator[Batch]:
-        for _ in range(first, len(plan)):
-            while len(ahead) < num_ahead and (number := next(numbers, None)) is not None:
-                ahead.append(executor.submit(make, number))
-            yield ahead.popleft().result()
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(executor.submit(make, number) for number in itertools.islice(numbers, 1))
+            yield batch
 
     try:
         yield take()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors changed, except `resets`."""
-    mask, weights = batch.attention_mask, batch.label_weights
-    return replace(
-        batch,
-        input_ids=change(batch.input_ids),
-        labels=change(batch.labels),
-        attention_mask=None if mask is None else change(mask),
-        label_weights=None if weights is None else change(weights),
-    )
