@@ -90,8 +90,7 @@ class NewLLMConfig(PretrainedConfig):
 
 
 class StreamCache(Cache):
-    """What a model has read so far, row by row, of constant size beyond a segment; rows begin with the model's held
-    memory.
+    """What a model has read so far, row by row, of constant size beyond a segment; rows begin with the held memory.
 
     Rows can be selected and repeated (beam search), and the cache can be copied (`copy.deepcopy`, for several
     continuations of one prompt). It can't be shortened: a memory does not forget its last tokens.
@@ -173,11 +172,9 @@ class StreamCache(Cache):
 
 
 def hold_over_padding(hidden: Tensor, attention_mask: Tensor | None, before: Tensor | None = None) -> Tensor:
-    """Give masked columns of [B, T, D] the hidden state of the last real token before them, perhaps in `before`, [B,
-    D].
+    """Give masked columns of [B, T, D] the hidden state of the last real token before them, or `before` [B, D].
 
-    Generation continues from the last column. Where prompts are padded on the right that is padding, which has no
-    meaning of its own; with this the row continues from its last real token.
+    Generation continues from the last column, which is padding where prompts are padded on the right.
     """
     if attention_mask is None or bool(attention_mask[:, -1].all()):
         return hidden

@@ -52,11 +52,16 @@ def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) 
     try:
         if reachable:
             info = huggingface_hub.HfApi(endpoint=hub_endpoint()).model_info(name, revision=revision)
-            files = choose_files([sibling.rfilename for sibling in info.siblings or []])
-            folder = huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=files, endpoint=hub_endpoint()
+            there = {sibling.rfilename for sibling in info.siblings or []}
+            wanted = [CONFIG_FILE, *[file for file in WEIGHT_FILES if file in there][:1]]  # one set of weights
+            if wanted[-1].endswith(INDEX_ENDING):
+                stem, ending = wanted[-1].removesuffix(INDEX_ENDING).rsplit(".", 1)
+                wanted.append(f"{stem}-*.{ending}")
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, allow_patterns=wanted, endpoint=hub_endpoint()
+                )
             )
-            return Path(folder)
         cached = huggingface_hub.try_to_load_from_cache(name, CONFIG_FILE, revision=revision)
     except HFValidationError as error:
         raise UserError(f"{name}: neither a directory nor a hub name: {describe_failure(error)}") from None
@@ -65,17 +70,6 @@ def find_checkpoint(name_or_directory: str | Path, revision: str | None = None) 
     if not isinstance(cached, str):
         raise UserError(f"{name} is not cached here and the hub at {hub_endpoint()} is out of reach: {INSTEAD}")
     return Path(cached).parent
-
-
-def choose_files(files: list[str]) -> list[str]:
-    """Of a repository's files those to download: the configuration and one set of weights."""
-    chosen = next((name for name in WEIGHT_FILES if name in files), None)
-    if chosen is None:
-        return [CONFIG_FILE]
-    if not chosen.endswith(INDEX_ENDING):
-        return [CONFIG_FILE, chosen]
-    stem, ending = chosen.removesuffix(INDEX_ENDING).rsplit(".", 1)
-    return [CONFIG_FILE, chosen, f"{stem}-*.{ending}"]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -91,10 +85,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint by their names, on the CPU, as they were stored. No pickled code is run."""
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            break
-    else:
+    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if name is None:
         raise UserError(f"{folder}: no weights here; looked for {', '.join(WEIGHT_FILES)}")
     if not name.endswith(INDEX_ENDING):
         return _read_tensors(folder / name)

@@ -320,7 +320,8 @@ def take_over_weights(old: Layer, new: Layer, initializer_range: float) -> None:
     reference = next(old.parameters())
     initialize_weights(new, initializer_range)
     new.to(reference.device, reference.dtype)
-    theirs, heads = old.state_dict(), tuple(count_heads(layer.get_submodule("attention")) for layer in (old, new))
+    theirs, attentions = old.state_dict(), [layer.get_submodule("attention") for layer in (old, new)]
+    heads = [getattr(one, "num_memory_heads", getattr(one, "num_heads", None)) for one in attentions]
     for name, mine in new.state_dict().items():
         if name.startswith("base_layer."):  # a layer that keeps the old one whole, and adds to it
             mine.copy_(theirs[name.removeprefix("base_layer.")])
@@ -329,16 +330,10 @@ def take_over_weights(old: Layer, new: Layer, initializer_range: float) -> None:
         if value is None or value.shape != mine.shape:
             continue
         if name.startswith(FUSED):
-            if heads[0] is None or heads[1] is None:
+            if None in heads:
                 continue  # nothing is known of how the new layer splits it
-            value = split_heads_anew(value, heads[0], heads[1])
+            value = split_heads_anew(value, *heads)
         mine.copy_(value)
-
-
-def count_heads(attention: nn.Module) -> int | None:
-    """Heads whose q, k, v a fused projection holds; None where the attention does not name them."""
-    heads = getattr(attention, "num_memory_heads", getattr(attention, "num_heads", None))
-    return heads if isinstance(heads, int) else None
 
 
 def split_heads_anew(fused: Tensor, old_heads: int, new_heads: int) -> Tensor:

@@ -22,7 +22,7 @@ sha256            of all of this and the tensors
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -130,8 +130,18 @@ def save_adapter(model: TransformerLM, path: str | Path, *, with_base: bool = Fa
         with_base=with_base,
         segment_length=model.segment_length,
         layers={index: ParallelInfiniOptions(**choose_options(layer.settings)) for index, layer in layers.items()},
+        created=now(),
     )
-    write_adapter_file(Path(path), AdapterFile(record, model.state_dict() if with_base else adapter))
+    path, weights = Path(path), model.state_dict() if with_base else adapter
+    check_adapter_suffix(path, "the adapter's file")
+    metadata = format_record(record, FORMAT, FORMAT_VERSION)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, weights, metadata)
+        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata[DIGEST] = hash_content(metadata, tensors)
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        torch.save({"metadata": metadata, "tensors": tensors}, file)
 
 
 def load_adapted_model(path: str | Path, base: str | Path | None = None, *, force: bool = False) -> TransformerLM:
@@ -142,10 +152,10 @@ def load_adapted_model(path: str | Path, base: str | Path | None = None, *, forc
 
 def read_base_name(path: str | Path) -> str:
     """The hub name or directory of the base that an adapter was trained on."""
-    name = read_adapter_file(Path(path)).record.base_name
-    if name is None:
+    record, _ = read_adapter_file(Path(path))
+    if record.base_name is None:
         raise UserError(f"{path}: does not say which base it belongs to: name one")
-    return name
+    return record.base_name
 
 
 def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = False) -> TransformerLM:
@@ -154,9 +164,8 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     The model, changed in place and returned, takes the segment length that the adapter was trained with, and its held
     memory is emptied. `force` takes another base of the same shape than the adapter was trained on.
     """
-    content, where = read_adapter_file(Path(path)), str(path)
-    record, base = content.record, split_weights(model)[0]
-    present = find_adapters(model)
+    (record, tensors), where = read_adapter_file(Path(path)), str(path)
+    base, present = split_weights(model)[0], find_adapters(model)
     settings = {index: dataclasses.asdict(options) for index, options in record.layers.items()}
     if present and {index: choose_options(layer.settings) for index, layer in present.items()} != settings:
         raise UserError(f"{where}: the model has another parallel adapter, at layers {sorted(present)}")
@@ -174,11 +183,13 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     if record.with_base:
         adapted = tuple(f"layers.{index}." for index in settings)
         shapes |= {name: tuple(value.shape) for name, value in base.items() if not name.startswith(adapted)}
-    for name in sorted({*content.tensors, *shapes}):
-        if name not in shapes or name not in content.tensors:
-            raise UserError(shorten(f"{where}: does not fit this base: missing or unknown tensors: {name}"))
-        if (found := tuple(content.tensors[name].shape)) != shapes[name]:
+    for name in sorted({*tensors, *shapes}):
+        fault = None
+        if name not in shapes or name not in tensors:
+            fault = f"missing or unknown tensors: {name}"
+        elif (found := tuple(tensors[name].shape)) != shapes[name]:
             fault = f"{name} has shape {list(found)}, not {list(shapes[name])}"
+        if fault:
             raise UserError(shorten(f"{where}: does not fit this base: {fault}"))
     if not record.with_base and not force and record.base_fingerprint != (own := fingerprint_tensors(base)):
         raise UserError(
@@ -188,7 +199,7 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     if not present:
         made = {i: make_adapted_layer(model, i, settings[i], record.base_name) for i in sorted(settings)}
         replace_layers(model, made)
-    model.load_state_dict(content.tensors, strict=False)
+    model.load_state_dict(tensors, strict=False)
     model.segment_length = record.segment_length
     model.reset_memory()
     return model
@@ -311,28 +322,11 @@ class AdapterRecord:
     """When, UTC, ISO 8601."""
 
 
-class AdapterFile(NamedTuple):
-    """What an adapter file holds: its metadata, and the tensors by their names in the model's state dict."""
+def read_adapter_file(path: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
+    """An adapter file's metadata, and its tensors by their names in the model's state dict; needs no model.
 
-    record: AdapterRecord
-    tensors: dict[str, Tensor]
-
-
-def write_adapter_file(path: Path, content: AdapterFile) -> None:
-    """Write an adapter file atomically, in the format that its ending says; `created` is filled in."""
-    check_adapter_suffix(path, "the adapter's file")
-    metadata = format_record(dataclasses.replace(content.record, created=now()), FORMAT, FORMAT_VERSION)
-    if path.suffix == ".safetensors":
-        write_safetensors(path, content.tensors, metadata)
-        return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in content.tensors.items()}
-    metadata[DIGEST] = hash_content(metadata, tensors)
-    with write_atomically(path) as temporary, temporary.open("wb") as file:
-        torch.save({"metadata": metadata, "tensors": tensors}, file)
-
-
-def read_adapter_file(path: Path) -> AdapterFile:
-    """Read and validate an adapter file; needs no model. A broken one, or of another version, is a `UserError`."""
+    A broken file, or one of another version, is a `UserError`.
+    """
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
     if path.suffix == ".safetensors":
@@ -349,4 +343,4 @@ def read_adapter_file(path: Path) -> AdapterFile:
             raise UserError(shorten(f"{where}: broken adapter file: {name!r} is not a tensor of floats"))
     check_finite(tensors, where)
     check_digest(metadata, tensors, where)
-    return AdapterFile(record, tensors)
+    return record, tensors
