@@ -85,12 +85,11 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
     lengths = mask.sum(1)
     columns = torch.arange(mask.shape[1], device=mask.device)
     on_the_left = bool((mask == (columns < lengths.unsqueeze(1))).all())
-    order = None if on_the_left else torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-    return Packing(None if order is None else _send(order, input_ids), _send(lengths, input_ids))
-
-
-def _send(t: Tensor, like: Tensor) -> Tensor:
-    return t.to(like.device, non_blocking=True)
+    lengths = lengths.to(input_ids.device, non_blocking=True)
+    if on_the_left:
+        return Packing(None, lengths)
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    return Packing(order.to(input_ids.device, non_blocking=True), lengths)
 
 
 def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:

@@ -145,7 +145,7 @@ class StreamCache(Cache):
         """Keep the rows of these indices, in this order; one may come several times."""
         self.stream = select_stream_rows(self.stream, indices)
         if self.last_hidden is not None:
-            self.last_hidden = pick_rows(self.last_hidden, indices, {})
+            self.last_hidden = self.last_hidden.index_select(0, indices.to(self.last_hidden.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Replace each row by this many copies, next to one another."""
@@ -187,29 +187,19 @@ def hold_over_padding(hidden: Tensor, attention_mask: Tensor | None, before: Ten
 
 def select_stream_rows(stream: MemoryStream, indices: Tensor) -> MemoryStream:
     """A stream of copies of some rows of another, which stays as it is."""
-    selected = copy.copy(stream)
-    seen: dict[int, Tensor] = {}
+    selected, copies = copy.copy(stream), dict[int, Tensor]()
+
+    def pick(t: Tensor) -> Tensor:  # one tensor in two places stays one, since layers write theirs in place
+        if id(t) not in copies:
+            copies[id(t)] = t.index_select(0, indices.to(t.device)) if t.dim() else t.clone()
+        return copies[id(t)]
+
     selected.batch_size = len(indices)
     for name in ("memories", "opened"):
-        setattr(selected, name, pick_rows(getattr(stream, name), indices, seen))
+        setattr(selected, name, map_tensors(getattr(stream, name), pick))
     for name in ("offsets", "num_tokens"):
         setattr(selected, name, [getattr(stream, name)[row] for row in indices.tolist()])
     return selected
-
-
-def pick_rows(value: Any, indices: Tensor, seen: dict[int, Tensor]) -> Any:
-    """Copy rows of all tensors of a nested state.
-
-    `seen` holds copies by the id of what they were made from: one tensor in two places stays one, since layers write
-    theirs in place.
-    """
-
-    def pick(t: Tensor) -> Tensor:
-        if id(t) not in seen:
-            seen[id(t)] = t.index_select(0, indices.to(t.device)) if t.dim() else t.clone()
-        return seen[id(t)]
-
-    return map_tensors(value, pick)
 
 
 UNSUPPORTED = ("inputs_embeds", "output_attentions", "output_hidden_states")
@@ -395,13 +385,10 @@ def export_auto(
         UserError: the folder can't be written.
     """
     hf = NewLLMForCausalLM.from_model(model)
-    wrapped = (
-        None if tokenizer is None else wrap_tokenizer(tokenizer, hf.config.max_position_embeddings, model.vocab_size)
-    )
+    wrapped = wrap_tokenizer(tokenizer, hf.config.max_position_embeddings, model.vocab_size)
     token_ids = find_token_ids(wrapped)
     hf.config.update(token_ids)
     hf.generation_config = GenerationConfig(**token_ids)
     with stage_folder(Path(directory).expanduser()) as folder:
         hf.save_pretrained(str(folder))
-        if wrapped is not None:
-            write_tokenizer(wrapped, folder)
+        write_tokenizer(wrapped, folder)

@@ -147,18 +147,18 @@ def stage_folder(directory: Path) -> Iterator[Path]:
 
 
 def wrap_tokenizer(
-    tokenizer: Tokenizer | PreTrainedTokenizerBase, max_length: int, vocab_size: int
-) -> PreTrainedTokenizerBase:
+    tokenizer: Tokenizer | PreTrainedTokenizerBase | None, max_length: int, vocab_size: int
+) -> PreTrainedTokenizerBase | None:
     """A tokenizer as `transformers` wants it: with its special tokens, padding on the left as generation needs it.
 
     It encodes texts as training does, without tokens around them. One that has no end of text gets `<|endoftext|>` in
     one of the rows that the model has and the tokenizer does not use: generation and evaluation ask for that token.
 
     Args:
-        tokenizer: one of `transformers` stays as it is.
+        tokenizer: one of `transformers` stays as it is; None: there is none.
         max_length: tokens that a text should have at most.
     """
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     plain = Tokenizer.from_str(tokenizer.to_str())
     if plain.num_special_tokens_to_add(is_pair=False):
@@ -180,8 +180,10 @@ def find_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int |
     return {name: 0 if tokenizer is None else getattr(tokenizer, name) for name in names}
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer's files, under a class name that every version of `transformers` knows."""
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the tokenizer's files, if there is one, under a class name that every version of `transformers` knows."""
+    if tokenizer is None:
+        return
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

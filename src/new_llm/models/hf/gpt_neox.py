@@ -228,14 +228,13 @@ def export_pythia(
     """
     config = describe_pythia(model)
     directory = Path(directory).expanduser()
-    wrapped = None if tokenizer is None else wrap_tokenizer(tokenizer, config.max_position_embeddings, model.vocab_size)
+    wrapped = wrap_tokenizer(tokenizer, config.max_position_embeddings, model.vocab_size)
     token_ids = find_token_ids(wrapped)
     with stage_folder(directory) as folder:
         weights = {name if name == HEAD else PREFIX + name: t.cpu() for name, t in model.state_dict().items()}
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
         GenerationConfig(**token_ids).save_pretrained(str(folder))
-        if wrapped is not None:
-            write_tokenizer(wrapped, folder)
+        write_tokenizer(wrapped, folder)
         values = write_config(config, model.embed_in.weight.dtype, token_ids)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -321,7 +320,7 @@ def take_over_weights(old: Layer, new: Layer, initializer_range: float) -> None:
     initialize_weights(new, initializer_range)
     new.to(reference.device, reference.dtype)
     theirs, attentions = old.state_dict(), [layer.get_submodule("attention") for layer in (old, new)]
-    heads = [getattr(one, "num_memory_heads", getattr(one, "num_heads", None)) for one in attentions]
+    heads: list[Any] = [getattr(one, "num_memory_heads", getattr(one, "num_heads", None)) for one in attentions]
     for name, mine in new.state_dict().items():
         if name.startswith("base_layer."):  # a layer that keeps the old one whole, and adds to it
             mine.copy_(theirs[name.removeprefix("base_layer.")])

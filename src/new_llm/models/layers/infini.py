@@ -166,14 +166,8 @@ class ParallelInfiniLayer(MemoryLayer):
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.base_name = base_name
-        self.base_layer = PythiaLayer(
-            hidden_size,
-            num_heads,
-            intermediate_size,
-            rotary_pct=rotary_pct,
-            rotary_emb_base=rotary_emb_base,
-            layer_norm_eps=layer_norm_eps,
-        )
+        rotary = {"rotary_pct": rotary_pct, "rotary_emb_base": rotary_emb_base, "layer_norm_eps": layer_norm_eps}
+        self.base_layer = PythiaLayer(hidden_size, num_heads, intermediate_size, **rotary)
         self.input_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.attention = InfiniAttention(hidden_size, chosen.num_memory_heads, chosen)
         self.attention.set_positions(rotary_pct, rotary_emb_base)

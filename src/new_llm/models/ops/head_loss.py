@@ -111,7 +111,7 @@ def linear_cross_entropy(
     settings = dtype, chunk_rows
     with torch.autocast(hidden.device.type, enabled=False):
         if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-            losses = _score(hidden, weight, targets, label_weights, settings)
+            losses, _ = _differentiate(hidden, weight, targets, label_weights, settings, (False, False))
             losses = losses.sum() if reduction == "sum" else losses
         else:
             function = _SummedLoss if reduction == "sum" else _RowLosses
@@ -188,7 +188,7 @@ class _RowLosses(torch.autograd.Function):
     ):
         ctx.save_for_backward(hidden, weight, targets, label_weights)
         ctx.settings = settings
-        return _score(hidden, weight, targets, label_weights, settings)
+        return _differentiate(hidden, weight, targets, label_weights, settings, (False, False))[0]
 
     @staticmethod
     @once_differentiable
@@ -198,18 +198,6 @@ class _RowLosses(torch.autograd.Function):
         weights = upstream if label_weights is None else upstream * label_weights
         _, gradients = _differentiate(hidden, weight, targets, weights, ctx.settings, ctx.needs_input_grad[:2])
         return *gradients, None, None, None
-
-
-def _score(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, settings: _Settings) -> Tensor:
-    """Losses [N] without gradients."""
-    dtype, chunk_rows = settings
-    head = weight.to(dtype).t()
-    losses = hidden.new_zeros(len(hidden), dtype=_widen(dtype))
-    for rows in _cut(len(hidden), chunk_rows):
-        logits = hidden[rows].to(dtype) @ head
-        chosen = None if weights is None else weights[rows]
-        losses[rows] = score_logits(logits, targets[rows], chosen, write_gradients=False)
-    return losses
 
 
 def _differentiate(
@@ -224,16 +212,17 @@ def _differentiate(
     dtype, chunk_rows = settings
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = weight.to(dtype)
-        losses = hidden.new_zeros(len(hidden), dtype=_widen(dtype))
+        wide = torch.promote_types(dtype, torch.float32)
+        losses = hidden.new_zeros(len(hidden), dtype=wide)
         for_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-        for_weight = torch.empty_like(head, dtype=_widen(dtype)) if wanted[1] else None
+        for_weight = torch.empty_like(head, dtype=wide) if wanted[1] else None
         if for_weight is not None and len(hidden) == 0:
             for_weight.zero_()
         for rows in _cut(len(hidden), chunk_rows):
             chunk = hidden[rows].to(dtype)
             logits = chunk @ head.t()
             chosen = None if weights is None else weights[rows]
-            losses[rows] = score_logits(logits, targets[rows], chosen, write_gradients=True)
+            losses[rows] = score_logits(logits, targets[rows], chosen, write_gradients=any(wanted))
             if for_hidden is not None:
                 for_hidden[rows] = logits @ head
             if for_weight is not None:
@@ -257,7 +246,3 @@ def _cut(num_rows: int, chunk_rows: int) -> list[slice]:
     num_chunks = -(-num_rows // chunk_rows)
     edges = [number * num_rows // num_chunks for number in range(num_chunks)] + [num_rows]
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
-
-
-def _widen(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

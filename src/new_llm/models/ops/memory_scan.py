@@ -275,8 +275,8 @@ class Chain:
         num_writes, u = self.num_writes, u.to(self.dtype)
         above = states.new_empty(len(g), num_writes, g.shape[1], *g.shape[3:])  # G_{i+1} of the written memory
         num_unread = self.num_segments - from_reads.shape[1]
-        for j in reversed(range(num_writes, self.num_segments)):
-            self._add_reads(g, from_reads, j)
+        for j in reversed(range(max(num_writes, num_unread), self.num_segments)):
+            g.add_(from_reads[:, j - num_unread])
         added = from_reads[:, : num_writes - num_unread] if num_writes > num_unread else None
         options: dict[str, Any] = {"added": added, "num_unread": num_unread}
         if self.uses_triton and self.delta_scales is not None:
@@ -286,33 +286,24 @@ class Chain:
             kernels.load_triton().write_sums(g, above, None, self.decay, self.slots, **options)
             back = self.written_keys @ above
         else:
-            back = self._retreat_step_by_step(g, above, from_reads)
+            keys, scaled, backs = by_segment(self.written_keys), None, list[Tensor]()
+            if self.delta_scales is not None:
+                scaled = by_segment(self._scale_keys())
+            for j in reversed(range(num_writes)):
+                current = self._take(g, j)
+                narrow = current.to(self.dtype)
+                above[:, j] = narrow
+                if scaled is not None:
+                    backs.append(keys[j] @ narrow)
+                if self.decay is not None:
+                    current.mul_(self.decay[:, j, :, None, None])
+                if scaled is not None:
+                    current.sub_(scaled[j].transpose(-1, -2) @ backs[-1])
+                self._put(g, current, j)
+                if j >= num_unread:
+                    g.add_(from_reads[:, j - num_unread])
+            back = torch.stack(backs[::-1], 1) if backs else self.written_keys @ above
         return self._differentiate(u, back, above, states)
-
-    def _retreat_step_by_step(self, g: Tensor, above: Tensor, from_reads: Tensor) -> Tensor:
-        """u' of the written segments; `g` and `above` as in `retreat`."""
-        keys, scaled = by_segment(self.written_keys), None
-        if self.delta_scales is not None:
-            scaled = by_segment(self._scale_keys())
-        backs: list[Tensor] = []
-        for j in reversed(range(self.num_writes)):
-            current = self._take(g, j)
-            narrow = current.to(self.dtype)
-            above[:, j] = narrow
-            if scaled is not None:
-                backs.append(keys[j] @ narrow)
-            if self.decay is not None:
-                current.mul_(self.decay[:, j, :, None, None])
-            if scaled is not None:
-                current.sub_(scaled[j].transpose(-1, -2) @ backs[-1])
-            self._put(g, current, j)
-            self._add_reads(g, from_reads, j)
-        return torch.stack(backs[::-1], 1) if backs else self.written_keys @ above
-
-    def _add_reads(self, g: Tensor, from_reads: Tensor, j: int) -> None:
-        """G grows by what segment j's reads of X give."""
-        if (place := j - self.num_segments + from_reads.shape[1]) >= 0:
-            g.add_(from_reads[:, place])
 
     def _differentiate(
         self, u: Tensor, back: Tensor, above: Tensor, states: Tensor
