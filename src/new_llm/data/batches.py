@@ -43,10 +43,8 @@ class BatchPlan:
     seq_length: int
     starts: NDArray[np.int64]
     """[num_samples]: where each sample begins in split.tokens."""
-    lengths: NDArray[np.int64]
-    """[num_samples]: its tokens, 2 to seq_length."""
-    has_next: NDArray[np.bool_]
-    """[num_samples]: its document goes on, so its last token has a target."""
+    counts: NDArray[np.int64]
+    """[num_samples]: its tokens, 2 to seq_length, and the next one where its document goes on: the last target."""
     rows: NDArray[np.int64]
     """[num_batches, batch_size]: the sample of each row; -1: none."""
     resets: NDArray[np.bool_]
@@ -75,16 +73,14 @@ class BatchPlan:
             kept = samples >= 0
             kept[0] |= not kept.any()  # a process whose rows of the last batch are all empty reads one, all masked
             samples, resets = samples[kept], resets[kept]
-        is_real = samples >= 0
-        starts = np.where(is_real, self.starts[samples], 0)[:, None]
-        lengths = np.where(is_real, self.lengths[samples], 0)[:, None]
-        has_next = is_real & self.has_next[samples]
+        starts = np.where(samples >= 0, self.starts[samples], 0)
+        counts = np.where(samples >= 0, self.counts[samples], 0)
         columns = np.arange(self.seq_length + 1)
-        has_token = columns < lengths + has_next[:, None]
-        positions = np.minimum(starts + columns, len(self.split.tokens) - 1)
+        has_token = columns < counts[:, None]
+        positions = np.minimum(starts[:, None] + columns, len(self.split.tokens) - 1)
         tokens = np.asarray(self.split.tokens[positions]).astype(np.int64)
-        weights = None if self.planter is None else self._plant(self.planter, tokens, starts[:, 0], has_token.sum(1))
-        mask = columns[:-1] < lengths
+        weights = None if self.planter is None else self._plant(self.planter, tokens, starts, counts)
+        mask = has_token[:, :-1]
         return Batch(
             input_ids=torch.from_numpy(np.where(mask, tokens[:, :-1], 0)),
             labels=torch.from_numpy(np.where(has_token, tokens, IGNORED_LABEL)),
@@ -141,47 +137,41 @@ def plan_batches(
         ValueError: the split holds no sample.
     """
     rng = np.random.default_rng([seed, epoch])
-    documents, counts = _choose_samples(split, seq_length, seed, num_samples)
+    documents, num_each = _choose_samples(split, seq_length, seed, num_samples)
     shuffled = rng.permutation(len(documents))
-    documents, counts = documents[shuffled], counts[shuffled]
+    documents, num_each = documents[shuffled], num_each[shuffled]
 
-    document = np.repeat(documents, counts)
+    document = np.repeat(documents, num_each)
     total = len(document)
     if not total:
         raise ValueError(
             f"the split holds no sample: no document has 2 tokens or more ({split.num_documents} documents)"
         )
-    sample_in_document = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    sample_in_document = np.arange(total) - np.repeat(np.cumsum(num_each) - num_each, num_each)
     starts = split.offsets[document] + sample_in_document * seq_length
-    ends = split.offsets[document + 1]
-    lengths = np.minimum(ends - starts, seq_length)
+    counts = np.minimum(split.offsets[document + 1] - starts, seq_length + 1)
 
-    num_batches = -(-total // batch_size)
-    rows = np.full((num_batches, batch_size), -1, dtype=np.int64)
+    rows = np.full((-(-total // batch_size), batch_size), -1, dtype=np.int64)
     if order == "stream":
-        steps, row = _cut_ranges(total, batch_size)
-        rows[steps, row] = np.arange(total)
-        resets = np.zeros_like(rows, dtype=bool)
-        resets[steps, row] = np.concatenate([[True], document[1:] != document[:-1]])
+        for row, samples in enumerate(np.array_split(np.arange(total), batch_size)):
+            rows[: len(samples), row] = samples
+        resets = np.append(sample_in_document == 0, False)[rows]  # the last entry is that of row -1: none
         resets[0] = True
     else:
         rows.reshape(-1)[:total] = rng.permutation(total)
         resets = np.ones_like(rows, dtype=bool)
-    has_next = starts + lengths < ends
-    targets = np.append(lengths - 1 + has_next, 0)  # the last entry is that of row -1: none
     return BatchPlan(
         split,
         seq_length,
         starts,
-        lengths,
-        has_next,
+        counts,
         rows,
         resets,
-        targets[rows].sum(axis=1),
-        order == "stream",
-        epoch,
-        planter,
-        answer_weight,
+        num_targets=np.append(counts - 1, 0)[rows].sum(axis=1),
+        keep_empty_rows=order == "stream",
+        epoch=epoch,
+        planter=planter,
+        answer_weight=answer_weight,
     )
 
 
@@ -198,14 +188,6 @@ def _choose_samples(
         before = np.cumsum(counts[documents]) - counts[documents]
         counts = np.minimum(counts[documents], np.maximum(num_samples - before, 0))
     return documents[counts > 0], counts[counts > 0]
-
-
-def _cut_ranges(total: int, batch_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut positions 0..total-1 into contiguous ranges, equal but for one: each position's step and row."""
-    short, num_long = divmod(total, batch_size)
-    sizes = short + (np.arange(batch_size) < num_long)
-    row = np.repeat(np.arange(batch_size), sizes)
-    return np.arange(total) - (np.cumsum(sizes) - sizes)[row], row
 
 
 class BatchShape(NamedTuple):
