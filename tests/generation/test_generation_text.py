@@ -108,7 +108,7 @@ def test_a_stop_string_that_spans_tokens_ends_the_row(tokenizer, monkeypatch):
 BAD_SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": float("nan")},
     "top_p": {"top_p": 1.1},
-    "empty string": {"stop_strings": ("a", "")},
+    "at least 1 character": {"stop_strings": ("a", "")},
     "a tokenizer is needed to find": {"stop_strings": ("a",)},
     "a tokenizer is needed to make": {"on_text": print},
     "eos_token_id": {"eos_token_id": (1, -1)},

@@ -64,9 +64,9 @@ def read_text_file(path: Path, max_bytes: int) -> str:
         ) from None
 
 
-def read_json_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json_file(path: Path) -> Any:
     """What a JSON file holds; errors as of `read_text_file`, and where it is not JSON."""
-    text = read_text_file(path, max_bytes)
+    text = read_text_file(path, MAX_JSON_BYTES)
     try:
         return load_json(text)
     except ValueError as error:

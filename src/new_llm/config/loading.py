@@ -69,14 +69,13 @@ def find_committed(path: Path, folder: str) -> Path:
         path: as the user gave it; a file of that name wins.
         folder: `configs` or `studies`.
     """
-    own = {Path(file.name).stem: file for file in resources.files("new_llm").joinpath(folder).iterdir()}
     if path.exists() or path.suffix or len(path.parts) > 1:
         return path
-    found = own.get(path.name)
-    if found is None or not found.name.endswith(".yaml"):
-        names = ", ".join(sorted(name for name, file in own.items() if file.name.endswith(".yaml")))
-        raise UserError(f"{path}: no such file, and none of the project's own {folder}: {names}")
-    return Path(str(found))
+    files = resources.files("new_llm").joinpath(folder).iterdir()
+    own = {Path(file.name).stem: Path(str(file)) for file in files if file.name.endswith(".yaml")}
+    if path.name not in own:
+        raise UserError(f"{path}: no such file, and none of the project's own {folder}: {', '.join(sorted(own))}")
+    return own[path.name]
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
@@ -84,8 +83,7 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
-        fields = cast(Any, kind).__dataclass_fields__.values()
-        sections = [field.name for field in fields if dataclasses.is_dataclass(field.type)]
+        sections = [field.name for field in dataclasses.fields(cast(Any, kind)) if dataclasses.is_dataclass(field.type)]
         raise UserError(
             f"{path}: expected a mapping of sections ({', '.join(sections)}), found {type(values).__name__}"
         )

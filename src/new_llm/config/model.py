@@ -133,6 +133,10 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str | int) else value
 
 
+TokenId = Annotated[int, Field(ge=0)]
+StopString = Annotated[str, Field(min_length=1)]
+
+
 @section
 class GenerationConfig:
     """The settings of `generate`, with Hugging Face's names where there is a counterpart."""
@@ -149,11 +153,11 @@ class GenerationConfig:
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Divides positive and multiplies negative logits of tokens already in the text; 1: no penalty."""
-    stop_strings: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), short("--stop")] = ()
+    stop_strings: Annotated[tuple[StopString, ...], BeforeValidator(_as_tuple), short("--stop")] = ()
     """Strings that end a row; the row's text ends before them."""
-    eos_token_id: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = ()
+    eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_as_tuple)] = ()
     """Token or tokens that end a row."""
-    pad_token_id: Annotated[int, Field(ge=0)] = 0
+    pad_token_id: TokenId = 0
     """Fills rows that ended before the others."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed for sampling; row r uses seed + r, whatever the other rows are."""
@@ -162,9 +166,3 @@ class GenerationConfig:
 
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     """A cache of each row's own text, mixed with the model's probabilities."""
-
-    def __post_init__(self) -> None:
-        if any(not text for text in self.stop_strings):
-            raise UserError("stop_strings: an empty string would end every text at once")
-        if any(token < 0 for token in self.eos_token_id):
-            raise UserError(f"eos_token_id: {list(self.eos_token_id)}: ids are not negative")

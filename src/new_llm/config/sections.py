@@ -91,16 +91,16 @@ def describe_validation_error(error: ValidationError, where: str) -> UserError:
     for fault in found[:MAX_FAULTS]:
         path = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
         name = ".".join(path) or "the configuration"
-        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            faults.append(f"unknown key {preview(name)}")
-        elif fault["type"] == "missing":
-            faults.append(f"{name} is missing")
-        else:
-            message = fault["msg"].removeprefix("Value error, ")
-            own_words = fault["type"] == "value_error"  # raised by a section, which names the field itself
-            faults.append(
-                message if own_words else f"{name}: {message[0].lower()}{message[1:]} (got {preview(fault['input'])})"
-            )
+        message = fault["msg"].removeprefix("Value error, ")
+        match fault["type"]:
+            case "unexpected_keyword_argument" | "extra_forbidden":
+                faults.append(f"unknown key {preview(name)}")
+            case "missing":
+                faults.append(f"{name} is missing")
+            case "value_error":  # raised by a section, which names the field itself
+                faults.append(message)
+            case _:
+                faults.append(f"{name}: {message[0].lower()}{message[1:]} (got {preview(fault['input'])})")
     if (more := len(found) - MAX_FAULTS) > 0:
         faults.append(f"and {more} more")
     return UserError(f"{where}: " + "; ".join(fault[:MAX_FAULT_CHARACTERS] for fault in faults))

@@ -69,10 +69,8 @@ def draw_needle(
 ) -> Needle:
     """Draw a sentence to hide, with its question and the answers to choose from, the right one among them.
 
-    `name` is whom a fact is about; None: one of the part's names. `among` are the relations that it may be of.
-
-    Raises:
-        ValueError: more candidates than a relation of this part has values, or fewer than one (of a changed fact, two).
+    `name` is whom a fact is about; None: one of the part's names. `among` are the relations that it may be of. There
+    are as many `num_candidates` at most as a relation has values, and of a changed fact two at least.
     """
     if task == "passkey":
         keys = dict[int, None]()  # a dict keeps the order
@@ -83,12 +81,9 @@ def draw_needle(
         return _make_needle("The pass key is", map(str, keys), " Remember it.")
     names, relations = _read_facts(part)
     relation = relations[among[int(generator.integers(len(among)))]]
-    values = relation[part]
-    if not (least := 1 + (task == "changed")) <= num_candidates <= len(values):
-        raise ValueError(f"{num_candidates} candidates: a relation has {len(values)} values, and {least} is the least")
     if name is None:
         name = " ".join(several[generator.integers(len(several))] for several in names.values())
-    chosen = [values[i] for i in generator.choice(len(values), num_candidates, replace=False)]
+    chosen = [relation[part][i] for i in generator.choice(len(relation[part]), num_candidates, replace=False)]
     needle = _make_needle(relation["prompt"].format(name=name), chosen)
     replaced = needle.prompt + needle.candidates[1] if task == "changed" else ""
     return replace(needle, replaced=replaced, name=name, backward=relation["backward"])
@@ -101,15 +96,10 @@ def draw_pairs_of_facts(
 
     Each pair's `relation` is its text, so that the answers of one text compete; no two facts share a name, nor two of a
     text a value. As in planted samples a sentence begins with a space.
-
-    Raises:
-        ValueError: more facts than there are names, or than a relation has values.
     """
     generator = np.random.default_rng([seed, PAIRS_STREAM])
     names, relations = _read_facts(part)
     people = [f"{first} {last}" for first in names["first_names"] for last in names["surnames"]]
-    if num_texts * num_facts > len(people) or num_facts > len(relations[0][part]):
-        raise ValueError(f"{num_texts} texts of {num_facts} facts: there are {len(people)} names")
     chosen = iter(generator.permutation(people).tolist())
     pairs: list[ReversalPair] = []
     for text in range(num_texts):
@@ -118,18 +108,23 @@ def draw_pairs_of_facts(
         for number in range(num_facts):
             kind = number % len(kinds)
             relation = relations[kinds[kind]]
-            row = {"relation": f"text {text}", "subject": next(chosen), "object": values[kind][number]}
-            row["forward_template"] = f" {relation['prompt'].format(name='{subject}')} {{object}}."
-            row["backward_template"] = f" {relation['backward'].format(value='{object}')} {{subject}}."
-            pairs.append(make_pair(row | {"kind": "invented"}, FACTS_FILE))
+            row = {
+                "relation": f"text {text}",
+                "kind": "invented",
+                "subject": next(chosen),
+                "object": values[kind][number],
+                "forward_template": f" {relation['prompt'].format(name='{subject}')} {{object}}.",
+                "backward_template": f" {relation['backward'].format(value='{object}')} {{subject}}.",
+            }
+            pairs.append(make_pair(row, FACTS_FILE))
     return pairs
 
 
 @functools.cache
-def list_words(part: RecallPart) -> frozenset[str]:
-    """All names of a part, and all its values in words, of every relation."""
-    names, relations = _read_facts(part)
-    return frozenset(itertools.chain(*names.values(), *(relation[part] for relation in relations)))
+def list_eval_words() -> frozenset[str]:
+    """All names that recall is measured with, and all values in words, of every relation."""
+    names, relations = _read_facts("eval")
+    return frozenset(itertools.chain(*names.values(), *(relation["eval"] for relation in relations)))
 
 
 def is_key_of(key: int, part: RecallPart) -> bool:
@@ -241,7 +236,7 @@ class WordPieces:
         while len(names) < NAMES:
             pieces = generator.choice(self._next, generator.integers(low, high + 1))
             name = str(generator.choice(list(CAPITALS))) + "".join(self._texts[piece] for piece in pieces)
-            if name not in list_words("eval"):
+            if name not in list_eval_words():
                 names.append(name)
         return " ".join(names)
 
@@ -252,7 +247,7 @@ class WordPieces:
             if word is None:
                 rest = generator.choice(self._next, generator.integers(MAX_CONTINUATIONS + 1))
                 word = np.append(generator.choice(self._first), rest)
-            if self._tokenizer.decode(word.tolist()).strip() not in list_words("eval"):
+            if self._tokenizer.decode(word.tolist()).strip() not in list_eval_words():
                 return word
 
     def _find_word(self, tokens: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64] | None:

@@ -215,7 +215,7 @@ def read_sotu(config: DataConfig) -> Iterator[Document]:
 @register_source("pile", is_hub=True, fingerprint=lambda config: f"{config.pile_name} {config.text_field}")
 def read_pile(config: DataConfig, *, split: str, bad_rows: BadRows) -> Iterator[Document]:
     """The Pile, streamed from the hub."""
-    return _read_records(config, config.pile_name, None, config.text_field, split, bad_rows)
+    return _read_hub(replace(config, source=f"hub:{config.pile_name}"), split=split, bad_rows=bad_rows)
 
 
 @register_source("wikitext-2", is_hub=True, read_whole=True, fingerprint=lambda config: config.wikitext_name)
@@ -237,16 +237,12 @@ def _read_hub(config: DataConfig, *, split: str, bad_rows: BadRows) -> Iterator[
     name, subset, text_field, *more = [*config.source.removeprefix("hub:").split(":"), "", ""]
     if "".join(more) or not name:
         raise UserError(f"data.source: {config.source!r} is not of the form hub:owner/name[:config][:field]")
-    return _read_records(config, name, subset or None, text_field or config.text_field, split, bad_rows)
-
-
-def _read_records(
-    config: DataConfig, name: str, subset: str | None, text_field: str, split: str, bad_rows: BadRows
-) -> Iterator[Document]:
-    records = read_hub_dataset(name, subset, split=split, streaming=True, timeout_seconds=config.hub_timeout_seconds)
+    records = read_hub_dataset(
+        name, subset or None, split=split, streaming=True, timeout_seconds=config.hub_timeout_seconds
+    )
     for number, record in enumerate(records, start=1):
         try:
-            yield f"{name}:{number}", take_text(record, text_field)
+            yield f"{name}:{number}", take_text(record, text_field or config.text_field)
         except ValueError as error:
             bad_rows.report(f"{name}: record {number}: {error}")
 
