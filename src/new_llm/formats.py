@@ -46,12 +46,12 @@ def format_percent(value: float | None) -> str:
     return _format_special(value) or f"{100 * (value or 0.0):.1f}%"
 
 
-def format_size(share: float, low: float | None, high: float | None) -> str:
+def format_size(value: float, low: float | None, high: float | None) -> str:
     """The size of a difference with its interval, if there is one, both without the sign: 3.1 % [2.0, 4.2]."""
     if low is None or high is None:
-        return f"{100 * abs(share):.1f} %"
-    ends = sorted((-100 * low, -100 * high) if share < 0 else (100 * low, 100 * high))
-    return f"{100 * abs(share):.1f} % [{ends[0]:.1f}, {ends[1]:.1f}]"
+        return f"{100 * abs(value):.1f} %"
+    ends = sorted((-100 * low, -100 * high) if value < 0 else (100 * low, 100 * high))
+    return f"{100 * abs(value):.1f} % [{ends[0]:.1f}, {ends[1]:.1f}]"
 
 
 def format_seconds(value: float | None) -> str:

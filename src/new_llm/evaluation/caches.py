@@ -20,8 +20,8 @@ from new_llm.charts import Chart, bar_chart
 from new_llm.config.evaluation import CacheMeasureConfig
 from new_llm.config.model import COMPONENTS, CacheConfig
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
-from new_llm.evaluation.scoring import Autocast, Scores, evaluation_mode, find_device, join_rows, plan_segments
-from new_llm.evaluation.statistics import DocumentLosses, LossSums, compare_models, estimate_perplexity
+from new_llm.evaluation.scoring import Autocast, evaluation_mode, find_device, join_rows, plan_windows
+from new_llm.evaluation.statistics import DocumentLosses, compare_models, estimate_perplexity
 from new_llm.formats import format_bytes, format_percent
 from new_llm.models.cache import (
     MATCH,
@@ -98,7 +98,7 @@ def read_parts(
     hidden: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     with evaluation_mode(model, autocast), model.fresh_memory(batch_size=1):
-        for window in plan_segments(len(tokens), settings.segments_per_call * model.segment_length):
+        for window in plan_windows(len(tokens), settings.segments_per_call * model.segment_length):
             piece = ids[None, window.begin : window.end]
             targets = model.find_targets(piece[:, :-1], piece)
             hidden.append(model.compute_hidden(piece[:, :-1], update_memory=True))
@@ -199,9 +199,7 @@ class Caches(Measure):
             num_kept = max(2, int(np.searchsorted(lengths.cumsum(), max_tokens, side="right")))
             indices, lengths = indices[:num_kept], lengths[:num_kept]
         parts: list[Parts] = []
-        for index, length in zip(indices, lengths, strict=True):
-            if len(indices) < 2:
-                return None
+        for index, length in zip(indices, lengths, strict=True) if len(indices) > 1 else ():
             document = split.document(int(index))[: length + 1]
             parts.append(read_parts(model, document, settings, autocast=subject.autocast))
             if subject.on_progress:
@@ -215,30 +213,27 @@ class Caches(Measure):
         num_bytes = int(split.num_bytes[indices].sum()) if is_whole else None
         vocab_size, hidden_size = cast(Any, model).embed_out.weight.shape
         caches: list[dict[str, Any]] = []
-        sums: dict[str, LossSums] = {}
-        by_repetition: dict[str, LossSums] = {}
-        order = max(settings.ngram_orders, default=0)
-        longest = [(found.ngrams > 0).sum(1) for found in parts]
+        losses: dict[str, DocumentLosses] = {}
+        by_repetition: dict[str, DocumentLosses] = {}
+        orders = range(1 + max(settings.ngram_orders, default=0))
+        repeated = np.concatenate([(found.ngrams > 0).sum(1) for found in parts])
         for name, config in settings.list_caches().items():
-            if name == BARE:
-                tuned, losses = [], [found.losses for found in parts]
-            else:
-                tuned, losses = cross_tune(parts, settings, config)
-            sums[name] = LossSums(len(parts), choice.edges)
-            sums[name].add(join_rows((place, 1, row) for place, row in enumerate(losses)))
-            by_repetition[name] = LossSums(len(parts), range(1 + order))
-            for place, row in enumerate(losses):
-                by_repetition[name].add(Scores(np.full(len(row), place), longest[place], row))
-            compared = compare_models({0: sums[name].losses}, {0: sums[BARE].losses}, choice.confidence)
+            tuned, rows = [], [found.losses for found in parts]
+            if name != BARE:
+                tuned, rows = cross_tune(parts, settings, config)
+            scores = join_rows((place, 1, row) for place, row in enumerate(rows))
+            losses[name] = DocumentLosses.sum([scores], len(parts), choice.edges)
+            by_repetition[name] = DocumentLosses.sum([scores._replace(positions=repeated)], len(parts), orders)
+            compared = compare_models({0: losses[name]}, {0: losses[BARE]}, choice.confidence)
             assert compared is not None  # the documents are the same
-            total_nll = float(sums[name].total_nll.sum())
+            total_nll = float(losses[name].total_nll.sum())
             caches.append(
                 {
                     "name": name,
                     "num_states": config.num_states,
                     "ngram_order": config.ngram_order,
                     "longest_match": config.longest_match,
-                    "perplexity": estimate_perplexity(sums[name].losses, choice.confidence),
+                    "perplexity": estimate_perplexity(losses[name], choice.confidence),
                     "bits_per_byte": total_nll / math.log(2) / num_bytes if num_bytes else None,
                     "relative": compared.relative,
                     "settings": tuned,
@@ -251,10 +246,10 @@ class Caches(Measure):
                 {
                     "index": int(index),
                     "half": place % 2,
-                    "num_tokens": sums[BARE].counts[place].tolist(),
-                    "total_nll": {name: one.total_nll[place].tolist() for name, one in sums.items()},
+                    "num_tokens": losses[BARE].num_tokens[place].tolist(),
+                    "total_nll": {name: one.total_nll[place].tolist() for name, one in losses.items()},
                     "repetition": {
-                        "num_tokens": by_repetition[BARE].counts[place].tolist(),
+                        "num_tokens": by_repetition[BARE].num_tokens[place].tolist(),
                         "total_nll": {name: one.total_nll[place].tolist() for name, one in by_repetition.items()},
                     },
                 }

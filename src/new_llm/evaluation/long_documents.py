@@ -11,8 +11,8 @@ so the partner's tokens meet this document's memory, and no memory has to be mov
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,6 @@ import torch
 
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
-from new_llm.config.evaluation import LongDocumentsConfig
-from new_llm.data.tokenizer import TokenSplit
 from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Baseline, Column, Measure, ModelResult, Subject, Table, register_measure
 from new_llm.evaluation.scoring import (
@@ -36,13 +34,7 @@ from new_llm.evaluation.scoring import (
     read_side_by_side,
     score_rows,
 )
-from new_llm.evaluation.statistics import (
-    MIN_DOCUMENTS,
-    DocumentLosses,
-    LossSums,
-    compare_models,
-    estimate_perplexity,
-)
+from new_llm.evaluation.statistics import MIN_DOCUMENTS, DocumentLosses, compare_models, estimate_perplexity
 from new_llm.formats import WAYS, format_count, format_percent, format_plural, format_size, name_range
 
 CARRIED, RESET, FOREIGN = "carried", "reset", "foreign"
@@ -56,29 +48,14 @@ class Piece(NamedTuple):
     row: Row
 
 
-class Pair(NamedTuple):
-    """Two documents, or one, that are read side by side, a row of the batch each.
+NOTHING = Piece(-1, 0, Row(np.zeros(0, np.int64), 0))
 
-    Attributes:
-        members: their indices.
-        num_scored: this many of them are scored, from the first; another one is only read.
-    """
+
+class Pair(NamedTuple):
+    """Documents that are read side by side, a row of the batch each; of them the first `num_scored` are scored."""
 
     members: tuple[int, ...]
     num_scored: int
-
-
-@dataclass
-class PairScores:
-    """The scores of each call by how the memory was, and for each document the one whose memory it borrowed.
-
-    `foreign` is empty for one document alone.
-    """
-
-    carried: list[Scores] = field(default_factory=list)
-    reset: list[Scores] = field(default_factory=list)
-    foreign: list[Scores] = field(default_factory=list)
-    lenders: dict[int, int] = field(default_factory=dict)
 
 
 def plan_pairs(lengths: Sequence[int]) -> list[Pair]:
@@ -94,11 +71,16 @@ def plan_pairs(lengths: Sequence[int]) -> list[Pair]:
     return pairs
 
 
-def score_pairs(scorer: Scorer, segments_per_call: int) -> PairScores:
-    """Score documents segment by segment, with the memory carried, empty, and that of another document."""
+def score_pairs(scorer: Scorer, segments_per_call: int) -> tuple[dict[str, list[Scores]], dict[int, int]]:
+    """Score documents segment by segment, with the memory carried, empty, and that of another document.
+
+    Returns:
+        Each call's scores by how the memory was (`FOREIGN` is missing for one document alone), and for each document
+        the one whose memory it borrowed.
+    """
     pairs = plan_pairs([len(tokens) for tokens in scorer.documents])
     width = len(pairs[0].members)
-    found = PairScores()
+    carried, foreign = list[Scores](), list[Scores]()
 
     def score(pieces: Sequence[Piece], *, update_memory: bool = False) -> Scores:
         rows = [piece.row for piece in pieces]
@@ -115,16 +97,15 @@ def score_pairs(scorer: Scorer, segments_per_call: int) -> PairScores:
             pieces = [piece for call in batch for piece in call or [NOTHING] * width]
             if width == 2:
                 swapped = [piece for a, b in zip(pieces[::2], pieces[1::2], strict=True) for piece in (b, a)]
-                found.foreign.append(score(swapped))
-            found.carried.append(score(pieces, update_memory=True))
-            if scorer.note(found.carried[-1]):
+                foreign.append(score(swapped))
+            carried.append(score(pieces, update_memory=True))
+            if scorer.note(carried[-1]):
                 break
-    found.reset = _score_alone(scorer, join_scores(found.carried), segments_per_call)
-    for pair in pairs:
-        for member, lender in zip(pair.members[: pair.num_scored], reversed(pair.members), strict=False):
-            if member != lender:
-                found.lenders[member] = lender
-    return found
+    found = {CARRIED: carried, RESET: _score_alone(scorer, join_scores(carried), segments_per_call)}
+    if width == 1:
+        return found, {}
+    lenders = [(one, other) for (a, b), num_scored in pairs for one, other in ((a, b), (b, a))[:num_scored]]
+    return found | {FOREIGN: foreign}, dict(lenders)
 
 
 def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> list[Scores]:
@@ -132,11 +113,8 @@ def _score_alone(scorer: Scorer, carried: Scores, segments_per_call: int) -> lis
     read = [tokens[:1] for tokens in scorer.documents]
     for document in np.unique(carried.documents):
         read[document] = scorer.documents[document][: carried.positions[carried.documents == document].max() + 1]
-    batch_size = scorer.batch_size * segments_per_call
-    reading: Reading = {"batch_size": batch_size, "autocast": scorer.autocast}
-    alone = Scorer(scorer.model, read, reading)
-    length = scorer.model.segment_length
-    return alone.score_windows(partial(plan_windows, context=length, stride=length))
+    alone: Reading = {"batch_size": scorer.batch_size * segments_per_call, "autocast": scorer.autocast}
+    return Scorer(scorer.model, read, alone).score_windows(partial(plan_windows, context=scorer.model.segment_length))
 
 
 def _cut_pair(scorer: Scorer, pair: Pair, width: int) -> Iterator[list[Piece]]:
@@ -154,32 +132,13 @@ def _cut_pair(scorer: Scorer, pair: Pair, width: int) -> Iterator[list[Piece]]:
         yield pieces + [NOTHING] * (width - len(pieces))
 
 
-NOTHING = Piece(-1, 0, Row(np.zeros(0, np.int64), 0))
-
-
-def select_long_documents(split: TokenSplit, settings: LongDocumentsConfig) -> list[int]:
-    """The first documents that are long enough, by their index in the split."""
-    chosen = split.find_long(settings.min_tokens)[: settings.max_documents].tolist()
-    if not chosen:
-        longest = int(split.lengths.max(initial=0))
-        raise UserError(
-            f"min_tokens: no document has {settings.min_tokens:,} tokens; the longest of "
-            f"{split.num_documents:,} has {longest:,}"
-        )
-    return chosen
-
-
-def summarize_ranges(sums: Mapping[str, LossSums], confidence: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of all tokens, and of each range of distance that holds one, as `LongDocuments.run` says.
-
-    Args:
-        sums: by way; `CARRIED` among them, with a token at least.
-        confidence: of the intervals.
-    """
-    starts = sums[CARRIED].edges.tolist()
+def summarize_ranges(
+    losses: Mapping[str, DocumentLosses], confidence: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of all tokens, and of each range of distance that holds one, by the losses of each way."""
 
     def summarize(column: int | None, start: int, end: int | None) -> dict[str, Any]:
-        ways = {name: one.losses.select(column) for name, one in sums.items()}
+        ways = {name: one.select(column) for name, one in losses.items()}
         counts = ways[CARRIED].num_tokens
         measured = {name: way for name, way in ways.items() if way.num_tokens.any()}
         compared = {name: compare_models({0: ways[CARRIED]}, {0: way}, confidence) for name, way in ways.items()}
@@ -196,20 +155,15 @@ def summarize_ranges(sums: Mapping[str, LossSums], confidence: float) -> tuple[d
             },
         }
 
-    spans = zip(starts, [*starts[1:], None], strict=True)
-    ranges = [
-        summarize(column, start, end)
-        for column, (start, end) in enumerate(spans)
-        if sums[CARRIED].counts[:, column].any()
-    ]
+    spans = enumerate(pairwise([*losses[CARRIED].range_starts, None]))
+    ranges = [summarize(column, *span) for column, span in spans if losses[CARRIED].num_tokens[:, column].any()]
     return summarize(None, 0, None), ranges
 
 
 def describe_relative(found: Mapping[str, Any], confidence: float) -> str:
     """A relative difference in words: 3.1 % [2.0, 4.2] lower."""
-    value, low, high = (found["value"], found["low"], found["high"])
-    said = f"{format_size(value, low, high)} {'lower' if value < 0 else 'higher'}"
-    if low is None or high is None:
+    said = f"{format_size(**found)} {'lower' if found['value'] < 0 else 'higher'}"
+    if found["low"] is None:
         return f"{said} (fewer than {MIN_DOCUMENTS} documents: no interval)"
     return f"{said} ({confidence:.0%} interval over documents)"
 
@@ -245,7 +199,12 @@ class LongDocuments(Measure):
         if len(set(names)) < len(names):
             raise ValueError(f"baselines: {names[3:]}: their names must differ, and none be one of {names[:3]}")
         began = time.perf_counter()
-        indices = select_long_documents(split, settings)
+        indices = split.find_long(settings.min_tokens)[: settings.max_documents].tolist()
+        if not indices:
+            raise UserError(
+                f"min_tokens: no document has {settings.min_tokens:,} tokens; the longest of "
+                f"{split.num_documents:,} has {int(split.lengths.max(initial=0)):,}"
+            )
         documents = [split.document(index)[: settings.max_tokens_per_document] for index in indices]
         num_planned = sum(len(tokens) - 1 for tokens in documents)
         num_done = 0
@@ -255,18 +214,16 @@ class LongDocuments(Measure):
                 if subject.on_progress:
                     subject.on_progress(num_done + done, num_planned * (1 + len(baselines)))
 
-            own: Any = {"autocast": source.autocast, "on_progress": note}
-            own |= {"batch_size": settings.batch_size, "should_stop": subject.should_stop}
-            return Scorer(source.model, documents, own)
+            reading = {"autocast": source.autocast, "batch_size": settings.batch_size, "on_progress": note}
+            return Scorer(source.model, documents, Reading(**reading, should_stop=subject.should_stop))
 
         scorer = open_scorer(subject)
         if has_memory(subject.model):
-            pairs = score_pairs(scorer, settings.segments_per_call)
-            found = {CARRIED: pairs.carried, RESET: pairs.reset} | ({FOREIGN: pairs.foreign} if pairs.foreign else {})
+            found, lenders = score_pairs(scorer, settings.segments_per_call)
             if not scorer.is_stopped:
-                subject.shared[self.name] = indices, pairs
+                subject.shared[self.name] = indices, found.copy()
         else:
-            pairs, found = PairScores(), {CARRIED: scorer.score_streams(settings.segments_per_call)}
+            found, lenders = {CARRIED: scorer.score_streams(settings.segments_per_call)}, {}
         for baseline in baselines:
             num_done += num_planned
             found[baseline.name] = []
@@ -278,26 +235,22 @@ class LongDocuments(Measure):
                     plan = partial(plan_windows, context=baseline.model.segment_length, stride=baseline.stride)
                     found[baseline.name] = scorer.score_windows(plan)
 
-        sums: dict[str, LossSums] = {}
-        for name, batches in found.items():
-            sums[name] = LossSums(len(documents), settings.edges)
-            for scores in batches:
-                sums[name].add(scores)
-        num_scored = {name: one.num_tokens for name, one in sums.items()}
+        losses = {way: DocumentLosses.sum(some, len(documents), settings.edges) for way, some in found.items()}
+        num_scored = {way: int(one.num_tokens.sum()) for way, one in losses.items()}
         is_complete = all(number == num_planned for number in num_scored.values())
         if not is_complete and not scorer.is_stopped:  # a bug in New-LLM; no number is better than a wrong one
             raise RuntimeError(f"scored {num_scored} of {num_planned} tokens")
         seconds = time.perf_counter() - began
-        overall, ranges = summarize_ranges(sums, settings.confidence)
+        overall, ranges = summarize_ranges(losses, settings.confidence)
         return {
             "overall": overall,
             "ranges": ranges,
             "documents": [
                 {
                     "index": index,
-                    "foreign_memory_of": indices[pairs.lenders[place]] if place in pairs.lenders else None,
-                    "num_tokens": {name: one.counts[place].tolist() for name, one in sums.items()},
-                    "total_nll": {name: one.total_nll[place].tolist() for name, one in sums.items()},
+                    "foreign_memory_of": indices[lenders[place]] if place in lenders else None,
+                    "num_tokens": {way: one.num_tokens[place].tolist() for way, one in losses.items()},
+                    "total_nll": {way: one.total_nll[place].tolist() for way, one in losses.items()},
                 }
                 for place, index in enumerate(indices)
             ],
@@ -319,16 +272,15 @@ class LongDocuments(Measure):
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """Perplexity with the memory carried, and what it is worth against each other way."""
-        group, overall = "Long documents", result["overall"]
-        carried = overall["perplexity"][CARRIED]
-        columns = [Column(CARRIED, "carried", **carried, better="lower", group=group)]
-        for name, found in overall["differences"].items():
-            columns.append(
-                Column(
-                    f"vs_{name}", f"vs. {name}", **found["relative"], format=format_percent, better="lower", group=group
-                )
-            )
-        return columns
+        overall = result["overall"]
+        shared: dict[str, Any] = {"better": "lower", "group": "Long documents"}
+        return [
+            Column(CARRIED, "carried", **overall["perplexity"][CARRIED], **shared),
+            *(
+                Column(f"vs_{way}", f"vs. {way}", **found["relative"], format=format_percent, **shared)
+                for way, found in overall["differences"].items()
+            ),
+        ]
 
     def losses(self, result: dict[str, Any]) -> dict[str, DocumentLosses]:
         """The memory carried, and the other ways."""
@@ -390,6 +342,9 @@ class LongDocuments(Measure):
             charts.append(
                 line_chart(f"distance-{name}", title, caption, rows, **columns, **titles, series="way", view=name)
             )
+        caption = "Perplexity with the memory carried against the other way, on the same documents."
+        title = "What the memory is worth by distance"
+        columns |= {"series": "model", "y_format": "+.1%", "reference": 0.0}
         for way in (RESET, FOREIGN):
             rows = [
                 {"model": model, "distance": distance, **entry["differences"][way]["relative"]}
@@ -397,14 +352,8 @@ class LongDocuments(Measure):
                 if way in entry["differences"]
             ]
             if rows:
-                caption = "Perplexity with the memory carried against the other way, on the same documents."
                 titles |= {"y_title": f"against {WAYS[way]}", "view": WAYS[way]}
-                name, title = f"distance-against-{way}", "What the memory is worth by distance"
-                charts.append(
-                    line_chart(
-                        name, title, caption, rows, **columns, **titles, series="model", y_format="+.1%", reference=0.0
-                    )
-                )
+                charts.append(line_chart(f"distance-against-{way}", title, caption, rows, **columns, **titles))
         return charts
 
     def describe(self, result: dict[str, Any]) -> str:

@@ -14,22 +14,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from new_llm.charts import ShadedText, ShadedToken
-from new_llm.config.evaluation import PassagesConfig
 from new_llm.config.model import GenerationConfig
-from new_llm.evaluation.long_documents import PairScores, score_pairs
+from new_llm.evaluation.long_documents import CARRIED, RESET, score_pairs
 from new_llm.evaluation.measure import Measure, ModelResult, Subject, register_measure
 from new_llm.evaluation.memory_usage import watch_selections, watch_token_gates
 from new_llm.evaluation.scoring import Scorer, evaluation_mode, find_device, join_scores
 
 DIGITS = 4
 UNKNOWN = "\ufffd"  # what part of a character decodes to
-
-
-def choose_documents(subject: Subject, settings: PassagesConfig) -> list[int]:
-    """The documents that `long` measures first; of a text without long documents those of two segments or more."""
-    split, fewest = subject.split, subject.model.segment_length + 2
-    long = split.find_long(max(subject.settings.long_documents.min_tokens, fewest))
-    return (long if len(long) else split.find_long(fewest))[: settings.max_documents].tolist()
 
 
 def find_passages(
@@ -60,16 +52,6 @@ def find_half_share(values: NDArray[np.float64]) -> float | None:
     return None if not len(helped) else float(np.searchsorted(helped, helped[-1] / 2) + 1) / len(values)
 
 
-def list_candidates(logits: Tensor, tokenizer: Tokenizer, previous: Sequence[int], number: int) -> list[Any]:
-    """The likeliest tokens after each position: [[text, probability], …]."""
-    top = logits.float().softmax(-1).topk(min(number, logits.shape[-1]), dim=-1)
-    found = zip(previous, top.indices.tolist(), _round(top.values), strict=True)
-    return [
-        [[continue_text(tokenizer, [last], [token]), share] for token, share in zip(ids, shares, strict=True)]
-        for last, ids, shares in found
-    ]
-
-
 def continue_text(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
     """The text that tokens add to those before them: whether it begins with a blank depends on these.
 
@@ -91,12 +73,21 @@ def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[in
         each one, the mean over heads.
     """
     model: Any = subject.model
-    length, wanted = model.segment_length, set(segments)
-    num_candidates = subject.settings.passages.num_candidates
+    length, read = model.segment_length, 0
     details: dict[int, dict[str, Any]] = {}
+
+    def list_candidates(logits: Tensor, previous: Sequence[int]) -> list[Any]:
+        """[[text, probability], …] after each position."""
+        number = min(subject.settings.passages.num_candidates, logits.shape[-1])
+        top = logits.float().softmax(-1).topk(number, dim=-1)
+        found = zip(previous, top.indices.tolist(), _round(top.values), strict=True)
+        return [
+            [[continue_text(subject.tokenizer, [last], [token]), share] for token, share in zip(*one, strict=True)]
+            for last, *one in found
+        ]
+
     with evaluation_mode(model, subject.autocast), model.fresh_memory(batch_size=1):
-        read = 0
-        for segment in sorted(wanted):
+        for segment in sorted(segments):
             begin, end = segment * length, (segment + 1) * length
             ids = torch.from_numpy(document[read:end].astype(np.int64)).to(find_device(model)).unsqueeze(0)
             if begin > read:
@@ -109,8 +100,8 @@ def read_details(subject: Subject, document: NDArray[Any], segments: Iterable[in
             shares = [found[-1][0].float().flatten(0, -3).mean(0) for found in selections.values() if found]
             previous = ids[0].tolist()
             details[segment] = {
-                "carried": list_candidates(carried, subject.tokenizer, previous, num_candidates),
-                "emptied": list_candidates(emptied, subject.tokenizer, previous, num_candidates),
+                "carried": list_candidates(carried, previous),
+                "emptied": list_candidates(emptied, previous),
                 "gate": _round(torch.cat([*gates.values()], -1).mean(-1)) if gates else None,
                 "selection": _round(torch.stack(shares, 1)) if shares else None,
             }
@@ -166,23 +157,25 @@ class Passages(Measure):
         those of `continue_document`.
         """
         model: Any = subject.model
-        settings = subject.settings.passages
-        chosen = choose_documents(subject, settings)
+        settings, fewest = subject.settings.passages, model.segment_length + 2
+        # Those that `long` measures first; of a text without long documents those that reach into a second segment.
+        long = subject.split.find_long(max(subject.settings.long_documents.min_tokens, fewest))
+        found = long if len(long) else subject.split.find_long(fewest)
+        chosen: list[int] = found[: settings.max_documents].tolist()
         if not chosen or not getattr(model, "memory_layers", None):
             return None
         limit = subject.settings.long_documents.max_tokens_per_document
         documents = [subject.split.document(index)[:limit] for index in chosen]
-        scored: tuple[list[int], PairScores] = subject.shared.get("long", ([], PairScores()))
-        if not {*chosen} <= {*scored[0]}:
-            long = subject.settings.long_documents
-            scorer = Scorer(model, documents, subject.reading | {"batch_size": long.batch_size, "max_tokens": None})
-            scored = chosen, score_pairs(scorer, long.segments_per_call)
+        indices, scored = subject.shared.get("long", ([], {}))
+        if not {*chosen} <= {*indices}:
+            how = subject.settings.long_documents
+            scorer = Scorer(model, documents, subject.reading | {"batch_size": how.batch_size, "max_tokens": None})
+            indices, (scored, _) = chosen, score_pairs(scorer, how.segments_per_call)
             if scorer.is_stopped:
                 return None
-        indices, pairs = scored
         losses = [{way: np.full(len(document) - 1, np.nan) for way in ("carried", "emptied")} for document in documents]
-        for way, batches in (("carried", pairs.carried), ("emptied", pairs.reset)):
-            scores = join_scores(batches)
+        for way, name in (("carried", CARRIED), ("emptied", RESET)):
+            scores = join_scores(scored[name])
             for found, index in zip(losses, chosen, strict=True):
                 own = scores.documents == indices.index(index)
                 found[way][scores.positions[own] - 1] = scores.losses[own]
@@ -190,12 +183,8 @@ class Passages(Measure):
         length = model.segment_length
         places = find_passages(values, length, settings.num_helped, settings.num_harmed)
         details = {
-            document: read_details(
-                subject,
-                documents[document],
-                [segment for other, segment in places if other == document],
-            )
-            for document in dict.fromkeys(document for document, _ in places)
+            place: read_details(subject, documents[place], [segment for other, segment in places if other == place])
+            for place in dict.fromkeys(place for place, _ in places)
         }
         every = np.concatenate(values)
         return {

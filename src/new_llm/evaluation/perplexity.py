@@ -33,7 +33,7 @@ from new_llm.evaluation.scoring import (
     plan_windows,
     select_documents,
 )
-from new_llm.evaluation.statistics import DocumentLosses, LossSums, find_clustered_error
+from new_llm.evaluation.statistics import DocumentLosses, find_clustered_error
 from new_llm.formats import format_count
 
 
@@ -79,7 +79,7 @@ class PerplexityResult:
     """A perplexity and what it was measured on.
 
     The token counts, `total_nll` in nats and the index in the split of each document are lists in `documents`: what
-    models are compared by (`compare_documents`). Of a measurement that was stopped, and of an only document that was
+    models are compared by. Of a measurement that was stopped, and of an only document that was
     cut short, the scored text is not known to the byte: num_bytes, num_words and what rests on them are None.
     """
 
@@ -162,7 +162,7 @@ def evaluate_independent(model: LanguageModel, split: TokenSplit, **reading: Unp
     The same tokens in the same segments as `evaluate_streaming`, without the memory.
     """
     length = model.segment_length
-    plan = partial(plan_windows, context=length, stride=length)
+    plan = partial(plan_windows, context=length)
     return _evaluate("independent", model, split, reading, plan, context=length, stride=length)
 
 
@@ -208,9 +208,8 @@ def _evaluate(
     chosen = select_documents(split, reading.get("max_tokens"), prefix_token)
     scorer = Scorer(model, chosen.tokens, reading)
     found = scorer.score_streams(plan) if isinstance(plan, int) else scorer.score_windows(plan)
-    sums = LossSums(len(chosen.tokens))
-    sums.add(join_scores(found))
-    tokens, nll = scorer.processes.sum(sums.counts[:, 0]), scorer.processes.sum(sums.total_nll[:, 0])
+    own = DocumentLosses.sum([join_scores(found)], len(chosen.tokens))
+    tokens, nll = scorer.processes.sum(own.num_tokens[:, 0]), scorer.processes.sum(own.total_nll[:, 0])
     # Summed batch by batch, in the order of reading: so a result does not depend on how documents are counted.
     parts = np.array([sum(float(scores.losses.sum()) for scores in found), scorer.is_stopped], dtype=np.float64)
     total, num_stopped = scorer.processes.sum(parts).tolist()

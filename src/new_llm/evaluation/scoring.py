@@ -10,7 +10,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, Required, TypedDict, TypeVar
 
@@ -29,7 +28,6 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 Progress = Callable[[int, int], None]
 """Called after each batch with the tokens scored so far and the tokens to score in all."""
-
 
 Item = TypeVar("Item")
 
@@ -81,19 +79,20 @@ class Window(NamedTuple):
     first_scored: int
 
 
-def plan_windows(length: int, context: int, stride: int) -> list[Window]:
+def plan_windows(length: int, context: int, stride: int | None = None) -> list[Window]:
     """Sliding windows over a document that score every token but the first exactly once; none for fewer than two.
 
     Window i spans the `context` tokens from i · stride on and scores those of them that no earlier window
     scored, so that each token is scored in the first window that reaches it. Every scored token has at least
     context − stride tokens before it in its window, or all that the document has. These are the windows of
     Hugging Face's guide "Perplexity of fixed-length models"; there, windows that do not overlap (stride =
-    context) lose their first tokens. Here they do not: such windows also span the token after them, so that
-    the model still reads at most `context` tokens and nothing goes unscored.
+    context, the default) lose their first tokens. Here they do not: such windows also span the token after them, so
+    that the model still reads at most `context` tokens and nothing goes unscored.
 
     Raises:
         ValueError: not 1 ≤ stride ≤ context.
     """
+    stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(
             f"stride {stride}, context {context}: 1 ≤ stride ≤ context is needed, or tokens would be skipped"
@@ -119,14 +118,6 @@ def plan_rolling_windows(length: int, context: int) -> list[Window]:
     """
     ends = [*range(context + 1, length, context), length] if length > 1 else []
     return [Window(max(0, end - context - 1), end, max(1, begin)) for begin, end in pairwise([0, *ends])]
-
-
-def plan_segments(length: int, piece_tokens: int) -> list[Window]:
-    """Consecutive pieces that score every token but the document's first exactly once; the last one may be shorter.
-
-    The last position of a piece predicts the first token of the next one, so a cut loses no target.
-    """
-    return plan_windows(length, context=piece_tokens, stride=piece_tokens)
 
 
 class Reading(TypedDict, total=False):
@@ -205,14 +196,15 @@ class Scorer:
 
         `plan` gives the windows of a document of this many tokens.
         """
-        windows = [(index, window) for index, tokens in enumerate(self.documents) for window in plan(len(tokens))]
-        rows = [cut_row(self.documents[index], window) for index, window in windows]
+        pieces = [(index, window) for index, tokens in enumerate(self.documents) for window in plan(len(tokens))]
+        pieces.sort(key=lambda piece: piece[1].begin - piece[1].end)  # those of one length share a batch: least padding
+        batches = [pieces[begin : begin + self.batch_size] for begin in range(0, len(pieces), self.batch_size)]
         found: list[Scores] = []
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory():
-            for batch in group_by_length(rows, self.batch_size)[self.processes.rank :: self.processes.count]:
-                losses = score_rows(self.model, [rows[i] for i in batch])
-                places = [(windows[i][0], windows[i][1].first_scored) for i in batch]
-                found.append(join_rows((*place, row) for place, row in zip(places, losses, strict=True)))
+            for batch in batches[self.processes.rank :: self.processes.count]:
+                losses = score_rows(self.model, [cut_row(self.documents[index], window) for index, window in batch])
+                scored = zip(batch, losses, strict=True)
+                found.append(join_rows((index, window.first_scored, row) for (index, window), row in scored))
                 if self.note(found[-1]):
                     break
         return found
@@ -229,7 +221,7 @@ class Scorer:
         own = by_length[self.processes.rank :: self.processes.count]
         per_call = segments_per_call * self.model.segment_length
         num_rows = choose_rows([len(self.documents[index]) for index in own], per_call, self.batch_size, self.device)
-        pieces = ([(index, one) for one in plan_segments(len(self.documents[index]), per_call)] for index in own)
+        pieces = ([(index, one) for one in plan_windows(len(self.documents[index]), per_call)] for index in own)
         found: list[Scores] = []
         with evaluation_mode(self.model, self.autocast), self.model.fresh_memory(batch_size=num_rows or None):
             for begins, batch in read_side_by_side(pieces, num_rows):
@@ -255,8 +247,7 @@ class Scorer:
         return self.is_stopped
 
 
-@dataclass(frozen=True)
-class ScoredDocuments:
+class ScoredDocuments(NamedTuple):
     """The documents that are scored, each of one scored token or more.
 
     Attributes:
@@ -411,12 +402,6 @@ def score_rows(
     found = losses.cpu().double().numpy()
     # The loss at position t is that of the token at t + 1.
     return [found[i, row.first_scored - 1 : len(row.tokens) - 1] for i, row in enumerate(rows)]
-
-
-def group_by_length(rows: Sequence[Row], batch_size: int) -> list[list[int]]:
-    """Batches of row indices, longest first: rows of one length share a batch, so that padding is least."""
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def exp_or_inf(value: float) -> float:

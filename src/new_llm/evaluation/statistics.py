@@ -8,7 +8,7 @@ order alone; the split of the documents is fixed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
@@ -48,6 +48,18 @@ class DocumentLosses(NamedTuple):
     num_tokens: NDArray[np.int64]
     total_nll: Array
     range_starts: tuple[int, ...] = (0,)
+
+    @classmethod
+    def sum(cls, batches: Iterable[Scores], num_documents: int, range_starts: Sequence[int] = (0,)) -> Self:
+        """Of the scores of all batches; the last range is open."""
+        shape = num_documents, len(range_starts)
+        counts, losses = np.zeros(shape, np.int64), np.zeros(shape)
+        for scores in batches:
+            ranges = np.searchsorted(range_starts, scores.positions, side="right") - 1
+            cells = scores.documents * len(range_starts) + ranges
+            losses += np.bincount(cells, scores.losses, counts.size).reshape(shape)
+            counts += np.bincount(cells, minlength=counts.size).reshape(shape)
+        return cls(counts, losses, tuple(range_starts))
 
     @classmethod
     def read(cls, num_tokens: Sequence[Any], total_nll: Sequence[Any], range_starts: Sequence[int] = (0,)) -> Self:
@@ -113,39 +125,6 @@ class Comparison(NamedTuple):
         if self.smallest_visible is not None and not self.is_clear:
             text += f", {100 * convert(self.smallest_visible):.1f} {unit} visible"
         return text
-
-
-class LossSums:
-    """Total loss and scored tokens of each document in each range of positions.
-
-    Args:
-        num_documents: documents D.
-        edges: where the E ranges begin, the first one at 0; the last one is open.
-    """
-
-    def __init__(self, num_documents: int, edges: Sequence[int] = (0,)) -> None:
-        self.edges = np.array(edges, dtype=np.int64)
-        self.total_nll = np.zeros((num_documents, len(edges)))
-        """Nats, [D, E]."""
-        self.counts = np.zeros((num_documents, len(edges)), dtype=np.int64)
-        """Tokens, [D, E]."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens scored."""
-        return int(self.counts.sum())
-
-    @property
-    def losses(self) -> DocumentLosses:
-        """The sums, to be compared with others'."""
-        return DocumentLosses(self.counts, self.total_nll, tuple(self.edges.tolist()))
-
-    def add(self, scores: Scores) -> None:
-        """Count a batch."""
-        ranges = np.searchsorted(self.edges, scores.positions, side="right") - 1
-        cells = scores.documents * len(self.edges) + ranges
-        self.total_nll += np.bincount(cells, scores.losses, self.counts.size).reshape(self.counts.shape)
-        self.counts += np.bincount(cells, minlength=self.counts.size).reshape(self.counts.shape)
 
 
 def draw_resamples(num_items: int, num_resamples: int, seed: int) -> Array:
@@ -230,15 +209,8 @@ def compare_models(
     by_seed = losses.sum(1) / counts.sum()
     error = find_clustered_error(losses.mean(0), counts)
     num_documents = int((counts > 0).sum())
-    found = Comparison(
-        float(by_seed.mean()),
-        None,
-        None,
-        None,
-        len(seeds),
-        num_documents,
-        dict(zip(seeds, by_seed.tolist(), strict=True)),
-    )
+    each = dict(zip(seeds, by_seed.tolist(), strict=True))
+    found = Comparison(float(by_seed.mean()), None, None, None, len(seeds), num_documents, each)
     if error is None or 1 < len(seeds) < MIN_SEEDS:
         return found
     parts = [(error**2, num_documents - 1)]
