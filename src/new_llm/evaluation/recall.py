@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from new_llm.charts import Chart, line_chart
 from new_llm.config import UserError
@@ -32,7 +31,7 @@ from new_llm.data.recall_facts import (
     draw_needle,
 )
 from new_llm.data.tokenizer import TokenSplit, encode_text
-from new_llm.evaluation.language_models import HuggingFaceLM, has_memory
+from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import (
     LanguageModel,
@@ -62,8 +61,6 @@ TASK_STREAMS: dict[RecallTask, int] = {"passkey": 1, "facts": 2, "changed": 3}
 FIRST_SENTENCE_REACH = 1024  # tokens in which a sentence's end is looked for before the text is begun anywhere
 
 Tokens = NDArray[np.int64]
-
-
 NOTHING: Tokens = np.zeros(0, np.int64)
 
 
@@ -117,14 +114,6 @@ class RecallText(NamedTuple):
     distance: int
 
 
-class EncodedNeedle(NamedTuple):
-    """A needle as tokens: the sentence, the one that it replaces (or none, [0]), and its question."""
-
-    statement: Tokens
-    replaced: Tokens
-    question: Question
-
-
 class TextMaker:
     """Makes the texts of a measurement; a text depends on the seed and on its own task, length, depth and trial alone.
 
@@ -149,12 +138,12 @@ class TextMaker:
 
     def count_room(self, task: RecallTask, length: int, trial: int) -> int:
         """Tokens of the documents in a text; below 0: it can't hold the sentence and the question."""
-        needle = self._draw(task, trial)
-        if needle.question.num_tokens > self.segment_length or (len(needle.replaced) and length < 3):
+        statement, replaced, question = self._draw(task, trial)
+        if question.num_tokens > self.segment_length or (len(replaced) and length < 3):
             return -1
         if length == 1:
-            return self.segment_length - len(needle.statement) - needle.question.num_tokens
-        return (length - 1) * self.segment_length - len(needle.statement) - len(needle.replaced)
+            return self.segment_length - len(statement) - question.num_tokens
+        return (length - 1) * self.segment_length - len(statement) - len(replaced)
 
     def make(self, task: RecallTask, length: int, depth: float, trial: int) -> RecallText:
         """One text; a ValueError where there is no room for it."""
@@ -163,26 +152,27 @@ class TextMaker:
             raise ValueError(
                 f"{task}: {length} segments of {self.segment_length} tokens have no room for trial {trial}"
             )
-        needle = self._draw(task, trial)
+        statement, replaced, question = self._draw(task, trial)
         begin = self._begin(trial)
         filler = np.take(self.split.tokens, np.arange(begin, begin + room), mode="wrap")
-        if len(needle.replaced):  # in a segment of its own, before that of the sentence
-            filler = np.concatenate([needle.replaced, filler])
+        if len(replaced):  # in a segment of its own, before that of the sentence
+            filler = np.concatenate([replaced, filler])
             depth = max(depth, 1.5 * self.segment_length / len(filler))
-        place = choose_place(filler, len(needle.statement), depth, self.segment_length, self.borders)
-        text = np.concatenate([filler[:place], needle.statement, filler[place:]]).astype(np.int64)
-        last_segment = (place + len(needle.statement) - 1) // self.segment_length
+        place = choose_place(filler, len(statement), depth, self.segment_length, self.borders)
+        text = np.concatenate([filler[:place], statement, filler[place:]]).astype(np.int64)
+        last_segment = (place + len(statement) - 1) // self.segment_length
         context, opening = (NOTHING, text) if length == 1 else (text, NOTHING)
         depth = place / len(filler) if len(filler) else 0.0
-        return RecallText(context, needle.question._replace(opening=opening), depth, length - 1 - last_segment)
+        return RecallText(context, question._replace(opening=opening), depth, length - 1 - last_segment)
 
-    def _draw_needle(self, task: RecallTask, trial: int) -> EncodedNeedle:
+    def _draw_needle(self, task: RecallTask, trial: int) -> tuple[Tokens, Tokens, Question]:
+        """A sentence, the one that it replaces (or none, [0]), and its question."""
         generator = np.random.default_rng([self.settings.seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
         needle = draw_needle(task, self.settings.part, self.settings.num_candidates, generator)
         statement, replaced = (encode_text(self.tokenizer, f" {one}") for one in (needle.statement, needle.replaced))
         has_old = bool(needle.replaced)
         question = pose_question(self.tokenizer, f" {needle.prompt}", needle.candidates, has_old=has_old)
-        return EncodedNeedle(statement, replaced if has_old else NOTHING, question)
+        return statement, replaced if has_old else NOTHING, question
 
     def _find_begin(self, trial: int) -> int:
         """The first sentence after a place drawn at random."""
@@ -252,54 +242,41 @@ def plan_texts(maker: TextMaker) -> tuple[list[Plan], list[str]]:
     return plans, notes
 
 
-def cut_batches(plans: Sequence[Plan], batch_size: int) -> list[list[Plan]]:
-    """Consecutive texts of one length, batch_size at most."""
-    batches: list[list[Plan]] = []
-    for plan in plans:
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0].length != plan.length:
-            batches.append([])
-        batches[-1].append(plan)
-    return batches
-
-
 def ask_all(subject: Subject, maker: TextMaker, plans: Sequence[Plan]) -> dict[Plan, Outcome]:
     """Read every text and ask for its sentence; where the measurement is stopped, the texts asked by then."""
     model, settings, size = subject.model, subject.settings.recall, subject.model.segment_length
     reads, num_planned = has_memory(model), sum(plan.length for plan in plans) * size
+    step, num_rows = settings.segments_per_call * size, settings.batch_size
+    of_length = [list(same) for _, same in itertools.groupby(plans, lambda plan: plan.length)]
     outcomes: dict[Plan, Outcome] = {}
-    num_read, is_stopped = 0, False
+    num_read = 0
 
     def note(num_tokens: int) -> bool:
-        nonlocal num_read, is_stopped
+        """True: stop."""
+        nonlocal num_read
         num_read += num_tokens
         if subject.on_progress:
             subject.on_progress(num_read, num_planned)
-        is_stopped = subject.should_stop()
-        return is_stopped
-
-    def ask(texts: list[RecallText]) -> list[Outcome]:
-        """Nothing where the reading was stopped."""
-        num_context, step = len(texts[0].context), settings.segments_per_call * size
-        with model.fresh_memory(batch_size=len(texts)):
-            for begin in range(0, num_context, step):
-                end = min(begin + step, num_context)
-                if reads:
-                    read_context(model, [text.context[begin:end] for text in texts])
-                if note(len(texts) * (end - begin)):
-                    return []
-            questions = [text.question for text in texts]
-            carried = reset = score_answers(model, questions)
-            if reads and num_context:
-                with model.fresh_memory():
-                    reset = score_answers(model, questions)
-        note(len(texts) * size)
-        return [Outcome(t.depth, t.distance, a, b) for t, a, b in zip(texts, carried, reset, strict=True)]
+        return subject.should_stop()
 
     with evaluation_mode(model, subject.autocast):
-        for batch in cut_batches(plans, settings.batch_size):
+        for batch in (same[i : i + num_rows] for same in of_length for i in range(0, len(same), num_rows)):
             texts = [maker.make(*plan) for plan in batch]
-            outcomes |= dict(zip(batch, ask(texts), strict=False))
-            if is_stopped:
+            questions, num_context = [text.question for text in texts], len(texts[0].context)
+            with model.fresh_memory(batch_size=len(texts)):
+                for begin in range(0, num_context, step):
+                    pieces = [text.context[begin : begin + step] for text in texts]
+                    if reads:
+                        read_context(model, pieces)
+                    if note(sum(map(len, pieces))):
+                        return outcomes
+                carried = reset = score_answers(model, questions)
+                if reads and num_context:
+                    with model.fresh_memory():
+                        reset = score_answers(model, questions)
+            for plan, text, *answers in zip(batch, texts, carried, reset, strict=True):
+                outcomes[plan] = Outcome(text.depth, text.distance, *answers)
+            if note(len(texts) * size):
                 break
     return outcomes
 
@@ -347,23 +324,13 @@ def find_exact(model: LanguageModel, questions: Sequence[Question], candidate: i
     input_ids, labels, mask = pad_rows(rows, find_device(model))
     targets = align_labels(labels, input_ids.shape[1])
     wanted = targets != IGNORE_INDEX
-    is_right = torch.ones_like(wanted)
-    is_right[wanted] = predict_tokens(model, input_ids, mask, wanted) == targets[wanted]
-    return is_right.all(1).tolist()
-
-
-def predict_tokens(model: LanguageModel, input_ids: Tensor, mask: Tensor | None, wanted: Tensor) -> Tensor:
-    """The most probable next token at the wanted positions [B, T], in their order.
-
-    A model that is neither of this project nor of transformers is called for its logits: model(input_ids, mask).
-    """
     if isinstance(model, TransformerLM):  # the head is the widest product: it runs only where it is asked for
-        return model.embed_out(model.compute_hidden(input_ids, mask)[wanted]).argmax(-1)
-    if isinstance(model, HuggingFaceLM):
-        logits = model.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        logits = model.embed_out(model.compute_hidden(input_ids, mask)[wanted])
     else:
-        logits = cast(Any, model)(input_ids, mask)
-    return logits[wanted].argmax(-1)
+        logits = cast(Any, model)(input_ids, mask)[wanted]
+    is_right = torch.ones_like(wanted)
+    is_right[wanted] = logits.argmax(-1) == targets[wanted]
+    return is_right.all(1).tolist()
 
 
 def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict[str, Any]:
@@ -374,17 +341,18 @@ def summarize_answers(answers: Sequence[Answer], settings: RecallConfig) -> dict
     count = len(answers)
     ranks = np.array([answer.rank for answer in answers])
 
-    def share(hits: int) -> Estimate:
-        return Estimate(hits / count, *find_share_interval(hits, count, settings.confidence))
+    def share(hits: Iterable[bool]) -> Estimate:
+        number = sum(hits)
+        return Estimate(number / count, *find_share_interval(number, count, settings.confidence))
 
     mean_rank = Estimate(float(ranks.mean()), None, None)
     if count > 1:
         drawn = draw_resamples(count, settings.num_resamples, settings.seed) @ ranks / count
         mean_rank = Estimate(mean_rank.value, *find_interval(drawn, settings.confidence))
     return {
-        "exact": share(sum(answer.is_exact for answer in answers)),
-        "old": share(sum(answer.is_old for answer in answers)),
-        "first": share(sum(answer.is_first for answer in answers)),
+        "exact": share(answer.is_exact for answer in answers),
+        "old": share(answer.is_old for answer in answers),
+        "first": share(answer.is_first for answer in answers),
         "mean_rank": mean_rank,
         "answers": answers,
     }
@@ -438,18 +406,20 @@ class Recall(Measure):
         outcomes = ask_all(subject, maker, plans)
         cells: list[dict[str, Any]] = []
         for place in itertools.product(settings.tasks, settings.lengths, settings.depths):
-            found = [outcomes[key] for trial in range(settings.trials) if (key := Plan(*place, trial)) in outcomes]
-            if found:
-                cells.append(
-                    dict(zip(("task", "length", "depth"), place, strict=True))
-                    | {
-                        "num_trials": len(found),
-                        "mean_depth": float(np.mean([outcome.depth for outcome in found])),
-                        "mean_distance": float(np.mean([outcome.distance for outcome in found])),
-                        "carried": summarize_answers([outcome.carried for outcome in found], settings),
-                        "reset": summarize_answers([outcome.reset for outcome in found], settings),
-                    }
-                )
+            keys = [key for trial in range(settings.trials) if (key := Plan(*place, trial)) in outcomes]
+            if not keys:
+                continue
+            depths, distances, carried, reset = zip(*(outcomes[key] for key in keys), strict=True)
+            cells.append(
+                dict(zip(("task", "length", "depth"), place, strict=True))
+                | {
+                    "num_trials": len(keys),
+                    "mean_depth": float(np.mean(depths)),
+                    "mean_distance": float(np.mean(distances)),
+                    "carried": summarize_answers(carried, settings),
+                    "reset": summarize_answers(reset, settings),
+                }
+            )
         return {
             "cells": to_plain(cells),
             "num_candidates": settings.num_candidates,
@@ -521,13 +491,10 @@ class Recall(Measure):
         """Per task, the share ranked first by distance, a line per model."""
         charts: list[Chart] = []
         for task, words in TASKS.items():
-            rows = [
-                {"model": one.name, "distance": distance, "share": share}
-                for one in results
-                for distance, share in average_by(
-                    group_by_task(one.result).get(task, []), "mean_distance", "carried", "first"
-                ).items()
-            ]
+            rows = []
+            for name, result in results:
+                shares = average_by(group_by_task(result).get(task, []), "mean_distance", "carried", "first")
+                rows += [{"model": name, "distance": distance, "share": share} for distance, share in shares.items()]
             if rows:
                 caption = "Share of questions whose right answer ranks first, by segments from the sentence to it."
                 columns: dict[str, Any] = {"x": "distance", "y": "share", "series": "model", "y_format": ".0%"}

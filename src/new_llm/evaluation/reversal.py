@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -159,16 +160,15 @@ class ReversalTable:
         """Every figure of each row of weights [R, num_pairs], how often a pair counts; NaN for a group without any."""
         figures: dict[str, NDArray[np.float64]] = {}
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            for direction, table in self.columns.items():
+            for way, table in self.columns.items():
+                total = {name: weights @ values for name, values in table.items()}
                 count = weights.sum(1)
-                loss = (weights @ table["total_nll"]) / (weights @ table["num_tokens"])
-                answer_loss = (weights @ table["answer_nll"]) / (weights @ table["num_answer_tokens"])
-                figures[f"{direction}_perplexity"] = np.exp(loss)
-                figures[f"{direction}_answer_perplexity"] = np.exp(answer_loss)
-                figures[f"{direction}_accuracy"] = (weights @ (table["rank"] == 1)) / count
-                figures[f"{direction}_mean_rank"] = (weights @ table["rank"]) / count
-            for name, of in (("ratio", "perplexity"), ("answer_ratio", "answer_perplexity")):
-                figures[name] = figures[f"forward_{of}"] / figures[f"backward_{of}"]
+                figures[f"{way}_perplexity"] = np.exp(total["total_nll"] / total["num_tokens"])
+                figures[f"{way}_answer_perplexity"] = np.exp(total["answer_nll"] / total["num_answer_tokens"])
+                figures[f"{way}_accuracy"] = weights @ (table["rank"] == 1) / count
+                figures[f"{way}_mean_rank"] = total["rank"] / count
+            figures["ratio"] = figures["forward_perplexity"] / figures["backward_perplexity"]
+            figures["answer_ratio"] = figures["forward_answer_perplexity"] / figures["backward_answer_perplexity"]
             figures["gap"] = figures["backward_perplexity"] - figures["forward_perplexity"]
         return figures
 
@@ -222,16 +222,20 @@ def evaluate_reversal_curse(
         cast(Any, model).to(device)
     if not pairs:
         raise UserError("reversal: no pairs were given")
-    _check_size(pairs, settings.max_sentences)
+    relations, kinds = [pair.relation for pair in pairs], [str(pair.kind) for pair in pairs]
+    needed = {relation: 2 * count**2 for relation, count in Counter(relations).items()}
+    if (total := sum(needed.values())) > settings.max_sentences:
+        largest = max(needed, key=lambda name: needed[name])
+        raise UserError(
+            f"reversal: {total:,} prompts with answers, {needed[largest]:,} of them of the relation {largest[:40]!r}; "
+            f"at most {settings.max_sentences:,} are scored: draw fewer by --pairs-per-relation, or raise "
+            "--max-sentences"
+        )
     tasks = {direction: _list_candidates(pairs, direction) for direction in DIRECTIONS}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
     encoded = {text: encode_text(tokenizer, text) for text in texts}
-    reading = Reading(
-        batch_size=settings.batch_size,
-        autocast=autocast,
-        on_progress=on_progress,
-        processes=processes,
-    )
+    reading: Reading = {"batch_size": settings.batch_size, "autocast": autocast}
+    reading |= {"on_progress": on_progress, "processes": processes}
     scorer = Scorer(model, list(encoded.values()), reading)
     own = scorer.score_windows(lambda length: [Window(0, length, 1)] if length > 1 else [])
     scores = join_scores(batch for found in processes.gather(own) for batch in found)
@@ -245,17 +249,16 @@ def evaluate_reversal_curse(
     if any(not sum(reading.num_tokens for reading in found) for found in readings.values()):
         raise UserError("reversal: no sentence has two tokens or more, so there is nothing to score")
 
-    relations, kinds = [pair.relation for pair in pairs], [str(pair.kind) for pair in pairs]
     table = ReversalTable(readings, relations, settings)
 
-    def summarize_groups(names: list[str]) -> dict[str, Any]:
-        return {name: table.summarize(np.array(names) == name) for name in dict.fromkeys(names)}
-
-    whole = table.summarize(np.ones(len(pairs), bool))
+    per_relation, by_kind = (
+        {name: table.summarize(np.array(names) == name) for name in dict.fromkeys(names)}
+        for names in (relations, kinds)
+    )
     return ReversalResult(
-        **vars(whole),
-        per_relation=summarize_groups(relations),
-        by_kind=summarize_groups(kinds),
+        **vars(table.summarize(np.ones(len(pairs), bool))),
+        per_relation=per_relation,
+        by_kind=by_kind,
         ranks={direction: [reading.rank for reading in found] for direction, found in readings.items()},
         bootstrap={
             "method": "percentile; pairs drawn within each relation",
@@ -309,6 +312,12 @@ def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: Reversal
         if {"memory", "context"} & set(settings.places):
             found |= _ask_fresh_texts(subject)
         return found
+
+
+def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> Question:
+    """The question for one of a group's facts, with the answers of all."""
+    answers = [getattr(pair, f"{direction}_answer") for pair in (group[number], *group[:number], *group[number + 1 :])]
+    return pose_question(tokenizer, getattr(group[number], f"{direction}_prompt"), answers)
 
 
 def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
@@ -366,36 +375,15 @@ def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> Question:
-    """The question for one of a group's facts, with the answers of all."""
-    answers = [getattr(pair, f"{direction}_answer") for pair in (group[number], *group[:number], *group[number + 1 :])]
-    return pose_question(tokenizer, getattr(group[number], f"{direction}_prompt"), answers)
-
-
-def _check_size(pairs: Sequence[ReversalPair], max_sentences: int) -> None:
-    needed = {relation: 2 * count**2 for relation, count in Counter(pair.relation for pair in pairs).items()}
-    if (total := sum(needed.values())) > max_sentences:
-        largest = max(needed, key=lambda name: needed[name])
-        raise UserError(
-            f"reversal: {total:,} prompts with answers, {needed[largest]:,} of them of the relation {largest[:40]!r}; "
-            f"at most {max_sentences:,} are scored: draw fewer by --pairs-per-relation, or raise --max-sentences"
-        )
-
-
 def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> list[tuple[str, list[str]]]:
     """For each pair its prompt, and its sentence followed by the same prompt with each wrong answer of its relation."""
-    right: dict[tuple[str, str], set[str]] = {}
-    answers: dict[str, dict[str, None]] = {}  # a dict keeps the order
-    parts = [
-        (pair.relation, getattr(pair, f"{direction}_prompt"), getattr(pair, f"{direction}_answer")) for pair in pairs
-    ]
-    for relation, prompt, answer in parts:
-        right.setdefault((relation, prompt), set()).add(answer)
-        answers.setdefault(relation, {})[answer] = None
+    get_parts = attrgetter("relation", f"{direction}_prompt", f"{direction}_answer")
+    parts: list[tuple[str, str, str]] = [get_parts(pair) for pair in pairs]
+    right, answers = set(parts), dict.fromkeys((relation, answer) for relation, _, answer in parts)  # in their order
     found: list[tuple[str, list[str]]] = []
     for relation, prompt, answer in parts:
-        wrong = [other for other in answers[relation] if other not in right[relation, prompt]]
-        found.append((prompt, [prompt + other for other in (answer, *wrong)]))
+        others = [other for one, other in answers if one == relation and (relation, prompt, other) not in right]
+        found.append((prompt, [prompt + other for other in (answer, *others)]))
     return found
 
 
@@ -490,24 +478,21 @@ class ReversalCurse(Measure):
         with nothing read and, backward, the name ranked first among those just read; in each place backward − forward.
         """
         found: dict[str, tuple[DocumentLosses, DocumentLosses]] = {}
-        places = result.get("places", {})
+        places = dict(result.get("places", {}))
+        nothing = places.pop("nothing", {})
 
-        def share(place: str, way: str, key: str) -> DocumentLosses:
-            hits = places[place][way]
+        def share(hits: dict[str, Any], key: str) -> DocumentLosses:
             return DocumentLosses.read(hits["num_questions"], hits[key])
 
-        for place in places:
-            if place == "nothing":
-                continue
-            for way in DIRECTIONS:
+        for place, ways in places.items():
+            for way, hits in ways.items():
                 if place == "weights" or way == "backward":
-                    name = f"{PLACES[place]}, {way}, first − chance"
-                    found[name] = share(place, way, "first"), share(place, way, "chance")
+                    found[f"{PLACES[place]}, {way}, first − chance"] = share(hits, "first"), share(hits, "chance")
                 if place != "weights":
-                    name = f"{PLACES[place]}, {way}, exact − nothing read"
-                    found[name] = share(place, way, "exact"), share("nothing", way, "exact")
-            name = f"{PLACES[place]}, exact, backward − forward"
-            found[name] = share(place, "backward", "exact"), share(place, "forward", "exact")
+                    pair = share(hits, "exact"), share(nothing[way], "exact")
+                    found[f"{PLACES[place]}, {way}, exact − nothing read"] = pair
+            backward, forward = share(ways["backward"], "exact"), share(ways["forward"], "exact")
+            found[f"{PLACES[place]}, exact, backward − forward"] = backward, forward
         return found
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
@@ -553,9 +538,10 @@ class ReversalCurse(Measure):
         """How often the right answer is first, forward and backward."""
         rows: list[dict[str, Any]] = []
         for name, result in results:
-            for key, way in ((f"{way}_accuracy", way) for way in DIRECTIONS):
-                low, high = result["intervals"][key]
-                rows.append({"model": name, "direction": way, "share": result[key], "low": low, "high": high})
+            for way in DIRECTIONS:
+                low, high = result["intervals"][f"{way}_accuracy"]
+                share = result[f"{way}_accuracy"]
+                rows.append({"model": name, "direction": way, "share": share, "low": low, "high": high})
         caption = "Share of the pairs whose right answer ranks first among the answers of its relation."
         axes: dict[str, Any] = {"x": "model", "y": "share", "series": "direction", "low": "low", "high": "high"}
         charts = [bar_chart("reversal", "The reversal curse", caption, rows, **axes, y_format=".0%")]
