@@ -29,15 +29,11 @@ def watch_token_gates(model: TransformerLM) -> Iterator[dict[int, Tensor]]:
         found[index] = module.compute_gates(inputs[0]).flatten(0, -2).float().cpu()
 
     with contextlib.ExitStack() as stack:
-        for index, attention in find_token_gates(model).items():
-            hook = attention.register_forward_pre_hook(functools.partial(note, index=index))
-            stack.callback(hook.remove)
+        for index, attention in list_attentions(model):
+            if getattr(attention, "token_gate", None) is not None:
+                hook = attention.register_forward_pre_hook(functools.partial(note, index=index))
+                stack.callback(hook.remove)
         yield found
-
-
-def find_token_gates(model: TransformerLM) -> dict[int, Any]:
-    """By layer, the attentions that compute their gates for each token."""
-    return {i: one for i, one in list_attentions(model) if getattr(one, "token_gate", None) is not None}
 
 
 def list_attentions(model: TransformerLM) -> list[tuple[int, Any]]:

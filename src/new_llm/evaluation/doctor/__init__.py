@@ -40,10 +40,10 @@ class Doctor(Measure):
         for name in chosen:
             if name not in CHECKS:
                 raise UserError(f"checks: {name!r} is unknown; known are {', '.join(CHECKS)}")
-        checks = [check for check in CHECKS.values() if not chosen or check.name in chosen]
+        checks = {name: check for name, check in CHECKS.items() if not chosen or name in chosen}
         findings: dict[str, Finding] = {}
-        for number, check in enumerate(checks, start=1):
-            causes = [name for name in check.after if name in findings and findings[name].level == "fault"]
+        for number, (name, check) in enumerate(checks.items(), start=1):
+            causes = [other for other in check.after if other in findings and findings[other].level == "fault"]
             if causes:
                 finding = skip(f"not run: {', '.join(causes)} found a fault first")
             elif check.needs_data and subject.training is None:
@@ -51,7 +51,7 @@ class Doctor(Measure):
             else:
                 with torch.random.fork_rng(devices=[]):
                     finding = check.run(exam)
-            findings[check.name] = dataclasses.replace(finding, check=check.name)
+            findings[name] = dataclasses.replace(finding, check=name)
             if subject.on_progress:
                 subject.on_progress(number, len(checks))
         counts = Counter(finding.level for finding in findings.values())

@@ -179,12 +179,9 @@ def find_shared_documents(train: TokenSplit, validation: TokenSplit) -> list[tup
     """(training document, validation document) pairs with the same tokens."""
     known: defaultdict[bytes, list[int]] = defaultdict(list)
     for index in np.flatnonzero(validation.lengths).tolist():
-        known[_read_bytes(validation, index)].append(index)
-    return [(i, other) for i in range(train.num_documents) for other in known.get(_read_bytes(train, i), ())]
-
-
-def _read_bytes(split: TokenSplit, index: int) -> bytes:
-    return split.document(index).astype("<u4").tobytes()
+        known[validation.document(index).astype("<u4").tobytes()].append(index)
+    keys = (train.document(index).astype("<u4").tobytes() for index in range(train.num_documents))
+    return [(index, other) for index, key in enumerate(keys) for other in known.get(key, ())]
 
 
 def find_shared_spans(

@@ -27,7 +27,7 @@ from new_llm.evaluation.doctor.registry import (
     warn,
 )
 from new_llm.evaluation.language_models import has_memory
-from new_llm.evaluation.memory_usage import find_token_gates, watch_token_gates
+from new_llm.evaluation.memory_usage import watch_token_gates
 from new_llm.evaluation.perplexity import evaluate_sliding_window, evaluate_streaming
 from new_llm.evaluation.reversal import evaluate_reversal_curse
 from new_llm.evaluation.scoring import Reading, select_documents
@@ -285,7 +285,8 @@ def check_memory(exam: Examination) -> Finding:
     with exam.probing(segment_tokens=exam.config.segment_tokens):
         num_tokens, largest, faults = _fill_memory(exam, model)
         for index, layer in model.memory_layers.items():
-            if isinstance(getattr(layer, "attention", None), CompressiveAttention) and _divides(layer):
+            attention = getattr(layer, "attention", None)
+            if isinstance(attention, CompressiveAttention) and attention.use_normalizer:
                 error = _compare_scales(layer, model.embed_in(exam.tokens[:1]), model.segment_length)
                 if not error <= SCALE_TOLERANCE:
                     faults.append(f"layer {index}: M and z have different scales (M / z changes by {error:.2g})")
@@ -298,11 +299,6 @@ def check_memory(exam: Examination) -> Finding:
     )
 
 
-def _divides(layer: Any) -> bool:
-    """Whether z divides what a layer reads, so that it is positive."""
-    return getattr(getattr(layer, "attention", None), "use_normalizer", True)
-
-
 def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, float, list[str]]:
     """Read many segments into one memory: tokens read, the largest norm of a layer's tensor, and what is wrong."""
     faults, largest = list[str](), 0.0
@@ -312,22 +308,22 @@ def _fill_memory(exam: Examination, model: TransformerLM) -> tuple[int, float, l
             model(part, update_memory=True)
         state = model.get_memory_state()
     for index, entry in state.items():
-        held = {key: value.double() for key, value in entry.items() if _is_real(value)}
+        held = {
+            key: value.double()
+            for key, value in entry.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        }
+        divides = getattr(getattr(model.memory_layers[index], "attention", None), "use_normalizer", True)
+        norms = [value for key, value in held.items() if key.endswith("memory_norms")] if divides else []
         if not all(bool(torch.isfinite(value).all()) for value in held.values()):
             faults.append(f"layer {index}: the memory is not finite")
-        elif _divides(model.memory_layers[index]) and any(
-            key.endswith("memory_norms") and bool((value < 0).any()) for key, value in held.items()
-        ):
+        elif any(bool((value < 0).any()) for value in norms):
             faults.append(f"layer {index}: z is negative")
         counted = int(entry["token_counts"].sum()) if "token_counts" in entry else ids.numel()
         if counted != ids.numel():
             faults.append(f"layer {index}: counts {counted:,} of {ids.numel():,} tokens")
         largest = max(largest, *(float(value.norm()) for value in held.values()), 0.0)
     return ids.numel(), largest, faults
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
 
 
 def _compare_scales(layer: Any, token: Tensor, length: int) -> float:
@@ -367,8 +363,7 @@ def check_causality(exam: Examination) -> Finding:
 @register_check("rows", after=PATH_FAULTS[:-1])
 def check_rows(exam: Examination) -> Finding:
     """Rows of a batch that influence one another, in a call, through their memories or through padding."""
-    checks = (testing.check_rows, testing.check_padding) if exam.own_model else (testing.check_rows,)
-    if mixed := exam.try_out(*checks):
+    if mixed := exam.try_out(testing.check_rows, *([testing.check_padding] if exam.own_model else [])):
         return fault(
             f"{mixed}: unrelated texts mix, and results depend on what shares the batch",
             "let each row work on its own copy of the memory, and sum the rows' writes at the end of the call",
@@ -427,7 +422,8 @@ def check_gates(exam: Examination) -> Finding:
     gates = {index: values for index, values in gates.items() if values}
     if model is None or not gates:
         return skip("the model has no gates")
-    by_token = _measure_token_gates(exam, model)
+    with watch_token_gates(model) as by_token, exam.probing():
+        exam.read(exam.take_rows(1, min(model.segment_length, len(exam.tokens))))
     stuck, lowest, highest = list[str](), 1.0, 0.0
     for index, values in gates.items():
         layer = model.memory_layers[index]
@@ -451,12 +447,3 @@ def check_gates(exam: Examination) -> Finding:
             "raise train.gate_learning_rate (0.01, without weight decay) or train with more segments per sample",
         )
     return ok(f"{found}, and have moved since training began")
-
-
-def _measure_token_gates(exam: Examination, model: TransformerLM) -> dict[int, Tensor]:
-    """The gates [tokens, H] of layers whose gates depend on the token, on some of the text."""
-    if not find_token_gates(model):
-        return {}
-    with watch_token_gates(model) as found, exam.probing():
-        exam.read(exam.take_rows(1, min(model.segment_length, len(exam.tokens))))
-    return found

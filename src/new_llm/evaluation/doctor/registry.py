@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -46,24 +46,23 @@ ok, warn, fault, skip = (functools.partial(Finding, level) for level in LEVELS)
 """All is well; the reader should know this first; the model's figures can't be trusted; the check does not apply."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One registered check.
+CheckFunction = Callable[["Examination"], Finding]
+
+
+class Check(NamedTuple):
+    """A function that measures and judges one thing, and when it is skipped.
 
     Attributes:
-        name: its name, for `--checks` and the report.
-        run: measures and judges.
-        after: checks whose fault would make this one fail too, so that it is skipped.
-        needs_data: whether it is skipped where the training data are unknown.
+        run: the function.
+        after: checks whose fault would make this one fail too.
+        needs_data: whether it needs to know the training data.
     """
 
-    name: str
-    run: "CheckFunction"
+    run: CheckFunction
     after: tuple[str, ...]
     needs_data: bool
 
 
-CheckFunction = Callable[["Examination"], Finding]
 CHECKS: dict[str, Check] = {}
 """The checks by name, in the order in which they run."""
 
@@ -81,7 +80,7 @@ def register_check(
         raise ValueError(f"check {name}: {', '.join(late)} must be registered before it")
 
     def register(run: CheckFunction) -> CheckFunction:
-        CHECKS[name] = Check(name, run, after, needs_data)
+        CHECKS[name] = Check(run, after, needs_data)
         return run
 
     return register
