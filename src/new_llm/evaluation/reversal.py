@@ -234,9 +234,8 @@ def evaluate_reversal_curse(
     tasks = {direction: _list_candidates(pairs, direction) for direction in DIRECTIONS}
     texts = {text: None for found in tasks.values() for _, candidates in found for text in candidates}
     encoded = {text: encode_text(tokenizer, text) for text in texts}
-    reading: Reading = {"batch_size": settings.batch_size, "autocast": autocast}
-    reading |= {"on_progress": on_progress, "processes": processes}
-    scorer = Scorer(model, list(encoded.values()), reading)
+    how = Reading(batch_size=settings.batch_size, autocast=autocast, on_progress=on_progress, processes=processes)
+    scorer = Scorer(model, list(encoded.values()), how)
     own = scorer.score_windows(lambda length: [Window(0, length, 1)] if length > 1 else [])
     scores = join_scores(batch for found in processes.gather(own) for batch in found)
     counts = np.bincount(scores.documents, minlength=len(encoded))

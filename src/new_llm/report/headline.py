@@ -11,7 +11,6 @@ from new_llm.evaluation.scoring import exp_or_inf
 from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, Comparison
 from new_llm.formats import format_count, format_plural, format_size
 from new_llm.report.results import (
-    Member,
     Place,
     Series,
     compare,
@@ -60,6 +59,9 @@ class Score:
         """The mean over seeds."""
         return compute_mean(list(self.values.values()))
 
+    def __str__(self) -> str:
+        return write_value(self.column, self.mean)
+
 
 def describe_outcome(series: Sequence[Series]) -> Headline:
     """Say whether memory helps where long documents tell it, which model is best, and how far to trust it."""
@@ -76,7 +78,12 @@ def describe_memory(series: Sequence[Series]) -> str:
 
     Empty where no model with memory has been measured on long documents.
     """
-    found = {one.name: _list_results(one, series, "long") for one in series}
+
+    def find_place(measure: str) -> Place | None:
+        """The first text that any model has."""
+        return next((place for place in list_places(series) if place[0] == measure), None)
+
+    found = {one.name: _list_results(one, find_place("long")) for one in series}
     measured = [one for one in series if found[one.name]]
 
     def get_mean(one: Series) -> float:
@@ -111,7 +118,7 @@ def describe_memory(series: Sequence[Series]) -> str:
     reads = "the same segments" if same else f"{format_count(get_context(baseline))} tokens at once"
     if (effect := compare(own, found[baseline.name], ("long", "carried"))) is not None:
         text += f" Its perplexity is {_say_difference(effect)} that of {baseline.name}, which reads {reads}."
-    caches = [_list_results(one, series, "caches") for one in (best, baseline)]
+    caches = [_list_results(one, find_place("caches")) for one in (best, baseline)]
     if all(caches):
         ways = [MEASURES["caches"].losses(result) for result in caches[1].values()]
         names = [cache["name"] for cache in next(iter(caches[1].values()))["caches"]]
@@ -128,14 +135,8 @@ Results = dict[Any, dict[str, Any]]
 """By seed, what a measure found."""
 
 
-def _list_results(one: Series, series: Sequence[Series], measure: str) -> Results:
-    """A measure's results for a model, on the first text that any model has."""
-    place = next((place for place in list_places(series) if place[0] == measure), None)
-    return {} if place is None else _list_at(one, place)
-
-
-def _list_at(one: Series, place: Place) -> Results:
-    found = {member.seed: member.list_measured().get(place) for member in one.members}
+def _list_results(one: Series, place: Place | None) -> Results:
+    found = {member.seed: member.list_measured().get(place) for member in one.members} if place else {}
     return {seed: measured.result for seed, measured in found.items() if measured is not None}
 
 
@@ -175,15 +176,15 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
         many = f"{seeds[0]} to {seeds[-1]}" if seeds[0] < seeds[-1] else f"{seeds[0]}"
         caveats.append(f"Figures are means over {many} seeds per model.")
     if len(scores) == 1:
-        text = f"{best.series.name} reaches a {what} of {say(best)}."
+        text = f"{best.series.name} reaches a {what} of {best}."
         return Headline(text, [*caveats, "There is one model only: nothing to compare it with."])
     second, word = scores[1], "lowest" if column.better == "lower" else "highest"
     if abs(best.mean - second.mean) <= SAME_SHARE * abs(second.mean):
-        text = f"{best.series.name} and {second.series.name} have the same {what}, {say(best)}, to within 0.05%."
+        text = f"{best.series.name} and {second.series.name} have the same {what}, {best}, to within 0.05%."
     else:
         others = [second, *(score for score in scores[2:] if score.series is series[0])]
-        said = " and ".join(f"{say_share(best, other)} {other.series.name} ({say(other)})" for other in others)
-        text = f"{best.series.name} has the {word} {what}: {say(best)}, {said}."
+        said = " and ".join(f"{say_share(best, other)} {other.series.name} ({other})" for other in others)
+        text = f"{best.series.name} has the {word} {what}: {best}, {said}."
     return Headline(text, [describe_difference(best, second, place), *caveats])
 
 
@@ -213,7 +214,7 @@ def find_mismatch(scores: Sequence[Score], place: Place) -> str:
     """
     first = scores[0].series
     for other in (score.series for score in scores[1:]):
-        pairs = pair_members(first, other)
+        pairs = [(a, b) for a in first.members for b in other.members if a.seed == b.seed]
         for one, two in pairs or [(first.members[0], other.members[0])]:
             for path, words in (SOURCE, *SPLIT) if pairs else (SOURCE,):
                 if get_value(one.run.results, *path) != get_value(two.run.results, *path):
@@ -225,14 +226,9 @@ def find_mismatch(scores: Sequence[Score], place: Place) -> str:
     return ""
 
 
-def pair_members(one: Series, other: Series) -> list[tuple[Member, Member]]:
-    """The trainings of two models that share a seed."""
-    return [(a, b) for a in one.members for b in other.members if a.seed == b.seed]
-
-
 def describe_difference(best: Score, second: Score, place: Place) -> str:
     """The difference of two models, paired by seed and document."""
-    found = compare(_list_at(best.series, place), _list_at(second.series, place), (place[0], ""))
+    found = compare(_list_results(best.series, place), _list_results(second.series, place), (place[0], ""))
     if found is None:
         return "The difference has no interval: the models share no seed, or were measured on other documents."
     value, low, high = found.relative
@@ -253,11 +249,6 @@ def _judge(found: Comparison) -> str:
     if 1 < found.num_seeds < MIN_CLAIM_SEEDS:
         return f"more than chance explains, but an indication only: a claim needs {MIN_CLAIM_SEEDS} seeds"
     return "more than chance explains"
-
-
-def say(score: Score) -> str:
-    """The figure in a sentence."""
-    return write_value(score.column, score.mean)
 
 
 def say_share(best: Score, other: Score) -> str:

@@ -13,10 +13,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from new_llm.charts import PALETTE, Chart
+from new_llm.charts import PALETTE, Chart, ShadedText
 from new_llm.config.files import write_text_atomically
 from new_llm.config.terminal import hide_home, make_line, make_printable, print_text
-from new_llm.evaluation import MEASURES
+from new_llm.evaluation import MEASURES, ask_measure
 from new_llm.report import figures
 from new_llm.report.figures import draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
@@ -32,7 +32,6 @@ from new_llm.report.results import (
     list_differences,
     list_places,
     list_results,
-    list_texts,
     list_unknown,
     make_run,
 )
@@ -149,10 +148,10 @@ def list_sections(
             (one.name, sentence)
             for one in series
             for member in one.members
-            if (found := member.list_measured().get((measure, text))) and (sentence := describe(found))
+            if (known := member.list_measured().get((measure, text))) and (sentence := describe(known))
         ]
         shown = list_shown(drawn, places, with_figures=with_figures)
-        found = list_texts(list_results(series, (measure, text)), (measure, text))
+        found: list[ShadedText] = ask_measure(measure, "texts", list_results(series, (measure, text)), [])
         texts = [
             (view, [one for one in found if one.view == view]) for view in dict.fromkeys(one.view for one in found)
         ]

@@ -6,7 +6,7 @@ Then the models of a report: those of which runs are one (trained with several s
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from new_llm.charts import Chart, ShadedText
+from new_llm.charts import Chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
 from new_llm.config.files import read_json_file, read_mapping
@@ -99,15 +99,17 @@ def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
     # One form, however the results were made: lists for tuples, text for what JSON has no form for, null for NaN.
     results = json.loads(json.dumps(results, default=str), parse_constant=lambda _: None)
     evaluations, notes = read_evaluations(folder / EVALUATIONS_FOLDER) if folder else ([], [])
+    loaded = {f"{type(one).__module__}:{type(one).__qualname__}" for one in MEASURES.values()}
     for name in get_value(results, "config", "eval", "measures") or ():
-        if is_user_name(name) and not is_loaded(name):
+        if is_user_name(name) and name not in loaded:
             notes.append(
                 f"Figures of {make_line(name)} are left out: code that a file names is not loaded; --measures is."
             )
-    run = Run(results, tuple(evaluations), tuple(notes))
-    refused = [(entry, item) for entry in run.entries for item in (entry.get("not_measured") or {}).items()]
-    said = (make_line(f"{name_model(entry)}: {name} was not measured: {line}") for entry, (name, line) in refused)
-    return replace(run, notes=(*notes, *said))
+    run = Run(results, tuple(evaluations))
+    for entry in run.entries:
+        refused = (entry.get("not_measured") or {}).items()
+        notes += [make_line(f"{name_model(entry)}: {name} was not measured: {line}") for name, line in refused]
+    return replace(run, notes=tuple(notes))
 
 
 @contextmanager
@@ -122,11 +124,6 @@ def refuse_other_forms(runs: Sequence[Path]) -> Iterator[None]:
         raise UserError(f"{names}: unexpected content in its files: {describe_failure(error)}") from error
 
 
-def is_loaded(name: str) -> bool:
-    """Whether the measure that `module:Class` names is registered."""
-    return any(name == f"{type(one).__module__}:{type(one).__qualname__}" for one in MEASURES.values())
-
-
 def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
     """The evaluations in a folder, oldest first, and what could not be read."""
     found: list[Measured] = []
@@ -138,26 +135,23 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
             notes.append(f"The evaluation {make_line(file.name)} could not be read and is left out.")
             continue
         try:
-            found.append(read_record(record))
+            if record["record_version"] != RECORD_VERSION:
+                raise ValueError(record["record_version"])
+            source = get_value(record, "text", "source")
+            measured = Measured(
+                measure=make_line(record["result"].get("protocol") or record["kind"]),  # one kind has several protocols
+                model=make_line(record["subject"].get("model") or ""),
+                text=VALIDATION if source is None else make_line(Path(source).name),
+                result=record["result"],
+                is_complete=record["status"] != "partial",
+                created=record["created"],
+                command=make_line(record["command"]),
+            )
         except (LookupError, TypeError, ValueError):
             notes.append(f"The evaluation {make_line(file.name)} has an unknown form and is left out.")
+        else:
+            found.append(measured)
     return sorted(found, key=lambda one: one.created), notes
-
-
-def read_record(record: dict[str, Any]) -> Measured:
-    """One evaluation's record; a ValueError says that it is of another version."""
-    if record["record_version"] != RECORD_VERSION:
-        raise ValueError(record["record_version"])
-    source = get_value(record, "text", "source")
-    return Measured(
-        measure=make_line(record["result"].get("protocol") or record["kind"]),  # one kind has several protocols
-        model=make_line(record["subject"].get("model") or ""),
-        text=VALIDATION if source is None else make_line(Path(source).name),
-        result=record["result"],
-        is_complete=record["status"] != "partial",
-        created=record["created"],
-        command=make_line(record["command"]),
-    )
 
 
 def get_value(entry: Any, *keys: str) -> Any:
@@ -224,7 +218,7 @@ def compute_spread(values: Sequence[float]) -> float:
 
 def group_series(runs: Sequence[Run]) -> list[Series]:
     """The models of all runs, those that differ by their seed alone together, in the order they are met."""
-    groups: list[tuple[str, dict[str, Any], list[Member]]] = []
+    groups: list[tuple[str, dict[str, Any], list[Member]]] = []  # (type, settings, members)
     for run in runs:
         for entry in run.entries:
             name, settings, member = name_model(entry), describe_settings(run, entry), Member(run, entry)
@@ -235,7 +229,11 @@ def group_series(runs: Sequence[Run]) -> list[Series]:
                     break
             else:
                 groups.append((name, settings, [member]))
-    names = name_groups(groups)
+    types, names = [model_type for model_type, *_ in groups], list[str]()
+    for model_type, _, members in groups:  # a name of its own for each: its type, its run's name, a number if need be
+        base = f"{model_type}, {members[0].run.name}" if types.count(model_type) > 1 else model_type
+        numbered = (base if number == 1 else f"{base} ({number})" for number in count(1))
+        names.append(next(name for name in numbered if name not in names))
     return [Series(i, names[i], settings, tuple(members)) for i, (_, settings, members) in enumerate(groups)]
 
 
@@ -248,19 +246,10 @@ def describe_settings(run: Run, entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in own.items() if value is not None}
 
 
-def name_groups(groups: Sequence[tuple[str, dict[str, Any], list[Member]]]) -> list[str]:
-    """A name of its own for each group: its type, the run's name where types are equal, and a number if need be."""
-    names: list[str] = []
-    types = [model_type for model_type, *_ in groups]
-    for model_type, _, members in groups:
-        base = f"{model_type}, {members[0].run.name}" if types.count(model_type) > 1 else model_type
-        numbered = (base if number == 1 else f"{base} ({number})" for number in count(1))
-        names.append(next(name for name in numbered if name not in names))
-    return names
-
-
 def say_setting(value: Any) -> str:
-    """A setting's value in a table or a name."""
+    """A setting's value in a table."""
+    if value is None:
+        return MISSING
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, bool):
@@ -270,13 +259,9 @@ def say_setting(value: Any) -> str:
 
 def list_differences(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     """(setting, its value for each model) of the settings in which models differ; a dash: it has none."""
-    keys = list(dict.fromkeys(key for one in series for key in one.settings))
-    rows = []
-    for key in keys:
-        values = [one.settings.get(key) for one in series]
-        if any(value != values[0] for value in values):
-            rows.append((key, [MISSING if value is None else say_setting(value) for value in values]))
-    return rows
+    rows = {key: [one.settings.get(key) for one in series] for every in series for key in every.settings}
+    differing = [(key, values) for key, values in rows.items() if any(value != values[0] for value in values)]
+    return [(key, [say_setting(value) for value in values]) for key, values in differing]
 
 
 # What measures say of them
@@ -331,11 +316,6 @@ def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
     return drawn or ask_measure(place[0], "charts", readable, [])
 
 
-def list_texts(results: Sequence[ModelResult], place: Place) -> list[ShadedText]:
-    """The measure's passages."""
-    return ask_measure(place[0], "texts", results, [])
-
-
 def compare(
     one: Mapping[Any, Any], other: Mapping[Any, Any], of: tuple[str, str], against: tuple[str, str] | None = None
 ) -> Comparison | None:
@@ -357,5 +337,5 @@ def compare(
 
 def list_unknown(series: Sequence[Series]) -> list[str]:
     """Measures that results name and this program doesn't know."""
-    names: Iterable[str] = (name for one in series for member in one.members for name, _ in member.list_measured())
-    return sorted({make_line(name) for name in names if name not in MEASURES})
+    names = {name for one in series for member in one.members for name, _ in member.list_measured()}
+    return sorted(make_line(name) for name in names if name not in MEASURES)
