@@ -150,24 +150,17 @@ def line_chart(
         for place, point in enumerate(own):
             point["mark"] = (len(own) - 1 - place) % step == 0
     is_long = max(Counter(point["series"] for point in drawn).values(), default=0) > MAX_MARKED
-    across: Row = {"field": "x", "title": x_title or None, "scale": _scale(False)}
+    across = _make_axis("x", x_title, [] if is_ordinal else [point["x"] for point in drawn])
     if is_ordinal:
         across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}}
-    else:
-        across |= {"type": "quantitative", "axis": _label_axis([point["x"] for point in drawn])}
     marks = {"type": "point", "filled": True, "size": 50, "opacity": 0 if is_long else 1}
     shape = _encode_series(names, SHAPES, is_shown=series is not None)
     encoding = {"x": across, "color": _encode_series(names, PALETTE, is_shown=series is not None), **_TIP}
 
     def draw(is_log: bool) -> Row:
-        up: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(is_log)}
-        up["axis"] = _label_axis([point["y"] for point in drawn], y_format, is_log=is_log)
-        layers: list[Row] = []
-        if any("low" in point for point in drawn):
-            ends = {"y": up | {"field": "low"}, "y2": {"field": "high"}}
-            layers.append({"mark": {"type": "area", "opacity": 0.15, "aria": False}, "encoding": ends})
-        if reference is not None:
-            layers.append(_draw_reference("y", reference))
+        up = _make_axis("y", y_title, [point["y"] for point in drawn], y_format, is_log=is_log)
+        layers = _draw_intervals(drawn, {"y": up}, {"type": "area", "opacity": 0.15, "aria": False})
+        layers += [] if reference is None else [_draw_reference("y", reference)]
         layers.append({"mark": {"type": "line", "strokeWidth": 2.2, "aria": False}, "encoding": {"y": up}})
         marked = {"transform": [{"filter": "datum.mark"}], "mark": marks, "encoding": {"y": up, "shape": shape}}
         return _make_spec(drawn, HEIGHT, encoding, [*layers, marked])
@@ -205,52 +198,41 @@ def point_chart(
     drawn: list[Row] = []
     known: dict[str, Row] = {}
     for row in rows:
-        across, up = _number(row.get(x), is_log=x_log), _number(row.get(y))
-        if across is None or up is None:
+        place, height = _number(row.get(x), is_log=x_log), _number(row.get(y))
+        if place is None or height is None:
             continue
         named, owned = _name(row, series), _name(row, owner)
         number = str(owners.index(owned or named) + 1)
-        point = {"x": across, "y": up, "number": number, "size": 70, **_find_ends(row, low, high, is_log=False)}
+        point = {"x": place, "y": height, "number": number, "size": 70, **_find_ends(row, low, high, is_log=False)}
         if owned:
             point |= {"number": "" if is_crowded else named.removeprefix(owned).strip(" +"), "size": 25}
             point |= {"from_x": known[owned]["x"], "from_y": known[owned]["y"]} if owned in known else {}
         known[named] = point
         point["series"] = f"{number} {owned or named}"
-        drawn.append(point | {"tip": f"{named}: {_say_value(point, '')} at {_say(across)} {x_title}"})
+        drawn.append(point | {"tip": f"{named}: {_say_value(point, '')} at {_say(place)} {x_title}"})
     places = {point["series"]: int(point["series"].split()[0]) - 1 for point in drawn}
-    horizontal: Row = {"field": "x", "type": "quantitative", "title": x_title or None}
-    horizontal |= {"scale": _scale(x_log) | {"padding": 30}}
-    horizontal |= {"axis": _label_axis([point["x"] for point in drawn], "~s", is_log=x_log)}
-    height: Row = {"field": "y", "type": "quantitative", "title": y_title or None, "scale": _scale(False)}
-    height |= {"axis": _label_axis([point["y"] for point in drawn])}
+    across = _make_axis("x", x_title, [point["x"] for point in drawn], "~s", is_log=x_log, padding=30)
+    up = _make_axis("y", y_title, [point["y"] for point in drawn])
     layers: list[Row] = []
     if any("from_x" in point for point in drawn):
-        ends = {"x": horizontal | {"field": "from_x"}, "x2": {"field": "x"}, "y": height | {"field": "from_y"}}
+        ends = {"x": across | {"field": "from_x"}, "x2": {"field": "x"}, "y": up | {"field": "from_y"}}
         mark = {"type": "rule", "strokeWidth": 1, "opacity": 0.4, "aria": False}
         joined = {"transform": [{"filter": "isValid(datum.from_x)"}], "mark": mark}
         layers.append(joined | {"encoding": ends | {"y2": {"field": "y"}}})
-    if any("low" in point for point in drawn):
-        ends = {"y": height | {"field": "low"}, "y2": {"field": "high"}}
-        shown = {"transform": [{"filter": "datum.size > 25"}]}
-        layers.append(shown | {"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
+    shown = {"transform": [{"filter": "datum.size > 25"}]}
+    layers += [shown | layer for layer in _draw_intervals(drawn, {"y": up}, _RULE)]
     # Hollow marks show where they cover one another, and that of the last shape, a stroke, is seen at all.
     marks = {"type": "point", "filled": False, "strokeWidth": 2, "opacity": 1}
     size: Row = {"field": "size", "type": "quantitative", "scale": None, "legend": None}
     legend = {"legend": {"columns": 3, "orient": "bottom", "labelLimit": 220}}
     shape = _encode_series([*places], SHAPES, is_shown=True, places=[*places.values()]) | legend
-    layers.append({"mark": marks, "encoding": {"y": height, "shape": shape, "size": size}})
+    layers.append({"mark": marks, "encoding": {"y": up, "shape": shape, "size": size}})
     text = {"type": "text", "align": "left", "baseline": "bottom", "dx": 6, "dy": -3, "aria": False}
-    layers.append({"mark": text, "encoding": {"y": height, "text": {"field": "number"}, "color": {"value": INK}}})
+    layers.append({"mark": text, "encoding": {"y": up, "text": {"field": "number"}, "color": {"value": INK}}})
     color = _encode_series([*places], PALETTE, is_shown=True, places=[*places.values()]) | legend
-    tall = HEIGHT + 22 * -(-len(places) // 3)
-    return Chart(
-        name,
-        title,
-        caption,
-        _make_spec(drawn, tall, {"x": horizontal, "color": color, **_TIP}, layers),
-        list(rows),
-        view,
-    )
+    encoding = {"x": across, "color": color, **_TIP}
+    spec = _make_spec(drawn, HEIGHT + 22 * -(-len(places) // 3), encoding, layers)
+    return Chart(name, title, caption, spec, list(rows), view)
 
 
 def bar_chart(
@@ -289,27 +271,16 @@ def bar_chart(
         bar["end"] = bar["y"] if is_dotted else bar.get("high", bar["y"])
     names = list(dict.fromkeys(bar["series"] for bar in drawn))
     labels = list(dict.fromkeys(bar["label"] for bar in drawn))
-    across = {
-        "field": "y",
-        "type": "quantitative",
-        "title": y_title or None,
-        "scale": _scale(False, zero=not is_dotted) | {"padding": 24},
-        "axis": _label_axis([bar["y"] for bar in drawn], y_format),
-    }
-    encoding: Row = {
-        "y": {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}}
-        | {"axis": _make_room(labels)},
-        "color": _encode_series(names, PALETTE, is_shown=series is not None),
-        **_TIP,
-    }
+    across = _make_axis("y", y_title, [bar["y"] for bar in drawn], y_format, zero=not is_dotted, padding=24)
+    down: Row = {"field": "label", "type": "nominal", "sort": None, "title": None, "scale": {"paddingInner": 0.3}}
+    color = _encode_series(names, PALETTE, is_shown=series is not None)
+    encoding: Row = {"y": down | {"axis": _make_room(labels)}, "color": color, **_TIP}
     if series is not None:
         encoding["yOffset"] = {"field": "series", "sort": names}
     mark = {"type": "point", "filled": True, "size": 90, "opacity": 1} if is_dotted else {"type": "bar"}
     layers: list[Row] = [] if reference is None else [_draw_reference("x", reference)]
     layers.append({"mark": mark, "encoding": {"x": across}})
-    if any("low" in bar for bar in drawn):
-        ends = {"x": across | {"field": "low"}, "x2": {"field": "high"}, "color": {"value": INK}}
-        layers.append({"mark": {"type": "rule", "strokeWidth": 1.3, "aria": False}, "encoding": ends})
+    layers += _draw_intervals(drawn, {"x": across, "color": {"value": INK}}, _RULE)
     text = {"type": "text", "align": "left", "baseline": "middle", "dx": 8, "dy": -9 if is_dotted else 0, "aria": False}
     beside = {"x": across | {"field": "end"}, "text": {"field": "text"}, "color": {"value": INK}}
     layers.append({"mark": text, "encoding": beside})
@@ -337,10 +308,9 @@ def heat_chart(
 
     `low` is what no shade stands for (None: the least value) and `high` what full shade stands for.
     """
-    known = [(row, shown) for row in rows if (shown := _number(row.get(value))) is not None]
-    drawn = _average(
-        [{"x": _name(row, x), "column": _name(row, y), "y": shown} for row, shown in known], ("x", "column")
-    )
+    known = ((row, _number(row.get(value))) for row in rows)
+    found = [{"x": _name(row, x), "column": _name(row, y), "y": shown} for row, shown in known if shown is not None]
+    drawn = _average(found, ("x", "column"))
     values = [cell["y"] for cell in drawn]
     least = min(values, default=0.0) if low is None else low
     most = max(values, default=1.0) if high is None else high
@@ -352,26 +322,21 @@ def heat_chart(
         cell["text"] = _format(cell["y"], value_format)
         cell["tip"] = f"{cell['column']}, {x_title} {cell['x']}: {value_title} {cell['text']}"
     axis = {"type": "ordinal", "sort": None, "scale": {"paddingInner": 0.06}}
-    encoding = {
-        "x": axis
-        | {
-            "field": "x",
-            "title": x_title or None,
-            "axis": {"labelAngle": 0, "labelOverlap": "greedy"} | {"labelSeparation": 6},
-        },
-        "y": axis | {"field": "column", "title": None, "axis": _make_room([c["column"] for c in drawn])},
-        **_TIP,
-    }
+    labels = {"labelAngle": 0, "labelOverlap": "greedy", "labelSeparation": 6}
+    across = axis | {"field": "x", "title": x_title or None, "axis": labels}
+    down = axis | {"field": "column", "title": None, "axis": _make_room([cell["column"] for cell in drawn])}
     shade = {"fillOpacity": {"field": "shade", "type": "quantitative", "scale": None}, "color": {"value": HEAT}}
     layers: list[Row] = [{"mark": {"type": "rect"}, "encoding": shade}]
     if len(drawn) <= MAX_LABELLED_CELLS and len({cell["x"] for cell in drawn}) <= MAX_LABELLED_COLUMNS:
         ink = {"field": "ink", "type": "nominal", "scale": None}
         layers.append({"mark": {"type": "text", "aria": False}, "encoding": {"text": {"field": "text"}, "color": ink}})
     height = CELL_STEP * len({cell["column"] for cell in drawn}) + 80
-    return Chart(name, title, caption, _make_spec(drawn, height, encoding, layers), list(rows), view)
+    spec = _make_spec(drawn, height, {"x": across, "y": down, **_TIP}, layers)
+    return Chart(name, title, caption, spec, list(rows), view)
 
 
 _TIP = {"description": {"field": "tip"}}
+_RULE = {"type": "rule", "strokeWidth": 1.3, "aria": False}
 
 _CONFIG: Row = {
     "font": "Liberation Sans, Arial, Helvetica, sans-serif",
@@ -431,37 +396,36 @@ def _encode_series(
 def _draw_reference(axis: str, value: float) -> Row:
     """A dashed level that takes no part in the chart's data or legend."""
     mark = {"type": "rule", "color": MUTED, "strokeDash": [5, 4], "aria": False}
-    return {"data": {"values": [{"level": value}]}, "mark": mark, "encoding": {axis: {"datum": value}, **_BARE[axis]}}
+    encoding: Row = {axis: {"datum": value}, "color": {"value": MUTED}, "description": {"value": None}}
+    encoding |= {"y": None, "yOffset": None} if axis == "x" else {"x": None}
+    return {"data": {"values": [{"level": value}]}, "mark": mark, "encoding": encoding}
 
 
-_NOTHING = {"value": None}
-_BARE: dict[str, Row] = {
-    "x": {"y": None, "color": {"value": MUTED}, "yOffset": None, "description": _NOTHING},
-    "y": {"x": None, "color": {"value": MUTED}, "description": _NOTHING},
-}
+def _draw_intervals(drawn: list[Row], encoding: Row, mark: Row) -> list[Row]:
+    """A mark from the lower to the upper end of each interval, if there is any, along the encoding's first axis."""
+    axis, *_ = encoding
+    ends = encoding | {axis: encoding[axis] | {"field": "low"}, f"{axis}2": {"field": "high"}}
+    return [{"mark": mark, "encoding": ends}] if any("low" in row for row in drawn) else []
 
 
-def _label_axis(values: list[float], format_spec: str = "", *, is_log: bool = False) -> Row:
-    """About five ticks; on a long logarithmic axis at powers of ten, or at 1, 2 and 5 times those."""
+def _make_axis(
+    field: str, title: str, values: list[float], format_spec: str = "", *, is_log: bool = False, **scale: Any
+) -> Row:
+    """An axis of numbers with about five ticks; a long logarithmic one: at powers of ten, or 1, 2 and 5 times those."""
     default = ",~r" if is_log else "~s" if max(map(abs, values), default=0) >= 10_000 else ",~g"
-    labels = f"format(datum.value, '{format_spec or default}')"
-    if not is_log or not values or max(values) < 5 * min(values):
-        return {"tickCount": 5, "labelExpr": labels}
-    first, last = (math.floor(math.log10(end)) for end in (min(values), max(values)))
-    powers = range(first, last + 2, 1 + (last - first) // 6)
-    return {
-        "values": [step * 10.0**power for power in powers for step in ((1, 2, 5) if last - first < 3 else (1,))],
-        "labelExpr": labels,
-    }
+    ticks: Row = {"tickCount": 5}
+    if is_log and values and max(values) >= 5 * min(values):
+        first, last = (math.floor(math.log10(end)) for end in (min(values), max(values)))
+        powers, steps = range(first, last + 2, 1 + (last - first) // 6), (1, 2, 5) if last - first < 3 else (1,)
+        ticks = {"values": [step * 10.0**power for power in powers for step in steps]}
+    kind: Row = {"type": "log", "base": 10, "nice": False} if is_log else {"zero": False}
+    axis = ticks | {"labelExpr": f"format(datum.value, '{format_spec or default}')"}
+    return {"field": field, "type": "quantitative", "title": title or None, "scale": kind | scale, "axis": axis}
 
 
 def _make_room(labels: Sequence[str]) -> Row:
     """Room for labels left of the axis, in the larger letters of a narrow page."""
     return {"minExtent": min(MAX_LABEL, LETTER_WIDTH * max(map(len, labels), default=0))}
-
-
-def _scale(is_log: bool, *, zero: bool = False) -> Row:
-    return {"type": "log", "base": 10, "nice": False} if is_log else {"zero": zero}
 
 
 def _name(row: Row, key: str | None) -> str:

@@ -137,7 +137,7 @@ def summarize_ranges(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of all tokens, and of each range of distance that holds one, by the losses of each way."""
 
-    def summarize(column: int | None, start: int, end: int | None) -> dict[str, Any]:
+    def summarize(column: int | None, start: int | None, end: int | None) -> dict[str, Any]:
         ways = {name: one.select(column) for name, one in losses.items()}
         counts = ways[CARRIED].num_tokens
         measured = {name: way for name, way in ways.items() if way.num_tokens.any()}

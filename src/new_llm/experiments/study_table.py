@@ -19,6 +19,7 @@ from new_llm.evaluation.statistics import (
     MIN_SEEDS,
     Comparison,
     DocumentLosses,
+    Estimate,
     compare_models,
     find_t_interval,
 )
@@ -62,17 +63,11 @@ def list_columns(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, 
 
 
 class Figure(NamedTuple):
-    """A figure of one training, the table that it stands in, and the number of documents that it is of, if any."""
+    """A figure of one training, the table that it stands in, and the documents that it is of, if that is known."""
 
     table: str
     column: Column
     num_documents: int | None = None
-
-
-def count_documents(result: Mapping[str, Any]) -> int | None:
-    """Documents that a measure's result is of; None: it does not tell."""
-    found, counted = result.get("num_documents"), result.get("documents")
-    return found if isinstance(found, int) else len(counted) if isinstance(counted, list) else None
 
 
 def list_figures(run: Run) -> dict[str, Figure]:
@@ -80,16 +75,19 @@ def list_figures(run: Run) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     for what, name, result in list_results(run):
         text = f": {what.removeprefix(f'{name}-')}" if what != name else ""
+        number, documents = result.get("num_documents"), result.get("documents")
+        if not isinstance(number, int):
+            number = len(documents) if isinstance(documents, list) else None
         for title, head, column in list_columns(name, dict(result)):
             if isinstance(column.value, int | float):
-                figures[f"{title}{text}: {head}"] = Figure(title + text, column, count_documents(result))
-    gates = [gate for gates in run["model"]["gates"].values() for gate in gates]
-    training = run["model"]["training"]
-    model, cost = run["model"], run["model"].get("cost") or {}
+                figures[f"{title}{text}: {head}"] = Figure(title + text, column, number)
+    model, training, cost = run["model"], run["model"]["training"], run["model"].get("cost") or {}
+    gates = [gate for gates in model["gates"].values() for gate in gates]
+    num_bytes = {key: None if cost.get(key) is None else 4 * cost[key] for key in ("memory_numbers", "state_numbers")}
     costs = [
         Column("parameters", PARAMETERS, model["num_parameters"]["total"], format_count),
-        Column("memory", MEMORY, _count_bytes(cost.get("memory_numbers")), format_bytes),
-        Column("state", STATE, _count_bytes(cost.get("state_numbers")), format_bytes),
+        Column("memory", MEMORY, num_bytes["memory_numbers"], format_bytes),
+        Column("state", STATE, num_bytes["state_numbers"], format_bytes),
         Column("FLOPs", "FLOPs/token", cost.get("flops_per_token"), format_count),
         Column("CPU time", CPU_SECONDS, training.get("cpu_seconds"), format_count),
         Column("least gate", "least gate", min(gates, default=None)),
@@ -100,21 +98,8 @@ def list_figures(run: Run) -> dict[str, Figure]:
     return figures | {f"{COST}: {column.title}": Figure(COST, column) for column in costs if column.value is not None}
 
 
-def _count_bytes(numbers: int | None) -> int | None:
-    return None if numbers is None else 4 * numbers
-
-
-class CachedFigure(NamedTuple):
-    """A cache around a training's model: its bits per byte with their interval, and the bytes that it stores."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    num_bytes: int
-
-
-def list_cached(run: Run) -> dict[str, CachedFigure]:
-    """What each cache that was measured makes of the bits per byte of streaming, by its name.
+def list_cached(run: Run) -> dict[str, tuple[Estimate, int]]:
+    """What each cache that was measured makes of the bits per byte of streaming, and the bytes it stores, by its name.
 
     What a cache is worth was measured on long documents, where it has something to look up: it is taken, in bits per
     byte, from the model's own figure, on the validation documents. n-grams are looked up in the text itself: the
@@ -126,15 +111,14 @@ def list_cached(run: Run) -> dict[str, CachedFigure]:
         return {}
     longest = max(sum(document["num_tokens"]) for document in caches["documents"])
     tokens_per_byte = streaming["num_tokens"] / streaming["num_bytes"]
-    found: dict[str, CachedFigure] = {}
+    found: dict[str, tuple[Estimate, int]] = {}
     for cache in caches["caches"][1:]:  # the first one is the bare model
         size, worth = cache["size"], cache["relative"]
-        value, low, high = (
-            None if worth[end] is None else streaming["bits_per_byte"] + math.log2(1 + worth[end]) * tokens_per_byte
-            for end in ("value", "low", "high")
-        )
-        stored = size["state_bytes"] + size["bytes_per_token"] * longest
-        found[cache["name"]] = CachedFigure(value, low, high, stored)
+        bits = {
+            end: None if share is None else streaming["bits_per_byte"] + math.log2(1 + share) * tokens_per_byte
+            for end, share in worth.items()
+        }
+        found[cache["name"]] = Estimate(**bits), size["state_bytes"] + size["bytes_per_token"] * longest
     return found
 
 
@@ -158,6 +142,7 @@ def describe_study(
     for name, runs in found.items():
         reference = found.get(study.reference_variant, ()) if name != study.reference_variant else ()
         contrasts, compared = contrast_runs(runs), compare_runs(runs, reference)
+        codes = {tuple(sorted(code.items())): code for run in runs if (code := run.get("code"))}
         shown = list(describe_figures(runs, reference))
         shown += [(CONTRASTS, key, _show_comparison(one, is_share=True)) for key, one in contrasts.items()]
         for other in dict.fromkeys((study.reference_variant, *study.baselines)):
@@ -173,7 +158,7 @@ def describe_study(
         variants[name] = {
             "changes": study.variants[name],
             "seeds": [run["seed"] for run in runs],
-            "code": find_codes(runs),
+            "code": list(codes.values()),
             "num_parameters": runs[0]["model"]["num_parameters"]["total"],
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": {f"{table}: {head}": figure for table, head, figure in shown},
@@ -211,26 +196,23 @@ def describe_figures(runs: Sequence[Run], reference: Sequence[Run]) -> Iterator[
         summary = _summarize(list(values.values()), is_shown=has_interval)
         if len(known) == 1:
             summary |= {"low": column.low, "high": column.high}
-        yield (
-            table,
-            metric.removeprefix(f"{table}: "),
-            {
-                "by_seed": {str(seed): value for seed, value in values.items()},
-                **summary,
-                "text": _render(column, summary),
-                "difference_from_reference": (_summarize(differences, is_shown=has_interval) if differences else None),
-            },
-        )
+        difference = _summarize(differences, is_shown=has_interval) if differences else None
+        figure = {"by_seed": {str(seed): value for seed, value in values.items()}, **summary}
+        figure |= {"text": _render(column, summary), "difference_from_reference": difference}
+        yield table, metric.removeprefix(f"{table}: "), figure
 
 
 def _summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    found = [list_cached(run) for run in runs]
+    found: dict[str, list[tuple[Estimate, int]]] = {}
+    for run in runs:
+        for name, cached in list_cached(run).items():
+            found.setdefault(name, []).append(cached)
     caches: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(name for one in found for name in one):
-        seeds = [one[name] for one in found if name in one]
-        caches[name] = _summarize([one.value for one in seeds], is_shown=True) | {"bytes": seeds[0].num_bytes}
+    for name, seeds in found.items():
+        (first, num_bytes), values = seeds[0], [bits.value for bits, _ in seeds]
+        caches[name] = _summarize(values, is_shown=True) | {"bytes": num_bytes}
         if len(seeds) == 1:
-            caches[name] |= {"low": seeds[0].low, "high": seeds[0].high}
+            caches[name] |= {"low": first.low, "high": first.high}
     return caches
 
 
@@ -293,15 +275,13 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: boo
 
 def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
     """The contrasts within each run, e.g. of its hits with those of a guess, over seeds and documents; by name."""
-    found: dict[str, dict[int, tuple[DocumentLosses, DocumentLosses]]] = {}
+    found: dict[str, tuple[dict[int, DocumentLosses], dict[int, DocumentLosses]]] = {}
     for run in runs:
         for _, name, result in list_results(run):
             for key, pair in ask_measure(name, "contrasts", dict(result), {}).items():
-                found.setdefault(key, {})[run["seed"]] = pair
-    compared: dict[str, Comparison | None] = {}
-    for key, by_seed in found.items():
-        one, other = ({seed: pair[side] for seed, pair in by_seed.items()} for side in (0, 1))
-        compared[key] = compare_models(one, other, CONFIDENCE)
+                for by_seed, losses in zip(found.setdefault(key, ({}, {})), pair, strict=True):
+                    by_seed[run["seed"]] = losses
+    compared = {key: compare_models(*sides, CONFIDENCE) for key, sides in found.items()}
     return {key: one for key, one in compared.items() if one is not None}
 
 
@@ -356,34 +336,20 @@ def describe_checkpoints(
     }
 
 
-def find_codes(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
-    """The versions of the code that trained some runs, each once."""
-    found = {tuple(sorted(code.items())): code for run in runs if (code := run.get("code"))}
-    return list(found.values())
-
-
 def _summarize(values: Sequence[Any], *, is_shown: bool) -> dict[str, Any]:
     finite = [float(value) for value in values if math.isfinite(value)]
     varies = len(finite) >= MIN_SEEDS and min(finite) < max(finite)
     low, high = find_t_interval(finite, CONFIDENCE) if is_shown and varies else (None, None)
-    return {
-        "mean": statistics.fmean(finite) if finite else None,
-        "low": low,
-        "high": high,
-        "num_seeds": len(finite),
-    }
+    mean = statistics.fmean(finite) if finite else None
+    return {"mean": mean, "low": low, "high": high, "num_seeds": len(finite)}
 
 
 def _render(column: Column, summary: Mapping[str, Any]) -> str:
-
-    def write(value: float | None) -> str:
-        if value is None or not math.isfinite(value):
-            return format_number(value)
-        return column.format(value)
-
-    text = write(summary["mean"])
-    ends = (summary["low"], summary["high"])
-    return text if None in ends else f"{text} [{', '.join(map(write, ends))}]"
+    mean, *ends = (
+        format_number(value) if value is None or not math.isfinite(value) else column.format(value)
+        for value in (summary["mean"], summary["low"], summary["high"])
+    )
+    return mean if None in (summary["low"], summary["high"]) else f"{mean} [{', '.join(ends)}]"
 
 
 def render_introduction(summary: Mapping[str, Any]) -> str:
