@@ -33,7 +33,6 @@ def model():
 def test_each_half_is_measured_with_the_settings_of_the_other(model):
     split = make_split(DOCUMENTS)
     result = measure(model, split)
-    assert result is not None
     assert [found["name"] for found in result["caches"]] == [
         "bare", "+ 3 states", "+ 20 states", "+ unigrams", "+ trigrams", "+ longest match", "+ all"
     ]  # fmt: skip
@@ -73,10 +72,7 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
 
 
 def test_few_documents_have_no_interval_and_one_no_result(model):
-    result = measure(model, make_split(DOCUMENTS[:3]))
-    assert result is not None
-    assert result["caches"][-1]["relative"]["low"] is None
+    assert measure(model, make_split(DOCUMENTS[:3]))["caches"][-1]["relative"]["low"] is None
     assert measure(model, make_split(DOCUMENTS[1:3])) is None
     stopped = measure(model, make_split(DOCUMENTS), should_stop=iter([False, True]).__next__)
-    assert stopped is not None
     assert (len(stopped["documents"]), stopped["is_complete"]) == (2, False)

@@ -28,6 +28,9 @@ EDGES = (0, 16, 40, 100, 1000)
 LONG = [index for index, length in enumerate(LENGTHS) if length >= 17]
 
 
+WAYS = ("carried", "reset", "foreign")
+
+
 def measure(model, split=SPLIT, *, hooks=None, **options):
     settings = LongDocumentsConfig(**({"min_tokens": 17, "edges": EDGES, "batch_size": 4} | options))
     return LongDocuments().run(Subject(model, None, split, EvalConfig(long_documents=settings), **(hooks or {})))
@@ -105,9 +108,6 @@ def check_figures(figures, columns, documents):
         assert difference["nats"]["value"] == pytest.approx(losses["carried"] - losses[way])
         assert difference["relative"]["value"] == pytest.approx(math.exp(losses["carried"] - losses[way]) - 1)
         assert (difference["nats"]["low"] is None) == (figures["num_documents"] < MIN_DOCUMENTS)
-
-
-WAYS = ("carried", "reset", "foreign")
 
 
 def test_figures_and_paired_intervals():

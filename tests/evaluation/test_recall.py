@@ -114,8 +114,7 @@ def test_a_perfect_memory_finds_everything_and_its_control_nothing():
         control = (cell["reset"]["exact"]["value"], cell["reset"]["first"]["value"])
         assert control == ((1, 1) if length == 1 else (0, 0))
     assert (result["chance_first"], result["chance_rank"]) == (0.1, 5.5)
-    assert result["is_complete"]
-    assert result["notes"] == []
+    assert (result["is_complete"], result["notes"]) == (True, [])
     assert result["num_tokens"] == 3 * 3 * 2 * (1 + 2 + 4) * SEGMENT
     assert model.held == ["not to be touched"]
 
@@ -150,22 +149,16 @@ def test_texts_hold_the_sentence_once_in_real_text():
         read = TOKENIZER.decode([*text.context, *text.question.opening])
         right = [TOKENIZER.decode(tokens.tolist()) for tokens in text.question.candidates]
         assert read.count("The pass key is") == 1
-        sentence = f"{right[0]} Remember it."
-        before, after = read.split(sentence)
-        assert before in everything
-        assert after in everything
+        before, after = read.split(f"{right[0]} Remember it.")
         assert before + after in everything
         assert all(candidate.startswith(" The pass key is ") for candidate in right)
         assert not any(candidate.split()[-1] in read for candidate in right[1:])
+        assert len(text.context) == (length - 1) * SEGMENT
         if length == 1:
-            assert len(text.context) == 0
-            longest = max(map(len, text.question.candidates))
-            assert len(text.question.opening) + longest - 1 == SEGMENT
+            assert len(text.question.opening) + text.question.num_tokens == SEGMENT
         else:
-            assert len(text.context) == (length - 1) * SEGMENT
             assert len(text.question.opening) == 0
-            first = len(TOKENIZER.encode(before).ids) // SEGMENT
-            assert text.distance == length - 1 - first
+            assert text.distance == length - 1 - len(TOKENIZER.encode(before).ids) // SEGMENT
         assert abs(text.depth - depth) * (length - 1) <= 0.6 or length == 1
 
 
@@ -212,10 +205,9 @@ def test_real_models_agree_with_generate_and_a_loop_over_the_logits(kind):
                 totals.append(float(losses[len(ids[0]) - 1 - (len(tokens) - text.question.differ_begin) :].sum()))
             assert answer["rank"] == 1 + sum(total < totals[0] for total in totals[1:])
             assert answer["is_first"] == (answer["rank"] == 1)
-            prompt = np.concatenate(
-                [text.context, text.question.opening, text.question.candidates[0][: text.question.answer_begin]]
-            )
-            wanted = text.question.candidates[0][text.question.answer_begin :].tolist()
+            right, begin = text.question.candidates[0], text.question.answer_begin
+            prompt = np.concatenate([text.context, text.question.opening, right[:begin]])
+            wanted = right[begin:].tolist()
             with model.fresh_memory(), torch.no_grad():
                 ids, _ = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=len(wanted), do_sample=False)
             assert answer["is_exact"] == (ids[0, len(prompt) :].tolist() == wanted)

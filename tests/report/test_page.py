@@ -181,22 +181,12 @@ def test_numbers_that_no_axis_can_hold(results, value):
 def test_passages_are_shaded_and_their_text_is_text(results):
     token = {"carried": 1.0, "emptied": 2.5, "with_memory": [["<b>", 0.9]], "without": [["x", 0.1]], "gate": 0.25}
     token["selection"] = [[0.25, 0.75]]
-    passage = {
-        "document": 3,
-        "segment": 4,
-        "before": "<i>",
-        "value_nats": 1.5,
-        "tokens": [token | {"text": "<script>"}],
-    }
-    results["models"][1]["evaluation"]["passages"] = {
-        "value_nats": 0.1,
-        "num_tokens": 100,
-        "half_share": 0.05,
-        "passages": [passage],
-        "continuations": [
-            {"document": 2, "segment": 9, "prompt": "<u>", "true": "t", "carried": "<s>", "emptied": "e"},
-        ],
-    }
+    passage = {"document": 3, "segment": 4, "before": "<i>", "value_nats": 1.5}
+    passage["tokens"] = [token | {"text": "<script>"}]
+    continuation = {"document": 2, "segment": 9, "prompt": "<u>", "true": "t", "carried": "<s>", "emptied": "e"}
+    figures = {"value_nats": 0.1, "num_tokens": 100, "half_share": 0.05}
+    found = figures | {"passages": [passage], "continuations": [continuation]}
+    results["models"][1]["evaluation"]["passages"] = found
     page = show(results)
     for words in (
         *("helped by 1.5 nats: document 3, segment 5", "+1.50 nats", "half of what it helped falls on 5.0% of them"),

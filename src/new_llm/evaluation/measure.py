@@ -247,10 +247,7 @@ def register_measure(kind: type[MeasureKind]) -> type[MeasureKind]:
         ValueError: another class has the name.
     """
     known = type(MEASURES.get(kind.name, kind()))
-    if (known.__module__, known.__qualname__) != (
-        kind.__module__,
-        kind.__qualname__,
-    ):  # those of a reloaded module match
+    if len({(one.__module__, one.__qualname__) for one in (known, kind)}) > 1:  # those of a reloaded module match
         raise ValueError(f"measure {kind.name!r} is registered by {known.__module__} already")
     MEASURES[kind.name] = kind()
     return kind

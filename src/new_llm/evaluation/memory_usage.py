@@ -108,32 +108,26 @@ class MemoryUsage(Measure):
 
     def columns(self, result: dict[str, Any]) -> list[Column]:
         """How sharply tokens select among memories, the mean over layers that do."""
-        found = {
-            layer["layer"]: layer["selection_entropy"] for layer in result["layers"] if "selection_entropy" in layer
-        }
+        layers = result["layers"]
+        found = {one["layer"]: one["selection_entropy"] for one in layers if "selection_entropy" in one}
         if not found:
             return []
-        hint = "0: each token reads one memory; 1: all alike. " + ", ".join(
-            f"layer {i}: {e:.3f}" for i, e in found.items()
-        )
-        return [Column("selection_entropy", "selection entropy", sum(found.values()) / len(found), hint=hint)]
+        each = ", ".join(f"layer {index}: {entropy:.3f}" for index, entropy in found.items())
+        mean, hint = sum(found.values()) / len(found), f"0: each token reads one memory; 1: all alike. {each}"
+        return [Column("selection_entropy", "selection entropy", mean, hint=hint)]
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
         """A heat map per model: segments across, memories and heads down."""
         charts: list[Chart] = []
         for name in dict.fromkeys(one.name for one in results):
             rows = [
-                {
-                    "segment": segment + 1,
-                    "memory": f"layer {layer['layer']}, memory {memory + 1}, head {head + 1}",
-                    "norm": value,
-                }
+                {"segment": segment, "memory": f"layer {layer['layer']}, memory {memory}, head {head}", "norm": value}
                 for one in results
                 if one.name == name
                 for layer in one.result["layers"]
-                for segment, memories in enumerate(layer["norms"])
-                for memory, heads in enumerate(memories)
-                for head, value in enumerate(heads)
+                for segment, memories in enumerate(layer["norms"], start=1)
+                for memory, heads in enumerate(memories, start=1)
+                for head, value in enumerate(heads, start=1)
             ]
             caption = "Norm of each memory after each segment of one document: does it fill up, and are all written?"
             axes: dict[str, Any] = {"x": "segment", "y": "memory", "value": "norm", "x_title": "segment", "view": name}

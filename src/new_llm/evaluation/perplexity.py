@@ -115,14 +115,12 @@ class PerplexityResult:
     seconds: float
     tokens_per_second: float
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether everything planned was scored."""
-        return self.num_tokens == self.num_planned
+    is_complete: bool
+    """Whether everything planned was scored."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a perplexity too large for a float is infinite."""
-        return dataclasses.asdict(self) | {"is_complete": self.is_complete}
+        return dataclasses.asdict(self)
 
 
 def evaluate_sliding_window(
@@ -240,6 +238,7 @@ def _evaluate(
         prefix_token=prefix_token,
         seconds=seconds,
         tokens_per_second=count / seconds if seconds else math.inf,
+        is_complete=count == chosen.num_scored,
     )
 
 
@@ -390,16 +389,11 @@ class Positions(Measure):
         found = join_scores(scorer.score_windows(lambda length: [Window(0, length, 1)]))
         total_nll = scorer.processes.sum(np.bincount(found.positions, found.losses, length))
         counts = scorer.processes.sum(np.bincount(found.positions, minlength=length))
-        ranges = [
-            {
-                "start": start,
-                "end": end,
-                "perplexity": exp_or_inf(total_nll[start:end].sum() / counts[start:end].sum()),
-                "num_tokens": int(counts[start:end].sum()),
-            }
-            for start, end in pairwise([*(edge for edge in edges if edge < length), length])
-            if counts[start:end].any()
-        ]
+        ranges: list[dict[str, Any]] = []
+        for start, end in pairwise([*(edge for edge in edges if edge < length), length]):
+            if count := int(counts[start:end].sum()):
+                perplexity = exp_or_inf(total_nll[start:end].sum() / count)
+                ranges.append({"start": start, "end": end, "perplexity": perplexity, "num_tokens": count})
         return {"seq_length": length, "ranges": ranges}
 
     def charts(self, results: Sequence[ModelResult]) -> list[Chart]:
@@ -410,22 +404,17 @@ class Positions(Measure):
             for entry in one.result["ranges"]
         ]
         caption = "Perplexity of the tokens in each range of positions of a sample; falling lines use what came before."
-        columns: dict[str, Any] = {"x": "position", "y": "perplexity", "series": "model"}
-        titles: dict[str, Any] = {"x_title": "position in the sample", "y_title": "perplexity"}
-        return [line_chart("positions", "Perplexity by position", caption, rows, **columns, **titles)]
+        axes: dict[str, Any] = {"x": "position", "y": "perplexity", "series": "model"}
+        axes |= {"x_title": "position in the sample", "y_title": "perplexity"}
+        return [line_chart("positions", "Perplexity by position", caption, rows, **axes)]
 
     def tables(self, result: dict[str, Any]) -> list[Table]:
         """A row per range."""
-        rows = [
-            (
-                f"{entry['start']}–{entry['end']}",
-                [
-                    Column("perplexity", "perplexity", entry["perplexity"]),
-                    Column("num_tokens", "tokens", entry["num_tokens"], format_count),
-                ],
-            )
-            for entry in result["ranges"]
-        ]
+        rows: list[tuple[str, list[Column]]] = []
+        for entry in result["ranges"]:
+            tokens = Column("num_tokens", "tokens", entry["num_tokens"], format_count)
+            columns = [Column("perplexity", "perplexity", entry["perplexity"]), tokens]
+            rows.append((f"{entry['start']}–{entry['end']}", columns))
         return [Table(f"by position in samples of {result['seq_length']} tokens", rows)]
 
     def describe(self, result: dict[str, Any]) -> str:

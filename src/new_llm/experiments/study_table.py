@@ -114,7 +114,7 @@ def list_cached(run: Run) -> dict[str, tuple[Estimate, int]]:
     found: dict[str, tuple[Estimate, int]] = {}
     for cache in caches["caches"][1:]:  # the first one is the bare model
         size, worth = cache["size"], cache["relative"]
-        bits = {
+        bits: dict[str, Any] = {
             end: None if share is None else streaming["bits_per_byte"] + math.log2(1 + share) * tokens_per_byte
             for end, share in worth.items()
         }

@@ -87,9 +87,8 @@ def describe_memory(series: Sequence[Series]) -> str:
     measured = [one for one in series if found[one.name]]
 
     def get_mean(one: Series) -> float:
-        return compute_mean(
-            [result["overall"]["perplexity"]["carried"]["value"] for result in found[one.name].values()]
-        )
+        results = found[one.name].values()
+        return compute_mean([result["overall"]["perplexity"]["carried"]["value"] for result in results])
 
     def has_memory(one: Series) -> bool:
         return bool(get_value(one.members[0].entry, "memory_info", "total_bytes"))

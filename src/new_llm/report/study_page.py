@@ -34,7 +34,7 @@ def write_study_page(
     Args:
         with_figures: write each chart as SVG, PNG and CSV as well, which takes longer than the page.
     """
-    charts = list(name_apart(draw_study(summary, found)))
+    charts = list(name_apart([*draw_against_cost(summary), *draw_checkpoints(summary), *draw_measures(found)]))
     write_text_atomically(folder / STUDY_PAGE, render_study(summary, charts, with_figures=with_figures))
     if with_figures:
         write_charts(charts, folder / FIGURES_FOLDER)
@@ -55,11 +55,6 @@ def render_study(summary: Mapping[str, Any], charts: Sequence[Chart], *, with_fi
 
 
 ENDS = ("mean", "low", "high")
-
-
-def draw_study(summary: Mapping[str, Any], found: Mapping[str, Sequence[Run]]) -> list[Chart]:
-    """All charts of a study's summary and finished runs; what is gained at which cost comes first."""
-    return [*draw_against_cost(summary), *draw_checkpoints(summary), *draw_measures(found)]
 
 
 def draw_against_cost(summary: Mapping[str, Any]) -> list[Chart]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from rich import box
 from rich.cells import cell_len
@@ -86,11 +86,10 @@ FACTS: tuple[tuple[str, str, tuple[str, ...], Callable[[float | None], str]], ..
 
 def list_facts(member: Member) -> list[Column]:
     """What is known of one trained model beside what was measured; its exact number is the hint."""
-    values = [(group, title, get_value(member.entry, *keys), write) for group, title, keys, write in FACTS]
     return [
         Column(title, title, value, write, group=group, hint=format_count(value))
-        for group, title, value, write in values
-        if value is not None
+        for group, title, keys, write in FACTS
+        if (value := get_value(member.entry, *keys)) is not None
     ]
 
 
@@ -125,18 +124,18 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
 
 def _collect(listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool) -> list[tuple[Heading, list[Cell]]]:
     """Each column's cells, a model each, of the columns that its members have."""
-    models: list[dict[str, list[Column]]] = []
-    for members in listed:
-        by_key: dict[str, list[Column]] = {}
+    by_key: dict[str, list[list[Column]]] = {}
+    for place, members in enumerate(listed):
         for column in (column for columns in members for column in columns):
-            by_key.setdefault(column.key, []).append(column)
-        models.append(by_key)
+            by_key.setdefault(column.key, [[] for _ in listed])[place].append(column)
     found: list[tuple[Heading, list[Cell]]] = []
-    for key in dict.fromkeys(key for by_key in models for key in by_key):
-        first = next(by_key[key][0] for by_key in models if key in by_key)
-        cells = [_make_cell(by_key.get(key, [])) for by_key in models]
-        if mark_best and first.better:
-            cells = _mark_best(cells, first.better)
+    for models in by_key.values():
+        first = next(columns[0] for columns in models if columns)
+        cells = [_make_cell(columns) for columns in models]
+        values = {cell.value for cell in cells if cell.value is not None}
+        if mark_best and first.better and len(values) > 1:
+            best = min(values) if first.better == "lower" else max(values)
+            cells = [replace(cell, is_best=cell.value == best) for cell in cells]
         found.append(((first.group, make_line(first.title)), cells))
     return found
 
@@ -158,14 +157,6 @@ def _make_cell(columns: Sequence[Column]) -> Cell:
         hint = f"{hint} interval {format_number(first.low)} to {format_number(first.high)}".strip()
     text = write_value(first, values[0]) if first.error is None else format_with_error(values[0], first.error)
     return Cell(text, hint, finite[0] if finite else None)
-
-
-def _mark_best(cells: list[Cell], better: Literal["lower", "higher"]) -> list[Cell]:
-    values = {cell.value for cell in cells if cell.value is not None}
-    if len(values) < 2:
-        return cells
-    best = min(values) if better == "lower" else max(values)
-    return [Cell(c.text, c.hint, c.value, is_best=c.value == best) for c in cells]
 
 
 class SummaryTable:
