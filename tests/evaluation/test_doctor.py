@@ -31,6 +31,7 @@ from new_llm.evaluation.scoring import evaluation_mode
 from new_llm.models import ModelType
 from new_llm.models.factory import RECIPES
 from new_llm.models.inputs import align_labels
+from new_llm.models.state import map_tensors
 from tiny import make_shape, make_split
 
 SEGMENT = 16
@@ -200,8 +201,7 @@ def mix_memories(model, monkeypatch):
 
     def average(hold):
         def changed(rows, start):
-            is_mixed = model.memory_rows is not None
-            return hold([None if m is None else m.map(mean) for m in rows] if is_mixed else rows, start)
+            return hold(rows if model.memory_rows is None else map_tensors(rows, mean), start)
 
         return changed
 
