@@ -127,10 +127,8 @@ class Processes:
 
     def run_on_main(self, work: Callable[[], Value]) -> Value:
         """Run work on the main process; everyone gets its result, or fails with it (by an OtherProcessError)."""
-        result: Any = None
         with self.agree():
-            if self.is_main:
-                result = work()
+            result: Any = work() if self.is_main else None
         return self.share(result)
 
     def run_main_first(self, work: Callable[[], Value]) -> Value:

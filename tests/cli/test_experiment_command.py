@@ -27,16 +27,8 @@ TINY = """
 
 def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, untrained_run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--models",
-        "infini",
-        "--data.source",
-        str(untrained_run / "0.txt"),
-        "--data.no-reversal-pairs",
-        *TINY,
-        "--epochs",
-        "2",
-    ]
+    source = str(untrained_run / "0.txt")
+    flags = ["--models", "infini", "--data.source", source, "--data.no-reversal-pairs", *TINY, "--epochs", "2"]
     flags += ["--eval.measures", "sliding", "--train.patience", "0"]
 
     def read_curve(name: str) -> list[tuple[object, ...]]:

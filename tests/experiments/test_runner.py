@@ -250,30 +250,23 @@ def test_a_loss_of_ones_own_trains(tiny, trained_run):
 # One process in a run folder
 
 
-def test_a_link_to_a_run_is_the_same_run(tiny, tmp_path):
-    with hold_run(tiny, resume=False) as (_, folder):
-        create_run(tiny, folder)
-    (tmp_path / "folder-link").symlink_to(folder.parent)
-    (folder.parent / "run-link").symlink_to(folder)
-    with hold_run(tiny, resume=True):
-        for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
-            linked = change(tiny, **changes)
-            with pytest.raises(UserError, match=rf"\(PID {os.getpid()} on "), hold_run(linked, resume=True):
-                pytest.fail("it is held twice")
-
-
-def test_leftovers_of_a_killed_process_go_when_the_run_goes_on(tiny):
+def test_a_link_to_a_run_is_the_same_run_and_leftovers_of_a_killed_process_go(tiny, tmp_path):
     with hold_run(tiny, resume=False) as (_, folder):
         create_run(tiny, folder)
     left = [folder / ".results.json.abc.tmp", folder / "infini" / "best" / ".model.safetensors.abc.tmp"]
     for place in left:
         place.mkdir(parents=True)
         (place / "half").touch()
-    kept = folder / "infini" / "metrics.jsonl"
-    kept.touch()
+    (kept := folder / "infini" / "metrics.jsonl").touch()
+    (tmp_path / "folder-link").symlink_to(folder.parent)
+    (folder.parent / "run-link").symlink_to(folder)
     with hold_run(tiny, resume=True):
+        assert kept.exists()
         assert not any(place.exists() for place in left)
-    assert kept.exists()
+        for changes in ({"runs_dir": tmp_path / "folder-link"}, {"name": "run-link"}):
+            linked = change(tiny, **changes)
+            with pytest.raises(UserError, match=rf"\(PID {os.getpid()} on "), hold_run(linked, resume=True):
+                pytest.fail("it is held twice")
 
 
 # A run's model and tokenizer are found, or one line says what to ask for
@@ -289,9 +282,8 @@ def saved_run(tmp_path, tokenizer):
 def test_the_tokenizer_is_beside_the_model_or_above(saved_run, tokenizer, tmp_path):
     for place in (saved_run / "infini", saved_run / "infini" / "best"):
         model, found = load_run_model(place)
-        assert found.to_str() == tokenizer.to_str()
-        assert model.segment_length == 16
-    save_model(make_model(), tmp_path / "a" / "b" / "c")
+        assert (found.to_str(), model.segment_length) == (tokenizer.to_str(), 16)
+    save_model(model, tmp_path / "a" / "b" / "c")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no tokenizer.json here or in the 2 folders above"):
         load_run_model(tmp_path / "a" / "b" / "c")

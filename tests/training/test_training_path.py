@@ -233,9 +233,8 @@ def test_a_fault_that_stops_is_saved_for_study(tmp_path, every_steps, accumulati
 
 def test_a_gradient_that_is_not_finite_is_a_fault_too(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.model.layers[1].mlp.dense_h_to_4h.bias.register_hook(
-        lambda grad: grad * math.inf if trainer.state.step == 2 else grad
-    )
+    bias = trainer.model.layers[1].mlp.dense_h_to_4h.bias
+    bias.register_hook(lambda grad: grad * math.inf if trainer.state.step == 2 else grad)
     with pytest.raises(TrainingError, match=r"gradient norm is (inf|nan) at step 3"):
         trainer.run()
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -101,11 +100,10 @@ def read_random_states() -> dict[str, Any]:
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Restore what `read_random_states` returned; states of missing GPUs are ignored."""
-    python, numpy_state = states["python"], states["numpy"]
+    python, numbers = states["python"], states["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    words = numpy_state["words"].numpy().astype(np.uint32)
-    rest = (numpy_state["position"], numpy_state["has_gauss"], numpy_state["gauss"])
-    np.random.set_state(("MT19937", words, *rest))
+    words = numbers["words"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, numbers["position"], numbers["has_gauss"], numbers["gauss"]))
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
@@ -177,7 +175,7 @@ def interrupt_training(folder: Path) -> Iterator[None]:
 class StopSignals:
     """Whether a signal has asked to stop: call it to find out. See `catch_stop_signals`."""
 
-    def __init__(self, *, repeats_end: bool = True) -> None:
+    def __init__(self, repeats_end: bool) -> None:
         self.repeats_end = repeats_end
         self._num_received = 0
         self._interrupts = False
@@ -197,7 +195,7 @@ class StopSignals:
         finally:
             self._interrupts = False
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, *_: object) -> None:
         """The signals' handler."""
         self._num_received += 1
         if self._interrupts or (self._num_received > 1 and self.repeats_end):
@@ -210,6 +208,6 @@ def catch_stop_signals(*, repeats_end: bool = True) -> Iterator[StopSignals]:
 
     Not so under a launcher, which forwards to every process what the terminal has already sent it.
     """
-    stop = StopSignals(repeats_end=repeats_end)
+    stop = StopSignals(repeats_end)
     with handle_signals(STOP_SIGNALS, stop.note):
         yield stop
