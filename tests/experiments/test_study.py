@@ -132,11 +132,11 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, train
 def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatch):
     started: list[str] = []
 
-    def launch(work, cell, log):
+    def launch(cell, log):
         started.append(cell.name)
         return SimpleNamespace(exitcode=0)
 
-    monkeypatch.setattr(study_module, "open_pool", lambda work, folder, *_: Pool(work, folder, None, launch))
+    monkeypatch.setattr(study_module, "open_pool", lambda work, folder, *_: Pool(folder, None, launch))
     study = read_settings(write_study(tmp_path / "study.yaml", addresses, seeds=[0]), StudyConfig)
     study_module.run_study(study, console=(console := Console(file=io.StringIO(), width=80)))
     baselines, others = {"pythia-s0", "whole-s0"}, {"reference-s0", "no-delta-s0"}

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -55,7 +56,7 @@ class Cell:
 
 Work = Callable[[Cell], None]
 """Trains and measures one cell; a function of a module, or a partial of one, so that other processes find it."""
-Launch = Callable[[Work, Cell, Path], Any]
+Launch = Callable[[Cell, Path], Any]
 """Begins a cell's work, which prints to a log file. What it returns has a process's `exitcode` (None while it runs),
 `terminate` and `join`."""
 
@@ -66,8 +67,7 @@ class Pool:
     Bad input ends all; if a run fails in another way, the others continue. Trainings are resumable.
     """
 
-    def __init__(self, work: Work, folder: Path, size: int | None, launch: Launch) -> None:
-        self.work = work
+    def __init__(self, folder: Path, size: int | None, launch: Launch) -> None:
         self.folder = folder
         self.size = size
         self.launch = launch
@@ -77,7 +77,7 @@ class Pool:
 
     def start(self, cell: Cell) -> None:
         """Begin a cell."""
-        self.running[cell] = self.launch(self.work, cell, self.find_log(cell).absolute())
+        self.running[cell] = self.launch(cell, self.find_log(cell).absolute())
 
     @property
     def has_room(self) -> bool:
@@ -123,10 +123,10 @@ def open_pool(work: Work, folder: Path, jobs: int | None, cluster: ClusterConfig
     if cluster.executor is not None:
         executor = make_executor(cluster, folder / JOBS_FOLDER)
         cores = jobs if cluster.executor == "local" else None
-        return Pool(work, folder, jobs, lambda *arguments: ClusterJob(executor, cores, *arguments))
-    if jobs in (None, 1):
-        return Pool(work, folder, 1, InTurn)
-    return Pool(work, folder, jobs, lambda *arguments: start_process(jobs, *arguments))
+        return Pool(folder, jobs, partial(ClusterJob, executor, cores, work))
+    if jobs is None or jobs == 1:
+        return Pool(folder, 1, partial(InTurn, work))
+    return Pool(folder, jobs, partial(start_process, jobs, work))
 
 
 @contextmanager

@@ -280,7 +280,6 @@ class Trainer:
         return self.batch_loss(replace(sent, attention_mask=batch.attention_mask, resets=batch.resets))
 
     def _compute_loss(self, model: TransformerLM, batch: Batch) -> Tensor:
-        """The model's own loss, the default `loss_fn`."""
         return model.total_loss(
             batch.input_ids,
             batch.labels,
@@ -326,7 +325,6 @@ class Trainer:
             self.step_loss, self.grad_norm = step.loss, step.grad_norm
 
     def _measure(self) -> None:
-        """Measure the model as it is now."""
         assert self.measure is not None
         self._read_numbers()
         state = self.state
@@ -374,7 +372,6 @@ class Trainer:
 
     @contextmanager
     def _open_metrics(self) -> Iterator[None]:
-        """Inside the block the main process writes metrics."""
         run, state = f"{self.folder.parent.name}/{self.folder.name}", self.state
         with open_trackers(self.accelerator, self.config.trackers, run, self.settings):
             with self.processes.agree():
@@ -391,7 +388,6 @@ class Trainer:
             self.metrics.write(event, step, values)
 
     def _log_steps(self) -> None:
-        """One line of metrics on the steps since the last such line."""
         state = self.state
         values: dict[str, Any] = {
             "epoch": state.epoch + 1,
