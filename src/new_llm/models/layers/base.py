@@ -286,9 +286,14 @@ class Attention(nn.Module, ABC):
     auxiliary_loss: Tensor | None = None
     """As `Layer.auxiliary_loss`."""
     has_step: ClassVar[bool] = False
-    """Whether there are `step` and `end_segments`; without them the layer runs open segments again."""
+    """Whether there are `step` and `end_segments`, as in a class that defines `step`; without them the layer runs open
+    segments again."""
     step: Any
     end_segments: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.has_step = vars(cls).get("has_step", cls.has_step or "step" in vars(cls))
 
     @abstractmethod
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:

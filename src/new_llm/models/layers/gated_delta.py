@@ -63,8 +63,6 @@ class GatedDeltaAttention(Attention):
         options: which parts there are.
     """
 
-    has_step: ClassVar[bool] = True
-
     def __init__(self, hidden_size: int, num_heads: int, options: GatedDeltaOptions) -> None:
         super().__init__()
         self.num_heads = num_heads

@@ -26,7 +26,6 @@ class MemoryAttention(Attention):
         read_loss_weight: weight of a loss of what the memory returns; it reads tokens in training.
     """
 
-    has_step: ClassVar[bool] = True
     gate: nn.Parameter
     dense: nn.Linear
     num_memories: int

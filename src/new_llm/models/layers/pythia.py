@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,8 +172,6 @@ class RotarySoftmax:
 
 class SoftmaxAttention(RotarySoftmax, Attention):
     """GPT-NeoX's attention, inside the segment."""
-
-    has_step: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, num_heads: int, rotary_pct: float, rotary_emb_base: float) -> None:
         nn.Module.__init__(self)
