@@ -83,7 +83,11 @@ def test_alpha_of_one_layer_is_a_number_and_of_several_a_dictionary():
     assert several.get_alpha() == several.alpha_values() == {0: -0.5, 2: -0.5}
     assert set(several.gate_values()) == {"layers.0", "layers.2"}
     torch.nn.init.zeros_(several.layers[2].get_parameter("alpha"))
-    assert "α of layer 2 is 0" in check_gates(SimpleNamespace(own_model=several)).found  # by the doctor
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    exam = SimpleNamespace(
+        own_model=several, tokens=ids[0], take_rows=lambda *_: ids, read=several, probing=torch.no_grad
+    )
+    assert "α of layer 2 is 0" in check_gates(exam).found  # by the doctor
     with pytest.raises(ValueError, match="no parallel adapter"):
         make_base().get_alpha()
 
