@@ -174,3 +174,5 @@ def test_pairs_are_drawn_for_each_relation():
     assert draw_pairs(PAIRS, 1000, seed=1) == PAIRS
     capitals = [pair for pair in PAIRS if pair.relation == "capital"]
     assert draw_pairs(capitals, 5, seed=1) == [pair for pair in drawn if pair.relation == "capital"]
+    with pytest.raises(ValueError, match="positive"):
+        draw_pairs(PAIRS, 0, seed=1)

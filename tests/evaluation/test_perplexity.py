@@ -179,7 +179,11 @@ def test_positions_equal_a_naive_loop():
 
 
 def test_unigram_perplexity():
-    for documents, expected in (([[*range(VOCAB_SIZE)]] * 2, VOCAB_SIZE), ([[3, 3, 3], [7]], 4 / 27**0.25)):
+    for documents, expected in (
+        ([[*range(VOCAB_SIZE)]] * 2, VOCAB_SIZE),
+        ([[3] * 10], 1),
+        ([[3, 3, 3], [7]], 4 / 27**0.25),
+    ):
         assert unigram_perplexity(make_split(documents)) == pytest.approx(expected)
     with pytest.raises(UserError, match="no token"):
         unigram_perplexity(make_split([]))
@@ -206,6 +210,7 @@ def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
     evaluate = partial(evaluate, make_exact(), SPLIT)
     whole = evaluate(batch_size=2)
     assert whole.is_complete
+    assert whole.to_dict()["is_complete"]
     stopped = evaluate(batch_size=2, should_stop=iter([False, False, True]).__next__)
     assert 0 < stopped.num_tokens < stopped.num_planned == whole.num_planned
     assert not stopped.is_complete

@@ -147,14 +147,16 @@ def test_logits_beyond_every_exponent_faults_and_rows_without_a_target():
 
 def test_what_does_not_fit_is_refused():
     hidden, weight, targets, weights = make()
-    for arguments, label_weights, words in (
-        ((hidden[:, :3], weight, targets), None, "N, D"),
-        ((hidden, weight, targets[:5]), None, "targets"),
-        ((hidden, weight, targets), weights[:2], "label_weights"),
-        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), None, "targets: 301 is no row of the weight"),
+    for arguments, options, words in (
+        ((hidden[:, :3], weight, targets), {}, "N, D"),
+        ((hidden, weight, targets[:5]), {}, "targets"),
+        ((hidden, weight, targets), {"label_weights": weights[:2]}, "label_weights"),
+        ((hidden, weight, targets), {"reduction": "mean"}, "reduction"),
+        ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows"),
+        ((hidden, weight, targets.masked_fill(targets == -100, WORDS)), {}, "targets: 301 is no row of the weight"),
     ):
         with pytest.raises(ValueError, match=words):
-            linear_cross_entropy(*arguments, label_weights=label_weights)
+            linear_cross_entropy(*arguments, **options)
 
 
 @pytest.mark.parametrize(("kind", "with_hook"), [("pythia", False), ("pythia", True), ("selective", False)])

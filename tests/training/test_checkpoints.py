@@ -25,6 +25,7 @@ from new_llm.training.checkpoint import (
     write_checkpoint_folder,
 )
 from new_llm.training.devices import read_random_states, seed_generators, set_random_states
+from new_llm.training.log import METRICS_FILE, read_last_metrics
 from training_cases import equal, list_weights, make_trainer, read_curve
 
 
@@ -198,3 +199,10 @@ def test_best_weights_that_no_checkpoint_has_are_said_to_be_lost(tmp_path):
     state = json.loads((list_checkpoints(tmp_path)[0] / checkpoint.STATE_FILE).read_text())
     assert (state["best_epoch"], state["best_loss"]) == (5, 2.7)
     assert read_best(tmp_path)
+
+
+def test_the_last_line_of_metrics_is_found_at_the_files_end(tmp_path):
+    assert read_last_metrics(tmp_path) is None
+    lines = [json.dumps({"step": step, "text": "x" * 1000}) for step in range(200)]
+    (tmp_path / METRICS_FILE).write_text("\n".join(lines) + '\n{"step": 200, "te')
+    assert read_last_metrics(tmp_path)["step"] == 199

@@ -132,6 +132,9 @@ def plan_batches(
             documents in a seeded order, the last one cut; None: all.
         planter: plants facts into the samples, which must be shuffled: a sample's end is lost.
         answer_weight: the weight in the loss of tokens that a planted fact lets one know.
+
+    Raises:
+        ValueError: the split holds no sample.
     """
     rng = np.random.default_rng([seed, epoch])
     documents, num_each = _choose_samples(split, seq_length, seed, num_samples)
@@ -140,6 +143,10 @@ def plan_batches(
 
     document = np.repeat(documents, num_each)
     total = len(document)
+    if not total:
+        raise ValueError(
+            f"the split holds no sample: no document has 2 tokens or more ({split.num_documents} documents)"
+        )
     sample_in_document = np.arange(total) - np.repeat(np.cumsum(num_each) - num_each, num_each)
     starts = split.offsets[document] + sample_in_document * seq_length
     counts = np.minimum(split.offsets[document + 1] - starts, seq_length + 1)

@@ -212,6 +212,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         notes.append(f"the tokenizer {config.hub_tokenizer} could not be loaded: one was trained in its place")
     sizes = tokenize_documents([f"{sentence}\n" for sentence in sentences], cache.tokenizer).lengths
     kept = sentences[: count_kept(sizes, train.num_tokens, config, notes)]
+    trained = set(kept)
     pinned = tokenize_documents(pack_lines(kept, sizes, config.seq_length), cache.tokenizer)
     if kept:
         train = cache.load_split("train", pinned)
@@ -241,7 +242,7 @@ def prepare_data(config: DataConfig) -> PreparedData:
         ),
         "reversal_sentences": len(kept),
         "reversal_documents": pinned.num_documents,
-        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in kept],
+        "reversal_taught": [pair.forward for pair in choose_taught(config) if pair.backward in trained],
         "notes": notes,
     }
     return PreparedData(train, validation, cache.tokenizer, info["vocab_size"], info)

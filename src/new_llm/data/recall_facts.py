@@ -278,6 +278,7 @@ class SamplePlanter:
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
         self._decode, self._encode = tokenizer.decode, functools.partial(encode_text, tokenizer)
         self._config, self._seed = config, seed
+        self._stop = encode_text(tokenizer, ".")
         self._borders = SentenceBorders(tokenizer)
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
@@ -334,7 +335,7 @@ class SamplePlanter:
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
             name = pieces.draw_person(generator)
         needle = draw_needle(task, "train", 1 + (task == "changed"), generator, name=name, among=among)
-        question, stop = self._encode(f" {needle.prompt}"), self._encode(".")
+        question, stop = self._encode(f" {needle.prompt}"), self._stop
         told = [one for one in (needle.replaced, needle.statement) if one]
         if task != "passkey" and pieces is not None and generator.random() < config.planted_made_up:
             statements = [np.concatenate([question, pieces.draw_word(text, generator), stop]) for _ in told]

@@ -108,6 +108,8 @@ def draw_pairs(pairs: Sequence[ReversalPair], per_relation: int, seed: int) -> l
 
     Another relation's pairs change nothing of what is drawn of one.
     """
+    if per_relation < 1:
+        raise ValueError(f"per_relation: {per_relation} is not positive")
     members: dict[str, list[int]] = {}
     for index, pair in enumerate(pairs):
         members.setdefault(pair.relation, []).append(index)

@@ -378,10 +378,12 @@ def _list_candidates(pairs: Sequence[ReversalPair], direction: Direction) -> lis
     """For each pair its prompt, and its sentence followed by the same prompt with each wrong answer of its relation."""
     get_parts = attrgetter("relation", f"{direction}_prompt", f"{direction}_answer")
     parts: list[tuple[str, str, str]] = [get_parts(pair) for pair in pairs]
-    right, answers = set(parts), dict.fromkeys((relation, answer) for relation, _, answer in parts)  # in their order
+    right, answers = set(parts), dict[str, dict[str, None]]()  # a dict keeps the order
+    for relation, _, answer in parts:
+        answers.setdefault(relation, {})[answer] = None
     found: list[tuple[str, list[str]]] = []
     for relation, prompt, answer in parts:
-        others = [other for one, other in answers if one == relation and (relation, prompt, other) not in right]
+        others = [other for other in answers[relation] if (relation, prompt, other) not in right]
         found.append((prompt, [prompt + other for other in (answer, *others)]))
     return found
 

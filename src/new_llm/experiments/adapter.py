@@ -140,10 +140,9 @@ def find_base(config: AdapterTrainingConfig) -> tuple[str | Path, str]:
     folder, given = Path(config.base).expanduser(), config.data.tokenizer
     if not folder.is_dir():
         return config.base, config.base if given == "auto" else given
-    if (own := folder / "pythia" / BEST_FOLDER).is_dir():
-        folder = own
-    elif not (folder / "config.json").is_file():
-        folder = find_model_folder(folder)
+    if not (folder / "config.json").is_file():
+        own = folder / "pythia" / BEST_FOLDER
+        folder = own if own.is_dir() else find_model_folder(folder)
     return folder, str(find_tokenizer_file(folder)) if given == "auto" else given
 
 

@@ -377,10 +377,11 @@ def describe_run(folder: Path) -> RunStatus:
             models=models,
             evaluations=evaluations,
         )
+    except UserError as error:
+        fault = str(error)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         fault = f"{folder}: unexpected content in its files: {describe_failure(error)}"
-        fault = str(error) if isinstance(error, UserError) else fault
-        return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
+    return RunStatus(folder, "unreadable", None, None, (), evaluations, fault)
 
 
 def _describe_model(folder: Path, name: str, config: TrainingSettings) -> ModelStatus:

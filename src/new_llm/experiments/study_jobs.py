@@ -29,7 +29,7 @@ from new_llm.config.terminal import make_line
 from new_llm.config.train import ClusterConfig
 from new_llm.formats import format_seconds
 from new_llm.training import TrainingInterrupted
-from new_llm.training.log import METRICS_FILE, read_metrics
+from new_llm.training.log import METRICS_FILE, read_last_metrics
 
 LOGS_FOLDER = "logs"
 JOBS_FOLDER = "jobs"
@@ -285,7 +285,7 @@ class StudyProgress:
         """When each run began."""
         self.seconds: list[float] = []
         """How long each took that has ended."""
-        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=True)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -322,12 +322,8 @@ class StudyProgress:
         for width in (BAR_COLUMNS, 4, None):
             table.add_column(no_wrap=True, width=width)
         for cell in list(self.running)[:MAX_LINES]:
-            lines = [
-                line
-                for path in (self.folder / cell.name).glob(f"*/{METRICS_FILE}")
-                for line in read_metrics(path.parent)
-            ]
-            last = lines[-1] if lines else {"share": 0.0}
+            found = (read_last_metrics(path.parent) for path in (self.folder / cell.name).glob(f"*/{METRICS_FILE}"))
+            last = next(filter(None, found), {"share": 0.0})
             loss, share = last.get("loss", last.get("validation_loss")), last.get("share", 1.0)
             said = f"epoch {last['epoch']}" if "epoch" in last else "waiting"
             said += f", loss {loss:.3f}" if isinstance(loss, float) else ""

@@ -328,7 +328,8 @@ class TextCache:
             found[:, 1:2] = score_states(joined, read, targets, self.config.num_states, [self.config.theta])
         for place in self._scan(tokens):
             if self.counts:
-                scores = [one.get(int(targets[place]), 0) / total for one, total in self.counts.followers()]
+                target = int(targets[place])
+                scores = [one.get(target, 0) / total for one, total in self.counts.followers()]
                 found[place, 2 : 2 + len(scores)] = scores
                 contexts[place] = len(scores)
             if self.matches:

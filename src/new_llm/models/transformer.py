@@ -154,9 +154,19 @@ class TransformerLM(HeldMemory):
         """
         return self.embed_out(self.compute_hidden(input_ids, attention_mask, update_memory=update_memory))
 
-    def compute_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: bool) -> Tensor:
+    def compute_hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+        use_selective: bool = True,
+    ) -> Tensor:
         """The hidden states before the head, [B, T, D]; arguments as in `compute_passes`."""
-        return self.compute_passes(input_ids, attention_mask, **options)[-1]
+        passes = self.compute_passes(
+            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
+        )
+        return passes[-1]
 
     def compute_passes(
         self,
@@ -304,7 +314,9 @@ class TransformerLM(HeldMemory):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
-        **options: bool,
+        *,
+        update_memory: bool = False,
+        use_selective: bool = True,
     ) -> Tensor:
         """The loss of the token that follows each position, [B, T] float32 nats; 0 where there is no target.
 
@@ -314,10 +326,14 @@ class TransformerLM(HeldMemory):
             input_ids: [B, T].
             labels: the tokens themselves, not shifted, [B, T] or [B, T + 1]; see `align_labels`.
             attention_mask: [B, T]; masked tokens are not targets either.
-            options: `update_memory` and `use_selective`, as in `compute_passes`.
+            update_memory: as in `forward`.
+            use_selective: False: one pass with the same weights.
         """
         targets = self.find_targets(input_ids, labels, attention_mask)
-        return self.score_passes(self.compute_passes(input_ids, attention_mask, **options), targets)
+        passes = self.compute_passes(
+            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
+        )
+        return self.score_passes(passes, targets)
 
     def total_loss(
         self,
@@ -350,7 +366,13 @@ class TransformerLM(HeldMemory):
         return self.add_auxiliary_loss(self.score_passes(passes, targets, "sum", weights), targets)
 
     def compute_loss(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, **options: bool
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        update_memory: bool = False,
+        use_selective: bool = True,
     ) -> tuple[Tensor, LossStatistics]:
         """The mean loss of all predicted tokens and its statistics; arguments as in `token_losses`.
 
@@ -363,7 +385,9 @@ class TransformerLM(HeldMemory):
         num_tokens = int((targets != IGNORE_INDEX).sum())
         if num_tokens == 0:
             raise ValueError("labels: no token is predicted; at least two real tokens in a row are needed")
-        passes = self.compute_passes(input_ids, attention_mask, **options)
+        passes = self.compute_passes(
+            input_ids, attention_mask, update_memory=update_memory, use_selective=use_selective
+        )
         total = self.score_passes(passes, targets, "sum")
         statistics = LossStatistics(num_tokens, float(total.detach()), len(passes))
         return self.add_auxiliary_loss(total, targets) / num_tokens, statistics

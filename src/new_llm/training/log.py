@@ -26,6 +26,8 @@ from new_llm.training.devices import read_used_bytes
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE_CHARACTERS = 1 << 24
 """A longer line counts as broken."""
+TAIL_BYTES = 1 << 16
+"""The end of a file of metrics, which holds its last lines."""
 BOARD_FOLDER = "tensorboard"
 TRACKER_PROJECT = "new-llm"
 TRACKER_RUN_NAMES = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
@@ -114,6 +116,23 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                     break
                 lines.append(line)
     return lines
+
+
+def read_last_metrics(folder: Path) -> dict[str, Any] | None:
+    """The newest whole line of `metrics.jsonl`, for which only the file's end is read; None: there is none."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        for text in reversed(file.read().splitlines()):
+            try:
+                line = json.loads(text)
+            except ValueError:  # half a line: it is being written, or was cut
+                continue
+            if isinstance(line, dict):
+                return line
+    return None
 
 
 # Trackers: Weights & Biases, MLflow or trackio, through Accelerate

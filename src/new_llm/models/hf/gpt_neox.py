@@ -82,7 +82,7 @@ def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
             raise UserError(f"{where}: {key} is {values[key]!r}; Pythia layers have {allowed!r} and no other")
     if dropped := [key for key in DROPOUT_KEYS if values.get(key)]:
         warnings.warn(f"{where}: {', '.join(dropped)}: our layers have no dropout, in training too", stacklevel=3)
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key) or {}
         if not isinstance(rope, dict):
             raise UserError(f"{where}: {key} is not a mapping")
@@ -90,6 +90,7 @@ def parse_config(values: dict[str, Any], where: str) -> PythiaConfig:
         if kind != "default":
             raise UserError(f"{where}: {key} of type {kind!r}; Pythia layers have plain rotary positions ('default')")
     given = {key: values[key] for key in (*SHAPE_KEYS, *OTHER_KEYS) if values.get(key) is not None}
+    rope = values.get("rope_parameters") or {}
     for key, new_key in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
         for found in (values.get(new_key), values.get(key), rope.get(new_key)):  # the newest layout holds
             given |= {} if found is None else {key: found}

@@ -78,14 +78,18 @@ def linear_cross_entropy(
         [N] or one number, in nats, float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit, or (on a CPU, where it costs no synchronisation) a target outside the
-            vocabulary.
+        ValueError: shapes that do not fit, another reduction, or (on a CPU, where it costs no synchronisation) a target
+            outside the vocabulary.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: [N, D] and [Z, D] are needed")
     for name, tensor in (("targets", targets), ("label_weights", label_weights)):
         if tensor is not None and tensor.shape != hidden.shape[:1]:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}; [{len(hidden)}] is needed, one per row")
+    if reduction not in ("none", "sum"):
+        raise ValueError(f"reduction: {reduction!r} is neither 'none' nor 'sum'")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows: {chunk_rows} is not positive")
     is_ignored = targets == IGNORE_INDEX
     if targets.device.type == "cpu":
         wrong = ~is_ignored & ((targets < 0) | (targets >= len(weight)))
