@@ -20,6 +20,16 @@ def test_the_flat_keywords_of_python_land_in_their_sections():
     assert (config.train.num_epochs, config.model.num_memories) == (30, 8)
 
 
+@pytest.mark.parametrize(("given", "limits"), [({}, (16, 4096)), ({"max_documents": None}, (None, 4096))])
+def test_what_a_file_leaves_out_of_long_documents_keeps_the_experiment_s_limits(tmp_path, given, limits):
+    (path := tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"eval": {"long_documents": {"edges": [0, 64]} | given}}), encoding="utf-8"
+    )
+    for config in (read_settings(path, ExperimentConfig), ExperimentConfig(**yaml.safe_load(path.read_text()))):
+        found = config.eval.long_documents
+        assert (found.edges, found.max_documents, found.max_tokens_per_document) == ((0, 64), *limits)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_published_configuration_loads_and_survives_its_yaml_form(path):
     config = read_settings(path, ExperimentConfig)

@@ -190,19 +190,21 @@ def test_unigram_perplexity():
 
 
 @pytest.mark.parametrize(
-    ("perplexity", "level", "range_"),
+    ("perplexity", "level", "range_", "text"),
     [
-        (4.99, "abnormal", "< 5"),
-        (5, "suspicious", "5–30"),
-        (100, "normal", "100–500"),
-        (500, "training", "500–1000"),
-        (14204, "undertrained", "> 1000"),
-        (math.inf, "abnormal", "not finite"),
+        (4.99, "abnormal", "< 5", "the model sees what it is to predict"),
+        (5, "suspicious", "5–30", "overfit, or trained on this text"),
+        (30, "normal", "30–100", "normal for small data: train on more text to lower it"),
+        (100, "normal", "100–500", "normal for a model trained from scratch: train longer to lower it"),
+        (500, "training", "500–1000", "still training"),
+        (14204, "undertrained", "> 1000", "undertrained: train longer"),
+        (math.inf, "abnormal", "not finite", "training diverged"),
     ],
 )
-def test_verdicts(perplexity, level, range_):
+def test_verdicts(perplexity, level, range_, text):
     verdict = diagnose_perplexity(perplexity)
     assert (verdict.level, verdict.range) == (level, range_)
+    assert verdict.text.startswith(text)
 
 
 @pytest.mark.parametrize("evaluate", [*PROTOCOLS, partial(evaluate_rolling, context=8, prefix_token=4)])

@@ -229,6 +229,10 @@ def test_seeds_that_reach_different_distances_lose_no_table(addresses, tmp_path)
     rows = list(csv.DictReader((tmp_path / "figures" / "long-books-distance-against-reset.csv").open()))
     assert [row["distance"] for row in rows if row["model"] == "reference"] == ["0+", "1k+", "0+", "1k+", "2k+", "0+"]
     page, points = (tmp_path / "study.html").read_text(), {}
+    # A chart that can be drawn on either scale is, as in the report of a run.
+    (perplexities,) = re.findall(r'<figure id="long-books-distance">.*?</figure>', page, re.DOTALL)
+    assert '<button type="button" class="scale"' in perplexities
+    assert perplexities.count('<div class="drawn"') == 2 * perplexities.count('<div class="view"')
     for cost in ("processor seconds", "state, bytes per row"):
         chart = f"{BITS}-by-{cost.replace(', ', ' ').replace(' ', '-')}"
         assert f'id="{chart}"' in page

@@ -10,9 +10,9 @@ from tyro.conf import Suppress, arg
 from new_llm.cli.command import Command, CommandGroup
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import (
+    AllLongDocumentsConfig,
     DoctorConfig,
     EvalConfig,
-    LongDocumentsConfig,
     PassagesConfig,
     PerplexityConfig,
     RecallConfig,
@@ -118,7 +118,7 @@ class LongDocuments(Evaluation):
 
     measures: ClassVar = ("long",)
     section: ClassVar = "long_documents"
-    options: Annotated[LongDocumentsConfig, arg(name="")] = dataclasses.field(default_factory=LongDocumentsConfig)
+    options: Annotated[AllLongDocumentsConfig, arg(name="")] = dataclasses.field(default_factory=AllLongDocumentsConfig)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -202,7 +202,7 @@ class Inspect(Evaluation):
     @property
     def settings(self) -> EvalConfig:
         """Whole documents, whatever their length."""
-        long = LongDocumentsConfig(min_tokens=2, max_tokens_per_document=self.max_tokens_per_document)
+        long = AllLongDocumentsConfig(min_tokens=2, max_tokens_per_document=self.max_tokens_per_document)
         return EvalConfig(measures=self.names, passages=self.options, long_documents=long)
 
 

@@ -116,15 +116,15 @@ class IntervalConfig:
 
 @section
 class LongDocumentsConfig:
-    """Which documents are long, in what ranges they are measured, and against what."""
+    """Which documents are long, in what ranges they are measured, and against what, in an experiment."""
 
     min_tokens: Annotated[int, Field(ge=2)] = 2048
     """Minimum length of a long document in tokens."""
     edges: Annotated[tuple[int, ...], Field(min_length=1)] = (0, *(1024 << power for power in range(8)))
     """Where the ranges of distance from the document's start begin, in tokens; the last one is open-ended."""
-    max_documents: Annotated[int | None, Field(gt=0)] = None
+    max_documents: Annotated[int | None, Field(gt=0)] = 16
     """Measure only this many long documents, from the first; None: all."""
-    max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
+    max_tokens_per_document: Annotated[int | None, Field(ge=2)] = 4096
     """Read only this many tokens of each document, from its start; None: all."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Documents read at once, in pairs that use each other's memory as the foreign one; does not affect the result."""
@@ -160,6 +160,16 @@ class LongDocumentsConfig:
         if stride > window:
             raise UserError(f"{where}: {stride} is over the window of {name} ({window})")
         return stride
+
+
+@section
+class AllLongDocumentsConfig(LongDocumentsConfig):
+    """The same for `new-llm eval long` and studies, which read all long documents to their ends."""
+
+    max_documents: Annotated[int | None, Field(gt=0)] = None
+    """Measure only this many long documents, from the first; None: all."""
+    max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
+    """Read only this many tokens of each document, from its start; None: all."""
 
 
 MAX_CANDIDATES = 12  # values that each relation of data/recall_facts.json has
@@ -314,9 +324,7 @@ class EvalConfig(PerplexityConfig):
     """Segments of one document to read before the memories' norms are measured."""
     reversal: ReversalConfig = dataclasses.field(default_factory=ReversalConfig)
     caches: CacheMeasureConfig = dataclasses.field(default_factory=CacheMeasureConfig)
-    long_documents: LongDocumentsConfig = dataclasses.field(
-        default_factory=lambda: LongDocumentsConfig(max_documents=16, max_tokens_per_document=4096)
-    )
+    long_documents: LongDocumentsConfig = dataclasses.field(default_factory=LongDocumentsConfig)
     passages: PassagesConfig = dataclasses.field(default_factory=PassagesConfig)
     recall: RecallConfig = dataclasses.field(default_factory=RecallConfig)
     doctor: DoctorConfig = dataclasses.field(default_factory=DoctorConfig)

@@ -52,8 +52,8 @@ OVER_1000 = math.nextafter(1000.0, math.inf)
 _VERDICTS = (
     (5.0, "abnormal", "< 5", "the model sees what it is to predict, by a leak or a mask bug: run new-llm eval doctor"),
     (30.0, "suspicious", "5–30", "overfit, or trained on this text: compare both losses, and run new-llm eval doctor"),
-    (100.0, "normal", "30–100", "normal for small data: for less, train on more text"),
-    (500.0, "normal", "100–500", "normal for a model trained from scratch: for less, train longer"),
+    (100.0, "normal", "30–100", "normal for small data: train on more text to lower it"),
+    (500.0, "normal", "100–500", "normal for a model trained from scratch: train longer to lower it"),
     (OVER_1000, "training", "500–1000", "still training: train more epochs, or with a higher learning rate"),
     (
         math.inf,

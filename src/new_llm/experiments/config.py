@@ -11,7 +11,7 @@ import tyro
 from pydantic import AfterValidator, Field, model_serializer
 
 from new_llm.config.errors import UserError
-from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig, RecallConfig
+from new_llm.config.evaluation import AllLongDocumentsConfig, CacheMeasureConfig, EvalConfig, RecallConfig
 from new_llm.config.loading import RunSettings, TrainingSettings, settings_from_dict
 from new_llm.config.model import SIZES, PythiaConfig, check_adapter_suffix
 from new_llm.config.sections import read_field_docs, section, short
@@ -346,7 +346,7 @@ class StudyConfig(RunSettings):
     segments."""
     window_baselines: tuple[str, ...] = ()
     """The same, but in sliding windows as long as their segment: models without memory with their full context."""
-    long_documents: LongDocumentsConfig | None = dataclasses.field(default_factory=LongDocumentsConfig)
+    long_documents: AllLongDocumentsConfig | None = dataclasses.field(default_factory=AllLongDocumentsConfig)
     """How long validation documents are measured; leave out its own baselines. None: not at all."""
     texts: tuple[str, ...] = ()
     """Further sources of long documents, each measured separately."""

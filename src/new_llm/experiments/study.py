@@ -12,9 +12,9 @@ from rich.console import Console
 
 from new_llm.config import UserError
 from new_llm.config.evaluation import (
+    AllLongDocumentsConfig,
     CacheMeasureConfig,
     EvalConfig,
-    LongDocumentsConfig,
     RecallConfig,
     SubjectConfig,
     TextConfig,
@@ -164,7 +164,7 @@ def list_measurements(study: StudyConfig, variant: str) -> dict[str, Measurement
         others = {"baselines": study.baselines, "window_baselines": study.window_baselines}
         sections["long"] = plain_settings(study.long_documents) | others
     if study.caches is not None:
-        sections["caches"] = plain_settings(study.caches, study.long_documents or LongDocumentsConfig())
+        sections["caches"] = plain_settings(study.caches, study.long_documents or AllLongDocumentsConfig())
     found = {
         f"{kind}-{text}": Measurement(kind, source, settings)
         for kind, settings in sections.items()
@@ -208,7 +208,7 @@ def measure_cell(study: StudyConfig, cell: Cell, console: Console) -> None:
 
     load = cache(lambda: load_any_model(SubjectConfig(run=find_run(cell.variant), device=device)))
     device = study.configure(cell.variant, cell.seed).device
-    long = study.long_documents or LongDocumentsConfig()
+    long = study.long_documents or AllLongDocumentsConfig()
     settings = EvalConfig(
         long_documents=long,
         caches=study.caches or CacheMeasureConfig(),

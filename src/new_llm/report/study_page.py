@@ -1,5 +1,6 @@
 """The page of a study: what is gained at which cost, the measures' charts, and all tables, in one HTML file."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,5 +131,5 @@ def draw_measures(found: Mapping[str, Sequence[Run]]) -> list[Chart]:
         for chart in draw_measure(some, (measure, what)):
             # Of several texts the charts of one measure have one name.
             name = chart.name if what == measure else f"{what}-{chart.name}"
-            charts.append(Chart(name, chart.title, chart.caption, chart.spec, chart.rows, chart.view))
+            charts.append(dataclasses.replace(chart, name=name))
     return charts
