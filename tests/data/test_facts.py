@@ -11,9 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
 
 from model_cases import TEXT
-from new_llm.config import DataConfig
+from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import MAX_CANDIDATES
 from new_llm.data.batches import plan_batches
 from new_llm.data.recall_facts import (
@@ -27,6 +30,7 @@ from new_llm.data.recall_facts import (
 )
 from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
 from tiny import SPEECHES
+from tokenizer_families import train_family
 
 FACTS = json.loads(resources.files("new_llm.data").joinpath("recall_facts.json").read_text())
 CONFIG = DataConfig(order="shuffled", planted_facts=10, planted_distance=(20, 60), planted_made_up=0)
@@ -244,3 +248,33 @@ def test_a_sentence_is_put_near_its_depth_and_not_across_segments(segment_length
     assert abs(place - depth * len(TOKENS)) <= segment_length / 2
     assert place // segment_length == (place + length - 1) // segment_length
     assert place == 0 or place in BORDERS.find_words(TOKENS)
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "llama"])
+def test_facts_are_planted_between_words_by_tokenizers_of_other_families(family):
+    """Llama's decoder drops the space before a text's first word, and its tokenizer marks one there."""
+    tokenizer = train_family(family)
+    planter = SamplePlanter(tokenizer, replace(CONFIG, planted_facts=40), seed=0)
+    sample = np.array(tokenizer.encode(TEXT * 4, add_special_tokens=False).ids)
+    text = tokenizer.decode(planter.plant(sample, 0, 0)[0].tolist())
+    statements = find_statements(text, "train")
+    assert len(statements) >= 4
+    assert "  " not in text
+    assert all(text[begin - 1] == " " for begin, *_ in statements)
+    for _, question, answer in statements:
+        text = text.replace(f" {question}{answer}", "", 1)
+    assert tokenizer.decode(sample.tolist()).startswith(text[:100])
+
+
+@pytest.mark.parametrize(
+    ("made_up", "words", "message"),
+    [
+        (0, ["a", "b"], "planted_facts: the tokenizer has no entry that ends a sentence"),
+        (1, ["a", ".", " "], "planted_made_up: the tokenizer has no entry that begins a word"),
+    ],
+)
+def test_a_tokenizer_that_facts_cannot_be_made_of_is_refused(made_up, words, message):
+    tokenizer = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}, unk_token="a"))
+    tokenizer.decoder = Fuse()
+    with pytest.raises(UserError, match=message):
+        SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=made_up), seed=0)

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from new_llm.config import DataConfig
+from new_llm.config import DataConfig, UserError
 from new_llm.data.reversal_pairs import ReversalPair, make_pair
-from new_llm.data.tokenizer import count_ids, encode_text
+from new_llm.data.tokenizer import count_ids, encode_continuation, encode_text
 
 RecallTask = Literal["passkey", "facts", "changed"]
 """passkey: a number; facts: one sentence about an invented person; changed: one that replaces an earlier one."""
@@ -163,7 +163,7 @@ _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 
 class SentenceBorders:
-    """Where a sentence may be put into a sequence of tokens of a byte-level tokenizer.
+    """Where a sentence may be put into a sequence of tokens.
 
     A border stands between a token whose text ends with a full stop, an exclamation or a question mark (quotes and
     brackets may follow) and one whose text begins with white space. An abbreviation's full stop counts, too.
@@ -173,6 +173,7 @@ class SentenceBorders:
         texts = decode_entries(tokenizer)
         self._ends_sentence = np.array([bool(_SENTENCE_END.search(text)) for text in texts])
         self._begins_word = np.array([text[:1].isspace() for text in texts])
+        self.can_stand = bool(self._ends_sentence.any() and self._begins_word.any())
 
     def find_sentences(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
         """Indices before which a sentence may stand, rising, without 0 and the end."""
@@ -185,8 +186,15 @@ class SentenceBorders:
 
 
 def decode_entries(tokenizer: Tokenizer) -> list[str]:
-    """The text of every entry of a tokenizer, by its token."""
-    return [tokenizer.decode([token], skip_special_tokens=False) for token in range(count_ids(tokenizer))]
+    """The text that every entry of a tokenizer adds after another one, by its token.
+
+    Decoded alone, an entry would lose its leading space with a decoder like Llama's, and would gain none with BERT's.
+    """
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+    before = encode_text(tokenizer, "a")[-1:].tolist()
+    told = decode(before)
+    both = [decode([*before, token]) for token in range(count_ids(tokenizer))]
+    return [text.removeprefix(told) if text.startswith(told) else decode([token]) for token, text in enumerate(both)]
 
 
 def choose_place(
@@ -214,10 +222,10 @@ def choose_place(
 
 
 class WordPieces:
-    """Draws names and words that recall is not measured with: made up of a byte-level tokenizer's pieces, or a text's.
+    """Draws names and words that recall is not measured with: made up of a tokenizer's pieces, or a text's.
 
     Raises:
-        ValueError: no entry of the tokenizer begins a word, or none continues one.
+        UserError: no entry of the tokenizer begins a word, or none continues one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -227,7 +235,10 @@ class WordPieces:
         self._first = np.flatnonzero(self._is_first & [text != " " for text in self._texts])
         self._next = np.flatnonzero(self._is_next & [text.islower() for text in self._texts])
         if not len(self._first) or not len(self._next):
-            raise ValueError("the tokenizer has no entry that begins a word, or none that continues one")
+            raise UserError(
+                "data.planted_made_up: the tokenizer has no entry that begins a word, or none that continues one: "
+                "set it to 0"
+            )
 
     def draw_person(self, generator: np.random.Generator) -> str:
         """A made-up first name and surname, each a capital letter and some pieces."""
@@ -276,10 +287,15 @@ class SamplePlanter:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        self._decode, self._encode = tokenizer.decode, functools.partial(encode_text, tokenizer)
+        self._decode, self._encode = tokenizer.decode, functools.partial(encode_continuation, tokenizer)
         self._config, self._seed = config, seed
-        self._stop = encode_text(tokenizer, ".")
+        self._stop = self._encode(".")
         self._borders = SentenceBorders(tokenizer)
+        if not self._borders.can_stand:
+            raise UserError(
+                "data.planted_facts: the tokenizer has no entry that ends a sentence, or none that begins with white "
+                "space: facts have no place"
+            )
         self._pieces = WordPieces(tokenizer) if config.planted_made_up else None
 
     def plant(self, tokens: NDArray[np.int64], epoch: int, begin: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -213,6 +213,12 @@ def encode_text(tokenizer: Any, text: str) -> NDArray[np.int64]:
     return np.asarray(getattr(encoding, "ids", encoding), dtype=np.int64)
 
 
+def encode_continuation(tokenizer: Any, text: str) -> NDArray[np.int64]:
+    """The ids of a text that continues another: without the mark that Llama's tokenizer puts before a first word."""
+    before, both = encode_text(tokenizer, "a"), encode_text(tokenizer, f"a{text}")
+    return both[len(before) :] if np.array_equal(both[: len(before)], before) else encode_text(tokenizer, text)
+
+
 def tokenize_documents(
     texts: Iterable[str], tokenizer: Tokenizer, special_tokens: SpecialTokens = "text"
 ) -> TokenSplit:

@@ -13,7 +13,7 @@ newest is the right answer. A memory that only adds holds both.
 import functools
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from new_llm.data.recall_facts import (
     choose_place,
     draw_needle,
 )
-from new_llm.data.tokenizer import TokenSplit, encode_text
+from new_llm.data.tokenizer import TokenSplit, encode_continuation
 from new_llm.evaluation.language_models import has_memory
 from new_llm.evaluation.measure import Column, Measure, ModelResult, Subject, Table, register_measure, to_plain
 from new_llm.evaluation.scoring import (
@@ -91,10 +91,12 @@ class Question(NamedTuple):
         return Row(np.concatenate([self.opening, self.candidates[candidate]]), len(self.opening) + first_scored)
 
 
-def pose_question(tokenizer: Any, prompt: str, answers: Iterable[str], *, has_old: bool = False) -> Question:
+def pose_question(
+    encode: Callable[[str], Tokens], prompt: str, answers: Iterable[str], *, has_old: bool = False
+) -> Question:
     """The question of a prompt, which stands before each of the answers; the right one is the first."""
-    candidates = tuple(encode_text(tokenizer, prompt + answer) for answer in answers)
-    answer_begin = max(1, count_shared([encode_text(tokenizer, prompt), candidates[0]]))
+    candidates = tuple(encode(prompt + answer) for answer in answers)
+    answer_begin = max(1, count_shared([encode(prompt), candidates[0]]))
     return Question(candidates, answer_begin, max(1, count_shared(candidates)), has_old=has_old)
 
 
@@ -119,7 +121,7 @@ class TextMaker:
 
     Trial i of a task hides the same sentence in the same text at every length and depth, so that these are compared
     alike. The documents are read in a ring from a place drawn for the trial, so that a text longer than all of them
-    repeats them. The tokenizer is byte-level.
+    repeats them.
 
     Raises:
         UserError: the documents hold no token.
@@ -129,7 +131,7 @@ class TextMaker:
         if not split.num_tokens:
             raise UserError("recall: the documents hold no token to hide a sentence in")
         self.split = split
-        self.tokenizer = tokenizer
+        self.encode = functools.partial(encode_continuation, tokenizer)
         self.segment_length = segment_length
         self.settings = settings
         self.borders = SentenceBorders(tokenizer)
@@ -169,9 +171,9 @@ class TextMaker:
         """A sentence, the one that it replaces (or none, [0]), and its question."""
         generator = np.random.default_rng([self.settings.seed, NEEDLE_STREAM, TASK_STREAMS[task], trial])
         needle = draw_needle(task, self.settings.part, self.settings.num_candidates, generator)
-        statement, replaced = (encode_text(self.tokenizer, f" {one}") for one in (needle.statement, needle.replaced))
+        statement, replaced = (self.encode(f" {one}") for one in (needle.statement, needle.replaced))
         has_old = bool(needle.replaced)
-        question = pose_question(self.tokenizer, f" {needle.prompt}", needle.candidates, has_old=has_old)
+        question = pose_question(self.encode, f" {needle.prompt}", needle.candidates, has_old=has_old)
         return statement, replaced if has_old else NOTHING, question
 
     def _find_begin(self, trial: int) -> int:

@@ -6,6 +6,7 @@ and the context know facts of a text that was read just now, each told once, for
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -316,7 +317,9 @@ def ask_places(subject: Subject, pairs: Sequence[ReversalPair], result: Reversal
 def _pose(tokenizer: Any, group: Sequence[ReversalPair], number: int, direction: Direction) -> Question:
     """The question for one of a group's facts, with the answers of all."""
     answers = [getattr(pair, f"{direction}_answer") for pair in (group[number], *group[:number], *group[number + 1 :])]
-    return pose_question(tokenizer, getattr(group[number], f"{direction}_prompt"), answers)
+    return pose_question(
+        functools.partial(encode_text, tokenizer), getattr(group[number], f"{direction}_prompt"), answers
+    )
 
 
 def _ask_fresh_texts(subject: Subject) -> dict[str, dict[str, Any]]:
