@@ -189,7 +189,7 @@ class Builder:
         encode = functools.partial(encode_table, tokenizer=tokenizer, special_tokens=config.special_tokens, dtype=dtype)
         if config.num_workers > 1:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads, which do not survive a fork
-            os.register_at_fork(after_in_child=_end_with_parent)
+            _end_forks_with_parent()
         for shard in np.unique(shards).tolist():
             rows = np.flatnonzero(shards == shard)
             name = f"{prefix.name}-{config.shard_characters}-{shard:05d}"  # another cut gives other files
@@ -286,10 +286,11 @@ def write_split(folder: Path, name: str, shards: Iterable[Any], dtype: np.dtype[
     return num_special
 
 
-def _end_with_parent() -> None:
-    """In a forked process: let the kernel end it with its parent, which can't do so where it was killed."""
+@functools.cache
+def _end_forks_with_parent() -> None:
+    """Let the kernel end every process forked from now on with this one, which can't do so where it is killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 # Splitting
