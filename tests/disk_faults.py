@@ -97,5 +97,7 @@ def edit_tensors(
 
 
 def alter(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
-    """A change of a file's bytes."""
     return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+tear, flip = alter(lambda raw: raw[:-3]), alter(lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])

@@ -84,6 +84,25 @@ MEMORY_CASES = {
     ),
 }
 """Every option of every compressive layer, with each other option where they meet in the code."""
+LAYER_CASES = {
+    **MEMORY_CASES,
+    "token_memory": LayerCase("token_memory", {"num_memory_heads": 3, "memory_key_size": 4}),
+    "token_memory-sum": LayerCase("token_memory", {"num_memory_heads": 2, "use_delta_rule": False}),
+    "gated_delta": LayerCase("gated_delta"),
+    "gated_delta-plain": LayerCase(
+        "gated_delta", {"num_memory_heads": 4, "convolution_size": 0, "use_output_gate": False}
+    ),
+    "gated_delta-elu": LayerCase("gated_delta", {"key_features": "elu", "use_token_decay": False}),
+    "gated_delta-softmax": LayerCase("gated_delta", {"key_features": "softmax", "convolution_size": 2}),
+    **{
+        f"transformer_xl-{n}": LayerCase(
+            "transformer_xl", {"memory_tokens": n, "rotary_pct": 0.5, "detach_memory": False}
+        )
+        for n in (2, 3, 7)
+    },
+    **{f"rmt-{n}": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": n}) for n in (1, 3)},
+}
+"""Those, and every other layer with memory that has equations of its own."""
 
 _PYTHIA = LayerCase("pythia")
 _BANKS = LayerCase("infini", {"num_memory_heads": 4, "num_memory_banks": 2, "segments_per_bank": 1})

@@ -10,7 +10,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from new_llm.cli.main import COMMANDS, load_command
 from new_llm.config.loading import read_settings, settings_from_dict
 from new_llm.experiments.config import ExperimentConfig, StudyConfig
 from new_llm.formats import format_size
-from tiny import ROOT
+from tiny import ROOT, run_python
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHER_PROGRAMS = {"docker", "git", "pip", "pre-commit", "scp", "tensorboard"}
@@ -111,7 +110,6 @@ class ParsedError(SystemExit):
 
 
 def read_arguments(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a program read its arguments by argparse, and do nothing else."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(*arguments: Any, **options: Any) -> NoReturn:
@@ -122,15 +120,11 @@ def read_arguments(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> N
         run()
 
 
-# Pages
-
-
 LANGUAGES = {"", "bash", "python", "yaml", "text"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "python")], ids=name_page)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """A page's blocks run one after another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     code = "\n".join(find_blocks(page, "python"))
     exec(compile(code, name_page(page), "exec"), {"__name__": "page"})
@@ -185,7 +179,6 @@ def test_the_readme_s_numbers_are_those_of_the_committed_results():
 
 @functools.cache
 def list_flags() -> set[str]:
-    """The flags of all commands, as their completion knows them."""
     return set(re.findall(r"--[\w.-]+", write_completion("bash"))) | {"--debug", "--version"}
 
 
@@ -225,12 +218,16 @@ def test_every_equation_names_what_implements_it():
             assert path.endswith(f".{name}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_page)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/images/life-of-a-batch.svg"], ids=name_page)
 def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"^ *```(\w*)", text, re.MULTILINE)) <= LANGUAGES  # of which every block is tested
-    for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"#(new_llm\.[\w.]+)\)", text):
+    for path in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"[#`](new_llm\.[\w.]+)[)`]", text):
         pkgutil.resolve_name(path)
+    for file in re.findall(
+        r"(?<![\w/])((?:config|data|models|training|evaluation|experiments|report|cli)/[\w/]+\.py)", text
+    ):
+        assert (ROOT / "src/new_llm" / file).is_file(), file
     for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert not test or f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
     for file in re.findall(r"`((?:examples|benchmarks|studies|scripts|configs)/[\w./-]+\.\w+)`", text):
@@ -263,21 +260,6 @@ def test_project_files_agree_with_the_project():
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_names_of_the_specification_lead_to_ours():
-    names = re.findall(r"`(new_llm\.[\w.]+)`", (ROOT / "docs" / "specification-names.md").read_text(encoding="utf-8"))
-    assert len(names) > 15
-    for name in names:
-        pkgutil.resolve_name(name)
-
-
-@pytest.mark.parametrize("page", ["docs/life-of-a-batch.md", "docs/images/life-of-a-batch.svg"])
-def test_the_life_of_a_batch_names_files_that_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    files = set(re.findall(r"\b((?:config|data|models|training|evaluation|experiments|report|cli)/[\w/]+\.py)\b", text))
-    assert len(files) > 8
-    assert [file for file in sorted(files) if not (ROOT / "src" / "new_llm" / file).is_file()] == []
-
-
 def test_every_row_of_the_audit_names_a_test_and_modules_that_exist():
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what ")]
@@ -288,26 +270,17 @@ def test_every_row_of_the_audit_names_a_test_and_modules_that_exist():
             assert (ROOT / "src" / "new_llm" / module).is_file(), module
 
 
-# The documentation builds without a warning, and its pages load nothing from the network
-
-
 @pytest.mark.skipif(importlib.util.find_spec("zensical") is None, reason="needs the extra docs (make docs)")
 def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
     for name in ("docs", "src", "mkdocs.yml"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert "Warning" not in built.stdout + built.stderr
+    assert "Warning" not in run_python("-m", "zensical", "build", "--strict", cwd=tmp_path)
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 25
     for page in pages:
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:link|script|img|iframe)[^>]+(?:src|href)=\"?((?:https?:)?//[^\" >]+)", text)
         assert not loaded, (page.name, loaded)
-
-
-# Committed studies: every variant is a valid experiment, and all train equally long, except those named short
 
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -331,8 +304,7 @@ def test_a_committed_study_can_run(path):
 
 def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():
     ways = ("gated_delta-4-three/caches/+ all", "pythia/caches/+ all")
-    command = [sys.executable, ROOT / "studies" / "compare.py", ROOT / "docs/experiments/novels/losses.json", *ways]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    said, _, seeds = found.rpartition(" ")
+    found = run_python(ROOT / "studies" / "compare.py", ROOT / "docs/experiments/novels/losses.json", *ways)
+    said, _, seeds = found.strip().rpartition(" ")
     assert said in (ROOT / "docs/experiments/novels.md").read_text(encoding="utf-8")
     assert seeds == "(3)"

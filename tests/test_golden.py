@@ -15,35 +15,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from new_llm import TransformerLM, create_model
-from new_llm.config import DataConfig, PythiaConfig
+from new_llm import TransformerLM, create_model, evaluation
+from new_llm.config import DataConfig
 from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallConfig
 from new_llm.config.loading import settings_from_dict
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
-from new_llm.evaluation import (
-    Subject,
-    evaluate_independent,
-    evaluate_reversal_curse,
-    evaluate_sliding_window,
-    evaluate_streaming,
-    measure,
-)
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models.layers import InfiniLayer, ParallelInfiniLayer, PythiaLayer
+from tiny import make_settings, make_shape
 
 VALUES = Path(__file__).with_suffix(".json")
-SHAPE = PythiaConfig(
-    vocab_size=512,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-)
+SHAPE = make_shape(vocab_size=512, max_position_embeddings=64, initializer_range=0.2)
 SEGMENT = 16
 TUNED: dict[str, Any] = {
     "memory_layers": (1,),
@@ -103,7 +88,6 @@ def make_model(name: str) -> TransformerLM:
 
 
 def make_text() -> dict[str, Any]:
-    """Documents' tokenizer and their tokens; the tokenizer is trained on them."""
     documents = read_addresses()
     tokenizer = train_tokenizer(documents, SHAPE.vocab_size)
     return {"tokenizer": tokenizer, "split": tokenize_documents(documents, tokenizer)}
@@ -145,10 +129,10 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
     """One evaluation of each kind, of a tuned Infini model of fixed weights."""
     model, split, tokenizer = make_model("infini-tuned").eval(), text["split"], text["tokenizer"]
     options = {"batch_size": 4, "max_tokens": 2000}
-    sliding = evaluate_sliding_window(model, split, context=64, stride=24, **options)
-    streaming = evaluate_streaming(model, split, **options)
-    independent = evaluate_independent(model, split, **options)
-    reversal = evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), batch_size=8).to_dict()
+    sliding = evaluation.evaluate_sliding_window(model, split, context=64, stride=24, **options)
+    streaming = evaluation.evaluate_streaming(model, split, **options)
+    independent = evaluation.evaluate_independent(model, split, **options)
+    reversal = evaluation.evaluate_reversal_curse(model, tokenizer, get_reversal_pairs(), batch_size=8).to_dict()
     settings = EvalConfig(
         position_edges=(0, 16, 32),
         long_documents=LongDocumentsConfig(
@@ -161,7 +145,9 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
         recall=RecallConfig(lengths=(5,), depths=(0.5,), trials=2, num_resamples=20),
         **options,
     )
-    found = measure(Subject(model, tokenizer, split, settings, seq_length=64), ["positions", "long", "recall"])
+    found = evaluation.measure(
+        evaluation.Subject(model, tokenizer, split, settings, seq_length=64), ["positions", "long", "recall"]
+    )
     return {
         "sliding": sliding.loss,
         "streaming": streaming.loss,
@@ -181,26 +167,13 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
     texts.mkdir()
     for number, document in enumerate(read_addresses() * 2):
         (texts / f"{number}.txt").write_text(f"{number}\n{document}", encoding="utf-8")
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    settings: dict[str, Any] = {
-        "name": order,
-        "models": ["infini", "token_memory"],
-        "runs_dir": str(folder / "runs"),
-        "device": "cpu",
-        "model": {"recipe": "tuned"} | shape | {key: value for key, value in TUNED.items() if key != "memory_layers"},
-        "data": {
-            "source": str(texts),
-            "tokenizer_vocab_size": 512,
-            "num_samples": 64,
-            "seq_length": 64,
-            "segments_per_sample": 4,
-            "order": order,
-            "max_documents": 10,  # and all sentences: what was read of this text when the values were written
-            "max_reversal_share": 1.0,
-        },
-        "train": {"num_epochs": 1, "batch_size": 4, "learning_rate": 3e-3, "log_every_steps": 1, "precision": "fp32"},
-        "eval": {"context": 64, "stride": 32, "max_tokens": 1000, "measures": ["sliding", "streaming"]},
-    }
+    settings = make_settings(texts, folder / "runs") | {"name": order, "models": ["infini", "token_memory"]}
+    settings["model"] |= {"recipe": "tuned"} | {key: value for key, value in TUNED.items() if key != "memory_layers"}
+    settings["data"] |= {"tokenizer_vocab_size": 512, "num_samples": 64, "seq_length": 64, "segments_per_sample": 4}
+    # With all sentences: what was read of this text when the values were written.
+    settings["data"] |= {"order": order, "max_documents": 10, "reversal_pairs": True, "max_reversal_share": 1.0}
+    settings["train"] |= {"num_epochs": 1, "log_every_steps": 1}
+    settings["eval"] |= {"context": 64, "stride": 32, "max_tokens": 1000}
     results = run_experiment(
         exp_config=settings_from_dict(settings, ExperimentConfig, "golden"), console=Console(quiet=True)
     )
@@ -212,7 +185,6 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
 
 
 def collect_values(entry: Any) -> list[float]:
-    """The numbers of a result, in its own order."""
     if isinstance(entry, dict):
         return [value for inner in entry.values() for value in collect_values(inner)]
     if isinstance(entry, list | tuple):

@@ -23,7 +23,6 @@ experiment --name mine --device cpu --data.source text --data.tokenizer-vocab-si
 
 @pytest.fixture(autouse=True)
 def folder(own_folder: Path) -> Path:
-    """The current directory, with some text."""
     (own_folder / "text").mkdir()
     for number in range(12):
         (own_folder / "text" / f"{number}.txt").write_text(f"Text {number}: the river rose above its banks. " * 40)

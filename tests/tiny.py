@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from new_llm.cli.main import main
-from new_llm.config import DataConfig, PythiaConfig
+from new_llm.config import DataConfig, PythiaConfig, UserError
 from new_llm.data.sources import load_documents
 from new_llm.data.tokenizer import TokenSplit, count_words, padded_vocab_size, train_tokenizer
 from new_llm.models import TransformerLM, create_model, load_model, save_memory_file, save_model
@@ -57,11 +57,12 @@ def make_model(
     seed: int = 0,
     segment_length: int = 16,
     spread: float = 0.3,
+    tied: bool = False,
     **options: Any,
 ) -> TransformerLM:
     """An untrained model whose weights are far enough apart for predictions and memories to differ."""
     torch.manual_seed(seed)
-    shape = make_shape(vocab_size=vocab_size, initializer_range=spread)
+    shape = make_shape(vocab_size=vocab_size, initializer_range=spread, tie_word_embeddings=tied)
     return create_model(kind, shape, segment_length=segment_length, **options)
 
 
@@ -99,13 +100,11 @@ def load_best(run: Path, kind: str) -> TransformerLM:
 
 
 def write_lines(path: Path, texts: Iterable[str]) -> Path:
-    """A .jsonl file of texts."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
 def make_settings(source: Path, runs_dir: Path) -> dict[str, Any]:
-    """The sections of a tiny experiment's configuration."""
     return {
         "device": "cpu",
         "runs_dir": str(runs_dir),
@@ -164,6 +163,22 @@ def fail_after(kind: type, name: str, number: int) -> Iterator[None]:
         patch.setattr(kind, name, fail)
         with pytest.raises(OSError, match="gone"):
             yield
+
+
+@contextlib.contextmanager
+def refused(message: str | None = None, kind: type[Exception] = UserError) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    """The block, which ends in an error of one line."""
+    with pytest.raises(kind, match=message) as caught:
+        yield caught
+    assert "\n" not in str(caught.value)
+
+
+def run_python(*arguments: object, cwd: Path | None = None, **environment: str) -> str:
+    """What a program writes to its standard output in a process of its own, and that it ends well."""
+    command, environment = [sys.executable, *map(str, arguments)], ENVIRONMENT | environment
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -27,7 +27,6 @@ LENGTHS = (97, 33, 150, 12, 61, 40, 75)
 
 
 def make_split(lengths: tuple[int, ...] = LENGTHS) -> TokenSplit:
-    """Documents of tokens that follow a rule, of unequal lengths."""
     return tiny.make_split([(np.arange(length) ** 2 + 7 * index) % VOCAB for index, length in enumerate(lengths)])
 
 

@@ -1,12 +1,10 @@
 """Every benchmark program runs to its end on something tiny, and the page holds its tables."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tiny import ENVIRONMENT, ROOT
+from tiny import ROOT, run_python
 
 FOLDER = ROOT / "benchmarks"
 PROGRAMS = {
@@ -26,9 +24,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_quick_run_writes_its_tables(program, tmp_path):
     page = tmp_path / "page.md"
-    command = [sys.executable, str(FOLDER / "all.py"), "--quick", "--only", program, "--page", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run_python(FOLDER / "all.py", "--quick", "--only", program, "--page", page)
     text = page.read_text()
     assert PROGRAMS[program] in text
     assert "Processor: " in text
@@ -43,14 +39,10 @@ def test_every_program_with_a_command_line_is_in_the_page_or_is_a_study():
             assert f'"{path.stem}": [' in source, path.stem
 
 
-# The rehearsal of the GPU check: every section, small, on the CPU, without packages that a GPU machine may lack
-
-
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_section_to_its_end(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--cpu-rehearsal", "--minutes", "60"]
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Of the GPU check: small, on the CPU, without packages that a GPU machine may lack."""
+    run_python(FOLDER / "gpu_check.py", "--cpu-rehearsal", "--minutes", 60, "--output", tmp_path)
     sections = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert {found["state"] for found in sections.values()} == {"done"}
     assert all(row["verdict"] == "right" for row in sections["correctness"]["rows"])

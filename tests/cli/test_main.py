@@ -153,9 +153,6 @@ def test_a_wheel_holds_all_that_commands_need(tmp_path):
     assert (tmp_path / "runs" / "one" / "report.html").is_file()
 
 
-# The shells' completion knows every command and its flags
-
-
 @pytest.mark.skipif(shutil.which("bash") is None or shutil.which("python3") is None, reason="needs bash and python3")
 def test_bash_completes(capsys):
     assert main(["completion", "bash"]) == 0

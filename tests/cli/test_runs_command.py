@@ -59,11 +59,7 @@ def test_a_broken_run_is_one_line(runs, capsys):
     assert "config.yaml: not valid YAML" in refuse(capsys, "runs", "show", "broken", "--runs-dir", runs)
 
 
-# report command
-
-
 def write_run(folder: Path, perplexity: float, seed: int = 0, model: str = "infini") -> Path:
-    """The least of a run that a report can compare."""
     nothing = dict.fromkeys(("standard_error", "word_perplexity", "bits_per_byte"))
     verdict = {"level": "normal", "text": "normal"}
     sliding = nothing | {"perplexity": perplexity, "unigram_perplexity": 600.0, "verdict": verdict}

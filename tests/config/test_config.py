@@ -103,9 +103,6 @@ def test_segment_and_vocabulary_are_those_of_the_data_unless_they_are_set():
     assert set(config.model.options_of(ModelType.MULTI_MEMORY)) >= {"num_memories", "use_delta_rule"}
 
 
-# Objects of a user's own module, by name
-
-
 def test_the_current_directory_is_searched_last(own_folder):
     (own_folder / "own_measures.py").write_text("VALUE = 7")
     (own_folder / "json.py").write_text("VALUE = 7")

@@ -140,9 +140,6 @@ def test_other_errors_stay_as_they_are(tmp_path):
         assert caught.value is error
 
 
-# One process at a time, and no lock that outlives its holder
-
-
 HOLD = (
     "import sys; from pathlib import Path; from new_llm.config.files import hold_lock\n"
     "with hold_lock(Path(sys.argv[1]), 'runs/a'):\n    print('held', flush=True); sys.stdin.read()"
@@ -183,9 +180,6 @@ def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):
         with pytest.raises(UserError, match="can't make the lock"), hold_lock(path, "x"):
             pytest.fail("it is made")
     assert not (tmp_path / "elsewhere").exists()
-
-
-# Torn, changed and missing files of a folder are named
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ def make_split(lengths: list[int], num_pinned: int = 0) -> TokenSplit:
 
 
 def expected_samples(split: TokenSplit, seq_length: int) -> list[tuple[int, ...]]:
-    """The samples of a split, written from the rule."""
     samples = []
     for document in range(split.num_documents):
         tokens = split.document(document).tolist()
@@ -140,9 +139,6 @@ def test_a_subset_is_the_same_in_every_epoch_and_holds_the_pinned_documents(orde
     assert len(cut) <= 1
 
 
-# A curriculum in segments, and mixed samples: the same tokens and targets in rows of other lengths
-
-
 SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
 
 
@@ -154,7 +150,6 @@ SHUFFLED = {"order": "shuffled", "seq_length": 16, "segments_per_sample": 8}
     ],
 )
 def test_training_follows_the_plan(options, expected, tmp_path, monkeypatch):
-    """A curriculum, and steps of a whole sample and as many tokens of single segments."""
     trainer = make_trainer(tmp_path, lengths=(64,), **SHUFFLED, **options)
     forward, shapes = trainer._forward, []
 

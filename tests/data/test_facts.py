@@ -189,9 +189,6 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
     assert (plan[0].input_ids == np.concatenate([half.input_ids for half in halves])).all()
 
 
-# recall facts
-
-
 SMALL = train_tokenizer([TEXT], 330)
 TOKENS = np.array(SMALL.encode(TEXT * 4).ids)
 BORDERS = SentenceBorders(SMALL)

@@ -60,9 +60,6 @@ def test_invented_names_share_no_word_with_real_facts():
     assert len(set(firsts)) == len(firsts)
 
 
-# reversal files
-
-
 SENTENCES = ("capital", "The capital of France is", "Paris.", "Paris is the capital of", "France.")
 FACT = ("capital", "France", "Paris", "The capital of {subject} is {object}.", "{object} is the capital of {subject}.")
 

@@ -196,9 +196,6 @@ def test_a_small_file_that_unpacks_without_end_is_rejected(tmp_path, name, monke
     assert "unpacks to more than 200 times its size" in read_error(tmp_path / name)
 
 
-# What a data source of one's own may and may not give; the how-to's is run by tests/test_how_to.py
-
-
 @pytest.mark.parametrize(
     ("name", "said"), [("read", "document 2 is a NoneType, not a string"), ("missing", "no missing")]
 )

@@ -76,15 +76,11 @@ def test_a_launcher_that_is_not_understood_is_refused(monkeypatch):
         start_processes()
 
 
-# What is left of the processes' groups when a process ends
-
-
 def count_gloo_threads() -> int:
     return sum(name.read_text() == "pt_gloo_runloop\n" for name in Path("/proc/self/task").glob("*/comm"))
 
 
 def train_and_count(processes: Processes, folder: Path) -> None:
-    """Train, and note how many threads the groups have before and after the process takes leave of the other."""
     make_trainer(folder, processes=processes, num_epochs=1, batch_size=6).run()
     rank = processes.rank  # the handler must not hold the processes themselves
 
@@ -103,9 +99,6 @@ def test_no_thread_of_a_group_outlives_the_leave(tmp_path):
     run_processes(2, train_and_count, tmp_path, start_method="spawn")
     for rank in range(2):
         assert (tmp_path / f"threads-{rank}").read_text() == "True 0"
-
-
-# A fault in the rows of one process is a fault of the step, on all of them
 
 
 def poison(trainer: Trainer, step: int) -> None:
@@ -141,9 +134,6 @@ def test_a_fault_in_one_process_is_skipped_or_stops_all(tmp_path):
         assert read_curve(tmp_path / "two" / way) == pytest.approx(expected, rel=1e-4)
         one, two = ([line["event"] for line in read_metrics(tmp_path / count / way)] for count in ("one", "two"))
         assert one == two
-
-
-# The command under a launcher, as a user types it
 
 
 SEVERAL = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

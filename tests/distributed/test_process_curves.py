@@ -55,7 +55,6 @@ def train_all(processes: Processes, root: Path, cases: Cases, ways: tuple[str, .
 
 
 def compare_all(root: Path, cases: Cases, count: int = 2) -> None:
-    """Train every case in one process and in `count`, both ways, and compare curves and best weights."""
     train_all(ALONE, root, cases, WAYS[:1])
     run_processes(count, train_all, root, cases)
     for name in cases:
@@ -137,9 +136,6 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path
         assert read_curve(tmp_path / name) == pytest.approx(expected, rel=TOLERANCE), name
 
 
-# Windows, documents and sentences shared among processes: the numbers of one process
-
-
 def measure_all(processes: Processes) -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("infini", make_config().model.shape(VOCAB), segment_length=8).eval()
@@ -177,9 +173,6 @@ def test_every_process_has_the_numbers_of_one(tmp_path):
             if not name.endswith(("seconds", "tokens_per_second")):
                 near = pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
                 assert found[name] == near, (rank, name)
-
-
-# Sharded weights: laid out on meta, gathered in bf16. And what DDP, the devices and a failing process need
 
 
 SHAPE = make_shape()

@@ -36,7 +36,6 @@ def make_tiny_model(
 
 
 def make_reader(kind: str, segment_length: int = 16, **options) -> TransformerLM:
-    """A tiny model that reads the real text."""
     return make_tiny_model(kind, padded_vocab_size(TOKENIZER), segment_length, **options)
 
 

@@ -8,17 +8,10 @@ import torch
 from evaluation_stand_ins import make_documents, make_tiny_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from new_llm import evaluation
 from new_llm.config import EvalConfig
 from new_llm.config.evaluation import LongDocumentsConfig
 from new_llm.config.model import CacheConfig
-from new_llm.evaluation import (
-    CachedModel,
-    HuggingFaceLM,
-    LongDocuments,
-    Subject,
-    evaluate_sliding_window,
-    evaluate_streaming,
-)
 from new_llm.evaluation.scoring import Scorer, join_scores
 from new_llm.models.cache import TextCache
 from new_llm.models.hf.gpt_neox import load_pythia
@@ -67,12 +60,14 @@ def expected_losses(folder):
     return [score_with_transformers_alone(folder, tokens) for tokens in DOCUMENTS]
 
 
-@pytest.mark.parametrize("wrap", [load_pythia, lambda path: HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(path))])
+@pytest.mark.parametrize(
+    "wrap", [load_pythia, lambda path: evaluation.HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(path))]
+)
 @pytest.mark.parametrize(("batch_size", "segments_per_call"), [(4, 1), (9, 20)])
 def test_streams_equal_a_loop_written_with_transformers_alone(
     folder, expected_losses, wrap, batch_size, segments_per_call
 ):
-    model = CachedModel(wrap(folder), CONFIG).double()
+    model = evaluation.CachedModel(wrap(folder), CONFIG).double()
     scorer = Scorer(model, [np.array(tokens) for tokens in DOCUMENTS], {"batch_size": batch_size})
     found = join_scores(scorer.score_streams(segments_per_call))
     for index in range(len(DOCUMENTS)):
@@ -86,17 +81,17 @@ def test_an_empty_cache_is_the_bare_model_bit_for_bit(kind):
     model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5)
     plain, cached = (
         [
-            evaluate_streaming(one, SPLIT, batch_size=3, segments_per_call=2).documents["total_nll"],
-            evaluate_sliding_window(one, SPLIT, context=12, stride=5, batch_size=3).documents["total_nll"],
+            evaluation.evaluate_streaming(one, SPLIT, batch_size=3, segments_per_call=2).documents["total_nll"],
+            evaluation.evaluate_sliding_window(one, SPLIT, context=12, stride=5, batch_size=3).documents["total_nll"],
         ]
-        for one in (model, CachedModel(model, CacheConfig()))
+        for one in (model, evaluation.CachedModel(model, CacheConfig()))
     )
     assert plain == cached
 
 
 @pytest.mark.parametrize("kind", ["pythia_segments", "token_memory"])
 def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
-    model = CachedModel(make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
+    model = evaluation.CachedModel(make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
     ids = torch.tensor([DOCUMENTS[0][:30], DOCUMENTS[4][:30]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, 11:] = False
@@ -112,10 +107,10 @@ def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
 
 
 def test_long_documents_carry_empty_and_lend_the_cache():
-    model = CachedModel(make_tiny_model("pythia_segments", VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
+    model = evaluation.CachedModel(make_tiny_model("pythia_segments", VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
     settings = EvalConfig(long_documents=LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
     for one, num_different in ((model, 3), (model.model, 1)):  # a Pythia alone has three equal ways
-        result = LongDocuments().run(Subject(one, None, SPLIT, settings))
+        result = evaluation.LongDocuments().run(evaluation.Subject(one, None, SPLIT, settings))
         perplexity = result["overall"]["perplexity"].values()
         assert len({round(found["value"], 6) for found in perplexity}) == num_different
     assert model.held is None

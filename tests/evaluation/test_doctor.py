@@ -70,15 +70,14 @@ def make_data(train: list[str] | None = None, validation: list[str] | None = Non
     return TrainingData(**(values | changes))
 
 
-def make_untrained(kind: str, recipe: str = "default"):
+def make_untrained(kind: str, recipe: str | None = None):
     torch.manual_seed(0)
     shape = make_shape(vocab_size=padded_vocab_size(make_tokenizer()))
-    named = None if recipe == "default" else recipe
-    return create_model(kind, shape, segment_length=SEGMENT, recipe=named).eval()
+    return create_model(kind, shape, segment_length=SEGMENT, recipe=recipe).eval()
 
 
 @functools.cache
-def train_weights(kind: str, recipe: str, shift: int):
+def train_weights(kind: str, recipe: str | None, shift: int):
     model = make_untrained(kind, recipe).train()
     tokens = torch.from_numpy(make_data().train.tokens.astype("int64"))
     width = 2 * SEGMENT + shift
@@ -97,13 +96,12 @@ def train_weights(kind: str, recipe: str, shift: int):
     return model.eval()
 
 
-def make_trained(kind: str = "infini", recipe: str = "default", shift: int = 1):
+def make_trained(kind: str = "infini", recipe: str | None = None, shift: int = 1):
     """A copy of a model trained so that position t predicts token t + shift, to plant a fault in."""
     return copy.deepcopy(train_weights(kind, recipe, shift))
 
 
 def examine(model, data: TrainingData | None = None, config: DoctorConfig = CONFIG) -> dict[str, SimpleNamespace]:
-    """The findings by check."""
     data = data or make_data()
     subject = Subject(model, make_tokenizer(), data.validation, EvalConfig(doctor=config), training=data)
     return {found["check"]: SimpleNamespace(**found) for found in Doctor().run(subject)["findings"]}
@@ -114,17 +112,13 @@ def list_levels(report: dict[str, SimpleNamespace], *levels: str) -> set[str]:
 
 
 def check_only(report: dict[str, SimpleNamespace], level: str, name: str, words: str) -> None:
-    """One check alone complains, at this level and with these words, and gives advice."""
     assert list_levels(report, "warning", "fault") == {name}
     assert report[name].level == level
     assert words in report[name].found
     assert report[name].advice
 
 
-# Models
-
-
-KINDS = [(kind, "default", True) for kind in ModelType] + [(kind, "tuned", True) for kind in RECIPES["tuned"]]
+KINDS = [(kind, None, True) for kind in ModelType] + [(kind, "tuned", True) for kind in RECIPES["tuned"]]
 KINDS += [("infini", "tuned", False)]
 UNTRAINED = {"skill", "shift", "gates"}
 
@@ -158,8 +152,8 @@ def test_the_model_is_left_as_it_was():
 
 
 def wrap(owner, name, change):
-    """Replace a method of one object by change(original)."""
-    setattr(owner, name, change(getattr(owner, name)))
+    """Replace a method of one object by `change`, whose first argument is the original."""
+    setattr(owner, name, functools.partial(change, getattr(owner, name)))
 
 
 def hidden(change, layer=0):
@@ -167,7 +161,7 @@ def hidden(change, layer=0):
 
     def plant(model, monkeypatch):
         owner = model.layers[layer]
-        wrap(owner, "forward", lambda forward: lambda hidden, *rest: forward(change(hidden, owner), *rest))
+        wrap(owner, "forward", lambda forward, hidden, *rest: forward(change(hidden, owner), *rest))
 
     return plant
 
@@ -181,29 +175,22 @@ def written(**changes):
 
     def plant(model, monkeypatch):
         (layer,) = model.memory_layers.values()
-        wrap(layer, "forward", lambda forward: functools.partial(changed, forward))
+        wrap(layer, "forward", changed)
 
     return plant
 
 
 def write_in(name):
     """A call that should leave the memory alone writes into it."""
-
-    def plant(model, monkeypatch):
-        wrap(model, name, lambda read: lambda *a, **k: read(*a, **{**k, "update_memory": True}))
-
-    return plant
+    return lambda model, _: wrap(model, name, lambda read, *a, **k: read(*a, **{**k, "update_memory": True}))
 
 
 def mix_memories(model, monkeypatch):
     def mean(t):
         return t.double().mean(0, keepdim=True).to(t.dtype).expand_as(t).clone()
 
-    def average(hold):
-        def changed(rows, start):
-            return hold(rows if model.memory_rows is None else map_tensors(rows, mean), start)
-
-        return changed
+    def average(hold, rows, start):
+        return hold(rows if model.memory_rows is None else map_tensors(rows, mean), start)
 
     wrap(model, "_hold", average)
 
@@ -227,23 +214,17 @@ def forget_the_mode(model, monkeypatch):
 
 
 def weaken_steps(model, monkeypatch):
-    def weaken(step):
-        def changed(*arguments):
-            hidden, opened = step(*arguments)
-            return 0.9 * hidden, opened
-
-        return changed
+    def weaken(step, *arguments):
+        hidden, opened = step(*arguments)
+        return 0.9 * hidden, opened
 
     wrap(model.layers[0], "step", weaken)
 
 
 def drop_the_prompt(model, monkeypatch):
-    def drop(generate):
-        def changed(ids, **options):
-            made, statistics = generate(ids[:, :1], **options)
-            return torch.cat([ids, made[:, 1:]], 1), statistics
-
-        return changed
+    def drop(generate, ids, **options):
+        made, statistics = generate(ids[:, :1], **options)
+        return torch.cat([ids, made[:, 1:]], 1), statistics
 
     wrap(model, "generate", drop)
 
@@ -271,25 +252,25 @@ overflow = written(memories=lambda m: m.memories * 1e30)
 miscount = written(num_tokens=lambda m: m.num_tokens + 1)
 
 FAULTS = [
-    (look_one_ahead, "infini", "default", "causality", "logits before changed token"),
+    (look_one_ahead, "infini", None, "causality", "logits before changed token"),
     (look_into_later_segments, "infini", "tuned", "causality", "logits before changed token"),
-    (mix_rows, "infini", "default", "rows", "alone and in a batch"),
+    (mix_rows, "infini", None, "rows", "alone and in a batch"),
     (mix_memories, "infini", "tuned", "rows", "of a padded row"),
-    (shift_labels_twice, "infini", "default", "labels", "from those of the next token"),
-    (write_in("forward"), "infini", "default", "evaluation", "memory was changed by a call"),
-    (write_in("token_losses"), "infini", "default", "evaluation", "memory was changed by token_losses"),
-    (forget_the_mode, "infini", "default", "evaluation", "mode was changed by sliding-window perplexity"),
-    (always_drop, "infini", "default", "modes", "random in evaluation"),
-    (drop_in_training, "infini", "default", "modes", "training mode changes logits"),
-    (scale_by_tokens, "infini", "default", "memory", "M and z have different scales"),
+    (shift_labels_twice, "infini", None, "labels", "from those of the next token"),
+    (write_in("forward"), "infini", None, "evaluation", "memory was changed by a call"),
+    (write_in("token_losses"), "infini", None, "evaluation", "memory was changed by token_losses"),
+    (forget_the_mode, "infini", None, "evaluation", "mode was changed by sliding-window perplexity"),
+    (always_drop, "infini", None, "modes", "random in evaluation"),
+    (drop_in_training, "infini", None, "modes", "training mode changes logits"),
+    (scale_by_tokens, "infini", None, "memory", "M and z have different scales"),
     (scale_by_tokens, "hierarchical", "tuned", "memory", "M and z have different scales"),
-    (overflow, "token_memory", "default", "memory", "not finite"),
-    (miscount, "multi_memory", "default", "memory", "counts"),
-    (weaken_steps, "infini", "default", "calls", "depend on how the text is cut"),
-    (drop_the_prompt, "infini", "default", "generation", "not that of the trained model"),
-    (break_a_weight, "pythia", "default", "weights", "embed_out"),
+    (overflow, "token_memory", None, "memory", "not finite"),
+    (miscount, "multi_memory", None, "memory", "counts"),
+    (weaken_steps, "infini", None, "calls", "depend on how the text is cut"),
+    (drop_the_prompt, "infini", None, "generation", "not that of the trained model"),
+    (break_a_weight, "pythia", None, "weights", "embed_out"),
     (put_gates_back, "multi_memory", "tuned", "gates", "gates have not moved"),
-    (put_gates_back, "token_memory", "default", "gates", "gates have not moved"),
+    (put_gates_back, "token_memory", None, "gates", "gates have not moved"),
 ]
 
 
@@ -339,28 +320,8 @@ def test_the_page_lists_every_check():
     assert re.findall(r"^\| (\w+) \| (?!finds)", page, flags=re.MULTILINE) == list(CHECKS)
 
 
-# Data
-
-
-DATA_CHECKS = dataclasses.replace(CONFIG, checks=("record", "batches", "documents", "spans", "reversal"))
-
-
-def examine_data(data, **changes):
-    return examine(make_untrained("pythia"), data, config=dataclasses.replace(DATA_CHECKS, **changes))
-
-
-class ChangedPlan:
-    """A plan of batches, each changed."""
-
-    def __init__(self, plan, change):
-        self.plan, self.change = plan, change
-
-    def __len__(self):
-        return len(self.plan)
-
-    def __getitem__(self, index):
-        batch = self.plan[index]
-        return dataclasses.replace(batch, **self.change(batch))
+def examine_data(data, checks=("record", "batches", "documents", "spans", "reversal")):
+    return examine(make_untrained("pythia"), data, config=dataclasses.replace(CONFIG, checks=checks))
 
 
 @pytest.mark.parametrize("order", ["stream", "shuffled"])
@@ -379,7 +340,10 @@ def test_healthy_data(order):
     ],
 )
 def test_faults_of_batches(change, order, words, monkeypatch):
-    monkeypatch.setattr(data_checks, "plan_batches", lambda *a, **k: ChangedPlan(plan_batches(*a, **k), change))
+    def plan_changed(*arguments, **options):
+        return [dataclasses.replace(batch, **change(batch)) for batch in plan_batches(*arguments, **options)]
+
+    monkeypatch.setattr(data_checks, "plan_batches", plan_changed)
     data = make_data(order=order, shapes=(BatchShape(32, 4, None), BatchShape(8, 16, None)))
     check_only(examine_data(data), "fault", "batches", words)
 
@@ -393,12 +357,7 @@ TEXTS, (FORWARD, BACKWARD) = read_texts(), (PAIRS[5].forward, PAIRS[3].backward)
         ({"train": [*TEXTS[:-2], TEXTS[-1]]}, "fault", "documents", "1 of 2 validation"),
         ({"train": [*TEXTS[:-2], f"{BACKWARD}\nAnd so on."]}, "fault", "reversal", BACKWARD),
         ({"train": [*TEXTS[:-2], f"It is known that {BACKWARD}\nAnd so."]}, "fault", "reversal", BACKWARD),
-        (
-            {"validation": [TEXTS[-2] + f'\n"{FORWARD}" they said.', TEXTS[-1]]},
-            "fault",
-            "reversal",
-            FORWARD,
-        ),
+        ({"validation": [TEXTS[-2] + f'\n"{FORWARD}" they said.', TEXTS[-1]]}, "fault", "reversal", FORWARD),
         ({"train": [*TEXTS[:-2], TEXTS[-1][:-5]]}, "fault", "spans", "are in training"),
         ({"train": [*TEXTS[:-2], TEXTS[-1][700:1200]]}, "warning", "spans", "are in training"),
         ({"differences": ("the source was 1 and is 2",)}, "warning", "record", "the source was 1 and is 2"),

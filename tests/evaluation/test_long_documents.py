@@ -93,7 +93,6 @@ def test_every_way_equals_a_naive_loop(kind, segment_length, batch_size):
 
 
 def check_figures(figures, columns, documents):
-    """A range's figures from the documents' sums."""
     counts, totals = (
         {way: np.array([[one[key][way][column] for column in columns] for one in documents]).sum(1) for way in WAYS}
         for key in ("num_tokens", "total_nll")

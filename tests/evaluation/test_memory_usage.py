@@ -52,9 +52,6 @@ def test_selection_entropy_is_low_at_a_low_temperature_and_one_where_all_weigh_t
     assert 0 < find_entropy(**other) < 1
 
 
-# What the memory knew: the passages' figures are those of `long`, and their texts are the documents' own
-
-
 SETTINGS = EvalConfig(
     long_documents=LongDocumentsConfig(min_tokens=60, max_tokens_per_document=150, edges=(0, 32)),
     passages=PassagesConfig(max_documents=9, num_helped=99, num_harmed=99, num_candidates=3),

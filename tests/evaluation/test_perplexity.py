@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_cases import assert_states_equal
+from new_llm import evaluation
 from new_llm.config import EvalConfig, UserError
-from new_llm.evaluation import (
-    Positions,
-    Subject,
-    diagnose_perplexity,
-    evaluate_independent,
-    evaluate_rolling,
-    evaluate_sliding_window,
-    evaluate_streaming,
-    unigram_perplexity,
-)
 from new_llm.evaluation.scoring import choose_rows, plan_rolling_windows, plan_windows
 from new_llm.evaluation.statistics import DocumentLosses, compare_models, find_share_interval, find_t_interval
 from tiny import make_split
@@ -65,11 +56,11 @@ def check(result, losses, protocol):
 @pytest.mark.parametrize("batch_size", [2, 50])
 def test_sliding_window_and_independent_equal_naive_loops(context, stride, batch_size):
     model = make_exact()
-    result = evaluate_sliding_window(model, SPLIT, context=context, stride=stride, batch_size=batch_size)
+    result = evaluation.evaluate_sliding_window(model, SPLIT, context=context, stride=stride, batch_size=batch_size)
     check(result, naive_sliding(model, DOCUMENTS, context, stride), "sliding")
     assert (result.context, result.stride) == (context, stride)
     model = make_exact(context)
-    result = evaluate_independent(model, SPLIT, batch_size=batch_size)
+    result = evaluation.evaluate_independent(model, SPLIT, batch_size=batch_size)
     check(result, naive_independent(model, DOCUMENTS), "independent")
     assert (result.context, result.stride, result.num_tokens) == (context, context, NUM_SCORED)
 
@@ -84,7 +75,7 @@ def test_sliding_window_and_independent_equal_naive_loops(context, stride, batch
 def test_streaming_equals_one_document_at_a_time(lengths, segment_length, batch_size, segments_per_call):
     model = make_exact(segment_length)
     documents = make_documents(lengths, seed=sum(lengths))
-    result = evaluate_streaming(
+    result = evaluation.evaluate_streaming(
         model, make_split(documents), batch_size=batch_size, segments_per_call=segments_per_call
     )
     losses = [loss for document in documents for loss in read_naively(model, document)]
@@ -96,7 +87,7 @@ def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
     texts = ["Über die Brücke", "  two\nwords ", "one"]
     model = make_exact()
     documents = make_documents([9, 5, 1])  # the last one has nothing to score and doesn't count
-    result = evaluate_independent(model, make_split(documents, texts), batch_size=2)
+    result = evaluation.evaluate_independent(model, make_split(documents, texts), batch_size=2)
     total = sum(naive_independent(model, documents))
     assert (result.num_documents, result.num_bytes, result.num_words) == (2, 17 + 12, 3 + 4)
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / 29, rel=1e-9)
@@ -104,9 +95,9 @@ def test_bits_a_byte_and_word_perplexity_rest_on_the_raw_text():
 
 
 PROTOCOLS = [
-    partial(evaluate_sliding_window, context=16, stride=5),
-    partial(evaluate_streaming, segments_per_call=1),
-    evaluate_independent,
+    partial(evaluation.evaluate_sliding_window, context=16, stride=5),
+    partial(evaluation.evaluate_streaming, segments_per_call=1),
+    evaluation.evaluate_independent,
 ]
 
 
@@ -164,7 +155,7 @@ def test_nothing_to_score_is_refused_and_a_diverged_model_reported(evaluate):
 def test_positions_equal_a_naive_loop():
     model = make_exact()
     settings = EvalConfig(position_edges=(0, 4, 16, 32), batch_size=4, max_tokens=None)
-    found = Positions().run(Subject(model, None, SPLIT, settings, seq_length=20))["ranges"]
+    found = evaluation.Positions().run(evaluation.Subject(model, None, SPLIT, settings, seq_length=20))["ranges"]
     by_position = {}
     for document in DOCUMENTS:
         for begin in range(0, len(document), 20):
@@ -184,9 +175,9 @@ def test_unigram_perplexity():
         ([[3] * 10], 1),
         ([[3, 3, 3], [7]], 4 / 27**0.25),
     ):
-        assert unigram_perplexity(make_split(documents)) == pytest.approx(expected)
+        assert evaluation.unigram_perplexity(make_split(documents)) == pytest.approx(expected)
     with pytest.raises(UserError, match="no token"):
-        unigram_perplexity(make_split([]))
+        evaluation.unigram_perplexity(make_split([]))
 
 
 @pytest.mark.parametrize(
@@ -202,12 +193,12 @@ def test_unigram_perplexity():
     ],
 )
 def test_verdicts(perplexity, level, range_, text):
-    verdict = diagnose_perplexity(perplexity)
+    verdict = evaluation.diagnose_perplexity(perplexity)
     assert (verdict.level, verdict.range) == (level, range_)
     assert verdict.text.startswith(text)
 
 
-@pytest.mark.parametrize("evaluate", [*PROTOCOLS, partial(evaluate_rolling, context=8, prefix_token=4)])
+@pytest.mark.parametrize("evaluate", [*PROTOCOLS, partial(evaluation.evaluate_rolling, context=8, prefix_token=4)])
 def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
     evaluate = partial(evaluate, make_exact(), SPLIT)
     whole = evaluate(batch_size=2)
@@ -219,8 +210,6 @@ def test_a_stopped_measurement_is_partial_and_says_so(evaluate):
     assert stopped.num_bytes is stopped.num_words is stopped.bits_per_byte is stopped.word_perplexity is None
     assert math.isfinite(stopped.perplexity)
 
-
-# The rolling protocol
 
 PREFIX = 4
 
@@ -256,22 +245,19 @@ def test_rolling_scores_every_token():
     for document in DOCUMENTS:
         for read, scored in list_harness_windows(document, PREFIX, 24):
             losses += read_naively(model, [*read, scored[-1]])[-len(scored) :]
-    result = evaluate_rolling(model, SPLIT, context=24, prefix_token=PREFIX, batch_size=5)
+    result = evaluation.evaluate_rolling(model, SPLIT, context=24, prefix_token=PREFIX, batch_size=5)
     assert result.num_tokens == result.num_planned == sum(map(len, DOCUMENTS))
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-9)
     assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / SPLIT.num_bytes.sum(), rel=1e-9)
     assert (result.protocol, result.context, result.prefix_token) == ("rolling", 24, PREFIX)
 
 
-# Statistics of measurements
-
-
-# Quantiles of Student's distribution from printed tables: degrees of freedom, confidence, t.
 @pytest.mark.parametrize(
     ("freedom", "confidence", "quantile"),
     [(2, 0.95, 4.303), (4, 0.99, 4.604), (10, 0.9, 1.812), (120, 0.95, 1.980)],
 )
 def test_the_t_interval_has_the_printed_quantiles(freedom, confidence, quantile):
+    """Of Student's distribution, from printed tables."""
     values = np.random.default_rng(freedom).normal(size=freedom + 1)
     low, high = find_t_interval(values, confidence)
     half = quantile * values.std(ddof=1) / np.sqrt(len(values))
@@ -324,12 +310,9 @@ def test_too_few_seeds_or_documents_and_other_splits_give_no_interval():
     assert compare_models(one, other | {1: moved}) is None
 
 
-strides = st.integers(2, 40).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, context)))
-
-
-@given(st.integers(0, 200), strides)
-def test_every_token_but_the_first_is_scored_once_with_context(length, setting):
-    context, stride = setting
+@given(st.integers(0, 200), st.integers(2, 40), st.data())
+def test_every_token_but_the_first_is_scored_once_with_context(length, context, data):
+    stride = data.draw(st.integers(1, context))
     windows = plan_windows(length, context, stride)
     scored = [index for window in windows for index in range(window.first_scored, window.end)]
     assert scored == list(range(1, length))

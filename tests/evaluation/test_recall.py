@@ -231,9 +231,6 @@ def test_equals_share_the_mean_of_their_places_and_nan_comes_last(loss, rank):
     assert cell["carried"]["answers"] == [{"is_exact": False, "rank": rank, "is_first": False, "is_old": False}]
 
 
-# The same facts backward
-
-
 def ask_backward(model, **options):
     config = EvalConfig(
         reversal=ReversalConfig(

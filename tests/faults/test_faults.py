@@ -39,7 +39,6 @@ class FaultRun:
     folder: Path
 
     def start(self) -> subprocess.Popen[str]:
-        """A process that begins the run, or goes on with it."""
         arguments = ["--name", self.folder.name, "--runs-dir", str(self.folder.parent)]
         if (self.folder / "config.yaml").exists():
             arguments.append("--resume")
@@ -58,11 +57,9 @@ class FaultRun:
 
     @property
     def said(self) -> Path:
-        """What the process writes to its stderr."""
         return self.folder.parent.parent / "said.txt"
 
     def finish(self) -> None:
-        """Let it run to its end."""
         process = self.start()
         assert process.wait(WAIT_SECONDS) == 0, self.said.read_text()
 
@@ -80,13 +77,11 @@ class FaultRun:
         return bool(glob.glob(str(self.folder / "*" / CHECKPOINTS_FOLDER / pattern)))
 
     def find_faults(self) -> list[str]:
-        """What is wrong with its checkpoints, whatever has happened to the process."""
         found = [path for model in MODELS for path in list_checkpoints(self.folder / model)]
         return [f"{path}: {fault}" for path in found for fault in check_manifest(path)]
 
 
 def choose_instant(run: FaultRun, process: subprocess.Popen[str], aim: str, dice: random.Random) -> None:
-    """Wait for the instant of a fault: at the start, in training, in the writing of a checkpoint, in measurement."""
     before = run.count_lines()
     if aim == "start":
         # On a machine that starts fast it is at the first step: the run must not come to its end.
@@ -148,9 +143,6 @@ def assert_same_end(found: FaultRun, expected: FaultRun) -> None:
     assert not list(found.folder.parent.glob(f".{found.folder.name}*"))
 
 
-# The run that nothing happens to, and the dice
-
-
 SEED = int(os.environ.get("NEW_LLM_FAULT_SEED", "0"))
 """Of the instants; another one tries others."""
 
@@ -163,7 +155,6 @@ def dice() -> random.Random:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
-    """A run that is never interrupted."""
     run = FaultRun(tmp_path_factory.mktemp("whole") / "runs" / "whole")
     run.finish()
     return run
@@ -172,9 +163,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> FaultRun:
 @pytest.fixture
 def killed(tmp_path: Path) -> FaultRun:
     return FaultRun(tmp_path / "runs" / "killed")
-
-
-# A run that is killed again and again ends as one that never was
 
 
 def order_aims(aims: list[str], dice: random.Random) -> list[str]:
@@ -215,9 +203,6 @@ def test_sigterm_and_ctrl_c_at_random_instants_end_cleanly_and_change_nothing(wh
     assert_same_end(killed, whole)
 
 
-# A disk that fills up under a run, again and again: one line, a whole last checkpoint, and the same end
-
-
 NUM_FILLS = 6
 
 
@@ -237,7 +222,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path, spare_bytes: int) -> Path:
-    """Take the disk's space but for a few bytes."""
     ballast = place / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:

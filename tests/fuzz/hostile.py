@@ -42,7 +42,6 @@ def grow(name: str, size: int = 10 << 30) -> Change:
 
 
 def put(make: Callable[[Path], Any], name: str) -> Change:
-    """Something else in a file's place."""
 
     def change(folder: Path) -> None:
         (folder / name).unlink()

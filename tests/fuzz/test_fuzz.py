@@ -7,15 +7,13 @@ choose other inputs.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from targets import TEXTS, Target, build_targets
 from worker import check_damaged, check_hostile
 
-from tiny import ENVIRONMENT, ROOT, refuse, write_lines
+from tiny import ROOT, refuse, run_python, write_lines
 
 LARGE = ("GB", "millions", "again and again", "auto folder")
 """Words in the names of hostile files that are left to the slow suite: they take long to make or to refuse."""
@@ -36,12 +34,9 @@ def test_hostile_files_are_refused_in_one_line(targets, tmp_path):
 
 
 def run_worker(*arguments: str) -> list[dict]:
-    command = [sys.executable, Path(__file__).with_name("worker.py"), *arguments]
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment)
-    assert done.returncode == 0, f"the process died: {done.stderr[-3000:]}"
-    print(done.stdout)
-    return [json.loads(line) for line in done.stdout.splitlines()[:-1] if line.startswith("{")]
+    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
+    print(printed := run_python(Path(__file__).with_name("worker.py"), *arguments, PYTHONPATH=path))
+    return [json.loads(line) for line in printed.splitlines()[:-1] if line.startswith("{")]
 
 
 @pytest.mark.slow

@@ -138,9 +138,6 @@ def test_bad_settings_and_prompts_are_refused_in_one_line():
             model.generate(*prompt)
 
 
-# Draws: the distribution, the limits, the seeds and the penalty
-
-
 DRAWS = 4000
 
 

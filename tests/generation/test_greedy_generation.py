@@ -24,7 +24,6 @@ NEW_TOKENS = 14  # across two ends of segments of 5 at least
 
 
 def recompute(model: TransformerLM, ids: Tensor, num_tokens: int) -> Tensor:
-    """Greedy by the parallel path alone."""
     with torch.no_grad():
         for _ in range(num_tokens):
             ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)

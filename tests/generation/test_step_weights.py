@@ -18,7 +18,6 @@ from new_llm.models.ops.kernels.native import MAX_ROWS, MAX_STEP_ROWS, PythiaSte
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every compiled step."""
     if not native.has_kernels():
         pytest.skip("no C compiler here")
     seen: list[int] = []

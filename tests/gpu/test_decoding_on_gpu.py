@@ -37,15 +37,7 @@ ALL_MEMORY = {"memory_layers": (0, 1), "num_memory_heads": 2}
     ],
 )
 @pytest.mark.parametrize("draws", [False, True])
-def test_captured_tokens_are_those_of_single_steps(
-    kind: str,
-    segment: int | None,
-    options: dict[str, Any],
-    rows: int,
-    dtype: torch.dtype,
-    draws: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_captured_tokens_are_those_of_single_steps(kind, segment, options, rows, dtype, draws, monkeypatch):
     torch.manual_seed(0)
     model = create_model(kind, SHAPE, segment_length=segment, **options).to("cuda", dtype).eval()
     with torch.no_grad():
@@ -68,9 +60,7 @@ def test_captured_tokens_are_those_of_single_steps(
 
 @pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize(("kind", "options"), [("pythia", {}), ("infini", ALL_MEMORY), ("token_memory", {})])
-def test_a_replay_gives_the_logits_of_a_single_step_and_waits_for_nothing(
-    kind: str, options: dict[str, Any], is_fused: bool
-) -> None:
+def test_a_replay_gives_the_logits_of_a_single_step_and_waits_for_nothing(kind, options, is_fused):
     model = create_model(kind, SHAPE, segment_length=32, **options).cuda().eval()
     ids = torch.randint(512, (8, 100), generator=torch.Generator().manual_seed(1)).cuda()
     stream, single = model.open_stream(8), model.open_stream(8)

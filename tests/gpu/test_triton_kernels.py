@@ -25,21 +25,9 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from new_llm.config import PythiaConfig  # noqa: E402
-from new_llm.models import create_model  # noqa: E402
+from new_llm.models import create_model, ops  # noqa: E402
 from new_llm.models.decoding import DecodingWeights  # noqa: E402
-from new_llm.models.layers import HierarchicalLayer, InfiniLayer, Layer, MultiMemoryLayer, Segments  # noqa: E402
-from new_llm.models.ops import (  # noqa: E402
-    feature_map,
-    gated_delta,
-    gated_delta_rule,
-    gated_delta_rule_naive,
-    kernels,
-    local_linear_attention,
-    scan_delta_rule,
-    scan_delta_rule_naive,
-    scan_memories,
-    scan_memories_naive,
-)
+from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, Segments  # noqa: E402
 from new_llm.models.ops.head_loss import (  # noqa: E402
     linear_cross_entropy,
     linear_cross_entropy_naive,
@@ -76,13 +64,13 @@ def asked(precision: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tens
     The kernels are chosen in float32 too, and on every device; the list shows that they were asked for.
     """
     tensors: list[Tensor] = []
-    original = kernels.uses_triton
+    original = ops.kernels.uses_triton
 
     def uses_triton(t: Tensor, *dtypes: Any) -> bool:
         tensors.append(t)
-        return original(t, *dtypes) if ON_GPU else t.dtype in kernels.TRITON_DTYPES
+        return original(t, *dtypes) if ON_GPU else t.dtype in ops.kernels.TRITON_DTYPES
 
-    monkeypatch.setattr(kernels, "uses_triton", uses_triton)
+    monkeypatch.setattr(ops.kernels, "uses_triton", uses_triton)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -130,15 +118,13 @@ def check(precision: str, run: Callable, expected_of: Callable, inputs: list[Ten
         on_gpu((70_000, 1, 3, 16), 16, 64, False),  # more groups than an axis of a grid holds
     ],
 )
-def test_local_attention(
-    shape: tuple[int, ...], value_width: int, chunk_length: int, has_initial: bool, precision: str, asked: list[Tensor]
-) -> None:
+def test_local_attention(shape, value_width, chunk_length, has_initial, precision, asked):
     def attend(q: Tensor, k: Tensor, v: Tensor, *sums: Tensor) -> list[Tensor]:
         """In float64 the PyTorch form, which test_memory_ops.py compares with the naive one."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        initial = (sums[0].to(wide), feature_map(sums[1].to(wide))) if sums else None
+        initial = (sums[0].to(wide), ops.feature_map(sums[1].to(wide))) if sums else None
         options = {"epsilon": EPSILON, "chunk_length": chunk_length, "initial_sums": initial}
-        return [local_linear_attention(feature_map(q), feature_map(k), v, **options)]
+        return [ops.local_linear_attention(ops.feature_map(q), ops.feature_map(k), v, **options)]
 
     inputs = [draw(*shape, seed=1), draw(*shape, seed=2), draw(*shape[:3], value_width, seed=3)]
     if has_initial:
@@ -215,7 +201,7 @@ def test_memories(call: Call, precision: str, asked: list[Tensor], monkeypatch: 
             wide = torch.promote_types(named["q"].dtype, torch.float32)
             for name, t in named.items():
                 if name in "qk":
-                    named[name] = feature_map(t)
+                    named[name] = ops.feature_map(t)
                 elif name != "v" and t is not None:
                     named[name] = t.to(wide)
             faded = None if decay is None else decay.to(wide)
@@ -224,7 +210,7 @@ def test_memories(call: Call, precision: str, asked: list[Tensor], monkeypatch: 
 
         return run
 
-    check(precision, scan(scan_memories), scan(scan_memories_naive), list(inputs.values()))
+    check(precision, scan(ops.scan_memories), scan(ops.scan_memories_naive), list(inputs.values()))
     assert asked
 
 
@@ -234,17 +220,17 @@ def test_memories(call: Call, precision: str, asked: list[Tensor], monkeypatch: 
 )
 def test_the_gated_delta_rule(length: int, width: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours, whatever is installed; M is taken after the first 64 tokens, and the last chunk is not whole."""
-    monkeypatch.setattr(gated_delta, "uses_fla", lambda *_: False)
-    monkeypatch.setattr(gated_delta, "CHUNK_LENGTH", gated_delta.GPU_CHUNK_LENGTH)  # in the interpreter
+    monkeypatch.setattr(ops.gated_delta, "uses_fla", lambda *_: False)
+    monkeypatch.setattr(ops.gated_delta, "CHUNK_LENGTH", ops.gated_delta.GPU_CHUNK_LENGTH)  # in the interpreter
 
     def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, fading: Tensor, memory: Tensor) -> list[Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         rates = 2 * beta.to(wide).sigmoid(), -fading.to(wide).sigmoid()
         parts = q * width**-0.5, F.normalize(k, dim=-1), v, *rates
         if wide == torch.float64:
-            _, kept = gated_delta_rule_naive(*(t[:, :, :64] for t in parts), memory)
-            return [gated_delta_rule_naive(*parts, memory)[0], kept]
-        return list(gated_delta_rule(*parts, memory.to(wide), num_written=64))
+            _, kept = ops.gated_delta_rule_naive(*(t[:, :, :64] for t in parts), memory)
+            return [ops.gated_delta_rule_naive(*parts, memory)[0], kept]
+        return list(ops.gated_delta_rule(*parts, memory.to(wide), num_written=64))
 
     inputs = [draw(2, 3, length, *size, seed=seed) for seed, size in enumerate(([width], [width], [width], [], []))]
     check(precision, run, run, [*inputs, draw(2, 3, width, width, seed=5)])
@@ -270,7 +256,7 @@ def test_the_delta_rule_token_by_token(length: int, width: int, precision: str) 
     tokens, sizes = (2, 3, 2, length), ([2, 3, length, 48], [2, 3, 2, length], [2, 2, width, 48], [2, width, 48])
     inputs = [draw(*tokens, width, seed=1), draw(*tokens, width, seed=2)]
     inputs += [draw(*size, seed=3 + seed) for seed, size in enumerate(sizes)]
-    check(precision, scan(scan_delta_rule), scan(scan_delta_rule_naive), inputs)
+    check(precision, scan(ops.scan_delta_rule), scan(ops.scan_delta_rule_naive), inputs)
 
 
 @by_precision
@@ -299,7 +285,7 @@ def test_logits_of_every_size(writes: bool, precision: str, asked: list[Tensor],
     losses = score_logits(mine, targets, weights, write_gradients=writes)
     assert asked
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(ops.kernels, "HAS_TRITON", False)
     torch.testing.assert_close(losses, score_logits(theirs, targets, weights, write_gradients=writes))
     assert losses[2:].tolist() == [0, 0]
     if writes:
@@ -308,9 +294,7 @@ def test_logits_of_every_size(writes: bool, precision: str, asked: list[Tensor],
 
 @pytest.mark.parametrize("use_delta_rule", [True, False])
 @pytest.mark.parametrize("kind", [InfiniLayer, MultiMemoryLayer, HierarchicalLayer])
-def test_a_layer_with_masked_tokens(
-    kind: type[Layer], use_delta_rule: bool, asked: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_with_masked_tokens(kind, use_delta_rule, asked, monkeypatch):
     torch.manual_seed(0)
     options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "num_memory_heads": 2}
     if kind is InfiniLayer:
@@ -339,10 +323,10 @@ def test_a_layer_with_masked_tokens(
 
 def test_kernels_are_for_gpus_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert not kernels.uses_triton(torch.zeros(1, dtype=torch.bfloat16))
+    assert not ops.kernels.uses_triton(torch.zeros(1, dtype=torch.bfloat16))
     if ON_GPU:
-        assert kernels.uses_triton(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16))
-        assert not kernels.uses_triton(torch.zeros(1, device=DEVICE))
+        assert ops.kernels.uses_triton(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16))
+        assert not ops.kernels.uses_triton(torch.zeros(1, device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -353,9 +337,7 @@ def test_kernels_are_for_gpus_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> No
         ("infini", 4, {"memory_layers": (0,), "num_memory_heads": 2, "use_delta_rule": False, "use_alibi": True}),
     ],
 )
-def test_a_token_of_a_plain_layer_is_three_launches_and_right(
-    kind: str, segment: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_of_a_plain_layer_is_three_launches_and_right(kind, segment, options, monkeypatch):
     """Rows at two places, over the end of a segment; sizes that are no multiples of a tile's."""
     monkeypatch.undo()
     torch.manual_seed(0)
@@ -377,7 +359,7 @@ def test_a_token_of_a_plain_layer_is_three_launches_and_right(
         call = getattr(triton_steps, name)
         monkeypatch.setattr(triton_steps, name, lambda *a, _c=call, _n=name, **o: launches.append(_n) or _c(*a, **o))
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "uses_triton", lambda *_: True)
+        patch.setattr(ops.kernels, "uses_triton", lambda *_: True)
         weights = DecodingWeights(model, num_rows=2, packs=False)
     for t in range(3, 9):
         with weights.in_use():

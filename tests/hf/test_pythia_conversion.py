@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,7 @@ from new_llm.data import hub
 from new_llm.models import TransformerLM, create_model, export_pythia, save_model
 from new_llm.models.hf import load_pythia
 from new_llm.models.layers import InfiniLayer, PythiaLayer
-from tiny import make_shape
+from tiny import make_shape, refused
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128,
@@ -106,12 +107,6 @@ def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
     return folder
 
 
-# GPT-NeoX checkpoints in and out: bit for bit, in the layouts of every version, with one line where it can't be
-
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 @pytest.fixture(scope="module")
 def neox():
     return make_neox()
@@ -137,7 +132,7 @@ def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
             assert_near(model(ids)[:, 16:32], neox(ids[:, 16:32]).logits, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
     weights = disk_weights(neox, dtype)
     first = load_pythia(write_folder(tmp_path / "theirs", OLD_CONFIG, weights))
@@ -145,12 +140,7 @@ def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in first.parameters())
     export_pythia(first, tmp_path / "ours")
     torch.testing.assert_close(load_pythia(tmp_path / "ours").state_dict(), first.state_dict(), rtol=0, atol=0)
-    stored = load_file(tmp_path / "ours" / "model.safetensors")
-    assert stored.keys() == weights.keys()
-    assert all(torch.equal(stored[name], value) for name, value in weights.items())
-
-
-# What can't be read or written
+    torch.testing.assert_close(load_file(tmp_path / "ours" / "model.safetensors"), weights, rtol=0, atol=0)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -179,10 +169,8 @@ def test_what_our_layers_can_not_represent_is_one_line(tmp_path, neox, message, 
     weights = disk_weights(neox) | (changes if is_weight else {})
     config = OLD_CONFIG | ({} if is_weight else changes)
     folder = write_folder(tmp_path, config, {name: t for name, t in weights.items() if t is not None})
-    with pytest.raises(UserError) as refused:
+    with refused(re.escape(message)):
         load_pythia(folder)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def test_folders_without_a_checkpoint(tmp_path, neox):
@@ -208,13 +196,9 @@ def test_gpt_neox_has_no_memory_and_one_pass(tmp_path):
         (selective, "this model 2 times"),
         (odd, "this model's differ"),
     ):
-        with pytest.raises(UserError, match=message) as refused:
+        with refused(f"{message}.*save_pretrained"):
             export_pythia(model, tmp_path / "out")
-        assert "save_pretrained" in str(refused.value)
         assert not (tmp_path / "out").exists()
-
-
-# Memory layers in the place of Pythia's
 
 
 def split_fused(weight: torch.Tensor, heads: int) -> list[torch.Tensor]:
@@ -273,9 +257,6 @@ def test_swaps_out_of_range_are_named(tmp_path, neox):
             load_pythia(folder, replace_layers=choices)
     with pytest.raises(ValueError, match="allowed are 1 to max_position_embeddings"):
         load_pythia(folder, segment_length=65)
-
-
-# Pythia models against Hugging Face's GPTNeoXForCausalLM with the same random weights
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}
@@ -430,9 +411,8 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
 
 
 def test_a_repository_that_is_not_there(server):
-    with pytest.raises(UserError, match=r"EleutherAI/pythia-none could not be loaded: .+; give a directory") as refused:
+    with refused(r"EleutherAI/pythia-none could not be loaded: .+; give a directory"):
         load_pythia("EleutherAI/pythia-none")
-    assert "\n" not in str(refused.value)
 
 
 def test_names_without_a_hub_are_refused_in_one_line(cache, monkeypatch):
@@ -442,6 +422,5 @@ def test_names_without_a_hub_are_refused_in_one_line(cache, monkeypatch):
         ("no such name", "neither a directory nor a hub name"),
         ("./none", "no such directory"),
     ):
-        with pytest.raises(UserError, match=words) as refused:
+        with refused(words):
             load_pythia(name)
-        assert "\n" not in str(refused.value)

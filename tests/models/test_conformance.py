@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_cases import (
-    MEMORY_CASES,
+    LAYER_CASES,
     MIXED_STACKS,
     STACKS,
     VOCAB_SIZE,
@@ -30,17 +30,10 @@ from tiny import make_shape
 
 CASES = {
     "pythia": LayerCase("pythia", {"rotary_pct": 0.5}),
-    **MEMORY_CASES,
+    **LAYER_CASES,
     "parallel_infini": LayerCase("parallel_infini", {"initial_alpha": 0.7}),
-    "token_memory": LayerCase("token_memory", {"num_memory_heads": 2}),
-    "token_memory-sum": LayerCase("token_memory", {"num_memory_heads": 2, "use_delta_rule": False}),
-    "gated_delta": LayerCase("gated_delta", {"num_memory_heads": 4}),
-    "gated_delta-sigma": LayerCase("gated_delta", {"key_features": "elu", "use_token_decay": False}),
-    "gated_delta-plain": LayerCase("gated_delta", {"convolution_size": 0, "use_output_gate": False}),
     "transformer_xl": LayerCase("transformer_xl", {"memory_tokens": 7}),
-    "transformer_xl-gradients": LayerCase("transformer_xl", {"memory_tokens": 3, "detach_memory": False}),
     "transformer_xl-none": LayerCase("transformer_xl", {"memory_tokens": 0}),
-    "rmt": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": 2}),
 }
 
 
@@ -113,8 +106,6 @@ def test_autocast_keeps_memory_in_float32(name):
 
 @register_layer("own", options=InfiniOptions)
 class OwnLayer(InfiniLayer):
-    """A layer of a user's own, with a loss of its own."""
-
     def forward(
         self, hidden: Tensor, memory: Any = None, segments: Segments | None = None
     ) -> tuple[Tensor, LayerMemory | None]:

@@ -23,12 +23,9 @@ from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.ops.kernels import SWITCH, check_tensor, native
 from new_llm.models.ops.kernels.native import PythiaStep
 from new_llm.models.ops.local_attention import causal_attention
-from tiny import ENVIRONMENT, ROOT
+from tiny import ROOT, run_python
 
 needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
-
-
-# What C is given, and what its attention gives
 
 
 @needs_compiler
@@ -132,9 +129,6 @@ def test_tensors_that_do_not_fit_are_refused():
             call()
 
 
-# Which file is loaded
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder of the user's own, and another for temporary files."""
@@ -233,8 +227,6 @@ def test_turned_off_or_without_a_working_compiler_the_pytorch_form_stays(monkeyp
     assert not list(home.parent.rglob("*.so"))
 
 
-# Under the sanitizers
-
 UNDER_SANITIZERS = """
 import pytest
 from new_llm.models.ops.kernels import native
@@ -258,20 +250,12 @@ def test_the_kernels_read_and_write_nothing_but_their_tensors(tmp_path):
     mine = ("test_the_default_dtype_has_no_say", "test_causal_attention_in_bfloat16_is_near_torch_s_in_float64")
     files += [f"{__file__}::{name}" for name in mine]
     environment = {
-        **os.environ,
         "LD_PRELOAD": library,
         "ASAN_OPTIONS": "detect_leaks=0",
         "XDG_CACHE_HOME": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", UNDER_SANITIZERS.format(files=files)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "skipped" not in done.stdout
+    assert "skipped" not in run_python("-c", UNDER_SANITIZERS.format(files=files), **environment)
 
 
 # The Triton kernels compiled for an H100, which needs no GPU: `pip install triton`, then `pytest` with this file
@@ -286,11 +270,8 @@ SHARED_BYTES = 227 * 1024
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_bfloat16_up_to_512_wide_spills_nothing_sets_what_it_reads_and_multiplies_by_warp_groups():
     """In a process of its own, since other tests choose Triton's interpreter before they import it."""
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernel_figures.py"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    launches = [json.loads(line) for line in done.stdout.splitlines()]
+    printed = run_python(ROOT / "benchmarks" / "kernel_figures.py", "--json", TRITON_INTERPRET="0")
+    launches = [json.loads(line) for line in printed.splitlines()]
     assert {launch["kernel"] for launch in launches} == {
         "delta_kernel",
         "plain_kernel",

@@ -8,34 +8,15 @@ import torch
 from torch import Tensor
 
 from memory_reference import ALIBI_SLOPES, REFERENCES
-from model_cases import DTYPES, HIDDEN_SIZE, MEMORY_CASES, TOLERANCES, LayerCase, assert_near, randomize, text_ids
+from model_cases import DTYPES, HIDDEN_SIZE, LAYER_CASES, TOLERANCES, LayerCase, assert_near, randomize, text_ids
 from new_llm.models.layers import InfiniLayer, ReadTokens, Segments, compressive
-
-CASES = {
-    **MEMORY_CASES,
-    **{
-        f"transformer_xl-{n}": LayerCase(
-            "transformer_xl", {"memory_tokens": n, "rotary_pct": 0.5, "detach_memory": False}
-        )
-        for n in (2, 3, 7)
-    },
-    **{f"rmt-{n}": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": n}) for n in (1, 3)},
-    "token_memory": LayerCase("token_memory", {"num_memory_heads": 3, "memory_key_size": 4}),
-    "token_memory-sum": LayerCase("token_memory", {"use_delta_rule": False}),
-    "gated_delta": LayerCase("gated_delta"),
-    "gated_delta-heads": LayerCase(
-        "gated_delta", {"num_memory_heads": 4, "convolution_size": 2, "use_output_gate": False}
-    ),
-    "gated_delta-elu": LayerCase("gated_delta", {"key_features": "elu", "use_token_decay": False}),
-    "gated_delta-softmax": LayerCase("gated_delta", {"key_features": "softmax", "convolution_size": 0}),
-}
 
 
 def draw_hidden(*shape: int) -> Tensor:
     return torch.randn(*shape, HIDDEN_SIZE, generator=torch.Generator().manual_seed(5)).double()
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", LAYER_CASES.values(), ids=LAYER_CASES)
 def test_layer_and_its_gradients_equal_the_equations(case):
     """Seven segments of 3 tokens in one pass, then an odd piece of 2 that reads what they wrote."""
     layer = case.build().double()

@@ -60,9 +60,6 @@ def test_masked_and_ignored_tokens_are_no_targets():
     assert math.isnan(LossStatistics(num_tokens=0, total_nll=0.0).perplexity)
 
 
-# The fused head against its naive form, with and without compiled kernels
-
-
 ROWS, WIDTH, WORDS = 23, 16, 301
 
 
@@ -86,7 +83,6 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **options) -> list[Tensor]:
-    """The result and both gradients, given the gradient from above."""
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
     result = function(hidden, weight, *rest, **options)
     gradients = torch.autograd.grad(result, (hidden, weight), upstream.to(result.dtype))

@@ -15,29 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, library
 
 from model_cases import DTYPES, TOLERANCES, assert_near, assert_same, draw
+from new_llm.models import ops
 from new_llm.models.layers import InfiniLayer, Segments
-from new_llm.models.ops import (
-    delta_rule,
-    feature_map,
-    gated_delta,
-    gated_delta_rule,
-    gated_delta_rule_naive,
-    local_linear_attention,
-    local_linear_attention_naive,
-    read_memories,
-    read_memories_naive,
-    scale_to_length,
-    scan_delta_rule,
-    scan_delta_rule_naive,
-    scan_memories,
-    scan_memories_naive,
-    scan_sums,
-    scan_sums_naive,
-    weigh_memories,
-    weigh_memories_naive,
-    write_memory,
-    write_memory_naive,
-)
 from new_llm.models.ops.memory import _WideSums
 from new_llm.models.ops.memory_scan import _compiled_backward, choose_group, compiled_scan
 
@@ -45,11 +24,10 @@ EPSILON = 1e-6
 ROWS, MEMORIES, HEADS, LENGTH, SCANNED, WIDTH, VALUE_WIDTH = 2, 3, 2, 5, 3, 4, 6
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_rule = pytest.mark.parametrize("use_delta_rule", [True, False])
-by_decay = pytest.mark.parametrize("decay", [None, [0.5, 0.9]])
 
 
 def draw_features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return feature_map(draw(*shape, seed=seed, dtype=dtype))
+    return ops.feature_map(draw(*shape, seed=seed, dtype=dtype))
 
 
 def draw_memories(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,14 +44,11 @@ def draw_segment(length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tu
     return q, k, draw(ROWS, HEADS, length, VALUE_WIDTH, seed=5, dtype=dtype)
 
 
-# Fast forms and their gradients equal naive forms
-
-
 def test_feature_map_is_elu_plus_one():
     x = torch.linspace(-30, 30, 121, dtype=torch.float64)
     expected = torch.where(x > 0, x + 1, x.exp())
-    assert torch.equal(feature_map(x), expected)
-    assert bool((feature_map(x.bfloat16()) > 0).all())  # ELU(x) + 1 in 16 bits rounds small features to 0
+    assert torch.equal(ops.feature_map(x), expected)
+    assert bool((ops.feature_map(x.bfloat16()) > 0).all())  # ELU(x) + 1 in 16 bits rounds small features to 0
 
 
 @by_dtype
@@ -86,10 +61,12 @@ def test_local_attention_equals_its_naive_form(length, chunk_length, dtype):
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         sums = k[..., :cut, :].mT @ v[..., :cut, :], k[..., :cut, :].sum(-2)
         parts = (t[..., cut:, :] for t in (q, k, v))
-        return local_linear_attention(q, k, v, **options), local_linear_attention(*parts, initial_sums=sums, **options)
+        return ops.local_linear_attention(q, k, v, **options), ops.local_linear_attention(
+            *parts, initial_sums=sums, **options
+        )
 
     def attend_naively(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        found = local_linear_attention_naive(q, k, v, epsilon=EPSILON)
+        found = ops.local_linear_attention_naive(q, k, v, epsilon=EPSILON)
         return found, found[..., cut:, :]
 
     assert_same(attend, attend_naively, list(draw_segment(length, dtype)), 10 * TOLERANCES[dtype])
@@ -106,7 +83,7 @@ def test_read_equals_its_naive_form(weighted, num_memories, dtype):
     def run(read, q: Tensor, m: Tensor, z: Tensor, weights: Tensor | None = None) -> Tensor:
         return read(q, m, z, epsilon=EPSILON, weights=weights)
 
-    fast, naive = (functools.partial(run, read) for read in (read_memories, read_memories_naive))
+    fast, naive = (functools.partial(run, read) for read in (ops.read_memories, ops.read_memories_naive))
     assert_same(fast, naive, inputs, TOLERANCES[dtype])
 
 
@@ -120,13 +97,13 @@ def test_selection_equals_its_naive_form(dtype, standardize):
     def run(weigh, products: Tensor, temperature: Tensor, counts: Tensor = num_tokens) -> Tensor:
         return weigh(products, counts, width=WIDTH, standardize=standardize, temperature=temperature)
 
-    fast, naive = (functools.partial(run, weigh) for weigh in (weigh_memories, weigh_memories_naive))
+    fast, naive = (functools.partial(run, weigh) for weigh in (ops.weigh_memories, ops.weigh_memories_naive))
     assert_same(fast, naive, [products, temperature], 10 * TOLERANCES[dtype])
     empty = 0 * products, temperature, 0 * num_tokens
     assert_near(fast(*empty), naive(*empty), TOLERANCES[dtype])
 
 
-@by_decay
+@pytest.mark.parametrize("decay", [None, [0.5, 0.9]])
 @by_rule
 @by_dtype
 def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
@@ -134,7 +111,7 @@ def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
     _, k, v = draw_segment(dtype=dtype)
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
     options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
-    fast, naive = (functools.partial(write, **options) for write in (write_memory, write_memory_naive))
+    fast, naive = (functools.partial(write, **options) for write in (ops.write_memory, ops.write_memory_naive))
     for n in range(MEMORIES):
         given = [k, v, memories[:, n], norms[:, n]]
         before = [t.clone() for t in given]
@@ -146,10 +123,7 @@ def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
 def test_read_of_another_width_is_refused():
     memories, norms, _ = draw_memories()
     with pytest.raises(ValueError, match=r"width 3 .* width 4"):
-        read_memories(draw_features(ROWS, HEADS, LENGTH, 3), memories, norms, epsilon=EPSILON)
-
-
-# 16 bits
+        ops.read_memories(draw_features(ROWS, HEADS, LENGTH, 3), memories, norms, epsilon=EPSILON)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -158,9 +132,9 @@ def test_read_in_16_bits_survives_a_huge_memory(dtype, size):
     """After 10 million tokens z and M are far beyond float16's 65,504; what is read is not."""
     memories, norms, num_tokens = draw_memories(torch.float32)
     q = draw_segment(dtype=torch.float32)[0]
-    weights = weigh_memories(q @ norms.permute(0, 2, 3, 1), num_tokens, width=WIDTH).movedim(-1, 1)
-    expected = read_memories(q, memories, norms, epsilon=EPSILON, weights=weights)
-    actual = read_memories(q.to(dtype), memories * size, norms * size, epsilon=EPSILON, weights=weights)
+    weights = ops.weigh_memories(q @ norms.permute(0, 2, 3, 1), num_tokens, width=WIDTH).movedim(-1, 1)
+    expected = ops.read_memories(q, memories, norms, epsilon=EPSILON, weights=weights)
+    actual = ops.read_memories(q.to(dtype), memories * size, norms * size, epsilon=EPSILON, weights=weights)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.float(), expected, atol=0.02, rtol=0.02)
 
@@ -171,7 +145,7 @@ def test_write_in_16_bits_sums_in_float32(dtype, use_delta_rule):
     """3,000 tokens: a float16 sum would overflow, a bfloat16 sum would stop growing at 256."""
     k = torch.full((1, 1, 3000, 2), 30.0, dtype=dtype)
     v = torch.ones(1, 1, 3000, 2, dtype=dtype)
-    memory, norm = write_memory(
+    memory, norm = ops.write_memory(
         k, v, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2), use_delta_rule=use_delta_rule, epsilon=EPSILON
     )
     assert memory.dtype == norm.dtype == torch.float32
@@ -192,15 +166,12 @@ def test_the_wide_product_of_bfloat16_has_the_gradients_of_its_equation():
         torch.testing.assert_close(mine.double(), right, rtol=8e-3, atol=1e-2)
 
 
-# Sums over segments
-
-
 @pytest.mark.parametrize("number", [1, 2, 13])
 @pytest.mark.parametrize("has_decay", [True, False])
 def test_scanned_sums_equal_their_naive_form(number, has_decay):
     initial, changes = draw(2, 3, 4, seed=1), draw(2, number, 3, 4, seed=2)
     decay = draw(2, number, 3, 1, seed=3).sigmoid() if has_decay else None
-    assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
+    assert_near(ops.scan_sums(initial, changes, decay), ops.scan_sums_naive(initial, changes, decay), 1e-12)
 
 
 def test_decay_to_nothing_is_no_division_and_gradients():
@@ -208,12 +179,9 @@ def test_decay_to_nothing_is_no_division_and_gradients():
     initial, changes = draw(1, 2, seed=1), draw(1, 400, 2, seed=2)
     decay = torch.full((1, 400, 1), 1e-3, dtype=torch.float64)
     decay[:, 200] = 0
-    assert_near(scan_sums(initial, changes, decay), scan_sums_naive(initial, changes, decay), 1e-12)
+    assert_near(ops.scan_sums(initial, changes, decay), ops.scan_sums_naive(initial, changes, decay), 1e-12)
     parts = initial.requires_grad_(), changes[:, 197:203].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda first, rest: scan_sums(first, rest, decay[:, 197:203]), parts)
-
-
-# Memories over segments
+    assert torch.autograd.gradcheck(lambda first, rest: ops.scan_sums(first, rest, decay[:, 197:203]), parts)
 
 
 def draw_call(segments: int, memories: int, writes: int, **options: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -266,7 +234,7 @@ def test_scan_equals_its_naive_form(monkeypatch, shape, group):
             named = dict(zip(names, given, strict=True))
             return function(**{"memories": None, **named}, slots=slots, num_writes=shape[-1])
 
-        fast, naive = (functools.partial(run, function) for function in (scan_memories, scan_memories_naive))
+        fast, naive = (functools.partial(run, function) for function in (ops.scan_memories, ops.scan_memories_naive))
         is_narrow, wide = dtype == torch.bfloat16, torch.promote_types(dtype, torch.float32)
         inputs = [t.to(dtype if name in ("q", "k", "v", "written_keys") else wide) for name, t in tensors.items()]
         exact = [t.double() for t in inputs] if is_narrow else None
@@ -288,9 +256,6 @@ def test_torch_compile_is_told_what_the_scan_and_its_backward_return(shape):
         upstream = reads, sums if options["has_sum"] else None, end
         kept = q, k, updates if options["has_delta"] else v, memories, scales, slots, *rest, checkpoints, shape[-1]
         library.opcheck(_compiled_backward, (*upstream, *kept), test_utils=("test_schema", "test_faketensor"))
-
-
-# What backward keeps
 
 
 def count_kept_bytes(num_segments: int, width: int) -> int:
@@ -325,9 +290,6 @@ def test_states_are_kept_once_a_group():
 # The delta rules in pieces against the rules token by token, and flash-linear-attention's kernel
 
 
-# The token memory's
-
-
 def draw_scan(rows: int, segments: int, writes: int, heads: int, length: int, width: int, size: int) -> list[Tensor]:
     """q, k, v, β, what the memory holds beyond M₀, M₀ and w."""
     shape = (rows, segments, heads, length)
@@ -343,8 +305,8 @@ def test_a_segment_at_a_time_equals_a_token_at_a_time(rows, segments, length, he
     """Reads, M and all gradients, with some keys 0, in pieces of at most 3 tokens or in one."""
     inputs = draw_scan(rows, segments, data.draw(st.integers(0, segments)), heads, length, 4, 5)
     inputs[1][..., data.draw(st.integers(0, length - 1)), :] = 0
-    with patch.object(delta_rule, "PIECE_LENGTH", data.draw(st.sampled_from((3, 64)))):
-        assert_same(scan_delta_rule, scan_delta_rule_naive, inputs, 1e-10)
+    with patch.object(ops.delta_rule, "PIECE_LENGTH", data.draw(st.sampled_from((3, 64)))):
+        assert_same(ops.scan_delta_rule, ops.scan_delta_rule_naive, inputs, 1e-10)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=str)
@@ -354,7 +316,7 @@ def test_the_compiled_kernels_equal_the_rule(dtype: torch.dtype, tolerance: floa
     parts = draw_scan(2, 3, 2, 2, length, width, 24)
     parts[3][..., ::7] = 0
     mine = [t.to(dtype if place < 3 else torch.float32) for place, t in enumerate(parts)]
-    assert_same(scan_delta_rule, scan_delta_rule_naive, mine, tolerance, exact=[t.double() for t in mine])
+    assert_same(ops.scan_delta_rule, ops.scan_delta_rule_naive, mine, tolerance, exact=[t.double() for t in mine])
 
 
 @pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -367,11 +329,8 @@ def test_rows_of_given_lengths(narrow: torch.dtype) -> None:
 
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.01}[narrow]
     exact = [t.double() for t in parts]
-    assert_same(lambda *given: scale_to_length(*given, dtype=wide), scale, parts, tolerance, exact=exact)
-    assert not scale_to_length(torch.zeros(2, 40), torch.ones(2)).any()
-
-
-# Gated DeltaNet's
+    assert_same(lambda *given: ops.scale_to_length(*given, dtype=wide), scale, parts, tolerance, exact=exact)
+    assert not ops.scale_to_length(torch.zeros(2, 40), torch.ones(2)).any()
 
 
 def draw_rule(num_tokens: int, width: int = 8) -> list[Tensor]:
@@ -385,20 +344,20 @@ def draw_rule(num_tokens: int, width: int = 8) -> list[Tensor]:
 def test_chunks_equal_the_rule_with_all_gradients(num_tokens: int, num_written: int | None) -> None:
     def run(*parts: Tensor) -> tuple[Tensor, Tensor]:
         begun = [t[:, :, :num_written] for t in parts[:5]]
-        kept = parts[5] if num_written == 0 else gated_delta_rule_naive(*begun, parts[5])[1]
-        return gated_delta_rule_naive(*parts)[0], kept
+        kept = parts[5] if num_written == 0 else ops.gated_delta_rule_naive(*begun, parts[5])[1]
+        return ops.gated_delta_rule_naive(*parts)[0], kept
 
-    assert_same(lambda *parts: gated_delta_rule(*parts, num_written=num_written), run, draw_rule(num_tokens), 1e-12)
+    assert_same(lambda *parts: ops.gated_delta_rule(*parts, num_written=num_written), run, draw_rule(num_tokens), 1e-12)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or not gated_delta.HAS_FLA, reason="needs a GPU and fla")
+@pytest.mark.skipif(not torch.cuda.is_available() or not ops.gated_delta.HAS_FLA, reason="needs a GPU and fla")
 def test_the_kernel_of_flash_linear_attention_equals_the_rule() -> None:
     parts = [t.detach().cuda().float() for t in draw_rule(100, 32)]
     narrow = [t.bfloat16() for t in parts[:3]]
     for num_written in (None, 64):
-        found = gated_delta_rule(*narrow, *parts[3:], num_written=num_written)
-        expected = gated_delta_rule(*(t.float() for t in narrow), *parts[3:], num_written=num_written)
+        found = ops.gated_delta_rule(*narrow, *parts[3:], num_written=num_written)
+        expected = ops.gated_delta_rule(*(t.float() for t in narrow), *parts[3:], num_written=num_written)
         for one, other in zip(found, expected, strict=True):
             assert (one.float() - other).norm() < 0.02 * other.norm()
 
@@ -411,12 +370,12 @@ def test_the_kernel_is_called_with_the_layout_that_it_documents(monkeypatch: pyt
         assert output_final_state
         scale = k.shape[-1] ** -0.5 if scale is None else scale
         parts = (t.transpose(1, 2) for t in (scale * q, k, v, beta, g))
-        reads, memory = gated_delta_rule_naive(*parts, initial_state)
+        reads, memory = ops.gated_delta_rule_naive(*parts, initial_state)
         return reads.transpose(1, 2), memory
 
     kernel = types.SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
     for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, kernel if name.endswith("rule") else types.ModuleType(name))
     parts = [t.detach() for t in draw_rule(6)]
-    for found, expected in zip(gated_delta._run_fla(*parts), gated_delta_rule_naive(*parts), strict=True):
+    for found, expected in zip(ops.gated_delta._run_fla(*parts), ops.gated_delta_rule_naive(*parts), strict=True):
         assert_near(found, expected, 1e-12)

@@ -20,6 +20,7 @@ from model_cases import (
 )
 from new_llm.models import TransformerLM, merge_memory_states
 from new_llm.models.state import STATE_VERSION, list_tensors
+from tiny import refused
 
 
 def fill(
@@ -57,42 +58,33 @@ def test_states_hold_the_documented_keys_as_cpu_tensors():
     assert fill(model, 2)[3]["fine_memories"].shape == (2, 3, 2, 8, 8)
 
 
-# What is refused
-
-
-def spoil(state: dict[int, dict[str, Any]], key: str, value: Any) -> None:
-    """Replace a value of the hierarchical layer, the last of the stack, or the last number of a tensor."""
-    if isinstance(value, float):
-        state[3][key].view(-1)[-1] = value
-    else:
-        state[3][key] = value
-
-
-REFUSED: dict[str, tuple[tuple[str, Any], str]] = {
-    "version": (("version", 99), r"layer 3.*version 99.*3"),
-    "tensor version": (("version", torch.tensor([1, 1])), r"layer 3.*version of type Tensor"),
-    "layer kind": (("layer_kind", "multi_memory"), r"layer 3.*layer kind 'multi_memory'.*'hierarchical'"),
-    "settings": (("use_delta_rule", False), r"layer 3.*use_delta_rule"),
-    "width": (("fine_memories", torch.zeros(3, 2, 8, 7)), r"layer 3.*fine_memories.*\(3, 2, 8, 7\)"),
-    "no tensor": (("fine_memories", [1.0]), r"layer 3.*fine_memories"),
-    "integers": (("fine_memories", torch.ones(3, 2, 8, 8, dtype=torch.int64)), r"layer 3.*dtype"),
-    "unknown key": (("other", 1), r"layer 3.*other"),
-    "NaN": (("fine_memories", float("nan")), r"layer 3.*fine_memories.*NaN"),
-    "no rows": (("segment_counter", torch.zeros(0)), "layer 3"),
-    "negative": (("token_counts", -1.0), r"layer 3.*negative"),
+REFUSED: dict[str, tuple[str, Any, str]] = {  # keys and values of the hierarchical layer, the last of the stack
+    "version": ("version", 99, "version 99.*3"),
+    "tensor version": ("version", torch.tensor([1, 1]), "version of type Tensor"),
+    "layer kind": ("layer_kind", "multi_memory", "layer kind 'multi_memory'.*'hierarchical'"),
+    "settings": ("use_delta_rule", False, "use_delta_rule"),
+    "width": ("fine_memories", torch.zeros(3, 2, 8, 7), r"fine_memories.*\((2, )?3, 2, 8, 7\)"),
+    "no tensor": ("fine_memories", [1.0], "fine_memories"),
+    "integers": ("fine_memories", torch.ones(3, 2, 8, 8, dtype=torch.int64), "dtype"),
+    "unknown key": ("other", 1, "other"),
+    "NaN": ("fine_memories", float("nan"), "fine_memories.*NaN"),
+    "no rows": ("segment_counter", torch.zeros(0), ""),
+    "negative": ("token_counts", -1.0, "negative"),
 }
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("key", "value", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("rows", [None, 2])
-def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(change, message, rows):
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(key, value, message, rows):
     model = get_model("mixed", dtype=torch.float32)
     bad = fill(model, rows)
-    spoil(bad, *change)
+    if isinstance(value, float):  # the last number of a tensor
+        bad[3][key].view(-1)[-1] = value
+    else:
+        bad[3][key] = value
     held = fill(model, rows, start=90)
-    with pytest.raises(ValueError, match=message.replace(r"\(", r"\((?:2, )?")) as error:
+    with refused(f"layer 3.*{message}", ValueError):
         model.set_memory_state(bad)
-    assert "\n" not in str(error.value)
     assert_states_equal(model.get_memory_state(), held)
 
 
@@ -111,7 +103,6 @@ def test_states_of_other_layers_or_of_none_are_refused():
 
 
 def test_states_of_another_precision_are_taken_over():
-    """A float64 model's memory serves a float32 model, rounded once."""
     wide, narrow = (get_model("mixed", dtype=dtype) for dtype in (torch.float64, torch.float32))
     state = fill(wide)
     narrow.set_memory_state(state)
@@ -219,9 +210,6 @@ def test_reset_and_fresh_memory_and_rows_that_do_not_fit():
         model(text_ids(3, 4))
     with pytest.raises(ValueError, match="holds 2 rows"):
         model.reset_rows(torch.ones(3, dtype=torch.bool))
-
-
-# Memories that add: two machines' states merge into one machine's; all others are refused
 
 
 SUMS = [

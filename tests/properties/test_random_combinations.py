@@ -38,7 +38,6 @@ VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def list_values(kind: str) -> dict[str, tuple[Any, ...]]:
-    """The values of each option of a model type, by the types of its registered options."""
     found = {}
     for options in MODEL_KINDS[kind].options:
         for name, hint in get_type_hints(options).items():
@@ -54,7 +53,6 @@ def list_values(kind: str) -> dict[str, tuple[Any, ...]]:
 
 
 def draw_model(rng: random.Random) -> TransformerLM:
-    """A float64 model of a drawn kind and options."""
     kind = rng.choice([kind for kind in MODEL_KINDS if ":" not in kind])
     options = {name: rng.choice(values) for name, values in list_values(kind).items() if rng.random() < 0.6}
     if options.get("use_normalizer") is False:  # with keys longer than 1 the delta rule diverges
@@ -121,7 +119,6 @@ def check_training(model: TransformerLM, folder: Any, *, carries: bool) -> None:
 
 
 def check_draw(seed: int, folder: Any) -> None:
-    """Every check of one draw, under a default dtype of its own."""
     rng, before = random.Random(seed), torch.get_default_dtype()
     torch.manual_seed(seed)
     print(f"draw {seed}")

@@ -30,7 +30,6 @@ def with_long(trained_run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def four_models(with_long: dict[str, Any]) -> dict[str, Any]:
-    """Every model, complete, without long documents."""
     results = copy.deepcopy(with_long)
     for entry in results["models"]:
         del entry["evaluation"]["long"]

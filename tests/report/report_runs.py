@@ -15,7 +15,6 @@ MODELS = ("pythia", "infini", "multi_memory", "hierarchical")
 
 
 def pick(results: dict[str, Any], *models: str) -> dict[str, Any]:
-    """A copy with some of the models."""
     results = copy.deepcopy(results)
     by_name = {entry["model_type"]: entry for entry in results["models"]}
     return results | {"models": [by_name[name] for name in models]}
@@ -50,14 +49,12 @@ def make_record(results: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def set_at(entry: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Put a value at the end of a path of keys and places."""
     for key in path[:-1]:
         entry = entry[key]
     entry[path[-1]] = value
 
 
 def write_run(folder: Path, results: dict[str, Any], *records: dict[str, Any]) -> Path:
-    """A run folder with what the report reads of it."""
     (folder / "evaluations").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     for index, record in enumerate(records):

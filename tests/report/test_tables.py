@@ -100,9 +100,6 @@ def test_names_are_no_markup_and_drive_no_terminal(results):
     assert not set(text) & {"\x1b", "\x07", "\r", "\x9b"}
 
 
-# Runs as the report reads them: files, versions, series of seeds, evaluations made since
-
-
 def names(*runs: dict[str, Any]) -> list[str]:
     return [one.name for one in group_series([make_run(results) for results in runs])]
 
@@ -137,9 +134,6 @@ def test_runs_are_read_with_their_evaluations(with_long, tmp_path):
         read_runs([folder, folder / "results.json"])
 
 
-# results
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -158,9 +152,6 @@ def test_a_bad_file_gets_one_line(content, message, tmp_path):
     assert str(error.value).startswith(f"{file}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-# Charts as data: what is drawn of hostile rows, and the CSV beside them
 
 
 def read_values(chart: Chart) -> list[dict[str, Any]]:

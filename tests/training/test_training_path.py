@@ -120,9 +120,6 @@ def test_gates_have_their_own_rate_and_no_decay(tmp_path):
     assert {id(p) for p in hierarchical.layers[0].attention.expansion_gate.parameters()} <= known
 
 
-# Metrics to other trackers, and the live view
-
-
 @pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_a_run_s_metrics_reach_its_tracker(tmp_path, monkeypatch):
     tracker, begun, told = Mock(), [], []
