@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 chosen = command.read(given[1:], f"new-llm {given[0]}")
             finally:
                 gc.enable()
+                if arguments is None:  # the process is ours: modules stay to its end, which searched them for 0.4 s
+                    gc.freeze()
             return chosen.execute()
     except SystemExit:
         raise

@@ -35,12 +35,13 @@ def list_option_fields() -> dict[str, OptionField]:
     """Every option of every model type, by its name, in the order of registration."""
     found: dict[str, OptionField] = {}
     for name, kind in MODEL_KINDS.items():
+        defaults = kind.defaults
         for part in kind.options:
             docs = read_field_docs(part)
             annotations = _collect_annotations(part)
             for field in dataclasses.fields(part):
                 entry = found.setdefault(field.name, OptionField(annotations[field.name], docs.get(field.name, ""), {}))
-                entry.defaults[name] = kind.defaults[field.name]
+                entry.defaults[name] = defaults[field.name]
     return found
 
 
