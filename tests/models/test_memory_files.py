@@ -21,7 +21,7 @@ from new_llm.config.evaluation import FillConfig
 from new_llm.experiments import memory_filling
 from new_llm.models import SelectiveOutputLM, load_memory_file, save_memory_file
 from new_llm.models.layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer, PythiaLayer
-from new_llm.models.memory_file import merge_memory_files, pair_tensors, read_memory_file
+from new_llm.models.memory_file import compare_memories, list_tensors, merge_memory_files, read_memory_file
 from new_llm.models.tensor_files import fingerprint_weights
 from tiny import SPEECHES, refused
 
@@ -103,12 +103,15 @@ def test_tensors_are_compared_one_by_one(tmp_path):
         model(text_ids(2, length), update_memory=True)
         save_memory_file(model, tmp_path / "m.safetensors")
         contents.append(read_memory_file(tmp_path / "m.safetensors"))
-    pairs = pair_tensors(*contents[:2])
+    figures, (first, second) = compare_memories(*contents[:2]), map(list_tensors, contents[:2])
     places = [f"layer 0, row {row}: token_counts {memory}" for row in (0, 1) for memory in (0, 1)]
-    assert [tuple(map(int, pairs[place])) for place in places] == [(12, 16), (8, 14)] * 2
-    assert pairs["layer 0, row 1: memories 1"][0].shape == (2, 16, 16)
+    assert [figures[place][:2] for place in places] == [(12, 16), (8, 14)] * 2
+    a, b = (listed["layer 0, row 1: memories 1"] for listed in (first, second))
+    assert a.shape == (2, 16, 16)
+    expected = (a.norm(), b.norm(), (a - b).norm() / a.norm(), torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    assert figures["layer 0, row 1: memories 1"] == pytest.approx(tuple(map(float, expected)))
     with pytest.raises(ValueError, match=r"other layers, rows or shapes: layer 0, row 0: .* against nothing"):
-        pair_tensors(contents[0], contents[2])
+        compare_memories(contents[0], contents[2])
 
 
 NAMES = ("memories", "memory_norms", "token_counts", "segment_counter", "segments_seen", "current_bank")

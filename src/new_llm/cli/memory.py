@@ -158,19 +158,18 @@ class Compare(Command):
 
     def execute(self) -> int:
         """Print the norms, the relative differences and the cosines."""
-        from new_llm.models.memory_file import measure_distance, pair_tensors, read_memory_file
+        from new_llm.models.memory_file import compare_memories, read_memory_file
         from new_llm.report import ColumnTable
 
         contents = [read_memory_file(path) for path in (self.a, self.b)]
         try:
-            pairs = pair_tensors(*contents)
+            figures = compare_memories(*contents)
         except ValueError as error:
             raise UserError(f"{self.a} and {self.b} can't be compared: {error}") from None
         one, two = (content.record for content in contents)
         console = open_console()
         titles: list[str] = ["‖A‖", "‖B‖", "‖A−B‖/‖A‖", "cosine"]
-        figures = {place: map(_number, measure_distance(*pair)) for place, pair in pairs.items()}
-        rows = [(place, dict(zip(titles, found, strict=True))) for place, found in figures.items()]
+        rows = [(place, dict(zip(titles, map(_number, found), strict=True))) for place, found in figures.items()]
         console.print(ColumnTable.of_words(rows))
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:

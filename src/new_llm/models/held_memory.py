@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from new_llm.models.layers import Layer
-from new_llm.models.state import LayerMemory, check_form, state_from_dict, state_to_dict
+from new_llm.models.state import LayerMemory, state_from_dict, state_to_dict
 
 LayerMemories = list[LayerMemory | None]
 """The memory of every layer of a model: None for a layer without memory, or where it is known to be empty."""
@@ -127,32 +127,19 @@ class HeldMemory(nn.Module):
         Raises:
             ValueError: its layers, layer kinds, version, shapes or settings differ from this model's; names which.
         """
-        rows = self.check_memory_form(state)
-        held: LayerMemories = [None] * len(self.layers)
-        for index, layer in self.memory_layers.items():
-            where = f"memory state, layer {index}"
-            held[index] = state_from_dict(state[index], layer.memory_facts, self._empty(index, 1), where)
-        self._held, self._held_rows = held, rows
-
-    def check_memory_form(self, state: dict[int, dict[str, Any]]) -> int | None:
-        """Check a memory state as `set_memory_state` does, but for its numbers: its tensors may be on the meta device.
-
-        Returns:
-            The rows that have a memory each; None: all share one.
-
-        Raises:
-            ValueError: as `set_memory_state`.
-        """
         if not isinstance(state, dict) or set(state) != set(self.memory_layers):
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"memory state of layers {found}: this model has memory in {sorted(self.memory_layers)}")
-        rows = {
-            check_form(state[index], layer.memory_facts, self._empty(index, 1), f"memory state, layer {index}")
-            for index, layer in self.memory_layers.items()
-        }
+        held: LayerMemories = [None] * len(self.layers)
+        rows = set[int | None]()
+        for index, layer in self.memory_layers.items():
+            where = f"memory state, layer {index}"
+            memory = state_from_dict(state[index], layer.memory_facts, self._empty(index, 1), where)
+            rows.add(memory.rows if state[index]["per_row"] else None)
+            held[index] = memory
         if len(rows) > 1:
             raise ValueError("memory state: its layers have different numbers of rows")
-        return rows.pop() if rows else None
+        self._held, self._held_rows = held, rows.pop() if rows else None
 
     # For the model's own calls
 

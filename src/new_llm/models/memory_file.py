@@ -48,6 +48,8 @@ FORMAT_VERSION = 2
 MAX_DIMENSIONS = 8
 SHARED = "shared"
 """What `rows` says where all rows share one memory."""
+LAYER_FIELDS = {"layer_kind": "kind", "version": "version", "additive": "additive"}
+"""The fields of a `LayerRecord` by the keys that every layer's state has."""
 
 Size = Annotated[int, Field(gt=0, lt=MAX_COUNT)]
 Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
@@ -99,26 +101,6 @@ class MemoryRecord:
             raise UserError(f"layers {indices} are not in order, each once")
 
 
-def make_record(state: State, *, weights_fingerprint: str, segment_length: int) -> MemoryRecord:
-    """Describe a state of `get_memory_state`."""
-    layers: list[LayerRecord] = []
-    rows: int | None = None
-    for index, entry in sorted(state.items()):
-        settings = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
-        if settings.pop("per_row"):
-            rows = next(len(value) for value in entry.values() if isinstance(value, Tensor))
-        kind, version, additive = (settings.pop(key) for key in ("layer_kind", "version", "additive"))
-        layers.append(LayerRecord(layer=index, kind=kind, version=version, additive=additive, settings=settings))
-    return MemoryRecord(
-        program_version=__version__,
-        created=now(),
-        weights_fingerprint=weights_fingerprint,
-        segment_length=segment_length,
-        rows=rows,
-        layers=tuple(layers),
-    )
-
-
 # Files
 
 
@@ -136,20 +118,15 @@ class MemoryFile:
         return max((sum(count.flatten().tolist()) for count in counts if isinstance(count, Tensor)), default=None)
 
 
-def save_memory_file(model: HeldMemory, path: str | Path, *, weights_fingerprint: str | None = None) -> None:
+def save_memory_file(model: HeldMemory, path: str | Path) -> None:
     """Write the memory that a model holds; an interrupted write leaves the old file.
-
-    Args:
-        weights_fingerprint: of the model, where many files are written; None: computed.
 
     Raises:
         UserError: the model has no memory layer.
     """
     if not model.memory_layers:
         raise UserError("this model has no memory layer: there is no memory to save")
-    state, fingerprint = model.get_memory_state(), weights_fingerprint or fingerprint_weights(model)
-    record = make_record(state, weights_fingerprint=fingerprint, segment_length=model.segment_length)
-    write_memory_file(Path(path), MemoryFile(record, state))
+    write_memory_file(Path(path), model.get_memory_state(), fingerprint_weights(model), model.segment_length)
 
 
 def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False) -> None:
@@ -162,32 +139,43 @@ def load_memory_file(model: HeldMemory, path: str | Path, *, force: bool = False
     Raises:
         UserError: the file is broken or no memory file, or other layers or (unless forced) weights filled it.
     """
-    content = read_memory_file(Path(path))
+    content, before = read_memory_file(Path(path)), model.keep_memory()
     try:
-        model.check_memory_form(content.state)
-        filled_by = content.record.weights_fingerprint
-        if not force and filled_by != (own := fingerprint_weights(model)):
-            raise ValueError(
-                f"filled by other weights (fingerprint {filled_by[:12]}…) than this model's ({own[:12]}…); --force "
-                "(force=True) takes it all the same"
-            )
         model.set_memory_state(content.state)
     except ValueError as error:
         raise UserError(shorten(f"{path}: {error}")) from None
+    filled_by = content.record.weights_fingerprint
+    if not force and filled_by != (own := fingerprint_weights(model)):
+        model.restore_memory(before)
+        raise UserError(
+            f"{path}: filled by other weights (fingerprint {filled_by[:12]}…) than this model's ({own[:12]}…); --force "
+            "(force=True) takes it all the same"
+        )
 
 
-def write_memory_file(path: Path, content: MemoryFile) -> None:
-    """Write a memory file atomically; what the system refuses is an OSError."""
-    tensors = {
-        f"layers.{index}.{key}": value
-        for index, entry in content.state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-    metadata = format_record(content.record, FORMAT, FORMAT_VERSION)
-    if content.record.rows is None:
-        metadata["rows"] = SHARED
+def write_memory_file(path: Path, state: State, weights_fingerprint: str, segment_length: int) -> MemoryFile:
+    """Write a state of `get_memory_state` atomically; returns what the file holds. A refusing system is an OSError."""
+    layers: list[LayerRecord] = []
+    tensors: dict[str, Tensor] = {}
+    rows: int | None = None
+    for index, entry in sorted(state.items()):
+        own = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
+        tensors |= {f"layers.{index}.{key}": value for key, value in own.items()}
+        rows = len(next(iter(own.values()))) if entry["per_row"] else None
+        settings = {key: value for key, value in entry.items() if key not in {*own, *LAYER_FIELDS, "per_row"}}
+        named = {field: entry[key] for key, field in LAYER_FIELDS.items()}
+        layers.append(LayerRecord(layer=index, settings=settings, **named))
+    record = MemoryRecord(
+        program_version=__version__,
+        created=now(),
+        weights_fingerprint=weights_fingerprint,
+        segment_length=segment_length,
+        rows=rows,
+        layers=tuple(layers),
+    )
+    metadata = format_record(record, FORMAT, FORMAT_VERSION) | ({"rows": SHARED} if rows is None else {})
     write_safetensors(path, tensors, metadata)
+    return MemoryFile(record, state)
 
 
 def read_memory_file(path: Path) -> MemoryFile:
@@ -196,22 +184,22 @@ def read_memory_file(path: Path) -> MemoryFile:
     Raises:
         UserError: no readable memory file of this version, or broken: one line says what.
     """
-    where = str(path)
     header, num_bytes = read_header(path), path.stat().st_size
     is_shared = header.metadata.get("rows") == SHARED
     metadata = header.metadata | ({"rows": "null"} if is_shared else {})
-    record = parse_record(metadata, MemoryRecord, FORMAT, FORMAT_VERSION, where)
+    record = parse_record(metadata, MemoryRecord, FORMAT, FORMAT_VERSION, str(path))
     for name, shape in header.shapes.items():
         # Beside a size of 0 the others may be anything, and would cost time though they hold no bytes.
         is_possible = len(shape) <= MAX_DIMENSIONS and max(shape, default=0) <= num_bytes
         if header.dtypes[name] not in DTYPE_NAMES.values() or not is_possible:
             found = f"has shape {list(shape)} of {header.dtypes[name]}"
             raise UserError(shorten(f"{path}: {name} {found}, which no memory has"))
-    tensors = read_safetensors(path)
     try:
-        return MemoryFile(record, _fill_state(record, tensors))
+        return MemoryFile(record, _fill_state(record, read_safetensors(path)))
+    except UserError:
+        raise
     except ValueError as error:
-        raise UserError(shorten(f"{where}: {error}")) from None
+        raise UserError(shorten(f"{path}: {error}")) from None
 
 
 def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False) -> MemoryFile:
@@ -233,25 +221,19 @@ def merge_memory_files(paths: Sequence[Path], out: Path, *, force: bool = False)
         message = re.sub(r"\bstate (\d+)", lambda match: str(paths[int(match[1])]), str(error))
         raise UserError(shorten(message)) from None
     first = contents[0].record
+    facts = {"weights_fingerprint": "other weights", "segment_length": "segments of another length"}
     for path, content in zip(paths, contents, strict=True):
-        for name in ("weights_fingerprint", "segment_length"):
-            if not force and getattr(content.record, name) != getattr(first, name):
-                what = "other weights" if name == "weights_fingerprint" else "segments of another length"
-                raise UserError(
-                    f"{path}: filled by {what} than {paths[0]}; --force (force=True) adds them all the same"
-                )
-    merged = MemoryFile(
-        make_record(state, weights_fingerprint=first.weights_fingerprint, segment_length=first.segment_length), state
-    )
-    write_memory_file(out, merged)
-    return merged
+        odd = [what for name, what in facts.items() if getattr(content.record, name) != getattr(first, name)]
+        if odd and not force:
+            raise UserError(f"{path}: filled by {odd[0]} than {paths[0]}; --force (force=True) adds them all the same")
+    return write_memory_file(out, state, first.weights_fingerprint, first.segment_length)
 
 
 def _fill_state(record: MemoryRecord, tensors: dict[str, Tensor]) -> State:
     """The state of a record and its tensors, each with the record's rows; otherwise a ValueError."""
     state: State = {
         layer.layer: layer.settings
-        | {"layer_kind": layer.kind, "version": layer.version, "additive": layer.additive}
+        | {key: getattr(layer, field) for key, field in LAYER_FIELDS.items()}
         | {"per_row": record.rows is not None}
         for layer in record.layers
     }
@@ -290,8 +272,10 @@ def list_tensors(content: MemoryFile) -> dict[str, Tensor]:
     return listed
 
 
-def pair_tensors(a: MemoryFile, b: MemoryFile) -> dict[str, tuple[Tensor, Tensor]]:
-    """The tensors of two files side by side, by their place; see `list_tensors`.
+def compare_memories(a: MemoryFile, b: MemoryFile) -> dict[str, tuple[float, float, float, float]]:
+    """‖A‖, ‖B‖, ‖A − B‖ / ‖A‖ (0 where both are zero) and the cosine ⟨A, B⟩ / (‖A‖ ‖B‖) of two files' tensors.
+
+    They are computed in float64, and stand by the tensors' places; see `list_tensors`.
 
     Raises:
         ValueError: they hold memories of other layers, rows or shapes.
@@ -301,13 +285,11 @@ def pair_tensors(a: MemoryFile, b: MemoryFile) -> dict[str, tuple[Tensor, Tensor
         shapes = [list(listed[place].shape) if place in listed else "nothing" for listed in (one, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"other layers, rows or shapes: {place}: {shapes[0]} against {shapes[1]}")
-    return {place: (one[place], other[place]) for place in one}
-
-
-def measure_distance(a: Tensor, b: Tensor) -> tuple[float, float, float, float]:
-    """‖A‖, ‖B‖, ‖A − B‖ / ‖A‖ (0 where both are zero) and the cosine ⟨A, B⟩ / (‖A‖ ‖B‖), in float64."""
-    a, b = a.double(), b.double()
-    norm_a, norm_b, apart = float(a.norm()), float(b.norm()), float((a - b).norm())
-    relative = apart / norm_a if norm_a else (math.inf if apart else 0.0)
-    cosine = float((a * b).sum()) / (norm_a * norm_b) if norm_a and norm_b else math.nan
-    return norm_a, norm_b, relative, cosine
+    figures: dict[str, tuple[float, float, float, float]] = {}
+    for place, tensor in one.items():
+        x, y = tensor.double(), other[place].double()
+        norm_x, norm_y, apart = float(x.norm()), float(y.norm()), float((x - y).norm())
+        relative = apart / norm_x if norm_x else (math.inf if apart else 0.0)
+        cosine = float((x * y).sum()) / (norm_x * norm_y) if norm_x and norm_y else math.nan
+        figures[place] = norm_x, norm_y, relative, cosine
+    return figures

@@ -22,6 +22,7 @@ from new_llm.models.layers import LAYER_KINDS, Layer
 from new_llm.models.tensor_files import (
     TensorHeader,
     check_finite,
+    find_misfit,
     fingerprint_tensors,
     read_header,
     read_safetensors,
@@ -31,6 +32,8 @@ from new_llm.models.transformer import SelectiveOptions, SelectiveOutputLM, Tran
 
 WEIGHTS_FILE = "model.safetensors"
 STRUCTURE_FILE = "model.json"
+WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
+"""What weights may be stored in."""
 FORMAT_VERSION = 1
 
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
@@ -136,6 +139,9 @@ def _pick_fields(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHeader) -> None:
     """Compare the shapes that follow from a structure with those of the weights, layer by layer."""
+    if odd := [name for name, dtype in header.dtypes.items() if dtype not in WEIGHT_DTYPES]:
+        allowed = ", ".join(WEIGHT_DTYPES)
+        raise ValueError(f"{WEIGHTS_FILE}: {odd[0]} has dtype {header.dtypes[odd[0]]}; weights are floats ({allowed})")
     embedding = header.shapes.get("embed_in.weight", ())
     if len(embedding) != 2 or embedding[0] != plan.vocab_size:
         raise ValueError(f"vocab_size is {plan.vocab_size}, embed_in.weight of {WEIGHTS_FILE} is {list(embedding)}")
@@ -146,13 +152,8 @@ def _check_layers(plan: ModelStructure, planned: list[Layer], header: TensorHead
             )
         prefix = f"layers.{index}."
         found = {name: shape for name, shape in header.shapes.items() if name.startswith(prefix)}
-        wanted = {prefix + name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-        if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-            shapes = [list(of[odd[0]]) if odd[0] in of else "missing" for of in (found, wanted)]
-            raise ValueError(
-                f"weights do not fit {STRUCTURE_FILE}: {odd[0]} is {shapes[0]} in {WEIGHTS_FILE}, "
-                f"{shapes[1]} in the structure"
-            )
+        if misfit := find_misfit(found, {prefix + name: value.shape for name, value in layer.state_dict().items()}):
+            raise ValueError(f"weights do not fit {STRUCTURE_FILE}: {misfit}")
 
 
 def save_model(model: TransformerLM, folder: str | Path) -> None:
@@ -207,13 +208,10 @@ def load_model(folder: str | Path) -> TransformerLM:
         UserError: a file is missing or broken, or the weights are not the structure's, or not finite.
     """
     folder = Path(folder)
-    where, weights = str(folder / STRUCTURE_FILE), str(folder / WEIGHTS_FILE)
-    structure = read_structure(folder)
-    header = read_header(folder / WEIGHTS_FILE)
-    header.check_weights(weights)
-    model = build_model(structure, where, header)
-    tensors = read_safetensors(folder / WEIGHTS_FILE)
-    check_finite(tensors, weights)
+    weights = folder / WEIGHTS_FILE
+    model = build_model(read_structure(folder), str(folder / STRUCTURE_FILE), read_header(weights))
+    tensors = read_safetensors(weights)
+    check_finite(tensors, str(weights))
     model.to(tensors["embed_in.weight"].dtype)
     try:
         model.load_state_dict(tensors)

@@ -261,8 +261,8 @@ def _find_turn(entry: dict[str, Any]) -> Tensor:
     return find_written_memory(entry["segment_counter"], entry["segments_per_memory"], entry["num_memories"])
 
 
-def check_form(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -> int | None:
-    """Check a layer's dictionary, in which nothing is trusted, but for its numbers, which may be on the meta device.
+def state_from_dict(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -> LayerMemory:
+    """The inverse of `state_to_dict`; nothing in the dictionary is trusted.
 
     Args:
         entry: the dictionary.
@@ -270,11 +270,8 @@ def check_form(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -
         empty: the layer's empty memory of one row.
         where: for errors.
 
-    Returns:
-        The rows that have a memory each; None: all share one.
-
     Raises:
-        ValueError: the version, layer kind, keys, shapes or settings differ.
+        ValueError: the version, layer kind, keys, shapes or settings differ, or a number is out of range.
     """
     per_row, rows = isinstance(entry, dict) and entry.get("per_row") is True, 1
     if per_row:
@@ -283,21 +280,10 @@ def check_form(entry: Any, facts: MemoryFacts, empty: LayerMemory, where: str) -
         raise ValueError(f"{where}: its tensors have no rows")
     form = state_to_dict(empty.to(torch.device("meta")).expand(rows), facts, per_row=per_row)
     check_same_layer(entry, form, where, "this model")
-    return rows if per_row else None
-
-
-def state_from_dict(entry: dict[str, Any], facts: MemoryFacts, empty: LayerMemory, where: str) -> LayerMemory:
-    """The inverse of `state_to_dict`, for a dictionary that `check_form` has accepted.
-
-    Raises:
-        ValueError: as `check_values`.
-    """
-    values: dict[str, Tensor] = {}
-    for name, like in empty.tensors().items():
-        value = entry[facts.key(name)].to(like.device, like.dtype, copy=True)
-        check_values({facts.key(name): value}, where)
-        values[name] = value if entry["per_row"] else value.unsqueeze(0)
-    return replace(empty, **values)
+    keys = {name: facts.key(name) for name in empty.tensors()}
+    values = {name: entry[key].to(getattr(empty, name), copy=True) for name, key in keys.items()}
+    check_values({keys[name]: value for name, value in values.items()}, where)
+    return replace(empty, **{name: value if per_row else value.unsqueeze(0) for name, value in values.items()})
 
 
 def check_values(entry: dict[str, Any], where: str) -> None:

@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -40,8 +40,6 @@ DTYPE_NAMES = {
     torch.float64: "F64",
 }
 """The dtypes that are written."""
-WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
-"""What weights may be stored in."""
 DIGEST = "sha256"
 PICKLE_SIGNATURES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How files begin that torch.save or pickle wrote."""
@@ -55,13 +53,6 @@ class TensorHeader:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
-
-    def check_weights(self, where: str) -> None:
-        """Make sure that all tensors are floats; names the first that is not."""
-        for name, dtype in self.dtypes.items():
-            if dtype not in WEIGHT_DTYPES:
-                allowed = ", ".join(WEIGHT_DTYPES)
-                raise UserError(shorten(f"{where}: {name} has dtype {dtype}; weights are floats ({allowed})"))
 
 
 # Reading safetensors
@@ -109,6 +100,16 @@ def check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor], whe
     """Compare content with the digest among its metadata, if there is one."""
     if DIGEST in metadata and metadata[DIGEST] != hash_content(metadata, tensors):
         raise UserError(f"{where}: corrupted: the content does not match the digest it was written with")
+
+
+def find_misfit(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str | None:
+    """The first tensor, by name, that is missing, unknown or of another shape than wanted, in words; None: all fit."""
+    for name in sorted({*found, *wanted}):
+        if name not in found or name not in wanted:
+            return f"missing or unknown tensors: {name}"
+        if tuple(found[name]) != tuple(wanted[name]):
+            return f"{name} has shape {list(found[name])}, not {list(wanted[name])}"
+    return None
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -173,7 +173,7 @@ def load_pythia(
         segment_length: tokens S in a segment; None: the checkpoint's max_position_embeddings.
         replace_layers: layers to swap, by their index: a kind ("infini"), a kind with options
             ({"kind": "infini", "num_memory_heads": 8}) or a layer. A swapped layer takes over what fits, see
-            `take_over_weights`; its gates begin as the kind's do.
+            `copy_weights`; its gates begin as the kind's do.
 
     Raises:
         UserError: no such checkpoint, a hub out of reach, or an architecture that our layers can't represent.
@@ -275,7 +275,7 @@ def describe_pythia(model: TransformerLM) -> PythiaConfig:
 
 
 def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config: PythiaConfig) -> list[Layer]:
-    """The layers with some of them replaced by other kinds; see `take_over_weights`.
+    """The layers with some of them replaced by other kinds; see `copy_weights`.
 
     Raises:
         ValueError: no layer of that index, an unknown kind or option, a layer of another hidden size,
@@ -288,7 +288,9 @@ def swap_layers(layers: list[Layer], choices: Mapping[int, LayerChoice], config:
     swapped = [chosen.get(index, layer) for index, layer in enumerate(layers)]
     check_order(swapped)
     for index, layer in chosen.items():
-        take_over_weights(layers[index], layer, config.initializer_range)
+        initialize_weights(layer, config.initializer_range)
+        reference = next(layers[index].parameters())
+        copy_weights(layers[index], layer.to(reference.device, reference.dtype))
     return swapped
 
 
@@ -310,16 +312,13 @@ def make_layer(choice: LayerChoice, config: PythiaConfig, index: int) -> Layer:
 
 
 @torch.no_grad()
-def take_over_weights(old: Layer, new: Layer, initializer_range: float) -> None:
-    """Give a layer the weights of the one whose place it takes, wherever name and shape agree; the rest is drawn anew.
+def copy_weights(old: Layer, new: Layer) -> None:
+    """Copy one layer's weights to another of any kind, wherever name and shape agree.
 
     Both LayerNorms, the MLP and the output projection keep their numbers. The fused projection holds q, k, v of a head
     side by side, head by head; where the new layer has other heads its rows are put in order, so that every output
     that was part of q (of k, of v) still is, at the same place among all heads together.
     """
-    reference = next(old.parameters())
-    initialize_weights(new, initializer_range)
-    new.to(reference.device, reference.dtype)
     theirs, attentions = old.state_dict(), [layer.get_submodule("attention") for layer in (old, new)]
     heads: list[Any] = [getattr(one, "num_memory_heads", getattr(one, "num_heads", None)) for one in attentions]
     for name, mine in new.state_dict().items():

@@ -33,7 +33,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import shorten, write_atomically
 from new_llm.config.model import Size, check_adapter_suffix
 from new_llm.config.sections import section
-from new_llm.models.hf.gpt_neox import load_pythia, split_heads_anew
+from new_llm.models.hf.gpt_neox import copy_weights, load_pythia
 from new_llm.models.layers import Layer, ParallelInfiniLayer, PythiaLayer
 from new_llm.models.layers.base import initialize_weights
 from new_llm.models.layers.infini import AdapterConfig, ParallelInfiniOptions
@@ -42,6 +42,7 @@ from new_llm.models.tensor_files import (
     DIGEST,
     check_digest,
     check_finite,
+    find_misfit,
     fingerprint_tensors,
     format_record,
     hash_content,
@@ -175,22 +176,16 @@ def attach_adapter(model: TransformerLM, path: str | Path, *, force: bool = Fals
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(shorten(f"{where}: does not fit this base: {error}")) from None
     shapes = {
-        f"layers.{index}.{name}": tuple(value.shape)
+        f"layers.{index}.{name}": value.shape
         for index, layer in planned.items()
         for name, value in layer.state_dict().items()
         if record.with_base or not name.startswith("base_layer.")
     }
     if record.with_base:
         adapted = tuple(f"layers.{index}." for index in settings)
-        shapes |= {name: tuple(value.shape) for name, value in base.items() if not name.startswith(adapted)}
-    for name in sorted({*tensors, *shapes}):
-        fault = None
-        if name not in shapes or name not in tensors:
-            fault = f"missing or unknown tensors: {name}"
-        elif (found := tuple(tensors[name].shape)) != shapes[name]:
-            fault = f"{name} has shape {list(found)}, not {list(shapes[name])}"
-        if fault:
-            raise UserError(shorten(f"{where}: does not fit this base: {fault}"))
+        shapes |= {name: value.shape for name, value in base.items() if not name.startswith(adapted)}
+    if misfit := find_misfit({name: tensor.shape for name, tensor in tensors.items()}, shapes):
+        raise UserError(shorten(f"{where}: does not fit this base: {misfit}"))
     if not record.with_base and not force and record.base_fingerprint != (own := fingerprint_tensors(base)):
         raise UserError(
             f"{where}: trained on another base ({record.base_name}, fingerprint {record.base_fingerprint[:12]}…) than "
@@ -233,11 +228,7 @@ def add_parallel_infini(model: TransformerLM, config: AdapterConfig, *, base_nam
     for layer in made.values():
         initialize_weights(layer.attention, PythiaConfig.initializer_range)
         if config.init == "base":  # its queries and keys find one another, and the output projection reads such values
-            heads = (layer.base_layer.num_heads, layer.attention.num_memory_heads)
-            for name, value in layer.base_layer.state_dict().items():
-                if name.startswith(("input_layernorm.", "attention.")):
-                    value = split_heads_anew(value, *heads) if "query_key_value" in name else value
-                    layer.get_parameter(name).data.copy_(value)
+            copy_weights(layer.base_layer, layer)
         if config.zero_init_dense:
             nn.init.zeros_(layer.attention.dense.weight)
             nn.init.zeros_(layer.attention.dense.bias)
