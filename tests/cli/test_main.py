@@ -285,6 +285,7 @@ def test_bad_input_is_one_line(command, message, untrained_run, other, tmp_path,
             "train-adapter --num-docs 100 --epochs 50 --base EleutherAI/no-such-pythia",
             ("new-llm experiment --models pythia --data.source sotu --name base", "--base runs/base"),
         ),
+        ("eval ppl --run EleutherAI/no-such-pythia", ("name a folder by --run", "--data.source")),
     ],
 )
 def test_without_the_hub_one_line_names_the_alternatives(command, alternatives, tmp_path, monkeypatch, capsys):

@@ -55,8 +55,8 @@ class Command(ABC):
         return read_flags(cls, arguments, prog)
 
     @abstractmethod
-    def execute(self) -> int:
-        """Do it; returns the exit code."""
+    def execute(self) -> int | None:
+        """Do it; returns the exit code, None for 0."""
 
 
 class CommandGroup:
@@ -145,10 +145,9 @@ class Completion(Command):
     shell: Positional[Literal["bash", "zsh", "fish"]]
     """The shell that is to read the script."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Print the script."""
         print(write_completion(self.shell))
-        return 0
 
 
 def write_completion(shell: str) -> str:

@@ -27,7 +27,7 @@ class Evaluation(Command):
     """Load a model, measure it, print the result, and write a JSON file and the charts of it."""
 
     without_hub: ClassVar[str] = "name a folder by --run, and a local text by --data.source"
-    measures: ClassVar[tuple[str, ...]]
+    measure: ClassVar[str] = ""
     """What is measured, by name."""
     section: ClassVar[str] = ""
     """The section of `EvalConfig` that `options` is; empty: `EvalConfig` itself takes the fields of `options`."""
@@ -38,16 +38,15 @@ class Evaluation(Command):
     """The JSON file to write, with its charts beside it; None: a file in the run's folder, under evaluations."""
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def measures(self) -> tuple[str, ...]:
         """What is measured, by name."""
-        return self.measures
+        return (self.measure,)
 
     @property
     def settings(self) -> EvalConfig:
         """The flags as an experiment's eval section."""
         values: dict[str, Any] = {self.section: self.options} if self.section else dict(vars(self.options))
-        values["measures"] = self.names
-        return EvalConfig(**values)
+        return EvalConfig(**{**values, "measures": self.measures})
 
     @property
     def evaluated_text(self) -> TextConfig | None:
@@ -75,7 +74,7 @@ class Perplexity(Evaluation):
     options: Annotated[PerplexityConfig, arg(name="")] = dataclasses.field(default_factory=PerplexityConfig)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def measures(self) -> tuple[str, ...]:
         """The protocol."""
         return (self.protocol,)
 
@@ -103,7 +102,7 @@ class Positions(Evaluation):
     Samples are as long as in the run's training, or as --context for a model that belongs to no run.
     """
 
-    measures: ClassVar = ("positions",)
+    measure: ClassVar = "positions"
     options: Annotated[PerplexityConfig, arg(name="")] = dataclasses.field(default_factory=PerplexityConfig)
 
 
@@ -116,7 +115,7 @@ class LongDocuments(Evaluation):
     validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
     """
 
-    measures: ClassVar = ("long",)
+    measure: ClassVar = "long"
     section: ClassVar = "long_documents"
     options: Annotated[AllLongDocumentsConfig, arg(name="")] = dataclasses.field(default_factory=AllLongDocumentsConfig)
 
@@ -130,7 +129,7 @@ class Recall(Evaluation):
     validation documents of the run. Ctrl-C ends the measurement with the result so far, labelled as partial.
     """
 
-    measures: ClassVar = ("recall",)
+    measure: ClassVar = "recall"
     section: ClassVar = "recall"
     options: Annotated[RecallConfig, arg(name="")] = dataclasses.field(default_factory=RecallConfig)
 
@@ -147,7 +146,7 @@ class Reversal(Evaluation):
     in a text: the validation documents of the run, or --data.source.
     """
 
-    measures: ClassVar = ("reversal",)
+    measure: ClassVar = "reversal"
     section: ClassVar = "reversal"
     options: Annotated[ReversalConfig, arg(name="")] = dataclasses.field(default_factory=ReversalConfig)
 
@@ -168,7 +167,7 @@ class Doctor(Evaluation):
     The text is the validation documents of the run, or --data.source. Exit code 1: a fault was found.
     """
 
-    measures: ClassVar = ("doctor",)
+    measure: ClassVar = "doctor"
     section: ClassVar = "doctor"
     options: Annotated[DoctorConfig, arg(name="")] = dataclasses.field(default_factory=DoctorConfig)
 
@@ -186,7 +185,7 @@ class Inspect(Evaluation):
     """
 
     without_hub: ClassVar[str] = "name a folder by --run"
-    measures: ClassVar = ("passages",)
+    measure: ClassVar = "passages"
     text: Path
     """The text: .txt, .jsonl or .parquet, also packed; a .txt file is one document."""
     max_tokens_per_document: Annotated[int | None, Field(ge=2)] = None
@@ -203,7 +202,7 @@ class Inspect(Evaluation):
     def settings(self) -> EvalConfig:
         """Whole documents, whatever their length."""
         long = AllLongDocumentsConfig(min_tokens=2, max_tokens_per_document=self.max_tokens_per_document)
-        return EvalConfig(measures=self.names, passages=self.options, long_documents=long)
+        return EvalConfig(measures=self.measures, passages=self.options, long_documents=long)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -216,7 +215,7 @@ class AnyMeasures(Evaluation):
     options: Annotated[EvalConfig, arg(name="")] = dataclasses.field(default_factory=EvalConfig)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def measures(self) -> tuple[str, ...]:
         """Those of --measures."""
         return self.options.measures
 

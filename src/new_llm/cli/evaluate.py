@@ -32,7 +32,7 @@ def evaluate(command: Evaluation) -> int:
         The exit code: 130 where a measurement was interrupted and its result is partial, 1 where it found a fault.
     """
     register_measure(Doctor)  # here, because experiments do without its modules
-    settings, measures = command.settings, find_measures(command.names)
+    settings, measures = command.settings, find_measures(command.measures)
     text_config = command.evaluated_text
     loaded = add_cache(load_any_model(command.subject), command.subject.cache, text_config)
     subject, text = prepare_subject(loaded, settings, command.subject, text_config)

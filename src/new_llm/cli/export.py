@@ -33,7 +33,7 @@ class Export(Command):
     format: Literal["auto", "gpt_neox"] = "auto"
     """The folder's layout."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Export the model."""
         from transformers.utils.logging import disable_progress_bar
 
@@ -43,7 +43,6 @@ class Export(Command):
         export_run(self.run, self.model, self.out, layout=self.format)
         num_bytes = sum(file.stat().st_size for file in self.out.iterdir() if file.is_file())
         print_text(f"{self.out}: {num_bytes:,} bytes")
-        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,7 +57,7 @@ class LmEval(Command):
         """All arguments, unread."""
         return cls(arguments=tuple(arguments))
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Hand the arguments to `lm_eval`."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm-evaluation-harness is not installed: pip install 'new-llm[lm-eval]'")
@@ -72,4 +71,3 @@ class LmEval(Command):
             cli_evaluate()
         finally:
             sys.argv = before
-        return 0

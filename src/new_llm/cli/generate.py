@@ -18,9 +18,6 @@ from new_llm.config.terminal import make_printable, print_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokenizers import Tokenizer
-
-    from new_llm.models import TransformerLM
     from new_llm.models.generation import GenerationStatistics
 
 MAX_PROMPT_BYTES = 1 << 26
@@ -71,8 +68,6 @@ class Generate(Command):
             raise UserError("--prompt-file: can't be combined with --prompt")
         if not self.prompt and self.prompt_file is None:
             raise UserError("--prompt: at least one text is needed, or --prompt-file")
-        if not all(self.prompt):
-            raise UserError("--prompt: the prompt is empty")
         if self.stream and len(self.prompt) > 1:
             raise UserError(f"--stream: takes a single prompt; {len(self.prompt)} are given")
         if self.stream and self.json:
@@ -87,18 +82,18 @@ class Generate(Command):
             if given := [flag for flag, value in others.items() if value]:
                 raise UserError(f"--compare-memory: can't be combined with {', '.join(given)}")
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Generate, print the texts and write the memory that was asked for."""
         from new_llm.data.tokenizer import find_special_tokens
         from new_llm.experiments.memory_filling import check_output
         from new_llm.experiments.run_folder import load_run_model
+        from new_llm.models.generation import encode_prompts, generate
         from new_llm.models.memory_file import load_memory_file, save_memory_file
         from new_llm.training.devices import choose_device
 
-        if self.prompt_file is not None:
-            self.prompt = (read_prompt(self.prompt_file),)
-            if not all(self.prompt):
-                raise UserError(f"{self.prompt_file}: the prompt is empty")
+        prompts = self.prompt if self.prompt_file is None else (read_prompt(self.prompt_file),)
+        if not all(prompts):
+            raise UserError(f"{self.prompt_file or '--prompt'}: the prompt is empty")
         device = choose_device(self.device)
         if self.save_memory is not None:
             check_output(self.save_memory, [] if self.memory is None else [self.memory])
@@ -109,25 +104,38 @@ class Generate(Command):
             load_memory_file(model, memory, force=self.force)
         config = self.generation
         drawn = () if config.do_sample else ("temperature", "top_k", "top_p", "seed")
-        unused = [name for name in drawn if getattr(config, name) != getattr(GenerationConfig, name)]
-        if unused:
+        if unused := [name for name in drawn if getattr(config, name) != getattr(GenerationConfig, name)]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             print(f"note: {flags}: without effect unless --do-sample is given", file=sys.stderr)
         end = find_special_tokens(tokenizer).get("eos_token")
         if end is not None and not config.eos_token_id:
             config = dataclasses.replace(config, eos_token_id=tokenizer.get_vocab()[end])
+        found: list[tuple[Path | None, GenerationStatistics]] = []
         try:
-            found = [(memory, self.make_texts(model, tokenizer, config))]
-            if self.compare_memory is not None:
-                model.reset_memory()
-                found.append((None, self.make_texts(model, tokenizer, config)))
-        except UserError:
-            raise
+            ids, mask = encode_prompts(tokenizer, list(prompts))
+            if self.stream:
+                show_piece(0, prompts[0])
+            for start in (memory,) if self.compare_memory is None else (memory, None):
+                if found:
+                    model.reset_memory()
+                _, statistics = generate(
+                    model,
+                    ids,
+                    mask,
+                    config=config,
+                    tokenizer=tokenizer,
+                    on_text=show_piece if self.stream else None,
+                    update_memory=self.save_memory is not None,
+                )
+                found.append((start, statistics))
         except ValueError as error:  # of the library: rows of a memory, ids outside the vocabulary
             raise UserError(str(error)) from None
         if self.save_memory is not None:
             save_memory_file(model, self.save_memory)
-        self.show(found)
+        if self.stream:
+            print()
+        else:
+            self.show(prompts, found)
         for _, statistics in found:
             passes = "1 pass" if statistics.passes == 1 else f"{statistics.passes} passes"
             print(
@@ -135,66 +143,38 @@ class Generate(Command):
                 f"{statistics.seconds:.2f} s, {statistics.tokens_per_second:,.0f} tokens/s, {passes} per token",
                 file=sys.stderr,
             )
-        return 0
 
-    def make_texts(
-        self, model: "TransformerLM", tokenizer: "Tokenizer", config: GenerationConfig
-    ) -> "GenerationStatistics":
-        """Continue the prompts; with `--stream` the text is printed as it is made."""
-        from new_llm.models.generation import encode_prompts, generate
-
-        def write(_: int, piece: str) -> None:
-            sys.stdout.write(for_stdout(piece))
-            sys.stdout.flush()
-
-        ids, mask = encode_prompts(tokenizer, list(self.prompt))
-        if self.stream:
-            write(0, self.prompt[0])
-        _, statistics = generate(
-            model,
-            ids,
-            mask,
-            config=config,
-            tokenizer=tokenizer,
-            on_text=write if self.stream else None,
-            update_memory=self.save_memory is not None,
-        )
-        if self.stream:
-            print()
-        return statistics
-
-    def show(self, found: "Sequence[tuple[Path | None, GenerationStatistics]]") -> None:
+    def show(self, prompts: "Sequence[str]", found: "Sequence[tuple[Path | None, GenerationStatistics]]") -> None:
         """Print each prompt with what follows it; in a comparison, from the memory file and then from an empty one."""
+        texts = [statistics.texts or () for _, statistics in found]
         if self.json:
+            names = ("num_tokens", "num_prompt_tokens", "seconds", "prompt_seconds", "tokens_per_second", "passes")
             for memory, statistics in found:
-                self.print_json(memory, statistics)
+                for row, prompt in enumerate(prompts):
+                    line = {
+                        "prompt": prompt,
+                        "memory": None if memory is None else str(memory),
+                        "text": (statistics.texts or ())[row],
+                        "num_tokens": statistics.row_tokens[row],
+                        "finish_reason": statistics.finish_reasons[row],
+                        "statistics": {name: getattr(statistics, name) for name in names},  # of all prompts together
+                    }
+                    print(json.dumps(line))
         elif self.compare_memory is not None:
-            for prompt, *texts in zip(self.prompt, *(statistics.texts or () for _, statistics in found), strict=True):
-                headings = ("prompt", f"with {self.compare_memory.name}", "with an empty memory")
-                for heading, text in zip(headings, (prompt, *texts), strict=True):
+            headings = ("prompt", f"with {self.compare_memory.name}", "with an empty memory")
+            for parts in zip(prompts, *texts, strict=True):
+                for heading, text in zip(headings, parts, strict=True):
                     print_text(f"--- {heading} ---\n{text}")
-        elif not self.stream:
-            for number, (prompt, text) in enumerate(zip(self.prompt, found[0][1].texts or (), strict=True)):
-                if len(self.prompt) > 1:
+        else:
+            for number, (prompt, text) in enumerate(zip(prompts, texts[0], strict=True)):
+                if len(prompts) > 1:
                     print(f"--- {number + 1} ---")
                 print(for_stdout(prompt + text))
 
-    def print_json(self, memory: Path | None, statistics: "GenerationStatistics") -> None:
-        """A line for each prompt; the statistics are those of all prompts together."""
-        names = ("num_tokens", "num_prompt_tokens", "seconds", "prompt_seconds", "tokens_per_second", "passes")
-        whole = {name: getattr(statistics, name) for name in names}
-        for prompt, text, num_tokens, reason in zip(
-            self.prompt, statistics.texts or (), statistics.row_tokens, statistics.finish_reasons, strict=True
-        ):
-            line = {
-                "prompt": prompt,
-                "memory": None if memory is None else str(memory),
-                "text": text,
-                "num_tokens": num_tokens,
-                "finish_reason": reason,
-                "statistics": whole,
-            }
-            print(json.dumps(line))
+
+def show_piece(_: int, piece: str) -> None:
+    """Print text as it is made."""
+    print(for_stdout(piece), end="", flush=True)
 
 
 def read_prompt(path: Path) -> str:

@@ -86,12 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.disable()  # imports make many objects and no garbage: looking for some took a sixth of the start
             try:
                 command = load_command(given[0])
-                chosen = command.read(given[1:], f"new-llm {given[0]}")
+                command = command.read(given[1:], f"new-llm {given[0]}")  # of a group, the chosen one
             finally:
                 gc.enable()
                 if arguments is None:  # the process is ours: modules stay to its end, which searched them for 0.4 s
                     gc.freeze()
-            return chosen.execute()
+            return command.execute() or 0
     except SystemExit:
         raise
     # Not only Exception: libraries written in Rust raise a BaseException where their own code fails.

@@ -40,7 +40,7 @@ class Fill(Command):
     """auto, cpu, cuda or cuda:N."""
     reading: Annotated[FillConfig, arg(name="")] = dataclasses.field(default_factory=FillConfig)
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Fill, with a progress bar in a terminal."""
         from new_llm.experiments.memory_filling import (
             check_output,
@@ -79,7 +79,6 @@ class Fill(Command):
             f"{format_plural(result.num_segments, 'segment')} of {format_plural(result.num_files, 'file')}, "
             f"{result.num_tokens / max(result.seconds, 1e-9):,.0f} tokens/s, {self.out.stat().st_size:,} bytes"
         )
-        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,7 +88,7 @@ class Show(Command):
     file: Positional[Path]
     """A memory file."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Print the file's facts, and each tensor's shape and norm: of a count, the count itself."""
         from new_llm.models.memory_file import list_tensors, read_memory_file
         from new_llm.report import ColumnTable
@@ -119,7 +118,6 @@ class Show(Command):
             for place, tensor in list_tensors(content).items()
         ]
         console.print(ColumnTable.of_words(rows))
-        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -133,7 +131,7 @@ class Merge(Command):
     force: bool = False
     """Accept memories that were filled by different weights."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Merge and say what came out."""
         from new_llm.experiments.memory_filling import check_output
         from new_llm.models.memory_file import merge_memory_files
@@ -144,7 +142,6 @@ class Merge(Command):
             f"{self.out}: {_count_tokens(merged)}{format_plural(len(self.files), 'file')}, "
             f"{self.out.stat().st_size:,} bytes"
         )
-        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -156,7 +153,7 @@ class Compare(Command):
     b: Positional[Path]
     """Another."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Print the norms, the relative differences and the cosines."""
         from new_llm.models.memory_file import compare_memories, read_memory_file
         from new_llm.report import ColumnTable
@@ -174,7 +171,6 @@ class Compare(Command):
         console.print(f"A = {self.a}\nB = {self.b}", soft_wrap=True)
         if one.weights_fingerprint != two.weights_fingerprint:
             console.print("note: different weights have filled them")
-        return 0
 
 
 class Memory(CommandGroup):

@@ -29,7 +29,7 @@ class ListRuns(Command):
     format: Literal["table", "csv", "json"] = "table"
     """table: for people; csv and json: for programs, with a row or an object for each model."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Print the table."""
         from new_llm.experiments.run_folder import list_runs
         from new_llm.report import ColumnTable
@@ -37,7 +37,7 @@ class ListRuns(Command):
         runs = list_runs(self.runs_dir)
         if self.format != "table":
             print_plain(runs, self.format)
-            return 0
+            return
         rows: list[tuple[str, dict[str, str]]] = []
         faults: list[str] = []
         for found in runs:
@@ -52,7 +52,6 @@ class ListRuns(Command):
         console.print(ColumnTable.of_words(rows))
         for line in (*faults, f"{len(runs)} runs in {self.runs_dir}"):
             console.print(line, soft_wrap=True)
-        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,7 +63,7 @@ class ShowRun(Command):
     runs_dir: Path = Path("runs")
     """The folder of runs."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Print it."""
         from new_llm.experiments.config import ExperimentConfig
         from new_llm.experiments.run_folder import CONFIG_KINDS, describe_resumption, describe_run, list_differences
@@ -95,7 +94,6 @@ class ShowRun(Command):
         for title, lines in sections.items():
             if lines:
                 console.print("\n  ".join([f"{title}:", *lines]), soft_wrap=True)
-        return 0
 
 
 class Runs(CommandGroup):
@@ -171,7 +169,7 @@ class Report(Command):
     out: Path | None = None
     """The .html file to write; None: report.html in the run's folder, or in the current folder for several runs."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Write the page."""
         if not self.runs:
             raise UserError("report: name at least one run folder (see new-llm report --help)")
@@ -191,4 +189,3 @@ class Report(Command):
         for note in dict.fromkeys(note for run in found for note in run.notes):
             print_text(f"note: {note}", stderr=True)
         print_text(f"report: {out}")
-        return 0

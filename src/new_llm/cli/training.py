@@ -213,7 +213,7 @@ class NewStudy(Command):
     file: Positional[Path]
     """The YAML file to write; the study gets its name."""
 
-    def execute(self) -> int:
+    def execute(self) -> None:
         """Write it."""
         from new_llm.experiments.config import StudyConfig
 
@@ -224,7 +224,6 @@ class NewStudy(Command):
         text = template.read_text(encoding="utf-8").replace(f"studies/{TEMPLATE}.yaml", str(self.file))
         write_text_atomically(self.file, text.replace(f"name: {TEMPLATE} ", f"name: {self.file.stem} "))
         print_text(f"{self.file}: a study to change; run it by: new-llm study {shlex.quote(str(self.file))}")
-        return 0
 
 
 def run_training(
