@@ -245,15 +245,6 @@ def match_parameters(model_type: str, shape: PythiaConfig, **options: Any) -> Py
     return dataclasses.replace(shape, intermediate_size=matched)
 
 
-def choose_segment_length(shape: PythiaConfig, given: int | None) -> int:
-    """The given length, by default max_position_embeddings; a UserError where it is out of range."""
-    most = shape.max_position_embeddings
-    length = most if given is None else given
-    if not isinstance(length, int) or not 1 <= length <= most:
-        raise UserError(f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings ({most})")
-    return length
-
-
 def create_model(
     model_type: str,
     config: PythiaConfig | None = None,
@@ -284,7 +275,10 @@ def create_model(
     if config is not None and size is not None:
         raise UserError(f"size: {size} can't be combined with a config; give one of them")
     shape = config or PythiaConfig.of_size(size or "70m")
-    length, kind = choose_segment_length(shape, segment_length), find_model_kind(model_type)
+    most, kind = shape.max_position_embeddings, find_model_kind(model_type)
+    length = most if segment_length is None else segment_length
+    if not isinstance(length, int) or not 1 <= length <= most:
+        raise UserError(f"segment_length: {length} is out of range; allowed are 1 to max_position_embeddings ({most})")
     if torch.get_default_device().type == "cpu":  # elsewhere too much is refused at once
         with torch.device("meta"):
             check_fits(kind.build(shape, resolved), shape.vocab_size)

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from new_llm.config import PythiaConfig, UserError
 from new_llm.config.files import shorten
-from new_llm.models.factory import choose_segment_length
+from new_llm.models.factory import create_model
 from new_llm.models.hf.folder import (
     CONFIG_FILE,
     find_checkpoint,
@@ -184,21 +184,12 @@ def load_pythia(
         config = parse_config(read_config(folder), str(folder / CONFIG_FILE))
     except UserError as error:
         raise UserError(shorten(str(error))) from None
-    length = choose_segment_length(config, segment_length)
     found = read_weights(folder)
-    with torch.device("meta"):  # nothing is drawn that the checkpoint replaces
-        try:
-            layers: list[Layer] = [build_layer(PythiaLayer, config) for _ in range(config.num_hidden_layers)]
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an odd number of rotated dimensions
-            raise UserError(shorten(f"{folder / CONFIG_FILE}: {error}")) from None
-        model = TransformerLM(
-            layers,
-            config.vocab_size,
-            length,
-            layer_norm_eps=config.layer_norm_eps,
-            initializer_range=config.initializer_range,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
+    try:
+        with torch.device("meta"):  # nothing is drawn that the checkpoint replaces
+            model = create_model("pythia", config, segment_length=segment_length)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an odd number of rotated dimensions
+        raise UserError(shorten(f"{folder / CONFIG_FILE}: {error}")) from None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     weights = import_names(found, shapes, str(folder))
     check_finite(weights, str(folder))

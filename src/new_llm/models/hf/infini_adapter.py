@@ -320,12 +320,14 @@ def read_adapter_file(path: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
     """
     where = str(path)
     check_adapter_suffix(path, "the adapter's file")
+    metadata: Any
+    tensors: Any
     if path.suffix == ".safetensors":
-        content: Any = {"metadata": read_header(path).metadata, "tensors": read_safetensors(path)}
+        metadata, tensors = read_header(path).metadata, read_safetensors(path)
     else:
         content = read_torch_file(path)
-    content = content if isinstance(content, dict) else {}
-    metadata, tensors = content.get("metadata"), content.get("tensors")
+        content = content if isinstance(content, dict) else {}
+        metadata, tensors = content.get("metadata"), content.get("tensors")
     record = parse_record(metadata, AdapterRecord, FORMAT, FORMAT_VERSION, where)
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: broken adapter file: it holds no tensors")
