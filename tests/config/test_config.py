@@ -1,6 +1,7 @@
 """Configurations from YAML and from keywords, and objects of a user's own module by name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from new_llm.config import PythiaConfig, UserError
 from new_llm.config.loading import find_committed, load_by_name, read_settings, settings_from_dict
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models import ModelType
+from tiny import refused
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -73,10 +75,8 @@ def test_the_reference_file_is_the_programs_default():
 )
 def test_bad_yaml_is_one_line_that_names_the_fault(tmp_path, text, named):
     (path := tmp_path / "config.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
+    with refused(re.escape(named)):
         read_settings(path, ExperimentConfig)
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_list_of_refused_items_is_not_called_too_short():
@@ -86,10 +86,8 @@ def test_a_list_of_refused_items_is_not_called_too_short():
 
 @pytest.mark.parametrize("bad", [{"num_samples": -1}, {"nonsense": 1}, {"models": ["pythia", "gpt"]}])
 def test_bad_values_from_python_are_one_line_too(bad):
-    with pytest.raises(UserError) as caught:
+    with refused(next(iter(bad))):
         ExperimentConfig(**bad)
-    assert next(iter(bad)) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_segment_and_vocabulary_are_those_of_the_data_unless_they_are_set():
@@ -127,6 +125,5 @@ def test_the_current_directory_is_searched_last(own_folder):
 )
 def test_what_can_not_be_loaded_is_one_line(own_folder, source, name, message):
     (own_folder / "own_module.py").write_text(source)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         load_by_name(name, "a layer")
-    assert "\n" not in str(caught.value)

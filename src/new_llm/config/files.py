@@ -165,7 +165,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
     with make_temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
-        temporary.chmod(0o666 & ~_read_umask())
+        os.umask(mask := os.umask(0))  # it can only be read by setting it
+        temporary.chmod(0o666 & ~mask)
         sync_to_disk(temporary)
         temporary.replace(path)
         sync_to_disk(path.parent)
@@ -261,12 +262,6 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 MANIFEST_FILE = "manifest.json"

@@ -43,7 +43,6 @@ Epsilon = Annotated[float, Field(gt=0, lt=1)]
 class LayerShape:
     """The settings that layers of several kinds have; those of a kind's own are its options."""
 
-    kind: Annotated[str, Field(max_length=100)]
     hidden_size: Size = 1
     num_heads: Size = 1
     intermediate_size: Size = 1
@@ -125,7 +124,7 @@ def _validate(kind: type, values: dict[str, Any]) -> Any:
 def _build_layer(entry: dict[str, Any]) -> Layer:
     settings = dict(entry)
     kind = settings.pop("kind", None)
-    _validate(LayerShape, {"kind": kind} | _pick_fields(LayerShape, settings))
+    _validate(LayerShape, _pick_fields(LayerShape, settings))
     if kind not in LAYER_KINDS:
         raise ValueError(f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
     layer_type = LAYER_KINDS[kind]
