@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from new_llm.config import PythiaConfig, UserError
-from new_llm.models.hf.folder import find_token_ids, stage_folder, wrap_tokenizer, write_tokenizer
+from new_llm.models.hf.folder import stage_folder
 from new_llm.models.inputs import IGNORE_INDEX, compute_token_losses
 from new_llm.models.layers.base import initialize_weights
 from new_llm.models.model_file import FORMAT_VERSION, ModelStructure, build_model, describe_model
@@ -385,10 +385,9 @@ def export_auto(
         UserError: the folder can't be written.
     """
     hf = NewLLMForCausalLM.from_model(model)
-    wrapped = wrap_tokenizer(tokenizer, hf.config.max_position_embeddings, model.vocab_size)
-    token_ids = find_token_ids(wrapped)
-    hf.config.update(token_ids)
-    hf.generation_config = GenerationConfig(**token_ids)
-    with stage_folder(Path(directory).expanduser()) as folder:
+    with stage_folder(
+        directory, tokenizer, max_length=hf.config.max_position_embeddings, vocab_size=model.vocab_size
+    ) as (folder, token_ids):
+        hf.config.update(token_ids)
+        hf.generation_config = GenerationConfig(**token_ids)
         hf.save_pretrained(str(folder))
-        write_tokenizer(wrapped, folder)

@@ -126,17 +126,36 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 @contextmanager
-def stage_folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder; at the block's end its files take their places in `directory`, the configuration last.
+def stage_folder(
+    directory: str | Path, tokenizer: Tokenizer | PreTrainedTokenizerBase | None, *, max_length: int, vocab_size: int
+) -> Iterator[tuple[Path, dict[str, int | None]]]:
+    """A temporary folder for a model, and the ids of its tokenizer's special tokens by their names.
 
+    At the block's end the tokenizer is added, and the files take their places in `directory`, the configuration last.
     Weights of an earlier model that stood there are removed, as no reader could tell them from the new ones; all other
     files stay. An error inside the block leaves `directory` as it was.
+
+    Args:
+        directory: where to write.
+        tokenizer: see `wrap_tokenizer`; None: none is written, and token 0 ends a text.
+        max_length: tokens that a text should have at most.
+        vocab_size: rows of the model's embedding.
 
     Raises:
         OSError: the system refuses to write there.
     """
+    directory, wrapped = Path(directory).expanduser(), wrap_tokenizer(tokenizer, max_length, vocab_size)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    # 0 is `<|endoftext|>` of Pythia and of ours.
+    token_ids: dict[str, int | None] = {name: 0 if wrapped is None else getattr(wrapped, name) for name in names}
     with make_temporary_folder(directory / CONFIG_FILE) as staging:
-        yield staging
+        yield staging, token_ids
+        if wrapped is not None:
+            wrapped.save_pretrained(str(staging))
+        if type(wrapped) is PreTrainedTokenizerFast:
+            path = staging / "tokenizer_config.json"
+            settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": TOKENIZER_CLASS}
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
         for stale in {path for pattern in WEIGHT_PATTERNS for path in directory.glob(pattern)}:
             if stale.name not in {file.name for file in files}:
@@ -172,21 +191,3 @@ def wrap_tokenizer(
         clean_up_tokenization_spaces=False,
         **find_special_tokens(plain),
     )
-
-
-def find_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int | None]:
-    """bos_token_id, eos_token_id, pad_token_id; without a tokenizer 0, `<|endoftext|>` of Pythia and of ours."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: 0 if tokenizer is None else getattr(tokenizer, name) for name in names}
-
-
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write the tokenizer's files, if there is one, under a class name that every version of `transformers` knows."""
-    if tokenizer is None:
-        return
-    tokenizer.save_pretrained(str(folder))
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if type(tokenizer) is PreTrainedTokenizerFast:
-        settings["tokenizer_class"] = TOKENIZER_CLASS
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

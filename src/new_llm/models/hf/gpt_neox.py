@@ -27,12 +27,9 @@ from new_llm.models.factory import create_model
 from new_llm.models.hf.folder import (
     CONFIG_FILE,
     find_checkpoint,
-    find_token_ids,
     read_config,
     read_weights,
     stage_folder,
-    wrap_tokenizer,
-    write_tokenizer,
 )
 from new_llm.models.layers import LAYER_KINDS, Layer, PythiaLayer, build_layer
 from new_llm.models.layers.base import initialize_weights
@@ -219,14 +216,13 @@ def export_pythia(
         UserError: a model that GPT-NeoX can't express, or a folder that can't be written.
     """
     config = describe_pythia(model)
-    directory = Path(directory).expanduser()
-    wrapped = wrap_tokenizer(tokenizer, config.max_position_embeddings, model.vocab_size)
-    token_ids = find_token_ids(wrapped)
-    with stage_folder(directory) as folder:
+    with stage_folder(directory, tokenizer, max_length=config.max_position_embeddings, vocab_size=model.vocab_size) as (
+        folder,
+        token_ids,
+    ):
         weights = {name if name == HEAD else PREFIX + name: t.cpu() for name, t in model.state_dict().items()}
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
         GenerationConfig(**token_ids).save_pretrained(str(folder))
-        write_tokenizer(wrapped, folder)
         values = write_config(config, model.embed_in.weight.dtype, token_ids)
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
