@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from new_llm.config.terminal import make_line
-from new_llm.evaluation import MEASURES, Column
+from new_llm.evaluation import MEASURES, Column, ask_measure
 from new_llm.evaluation.scoring import exp_or_inf
 from new_llm.evaluation.statistics import MIN_CLAIM_SEEDS, Comparison
 from new_llm.formats import format_count, format_plural, format_size
@@ -17,7 +17,6 @@ from new_llm.report.results import (
     compute_mean,
     describe,
     get_value,
-    list_columns,
     list_places,
     write_value,
 )
@@ -47,17 +46,16 @@ class Headline:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's headline figure: its mean over seeds, and the measurement of each seed."""
+    """A model's headline figure, a value for each seed."""
 
     series: Series
     column: Column
-    values: dict[Any, float]
-    """By the member's place, its figure."""
+    values: list[float]
 
     @property
     def mean(self) -> float:
         """The mean over seeds."""
-        return compute_mean(list(self.values.values()))
+        return compute_mean(self.values)
 
     def __str__(self) -> str:
         return write_value(self.column, self.mean)
@@ -79,11 +77,12 @@ def describe_memory(series: Sequence[Series]) -> str:
     Empty where no model with memory has been measured on long documents.
     """
 
-    def find_place(measure: str) -> Place | None:
-        """The first text that any model has."""
-        return next((place for place in list_places(series) if place[0] == measure), None)
+    def find_results(measure: str, one: Series) -> dict[Any, dict[str, Any]]:
+        """By seed, on the first text that any model has."""
+        place = next((place for place in list_places(series) if place[0] == measure), ("", ""))
+        return one.find_results(place)
 
-    found = {one.name: _list_results(one, find_place("long")) for one in series}
+    found = {one.name: find_results("long", one) for one in series}
     measured = [one for one in series if found[one.name]]
 
     def get_mean(one: Series) -> float:
@@ -117,7 +116,7 @@ def describe_memory(series: Sequence[Series]) -> str:
     reads = "the same segments" if same else f"{format_count(get_context(baseline))} tokens at once"
     if (effect := compare(own, found[baseline.name], ("long", "carried"))) is not None:
         text += f" Its perplexity is {_say_difference(effect)} that of {baseline.name}, which reads {reads}."
-    caches = [_list_results(one, find_place("caches")) for one in (best, baseline)]
+    caches = [find_results("caches", one) for one in (best, baseline)]
     if all(caches):
         ways = [MEASURES["caches"].losses(result) for result in caches[1].values()]
         names = [cache["name"] for cache in next(iter(caches[1].values()))["caches"]]
@@ -128,15 +127,6 @@ def describe_memory(series: Sequence[Series]) -> str:
             text += f" Against {baseline.name} with a cache of {stored}, which needs no training, "
             text += f"it is {_say_difference(effect)}."
     return text
-
-
-Results = dict[Any, dict[str, Any]]
-"""By seed, what a measure found."""
-
-
-def _list_results(one: Series, place: Place | None) -> Results:
-    found = {member.seed: member.list_measured().get(place) for member in one.members} if place else {}
-    return {seed: measured.result for seed, measured in found.items() if measured is not None}
 
 
 def _say_share(effect: Comparison) -> str:
@@ -156,10 +146,14 @@ def describe_ranking(series: Sequence[Series]) -> Headline:
     """Say which model is best by the first figure of the summary for which lower or higher is better."""
     place, scores = find_scores(series)
     if place is None:
-        found = [(one.name, measured) for one in series for m in one.members for measured in m.list_measured().values()]
-        ranked = [measured for _, measured in found if any(column.better for column in list_columns(measured))]
-        sentences = [f"{name}: {said}." for name, one in found if one not in ranked and (said := describe(one))]
-        return Headline(sentences[0] if sentences else "No model has been evaluated yet.", [])
+        found = [(one.name, measured) for one in series for m in one.members for measured in m.measured.values()]
+        said = [
+            f"{name}: {sentence}."
+            for name, measured in found
+            if (sentence := describe(measured.measure, measured.result))
+            and not any(column.better for column in ask_measure(measured.measure, "columns", measured.result, []))
+        ]
+        return Headline(said[0] if said else "No model has been evaluated yet.", [])
     column = scores[0].column
     what = make_line(MEASURES[place[0]].title)
     scores.sort(key=lambda score: score.mean, reverse=column.better == "higher")
@@ -192,15 +186,13 @@ def find_scores(series: Sequence[Series]) -> tuple[Place | None, list[Score]]:
     for place in list_places(series):
         scores = []
         for one in series:
-            values: dict[Any, float] = {}
-            shown: Column | None = None
-            for index, member in enumerate(one.members):
-                measured = member.list_measured().get(place)
-                column = next((c for c in list_columns(measured) if c.better), None) if measured else None
-                if column and isinstance(column.value, int | float) and math.isfinite(column.value):
-                    values[index], shown = column.value, shown or column
-            if shown is not None:
-                scores.append(Score(one, shown, values))
+            ranked = [
+                next((column for column in ask_measure(place[0], "columns", result, []) if column.better), None)
+                for result in one.find_results(place).values()
+            ]
+            known = [c for c in ranked if c and isinstance(c.value, int | float) and math.isfinite(c.value)]
+            if known:
+                scores.append(Score(one, known[0], [column.value for column in known]))
         if scores:
             return place, scores
     return None, []
@@ -218,7 +210,7 @@ def find_mismatch(scores: Sequence[Score], place: Place) -> str:
             for path, words in (SOURCE, *SPLIT) if pairs else (SOURCE,):
                 if get_value(one.run.results, *path) != get_value(two.run.results, *path):
                     return words
-            results = [found.result if (found := m.list_measured().get(place)) else {} for m in (one, two)]
+            results = [found.result if (found := m.measured.get(place)) else {} for m in (one, two)]
             for key in SAME_PROTOCOL if pairs else SAME_PROTOCOL[1:]:
                 if results[0].get(key) != results[1].get(key):
                     return f"their {key.replace('num_tokens', 'number of scored tokens')} differs"
@@ -227,7 +219,7 @@ def find_mismatch(scores: Sequence[Score], place: Place) -> str:
 
 def describe_difference(best: Score, second: Score, place: Place) -> str:
     """The difference of two models, paired by seed and document."""
-    found = compare(_list_results(best.series, place), _list_results(second.series, place), (place[0], ""))
+    found = compare(best.series.find_results(place), second.series.find_results(place), (place[0], ""))
     if found is None:
         return "The difference has no interval: the models share no seed, or were measured on other documents."
     value, low, high = found.relative

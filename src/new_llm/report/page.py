@@ -21,7 +21,6 @@ from new_llm.report import figures
 from new_llm.report.figures import draw_memory, draw_training
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import (
-    VALIDATION,
     Place,
     Run,
     Series,
@@ -34,6 +33,7 @@ from new_llm.report.results import (
     list_results,
     list_unknown,
     make_run,
+    name_section,
 )
 from new_llm.report.tables import summarize
 
@@ -96,7 +96,7 @@ def render_page(
         badges=BADGES,
         sections=list_sections(series, charts, with_figures=with_figures),
         differences=list_differences(series),
-        evaluations=[(run.name, one, describe(one)) for run in runs for one in run.evaluations],
+        evaluations=[(run.name, one, describe(one.measure, one.result)) for run in runs for one in run.evaluations],
         origins=[describe_origin(run) for run in runs],
         unknown=list_unknown(series),
     )
@@ -138,20 +138,13 @@ def list_sections(
     """
     places = {one.name: one.index for one in series}
     sections: list[dict[str, Any]] = []
-    for number, ((measure, text), drawn) in enumerate(charts.items()):
-        if measure in MEASURES:
-            title = make_line(MEASURES[measure].title)
-            title = title[:1].upper() + title[1:] + ("" if text == VALIDATION else f": {text}")
-        else:
-            title = measure.capitalize()
-        sentences = [
-            (one.name, sentence)
-            for one in series
-            for member in one.members
-            if (known := member.list_measured().get((measure, text))) and (sentence := describe(known))
-        ]
+    for number, (place, drawn) in enumerate(charts.items()):
+        known = MEASURES.get(place[0])
+        title = name_section(make_line(known.title), place) if known else place[0].capitalize()
+        results = list_results(series, place)
+        sentences = [(name, sentence) for name, result in results if (sentence := describe(place[0], result))]
         shown = list_shown(drawn, places, with_figures=with_figures)
-        found: list[ShadedText] = ask_measure(measure, "texts", list_results(series, (measure, text)), [])
+        found: list[ShadedText] = ask_measure(place[0], "texts", results, [])
         texts = [
             (view, [one for one in found if one.view == view]) for view in dict.fromkeys(one.view for one in found)
         ]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,6 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             record = read_json_file(file)
-        except (OSError, UserError):
-            notes.append(f"The evaluation {make_line(file.name)} could not be read and is left out.")
-            continue
-        try:
             if record["record_version"] != RECORD_VERSION:
                 raise ValueError(record["record_version"])
             source = get_value(record, "text", "source")
@@ -147,10 +144,11 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
                 created=record["created"],
                 command=make_line(record["command"]),
             )
+            found.append(measured)
+        except UserError:
+            notes.append(f"The evaluation {make_line(file.name)} could not be read and is left out.")
         except (LookupError, TypeError, ValueError):
             notes.append(f"The evaluation {make_line(file.name)} has an unknown form and is left out.")
-        else:
-            found.append(measured)
     return sorted(found, key=lambda one: one.created), notes
 
 
@@ -171,6 +169,8 @@ def get_gates(entry: dict[str, Any]) -> dict[str, list[float]]:
 # The models of a report
 
 
+Place = tuple[str, str]
+"""A measure's name, and the text that was measured."""
 # Settings that make no other model.
 INCIDENTAL = {"name", "models", "seed", "device", "runs_dir", "out", "data.cache_dir", "model.recipe"}
 
@@ -187,8 +187,9 @@ class Member:
         """The seed it was trained with; None: unknown."""
         return get_value(self.run.results, "config", "seed")
 
-    def list_measured(self) -> dict[tuple[str, str], Measured]:
-        """What was measured of it, by measure and text; the newest of each, and no partial measurement."""
+    @cached_property
+    def measured(self) -> dict[Place, Measured]:
+        """What was measured of it; the newest of each, and no partial measurement."""
         own, model = self.entry.get("evaluation") or {}, name_model(self.entry)
         found = [Measured(name, model, VALIDATION, result) for name, result in own.items() if result]
         found += [one for one in self.run.evaluations if one.model == model and one.is_complete]
@@ -203,6 +204,11 @@ class Series:
     name: str
     settings: dict[str, Any]
     members: tuple[Member, ...]
+
+    def find_results(self, place: Place) -> dict[Any, dict[str, Any]]:
+        """What a measure found on a text, by seed."""
+        found = {member.seed: member.measured.get(place) for member in self.members}
+        return {seed: measured.result for seed, measured in found.items() if measured is not None}
 
 
 def compute_mean(values: Sequence[float]) -> float:
@@ -267,15 +273,12 @@ def list_differences(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
 # What measures say of them
 
 
-Place = tuple[str, str]
-"""A measure's name, and the text that was measured."""
-
 CONFIDENCE = 0.95
 
 
 def list_places(series: Sequence[Series]) -> list[Place]:
     """What was measured of at least one model: the run's own text first, then in the order of the fullest results."""
-    measured = [member.list_measured() for one in series for member in one.members]
+    measured = [member.measured for one in series for member in one.members]
     found = dict.fromkeys(place for one in sorted(measured, key=len, reverse=True) for place in one)
     texts = sorted({text for _, text in found}, key=lambda text: (text != VALIDATION, text))
     return [place for text in texts for place in found if place[1] == text and place[0] in MEASURES]
@@ -283,17 +286,12 @@ def list_places(series: Sequence[Series]) -> list[Place]:
 
 def list_results(series: Sequence[Series], place: Place) -> list[ModelResult]:
     """What a measure found on a text: a result for each model and seed, those of one model under one name."""
-    return [
-        ModelResult(one.name, measured.result)
-        for one in series
-        for member in one.members
-        if (measured := member.list_measured().get(place)) is not None
-    ]
+    return [ModelResult(one.name, result) for one in series for result in one.find_results(place).values()]
 
 
-def list_columns(measured: Measured) -> list[Column]:
-    """The measure's columns of one result; none where it can't read it."""
-    return ask_measure(measured.measure, "columns", measured.result, [])
+def name_section(title: str, place: Place) -> str:
+    """A heading over what a measure found on a text, whose name it adds unless it is the run's own."""
+    return title[:1].upper() + title[1:] + ("" if place[1] == VALIDATION else f": {place[1]}")
 
 
 def write_value(column: Column, value: float) -> str:
@@ -304,9 +302,9 @@ def write_value(column: Column, value: float) -> str:
         return format_number(value)
 
 
-def describe(measured: Measured) -> str:
-    """The result in a sentence; empty where there is none."""
-    return make_line(ask_measure(measured.measure, "describe", measured.result, ""))
+def describe(measure: str, result: dict[str, Any]) -> str:
+    """A measure's result in a sentence; empty where there is none."""
+    return make_line(ask_measure(measure, "describe", result, ""))
 
 
 def draw_measure(results: Sequence[ModelResult], place: Place) -> list[Chart]:
@@ -337,5 +335,5 @@ def compare(
 
 def list_unknown(series: Sequence[Series]) -> list[str]:
     """Measures that results name and this program doesn't know."""
-    names = {name for one in series for member in one.members for name, _ in member.list_measured()}
+    names = {name for one in series for member in one.members for name, _ in member.measured}
     return sorted(make_line(name) for name in names if name not in MEASURES)

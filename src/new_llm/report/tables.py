@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from new_llm.config.terminal import make_line
-from new_llm.evaluation import MEASURES, Column
+from new_llm.evaluation import MEASURES, Column, ask_measure
 from new_llm.formats import (
     MISSING,
     format_bytes,
@@ -26,7 +26,6 @@ from new_llm.formats import (
 )
 from new_llm.report.headline import describe_outcome
 from new_llm.report.results import (
-    VALIDATION,
     Member,
     Place,
     Series,
@@ -34,9 +33,9 @@ from new_llm.report.results import (
     compute_spread,
     get_value,
     group_series,
-    list_columns,
     list_places,
     make_run,
+    name_section,
     write_value,
 )
 
@@ -93,14 +92,12 @@ def list_facts(member: Member) -> list[Column]:
     ]
 
 
-def list_measured_columns(member: Member, place: Place) -> list[Column]:
-    """A measure's columns of one trained model, each with the heading that it stands under."""
-    measured = member.list_measured().get(place)
-    suffix = "" if place[1] == VALIDATION else f": {place[1]}"
+def list_measured_columns(place: Place, result: dict[str, Any]) -> list[Column]:
+    """A measure's columns of one result, each with the heading that it stands under."""
     columns: list[Column] = []
-    for column in list_columns(measured) if measured else ():
+    for column in ask_measure(place[0], "columns", result, []):
         group = make_line(column.group or MEASURES[place[0]].title)
-        columns.append(replace(column, group=group[:1].upper() + group[1:] + suffix))
+        columns.append(replace(column, group=name_section(group, place)))
     return columns
 
 
@@ -109,10 +106,12 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
 
     The best of a column is marked if the models were measured on the same text.
     """
-    facts = _collect([[list_facts(member) for member in one.members] for one in series], mark_best=False)
+    facts = _collect([[list_facts(member) for member in one.members] for one in series])
     columns = [found for found in facts if found[0][0] == "Model"]
     for place in list_places(series):
-        listed = [[list_measured_columns(member, place) for member in one.members] for one in series]
+        listed = [
+            [list_measured_columns(place, result) for result in one.find_results(place).values()] for one in series
+        ]
         columns += _collect(listed, mark_best=mark_best)
     columns += [found for found in facts if found[0][0] != "Model"]
     groups = list(dict.fromkeys(heading[0] for heading, _ in columns))
@@ -122,7 +121,9 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     return Summary([heading for heading, _ in known], rows)
 
 
-def _collect(listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool) -> list[tuple[Heading, list[Cell]]]:
+def _collect(
+    listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool = False, has_intervals: bool = False
+) -> list[tuple[Heading, list[Cell]]]:
     """Each column's cells, a model each, of the columns that its members have."""
     by_key: dict[str, list[list[Column]]] = {}
     for place, members in enumerate(listed):
@@ -131,17 +132,17 @@ def _collect(listed: Sequence[Sequence[Sequence[Column]]], *, mark_best: bool) -
     found: list[tuple[Heading, list[Cell]]] = []
     for models in by_key.values():
         first = next(columns[0] for columns in models if columns)
-        cells = [_make_cell(columns) for columns in models]
+        cells = [_make_cell(columns, has_intervals=has_intervals) for columns in models]
         values = {cell.value for cell in cells if cell.value is not None}
         if mark_best and first.better and len(values) > 1:
             best = min(values) if first.better == "lower" else max(values)
             cells = [replace(cell, is_best=cell.value == best) for cell in cells]
-        found.append(((first.group, make_line(first.title)), cells))
+        found.append(((make_line(first.group), make_line(first.title)), cells))
     return found
 
 
-def _make_cell(columns: Sequence[Column]) -> Cell:
-    """One model's figure: of several seeds their mean with its standard deviation."""
+def _make_cell(columns: Sequence[Column], *, has_intervals: bool) -> Cell:
+    """One model's figure: of several seeds their mean with its standard deviation; of one, perhaps its interval."""
     if not columns:
         return Cell(MISSING)
     first, hint = columns[0], make_line(columns[0].hint)
@@ -156,6 +157,8 @@ def _make_cell(columns: Sequence[Column]) -> Cell:
     if first.low is not None and first.high is not None:
         hint = f"{hint} interval {format_number(first.low)} to {format_number(first.high)}".strip()
     text = write_value(first, values[0]) if first.error is None else format_with_error(values[0], first.error)
+    if has_intervals and finite and first.low is not None and first.high is not None:
+        text += f" [{write_value(first, first.low)}, {write_value(first, first.high)}]"
     return Cell(text, hint, finite[0] if finite else None)
 
 
@@ -183,26 +186,12 @@ class ColumnTable:
         return cls([(name, [Column(title, title, words) for title, words in row.items()]) for name, row in rows])
 
     def __init__(self, rows: Sequence[tuple[str, Sequence[Column]]]) -> None:
-        by_key = [{column.key: column for column in columns} for _, columns in rows]
-        firsts = {column.key: column for columns in reversed(by_key) for column in columns.values()}
-        keys = list(dict.fromkeys(key for columns in by_key for key in columns))
-        headings = [(make_line(firsts[key].group), make_line(firsts[key].title)) for key in keys]
-        cells = [[_make_interval_cell(columns.get(key)) for key in keys] for columns in by_key]
-        names = [make_line(name) for name, _ in rows]
-        self.summary = Summary(headings, [(name, 0, row) for name, row in zip(names, cells, strict=True)])
+        found = _collect([[columns] for _, columns in rows], has_intervals=True)
+        named = [(make_line(name), 0, [cells[place] for _, cells in found]) for place, (name, _) in enumerate(rows)]
+        self.summary = Summary([heading for heading, _ in found], named)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Padding]:
         return make_tables(self.summary, options.max_width)
-
-
-def _make_interval_cell(column: Column | None) -> Cell:
-    if column is None:
-        return Cell(MISSING)
-    cell = _make_cell([column])
-    if cell.value is None or column.low is None or column.high is None:
-        return cell
-    ends = f"[{write_value(column, column.low)}, {write_value(column, column.high)}]"
-    return Cell(f"{cell.text} {ends}", cell.hint, cell.value)
 
 
 def make_tables(summary: Summary, width: int) -> Iterator[Padding]:
