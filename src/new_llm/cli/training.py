@@ -125,7 +125,7 @@ class StudyFlags:
 
         from new_llm.experiments.study import FIGURES_FILE, SUMMARY_FILE, TABLE_FILE, plan_cells, run_study
         from new_llm.experiments.study_jobs import LOGS_FOLDER
-        from new_llm.experiments.study_table import COST, make_tables, render_introduction
+        from new_llm.experiments.study_table import COST, list_cells, render_introduction
         from new_llm.report import ColumnTable, write_report
         from new_llm.report.study_page import STUDY_PAGE, write_study_page
 
@@ -148,12 +148,13 @@ class StudyFlags:
             return summary
         console = open_console()
         console.print(render_introduction(summary))
-        tables = [(make_line(title), rows) for title, rows in make_tables(summary)]
-        main = {tables[0][0], COST, *(f"Against {name}" for name in (summary["reference"], *summary["baselines"]))}
-        for title, rows in tables:
-            if title in main:
-                console.print("", f"{title}.", ColumnTable.of_words(rows), sep="\n")
-        if others := [title for title, _ in tables if title not in main]:
+        titles = list(summary["tables"])
+        main = {titles[0], COST, *(f"Against {name}" for name in (summary["reference"], *summary["baselines"]))}
+        for title in [title for title in titles if title in main]:
+            columns, rows = list_cells(summary, title)
+            words = [(name, dict(zip(columns, (text for text, _ in cells), strict=True))) for name, cells in rows]
+            console.print("", f"{make_line(title)}.", ColumnTable.of_words(words), sep="\n")
+        if others := [make_line(title) for title in titles if title not in main]:
             console.print(f"\nalso in the page and the table: {'; '.join(others)}")
         files = {"results": SUMMARY_FILE, "figures": FIGURES_FILE, "table": TABLE_FILE, "page": STUDY_PAGE}
         print_text("\n".join(f"{what + ':':<8} {study.folder / name}" for what, name in files.items()))

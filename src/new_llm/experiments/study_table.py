@@ -162,7 +162,7 @@ def describe_study(
             "num_parameters": runs[0]["model"]["num_parameters"]["total"],
             "training_tokens": runs[0]["model"]["training"]["tokens"],
             "figures": {f"{table}: {head}": figure for table, head, figure in shown},
-            "caches": _summarize_caches(runs),
+            "caches": summarize_caches(runs),
             "comparisons": {key: one._asdict() for key, one in contrasts.items()}
             | {key: one.comparison._asdict() for key, one in compared.items()},
         }
@@ -193,27 +193,23 @@ def describe_figures(runs: Sequence[Run], reference: Sequence[Run]) -> Iterator[
             if isinstance(base := theirs[seed][metric].column.value, float | int)
         ]
         table, column, _ = next(iter(known.values()))
-        summary = _summarize(list(values.values()), is_shown=has_interval)
-        if len(known) == 1:
-            summary |= {"low": column.low, "high": column.high}
+        summary = _summarize(list(values.values()), is_shown=has_interval, single=column)
         difference = _summarize(differences, is_shown=has_interval) if differences else None
         figure = {"by_seed": {str(seed): value for seed, value in values.items()}, **summary}
         figure |= {"text": _render(column, summary), "difference_from_reference": difference}
         yield table, metric.removeprefix(f"{table}: "), figure
 
 
-def _summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def summarize_caches(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The bits per byte of streaming with each cache that was measured around a variant, and the bytes it stores."""
     found: dict[str, list[tuple[Estimate, int]]] = {}
     for run in runs:
         for name, cached in list_cached(run).items():
             found.setdefault(name, []).append(cached)
-    caches: dict[str, dict[str, Any]] = {}
-    for name, seeds in found.items():
-        (first, num_bytes), values = seeds[0], [bits.value for bits, _ in seeds]
-        caches[name] = _summarize(values, is_shown=True) | {"bytes": num_bytes}
-        if len(seeds) == 1:
-            caches[name] |= {"low": first.low, "high": first.high}
-    return caches
+    return {
+        name: _summarize([bits.value for bits, _ in seeds], is_shown=True, single=seeds[0][0]) | {"bytes": seeds[0][1]}
+        for name, seeds in found.items()
+    }
 
 
 # Models in pairs
@@ -336,10 +332,12 @@ def describe_checkpoints(
     }
 
 
-def _summarize(values: Sequence[Any], *, is_shown: bool) -> dict[str, Any]:
+def _summarize(values: Sequence[Any], *, is_shown: bool, single: Column | Estimate | None = None) -> dict[str, Any]:
+    """The mean over seeds with its interval; of one seed the interval is the figure's own."""
     finite = [float(value) for value in values if math.isfinite(value)]
-    varies = len(finite) >= MIN_SEEDS and min(finite) < max(finite)
-    low, high = find_t_interval(finite, CONFIDENCE) if is_shown and varies else (None, None)
+    low, high = (single.low, single.high) if single and len(values) == 1 else (None, None)
+    if is_shown and len(finite) >= MIN_SEEDS and min(finite) < max(finite):
+        low, high = find_t_interval(finite, CONFIDENCE)
     mean = statistics.fmean(finite) if finite else None
     return {"mean": mean, "low": low, "high": high, "num_seeds": len(finite)}
 
@@ -374,10 +372,6 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-Cell = tuple[str, float | None]
-"""A cell of a study's table: its text, and the mean that it is sorted by."""
-
-
 def render_csv(summary: Mapping[str, Any]) -> str:
     """The figures of a study for other programs: a row per variant and figure, the seeds' values beside the mean."""
     seeds = dict.fromkeys(str(seed) for entry in summary["variants"].values() for seed in entry["seeds"])
@@ -394,15 +388,10 @@ def render_csv(summary: Mapping[str, Any]) -> str:
     return file.getvalue()
 
 
-def make_tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """Each table's title, and the words of its cells by variant and column, for a console."""
-    for title in summary["tables"]:
-        columns, rows = list_cells(summary, title)
-        yield title, [(name, dict(zip(columns, (text for text, _ in cells), strict=True))) for name, cells in rows]
-
-
-def list_cells(summary: Mapping[str, Any], title: str) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """A table's columns, and for each variant that has a figure in it the cells."""
+def list_cells(
+    summary: Mapping[str, Any], title: str
+) -> tuple[list[str], list[tuple[str, list[tuple[str, float | None]]]]]:
+    """A table's columns, and for each variant that has a figure in it the cells: a text, and what it is sorted by."""
     metrics, rows = summary["tables"][title], []
     for name, entry in summary["variants"].items():
         found = [entry["figures"].get(metric, {"text": "–", "mean": None}) for metric in metrics]

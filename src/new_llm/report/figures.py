@@ -223,9 +223,8 @@ def draw_curves(
         # Seeds of a model share their tokens and compute, not their seconds: there each would be a line of its own.
         shown = [row for row in rows if row[axis] is not None]
         if axis == "seconds":
-            shown = [
-                row for row in shown if row["seed"] == next(r["seed"] for r in shown if r["model"] == row["model"])
-            ]
+            first = {row["model"]: row["seed"] for row in reversed(shown)}
+            shown = [row for row in shown if row["seed"] == first[row["model"]]]
         if len({row[axis] for row in shown}) > 1:
             chart_name = name if axis == "tokens" else f"{name}-{axis}"
             axes: dict[str, Any] = {"x": axis, "y": y_title, "series": "model", "x_title": x_title, "y_title": y_title}

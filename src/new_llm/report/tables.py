@@ -109,9 +109,8 @@ def summarize(series: Sequence[Series], *, mark_best: bool = True) -> Summary:
     facts = _collect([[list_facts(member) for member in one.members] for one in series])
     columns = [found for found in facts if found[0][0] == "Model"]
     for place in list_places(series):
-        listed = [
-            [list_measured_columns(place, result) for result in one.find_results(place).values()] for one in series
-        ]
+        results = [one.find_results(place).values() for one in series]
+        listed = [[list_measured_columns(place, result) for result in some] for some in results]
         columns += _collect(listed, mark_best=mark_best)
     columns += [found for found in facts if found[0][0] != "Model"]
     groups = list(dict.fromkeys(heading[0] for heading, _ in columns))
