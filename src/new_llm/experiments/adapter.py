@@ -198,8 +198,8 @@ def choose_long_documents(
     if not len(held_out):
         notes.append(f"no held-out document has {min_tokens:,} tokens: all are measured on")
         held_out = np.arange(data.validation.num_documents)
-    train = select_documents(data.train, chosen, max_tokens)
-    validation = select_documents(data.validation, held_out, max_tokens)
+    train = cut_documents(data.train, chosen, max_tokens)
+    validation = cut_documents(data.validation, held_out, max_tokens)
     info = data.info | {
         "notes": notes,
         "min_doc_tokens": min_tokens,
@@ -209,7 +209,7 @@ def choose_long_documents(
     return dataclasses.replace(data, train=train, validation=validation, info=info)
 
 
-def select_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None = None) -> TokenSplit:
+def cut_documents(split: TokenSplit, chosen: NDArray[np.int64], max_tokens: int | None) -> TokenSplit:
     """Some documents of a split, in the order given, cut to `max_tokens`; bytes and words still count whole texts."""
     documents = [split.document(int(index))[:max_tokens] for index in chosen]
     return TokenSplit(

@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import tyro
 from pydantic import AfterValidator, Field, model_serializer
@@ -38,17 +38,11 @@ def list_option_fields() -> dict[str, OptionField]:
         defaults = kind.defaults
         for part in kind.options:
             docs = read_field_docs(part)
-            annotations = _collect_annotations(part)
+            annotations = get_type_hints(part, include_extras=True)
             for field in dataclasses.fields(part):
                 entry = found.setdefault(field.name, OptionField(annotations[field.name], docs.get(field.name, ""), {}))
                 entry.defaults[name] = defaults[field.name]
     return found
-
-
-def _collect_annotations(kind: type) -> dict[str, Any]:
-    return {
-        name: text for base in reversed(kind.__mro__) for name, text in vars(base).get("__annotations__", {}).items()
-    }
 
 
 def add_given_fields(kind: type[T]) -> type[T]:
@@ -56,7 +50,7 @@ def add_given_fields(kind: type[T]) -> type[T]:
     docs = read_field_docs(PythiaConfig)
     fields = {
         name: (annotation, f"{docs[name]} Default: {getattr(PythiaConfig, name)}, or the size's.")
-        for name, annotation in _collect_annotations(PythiaConfig).items()
+        for name, annotation in get_type_hints(PythiaConfig, include_extras=True).items()
     }
     for name, option in list_option_fields().items():
         takers: dict[str, list[str]] = {}  # by the default there, as in `(infini: 1; token_memory: 4)`

@@ -138,11 +138,6 @@ def _find_run(config: Settings, folder: Path, *, resume: bool) -> Settings:
     return dataclasses.replace(cast(Any, config), runs_dir=begun.runs_dir)
 
 
-def list_lengths(begun: RunSettings, config: RunSettings) -> list[str]:
-    """In which of its `LENGTHS` a run that continues differs from how it has been trained so far."""
-    return [line for line in list_differences(begun, config) if line.split(" ", 1)[0] in LENGTHS]
-
-
 def create_run(config: RunSettings, folder: Path) -> None:
     """Turn a held folder into a run by writing its configuration."""
     write_text_atomically(folder / config.file_name, config.to_yaml())
@@ -264,7 +259,7 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
         if not names:
             raise UserError(f"{run}: no model {model!r} here; it has {', '.join(folders)}")
         folders = {names[0]: folders[names[0]]}
-    found = {name: folder for name, folder in folders.items() if not needs_memory or has_memory(folder)}
+    found = {name: folder for name, folder in folders.items() if not needs_memory or may_have_memory(folder)}
     if not found:
         raise UserError(f"{run}: no memory layer in {', '.join(folders)}")
     if len(found) > 1:
@@ -278,13 +273,12 @@ def split_spec(spec: str) -> tuple[str, str | None]:
     return (run, model) if colon and run and model and not Path(spec).exists() else (spec, None)
 
 
-def has_memory(folder: Path) -> bool:
+def may_have_memory(folder: Path) -> bool:
     """Whether a saved model may have a memory layer, by its structure alone; loading it refuses unknown kinds."""
-    structure = read_structure(folder)
-    layers = structure.get("layers") if isinstance(structure, dict) else None
-    if not isinstance(layers, list):
-        raise UserError(f"{folder / STRUCTURE_FILE}: not a model description")
-    kinds = (LAYER_KINDS.get(str(layer.get("kind"))) for layer in layers if isinstance(layer, dict))
+    try:
+        kinds = [LAYER_KINDS.get(layer["kind"]) for layer in read_structure(folder)["layers"]]
+    except (LookupError, TypeError):
+        raise UserError(f"{folder / STRUCTURE_FILE}: not a model description") from None
     return any(kind is None or kind.has_memory for kind in kinds)
 
 

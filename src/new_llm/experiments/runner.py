@@ -36,6 +36,7 @@ from new_llm.experiments.config import ExperimentConfig, name_model_folder
 from new_llm.experiments.run_folder import (
     DATA_FILE,
     ENVIRONMENT_FILE,
+    LENGTHS,
     MODEL_RESULT_FILE,
     REPORT_FILE,
     RESULTS_FILE,
@@ -45,7 +46,7 @@ from new_llm.experiments.run_folder import (
     describe_command,
     describe_making,
     hold_run,
-    list_lengths,
+    list_differences,
     load_run_model,
     read_begun,
     read_json,
@@ -218,7 +219,8 @@ class Run(ABC, Generic[Config]):
         if not self.resume:
             return None
         begun = read_begun(self.folder, type(self.config))
-        if not (changes := list_lengths(begun, self.config)):
+        changes = [line for line in list_differences(begun, self.config) if line.split(" ", 1)[0] in LENGTHS]
+        if not changes:
             return None
         folders = [self.model_folder(name) for name in self.config.models if name not in self.untrained]
         if begun.train.patience == self.config.train.patience:  # a model that patience has stopped stays as it is

@@ -52,16 +52,6 @@ def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             yield what, record["kind"], record["result"]
 
 
-def list_columns(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, Column]]:
-    """(table, heading, column) of all of a result's figures by which a study compares; none of an unknown measure."""
-    for column in ask_measure(name, "columns", result, []):
-        yield column.group or MEASURES[name].title, column.title, column
-    for table in ask_measure(name, "tables", result, []):
-        for row, columns in table.rows if table.is_for_studies else ():
-            for column in columns:
-                yield table.title, f"{row}, {column.title}", column
-
-
 class Figure(NamedTuple):
     """A figure of one training, the table that it stands in, and the documents that it is of, if that is known."""
 
@@ -78,7 +68,12 @@ def list_figures(run: Run) -> dict[str, Figure]:
         number, documents = result.get("num_documents"), result.get("documents")
         if not isinstance(number, int):
             number = len(documents) if isinstance(documents, list) else None
-        for title, head, column in list_columns(name, dict(result)):
+        columns = ask_measure(name, "columns", dict(result), [])
+        found = [(column.group or MEASURES[name].title, column.title, column) for column in columns]
+        for table in ask_measure(name, "tables", dict(result), []):
+            for row, columns in table.rows if table.is_for_studies else ():
+                found += [(table.title, f"{row}, {column.title}", column) for column in columns]
+        for title, head, column in found:
             if isinstance(column.value, int | float):
                 figures[f"{title}{text}: {head}"] = Figure(title + text, column, number)
     model, training, cost = run["model"], run["model"]["training"], run["model"].get("cost") or {}

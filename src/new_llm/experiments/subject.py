@@ -173,7 +173,7 @@ def _read_model_type(name: str, revision: str | None) -> str:
         if not HUB_NAME.fullmatch(name):
             raise UserError(f"{name}: no such folder, and not a name of a model on the hub")
         try:
-            if hub_answers(f"{name}/resolve/{revision or 'main'}/{'config.json'}", DataConfig.hub_timeout_seconds):
+            if hub_answers(f"{name}/resolve/{revision or 'main'}/config.json", DataConfig.hub_timeout_seconds):
                 cached: Any = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
             else:
                 cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
