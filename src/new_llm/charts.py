@@ -16,8 +16,7 @@ import csv
 import io
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,19 +142,20 @@ def line_chart(
         where = point["x"] if is_ordinal else _say(point["x"])
         point["tip"] = f"{point['series']}: " * (series is not None) + _say_value(point, y_format)
         point["tip"] += f" at {where} {x_title}".rstrip()
-    names = list(dict.fromkeys(point["series"] for point in drawn))
-    for one in names:
-        own = [point for point in drawn if point["series"] == one]
+    lines: dict[str, list[Row]] = {}
+    for point in drawn:
+        lines.setdefault(point["series"], []).append(point)
+    for own in lines.values():
         step = 1 if len(own) <= MAX_MARKED else math.ceil(len(own) / MAX_TOOLTIPS)
         for place, point in enumerate(own):
             point["mark"] = (len(own) - 1 - place) % step == 0
-    is_long = max(Counter(point["series"] for point in drawn).values(), default=0) > MAX_MARKED
+    is_long = any(len(own) > MAX_MARKED for own in lines.values())
     across = _make_axis("x", x_title, [] if is_ordinal else [point["x"] for point in drawn])
     if is_ordinal:
         across |= {"type": "ordinal", "sort": None, "axis": {"labelAngle": 0}}
     marks = {"type": "point", "filled": True, "size": 50, "opacity": 0 if is_long else 1}
-    shape = _encode_series(names, SHAPES, is_shown=series is not None)
-    encoding = {"x": across, "color": _encode_series(names, PALETTE, is_shown=series is not None), **_TIP}
+    shape = _encode_series([*lines], SHAPES, is_shown=series is not None)
+    encoding = {"x": across, "color": _encode_series([*lines], PALETTE, is_shown=series is not None), **_TIP}
 
     def draw(is_log: bool) -> Row:
         up = _make_axis("y", y_title, [point["y"] for point in drawn], y_format, is_log=is_log)
@@ -225,11 +225,11 @@ def point_chart(
     marks = {"type": "point", "filled": False, "strokeWidth": 2, "opacity": 1}
     size: Row = {"field": "size", "type": "quantitative", "scale": None, "legend": None}
     legend = {"legend": {"columns": 3, "orient": "bottom", "labelLimit": 220}}
-    shape = _encode_series([*places], SHAPES, is_shown=True, places=[*places.values()]) | legend
+    shape = _encode_series([*places], SHAPES, is_shown=True, places=places.values()) | legend
     layers.append({"mark": marks, "encoding": {"y": up, "shape": shape, "size": size}})
     text = {"type": "text", "align": "left", "baseline": "bottom", "dx": 6, "dy": -3, "aria": False}
     layers.append({"mark": text, "encoding": {"y": up, "text": {"field": "number"}, "color": {"value": INK}}})
-    color = _encode_series([*places], PALETTE, is_shown=True, places=[*places.values()]) | legend
+    color = _encode_series([*places], PALETTE, is_shown=True, places=places.values()) | legend
     encoding = {"x": across, "color": color, **_TIP}
     spec = _make_spec(drawn, HEIGHT + 22 * -(-len(places) // 3), encoding, layers)
     return Chart(name, title, caption, spec, list(rows), view)
@@ -384,7 +384,7 @@ def _make_spec(values: list[Row], height: int, encoding: Row, layers: list[Row])
 
 
 def _encode_series(
-    names: Sequence[str], options: Sequence[str], *, is_shown: bool, places: Sequence[int] | None = None
+    names: Sequence[str], options: Sequence[str], *, is_shown: bool, places: Iterable[int] | None = None
 ) -> Row:
     """A colour or shape for each series, chosen by its place; None: in the order of the names."""
     chosen = [options[place % len(options)] for place in (range(len(names)) if places is None else places)]

@@ -33,12 +33,12 @@ def format_plural(count: int, thing: str) -> str:
 
 def format_short(value: float | None) -> str:
     """A count in thousands, millions or billions: 70.4M."""
-    return _format_special(value) or _scale(value or 0.0, 1000.0, ("", "k", "M", "B", "T"), "")
+    return _format_special(value) or _scale(value or 0.0, ("", "k", "M", "B", "T"), "")
 
 
 def format_bytes(value: float | None) -> str:
     """Bytes in decimal units: 1.05 MB."""
-    return _format_special(value) or _scale(value or 0.0, 1000.0, ("B", "kB", "MB", "GB", "TB"), " ")
+    return _format_special(value) or _scale(value or 0.0, ("B", "kB", "MB", "GB", "TB"), " ")
 
 
 def format_percent(value: float | None) -> str:
@@ -85,10 +85,10 @@ def _format_special(value: float | None) -> str | None:
     return ("∞" if value > 0 else "−∞") if math.isinf(value) else None
 
 
-def _scale(value: float, base: float, units: tuple[str, ...], space: str) -> str:
+def _scale(value: float, units: tuple[str, ...], space: str) -> str:
     power = 0
-    while abs(value) >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
+    while abs(value) >= 1000 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
     number = f"{value:.0f}" if power == 0 else format_number(value, 3)
     return f"{number}{space if units[power] else ''}{units[power]}"
 

@@ -18,6 +18,8 @@ EVALUATIONS_FOLDER = "evaluations"
 """Where the records of a run's measurements stand, in its folder."""
 RECORD_VERSION = 1
 """The form of these records."""
+RESULTS_VERSION = 1
+"""The form of a run's results.json."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 

@@ -237,7 +237,7 @@ def find_share_interval(num_hits: int, num_trials: int, confidence: float) -> tu
     return max(0.0, (middle - half) / (1 + extra)), min(1.0, (middle + half) / (1 + extra))
 
 
-def find_t_interval(values: Sequence[float], confidence: float) -> tuple[float, float] | tuple[None, None]:
+def find_t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | tuple[None, None]:
     """Student's t interval of a mean, for the few seeds of a study; None, None for fewer than MIN_SEEDS values.
 
     mean ± t · s / √n, with P(|T| ≤ t) = confidence for n − 1 degrees of freedom.

@@ -57,7 +57,6 @@ REPORT_FILE = "report.html"
 MODEL_RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 UNNAMED = "experiment"
-RESULTS_VERSION = 1
 MAY_CHANGE = (
     "runs_dir",
     "train.sharding",

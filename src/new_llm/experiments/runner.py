@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from new_llm.config import DataConfig, UserError
-from new_llm.config.evaluation import EVALUATIONS_FOLDER
+from new_llm.config.evaluation import EVALUATIONS_FOLDER, RESULTS_VERSION
 from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import TrainingSettings
 from new_llm.config.terminal import open_console
@@ -40,7 +40,6 @@ from new_llm.experiments.run_folder import (
     MODEL_RESULT_FILE,
     REPORT_FILE,
     RESULTS_FILE,
-    RESULTS_VERSION,
     create_run,
     describe_code,
     describe_command,

@@ -29,7 +29,6 @@ from new_llm.formats import format_bytes, format_count, format_number
 Run = Mapping[str, Any]
 """One training: `seed`, `model` (its entry in results.json), `measured` (records by what was measured), `code`."""
 
-CONFIDENCE = 0.95
 COST = "Gates and cost"
 PARAMETERS, CPU_SECONDS = "parameters", "processor seconds"
 MEMORY, STATE = "memory, bytes per row", "state, bytes per row"
@@ -243,7 +242,7 @@ def compare_runs(runs: Sequence[Run], reference: Sequence[Run], *, is_short: boo
         ranges = range(len(starts)) if len(starts) > 1 else ()
         for column in (None, *(ranges[-1:] if is_short else ranges)):
             parts = [{seed: losses.select(column) for seed, losses in by_seed.items()} for by_seed in (one, other)]
-            if (comparison := compare_models(parts[0], parts[1], CONFIDENCE)) is not None:
+            if (comparison := compare_models(parts[0], parts[1])) is not None:
                 key = name if column is None else f"{name} from {starts[column]:,}"
                 found[key] = Compared(comparison, table, column is None)
 
@@ -272,7 +271,7 @@ def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
             for key, pair in ask_measure(name, "contrasts", dict(result), {}).items():
                 for by_seed, losses in zip(found.setdefault(key, ({}, {})), pair, strict=True):
                     by_seed[run["seed"]] = losses
-    compared = {key: compare_models(*sides, CONFIDENCE) for key, sides in found.items()}
+    compared = {key: compare_models(*sides) for key, sides in found.items()}
     return {key: one for key, one in compared.items() if one is not None}
 
 
@@ -332,7 +331,7 @@ def _summarize(values: Sequence[Any], *, is_shown: bool, single: Column | Estima
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = (single.low, single.high) if single and len(values) == 1 else (None, None)
     if is_shown and len(finite) >= MIN_SEEDS and min(finite) < max(finite):
-        low, high = find_t_interval(finite, CONFIDENCE)
+        low, high = find_t_interval(finite)
     mean = statistics.fmean(finite) if finite else None
     return {"mean": mean, "low": low, "high": high, "num_seeds": len(finite)}
 

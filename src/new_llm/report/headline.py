@@ -244,7 +244,5 @@ def _judge(found: Comparison) -> str:
 
 def say_share(best: Score, other: Score) -> str:
     """How far apart two figures are: "5.0% below"."""
-    if not other.mean:
-        return "against"
-    share = best.mean / other.mean - 1
-    return f"{abs(share):.1%} {'below' if share < 0 else 'above'}"
+    share = best.mean / other.mean - 1 if other.mean else None
+    return "against" if share is None else f"{abs(share):.1%} {'below' if share < 0 else 'above'}"

@@ -164,12 +164,12 @@ def list_shown(charts: Sequence[Chart], places: dict[str, int], *, with_figures:
     drawn is left out. `places` are the models' places.
     """
     found = []
-    for _, same in groupby(charts, lambda chart: chart.title):
+    for title, same in groupby(charts, lambda chart: chart.title):
         first, *others = same
         views = [view for chart in (first, *others) if (view := _draw_view(chart, places, with_figures=with_figures))]
         if views:
-            figure = {"name": first.name, "title": make_line(first.title), "caption": make_line(first.caption)}
-            found.append(figure | {"views": views})
+            caption = make_line(first.caption)
+            found.append({"name": first.name, "title": make_line(title), "caption": caption, "views": views})
     return found
 
 

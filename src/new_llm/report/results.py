@@ -18,7 +18,7 @@ import numpy as np
 
 from new_llm.charts import Chart
 from new_llm.config import UserError
-from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION
+from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION, RESULTS_VERSION
 from new_llm.config.files import read_json_file, read_mapping
 from new_llm.config.loading import flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
@@ -27,8 +27,7 @@ from new_llm.evaluation import MEASURES, Column, ModelResult, ask_measure
 from new_llm.evaluation.statistics import Comparison, DocumentLosses, compare_models
 from new_llm.formats import MISSING, format_number
 
-SCHEMA_VERSION = 1
-VALIDATION = "validation documents"
+OWN_TEXT = "validation documents"
 """What the text is called that a run measures its models on."""
 
 
@@ -41,9 +40,9 @@ def load_results(path: Path) -> dict[str, Any]:
     file = path / "results.json" if path.is_dir() else path
     results = read_mapping(file)
     version = results.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version != RESULTS_VERSION or isinstance(version, bool):
         found = "no schema_version" if version is None else f"schema_version {version!r}"
-        raise UserError(f"{file}: {found}; this version of new-llm reads schema_version {SCHEMA_VERSION}")
+        raise UserError(f"{file}: {found}; this version of new-llm reads schema_version {RESULTS_VERSION}")
     if not isinstance(results.get("models", []), list):
         raise UserError(f"{file}: models: expected a list, found {type(results['models']).__name__}")
     return results
@@ -138,7 +137,7 @@ def read_evaluations(folder: Path) -> tuple[list[Measured], list[str]]:
             measured = Measured(
                 measure=make_line(record["result"].get("protocol") or record["kind"]),  # one kind has several protocols
                 model=make_line(record["subject"].get("model") or ""),
-                text=VALIDATION if source is None else make_line(Path(source).name),
+                text=OWN_TEXT if source is None else make_line(Path(source).name),
                 result=record["result"],
                 is_complete=record["status"] != "partial",
                 created=record["created"],
@@ -191,7 +190,7 @@ class Member:
     def measured(self) -> dict[Place, Measured]:
         """What was measured of it; the newest of each, and no partial measurement."""
         own, model = self.entry.get("evaluation") or {}, name_model(self.entry)
-        found = [Measured(name, model, VALIDATION, result) for name, result in own.items() if result]
+        found = [Measured(name, model, OWN_TEXT, result) for name, result in own.items() if result]
         found += [one for one in self.run.evaluations if one.model == model and one.is_complete]
         return {(one.measure, one.text): one for one in found}
 
@@ -273,14 +272,11 @@ def list_differences(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
 # What measures say of them
 
 
-CONFIDENCE = 0.95
-
-
 def list_places(series: Sequence[Series]) -> list[Place]:
     """What was measured of at least one model: the run's own text first, then in the order of the fullest results."""
     measured = [member.measured for one in series for member in one.members]
     found = dict.fromkeys(place for one in sorted(measured, key=len, reverse=True) for place in one)
-    texts = sorted({text for _, text in found}, key=lambda text: (text != VALIDATION, text))
+    texts = sorted({text for _, text in found}, key=lambda text: (text != OWN_TEXT, text))
     return [place for text in texts for place in found if place[1] == text and place[0] in MEASURES]
 
 
@@ -291,7 +287,7 @@ def list_results(series: Sequence[Series], place: Place) -> list[ModelResult]:
 
 def name_section(title: str, place: Place) -> str:
     """A heading over what a measure found on a text, whose name it adds unless it is the run's own."""
-    return title[:1].upper() + title[1:] + ("" if place[1] == VALIDATION else f": {place[1]}")
+    return title[:1].upper() + title[1:] + ("" if place[1] == OWN_TEXT else f": {place[1]}")
 
 
 def write_value(column: Column, value: float) -> str:
@@ -330,7 +326,7 @@ def compare(
         found = {seed: ask_measure(measure, "losses", result, {}).get(way) for seed, result in results.items()}
         return {seed: losses for seed, losses in found.items() if losses is not None}
 
-    return compare_models(read(one, *of), read(other, *(against or of)), CONFIDENCE)
+    return compare_models(read(one, *of), read(other, *(against or of)))
 
 
 def list_unknown(series: Sequence[Series]) -> list[str]:
