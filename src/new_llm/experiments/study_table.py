@@ -30,7 +30,7 @@ Run = Mapping[str, Any]
 """One training: `seed`, `model` (its entry in results.json), `measured` (records by what was measured), `code`."""
 
 COST = "Gates and cost"
-PARAMETERS, CPU_SECONDS = "parameters", "processor seconds"
+CPU_SECONDS = "processor seconds"
 MEMORY, STATE = "memory, bytes per row", "state, bytes per row"
 """Titles of columns of cost, which figures stand against; a number is float32."""
 BEYOND = "beyond repetition"
@@ -42,7 +42,7 @@ BITS_PER_BYTE = "bits/byte"
 STREAMING_BITS = f"streaming {BITS_PER_BYTE}"
 
 
-def list_results(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def list_measured(run: Run) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(what was measured, the measure's name, its result) of a training."""
     for name, result in (run["model"].get("evaluation") or {}).items():
         yield name, name, result
@@ -62,7 +62,7 @@ class Figure(NamedTuple):
 def list_figures(run: Run) -> dict[str, Figure]:
     """Each figure of a training by its name."""
     figures: dict[str, Figure] = {}
-    for what, name, result in list_results(run):
+    for what, name, result in list_measured(run):
         text = f": {what.removeprefix(f'{name}-')}" if what != name else ""
         number, documents = result.get("num_documents"), result.get("documents")
         if not isinstance(number, int):
@@ -79,7 +79,7 @@ def list_figures(run: Run) -> dict[str, Figure]:
     gates = [gate for gates in model["gates"].values() for gate in gates]
     num_bytes = {key: None if cost.get(key) is None else 4 * cost[key] for key in ("memory_numbers", "state_numbers")}
     costs = [
-        Column("parameters", PARAMETERS, model["num_parameters"]["total"], format_count),
+        Column("parameters", "parameters", model["num_parameters"]["total"], format_count),
         Column("memory", MEMORY, num_bytes["memory_numbers"], format_bytes),
         Column("state", STATE, num_bytes["state_numbers"], format_bytes),
         Column("FLOPs", "FLOPs/token", cost.get("flops_per_token"), format_count),
@@ -221,7 +221,7 @@ def list_losses(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, DocumentLo
     """What models are compared by: losses by what was measured, way of reading, and seed."""
     found: dict[str, dict[str, dict[int, DocumentLosses]]] = {}
     for run in runs:
-        for what, name, result in list_results(run):
+        for what, name, result in list_measured(run):
             for way, losses in ask_measure(name, "losses", dict(result), {}).items():
                 found.setdefault(what, {}).setdefault(way, {})[run["seed"]] = losses
     return found
@@ -267,7 +267,7 @@ def contrast_runs(runs: Sequence[Run]) -> dict[str, Comparison]:
     """The contrasts within each run, e.g. of its hits with those of a guess, over seeds and documents; by name."""
     found: dict[str, tuple[dict[int, DocumentLosses], dict[int, DocumentLosses]]] = {}
     for run in runs:
-        for _, name, result in list_results(run):
+        for _, name, result in list_measured(run):
             for key, pair in ask_measure(name, "contrasts", dict(result), {}).items():
                 for by_seed, losses in zip(found.setdefault(key, ({}, {})), pair, strict=True):
                     by_seed[run["seed"]] = losses
@@ -295,15 +295,12 @@ def describe_checkpoints(
     of its logarithm), and the `comparisons` with the reference."""
 
     def find_runs(variant: str, place: int) -> list[Run]:
-        return [
-            {"seed": one["seed"], "model": {"evaluation": one["log"][place]["evaluation"]}, "measured": {}}
-            for one in checkpoints.get(variant, ())
-            if len(one["log"]) > place
-        ]
+        """The runs that have come so far, each as a training whose model is the line of its log."""
+        logs = [(one["seed"], one["log"]) for one in checkpoints.get(variant, ())]
+        return [{"seed": seed, "model": log[place], "measured": {}} for seed, log in logs if len(log) > place]
 
     def describe(variant: str, place: int) -> dict[str, Any]:
         runs = find_runs(variant, place)
-        line = next(one["log"][place] for one in checkpoints[variant] if len(one["log"]) > place)
         perplexity = {
             f"{what}, {way}" if way else what: math.exp(
                 statistics.fmean(one.total_nll.sum() / max(1, one.num_tokens.sum()) for one in by_seed.values())
@@ -313,8 +310,8 @@ def describe_checkpoints(
         }
         compared = {} if variant == reference else compare_runs(runs, find_runs(reference, place), is_short=True)
         return {
-            "share": line["share"],
-            "tokens": line["tokens"],
+            "share": runs[0]["model"]["share"],
+            "tokens": runs[0]["model"]["tokens"],
             "seeds": [run["seed"] for run in runs],
             "perplexity": perplexity,
             "comparisons": {key: one.comparison._asdict() for key, one in compared.items()},

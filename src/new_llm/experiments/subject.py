@@ -117,7 +117,7 @@ def _load_own(config: SubjectConfig, path: Path) -> tuple[str, TransformerLM, To
                 f"--{name.replace('_', '-')}: is for Hugging Face models; {path} is a folder of this project"
             )
     folder = find_model_folder(path, config.model)
-    model, tokenizer = load_run_model(path, config.model)
+    model, tokenizer = load_run_model(folder)
     run = next((place for place in folder.resolve().parents[:2] if (place / CONFIG_FILE).is_file()), None)
     label = folder.parent.name if folder.name == BEST_FOLDER else folder.name
     return label, model, tokenizer, run, {"kind": "run", "path": str(path), "model": label}
@@ -227,11 +227,10 @@ def export_run(
 
     `layout` is auto, for every kind of model, or gpt_neox, for plain Pythia models.
     """
-    run, directory = Path(run), Path(directory).expanduser()
-    source = find_model_folder(run, model)
+    source, directory = find_model_folder(Path(run), model), Path(directory).expanduser()
     if (directory / STRUCTURE_FILE).is_file():
         raise UserError(f"{directory}: a model of this project is stored here; choose another folder to export to")
-    loaded, tokenizer = load_run_model(run, model)
+    loaded, tokenizer = load_run_model(source)
     export = export_pythia if layout == "gpt_neox" else export_auto
     export(loaded, directory, tokenizer)
     write_text_atomically(directory / CARD_FILE, write_card(loaded, source, layout, directory.resolve().name))

@@ -18,7 +18,7 @@ from new_llm.experiments.study_table import (
     STREAMING_BITS,
     Run,
     list_cells,
-    list_results,
+    list_measured,
 )
 from new_llm.report.figures import name_apart, write_charts
 from new_llm.report.page import FIGURES_FOLDER, fill_template, list_shown
@@ -123,7 +123,7 @@ def draw_measures(found: Mapping[str, Sequence[Run]]) -> list[Chart]:
     results: dict[tuple[str, str], list[ModelResult]] = {}
     for variant, runs in found.items():
         for run in runs:
-            for what, measure, result in list_results(run):
+            for what, measure, result in list_measured(run):
                 if measure in MEASURES:
                     results.setdefault((what, measure), []).append(ModelResult(variant, dict(result)))
     charts = []
