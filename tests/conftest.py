@@ -70,7 +70,7 @@ def make_tests_fast(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def own_kinds_are_forgotten():
     """Layers, measures and sources that a test, an example or a page registers do not meet those of the next."""
-    registries: tuple[dict, ...] = (LAYER_KINDS, MODEL_KINDS, MEASURES, SOURCES)
+    registries = (LAYER_KINDS, MODEL_KINDS, MEASURES, SOURCES)
     before = [dict(registry) for registry in registries]
     yield
     for registry, kinds in zip(registries, before, strict=True):

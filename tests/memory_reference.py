@@ -14,8 +14,7 @@ Legend: D hidden size, H heads, K their width, N memories; one token's q, k and 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,10 @@ ALIBI_SLOPES = {  # by number of heads: 2^(−8i/H); arXiv:2108.12409
 
 
 class Reference:
-    """A layer by its equations: x + Attn(LN1 x) + MLP(LN2 x), segment by segment."""
+    """A layer by its equations: x + Attn(LN1 x) + MLP(LN2 x), segment by segment.
+
+    What subclasses define: `attend`, which maps a segment and the memory to the attention's output and the new memory.
+    """
 
     def __init__(self, layer: Any) -> None:
         self.weights = {name.removeprefix("attention."): value.double() for name, value in layer.state_dict().items()}
@@ -49,10 +51,6 @@ class Reference:
 
     def empty_memory(self) -> Any:
         return None
-
-    def attend(self, x: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        """One segment's attention output, and the memory after its write."""
-        raise NotImplementedError
 
     def describe(self, memory: Any) -> dict[str, Any]:
         """What the layer's own memory of the row must hold."""
@@ -87,8 +85,7 @@ class Reference:
         return beta, alpha
 
 
-@dataclass(frozen=True)
-class ReferenceMemory:
+class ReferenceMemory(NamedTuple):
     """One row's memory of one layer: M [N, H, K, V], z [N, H, K], tokens of each, segments of the layer."""
 
     M: Tensor
@@ -169,9 +166,8 @@ class CompressiveReference(Reference):
         if self.kind == "infini":
             return self.weights.get("bank_weights", torch.zeros(self.heads, 1).double()).softmax(-1).T
         filled = memory.tokens > 0
-        means = memory.z[filled] / memory.tokens[filled, None, None]
-        scores = (means * q).sum(-1) / math.sqrt(self.width)
-        temperature: Any = self.options["selection_temperature"]
+        scores = (memory.z[filled] / memory.tokens[filled, None, None] * q).sum(-1) / math.sqrt(self.width)
+        temperature = self.options["selection_temperature"]
         if self.router == "standardized":
             apart = scores - scores.mean(0)
             scores = apart / (apart.square().mean(0) + 1e-12).sqrt()
@@ -262,8 +258,7 @@ class TransformerXLReference(Reference):
         mixed = []
         for t in range(len(x)):
             seen = slice(0, before + t + 1)
-            places = torch.arange(-before, t + 1)
-            mixed.append(attend_softmax(q[t], k[seen], v[seen], t, places, share).flatten())
+            mixed.append(attend_softmax(q[t], k[seen], v[seen], t, torch.arange(-before, t + 1), share).flatten())
         kept = self.options["memory_tokens"]
         return self._linear(torch.stack(mixed), "dense"), (k[-kept:], v[-kept:])
 
@@ -313,7 +308,7 @@ class RecurrentMemoryReference(Reference):
         return torch.cat(outputs), {"vectors": memory, "num_segments": len(segments)}
 
 
-REFERENCES: dict[str, type[Reference]] = {
+REFERENCES = {
     "infini": CompressiveReference,
     "multi_memory": CompressiveReference,
     "hierarchical": CompressiveReference,

@@ -14,8 +14,6 @@ from new_llm.models.layers import LAYER_KINDS, Layer
 
 VOCAB_SIZE = 128
 HIDDEN_SIZE = 16
-NUM_HEADS = 2
-INTERMEDIATE_SIZE = 24
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 STREAM_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = tuple(TOLERANCES)
@@ -38,13 +36,13 @@ class LayerCase:
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, hidden_size: int = HIDDEN_SIZE, num_heads: int = NUM_HEADS) -> Layer:
-        shape = (hidden_size,) if self.kind == "token_memory" else (hidden_size, num_heads, INTERMEDIATE_SIZE)
+    def build(self, hidden_size: int = HIDDEN_SIZE, num_heads: int = 2) -> Layer:
+        shape = (hidden_size,) if self.kind == "token_memory" else (hidden_size, num_heads, 24)
         return LAYER_KINDS[self.kind](*shape, **self.options)
 
 
-UNIT_KEYS: dict[str, Any] = {"key_features": "unit", "use_normalizer": False}
-TOKEN_RULE: dict[str, Any] = {"use_token_strength": True, "use_token_decay": True}
+UNIT_KEYS = {"key_features": "unit", "use_normalizer": False}
+TOKEN_RULE = {"use_token_strength": True, "use_token_decay": True}
 MEMORY_CASES = {
     "infini": LayerCase("infini"),
     "infini-sum": LayerCase("infini", {"use_delta_rule": False, "num_memory_heads": 4}),
@@ -103,10 +101,8 @@ LAYER_CASES = {
     **{f"rmt-{n}": LayerCase("rmt", {"num_layers": 2, "num_memory_tokens": n}) for n in (1, 3)},
 }
 """Those, and every other layer with memory that has equations of its own."""
-
 _PYTHIA = LayerCase("pythia")
 _BANKS = LayerCase("infini", {"num_memory_heads": 4, "num_memory_banks": 2, "segments_per_bank": 1})
-_SUM_BANKS = LayerCase("infini", {**_BANKS.options, "use_delta_rule": False})
 MIXED_STACKS = {
     "mixed": [
         _BANKS,
@@ -121,7 +117,7 @@ MIXED_STACKS = {
         LayerCase("parallel_infini", {"use_delta_rule": False, "use_alibi": True, "use_key_shift": True}),
     ],
     "mixed-sums": [
-        _SUM_BANKS,
+        LayerCase("infini", {**_BANKS.options, "use_delta_rule": False}),
         LayerCase("multi_memory", {"num_memories": 2, "use_delta_rule": False}),
         _PYTHIA,
         LayerCase("hierarchical", {"num_memories": 2, "use_delta_rule": False}),

@@ -126,8 +126,7 @@ LANGUAGES = {"", "bash", "python", "yaml", "text"}
 @pytest.mark.parametrize("page", [page for page in PAGES if find_blocks(page, "python")], ids=name_page)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(find_blocks(page, "python"))
-    exec(compile(code, name_page(page), "exec"), {"__name__": "page"})
+    exec(compile("\n".join(find_blocks(page, "python")), name_page(page), "exec"), {"__name__": "page"})
 
 
 @pytest.mark.parametrize(

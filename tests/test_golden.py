@@ -30,7 +30,7 @@ from tiny import make_settings, make_shape
 VALUES = Path(__file__).with_suffix(".json")
 SHAPE = make_shape(vocab_size=512, max_position_embeddings=64, initializer_range=0.2)
 SEGMENT = 16
-TUNED: dict[str, Any] = {
+TUNED = {
     "memory_layers": (1,),
     "gate_init": 2.0,
     "use_key_shift": True,
@@ -38,7 +38,7 @@ TUNED: dict[str, Any] = {
     "query_key_init_bias": -3.0,
     "match_query_key_init": True,
 }
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS = {
     "pythia": ("pythia", {}),
     "infini": ("infini", {}),
     "infini-tuned": ("infini", TUNED),

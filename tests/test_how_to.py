@@ -63,8 +63,7 @@ def test_a_gated_layer_that_defines_forward_alone(capsys):
         main(["generate", "--run", "runs/mine", "--model", name, "--prompt", "The river", "--max-new-tokens", "9"]) == 0
     )
     assert capsys.readouterr().out.startswith("The river")
-    shape = make_shape(hidden_size=16, intermediate_size=32)
-    layer = create_model(name, shape, keep=0.7).layer_list[0]
+    layer = create_model(name, make_shape(hidden_size=16, intermediate_size=32), keep=0.7).layer_list[0]
     assert layer.state_dict().keys() == model.layer_list[0].state_dict().keys()
     assert main([*TINY.split(), "--name", "bad", "--models", name, "--model.options", "kept", "1"]) == 2
     assert "kept" in capsys.readouterr().err

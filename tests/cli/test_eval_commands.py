@@ -141,8 +141,7 @@ def test_inspect_makes_a_page_of_a_text(run, text, capsys):
     assert 'class="card passages"' in source
     assert "infini: the memory was worth" in source
     assert 'id="summary"' not in source
-    record = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    assert len(record["result"]["passages"]) == 12
+    assert len(json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["result"]["passages"]) == 12
 
 
 def test_long_documents_with_baselines(run, capsys):

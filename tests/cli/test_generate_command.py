@@ -34,7 +34,6 @@ def expect(untrained_run: Path, prompt: str = PROMPT, memory: Path | None = None
         load_memory_file(model, memory)
     ids = torch.tensor([tokenizer.encode(prompt).ids])
     _, statistics = model.generate(ids, tokenizer=tokenizer, eos_token_id=0, **options)
-    assert statistics.texts is not None
     return prompt + statistics.texts[0] + "\n"
 
 
@@ -44,7 +43,6 @@ def test_text_goes_to_stdout_and_statistics_to_stderr_and_stop_ends_the_text(unt
     text = expect(untrained_run, max_new_tokens=40)
     assert captured.out == text
     found = re.fullmatch(STATISTICS, captured.err)
-    assert found is not None
     assert int(found[1]) == 40
     stop = text[len(PROMPT) :][4:7]
     assert call(untrained_run, "--max-new-tokens", 40, "--stop", stop) == 0
@@ -125,7 +123,6 @@ def test_a_memory_is_filled_from_files(untrained_run, tmp_path, capsys):
     found = re.fullmatch(
         r"(\S+): ([\d,]+) tokens in ([\d,]+) segments of 2 files, [\d,]+ tokens/s, ([\d,]+) bytes\n", captured.out
     )
-    assert found is not None
     assert captured.err == "reading 2 files, 10,000 bytes\n"
     assert (found[1], int(found[4].replace(",", ""))) == (str(out), out.stat().st_size)
     assert list(out.parent.iterdir()) == [out]

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,7 +62,7 @@ def write_run(folder: Path, perplexity: float, seed: int = 0, model: str = "infi
     nothing = dict.fromkeys(("standard_error", "word_perplexity", "bits_per_byte"))
     verdict = {"level": "normal", "text": "normal"}
     sliding = nothing | {"perplexity": perplexity, "unigram_perplexity": 600.0, "verdict": verdict}
-    entry: dict[str, Any] = {"model_type": model, "evaluation": {"sliding": sliding}}
+    entry = {"model_type": model, "evaluation": {"sliding": sliding}}
     results = {"schema_version": 1, "name": folder.name, "status": "complete", "config": {"seed": seed}}
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results | {"models": [entry]}))

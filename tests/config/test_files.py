@@ -14,25 +14,11 @@ import torch
 from safetensors import SafetensorError
 
 from disk_faults import stop_everywhere
-from new_llm.config import UserError
-from new_llm.config.files import (
-    MANIFEST_FILE,
-    check_manifest,
-    describe_holder,
-    describe_os_error,
-    hold_lock,
-    name_refusals,
-    remove_folder_atomically,
-    remove_leftovers,
-    write_atomically,
-    write_folder_atomically,
-    write_manifest,
-    write_text_atomically,
-)
+from new_llm.config import UserError, files
 
 
 def write_folder(path: Path, text: str) -> None:
-    with write_folder_atomically(path) as folder:
+    with files.write_folder_atomically(path) as folder:
         (folder / "one").write_text(text)
         (folder / "deep").mkdir()
         (folder / "deep" / "two").write_text(text)
@@ -52,10 +38,10 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("write", "change", "left"),
     [
-        (write_text_atomically, lambda path: write_text_atomically(path, "new"), [{"old"}, {"new"}]),
+        (files.write_text_atomically, lambda path: files.write_text_atomically(path, "new"), [{"old"}, {"new"}]),
         # Replacing a folder takes two moves; a machine that dies between them leaves none.
         (write_folder, lambda path: write_folder(path, "new"), [{"old"}, {"new"}, None]),
-        (write_folder, remove_folder_atomically, [{"old"}, None]),
+        (write_folder, files.remove_folder_atomically, [{"old"}, None]),
     ],
     ids=["file", "folder", "removal"],
 )
@@ -81,17 +67,16 @@ WRITE = (
 def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_never_a_living_one_s(tmp_path):
     path = tmp_path / "file"
     writer = start(WRITE, path)
-    assert writer.stdout is not None
     assert writer.stdout.readline() == "writing\n"
     assert len(list(tmp_path.iterdir())) == 1
-    write_text_atomically(path, "mine")
-    assert remove_leftovers(tmp_path) == []
+    files.write_text_atomically(path, "mine")
+    assert files.remove_leftovers(tmp_path) == []
     assert len(list(tmp_path.iterdir())) == 2
     writer.kill()
     writer.communicate()
-    write_text_atomically(tmp_path / "another", "")
+    files.write_text_atomically(tmp_path / "another", "")
     assert len(list(tmp_path.iterdir())) == 3
-    write_text_atomically(path, "mine again")
+    files.write_text_atomically(path, "mine again")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["another", "file"]
 
 
@@ -100,9 +85,9 @@ def test_only_folders_with_our_ending_are_leftovers(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / ".name.file.tmp").write_text("a user's")
     (tmp_path / ".name.link.tmp").symlink_to(tmp_path / ".hidden", target_is_directory=True)
-    assert remove_leftovers(tmp_path, "other") == []
-    assert remove_leftovers(tmp_path, "name") == [tmp_path / ".name.abc.tmp"]
-    assert remove_leftovers(tmp_path) == remove_leftovers(tmp_path / "absent") == []
+    assert files.remove_leftovers(tmp_path, "other") == []
+    assert files.remove_leftovers(tmp_path, "name") == [tmp_path / ".name.abc.tmp"]
+    assert files.remove_leftovers(tmp_path) == files.remove_leftovers(tmp_path / "absent") == []
     assert len(list(tmp_path.iterdir())) == 5
 
 
@@ -125,9 +110,9 @@ RUST = SafetensorError("Error while serializing: I/O error: No space left on dev
 )
 def test_what_the_disk_refuses_names_the_file_and_what_to_do(tmp_path, write, way):
     path = tmp_path / "file"
-    with pytest.raises(OSError, match=str(path)) as caught, write_atomically(path) as temporary:
+    with pytest.raises(OSError, match=str(path)) as caught, files.write_atomically(path) as temporary:
         write(temporary)
-    message = describe_os_error(caught.value)
+    message = files.describe_os_error(caught.value)
     assert message.startswith(f"{path}: ")
     assert way in message
     assert ".tmp" not in message
@@ -135,7 +120,7 @@ def test_what_the_disk_refuses_names_the_file_and_what_to_do(tmp_path, write, wa
 
 def test_other_errors_stay_as_they_are(tmp_path):
     for error in (ValueError("x"), OSError(errno.ECONNRESET, "reset"), FileNotFoundError(2, "none", "elsewhere")):
-        with pytest.raises(type(error)) as caught, name_refusals(tmp_path):
+        with pytest.raises(type(error)) as caught, files.name_refusals(tmp_path):
             raise error
         assert caught.value is error
 
@@ -149,7 +134,6 @@ HOLD = (
 @pytest.fixture
 def holder(tmp_path: Path):
     process = start(HOLD, tmp_path / "lock")
-    assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     with process:
         yield process
@@ -158,7 +142,7 @@ def holder(tmp_path: Path):
 
 def test_the_second_is_refused_with_who_holds_it(tmp_path, holder):
     who = f"another process (PID {holder.pid} on {socket.gethostname()!r}, since 2"
-    with pytest.raises(UserError, match=re.escape(f"runs/a: {who}")), hold_lock(tmp_path / "lock", "runs/a"):
+    with pytest.raises(UserError, match=re.escape(f"runs/a: {who}")), files.hold_lock(tmp_path / "lock", "runs/a"):
         pytest.fail("both hold it")
 
 
@@ -166,8 +150,8 @@ def test_a_killed_holder_leaves_no_lock(tmp_path, holder):
     """Who waits is told of it once, and goes on when the holder ends."""
     lines: list[str] = []
     threading.Timer(0.2, holder.kill).start()
-    with hold_lock(tmp_path / "lock", "the token cache", on_wait=lines.append):
-        assert describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
+    with files.hold_lock(tmp_path / "lock", "the token cache", on_wait=lines.append):
+        assert files.describe_holder(tmp_path / "lock").startswith(f"another process (PID {os.getpid()} ")
     (line,) = lines
     assert line.startswith(f"waiting for another process (PID {holder.pid} on ")
     assert line.endswith("is using the token cache")
@@ -177,7 +161,7 @@ def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for path in (tmp_path / "file" / "lock", tmp_path / "link"):
-        with pytest.raises(UserError, match="can't make the lock"), hold_lock(path, "x"):
+        with pytest.raises(UserError, match="can't make the lock"), files.hold_lock(path, "x"):
             pytest.fail("it is made")
     assert not (tmp_path / "elsewhere").exists()
 
@@ -197,9 +181,9 @@ def test_a_lock_that_can_t_be_made_is_one_line(tmp_path):
 def test_a_damaged_manifest_is_itself_a_fault(tmp_path, content, fault):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "weights").write_bytes(bytes(5120))
-    write_manifest(tmp_path)
-    assert check_manifest(tmp_path) == []
-    (path := tmp_path / MANIFEST_FILE).unlink()
+    files.write_manifest(tmp_path)
+    assert files.check_manifest(tmp_path) == []
+    (path := tmp_path / files.MANIFEST_FILE).unlink()
     if content is not None:
         path.write_bytes(content)
-    assert check_manifest(tmp_path) == [fault]
+    assert files.check_manifest(tmp_path) == [fault]

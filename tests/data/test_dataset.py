@@ -109,8 +109,7 @@ def test_splits_are_whole_documents_and_disjoint(config, speeches):
     assert data.vocab_size == 512
     assert data.train.tokens.dtype == np.uint16
     assert data.train.num_bytes.sum() == sum(len(text.encode()) for text in train)
-    other = prepare_data(replace(plain, split_seed=1))
-    assert texts_of(other)[1] != validation
+    assert texts_of(prepare_data(replace(plain, split_seed=1)))[1] != validation
     for fraction, count in ((0.01, 1), (0.5, 6), (0.99, 11)):
         assert prepare_data(replace(plain, validation_fraction=fraction)).validation.num_documents == count
 
@@ -465,11 +464,9 @@ def test_cached_copies_are_read_without_a_hub(tmp_path, speeches, empty_hub_cach
     lines = [f" {line}\n" for i, text in enumerate(speeches) for line in ("", f"= Title {i} =", "", text)]
     article_lines = tmp_path / "hf/datasets/Salesforce___wikitext/wikitext-2-raw-v1/0.0.0/abc"
     for folder, texts in ((prepared, speeches), (article_lines, lines)):
-        dataset = Dataset.from_dict({"text": texts})
-        dataset.save_to_disk(folder)
+        Dataset.from_dict({"text": texts}).save_to_disk(folder)
         name = folder.parents[2].name.split("___")[1]
-        arrow = next(folder.glob("data-*.arrow"))
-        arrow.rename(folder / f"{name}-train.arrow")
+        next(folder.glob("data-*.arrow")).rename(folder / f"{name}-train.arrow")
         info = json.loads((folder / "dataset_info.json").read_text())
         info |= {"config_name": folder.parents[1].name, "dataset_name": name, "builder_name": "parquet"}
         info["splits"] = {"train": {"name": "train", "num_examples": len(texts), "dataset_name": name}}

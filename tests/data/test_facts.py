@@ -18,16 +18,8 @@ from tokenizers.models import WordLevel
 from model_cases import TEXT
 from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import MAX_CANDIDATES
+from new_llm.data import recall_facts
 from new_llm.data.batches import plan_batches
-from new_llm.data.recall_facts import (
-    SamplePlanter,
-    SentenceBorders,
-    _read_facts,
-    choose_place,
-    draw_needle,
-    draw_pairs_of_facts,
-    is_key_of,
-)
 from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
 from tiny import SPEECHES
 from tokenizer_families import train_family
@@ -52,7 +44,7 @@ def decode(tokens: np.ndarray) -> str:
 
 
 def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object) -> Iterator[Planted]:
-    planter = SamplePlanter(TOKENIZER, replace(CONFIG, **changes), seed)
+    planter = recall_facts.SamplePlanter(TOKENIZER, replace(CONFIG, **changes), seed)
     for epoch, begin in itertools.product(range(epochs), range(0, 8 * size if epochs == 1 else size, size)):
         sample = SPLIT.document(0)[begin : begin + size].astype(np.int64)
         before = sample.copy()
@@ -163,7 +155,7 @@ def test_the_distances_are_those_asked_for():
 def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
     pinned = replace(SPLIT, num_pinned_documents=1)
     options = {"seq_length": 256, "batch_size": 3, "order": "shuffled", "seed": 0, "epoch": 2}
-    planter = SamplePlanter(TOKENIZER, CONFIG, seed=0)
+    planter = recall_facts.SamplePlanter(TOKENIZER, CONFIG, seed=0)
     plain = plan_batches(pinned, **options)
     plan = plan_batches(pinned, **options, planter=planter, answer_weight=7.0)
     assert len(plan) == len(plain)
@@ -191,24 +183,24 @@ def test_a_plan_plants_and_weighs_but_not_in_pinned_documents():
 
 SMALL = train_tokenizer([TEXT], 330)
 TOKENS = np.array(SMALL.encode(TEXT * 4).ids)
-BORDERS = SentenceBorders(SMALL)
+BORDERS = recall_facts.SentenceBorders(SMALL)
 
 
 @pytest.mark.parametrize("task", ["passkey", "facts", "changed"])
 @pytest.mark.parametrize("part", ["train", "eval"])
 def test_a_needle_is_a_question_with_its_answer(task, part):
     for trial in range(40):
-        needle = draw_needle(task, part, 10, np.random.default_rng(trial))
+        needle = recall_facts.draw_needle(task, part, 10, np.random.default_rng(trial))
         assert needle.statement.startswith(needle.prompt + needle.candidates[0])
         assert needle.replaced == (needle.prompt + needle.candidates[1] if task == "changed" else "")
         assert len(set(needle.candidates)) == 10
         assert all(candidate[0] == " " and candidate[-1] == "." for candidate in needle.candidates)
         assert needle.prompt == needle.prompt.strip()
-        assert needle == draw_needle(task, part, 10, np.random.default_rng(trial))
+        assert needle == recall_facts.draw_needle(task, part, 10, np.random.default_rng(trial))
 
 
 def test_train_and_eval_share_no_name_value_or_key():
-    parts = {part: _read_facts(part) for part in ("train", "eval")}
+    parts = {part: recall_facts._read_facts(part) for part in ("train", "eval")}
     for names in ("first_names", "surnames"):
         assert not set(parts["train"][0][names]) & set(parts["eval"][0][names])
     for relation in parts["eval"][1]:
@@ -217,16 +209,20 @@ def test_train_and_eval_share_no_name_value_or_key():
     keys = {part: set() for part in parts}
     for part, found in keys.items():
         for trial in range(300):
-            needle = draw_needle("passkey", part, 10, np.random.default_rng(trial))
+            needle = recall_facts.draw_needle("passkey", part, 10, np.random.default_rng(trial))
             found.update(int(answer.strip(" .")) for answer in needle.candidates)
     assert not keys["train"] & keys["eval"]
-    assert all(is_key_of(key, "train") != is_key_of(key, "eval") for key in range(10_000, 10_200))
-    assert np.mean([is_key_of(key, "eval") for key in range(10_000, 20_000)]) == pytest.approx(0.2, abs=0.02)
+    assert all(
+        recall_facts.is_key_of(key, "train") != recall_facts.is_key_of(key, "eval") for key in range(10_000, 10_200)
+    )
+    assert np.mean([recall_facts.is_key_of(key, "eval") for key in range(10_000, 20_000)]) == pytest.approx(
+        0.2, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("one_relation", [True, False])
 def test_facts_in_both_directions_share_no_name(one_relation):
-    pairs = draw_pairs_of_facts("eval", 50, 4, seed=0, one_relation=one_relation)
+    pairs = recall_facts.draw_pairs_of_facts("eval", 50, 4, seed=0, one_relation=one_relation)
     assert len({pair.subject for pair in pairs}) == len(pairs) == 200
     for begin in range(0, 200, 4):
         text = pairs[begin : begin + 4]
@@ -241,7 +237,7 @@ def test_facts_in_both_directions_share_no_name(one_relation):
 @pytest.mark.parametrize("depth", [0, 0.3, 0.5, 1])
 def test_a_sentence_is_put_near_its_depth_and_not_across_segments(segment_length, depth):
     length = 17
-    place = choose_place(TOKENS, length, depth, segment_length, BORDERS)
+    place = recall_facts.choose_place(TOKENS, length, depth, segment_length, BORDERS)
     assert abs(place - depth * len(TOKENS)) <= segment_length / 2
     assert place // segment_length == (place + length - 1) // segment_length
     assert place == 0 or place in BORDERS.find_words(TOKENS)

@@ -15,18 +15,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.multiprocessing.spawn import ProcessExitedException
 
 import new_llm.processes
+from new_llm import evaluation
 from new_llm.config import EvalConfig, TrainConfig, UserError
 from new_llm.config.loading import flatten_settings
 from new_llm.data.reversal_pairs import get_reversal_pairs
-from new_llm.evaluation import (
-    Positions,
-    Subject,
-    evaluate_independent,
-    evaluate_reversal_curse,
-    evaluate_rolling,
-    evaluate_sliding_window,
-    evaluate_streaming,
-)
 from new_llm.models import create_model, load_model
 from new_llm.processes import ALONE, Processes
 from new_llm.training import TrainingInterrupted, preparation
@@ -38,11 +30,7 @@ from training_cases import VOCAB, make_config, make_split, make_trainer, read_cu
 WAYS = ("ddp", "fsdp")
 KINDS = ("pythia", "infini", "multi_memory", "hierarchical", "selective", "token_memory")
 TOLERANCE = 1e-4
-
-
 ROWS = {"batch_size": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
-
-
 Cases = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
 """By name the kind of a model, its options, and what its configuration has else."""
 
@@ -65,8 +53,7 @@ def compare_all(root: Path, cases: Cases, count: int = 2) -> None:
         for way in WAYS:
             assert read_curve(root / way / name) == pytest.approx(expected, rel=TOLERANCE), (name, way)
             found = load_model(root / way / name / BEST_FOLDER).state_dict()
-            for key, tensor in best.items():
-                assert torch.allclose(tensor, found[key], atol=1e-3), (name, way, key)
+            torch.testing.assert_close(found, best, atol=1e-3, rtol=1e-5)
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path):
@@ -124,8 +111,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way(tmp_path
     found = read_checkpoint(list_checkpoints(tmp_path / "two-fsdp")[0])
     alone = read_checkpoint(list_checkpoints(tmp_path / "one-ddp")[0])
     assert found.values["memory_rows"] == alone.values["memory_rows"] == 6
-    for name, tensor in alone.weights.items():
-        assert torch.allclose(tensor, found.weights[name], atol=1e-3), name
+    torch.testing.assert_close(found.weights, alone.weights, atol=1e-3, rtol=1e-5)
     for key, value in alone.values["memory"][0].items():
         if isinstance(value, torch.Tensor):
             assert torch.allclose(value, found.values["memory"][0][key], rtol=1e-2, atol=1e-3), key
@@ -145,17 +131,19 @@ def measure_all(processes: Processes) -> dict[str, Any]:
     tokenizer = Tokenizer(WordLevel({word: index % VOCAB for index, word in enumerate(["?", *words])}, unk_token="?"))
     tokenizer.pre_tokenizer = Whitespace()
     settings = EvalConfig(position_edges=(0, 2, 8), batch_size=3)
-    subject = Subject(model, tokenizer, split, settings, seq_length=16, processes=processes)
+    subject = evaluation.Subject(model, tokenizer, split, settings, seq_length=16, processes=processes)
     return {
-        "sliding": evaluate_sliding_window(model, split, context=16, stride=4, **shared).to_dict(),
-        "rolling": evaluate_rolling(model, split, context=16, prefix_token=0, **shared).to_dict(),
-        "independent": evaluate_independent(model, split, max_tokens=300, **shared).to_dict(),
-        "streaming": evaluate_streaming(model, split, **shared).to_dict(),
+        "sliding": evaluation.evaluate_sliding_window(model, split, context=16, stride=4, **shared).to_dict(),
+        "rolling": evaluation.evaluate_rolling(model, split, context=16, prefix_token=0, **shared).to_dict(),
+        "independent": evaluation.evaluate_independent(model, split, max_tokens=300, **shared).to_dict(),
+        "streaming": evaluation.evaluate_streaming(model, split, **shared).to_dict(),
         # One document: all processes but one have nothing to read.
-        "one document": evaluate_streaming(model, split, max_tokens=100, **shared).to_dict(),
-        "one window": evaluate_sliding_window(model, split, context=64, stride=64, max_tokens=50, **shared).to_dict(),
-        "positions": {str(entry["start"]): entry for entry in Positions().run(subject)["ranges"]},
-        "reversal": evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=20, **shared).to_dict(),
+        "one document": evaluation.evaluate_streaming(model, split, max_tokens=100, **shared).to_dict(),
+        "one window": evaluation.evaluate_sliding_window(
+            model, split, context=64, stride=64, max_tokens=50, **shared
+        ).to_dict(),
+        "positions": {str(entry["start"]): entry for entry in evaluation.Positions().run(subject)["ranges"]},
+        "reversal": evaluation.evaluate_reversal_curse(model, tokenizer, pairs, num_resamples=20, **shared).to_dict(),
     }
 
 
@@ -205,12 +193,14 @@ def check_shards(processes: Processes) -> None:
     assert [policy.param_dtype for policy in policies] == [torch.bfloat16] * len(model.layers) + [None]
     assert {policy.reduce_dtype for policy in policies} == {torch.float32}
     gathered = gather_model(model, prepared.structure).state_dict()
-    assert all(torch.equal(gathered[name], weight) for name, weight in whole.state_dict().items())
+    torch.testing.assert_close(gathered, whole.state_dict(), rtol=0, atol=0)
     # Documents of unequal lengths, read with the weights divided; then the gradients are as if nothing had been read.
     split = make_split((40, 9, 9))
-    reading: Any = {"batch_size": 1, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-    found = evaluate_streaming(ShardedModel(prepared, model, processes), split, processes=processes, **reading)
-    assert found.loss == pytest.approx(evaluate_streaming(whole, split, **reading).loss, rel=1e-3)
+    reading = {"batch_size": 1, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    found = evaluation.evaluate_streaming(
+        ShardedModel(prepared, model, processes), split, processes=processes, **reading
+    )
+    assert found.loss == pytest.approx(evaluation.evaluate_streaming(whole, split, **reading).loss, rel=1e-3)
     assert all(2 * p.to_local().numel() <= p.numel() + 64 for p in model.parameters())
     loss = prepared.batch_loss(None)
     loss.backward()

@@ -1,13 +1,123 @@
-"""The measure of caches against streams of cached models with the settings that it found."""
+"""Cached models in every measure, against loops that use transformers alone, and the measure of caches itself."""
+
+import math
 
 import numpy as np
 import pytest
-from evaluation_stand_ins import VOCAB_SIZE, make_documents, make_tiny_model
+import torch
+from evaluation_stand_ins import make_documents, make_tiny_model
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from new_llm.config.evaluation import CacheMeasureConfig, EvalConfig, LongDocumentsConfig
+from new_llm import evaluation
+from new_llm.config import EvalConfig
+from new_llm.config.evaluation import CacheMeasureConfig, LongDocumentsConfig
 from new_llm.config.model import CacheConfig
-from new_llm.evaluation import CachedModel, Caches, Subject, evaluate_streaming, tune_cache
+from new_llm.evaluation.scoring import Scorer, join_scores
+from new_llm.models.cache import TextCache
+from new_llm.models.hf.gpt_neox import load_pythia
 from tiny import make_split
+
+SEGMENT, VOCAB_SIZE = 8, 11
+SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+DOCUMENTS = make_documents([70, 3, 41, 2, 64, 17])
+SPLIT = make_split(DOCUMENTS)
+WEIGHTS = (
+    (0.7, 0.3, 0, 0, 0, 0),
+    (0.6, 0.3, 0.1, 0, 0, 0),
+    (0.4, 0.2, 0.1, 0.3, 0, 0.2),
+    (0.1, 0.2, 0.3, 0.2, 0.2, 0.1),
+    *((0.1, 0.2, 0.1, 0.1, 0.2, share) for share in (0.3, 0.5, 0.7, 0.9)),
+)
+CONFIG = CacheConfig(num_states=12, ngram_order=3, longest_match=True, theta=3.0, weights=WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(**SHAPE, intermediate_size=32, max_position_embeddings=SEGMENT, initializer_range=0.5)
+    path = tmp_path_factory.mktemp("neox")
+    GPTNeoXForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def score_with_transformers_alone(path, tokens: list[int]) -> list[float]:
+    """The loss of each token but the first; segments are read alone, the cache sees the whole document."""
+    model, cache = GPTNeoXForCausalLM.from_pretrained(path).double().eval(), TextCache(CONFIG)
+    losses = []
+    for begin in range(0, len(tokens) - 1, SEGMENT):
+        piece = torch.tensor(tokens[begin : min(begin + SEGMENT, len(tokens) - 1)])
+        with torch.no_grad():
+            found = model(piece[None], output_hidden_states=True)
+        states = found.hidden_states[-1][0]
+        mixed = cache.mix(states, piece, found.logits[0].softmax(-1))
+        losses += [-math.log(shares[token]) for shares, token in zip(mixed, tokens[begin + 1 :], strict=False)]
+        cache.add(states, piece)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def expected_losses(folder):
+    return [score_with_transformers_alone(folder, tokens) for tokens in DOCUMENTS]
+
+
+@pytest.mark.parametrize(
+    "wrap", [load_pythia, lambda path: evaluation.HuggingFaceLM(GPTNeoXForCausalLM.from_pretrained(path))]
+)
+@pytest.mark.parametrize(("batch_size", "segments_per_call"), [(4, 1), (9, 20)])
+def test_streams_equal_a_loop_written_with_transformers_alone(
+    folder, expected_losses, wrap, batch_size, segments_per_call
+):
+    model = evaluation.CachedModel(wrap(folder), CONFIG).double()
+    scorer = Scorer(model, [np.array(tokens) for tokens in DOCUMENTS], {"batch_size": batch_size})
+    found = join_scores(scorer.score_streams(segments_per_call))
+    for index in range(len(DOCUMENTS)):
+        chosen = found.documents == index
+        order = np.argsort(found.positions[chosen])
+        np.testing.assert_allclose(found.losses[chosen][order], expected_losses[index], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pythia_segments", "infini", "token_memory"])
+def test_an_empty_cache_is_the_bare_model_bit_for_bit(kind):
+    model = make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5)
+    plain, cached = (
+        [
+            evaluation.evaluate_streaming(one, SPLIT, batch_size=3, segments_per_call=2).documents["total_nll"],
+            evaluation.evaluate_sliding_window(one, SPLIT, context=12, stride=5, batch_size=3).documents["total_nll"],
+        ]
+        for one in (model, evaluation.CachedModel(model, CacheConfig()))
+    )
+    assert plain == cached
+
+
+@pytest.mark.parametrize("kind", ["pythia_segments", "token_memory"])
+def test_its_distributions_sum_to_one_and_are_what_its_losses_say(kind):
+    model = evaluation.CachedModel(make_tiny_model(kind, VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
+    ids = torch.tensor([DOCUMENTS[0][:30], DOCUMENTS[4][:30]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 11:] = False
+    with torch.inference_mode(), model.fresh_memory(batch_size=2):
+        for piece in (slice(0, 13), slice(13, 29)):
+            logs = model(ids[:, piece], mask[:, piece])
+            torch.testing.assert_close(logs.exp().sum(-1), torch.ones_like(logs[..., 0]), rtol=1e-12, atol=0)
+            labels = ids[:, piece.start : piece.stop + 1].masked_fill(~mask[:, piece.start : piece.stop + 1], -100)
+            losses = model.token_losses(ids[:, piece], labels, mask[:, piece], update_memory=True)
+            wanted = labels[:, 1:] >= 0
+            named = -logs.gather(2, labels[:, 1:].clamp_min(0)[..., None])[..., 0]
+            torch.testing.assert_close(losses, torch.where(wanted, named, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_long_documents_carry_empty_and_lend_the_cache():
+    model = evaluation.CachedModel(make_tiny_model("pythia_segments", VOCAB_SIZE, SEGMENT, spread=0.5), CONFIG)
+    settings = EvalConfig(long_documents=LongDocumentsConfig(min_tokens=17, edges=(0,), batch_size=4))
+    for one, num_different in ((model, 3), (model.model, 1)):  # a Pythia alone has three equal ways
+        result = evaluation.LongDocuments().run(evaluation.Subject(one, None, SPLIT, settings))
+        perplexity = result["overall"]["perplexity"].values()
+        assert len({round(found["value"], 6) for found in perplexity}) == num_different
+    assert model.held is None
+
+
+# The measure of caches, against streams of cached models with the settings that it found
+
 
 LONG = LongDocumentsConfig(min_tokens=30, edges=(0, 20))
 SETTINGS = CacheMeasureConfig(sizes=(3, 20), ngram_orders=(1, 3), thetas=(1.0, 8.0), segments_per_call=2)
@@ -17,53 +127,54 @@ def repeat(document: list[int]) -> list[int]:
     return document + document[3:] + document[5:20]
 
 
-DOCUMENTS = [repeat(document) for document in make_documents([40, 30, 5, 50, 44, 61])]
+REPEATED = [repeat(document) for document in make_documents([40, 30, 5, 50, 44, 61])]
 
 
 def measure(model, split, max_tokens=None, **hooks):
     settings = EvalConfig(caches=SETTINGS, long_documents=LONG, max_tokens=max_tokens)
-    return Caches().run(Subject(model, None, split, settings, **hooks))
+    return evaluation.Caches().run(evaluation.Subject(model, None, split, settings, **hooks))
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make_tiny_model("infini", VOCAB_SIZE, 8, spread=0.02)
+def infini():
+    return make_tiny_model("infini", VOCAB_SIZE, SEGMENT, spread=0.02)
 
 
-def test_each_half_is_measured_with_the_settings_of_the_other(model):
-    split = make_split(DOCUMENTS)
-    result = measure(model, split)
+def test_each_half_is_measured_with_the_settings_of_the_other(infini):
+    split = make_split(REPEATED)
+    result = measure(infini, split)
     assert [found["name"] for found in result["caches"]] == [
         "bare", "+ 3 states", "+ 20 states", "+ unigrams", "+ trigrams", "+ longest match", "+ all"
     ]  # fmt: skip
     assert [entry["index"] for entry in result["documents"]] == [0, 1, 3, 4, 5]
-    plain = evaluate_streaming(model, split, batch_size=2).documents["total_nll"]
+    plain = evaluation.evaluate_streaming(infini, split, batch_size=2).documents["total_nll"]
     for entry in result["documents"]:
         assert sum(entry["total_nll"]["bare"]) == pytest.approx(plain[entry["index"]], rel=1e-6)
     for found in result["caches"][1:]:
         for half in range(2):
             tuned = found["settings"][half]
-            others = [DOCUMENTS[entry["index"]] for entry in result["documents"] if entry["half"] != half]
+            others = [REPEATED[entry["index"]] for entry in result["documents"] if entry["half"] != half]
             config = CacheConfig(**{key: found[key] for key in ("num_states", "ngram_order", "longest_match")})
-            config = tune_cache(model, list(map(np.array, others)), config, SETTINGS)
+            config = evaluation.tune_cache(infini, list(map(np.array, others)), config, SETTINGS)
             assert (config.theta, np.array(config.weights).tolist()) == (tuned["theta"], tuned["weights"])
-            streamed = evaluate_streaming(CachedModel(model, config), split, batch_size=3).documents["total_nll"]
+            streamed = evaluation.evaluate_streaming(
+                evaluation.CachedModel(infini, config), split, batch_size=3
+            ).documents["total_nll"]
             for entry in result["documents"]:
                 if entry["half"] == half:
                     losses = entry["total_nll"][found["name"]]
                     assert sum(losses) == pytest.approx(streamed[entry["index"]], rel=1e-6)
                     assert len(losses) == 2
     for entry in result["documents"]:  # a token is of the kind of the longest n-gram that stands before it, too
-        text, kinds = DOCUMENTS[entry["index"]], [0, 0, 0, 0]
+        text, kinds = REPEATED[entry["index"]], [0, 0, 0, 0]
         for end in range(1, len(text)):
             grams = [text[end - n : end + 1] for n in range(min(3, end + 1))]
             earlier = [[text[i - n : i + 1] for i in range(n, end)] for n in range(3)]
             kinds[sum(gram in known for gram, known in zip(grams, earlier, strict=False))] += 1
         assert entry["repetition"]["num_tokens"] == kinds
-        bare = entry["repetition"]["total_nll"]["bare"]
-        assert sum(bare) == pytest.approx(sum(entry["total_nll"]["bare"]))
-    assert "bytes per token" in Caches().describe(result)
-    assert set(Caches().losses(result)) >= {"bare", "repeated trigrams", "new tokens, + longest match"}
+        assert sum(entry["repetition"]["total_nll"]["bare"]) == pytest.approx(sum(entry["total_nll"]["bare"]))
+    assert "bytes per token" in evaluation.Caches().describe(result)
+    assert set(evaluation.Caches().losses(result)) >= {"bare", "repeated trigrams", "new tokens, + longest match"}
     everything = result["caches"][-1]
     assert everything["relative"]["high"] < 0  # the documents repeat themselves
     ratio = everything["perplexity"]["value"] / result["caches"][0]["perplexity"]["value"]
@@ -71,8 +182,8 @@ def test_each_half_is_measured_with_the_settings_of_the_other(model):
     assert everything["size"] == {"state_numbers": 20 * 33, "state_bytes": 20 * 130, "bytes_per_token": 2}
 
 
-def test_few_documents_have_no_interval_and_one_no_result(model):
-    assert measure(model, make_split(DOCUMENTS[:3]))["caches"][-1]["relative"]["low"] is None
-    assert measure(model, make_split(DOCUMENTS[1:3])) is None
-    stopped = measure(model, make_split(DOCUMENTS), should_stop=iter([False, True]).__next__)
+def test_few_documents_have_no_interval_and_one_no_result(infini):
+    assert measure(infini, make_split(REPEATED[:3]))["caches"][-1]["relative"]["low"] is None
+    assert measure(infini, make_split(REPEATED[1:3])) is None
+    stopped = measure(infini, make_split(REPEATED), should_stop=iter([False, True]).__next__)
     assert (len(stopped["documents"]), stopped["is_complete"]) == (2, False)

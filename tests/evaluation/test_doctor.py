@@ -139,8 +139,7 @@ def test_the_model_is_left_as_it_was():
     model(torch.arange(64).view(2, 32), update_memory=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held = model.get_memory_state()
-    report = examine(model)
-    assert list(report) == list(CHECKS)
+    assert list(examine(model)) == list(CHECKS)
     assert all(module.training for module in model.modules())
     assert (model.segment_length, model.memory_rows) == (SEGMENT, 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -250,7 +249,6 @@ drop_in_training = hidden(lambda h, layer: F.dropout(h, 0.1, training=layer.trai
 scale_by_tokens = written(memories=lambda m: m.memories / m.num_tokens.sum().clamp_min(1))
 overflow = written(memories=lambda m: m.memories * 1e30)
 miscount = written(num_tokens=lambda m: m.num_tokens + 1)
-
 FAULTS = [
     (look_one_ahead, "infini", None, "causality", "logits before changed token"),
     (look_into_later_segments, "infini", "tuned", "causality", "logits before changed token"),
@@ -379,8 +377,7 @@ def test_part_of_a_validation_document_in_training():
 def test_forward_sentences_that_are_not_in_training():
     data = make_data()
     data = dataclasses.replace(data, train=data.validation, pairs=data.pairs[:1])
-    report = examine_data(data, checks=("reversal",))
-    check_only(report, "warning", "reversal", "only 0 of 1 forward sentences")
+    check_only(examine_data(data, checks=("reversal",)), "warning", "reversal", "only 0 of 1 forward sentences")
 
 
 # The search for shared text: few different tokens, so that much is shared; documents may be empty or very short
@@ -399,8 +396,7 @@ def test_shared_spans_equal_a_naive_search(train, validation, length):
     shared = [[span in known for span in list_spans(document, length)] for document in validation]
     places, is_shared = find_shared_spans(make_split(train), make_split(validation), length)
     offsets = make_split(validation).offsets
-    expected = [offsets[number] + i for number, row in enumerate(shared) for i in range(len(row))]
-    assert places.tolist() == expected
+    assert places.tolist() == [offsets[number] + i for number, row in enumerate(shared) for i in range(len(row))]
     assert is_shared.tolist() == [value for row in shared for value in row]
 
 

@@ -26,8 +26,6 @@ DOCUMENTS = make_documents(LENGTHS)
 SPLIT = make_split(DOCUMENTS)
 EDGES = (0, 16, 40, 100, 1000)
 LONG = [index for index, length in enumerate(LENGTHS) if length >= 17]
-
-
 WAYS = ("carried", "reset", "foreign")
 
 
@@ -46,15 +44,6 @@ def read_with_foreign_memory(model, tokens, lender):
             if lent := lender[begin : begin + length]:
                 model(torch.tensor([lent]), update_memory=True)
     return losses
-
-
-def range_sums(losses):
-    """Tokens and total loss by range of the distance, which for the first loss is 1."""
-    rows = []
-    for start, end in zip(EDGES, [*EDGES[1:], math.inf], strict=True):
-        inside = [loss for distance, loss in enumerate(losses, start=1) if start <= distance < end]
-        rows.append((len(inside), sum(inside)))
-    return rows
 
 
 @pytest.mark.parametrize(
@@ -84,9 +73,12 @@ def test_every_way_equals_a_naive_loop(kind, segment_length, batch_size):
             assert lender is not tokens
             expected["foreign"] = read_with_foreign_memory(model, tokens, lender)
         for way, totals in entry["total_nll"].items():
-            sums = range_sums(expected[way])
-            assert entry["num_tokens"][way] == [count for count, _ in sums]
-            assert totals == pytest.approx([total for _, total in sums], rel=1e-9)
+            inside = [
+                [loss for distance, loss in enumerate(expected[way], start=1) if start <= distance < end]
+                for start, end in zip(EDGES, [*EDGES[1:], math.inf], strict=True)
+            ]
+            assert entry["num_tokens"][way] == list(map(len, inside))
+            assert totals == pytest.approx(list(map(sum, inside)), rel=1e-9)
     lenders = [entry["foreign_memory_of"] for entry in result["documents"]]
     assert not model.memory_layers or len(set(lenders)) >= len(LONG) - 1
     assert_states_equal(model.get_memory_state(), held)
@@ -126,8 +118,7 @@ def test_documents_are_chosen_and_cut():
     model = make_exact()
     result = measure(model, max_documents=3, max_tokens_per_document=60)
     assert [entry["index"] for entry in result["documents"]] == LONG[:3]
-    short = make_split([DOCUMENTS[i][:60] for i in LONG[:3]])
-    assert result["overall"] == measure(model, short)["overall"]
+    assert result["overall"] == measure(model, make_split([DOCUMENTS[i][:60] for i in LONG[:3]]))["overall"]
     with pytest.raises(UserError, match="the longest of 0 has 0"):
         measure(model, make_split([]))
 

@@ -43,22 +43,19 @@ class Copier(nn.Module):
         self.segment_length = segment_length
         self.num_segments = num_segments
         self.held = ["not to be touched"]
-        self.num_written = 0
 
     def forward(self, input_ids, attention_mask=None):
         logits = torch.zeros(*input_ids.shape, VOCAB_SIZE)
         for row, ids in enumerate(input_ids.tolist()):
             real = len(ids) if attention_mask is None else int(attention_mask[row].sum())
+            held = self.held[row % len(self.held)]
+            if self.num_segments is not None:
+                held = held[-self.num_segments * self.segment_length :]
             for position in range(real):
-                text = self._recall(row) + ids[: position + 1]
+                text = held + ids[: position + 1]
                 if (token := find_next(text, takes_first=self.takes_first)) is not None:
                     logits[row, position, token] = 12.0
         return logits
-
-    def _recall(self, row):
-        kept = None if self.num_segments is None else self.num_segments * self.segment_length
-        held = self.held[row if len(self.held) > 1 else 0]
-        return held if kept is None else held[len(held) - kept :] if kept else []
 
     def token_losses(self, input_ids, labels, attention_mask=None, *, update_memory=False):
         assert torch.is_inference_mode_enabled()
@@ -69,7 +66,6 @@ class Copier(nn.Module):
             assert attention_mask is None
             assert input_ids.shape[1] % self.segment_length == 0
             self.held = [held + ids for held, ids in zip(self.held, input_ids.tolist(), strict=True)]
-            self.num_written += 1
         if bool((targets < 0).all()):
             return torch.zeros(targets.shape)
         assert input_ids.shape[1] <= self.segment_length

@@ -15,7 +15,6 @@ from new_llm.data.sources import load_documents
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = ["--epochs", "1", "--hidden-size", "32"]
-
 SCRIPTS = {
     "compare_models.py": (
         ["--samples", "6", "--models", "pythia", "hierarchical", *SMALL],
@@ -82,7 +81,7 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     """Its cells one after another, as Jupyter would run them; they hold no magic and no output."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "notebook"}
+    names = {"__name__": "notebook"}
     for number, cell in enumerate(read_cells(path), start=1):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":

@@ -226,8 +226,7 @@ def fill(place: Path, spare_bytes: int) -> Path:
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"\0" * 65536)
-    size = ballast.stat().st_size
-    os.truncate(ballast, max(0, size - spare_bytes))
+    os.truncate(ballast, max(0, ballast.stat().st_size - spare_bytes))
     return ballast
 
 

@@ -83,13 +83,8 @@ def save_pickle(name: str) -> Change:
     return lambda folder: (folder / name).write_bytes(pickle.dumps({"weight": Payload(folder)}))
 
 
-def save(name: str, make: Callable[[], Any]) -> Change:
-    return lambda folder: torch.save(make(), folder / name)
-
-
-def make_view() -> torch.Tensor:
-    """A tensor of a few bytes that is 120 GB wherever it is copied."""
-    return torch.zeros(1).expand(30_000_000, 1000)
+def save(name: str, value: Any) -> Change:
+    return lambda folder: torch.save(value, folder / name)
 
 
 def pack_entries(folder: Path) -> None:
@@ -116,11 +111,12 @@ def pack_line(folder: Path) -> None:
             file.write(b" " * (1 << 20))
 
 
+VIEW = torch.zeros(1).expand(30_000_000, 1000)  # of a few bytes, but 120 GB wherever it is copied
 CLAIMS = {"weight": {"dtype": "F32", "shape": [10**12, 10**12], "data_offsets": [0, 64]}}
 OVERLAPS = {name: {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]} for name in "ab"}
 INDEX = '{"weight_map": {"a": "../../etc/passwd"}}'
 RATIO, BROKEN, IRREGULAR = "unpacks to more than 200 times its size", "not a safetensors file", "not a regular file"
-HOSTILE: dict[str, list[tuple[str, Change, str]]] = {
+HOSTILE = {
     "text.txt": [
         ("10 GB", grow("text.txt"), "one document of more than 1,048,576 bytes"),
         ("a device", put(link_to_device, "text.txt"), IRREGULAR),
@@ -158,8 +154,8 @@ HOSTILE: dict[str, list[tuple[str, Change, str]]] = {
     "gpt-neox pickle": [
         ("a payload", save_payload(PICKLE), "not readable as plain"),
         ("a bare pickle", save_pickle(PICKLE), "not a file of torch.save"),
-        ("a view of 120 GB", save(PICKLE, lambda: {"a": make_view()}), "larger than the file"),
-        ("a sparse tensor", save(PICKLE, lambda: {"a": torch.eye(3).to_sparse()}), "not a dense one"),
+        ("a view of 120 GB", save(PICKLE, {"a": VIEW}), "larger than the file"),
+        ("a sparse tensor", save(PICKLE, {"a": torch.eye(3).to_sparse()}), "not a dense one"),
         ("packed entries", pack_entries, "holds packed entries"),
     ],
     "gpt-neox index": [
@@ -185,7 +181,7 @@ HOSTILE: dict[str, list[tuple[str, Change, str]]] = {
         ("a payload", save_payload(ADAPTER), "not readable as plain tensors"),
         (
             "a view of 120 GB",
-            save(ADAPTER, lambda: {"metadata": {}, "tensors": [({"a": make_view()},)]}),
+            save(ADAPTER, {"metadata": {}, "tensors": [({"a": VIEW},)]}),
             "larger than the file",
         ),
     ],

@@ -40,13 +40,7 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """A reader, and a folder that it reads without complaint.
-
-    Attributes:
-        files: by name, what the valid folder holds.
-        read: reads the folder: comes back, or raises a UserError.
-        changed: names of those that are damaged, one at a time; none: all.
-    """
+    """A reader, and the files of a folder that it reads without complaint; of those named, or all, one is damaged."""
 
     files: dict[str, bytes]
     read: Read
@@ -98,8 +92,7 @@ def _make_texts(folder: Path) -> dict[str, Target]:
 
 
 def _make_tokens(folder: Path) -> dict[str, Target]:
-    tokenizer = train_tokenizer(TEXTS, 300)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    train_tokenizer(TEXTS, 300).save(str(folder / "tokenizer.json"))
     write_lines(folder / "lines.jsonl", TEXTS)
     settings = make_settings(folder / "lines.jsonl", folder)["data"]
     dataset.prepare_data(DataConfig(**settings, tokenizer=str(folder / "tokenizer.json"), cache_dir=folder / "cache"))
@@ -185,8 +178,7 @@ def _make_runs(folder: Path) -> dict[str, Target]:
     settings["train"] |= {"num_epochs": 1, "keep_checkpoints": 1}
     run_experiment(exp_config=ExperimentConfig(name="run", models=("infini",), **settings))
     whole = take_folder(folder / "runs")
-    start = "run/infini/"
-    checkpoint = {name.removeprefix(start): raw for name, raw in whole.items() if "/checkpoints/" in name}
+    checkpoint = {name.removeprefix("run/infini/"): raw for name, raw in whole.items() if "/checkpoints/" in name}
     last = str(Path(next(iter(checkpoint))).parent)
     small = {
         name: raw
@@ -210,10 +202,11 @@ def _make_runs(folder: Path) -> dict[str, Target]:
         with describe_fault(place := place or folder / last):
             read_checkpoint(place)
 
-    unlisted = tuple(name for name in checkpoint if "manifest" not in name)
     return {
         "runs": Target(small, list_runs),
         "checkpoint": Target(checkpoint, read_newest),
-        "checkpoint, any manifest": Target(checkpoint, read_named, unlisted),
+        "checkpoint, any manifest": Target(
+            checkpoint, read_named, tuple(name for name in checkpoint if "manifest" not in name)
+        ),
         "report": Target(small, read_report),  # last: see worker.limit_memory
     }

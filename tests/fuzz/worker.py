@@ -60,7 +60,7 @@ class Watch:
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        writes: Any = event in WRITING
+        writes = event in WRITING
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             writes = (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or {*(arguments[1] or "")} & {*"wxa+"}
         real = os.path.realpath(os.fsdecode(arguments[0])) if writes else ""
@@ -181,7 +181,7 @@ def main(place: Path, what: str, seed: str = "0") -> None:
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**53, 2**63 - 1, 2**64 - 1)
 WORDS = (b"NaN", b"-Infinity", b"1e999", b"null", b"9" * 400, b"../../etc/passwd", b"/dev/zero", b"\x00", b"\xff\xfe",
          b"\xed\xa0\x80", b"\\ud800", b"\r\n", b"A" * 5000, b"[" * 3000, b'{"a":' * 2000, b"\x1b[2J")  # fmt: skip
-VALUES: tuple[Any, ...] = (
+VALUES = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**9, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), "",
     "x", "../../x", "\x00", "\ud800", "9" * 50, "a" * 3000, [], {}, [[]], [None] * 50, {"a": 1}, {"": {}},
     [1.5, "x", {}], "NaN", "1e999", [[[[[[[[]]]]]]]], "F32", "I64", [1, -1], [10**12, 10**12])  # fmt: skip

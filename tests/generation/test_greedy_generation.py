@@ -1,7 +1,5 @@
 """Greedy generation by the stream equals greedy generation that computes the whole text anew at every step."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from new_llm.config.model import CacheConfig
 from new_llm.evaluation import CachedModel
 from new_llm.models.generation import LOOK_EVERY
 
-NAMES = ["pythia", *MIXED_STACKS]
 NEW_TOKENS = 14  # across two ends of segments of 5 at least
 
 
@@ -31,7 +28,7 @@ def recompute(model: TransformerLM, ids: Tensor, num_tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("prompt_length", [1, 13])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["pythia", *MIXED_STACKS])
 def test_stream_equals_recomputing_token_for_token(name, prompt_length):
     model = get_model(name)
     with torch.no_grad():
@@ -60,8 +57,7 @@ def test_a_cached_row_continues_as_the_cached_model_says_token_by_token(side):
         text = whole[row : row + 1, mask[row]]
         with torch.inference_mode():
             for _ in range(NEW_TOKENS):
-                following = CachedModel(model, config)(text)[:, -1].argmax(-1, keepdim=True)
-                text = torch.cat((text, following), dim=1)
+                text = torch.cat((text, CachedModel(model, config)(text)[:, -1].argmax(-1, keepdim=True)), dim=1)
         assert torch.equal(ids[row, 11:], text[0, lengths[row] :])
 
 
@@ -92,7 +88,7 @@ def test_rows_that_end_early_are_padded_and_leave_the_others_alone(name, look_ev
     free, _ = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=True)
     new = free[:, 7:].tolist()
     ends = (new[0][3], new[1][8])
-    options: dict[str, Any] = {"do_sample": True, "eos_token_id": ends, "pad_token_id": 1}
+    options = {"do_sample": True, "eos_token_id": ends, "pad_token_id": 1}
     found, statistics = model.generate(prompt, max_new_tokens=NEW_TOKENS, **options)
     counts = [next((n + 1 for n, token in enumerate(row) if token in ends), NEW_TOKENS) for row in new]
     assert len(set(counts)) > 1
@@ -116,7 +112,7 @@ def test_held_memory_changes_only_when_asked(name, rows):
     prompt, mask = text_ids(2, 9), torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
     free, _ = model.generate(prompt, mask, max_new_tokens=NEW_TOKENS, do_sample=True)
     assert_states_equal(model.get_memory_state(), held)
-    options: dict[str, Any] = {"do_sample": True, "eos_token_id": int(free[0, 13]), "update_memory": True}
+    options = {"do_sample": True, "eos_token_id": int(free[0, 13]), "update_memory": True}
     ids, statistics = model.generate(prompt, mask, max_new_tokens=NEW_TOKENS, **options)
     found = model.get_memory_state()
     assert min(statistics.row_tokens) < NEW_TOKENS

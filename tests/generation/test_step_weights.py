@@ -1,7 +1,6 @@
 """The compiled step and products equal the model's own, are used where they can be, and leave the model as it was."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -112,7 +111,7 @@ class Doubling(PythiaLayer):
         return hidden * 2, opened
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
+CHANGES = {
     "another module": lambda layer: setattr(layer.mlp, "dense_4h_to_h", nn.Sequential(layer.mlp.dense_4h_to_h)),
     "a hook": lambda layer: layer.attention.dense.register_forward_hook(lambda module, inputs, out: out * 3),
     "no bias": lambda layer: setattr(layer.attention.dense, "bias", None),

@@ -6,7 +6,6 @@ tests are missing; elsewhere all are skipped.
 
 import contextlib
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def test_captured_tokens_are_those_of_single_steps(kind, segment, options, rows,
     with torch.no_grad():
         model.embed_out.weight.mul_(20)  # so that draws are not all of the same chance
     prompt = torch.randint(512, (rows, 40), generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {"max_new_tokens": 70, "do_sample": draws, "seed": 3}
+    settings = {"max_new_tokens": 70, "do_sample": draws, "seed": 3}
     captured, _ = model.generate(prompt, **settings)
     again, _ = model.generate(prompt, **settings)
     monkeypatch.setattr(generation, "STEPS_IN_PLACE", set())

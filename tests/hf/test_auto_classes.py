@@ -120,7 +120,7 @@ def test_the_loss_is_ours_and_honours_the_number_of_items():
 
 
 def arguments(folder, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
+    settings = {
         "per_device_train_batch_size": 4, "max_steps": 30, "learning_rate": 3e-3, "report_to": [], "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "seed": 1, "use_cpu": True, "lr_scheduler_type": "constant",
     }  # fmt: skip
@@ -138,8 +138,7 @@ def rows_of(ids: torch.Tensor, lengths: list[int] | None = None) -> list[dict[st
 
 def test_accumulated_batches_weigh_every_token_alike(tmp_path):
     """Two batches of unequal lengths make the step that one batch of both makes."""
-    ids = text_ids(4, 24)
-    data = rows_of(ids, [24, 5, 11, 3])
+    data = rows_of(text_ids(4, 24), [24, 5, 11, 3])
     steps = []
     for size, accumulation in ((4, 1), (1, 4)):
         model = NewLLMForCausalLM.from_model(make_model().double())
@@ -241,7 +240,7 @@ def test_an_adapted_head_merges_to_the_same_model(tmp_path, where, tied):
 
 
 STACKS = ("pythia", *MIXED_STACKS, "selective")
-GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 def wrap(name: str, dtype: torch.dtype = torch.float64) -> NewLLMForCausalLM:
@@ -338,8 +337,7 @@ def test_a_row_whose_next_columns_are_all_padding_goes_on_from_its_last_token():
         cache.reorder_cache(order)
         pieces = hf(ids[order, 6:], attention_mask=mask[order], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(pieces, whole[order], atol=1e-9, rtol=1e-9)
-    row = hf.model(ids[2:, :3]).detach()[0, -1]
-    torch.testing.assert_close(whole[2], row, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(whole[2], hf.model(ids[2:, :3]).detach()[0, -1], atol=1e-9, rtol=1e-9)
 
 
 def test_what_a_memory_can_not_do_is_refused():
@@ -411,8 +409,7 @@ def test_a_pythia_as_gpt_neox(run_folder, tmp_path):
     out = tmp_path / "pythia"
     command = ["export", "--run", str(run_folder), "--model", "pythia", "--out", str(out), "--format", "gpt_neox"]
     assert main(command) == 0
-    loaded = AutoModelForCausalLM.from_pretrained(out).eval()
-    assert type(loaded).__name__ == "GPTNeoXForCausalLM"
+    assert type(AutoModelForCausalLM.from_pretrained(out).eval()).__name__ == "GPTNeoXForCausalLM"
     best = load_model(run_folder / "pythia" / "best")
     torch.testing.assert_close(load_pythia(out).state_dict(), best.state_dict(), rtol=0, atol=0)
     assert "perplexity" not in (out / "README.md").read_text()  # this model of the run was not measured
@@ -444,8 +441,7 @@ def test_settings_tied_weights_and_special_tokens_survive(tmp_path, family, kind
     assert describe_model(again) == describe_model(model)
     assert (hf.get_output_embeddings().weight is hf.get_input_embeddings().weight) == tied
     assert (hf.config.initializer_range, hf.config.tie_word_embeddings) == (0.3, tied)
-    found = [wrapped.bos_token, wrapped.eos_token, wrapped.pad_token, wrapped.unk_token]
-    assert found == SPECIAL_TOKENS[family]
+    assert [wrapped.bos_token, wrapped.eos_token, wrapped.pad_token, wrapped.unk_token] == SPECIAL_TOKENS[family]
     assert max(wrapped.all_special_ids) < model.vocab_size
     assert (hf.generation_config.eos_token_id, hf.config.pad_token_id) == (wrapped.eos_token_id, wrapped.pad_token_id)
 

@@ -1,7 +1,5 @@
 """The parallel adapter: equal to its base with α = 0, its memory, and its file, of which nothing is believed."""
 
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 from disk_faults import edit_tensors
+from model_cases import text_ids
 from new_llm import TransformerLM, create_model
 from new_llm.config import TrainConfig, UserError
 from new_llm.evaluation.doctor.model_checks import check_gates
@@ -21,7 +20,7 @@ from new_llm.training.preparation import group_parameters
 from tiny import make_shape, refused
 
 SHAPE = make_shape(vocab_size=128, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
-PIECES = (3, 1, 1, 16, 9)
+IDS = text_ids(2, 30)
 
 
 def make_base(dtype: torch.dtype = torch.float32, seed: int = 0) -> TransformerLM:
@@ -35,15 +34,9 @@ def make_adapted(dtype: torch.dtype = torch.float32, base_name: str | None = Non
     return infini_adapter.add_parallel_infini(base, AdapterConfig(**options), base_name=base_name)
 
 
-@pytest.fixture
-def ids() -> Tensor:
-    text = b"The Constitution requires that the President shall give to the Congress information."
-    return torch.tensor([list(text[:30]), list(text[30:60])])
-
-
 def read_in_pieces(model: TransformerLM, ids: Tensor) -> Tensor:
     stream = model.open_stream(ids.shape[0])
-    return torch.cat([stream.feed(piece) for piece in ids.split(PIECES, dim=1)], dim=1)
+    return torch.cat([stream.feed(piece) for piece in ids.split((3, 1, 1, 16, 9), dim=1)], dim=1)
 
 
 @pytest.mark.parametrize(
@@ -56,17 +49,17 @@ def read_in_pieces(model: TransformerLM, ids: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_at_first_the_adapted_model_is_its_base_bit_for_bit(options, dtype, ids):
+def test_at_first_the_adapted_model_is_its_base_bit_for_bit(options, dtype):
     base, model = make_base(dtype), make_adapted(dtype, **options)
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
     mask[0, :5] = False
     for _ in range(2):  # the second time from a memory that is filled
-        assert torch.equal(model(ids, update_memory=True), base(ids))
-        assert torch.equal(model(ids, mask)[mask], base(ids, mask)[mask])
-        assert torch.equal(read_in_pieces(model, ids), read_in_pieces(base, ids))
-    assert model.get_memory_state()[options.get("layers", (0,))[0]]["token_counts"].sum() == 2 * ids.numel()
-    chosen, _ = model.generate(ids, max_new_tokens=12)
-    expected, _ = base.generate(ids, max_new_tokens=12)
+        assert torch.equal(model(IDS, update_memory=True), base(IDS))
+        assert torch.equal(model(IDS, mask)[mask], base(IDS, mask)[mask])
+        assert torch.equal(read_in_pieces(model, IDS), read_in_pieces(base, IDS))
+    assert model.get_memory_state()[options.get("layers", (0,))[0]]["token_counts"].sum() == 2 * IDS.numel()
+    chosen, _ = model.generate(IDS, max_new_tokens=12)
+    expected, _ = base.generate(IDS, max_new_tokens=12)
     assert torch.equal(chosen, expected)
 
 
@@ -98,9 +91,9 @@ def test_alpha_trains_with_the_gates_and_the_base_not_at_all():
     assert set(base) == set(make_base().state_dict())
 
 
-def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_projection_alone(ids):
+def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_projection_alone():
     def find_moved(model: TransformerLM) -> set[str]:
-        model.compute_loss(ids, ids)[0].backward()
+        model.compute_loss(IDS, IDS)[0].backward()
         named = model.layers[0].named_parameters()
         return {name for name, p in named if p.grad is not None and bool(p.grad.abs().max() > 0)}
 
@@ -112,7 +105,7 @@ def test_at_alpha_0_alpha_alone_has_a_gradient_and_with_a_zero_projection_the_pr
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
-def test_the_memory_begins_with_the_projections_of_its_base(heads, ids):
+def test_the_memory_begins_with_the_projections_of_its_base(heads):
     layer = make_adapted(num_memory_heads=heads).layers[0]
     hidden = torch.randn(2, 5, 32)
     mine = layer.attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (heads, 3, -1))
@@ -140,7 +133,7 @@ def test_what_can_not_be_adapted_is_named():
         infini_adapter.add_parallel_infini(make_adapted(), AdapterConfig())
 
 
-def test_a_pythia_of_a_directory_gets_a_memory(tmp_path, ids):
+def test_a_pythia_of_a_directory_gets_a_memory(tmp_path):
     base = make_base()
     save_model(base, tmp_path / "ours")
     export_pythia(base, tmp_path / "neox")
@@ -150,13 +143,12 @@ def test_a_pythia_of_a_directory_gets_a_memory(tmp_path, ids):
             model_name=str(tmp_path / folder), layers=(0, 2), segment_length=4
         )
         assert model.segment_length == 4
-        assert torch.equal(model(ids), base(ids))
+        assert torch.equal(model(IDS), base(IDS))
         assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("embed"))
 
 
 # An adapter's file: written and read alone, and nothing is believed of it
 
-IDS = torch.tensor([list(b"we the people of the united states")])
 FORMATS = ("adapter.pt", "adapter.safetensors")
 
 
@@ -199,7 +191,7 @@ def test_an_adapter_of_other_weights_needs_force(tmp_path):
     assert infini_adapter.attach_adapter(stranger, tmp_path / "a.pt", force=True).get_alpha() == {0: 0.5, 2: 0.5}
 
 
-BROKEN: dict[str, Callable[[Path], None]] = {
+BROKEN = {
     "NaN or infinite": edit_tensors(tensors={"0.alpha": float("nan")}),
     "has shape": edit_tensors(tensors={"0.attention.gate": torch.zeros(3)}),
     "missing or unknown tensors": edit_tensors(tensors={"2.alpha": None}),

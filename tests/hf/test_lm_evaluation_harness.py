@@ -3,10 +3,7 @@
 import importlib.util
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTr
 from new_llm.cli.main import main
 from new_llm.models import TransformerLM
 from new_llm.models.hf import export_auto
-from tiny import make_model, refuse
+from tiny import make_model, refuse, run_python
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 QUESTIONS = [
@@ -74,13 +71,10 @@ def test_a_local_task_of_every_request_type(tmp_path, exported):
     for name, text in TASKS.items():
         head = f"task: local_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         (tmp_path / f"{name}.yaml").write_text(f"{head}test_split: test\n{text}")
-    command = [sys.executable, "-m", "new_llm.cli.main", "lm-eval", "--model", "hf", "--device", "cpu",
-               "--model_args", f"pretrained={folder}", "--tasks", ",".join(f"local_{name}" for name in TASKS),
-               "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json"), "--log_samples",
-               "--batch_size", "2"]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    flags = ["--model", "hf", "--device", "cpu", "--model_args", f"pretrained={folder}", "--batch_size", "2"]
+    flags += ["--tasks", ",".join(f"local_{name}" for name in TASKS), "--include_path", tmp_path, "--log_samples"]
+    command = ["-m", "new_llm.cli.main", "lm-eval", *flags, "--output_path", tmp_path / "out.json"]
+    run_python(*command, cwd=tmp_path, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path / "cache"))
     results = json.loads(next(tmp_path.rglob("out*.json")).read_text())["results"]
     assert results.keys() == {f"local_{name}" for name in TASKS}
 
@@ -172,13 +166,12 @@ def test_sliding_window_perplexity_equals_hugging_face_s(shared_data, checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+@needs_harness
 def test_word_perplexity_and_bits_a_byte_equal_the_harness_s(shared_data, checkpoint, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    whole = (shared_data / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8")
-    text = whole[:60_000]
+    text = (shared_data / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8")[:60_000]
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     model = HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4, max_length=CONTEXT)

@@ -22,7 +22,7 @@ from new_llm.models.hf import load_pythia
 from new_llm.models.layers import InfiniLayer, PythiaLayer
 from tiny import make_shape, refused
 
-SHAPE: dict[str, Any] = {
+SHAPE = {
     "vocab_size": 128,
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -33,7 +33,7 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.03,
 }
 ROTARY = {"rotary_pct": 0.5, "rotary_emb_base": 500}  # not the defaults, which a reader could fall back to
-OLD_CONFIG: dict[str, Any] = {
+OLD_CONFIG = {
     **SHAPE,
     **ROTARY,
     "architectures": ["GPTNeoXForCausalLM"],
@@ -46,7 +46,7 @@ OLD_CONFIG: dict[str, Any] = {
     "torch_dtype": "float16",
     "transformers_version": "4.24.0",
 }
-NEW_CONFIG: dict[str, Any] = {
+NEW_CONFIG = {
     **{key: value for key, value in OLD_CONFIG.items() if key not in (*ROTARY, "torch_dtype")},
     "attention_bias": True,
     "attention_dropout": 0.0,
@@ -143,7 +143,7 @@ def test_import_export_import_is_bit_identical(tmp_path, neox, dtype):
     torch.testing.assert_close(load_file(tmp_path / "ours" / "model.safetensors"), weights, rtol=0, atol=0)
 
 
-REFUSED: dict[str, dict[str, Any]] = {
+REFUSED = {
     "model_type 'llama'; only 'gpt_neox'": {"model_type": "llama"},
     "AutoModelForCausalLM.from_pretrained loads it": {"model_type": "new_llm"},
     "use_parallel_residual is False": {"use_parallel_residual": False},
@@ -203,8 +203,7 @@ def test_gpt_neox_has_no_memory_and_one_pass(tmp_path):
 
 def split_fused(weight: torch.Tensor, heads: int) -> list[torch.Tensor]:
     """All of q, all of k, all of v of a fused projection, head by head, by loops."""
-    width = weight.shape[0] // heads // 3
-    blocks = weight.split(width)
+    blocks = weight.split(weight.shape[0] // heads // 3)
     return [torch.cat([blocks[3 * head + part] for head in range(heads)]) for part in range(3)]
 
 
@@ -260,10 +259,10 @@ def test_swaps_out_of_range_are_named(tmp_path, neox):
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-7}
-HALF: dict[str, Any] = {
+HALF = {
     "hidden_size": 48, "num_attention_heads": 3, "rotary_pct": 0.5, "rotary_emb_base": 10_000, "layer_norm_eps": 1e-3,
 }  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES = {
     "quarter-rotary": {"rotary_pct": 0.25},
     "half-rotary": HALF,
     "full-rotary": {"num_attention_heads": 2, "rotary_pct": 1.0},
@@ -339,7 +338,7 @@ class Hub(BaseHTTPRequestHandler):
         path, headers = self.path.split("?")[0], {}
         tree = [{"type": "file", "path": name, "size": len(text), "oid": COMMIT} for name, text in self.files.items()]
         siblings = [{"rfilename": name} for name in self.files]
-        body: bytes | None = {"/": b""}.get(path)
+        body = {"/": b""}.get(path)
         if path.startswith(f"/api/models/{NAME}/tree/"):
             body = json.dumps(tree).encode()
         elif path.startswith(f"/api/models/{NAME}"):
@@ -404,8 +403,7 @@ def test_a_repository_is_downloaded_and_read_again_without_the_hub(tmp_path, ser
     assert set(server.asked) == wanted
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.files.clear()
-    again = load_pythia(NAME, revision="step3000")
-    assert torch.equal(again.embed_in.weight, model.embed_in.weight)
+    assert torch.equal(load_pythia(NAME, revision="step3000").embed_in.weight, model.embed_in.weight)
     with pytest.raises(UserError, match="pythia-tiny is not cached here"):
         load_pythia(NAME, revision="step4000")
 

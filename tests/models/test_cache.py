@@ -27,7 +27,7 @@ def make_text(seed: int = 0):
 def mix_naively(config: CacheConfig, states: torch.Tensor, tokens: list[int], model: torch.Tensor) -> list[float]:
     """The distribution after the last token, one candidate after the other."""
     now = len(tokens) - 1
-    distributions: dict[int, list[float]] = {0: model.tolist()}
+    distributions = {0: model.tolist()}
     past = range(max(0, now - config.num_states), now)
     if past:
         scores = [0.0] * VOCAB_SIZE
@@ -119,17 +119,13 @@ def test_reading_ahead_leaves_no_trace():
         one.add(states[:20], tokens[:20])
     held.score(states[20:], tokens[20:-1], tokens[21:])
     held.mix(states[20:], tokens[20:-1], model[20:])
-    assert held.counts is not None
-    assert untouched.counts is not None
     assert vars(held.counts) == vars(untouched.counts)
-    assert held.matches is not None
     assert vars(held.matches) == vars(untouched.matches)
     assert torch.equal(held.tokens, tokens[15:20])
 
 
 def test_tuned_weights_are_the_best_on_a_grid():
-    generator = np.random.default_rng(0)
-    probabilities = generator.uniform(0.01, 1, (500, 6)) ** 2
+    probabilities = np.random.default_rng(0).uniform(0.01, 1, (500, 6)) ** 2
     probabilities[:, 3:] = np.nan
     probabilities[0, 1] = np.nan
     scored = Scored(probabilities, np.zeros(500, np.int64))
@@ -144,15 +140,13 @@ def test_tuned_weights_are_the_best_on_a_grid():
 def test_a_match_of_much_information_that_a_text_has_once_weighs_as_those_of_less():
     probabilities = np.full((301, 6), 0.5)
     probabilities[:, 5] = np.arange(301) % 3 > 0
-    scored = Scored(probabilities, np.array([*[6] * 300, 7]))
-    tuned = tune_weights(scored, CacheConfig().weights)
+    tuned = tune_weights(Scored(probabilities, np.array([*[6] * 300, 7])), CacheConfig().weights)
     assert tuned[6, 5] == pytest.approx(1 / 3, abs=0.1)  # 2/3 of the matches are right, where all others have one half
     np.testing.assert_allclose(tuned[7], tuned[6], atol=0.05)
 
 
 def test_size_and_refusals():
-    config = CacheConfig(num_states=254, ngram_order=2)
-    assert describe_cache(config, 128, 4096) == {
+    assert describe_cache(CacheConfig(num_states=254, ngram_order=2), 128, 4096) == {
         "state_numbers": 254 * 129,
         "state_bytes": 254 * 514,
         "bytes_per_token": 2,

@@ -146,8 +146,7 @@ def test_broken_layers_are_found(fault):
 
 
 def build_xl(segment_length: int, **options: Any) -> TransformerLM:
-    kind = "transformer_xl" if options else "pythia"
-    layer = LayerCase(kind, {"rotary_pct": 0.5, **options})
+    layer = LayerCase("transformer_xl" if options else "pythia", {"rotary_pct": 0.5, **options})
     return build_model([layer, layer], segment_length=segment_length, dtype=torch.float32)
 
 
@@ -157,8 +156,7 @@ def test_without_memory_it_is_pythia_bit_for_bit(dtype):
     for model in (build_xl(5).to(dtype), build_xl(5, memory_tokens=0).to(dtype)):
         loss, _ = model.compute_loss(ids, ids, update_memory=True)
         loss.backward()
-        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-        found.append((model(ids), loss, gradients))
+        found.append((model(ids), loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
         assert not model.memory_layers
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -202,7 +200,7 @@ def make_plain(model_type: str, **options: Any) -> TransformerLM:
 def test_passes_are_the_layers_again_segment_by_segment(stack, skip_interval, add_embedding):
     """Against a loop over segments and passes that is written out here; the last pass alone writes."""
     model, ids = build_selective(stack, skip_interval, SEGMENT, add_embedding=add_embedding), text_ids(2, 3 * SEGMENT)
-    memories: list[Any] = [None] * len(model.layers)
+    memories = [None] * len(model.layers)
     expected: list[Tensor] = []
     for begin in range(0, ids.shape[1], SEGMENT):
         part = ids[:, begin : begin + SEGMENT]
@@ -232,7 +230,6 @@ def test_every_pass_keeps_the_contract(stack, skip_interval, add_embedding):
 
 def test_the_published_form_begins_with_what_the_pass_before_ended_with():
     model, ids = make_plain("selective", recipe="published", skip_interval=2), text_ids(1, 5)
-    assert model.pass_projection is not None
     assert torch.equal(model.pass_projection.weight, torch.eye(32))
     hidden = model.embed_in(ids)
     assert torch.equal(model.begin_pass(hidden, hidden), 2 * hidden)

@@ -77,7 +77,7 @@ def test_the_default_dtype_has_no_say(default):
 
 def make_step(**changed: Any) -> PythiaStep:
     shapes = {"qkv": (16, 48), "dense": (16, 16), "up": (16, 24), "down": (24, 16)}
-    given: dict[str, Any] = {
+    given = {
         "norms": [nn.LayerNorm(16) for _ in range(2)],
         "linears": [changed.pop(name, nn.Linear(*shape)) for name, shape in shapes.items()],
         "num_heads": 2,
@@ -97,7 +97,7 @@ def test_tensors_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=words):
             make_step(**changed)
     step, cache = make_step(), torch.zeros(2, 2, 5, 8)
-    fitting: dict[str, Any] = {
+    fitting = {
         "hidden": torch.zeros(2, 1, 16),
         "keys": cache,
         "values": cache.clone(),
@@ -108,7 +108,6 @@ def test_tensors_that_do_not_fit_are_refused():
     }
     assert step.run(**fitting).shape == (2, 1, 16)
     kernels = native.load_kernels()
-    assert kernels is not None
     scores, sums = torch.zeros(2, 3, 8).bfloat16(), torch.zeros(2, 3)
     targets = torch.zeros(3, dtype=torch.int64)
     for words, call in {
@@ -144,7 +143,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every compilation; a copy of the session's own library stands in for it."""
     library = native.find_library(next(iter(native._list_places())), native._describe_build()[0])
-    assert library is not None
     made: list[Path] = []
 
     def compile_kernels(folder: Path, *_: object) -> Path:

@@ -85,8 +85,7 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Te
 def run(function, hidden: Tensor, weight: Tensor, upstream: Tensor, *rest, **options) -> list[Tensor]:
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
     result = function(hidden, weight, *rest, **options)
-    gradients = torch.autograd.grad(result, (hidden, weight), upstream.to(result.dtype))
-    return [result.detach(), *gradients]
+    return [result.detach(), *torch.autograd.grad(result, (hidden, weight), upstream.to(result.dtype))]
 
 
 @pytest.mark.usefixtures("kernels")

@@ -3,7 +3,6 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -115,7 +114,7 @@ def test_tensors_are_compared_one_by_one(tmp_path):
 
 
 NAMES = ("memories", "memory_norms", "token_counts", "segment_counter", "segments_seen", "current_bank")
-BROKEN: dict[str, tuple[Any, str]] = {
+BROKEN = {
     "truncated payload": (alter(lambda raw: raw[:-1]), "truncated"),
     "flipped": (alter(lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])), "corrupted"),
     "text": (alter(lambda raw: b"To be, or not to be, that is the question"), "not a safetensors file"),
@@ -141,7 +140,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "endless empty tensor": (edit_tensors(tensors={"0.memory_norms": torch.zeros(2**40, 0)}), "has shape .* no memory"),
 }
-UNFIT: dict[str, tuple[Any, str]] = {  # by the check of `set_memory_state`, whose refusals test_memory_state.py has
+UNFIT = {  # by the check of `set_memory_state`, whose refusals test_memory_state.py has
     "tensor missing": (
         edit_tensors(tensors={"0.memory_norms": None}),
         r"keys \['memory_norms'\] do not match this model",
@@ -213,7 +212,6 @@ def test_other_models(kind, options, message, valid):
 
 
 SMALL = FillConfig(tokens_per_call=24, block_bytes=100)
-
 KINDS = [
     ("infini", {}),
     ("infini", {"num_memory_banks": 2, "use_alibi": True}),
@@ -263,8 +261,7 @@ PYTHIA, INFINI, MULTI = (lambda kind=kind: kind(32, 2, 64) for kind in (PythiaLa
 def test_layers_above_the_last_memory_run_only_in_several_passes(kind, layers, num_run, texts, tokenizer):
     torch.manual_seed(0)
     model = kind([make() for make in layers], 384, 8, initializer_range=0.2)
-    part = memory_filling.take_memory_part(model)
-    assert list(part.layers) == list(model.layers)[:num_run]
+    assert list(memory_filling.take_memory_part(model).layers) == list(model.layers)[:num_run]
     assert len(model.layers) == len(layers)
     with torch.no_grad():
         model(encode(tokenizer, texts[0]), update_memory=True)

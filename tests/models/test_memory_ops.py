@@ -4,7 +4,6 @@ import functools
 import itertools
 import sys
 import types
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -46,8 +45,7 @@ def draw_segment(length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tu
 
 def test_feature_map_is_elu_plus_one():
     x = torch.linspace(-30, 30, 121, dtype=torch.float64)
-    expected = torch.where(x > 0, x + 1, x.exp())
-    assert torch.equal(ops.feature_map(x), expected)
+    assert torch.equal(ops.feature_map(x), torch.where(x > 0, x + 1, x.exp()))
     assert bool((ops.feature_map(x.bfloat16()) > 0).all())  # ELU(x) + 1 in 16 bits rounds small features to 0
 
 
@@ -110,7 +108,7 @@ def test_write_equals_its_naive_form(dtype, use_delta_rule, decay):
     memories, norms, _ = draw_memories(dtype)
     _, k, v = draw_segment(dtype=dtype)
     w = None if decay is None else torch.tensor(decay, dtype=dtype)
-    options: dict[str, Any] = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
+    options = {"use_delta_rule": use_delta_rule, "epsilon": EPSILON, "decay": w}
     fast, naive = (functools.partial(write, **options) for write in (ops.write_memory, ops.write_memory_naive))
     for n in range(MEMORIES):
         given = [k, v, memories[:, n], norms[:, n]]

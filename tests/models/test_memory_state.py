@@ -33,7 +33,7 @@ def fill(
     return model.get_memory_state()
 
 
-DOCUMENTED: dict[int, dict[str, tuple[int, ...] | int]] = {  # DESIGN's keys: a tensor's shape, or a count's value
+DOCUMENTED = {  # DESIGN's keys: a tensor's shape, or a count's value
     0: {"memories": (2, 4, 4, 4), "memory_norms": (2, 4, 4), "current_bank": 3 % 2, "segment_counter": 3},
     2: {"memories": (2, 2, 8, 8), "memory_norms": (2, 2, 8), "current_memory_idx": 3 % 2},
     3: {"fine_memories": (3, 2, 8, 8), "fine_memory_norms": (3, 2, 8), "current_memory_idx": 3 % 3},
@@ -58,7 +58,7 @@ def test_states_hold_the_documented_keys_as_cpu_tensors():
     assert fill(model, 2)[3]["fine_memories"].shape == (2, 3, 2, 8, 8)
 
 
-REFUSED: dict[str, tuple[str, Any, str]] = {  # keys and values of the hierarchical layer, the last of the stack
+REFUSED = {  # keys and values of the hierarchical layer, the last of the stack
     "version": ("version", 99, "version 99.*3"),
     "tensor version": ("version", torch.tensor([1, 1]), "version of type Tensor"),
     "layer kind": ("layer_kind", "multi_memory", "layer kind 'multi_memory'.*'hierarchical'"),
@@ -224,8 +224,7 @@ def test_two_halves_merge_into_one_batch_of_both(name):
     model = get_model(name, dtype=torch.float32)
     ids = text_ids(2, 13)
     merged = merge_memory_states([fill(model, ids=ids[:1]), fill(model, ids=ids[1:])])
-    together = fill(model, ids=ids)
-    assert_states_near(merged, together, 1e-6)
+    assert_states_near(merged, fill(model, ids=ids), 1e-6)
     model.set_memory_state(merged)
     assert_states_equal(model.get_memory_state(), merged)
 
@@ -275,8 +274,7 @@ def test_memories_of_ones_own_add_field_by_field_within_range():
         plain = {"layer_kind": "mean", "version": STATE_VERSION, "per_row": False, "additive": True}
         return {0: {**plain, "total": torch.full((2,), total), "count": torch.tensor(count)}}
 
-    merged = merge_memory_states([make(1.5, 3), make(2.0, 4)])
-    assert_states_equal(merged, make(3.5, 7))
+    assert_states_equal(merge_memory_states([make(1.5, 3), make(2.0, 4)]), make(3.5, 7))
     for state, message in (
         (make(3e38, 1), "layer 0 of the sum: total holds NaN or infinite"),
         (make(0.0, 2**53 - 1), "layer 0 of the sum: count holds impossible counts"),

@@ -42,8 +42,7 @@ def test_saving_again_replaces_the_model_by_equal_bytes(tmp_path):
     for seed in (0, 1):
         save_model(build_model(STACKS["mixed"], seed=seed), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
-    loaded = load_model(tmp_path)
-    assert torch.equal(loaded.embed_in.weight, build_model(STACKS["mixed"], seed=1).embed_in.weight)
+    assert torch.equal(load_model(tmp_path).embed_in.weight, build_model(STACKS["mixed"], seed=1).embed_in.weight)
     save_model(build_model(STACKS["mixed"], seed=1), tmp_path / "again")
     for name in ("model.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -78,7 +77,7 @@ def edit_weights(keep: Callable[[str, Tensor], Tensor | None]) -> Callable[[Path
     return change
 
 
-BROKEN: dict[str, Callable[[Path], Any]] = {
+BROKEN = {
     "model.json is missing": lambda folder: (folder / "model.json").unlink(),
     "model.safetensors is missing": lambda folder: (folder / "model.safetensors").unlink(),
     "not valid JSON": lambda folder: (folder / "model.json").write_text("{"),

@@ -26,7 +26,7 @@ def refuse(call: Callable[[], Any], *words: str) -> None:
         assert word in str(caught.value)
 
 
-TABLE: dict[str, list[str]] = {  # DESIGN's: an option and the models that take it
+TABLE = {  # DESIGN's: an option and the models that take it
     "use_delta_rule": ["infini", "multi_memory", "hierarchical", "token_memory"],
     "num_memories": ["multi_memory", "hierarchical"],
     "num_memory_banks": ["infini"],
@@ -35,7 +35,7 @@ TABLE: dict[str, list[str]] = {  # DESIGN's: an option and the models that take 
     "alibi_scale": ["infini"],
     "num_memory_heads": ["infini", "multi_memory", "hierarchical", "token_memory"],
 }
-BAD_VALUES: dict[str, Any] = {
+BAD_VALUES = {
     "selection_temperature": float("nan"),
     "num_memories": 1.5,
     "num_memory_banks": 0,
@@ -85,7 +85,7 @@ def test_other_types_lengths_and_places_are_refused_by_name():
     for model_type in ("", "multi-memory", None, 3):
         refuse(lambda kind=model_type: create_model(kind, CONFIG), repr(str(model_type)), *ModelType)
     for length in (0, 65, 6.5):
-        options: dict[str, Any] = {"segment_length": length}
+        options = {"segment_length": length}
         refuse(lambda o=options: create_model("infini", CONFIG, **o), "segment_length", str(length), "1 to", "64")
     for places in ((2,), (1, -1), ()):
         refuse(lambda p=places: create_model("infini", CONFIG, memory_layers=p), "memory_layers")
@@ -93,7 +93,7 @@ def test_other_types_lengths_and_places_are_refused_by_name():
             ModelConfig(num_hidden_layers=2, memory_layers=places).check_taken(["infini"])
 
 
-NO_LAYER: dict[str, Callable[[], Any]] = {
+NO_LAYER = {
     "unit keys are signed": lambda: InfiniLayer(16, 2, 24, key_features="unit"),
     "no sum of them": lambda: InfiniLayer(16, 2, 24, key_features="unit", use_normalizer=False, normalize_keys=True),
     "diverges on keys longer than 1": lambda: InfiniLayer(16, 2, 24, use_normalizer=False),
@@ -118,7 +118,7 @@ def test_what_makes_no_layer_and_no_model(words, build):
     refuse(build, words)
 
 
-BAD_IDS: list[tuple[torch.Tensor, tuple[str, ...]]] = [
+BAD_IDS = [
     (IDS[0], ("input_ids", "(6,)", "[batch, tokens]")),
     (IDS[:, :0], ("input_ids", "(2, 0)", "at least one token")),
     (torch.tensor([[VOCAB_SIZE]]), (f"{VOCAB_SIZE}", f"0 to {VOCAB_SIZE - 1}")),
@@ -126,7 +126,7 @@ BAD_IDS: list[tuple[torch.Tensor, tuple[str, ...]]] = [
     (IDS.float(), ("input_ids", "float32", "integers")),
     (IDS > 100, ("input_ids", "bool", "integers")),
 ]
-BAD_LABELS: list[tuple[torch.Tensor, tuple[str, ...]]] = [
+BAD_LABELS = [
     (IDS[:, :5], ("5", "6 or 7")),
     (text_ids(2, 8), ("8", "6 or 7")),
     (IDS[0], ()),
@@ -201,15 +201,13 @@ def test_selective_models_with_and_without_their_extra_passes(use_selective):
 def test_one_set_of_defaults_and_named_recipes():
     torch.manual_seed(0)
     by_name = create_model("infini", SMALL)
-    by_layer = InfiniLayer(32, 4, 64)
-    assert by_name.layers[0].settings == by_layer.settings
+    assert by_name.layers[0].settings == InfiniLayer(32, 4, 64).settings
     for kind, options in RECIPES["tuned"].items():
         assert set(options) <= set(MODEL_KINDS[kind].defaults)
-        tuned = create_model(kind, SMALL, recipe="tuned")
-        assert list(tuned.memory_layers) == [2 if kind == "token_memory" else 1]
+        assert list(create_model(kind, SMALL, recipe="tuned").memory_layers) == [2 if kind == "token_memory" else 1]
 
 
-HEADS: dict[str, Any] = {
+HEADS = {
     "quantized": lambda head: torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(head), {"0"})[0],
     "hooked": lambda head: head.register_forward_hook(lambda *call: 0.5 * call[-1]) and head,
     "parametrized": lambda head: torch.nn.utils.parametrizations.spectral_norm(head),

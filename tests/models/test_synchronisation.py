@@ -27,7 +27,7 @@ from new_llm.models.state import list_tensors
 from tiny import make_shape, run_python
 
 SHAPE = make_shape()
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS = {
     "infini": {"use_alibi": True, "num_memory_banks": 2},
     "multi_memory": {"router": "top1"},
     "hierarchical": {"hierarchy": "fenwick"},
@@ -243,8 +243,7 @@ def test_a_model_with_kernels_is_one_graph(kind, monkeypatch):
     monkeypatch.setattr(kernels, "load_triton", lambda: stand_ins)
     torch._dynamo.reset()
     model = create_model(kind, make_shape(num_hidden_layers=1, max_position_embeddings=8))
-    ids = torch.arange(20).view(1, 20)
-    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(ids)
+    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(torch.arange(20).view(1, 20))
     logits.sum().backward()
     assert logits.shape == (1, 20, 64)
     assert all(p.grad is not None for layer in model.layers for p in layer.parameters() if p.requires_grad)

@@ -156,15 +156,22 @@ def project_text(num_segments: int, hidden_size: int, num_heads: int) -> tuple[T
     return feature_map(q), feature_map(k), v
 
 
-def read_for(
-    parts: tuple[Tensor, Tensor, Tensor],
-    num_tokens: int,
-    *,
-    use_delta_rule: bool,
-    decay: list[float] | None,
-    bound: float,
-) -> Tensor:
-    """Write the segments again and again in both precisions; compare M, z and read-outs along the way. z, float64."""
+CASES = {
+    "delta": (True, None),
+    "sum": (False, None),
+    "delta-decay": (True, [0.5, 0.9961]),
+    "sum-decay": (False, [0.5, 0.9961]),
+}
+
+
+@pytest.mark.parametrize(("use_delta_rule", "decay"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_segments", "hidden_size", "bound", "least"),
+    [(200_000, 200, 32, 1e-5, 10_000), pytest.param(10_000_000, 3000, 128, 5e-5, 1_000_000, marks=pytest.mark.slow)],
+)
+def test_millions_of_tokens(use_delta_rule, decay, num_tokens, num_segments, hidden_size, bound, least):
+    """The segments are written again and again in both precisions; M, z and what is read are compared on the way."""
+    parts = project_text(num_segments, hidden_size, num_heads=2)
     q, k, _ = parts
     memories = {
         dtype: (torch.zeros(1, *k.shape[2::2], k.shape[4], dtype=dtype), torch.zeros(1, *k.shape[2::2], dtype=dtype))
@@ -188,29 +195,6 @@ def read_for(
             error = float((one.double() - other).norm() / other.norm())
             assert error < bound, f"{what} after {step * SEGMENT_LENGTH:,} tokens: relative error {error:.2g}"
         assert float((half[2].double() - wide[2]).norm() / wide[2].norm()) < 0.005
-    return memories[torch.float64][1]
-
-
-CASES = {
-    "delta": (True, None),
-    "sum": (False, None),
-    "delta-decay": (True, [0.5, 0.9961]),
-    "sum-decay": (False, [0.5, 0.9961]),
-}
-by_case = pytest.mark.parametrize(("use_delta_rule", "decay"), CASES.values(), ids=CASES)
-
-
-@by_case
-def test_200_thousand_tokens(use_delta_rule, decay):
-    parts = project_text(200, hidden_size=32, num_heads=2)
-    z = read_for(parts, 200_000, use_delta_rule=use_delta_rule, decay=decay, bound=1e-5)
+    z = memories[torch.float64][1]
     assert bool((z[:, 0] > 1).all())
-    assert decay is not None or bool((z > 10_000).all())
-
-
-@pytest.mark.slow
-@by_case
-def test_10_million_tokens(use_delta_rule, decay):
-    parts = project_text(3000, hidden_size=128, num_heads=2)
-    z = read_for(parts, 10_000_000, use_delta_rule=use_delta_rule, decay=decay, bound=5e-5)
-    assert decay is not None or bool((z > 1_000_000).all())
+    assert decay is not None or bool((z > least).all())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from disk_faults import stop_everywhere
+from disk_faults import flip, stop_everywhere
 from new_llm.config import UserError
 from new_llm.config.files import MANIFEST_FILE
 from new_llm.models import TransformerLM, load_model
@@ -51,16 +51,10 @@ def test_the_newest_are_kept_and_the_last_is_found(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def flip(folder: Path, name: str = "weights") -> None:
-    content = bytearray((folder / name).read_bytes())
-    content[-9] ^= 1
-    (folder / name).write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flip, "weights has changed since it was written (sha256)"),
+        (lambda path: flip(path / "weights"), "weights has changed since it was written (sha256)"),
         (lambda path: os.truncate(path / "weights", 10), "weights has 10 bytes instead of 64"),
         (lambda path: (path / "state.json").unlink(), "state.json is missing"),
         (lambda path: (path / MANIFEST_FILE).unlink(), "manifest.json is missing"),
@@ -80,11 +74,11 @@ def test_a_damaged_last_one_is_named_and_the_one_before_is_taken(tmp_path, damag
 
 
 def test_training_that_went_on_from_an_older_one_replaces_the_damaged_newer_ones(tmp_path):
-    before, last = write(tmp_path, 3), write(tmp_path, 6)
-    flip(last)
+    before = write(tmp_path, 3)
+    flip(write(tmp_path, 6) / "weights")
     assert write(tmp_path, 4) in list_checkpoints(tmp_path)
     assert names(tmp_path) == [CHECKPOINT_NAME.format(4, 0), before.name]
-    flip(write(tmp_path, 6))
+    flip(write(tmp_path, 6) / "weights")
     assert write(tmp_path, 6) == find_checkpoint(tmp_path, pytest.fail)
 
 
@@ -95,8 +89,7 @@ def test_all_random_generators_go_on_where_they_were(tmp_path):
 
     seed_generators(3)
     draw()
-    states = read_random_states()
-    torch.save(states, tmp_path / "states.pt")
+    torch.save(read_random_states(), tmp_path / "states.pt")
     expected = [draw(), draw()]
     seed_generators(4)
     assert draw() not in expected
@@ -115,7 +108,6 @@ def test_whatever_fails_while_one_is_written_a_whole_one_is_there_and_training_g
     for number in stop_everywhere(lambda: write(tmp_path, steps[-1] + 1), monkeypatch, dies=dies):
         step = steps[-1]
         found = find_checkpoint(tmp_path, pytest.fail)
-        assert found is not None
         assert int.from_bytes((found / "weights").read_bytes(), "big") in (step, step + 1), number
         assert all(path.name.startswith("step-") for path in found.parent.iterdir()), number
         write(tmp_path, step + 1)
@@ -163,7 +155,7 @@ def test_killed_between_the_checkpoint_and_its_best_weights(tmp_path, monkeypatc
 
 
 def flip_weights(best: Path) -> None:
-    flip(best, "model.safetensors")
+    flip(best / "model.safetensors")
 
 
 def change_structure(best: Path) -> None:
