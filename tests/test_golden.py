@@ -1,19 +1,19 @@
 """Losses, logits, streams, generated tokens and measurements of every model kind, which no change may move by a digit.
 
 The values come from the code before its redesign, with one thread on an x86 CPU. Other processors may add in another
-order; there, six digits are compared. `python tests/test_golden.py` rewrites the values: a commit that does so says why
-the new ones are right.
+order; there, six digits are compared. `NEW_LLM_WRITE_GOLDEN=1 pytest tests/test_golden.py` rewrites the values: a
+commit that does so says why the new ones are right.
 """
 
 import json
-import sys
-import tempfile
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from new_llm import TransformerLM, create_model, evaluation
 from new_llm.config import DataConfig
@@ -21,7 +21,7 @@ from new_llm.config.evaluation import EvalConfig, LongDocumentsConfig, RecallCon
 from new_llm.config.loading import settings_from_dict
 from new_llm.data.reversal_pairs import get_reversal_pairs
 from new_llm.data.sources import load_documents
-from new_llm.data.tokenizer import tokenize_documents, train_tokenizer
+from new_llm.data.tokenizer import TokenSplit, tokenize_documents, train_tokenizer
 from new_llm.experiments import run_experiment
 from new_llm.experiments.config import ExperimentConfig
 from new_llm.models.layers import InfiniLayer, ParallelInfiniLayer, PythiaLayer
@@ -87,18 +87,39 @@ def make_model(name: str) -> TransformerLM:
     return create_model(kind, SHAPE, segment_length=SEGMENT, **options)
 
 
-def make_text() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def text() -> tuple[Tokenizer, TokenSplit]:
     documents = read_addresses()
     tokenizer = train_tokenizer(documents, SHAPE.vocab_size)
-    return {"tokenizer": tokenizer, "split": tokenize_documents(documents, tokenizer)}
+    return tokenizer, tokenize_documents(documents, tokenizer)
 
 
-text = pytest.fixture(scope="module")(make_text)
+def collect_values(entry: Any) -> list[float]:
+    if isinstance(entry, dict):
+        return [value for inner in entry.values() for value in collect_values(inner)]
+    if isinstance(entry, list | tuple):
+        return [value for inner in entry for value in collect_values(inner)]
+    return [entry] if isinstance(entry, float) else []
 
 
-def measure_curve(name: str, split: Any) -> dict[str, Any]:
+def describe_machine() -> str:
+    return f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def check(found: dict[str, Any], name: str) -> None:
+    golden = json.loads(VALUES.read_text())
+    if "NEW_LLM_WRITE_GOLDEN" in os.environ:
+        VALUES.write_text(json.dumps(golden | {"machine": describe_machine(), name: found}, indent=1) + "\n")
+    elif golden["machine"] == describe_machine():
+        assert found == golden[name]
+    else:
+        assert collect_values(found) == pytest.approx(collect_values(golden[name]), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_streaming_and_generation_are_as_before(name, text):
     """Fifty steps over two rows with their memory carried, then logits, streamed logits and generated tokens."""
-    model = make_model(name)
+    model, split = make_model(name), text[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = torch.stack([torch.from_numpy(split.document(i)[:1601].astype("int64")) for i in (0, 1)])
     model.reset_memory(batch_size=2)
@@ -117,17 +138,18 @@ def measure_curve(name: str, split: Any) -> dict[str, Any]:
         stream = model.open_stream(2)
         streamed = torch.cat([stream.feed(piece) for piece in probe.split(7, dim=1)], dim=1)
         ids, _ = model.generate(probe[:, :20], max_new_tokens=12)
-    return {
+    found = {
         "losses": losses[::5] + losses[-1:],
         "logits": logits[:, ::9, 7].flatten().tolist(),
         "streamed": streamed[:, ::9, 7].flatten().tolist(),
         "generated": ids[:, 20:].tolist(),
     }
+    check(found, name)
 
 
-def measure_all(text: dict[str, Any]) -> dict[str, Any]:
+def test_measurements_are_as_before(text):
     """One evaluation of each kind, of a tuned Infini model of fixed weights."""
-    model, split, tokenizer = make_model("infini-tuned").eval(), text["split"], text["tokenizer"]
+    model, (tokenizer, split) = make_model("infini-tuned").eval(), text
     options = {"batch_size": 4, "max_tokens": 2000}
     sliding = evaluation.evaluate_sliding_window(model, split, context=64, stride=24, **options)
     streaming = evaluation.evaluate_streaming(model, split, **options)
@@ -148,7 +170,7 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
     found = evaluation.measure(
         evaluation.Subject(model, tokenizer, split, settings, seq_length=64), ["positions", "long", "recall"]
     )
-    return {
+    values = {
         "sliding": sliding.loss,
         "streaming": streaming.loss,
         "independent": independent.loss,
@@ -159,15 +181,16 @@ def measure_all(text: dict[str, Any]) -> dict[str, Any]:
         "long": collect_values(found["long"]["overall"]),
         "recall": [collect_values(cell) for cell in found["recall"]["cells"]],
     }
+    check(values, "measurements")
 
 
-def run_tiny(folder: Path, order: str) -> dict[str, Any]:
-    """A whole experiment on the addresses: every loss that is logged, and the validation loss of the best weights."""
-    texts = folder / "texts"
-    texts.mkdir()
+@pytest.mark.parametrize("order", ["stream", "shuffled"])
+def test_experiments_are_as_before(order, tmp_path):
+    """Every loss that is logged, and the validation loss of the best weights."""
+    (texts := tmp_path / "texts").mkdir()
     for number, document in enumerate(read_addresses() * 2):
         (texts / f"{number}.txt").write_text(f"{number}\n{document}", encoding="utf-8")
-    settings = make_settings(texts, folder / "runs") | {"name": order, "models": ["infini", "token_memory"]}
+    settings = make_settings(texts, tmp_path / "runs") | {"name": order, "models": ["infini", "token_memory"]}
     settings["model"] |= {"recipe": "tuned"} | {key: value for key, value in TUNED.items() if key != "memory_layers"}
     settings["data"] |= {"tokenizer_vocab_size": 512, "num_samples": 64, "seq_length": 64, "segments_per_sample": 4}
     # With all sentences: what was read of this text when the values were written.
@@ -177,57 +200,9 @@ def run_tiny(folder: Path, order: str) -> dict[str, Any]:
     results = run_experiment(
         exp_config=settings_from_dict(settings, ExperimentConfig, "golden"), console=Console(quiet=True)
     )
-    return {
+    losses = {
         entry["model_type"]: [line["loss"] for line in entry["training"]["steps_log"]]
         + [entry["evaluation"]["sliding"]["loss"]]
         for entry in results["models"]
     }
-
-
-def collect_values(entry: Any) -> list[float]:
-    if isinstance(entry, dict):
-        return [value for inner in entry.values() for value in collect_values(inner)]
-    if isinstance(entry, list | tuple):
-        return [value for inner in entry for value in collect_values(inner)]
-    return [entry] if isinstance(entry, float) else []
-
-
-def describe_machine() -> str:
-    return f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def check(found: Any, name: str) -> None:
-    golden = json.loads(VALUES.read_text())
-    if golden["machine"] == describe_machine():
-        assert found == golden[name]
-    else:
-        assert collect_values(found) == pytest.approx(collect_values(golden[name]), rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_training_streaming_and_generation_are_as_before(name: str, text: dict[str, Any]) -> None:
-    check(measure_curve(name, text["split"]), name)
-
-
-def test_measurements_are_as_before(text: dict[str, Any]) -> None:
-    check(measure_all(text), "measurements")
-
-
-@pytest.mark.parametrize("order", ["stream", "shuffled"])
-def test_experiments_are_as_before(order: str, tmp_path: Path) -> None:
-    check(run_tiny(tmp_path, order), f"experiment-{order}")
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    found = make_text()
-    values = {name: measure_curve(name, found["split"]) for name in MODELS} | {"measurements": measure_all(found)}
-    for order in ("stream", "shuffled"):
-        with tempfile.TemporaryDirectory() as folder:
-            values[f"experiment-{order}"] = run_tiny(Path(folder), order)
-    VALUES.write_text(json.dumps({"machine": describe_machine(), **values}, indent=1) + "\n")
-    print(f"{VALUES}: {len(values)} entries", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+    check(losses, f"experiment-{order}")

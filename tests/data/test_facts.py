@@ -247,7 +247,7 @@ def test_a_sentence_is_put_near_its_depth_and_not_across_segments(segment_length
 def test_facts_are_planted_between_words_by_tokenizers_of_other_families(family):
     """Llama's decoder drops the space before a text's first word, and its tokenizer marks one there."""
     tokenizer = train_family(family)
-    planter = SamplePlanter(tokenizer, replace(CONFIG, planted_facts=40), seed=0)
+    planter = recall_facts.SamplePlanter(tokenizer, replace(CONFIG, planted_facts=40), seed=0)
     sample = np.array(tokenizer.encode(TEXT * 4, add_special_tokens=False).ids)
     text = tokenizer.decode(planter.plant(sample, 0, 0)[0].tolist())
     statements = find_statements(text, "train")
@@ -270,4 +270,4 @@ def test_a_tokenizer_that_facts_cannot_be_made_of_is_refused(made_up, words, mes
     tokenizer = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}, unk_token="a"))
     tokenizer.decoder = Fuse()
     with pytest.raises(UserError, match=message):
-        SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=made_up), seed=0)
+        recall_facts.SamplePlanter(tokenizer, replace(CONFIG, planted_made_up=made_up), seed=0)
