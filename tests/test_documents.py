@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import yaml
@@ -105,19 +105,13 @@ def parse_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyP
         assert not arguments, f"{script.name} takes no arguments"
 
 
-class ParsedError(SystemExit):
-    """A program's arguments have been read; nothing else was run. An exit, which programs let pass."""
-
-
 def read_arguments(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program read its arguments, and then exit with them: an exit is what programs let pass."""
     parse = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(*arguments: Any, **options: Any) -> NoReturn:
-        raise ParsedError(parse(*arguments, **options))
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    with pytest.raises(ParsedError):
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *given, **named: sys.exit(parse(*given, **named)))
+    with pytest.raises(SystemExit) as stopped:
         run()
+    assert isinstance(stopped.value.code, argparse.Namespace)
 
 
 LANGUAGES = {"", "bash", "python", "yaml", "text"}

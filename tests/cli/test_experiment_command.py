@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from new_llm.cli.experiment import Experiment, ExperimentSelective, TrainAdapter
 from new_llm.cli.main import main
@@ -15,21 +16,14 @@ from new_llm.config import UserError
 from new_llm.experiments.config import AdapterTrainingConfig
 from new_llm.models import load_model
 from new_llm.training.log import read_metrics
-from tiny import COMMAND, ENVIRONMENT, ROOT, wait_until
-
-TINY = """
---model.hidden-size 32 --model.num-hidden-layers 2 --model.num-attention-heads 2 --model.intermediate-size 64
---data.tokenizer-vocab-size 384 --samples 48 --seq-length 32 --segments-per-sample 2 --batch-size 4 --lr 3e-3
---train.log-every-steps 1 --train.checkpoint-every-steps 4 --eval.context 32 --eval.stride 16 --eval.max-tokens 100
---device cpu
-""".split()  # noqa: SIM905
+from tiny import COMMAND, ENVIRONMENT, ROOT, make_settings, wait_until
 
 
 def test_a_killed_run_resumes_to_the_curve_of_an_uninterrupted_one(tmp_path, untrained_run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = str(untrained_run / "0.txt")
-    flags = ["--models", "infini", "--data.source", source, "--data.no-reversal-pairs", *TINY, "--epochs", "2"]
-    flags += ["--eval.measures", "sliding", "--train.patience", "0"]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(make_settings(untrained_run / "0.txt", tmp_path / "runs")))
+    flags = ["--config", "tiny.yaml", "--models", "infini", "--eval.measures", "sliding", "--train.patience", "0"]
+    flags += ["--train.log-every-steps", "1", "--train.checkpoint-every-steps", "4"]
 
     def read_curve(name: str) -> list[tuple[object, ...]]:
         lines = read_metrics(tmp_path / "runs" / name / "infini")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 
-from new_llm.config import UserError
 from new_llm.experiments.study_jobs import Cell
 from tiny import make_settings
 
@@ -46,19 +45,13 @@ def note_process(folder: Path, cell: Cell) -> None:
     (folder / cell.name).write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
 
 
-def fail_one(folder: Path, cell: Cell) -> None:
+def fail_one(error: Exception, cell: Cell) -> None:
     if cell.variant == "no-delta":
-        raise UserError("the text is gone")
+        raise error
     print(f"here is {cell.name}")
 
 
-def crash_one(folder: Path, cell: Cell) -> None:
-    if cell.variant == "no-delta":
-        raise RuntimeError("the GPU is gone")
-    print(f"here is {cell.name}")
-
-
-def stop_one(folder: Path, cell: Cell) -> None:
+def stop_one(cell: Cell) -> None:
     if cell.variant == "no-delta":
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
