@@ -162,6 +162,7 @@ def test_bash_completes(capsys):
         "eval re": {"recall", "reversal"},
         "memory fill --ou": {"--out"},
         "generate --max-new": {"--max-new-tokens"},
+        "experiment --train.compile t": {"true"},
     }
     for words in cases:
         script += (

@@ -74,24 +74,23 @@ class CommandGroup:
 
 
 def read_flags(
-    kind: Any, arguments: list[str], prog: str, *, default: Any = tyro.MISSING_NONPROP, **options: Any
+    kind: Any, arguments: list[str], prog: str, *, description: str | None = None, default: Any = tyro.MISSING_NONPROP
 ) -> Any:
-    """`tyro.cli`, with enums by their values and the docstring as it stands for help.
+    """`tyro.cli`, with enums by their values and the docstring as it stands for help, unless it is described otherwise.
 
     Raises:
         UserError: an unknown flag or a value that is refused, in one line.
         SystemExit: help was asked for and has been printed.
     """
-    options.setdefault("description", inspect.getdoc(kind))
     with failures.on_parse_error(_refuse):
         return tyro.cli(
             kind,
             args=arguments,
             prog=prog,
+            description=inspect.getdoc(kind) if description is None else description,
             default=default,
             config=(tyro.conf.EnumChoicesFromValues,),
             registry=REGISTRY,
-            **options,
         )
 
 
@@ -152,21 +151,12 @@ class Completion(Command):
 
 def write_completion(shell: str) -> str:
     """The script of a shell: bash, zsh or fish."""
-    kinds = {name: describe_command(name, main.load_command(name)) for name in main.COMMANDS}
+    kinds: dict[str, Any] = {name: main.load_command(name) for name in main.COMMANDS}
+    for name, kind in kinds.items():
+        if issubclass(kind, CommandGroup):  # as a field: a choice inside a choice would be one choice
+            choice = Annotated[choose_command(kind.commands, kind.default), tyro.conf.arg(name="")]
+            kinds[name] = dataclasses.make_dataclass(name.title(), [("command", choice)])
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
-        tyro.cli(
-            choose_command(kinds),
-            prog="new-llm",
-            args=["--tyro-print-completion", shell],
-            config=(tyro.conf.EnumChoicesFromValues,),
-        )
+        read_flags(choose_command(kinds), ["--tyro-print-completion", shell], "new-llm", description="")
     return script.getvalue()
-
-
-def describe_command(name: str, kind: Any) -> type:
-    """A command, or the choice that a group of commands offers, as a type that tyro reads."""
-    if not issubclass(kind, CommandGroup):
-        return kind
-    choice = Annotated[choose_command(kind.commands, kind.default), tyro.conf.arg(name="")]
-    return dataclasses.make_dataclass(name.title(), [("command", choice)])
