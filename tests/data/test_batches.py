@@ -38,7 +38,6 @@ def mask_of(batch: Batch) -> torch.Tensor:
 
 
 def read_plan(plan: BatchPlan) -> list[list[tuple[int, ...]]]:
-    """Per batch and row, the sample's real tokens."""
     pairs = [zip(batch.input_ids, mask_of(batch), strict=True) for batch in plan]
     return [[tuple(ids[real].tolist()) for ids, real in rows] for rows in pairs]
 

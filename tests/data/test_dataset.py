@@ -96,7 +96,6 @@ def config(tmp_path, speeches) -> DataConfig:
 
 
 def list_caches(folder: Path | None) -> list[Path]:
-    """What a folder of caches holds but for locks; an interrupted build would show."""
     return [path for path in (folder or Path()).iterdir() if path.suffix != ".lock"]
 
 

@@ -57,7 +57,6 @@ def plant(*, seed: int = 0, size: int = 500, epochs: int = 1, **changes: object)
 
 
 def find_statements(text: str, part: str, value: str = "", name: str = "") -> list[tuple[int, str, str]]:
-    """Place, question and answer of each."""
     name = name or " ".join(f"(?:{'|'.join(map(re.escape, names))})" for names in FACTS[part].values())
     found = []
     for relation in FACTS["relations"]:

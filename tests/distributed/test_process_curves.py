@@ -225,7 +225,6 @@ def test_ddp_looks_for_unused_parameters_only_where_there_are_some(kind):
 
 
 def wait_for_ever(processes: Processes) -> None:
-    """Process 1 fails, but stays; process 0 waits for it in an exchange."""
     new_llm.processes.WATCH_SECONDS = new_llm.processes.GRACE_SECONDS = 0.1
     try:
         with processes.guard():

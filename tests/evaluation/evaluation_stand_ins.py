@@ -31,7 +31,6 @@ def read_naively(model: TransformerLM, tokens: list[int]) -> list[float]:
 def make_tiny_model(
     kind: str, vocab_size: int, segment_length: int, *, spread: float = 0.2, **options
 ) -> TransformerLM:
-    """Two layers of width 32, with weights far enough apart for memories to matter."""
     return make_model(kind, vocab_size, segment_length=segment_length, spread=spread, **options).eval()
 
 

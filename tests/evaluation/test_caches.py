@@ -40,24 +40,22 @@ def folder(tmp_path_factory):
     return path
 
 
-def score_with_transformers_alone(path, tokens: list[int]) -> list[float]:
-    """The loss of each token but the first; segments are read alone, the cache sees the whole document."""
-    model, cache = GPTNeoXForCausalLM.from_pretrained(path).double().eval(), TextCache(CONFIG)
-    losses = []
-    for begin in range(0, len(tokens) - 1, SEGMENT):
-        piece = torch.tensor(tokens[begin : min(begin + SEGMENT, len(tokens) - 1)])
-        with torch.no_grad():
-            found = model(piece[None], output_hidden_states=True)
-        states = found.hidden_states[-1][0]
-        mixed = cache.mix(states, piece, found.logits[0].softmax(-1))
-        losses += [-math.log(shares[token]) for shares, token in zip(mixed, tokens[begin + 1 :], strict=False)]
-        cache.add(states, piece)
-    return losses
-
-
 @pytest.fixture(scope="module")
 def expected_losses(folder):
-    return [score_with_transformers_alone(folder, tokens) for tokens in DOCUMENTS]
+    """By transformers alone, of each token but a document's first: segments are read alone, the cache sees all."""
+    model, losses = GPTNeoXForCausalLM.from_pretrained(folder).double().eval(), []
+    for tokens in DOCUMENTS:
+        cache = TextCache(CONFIG)
+        losses.append([])
+        for begin in range(0, len(tokens) - 1, SEGMENT):
+            piece = torch.tensor(tokens[begin : min(begin + SEGMENT, len(tokens) - 1)])
+            with torch.no_grad():
+                found = model(piece[None], output_hidden_states=True)
+            states = found.hidden_states[-1][0]
+            mixed = cache.mix(states, piece, found.logits[0].softmax(-1))
+            losses[-1] += [-math.log(shares[token]) for shares, token in zip(mixed, tokens[begin + 1 :], strict=False)]
+            cache.add(states, piece)
+    return losses
 
 
 @pytest.mark.parametrize(

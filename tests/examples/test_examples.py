@@ -6,7 +6,6 @@ import runpy
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -71,18 +70,13 @@ def test_scripts_and_notebooks_are_all_tested():
     assert len(list(EXAMPLES.glob("*.ipynb"))) == 2
 
 
-def read_cells(path: Path) -> list[dict[str, Any]]:
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    assert notebook["nbformat"] == 4
-    return notebook["cells"]
-
-
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     """Its cells one after another, as Jupyter would run them; they hold no magic and no output."""
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "notebook"}
-    for number, cell in enumerate(read_cells(path), start=1):
+    notebook, names = json.loads(path.read_text(encoding="utf-8")), {"__name__": "notebook"}
+    assert notebook["nbformat"] == 4
+    for number, cell in enumerate(notebook["cells"], start=1):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
             assert not cell["outputs"]

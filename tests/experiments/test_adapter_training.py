@@ -56,14 +56,12 @@ def tiny_adapter(trained_run: dict[str, Any], addresses: Path, tmp_path: Path) -
 def finished(
     trained_run: dict[str, Any], addresses: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[AdapterTrainingConfig, dict[str, Any]]:
-    """A training that was never interrupted, and its results."""
     config = make_adapter(trained_run["folder"], addresses, tmp_path_factory.mktemp("adapter"))
     return config, run(config, write_report=write_report)
 
 
 @pytest.fixture
 def base(trained_run: dict[str, Any]) -> TransformerLM:
-    """A Pythia that has seen a little text."""
     return load_model(Path(trained_run["folder"]) / "pythia" / "best")
 
 

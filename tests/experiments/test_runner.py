@@ -39,7 +39,6 @@ def run(config: ExperimentConfig, models: list[str], **options: Any) -> dict[str
 
 
 def curve(results: dict[str, Any], model: int = 0) -> list[tuple[Any, ...]]:
-    """Everything of a learning curve that does not depend on the clock."""
     training = results["models"][model]["training"]
     steps = [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in training["steps_log"]]
     return steps + [(line["epoch"], line["train_loss"], line["validation_loss"]) for line in training["epochs_log"]]

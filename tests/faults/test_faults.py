@@ -70,7 +70,6 @@ class FaultRun:
         return self._has_checkpoint(".step-*")
 
     def is_measuring(self) -> bool:
-        """Whether a model has been trained and is not done."""
         return self._has_checkpoint(f"step-*-epoch-{NUM_EPOCHS:04d}")
 
     def _has_checkpoint(self, pattern: str) -> bool:
@@ -119,7 +118,6 @@ def kill_often(
 
 
 def drop_clock(value: Any) -> Any:
-    """Results without what depends on the clock, the place and the machine's memory."""
     if isinstance(value, dict):
         return {key: drop_clock(entry) for key, entry in value.items() if key not in CLOCK}
     return [drop_clock(entry) for entry in value] if isinstance(value, list) else value
@@ -220,22 +218,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def fill(place: Path, spare_bytes: int) -> Path:
-    ballast = place / "ballast"
-    with ballast.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(b"\0" * 65536)
-    os.truncate(ballast, max(0, ballast.stat().st_size - spare_bytes))
-    return ballast
-
-
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_changes_nothing(whole, small_disk, dice):
     run = FaultRun(small_disk / "runs" / "full")
     for number in range(NUM_FILLS):
         process = run.start()
         choose_instant(run, process, "training" if number % 2 else "checkpoint", dice)
-        ballast = fill(small_disk, dice.choice([0, 4096, 50_000, 200_000]))
+        with (ballast := small_disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(b"\0" * 65536)
+        os.truncate(ballast, max(0, ballast.stat().st_size - dice.choice([0, 4096, 50_000, 200_000])))
         process.wait(WAIT_SECONDS)
         err = run.said.read_text()
         assert process.returncode == 2, (number, process.returncode, err)

@@ -73,17 +73,6 @@ def disk_weights(model: GPTNeoXForCausalLM, dtype: torch.dtype = torch.float32) 
     }
 
 
-def old_buffers() -> dict[str, Tensor]:
-    """The constants that versions of 2022 stored beside the weights."""
-    buffers: dict[str, Tensor] = {}
-    for layer in range(SHAPE["num_hidden_layers"]):
-        prefix = f"gpt_neox.layers.{layer}.attention."
-        buffers[prefix + "bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
-        buffers[prefix + "masked_bias"] = torch.tensor(-1e9)
-        buffers[prefix + "rotary_emb.inv_freq"] = torch.rand(2)
-    return buffers
-
-
 def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], kind: str = "safetensors") -> Path:
     """Write a checkpoint: kind is safetensors, bin, safetensors-sharded or bin-sharded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +105,12 @@ def neox():
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "safetensors-sharded", "bin-sharded"])
 def test_both_layouts_give_hugging_faces_logits(tmp_path, neox, config, kind):
     weights = disk_weights(neox)
-    if config is OLD_CONFIG:
-        weights |= old_buffers()
+    if config is OLD_CONFIG:  # the constants that versions of 2022 stored beside the weights
+        for layer in range(SHAPE["num_hidden_layers"]):
+            prefix = f"gpt_neox.layers.{layer}.attention."
+            weights[prefix + "bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+            weights[prefix + "masked_bias"] = torch.tensor(-1e9)
+            weights[prefix + "rotary_emb.inv_freq"] = torch.rand(2)
     elif kind == "bin":  # the head by its name in memory
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
     model = load_pythia(write_folder(tmp_path, config, weights, kind)).eval()

@@ -289,7 +289,6 @@ def test_states_are_kept_once_a_group():
 
 
 def draw_scan(rows: int, segments: int, writes: int, heads: int, length: int, width: int, size: int) -> list[Tensor]:
-    """q, k, v, β, what the memory holds beyond M₀, M₀ and w."""
     shape = (rows, segments, heads, length)
     q, k = (F.normalize(draw(*shape, width, seed=seed), dim=-1) for seed in (0, 1))
     v, beta = draw(rows, segments, length, size, seed=2), 2 * draw(*shape, seed=3).sigmoid()

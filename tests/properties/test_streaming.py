@@ -1,5 +1,7 @@
 """Random pieces, masks and rows: a stream gives the logits and the memory of one call."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,11 +41,6 @@ def call_masks(draw: st.DrawFn, rows: int = 3, max_length: int = 24) -> Tensor:
     return mask
 
 
-def draw_cuts(data: st.DataObject, length: int) -> list[tuple[int, int]]:
-    ends = sorted(data.draw(st.sets(st.integers(1, length)), label="cuts") | {length})
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
 @pytest.mark.parametrize("name", [*MIXED_STACKS, "pythia"])
 @settings(deadline=None, max_examples=20)
 @given(st.sampled_from((3, 5, 8)), call_masks(), st.booleans(), st.sampled_from(list(STREAM_TOLERANCES)), st.data())
@@ -60,7 +57,8 @@ def test_masked_stream_equals_masked_call(name, segment_length, mask, shared, dt
         expected_state = model.get_memory_state()
         model.set_memory_state(held)
         stream = model.open_stream(rows)
-        pieces = [stream.feed(ids[:, a:b], mask[:, a:b]) for a, b in draw_cuts(data, length)]
+        cuts = [0, *sorted(data.draw(st.sets(st.integers(1, length)), label="cuts") | {length})]
+        pieces = [stream.feed(ids[:, a:b], mask[:, a:b]) for a, b in itertools.pairwise(cuts)]
         assert_states_near(model.get_memory_state(), held, 0)
         stream.close(update_memory=True)
     actual = torch.cat(pieces, dim=1)

@@ -34,7 +34,6 @@ def make_seed(results: dict[str, Any], seed: int, factors: dict[str, float]) -> 
 
 
 def make_record(results: dict[str, Any], model: str) -> dict[str, Any]:
-    """What `new-llm eval long` writes of a model."""
     (entry,) = pick(results, model)["models"]
     return {
         "record_version": 1,
