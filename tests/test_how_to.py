@@ -11,6 +11,7 @@ from new_llm import create_model
 from new_llm.cli.main import main
 from new_llm.evaluation import MEASURES
 from new_llm.models import load_model
+from new_llm.models.layers import LAYER_KINDS
 from test_documents import find_blocks
 from tiny import ROOT, make_shape, refuse
 
@@ -63,10 +64,133 @@ def test_a_gated_layer_that_defines_forward_alone(capsys):
         main(["generate", "--run", "runs/mine", "--model", name, "--prompt", "The river", "--max-new-tokens", "9"]) == 0
     )
     assert capsys.readouterr().out.startswith("The river")
+
+    def forget() -> None:  # as in a new process
+        LAYER_KINDS.pop("gated")
+        sys.modules.pop("my_layers")
+
+    forget()
+    assert main(["runs"]) == 0  # what a run's files name is not imported
+    assert "my_layers:GatedLayer" in capsys.readouterr().out
+    said = refuse(capsys, "eval", "ppl", "--run", "runs/mine/my_layers-GatedLayer")
+    assert "unknown layer kind 'gated'" in said
+    assert "my_module:MyLayer" in said
+    assert "my_layers" not in sys.modules
+    assert main(["generate", "--run", "runs/mine", "--model", name, "--prompt", "The", "--max-new-tokens", "2"]) == 0
+    forget()
+    assert main(["eval", "long", "--run", "runs/mine", "--model", "pythia", "--baselines", f"runs/mine:{name}",
+                 "--min-tokens", "64"]) == 0  # fmt: skip
     layer = create_model(name, make_shape(hidden_size=16, intermediate_size=32), keep=0.7).layer_list[0]
     assert layer.state_dict().keys() == model.layer_list[0].state_dict().keys()
     assert main([*TINY.split(), "--name", "bad", "--models", name, "--model.options", "kept", "1"]) == 2
     assert "kept" in capsys.readouterr().err
+
+
+TUPLES = """
+from pydantic import Field
+from typing import Annotated, Literal
+from torch import nn
+from new_llm.config.sections import section
+from new_llm.models.layers import Layer, register_layer
+
+@section
+class Options:
+    rates: tuple[float, ...] = (0.5, 0.9)
+    clip: Annotated[float | None, Field(gt=0)] = 1.0
+    mode: Literal["sum", "mean"] = "mean"
+
+@register_layer("tuples", options=Options)
+class Tuples(Layer):
+    def __init__(self, hidden_size: int, rates=(0.5, 0.9), clip=1.0, mode="mean"):
+        super().__init__()
+        self.hidden_size, self.map = hidden_size, nn.Linear(hidden_size, hidden_size)
+    def forward(self, hidden, memory=None, segments=None):
+        return hidden + self.map(hidden), None
+
+@register_layer("raises")
+class Raises(Tuples):
+    def __init__(self, hidden_size: int):
+        raise RuntimeError("can't be made")
+
+@register_layer("demands")
+class Demands(Tuples):
+    def __init__(self, hidden_size: int, number_of_things):
+        super().__init__(hidden_size)
+"""
+
+
+def test_options_of_a_layer_are_words_numbers_none_and_lists(capsys):
+    Path("tuple_layers.py").write_text(TUPLES)
+    flags = ["--models", "tuple_layers:Tuples", "--eval.measures", "sliding", "--model.options"]
+    run_tiny(*flags, "rates", "[0.25, 1]", "clip", "none", "mode", "sum")
+    settings = load_model(Path("runs/mine/tuple_layers-Tuples/best")).layer_list[0].settings
+    assert (settings["rates"], settings["clip"], settings["mode"]) == ((0.25, 1.0), None, "sum")
+    assert main(["experiment", "--name", "mine", "--resume"]) == 0  # the same from YAML
+    assert "clip: input should be greater than 0" in refuse(capsys, *TINY.split(), "--name", "b", *flags, "clip", "0")
+    assert "valid tuple (got 0.5)" in refuse(capsys, *TINY.split(), "--name", "b", *flags, "rates", "0.5")
+    for name, said in (
+        ("Raises", "RuntimeError: can't be made (in your own code: tuple_layers.py, line 25)"),
+        ("Demands", "its constructor needs number_of_things"),
+    ):
+        found = refuse(capsys, *TINY.split(), "--name", "b", "--models", f"tuple_layers:{name}")
+        assert said in found
+        assert "bug in New-LLM" not in found
+
+
+MEASURES_WITH_FAULTS = """
+import torch
+from new_llm.evaluation import Column, Measure
+
+class Raises(Measure):
+    name, title = "raises", "raises"
+    def run(self, subject):
+        return {"length": 10 // (subject.model.segment_length - 16)}  # fails for one of two models
+    def columns(self, result):
+        return [Column("length", "length", result["length"])]
+
+class Tensors(Measure):
+    name, title = "tensors", "tensors"
+    def run(self, subject):
+        return {"mean": torch.ones(1)}
+
+class Number(Measure):
+    name, title = "number", "number"
+    def run(self, subject):
+        return 1.5
+
+class Unreadable(Measure):
+    name, title = "unreadable", "unreadable"
+    def run(self, subject):
+        return {"mean": 1.0}
+    def columns(self, result):
+        return [Column("mean", "mean", result["maen"])]
+    def charts(self, results):
+        return None
+
+class Nameless(Measure):
+    def run(self, subject):
+        return {}
+"""
+
+
+def test_a_measure_with_faults_costs_only_itself(capsys):
+    Path("faulty.py").write_text(MEASURES_WITH_FAULTS)
+    names = [f"faulty:{name}" for name in ("Raises", "Tensors", "Number", "Unreadable")]
+    flags = ["--models", "pythia", "pythia_segments", "--eval.measures", "sliding", *names]
+    assert main([*TINY.split(), *flags]) == 2
+    results = json.loads(Path("runs/mine/results.json").read_text())
+    whole, cut = results["models"]
+    assert whole["evaluation"]["raises"] == {"length": 0}
+    assert cut["not_measured"]["raises"].startswith("ZeroDivisionError: ")
+    assert cut["not_measured"]["raises"].endswith("(in your own code: faulty.py, line 8)")
+    for model in (whole, cut):
+        assert "Tensor is not JSON serializable" in model["not_measured"]["tensors"]
+        assert "type float in place of a dictionary" in model["not_measured"]["number"]
+        assert model["evaluation"]["unreadable"] == {"mean": 1.0}
+    assert "columns of unreadable are left out: KeyError: &#39;maen&#39;" in Path("runs/mine/report.html").read_text()
+    capsys.readouterr()
+    said = refuse(capsys, *TINY.split(), "--name", "b", "--eval.measures", "faulty:Nameless")
+    assert "faulty:Nameless: a measure has a name, a title, and a method run" in said
 
 
 def test_a_measure_stands_in_results_console_and_report_where_the_user_names_it(capsys):

@@ -8,7 +8,7 @@ from typing import Any
 from new_llm.cli.eval import Evaluation
 from new_llm.config.errors import UserError
 from new_llm.config.terminal import open_console, print_text, show_progress
-from new_llm.evaluation import Measure, ModelResult, Subject, find_measures, register_measure
+from new_llm.evaluation import Measure, ModelResult, Subject, find_measures, register_measure, run_measure
 from new_llm.evaluation.doctor import Doctor
 from new_llm.experiments.evaluation import (
     add_cache,
@@ -43,9 +43,9 @@ def evaluate(command: Evaluation) -> int:
         if out is not None and len(measures) > 1:
             out = out.with_stem(f"{out.stem}-{measure.name}")
         try:
-            result = run_measure(measure, subject)
+            result = run_with_progress(measure, subject)
         except UserError as error:
-            refused.append(str(error))
+            refused.append(f"{measure.name}: {error}" if len(measures) > 1 else str(error))
             continue
         if result is None:
             refused.append(f"{loaded.label}: {measure.title} does not apply to this model or text")
@@ -78,13 +78,13 @@ def evaluate(command: Evaluation) -> int:
     return 0
 
 
-def run_measure(measure: Measure, subject: Subject) -> dict[str, Any] | None:
+def run_with_progress(measure: Measure, subject: Subject) -> dict[str, Any] | None:
     """The measure's result, with progress on stderr; Ctrl-C ends it with what it has found so far, where it can."""
     stopping = catch_stop_signals() if measure.can_stop else nullcontext()
     with stopping as should_stop, show_progress(measure.title) as update:
         hooks: dict[str, Any] = {"on_progress": lambda done, total: update(completed=done, total=total)}
         hooks |= {"should_stop": should_stop} if should_stop else {}
-        return measure.run(dataclasses.replace(subject, **hooks))
+        return run_measure(measure, dataclasses.replace(subject, **hooks))
 
 
 def show(measure: Measure, record: dict[str, Any], label: str) -> None:

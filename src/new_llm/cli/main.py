@@ -151,6 +151,9 @@ def describe_error(error: BaseException, without_hub: str) -> tuple[int, str]:
         return BAD_INPUT, "there is no home directory for ~: set HOME, or name the folder"
     if type(error).__module__ == "pyo3_runtime":
         return BAD_INPUT, f"the tokenizer failed in its own code ({kind[:200]}); is its file damaged?"
+    loading = sys.modules.get("new_llm.config.loading")
+    if loading is not None and (told := loading.describe_own_error(error)) is not None:
+        return BAD_INPUT, f"{told}; --debug shows the traceback"
     return BUG, f"{kind} ({find_place(error)})"
 
 

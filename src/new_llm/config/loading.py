@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -78,8 +79,12 @@ def find_committed(path: Path, folder: str) -> Path:
     return own[path.name]
 
 
-def read_settings(path: Path, kind: type[Settings]) -> Settings:
-    """Read a configuration's YAML; what it leaves out keeps its default."""
+def read_settings(path: Path, kind: type[Settings], *, is_record: bool = False) -> Settings:
+    """Read a configuration's YAML; what it leaves out keeps its default.
+
+    Args:
+        is_record: it records a run that has begun: modules that only it names are not imported.
+    """
     values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -87,18 +92,20 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
         raise UserError(
             f"{path}: expected a mapping of sections ({', '.join(sections)}), found {type(values).__name__}"
         )
-    return settings_from_dict(values, kind, str(path))
+    return settings_from_dict(values, kind, str(path), is_record=is_record)
 
 
-def settings_from_dict(values: dict[str, Any], kind: type[Settings], where: str) -> Settings:
-    """Build a configuration from plain values; `where` names their origin in errors."""
+def settings_from_dict(
+    values: dict[str, Any], kind: type[Settings], where: str, *, is_record: bool = False
+) -> Settings:
+    """Build a configuration from plain values; `where` names their origin in errors, `is_record` as above."""
     try:
         # The JSON form is validated strictly: a YAML list is a tuple and a string an enum, but 'yes' is no bool.
         text = json.dumps(values, default=str)
     except (TypeError, ValueError) as error:  # a key that is no text
         raise UserError(f"{where}: not a mapping of names and plain values: {error}") from None
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        return TypeAdapter(kind).validate_json(text, strict=True, context={"is_record": is_record})
     except ValidationError as error:
         raise describe_validation_error(error, where) from None
 
@@ -136,13 +143,17 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: Path) -> Any:
     """The plain values of a YAML file."""
-    text = read_text_file(path, MAX_YAML_BYTES)
+    return parse_yaml(read_text_file(path, MAX_YAML_BYTES), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain values of YAML; `where` names its origin in errors."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
-        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, *FAULTS) as error:
-        raise UserError(shorten(f"{path}: not valid YAML: {error}")) from None
+        raise UserError(shorten(f"{where}: not valid YAML: {error}")) from None
 
 
 # Objects of a user's own module, taken by name: `--models my_module:MyLayer`
@@ -152,6 +163,10 @@ def is_user_name(name: str) -> bool:
     """Whether a name has the form "my_module:MyLayer"; `hub:owner/name` and paths do not."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+OWN_CODE: set[str] = set()
+"""The files and folders of the modules that were imported by name."""
 
 
 def load_by_name(name: str, what: str = "an object") -> Any:
@@ -174,8 +189,19 @@ def load_by_name(name: str, what: str = "an object") -> Any:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{name}: importing {module_name} failed: {reason} (--debug shows the traceback)") from error
+    whole: Any = sys.modules[module_name.partition(".")[0]]
+    OWN_CODE.update(getattr(whole, "__path__", None) or [getattr(whole, "__file__", None) or module_name])
     try:
         return getattr(module, attribute)
     except AttributeError:
         place = getattr(module, "__file__", None) or module_name
         raise UserError(f"{name}: {place} defines no {attribute}") from None
+
+
+def describe_own_error(error: BaseException) -> str | None:
+    """An error with the file and line where it passed a user's own module; None: it passed none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if any(frame.filename == path or frame.filename.startswith(path + os.sep) for path in OWN_CODE):
+            place = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
+            return shorten(f"{type(error).__name__}: {error} (in your own code: {place})")
+    return None

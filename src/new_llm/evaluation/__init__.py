@@ -17,6 +17,7 @@ from new_llm.evaluation.measure import (
     load_own_measures,
     measure,
     register_measure,
+    run_measure,
 )
 from new_llm.evaluation.memory_usage import MemoryUsage
 from new_llm.evaluation.passages import Passages
@@ -72,6 +73,7 @@ __all__ = [
     "load_own_measures",
     "measure",
     "register_measure",
+    "run_measure",
     "tune_cache",
     "unigram_perplexity",
 ]

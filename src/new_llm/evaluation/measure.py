@@ -7,6 +7,8 @@ name: `--eval.measures sliding reversal my_module:MyMeasure`.
 """
 
 import contextlib
+import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 from new_llm.charts import Chart, ShadedText
 from new_llm.config import EvalConfig, UserError
 from new_llm.config.errors import OtherProcessError
-from new_llm.config.loading import is_user_name, load_by_name
+from new_llm.config.loading import describe_own_error, is_user_name, load_by_name
 from new_llm.data.batches import BatchShape
 from new_llm.data.reversal_pairs import ReversalPair
 from new_llm.data.tokenizer import TokenSplit
@@ -265,7 +267,12 @@ def find_measures(names: Iterable[str]) -> list[Measure]:
             kind = load_by_name(name, "a measure")
             if not (isinstance(kind, type) and issubclass(kind, Measure)):
                 raise UserError(f"eval.measures: {name} is not a subclass of new_llm.evaluation.Measure")
-            register_measure(kind)
+            if inspect.isabstract(kind) or not all(hasattr(kind, needed) for needed in ("name", "title")):
+                raise UserError(f"eval.measures: {name}: a measure has a name, a title, and a method run")
+            try:
+                register_measure(kind)
+            except ValueError as error:
+                raise UserError(f"eval.measures: {name}: {error}") from None
             name = kind.name
         if name not in MEASURES:
             known = ", ".join(MEASURES)
@@ -289,15 +296,39 @@ def load_own_measures(names: Iterable[str]) -> list[str]:
     return lines
 
 
+def run_measure(one: Measure, subject: Subject) -> dict[str, Any] | None:
+    """What a measure finds, which is plain.
+
+    Raises:
+        UserError: what the measure refuses; of a user's own measure any error.
+    """
+    try:
+        result = one.run(subject)
+    except (UserError, OtherProcessError):
+        raise
+    except Exception as error:
+        if (told := describe_own_error(error)) is None:
+            raise
+        raise UserError(told) from error
+    try:
+        json.dumps(result)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"its result is not made of plain values: {error}") from None
+    if not isinstance(result, dict | None):
+        raise UserError(f"run returned a value of type {type(result).__name__} in place of a dictionary")
+    return result
+
+
 def ask_measure(name: str, method: str, given: Any, default: Any) -> Any:
-    """What a method of a measure says of results; the default where it can't read them.
+    """What a method of a measure says of results; the default where it can't read them, or says what is no answer.
 
     Results are anyone's JSON, and a measure of a user's own may have bugs: neither may cost a finished run its report.
     """
     try:
-        return getattr(MEASURES[name], method)(given)
+        found = getattr(MEASURES[name], method)(given)
     except Exception:
         return default
+    return found if isinstance(found, list | tuple if default == [] else type(default)) else default
 
 
 def measure(
@@ -322,7 +353,7 @@ def measure(
         say(one.title)
         try:
             with subject.processes.agree():
-                result = one.run(subject)
+                result = run_measure(one, subject)
         except (UserError, OtherProcessError) as error:
             if refused is None or (isinstance(error, OtherProcessError) and not error.is_user_error):
                 raise

@@ -1,18 +1,20 @@
 """The configurations of an experiment (which models, of which shape, on which data), of adapters and of studies."""
 
+import contextlib
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import tyro
-from pydantic import AfterValidator, Field, model_serializer
+from pydantic import AfterValidator, Field, ValidationInfo, model_serializer
 
 from new_llm.config.errors import UserError
 from new_llm.config.evaluation import AllLongDocumentsConfig, CacheMeasureConfig, EvalConfig, RecallConfig
-from new_llm.config.loading import RunSettings, TrainingSettings, settings_from_dict
+from new_llm.config.loading import RunSettings, TrainingSettings, is_user_name, parse_yaml, settings_from_dict
 from new_llm.config.model import SIZES, PythiaConfig, check_adapter_suffix
 from new_llm.config.sections import read_field_docs, section, short
 from new_llm.config.train import ClusterConfig, DataConfig, TrainConfig
@@ -71,6 +73,35 @@ def add_given_fields(kind: type[T]) -> type[T]:
     return kind
 
 
+OptionValue = bool | int | float | str | None
+
+
+def _read_option(given: list[str]) -> OptionValue | tuple[OptionValue, ...]:
+    """An option's value on the command line: none, true, 4, 0.5, a word, or a list as YAML has it, [0.5, 0.9]."""
+    text = given[0]
+    if text.startswith("["):
+        found = parse_yaml(text, "--model.options")
+        return tuple(found) if isinstance(found, list) else text
+    if text.lower() in (words := {"none": None, "true": True, "false": False}):
+        return words[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+GivenOption = Annotated[
+    OptionValue | tuple[OptionValue, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="VALUE",
+        instance_from_str=_read_option,
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
 @section
 @add_given_fields
 class ModelConfig:
@@ -91,8 +122,9 @@ class ModelConfig:
     match_parameters: Annotated[tyro.conf.DisallowNone[bool | None], short("--match-parameters")] = None
     """Set each model's MLP width so that it has as many parameters as a Pythia of the shape, within 1 % (except
     deep_pythia). Default: on if several models are compared and intermediate_size is not given."""
-    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
-    """Options, by name, of a layer from your own module."""
+    options: dict[str, GivenOption] = dataclasses.field(default_factory=dict)
+    """Options, by name, of a layer from your own module: words, numbers, true, false, none, or lists such as
+    [0.5, 0.9]."""
 
     def __post_init__(self) -> None:
         self.shape(vocab_size=1)
@@ -133,8 +165,10 @@ class ModelConfig:
         return {name: value for name, value in values.items() if value is not None} | self.options
 
 
-def check_model_type(name: str) -> str:
-    """Refuse a name that stands for no model type; a user's own module is imported."""
+def check_model_type(name: str, info: ValidationInfo) -> str:
+    """Refuse a name that stands for no model type; a user's own module is imported, but not for a run's record."""
+    if is_user_name(name) and info.context and info.context["is_record"]:
+        return name
     try:
         find_model_kind(name)
     except UserError as error:
@@ -201,6 +235,8 @@ class ExperimentConfig(TrainingSettings):
             raise UserError(f"models: {[str(m) for m in self.models]} names a model twice")
         longest = self.model.shape(vocab_size=1).max_position_embeddings
         for name in self.models:
+            if is_user_name(name) and name.partition(":")[0] not in sys.modules:
+                continue  # of a run's record
             if (length := self.context_tokens(name)) > longest:
                 what = "model.segment_length" if find_model_kind(name).reads_segments else "data.seq_length"
                 raise UserError(f"{what}: {length} is over model.max_position_embeddings ({longest})")

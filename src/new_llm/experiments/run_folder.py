@@ -37,11 +37,19 @@ from new_llm import __version__
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER
 from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, write_text_atomically
-from new_llm.config.loading import RunSettings, Settings, TrainingSettings, flatten_settings, read_settings
+from new_llm.config.loading import (
+    RunSettings,
+    Settings,
+    TrainingSettings,
+    flatten_settings,
+    is_user_name,
+    read_settings,
+)
 from new_llm.data.hub import describe_failure
 from new_llm.data.tokenizer import TOKENIZER_FILE, check_vocabulary, read_tokenizer_file
 from new_llm.experiments.config import AdapterTrainingConfig, ExperimentConfig, name_model_folder
 from new_llm.models import TransformerLM
+from new_llm.models.factory import find_model_kind
 from new_llm.models.layers import LAYER_KINDS
 from new_llm.models.model_file import STRUCTURE_FILE, load_model, read_structure
 from new_llm.models.tensor_files import now
@@ -143,10 +151,10 @@ def create_run(config: RunSettings, folder: Path) -> None:
 
 
 def read_begun(folder: Path, kind: type[Settings]) -> Settings:
-    """The configuration that a run of this kind began with."""
+    """The configuration that a run of this kind began with; no module that it names is imported."""
     if not (folder / kind.file_name).exists():
         raise UserError(f"{folder}: no run here ({kind.file_name} is missing)")
-    return read_settings(folder / kind.file_name, kind)
+    return read_settings(folder / kind.file_name, kind, is_record=True)
 
 
 def list_differences(first: RunSettings, second: RunSettings, but: Collection[str] = ("runs_dir",)) -> list[str]:
@@ -239,13 +247,13 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
 
     Args:
         run: a run folder with `<model>/best` folders, one such `<model>` folder, or a model's own folder.
-        model: which model of a run folder; None: the only one.
+        model: which model of a run folder; the module of my_module:MyLayer is imported. None: the only one.
         needs_memory: leave out models without memory layers.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; a run folder or a folder with {STRUCTURE_FILE} is expected")
     own = next((folder for folder in (run, run / BEST_FOLDER) if (folder / STRUCTURE_FILE).is_file()), None)
-    if own is not None and model is not None:
+    if own is not None and model is not None and not is_user_name(model):
         raise UserError(f"{run}: holds a single model; leave out the model's name ({model!r})")
     inside = sorted(run.glob(f"*/{BEST_FOLDER}/{STRUCTURE_FILE}"))
     folders = {path.parent.parent.name: path.parent for path in inside} if own is None else {run.name: own}
@@ -253,11 +261,13 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
         raise UserError(
             f"{run}: no saved model here: no {STRUCTURE_FILE} and no <model>/{BEST_FOLDER}/{STRUCTURE_FILE}"
         )
-    if model is not None:
+    if model is not None and own is None:
         names = [name for name in (model, name_model_folder(model)) if name in folders]
         if not names:
             raise UserError(f"{run}: no model {model!r} here; it has {', '.join(folders)}")
         folders = {names[0]: folders[names[0]]}
+    if model is not None and is_user_name(model):
+        find_model_kind(model)
     found = {name: folder for name, folder in folders.items() if not needs_memory or may_have_memory(folder)}
     if not found:
         raise UserError(f"{run}: no memory layer in {', '.join(folders)}")
@@ -268,8 +278,11 @@ def find_model_folder(run: Path, model: str | None = None, *, needs_memory: bool
 
 def split_spec(spec: str) -> tuple[str, str | None]:
     """RUN:MODEL as its two parts; RUN alone has no model."""
-    run, colon, model = spec.rpartition(":")
-    return (run, model) if colon and run and model and not Path(spec).exists() else (spec, None)
+    run, _, model = spec.rpartition(":")
+    place, _, module = run.rpartition(":")
+    if place and is_user_name(f"{module}:{model}") and not Path(run).exists():  # RUN:my_module:MyLayer
+        run, model = place, f"{module}:{model}"
+    return (run, model) if run and model and not Path(spec).exists() else (spec, None)
 
 
 def may_have_memory(folder: Path) -> bool:

@@ -126,7 +126,10 @@ def _build_layer(entry: dict[str, Any]) -> Layer:
     kind = settings.pop("kind", None)
     _validate(LayerShape, _pick_fields(LayerShape, settings))
     if kind not in LAYER_KINDS:
-        raise ValueError(f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}")
+        raise ValueError(
+            f"unknown layer kind {kind!r}; known are {', '.join(LAYER_KINDS)}; a layer of your own is known once its "
+            "module is imported, as by --model my_module:MyLayer"
+        )
     layer_type = LAYER_KINDS[kind]
     _validate(layer_type.options_type, _pick_fields(layer_type.options_type, settings))
     return layer_type(**settings)

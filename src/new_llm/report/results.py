@@ -20,7 +20,7 @@ from new_llm.charts import Chart
 from new_llm.config import UserError
 from new_llm.config.evaluation import EVALUATIONS_FOLDER, RECORD_VERSION, RESULTS_VERSION
 from new_llm.config.files import read_json_file, read_mapping
-from new_llm.config.loading import flatten_settings, is_user_name
+from new_llm.config.loading import describe_own_error, flatten_settings, is_user_name
 from new_llm.config.terminal import make_line
 from new_llm.data.hub import describe_failure
 from new_llm.evaluation import MEASURES, Column, ModelResult, ask_measure
@@ -109,6 +109,12 @@ def make_run(results: dict[str, Any], folder: Path | None = None) -> Run:
     for entry in run.entries:
         refused = (entry.get("not_measured") or {}).items()
         notes += [make_line(f"{name_model(entry)}: {name} was not measured: {line}") for name, line in refused]
+        for name, result in (entry.get("evaluation") or {}).items():
+            try:
+                MEASURES[name].columns(result)
+            except Exception as error:  # a measure of a user's own; of others' files nothing is known
+                if told := describe_own_error(error):
+                    notes.append(make_line(f"{name_model(entry)}: columns of {name} are left out: {told}"))
     return replace(run, notes=tuple(notes))
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from new_llm.config import PythiaConfig
+from new_llm.config import PythiaConfig, UserError
 from new_llm.config.sections import section
 from new_llm.models.inputs import IGNORE_INDEX, mark_valid
 from new_llm.models.ops.head_loss import linear_cross_entropy
@@ -492,6 +492,16 @@ def build_layer(layer_type: type[Layer], shape: PythiaConfig, **options: Any) ->
         "rotary_emb_base": shape.rotary_emb_base,
     }
     named = inspect.signature(layer_type).parameters
+    required = [
+        name
+        for name, one in named.items()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, VAR_KEYWORD)
+    ]
+    if unknown := sorted(set(required) - set(fields) - set(options)):
+        raise UserError(
+            f"{layer_type.__name__}: its constructor needs {', '.join(unknown)}: neither an option nor one of "
+            f"{', '.join(fields)}"
+        )
     return layer_type(**({name: value for name, value in fields.items() if name in named} | options))
 
 
