@@ -67,9 +67,10 @@ class Source:
         """
         found = False
         for number, document in enumerate(self.read_all(bad_rows or BadRows()), start=1):
-            name, text = document if isinstance(document, tuple) else (f"{self.name}:{number}", document)
-            if not isinstance(text, str):
-                raise UserError(f"{self.name}: document {number} is a {type(text).__name__}, not a string")
+            name, text = document if isinstance(document, tuple) and len(document) == 2 else ("", document)
+            if not isinstance(text, str) or not isinstance(name, str):
+                raise UserError(f"{self.name}: document {number} is neither a text nor a pair (name, text)")
+            name = name or f"{self.name}:{number}"
             if text and not text.isspace():
                 found = True
                 yield name, text
@@ -134,6 +135,10 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
         kind = SourceKind(_read_hub, lambda config: f"{config.source} {config.text_field}", is_hub=True)
     if kind is None and is_user_name(name):
         function = load_by_name(name, "a source")
+        try:
+            inspect.signature(function).bind(config)
+        except TypeError as error:
+            raise UserError(f"{name}: a source is a function of one argument, the data section: {error}") from None
         kind = next((kind for kind in SOURCES.values() if kind.read is function), SourceKind(function))
     if kind is None:
         return _open_local(Path(name).expanduser(), config, whole_files)
@@ -141,13 +146,19 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
     used = {key: value for key, value in (("whole", whole_files), ("split", split)) if key in accepted}
 
     def read(bad_rows: BadRows) -> Iterable[str | Document]:
-        return kind.read(config, **used, **({"bad_rows": bad_rows} if "bad_rows" in accepted else {}))
+        found = kind.read(config, **used, **({"bad_rows": bad_rows} if "bad_rows" in accepted else {}))
+        if isinstance(found, str) or not isinstance(found, Iterable):
+            raise UserError(f"{name}: returned a value of type {type(found).__name__} in place of several documents")
+        return found
 
     source = Source(name, "", read, kind.is_hub, kind.read_whole)
     if kind.fingerprint is None:
         digest = hashlib.sha256()
-        for _, text in islice(source.read(BadRows(skip=config.on_bad_row == "skip")), config.max_documents):
-            digest.update(hashlib.sha256(text.encode()).digest())
+        for title, text in islice(source.read(BadRows(skip=config.on_bad_row == "skip")), config.max_documents):
+            try:
+                digest.update(hashlib.sha256(text.encode()).digest())
+            except UnicodeEncodeError:
+                raise UserError(f"{name}: {title}: half a surrogate pair in the text: not UTF-8") from None
         return replace(source, fingerprint=digest.hexdigest())
     facts = [kind.fingerprint(config), *(f"{key} {value}" for key, value in used.items())]
     return replace(source, fingerprint=hash_json(facts))
