@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from new_llm.models.layers import LAYER_KINDS, Layer
+from new_llm.models.layers import LAYER_KINDS, Layer, Segments
+from new_llm.models.state import LayerMemory
 from new_llm.models.transformer import TransformerLM
 
 VOCAB_SIZE = 61
@@ -28,11 +29,14 @@ def check_layer(make_layer: Callable[[], Layer]) -> None:
     """Check that a new layer keeps the contract of `Layer`, inside a small model in float64; its weights are drawn
     again.
     """
-    model = make_model(make_layer())
+    layer = make_layer()
+    check_form(layer)
+    model = make_model(layer)
     check_model(model)
     ids = draw_ids(model, 3, 4 * SEGMENT_LENGTH - 2)
     with torch.no_grad():
         check_precision(model, ids)
+    check_training(model, ids)
     check_registration(model.layer_list[0])
 
 
@@ -60,6 +64,41 @@ def make_model(layer: Layer) -> TransformerLM:
     return TransformerLM([layer], VOCAB_SIZE, SEGMENT_LENGTH, initializer_range=0.3).double().eval()
 
 
+def check_form(layer: Layer) -> None:
+    """The layer and its memory have the form that all else relies on, and an empty memory is all zeros."""
+    assert isinstance(getattr(layer, "hidden_size", None), int), "the layer needs its width as self.hidden_size"
+    like = torch.zeros(2, 1, 3, layer.hidden_size, dtype=torch.float64)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if layer.has_memory:
+        empty = layer.empty_memory(2, like)
+        assert isinstance(empty, LayerMemory), f"empty_memory gives a {type(empty).__name__}, not a LayerMemory"
+        for name, value in empty.tensors().items():
+            assert isinstance(value, Tensor), f"{name} of the memory is a {type(value).__name__}, not a tensor or None"
+            assert value.shape[:1] == (2,), f"{name} of the memory has shape {tuple(value.shape)}; rows come first"
+            assert not value.any(), f"{name} of an empty memory is not all zeros"
+        expected = _list_forms(empty)
+    if layer.stands_before_head:
+        return
+    with torch.no_grad():
+        given = layer.empty_memory(2, like) if layer.has_memory else None
+        found = copy.deepcopy(layer).double()(like, given, Segments())
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    assert is_pair, "forward returns a pair: the new hidden states, and the memory or None"
+    hidden, memory = found
+    assert hidden.shape == like.shape, f"forward maps {tuple(like.shape)} to {tuple(hidden.shape)}; shapes stay"
+    if given is not None:
+        changed = [name for name, value in given.tensors().items() if value.any()]
+        assert not changed, f"forward changes {', '.join(changed)} of the memory in place; it returns a new memory"
+        assert isinstance(memory, LayerMemory), f"forward returns {type(memory).__name__} in place of the memory"
+        for name, form in _list_forms(memory.finish_call()).items():
+            was = expected.get(name)
+            assert form == was, f"{name} of the memory is {form} after a segment, and {was} when empty"
+
+
+def _list_forms(memory: LayerMemory) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(value.shape), value.dtype) for name, value in memory.tensors().items()}
+
+
 def find_tolerance(dtype: torch.dtype, *, is_rounded: bool = True) -> float:
     """How far apart two ways to compute the same may be, as a share of the largest value, or of 1 if that is larger.
 
@@ -85,7 +124,11 @@ def check_causality(model: TransformerLM, ids: Tensor, places: Iterable[int] | N
         changed[:, place:] = (changed[:, place:] + 1) % model.vocab_size
         found = model(changed)
         _assert_near(
-            model, found[:, :place], expected[:, :place], f"logits before changed token {place}", is_rounded=False
+            model,
+            found[:, :place],
+            expected[:, :place],
+            f"the future leaks: logits before changed token {place}",
+            is_rounded=False,
         )
         assert not torch.allclose(found[:, place], expected[:, place]), f"token {place} does not change its logits"
 
@@ -97,7 +140,9 @@ def check_rows(model: TransformerLM, ids: Tensor) -> None:
     whole = model(ids, update_memory=True)
     for row in range(len(ids)):
         model.reset_memory(shared)
-        _assert_near(model, model(ids[row : row + 1])[0], whole[row], f"logits of row {row} alone and in a batch")
+        _assert_near(
+            model, model(ids[row : row + 1])[0], whole[row], f"rows mix: logits of row {row} alone and in a batch"
+        )
 
 
 def check_padding(model: TransformerLM, ids: Tensor) -> None:
@@ -220,6 +265,15 @@ def check_gradients(model: TransformerLM, ids: Tensor) -> None:
         assert reaches, "no gradient flows from a later segment through what an earlier one wrote"
     else:
         assert not reaches, "a layer without memory, or whose gradients stop there, passes them to an earlier segment"
+
+
+def check_training(model: TransformerLM, ids: Tensor) -> None:
+    """In training, too, a row's logits do not depend on other rows; auxiliary losses, which may, are left out."""
+    trained = copy.deepcopy(model).train()
+    inputs: list[Any] = []
+    trained.embed_in.register_forward_hook(lambda _, __, output: inputs.append(output))
+    (gradient,) = torch.autograd.grad(trained(ids)[1].logsumexp(-1).sum(), inputs[0])
+    assert not gradient[[0, 2]].any(), "in training a row's logits depend on another row"
 
 
 def check_registration(layer: Layer) -> None:

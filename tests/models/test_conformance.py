@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +128,50 @@ def test_auxiliary_losses_reach_training_and_no_evaluation():
     torch.testing.assert_close(model.train().total_loss(ids, ids), 9 * (measured + extra))
 
 
-@pytest.mark.parametrize("fault", ["future", "rows", "padding", "write"])
+FAULTS = {
+    "future": "the future leaks: logits before changed token 1",
+    "rows": "rows mix: logits of row 0 alone and in a batch",
+    "batch-norm": "in training a row's logits depend on another row",
+    "padding": "of a padded row",
+    "write": "the layer has_memory, but what it read changes nothing|logits of single segments",
+    "full": "memories of an empty memory is not all zeros",
+    "in-place": "forward changes norms of the memory in place",
+    "number": "num_tokens of the memory is a int, not a tensor",
+    "alone": "forward returns a pair",
+    "none": "forward returns NoneType in place of the memory",
+    "narrow": r"forward maps \(2, 1, 3, 16\) to \(2, 1, 3, 8\)",
+    "width": "the layer needs its width as self.hidden_size",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_broken_layers_are_found(fault):
     class Broken(OwnLayer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.normalize = torch.nn.BatchNorm1d(args[0])
+            if fault == "width":
+                del self.hidden_size
+
+        def empty_memory(self, rows, like):
+            empty = super().empty_memory(rows, like)
+            wrong = {"full": {"memories": empty.memories + 1}, "number": {"num_tokens": 0}}
+            return replace(empty, **wrong.get(fault, {}))
+
         def forward(self, hidden, memory=None, segments=None):
             if fault == "padding":
                 segments = Segments(None, segments.write_last)
             out, written = super().forward(hidden, memory, segments)
             if fault in ("future", "rows"):
                 out = out + hidden.mean(2 if fault == "future" else 0, keepdim=True)
-            return out, (written.emptied() if fault == "write" else written)
+            if fault == "batch-norm":
+                out = self.normalize(out.flatten(0, 2)).view_as(out)
+            if fault == "in-place" and memory is not None:
+                memory.norms.add_(1)
+            returned = {"alone": out, "none": (out, None), "narrow": (out[..., :8], written)}
+            return returned.get(fault, (out, written.emptied() if fault == "write" else written))
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=FAULTS[fault]):
         check_layer(lambda: make_own(Broken))
 
 
