@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import re
+import sys
 from pathlib import Path
 
 import pyarrow as pa

@@ -113,6 +113,7 @@ BAD_PROMPTS = {
     "shape": (torch.tensor([1, 2]),),
     "row 1 has no real token": (text_ids(2, 2), torch.tensor([[1, 0], [0, 0]])),
     "attention_mask has shape": (text_ids(2, 2), torch.ones(2, 3)),
+    "attention_mask: real tokens are marked by 1": (text_ids(2, 2), torch.tensor([[0.0, 0.0], [-1e9, 0.0]])),
     "batch of 2 rows": (text_ids(2, 2),),
 }
 

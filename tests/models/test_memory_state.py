@@ -229,6 +229,15 @@ def test_two_halves_merge_into_one_batch_of_both(name):
     assert_states_equal(model.get_memory_state(), merged)
 
 
+def test_a_sum_is_as_wide_as_the_widest_memory():
+    wide = fill(get_model("infini-sum", dtype=torch.float32), ids=text_ids(1, 13))
+    narrow = {
+        0: {key: v.half() if isinstance(v, Tensor) and v.is_floating_point() else v for key, v in wide[0].items()}
+    }
+    for states in ([wide, narrow], [narrow, wide]):
+        assert merge_memory_states(states)[0]["memories"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_tree_that_is_held_moves_up_once_however_many_rows_are_added(rows):
     model, ids = get_model("hierarchical-fenwick-sum"), text_ids(3, 35)

@@ -93,12 +93,16 @@ def plan_packing(attention_mask: Tensor | None, input_ids: Tensor) -> Packing | 
 
 
 def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
-    """Raise ValueError if the mask's shape differs from the tokens'."""
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+    """Raise ValueError if the mask's shape differs from the tokens', or floating-point values mark something else."""
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: "
             "they must be equal"
         )
+    if attention_mask.is_floating_point() and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("attention_mask: real tokens are marked by 1, others by 0; it is not added to scores")
 
 
 def mark_valid(lengths: Tensor, num_tokens: int) -> Tensor:

@@ -339,7 +339,7 @@ def merge_memory_states(states: list[dict[int, dict[str, Any]]]) -> dict[int, di
             for key, value in first.items()
             if isinstance(value, Tensor)
         }
-        entry = first | {key: stack.sum(0).to(first[key].dtype) for key, stack in stacks.items()}
+        entry = first | {key: stack.sum(0).to(stack.dtype) for key, stack in stacks.items()}
         for key in entry.keys() & INDEX_KEYS:  # segments count time, not texts: whose turn it is depends on them
             try:
                 entry["segment_counter"] = stacks["segment_counter"].amax(0)
