@@ -56,17 +56,33 @@ def compare(one: dict[str, DocumentLosses], other: dict[str, DocumentLosses]) ->
     return f"{' · '.join(texts) or 'no common seed'} ({len(seeds)})".replace("-", "−")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the losses")
     parser.add_argument("models", nargs="*", help="two of VARIANT/MEASURE/WAY; none: all are listed")
     parser.add_argument("--collect", nargs="+", type=Path, metavar="RUNS", help="folders of runs to make the file from")
     given = parser.parse_args()
     if given.collect:
-        given.file.write_text(json.dumps(collect(given.collect), separators=(",", ":")) + "\n", encoding="utf-8")
-    losses = json.loads(given.file.read_text(encoding="utf-8"))
+        if not (found := collect(given.collect)):
+            parser.error(f"no complete run of a study in {', '.join(map(str, given.collect))}")
+        given.file.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
+    try:
+        losses: Losses = json.loads(given.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"{given.file}: no losses: {error}")
+    known = {variant: sorted(set().union(*seeds.values())) for variant, seeds in losses.items()}
+    for name in given.models:
+        variant, _, way = name.partition("/")
+        if way not in known.get(variant, ()):
+            parser.error(f"{name}: not in the file; allowed are {', '.join(known.get(variant, known))}")
     if len(given.models) == 2:
         print(compare(*(read(losses, name) for name in given.models)))
+    elif given.models:
+        parser.error("compare two models, or give none to list all")
     else:
-        for variant, seeds in losses.items():
-            print(f"{variant}: seeds {', '.join(seeds)}: {', '.join(sorted(set().union(*seeds.values())))}")
+        for variant, ways in known.items():
+            print(f"{variant}: seeds {', '.join(losses[variant])}: {', '.join(ways)}")
+
+
+if __name__ == "__main__":
+    main()

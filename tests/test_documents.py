@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -300,3 +301,12 @@ def test_a_difference_that_a_page_tells_is_that_of_the_committed_losses():
     said, _, seeds = found.strip().rpartition(" ")
     assert said in (ROOT / "docs/experiments/novels.md").read_text(encoding="utf-8")
     assert seeds == "(3)"
+    unknown = [
+        sys.executable,
+        ROOT / "studies" / "compare.py",
+        ROOT / "docs/experiments/novels/losses.json",
+        "rwkv/bare",
+    ]
+    refused = subprocess.run(unknown, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "rwkv/bare: not in the file; allowed are" in refused.stderr
