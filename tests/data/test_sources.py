@@ -136,7 +136,8 @@ def test_hub_names_are_data_sets_configurations_and_fields(tmp_path, speeches, m
         assert asked.pop() == ("owner/name", subset, "train", True)
     assert open_source(DataConfig(source="hub:a/b")).is_hub
     assert "record 1: no field 'title' (found: text, body)" in read_error("owner/name", "hub:owner/name::title")
-    assert "is not of the form hub:owner/name[:config][:field]" in read_error("hub:a/b:c:d:e")
+    for name in ("hub:a/b:c:d:e", "hub:", "hub:../b", "hub:a/na me", "hub:a/b/c", "hub::c"):
+        assert "is not of the form hub:owner/name[:config][:field]" in read_error(name)
 
 
 def test_wikitext_articles_begin_at_level_one_headings(tmp_path):

@@ -38,6 +38,7 @@ from new_llm.data.local_files import (
 )
 
 WIKITEXT_CONFIGURATION = "wikitext-2-raw-v1"
+HUB_SOURCE = re.compile(r"hub:(?!.*\.\.)(?:\w[\w.-]*/)?\w[\w.-]*(?::[^:]*){0,2}", re.ASCII)
 
 Read = Callable[..., Iterable[str | Document]]
 """Given the configuration, yields texts or (name, text). It may take any of these keyword arguments: `split` ("train",
@@ -132,6 +133,8 @@ def open_source(config: DataConfig, *, whole_files: bool = False, split: str = "
         return mix_sources(name, [open_part(replace(config, source=part)) for part in parts], list(parts.values()))
     kind = SOURCES.get(name)
     if kind is None and name.startswith("hub:"):
+        if not HUB_SOURCE.fullmatch(name):
+            raise UserError(f"data.source: {name!r} is not of the form hub:owner/name[:config][:field]")
         kind = SourceKind(_read_hub, lambda config: f"{config.source} {config.text_field}", is_hub=True)
     if kind is None and is_user_name(name):
         function = load_by_name(name, "a source")
@@ -245,9 +248,7 @@ def read_wikitext(config: DataConfig, *, split: str, whole: bool) -> Iterator[Do
 
 def _read_hub(config: DataConfig, *, split: str, bad_rows: BadRows) -> Iterator[Document]:
     """hub:owner/name[:config][:field]: any data set of the hub, streamed."""
-    name, subset, text_field, *more = [*config.source.removeprefix("hub:").split(":"), "", ""]
-    if "".join(more) or not name:
-        raise UserError(f"data.source: {config.source!r} is not of the form hub:owner/name[:config][:field]")
+    name, subset, text_field, *_ = [*config.source.removeprefix("hub:").split(":"), "", ""]
     records = read_hub_dataset(
         name, subset or None, split=split, streaming=True, timeout_seconds=config.hub_timeout_seconds
     )
