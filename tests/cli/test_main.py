@@ -202,6 +202,7 @@ CASES = [
     ("train-adapter --train.sharding fsdp", "trains with ddp"),
     ("train-adapter --segments-per-sample 3", "not a multiple"),
     ("eval", "choose one of doctor, long, measures, positions, ppl, recall, reversal (see new-llm eval --help)"),
+    ("eval nope", "unknown command 'eval nope'; allowed are doctor, long, measures, positions, ppl, recall, reversal"),
     ("eval ppl", "--run: a model is needed"),
     ("eval ppl --run /nope/nope", "no such folder"),
     ("eval ppl --run {run}", "several models; choose one by --model: hierarchical, infini, multi_memory, pythia, "),

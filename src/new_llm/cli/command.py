@@ -69,7 +69,14 @@ class CommandGroup:
 
     @classmethod
     def read(cls, arguments: list[str], prog: str) -> Command:
-        """The chosen command of a command line."""
+        """The chosen command of a command line.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in cls.commands:
+            allowed = ", ".join(cls.commands)
+            raise UserError(f"unknown command {' '.join([*prog.split()[1:], arguments[0]])!r}; allowed are {allowed}")
         return read_flags(choose_command(cls.commands, cls.default), arguments, prog, description=inspect.getdoc(cls))
 
 
