@@ -129,6 +129,19 @@ def test_only_some_variants_and_a_study_that_is_moved(addresses, tmp_path, train
     assert len(trained) == 3 + 4
 
 
+def test_a_measure_that_was_asked_for_and_failed_is_named_with_its_runs(addresses, tmp_path):
+    study = read_settings(write_study(tmp_path / "study.yaml", addresses), StudyConfig)
+    cells = [Cell("pythia", 0), Cell("pythia", 1), Cell("reference", 0)]
+    for cell in cells:
+        (study.folder / cell.name).mkdir(parents=True)
+        refused = {"model_type": "pythia", "not_measured": {"sliding": "too short"}}
+        write_json(study.folder / cell.name / "results.json", {"status": "complete", "models": [refused]})
+    (line,) = study_module.list_unmeasured(study, [*cells, Cell("whole", 0)])
+    assert line == "sliding is not measured: too short (pythia-s0, pythia-s1, reference-s0)"
+    default = dataclasses.replace(study, base={**study.base, "eval": {}})  # nothing is asked for by name
+    assert study_module.list_unmeasured(default, cells[2:]) == []
+
+
 def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatch):
     started: list[str] = []
 

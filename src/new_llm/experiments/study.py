@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import cache, partial
@@ -108,6 +109,8 @@ def run_study(
                 progress.end(cell)
                 has_news = True
     summary = summarize_study(study, write_page)
+    for line in list_unmeasured(study, cells):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if pool.failures:
         raise UserError("; ".join(pool.failures))
     return summary
@@ -144,6 +147,17 @@ def read_results(study: StudyConfig, cell: Cell) -> dict[str, Any] | None:
     """The results of a training; None: it is not complete."""
     results = read_json(study.folder / cell.name / RESULTS_FILE)
     return results if results and results.get("status") == "complete" else None
+
+
+def list_unmeasured(study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
+    """A line for each measure that a variant asks for by name and that could not be made, with the runs and why."""
+    found = defaultdict[tuple[str, str], list[str]](list)
+    for cell in cells:
+        if study.configure(cell.variant, cell.seed).eval.measures != EvalConfig().measures:
+            for model in (read_results(study, cell) or {"models": []})["models"]:
+                for item in (model.get("not_measured") or {}).items():
+                    found[item].append(cell.name)
+    return [f"{measure} is not measured: {why} ({', '.join(runs)})" for (measure, why), runs in found.items()]
 
 
 # What is measured of trained models, beside what their runs have measured
