@@ -54,7 +54,7 @@ def bench_layers(console: Console, arguments: argparse.Namespace) -> None:
     length, segment = arguments.long_tokens, arguments.long_segment
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(8192, 512)
-    whole = embedding(load_text(length)).unsqueeze(0).detach().to(device)
+    whole = embedding(load_text(length)).detach().to(device).view(1, 1, length, -1)  # as one segment
     cut = whole.view(1, length // segment, segment, -1)
     layers = {
         "softmax, whole text": (PythiaLayer(512, 8, 2048), whole),
