@@ -22,6 +22,7 @@ from rich.console import Console
 from new_llm.cli.experiment import Experiment
 from new_llm.cli.main import main
 from new_llm.config import UserError
+from new_llm.config.evaluation import EvalConfig
 from new_llm.config.loading import read_settings
 from new_llm.config.train import ClusterConfig
 from new_llm.experiments import study as study_module
@@ -134,12 +135,15 @@ def test_a_measure_that_was_asked_for_and_failed_is_named_with_its_runs(addresse
     cells = [Cell("pythia", 0), Cell("pythia", 1), Cell("reference", 0)]
     for cell in cells:
         (study.folder / cell.name).mkdir(parents=True)
+        asked = {"eval": {"measures": study.configure(cell.variant, cell.seed).eval.measures}}
         refused = {"model_type": "pythia", "not_measured": {"sliding": "too short"}}
-        write_json(study.folder / cell.name / "results.json", {"status": "complete", "models": [refused]})
+        results = {"status": "complete", "config": asked, "models": [refused]}
+        write_json(study.folder / cell.name / "results.json", results)
     (line,) = study_module.list_unmeasured(study, [*cells, Cell("whole", 0)])
     assert line == "sliding is not measured: too short (pythia-s0, pythia-s1, reference-s0)"
-    default = dataclasses.replace(study, base={**study.base, "eval": {}})  # nothing is asked for by name
-    assert study_module.list_unmeasured(default, cells[2:]) == []
+    default = results | {"config": {"eval": {"measures": EvalConfig().measures}}}  # nothing is asked for by name
+    write_json(study.folder / "reference-s0" / "results.json", default)
+    assert study_module.list_unmeasured(study, cells[2:]) == []
 
 
 def test_runs_that_end_together_are_all_measured(addresses, tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ from tyro.conf import Positional, Suppress
 from new_llm.cli.command import Command, read_flags
 from new_llm.cli.main import end_quietly, is_main_process
 from new_llm.config.errors import UserError
-from new_llm.config.evaluation import EvalConfig
 from new_llm.config.files import write_text_atomically
 from new_llm.config.loading import RunSettings, find_committed, read_settings
 from new_llm.config.terminal import make_line, open_console, print_text
@@ -87,17 +86,15 @@ class TrainingCommand(Command):
             The exit code: 130 where training was interrupted, 1 where it can't continue, 2 where a measure that was
             asked for by name has refused.
         """
-        from new_llm.experiments.run_folder import describe_resumption
+        from new_llm.experiments.run_folder import describe_resumption, list_refused
 
         results = run_training(self.train, lambda folder: describe_resumption(folder, self.command))
         if isinstance(results, int):
             return results
-        # Measures that were not asked for may find nothing to measure in a text; then there is only a note.
-        is_named = list(results["config"]["eval"]["measures"]) != list(EvalConfig().measures)
-        refused = [found for model in results["models"] if is_named and (found := model.get("not_measured"))]
+        refused = list_refused(results)
         if is_main_process():
             self.show(results)
-            for measure, line in (item for found in refused for item in found.items()):
+            for measure, line in refused:
                 print(f"new-llm: {measure} is not measured: {make_line(line)}", file=sys.stderr)
         return 2 if refused else 0
 

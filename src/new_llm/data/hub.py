@@ -7,6 +7,7 @@ a network gets its one clear line, or what is cached here, at once.
 import contextlib
 import functools
 import os
+import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any
 
 from new_llm.config.errors import HubError
 from new_llm.config.files import shorten
+
+HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""The name of a model or data set on the hub: owner/name, or name alone."""
 
 
 def hub_endpoint() -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from new_llm.config import DataConfig, UserError
 from new_llm.config.files import hash_file
 from new_llm.config.loading import is_user_name, load_by_name
-from new_llm.data.hub import read_hub_dataset
+from new_llm.data.hub import HUB_NAME, read_hub_dataset
 from new_llm.data.local_files import (
     KNOWN,
     PACKED,
@@ -38,7 +38,7 @@ from new_llm.data.local_files import (
 )
 
 WIKITEXT_CONFIGURATION = "wikitext-2-raw-v1"
-HUB_SOURCE = re.compile(r"hub:(?!.*\.\.)(?:\w[\w.-]*/)?\w[\w.-]*(?::[^:]*){0,2}", re.ASCII)
+HUB_SOURCE = re.compile(rf"hub:{HUB_NAME.pattern}(:[^:]*){{0,2}}", re.ASCII)
 
 Read = Callable[..., Iterable[str | Document]]
 """Given the configuration, yields texts or (name, text). It may take any of these keyword arguments: `split` ("train",

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from new_llm import __version__
 from new_llm.config import UserError
-from new_llm.config.evaluation import EVALUATIONS_FOLDER
+from new_llm.config.evaluation import EVALUATIONS_FOLDER, EvalConfig
 from new_llm.config.files import hold_lock, read_json_file, remove_leftovers, write_text_atomically
 from new_llm.config.loading import (
     RunSettings,
@@ -221,6 +221,16 @@ def write_json(path: Path, values: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a file that `write_json` wrote; None where there is none."""
     return read_json_file(path) if path.exists() else None
+
+
+def list_refused(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measures that a run asked for by name and that could not be made, with the reasons, model by model.
+
+    Measures that were not asked for may find nothing to measure in a text; they are left out.
+    """
+    if list(results["config"]["eval"]["measures"]) == list(EvalConfig().measures):
+        return []
+    return [item for model in results["models"] for item in (model.get("not_measured") or {}).items()]
 
 
 def _strict(value: Any) -> Any:

@@ -26,7 +26,7 @@ from new_llm.config.terminal import open_console
 from new_llm.evaluation import load_own_measures, measure
 from new_llm.experiments.config import STUDY_FILE, StudyConfig, name_model_folder
 from new_llm.experiments.evaluation import describe_evaluation, load_baselines, plain_settings, prepare_subject
-from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_code, read_json, write_json
+from new_llm.experiments.run_folder import CONFIG_FILE, RESULTS_FILE, describe_code, list_refused, read_json, write_json
 from new_llm.experiments.runner import ReportWriter, run_experiment
 from new_llm.experiments.study_jobs import Cell, StudyProgress, open_pool
 from new_llm.experiments.study_table import describe_study, render_csv, render_markdown
@@ -153,10 +153,9 @@ def list_unmeasured(study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
     """A line for each measure that a variant asks for by name and that could not be made, with the runs and why."""
     found = defaultdict[tuple[str, str], list[str]](list)
     for cell in cells:
-        if study.configure(cell.variant, cell.seed).eval.measures != EvalConfig().measures:
-            for model in (read_results(study, cell) or {"models": []})["models"]:
-                for item in (model.get("not_measured") or {}).items():
-                    found[item].append(cell.name)
+        if results := read_results(study, cell):
+            for item in list_refused(results):
+                found[item].append(cell.name)
     return [f"{measure} is not measured: {why} ({', '.join(runs)})" for (measure, why), runs in found.items()]
 
 

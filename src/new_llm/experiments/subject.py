@@ -19,7 +19,7 @@ from new_llm.config import DataConfig, UserError
 from new_llm.config.evaluation import SubjectConfig
 from new_llm.config.files import read_mapping, write_text_atomically
 from new_llm.config.terminal import hide_home, make_line
-from new_llm.data.hub import describe_failure, hub_answers, hub_endpoint
+from new_llm.data.hub import HUB_NAME, describe_failure, hub_answers, hub_endpoint
 from new_llm.data.tokenizer import fingerprint_tokenizer, get_tokenizer
 from new_llm.evaluation import MEASURES
 from new_llm.evaluation.language_models import HuggingFaceLM
@@ -42,8 +42,6 @@ from new_llm.models.model_file import STRUCTURE_FILE
 from new_llm.models.tensor_files import fingerprint_weights
 from new_llm.training.checkpoint import BEST_FOLDER
 from new_llm.training.devices import choose_device, choose_precision, make_autocast
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
