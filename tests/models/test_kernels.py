@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_cases import STACKS, assert_same, build_model, draw, text_ids
+from new_llm.models.layers.pythia import apply_rotary, compute_rotary_angles
 from new_llm.models.ops import local_attention
 from new_llm.models.ops.head_loss import linear_cross_entropy
 from new_llm.models.ops.kernels import SWITCH, check_tensor, native
 from new_llm.models.ops.kernels.native import PythiaStep
-from new_llm.models.ops.local_attention import causal_attention
+from new_llm.models.ops.local_attention import can_split_heads, causal_attention, split_heads
 from tiny import ROOT, run_python
 
 needs_compiler = pytest.mark.skipif(not native.has_kernels(), reason="no C compiler here")
@@ -42,6 +43,21 @@ def test_causal_attention_in_bfloat16_is_near_torch_s_in_float64(length, monkeyp
     fast, exact = (functools.partial(attend, function) for function in (causal_attention, torchs))
     mixed = draw(3, length, 2, 3 * 16, seed=length, dtype=torch.bfloat16)
     assert_same(fast, exact, [mixed], 0.01, exact=[mixed.double()])
+
+
+@needs_compiler
+@pytest.mark.parametrize(("length", "width", "rotary"), [(1, 6, 6), (7, 5, 2), (17, 8, 0), (64, 32, 8)])
+def test_heads_are_split_and_rotated_as_by_torch_in_float64(length, width, rotary):
+    """With gradients; each head's queries, keys and values lie side by side."""
+    angles = torch.stack(compute_rotary_angles(torch.arange(length), rotary, 1e4, torch.float32))
+
+    def split(mixed: Tensor) -> Tensor:
+        q, k, v = mixed.unflatten(-1, (3, -1)).transpose(1, 2).chunk(3, dim=-1)
+        return torch.cat((apply_rotary(q, *angles.double()), apply_rotary(k, *angles.double()), v))
+
+    mixed = draw(2, length, 3 * 3 * width, seed=length, dtype=torch.bfloat16)
+    assert can_split_heads(mixed)
+    assert_same(lambda x: torch.cat(split_heads(x, 3, angles)), split, [mixed], 0.01, exact=[mixed.double()])
 
 
 @needs_compiler
@@ -121,6 +137,8 @@ def test_tensors_that_do_not_fit_are_refused():
         "gradients": lambda: native.causal_softmax_backward(
             kernels, scores, torch.zeros(2, 3, 7).bfloat16(), sums, first=0, scale=1.0
         ),
+        "mixed": lambda: native.split_heads(kernels, torch.zeros(1, 4, 24), 2, torch.zeros(2, 4, 2)),
+        "angles": lambda: native.split_heads(kernels, torch.zeros(1, 4, 24).bfloat16(), 2, torch.zeros(2, 4, 6)),
         r"x: \[1, 7\]": lambda: native.LinearRows(nn.Linear(8, 5))(torch.zeros(1, 7)),
         "on cpu": lambda: check_tensor("state", torch.zeros(2), (2,), torch.float32, torch.device("cuda", 0)),
     }.items():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 from new_llm.models.layers.base import Attention, Block, Segments, Step, check_divides, register_layer
-from new_llm.models.ops.local_attention import causal_attention
+from new_llm.models.ops.local_attention import can_split_heads, causal_attention, split_heads
 from new_llm.models.state import LayerMemory
 
 
@@ -182,22 +182,28 @@ class SoftmaxAttention(RotarySoftmax, Attention):
 
     def forward(self, hidden: Tensor, memory: Any, segments: Segments) -> tuple[Tensor, LayerMemory | None]:
         """All segments in one call. Padding is on the right, where causality already hides it."""
-        mixed = self.attend(*self.split(hidden.flatten(0, 1)))
-        return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), memory
+        mixed = self.query_key_value(hidden.flatten(0, 1))
+        if can_split_heads(mixed):
+            settings = self.rotary_dim, float(self.rotary_emb_base), torch.float32
+            angles = _keep_rotary_table(mixed.shape[1], *settings, mixed.device)
+            attended = causal_attention(*split_heads(mixed, self.num_heads, angles))
+        else:
+            attended = self.attend(*self.split(mixed))
+        return self.dense(attended.transpose(1, 2).reshape(hidden.shape)), memory
 
     def step(self, hidden: Tensor, opened: Any, memory: Any, step: Step) -> tuple[Tensor, Any]:
         """Attend to the cache and to the new tokens, which join it."""
-        mixed, cache = self.attend_step(*self.split(hidden), opened, step)
+        mixed, cache = self.attend_step(*self.split(self.query_key_value(hidden)), opened, step)
         return self.dense(mixed.transpose(1, 2).reshape(hidden.shape)), cache
 
     def end_segments(self, opened: Any, memory: Any, ended: Tensor) -> tuple[Any, Any]:
         """Nothing to write: the next segment overwrites the slots before it reads them."""
         return opened, memory
 
-    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before rotation, [B, T, D] to [B, heads, T, K] each."""
-        mixed = self.query_key_value(hidden).unflatten(-1, (self.num_heads, 3 * self.head_size))
-        q, k, v = mixed.transpose(1, 2).chunk(3, dim=-1)
+    def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, [B, T, 3 D] to [B, heads, T, K] each."""
+        heads = mixed.unflatten(-1, (self.num_heads, 3 * self.head_size))
+        q, k, v = heads.transpose(1, 2).chunk(3, dim=-1)
         return q, k, v
 
 

@@ -75,7 +75,7 @@ class TransformerXLAttention(SoftmaxAttention):
         """All segments in one call: each is a row of its own, with its memory's keys before its own."""
         batch, num_segments, length, _ = hidden.shape
         before = self.empty_memory(batch, hidden) if memory is None else memory
-        q, k, v = self.split(hidden.flatten(1, 2))
+        q, k, v = self.split(self.query_key_value(hidden.flatten(1, 2)))
         past_keys, past_values = (
             torch.cat((old.to(new), new), 2) for old, new in ((before.keys, k), (before.values, v))
         )
@@ -125,7 +125,7 @@ class TransformerXLAttention(SoftmaxAttention):
         self, hidden: Tensor, opened: OpenKeys | None, memory: KeyValueMemory | None, step: Step
     ) -> tuple[Tensor, OpenKeys]:
         """Attend to the memory, to the open segment and to the new tokens, which join it."""
-        q, k, v = self.split(hidden)
+        q, k, v = self.split(self.query_key_value(hidden))
         if q.device.type == "cpu" and q.dtype.itemsize < 4:  # as in Pythia's layer
             q, k, v = q.float(), k.float(), v.float()
         cache = self.grow_cache(None if opened is None else opened.cache, k, step)

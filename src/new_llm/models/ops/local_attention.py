@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from new_llm.models.ops import kernels
 from new_llm.models.ops.kernels import native
@@ -275,6 +276,38 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 # Softmax attention
+
+
+def can_split_heads(mixed: Tensor) -> bool:
+    """Whether `split_heads` takes a tensor: contiguous bfloat16 on a CPU, with kernels."""
+    return mixed.dtype == torch.bfloat16 and native.find_kernels(mixed) is not None
+
+
+def split_heads(mixed: Tensor, num_heads: int, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, H, S, K] of the heads, q and k rotated, in one pass; PyTorch's operations take several.
+
+    Args:
+        mixed: [B, S, H · 3 K], each head's q, k and v in turn.
+        num_heads: H.
+        angles: cos and sin of each position, [2, S, rotary_dim] float32, the second half like the first.
+    """
+    return _SplitHeads.apply(mixed, num_heads, angles)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, num_heads: int, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = native.load_kernels()
+        assert found is not None
+        ctx.angles = angles
+        return native.split_heads(found, mixed, num_heads, angles)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = native.load_kernels()
+        assert found is not None
+        return native.join_heads(found, [t.contiguous() for t in upstreams], ctx.angles), None, None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     takes = {f"{name}_{suffix}": one for name, one in _TAKEN_BY_DTYPE.items() for suffix in SUFFIXES.values()}
     for one, other in product(SUFFIXES.values(), repeat=2):
         takes |= {f"scale_rows_{one}_{other}": "ppppnnxi", f"scale_rows_backward_{one}_{other}": "ppppppnni"}
-    takes |= {"causal_softmax": "ppnnnnxi", "causal_softmax_backward": "pppnnnnxi", "count_step_scratch": "nnnnni"}
+    takes |= {"causal_softmax": "pppnnnnxi", "causal_softmax_backward": "pppnnnnxi", "split_heads": "ppppppnnnnnii"}
+    takes["count_step_scratch"] = "nnnnni"
     for name, letters in takes.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [kinds[letter] for letter in letters], None
@@ -161,7 +162,8 @@ def causal_softmax(kernels: ctypes.CDLL, scores: Tensor, logsumexp: Tensor, *, f
     `logsumexp`, [n, rows] float32, takes that of the scaled scores.
     """
     _check_scores(scores, logsumexp, first)
-    _call(kernels, "causal_softmax", None, scores, logsumexp, *scores.shape, first, scale)
+    scratch = _empty(torch.get_num_threads(), scores.shape[2])
+    _call(kernels, "causal_softmax", None, scores, logsumexp, scratch, *scores.shape, first, scale)
 
 
 def causal_softmax_backward(
@@ -179,6 +181,38 @@ def _check_scores(scores: Tensor, logsumexp: Tensor, first: int) -> None:
     check_tensor("logsumexp", logsumexp, (number, num_rows), torch.float32)
     if not 0 <= first <= num_columns - num_rows:
         raise ValueError(f"first: row {first} and the {num_rows - 1} after it are not among {num_columns} columns")
+
+
+def split_heads(kernels: ctypes.CDLL, mixed: Tensor, num_heads: int, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [B, H, S, K], with q and k rotated, from bfloat16 [B, S, H · 3 K], each head's q, k and v in turn.
+
+    Args:
+        angles: cos and sin of each position, [2, S, rotary_dim] float32, as `compute_rotary_angles` makes them.
+    """
+    batch, length, width = mixed.shape[0], mixed.shape[1], mixed.shape[2] // (3 * num_heads)
+    heads = _empty(3, batch, num_heads, length, width, dtype=mixed.dtype)
+    _move_heads(kernels, mixed, heads.unbind(), angles, back=False)
+    return heads[0], heads[1], heads[2]
+
+
+def join_heads(kernels: ctypes.CDLL, heads: Sequence[Tensor], angles: Tensor) -> Tensor:
+    """The gradient of `split_heads`: those of q, k and v to that of the mixed numbers."""
+    batch, num_heads, length, width = heads[0].shape
+    mixed = _empty(batch, length, num_heads * 3 * width, dtype=heads[0].dtype)
+    _move_heads(kernels, mixed, heads, angles, back=True)
+    return mixed
+
+
+def _move_heads(kernels: ctypes.CDLL, mixed: Tensor, heads: Sequence[Tensor], angles: Tensor, *, back: bool) -> None:
+    batch, num_heads, length, width = heads[0].shape
+    check_tensor("mixed", mixed, (batch, length, num_heads * 3 * width), torch.bfloat16)
+    for name, t in zip("qkv", heads, strict=True):
+        check_tensor(name, t, heads[0].shape, torch.bfloat16)
+    check_tensor("angles", angles, (2, length, angles.shape[-1]), torch.float32)
+    if angles.shape[-1] % 2 or angles.shape[-1] > width:
+        raise ValueError(f"angles: {angles.shape[-1]} rotated dimensions of heads {width} wide")
+    sizes = (batch, length, num_heads, width, angles.shape[-1])
+    _call(kernels, "split_heads", None, mixed, *heads, *angles.unbind(), *sizes, int(back))
 
 
 # Rows scaled to lengths, and inverses
